@@ -1,0 +1,94 @@
+"""Every option of the engine, with its one default: a frozen record that validates itself.
+
+Knows neither torch nor ray. The command line, the YAML of `deployments/` and `LLM(...)` all end here, so a default is
+written once. Environment variables are read in this file alone (`api_key_from_environment`).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from typing import Any, get_args
+
+from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.types import Mode
+
+__all__ = ["EngineConfig", "api_key_from_environment"]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+BATCHING = ("auto", "packed", "solo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How one engine serves one model.
+
+    Args:
+        model: `builtin:tiny`, a checkpoint folder, or a hub id.
+        memory: device budget for routed experts, staging and scratch included: `25%` of their stored bytes, or `6GiB`.
+        host_memory: host-tier budget between device and disk, same forms; `0` is no host tier.
+        mode: `exact` answers every miss with the expert itself.
+        dtype: compute dtype; `auto` is float32 for `builtin:tiny` and float32 checkpoints, else the checkpoint's.
+        device: `auto` (cuda when there is one, else cpu), `cpu`, `cuda`, `cuda:1`.
+        threads: CPU threads of the compute kernels.
+        max_model_len: most tokens of prompt and output; None is the model's own limit.
+        max_running: most sequences that decode side by side.
+        kv_memory: bytes of the KV cache: `512MiB`, or `auto`.
+        prefill_chunk: most prompt tokens computed in one step.
+        batching: `packed` (ragged rows over a paged KV cache), `solo` (transformers' own cache, a forward per sequence;
+            for families with recurrent state), `auto` picks by family.
+        seed: seeds the requests that bring none.
+    """
+
+    model: str = "builtin:tiny"
+    memory: str = "25%"
+    host_memory: str = "0"
+    mode: Mode = "exact"
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int = 1
+    max_model_len: int | None = None
+    max_running: int = 32
+    kv_memory: str = "auto"
+    prefill_chunk: int = 512
+    batching: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("mode", self.mode, get_args(Mode) or ("exact",))
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("batching", self.batching, BATCHING)
+        for name in ("threads", "max_running", "prefill_chunk"):
+            _at_least(name, getattr(self, name), 1)
+        if self.max_model_len is not None:
+            _at_least("max_model_len", self.max_model_len, 2)
+        if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
+            raise ConfigError(f"device is {self.device!r}, must be auto, cpu, cuda or cuda:N. hint: leave it at auto")
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names of all options, in the order of the class."""
+        return tuple(f.name for f in fields(cls))
+
+    @classmethod
+    def from_options(cls, **options: Any) -> EngineConfig:
+        """Build from keywords and refuse unknown names with the list of known ones."""
+        unknown = sorted(set(options) - set(cls.names()))
+        if unknown:
+            raise ConfigError(f"option is {unknown[0]!r}, must be one of {', '.join(cls.names())}. hint: check spelling")
+        return cls(**options)
+
+
+def api_key_from_environment(variable: str = "BUDDYMOE_API_KEY") -> str | None:
+    """The API key clients must send, or None when the variable is unset or empty."""
+    return os.environ.get(variable) or None
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r}, must be {' or '.join(allowed)}. hint: see EngineConfig")
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} is {value!r}, must be an integer of at least {least}. hint: see EngineConfig")

@@ -1,0 +1,210 @@
+"""Attention over the paged KV cache, registered with transformers under the name `buddymoe_paged`.
+
+All rows of a pass lie in one packed sequence `[1, heads, T, d]`; `PackedPass` says which rows belong to whom. Decode rows
+of all sequences share one padded attention call; every prefill chunk has its own. Does not know the scheduler.
+
+Legend: T rows, B sequences, Q query heads, H key-value heads, G = Q / H, d head size, L context length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from buddymoe_ray.engine.kv import KVPool, KVShape, contiguous_start
+
+__all__ = ["NAME", "ChunkRows", "PagedAttention", "PackedPass", "attach", "register"]
+
+NAME = "buddymoe_paged"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkRows:
+    """One sequence's part of a pass: rows `[row, row + count)` are its tokens `[start, start + count)`."""
+
+    row: int
+    count: int
+    start: int
+    blocks: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        """Context length after the chunk."""
+        return self.start + self.count
+
+
+@dataclass(kw_only=True)
+class PackedPass:
+    """The rows of one forward pass and the pool positions they write and read; masks are built once per pass."""
+
+    chunks: tuple[ChunkRows, ...]
+    decode: bool
+    slots_T: Tensor
+    where: tuple[slice | Tensor, ...]
+    padded_BL: Tensor | None = None
+    lengths_B: Tensor | None = None
+    masks: dict[Any, Tensor | None] = field(default_factory=dict)
+
+    @classmethod
+    def build(cls, chunks: Sequence[ChunkRows], *, decode: bool, block_size: int, device: torch.device) -> PackedPass:
+        """Lay out a pass. `decode` passes have one row per chunk."""
+        tables = [_positions(chunk, block_size) for chunk in chunks]
+        written = [_tail(table, chunk) for table, chunk in zip(tables, chunks, strict=True)]
+        slots_T = torch.cat(written).to(device)
+        where = tuple(t if isinstance(t, slice) else t.to(device) for t in tables)
+        built = cls(chunks=tuple(chunks), decode=decode, slots_T=slots_T, where=where)
+        if decode and len(chunks) > 1:
+            built._pad(tables, device)
+        return built
+
+    def _pad(self, tables: list[slice | Tensor], device: torch.device) -> None:
+        longest = max(chunk.end for chunk in self.chunks)
+        padded_BL = torch.zeros(len(tables), longest, dtype=torch.int64)
+        for row, table in enumerate(tables):
+            flat = torch.arange(table.start, table.stop) if isinstance(table, slice) else table
+            padded_BL[row, : len(flat)] = flat
+        self.padded_BL = padded_BL.to(device)
+        self.lengths_B = torch.tensor([chunk.end for chunk in self.chunks], device=device)
+
+
+def _positions(chunk: ChunkRows, block_size: int) -> slice | Tensor:
+    start = contiguous_start(list(chunk.blocks))
+    if start is not None:
+        return slice(start * block_size, start * block_size + chunk.end)
+    offsets = torch.arange(block_size)
+    return (torch.tensor(chunk.blocks).unsqueeze(1) * block_size + offsets).reshape(-1)[: chunk.end]
+
+
+def _tail(table: slice | Tensor, chunk: ChunkRows) -> Tensor:
+    flat = torch.arange(table.start, table.stop) if isinstance(table, slice) else table
+    return flat[chunk.start : chunk.end]
+
+
+class PagedAttention:
+    """Runs attention for every layer of a model. `current` is the pass in progress; None while probing shapes."""
+
+    def __init__(self) -> None:
+        self.pool: KVPool | None = None
+        self.current: PackedPass | None = None
+        self.shapes: dict[int, KVShape] = {}
+
+    def __call__(
+        self, layer: int, q_QTd: Tensor, k_HTd: Tensor, v_HTd: Tensor, *, scale: float, window: int | None, sinks: Tensor | None
+    ) -> Tensor:
+        """`[Q, T, d], [H, T, d], [H, T, dv] -> [T, Q, dv]`. `window` is a sliding window in tokens (itself included)."""
+        if self.pool is None or self.current is None:
+            self.shapes[layer] = KVShape(heads=k_HTd.shape[0], key_dim=k_HTd.shape[2], value_dim=v_HTd.shape[2])
+            return q_QTd.new_zeros(q_QTd.shape[1], q_QTd.shape[0], v_HTd.shape[2])
+        self.pool.write(layer, k_HTd.transpose(0, 1), v_HTd.transpose(0, 1), self.current.slots_T)
+        if self.current.padded_BL is not None:
+            return self._decode(layer, q_QTd, scale, window, sinks)
+        return self._chunks(layer, q_QTd, scale, window, sinks)
+
+    def _decode(self, layer: int, q_QTd: Tensor, scale: float, window: int | None, sinks: Tensor | None) -> Tensor:
+        assert self.pool is not None and self.current is not None and self.current.padded_BL is not None
+        k_BLHd, v_BLHd = self.pool.read(layer, self.current.padded_BL)
+        B, _, H, _ = k_BLHd.shape
+        q_BHGd = q_QTd.transpose(0, 1).reshape(B, H, -1, q_QTd.shape[2])
+        mask_B11L = self._decode_mask(window)
+        out_BHGd = _attend(q_BHGd, k_BLHd.transpose(1, 2), v_BLHd.transpose(1, 2), mask_B11L, scale, sinks)
+        return out_BHGd.reshape(B, -1, out_BHGd.shape[-1])
+
+    def _decode_mask(self, window: int | None) -> Tensor:
+        assert self.current is not None and self.current.padded_BL is not None and self.current.lengths_B is not None
+        key = ("decode", window)
+        mask = self.current.masks.get(key)
+        if mask is None:
+            at_L = torch.arange(self.current.padded_BL.shape[1], device=self.current.padded_BL.device)
+            length_B1 = self.current.lengths_B.unsqueeze(1)
+            mask_BL = at_L < length_B1
+            if window is not None:
+                mask_BL &= at_L >= length_B1 - window
+            mask = mask_BL[:, None, None, :]
+            self.current.masks[key] = mask
+        return mask
+
+    def _chunks(self, layer: int, q_QTd: Tensor, scale: float, window: int | None, sinks: Tensor | None) -> Tensor:
+        assert self.pool is not None and self.current is not None
+        parts = []
+        for index, chunk in enumerate(self.current.chunks):
+            k_LHd, v_LHd = self.pool.read(layer, self.current.where[index])
+            k_1HLd, v_1HLd = k_LHd.transpose(0, 1)[None], v_LHd.transpose(0, 1)[None]
+            q_1Qtd = q_QTd[None, :, chunk.row : chunk.row + chunk.count]
+            mask_tL = self._chunk_mask(index, window)
+            if chunk.count == 1:
+                H = k_1HLd.shape[1]
+                q_1HGd = q_1Qtd.reshape(1, H, -1, q_1Qtd.shape[-1])
+                out = _attend(q_1HGd, k_1HLd, v_1HLd, mask_tL, scale, sinks).reshape(1, -1, v_LHd.shape[-1])
+            else:
+                groups = q_1Qtd.shape[1] // k_1HLd.shape[1]
+                k_1QLd, v_1QLd = (t.repeat_interleave(groups, dim=1) for t in (k_1HLd, v_1HLd))
+                out = _attend(q_1Qtd, k_1QLd, v_1QLd, mask_tL, scale, sinks)[0].transpose(0, 1)
+            parts.append(out)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _chunk_mask(self, index: int, window: int | None) -> Tensor | None:
+        assert self.current is not None
+        chunk = self.current.chunks[index]
+        if chunk.count == 1 and (window is None or chunk.end <= window):
+            return None
+        key = (index, window)
+        if key not in self.current.masks:
+            device = self.current.slots_T.device
+            at_t1 = torch.arange(chunk.start, chunk.end, device=device).unsqueeze(1)
+            at_L = torch.arange(chunk.end, device=device)
+            mask_tL = at_L <= at_t1
+            if window is not None:
+                mask_tL &= at_L > at_t1 - window
+            self.current.masks[key] = mask_tL
+        return self.current.masks[key]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, sinks: Tensor | None) -> Tensor:
+    """Softmax attention; with `sinks` (one logit per query head, GPT-OSS) the softmax has one more, valueless column."""
+    if sinks is None:
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = torch.matmul(q, k.transpose(-1, -2)) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    per_row = q.shape[1] * q.shape[2] == sinks.numel()  # rows are the query heads of a group, not tokens
+    shape = (1, q.shape[1], q.shape[2], 1) if per_row else (1, q.shape[1], 1, 1)
+    sink = sinks.reshape(shape).to(scores.dtype).expand(*scores.shape[:-1], 1)
+    widened = torch.cat([scores, sink], dim=-1)
+    widened = widened - widened.amax(dim=-1, keepdim=True)
+    return torch.matmul(widened.softmax(dim=-1)[..., :-1], v)
+
+
+def _forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The function transformers calls for every attention layer, with a batch of one packed sequence."""
+    paged: PagedAttention = module.buddymoe_attention  # type: ignore[assignment]
+    out_TQd = paged(
+        int(module.layer_idx),  # type: ignore[arg-type]
+        query[0],
+        key[0],
+        value[0],
+        scale=scaling,
+        window=kwargs.get("sliding_window"),
+        sinks=kwargs.get("s_aux"),
+    )
+    return out_TQd.unsqueeze(0), None
+
+
+def register() -> None:
+    """Make `buddymoe_paged` known to transformers; calling it again changes nothing."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, _forward)
+
+
+def attach(model: nn.Module, paged: PagedAttention) -> None:
+    """Hand `paged` to every attention module of the model (those that know their layer index)."""
+    for module in model.modules():
+        if hasattr(module, "layer_idx") and hasattr(module, "config"):
+            module.buddymoe_attention = paged  # type: ignore[assignment]

@@ -1,0 +1,68 @@
+"""Every error a user can meet, as one tree.
+
+    BuddyMoEError
+    ├── ConfigError (ValueError)        an option, YAML field or request field is not usable
+    │   └── RequestError                one request is not usable (HTTP 400)
+    │       └── ModelNotFound           the request names a model that is not served (HTTP 404)
+    ├── CheckpointError                 the checkpoint cannot be served: missing, truncated, unmapped, NaN
+    │   └── UnsupportedModel            a family or storage format that has no path here
+    ├── BudgetError                     the memory budget cannot hold the minimum
+    ├── CapacityError                   the service is full now; retry later (HTTP 503)
+    └── CacheError                      bytes could not be brought to a tier (disk error, closed cache)
+
+Messages read `X is A, must be B. hint: do C`. Programmer errors are `assert`s with a message, not this tree.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BudgetError",
+    "BuddyMoEError",
+    "CacheError",
+    "CapacityError",
+    "CheckpointError",
+    "ConfigError",
+    "ModelNotFound",
+    "RequestError",
+    "UnsupportedModel",
+]
+
+
+class BuddyMoEError(Exception):
+    """Base of every error this package raises for a user."""
+
+
+class ConfigError(BuddyMoEError, ValueError):
+    """An option, YAML field or argument is not usable."""
+
+
+class RequestError(ConfigError):
+    """One request is not usable; the service goes on (HTTP 400)."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ModelNotFound(RequestError):
+    """The request names a model that is not served (HTTP 404)."""
+
+
+class CheckpointError(BuddyMoEError):
+    """The checkpoint cannot be served; the message names file and key."""
+
+
+class UnsupportedModel(CheckpointError):
+    """The model family or its storage format has no path here."""
+
+
+class BudgetError(BuddyMoEError):
+    """The memory budget cannot hold the minimum; the message names the minimum."""
+
+
+class CapacityError(BuddyMoEError):
+    """The service is full now; the client may retry (HTTP 503)."""
+
+
+class CacheError(BuddyMoEError):
+    """Expert bytes could not be brought to a tier."""

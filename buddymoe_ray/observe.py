@@ -1,0 +1,49 @@
+"""What is measured while serving, as plain records; exporters live above.
+
+Knows neither torch nor ray. `EngineSnapshot` is read by the service's health page, the bench and the tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["EngineSnapshot", "peak_rss_bytes", "process_read_bytes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSnapshot:
+    """State of one engine at one moment; counters are cumulative since start.
+
+    `hits` and `misses` count (layer, expert) lookups of the cache, `bytes_read_disk` what the disk was asked for
+    (alignment included), `stall_seconds` the time the model waited for experts.
+    """
+
+    running: int
+    waiting: int
+    free_kv_blocks: int
+    total_kv_blocks: int
+    steps: int
+    hits: int
+    misses: int
+    bytes_loaded_device: int
+    bytes_read_disk: int
+    stall_seconds: float
+
+
+def peak_rss_bytes() -> int:
+    """Highest resident set of this process (bytes), from the kernel's own count."""
+    return _status_field("VmHWM") * 1024
+
+
+def process_read_bytes() -> int | None:
+    """Bytes this process made the kernel fetch from storage, or None where the kernel does not say."""
+    try:
+        with open("/proc/self/io") as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+    except (OSError, StopIteration):
+        return None
+
+
+def _status_field(name: str) -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(name))

@@ -1,0 +1,169 @@
+"""The words every layer shares: frozen, keyword-only records without behaviour.
+
+No torch, no ray: this module is imported by all layers and imports only the standard library.
+On the token path: a `GenerationRequest` goes in, `TokenEvent`s come out, an `EngineResult` sums them up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+Mode = Literal["exact"]
+
+
+class ExpertKey(NamedTuple):
+    """The unit of residency: one segment of one expert of one MoE layer.
+
+    `layer` counts MoE layers in model order from 0 (dense layers have none); `segment` is 0 while an expert is whole.
+    """
+
+    layer: int
+    expert: int
+    segment: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen; the names and meanings are those of OpenAI's API and vLLM.
+
+    Args:
+        temperature: 0 is greedy. Above 0 logits are divided by it.
+        top_p: nucleus mass in (0, 1].
+        top_k: keep the k best; 0 keeps all.
+        seed: random numbers are keyed by (seed, position): the same request gives the same tokens whatever is batched
+            beside it. None draws a seed.
+        presence_penalty, frequency_penalty: OpenAI's additive penalties over generated tokens, in [-2, 2].
+        repetition_penalty: multiplicative, over prompt and generated tokens; 1 is off.
+        stop: strings that end the output and are not part of it.
+        stop_token_ids: ids that end the output beside the model's own end tokens.
+        ignore_eos: go on past the model's end tokens.
+        max_tokens: most tokens generated.
+        logprobs: number of alternatives reported per token (0: the chosen token alone; None: nothing), at most 20.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    max_tokens: int = 16
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """Log probability (nats, of the model's own distribution before temperature) of one generated token."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """One sequence to generate. `prompt_token_ids` is never empty; `request_id` is unique within an engine."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = SamplingParams()
+    mode: Mode = "exact"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What one request cost.
+
+    Expert uses are (token, slot) pairs of its decode steps: `hits` found their expert resident when the step began,
+    `fetched` waited for it. `cached_prompt_tokens` is the part of the prompt whose KV was reused.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    hits: int = 0
+    fetched: int = 0
+    mode: Mode = "exact"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenEvent:
+    """What one step added to one request. `text` is whole characters only; `usage` comes with the last event.
+
+    `error` is the message of an error that ended the request (finish_reason "error").
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineResult:
+    """A finished request, as `LLM.generate` returns it."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    logprobs: tuple[TokenLogprob, ...] = field(default=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertPiece:
+    """One run of bytes of an expert: where it lies in a file and where it goes in the expert's slot.
+
+    `path` is an absolute file path, `offset` and `nbytes` count bytes in the file, `slot_offset` bytes in the slot.
+    """
+
+    path: str
+    offset: int
+    nbytes: int
+    slot_offset: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotTensor:
+    """A named tensor inside an expert's slot, in the layout of the model's experts module without its E dimension.
+
+    `name` is the module's parameter name (`gate_up_proj`, `down_proj`, `gate_up_proj_bias`, ...), `dtype` torch's name
+    without the prefix (`bfloat16`), `offset` a multiple of 64 bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertLayout:
+    """How every expert of a model lies in a slot, and where each one's bytes are on disk.
+
+    `slot_bytes` is the size of a slot (a multiple of 64); `expert_bytes` the bytes of one expert as stored (slot_bytes
+    less the padding). `pieces[key]` lists disjoint runs that together fill every SlotTensor.
+    """
+
+    tensors: tuple[SlotTensor, ...]
+    slot_bytes: int
+    expert_bytes: int
+    layers: int
+    experts_per_layer: tuple[int, ...]
+    pieces: dict[ExpertKey, tuple[ExpertPiece, ...]]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all routed experts as stored: the 100 % of `--memory`."""
+        return self.expert_bytes * sum(self.experts_per_layer)

@@ -1,0 +1,135 @@
+"""The house keeps its shape: imports point one way, rooms stay small, heavy packages stay where they belong."""
+
+from __future__ import annotations
+
+import ast
+import statistics
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "buddymoe_ray"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# a layer may import itself and those below it; `kernels`, `cache`, `policy` stand side by side
+WORDS = {"types", "errors", "config", "observe"}
+BELOW = {
+    "policy": WORDS,
+    "kernels": WORDS,
+    "cache": WORDS | {"policy"},
+    "moe": WORDS | {"policy", "kernels", "cache"},
+    "models": WORDS | {"policy", "kernels", "cache", "moe"},
+    "engine": WORDS | {"policy", "kernels", "cache", "moe", "models"},
+    "serve": WORDS | {"models", "engine"},
+    "client": WORDS | {"serve", "engine", "models"},
+    "commands": WORDS | {"models", "engine", "policy", "commands"},
+    "device_check": WORDS | {"models", "engine", "commands"},
+    "cli": WORDS | {"commands"},
+    "__init__": WORDS | {"engine"},
+    **dict.fromkeys(WORDS, WORDS),
+}
+ONLY_IN = {
+    "ray": {"serve"},
+    "transformers": {"models", "engine"},
+    "pynvml": {"engine"},
+    "fastapi": {"serve"},
+    "torch": {"kernels", "cache", "moe", "models", "engine", "device_check"},
+}
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import, must be absolute"
+            names.append(node.module or "")
+            names += [f"{node.module}.{alias.name}" for alias in node.names if node.module == "buddymoe_ray"]
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    layer = layer_of(path)
+    allowed = BELOW[layer] | {layer}
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "buddymoe_ray" and len(parts) > 1 and (PACKAGE / parts[1]).with_suffix("").exists():
+            assert parts[1] in allowed, f"{path} imports {name}: {layer} may import {sorted(allowed)}"
+        if parts[0] == "buddymoe_ray" and len(parts) > 1 and (PACKAGE / f"{parts[1]}.py").exists():
+            assert parts[1] in allowed, f"{path} imports {name}: {layer} may import {sorted(allowed)}"
+
+
+@pytest.mark.parametrize("package", sorted(ONLY_IN))
+def test_heavy_packages_stay_in_their_layers(package: str) -> None:
+    users = {layer_of(path) for path in FILES if any(name.split(".")[0] == package for name in imports(path))}
+    assert users <= ONLY_IN[package], f"{package} is imported in {users}, must be in {ONLY_IN[package]}"
+
+
+def test_no_import_cycles() -> None:
+    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
+    graph = {
+        name: {target for target in _top_level_imports(path) if target in modules and target != name}
+        for name, path in modules.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, f"import cycle: {' -> '.join((*trail, name))}"
+        if name not in done:
+            for target in graph[name]:
+                visit(target, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def _top_level_imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("buddymoe_ray."):
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_rooms_are_small(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 400, f"{path} has {text.count(chr(10))} lines, must be at most 400"
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            size = (node.end_lineno or 0) - node.lineno + 1
+            assert size <= 60, f"{path}:{node.lineno} {node.name} has {size} lines, must be at most 60"
+    assert ast.get_docstring(tree), f"{path} has no header saying what it does"
+
+
+def test_the_median_room_is_small() -> None:
+    assert statistics.median(path.read_text().count("\n") for path in FILES) <= 120
+
+
+def test_nothing_is_unpickled_or_trusted() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert not {"pickle", "marshal", "dill"} & {a.name for a in node.names}, f"{path} imports a pickler"
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert isinstance(node.value, ast.Constant) and node.value.value is False, f"{path} trusts remote code"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in {"eval", "exec"}, f"{path}:{node.lineno} calls {node.func.id}"
+
+
+def test_top_level_is_the_users() -> None:
+    fixed = {"buddymoe_ray", "deployments", "cluster", "tests", "pyproject.toml", "README.md", "LICENSE"}
+    import subprocess
+
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    seen = {name.split("/")[0] for name in tracked if not name.startswith(".")}
+    assert seen <= fixed, f"top level holds {sorted(seen - fixed)}, must be {sorted(fixed)}"

@@ -1,0 +1,74 @@
+"""Paged attention against a dense reference that knows nothing of blocks: ragged batches, windows, sinks, GQA, MLA sizes."""
+
+import pytest
+import torch
+
+from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
+from buddymoe_ray.engine.kv import KVPool, KVShape, contiguous_start
+
+BLOCK = 4
+
+
+def dense(q, k, v, scale, window, sinks):
+    """One whole sequence: q [Q, L, d], k/v [H, L, *] -> [L, Q, dv]."""
+    Q, L, _ = q.shape
+    k, v = (t.repeat_interleave(Q // k.shape[0], dim=0) for t in (k, v))
+    scores = q @ k.transpose(1, 2) * scale
+    i, j = torch.arange(L)[:, None], torch.arange(L)[None]
+    visible = (j <= i) & ((j > i - window) if window else torch.ones_like(j <= i))
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(Q, L, 1)], dim=-1)
+    p = scores.softmax(-1)
+    return ((p[..., :-1] if sinks is not None else p) @ v).transpose(0, 1)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize(("Q", "H", "d", "dv"), [(4, 2, 8, 8), (4, 4, 12, 8), (6, 1, 8, 8)])
+def test_chunked_prefill_and_batched_decode_equal_dense(window, with_sinks, Q, H, d, dv) -> None:
+    rng = torch.Generator().manual_seed(0)
+    lengths, cut = [11, 4, 17], [6, 2, 9]
+    blocks = [[5, 2, 9], [0], [1, 3, 4, 6, 7]]  # scattered, single, scattered
+    sinks = torch.randn(Q, generator=rng) if with_sinks else None
+    data = [tuple(torch.randn(n, L, w, generator=rng) for n, w in ((Q, d), (H, d), (H, dv))) for L in lengths]
+    paged = PagedAttention()
+    paged.pool = KVPool(
+        {0: KVShape(heads=H, key_dim=d, value_dim=dv)}, blocks=10, block_size=BLOCK, dtype=torch.float32, device=torch.device("cpu")
+    )
+
+    def run(spans, decode):
+        rows, at = [], 0
+        for (start, end), table in zip(spans, blocks, strict=True):
+            rows.append(ChunkRows(row=at, count=end - start, start=start, blocks=tuple(table)))
+            at += end - start
+        paged.current = PackedPass.build(rows, decode=decode, block_size=BLOCK, device=torch.device("cpu"))
+        packed = [torch.cat([t[i][:, a:b] for t, (a, b) in zip(data, spans, strict=True)], dim=1) for i in range(3)]
+        out = paged(0, *packed, scale=0.3, window=window, sinks=sinks)
+        return out.split([b - a for a, b in spans])
+
+    got = [[] for _ in lengths]
+    for spans in ([(0, c) for c in cut], [(c, L - 1) for c, L in zip(cut, lengths, strict=True)]):
+        for seq, part in enumerate(run(spans, False)):
+            got[seq].append(part)
+    for seq, part in enumerate(run([(L - 1, L) for L in lengths], True)):
+        got[seq].append(part)
+    for seq, (q, k, v) in enumerate(data):
+        torch.testing.assert_close(torch.cat(got[seq]), dense(q, k, v, 0.3, window, sinks), atol=1e-5, rtol=1e-5)
+
+
+def test_single_sequence_decode_reads_without_a_copy() -> None:
+    chunk = ChunkRows(row=0, count=1, start=9, blocks=(3, 4, 5))
+    built = PackedPass.build([chunk], decode=True, block_size=BLOCK, device=torch.device("cpu"))
+    assert built.where == (slice(12, 22),) and built.padded_BL is None
+    assert built.slots_T.tolist() == [21]
+
+
+@pytest.mark.parametrize(("blocks", "start"), [([4], 4), ([4, 5, 6], 4), ([4, 6, 5], None), ([6, 5], None), ([4, 6], None)])
+def test_contiguous_start(blocks, start) -> None:
+    assert contiguous_start(blocks) == start
+
+
+def test_kv_bytes_per_token() -> None:
+    shapes = {0: KVShape(heads=2, key_dim=8, value_dim=4), 1: KVShape(heads=1, key_dim=8, value_dim=8)}
+    assert KVPool.bytes_per_token(shapes, torch.bfloat16) == (2 * 12 + 16) * 2
