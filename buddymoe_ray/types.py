@@ -167,3 +167,24 @@ class ExpertLayout:
     def total_bytes(self) -> int:
         """Bytes of all routed experts as stored: the 100 % of `--memory`."""
         return self.expert_bytes * sum(self.experts_per_layer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotPlan:
+    """How a device budget is cut into expert slots; decided by `policy.memory.split_slots`, obeyed by the cache.
+
+    `layer_slots[l]` slots belong to MoE layer l, `wave_slots` to whoever needs one for a moment. `overhead_bytes` is what
+    staging and scratch take from the same budget. `fully_resident` plans hold every expert and need no waves.
+    """
+
+    budget_bytes: int
+    slot_bytes: int
+    overhead_bytes: int
+    wave_slots: int
+    layer_slots: tuple[int, ...]
+    fully_resident: bool
+
+    @property
+    def slots_total(self) -> int:
+        """All slots: those of the layers come first, wave slots last."""
+        return sum(self.layer_slots) + self.wave_slots

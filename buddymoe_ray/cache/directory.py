@@ -1,0 +1,121 @@
+"""Which expert is in which slot, and which slot may be claimed next. Bookkeeping only: moves no bytes.
+
+Slots are partitioned: `layer_slots[l]` for each layer, wave slots for whoever needs one for a moment. One thread calls this.
+Invariant (`check_integrity`): slot table and expert tables mirror each other; claimed slots hold nothing yet.
+
+Legend: E experts of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from buddymoe_ray.types import ExpertKey, SlotPlan
+
+__all__ = ["Directory", "Eviction"]
+
+
+class Eviction(Protocol):
+    """The order in which a partition's slots give way; see `policy.eviction`."""
+
+    def touch(self, slot: int) -> None: ...
+    def forget(self, slot: int) -> None: ...
+    def victim(self, allowed: Callable[[int], bool]) -> int | None: ...
+    def __contains__(self, slot: object) -> bool: ...
+
+
+class Directory:
+    """Tables of a slot plan. `new_eviction` makes one order per partition."""
+
+    def __init__(self, plan: SlotPlan, experts_per_layer: tuple[int, ...], new_eviction: Callable[[], Eviction]) -> None:
+        self.plan = plan
+        self.key_of: list[ExpertKey | None] = [None] * plan.slots_total
+        self.slot_of: list[list[int]] = [[-1] * count for count in experts_per_layer]
+        self.resident_E: list[Tensor] = [torch.zeros(count, dtype=torch.bool) for count in experts_per_layer]
+        self._orders = [new_eviction() for _ in (*plan.layer_slots, 0)]
+        self._free: list[list[int]] = []
+        self._partition: list[int] = []
+        for partition, count in enumerate((*plan.layer_slots, plan.wave_slots)):
+            start = len(self._partition)
+            self._free.append(list(range(start + count - 1, start - 1, -1)))
+            self._partition += [partition] * count
+        self.leased: set[int] = set()
+        self._claimed: set[int] = set()
+        self.evictions = 0
+
+    def claim(self, layer: int, *, protect_residency: bool) -> int | None:
+        """A slot for an expert of `layer` that is to be loaded, emptied; None when all are leased or being filled.
+
+        The layer's own free slots come first; then, unless residency is protected, its least recently used expert gives
+        way; then wave slots.
+        """
+        waves = len(self._orders) - 1
+        slot = self._take_free(layer)
+        if slot is None and not protect_residency:
+            slot = self._evict(layer)
+        if slot is None:
+            slot = self._take_free(waves)
+        if slot is None:
+            slot = self._evict(waves)
+        if slot is not None:
+            self._claimed.add(slot)
+        return slot
+
+    def commit(self, key: ExpertKey, slot: int) -> None:
+        """The claimed slot now holds `key`."""
+        assert slot in self._claimed, f"slot {slot} is committed, must be claimed"
+        assert self.slot_of[key.layer][key.expert] < 0, f"{key} is already in slot {self.slot_of[key.layer][key.expert]}"
+        self._claimed.remove(slot)
+        self.key_of[slot] = key
+        self.slot_of[key.layer][key.expert] = slot
+        self.resident_E[key.layer][key.expert] = True
+        self._orders[self._partition[slot]].touch(slot)
+
+    def abandon(self, slot: int) -> None:
+        """The claimed slot could not be filled; it is free again."""
+        self._claimed.remove(slot)
+        self._free[self._partition[slot]].append(slot)
+
+    def touch(self, slot: int) -> None:
+        """Note a use of a resident expert."""
+        self._orders[self._partition[slot]].touch(slot)
+
+    def check_integrity(self) -> None:
+        """Tables mirror each other and every slot is in exactly one state."""
+        forward = {(la, e): slot for la, row in enumerate(self.slot_of) for e, slot in enumerate(row) if slot >= 0}
+        backward = {(key.layer, key.expert): slot for slot, key in enumerate(self.key_of) if key is not None}
+        assert forward == backward, f"experts say {forward}, slots say {backward}"
+        flags = {(la, e) for la, row in enumerate(self.resident_E) for e in row.nonzero()[:, 0].tolist()}
+        assert flags == set(forward), f"flags say {flags}, tables say {set(forward)}"
+        free = [slot for slots in self._free for slot in slots]
+        held = [slot for slot, key in enumerate(self.key_of) if key is not None]
+        every = sorted([*free, *held, *self._claimed])
+        assert every == list(range(self.plan.slots_total)), f"free {free}, held {held}, claimed {self._claimed}"
+        ordered = [slot for slot in held if slot not in self._orders[self._partition[slot]]]
+        assert not ordered, f"slots {ordered} are held but have no place in the eviction order"
+        assert self.leased <= set(held), f"leased {self.leased}, held {held}"
+        for slot in held:
+            key = self.key_of[slot]
+            home = self._partition[slot]
+            assert key is not None and home in (key.layer, len(self._orders) - 1), f"{key} is in partition {home}"
+
+    def _take_free(self, partition: int) -> int | None:
+        return self._free[partition].pop() if self._free[partition] else None
+
+    def _evict(self, partition: int) -> int | None:
+        order = self._orders[partition]
+        slot = order.victim(lambda candidate: candidate not in self.leased)
+        if slot is None:
+            return None
+        key = self.key_of[slot]
+        assert key is not None, f"slot {slot} is in the eviction order but empty"
+        order.forget(slot)
+        self.key_of[slot] = None
+        self.slot_of[key.layer][key.expert] = -1
+        self.resident_E[key.layer][key.expert] = False
+        self.evictions += 1
+        return slot

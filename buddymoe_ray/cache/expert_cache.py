@@ -1,0 +1,272 @@
+"""The expert cache: brings experts into device slots and lends them out, in waves when there are more than slots.
+
+`stream` is the only way in. It starts reading what is missing, lends what is resident while the disk works, then lends the
+rest as it arrives. All bookkeeping happens on the caller's thread; reader threads only write bytes. Does not know models,
+routing or policy: the slot plan and the eviction order are handed in.
+
+Invariants: device bytes never exceed the plan; a slot that is lent or being filled is never claimed; after a failed load
+the cache is consistent and usable.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from buddymoe_ray.cache.directory import Directory, Eviction
+from buddymoe_ray.cache.disk import DiskReader, ReadTicket
+from buddymoe_ray.cache.host import HostTier
+from buddymoe_ray.cache.pool import Lease, SlotPool
+from buddymoe_ray.errors import CacheError
+from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
+
+__all__ = ["CacheStats", "Eviction", "ExpertCache"]
+
+_GPU_STAGING_SLOTS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheStats:
+    """Counters since start. Lookups are per (layer, expert) and call; `stall_seconds` is time spent waiting for bytes."""
+
+    hits: int
+    misses: int
+    bytes_loaded_device: int
+    bytes_read_disk: int
+    bytes_requested_disk: int
+    host_hits: int
+    stall_seconds: float
+    evictions: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """An expert on its way into a claimed device slot; `host_slot` is where it passes through, if it does."""
+
+    key: ExpertKey
+    slot: int
+    ticket: ReadTicket
+    host_slot: int | None
+
+
+class ExpertCache:
+    """Device slots over an optional host tier over the checkpoint's files.
+
+    Args:
+        layout: how an expert lies in a slot and where its bytes are on disk.
+        plan: slots per layer and for waves; its `slot_bytes` must be the layout's.
+        eviction: makes the eviction order of one partition.
+        reader: the disk tier; closed with the cache.
+        device: where the slots are. A CUDA device always goes through pinned host slots (at least 4).
+        host_slots: experts the host tier keeps; 0 is none.
+    """
+
+    def __init__(
+        self,
+        layout: ExpertLayout,
+        plan: SlotPlan,
+        *,
+        eviction: Callable[[], Eviction],
+        reader: DiskReader,
+        device: torch.device | None = None,
+        host_slots: int = 0,
+    ) -> None:
+        assert plan.slot_bytes == layout.slot_bytes, f"plan {plan.slot_bytes}, layout {layout.slot_bytes} bytes a slot"
+        self.layout, self.plan = layout, plan
+        self.device = device or torch.device("cpu")
+        on_gpu = self.device.type != "cpu"
+        host_slots = max(host_slots, _GPU_STAGING_SLOTS) if on_gpu else host_slots
+        self._reader = reader
+        self._pool = SlotPool(layout, plan.slots_total, self.device)
+        self._host = HostTier(layout, slots=host_slots, reader=reader, pinned=on_gpu) if host_slots else None
+        self._bytes = None if on_gpu else self._pool.bytes_C.numpy()
+        self._directory = Directory(plan, layout.experts_per_layer, eviction)
+        self._leases: list[Lease | None] = [None] * plan.slots_total
+        self._hits = self._misses = self._loaded = 0
+        self._stall = 0.0
+        self._closed = False
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes allocated on the device for slots."""
+        return self._pool.nbytes
+
+    @property
+    def read_mode(self) -> str:
+        """How the disk is read: `direct` or `buffered`."""
+        return self._reader.mode
+
+    def resident(self, layer: int) -> frozenset[int]:
+        """Experts of a layer that are in device slots."""
+        return frozenset(self.resident_mask(layer).nonzero()[:, 0].tolist())
+
+    def resident_mask(self, layer: int) -> Tensor:
+        """`[E]` bool on the CPU, True where resident; a live view, not to be written."""
+        return self._directory.resident_E[layer]
+
+    def stream(
+        self, layer: int, experts: Sequence[int], *, protect_residency: bool
+    ) -> Iterator[tuple[Lease, ...]]:
+        """Lend every expert once, resident ones first, the others as they arrive.
+
+        Leases end when the iterator advances or closes. With `protect_residency` (prefill) no resident expert of the
+        layer gives way: misses pass through wave slots.
+
+        Raises:
+            CacheError: an expert's bytes could not be read. Other loads of the call are finished and kept.
+        """
+        slots = self._directory.slot_of[layer]
+        resident = [slots[e] for e in experts if slots[e] >= 0]
+        self._hits += len(resident)
+        if len(resident) == len(experts):
+            yield from self._lend(resident)
+            return
+        missing = deque(ExpertKey(layer, e) for e in experts if slots[e] < 0)
+        self._misses += len(missing)
+        loads: deque[_Load] = deque()
+        self._directory.leased.update(resident)
+        try:
+            self._start(missing, loads, protect_residency)
+            yield from self._lend(resident)
+            while missing or loads:
+                self._start(missing, loads, protect_residency)
+                assert loads, f"no slot of layer {layer} can be claimed and nothing is in flight"
+                yield from self._lend(self._arrived(loads))
+        finally:
+            self._directory.leased.difference_update(resident)
+            self._settle(loads)
+
+    def warm(self, progress: Callable[..., Iterable[int]] = lambda items, **_: items) -> None:
+        """Fill every layer's slots with its first experts, so that a full budget starts fully resident."""
+        for layer in progress(range(len(self.plan.layer_slots)), total=len(self.plan.layer_slots), desc="experts"):
+            first = range(self.plan.layer_slots[layer])
+            for _ in self.stream(layer, [e for e in first if self._directory.slot_of[layer][e] < 0], protect_residency=True):
+                pass
+        self._hits = self._misses = 0
+        self._stall = 0.0
+
+    def stats(self) -> CacheStats:
+        """Counters so far; readable from any thread."""
+        return CacheStats(
+            hits=self._hits,
+            misses=self._misses,
+            bytes_loaded_device=self._loaded,
+            bytes_read_disk=self._reader.bytes_read,
+            bytes_requested_disk=self._reader.bytes_requested,
+            host_hits=self._host.hits if self._host else 0,
+            stall_seconds=self._stall,
+            evictions=self._directory.evictions,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert every invariant; both sides are in the message."""
+        self._directory.check_integrity()
+        for slot, key in enumerate(self._directory.key_of):
+            lease = self._leases[slot]
+            if key is not None:
+                assert lease is not None and lease.key == key, f"slot {slot} holds {key}, its lease says {lease}"
+                assert lease.generation == self._pool.generation[slot], f"{lease} against {self._pool.generation[slot]}"
+        if self._host is not None:
+            self._host.check_integrity()
+
+    def close(self) -> None:
+        """Wait for what is in flight and close the files. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            self._reader.close()
+
+    def __enter__(self) -> ExpertCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _lend(self, slots: Sequence[int]) -> Iterator[tuple[Lease, ...]]:
+        """One wave of resident experts; nothing to lend is no wave."""
+        if not slots:
+            return
+        leased, touch = self._directory.leased, self._directory.touch
+        for slot in slots:
+            touch(slot)
+        leased.update(slots)
+        try:
+            yield tuple(self._leases[slot] for slot in slots)  # type: ignore[misc]
+        finally:
+            leased.difference_update(slots)
+
+    def _start(self, missing: deque[ExpertKey], loads: deque[_Load], protect: bool) -> None:
+        """Start loads while there are experts missing and slots to be had."""
+        while missing:
+            slot = self._directory.claim(missing[0].layer, protect_residency=protect)
+            if slot is None:
+                return
+            load = self._begin(missing[0], slot)
+            if load is None:
+                return
+            missing.popleft()
+            loads.append(load)
+
+    def _begin(self, key: ExpertKey, slot: int) -> _Load | None:
+        """Start one load; None when the host tier is busy to the last slot."""
+        self._pool.renew(slot)
+        self._leases[slot] = None
+        try:
+            if self._host is None:
+                assert self._bytes is not None, "a device without host tier must be the CPU"
+                return _Load(key, slot, self._reader.submit(self.layout.pieces[key], self._bytes[slot]), None)
+            fetched = self._host.fetch(key)
+        except CacheError:
+            self._directory.abandon(slot)
+            raise
+        if fetched is None:
+            self._directory.abandon(slot)
+            return None
+        return _Load(key, slot, fetched[1], fetched[0])
+
+    def _arrived(self, loads: deque[_Load]) -> list[int]:
+        """Slots of the oldest load and of every other that is done; waits for the oldest."""
+        began = time.perf_counter()
+        first = loads.popleft()
+        try:
+            slots = [self._finish(first)]
+        finally:
+            self._stall += time.perf_counter() - began
+        ready = [load for load in loads if load.ticket.done()]
+        for load in ready:
+            loads.remove(load)
+            slots.append(self._finish(load))
+        return slots
+
+    def _finish(self, load: _Load) -> int:
+        """Wait for the bytes, copy them to the device if they passed through the host, make the expert resident."""
+        try:
+            load.ticket.wait()
+        except BaseException:
+            self._directory.abandon(load.slot)
+            if self._host is not None:
+                self._host.release(load.key, failed=True)
+            raise
+        if self._host is not None:
+            assert load.host_slot is not None, f"{load.key} passed through the host without a slot"
+            # on the compute stream: ordered with the kernels that read the slot; pinned memory makes it a plain DMA
+            self._pool.bytes_C[load.slot].copy_(self._host.pool.bytes_C[load.host_slot], non_blocking=True)
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()  # the host slot may be overwritten from here on
+            self._host.release(load.key)
+        self._loaded += self.layout.expert_bytes
+        self._directory.commit(load.key, load.slot)
+        self._leases[load.slot] = Lease(load.key, load.slot, self._pool.generation[load.slot], self._pool)
+        return load.slot
+
+    def _settle(self, loads: deque[_Load]) -> None:
+        """After an early end: keep what arrives, free what fails. Errors were or will be met by who needs the expert."""
+        while loads:
+            try:
+                self._finish(loads.popleft())
+            except CacheError:
+                continue

@@ -1,0 +1,68 @@
+"""The host tier: whole experts in host memory, between the disk and a device; pinned when the device is a GPU.
+
+Fixed slots, least recently used gives way. Does not know the device: the expert cache copies from its slots and says when a
+copy is done. Invariant: a slot in use (being filled or copied from) is never given to another expert.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+
+from buddymoe_ray.cache.disk import Bytes, DiskReader, ReadTicket
+from buddymoe_ray.cache.pool import SlotPool
+from buddymoe_ray.types import ExpertKey, ExpertLayout
+
+__all__ = ["HostTier"]
+
+
+class HostTier:
+    """`slots` experts in host memory over `reader`."""
+
+    def __init__(self, layout: ExpertLayout, *, slots: int, reader: DiskReader, pinned: bool) -> None:
+        assert slots > 0, f"slots is {slots}, must be positive"
+        self.pool = SlotPool(layout, slots, torch.device("cpu"), pinned=pinned)
+        self._layout, self._reader = layout, reader
+        self._bytes: Bytes = self.pool.bytes_C.numpy()
+        self._free = list(range(slots))
+        self._slot_of: OrderedDict[ExpertKey, int] = OrderedDict()  # least recently used first
+        self._busy: dict[ExpertKey, int] = {}
+        self.hits = self.misses = 0
+
+    def fetch(self, key: ExpertKey) -> tuple[int, ReadTicket] | None:
+        """A slot that holds the expert once the ticket is done, busy until `release`; None when all slots are busy."""
+        slot = self._slot_of.get(key)
+        if slot is not None:
+            self.hits += 1
+            self._slot_of.move_to_end(key)
+            self._busy[key] = self._busy.get(key, 0) + 1
+            return slot, ReadTicket(())
+        slot = self._claim()
+        if slot is None:
+            return None
+        self.misses += 1
+        self.pool.renew(slot)
+        self._slot_of[key] = slot
+        self._busy[key] = 1
+        return slot, self._reader.submit(self._layout.pieces[key], self._bytes[slot])
+
+    def release(self, key: ExpertKey, *, failed: bool = False) -> None:
+        """The copy out of the expert's slot is done; after a failed read the slot is free again."""
+        self._busy[key] -= 1
+        if not self._busy[key]:
+            del self._busy[key]
+            if failed:
+                self._free.append(self._slot_of.pop(key))
+
+    def check_integrity(self) -> None:
+        """Slots are free or hold one expert each."""
+        used = list(self._slot_of.values())
+        assert sorted([*used, *self._free]) == list(range(self.pool.count)), f"held {used}, free {self._free}"
+        assert set(self._busy) <= set(self._slot_of), f"busy {self._busy} of {list(self._slot_of)}"
+
+    def _claim(self) -> int | None:
+        if self._free:
+            return self._free.pop()
+        victim = next((key for key in self._slot_of if key not in self._busy), None)
+        return None if victim is None else self._slot_of.pop(victim)

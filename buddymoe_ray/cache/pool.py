@@ -1,0 +1,67 @@
+"""The device tier's memory: one tensor of equal slots, allocated once, and the leases that make using it safe.
+
+A slot's generation moves on whenever its content does; a lease remembers the generation it was given, so stale use is an
+assertion and never a wrong weight. Knows slots and bytes, not which expert should be where.
+
+Legend: C slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from buddymoe_ray.types import ExpertKey, ExpertLayout
+
+__all__ = ["Lease", "SlotPool"]
+
+
+class SlotPool:
+    """`count` slots on `device`, laid out as `layout` says. `pinned` host memory speeds copies to a GPU."""
+
+    def __init__(self, layout: ExpertLayout, count: int, device: torch.device, *, pinned: bool = False) -> None:
+        assert layout.slot_bytes % 64 == 0, f"slot_bytes is {layout.slot_bytes}, must be a multiple of 64"
+        self.count, self.device = count, device
+        self.bytes_C = torch.empty(count, layout.slot_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+        self.generation = [0] * count
+        self._views = [_views(self.bytes_C[slot], layout) for slot in range(count)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return self.bytes_C.numel()
+
+    def tensors(self, slot: int) -> Mapping[str, Tensor]:
+        """The slot's parameters by name, as views in their stored dtype."""
+        return self._views[slot]
+
+    def renew(self, slot: int) -> int:
+        """Void every lease of the slot; returns the new generation."""
+        self.generation[slot] += 1
+        return self.generation[slot]
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to use one expert's weights until the stream that gave it advances."""
+
+    key: ExpertKey
+    slot: int
+    generation: int
+    pool: SlotPool
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The expert's parameters by name, without their expert dimension."""
+        now = self.pool.generation[self.slot]
+        assert now == self.generation, f"lease of {self.key} is of generation {self.generation}, slot {self.slot} is at {now}"
+        return self.pool.tensors(self.slot)
+
+
+def _views(slot_bytes: Tensor, layout: ExpertLayout) -> dict[str, Tensor]:
+    return {
+        t.name: slot_bytes[t.offset : t.offset + t.nbytes].view(getattr(torch, t.dtype)).view(t.shape)
+        for t in layout.tensors
+    }

@@ -1,0 +1,160 @@
+"""An Engine for asyncio: one background thread steps it, each request is an async iterator of TokenEvents.
+
+Knows threads and event loops, not HTTP or Ray. Invariant: only the step thread touches the engine; others hand it commands
+through a queue that it empties before every step, so a cancelled request is gone one step later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from buddymoe_ray.engine.engine import Engine, EngineLimits
+from buddymoe_ray.errors import BuddyMoEError, CapacityError
+from buddymoe_ray.observe import EngineSnapshot
+from buddymoe_ray.types import GenerationRequest, TokenEvent
+
+__all__ = ["AsyncEngine"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Stream:
+    """Where one request's events go: a queue on the loop that asked."""
+
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[TokenEvent | BaseException]
+
+    def put(self, item: TokenEvent | BaseException) -> None:
+        try:
+            self.loop.call_soon_threadsafe(self.events.put_nowait, item)
+        except RuntimeError:  # the loop is closed: its client is gone, and the request is cancelled by its own finally
+            log.debug("dropped an event: the client's event loop is closed")
+
+
+class AsyncEngine:
+    """`engine` belongs to this object from now on; `model_id` is the name it is served under."""
+
+    def __init__(self, engine: Engine, *, model_id: str | None = None) -> None:
+        self._engine = engine
+        self.model_id = model_id or engine.config.model
+        self.tokenizer: Any = engine.tokenizer
+        self.limits: EngineLimits = engine.limits
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._door = threading.Lock()  # nothing is queued after the failure is known
+        self._failure: BuddyMoEError | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._loop, name="engine-step", daemon=True)
+        self._thread.start()
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        """Yield the request's events until its finish_reason. Closing the iterator cancels the request.
+
+        Raises:
+            RequestError: the request is not usable (too long, bad parameter), before the first event.
+            CapacityError: the engine is closed or its step thread died.
+        """
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        finished = False
+        self._submit(lambda: self._add(request, stream))
+        try:
+            while not finished:
+                item = await stream.events.get()
+                if isinstance(item, BaseException):
+                    finished = True
+                    raise item
+                finished = item.finish_reason is not None
+                yield item
+        finally:
+            if not finished:
+                self._submit_quietly(lambda: self._cancel(request.request_id))
+
+    def snapshot(self) -> EngineSnapshot:
+        """Counters of the engine, read without stopping it."""
+        return self._engine.snapshot()
+
+    async def check_health(self) -> None:
+        """Raises CapacityError when the step thread is dead."""
+        self._raise_if_dead()
+
+    def close(self) -> None:
+        """Stop stepping, fail what is unfinished, free memory. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            self._commands.put(None)
+            self._thread.join(timeout=30)
+            self._fail_all(CapacityError("engine is closed, must be running. hint: send the request to another replica"))
+            self._engine.close()
+
+    def _submit(self, command: Callable[[], None]) -> None:
+        with self._door:
+            self._raise_if_dead()
+            self._commands.put(command)
+
+    def _submit_quietly(self, command: Callable[[], None]) -> None:
+        with self._door:
+            if self._failure is None:
+                self._commands.put(command)
+
+    def _raise_if_dead(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _add(self, request: GenerationRequest, stream: _Stream) -> None:
+        try:
+            self._raise_if_dead()
+            self._engine.add(request)
+        except BuddyMoEError as error:
+            stream.put(error)
+        else:
+            self._streams[request.request_id] = stream
+
+    def _cancel(self, request_id: str) -> None:
+        if self._streams.pop(request_id, None) is not None and self._failure is None:
+            self._engine.cancel(request_id)
+
+    def _loop(self) -> None:
+        try:
+            while self._obey():
+                for event in self._engine.step():
+                    self._deliver(event)
+        except BaseException as error:  # the thread ends here; every waiting client must learn of it
+            log.exception("the engine's step thread died")
+            self._fail_all(CapacityError(f"engine is stopped by {error!r}, must be running. hint: restart the replica"))
+
+    def _obey(self) -> bool:
+        """Run queued commands; wait for one when there is no work. False asks the thread to end."""
+        while True:
+            try:
+                command = self._commands.get(block=not self._engine.has_work())
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+
+    def _deliver(self, event: TokenEvent) -> None:
+        stream = self._streams.get(event.request_id)
+        if stream is not None:
+            stream.put(event)
+            if event.finish_reason is not None:
+                self._streams.pop(event.request_id, None)
+
+    def _fail_all(self, error: BuddyMoEError) -> None:
+        """Refuse everything from now on and tell every waiting client, those still in the queue included."""
+        with self._door:
+            self._failure = self._failure or error
+        while not self._commands.empty():
+            command = self._commands.get()
+            if command is not None:
+                command()
+        streams, self._streams = list(self._streams.values()), {}
+        for stream in streams:
+            stream.put(error)

@@ -1,0 +1,178 @@
+"""Score an engine against the exact one on the same text, through the decode path that serves.
+
+Two engines step side by side over the same windows; after each step their logits are compared and dropped, so memory does
+not grow with the corpus. Tokens are forced by a chooser, nothing else differs from serving.
+
+Legend: B sequences of a step, V vocabulary, W windows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.engine.engine import Engine
+from buddymoe_ray.engine.sampler import Sampled
+from buddymoe_ray.engine.sequence import Sequence as RunningSequence
+from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.types import GenerationRequest, SamplingParams
+
+__all__ = ["PREFILLED", "WINDOW", "EvalResult", "cut_windows", "evaluate"]
+
+WINDOW = 256
+PREFILLED = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """One evaluation. `ppl*` per token, `*_percent`, `top1_agreement`, `*_rate`, `*_fraction` in per cent, `kl` in nats.
+
+    `miss_rate` is of (token, slot) uses in decode; `fetched_fraction` of those misses. `dppl_se` is the standard error
+    of `dppl_percent` (paired differences, clustered by window).
+    """
+
+    ppl_exact: float
+    ppl: float
+    dppl_percent: float
+    dppl_se: float
+    kl: float
+    top1_agreement: float
+    miss_rate: float
+    fetched_fraction: float
+    standin_fraction: float
+    tokens: int
+    windows: int
+
+    def as_record(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def cut_windows(ids: Sequence[int], *, tokens: int | None) -> list[tuple[int, ...]]:
+    """Windows of 256 neighbouring tokens, enough for `tokens` scored ones (192 each). Raises ConfigError when too short."""
+    wanted = math.inf if tokens is None else math.ceil(tokens / (WINDOW - PREFILLED))
+    count = int(min(wanted, len(ids) // WINDOW))
+    if count < 1:
+        raise ConfigError(f"corpus is {len(ids)} tokens, must be at least {WINDOW}. hint: give more text")
+    return [tuple(ids[at * WINDOW : (at + 1) * WINDOW]) for at in range(count)]
+
+
+def evaluate(
+    config: EngineConfig,
+    windows: Sequence[tuple[int, ...]],
+    *,
+    batch: int = 32,
+    progress: Callable[..., Iterable[int]] = lambda items, **_: items,
+) -> EvalResult:
+    """Run `windows` through an engine of `config` and through the fully resident exact engine."""
+    totals = _Totals()
+    exact = replace(config, mode="exact", memory="100%")
+    starts = range(0, len(windows), batch)
+    with _Forced.engine(exact) as (reference, seen_exact), _Forced.engine(config) as (engine, seen):
+        for start in progress(starts, total=len(starts), desc="eval"):
+            group = {f"w{start + i}": window for i, window in enumerate(windows[start : start + batch])}
+            seen_exact.begin(group, reference)
+            seen.begin(group, engine)
+            while reference.has_work() or engine.has_work():
+                for one in (reference, engine):
+                    for event in one.step():
+                        if one is engine and event.usage is not None:
+                            totals.hits += event.usage.hits
+                            totals.fetched += event.usage.fetched
+                totals.compare(seen_exact.take(), seen.take())
+    return totals.result()
+
+
+class _Forced:
+    """A chooser that answers every step with the window's next token and keeps the step's logits."""
+
+    def __init__(self) -> None:
+        self._windows: dict[str, tuple[int, ...]] = {}
+        self._steps: list[tuple[list[str], Tensor, Tensor]] = []
+
+    @staticmethod
+    def engine(config: EngineConfig) -> _ForcedEngine:
+        return _ForcedEngine(config)
+
+    def begin(self, windows: dict[str, tuple[int, ...]], engine: Engine) -> None:
+        self._windows = windows
+        sampling = SamplingParams(temperature=0.0, max_tokens=WINDOW - PREFILLED, ignore_eos=True)
+        for name, window in windows.items():
+            prompt = tuple(window[:PREFILLED])
+            engine.add(GenerationRequest(request_id=name, prompt_token_ids=prompt, sampling=sampling))
+
+    def choose(self, logits_BV: Tensor, sequences: Sequence[RunningSequence]) -> list[Sampled]:
+        names = [seq.request_id for seq in sequences]
+        targets = [self._windows[seq.request_id][PREFILLED + len(seq.output_ids)] for seq in sequences]
+        self._steps.append((names, logits_BV.log_softmax(dim=-1).cpu(), torch.tensor(targets)))
+        return [Sampled(token_id=target) for target in targets]
+
+    def take(self) -> list[tuple[list[str], Tensor, Tensor]]:
+        steps, self._steps = self._steps, []
+        return steps
+
+
+class _ForcedEngine:
+    """Context manager: an engine whose chooser is forced."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._chooser = _Forced()
+        self._engine = Engine.from_config(config, chooser=self._chooser, text=False)
+
+    def __enter__(self) -> tuple[Engine, _Forced]:
+        return self._engine, self._chooser
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.close()
+
+
+@dataclass(kw_only=True)
+class _Totals:
+    nll_exact: float = 0.0
+    nll: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+    tokens: int = 0
+    hits: int = 0
+    fetched: int = 0
+    rise_by_window: dict[str, float] = field(default_factory=dict)
+
+    def compare(self, exact: list[tuple[list[str], Tensor, Tensor]], ours: list[tuple[list[str], Tensor, Tensor]]) -> None:
+        assert [s[0] for s in exact] == [s[0] for s in ours], "the two engines scheduled different sequences"
+        for (names, exact_BV, target_B), (_, ours_BV, _) in zip(exact, ours, strict=True):
+            nll_exact_B = -exact_BV.gather(1, target_B[:, None])[:, 0].double()
+            nll_B = -ours_BV.gather(1, target_B[:, None])[:, 0].double()
+            self.nll_exact += float(nll_exact_B.sum())
+            self.nll += float(nll_B.sum())
+            self.kl += float((exact_BV.exp() * (exact_BV - ours_BV)).double().sum())
+            self.agreed += int((exact_BV.argmax(dim=1) == ours_BV.argmax(dim=1)).sum())
+            self.tokens += len(names)
+            for name, rise in zip(names, (nll_B - nll_exact_B).tolist(), strict=True):
+                self.rise_by_window[name] = self.rise_by_window.get(name, 0.0) + rise
+
+    def result(self) -> EvalResult:
+        count, rises = self.tokens, torch.tensor(list(self.rise_by_window.values()), dtype=torch.float64)
+        mean = float(rises.sum()) / count
+        spread = float(((rises - rises.mean()) ** 2).sum())
+        clusters = len(rises)
+        error = math.sqrt(spread * clusters / max(1, clusters - 1)) / count
+        uses = self.hits + self.fetched
+        return EvalResult(
+            ppl_exact=math.exp(self.nll_exact / count),
+            ppl=math.exp(self.nll / count),
+            dppl_percent=100 * math.expm1(mean),
+            dppl_se=100 * math.exp(mean) * error,
+            kl=self.kl / count,
+            top1_agreement=100 * self.agreed / count,
+            miss_rate=100 * self.fetched / uses if uses else 0.0,
+            fetched_fraction=100.0 if self.fetched else 0.0,
+            standin_fraction=0.0,
+            tokens=count,
+            windows=clusters,
+        )

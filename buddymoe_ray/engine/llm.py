@@ -1,0 +1,131 @@
+"""`LLM`: a model in this process, without Ray or HTTP. The offline door to the same Engine that serves.
+
+Knows prompts and results, not scheduling. All prompts are handed over before the first step, so the batch composition,
+and with it every bit of a bfloat16 result, is a function of the arguments alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.engine.engine import Engine
+from buddymoe_ray.errors import RequestError
+from buddymoe_ray.types import EngineResult, GenerationRequest, SamplingParams, TokenEvent, TokenLogprob, Usage
+
+__all__ = ["LLM"]
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """Load a model once, generate many times.
+
+    >>> with LLM("builtin:tiny", memory="25%") as llm:
+    ...     print(llm.generate("def add(a, b):", max_tokens=16)[0].text)
+
+    Args:
+        model: `builtin:tiny`, a checkpoint folder, or a hub id.
+        **options: every other field of `EngineConfig`.
+
+    Raises:
+        ConfigError, CheckpointError, BudgetError: before anything is generated, saying what to change.
+    """
+
+    def __init__(self, model: str = "builtin:tiny", **options: Any) -> None:
+        self._engine = Engine.from_config(EngineConfig.from_options(model=model, **options))
+        self._ids = itertools.count()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, or None."""
+        return self._engine.tokenizer
+
+    @property
+    def engine(self) -> Engine:
+        """The engine underneath, for measurements."""
+        return self._engine
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | None = None,
+        *,
+        progress: bool | None = None,
+        **changes: Any,
+    ) -> list[EngineResult]:
+        """Generate for all prompts; results in the order given.
+
+        Args:
+            prompts: a string or a list of token ids, or a list of such.
+            sampling: how tokens are chosen; default greedy, 16 tokens.
+            progress: a bar on stderr; default when stderr is a terminal.
+            **changes: fields of SamplingParams, e.g. `max_tokens=64`.
+
+        Raises:
+            RequestError: a prompt is empty, too long, or text without a tokenizer; nothing is generated then.
+        """
+        chosen = replace(sampling or SamplingParams(temperature=0.0), **changes)
+        requests = [self._request(prompt, chosen) for prompt in _as_list(prompts)]
+        for at, request in enumerate(requests):
+            try:
+                self._engine.add(request)
+            except RequestError:
+                for earlier in requests[:at]:
+                    self._engine.cancel(earlier.request_id)
+                self._engine.drain()
+                raise
+        return self._run(requests, sys.stderr.isatty() if progress is None else progress)
+
+    def _request(self, prompt: Prompt, sampling: SamplingParams) -> GenerationRequest:
+        ids = tuple(self._engine.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
+        return GenerationRequest(request_id=f"llm-{next(self._ids)}", prompt_token_ids=ids, sampling=sampling)
+
+    def _run(self, requests: list[GenerationRequest], progress: bool) -> list[EngineResult]:
+        parts: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
+        with tqdm(total=len(requests), desc="generate", disable=not progress, file=sys.stderr) as bar:
+            while self._engine.has_work():
+                for event in self._engine.step():
+                    parts[event.request_id].append(event)
+                    bar.update(event.finish_reason is not None)
+        return [_result(request, parts[request.request_id]) for request in requests]
+
+    def close(self) -> None:
+        """Free the model's memory and close its files."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    listed: list[Any] = list(prompts)
+    return [listed] if listed and isinstance(listed[0], int) else listed
+
+
+def _result(request: GenerationRequest, events: list[TokenEvent]) -> EngineResult:
+    last = events[-1]
+    if last.finish_reason == "error":
+        raise RequestError(last.error or "generation failed")
+    logprobs: list[TokenLogprob] = [item for event in events for item in event.logprobs]
+    return EngineResult(
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        token_ids=tuple(token for event in events for token in event.token_ids),
+        text="".join(event.text for event in events),
+        finish_reason=last.finish_reason or "stop",
+        usage=last.usage or Usage(),
+        logprobs=tuple(logprobs),
+    )

@@ -1,0 +1,158 @@
+"""Measure one engine: prefill and decode speed, latencies, bytes read, stalls, hit rate.
+
+Drives the Engine that serves, step by step, with all requests of a batch handed over at once. Figures that do not depend
+on the clock (bytes, hit rate) stand beside those that do. Knows nothing of printing.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.engine.engine import Engine
+from buddymoe_ray.observe import EngineSnapshot, peak_rss_bytes, process_read_bytes
+from buddymoe_ray.types import GenerationRequest, SamplingParams, Usage
+
+__all__ = ["Measurement", "Workload", "measure"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """`batch` requests of `prompt_tokens` random or given ids, `new_tokens` each, `reps` times over."""
+
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    reps: int
+    ids: tuple[int, ...] = ()
+    seed: int = 0
+
+    def prompts(self, rep: int, vocab_size: int) -> list[tuple[int, ...]]:
+        """Different prompts for every repetition, the same for every engine."""
+        rng = random.Random(f"{self.seed}-{rep}")
+        if not self.ids:
+            return [tuple(rng.randrange(vocab_size) for _ in range(self.prompt_tokens)) for _ in range(self.batch)]
+        starts = [rng.randrange(max(1, len(self.ids) - self.prompt_tokens)) for _ in range(self.batch)]
+        return [self.ids[start : start + self.prompt_tokens] for start in starts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Medians over repetitions; `decode_tok_s_spread` is (max - min) / median.
+
+    `bytes_read_per_token` counts what decode steps asked of the disk (alignment included); `process_read_bytes` is the
+    kernel's count for the whole process, loading included.
+    """
+
+    decode_tok_s: float
+    decode_tok_s_spread: float
+    prefill_tok_s: float
+    ttft_ms: float
+    p99_itl_ms: float
+    peak_rss_bytes: int
+    bytes_read_per_token: float
+    prefill_bytes_read: float
+    total_bytes_read: int
+    process_read_bytes: int | None
+    hit_rate: float
+    stall_ms_per_token: float
+    load_seconds: float
+
+    def as_record(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(kw_only=True)
+class _Rep:
+    prefill_seconds: float
+    decode_seconds: float
+    prompt_tokens: int
+    decoded: int
+    ttfts: list[float]
+    gaps: list[float]
+    prefill_bytes: int
+    decode_bytes: int
+    stall_seconds: float
+    usages: list[Usage]
+
+
+def measure(config: EngineConfig, workload: Workload) -> Measurement:
+    """Build the engine, run one short warm-up and `reps` repetitions, close it."""
+    started = time.perf_counter()
+    engine = Engine.from_config(config)
+    load_seconds = time.perf_counter() - started
+    try:
+        _run(engine, workload.prompts(-1, engine.vocab_size), new_tokens=2, tag="warm")
+        reps = [
+            _run(engine, workload.prompts(r, engine.vocab_size), new_tokens=workload.new_tokens, tag=f"r{r}")
+            for r in range(workload.reps)
+        ]
+        return _summarise(reps, engine.snapshot(), load_seconds)
+    finally:
+        engine.close()
+
+
+def _run(engine: Engine, prompts: Sequence[tuple[int, ...]], *, new_tokens: int, tag: str) -> _Rep:
+    sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+    for at, prompt in enumerate(prompts):
+        engine.add(GenerationRequest(request_id=f"{tag}-{at}", prompt_token_ids=prompt, sampling=sampling))
+    begin, before = time.perf_counter(), engine.snapshot()
+    last: dict[str, float] = {}
+    ttfts, gaps, usages = list[float](), list[float](), list[Usage]()
+    boundary: tuple[float, EngineSnapshot, int] | None = None
+    tokens = 0
+    while engine.has_work():
+        events = engine.step()
+        now = time.perf_counter()
+        for event in events:
+            tokens += len(event.token_ids)
+            (gaps if event.request_id in last else ttfts).append(now - last.get(event.request_id, begin))
+            last[event.request_id] = now
+            if event.usage is not None:
+                usages.append(event.usage)
+        if boundary is None and len(ttfts) == len(prompts):
+            boundary = (now, engine.snapshot(), tokens)
+    assert boundary is not None, "no request produced a token"
+    end, after = time.perf_counter(), engine.snapshot()
+    return _Rep(
+        prefill_seconds=boundary[0] - begin,
+        decode_seconds=end - boundary[0],
+        prompt_tokens=sum(map(len, prompts)),
+        decoded=tokens - boundary[2],
+        ttfts=ttfts,
+        gaps=gaps,
+        prefill_bytes=boundary[1].bytes_read_disk - before.bytes_read_disk,
+        decode_bytes=after.bytes_read_disk - boundary[1].bytes_read_disk,
+        stall_seconds=after.stall_seconds - boundary[1].stall_seconds,
+        usages=usages,
+    )
+
+
+def _summarise(reps: list[_Rep], end: EngineSnapshot, load_seconds: float) -> Measurement:
+    speeds = [rep.decoded / rep.decode_seconds for rep in reps if rep.decoded]
+    gaps = sorted(gap for rep in reps for gap in rep.gaps)
+    decoded = max(1, sum(rep.decoded for rep in reps))
+    hits = sum(usage.hits for rep in reps for usage in rep.usages)
+    fetched = sum(usage.fetched for rep in reps for usage in rep.usages)
+    median = statistics.median(speeds) if speeds else 0.0
+    return Measurement(
+        decode_tok_s=median,
+        decode_tok_s_spread=(max(speeds) - min(speeds)) / median if speeds else 0.0,
+        prefill_tok_s=statistics.median(rep.prompt_tokens / rep.prefill_seconds for rep in reps),
+        ttft_ms=1e3 * statistics.median(t for rep in reps for t in rep.ttfts),
+        p99_itl_ms=1e3 * gaps[min(len(gaps) - 1, int(0.99 * len(gaps)))] if gaps else 0.0,
+        peak_rss_bytes=peak_rss_bytes(),
+        bytes_read_per_token=sum(rep.decode_bytes for rep in reps) / decoded,
+        prefill_bytes_read=statistics.median(rep.prefill_bytes for rep in reps),
+        total_bytes_read=end.bytes_read_disk,
+        process_read_bytes=process_read_bytes(),
+        hit_rate=100 * hits / (hits + fetched) if hits + fetched else 100.0,
+        stall_ms_per_token=1e3 * sum(rep.stall_seconds for rep in reps) / decoded,
+        load_seconds=load_seconds,
+    )

@@ -1,0 +1,131 @@
+"""Turns a scheduled step into forward passes and logits. Two twins behind one seam.
+
+`PackedRunner` lays the rows of all sequences into one packed pass over the paged KV cache. `SoloRunner` runs one forward
+per sequence on transformers' own cache: slower, right for families with recurrent state, and the oracle of the other.
+Neither knows the scheduler, sampling or text.
+
+Legend: T rows, B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
+from buddymoe_ray.engine.kv import KVPool, KVShape
+from buddymoe_ray.engine.scheduler import PrefillChunk
+from buddymoe_ray.engine.sequence import Sequence
+from buddymoe_ray.models.load import LoadedModel
+from buddymoe_ray.moe import Phase, StepState
+
+__all__ = ["PackedRunner", "Runner", "SoloRunner", "probe_kv_shapes"]
+
+
+class Runner(Protocol):
+    """What the engine asks of a model."""
+
+    def prefill(self, chunks: Rows[PrefillChunk]) -> Tensor:
+        """Compute prompt chunks; float32 logits `[chunks, V]` of each chunk's last token."""
+
+    def decode(self, sequences: Rows[Sequence]) -> Tensor:
+        """Compute each sequence's newest token; float32 logits `[B, V]`."""
+
+    def release(self, sequence: Sequence) -> None:
+        """Forget what is kept for a sequence that ended."""
+
+
+class PackedRunner:
+    """Ragged rows of all sequences in one pass. `block_size` is that of the pool."""
+
+    def __init__(self, loaded: LoadedModel, paged: PagedAttention, pool: KVPool, step: StepState) -> None:
+        self._model, self._device = loaded.model, loaded.device
+        self._paged, self._pool, self._step = paged, pool, step
+        paged.pool = pool
+
+    def prefill(self, chunks: Rows[PrefillChunk]) -> Tensor:
+        rows, ids, positions = [], list[int](), list[int]()
+        for chunk in chunks:
+            count = chunk.end - chunk.start
+            rows.append(ChunkRows(row=len(ids), count=count, start=chunk.start, blocks=tuple(chunk.seq.blocks)))
+            ids += chunk.seq.token_ids(chunk.start, chunk.end)
+            positions += range(chunk.start, chunk.end)
+        last = torch.tensor([r.row + r.count - 1 for r in rows], device=self._device)
+        return self._forward(Phase.PREFILL, rows, ids, positions, last)
+
+    def decode(self, sequences: Rows[Sequence]) -> Tensor:
+        rows, ids, positions = [], [], []
+        for row, seq in enumerate(sequences):
+            at = seq.num_computed
+            rows.append(ChunkRows(row=row, count=1, start=at, blocks=tuple(seq.blocks)))
+            ids += seq.token_ids(at, at + 1)
+            positions.append(at)
+        return self._forward(Phase.DECODE, rows, ids, positions, 0)
+
+    def release(self, sequence: Sequence) -> None:
+        """Nothing is kept per sequence: its blocks are the scheduler's."""
+
+    def _forward(self, phase: Phase, rows: list[ChunkRows], ids: list[int], positions: list[int], keep: Any) -> Tensor:
+        self._step.begin(phase, len(ids))
+        decode = phase is Phase.DECODE
+        self._paged.current = PackedPass.build(
+            rows, decode=decode, block_size=self._pool.block_size, device=self._device
+        )
+        with torch.inference_mode():
+            out = self._model(
+                input_ids=torch.tensor([ids], device=self._device),
+                position_ids=torch.tensor([positions], device=self._device),
+                use_cache=False,
+                logits_to_keep=keep,
+            )
+        return out.logits[0].float()
+
+
+class SoloRunner:
+    """One forward per sequence on the model's own cache; a prompt is computed whole."""
+
+    def __init__(self, loaded: LoadedModel, step: StepState) -> None:
+        self._model, self._device, self._step = loaded.model, loaded.device, step
+        self._caches: dict[str, Any] = {}
+
+    def prefill(self, chunks: Rows[PrefillChunk]) -> Tensor:
+        self._step.begin(Phase.PREFILL, 0)
+        return torch.stack([self._one(c.seq, c.start, c.end) for c in chunks])
+
+    def decode(self, sequences: Rows[Sequence]) -> Tensor:
+        logits, hits, uses = [], [], 0
+        for seq in sequences:
+            self._step.begin(Phase.DECODE, 1)
+            logits.append(self._one(seq, seq.num_computed, seq.num_computed + 1))
+            hits.append(self._step.hits_T)
+            uses = self._step.uses_per_row
+        self._step.hits_T, self._step.uses_per_row = torch.cat(hits), uses
+        return torch.stack(logits)
+
+    def release(self, sequence: Sequence) -> None:
+        self._caches.pop(sequence.request_id, None)
+
+    def _one(self, seq: Sequence, start: int, end: int) -> Tensor:
+        if self._step.phase is Phase.PREFILL:
+            self._step.begin(Phase.PREFILL, end - start)
+        with torch.inference_mode():
+            out = self._model(
+                input_ids=torch.tensor([seq.token_ids(start, end)], device=self._device),
+                past_key_values=self._caches.get(seq.request_id),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self._caches[seq.request_id] = out.past_key_values
+        return out.logits[0, -1].float()
+
+
+def probe_kv_shapes(loaded: LoadedModel, paged: PagedAttention, step: StepState) -> dict[int, KVShape]:
+    """Learn every attention layer's KV shape from one token; no expert is loaded."""
+    step.begin(Phase.PROBE, 1)
+    with torch.inference_mode():
+        zero = torch.zeros(1, 1, dtype=torch.int64, device=loaded.device)
+        loaded.model(input_ids=zero, position_ids=zero, use_cache=False, logits_to_keep=1)
+    return dict(sorted(paged.shapes.items()))

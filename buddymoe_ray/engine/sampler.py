@@ -1,0 +1,150 @@
+"""Logits to tokens: greedy, temperature, top-k, top-p, penalties, log probabilities.
+
+Random numbers come from a counter-based generator keyed by (seed, position): a request gives the same tokens alone, in any
+batch, and when it is resumed elsewhere. Knows neither text nor scheduling.
+
+Legend: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from buddymoe_ray.errors import RequestError
+from buddymoe_ray.types import GenerationRequest, SamplingParams
+
+__all__ = ["Sampled", "SamplingState", "sample", "validate"]
+
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """One choice. `logprob` and `top` are of the model's own distribution; None and empty unless asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(kw_only=True)
+class SamplingState:
+    """What choosing one sequence's next token depends on. `token_ids` is the live list of prompt and output."""
+
+    params: SamplingParams
+    seed: int
+    token_ids: list[int]
+    prompt_length: int
+    _counts: dict[int, int] = field(default_factory=dict)
+    _counted: int = 0
+
+    @property
+    def position(self) -> int:
+        """Index of the token to choose, from the start of the prompt."""
+        return len(self.token_ids)
+
+    def output_counts(self) -> dict[int, int]:
+        """How often each token was generated so far."""
+        for token in self.token_ids[max(self._counted, self.prompt_length) :]:
+            self._counts[token] = self._counts.get(token, 0) + 1
+        self._counted = len(self.token_ids)
+        return self._counts
+
+
+def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
+    """Choose one token per row of float32 logits."""
+    if all(_plain_greedy(state.params) for state in states):
+        chosen = logits_BV.argmax(dim=-1).tolist()
+    else:
+        chosen = [_choose(logits_V, state) for logits_V, state in zip(logits_BV, states, strict=True)]
+    return [
+        _report(logits_BV[row], token, states[row].params.logprobs) for row, token in enumerate(chosen)
+    ]
+
+
+def validate(request: GenerationRequest, *, vocab_size: int) -> None:
+    """Refuse parameters that have no meaning. Raises RequestError naming the parameter."""
+    p = request.sampling
+    if not request.prompt_token_ids:
+        raise RequestError("prompt is empty, must have at least one token. hint: send some text", param="prompt")
+    bad = next((t for t in request.prompt_token_ids if not 0 <= t < vocab_size), None)
+    if bad is not None:
+        raise RequestError(f"prompt holds token id {bad}, must be in [0, {vocab_size})", param="prompt")
+    _within("temperature", p.temperature, 0.0, 2.0)
+    if not 0.0 < p.top_p <= 1.0:
+        raise RequestError(f"top_p is {p.top_p}, must be in (0, 1]. hint: 1 keeps all", param="top_p")
+    _within("presence_penalty", p.presence_penalty, -2.0, 2.0)
+    _within("frequency_penalty", p.frequency_penalty, -2.0, 2.0)
+    if p.top_k < 0:
+        raise RequestError(f"top_k is {p.top_k}, must be at least 0. hint: 0 keeps all", param="top_k")
+    if not p.repetition_penalty > 0.0:
+        raise RequestError(f"repetition_penalty is {p.repetition_penalty}, must be above 0", param="repetition_penalty")
+    if p.max_tokens < 1:
+        raise RequestError(f"max_tokens is {p.max_tokens}, must be at least 1", param="max_tokens")
+    if p.logprobs is not None:
+        _within("logprobs", p.logprobs, 0, MAX_LOGPROBS)
+    if "" in p.stop:
+        raise RequestError("stop holds an empty string, must be text. hint: drop it", param="stop")
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise RequestError(f"{name} is {value}, must be in [{low:g}, {high:g}]. hint: see the API's range", param=name)
+
+
+def _plain_greedy(p: SamplingParams) -> bool:
+    return p.temperature == 0.0 and p.repetition_penalty == 1.0 and not p.presence_penalty and not p.frequency_penalty
+
+
+def _choose(logits_V: Tensor, state: SamplingState) -> int:
+    p = state.params
+    logits_V = _penalised(logits_V, state)
+    if p.temperature == 0.0:
+        return int(logits_V.argmax())
+    values_V, order_V = (logits_V / p.temperature).sort(descending=True, stable=True)
+    if 0 < p.top_k < len(values_V):  # ties with the k-th stay, as in transformers' TopKLogitsWarper
+        values_V = values_V[values_V >= values_V[p.top_k - 1]]
+    probs_V = values_V.double().softmax(dim=-1)
+    cumulative_V = probs_V.cumsum(dim=-1)
+    if p.top_p < 1.0:
+        kept = int((cumulative_V - probs_V < p.top_p).sum())
+        cumulative_V = cumulative_V[: max(1, kept)]
+    at = torch.searchsorted(cumulative_V, _uniform(state.seed, state.position) * cumulative_V[-1].item(), right=True)
+    return int(order_V[min(int(at), len(cumulative_V) - 1)])
+
+
+def _uniform(seed: int, position: int) -> float:
+    """One number in [0, 1) that depends on (seed, position) alone."""
+    bits = np.random.Philox(key=seed & (2**64 - 1), counter=position).random_raw()
+    return (int(bits) >> 11) / 2.0**53
+
+
+def _penalised(logits_V: Tensor, state: SamplingState) -> Tensor:
+    p = state.params
+    if p.repetition_penalty == 1.0 and not p.presence_penalty and not p.frequency_penalty:
+        return logits_V
+    logits_V = logits_V.clone()
+    if p.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(state.token_ids)), device=logits_V.device)
+        was = logits_V[seen]
+        logits_V[seen] = torch.where(was > 0, was / p.repetition_penalty, was * p.repetition_penalty)
+    counts = state.output_counts()
+    if counts and (p.presence_penalty or p.frequency_penalty):
+        ids = torch.tensor(list(counts), device=logits_V.device)
+        often = torch.tensor(list(counts.values()), device=logits_V.device, dtype=logits_V.dtype)
+        logits_V[ids] -= p.presence_penalty + p.frequency_penalty * often
+    return logits_V
+
+
+def _report(logits_V: Tensor, token: int, wanted: int | None) -> Sampled:
+    if wanted is None:
+        return Sampled(token_id=token)
+    logprobs_V = logits_V.log_softmax(dim=-1)
+    values, ids = logprobs_V.topk(min(wanted, len(logprobs_V))) if wanted else (logprobs_V[:0], logprobs_V[:0].long())
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return Sampled(token_id=token, logprob=float(logprobs_V[token]), top=top)

@@ -1,0 +1,128 @@
+"""Continuous batching: which sequences prefill and which decode in the next step. Pure Python, no torch, no clock.
+
+First come, first served. A sequence is admitted only when blocks for all it may ever need are free, so no running sequence
+is ever pushed out. Invariant: blocks held by sequences and free blocks make up the pool (`check_integrity`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from buddymoe_ray.engine.blocks import BlockAllocator
+from buddymoe_ray.engine.sequence import Sequence, State
+from buddymoe_ray.errors import RequestError
+
+__all__ = ["PrefillChunk", "Scheduler", "StepPlan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillChunk:
+    """Tokens `[start, end)` of a prompt."""
+
+    seq: Sequence
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """One step: prompt chunks, and sequences that decode one token each."""
+
+    prefill: tuple[PrefillChunk, ...]
+    decode: tuple[Sequence, ...]
+
+
+class Scheduler:
+    """`prefill_chunk` bounds the prompt tokens of a step, `max_running` the sequences admitted at once."""
+
+    def __init__(self, *, num_blocks: int, block_size: int, max_running: int, prefill_chunk: int) -> None:
+        assert min(num_blocks, block_size, max_running, prefill_chunk) > 0, "sizes must be positive"
+        self.num_blocks, self._block_size = num_blocks, block_size
+        self._max_running, self._prefill_chunk = max_running, prefill_chunk
+        self._allocator = BlockAllocator(num_blocks)
+        self._waiting: deque[Sequence] = deque()
+        self._admitted: dict[str, Sequence] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences not yet admitted."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences admitted and not finished."""
+        return len(self._admitted)
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks nobody holds."""
+        return self._allocator.free
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence. Raises RequestError when it could never be admitted, or its id is taken."""
+        if self._find(seq.request_id) is not None:
+            raise RequestError(f"request_id is {seq.request_id!r}, must be unique. hint: wait until that request ends")
+        if self._blocks_for(seq) > self.num_blocks:
+            limit = self.num_blocks * self._block_size
+            raise RequestError(
+                f"prompt and max_tokens are {seq.max_length} tokens, must be at most {limit}, the KV cache. "
+                "hint: lower max_tokens",
+                param="max_tokens",
+            )
+        self._waiting.append(seq)
+
+    def cancel(self, request_id: str) -> Sequence | None:
+        """The live sequence of that id, for the caller to finish; None when there is none."""
+        seq = self._find(request_id)
+        if seq is not None and request_id not in self._admitted:
+            self._waiting.remove(seq)
+        return seq
+
+    def has_work(self) -> bool:
+        """Whether `schedule` would return anything."""
+        return bool(self._waiting or self._admitted)
+
+    def schedule(self) -> StepPlan:
+        """Admit what fits, then plan one step."""
+        self._admit()
+        room = self._prefill_chunk
+        prefill = []
+        for seq in self._admitted.values():
+            if room > 0 and not seq.prompt_computed:
+                end = min(seq.prompt_length, seq.num_computed + room)
+                prefill.append(PrefillChunk(seq=seq, start=seq.num_computed, end=end))
+                room -= end - seq.num_computed
+        decode = tuple(seq for seq in self._admitted.values() if seq.prompt_computed)
+        return StepPlan(prefill=tuple(prefill), decode=decode)
+
+    def finish(self, seq: Sequence) -> None:
+        """Free what the sequence holds; one that was never admitted holds nothing."""
+        self._admitted.pop(seq.request_id, None)
+        self._allocator.release(seq.blocks)
+        seq.blocks = []
+
+    def check_integrity(self) -> None:
+        """Blocks held by admitted sequences are exactly those the allocator gave out."""
+        self._allocator.check_integrity()
+        held = sorted(block for seq in self._admitted.values() for block in seq.blocks)
+        assert len(held) == len(set(held)), f"a block is held twice: {held}"
+        assert len(held) + self._allocator.free == self.num_blocks, f"{len(held)} held, {self._allocator.free} free"
+        assert all(not seq.blocks for seq in self._waiting), "a waiting sequence holds blocks"
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._admitted) < self._max_running:
+            seq = self._waiting[0]
+            wanted = self._blocks_for(seq)
+            if not self._allocator.can_allocate(wanted):
+                return
+            self._waiting.popleft()
+            seq.blocks = self._allocator.allocate(wanted)
+            seq.state = State.PREFILLING
+            self._admitted[seq.request_id] = seq
+
+    def _blocks_for(self, seq: Sequence) -> int:
+        return -(-seq.max_length // self._block_size)
+
+    def _find(self, request_id: str) -> Sequence | None:
+        return self._admitted.get(request_id) or next((s for s in self._waiting if s.request_id == request_id), None)

@@ -1,0 +1,180 @@
+"""One request while it is served: its tokens, its blocks, its text, what it cost.
+
+Knows how a sequence ends (end token, stop string, length) and builds the TokenEvents that leave the engine; not when it
+runs. On the token path: `append` turns a sampled token into an event.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence as Ids
+from enum import Enum
+from typing import Any
+
+from buddymoe_ray.engine.detokenize import IncrementalDetokenizer
+from buddymoe_ray.engine.sampler import Sampled, SamplingState
+from buddymoe_ray.engine.stop import StopChecker
+from buddymoe_ray.errors import RequestError
+from buddymoe_ray.types import FinishReason, GenerationRequest, TokenEvent, TokenLogprob, Usage
+
+__all__ = ["Sequence", "State"]
+
+
+class State(Enum):
+    """Where a sequence stands; it only moves down this list."""
+
+    WAITING = "waiting"
+    PREFILLING = "prefilling"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Made by the engine from a request. Raises RequestError when prompt and model limit leave no room for output.
+
+    `num_computed` tokens have their KV computed; `blocks` is the sequence's block table while it is admitted.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        *,
+        tokenizer: Any = None,
+        eos_token_ids: frozenset[int] = frozenset(),
+        max_model_len: int,
+        default_seed: int | None = None,
+    ) -> None:
+        prompt, params = request.prompt_token_ids, request.sampling
+        if len(prompt) >= max_model_len:
+            raise RequestError(
+                f"prompt is {len(prompt)} tokens, must be at most {max_model_len - 1} for this model's limit of "
+                f"{max_model_len} tokens. hint: shorten the prompt",
+                param="prompt",
+            )
+        if params.stop and tokenizer is None:
+            raise RequestError("stop is set, must be empty for a model without tokenizer. hint: use stop_token_ids", param="stop")
+        self.request, self.request_id = request, request.request_id
+        self.prompt_length = len(prompt)
+        self.max_tokens = min(params.max_tokens, max_model_len - len(prompt))
+        self.state = State.WAITING
+        self.blocks: list[int] = []
+        self.num_computed = 0
+        self._ids = list(prompt)
+        self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
+        seed = params.seed if params.seed is not None else _drawn(default_seed, request.request_id)
+        self.sampling_state = SamplingState(params=params, seed=seed, token_ids=self._ids, prompt_length=len(prompt))
+        self._detokenizer = None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt)
+        self._stop = StopChecker(params.stop)
+        self._hits = self._fetched = 0
+
+    @property
+    def output_ids(self) -> list[int]:
+        """Tokens generated so far."""
+        return self._ids[self.prompt_length :]
+
+    @property
+    def num_output(self) -> int:
+        """How many tokens were generated so far."""
+        return len(self._ids) - self.prompt_length
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of prompt and output this sequence can come to."""
+        return self.prompt_length + self.max_tokens
+
+    @property
+    def prompt_computed(self) -> bool:
+        """Whether the whole prompt has its KV."""
+        return self.num_computed >= self.prompt_length
+
+    @property
+    def finished(self) -> bool:
+        """Whether it ended."""
+        return self.state is State.FINISHED
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """Tokens `[start, end)` of prompt and output."""
+        return self._ids[start:end]
+
+    def advance(self, count: int) -> None:
+        """Note that `count` more tokens have their KV."""
+        self.num_computed += count
+        assert self.num_computed <= len(self._ids), f"computed {self.num_computed} of {len(self._ids)} tokens"
+
+    def count_uses(self, *, hits: int, fetched: int) -> None:
+        """Add one decode step's expert uses."""
+        self._hits += hits
+        self._fetched += fetched
+
+    def append(self, sampled: Sampled) -> TokenEvent:
+        """Take the next token; returns its event, which carries the finish reason when it is the last."""
+        assert not self.finished, f"sequence {self.request_id} is finished, must be running to take a token"
+        self.state = State.RUNNING
+        self._ids.append(sampled.token_id)
+        is_end = sampled.token_id in self._ends
+        text, stopped = ("", False) if is_end else self._stop.push(self._text([sampled.token_id]))
+        reason: FinishReason | None = None
+        if is_end or stopped:
+            reason = "stop"
+        elif self.num_output >= self.max_tokens:
+            reason = "length"
+        if reason is not None and not stopped:
+            text += self._rest()
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if sampled.logprob is not None:
+            logprobs = (TokenLogprob(token_id=sampled.token_id, logprob=sampled.logprob, top=sampled.top),)
+        return self._event((sampled.token_id,), text, reason, logprobs=logprobs)
+
+    def finish(self, reason: FinishReason, *, error: str | None = None) -> TokenEvent:
+        """End without a further token: cancelled or failed."""
+        return self._event((), "" if reason == "cancelled" else self._rest(), reason, error=error)
+
+    def usage(self) -> Usage:
+        """What it cost so far."""
+        return Usage(
+            prompt_tokens=self.prompt_length,
+            completion_tokens=self.num_output,
+            hits=self._hits,
+            fetched=self._fetched,
+            mode=self.request.mode,
+        )
+
+    def _text(self, ids: Ids[int]) -> str:
+        return "" if self._detokenizer is None else self._detokenizer.push(ids)
+
+    def _rest(self) -> str:
+        """Text held back by the detokenizer and the stop checker, at the end."""
+        if self._detokenizer is None:
+            return ""
+        text, stopped = self._stop.push(self._detokenizer.flush())
+        return text if stopped else text + self._stop.flush()
+
+    def _event(
+        self,
+        ids: tuple[int, ...],
+        text: str,
+        reason: FinishReason | None,
+        *,
+        logprobs: tuple[TokenLogprob, ...] = (),
+        error: str | None = None,
+    ) -> TokenEvent:
+        if reason is not None:
+            self.state = State.FINISHED
+        return TokenEvent(
+            request_id=self.request_id,
+            token_ids=ids,
+            text=text,
+            logprobs=logprobs,
+            finish_reason=reason,
+            usage=self.usage() if reason is not None else None,
+            error=error,
+        )
+
+
+def _drawn(default_seed: int | None, request_id: str) -> int:
+    """A seed for a request that brings none: reproducible per engine seed and request id, or random."""
+    if default_seed is None:
+        return secrets.randbits(63)
+    import zlib
+
+    return (default_seed << 32) ^ zlib.crc32(request_id.encode())
