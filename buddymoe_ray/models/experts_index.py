@@ -1,0 +1,182 @@
+"""Expert bytes on disk -> places in a slot: the `ExpertLayout` that the cache loads by.
+
+A slot holds one expert's parameters in the experts module's own layout, each at a multiple of 64 bytes. Bytes are only
+copied, never converted. Does not read weights.
+
+Legend: E experts, F ffn, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from buddymoe_ray.errors import CheckpointError, UnsupportedModel
+from buddymoe_ray.models.hf_loading import ExpertSource, experts_modules
+from buddymoe_ray.models.index import DTYPE_BYTES, TensorLocation
+from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotTensor
+
+__all__ = ["ALIGNMENT", "EXPERT_DTYPES", "expert_layout", "slot_tensors"]
+
+ALIGNMENT = 64
+EXPERT_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def slot_tensors(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> tuple[SlotTensor, ...]:
+    """Lay out one expert's parameters (shapes without E) one after the other."""
+    tensors, offset = [], 0
+    for name, shape in shapes.items():
+        nbytes = math.prod(shape) * DTYPE_BYTES[dtypes[name]]
+        tensors.append(SlotTensor(name=name, shape=shape, dtype=dtypes[name], offset=offset, nbytes=nbytes))
+        offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
+    return tuple(tensors)
+
+
+def expert_layout(
+    model: PreTrainedModel, sources: Sequence[ExpertSource], locations: Mapping[str, TensorLocation]
+) -> ExpertLayout:
+    """Map every byte of every routed expert of `model` to its file.
+
+    Raises:
+        CheckpointError: an expert is missing or has the wrong shape.
+        UnsupportedModel: experts of different layers differ in shape or dtype, or are stored quantised.
+    """
+    modules = experts_modules(model)
+    by_param: dict[str, list[ExpertSource]] = {}
+    for source in sources:
+        by_param.setdefault(source.param, []).append(source)
+    shapes = _common_shapes(modules)
+    dtypes = _common_dtypes(modules, by_param, locations)
+    tensors = slot_tensors(shapes, dtypes)
+    pieces: dict[ExpertKey, tuple[ExpertPiece, ...]] = {}
+    counts = []
+    for layer, (module_name, module) in enumerate(modules.items()):
+        counts.append(_expert_count(module))
+        per_expert: list[list[ExpertPiece]] = [[] for _ in range(counts[-1])]
+        for tensor in tensors:
+            found = by_param[f"{module_name}.{tensor.name}"]
+            _check_unique(found)
+            if found[0].expert is None:
+                _place_stack(per_expert, tensor, locations[found[0].key])
+            else:
+                _place_parts(per_expert, tensor, found, locations)
+        pieces |= {ExpertKey(layer, e): tuple(runs) for e, runs in enumerate(per_expert)}
+    last = tensors[-1]
+    slot_bytes = -(-(last.offset + last.nbytes) // ALIGNMENT) * ALIGNMENT
+    return ExpertLayout(
+        tensors=tensors,
+        slot_bytes=slot_bytes,
+        expert_bytes=sum(t.nbytes for t in tensors),
+        layers=len(modules),
+        experts_per_layer=tuple(counts),
+        pieces=pieces,
+    )
+
+
+def _expert_count(module: nn.Module) -> int:
+    return next(module.parameters()).shape[0]
+
+
+def _common_shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Parameter shapes of one expert, equal in every layer."""
+    first_name, first = next(iter(modules.items()))
+    shapes = {name: tuple(p.shape[1:]) for name, p in first.named_parameters()}
+    for name, module in modules.items():
+        these = {param: tuple(p.shape[1:]) for param, p in module.named_parameters()}
+        if these != shapes:
+            raise UnsupportedModel(f"experts of {name} have shapes {these}, must be {shapes} as in {first_name}")
+    return shapes
+
+
+def _common_dtypes(
+    modules: Mapping[str, nn.Module], by_param: Mapping[str, list[ExpertSource]], locations: Mapping[str, TensorLocation]
+) -> dict[str, str]:
+    """Stored dtype of each parameter, equal for every expert of every layer."""
+    dtypes: dict[str, str] = {}
+    for module_name, module in modules.items():
+        for name, _ in module.named_parameters():
+            sources = by_param.get(f"{module_name}.{name}")
+            if not sources:
+                raise CheckpointError(
+                    f"no key of the checkpoint fills {module_name}.{name}, must be there. hint: finish the download"
+                )
+            for source in sources:
+                place = locations[source.key]
+                if place.dtype not in EXPERT_DTYPES:
+                    raise UnsupportedModel(
+                        f"key {source.key!r} in {place.path} is stored as {place.dtype}, must be one of "
+                        f"{', '.join(EXPERT_DTYPES)}. hint: use the checkpoint's unquantised release"
+                    )
+                if dtypes.setdefault(name, place.dtype) != place.dtype:
+                    raise UnsupportedModel(
+                        f"key {source.key!r} in {place.path} is {place.dtype}, must be {dtypes[name]} as the experts "
+                        "before it. hint: save the checkpoint again in one dtype"
+                    )
+    return dtypes
+
+
+def _place_stack(per_expert: list[list[ExpertPiece]], tensor: SlotTensor, place: TensorLocation) -> None:
+    """A fused stack `[E, ...]`: expert e is a contiguous run."""
+    _check_shape(place, (len(per_expert), *tensor.shape))
+    for expert, runs in enumerate(per_expert):
+        offset = place.offset + expert * tensor.nbytes
+        runs.append(ExpertPiece(path=place.path, offset=offset, nbytes=tensor.nbytes, slot_offset=tensor.offset))
+
+
+def _place_parts(
+    per_expert: list[list[ExpertPiece]],
+    tensor: SlotTensor,
+    sources: Sequence[ExpertSource],
+    locations: Mapping[str, TensorLocation],
+) -> None:
+    """One stored tensor per expert and part; the parts follow each other along dimension 0 of the expert."""
+    by_slot = {(source.expert, source.part): source for source in sources}
+    rest = tensor.shape[1:]
+    beyond = [source for source in sources if source.expert is not None and source.expert >= len(per_expert)]
+    if beyond:
+        raise CheckpointError(f"key {beyond[0].key!r} is of an expert that config.json lacks, must be below {len(per_expert)}")
+    for expert, runs in enumerate(per_expert):
+        offset, rows = tensor.offset, 0
+        for part in range(sources[0].parts):
+            source = by_slot.get((expert, part))
+            if source is None:
+                raise CheckpointError(
+                    f"part {part} of expert {expert} of {sources[0].param} is missing "
+                    f"(its neighbour is {sources[0].key!r}), must be there. hint: finish the download"
+                )
+            place = locations[source.key]
+            _check_shape(place, (place.shape[0] if place.shape else 0, *rest))
+            runs.append(ExpertPiece(path=place.path, offset=place.offset, nbytes=place.nbytes, slot_offset=offset))
+            offset, rows = offset + place.nbytes, rows + place.shape[0]
+        if rows != tensor.shape[0]:
+            key = by_slot[(expert, 0)].key
+            raise CheckpointError(
+                f"key {key!r} and its parts have {rows} rows, must be {tensor.shape[0]} as config.json says. "
+                "hint: config.json and weights are from different models"
+            )
+
+
+def _check_unique(sources: Sequence[ExpertSource]) -> None:
+    """No two stored tensors may fill the same bytes."""
+    first: dict[tuple[int | None, int], str] = {}
+    stack = next((source.key for source in sources if source.expert is None), None)
+    for source in sources:
+        rival = first.setdefault((source.expert, source.part), source.key)
+        if rival == source.key and stack is not None:
+            rival = stack
+        if rival != source.key:
+            raise CheckpointError(
+                f"keys {rival!r} and {source.key!r} both fill {source.param}, must be one. "
+                "hint: remove the stale one from the checkpoint"
+            )
+
+
+def _check_shape(place: TensorLocation, wanted: tuple[int, ...]) -> None:
+    if place.shape != wanted:
+        raise CheckpointError(
+            f"key {place.key!r} in {place.path} has shape {place.shape}, must be {wanted} as config.json says. "
+            "hint: config.json and weights are from different models"
+        )

@@ -1,0 +1,72 @@
+"""The model families that can be served, and what each one's sequences need to remember.
+
+Pure table; knows neither torch nor transformers. `packed` families keep nothing but keys and values per token, so rows of
+many sequences share one pass; `solo` families carry recurrent or hybrid state and run one forward per sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from buddymoe_ray.errors import UnsupportedModel
+
+__all__ = ["FAMILIES", "Family", "family_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One `model_type` of transformers. `packed` says whether ragged rows may share a pass over a paged KV cache."""
+
+    model_type: str
+    packed: bool
+
+
+_PACKED = (
+    "deepseek_v2",
+    "deepseek_v3",
+    "dots1",
+    "ernie4_5_moe",
+    "flex_olmo",
+    "glm4_moe",
+    "gpt_oss",
+    "granitemoe",
+    "hunyuan_v1_moe",
+    "minimax_m2",
+    "mixtral",
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_moe",
+)
+_SOLO = ("jamba", "lfm2_moe", "minimax", "qwen3_next")
+
+FAMILIES: Mapping[str, Family] = {
+    **{name: Family(model_type=name, packed=True) for name in _PACKED},
+    **{name: Family(model_type=name, packed=False) for name in _SOLO},
+}
+
+
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """The family of a checkpoint's `config.json`, given as a mapping; `where` names the file in errors.
+
+    Raises:
+        UnsupportedModel: unknown family, quantised weights, or an encoder-decoder.
+    """
+    name = config.get("model_type")
+    if config.get("is_encoder_decoder"):
+        raise UnsupportedModel(f"{where} is an encoder-decoder ({name}), must be a decoder. hint: serve a causal model")
+    if name not in FAMILIES:
+        raise UnsupportedModel(
+            f"{where} has model_type {name!r}, must be one of {', '.join(sorted(FAMILIES))}. "
+            "hint: only Mixture-of-Experts families on transformers' experts interface can be served"
+        )
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else quantised
+        raise UnsupportedModel(
+            f"{where} is quantised ({method}), must be stored in bfloat16, float16 or float32. "
+            "hint: use the checkpoint's unquantised release, or dequantise it with transformers' save_pretrained"
+        )
+    return FAMILIES[name]

@@ -1,0 +1,267 @@
+"""The one file that touches transformers' internals (5.23): meta build, key conversion, dense load.
+
+Experts are never materialised: their parameters stay on meta and only their keys are converted, so that `experts_index`
+knows where their bytes go. Invariant: a model leaves `load_dense` exactly as `from_pretrained` would leave it, experts
+aside.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    build_glob_alternation,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as hf_logging
+from transformers.utils.generic import ContextManagers
+
+from buddymoe_ray.errors import CheckpointError, ConfigError, UnsupportedModel
+from buddymoe_ray.models import experts_hook
+from buddymoe_ray.models.dense import LazyTensor
+from buddymoe_ray.models.index import TensorLocation
+
+__all__ = [
+    "ExpertSource",
+    "KeyPlan",
+    "architecture",
+    "build_meta",
+    "experts_modules",
+    "kept_in_float32",
+    "load_dense",
+    "plan_keys",
+    "read_config",
+    "rope_depends_on_length",
+    "stored_shapes",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSource:
+    """A stored tensor that is part of an experts parameter.
+
+    `param` is the full parameter name. `expert` is None for a fused stack `[E, ...]`; else the tensor is one expert's part
+    `part` of `parts` along the parameter's dimension 1.
+    """
+
+    key: str
+    param: str
+    expert: int | None
+    part: int
+    parts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyPlan:
+    """What becomes of each stored key: part of an expert, or left to transformers' loader."""
+
+    experts: tuple[ExpertSource, ...]
+    dense: tuple[str, ...]
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """transformers' config of the folder; the caller has checked the family."""
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a bad field
+        raise CheckpointError(f"{folder / 'config.json'} is refused by transformers ({error}). hint: fix the field") from error
+
+
+def build_meta(config: PreTrainedConfig, *, dtype: torch.dtype, attn: str | None) -> PreTrainedModel:
+    """The causal model of `config` on meta, in eval mode, its experts answered by `experts_hook`."""
+    experts_hook.register()
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config.dtype = dtype
+    config._experts_implementation = experts_hook.NAME
+    config._attn_implementation = attn
+    contexts = model_class.get_init_context(dtype, False, False, None)
+    with ContextManagers(contexts), _refused_attention(config, attn):
+        model = model_class(config)
+    return model.eval().requires_grad_(False)
+
+
+def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Experts modules by full name, in the order of the model's layers."""
+    found = {name: m for name, m in model.named_modules() if hasattr(m, "is_transposed") and hasattr(m, "_apply_gate")}
+    if not found:
+        raise UnsupportedModel(f"{type(model).__name__} has no routed experts, must have some. hint: it is a dense model")
+    return found
+
+
+def rope_depends_on_length(model: nn.Module) -> bool:
+    """Whether rotary frequencies change with the longest position of a pass, so that rows may not share one."""
+    kinds = (getattr(m, "rope_type", "") for m in model.modules())
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds if isinstance(kind, str))
+
+
+def kept_in_float32(model: PreTrainedModel) -> set[str]:
+    """Names of stored tensors that transformers keeps in float32 whatever the compute dtype."""
+    plan = model._get_dtype_plan(model.config.dtype)
+    if not plan:
+        return set()
+    pattern, _, _ = build_glob_alternation(list(plan))
+    return {name for name in model.state_dict() if pattern.search(name)}
+
+
+def plan_keys(model: PreTrainedModel, keys: Iterable[str]) -> KeyPlan:
+    """Run every stored key through transformers' key conversion and tell experts from dense.
+
+    Raises:
+        UnsupportedModel: an expert key is converted by an operation that is no plain copy of bytes.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    state = model.state_dict()
+    expert_params = {f"{name}.{p}" for name, m in experts_modules(model).items() for p, _ in m.named_parameters()}
+    experts, dense = list[ExpertSource](), list[str]()
+    for key in sorted(keys, key=dot_natural_key):
+        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if target not in state and key in state:
+            target, pattern = key, None
+        if target not in expert_params:
+            dense.append(key)
+        elif pattern is None:
+            experts.append(ExpertSource(key=key, param=target, expert=None, part=0, parts=1))
+        else:
+            experts.append(_converted(key, target, pattern, by_pattern[pattern], renamings))
+    return KeyPlan(experts=tuple(experts), dense=tuple(dense))
+
+
+def _converted(
+    key: str, target: str, pattern: str, converter: WeightConverter, renamings: list[WeightRenaming]
+) -> ExpertSource:
+    for op in converter.operations:
+        merges = isinstance(op, MergeModulelist) and op.dim == 0
+        joins = isinstance(op, Concatenate) and op.dim == 1
+        if not (merges or joins):
+            raise UnsupportedModel(
+                f"key {key!r} is converted by {type(op).__name__}, must be MergeModulelist or Concatenate. "
+                "hint: save the checkpoint again with transformers 5.23"
+            )
+    number = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), apply_renamings(key, renamings))
+    if number is None or not number.groups():
+        raise UnsupportedModel(f"key {key!r} has no expert number at the star of {pattern!r}. hint: report this family")
+    parts = converter.source_patterns
+    return ExpertSource(
+        key=key, param=target, expert=int(number[1]), part=parts.index(pattern), parts=len(parts)
+    )
+
+
+def load_dense(
+    model: PreTrainedModel, dense: Mapping[str, TensorLocation], *, device: torch.device, progress: bool = False
+) -> None:
+    """Load all dense weights, rebuild the buffers that are not stored, tie what is tied.
+
+    Raises:
+        CheckpointError: a key is missing, unexpected, of the wrong shape, or not finite.
+    """
+    experts = {f"{name}.{p}" for name, m in experts_modules(model).items() for p, _ in m.named_parameters()}
+    dtype: torch.dtype = model.config.dtype
+    load_config = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=get_model_conversion_mapping(model),
+    )
+    lazy: dict[str, Any] = {key: LazyTensor(place) for key, place in dense.items()}
+    with _progress_bar(progress):
+        info, _ = convert_and_load_state_dict_in_model(model, lazy, load_config)
+    info.missing_keys -= experts
+    for name in experts:  # or transformers would draw random weights for them
+        model.get_parameter(name)._is_hf_initialized = True
+    model.mark_tied_weights_as_initialized(info)
+    _raise_on_problems(model, info, dense)
+    model._move_missing_keys_from_meta_to_device(set(), load_config.device_map, None, None)
+    model._initialize_missing_keys(is_quantized=False)
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    model.eval().requires_grad_(False)
+    left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta and n not in experts]
+    assert not left, f"{left} are on meta after the load, must be real: transformers' loading order changed"
+
+
+def _raise_on_problems(model: PreTrainedModel, info: Any, dense: Mapping[str, TensorLocation]) -> None:
+    missing_tied = info.missing_keys & set(model.all_tied_weights_keys)
+    sources = {model.all_tied_weights_keys[name] for name in missing_tied}
+    model._adjust_missing_and_unexpected_keys(info)
+    missing = (info.missing_keys - missing_tied) | (info.missing_keys & sources)
+    files = sorted({place.path for place in dense.values()})
+    where = files[0] if len(files) == 1 else f"{Path(files[0]).parent} ({len(files)} files)" if files else "no file"
+    if info.conversion_errors:
+        name, text = next(iter(info.conversion_errors.items()))
+        raise CheckpointError(f"parameter {name!r} of {where} cannot be converted ({text.splitlines()[-1]})")
+    if info.mismatched_keys:
+        name, stored, wanted = sorted(info.mismatched_keys, key=lambda item: item[0])[0]
+        raise CheckpointError(
+            f"key {name!r} in {where} has shape {tuple(stored)}, must be {tuple(wanted)} as config.json says. "
+            "hint: config.json and weights are from different models"
+        )
+    if missing:
+        raise CheckpointError(
+            f"key {min(missing)!r} is missing from {where} ({len(missing)} are), must be there. "
+            "hint: finish the download, or check that config.json belongs to these weights"
+        )
+    if info.unexpected_keys:
+        key = min(info.unexpected_keys)
+        raise CheckpointError(
+            f"key {key!r} in {where} maps to no parameter of {type(model).__name__} "
+            f"({len(info.unexpected_keys)} do not), must map to one. hint: config.json and weights are from different models"
+        )
+
+
+@contextmanager
+def _refused_attention(config: PreTrainedConfig, attn: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        if attn is None:
+            raise
+        raise ConfigError(
+            f"attention is {attn!r}, must be one that {config.model_type} supports. hint: leave it to the default ({error})"
+        ) from error
+
+
+@contextmanager
+def _progress_bar(wanted: bool) -> Iterator[None]:
+    shown = hf_logging.is_progress_bar_enabled()
+    if shown and not wanted:
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown and not wanted:
+            hf_logging.enable_progress_bar()
+
+
+def stored_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes that `save_pretrained` would write for a model of `config`, in the order of its layers."""
+    model = build_meta(config, dtype=torch.bfloat16, attn=None)
+    tied = set(model.all_tied_weights_keys)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    saved = revert_weight_conversion(model, state)
+    return {key: tuple(saved[key].shape) for key in sorted(saved, key=dot_natural_key)}
+
+
+def architecture(config: PreTrainedConfig) -> str:
+    """Name of the causal model's class, as config.json's `architectures` has it."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__

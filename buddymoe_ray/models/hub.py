@@ -1,0 +1,118 @@
+"""Downloads a checkpoint from the hub: config and tokenizer first, then exactly the shards that its index names.
+
+No pickles and no code are downloaded. An unsupported family is refused before its weights are fetched. Honours
+HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE through huggingface_hub, which also resumes what was cut off.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+from buddymoe_ray.errors import CheckpointError
+from buddymoe_ray.models.families import family_of
+from buddymoe_ray.models.index import INDEX_NAME, SINGLE_NAME, read_json
+
+__all__ = ["SMALL_FILES", "download"]
+
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_SUBFOLDERS = ("*/*",)  # other formats of the same weights live there
+
+
+def download(repo: str, *, cache_dir: Path | None = None, progress: bool = False) -> Path:
+    """Folder of the newest snapshot of `repo`, complete; without a network, of the cached one.
+
+    Raises:
+        CheckpointError: unknown or gated repository, no network and no cache, or a full disk.
+        UnsupportedModel: a family that cannot be served.
+    """
+    with _bars(progress), _readable_errors(repo, cache_dir):
+        folder = Path(
+            snapshot_download(repo, cache_dir=cache_dir, allow_patterns=list(SMALL_FILES), ignore_patterns=list(_SUBFOLDERS))
+        )
+        where = f"{repo}'s config.json"
+        if not (folder / "config.json").exists():
+            raise CheckpointError(f"{repo} has no config.json, must have one. hint: is it a model repository?")
+        family_of(read_json(folder / "config.json"), where)
+        names = _weight_files(folder)
+        _check_space(repo, folder.name, names, cache_dir)
+        snapshot_download(repo, revision=folder.name, cache_dir=cache_dir, allow_patterns=names)
+    if not any((folder / name).exists() for name in names):
+        raise CheckpointError(f"{repo} has no {names[0]}, must have safetensors weights. hint: choose another release")
+    return folder
+
+
+def _weight_files(folder: Path) -> list[str]:
+    index = folder / INDEX_NAME
+    if not index.exists():
+        return [SINGLE_NAME]
+    return sorted({str(name) for name in read_json(index).get("weight_map", {}).values()}) or [SINGLE_NAME]
+
+
+def _check_space(repo: str, revision: str, names: list[str], cache_dir: Path | None) -> None:
+    """Refuse before the first byte what the disk cannot take; silent without a network, where nothing is fetched."""
+    missing = {n for n in names if not isinstance(try_to_load_from_cache(repo, n, cache_dir, revision), str)}
+    if not missing or constants.HF_HUB_OFFLINE:
+        return
+    sizes = {f.path: getattr(f, "size", 0) for f in HfApi().list_repo_tree(repo, revision=revision)}
+    needed = sum(sizes.get(name, 0) for name in missing)
+    cache = Path(cache_dir or constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(next(p for p in (cache, *cache.resolve().parents) if p.exists())).free
+    if free < needed:
+        raise CheckpointError(
+            f"{cache} has {free / 1e9:.2f} GB free, must have {needed / 1e9:.2f} GB for {repo}. "
+            "hint: free some space, or set HF_HOME to a larger disk"
+        )
+
+
+@contextmanager
+def _readable_errors(repo: str, cache_dir: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repo} is gated, must be open to you. hint: accept its terms on the hub and set HF_TOKEN"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo} is unknown to {constants.ENDPOINT} (or private). hint: check spelling; set HF_TOKEN if it is private"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo} is not completely cached and {constants.ENDPOINT} cannot be reached. "
+            "hint: check the network, unset HF_HUB_OFFLINE, or pass a local folder"
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise CheckpointError(f"{repo} cannot be downloaded ({error}). hint: check the name and try again") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = cache_dir or constants.HF_HUB_CACHE
+            raise CheckpointError(
+                f"{where} is full, must hold {repo}. hint: free some space, or set HF_HOME to a larger disk"
+            ) from error
+        raise CheckpointError(f"{repo} cannot be downloaded ({error}). hint: check the network and try again") from error
+
+
+@contextmanager
+def _bars(wanted: bool) -> Iterator[None]:
+    hide = not wanted and not are_progress_bars_disabled()
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            enable_progress_bars()

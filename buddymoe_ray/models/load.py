@@ -1,0 +1,87 @@
+"""A checkpoint folder -> `LoadedModel`: dense weights on the device, experts on meta with the map to their bytes.
+
+Does not know how experts are served: attach blocks with `experts_hook.attach(loaded.experts, factory)` before a forward.
+Neighbours: `shape.meta_model` finds the weights, `hf_loading` loads them, the engine runs the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from buddymoe_ray.models.families import Family
+from buddymoe_ray.models.hf_loading import experts_modules, load_dense
+from buddymoe_ray.models.shape import auto_dtype, dense_bytes, eos_token_ids, experts_per_token, max_positions, meta_model
+from buddymoe_ray.types import ExpertLayout
+
+__all__ = ["LoadedModel", "auto_dtype", "load_model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model ready to run once its experts have blocks.
+
+    `experts[i]` is the experts module of MoE layer i, `layout` the map of its bytes; `experts_per_token` is the router's K;
+    `dense_bytes` what the dense weights and buffers take on `device`. `eos_token_ids` are those `generate` stops at.
+    """
+
+    model: PreTrainedModel
+    config: PreTrainedConfig
+    folder: Path
+    family: Family
+    layout: ExpertLayout
+    experts: tuple[nn.Module, ...]
+    experts_per_token: int
+    eos_token_ids: frozenset[int]
+    max_positions: int
+    hidden_size: int
+    vocab_size: int
+    compute_dtype: torch.dtype
+    device: torch.device
+    dense_bytes: int
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    attn: str | None = None,
+    progress: bool = False,
+) -> LoadedModel:
+    """Load the dense weights of the checkpoint in `folder`.
+
+    Args:
+        dtype: compute dtype; None is `auto_dtype(folder)`.
+        device: where dense weights go; None is the CPU.
+        attn: name in transformers' AttentionInterface; None is transformers' default.
+        progress: draw transformers' progress bar on stderr.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, damaged or does not fit its config.
+        UnsupportedModel: family or storage has no path here.
+    """
+    device = device or torch.device("cpu")
+    folder = folder.resolve()
+    meta = meta_model(folder, dtype=dtype, attn=attn)
+    load_dense(meta.model, meta.dense, device=device, progress=progress)
+    return LoadedModel(
+        model=meta.model,
+        config=meta.config,
+        folder=folder,
+        family=meta.family,
+        layout=meta.layout,
+        experts=tuple(experts_modules(meta.model).values()),
+        experts_per_token=experts_per_token(meta.config),
+        eos_token_ids=eos_token_ids(folder, meta.config),
+        max_positions=max_positions(meta.config),
+        hidden_size=meta.config.hidden_size,
+        vocab_size=meta.config.vocab_size,
+        compute_dtype=meta.compute_dtype,
+        device=device,
+        dense_bytes=dense_bytes(meta.model),
+    )

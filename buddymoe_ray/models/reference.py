@@ -1,0 +1,41 @@
+"""transformers' own answers, from the checkpoint as shipped: the oracle of the exactness checks.
+
+Loads everything, knows nothing of this package's cache, kernels or batching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+__all__ = ["reference_generate", "reference_model"]
+
+
+def reference_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The stock model, eager experts, on the CPU."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
+    return model.eval()
+
+
+def reference_generate(
+    folder: Path,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    new_tokens: int,
+    model: PreTrainedModel | None = None,
+) -> list[list[int]]:
+    """Greedy continuation of each prompt alone, `generate`'s own way; the prompt is not in the result."""
+    model = model or reference_model(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder) if any(isinstance(p, str) for p in prompts) else None
+    answers = []
+    for prompt in prompts:
+        ids = list(tokenizer.encode(prompt)) if tokenizer is not None and isinstance(prompt, str) else list(prompt)  # type: ignore[arg-type]
+        with torch.no_grad():
+            out = model.generate(  # type: ignore[operator]
+                torch.tensor([ids]), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+            )
+        answers.append(out[0, len(ids) :].tolist())
+    return answers

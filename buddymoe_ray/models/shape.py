@@ -1,0 +1,216 @@
+"""The size of a model before anything loads: `describe` reads config and headers only.
+
+A folder with only a config.json is described too, from the parameters of the model on meta; its experts are then counted
+in the dtype that config.json names. Neighbours: `load` builds the same model with weights, `buddymoe plan` prints this.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from buddymoe_ray.models.experts_index import expert_layout, slot_tensors
+from buddymoe_ray.models.families import Family, family_of
+from buddymoe_ray.models.hf_loading import (
+    build_meta,
+    experts_modules,
+    kept_in_float32,
+    plan_keys,
+    read_config,
+    rope_depends_on_length,
+)
+from buddymoe_ray.models.index import DTYPE_BYTES, TensorLocation, has_weights, read_index, read_json
+from buddymoe_ray.models.resolve import is_builtin
+from buddymoe_ray.types import ExpertLayout, SlotTensor
+
+__all__ = [
+    "MetaModel",
+    "ModelShape",
+    "auto_dtype",
+    "dense_bytes",
+    "describe",
+    "eos_token_ids",
+    "experts_per_token",
+    "max_positions",
+    "meta_model",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaModel:
+    """A model on meta with the places of its weights: `layout` for experts, `dense` (by stored key) for the rest."""
+
+    model: PreTrainedModel
+    config: PreTrainedConfig
+    family: Family
+    layout: ExpertLayout
+    dense: dict[str, TensorLocation]
+    compute_dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What a checkpoint holds, in numbers. `dense_bytes` is what the dense weights take in the compute dtype.
+
+    `expert_dtype` and `compute_dtype` are torch's names; `has_weights` is False for a folder with a config alone.
+    """
+
+    model_type: str
+    packed: bool
+    has_weights: bool
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    moe_layers: int
+    experts_per_layer: tuple[int, ...]
+    experts_per_token: int
+    slot_tensors: tuple[SlotTensor, ...]
+    slot_bytes: int
+    expert_bytes: int
+    total_expert_bytes: int
+    dense_bytes: int
+    expert_dtype: str
+    compute_dtype: str
+    max_positions: int
+
+
+def auto_dtype(folder: Path) -> torch.dtype:
+    """float32 for `builtin:tiny` and float32 checkpoints, else the checkpoint's own dtype.
+
+    The checkpoint's dtype is the one most of its bytes are stored in; without weights, what config.json says.
+    """
+    if is_builtin(folder):
+        return torch.float32
+    name = _stored_dtype(read_index(folder)) if has_weights(folder) else _config_dtype(folder)
+    return getattr(torch, name if name in ("bfloat16", "float16") else "float32")
+
+
+def meta_model(folder: Path, *, dtype: torch.dtype | None = None, attn: str | None = None) -> MetaModel:
+    """Build the model on meta and find all weights, reading config and headers only.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete or does not fit its config.
+        UnsupportedModel: family or storage has no path here.
+    """
+    config_path = folder / "config.json"
+    family = family_of(read_json(config_path), str(config_path))
+    locations = read_index(folder)
+    config = read_config(folder)
+    dtype = dtype or auto_dtype(folder)
+    model = build_meta(config, dtype=dtype, attn=attn)
+    plan = plan_keys(model, locations)
+    return MetaModel(
+        model=model,
+        config=config,
+        family=_narrowed(family, model),
+        layout=expert_layout(model, plan.experts, locations),
+        dense={key: locations[key] for key in plan.dense},
+        compute_dtype=dtype,
+    )
+
+
+def describe(folder: Path, *, dtype: torch.dtype | None = None) -> ModelShape:
+    """Sizes of the checkpoint in `folder`, which may hold a config.json and nothing else."""
+    if has_weights(folder):
+        meta = meta_model(folder, dtype=dtype)
+        layout = meta.layout
+        return _shape(meta.model, meta.family, layout.tensors, layout.slot_bytes, layout.experts_per_layer, weights=True)
+    config_path = folder / "config.json"
+    family = family_of(read_json(config_path), str(config_path))
+    model = build_meta(read_config(folder), dtype=dtype or auto_dtype(folder), attn=None)
+    modules = list(experts_modules(model).values())
+    stored = _config_dtype(folder)
+    params = dict(modules[0].named_parameters())
+    tensors = slot_tensors({name: tuple(p.shape[1:]) for name, p in params.items()}, dict.fromkeys(params, stored))
+    slot_bytes = tensors[-1].offset + -(-tensors[-1].nbytes // 64) * 64
+    counts = tuple(next(m.parameters()).shape[0] for m in modules)
+    return _shape(model, _narrowed(family, model), tensors, slot_bytes, counts, weights=False)
+
+
+def dense_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all parameters and buffers outside the experts, tied ones counted once; the same on meta and loaded."""
+    expert_ids = {id(p) for m in experts_modules(model).values() for p in m.parameters()}
+    tied, wide = set(model.all_tied_weights_keys), kept_in_float32(model)
+    held: dict[int, int] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if id(tensor) not in expert_ids and name not in tied:
+            held[id(tensor)] = math.prod(tensor.shape) * (4 if name in wide else tensor.dtype.itemsize)
+    return sum(held.values())
+
+
+def experts_per_token(config: PreTrainedConfig) -> int:
+    """The router's K; families name it differently. The largest where layers differ."""
+    for name in ("num_experts_per_tok", "moe_k", "moe_topk"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return max(value) if isinstance(value, list | tuple) else int(value)
+    raise AssertionError(f"{config.model_type} names no experts per token: teach experts_per_token its field")
+
+
+def eos_token_ids(folder: Path, config: PreTrainedConfig) -> frozenset[int]:
+    """End tokens as `generate` knows them: generation_config.json first, then config.json."""
+    path = folder / "generation_config.json"
+    value: Any = read_json(path).get("eos_token_id") if path.exists() else None
+    if value is None:
+        value = getattr(config, "eos_token_id", None)
+    return frozenset() if value is None else frozenset(value if isinstance(value, list | tuple) else [value])
+
+
+def max_positions(config: PreTrainedConfig) -> int:
+    """Longest sequence the model was made for, in tokens."""
+    return int(config.max_position_embeddings)
+
+
+def _shape(
+    model: PreTrainedModel,
+    family: Family,
+    tensors: tuple[SlotTensor, ...],
+    slot_bytes: int,
+    counts: tuple[int, ...],
+    *,
+    weights: bool,
+) -> ModelShape:
+    config = model.config
+    expert_bytes = sum(t.nbytes for t in tensors)
+    return ModelShape(
+        model_type=family.model_type,
+        packed=family.packed,
+        has_weights=weights,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        num_layers=config.num_hidden_layers,
+        moe_layers=len(counts),
+        experts_per_layer=counts,
+        experts_per_token=experts_per_token(config),
+        slot_tensors=tensors,
+        slot_bytes=slot_bytes,
+        expert_bytes=expert_bytes,
+        total_expert_bytes=expert_bytes * sum(counts),
+        dense_bytes=dense_bytes(model),
+        expert_dtype=tensors[0].dtype,
+        compute_dtype=str(config.dtype).removeprefix("torch."),
+        max_positions=max_positions(config),
+    )
+
+
+def _narrowed(family: Family, model: PreTrainedModel) -> Family:
+    """A packed family whose rotary frequencies follow the longest row of a pass must run solo after all."""
+    return replace(family, packed=False) if rope_depends_on_length(model) else family
+
+
+def _stored_dtype(locations: dict[str, TensorLocation]) -> str:
+    held: dict[str, int] = {}
+    for place in locations.values():
+        held[place.dtype] = held.get(place.dtype, 0) + place.nbytes
+    return max(held, key=lambda name: held[name])
+
+
+def _config_dtype(folder: Path) -> str:
+    config = read_json(folder / "config.json")
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return name if name in DTYPE_BYTES else "float32"

@@ -1,0 +1,121 @@
+"""The bytes of random weights, by each tensor's role: every tensor is a run of one seeded block of normal numbers.
+
+A run begins at an offset drawn from the tensor's key, so nothing waits for a random number generator and no two experts
+are equal. Does not know files.
+
+How popularity works in stock transformers. Hidden channel 0 is constant: the embedding's column 0 is 1, and that row of
+every o_proj and down_proj is 0. All other channels together stay 50 times below it in energy, so RMSNorm divides by a
+constant, and the norm weights multiply it back. An expert of popularity rank r then gets a router logit of -skew * ln(r)
+from the router's column 0 alone.
+
+Legend: E experts, D hidden, F ffn, V vocabulary, R rows of a piece.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import zlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from buddymoe_ray.models.shard_writer import StoredTensor
+
+__all__ = ["SynthWeights", "popularity_ranks"]
+
+BLOCK_NUMBERS = 33_554_393  # 64 MB of bfloat16; prime, so that no row length divides its period
+TINY_BLOCK_NUMBERS = 1_048_573
+PIECE_NUMBERS = 1 << 22
+OTHERS_ENERGY = 0.02  # of all other channels of the embedding together, against 1 of the constant channel
+LOGIT_STD = 0.9
+
+
+def popularity_ranks(experts: int, *, layer: int, seed: int) -> tuple[int, ...]:
+    """Popularity rank (1 is the most popular) of each expert of the model's layer `layer`, dense layers counted."""
+    ranks = list(range(1, experts + 1))
+    random.Random(f"{seed}/{layer}").shuffle(ranks)
+    return tuple(ranks)
+
+
+class SynthWeights:
+    """Called with a tensor, yields its bytes in order. `tiny` uses a small block."""
+
+    def __init__(self, *, hidden: int, layers: int, skew: float, seed: int, tiny: bool) -> None:
+        self._skew, self._seed = skew, seed
+        self._wide = LOGIT_STD / math.sqrt(hidden)
+        self._embedding = math.sqrt(OTHERS_ENERGY / hidden)
+        self._branch = self._wide * self._embedding / math.sqrt(2 * layers)
+        self._norm = 1 / math.sqrt(OTHERS_ENERGY)
+        self._constant = 1 / math.sqrt(hidden)
+        numbers = TINY_BLOCK_NUMBERS if tiny else BLOCK_NUMBERS
+        normal = torch.randn(numbers, generator=torch.Generator().manual_seed(seed))
+        self._blocks = {std: (normal * std).bfloat16() for std in (self._wide, self._embedding, self._branch)}
+
+    def __call__(self, tensor: StoredTensor) -> Iterator[memoryview]:
+        """Pieces of at most a few MB."""
+        return (_bytes(piece) for piece in self._pieces(tensor))
+
+    def _pieces(self, tensor: StoredTensor) -> Iterator[Tensor]:
+        key, shape = tensor.key, tensor.shape
+        if key.endswith("embed_tokens.weight"):
+            return self._with_column(tensor, self._embedding, torch.ones(shape[0]))
+        if re.search(r"\.(gate|router)\.weight$", key):
+            return self._with_column(tensor, self._wide, self._shift_E(tensor))
+        if re.search(r"\.(o_proj|down_proj|w2)\.weight$", key):
+            return self._with_zero_row(tensor)
+        if key.endswith("experts.down_proj"):
+            return self._with_column(tensor, self._branch, torch.zeros(math.prod(shape[:-1])))
+        if key.endswith("bias"):
+            return iter([torch.zeros(shape, dtype=torch.bfloat16)])
+        if len(shape) == 1 and "norm" in key:
+            return iter([self._norm_weight(key, shape[0])])
+        return self._take(tensor, self._wide, math.prod(shape))
+
+    def _take(self, tensor: StoredTensor, std: float, count: int, step: int = PIECE_NUMBERS) -> Iterator[Tensor]:
+        """`count` numbers of the block from the tensor's own offset, in runs of `step` (the last may be shorter)."""
+        block = self._blocks[std]
+        at = zlib.crc32(f"{self._seed}/{tensor.key}".encode()) % len(block)
+        for done in range(0, count, step):
+            size = min(step, count - done)
+            run = block[at : at + size]
+            if len(run) < size:
+                rest = size - len(run)
+                run = torch.cat([run, block.repeat(-(-rest // len(block)))[:rest]])
+            yield run
+            at = (at + size) % len(block)
+
+    def _with_column(self, tensor: StoredTensor, std: float, column_R: Tensor) -> Iterator[Tensor]:
+        """Column 0 of the last dimension replaced, a few rows at a time."""
+        D, at = tensor.shape[-1], 0
+        for run in self._take(tensor, std, len(column_R) * D, step=max(1, PIECE_NUMBERS // D) * D):
+            piece_RD = run.clone().view(-1, D)
+            piece_RD[:, 0] = column_R[at : at + len(piece_RD)]
+            at += len(piece_RD)
+            yield piece_RD
+
+    def _with_zero_row(self, tensor: StoredTensor) -> Iterator[Tensor]:
+        """`[D, in]`, added to the residual stream: row 0 is 0, so that the constant channel stays."""
+        D, width = tensor.shape
+        yield torch.zeros(width, dtype=torch.bfloat16)
+        yield from self._take(tensor, self._branch, (D - 1) * width)
+
+    def _shift_E(self, tensor: StoredTensor) -> Tensor:
+        layer = int(tensor.key.split("layers.")[1].split(".")[0])
+        ranks_E = torch.tensor(popularity_ranks(tensor.shape[0], layer=layer, seed=self._seed))
+        return -self._skew * ranks_E.double().log()
+
+    def _norm_weight(self, key: str, size: int) -> Tensor:
+        """Norms on the residual stream undo its scale; the constant channel reaches routers and experts alone, as 1."""
+        before_moe = key.endswith("post_attention_layernorm.weight")
+        if not (before_moe or key.endswith(("input_layernorm.weight", "model.norm.weight"))):
+            return torch.ones(size, dtype=torch.bfloat16)
+        weight_D = torch.full((size,), self._norm, dtype=torch.bfloat16)
+        weight_D[0] = self._constant if before_moe else 0.0
+        return weight_D
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
