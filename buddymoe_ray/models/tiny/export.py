@@ -1,0 +1,128 @@
+"""Turn a training run into the shipped folder: Hugging Face files, held-out text, training.json and model card.
+
+    python -m buddymoe_ray.models.tiny.export --run DIR [--checkpoint DIR/last.pt] [--to DIR] [--skip-eval]
+
+Knows of the training loop only what it left in its folder. Invariant: the held-out files are files that were never
+trained on.
+Neighbours: train.py writes the checkpoint and history.jsonl, evaluate.py the scores, card.py the model card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+from transformers import __version__ as transformers_version
+
+from buddymoe_ray.models.tiny import corpus, path
+from buddymoe_ray.models.tiny.card import TrainingRecord, model_card
+from buddymoe_ray.models.tiny.evaluate import Evaluation, Evaluator, evaluate_texts, load_model
+from buddymoe_ray.models.tiny.tokenizer import END_OF_TEXT, IM_END, load_tokenizer
+from buddymoe_ray.models.tiny.trainer import TrainConfig, build_model
+
+HELDOUT_BYTES: dict[corpus.Kind, int] = {"python": 200_000, "docs": 70_000}
+HELDOUT_LARGEST: dict[corpus.Kind, int] = {"python": 32_000, "docs": 20_000}
+CONTEXTS = (512, 1024)
+
+
+def read_history(run: Path) -> tuple[TrainConfig, float, tuple[str, ...]]:
+    """The options of the last start, the seconds spent in kept steps, and each start as a command line."""
+    config, seconds, commands = TrainConfig(out=run), 0.0, []
+    started = kept = 0.0
+    for line in (run / "history.jsonl").read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if entry["event"] == "checkpoint":
+            kept = entry["time"]
+            continue
+        seconds += max(0.0, kept - started)
+        started = kept = entry["time"]
+        default = TrainConfig(out=run)
+        config = replace(default, **entry["options"])
+        options = [
+            f" --{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            for name, value in entry["options"].items()
+            if value != getattr(default, name)
+        ]
+        commands.append(
+            f"python -m buddymoe_ray.models.tiny.train --out DIR{''.join(options)}  # from step {entry['step']}"
+        )
+    return config, seconds + max(0.0, kept - started), tuple(commands)
+
+
+def export_weights(config: TrainConfig, step_state: dict[str, torch.Tensor], target: Path) -> None:
+    """Write config, generation config, bf16 weights and tokenizer."""
+    model = build_model(config)
+    model.load_state_dict(step_state)
+    shutil.copy(config.out / "data" / "tokenizer.json", target)
+    shutil.copy(config.out / "data" / "tokenizer_config.json", target)
+    tokenizer = load_tokenizer(target)
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in (IM_END, END_OF_TEXT)]
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1])
+    model.to(torch.bfloat16).save_pretrained(target)
+    (target / "model.safetensors").chmod(0o644)
+
+
+def export_heldout(documents: Sequence[corpus.Document], target: Path) -> None:
+    """Write python.txt and docs.txt: whole held-out files, one after the other."""
+    target.mkdir(parents=True, exist_ok=True)
+    for kind in HELDOUT_BYTES:
+        chosen = corpus.sample_heldout(documents, kind, HELDOUT_BYTES[kind], HELDOUT_LARGEST[kind])
+        (target / f"{kind}.txt").write_text("".join(d.text for d in chosen), encoding="utf-8", newline="")
+
+
+def make_record(config: TrainConfig, step: int, target: Path, heldout: Sequence[corpus.Document]) -> TrainingRecord:
+    """Evaluate the exported folder and gather all that the model card says."""
+    _, seconds, commands = read_history(config.out)
+    stored = np.load(config.out / "data" / "tokens.npz")
+    texts = {kind: [d.text for d in heldout if d.kind == kind] for kind in HELDOUT_BYTES}
+    shipped = {kind: [(target / "heldout" / f"{kind}.txt").read_text(encoding="utf-8")] for kind in HELDOUT_BYTES}
+    model, tokenizer = load_model(target), load_tokenizer(target)
+
+    def judge(texts: Mapping[corpus.Kind, list[str]], context: int) -> Evaluation:
+        return evaluate_texts(Evaluator(model, tokenizer, context=context, stride=context // 2), texts)
+
+    return TrainingRecord(
+        parameters=sum(p.numel() for p in model.parameters()),
+        steps=step,
+        decay_steps=config.decay_steps,
+        tokens=step * config.batch_tokens,
+        corpus_tokens=int(stored["ends"][-1]),
+        corpus_documents=len(stored["ends"]),
+        seconds=round(seconds),
+        commands=commands,
+        heldout={f"context_{context}": judge(texts, context) for context in CONTEXTS},
+        shipped_text={f"context_{context}": judge(shipped, context) for context in CONTEXTS},
+        torch=torch.__version__,
+        transformers=transformers_version,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Export, evaluate, record."""
+    parser = argparse.ArgumentParser(prog="python -m buddymoe_ray.models.tiny.export", description="Export a run.")
+    parser.add_argument("--run", type=Path, required=True, help="the --out folder of the training run")
+    parser.add_argument("--checkpoint", type=Path, help="default: last.pt of the run")
+    parser.add_argument("--to", type=Path, default=path(), help="default: the folder inside the package")
+    parser.add_argument("--skip-eval", action="store_true", help="write no training.json and no model card")
+    options = parser.parse_args(argv)
+    config, _, _ = read_history(options.run)
+    options.to.mkdir(parents=True, exist_ok=True)
+    state = torch.load(options.checkpoint or options.run / "last.pt", map_location="cpu", weights_only=True)
+    export_weights(config, state["model"], options.to)
+    heldout = corpus.collect(config.stdlib, config.docs)["heldout"]
+    export_heldout(heldout, options.to / "heldout")
+    if not options.skip_eval:
+        record = make_record(config, state["step"], options.to, heldout)
+        (options.to / "training.json").write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+        (options.to / "README.md").write_text(model_card(record, config), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""One training rank: configuration, model, optimizers, schedule, one step, checkpoint.
+
+A step depends on (seed, step) and the restored state alone: a run killed at any moment continues bit-identically from
+its last checkpoint. Knows nothing of files of text, processes or progress bars.
+Neighbours: stream.py gives batches, moe_train.py and losses.py compute, optim.py updates, train.py drives.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
+
+from buddymoe_ray.models.tiny import corpus, losses, moe_train, tokenizer
+from buddymoe_ray.models.tiny.optim import Muon
+from buddymoe_ray.models.tiny.stream import TokenStream
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run; every field is a command line option of the same name."""
+
+    out: Path
+    stdlib: Path = corpus.DEFAULT_STDLIB
+    docs: Path = corpus.DEFAULT_DOCS
+    steps: int = 2400
+    decay_steps: int = 600
+    warmup_steps: int = 100
+    seed: int = 0
+    ranks: int = 2
+    batch_tokens: int = 8192
+    seq_len: int = 512
+    hidden: int = 160
+    layers: int = 4
+    experts: int = 32
+    top_k: int = 4
+    ffn: int = 64
+    vocab: int = tokenizer.VOCAB_SIZE
+    matrix_lr: float = 0.02
+    embed_lr: float = 0.004
+    small_lr: float = 0.004
+    weight_decay: float = 0.1
+    balance: float = 0.04
+    chat_share: float = 0.05
+    checkpoint_seconds: float = 300.0
+    log_steps: int = 20
+    compile_norms: bool = False
+
+
+def build_model(config: TrainConfig) -> Qwen3MoeForCausalLM:
+    """A stock Qwen3-MoE in float32 with the training kernel as its experts."""
+    shape = Qwen3MoeConfig(
+        vocab_size=config.vocab,
+        hidden_size=config.hidden,
+        intermediate_size=config.ffn * config.top_k,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.hidden // 32,
+        num_key_value_heads=config.hidden // 32,
+        head_dim=32,
+        moe_intermediate_size=config.ffn,
+        num_experts=config.experts,
+        num_experts_per_tok=config.top_k,
+        norm_topk_prob=True,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        router_aux_loss_coef=config.balance,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=None,
+    )
+    torch.manual_seed(config.seed)
+    model = Qwen3MoeForCausalLM._from_config(shape, dtype=torch.float32, experts_implementation=moe_train.register())
+    if config.compile_norms:
+        for module in model.modules():
+            if isinstance(module, Qwen3MoeRMSNorm):
+                module.compile()
+    return model.train()
+
+
+def make_optimizers(model: Qwen3MoeForCausalLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for attention and expert matrices; AdamW for the embedding, the routers and the norms."""
+    stacks, matrices, embeds, small = [], [], [], []
+    for name, param in model.named_parameters():
+        if name.endswith("gate_up_proj"):
+            stacks.append(param)
+        elif "embed" in name:
+            embeds.append(param)
+        elif param.ndim < 2 or name.endswith("mlp.gate.weight"):
+            small.append(param)
+        else:
+            matrices.append(param)
+    muon = Muon(
+        [{"params": stacks, "fused_halves": True}, {"params": matrices}],
+        lr=config.matrix_lr,
+        weight_decay=config.weight_decay,
+    )
+    adam = torch.optim.AdamW(
+        [{"params": embeds, "lr": config.embed_lr}, {"params": small, "lr": config.small_lr}],
+        betas=(0.9, 0.95),
+        eps=1e-10,
+        weight_decay=0.0,
+        fused=True,
+    )
+    for group in (*muon.param_groups, *adam.param_groups):
+        group["peak_lr"] = group["lr"]
+    return [muon, adam]
+
+
+def schedule(step: int, config: TrainConfig) -> float:
+    """Warm up, stay, decay linearly to zero: the factor on every learning rate at `step` (0-based)."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    return warm * min(1.0, (config.steps - step) / max(1, config.decay_steps))
+
+
+def loss_on(model: Qwen3MoeForCausalLM, windows_BL: Tensor, balance: float) -> tuple[Tensor, Tensor]:
+    """(mean nats a token, balance loss); gradients flow through nats + balance * balance loss."""
+    hidden = model.model(input_ids=windows_BL[:, :-1], use_cache=False, output_router_logits=True)
+    hidden_TD = hidden.last_hidden_state.flatten(0, 1)
+    nats = losses.ChunkedCrossEntropy.apply(hidden_TD, model.lm_head.weight, windows_BL[:, 1:].flatten(), 512)
+    aux = losses.balance_loss(hidden.router_logits, model.config.num_experts_per_tok)
+    return nats, aux
+
+
+def _gradient(param: Tensor) -> Tensor:
+    assert param.grad is not None, f"a parameter of shape {tuple(param.shape)} got no gradient"
+    return param.grad
+
+
+class Trainer:
+    """One rank: model, optimizers, its share of each batch."""
+
+    def __init__(self, config: TrainConfig, documents: Sequence[np.ndarray], rank: int) -> None:
+        self.config, self.rank, self.step = config, rank, 0
+        self.stream = TokenStream(documents, config.seq_len, config.seed)
+        self.model = build_model(config)
+        self.optimizers = make_optimizers(self.model, config)
+        self._params = list(self.model.parameters())
+        self._flat = torch.zeros(sum(p.numel() for p in self._params) + 2)
+
+    def train_step(self) -> tuple[float, float]:
+        """One optimizer step over the global batch; returns its mean (nats, balance loss)."""
+        config = self.config
+        windows = config.batch_tokens // config.seq_len
+        mine = windows // config.ranks
+        batch_BL = self.stream.batch(self.step * windows + self.rank * mine, mine)
+        nats, aux = loss_on(self.model, batch_BL, config.balance)
+        (nats + config.balance * aux).backward()
+        figures = self._average_gradients(torch.stack([nats.detach(), aux.detach()]))
+        factor = schedule(self.step, config)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return figures[0].item(), figures[1].item()
+
+    def _average_gradients(self, figures: Tensor) -> Tensor:
+        """One all-reduce of all gradients and the two loss figures."""
+        if self.config.ranks == 1:
+            return figures
+        torch.cat([*(_gradient(p).flatten() for p in self._params), figures], out=self._flat)
+        dist.all_reduce(self._flat)
+        self._flat.div_(self.config.ranks)
+        place = 0
+        for param in self._params:
+            _gradient(param).copy_(self._flat[place : place + param.numel()].view_as(param))
+            place += param.numel()
+        return self._flat[place:].clone()
+
+    def save(self, target: Path) -> None:
+        """Write the whole state beside `target`, then rename: a kill leaves the old checkpoint or the new one."""
+        state = {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+        }
+        partial = target.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, target)
+
+    def load(self, source: Path) -> None:
+        """Continue from a checkpoint; peak learning rates are those of this run's options."""
+        state = torch.load(source, map_location="cpu", weights_only=True)
+        peaks = [[group["peak_lr"] for group in o.param_groups] for o in self.optimizers]
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved, old in zip(self.optimizers, state["optimizers"], peaks, strict=True):
+            optimizer.load_state_dict(saved)
+            for group, peak in zip(optimizer.param_groups, old, strict=True):
+                group["peak_lr"] = peak
+        self.step = int(state["step"])
