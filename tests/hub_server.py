@@ -1,7 +1,7 @@
 """A small HTTP server that answers like the model hub, over a folder `owner/name/files`.
 
-Speaks what a snapshot download asks for: repository info, the file tree, HEAD and GET of files (with ranges, so that a cut
-download resumes). Counts requests per file.
+Speaks what a snapshot download asks for: repository info, the file tree, HEAD and GET of files (with ranges, so that a
+cut download resumes). Counts requests per file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves the repositories under `root`. `gets` counts file downloads by name; `inflate` lies about sizes."""
+    """Serves the repositories under `root`. `gets` counts file downloads by name; `inflate` lies about sizes,
+    `gated` repositories and `broken` files are refused."""
 
     daemon_threads = True
 
@@ -32,6 +33,7 @@ class HubServer(ThreadingHTTPServer):
         self.gets: Counter[str] = Counter()
         self.inflate: dict[str, int] = {}
         self.gated: set[str] = set()
+        self.broken: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -94,6 +96,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, repo: Path, name: str, body: bool) -> None:
         path = repo / name
+        if name in self.server.broken:
+            self._send(403, b"{}", {}, body)
+            return
         if not path.is_file():
             self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}, body)
             return

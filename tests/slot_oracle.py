@@ -1,7 +1,7 @@
 """Serves a loaded model's experts from one shuffled slot buffer with transformers' own eager arithmetic.
 
-The slow twin of the cache and the block: every expert is read whole by its `ExpertPiece`s into a slot at a shuffled place,
-and the family's original experts forward runs over views of those slots. Equal logits prove index and layout.
+The slow twin of the cache and the block: every expert is read whole by its `ExpertPiece`s into a slot at a shuffled
+place, and the family's original experts forward runs over views of those slots. Equal logits prove index and layout.
 """
 
 from __future__ import annotations

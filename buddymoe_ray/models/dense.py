@@ -1,7 +1,7 @@
-"""Lazy dense tensors: bytes are read when transformers' loader asks for them, and checked for NaN and infinity on the way.
+"""Lazy dense tensors: bytes are read when transformers' loader asks for them, and checked for NaN and infinity.
 
-Knows nothing of models. A private copy, not a mapping of the file: a mapped page can be dropped under memory pressure and
-read again in the middle of a decode step.
+Knows nothing of models. A private copy, not a mapping of the file: a mapped page can be dropped under memory pressure
+and read again in the middle of a decode step.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LazyTensor:
 
 def _read(place: TensorLocation) -> Tensor:
     buffer = torch.empty(place.nbytes, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = memoryview(buffer.numpy().data)
     try:
         with Path(place.path).open("rb", buffering=0) as file:
             file.seek(place.offset)
@@ -55,7 +55,9 @@ def _read(place: TensorLocation) -> Tensor:
                     )
                 done += count
     except OSError as error:
-        raise CheckpointError(f"key {place.key!r} in {place.path} cannot be read ({error}). hint: check the disk") from error
+        raise CheckpointError(
+            f"key {place.key!r} in {place.path} cannot be read ({error}), must be readable. hint: check the disk"
+        ) from error
     return buffer
 
 

@@ -1,7 +1,7 @@
 """Puts our MoE blocks in place of transformers' expert modules.
 
-transformers calls an experts module with the router's choice; the implementation registered here forwards that call to the
-block attached to the module. Does not know what a block does.
+transformers calls an experts module with the router's choice; the implementation registered here forwards that call to
+the block attached to the module. Does not know what a block does.
 
 Legend: T tokens, K experts per token, D hidden.
 """
@@ -35,5 +35,5 @@ def attach(experts: Sequence[nn.Module], factory: Callable[[int, nn.Module], Exp
 
 def _forward(module: nn.Module, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor) -> Tensor:
     block: ExpertsBlock | None = module.__dict__.get("buddymoe_block")
-    assert block is not None, f"{type(module).__name__} has no block attached: call experts_hook.attach before a forward"
+    assert block is not None, f"{type(module).__name__} has no block: call experts_hook.attach before a forward"
     return block(hidden_TD, ids_TK, weight_TK)

@@ -87,12 +87,17 @@ def _common_shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...
     for name, module in modules.items():
         these = {param: tuple(p.shape[1:]) for param, p in module.named_parameters()}
         if these != shapes:
-            raise UnsupportedModel(f"experts of {name} have shapes {these}, must be {shapes} as in {first_name}")
+            raise UnsupportedModel(
+                f"experts of {name} have shapes {these}, must be {shapes} as in {first_name}. "
+                "hint: experts of different sizes have no common slot"
+            )
     return shapes
 
 
 def _common_dtypes(
-    modules: Mapping[str, nn.Module], by_param: Mapping[str, list[ExpertSource]], locations: Mapping[str, TensorLocation]
+    modules: Mapping[str, nn.Module],
+    by_param: Mapping[str, list[ExpertSource]],
+    locations: Mapping[str, TensorLocation],
 ) -> dict[str, str]:
     """Stored dtype of each parameter, equal for every expert of every layer."""
     dtypes: dict[str, str] = {}
@@ -137,7 +142,10 @@ def _place_parts(
     rest = tensor.shape[1:]
     beyond = [source for source in sources if source.expert is not None and source.expert >= len(per_expert)]
     if beyond:
-        raise CheckpointError(f"key {beyond[0].key!r} is of an expert that config.json lacks, must be below {len(per_expert)}")
+        raise CheckpointError(
+            f"key {beyond[0].key!r} is of an expert that config.json lacks, must be below {len(per_expert)}. "
+            "hint: config.json and weights are from different models"
+        )
     for expert, runs in enumerate(per_expert):
         offset, rows = tensor.offset, 0
         for part in range(sources[0].parts):

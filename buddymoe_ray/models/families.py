@@ -1,7 +1,7 @@
 """The model families that can be served, and what each one's sequences need to remember.
 
-Pure table; knows neither torch nor transformers. `packed` families keep nothing but keys and values per token, so rows of
-many sequences share one pass; `solo` families carry recurrent or hybrid state and run one forward per sequence.
+Pure table; knows neither torch nor transformers. `packed` families keep nothing but keys and values per token, so rows
+of many sequences share one pass; `solo` families carry recurrent or hybrid state and run one forward per sequence.
 """
 
 from __future__ import annotations
@@ -69,4 +69,4 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
             f"{where} is quantised ({method}), must be stored in bfloat16, float16 or float32. "
             "hint: use the checkpoint's unquantised release, or dequantise it with transformers' save_pretrained"
         )
-    return FAMILIES[name]
+    return FAMILIES[str(name)]

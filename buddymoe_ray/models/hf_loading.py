@@ -59,8 +59,8 @@ __all__ = [
 class ExpertSource:
     """A stored tensor that is part of an experts parameter.
 
-    `param` is the full parameter name. `expert` is None for a fused stack `[E, ...]`; else the tensor is one expert's part
-    `part` of `parts` along the parameter's dimension 1.
+    `param` is the full parameter name. `expert` is None for a fused stack `[E, ...]`; else the tensor is one expert's
+    part `part` of `parts` along the parameter's dimension 1.
     """
 
     key: str
@@ -81,29 +81,34 @@ class KeyPlan:
 def read_config(folder: Path) -> PreTrainedConfig:
     """transformers' config of the folder; the caller has checked the family."""
     try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
     except Exception as error:  # transformers raises many kinds for a bad field
-        raise CheckpointError(f"{folder / 'config.json'} is refused by transformers ({error}). hint: fix the field") from error
+        where = folder / "config.json"
+        raise CheckpointError(f"{where} is refused by transformers ({error}). hint: fix the field") from error
+    return config
 
 
 def build_meta(config: PreTrainedConfig, *, dtype: torch.dtype, attn: str | None) -> PreTrainedModel:
     """The causal model of `config` on meta, in eval mode, its experts answered by `experts_hook`."""
     experts_hook.register()
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class = _causal_class(config)
     config.dtype = dtype
     config._experts_implementation = experts_hook.NAME
     config._attn_implementation = attn
     contexts = model_class.get_init_context(dtype, False, False, None)
     with ContextManagers(contexts), _refused_attention(config, attn):
-        model = model_class(config)
-    return model.eval().requires_grad_(False)
+        model: PreTrainedModel = model_class(config)
+    _freeze(model)
+    return model
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Experts modules by full name, in the order of the model's layers."""
     found = {name: m for name, m in model.named_modules() if hasattr(m, "is_transposed") and hasattr(m, "_apply_gate")}
     if not found:
-        raise UnsupportedModel(f"{type(model).__name__} has no routed experts, must have some. hint: it is a dense model")
+        raise UnsupportedModel(f"{type(model).__name__} has no routed experts. hint: it is configured as a dense model")
     return found
 
 
@@ -115,7 +120,7 @@ def rope_depends_on_length(model: nn.Module) -> bool:
 
 def kept_in_float32(model: PreTrainedModel) -> set[str]:
     """Names of stored tensors that transformers keeps in float32 whatever the compute dtype."""
-    plan = model._get_dtype_plan(model.config.dtype)
+    plan = model._get_dtype_plan(_dtype(model))
     if not plan:
         return set()
     pattern, _, _ = build_glob_alternation(list(plan))
@@ -163,9 +168,7 @@ def _converted(
     if number is None or not number.groups():
         raise UnsupportedModel(f"key {key!r} has no expert number at the star of {pattern!r}. hint: report this family")
     parts = converter.source_patterns
-    return ExpertSource(
-        key=key, param=target, expert=int(number[1]), part=parts.index(pattern), parts=len(parts)
-    )
+    return ExpertSource(key=key, param=target, expert=int(number[1]), part=parts.index(pattern), parts=len(parts))
 
 
 def load_dense(
@@ -177,27 +180,47 @@ def load_dense(
         CheckpointError: a key is missing, unexpected, of the wrong shape, or not finite.
     """
     experts = {f"{name}.{p}" for name, m in experts_modules(model).items() for p, _ in m.named_parameters()}
-    dtype: torch.dtype = model.config.dtype
+    dtype = _dtype(model)
+    mapping: list[Any] = get_model_conversion_mapping(model)
     load_config = LoadStateDictConfig(
         device_map={"": device},
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
-        weight_mapping=get_model_conversion_mapping(model),
+        weight_mapping=mapping,
     )
     lazy: dict[str, Any] = {key: LazyTensor(place) for key, place in dense.items()}
     with _progress_bar(progress):
         info, _ = convert_and_load_state_dict_in_model(model, lazy, load_config)
     info.missing_keys -= experts
     for name in experts:  # or transformers would draw random weights for them
-        model.get_parameter(name)._is_hf_initialized = True
-    model.mark_tied_weights_as_initialized(info)
+        setattr(model.get_parameter(name), "_is_hf_initialized", True)  # noqa: B010
     _raise_on_problems(model, info, dense)
+    _finish(model, info, load_config)
+    left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta and n not in experts]
+    assert not left, f"{left} are on meta after the load, must be real: transformers' loading order changed"
+
+
+def _finish(model: Any, info: Any, load_config: LoadStateDictConfig) -> None:
+    """What `from_pretrained` does after the weights: buffers, ties, flags."""
+    model.mark_tied_weights_as_initialized(info)
     model._move_missing_keys_from_meta_to_device(set(), load_config.device_map, None, None)
     model._initialize_missing_keys(is_quantized=False)
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    _freeze(model)
+
+
+def _freeze(model: Any) -> None:
     model.eval().requires_grad_(False)
-    left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta and n not in experts]
-    assert not left, f"{left} are on meta after the load, must be real: transformers' loading order changed"
+
+
+def _dtype(model: PreTrainedModel) -> torch.dtype:
+    dtype = model.config.dtype
+    assert isinstance(dtype, torch.dtype), f"config.dtype is {dtype!r}, must be a torch dtype: build_meta sets it"
+    return dtype
+
+
+def _causal_class(config: PreTrainedConfig) -> Any:
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def _raise_on_problems(model: PreTrainedModel, info: Any, dense: Mapping[str, TensorLocation]) -> None:
@@ -225,7 +248,8 @@ def _raise_on_problems(model: PreTrainedModel, info: Any, dense: Mapping[str, Te
         key = min(info.unexpected_keys)
         raise CheckpointError(
             f"key {key!r} in {where} maps to no parameter of {type(model).__name__} "
-            f"({len(info.unexpected_keys)} do not), must map to one. hint: config.json and weights are from different models"
+            f"({len(info.unexpected_keys)} do not), must map to one. "
+            "hint: config.json and weights are from different models"
         )
 
 
@@ -237,20 +261,22 @@ def _refused_attention(config: PreTrainedConfig, attn: str | None) -> Iterator[N
         if attn is None:
             raise
         raise ConfigError(
-            f"attention is {attn!r}, must be one that {config.model_type} supports. hint: leave it to the default ({error})"
+            f"attention is {attn!r}, must be one that {config.model_type} supports ({error}). "
+            "hint: leave it to the default"
         ) from error
 
 
 @contextmanager
 def _progress_bar(wanted: bool) -> Iterator[None]:
-    shown = hf_logging.is_progress_bar_enabled()
-    if shown and not wanted:
-        hf_logging.disable_progress_bar()
+    bars: Any = hf_logging
+    hide = bars.is_progress_bar_enabled() and not wanted
+    if hide:
+        bars.disable_progress_bar()
     try:
         yield
     finally:
-        if shown and not wanted:
-            hf_logging.enable_progress_bar()
+        if hide:
+            bars.enable_progress_bar()
 
 
 def stored_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
@@ -264,4 +290,4 @@ def stored_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
 
 def architecture(config: PreTrainedConfig) -> str:
     """Name of the causal model's class, as config.json's `architectures` has it."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    return str(_causal_class(config).__name__)

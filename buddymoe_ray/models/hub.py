@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from buddymoe_ray.errors import CheckpointError
 from buddymoe_ray.models.families import family_of
@@ -40,13 +40,11 @@ def download(repo: str, *, cache_dir: Path | None = None, progress: bool = False
         UnsupportedModel: a family that cannot be served.
     """
     with _bars(progress), _readable_errors(repo, cache_dir):
-        folder = Path(
-            snapshot_download(repo, cache_dir=cache_dir, allow_patterns=list(SMALL_FILES), ignore_patterns=list(_SUBFOLDERS))
-        )
-        where = f"{repo}'s config.json"
+        small, elsewhere = list(SMALL_FILES), list(_SUBFOLDERS)
+        folder = Path(snapshot_download(repo, cache_dir=cache_dir, allow_patterns=small, ignore_patterns=elsewhere))
         if not (folder / "config.json").exists():
             raise CheckpointError(f"{repo} has no config.json, must have one. hint: is it a model repository?")
-        family_of(read_json(folder / "config.json"), where)
+        family_of(read_json(folder / "config.json"), f"{repo}'s config.json")
         names = _weight_files(folder)
         _check_space(repo, folder.name, names, cache_dir)
         snapshot_download(repo, revision=folder.name, cache_dir=cache_dir, allow_patterns=names)
@@ -88,11 +86,13 @@ def _readable_errors(repo: str, cache_dir: Path | None) -> Iterator[None]:
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{repo} is unknown to {constants.ENDPOINT} (or private). hint: check spelling; set HF_TOKEN if it is private"
+            f"{repo} is unknown to {constants.ENDPOINT} (or private). "
+            "hint: check spelling; set HF_TOKEN if it is private"
         ) from error
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"{repo} is not completely cached and {constants.ENDPOINT} cannot be reached. "
+            f"{repo} is not completely cached and {constants.ENDPOINT} cannot be reached or refused a file "
+            f"({_first_line(error.__cause__ or error)}). "
             "hint: check the network, unset HF_HUB_OFFLINE, or pass a local folder"
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
@@ -103,7 +103,11 @@ def _readable_errors(repo: str, cache_dir: Path | None) -> Iterator[None]:
             raise CheckpointError(
                 f"{where} is full, must hold {repo}. hint: free some space, or set HF_HOME to a larger disk"
             ) from error
-        raise CheckpointError(f"{repo} cannot be downloaded ({error}). hint: check the network and try again") from error
+        raise CheckpointError(f"{repo} cannot be downloaded ({error}). hint: check network and disk") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def _read_sharded(folder: Path) -> dict[str, TensorLocation]:
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name:
-            raise CheckpointError(f"{index} names file {name!r}, must be a name in the same folder. hint: fix the index")
+            raise CheckpointError(f"{index} names {name!r}, must be a name in the same folder. hint: fix the index")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -120,10 +120,14 @@ def _merge(found: dict[str, TensorLocation], shard: Mapping[str, TensorLocation]
 def _check_map(index: Path, weight_map: Mapping[str, str], found: Mapping[str, TensorLocation]) -> None:
     for key, name in weight_map.items():
         if key not in found or Path(found[key].path).name != name:
-            raise CheckpointError(f"{index.parent / name} has no key {key!r}, must as {index.name} says. hint: download it again")
+            raise CheckpointError(
+                f"{index.parent / name} has no key {key!r}, must have it as {index.name} says. hint: download it again"
+            )
     for key, location in found.items():
         if key not in weight_map:
-            raise CheckpointError(f"{location.path} has key {key!r} that {index.name} lacks. hint: download the index again")
+            raise CheckpointError(
+                f"{location.path} has key {key!r} that {index.name} lacks. hint: download the index again"
+            )
 
 
 def _read_header(path: Path) -> dict[str, TensorLocation]:
@@ -167,7 +171,9 @@ def _location(path: Path, key: str, entry: Any, base: int) -> TensorLocation:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes key {key!r} wrongly ({error!r}). hint: download it again") from error
     if dtype not in _DTYPES:
-        raise CheckpointError(f"key {key!r} in {path} is stored as {dtype}, must be one of {', '.join(_DTYPES)}")
+        raise CheckpointError(
+            f"key {key!r} in {path} is stored as {dtype}, must be one of {', '.join(_DTYPES)}. hint: convert it"
+        )
     name, itemsize = _DTYPES[dtype]
     if begin < 0 or end - begin != math.prod(shape) * itemsize or any(n < 0 for n in shape):
         raise CheckpointError(
@@ -183,7 +189,7 @@ def _no_weights_message(folder: Path) -> str:
     suffixes = {path.suffix for path in folder.iterdir()}
     for suffix in (".gguf", ".bin", ".pt", ".pth"):
         if suffix in suffixes:
-            return f"{folder} has {suffix} weights, must have safetensors. hint: convert it with transformers' save_pretrained"
+            return f"{folder} has {suffix} weights, must have safetensors. hint: save it with transformers again"
     if ".safetensors" in suffixes:
         return f"{folder} has shards but neither {SINGLE_NAME} nor {INDEX_NAME}. hint: download {INDEX_NAME}"
     return f"{folder} has no weights, must have {SINGLE_NAME} or {INDEX_NAME}. hint: check the path"

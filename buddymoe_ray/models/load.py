@@ -1,6 +1,6 @@
 """A checkpoint folder -> `LoadedModel`: dense weights on the device, experts on meta with the map to their bytes.
 
-Does not know how experts are served: attach blocks with `experts_hook.attach(loaded.experts, factory)` before a forward.
+Does not know how experts are served: attach blocks with `experts_hook.attach(loaded.experts, factory)` first.
 Neighbours: `shape.meta_model` finds the weights, `hf_loading` loads them, the engine runs the model.
 """
 
@@ -15,7 +15,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from buddymoe_ray.models.families import Family
 from buddymoe_ray.models.hf_loading import experts_modules, load_dense
-from buddymoe_ray.models.shape import auto_dtype, dense_bytes, eos_token_ids, experts_per_token, max_positions, meta_model
+from buddymoe_ray.models.shape import (
+    auto_dtype,
+    dense_bytes,
+    eos_token_ids,
+    experts_per_token,
+    max_positions,
+    meta_model,
+)
 from buddymoe_ray.types import ExpertLayout
 
 __all__ = ["LoadedModel", "auto_dtype", "load_model"]
@@ -25,8 +32,9 @@ __all__ = ["LoadedModel", "auto_dtype", "load_model"]
 class LoadedModel:
     """A model ready to run once its experts have blocks.
 
-    `experts[i]` is the experts module of MoE layer i, `layout` the map of its bytes; `experts_per_token` is the router's K;
-    `dense_bytes` what the dense weights and buffers take on `device`. `eos_token_ids` are those `generate` stops at.
+    `experts[i]` is the experts module of MoE layer i, `layout` the map of its bytes; `experts_per_token` is the
+    router's K; `dense_bytes` what the dense weights and buffers take on `device`. `eos_token_ids` are those that
+    `generate` stops at. `family.packed` is already narrowed to what this config allows.
     """
 
     model: PreTrainedModel

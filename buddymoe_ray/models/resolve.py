@@ -40,13 +40,14 @@ def resolve_model(name: str, *, cache_dir: Path | None = None, progress: bool = 
     if name.startswith("builtin:"):
         raise CheckpointError(f"model is {name!r}, must be {BUILTIN_TINY}, the only one shipped. hint: check spelling")
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder.resolve()
-    if folder.exists():
+    if name and folder.exists():
         raise CheckpointError(f"model is the file {name!r}, must be the folder around it. hint: pass {folder.parent}")
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(
-            f"model is {name!r}, must be {BUILTIN_TINY}, an existing folder, or a hub id (owner/name). hint: check the path"
+            f"model is {name!r}, must be {BUILTIN_TINY}, a folder that exists, or a hub id (owner/name). "
+            "hint: check the path"
         )
     from buddymoe_ray.models.hub import download  # late: a local model needs no network client
 

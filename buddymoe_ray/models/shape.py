@@ -1,7 +1,8 @@
 """The size of a model before anything loads: `describe` reads config and headers only.
 
-A folder with only a config.json is described too, from the parameters of the model on meta; its experts are then counted
-in the dtype that config.json names. Neighbours: `load` builds the same model with weights, `buddymoe plan` prints this.
+A folder with only a config.json is described too, from the parameters of the model on meta; its experts are then
+counted in the dtype that config.json names. Neighbours: `load` builds the same model with weights, `buddymoe plan`
+prints what is found here.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def auto_dtype(folder: Path) -> torch.dtype:
     if is_builtin(folder):
         return torch.float32
     name = _stored_dtype(read_index(folder)) if has_weights(folder) else _config_dtype(folder)
-    return getattr(torch, name if name in ("bfloat16", "float16") else "float32")
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
 
 
 def meta_model(folder: Path, *, dtype: torch.dtype | None = None, attn: str | None = None) -> MetaModel:
@@ -119,7 +120,9 @@ def describe(folder: Path, *, dtype: torch.dtype | None = None) -> ModelShape:
     if has_weights(folder):
         meta = meta_model(folder, dtype=dtype)
         layout = meta.layout
-        return _shape(meta.model, meta.family, layout.tensors, layout.slot_bytes, layout.experts_per_layer, weights=True)
+        return _shape(
+            meta.model, meta.family, layout.tensors, layout.slot_bytes, layout.experts_per_layer, weights=True
+        )
     config_path = folder / "config.json"
     family = family_of(read_json(config_path), str(config_path))
     model = build_meta(read_config(folder), dtype=dtype or auto_dtype(folder), attn=None)

@@ -1,7 +1,7 @@
 """Streams tensors into safetensors shards: headers first, then bytes, never a whole tensor in memory.
 
-Knows names, shapes and sizes, not what a tensor means. The index is written last, so that an interrupted write leaves no
-folder that looks complete.
+Knows names, shapes and sizes, not what a tensor means. The index is written last, so that an interrupted write leaves
+no folder that looks complete.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def write_shards(
                         done += _write_all(file.write, piece)
                         if progress is not None:
                             progress(done, total)
-                    assert done - before == tensor.nbytes, f"{tensor.key} got {done - before} bytes, must get {tensor.nbytes}"
+                    assert done - before == tensor.nbytes, (
+                        f"{tensor.key} got {done - before} bytes, must get {tensor.nbytes}"
+                    )
         weight_map = {t.key: name for name, shard in zip(names, shards, strict=True) for t in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=1), encoding="utf-8")

@@ -47,7 +47,9 @@ def synth_checkpoint(
         raise ConfigError(f"skew is {skew}, must be 0 or more. hint: 1.0 is Zipf's law")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty, must be a new folder. hint: remove it or choose another")
-    tensors = [StoredTensor(key=key, shape=dims, nbytes=2 * math.prod(dims)) for key, dims in stored_shapes(config).items()]
+    tensors = [
+        StoredTensor(key=key, shape=dims, nbytes=2 * math.prod(dims)) for key, dims in stored_shapes(config).items()
+    ]
     total = sum(tensor.nbytes for tensor in tensors)
     check_space(out, total)
     out.mkdir(parents=True, exist_ok=True)

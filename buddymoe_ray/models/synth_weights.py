@@ -5,8 +5,8 @@ are equal. Does not know files.
 
 How popularity works in stock transformers. Hidden channel 0 is constant: the embedding's column 0 is 1, and that row of
 every o_proj and down_proj is 0. All other channels together stay 50 times below it in energy, so RMSNorm divides by a
-constant, and the norm weights multiply it back. An expert of popularity rank r then gets a router logit of -skew * ln(r)
-from the router's column 0 alone.
+constant, and the norm weights multiply it back. An expert of popularity rank r then gets a router logit of
+-skew * ln(r) from the router's column 0 alone.
 
 Legend: E experts, D hidden, F ffn, V vocabulary, R rows of a piece.
 """
@@ -118,4 +118,4 @@ class SynthWeights:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)

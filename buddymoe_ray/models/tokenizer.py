@@ -28,6 +28,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise many kinds for a damaged file
         raise CheckpointError(
-            f"the tokenizer in {folder} is unusable ({type(error).__name__}: {error}), must be a tokenizer transformers "
+            f"the tokenizer in {folder} is unusable ({type(error).__name__}: {error}), must be one that transformers "
             "loads without running code. hint: download tokenizer.json and tokenizer_config.json again"
         ) from error

@@ -57,7 +57,7 @@ def test_generate_on_the_models_own_cache_agrees(model_type: str, tmp_path: Path
     loaded = load_model(folder)
     attach_oracle(loaded)
     stock = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
-    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     mask = torch.ones_like(IDS[:1])
     got = loaded.model.generate(IDS[:1], attention_mask=mask, **options)
     assert torch.equal(got, stock.generate(IDS[:1], attention_mask=mask, **options))
@@ -67,7 +67,9 @@ def test_generate_on_the_models_own_cache_agrees(model_type: str, tmp_path: Path
 def test_a_registered_attention_is_called_without_a_mask(model_type: str, tmp_path: Path) -> None:
     seen: list[tuple[int, bool]] = []
 
-    def spy(module: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: object, **rest: object) -> object:
+    def spy(
+        module: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: object, **rest: object
+    ) -> object:
         seen.append((module.layer_idx, mask is None))
         return sdpa_attention_forward(module, q, k, v, mask, **rest)
 
@@ -86,10 +88,14 @@ def test_a_registered_attention_is_called_without_a_mask(model_type: str, tmp_pa
     assert seen == [(layer, True) for layer in attending]
 
 
-@pytest.mark.parametrize(("model_type", "attn"), [("olmoe", None), ("olmoe", "eager"), ("olmoe", "sdpa"), ("gpt_oss", "eager")])
+@pytest.mark.parametrize(
+    ("model_type", "attn"), [("olmoe", None), ("olmoe", "eager"), ("olmoe", "sdpa"), ("gpt_oss", "eager")]
+)
 def test_attention_implementation_is_the_one_asked_for(model_type: str, attn: str | None, tmp_path: Path) -> None:
     folder = build_checkpoint(model_type, tmp_path)
-    stock = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attn, experts_implementation="eager").eval()
+    stock = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation=attn, experts_implementation="eager"
+    ).eval()
     loaded = load_model(folder, attn=attn)
     assert loaded.config._attn_implementation == (attn or "sdpa")
     attach_oracle(loaded)

@@ -33,7 +33,11 @@ def two_shards(folder: Path) -> Path:
     [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.float64, torch.int32],
 )
 def test_locations_point_at_the_bytes(dtype: torch.dtype, tmp_path: Path) -> None:
-    tensors = {"x": torch.arange(12).reshape(3, 4).to(dtype), "scalar": torch.tensor(7).to(dtype), "none": torch.empty(0, 2).to(dtype)}
+    tensors = {
+        "x": torch.arange(12).reshape(3, 4).to(dtype),
+        "scalar": torch.tensor(7).to(dtype),
+        "none": torch.empty(0, 2).to(dtype),
+    }
     save_file(tensors, tmp_path / SINGLE_NAME)
     index = read_index(tmp_path)
     assert set(index) == set(tensors)
@@ -41,7 +45,9 @@ def test_locations_point_at_the_bytes(dtype: torch.dtype, tmp_path: Path) -> Non
     for key, tensor in tensors.items():
         place = index[key]
         assert place.shape == tuple(tensor.shape) and f"torch.{place.dtype}" == str(dtype) and place.key == key
-        assert raw[place.offset : place.offset + place.nbytes] == bytes(tensor.contiguous().view(-1).view(torch.uint8).tolist())
+        assert raw[place.offset : place.offset + place.nbytes] == bytes(
+            tensor.contiguous().view(-1).view(torch.uint8).tolist()
+        )
 
 
 def test_sharded_checkpoint_is_read_whole(tmp_path: Path) -> None:
@@ -71,7 +77,9 @@ def test_truncated_shard_is_named_with_both_sizes(cut: int, tmp_path: Path) -> N
     path = two_shards(tmp_path) / "s1.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-cut])
-    with pytest.raises(CheckpointError, match=rf"s1\.safetensors has {len(data) - cut} bytes, must be {len(data)}: it is truncated"):
+    with pytest.raises(
+        CheckpointError, match=rf"s1\.safetensors has {len(data) - cut} bytes, must be {len(data)}: it is truncated"
+    ):
         read_index(tmp_path)
 
 
@@ -129,7 +137,7 @@ def test_key_twice_in_one_header_is_refused(tmp_path: Path) -> None:
 def test_key_in_two_shards_is_refused(tmp_path: Path) -> None:
     two_shards(tmp_path)
     save_file({"c": torch.zeros(4, dtype=torch.bfloat16), "a": torch.ones(1)}, tmp_path / "s2.safetensors")
-    with pytest.raises(CheckpointError, match="key 'a' is in .*s1.safetensors and in .*s2.safetensors"):
+    with pytest.raises(CheckpointError, match=r"key 'a' is in .*s1.safetensors and in .*s2.safetensors"):
         read_index(tmp_path)
 
 
@@ -143,7 +151,7 @@ def test_key_that_its_shard_lacks_is_refused(tmp_path: Path) -> None:
 def test_key_that_the_index_lacks_is_refused(tmp_path: Path) -> None:
     two_shards(tmp_path)
     save_file({"c": torch.zeros(4), "extra": torch.ones(1)}, tmp_path / "s2.safetensors")
-    with pytest.raises(CheckpointError, match="key 'extra' that model.safetensors.index.json lacks"):
+    with pytest.raises(CheckpointError, match=r"key 'extra' that model.safetensors.index.json lacks"):
         read_index(tmp_path)
 
 
@@ -163,7 +171,12 @@ def test_unusable_index_is_refused(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("model.gguf", "gguf weights"), ("pytorch_model.bin", r"\.bin weights"), ("model-1.safetensors", "neither"), ("a.txt", "no weights")],
+    [
+        ("model.gguf", "gguf weights"),
+        ("pytorch_model.bin", r"\.bin weights"),
+        ("model-1.safetensors", "neither"),
+        ("a.txt", "no weights"),
+    ],
 )
 def test_folder_without_safetensors_says_what_it_has(name: str, hint: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"")

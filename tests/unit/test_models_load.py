@@ -1,7 +1,8 @@
-"""Loading: what an engine needs is there, memory holds dense weights only, and every broken checkpoint names its key."""
+"""Loading: what an engine needs is there, memory holds dense weights only, broken checkpoints are named by key."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -79,11 +80,11 @@ def test_slots_are_aligned_and_pieces_fill_them(olmoe: Path) -> None:
     filled = sorted((t.offset, t.offset + t.nbytes) for t in layout.tensors)
     for pieces in layout.pieces.values():
         runs = sorted((p.slot_offset, p.slot_offset + p.nbytes) for p in pieces)
-        assert all(a[1] <= b[0] for a, b in zip(runs, runs[1:], strict=False)), "pieces overlap"
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(runs)), "pieces overlap"
         assert all(any(lo <= a and b <= hi for lo, hi in filled) for a, b in runs)
         assert sum(b - a for a, b in runs) == layout.expert_bytes
     spans = sorted((p.path, p.offset, p.offset + p.nbytes) for pieces in layout.pieces.values() for p in pieces)
-    assert all(a[0] != b[0] or a[2] <= b[1] for a, b in zip(spans, spans[1:], strict=False)), "two experts share bytes"
+    assert all(a[0] != b[0] or a[2] <= b[1] for a, b in itertools.pairwise(spans)), "two experts share bytes"
 
 
 def test_compute_dtype_can_differ_from_the_stored_one(tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_a_block_may_be_replaced_and_is_not_part_of_the_state(olmoe: Path) -> No
 
 
 def test_forward_without_blocks_says_what_to_do(olmoe: Path) -> None:
-    with pytest.raises(AssertionError, match="call experts_hook.attach before"):
+    with pytest.raises(AssertionError, match=r"call experts_hook.attach before"):
         load_model(olmoe).model(input_ids=IDS, use_cache=False)
 
 
@@ -166,7 +167,9 @@ def test_dense_weights_that_are_not_finite_are_named(value: float, olmoe: Path) 
 
 def test_missing_dense_key_is_named(olmoe: Path) -> None:
     edit_weights(olmoe, lambda tensors: tensors.pop("model.layers.0.mlp.gate.weight"))
-    with pytest.raises(CheckpointError, match=r"key 'model\.layers\.0\.mlp\.gate\.weight' is missing .*\(1 are\).*hint"):
+    with pytest.raises(
+        CheckpointError, match=r"key 'model\.layers\.0\.mlp\.gate\.weight' is missing .*\(1 are\).*hint"
+    ):
         load_model(olmoe)
 
 
@@ -179,7 +182,9 @@ def test_missing_embedding_is_named_even_when_tied(tmp_path: Path) -> None:
 
 def test_unmapped_key_is_named(olmoe: Path) -> None:
     edit_weights(olmoe, lambda tensors: tensors.update({"model.layers.0.mystery.weight": torch.ones(2)}))
-    with pytest.raises(CheckpointError, match=r"key 'model\.layers\.0\.mystery\.weight' .* maps to no parameter of Olmoe"):
+    with pytest.raises(
+        CheckpointError, match=r"key 'model\.layers\.0\.mystery\.weight' .* maps to no parameter of Olmoe"
+    ):
         load_model(olmoe)
 
 
@@ -190,7 +195,7 @@ def test_dense_weight_of_another_shape_is_named(olmoe: Path) -> None:
 
 
 def test_config_of_another_model_is_refused(olmoe: Path) -> None:
-    with pytest.raises(CheckpointError, match="must be .* as config.json says"):
+    with pytest.raises(CheckpointError, match=r"must be .* as config.json says"):
         load_model(edit_config(olmoe, intermediate_size=32))
 
 
@@ -206,7 +211,9 @@ def test_layer_without_experts_is_named(olmoe: Path) -> None:
         for key in [k for k in tensors if k.startswith("model.layers.1.mlp.experts.")]:
             del tensors[key]
 
-    with pytest.raises(CheckpointError, match=r"no key of the checkpoint fills model\.layers\.1\.mlp\.experts\.gate_up_proj"):
+    with pytest.raises(
+        CheckpointError, match=r"no key of the checkpoint fills model\.layers\.1\.mlp\.experts\.gate_up_proj"
+    ):
         load_model(edit_weights(olmoe, drop))
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from families import build_checkpoint, stock_logits
-from huggingface_hub import constants
 from hub_server import HubServer, hub_server
+from huggingface_hub import constants
 from slot_oracle import attach_oracle
 
 from buddymoe_ray.errors import CheckpointError, UnsupportedModel
@@ -34,7 +34,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     (repo / "original" / "params.json").write_text("{}")
     with hub_server(tmp_path / "hub") as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         yield server
 
@@ -55,9 +57,6 @@ def test_local_folder_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("name", ["./nothing", "/no/such/folder", "a/b/c", "justaname", "", "a//b"])
 def test_what_is_neither_folder_nor_id_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    if name == "":
-        assert resolve_model(name) == tmp_path.resolve()  # the empty path is the current folder
-        return
     with pytest.raises(CheckpointError, match="hint:"):
         resolve_model(name, cache_dir=tmp_path / "cache")
 
@@ -100,15 +99,41 @@ def test_second_time_downloads_nothing(hub: HubServer, tmp_path: Path) -> None:
     assert not hub.gets
 
 
+def test_download_that_broke_goes_on_where_it_stopped(hub: HubServer, tmp_path: Path) -> None:
+    shards = sorted(p.name for p in (hub.root / "someone" / "small-moe").glob("model-*.safetensors"))
+    hub.broken = {shards[-1]}
+    with pytest.raises(CheckpointError, match=r"refused a file \(.*403.*hint"):
+        resolve_model("someone/small-moe", cache_dir=tmp_path / "cache")
+    had = {name for name in hub.gets if name.endswith(".safetensors")}
+    hub.broken = set()
+    hub.gets.clear()
+    folder = resolve_model("someone/small-moe", cache_dir=tmp_path / "cache")
+    assert {p.name for p in folder.glob("*.safetensors")} == set(shards)
+    assert not had & set(hub.gets) and shards[-1] in hub.gets
+
+
+def test_broken_download_is_not_mistaken_for_a_model_offline(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.broken = {p.name for p in (hub.root / "someone" / "small-moe").glob("model-*.safetensors")}
+    with pytest.raises(CheckpointError):
+        resolve_model("someone/small-moe", cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=r"hint"):
+        resolve_model("someone/small-moe", cache_dir=tmp_path / "cache")
+
+
 def test_cached_model_resolves_offline(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = resolve_model("someone/small-moe", cache_dir=tmp_path / "cache")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert resolve_model("someone/small-moe", cache_dir=tmp_path / "cache") == first
 
 
-def test_offline_without_cache_names_the_remedy(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_without_cache_names_the_remedy(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="cannot be reached.*HF_HUB_OFFLINE"):
+    with pytest.raises(CheckpointError, match=r"cannot be reached.*HF_HUB_OFFLINE"):
         resolve_model("someone/small-moe", cache_dir=tmp_path / "cache")
 
 
@@ -120,13 +145,13 @@ def test_unreachable_hub_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_unknown_id_is_reported(hub: HubServer, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="someone/else is unknown to .*hint"):
+    with pytest.raises(CheckpointError, match=r"someone/else is unknown to .*hint"):
         resolve_model("someone/else", cache_dir=tmp_path / "cache")
 
 
 def test_gated_repository_is_reported(hub: HubServer, tmp_path: Path) -> None:
     hub.gated.add("someone/small-moe")
-    with pytest.raises(CheckpointError, match="gated.*HF_TOKEN"):
+    with pytest.raises(CheckpointError, match=r"gated.*HF_TOKEN"):
         resolve_model("someone/small-moe", cache_dir=tmp_path / "cache")
 
 

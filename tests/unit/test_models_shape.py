@@ -13,7 +13,16 @@ from buddymoe_ray.errors import CheckpointError, UnsupportedModel
 from buddymoe_ray.models.load import load_model
 from buddymoe_ray.models.shape import ModelShape, describe, experts_per_token, meta_model
 
-TOP_K = {"granitemoe": 2, "gpt_oss": 2, "hunyuan_v1_moe": 2, "jamba": 2, "minimax": 2, "minimax_m2": 2, "mixtral": 2, "phimoe": 2}
+TOP_K = {
+    "granitemoe": 2,
+    "gpt_oss": 2,
+    "hunyuan_v1_moe": 2,
+    "jamba": 2,
+    "minimax": 2,
+    "minimax_m2": 2,
+    "mixtral": 2,
+    "phimoe": 2,
+}
 
 
 @pytest.mark.parametrize("model_type", sorted(TINY_CONFIGS))
@@ -53,7 +62,9 @@ def test_compute_dtype_changes_dense_bytes_alone(tmp_path: Path) -> None:
 
 
 def test_real_shape_from_a_config_alone(tmp_path: Path) -> None:
-    config = tiny_config("mixtral", hidden_size=4096, intermediate_size=14336, num_local_experts=8, num_hidden_layers=32)
+    config = tiny_config(
+        "mixtral", hidden_size=4096, intermediate_size=14336, num_local_experts=8, num_hidden_layers=32
+    )
     config.vocab_size, config.num_attention_heads, config.num_key_value_heads = 32000, 32, 8
     config.dtype = torch.bfloat16
     config.save_pretrained(tmp_path)
@@ -70,7 +81,7 @@ def test_broken_weights_are_not_mistaken_for_none(tmp_path: Path) -> None:
 
 
 def test_dense_and_foreign_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="config.json is missing"):
+    with pytest.raises(CheckpointError, match=r"config.json is missing"):
         describe(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     with pytest.raises(UnsupportedModel, match="qwen3"):

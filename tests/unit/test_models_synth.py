@@ -1,9 +1,10 @@
-"""Synthetic checkpoints: real shapes, stock transformers loads and routes them as the skew says, memory stays bounded."""
+"""Synthetic checkpoints: real shapes, stock transformers routes them as the skew says, memory stays bounded."""
 
 from __future__ import annotations
 
 import errno
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -115,7 +116,9 @@ def test_constant_channel_is_built_as_specified(shape: str, tmp_path: Path) -> N
     tensors = all_tensors(synth_checkpoint(shape, tmp_path / "m", skew=1.0))
     embedding = next(t for key, t in tensors.items() if key.endswith("embed_tokens.weight"))
     assert (embedding[:, 0] == 1).all() and embedding[:, 1:].abs().max() < 0.1
-    outs = [key for key in tensors if key.endswith(("o_proj.weight", "down_proj.weight", ".w2.weight", "experts.down_proj"))]
+    outs = [
+        key for key in tensors if key.endswith(("o_proj.weight", "down_proj.weight", ".w2.weight", "experts.down_proj"))
+    ]
     assert len(outs) > 3
     for key in outs:
         zero = tensors[key][..., 0] if key.endswith("experts.down_proj") else tensors[key][0]
@@ -131,12 +134,16 @@ def test_no_two_experts_are_equal(shape: str, tmp_path: Path) -> None:
     for entry in loaded.layout.tensors:
         if entry.name.endswith("bias"):
             continue
-        runs = {bytes(buffer.tensor(key, entry.name).view(torch.uint8).flatten()[:4096].tolist()) for key in buffer.slot_of}
+        runs = {
+            bytes(buffer.tensor(key, entry.name).view(torch.uint8).flatten()[:4096].tolist()) for key in buffer.slot_of
+        }
         assert len(runs) == len(buffer.slot_of), entry.name
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:
-    a, b, c = (synth_checkpoint("qwen3-tiny", tmp_path / n, skew=1.0, seed=s) for n, s in (("a", 5), ("b", 5), ("c", 6)))
+    a, b, c = (
+        synth_checkpoint("qwen3-tiny", tmp_path / n, skew=1.0, seed=s) for n, s in (("a", 5), ("b", 5), ("c", 6))
+    )
     first, second, third = (next(p.glob("*.safetensors")).read_bytes() for p in (a, b, c))
     assert first == second != third
 
@@ -151,7 +158,9 @@ def test_shards_are_split_and_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", sorted(REAL_PARAMETERS))
-def test_real_shapes_have_the_real_number_of_parameters(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_shapes_have_the_real_number_of_parameters(
+    shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[int] = []
 
     def refuse(folder: Path, nbytes: int) -> None:
@@ -199,7 +208,7 @@ def test_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
 
 def test_too_small_a_disk_is_refused_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_writer.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(CheckpointError, match="has 0.00 GB free, must have .* GB. hint"):
+    with pytest.raises(CheckpointError, match=r"has 0.00 GB free, must have .* GB. hint"):
         synth_checkpoint("olmoe-tiny", tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
@@ -220,7 +229,9 @@ def test_disk_that_fills_up_on_the_way_leaves_no_shards(tmp_path: Path) -> None:
 def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     folder = synth_checkpoint("gpt-oss-tiny", tmp_path / "m", progress=lambda done, total: seen.append((done, total)))
-    assert seen == sorted(seen) and seen[-1][0] == seen[-1][1] == 2 * sum(t.numel() for t in all_tensors(folder).values())
+    assert seen == sorted(seen) and seen[-1][0] == seen[-1][1] == 2 * sum(
+        t.numel() for t in all_tensors(folder).values()
+    )
 
 
 def test_a_large_tensor_is_written_in_small_pieces() -> None:
@@ -245,3 +256,4 @@ def test_memory_stays_far_below_the_checkpoint(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 600_000, f"grew by {done.stdout} KiB"
     assert describe(tmp_path / "m").total_expert_bytes == 64 * 3 * 2048 * 1024 * 2
+    shutil.rmtree(tmp_path / "m")

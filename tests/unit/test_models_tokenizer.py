@@ -36,7 +36,7 @@ def test_folder_without_tokenizer_files_has_none(tmp_path: Path) -> None:
 def test_damaged_tokenizer_is_an_error_not_none(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "olmoe"}')
     (tmp_path / name).write_bytes(b"\x00\x01 not a tokenizer")
-    with pytest.raises(CheckpointError, match="tokenizer in .* is unusable.*hint"):
+    with pytest.raises(CheckpointError, match=r"tokenizer in .* is unusable.*hint"):
         load_tokenizer(tmp_path)
 
 

@@ -15,7 +15,7 @@ import functools
 import json
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from buddymoe_ray.errors import ConfigError
-from buddymoe_ray.models.tiny import corpus, moe_train, path
+from buddymoe_ray.models.tiny import moe_train, path
 from buddymoe_ray.models.tiny.tokenizer import END_OF_TEXT, load_tokenizer
 
 
@@ -131,12 +131,10 @@ def load_model(folder: Path) -> PreTrainedModel:
     )
 
 
-def evaluate_texts(
-    evaluator: Evaluator, texts: Mapping[corpus.Kind, list[str]] | Mapping[str, list[str]]
-) -> Evaluation:
+def evaluate_texts(evaluator: Evaluator, texts: Iterable[tuple[str, list[str]]]) -> Evaluation:
     """Score the documents of every kind."""
     scores: dict[str, Score] = {}
-    for kind, documents in texts.items():
+    for kind, documents in texts:
         scores[kind] = functools.reduce(operator.add, (evaluator.score(text) for text in documents))
     return Evaluation(
         context=evaluator.context,
@@ -162,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluator = Evaluator(
         load_model(options.model), load_tokenizer(options.model), context=options.context, stride=options.stride
     )
-    texts = {file.stem: [file.read_text(encoding="utf-8")] for file in options.text}
+    texts = [(file.stem, [file.read_text(encoding="utf-8")]) for file in options.text]
     print(json.dumps(asdict(evaluate_texts(evaluator, texts)), indent=2))
 
 

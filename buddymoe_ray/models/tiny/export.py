@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -45,10 +45,11 @@ def read_history(run: Path) -> tuple[TrainConfig, float, tuple[str, ...]]:
         started = kept = entry["time"]
         default = TrainConfig(out=run)
         config = replace(default, **entry["options"])
+        config = replace(config, stdlib=Path(config.stdlib), docs=Path(config.docs))
         options = [
             f" --{name.replace('_', '-')}" + ("" if value is True else f" {value}")
             for name, value in entry["options"].items()
-            if value != getattr(default, name)
+            if str(value) != str(getattr(default, name))
         ]
         commands.append(
             f"python -m buddymoe_ray.models.tiny.train --out DIR{''.join(options)}  # from step {entry['step']}"
@@ -65,7 +66,7 @@ def export_weights(config: TrainConfig, step_state: dict[str, torch.Tensor], tar
     tokenizer = load_tokenizer(target)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in (IM_END, END_OF_TEXT)]
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1])
-    model.to(torch.bfloat16).save_pretrained(target)
+    model.bfloat16().save_pretrained(target)
     (target / "model.safetensors").chmod(0o644)
 
 
@@ -81,11 +82,11 @@ def make_record(config: TrainConfig, step: int, target: Path, heldout: Sequence[
     """Evaluate the exported folder and gather all that the model card says."""
     _, seconds, commands = read_history(config.out)
     stored = np.load(config.out / "data" / "tokens.npz")
-    texts = {kind: [d.text for d in heldout if d.kind == kind] for kind in HELDOUT_BYTES}
-    shipped = {kind: [(target / "heldout" / f"{kind}.txt").read_text(encoding="utf-8")] for kind in HELDOUT_BYTES}
+    texts = [(kind, [d.text for d in heldout if d.kind == kind]) for kind in HELDOUT_BYTES]
+    shipped = [(kind, [(target / "heldout" / f"{kind}.txt").read_text(encoding="utf-8")]) for kind in HELDOUT_BYTES]
     model, tokenizer = load_model(target), load_tokenizer(target)
 
-    def judge(texts: Mapping[corpus.Kind, list[str]], context: int) -> Evaluation:
+    def judge(texts: Iterable[tuple[str, list[str]]], context: int) -> Evaluation:
         return evaluate_texts(Evaluator(model, tokenizer, context=context, stride=context // 2), texts)
 
     return TrainingRecord(

@@ -17,9 +17,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean next-token loss from hidden states; logits exist for one chunk at a time, gradients are made on the way."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: FunctionCtx, hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, chunk: int
-    ) -> Tensor:
+    def forward(ctx: FunctionCtx, hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, chunk: int) -> Tensor:
         loss = hidden_TD.new_zeros(())
         dhidden_TD, dhead_VD = torch.empty_like(hidden_TD), torch.zeros_like(head_VD)
         room_CV = hidden_TD.new_empty(min(chunk, hidden_TD.shape[0]), head_VD.shape[0])
@@ -40,7 +38,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dhidden_TD, dhead_VD = ctx.saved_tensors  # type: ignore[attr-defined]
         return dhidden_TD * dloss, dhead_VD * dloss, None, None
 

@@ -34,7 +34,7 @@ class SortedExperts(torch.autograd.Function):
     """SwiGLU experts on sorted tokens; silu and products are recomputed in the backward pass."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: FunctionCtx, x_TD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, index_TK: Tensor, weight_TK: Tensor
     ) -> Tensor:
         order_S, bounds = expert_bounds(index_TK, gate_up_EGD.shape[0])
@@ -54,7 +54,7 @@ class SortedExperts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # type: ignore[attr-defined]
         x_TD, gate_up_EGD, down_EDF, token_S, place_TK, order_S, weight_S1, gate_up_SG = saved
         dgate_up_EGD, ddown_EDF = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
@@ -82,7 +82,8 @@ class SortedExperts(torch.autograd.Function):
 
 def sorted_experts(module: nn.Module, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """The function registered with transformers."""
-    return SortedExperts.apply(x_TD, module.gate_up_proj, module.down_proj, index_TK, weight_TK)
+    output: Tensor = SortedExperts.apply(x_TD, module.gate_up_proj, module.down_proj, index_TK, weight_TK)
+    return output
 
 
 def register() -> str:

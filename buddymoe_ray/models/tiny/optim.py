@@ -27,7 +27,7 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
     a, b, c = QUINTIC
     wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
     wide = wide.reshape(-1, *wide.shape[-2:])
-    x = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x: Tensor = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = _fused(x, _fused(gram, gram, gram, b, c), x, a, 1.0)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -52,8 +52,8 @@ def note(config: TrainConfig, event: str, step: int) -> None:
     """Append to out/history.jsonl: what was started with which options, and when each checkpoint was written."""
     line: dict[str, object] = {"event": event, "step": step, "time": round(time.time(), 1)}
     if event == "start":
-        kept = [field.name for field in fields(config) if field.type != "Path"]
-        line["options"] = {name: getattr(config, name) for name in kept}
+        options = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "out"}
+        line["options"] = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     with (config.out / "history.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -144,7 +144,7 @@ def train(config: TrainConfig) -> None:
         run_rank(0, config)
         return
     (config.out / "rendezvous").unlink(missing_ok=True)
-    multiprocessing.spawn(run_rank, args=(config,), nprocs=config.ranks)
+    spawn(run_rank, args=(config,), nprocs=config.ranks)
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:

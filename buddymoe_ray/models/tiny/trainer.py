@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class TrainConfig:
 
 def build_model(config: TrainConfig) -> Qwen3MoeForCausalLM:
     """A stock Qwen3-MoE in float32 with the training kernel as its experts."""
-    shape = Qwen3MoeConfig(
+    shape = Qwen3MoeConfig(  # type: ignore[call-arg]
         vocab_size=config.vocab,
         hidden_size=config.hidden,
         intermediate_size=config.ffn * config.top_k,
@@ -78,17 +79,23 @@ def build_model(config: TrainConfig) -> Qwen3MoeForCausalLM:
         pad_token_id=None,
     )
     torch.manual_seed(config.seed)
-    model = Qwen3MoeForCausalLM._from_config(shape, dtype=torch.float32, experts_implementation=moe_train.register())
+    model: Qwen3MoeForCausalLM = Qwen3MoeForCausalLM._from_config(
+        shape, dtype=torch.float32, experts_implementation=moe_train.register()
+    )
     if config.compile_norms:
         for module in model.modules():
             if isinstance(module, Qwen3MoeRMSNorm):
                 module.compile()
-    return model.train()
+    model.train()
+    return model
 
 
 def make_optimizers(model: Qwen3MoeForCausalLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for attention and expert matrices; AdamW for the embedding, the routers and the norms."""
-    stacks, matrices, embeds, small = [], [], [], []
+    stacks: list[Tensor] = []
+    matrices: list[Tensor] = []
+    embeds: list[Tensor] = []
+    small: list[Tensor] = []
     for name, param in model.named_parameters():
         if name.endswith("gate_up_proj"):
             stacks.append(param)
@@ -98,8 +105,9 @@ def make_optimizers(model: Qwen3MoeForCausalLM, config: TrainConfig) -> list[tor
             small.append(param)
         else:
             matrices.append(param)
+    groups: list[dict[str, Any]] = [{"params": stacks, "fused_halves": True}, {"params": matrices}]
     muon = Muon(
-        [{"params": stacks, "fused_halves": True}, {"params": matrices}],
+        groups,
         lr=config.matrix_lr,
         weight_decay=config.weight_decay,
     )
@@ -121,12 +129,12 @@ def schedule(step: int, config: TrainConfig) -> float:
     return warm * min(1.0, (config.steps - step) / max(1, config.decay_steps))
 
 
-def loss_on(model: Qwen3MoeForCausalLM, windows_BL: Tensor, balance: float) -> tuple[Tensor, Tensor]:
-    """(mean nats a token, balance loss); gradients flow through nats + balance * balance loss."""
-    hidden = model.model(input_ids=windows_BL[:, :-1], use_cache=False, output_router_logits=True)
-    hidden_TD = hidden.last_hidden_state.flatten(0, 1)
+def losses_on(model: Qwen3MoeForCausalLM, windows_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean nats a token, balance loss) of windows of one token more than the sequence length."""
+    output = model.model(input_ids=windows_BL[:, :-1], use_cache=False, output_router_logits=True)
+    hidden_TD = output.last_hidden_state.flatten(0, 1)
     nats = losses.ChunkedCrossEntropy.apply(hidden_TD, model.lm_head.weight, windows_BL[:, 1:].flatten(), 512)
-    aux = losses.balance_loss(hidden.router_logits, model.config.num_experts_per_tok)
+    aux = losses.balance_loss(output.router_logits, model.config.num_experts_per_tok)
     return nats, aux
 
 
@@ -152,7 +160,7 @@ class Trainer:
         windows = config.batch_tokens // config.seq_len
         mine = windows // config.ranks
         batch_BL = self.stream.batch(self.step * windows + self.rank * mine, mine)
-        nats, aux = loss_on(self.model, batch_BL, config.balance)
+        nats, aux = losses_on(self.model, batch_BL)
         (nats + config.balance * aux).backward()
         figures = self._average_gradients(torch.stack([nats.detach(), aux.detach()]))
         factor = schedule(self.step, config)
