@@ -17,10 +17,11 @@ from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.build import torch_dtype
 from buddymoe_ray.engine.devices import GpuInfo
 from buddymoe_ray.engine.machine import available_memory_bytes, cgroup_limit_bytes
-from buddymoe_ray.errors import BudgetError
+from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.kernels import UpcastScratch
 from buddymoe_ray.models.shape import ModelShape, describe
-from buddymoe_ray.policy.memory import SlotPlan, parse_memory, split_slots
+from buddymoe_ray.policy import parse_memory, plan_staging, split_slots
+from buddymoe_ray.types import SlotPlan
 
 __all__ = ["ASSUMED", "Plan", "make_plan"]
 
@@ -65,7 +66,7 @@ class Plan:
     expert_dtype: str
     compute_dtype: str
     dense_bytes: int
-    workspace_bytes: int
+    overhead_bytes: int
     max_model_len: int
     devices: tuple[DevicePlan, ...]
     host_tier_bytes: int
@@ -85,13 +86,15 @@ def make_plan(config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo]) ->
     """Plan one engine per device. Raises BudgetError when dense weights or the expert budget cannot fit, with a hint."""
     shape = describe(folder, dtype=torch_dtype(config.dtype))
     budget = parse_memory(config.memory, total_expert_bytes=shape.total_expert_bytes)
-    workspace = _workspace(shape)
+    on_cpu = config.device == "cpu" or not gpus
+    staging = plan_staging(largest_piece=max(t.nbytes for t in shape.slot_tensors), budget_bytes=budget)
+    overhead = _workspace(shape) + (staging.nbytes if on_cpu else 0)
     slots = split_slots(
         budget_bytes=budget,
         slot_bytes=shape.slot_bytes,
-        layers=shape.moe_layers,
-        overhead_bytes=workspace,
+        expert_bytes=shape.expert_bytes,
         experts_per_layer=shape.experts_per_layer,
+        overhead_bytes=overhead,
     )
     devices = _devices(config, shape, budget, slots, gpus)
     hit = devices[0].resident_experts / sum(shape.experts_per_layer)
@@ -114,7 +117,7 @@ def make_plan(config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo]) ->
         expert_dtype=shape.expert_dtype,
         compute_dtype=shape.compute_dtype,
         dense_bytes=shape.dense_bytes,
-        workspace_bytes=workspace,
+        overhead_bytes=slots.overhead_bytes,
         max_model_len=min(config.max_model_len or shape.max_positions, shape.max_positions),
         devices=devices,
         host_tier_bytes=min(host, shape.total_expert_bytes),
@@ -136,39 +139,43 @@ def _devices(
     config: EngineConfig, shape: ModelShape, budget: int, slots: SlotPlan, gpus: Sequence[GpuInfo]
 ) -> tuple[DevicePlan, ...]:
     if config.device == "cpu" or not gpus:
-        found = [("cpu", "host memory", available_memory_bytes(), available_memory_bytes(), None, "disk", ASSUMED["disk_bytes_s"])]
-    else:
-        found = [
-            (f"cuda:{g.index}", g.name, g.total_bytes, g.free_bytes, g.numa_node, "pcie", g.pcie_bytes_s or ASSUMED["ram_bytes_s"])
-            for g in gpus
-            if config.device in ("auto", "cuda", f"cuda:{g.index}")
-        ]
-    resident = sum(slots.layer_slots)
-    plans = []
-    for device, name, total, free, numa, link, speed in found:
-        need = shape.dense_bytes + min(budget, shape.total_expert_bytes)
-        if need > free:
-            raise BudgetError(
-                f"{device} needs {need / 2**30:.2f} GiB (dense {shape.dense_bytes / 2**30:.2f}, experts "
-                f"{(need - shape.dense_bytes) / 2**30:.2f}), must be at most the {free / 2**30:.2f} GiB available. "
-                f"hint: lower --memory to {max(0, free - shape.dense_bytes) / 2**30:.2f}GiB or less"
-            )
-        plans.append(
-            DevicePlan(
-                device=device,
-                name=name,
-                total_bytes=total,
-                available_bytes=free,
-                numa_node=numa,
-                link=link,
-                link_bytes_s=speed,
-                dense_bytes=shape.dense_bytes,
-                expert_budget_bytes=budget,
-                slots=slots.slots_total,
-                wave_slots=slots.wave_slots,
-                layer_slots=slots.layer_slots,
-                resident_experts=resident,
-                resident_percent=100 * resident / sum(shape.experts_per_layer),
-            )
+        free = available_memory_bytes()
+        return (_device(shape, budget, slots, ("cpu", "host memory", free, free, None, "disk", ASSUMED["disk_bytes_s"])),)
+    wanted = [gpu for gpu in gpus if config.device in ("auto", "cuda", f"cuda:{gpu.index}")]
+    if not wanted:
+        raise ConfigError(f"device is {config.device!r}, must be one of {len(gpus)} GPUs. hint: use device auto")
+    facts = [
+        (f"cuda:{g.index}", g.name, g.total_bytes, g.free_bytes, g.numa_node, "pcie", g.pcie_bytes_s or ASSUMED["ram_bytes_s"])
+        for g in wanted
+    ]
+    return tuple(_device(shape, budget, slots, fact) for fact in facts)
+
+
+def _device(
+    shape: ModelShape, budget: int, slots: SlotPlan, facts: tuple[str, str, int, int, int | None, str, float]
+) -> DevicePlan:
+    device, name, total, free, numa, link, speed = facts
+    need = shape.dense_bytes + min(budget, shape.total_expert_bytes)
+    if need > free:
+        raise BudgetError(
+            f"{device} needs {need / 2**30:.2f} GiB (dense {shape.dense_bytes / 2**30:.2f}, experts "
+            f"{(need - shape.dense_bytes) / 2**30:.2f}), must be at most the {free / 2**30:.2f} GiB available. "
+            f"hint: lower --memory to {max(0, free - shape.dense_bytes) / 2**30:.2f}GiB or less"
         )
-    return tuple(plans)
+    resident = sum(slots.layer_slots)
+    return DevicePlan(
+        device=device,
+        name=name,
+        total_bytes=total,
+        available_bytes=free,
+        numa_node=numa,
+        link=link,
+        link_bytes_s=speed,
+        dense_bytes=shape.dense_bytes,
+        expert_budget_bytes=budget,
+        slots=slots.slots_total,
+        wave_slots=slots.wave_slots,
+        layer_slots=slots.layer_slots,
+        resident_experts=resident,
+        resident_percent=100 * resident / sum(shape.experts_per_layer),
+    )

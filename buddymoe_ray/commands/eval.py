@@ -1,0 +1,65 @@
+"""`buddymoe eval`: perplexity of an engine beside the exact one on the same windows, decoded step by step.
+
+Windows of 256 tokens: 64 are prefilled, the other 192 are scored one decode step at a time (teacher forcing) through the
+Engine that serves. Errors are of paired differences, clustered by window.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from buddymoe_ray.commands.common import add_engine_arguments, add_json_argument, emit, engine_config, progress
+from buddymoe_ray.errors import ConfigError
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `eval`."""
+    add_engine_arguments(parser)
+    add_json_argument(parser)
+    parser.add_argument("--corpus", nargs="+", required=True, help="text files, or folders of .txt, .py, .rst, .md files")
+    parser.add_argument("--tokens", type=int, default=None, help="most scored tokens; default the whole corpus")
+    parser.add_argument("--batch", type=int, default=32, help="windows decoded side by side")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print one record; exit status 0."""
+    from buddymoe_ray.engine.evaluate import cut_windows, evaluate
+    from buddymoe_ray.models.resolve import resolve_model
+    from buddymoe_ray.models.tokenizer import load_tokenizer
+
+    if args.batch < 1:
+        raise ConfigError(f"--batch is {args.batch}, must be at least 1. hint: leave it at 32")
+    tokenizer = load_tokenizer(resolve_model(args.model))
+    if tokenizer is None:
+        raise ConfigError(f"model {args.model} has no tokenizer, must have one for eval. hint: copy tokenizer.json there")
+    windows = cut_windows(encode_corpus(tokenizer, args.corpus), tokens=args.tokens)
+    config = engine_config(args, max_running=args.batch)
+    result = evaluate(config, windows, batch=args.batch, progress=progress)
+    emit({"model": args.model, "memory": args.memory, "mode": args.mode, **result.as_record()}, as_json=args.json)
+    return 0
+
+
+def encode_corpus(tokenizer: Any, names: list[str]) -> list[int]:
+    """Token ids of the corpus, without special tokens. Raises ConfigError."""
+    ids: list[int] = tokenizer.encode(read_corpus(names), add_special_tokens=False, verbose=False)
+    return ids
+
+
+def read_corpus(names: list[str]) -> str:
+    """Text of all files, in the order given; folders are walked in sorted order. Raises ConfigError."""
+    texts = []
+    for name in names:
+        path = Path(name)
+        if not path.exists():
+            raise ConfigError(f"--corpus is {name}, must be a file or folder that exists. hint: check the path")
+        files = [path] if path.is_file() else _text_files(path)
+        texts += [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    return "\n".join(texts)
+
+
+def _text_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in {".txt", ".py", ".rst", ".md"})

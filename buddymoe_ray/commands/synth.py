@@ -1,0 +1,51 @@
+"""`buddymoe synth`: write a random-weight checkpoint of a real shape, shard by shard."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from buddymoe_ray.commands.common import add_json_argument, emit
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `synth`."""
+    add_json_argument(parser)
+    parser.add_argument("--shape", required=True, help="olmoe-1b-7b, mixtral-8x7b, qwen3-30b-a3b, deepseek-v2-lite, ...")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write; must be empty or absent")
+    parser.add_argument("--layers", type=int, default=None, help="keep the first N layers only")
+    parser.add_argument("--skew", type=float, default=0.0, help="popularity skew: rank r gets logit -A ln r; 0 is uniform")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what was written; exit status 0."""
+    from buddymoe_ray.models.synth import synth_checkpoint
+
+    began = time.perf_counter()
+    with tqdm(unit="B", unit_scale=True, desc="synth", disable=not sys.stderr.isatty(), file=sys.stderr) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        synth_checkpoint(args.shape, args.out, layers=args.layers, skew=args.skew, seed=args.seed, progress=show)
+    files = [path for path in args.out.iterdir() if path.is_file()]
+    record = {
+        "path": str(args.out.resolve()),
+        "shape": args.shape,
+        "layers": args.layers,
+        "skew": args.skew,
+        "seed": args.seed,
+        "files": len(files),
+        "bytes": sum(path.stat().st_size for path in files),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    emit(record, as_json=args.json)
+    return 0

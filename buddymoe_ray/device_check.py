@@ -1,0 +1,111 @@
+"""`python -m buddymoe_ray.device_check`: is this device right, is the budget held, how fast is it? No Ray, no network.
+
+Runs on whatever device there is (`--device`), in a few minutes: greedy tokens at several budgets against transformers' own
+`generate`, the expert pool against its budget in device memory, and a first table of tokens/s for `builtin:tiny` and a
+synthetic checkpoint made on the spot. Prints JSON lines; exit status 1 when a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.engine.llm import LLM
+from buddymoe_ray.engine.machine import pick_device
+from buddymoe_ray.engine.measure import Workload, measure
+from buddymoe_ray.models.reference import reference_generate
+from buddymoe_ray.models.resolve import resolve_model
+from buddymoe_ray.models.synth import synth_checkpoint
+
+__all__ = ["main"]
+
+PROMPTS = ("def add(a, b):\n", "import os\n", "class Queue:\n    def __init__(self):\n", "The following example shows")
+BUDGETS = ("100%", "50%", "25%")
+
+
+def check_exact(device: str, *, new_tokens: int) -> Iterator[dict[str, Any]]:
+    """Greedy float32 tokens of `builtin:tiny` at every budget and batch against transformers on the CPU."""
+    folder = resolve_model("builtin:tiny")
+    expected = reference_generate(folder, PROMPTS, new_tokens=new_tokens)
+    for memory in BUDGETS:
+        for max_running in (1, len(PROMPTS)):
+            with LLM(str(folder), dtype="float32", memory=memory, device=device, max_running=max_running) as llm:
+                got = [list(r.token_ids) for r in llm.generate(list(PROMPTS), max_tokens=new_tokens)]
+            same = sum(a == b for a, b in zip(got, expected, strict=True))
+            ok = same == len(PROMPTS)
+            yield {"check": "exact", "memory": memory, "batch": max_running, "same": same, "of": len(PROMPTS), "ok": ok}
+
+
+def check_budget(device: str) -> dict[str, Any]:
+    """Device memory with 25 % of the experts against with all of them: the difference is the budget's."""
+    sizes = {}
+    for memory in ("100%", "25%"):
+        with LLM("builtin:tiny", memory=memory, device=device, kv_memory="16MiB") as llm:
+            llm.generate(list(PROMPTS), max_tokens=8)
+            cache = llm.engine.cache
+            sizes[memory] = cache.device_bytes
+            budget, total = cache.plan.budget_bytes, cache.layout.total_bytes
+        if pick_device(device).type == "cuda":
+            torch.cuda.empty_cache()
+    held = sizes["25%"] <= budget <= 0.26 * total
+    return {"check": "budget", "device_bytes": sizes, "budget_25": budget, "total": total, "ok": held}
+
+
+def table(device: str, *, layers: int, new_tokens: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """Tokens/s at each budget for `builtin:tiny` and a synthetic OLMoE cut to `layers` layers."""
+    synth_checkpoint("olmoe-1b-7b", folder, layers=layers, skew=1.0, seed=0)
+    for model, label in (("builtin:tiny", "builtin:tiny"), (str(folder), f"synthetic olmoe-1b-7b, {layers} layers, skew 1")):
+        for memory in BUDGETS:
+            for batch in (1, 8):
+                config = EngineConfig(model=model, memory=memory, device=device, max_running=batch, kv_memory="256MiB")
+                work = Workload(batch=batch, prompt_tokens=64, new_tokens=new_tokens, reps=2)
+                record = measure(config, work).as_record()
+                yield {"table": label, "memory": memory, "batch": batch} | record
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run all checks; exit status 0 when all hold."""
+    parser = argparse.ArgumentParser(prog="python -m buddymoe_ray.device_check", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the synthetic checkpoint")
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens per sequence")
+    parser.add_argument("--out", type=Path, default=None, help="also append the JSON lines to this file")
+    args = parser.parse_args(argv)
+    device = str(pick_device(args.device))
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
+    failed = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        records: Iterator[dict[str, Any]] = _all(device, args, Path(scratch) / "synthetic")
+        _say({"device": device, "name": name, "torch": torch.__version__}, args.out)
+        for record in records:
+            failed += record.get("ok") is False
+            _say(record, args.out)
+    _say({"ok": failed == 0, "failed": failed}, args.out)
+    return 1 if failed else 0
+
+
+def _all(device: str, args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    yield from check_exact(device, new_tokens=args.new_tokens)
+    yield check_budget(device)
+    yield from table(device, layers=args.layers, new_tokens=args.new_tokens, folder=folder)
+
+
+def _say(record: dict[str, Any], out: Path | None) -> None:
+    line = json.dumps(record, separators=(",", ":"))
+    print(line, flush=True)
+    if out is not None:
+        with out.open("a") as lines:
+            lines.write(line + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
