@@ -1,0 +1,97 @@
+"""The engine under asyncio: streams side by side, cancellation, refusals, a step thread that dies, closing."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from buddymoe_ray import EngineConfig, SamplingParams
+from buddymoe_ray.engine.async_engine import AsyncEngine
+from buddymoe_ray.engine.engine import Engine
+from buddymoe_ray.errors import CapacityError, RequestError
+from buddymoe_ray.types import GenerationRequest
+from families import build_checkpoint
+
+
+def request(name: str, *ids: int, max_tokens: int = 8) -> GenerationRequest:
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    return GenerationRequest(request_id=name, prompt_token_ids=ids or (5, 6, 7), sampling=sampling)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("qwen3_moe")
+    build_checkpoint("qwen3_moe", made)
+    return made
+
+
+@pytest.fixture
+def running(folder: Path):
+    made = AsyncEngine(Engine.from_config(EngineConfig(model=str(folder), memory="50%", max_running=4)))
+    yield made
+    made.close()
+
+
+async def tokens_of(engine: AsyncEngine, made: GenerationRequest) -> list[int]:
+    return [token async for event in engine.generate(made) for token in event.token_ids]
+
+
+async def test_streams_side_by_side_equal_streams_alone(running: AsyncEngine) -> None:
+    prompts = [(5 + i, 6, 7 + i) for i in range(6)]
+    alone = [await tokens_of(running, request(f"alone{i}", *p)) for i, p in enumerate(prompts)]
+    beside = await asyncio.gather(*(tokens_of(running, request(f"beside{i}", *p)) for i, p in enumerate(prompts)))
+    assert beside == alone
+
+
+async def test_leaving_a_stream_frees_its_slot_within_a_step(running: AsyncEngine) -> None:
+    stream = running.generate(request("long", max_tokens=200))
+    await anext(stream)
+    assert running.snapshot().running == 1
+    at = running.snapshot().steps
+    await stream.aclose()
+    while running.snapshot().running:
+        await asyncio.sleep(0.001)
+    assert running.snapshot().steps <= at + 3  # the step in flight, and those run before the command was seen
+    assert running.snapshot().free_kv_blocks == running.snapshot().total_kv_blocks
+
+
+async def test_a_refused_request_raises_and_others_go_on(running: AsyncEngine) -> None:
+    with pytest.raises(RequestError, match="token id 999"):
+        await tokens_of(running, request("bad", 999))
+    assert len(await tokens_of(running, request("good"))) == 8
+
+
+async def test_a_dead_step_thread_fails_every_client_and_the_health_check(folder: Path) -> None:
+    engine = Engine.from_config(EngineConfig(model=str(folder), memory="50%"))
+    made = AsyncEngine(engine)
+    await made.check_health()
+    stream = made.generate(request("victim", max_tokens=200))
+    await anext(stream)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("the device fell off the bus")
+
+    engine._runner.decode = broken  # type: ignore[method-assign]
+    with pytest.raises(CapacityError, match="fell off the bus"):
+        async for _ in stream:
+            pass
+    with pytest.raises(CapacityError, match="restart"):
+        await made.check_health()
+    with pytest.raises(CapacityError):
+        await tokens_of(made, request("late"))
+    made.close()
+
+
+async def test_closing_fails_what_is_unfinished(folder: Path) -> None:
+    made = AsyncEngine(Engine.from_config(EngineConfig(model=str(folder), memory="50%")))
+    stream = made.generate(request("unfinished", max_tokens=200))
+    await anext(stream)
+    await asyncio.to_thread(made.close)
+    with pytest.raises(CapacityError, match="closed"):
+        async for _ in stream:
+            pass
+    made.close()
+    with pytest.raises(CapacityError, match="closed"):
+        await tokens_of(made, request("late"))
