@@ -1,0 +1,189 @@
+"""`Client`: a running service as Python, by ray handle: no HTTP, no JSON, and the same tokens.
+
+Knows the worker deployment of an app, not the engine. Must run where ray reaches the cluster; the HTTP address does not
+matter to it. On the token path it stands beside the ingress: prompt → `Work` → worker → events.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
+from contextlib import aclosing, closing
+from dataclasses import fields
+from typing import Any
+
+from buddymoe_ray.errors import BuddyMoEError, ConfigError, RequestError
+from buddymoe_ray.observe import EngineSnapshot
+from buddymoe_ray.serve.handles import APP_NAME, connect
+from buddymoe_ray.serve.records import Batch, ChatMessage, Delta, Refusal, Reply, Work, WorkerInfo
+from buddymoe_ray.serve.refusals import error_of, failure
+from buddymoe_ray.types import EngineResult, SamplingParams, TokenEvent, TokenLogprob, Usage
+
+__all__ = ["Client"]
+
+Message = Mapping[str, str]
+FLUSH_SECONDS = 0.025
+
+
+class Client:
+    """Talks to a running app. No API key is asked: who reaches ray owns the cluster.
+
+    >>> client = Client()
+    >>> client.generate("def add(a, b):", max_tokens=16, temperature=0.0).text
+    >>> for event in client.stream("import os", max_tokens=16): print(event.text, end="")
+    >>> client.chat([{"role": "user", "content": "What is a list?"}]).text
+
+    `await agenerate(...)`, `await achat(...)` and `async for event in astream(...)` are the same for asyncio. A prompt
+    is text, a list of token ids, or (for the streams) a list of messages. Keywords are fields of SamplingParams.
+
+    Args:
+        app_name: the application's name in its YAML.
+        address: ray's address, used when this process is not connected yet.
+
+    Raises:
+        ConfigError: no such service runs there.
+    """
+
+    def __init__(self, app_name: str = APP_NAME, *, address: str = "auto") -> None:
+        self._workers = connect(app_name, address=address)
+
+    def info(self) -> WorkerInfo:
+        """What is served: model name and limits."""
+        return self._workers.info_sync()
+
+    def snapshots(self) -> tuple[EngineSnapshot, ...]:
+        """The state of every worker's engine."""
+        return self._workers.snapshots_sync()
+
+    def generate(self, prompt: str | Sequence[int], **sampling: Any) -> EngineResult:
+        """Continue `prompt`; the whole result.
+
+        Raises:
+            RequestError: the request is not usable.
+            CapacityError: the service is full or restarting; retry later.
+        """
+        work = _work(prompt, sampling, flush_seconds=None)
+        with closing(self._workers.generate_sync(work)) as replies:
+            return _result(work, replies)
+
+    def chat(self, messages: Sequence[Message], **sampling: Any) -> EngineResult:
+        """Answer a conversation: messages are `{"role": ..., "content": ...}`."""
+        work = _work(messages, sampling, flush_seconds=None)
+        with closing(self._workers.generate_sync(work)) as replies:
+            return _result(work, replies)
+
+    def stream(
+        self, prompt: str | Sequence[int] | Sequence[Message], **sampling: Any
+    ) -> Generator[TokenEvent, None, None]:
+        """Continue a prompt or a conversation, event by event. Closing the generator cancels the request."""
+        work = _work(prompt, sampling, flush_seconds=FLUSH_SECONDS)
+        with closing(self._workers.generate_sync(work)) as replies:
+            for reply in replies:
+                yield from _events(work, reply)
+
+    async def agenerate(self, prompt: str | Sequence[int], **sampling: Any) -> EngineResult:
+        """`generate` for asyncio; cancelling the task cancels the request."""
+        return await self._collect(_work(prompt, sampling, flush_seconds=None))
+
+    async def achat(self, messages: Sequence[Message], **sampling: Any) -> EngineResult:
+        """`chat` for asyncio."""
+        return await self._collect(_work(messages, sampling, flush_seconds=None))
+
+    async def astream(
+        self, prompt: str | Sequence[int] | Sequence[Message], **sampling: Any
+    ) -> AsyncGenerator[TokenEvent, None]:
+        """`stream` for asyncio."""
+        work = _work(prompt, sampling, flush_seconds=FLUSH_SECONDS)
+        async with aclosing(self._workers.generate(work)) as replies:
+            async for reply in replies:
+                for event in _events(work, reply):
+                    yield event
+
+    async def _collect(self, work: Work) -> EngineResult:
+        async with aclosing(self._workers.generate(work)) as replies:
+            return _result(work, [reply async for reply in replies])
+
+
+def _work(
+    prompt: str | Sequence[int] | Sequence[Message], options: Mapping[str, Any], *, flush_seconds: float | None
+) -> Work:
+    known = {f.name for f in fields(SamplingParams)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ConfigError(f"option is {unknown[0]!r}, must be one of {', '.join(sorted(known))}. hint: check spelling")
+    sampling = SamplingParams(**options)
+    conversation = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
+    limit = options.get("max_tokens", None if conversation else SamplingParams.max_tokens)
+    return Work(
+        request_id=f"client-{uuid.uuid4().hex}",
+        prompts=() if conversation else (prompt if isinstance(prompt, str) else _ids(prompt),),
+        messages=tuple(_message(message) for message in prompt) if conversation else (),
+        sampling=sampling,
+        max_tokens=limit,
+        flush_seconds=flush_seconds,
+        report_prompts=True,
+    )
+
+
+def _ids(prompt: Sequence[Any]) -> tuple[int, ...]:
+    if not prompt or not all(isinstance(item, int) and not isinstance(item, bool) for item in prompt):
+        raise RequestError(
+            f"prompt is {prompt!r:.80}, must be text, token ids or messages. hint: call once per prompt", param="prompt"
+        )
+    return tuple(prompt)
+
+
+def _message(message: object) -> ChatMessage:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message) <= {"role", "content", "name"}:
+        raise RequestError(
+            f'messages hold {message!r:.80}, must hold {{"role": ..., "content": ...}}. hint: name is optional',
+            param="messages",
+        )
+    return ChatMessage(**message)
+
+
+def _events(work: Work, reply: Reply) -> list[TokenEvent]:
+    """A reply's deltas in the engine's own words; raises what the service refused or failed with."""
+    if isinstance(reply, Refusal):
+        raise error_of(reply)
+    return [_event(work, delta) for delta in reply.deltas]
+
+
+def _event(work: Work, delta: Delta) -> TokenEvent:
+    if delta.finish_reason in ("error", "cancelled"):
+        raise BuddyMoEError(failure(delta).message)
+    return TokenEvent(
+        request_id=work.request_id,
+        token_ids=delta.token_ids,
+        text=delta.text,
+        logprobs=tuple(
+            TokenLogprob(
+                token_id=entry.token_id,
+                logprob=entry.logprob,
+                top=tuple((top.token_id, top.logprob) for top in entry.top),
+            )
+            for entry in delta.logprobs
+        ),
+        finish_reason=delta.finish_reason,
+        usage=delta.usage,
+    )
+
+
+def _result(work: Work, replies: Iterable[Reply]) -> EngineResult:
+    prompt_ids: tuple[int, ...] = ()
+    events: list[TokenEvent] = []
+    for reply in replies:
+        events.extend(_events(work, reply))
+        if isinstance(reply, Batch) and reply.prompt_token_ids:
+            prompt_ids = reply.prompt_token_ids[0]
+    if not events or events[-1].finish_reason is None:
+        raise BuddyMoEError("the worker's stream ended before the request did. hint: see the service's log")
+    return EngineResult(
+        request_id=work.request_id,
+        prompt_token_ids=prompt_ids,
+        token_ids=tuple(token for event in events for token in event.token_ids),
+        text="".join(event.text for event in events),
+        finish_reason=events[-1].finish_reason,
+        usage=events[-1].usage or Usage(),
+        logprobs=tuple(logprob for event in events for logprob in event.logprobs),
+    )

@@ -1,0 +1,97 @@
+"""Every option of `deployments/*.yaml`, typed: EngineConfig's own, and those of the service around it.
+
+Knows neither ray nor torch. Engine defaults are read from EngineConfig, so each is written once. Unknown names are
+errors.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from buddymoe_ray.config import EngineConfig, api_key_from_environment
+from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.types import Mode
+
+__all__ = ["ServeArgs"]
+
+
+def _number_as_text(value: object) -> object:
+    """YAML reads `0` and `1073741824` as numbers; a memory option is text."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+MemoryText = Annotated[str, BeforeValidator(_number_as_text)]
+
+
+class ServeArgs(BaseModel):
+    """The `args` of an application. Engine options first (see EngineConfig), then the service's.
+
+    Args:
+        model_name: the name clients ask for; None is `model` as given.
+        workers: engine replicas; each has its own weights, cache and KV.
+        num_gpus: GPUs that ray reserves per worker; 0 computes on the CPU.
+        num_cpus: CPU cores that ray reserves per worker.
+        default_max_tokens: output limit of chat requests that name none (also bounded by the context).
+        flush_ms: tokens of a stream that arrive within this time share a message.
+        max_queued_requests: requests that may wait at each worker; the next one is answered 503 with Retry-After.
+        retry_after_seconds: what Retry-After says.
+        request_timeout_seconds: most time for one request, queue included; then 504.
+        drain_seconds: how long running requests may go on when the service stops or is replaced.
+        api_key_env: name of the environment variable that holds the API key; read where the ingress runs.
+        require_api_key: refuse to start when that variable is unset.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str = EngineConfig.model
+    memory: MemoryText = EngineConfig.memory
+    host_memory: MemoryText = EngineConfig.host_memory
+    mode: Mode = EngineConfig.mode
+    dtype: str = EngineConfig.dtype
+    device: str = EngineConfig.device
+    threads: int = EngineConfig.threads
+    max_model_len: int | None = EngineConfig.max_model_len
+    max_running: int = EngineConfig.max_running
+    kv_memory: MemoryText = EngineConfig.kv_memory
+    prefill_chunk: int = EngineConfig.prefill_chunk
+    batching: str = EngineConfig.batching
+    seed: int = EngineConfig.seed
+
+    model_name: str | None = None
+    workers: int = Field(default=1, ge=1)
+    num_gpus: float = Field(default=0, ge=0)
+    num_cpus: float = Field(default=1, ge=0)
+    default_max_tokens: int = Field(default=1024, ge=1)
+    flush_ms: float = Field(default=25, ge=0, le=1000)
+    max_queued_requests: int = Field(default=256, ge=0)
+    retry_after_seconds: int = Field(default=2, ge=1)
+    request_timeout_seconds: float = Field(default=600, gt=0)
+    drain_seconds: float = Field(default=30, ge=0)
+    api_key_env: str = Field(default="BUDDYMOE_API_KEY", min_length=1)
+    require_api_key: bool = False
+
+    @model_validator(mode="after")
+    def _engine_options_are_usable(self) -> ServeArgs:
+        self.engine_config()
+        return self
+
+    @property
+    def served_name(self) -> str:
+        """The model name of the API."""
+        return self.model_name or self.model
+
+    def engine_config(self) -> EngineConfig:
+        """The engine's own options."""
+        return EngineConfig.from_options(**{name: getattr(self, name) for name in EngineConfig.names()})
+
+    def api_key(self) -> str | None:
+        """The key clients must send, from the environment of the calling process; None serves everyone."""
+        key = api_key_from_environment(self.api_key_env)
+        if key is None and self.require_api_key:
+            raise ConfigError(
+                f"environment variable {self.api_key_env} is unset, must hold the API key (require_api_key is true). "
+                f"hint: export {self.api_key_env} where the ingress runs, before the cluster starts"
+            )
+        return key

@@ -1,0 +1,51 @@
+"""Arithmetic on deltas: joining those of one choice, and adding up what a call cost.
+
+Pure; knows neither HTTP nor engines. Used by the worker (to batch) and by whoever collects a whole answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from buddymoe_ray.serve.records import Delta
+from buddymoe_ray.types import Usage
+
+__all__ = ["merge", "total_usage"]
+
+
+def merge(deltas: Iterable[Delta]) -> tuple[Delta, ...]:
+    """One delta per choice, in order of first appearance; texts and tokens are joined, the end is the last one's."""
+    by_choice: dict[int, list[Delta]] = {}
+    for delta in deltas:
+        by_choice.setdefault(delta.choice, []).append(delta)
+    return tuple(parts[0] if len(parts) == 1 else _join(parts) for parts in by_choice.values())
+
+
+def _join(parts: list[Delta]) -> Delta:
+    assert all(part.finish_reason is None for part in parts[:-1]), f"choice {parts[0].choice} goes on after its end"
+    last = parts[-1]
+    return Delta(
+        choice=last.choice,
+        token_ids=tuple(token for part in parts for token in part.token_ids),
+        text="".join(part.text for part in parts),
+        logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        error=last.error,
+    )
+
+
+def total_usage(last_deltas: Iterable[Delta], *, n: int) -> Usage:
+    """The cost of a call: every choice's tokens and expert uses, and each prompt once for its `n` choices."""
+    total = Usage()
+    for delta in last_deltas:
+        usage = delta.usage
+        assert usage is not None, f"choice {delta.choice} ended ({delta.finish_reason}) without usage"
+        total = Usage(
+            prompt_tokens=total.prompt_tokens + (usage.prompt_tokens if delta.choice % n == 0 else 0),
+            completion_tokens=total.completion_tokens + usage.completion_tokens,
+            hits=total.hits + usage.hits,
+            fetched=total.fetched + usage.fetched,
+            mode=usage.mode,
+        )
+    return total

@@ -1,0 +1,118 @@
+"""Workers behind a Ray Serve deployment handle: one streaming call per `Work`, and calls to every replica for health.
+
+The one place where ray's ways to fail become refusals. Knows neither HTTP nor engines. Invariant: leaving `generate`
+early, for whatever reason, cancels the call in its replica.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Generator
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.observe import EngineSnapshot
+from buddymoe_ray.serve.records import Refusal, Reply, Work, WorkerInfo
+from buddymoe_ray.serve.refusals import failure, overloaded, unavailable
+
+__all__ = ["APP_NAME", "WORKER_NAME", "ReplicaWorkers", "connect"]
+
+log = logging.getLogger(__name__)
+
+APP_NAME = "buddymoe"
+WORKER_NAME = "worker"
+HEALTH_SECONDS = 5.0
+
+
+class ReplicaWorkers:
+    """All replicas of the worker deployment behind `handle`."""
+
+    def __init__(self, handle: DeploymentHandle[Any], *, retry_after_seconds: int = 2) -> None:
+        self._handle = handle
+        self._streaming = handle.options(stream=True)
+        self._retry_after = retry_after_seconds
+
+    async def generate(self, work: Work) -> AsyncGenerator[Reply, None]:
+        """Answer `work` on one replica."""
+        response = self._start(work)
+        try:
+            async for reply in response:
+                yield reply
+        except (RayServeException, RayActorError, RayTaskError) as error:
+            yield self._refusal(error)
+        finally:
+            response.cancel()  # type: ignore[no-untyped-call]
+
+    def generate_sync(self, work: Work) -> Generator[Reply, None, None]:
+        """The same for callers without an event loop."""
+        response = self._start(work)
+        try:
+            yield from response
+        except (RayServeException, RayActorError, RayTaskError) as error:
+            yield self._refusal(error)
+        finally:
+            response.cancel()  # type: ignore[no-untyped-call]
+
+    def _start(self, work: Work) -> DeploymentResponseGenerator[Reply]:
+        response = self._streaming.generate.remote(work)
+        assert isinstance(response, DeploymentResponseGenerator), f"a streaming handle answered {response!r}"
+        return response
+
+    async def info(self) -> WorkerInfo:
+        """What is served, from any replica."""
+        info: WorkerInfo = await self._handle.info.remote()
+        return info
+
+    def info_sync(self) -> WorkerInfo:
+        """`info` for callers without an event loop."""
+        info: WorkerInfo = self._handle.info.remote().result()
+        return info
+
+    def snapshots_sync(self) -> tuple[EngineSnapshot, ...]:
+        """Every replica's engine, now."""
+        return tuple(self._handle.broadcast("snapshot").results(timeout_s=HEALTH_SECONDS))
+
+    async def health(self) -> tuple[str | None, ...]:
+        """Every running replica's health; a service without replicas reports one problem."""
+        try:
+            answers = await self._handle.broadcast("check_health").results_async(
+                timeout_s=HEALTH_SECONDS, return_exceptions=True
+            )
+        except (TimeoutError, RayServeException) as error:
+            return (f"{type(error).__name__}: no worker answers",)
+        return tuple(None if answer is None else _one_line(answer) for answer in answers) or ("no worker runs",)
+
+    def _refusal(self, error: Exception) -> Refusal:
+        if isinstance(error, BackPressureError):
+            return overloaded(calls=error.args[0], retry_after_seconds=self._retry_after)
+        if isinstance(error, RayActorError | DeploymentUnavailableError):
+            return unavailable("the worker is gone or not ready", retry_after_seconds=self._retry_after)
+        log.error("a worker failed", exc_info=error)
+        return failure()
+
+
+def connect(app_name: str, *, address: str) -> ReplicaWorkers:
+    """The workers of a running application, from any process that reaches its ray cluster.
+
+    Raises:
+        ConfigError: there is no such cluster or application.
+    """
+    try:
+        if not ray.is_initialized():
+            ray.init(address=address, log_to_driver=False)
+        return ReplicaWorkers(serve.get_deployment_handle(WORKER_NAME, app_name))
+    except (RayServeException, ConnectionError, KeyError) as error:  # KeyError: serve runs, but not this app
+        raise ConfigError(
+            f"app is {app_name!r}, must be a running application ({error}). hint: serve run deployments/tiny-cpu.yaml"
+        ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return f"{type(cause).__name__}: {cause}".splitlines()[0]

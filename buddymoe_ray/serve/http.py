@@ -1,0 +1,210 @@
+"""The HTTP side: OpenAI's routes as a FastAPI app over `Workers`, with OpenAI's error envelope for every failure.
+
+Knows neither ray nor engines, so tests drive it in process. On the token path: bytes → `wire` → `Workers` →
+`streaming`.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from buddymoe_ray.errors import ModelNotFound, RequestError
+from buddymoe_ray.serve.records import Refusal, Workers
+from buddymoe_ray.serve.refusals import envelope, failure, refusal_of
+from buddymoe_ray.serve.render import ChatRenderer, CompletionRenderer, Head, Renderer
+from buddymoe_ray.serve.replies import ModelCard, ModelList
+from buddymoe_ray.serve.streaming import Answer, within
+from buddymoe_ray.serve.wire import ChatRequest, CompletionRequest, parse_chat, parse_completion
+
+__all__ = ["HttpSettings", "http_app"]
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpSettings:
+    """What the routes need to know. `api_key` None serves everyone; it is never logged (repr hides it)."""
+
+    model: str
+    flush_seconds: float = 0.025
+    request_timeout_seconds: float = 600
+    api_key: str | None = None
+
+    def __repr__(self) -> str:
+        return f"HttpSettings(model={self.model!r}, api_key={'set' if self.api_key else None})"
+
+
+def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
+    """The service's routes over `workers`."""
+    app = FastAPI(title="buddymoe", openapi_url=None)
+    app.include_router(_public_routes(workers))
+    app.include_router(_openai_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
+    app.add_exception_handler(_Refused, _on_refused)
+    app.add_exception_handler(RequestError, _on_request_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_error)
+    return app
+
+
+def _public_routes(workers: Workers) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> Response:
+        """200 when every worker is well, 503 naming what is not."""
+        problems = [problem for problem in await workers.health() if problem is not None]
+        body = {"status": "unhealthy" if problems else "ok", "problems": problems}
+        return _json(json.dumps(body).encode(), status=503 if problems else 200)
+
+    return router
+
+
+def _openai_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
+    router = APIRouter(prefix="/v1")
+    started = int(time.time())
+
+    async def card() -> ModelCard:
+        length = (await workers.info()).max_model_len
+        return ModelCard(id=settings.model, object="model", created=started, owned_by="buddymoe", max_model_len=length)
+
+    @router.get("/models")
+    async def models() -> Response:
+        return _json(ModelList(object="list", data=[await card()]).to_json())
+
+    @router.get("/models/{name:path}")
+    async def model(name: str) -> Response:
+        _check_model(name, settings)
+        return _json((await card()).to_json())
+
+    @router.post("/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        body = parse_chat(await _body(request))
+        return await _answer(body, "chatcmpl", ChatRenderer, bool(body.logprobs), workers, settings)
+
+    @router.post("/completions")
+    async def completions(request: Request) -> Response:
+        body = parse_completion(await _body(request))
+        return await _answer(body, "cmpl", CompletionRenderer, body.logprobs is not None, workers, settings)
+
+    return router
+
+
+async def _answer(
+    body: ChatRequest | CompletionRequest,
+    prefix: str,
+    make_renderer: Callable[[Head], Renderer],
+    logprobs: bool,
+    workers: Workers,
+    settings: HttpSettings,
+) -> Response:
+    _check_model(body.model, settings)
+    request_id = f"{prefix}-{uuid.uuid4().hex}"
+    work = body.work(request_id, flush_seconds=settings.flush_seconds)
+    head = Head(
+        id=request_id,
+        created=int(time.time()),
+        model=settings.model,
+        include_usage=body.include_usage,
+        logprobs=logprobs,
+    )
+    answer = Answer(
+        replies=within(settings.request_timeout_seconds, workers.generate(work)),
+        renderer=make_renderer(head),
+        n=work.n,
+        choices=max(len(work.prompts), 1) * work.n,
+        include_usage=body.include_usage,
+    )
+    if body.stream:
+        events = await answer.events()
+        if isinstance(events, Refusal):
+            return _refused(events)
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+    whole = await answer.whole()
+    return _refused(whole) if isinstance(whole, Refusal) else _json(whole)
+
+
+def _check_model(name: str, settings: HttpSettings) -> None:
+    if name != settings.model:
+        raise ModelNotFound(
+            f"model is {name!r}, must be {settings.model!r}. hint: GET /v1/models lists what is served", param="model"
+        )
+
+
+async def _body(request: Request) -> bytes:
+    """The request's body, refused while it is read when it is too long."""
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > MAX_BODY_BYTES:
+            raise _Refused(Refusal(status=413, message=f"the body is too long, must be at most {MAX_BODY_BYTES} bytes"))
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _key_check(api_key: str | None) -> Callable[[Request], Awaitable[None]]:
+    expected = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def check(request: Request) -> None:
+        given = request.headers.get("authorization", "").encode("latin-1")
+        if expected is not None and not hmac.compare_digest(given, expected):
+            message = "the API key is missing or wrong. hint: send Authorization: Bearer <key>"
+            raise _Refused(Refusal(status=401, message=message, code="invalid_api_key"))
+
+    return check
+
+
+class _Refused(Exception):
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+
+
+def _json(body: bytes, *, status: int = 200) -> Response:
+    return Response(body, status_code=status, media_type="application/json")
+
+
+def _refused(refusal: Refusal) -> Response:
+    response = _json(envelope(refusal), status=refusal.status)
+    if refusal.retry_after_seconds is not None:
+        response.headers["Retry-After"] = str(refusal.retry_after_seconds)
+    if refusal.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+async def _on_refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, _Refused), f"handler of _Refused got {error!r}"
+    return _refused(error.refusal)
+
+
+async def _on_request_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError), f"handler of RequestError got {error!r}"
+    return _refused(refusal_of(error))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """Unknown paths and methods, in the same envelope."""
+    assert isinstance(error, HTTPException), f"handler of HTTPException got {error!r}"
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    response = _refused(Refusal(status=error.status_code, message=message))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    log.error("%s failed", request.url.path, exc_info=error)
+    return _refused(failure())

@@ -1,0 +1,34 @@
+"""The ingress replica: the HTTP app over the worker deployment's handle.
+
+A plain class; `app` wraps it for Ray Serve, which calls `__serve_build_asgi_app__` after the constructor. Reads the API
+key where it runs. Holds no weights and no tokenizer: prompts are rendered by the workers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from ray.serve.handle import DeploymentHandle
+
+from buddymoe_ray.serve.args import ServeArgs
+from buddymoe_ray.serve.handles import ReplicaWorkers
+from buddymoe_ray.serve.http import HttpSettings, http_app
+
+__all__ = ["Ingress"]
+
+
+class Ingress:
+    """HTTP in front of `workers`."""
+
+    def __init__(self, args: ServeArgs, workers: DeploymentHandle[Any]) -> None:
+        self._workers = ReplicaWorkers(workers, retry_after_seconds=args.retry_after_seconds)
+        self._settings = HttpSettings(
+            model=args.served_name,
+            flush_seconds=args.flush_ms / 1000,
+            request_timeout_seconds=args.request_timeout_seconds,
+            api_key=args.api_key(),
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return http_app(self._workers, self._settings)

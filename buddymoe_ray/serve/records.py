@@ -1,0 +1,132 @@
+"""The words that cross between the ingress (or a Python client) and a worker: frozen records that pickle small.
+
+Knows neither HTTP nor ray nor torch. On the token path: one `Work` goes to a worker, `Batch`es or one `Refusal` come
+back.
+Choices are numbered prompt by prompt: choice = prompt * n + k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Protocol
+
+from buddymoe_ray.types import FinishReason, Mode, SamplingParams, Usage
+
+__all__ = ["Batch", "ChatMessage", "Delta", "Prompt", "Refusal", "Reply", "TokenText", "Work", "WorkerInfo", "Workers"]
+
+Prompt = str | tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatMessage:
+    """One message of a conversation, as a chat template reads it."""
+
+    role: str
+    content: str
+    name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one API call asks of a worker: some prompts, or one conversation, each answered `n` times.
+
+    Args:
+        request_id: unique among all calls; sequences are called `<request_id>-<choice>`.
+        prompts: text or token ids; empty when `messages` is given.
+        messages: a conversation, rendered by the model's chat template.
+        sampling: how tokens are chosen. Choice k of a prompt uses `seed + k`. Its `max_tokens` is not read.
+        max_tokens: most tokens per choice; None is as many as fit, at most the service's default.
+        flush_seconds: tokens of this much time share a batch; None is one batch with everything at the end.
+        report_prompts: send the prompts' token ids with the first batch.
+    """
+
+    request_id: str
+    prompts: tuple[Prompt, ...] = ()
+    messages: tuple[ChatMessage, ...] = ()
+    sampling: SamplingParams
+    max_tokens: int | None = None
+    n: int = 1
+    mode: Mode = "exact"
+    flush_seconds: float | None = None
+    report_prompts: bool = False
+
+    @property
+    def prompt_field(self) -> str:
+        """The request field that errors about the prompt name."""
+        return "messages" if self.messages else "prompt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenText:
+    """One token with its log probability (nats) and its bytes, which may be a part of a character."""
+
+    token_id: int
+    logprob: float
+    data: bytes
+    top: tuple[TokenText, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """What was added to one choice since its last delta. `usage` comes with the last one (`finish_reason` set).
+
+    `error` says why a choice ended with `finish_reason` "error".
+    """
+
+    choice: int
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenText, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Deltas that travel together, at most one per choice."""
+
+    deltas: tuple[Delta, ...]
+    prompt_token_ids: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why a call was not answered, in the terms of OpenAI's error envelope. The last item of its stream."""
+
+    status: int
+    message: str
+    kind: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    retry_after_seconds: int | None = None
+
+
+Reply = Batch | Refusal
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerInfo:
+    """What a worker serves and how much of it fits."""
+
+    model_id: str
+    max_model_len: int
+    max_running: int
+    kv_tokens: int
+
+
+class Workers(Protocol):
+    """All workers of a service, as the ingress sees them. `handles.ReplicaWorkers` is the real one."""
+
+    def generate(self, work: Work) -> AsyncGenerator[Reply, None]:
+        """Answer `work`; closing the generator cancels it."""
+        ...
+
+    async def info(self) -> WorkerInfo:
+        """What is served (the same for all workers)."""
+        ...
+
+    async def health(self) -> tuple[str | None, ...]:
+        """One entry per worker: None when it is well, else what is wrong."""
+        ...

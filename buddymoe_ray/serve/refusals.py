@@ -1,0 +1,78 @@
+"""Refusals: built from errors, written as OpenAI's envelope, and turned back into errors for Python clients.
+
+Knows neither HTTP frameworks nor ray.
+"""
+
+from __future__ import annotations
+
+from buddymoe_ray.errors import BuddyMoEError, CapacityError, ModelNotFound, RequestError
+from buddymoe_ray.serve.records import Delta, Refusal
+from buddymoe_ray.serve.replies import ErrorBody, ErrorEnvelope
+
+__all__ = ["envelope", "error_of", "failure", "over_long", "overloaded", "refusal_of", "timed_out", "unavailable"]
+
+
+def refusal_of(error: RequestError) -> Refusal:
+    """A request that is not usable (400), or that names an unknown model (404)."""
+    if isinstance(error, ModelNotFound):
+        return Refusal(status=404, message=str(error), param=error.param, code="model_not_found")
+    return Refusal(status=400, message=str(error), param=error.param)
+
+
+def over_long(message: str, *, param: str) -> Refusal:
+    """Prompt and output together do not fit; `message` names the limit."""
+    return Refusal(status=400, message=message, param=param, code="context_length_exceeded")
+
+
+def overloaded(*, calls: int, retry_after_seconds: int) -> Refusal:
+    """As many calls run and wait as may."""
+    return Refusal(
+        status=503,
+        kind="overloaded_error",
+        code="overloaded",
+        message=f"the service is full ({calls} requests run or wait). hint: retry after {retry_after_seconds} s",
+        retry_after_seconds=retry_after_seconds,
+    )
+
+
+def unavailable(reason: str, *, retry_after_seconds: int) -> Refusal:
+    """No worker can answer now."""
+    return Refusal(
+        status=503,
+        kind="server_error",
+        code="unavailable",
+        message=f"{reason}. hint: retry after {retry_after_seconds} s, or see /health",
+        retry_after_seconds=retry_after_seconds,
+    )
+
+
+def timed_out(seconds: float) -> Refusal:
+    """The request took longer than the service allows."""
+    message = f"the request took more than {seconds:g} s. hint: ask for fewer tokens, or raise request_timeout_seconds"
+    return Refusal(status=504, kind="server_error", code="timeout", message=message)
+
+
+def failure(delta: Delta | None = None) -> Refusal:
+    """A choice that ended with an error or was cancelled by the service, or (None) an error nobody foresaw."""
+    if delta is None:
+        message = "internal error. hint: see the service's log"
+    else:
+        message = delta.error or f"the request ended as {delta.finish_reason}"
+    return Refusal(status=500, kind="server_error", code="internal_error", message=message)
+
+
+def envelope(refusal: Refusal) -> bytes:
+    """OpenAI's error body."""
+    body = ErrorBody(message=refusal.message, type=refusal.kind, param=refusal.param, code=refusal.code)
+    return ErrorEnvelope(error=body).to_json()
+
+
+def error_of(refusal: Refusal) -> BuddyMoEError:
+    """The exception a Python client raises for a refusal."""
+    if refusal.status == 404:
+        return ModelNotFound(refusal.message, param=refusal.param)
+    if refusal.status < 500:
+        return RequestError(refusal.message, param=refusal.param)
+    if refusal.status == 503:
+        return CapacityError(refusal.message)
+    return BuddyMoEError(refusal.message)

@@ -1,0 +1,202 @@
+"""Deltas written as OpenAI's replies and stream messages; one renderer per endpoint and call.
+
+Knows neither HTTP nor workers. Invariant: the texts of a choice's chunks joined are the text of the whole reply.
+On the token path: batches → `Renderer.chunk` / `Renderer.whole` → JSON bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from buddymoe_ray.serve.records import Delta, TokenText
+from buddymoe_ray.serve.replies import (
+    BuddyUsage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatReplyMessage,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    TokenLogprobBody,
+    TopLogprobBody,
+    UsageBody,
+)
+from buddymoe_ray.types import Usage
+
+__all__ = ["ChatRenderer", "CompletionRenderer", "Head", "Renderer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What every message of one reply repeats."""
+
+    id: str
+    created: int
+    model: str
+    include_usage: bool = False
+    logprobs: bool = False
+
+
+class Renderer(Protocol):
+    """How one endpoint writes its answer."""
+
+    def chunk(self, delta: Delta) -> bytes:
+        """The stream message for one delta."""
+        ...
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        """The last message of a stream that asked for usage."""
+        ...
+
+    def whole(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
+        """The reply of a call that does not stream; one merged delta per choice."""
+        ...
+
+
+class ChatRenderer:
+    """/v1/chat/completions."""
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+        self._opened: set[int] = set()
+
+    def chunk(self, delta: Delta) -> bytes:
+        """A chat.completion.chunk; a choice's first one carries the role."""
+        opened = delta.choice in self._opened
+        self._opened.add(delta.choice)
+        choice = ChatChunkChoice(
+            index=delta.choice,
+            delta=ChatDelta(content=delta.text) if opened else ChatDelta(role="assistant", content=delta.text),
+            logprobs=self._logprobs(delta),
+            finish_reason=delta.finish_reason,
+        )
+        return self._message([choice], None)
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        """A chunk without choices."""
+        return self._message([], usage)
+
+    def whole(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
+        """A chat.completion."""
+        choices = [
+            ChatChoice(
+                index=delta.choice,
+                message=ChatReplyMessage(role="assistant", content=delta.text, refusal=None),
+                logprobs=self._logprobs(delta),
+                finish_reason=_reason(delta),
+            )
+            for delta in sorted(deltas, key=lambda delta: delta.choice)
+        ]
+        return ChatCompletion(
+            id=self.head.id,
+            object="chat.completion",
+            created=self.head.created,
+            model=self.head.model,
+            choices=choices,
+            usage=_usage(usage),
+        ).to_json()
+
+    def _message(self, choices: list[ChatChunkChoice], usage: Usage | None) -> bytes:
+        head = self.head
+        chunk = ChatChunk(
+            id=head.id, object="chat.completion.chunk", created=head.created, model=head.model, choices=choices
+        )
+        if head.include_usage:
+            chunk = chunk.model_copy(update={"usage": None if usage is None else _usage(usage)})
+        return chunk.to_json()
+
+    def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
+        if not self.head.logprobs:
+            return None
+        content = [
+            TokenLogprobBody(
+                token=_text(entry),
+                logprob=entry.logprob,
+                bytes=list(entry.data),
+                top_logprobs=[
+                    TopLogprobBody(token=_text(top), logprob=top.logprob, bytes=list(top.data)) for top in entry.top
+                ],
+            )
+            for entry in delta.logprobs
+        ]
+        return ChatLogprobs(content=content, refusal=None)
+
+
+class CompletionRenderer:
+    """/v1/completions."""
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+        self._offsets: dict[int, int] = {}
+
+    def chunk(self, delta: Delta) -> bytes:
+        """A text_completion with what the delta adds."""
+        return self._message([self._choice(delta)], None)
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        """A text_completion without choices."""
+        return self._message([], usage)
+
+    def whole(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
+        """A text_completion."""
+        choices = [self._choice(delta) for delta in sorted(deltas, key=lambda delta: delta.choice)]
+        assert all(choice.finish_reason for choice in choices), "a whole reply with a choice that has not ended"
+        return self._message(choices, usage)
+
+    def _choice(self, delta: Delta) -> CompletionChoice:
+        return CompletionChoice(
+            index=delta.choice, text=delta.text, logprobs=self._logprobs(delta), finish_reason=delta.finish_reason
+        )
+
+    def _message(self, choices: list[CompletionChoice], usage: Usage | None) -> bytes:
+        head = self.head
+        completion = Completion(
+            id=head.id, object="text_completion", created=head.created, model=head.model, choices=choices
+        )
+        if usage is not None or head.include_usage:
+            completion = completion.model_copy(update={"usage": None if usage is None else _usage(usage)})
+        return completion.to_json()
+
+    def _logprobs(self, delta: Delta) -> CompletionLogprobs | None:
+        if not self.head.logprobs:
+            return None
+        offset = self._offsets.get(delta.choice, 0)
+        tokens, offsets = [_text(entry) for entry in delta.logprobs], []
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(token)
+        self._offsets[delta.choice] = offset
+        return CompletionLogprobs(
+            tokens=tokens,
+            token_logprobs=[entry.logprob for entry in delta.logprobs],
+            top_logprobs=[
+                {_text(entry): entry.logprob, **{_text(top): top.logprob for top in entry.top}}
+                for entry in delta.logprobs
+            ],
+            text_offset=offsets,
+        )
+
+
+def _text(entry: TokenText) -> str:
+    """A token as text; half a character shows as U+FFFD, its bytes are beside it."""
+    return entry.data.decode("utf-8", "replace")
+
+
+def _reason(delta: Delta) -> str:
+    assert delta.finish_reason is not None, f"choice {delta.choice} has not ended"
+    return delta.finish_reason
+
+
+def _usage(usage: Usage) -> UsageBody:
+    return UsageBody(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.prompt_tokens + usage.completion_tokens,
+        buddymoe=BuddyUsage(mode=usage.mode, hits=usage.hits, fetched=usage.fetched),
+    )

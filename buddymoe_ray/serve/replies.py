@@ -1,0 +1,198 @@
+"""OpenAI response bodies as models. Only fields that were set are written, so `null` is said where OpenAI says it.
+
+Knows neither HTTP nor workers; `render` fills them in.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from buddymoe_ray.types import Mode
+
+__all__ = [
+    "BuddyUsage",
+    "ChatChoice",
+    "ChatChunk",
+    "ChatChunkChoice",
+    "ChatCompletion",
+    "ChatDelta",
+    "ChatLogprobs",
+    "ChatReplyMessage",
+    "Completion",
+    "CompletionChoice",
+    "CompletionLogprobs",
+    "ErrorBody",
+    "ErrorEnvelope",
+    "ModelCard",
+    "ModelList",
+    "TokenLogprobBody",
+    "TopLogprobBody",
+    "UsageBody",
+]
+
+
+class _Reply(BaseModel):
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    def to_json(self) -> bytes:
+        """Compact JSON of the fields that were set."""
+        return self.model_dump_json(exclude_unset=True).encode()
+
+
+class ErrorBody(_Reply):
+    """`error` of an error reply."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(_Reply):
+    """The body of every reply that is not 2xx, and the last message of a stream that failed."""
+
+    error: ErrorBody
+
+
+class BuddyUsage(_Reply):
+    """What exactness cost: expert uses of the decode steps that were resident, and that were fetched."""
+
+    mode: Mode
+    hits: int
+    fetched: int
+
+
+class UsageBody(_Reply):
+    """`usage`: tokens as OpenAI counts them (a prompt counts once, however many choices it has)."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    buddymoe: BuddyUsage
+
+
+class TopLogprobBody(_Reply):
+    """One alternative at one position."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprobBody(_Reply):
+    """The chosen token at one position, with its alternatives."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprobBody]
+
+
+class ChatLogprobs(_Reply):
+    """`logprobs` of a chat choice."""
+
+    content: list[TokenLogprobBody]
+    refusal: None
+
+
+class ChatReplyMessage(_Reply):
+    """`message` of a chat choice."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(_Reply):
+    """One answer of a chat completion."""
+
+    index: int
+    message: ChatReplyMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+
+
+class ChatCompletion(_Reply):
+    """Reply of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: UsageBody
+
+
+class ChatDelta(_Reply):
+    """What a chunk adds; `role` comes once per choice."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str = ""
+
+
+class ChatChunkChoice(_Reply):
+    """One choice of a chunk."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+
+
+class ChatChunk(_Reply):
+    """One message of a chat stream. `usage` is there only when it was asked for, and null before the last chunk."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: UsageBody | None = None
+
+
+class CompletionLogprobs(_Reply):
+    """`logprobs` of a completion choice: four lists of one entry per token; offsets count characters."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(_Reply):
+    """One answer of a completion, or what a chunk adds to it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+
+
+class Completion(_Reply):
+    """Reply of /v1/completions, and each message of its stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: UsageBody | None = None
+
+
+class ModelCard(_Reply):
+    """One entry of /v1/models."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(_Reply):
+    """Reply of /v1/models."""
+
+    object: Literal["list"]
+    data: list[ModelCard]

@@ -1,0 +1,123 @@
+"""A worker's replies as one HTTP answer: either everything, or server-sent events as they come.
+
+Knows renderers and refusals, neither routes nor ray. Invariant: the worker's stream is closed, and its work with it
+cancelled, however the answer ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from buddymoe_ray.serve.deltas import merge, total_usage
+from buddymoe_ray.serve.records import Batch, Delta, Refusal, Reply
+from buddymoe_ray.serve.refusals import envelope, failure, timed_out
+from buddymoe_ray.serve.render import Renderer
+
+__all__ = ["Answer", "within"]
+
+
+async def within(seconds: float, replies: AsyncGenerator[Reply, None]) -> AsyncGenerator[Reply, None]:
+    """The same replies, ended by a refusal when they take longer than `seconds` in all."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    async with aclosing(replies):
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    reply = await anext(replies)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                yield timed_out(seconds)
+                return
+            yield reply
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """One call's answer in the making. `n` is the number of choices per prompt, `choices` of all together."""
+
+    replies: AsyncGenerator[Reply, None]
+    renderer: Renderer
+    n: int
+    choices: int
+    include_usage: bool = False
+    _ended: list[Delta] = field(default_factory=list)
+
+    async def whole(self) -> bytes | Refusal:
+        """The body of a reply that does not stream."""
+        deltas: list[Delta] = []
+        async with aclosing(self.replies) as replies:
+            async for reply in replies:
+                if isinstance(reply, Refusal):
+                    return reply
+                deltas.extend(reply.deltas)
+        merged = merge(deltas)
+        failed = next((delta for delta in merged if _failed(delta)), None)
+        if failed is not None:
+            return failure(failed)
+        if len(merged) != self.choices or any(delta.finish_reason is None for delta in merged):
+            return failure()
+        return self.renderer.whole(merged, total_usage(merged, n=self.n))
+
+    async def events(self) -> AsyncIterator[bytes] | Refusal:
+        """Server-sent events, or a refusal when that is the first thing the worker says.
+
+        The first reply is awaited here, before a status is sent: what fails at once fails with its own status.
+        """
+        try:
+            first = await anext(self.replies, None)
+        except BaseException:
+            await self.replies.aclose()
+            raise
+        if first is None or isinstance(first, Refusal):
+            await self.replies.aclose()
+            return first or failure()
+        failed = next((delta for delta in first.deltas if _failed(delta)), None)
+        if failed is not None and not failed.token_ids:
+            await self.replies.aclose()
+            return failure(failed)
+        return self._events(first)
+
+    async def _events(self, first: Batch) -> AsyncGenerator[bytes, None]:
+        """Chunks in one write per batch. A stream that fails ends with an error message and without [DONE]."""
+        async with aclosing(self.replies) as replies:
+            refusal, chunks = self._chunks(first)
+            yield chunks
+            if refusal is None:
+                async for reply in replies:
+                    refusal, chunks = self._chunks(reply)
+                    yield chunks
+                    if refusal is not None:
+                        break
+            if refusal is None:
+                yield self._closing()
+
+    def _chunks(self, reply: Reply) -> tuple[Refusal | None, bytes]:
+        if isinstance(reply, Refusal):
+            return reply, _event(envelope(reply))
+        messages: list[bytes] = []
+        for delta in reply.deltas:
+            if _failed(delta):
+                refusal = failure(delta)
+                return refusal, b"".join([*messages, _event(envelope(refusal))])
+            messages.append(_event(self.renderer.chunk(delta)))
+            if delta.finish_reason is not None:
+                self._ended.append(delta)
+        return None, b"".join(messages)
+
+    def _closing(self) -> bytes:
+        if len(self._ended) != self.choices:
+            return _event(envelope(failure()))
+        usage = _event(self.renderer.usage_chunk(total_usage(self._ended, n=self.n))) if self.include_usage else b""
+        return usage + _event(b"[DONE]")
+
+
+def _failed(delta: Delta) -> bool:
+    return delta.finish_reason in ("error", "cancelled")
+
+
+def _event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"

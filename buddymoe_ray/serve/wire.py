@@ -1,0 +1,285 @@
+"""OpenAI request bodies: typed, checked, turned into `Work`. What is not understood is refused by name, never dropped.
+
+Knows neither HTTP nor workers. Invariant: every field of an accepted body is honoured, or is in one of the two tables
+of fields whose given value asks for nothing (`NEUTRAL`, `NOTES`). On the token path: body → `parse_*` → `.work()`.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from buddymoe_ray.errors import RequestError
+from buddymoe_ray.serve.records import ChatMessage, Prompt, Work
+from buddymoe_ray.types import Mode, SamplingParams
+
+__all__ = ["ChatRequest", "CompletionRequest", "parse_chat", "parse_completion"]
+
+MAX_CHOICES = 128
+
+# Standard fields that are not built, with the values that ask for nothing. Any other value is refused.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "echo": (None, False),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "logit_bias": (None, {}),
+    "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None, True, False),
+    "prediction": (None,),
+    "reasoning_effort": (None,),
+    "response_format": (None, {"type": "text"}),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "suffix": (None,),
+    "tool_choice": (None, "none"),
+    "tools": (None, []),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+# Standard fields that label a request and change nothing in its answer.
+NOTES = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "user"})
+# Message fields that clients copy from a reply; only their empty value is understood.
+EMPTY_MESSAGE_FIELDS = ("annotations", "audio", "function_call", "refusal", "tool_calls")
+
+Model = TypeVar("Model", bound="_Sampled")
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class StreamOptions(_Body):
+    """`stream_options`."""
+
+    include_usage: bool = False
+
+
+class BuddyOptions(_Body):
+    """The `buddymoe` block of a request."""
+
+    mode: Mode = "exact"
+
+
+def _stop_list(value: object) -> object:
+    if isinstance(value, str):
+        return [value]
+    return value
+
+
+def _stops_are_text(value: list[str] | None) -> list[str] | None:
+    if value is not None and not all(value):
+        raise ValueError("an empty string is no stop string")
+    return value
+
+
+def _prompts(value: Any) -> tuple[Prompt, ...]:
+    """`prompt` in any of its four forms, as a tuple of prompts."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a string, a list of strings, a list of token ids or a list of lists of token ids")
+    if all(isinstance(item, str) for item in value):
+        return tuple(value)
+    if all(isinstance(item, list) for item in value):
+        return tuple(_ids(item) for item in value)
+    return (_ids(value),)
+
+
+def _ids(value: list[Any]) -> tuple[int, ...]:
+    if not value or not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value):
+        raise ValueError("a list of token ids must hold integers of at least 0, and at least one")
+    return tuple(value)
+
+
+def _content_text(value: object) -> object:
+    """Message content in parts, joined; parts other than text are refused."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text" or set(part) != {"type", "text"}:
+            raise ValueError('content parts must be {"type": "text", "text": ...}; images and audio are not supported')
+        if not isinstance(part["text"], str):
+            raise ValueError("the text of a content part must be a string")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+class Message(_Body):
+    """One chat message: text only."""
+
+    role: str
+    content: Annotated[str, BeforeValidator(_content_text)]
+    name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty_fields(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {k: v for k, v in value.items() if not (k in EMPTY_MESSAGE_FIELDS and v in (None, []))}
+
+    @model_validator(mode="after")
+    def _role_is_known(self) -> Message:
+        if self.role not in ("system", "developer", "user", "assistant"):
+            raise ValueError(f"role is {self.role!r}, must be system, developer, user or assistant")
+        return self
+
+    def record(self) -> ChatMessage:
+        """As templates know it: `developer` is OpenAI's newer name of `system`."""
+        role = "system" if self.role == "developer" else self.role
+        return ChatMessage(role=role, content=self.content, name=self.name)
+
+
+class _Sampled(_Body):
+    """What both endpoints share. None is "not given": the default is SamplingParams' own."""
+
+    model: str
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    max_tokens: int | None = Field(default=None, ge=1)
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    stop: Annotated[list[str] | None, BeforeValidator(_stop_list), AfterValidator(_stops_are_text)] = None
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_k: int | None = Field(default=None, ge=-1)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    buddymoe: BuddyOptions = BuddyOptions()
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> _Sampled:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is given without stream, must come with stream true")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, logprobs: int | None) -> SamplingParams:
+        """The sampling fields; those not given keep SamplingParams' defaults."""
+        names = ("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty")
+        given: dict[str, Any] = {name: getattr(self, name) for name in (*names, "ignore_eos")}
+        given["top_k"] = None if self.top_k is None else max(self.top_k, 0)  # vLLM writes -1 for "all"
+        given["stop"] = None if self.stop is None else tuple(self.stop)
+        given["stop_token_ids"] = None if self.stop_token_ids is None else tuple(self.stop_token_ids)
+        return SamplingParams(logprobs=logprobs, **{name: value for name, value in given.items() if value is not None})
+
+
+class ChatRequest(_Sampled):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is given without logprobs, must come with logprobs true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ, must be equal or only one be given")
+        return self
+
+    def work(self, request_id: str, *, flush_seconds: float) -> Work:
+        """What a worker is asked."""
+        return Work(
+            request_id=request_id,
+            messages=tuple(message.record() for message in self.messages),
+            sampling=self.sampling((self.top_logprobs or 0) if self.logprobs else None),
+            max_tokens=self.max_completion_tokens or self.max_tokens,
+            n=self.n or 1,
+            mode=self.buddymoe.mode,
+            flush_seconds=flush_seconds if self.stream else None,
+        )
+
+
+class CompletionRequest(_Sampled):
+    """Body of POST /v1/completions."""
+
+    prompt: Annotated[Any, AfterValidator(_prompts)]
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _choices_are_bounded(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError(f"best_of is {self.best_of}, must be n ({self.n or 1}): no choice is computed and dropped")
+        if len(self.prompt) * (self.n or 1) > MAX_CHOICES:
+            raise ValueError(
+                f"prompt asks for {len(self.prompt) * (self.n or 1)} choices, must be at most {MAX_CHOICES}"
+            )
+        return self
+
+    def work(self, request_id: str, *, flush_seconds: float) -> Work:
+        """What a worker is asked."""
+        return Work(
+            request_id=request_id,
+            prompts=self.prompt,
+            sampling=self.sampling(self.logprobs),
+            max_tokens=self.max_tokens or SamplingParams.max_tokens,
+            n=self.n or 1,
+            mode=self.buddymoe.mode,
+            flush_seconds=flush_seconds if self.stream else None,
+        )
+
+
+def parse_chat(body: bytes) -> ChatRequest:
+    """A chat request, or RequestError naming the field."""
+    return _parse(body, ChatRequest)
+
+
+def parse_completion(body: bytes) -> CompletionRequest:
+    """A completion request, or RequestError naming the field."""
+    return _parse(body, CompletionRequest)
+
+
+def _parse(body: bytes, model: type[Model]) -> Model:
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(
+            f"the body is not JSON ({error}). hint: send an object with Content-Type application/json"
+        ) from None
+    if not isinstance(fields, dict):
+        raise RequestError(
+            f"the body is a JSON {type(fields).__name__}, must be an object. hint: see OpenAI's API reference"
+        )
+    for name in [name for name in fields if name in NOTES or (name in NEUTRAL and name not in model.model_fields)]:
+        value = fields.pop(name)
+        if name in NEUTRAL and not any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL[name]):
+            raise RequestError(
+                f"{name} is not supported by this service, must be left out. hint: remove it", param=name
+            )
+    try:
+        return model.model_validate_json(json.dumps(fields))
+    except ValidationError as error:
+        raise _request_error(error) from None
+
+
+def _request_error(error: ValidationError) -> RequestError:
+    """The first thing wrong, named by its path in the body."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    path = ""
+    for part in first["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return RequestError(
+            f"{path} is not a field of this service, must be left out. hint: check its spelling", param=path
+        )
+    if first["type"] == "missing":
+        return RequestError(f"{path} is missing, must be given. hint: add it", param=path)
+    if not path:  # two fields that disagree: the message begins with the first one's name
+        return RequestError(f"{message}. hint: see README, API", param=message.split(" ", 1)[0])
+    return RequestError(f"{path} is not usable: {message}. hint: see OpenAI's API reference", param=path)

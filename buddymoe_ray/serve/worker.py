@@ -1,0 +1,223 @@
+"""One worker: prompts in, batches of deltas out, around one engine. A plain class; `app` makes it a replica.
+
+Knows the engine's seam and the tokenizer, neither HTTP nor ray. Invariant: when a call's generator ends or is closed,
+none of its sequences is left in the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, Protocol
+
+from buddymoe_ray.errors import BuddyMoEError, CapacityError, RequestError
+from buddymoe_ray.observe import EngineSnapshot
+from buddymoe_ray.serve.deltas import merge
+from buddymoe_ray.serve.prompts import encode, output_limit
+from buddymoe_ray.serve.records import Batch, Delta, Refusal, Reply, Work, WorkerInfo
+from buddymoe_ray.serve.refusals import overloaded, refusal_of, unavailable
+from buddymoe_ray.serve.token_text import TokenBytes
+from buddymoe_ray.types import GenerationRequest, TokenEvent
+
+__all__ = ["EngineSeam", "Limits", "Worker"]
+
+log = logging.getLogger(__name__)
+
+
+class Limits(Protocol):
+    """How much of a model fits an engine."""
+
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def max_running(self) -> int: ...
+    @property
+    def kv_tokens(self) -> int: ...
+
+
+class EngineSeam(Protocol):
+    """What a worker needs of an engine; `engine.async_engine.AsyncEngine` is the real one."""
+
+    @property
+    def model_id(self) -> str: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def limits(self) -> Limits: ...
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]: ...
+    def snapshot(self) -> EngineSnapshot: ...
+    async def check_health(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Worker:
+    """Answers `Work` with one engine.
+
+    Admission is decided here and not in ray's queues: those count per caller, and hold up health checks when full.
+
+    Args:
+        engine: owned by this worker from now on.
+        default_max_tokens: output limit of work that names none.
+        max_queued_requests: calls that may wait beside those that run; the next one is refused.
+        retry_after_seconds: what refused clients are told.
+    """
+
+    def __init__(
+        self,
+        engine: EngineSeam,
+        *,
+        default_max_tokens: int = 1024,
+        max_queued_requests: int = 256,
+        retry_after_seconds: int = 2,
+    ) -> None:
+        self._engine = engine
+        self._bytes = TokenBytes(engine.tokenizer)
+        self._default_max_tokens = default_max_tokens
+        self._max_calls = engine.limits.max_running + max_queued_requests
+        self._calls = 0
+        self._retry_after = retry_after_seconds
+
+    async def generate(self, work: Work) -> AsyncGenerator[Reply, None]:
+        """Batches until every choice has ended, or one refusal. Closing the generator cancels every choice."""
+        if self._calls >= self._max_calls:
+            yield overloaded(calls=self._calls, retry_after_seconds=self._retry_after)
+            return
+        self._calls += 1
+        try:
+            async with aclosing(self._answer(work)) as replies:
+                async for reply in replies:
+                    yield reply
+        finally:
+            self._calls -= 1
+
+    async def _answer(self, work: Work) -> AsyncGenerator[Reply, None]:
+        planned = await self._plan(work)
+        if isinstance(planned, Refusal):
+            yield planned
+            return
+        items: asyncio.Queue[Delta | Refusal] = asyncio.Queue()
+        tasks = [asyncio.create_task(self._run(choice, request, items)) for choice, request in enumerate(planned)]
+        prompts = tuple(request.prompt_token_ids for request in planned[:: work.n]) if work.report_prompts else ()
+        try:
+            async for reply in self._replies(items, open_choices=len(tasks), flush_seconds=work.flush_seconds):
+                yield replace(reply, prompt_token_ids=prompts) if prompts and isinstance(reply, Batch) else reply
+                prompts = ()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def info(self) -> WorkerInfo:
+        """What this worker serves."""
+        limits = self._engine.limits
+        return WorkerInfo(
+            model_id=self._engine.model_id,
+            max_model_len=limits.max_model_len,
+            max_running=limits.max_running,
+            kv_tokens=limits.kv_tokens,
+        )
+
+    def snapshot(self) -> EngineSnapshot:
+        """The engine's state now."""
+        return self._engine.snapshot()
+
+    async def check_health(self) -> None:
+        """Raises when the engine's step thread died; ray then replaces this worker."""
+        await self._engine.check_health()
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self._engine.close()
+
+    async def _plan(self, work: Work) -> list[GenerationRequest] | Refusal:
+        """One engine request per choice, all checked before the first starts."""
+        try:
+            prompts = await asyncio.to_thread(encode, self._engine.tokenizer, work)  # a long one must not stop streams
+        except RequestError as error:
+            return refusal_of(error)
+        limits = self._engine.limits
+        requests: list[GenerationRequest] = []
+        for prompt in prompts:
+            limit = output_limit(
+                len(prompt),
+                work,
+                max_model_len=limits.max_model_len,
+                kv_tokens=limits.kv_tokens,
+                default_max_tokens=self._default_max_tokens,
+            )
+            if isinstance(limit, Refusal):
+                return limit
+            for k in range(work.n):
+                seed = None if work.sampling.seed is None else work.sampling.seed + k
+                requests.append(
+                    GenerationRequest(
+                        request_id=f"{work.request_id}-{len(requests)}",
+                        prompt_token_ids=prompt,
+                        sampling=replace(work.sampling, max_tokens=limit, seed=seed),
+                        mode=work.mode,
+                    )
+                )
+        return requests
+
+    async def _run(self, choice: int, request: GenerationRequest, items: asyncio.Queue[Delta | Refusal]) -> None:
+        """Move one sequence's events to `items`; its end is always told, as a last delta or a refusal."""
+        try:
+            async with aclosing(self._engine.generate(request)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    items.put_nowait(self._delta(choice, event))
+        except RequestError as error:
+            items.put_nowait(refusal_of(error))
+        except CapacityError as error:
+            items.put_nowait(unavailable(str(error), retry_after_seconds=self._retry_after))
+        except BuddyMoEError as error:
+            items.put_nowait(Delta(choice=choice, finish_reason="error", error=str(error)))
+        except Exception:  # the client gets an answer whatever happened; the log says what
+            log.exception("sequence %s failed", request.request_id)
+            items.put_nowait(Delta(choice=choice, finish_reason="error", error="internal error. hint: see the log"))
+
+    def _delta(self, choice: int, event: TokenEvent) -> Delta:
+        return Delta(
+            choice=choice,
+            token_ids=event.token_ids,
+            text=event.text,
+            logprobs=tuple(self._bytes.describe(entry) for entry in event.logprobs),
+            finish_reason=event.finish_reason,
+            usage=event.usage,
+            error=event.error,
+        )
+
+    async def _replies(
+        self, items: asyncio.Queue[Delta | Refusal], *, open_choices: int, flush_seconds: float | None
+    ) -> AsyncGenerator[Reply, None]:
+        """Batch what arrives: the first tokens at once, then at most every `flush_seconds`; None: all at the end."""
+        now = asyncio.get_running_loop().time
+        flush_at = now() if flush_seconds is not None else float("inf")
+        while open_choices:
+            deltas: list[Delta] = []
+            while open_choices and (not deltas or now() < flush_at or not items.empty()):
+                item = await _next(items, None if not deltas else flush_at - now())
+                if item is None:
+                    break
+                if isinstance(item, Refusal):
+                    yield item
+                    return
+                deltas.append(item)
+                open_choices -= item.finish_reason is not None
+            yield Batch(deltas=merge(deltas))
+            flush_at = now() + (flush_seconds or 0)
+
+
+async def _next(items: asyncio.Queue[Delta | Refusal], seconds: float | None) -> Delta | Refusal | None:
+    """The next item, or None when it does not come within `seconds` (None or infinite waits for ever)."""
+    if not items.empty():
+        return items.get_nowait()
+    if seconds is None or seconds == float("inf"):
+        return await items.get()
+    try:
+        async with asyncio.timeout(seconds):
+            return await items.get()
+    except TimeoutError:
+        return None

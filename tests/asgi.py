@@ -1,0 +1,57 @@
+"""The HTTP app in process: an httpx client over the ASGI transport, and readers of its replies. No ray, no sockets."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import openai
+from fakes import FakeEngine, LocalWorkers
+
+from buddymoe_ray.serve.http import HttpSettings, http_app
+from buddymoe_ray.serve.worker import Worker
+
+__all__ = ["CHAT", "TEXT", "check_error", "messages_of", "openai_client", "serving", "talking_to"]
+
+CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 6}
+TEXT = {"model": "fake", "prompt": "hello", "max_tokens": 6}
+
+
+@asynccontextmanager
+async def serving(*engines: FakeEngine, **settings: Any) -> AsyncGenerator[httpx.AsyncClient, None]:
+    """An HTTP client of an app over one worker per engine."""
+    workers = LocalWorkers(*[Worker(engine) for engine in engines or (FakeEngine(),)])
+    async with talking_to(workers, **settings) as client:
+        yield client
+
+
+@asynccontextmanager
+async def talking_to(workers: Any, **settings: Any) -> AsyncGenerator[httpx.AsyncClient, None]:
+    app = http_app(workers, HttpSettings(**{"model": "fake", "flush_seconds": 0.0} | settings))
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+def openai_client(client: httpx.AsyncClient, key: str = "none") -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(api_key=key, base_url="http://test/v1", http_client=client, max_retries=0)
+
+
+def messages_of(body: str) -> list[str]:
+    """The data of every server-sent event."""
+    events = body.split("\n\n")
+    assert events.pop() == "" and all(event.startswith("data: ") for event in events), body
+    return [event.removeprefix("data: ") for event in events]
+
+
+def check_error(response: httpx.Response, status: int, param: str | None = None, code: str | None = None) -> str:
+    """The reply is OpenAI's envelope; returns its message."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["param"], error["code"]) == (param, code), error
+    message = error["message"]
+    assert isinstance(message, str)
+    return message

@@ -1,0 +1,209 @@
+"""Small stand-ins for the narrow seams: an engine without a model, its tokenizer, and workers without ray.
+
+`FakeEngine` keeps AsyncEngine's contract (events in order, usage with the last, closing the iterator cancels), so what
+is proven over it holds for the path above the engine. Its tokens are a function of prompt, seed and position alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+from functools import cache
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.errors import CacheError, CapacityError, CheckpointError, RequestError
+from buddymoe_ray.observe import EngineSnapshot
+from buddymoe_ray.serve.records import Reply, Work, WorkerInfo
+from buddymoe_ray.serve.worker import Worker
+from buddymoe_ray.types import FinishReason, GenerationRequest, TokenEvent, TokenLogprob, Usage
+
+__all__ = ["FakeEngine", "FakeLimits", "LocalWorkers", "byte_tokenizer", "open_broken_engine", "open_fake_engine"]
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+ALPHABET = tuple(range(ord("a"), ord("z") + 1))  # the bytes a fake engine generates; ids are bytes
+
+
+@cache
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A real tokenizer with one token per byte (id = byte), then the roles' special tokens from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    stand_in = {byte: chr(byte) for byte in printable}
+    for at, byte in enumerate(byte for byte in range(256) if byte not in stand_in):
+        stand_in[byte] = chr(0x100 + at)
+    backend = Tokenizer(models.BPE(vocab={stand_in[byte]: byte for byte in range(256)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(f"<|{role}|>") for role in ("system", "user", "assistant")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeLimits:
+    """As EngineLimits."""
+
+    max_model_len: int = 128
+    max_running: int = 8
+    kv_tokens: int = 1024
+
+
+class FakeEngine:
+    """Generates letters; `delay` seconds per token.
+
+    A prompt may ask for trouble: one that holds byte 1 is refused by the engine, byte 2 fails after three tokens,
+    byte 3 kills the engine as a dying step thread would, byte 4 raises what nobody foresaw.
+    """
+
+    def __init__(self, *, model_id: str = "fake", delay: float = 0.0, limits: FakeLimits | None = None) -> None:
+        self.model_id = model_id
+        self.tokenizer: PreTrainedTokenizerFast | None = byte_tokenizer()
+        self.limits = limits or FakeLimits()
+        self.delay = delay
+        self.running: set[str] = set()
+        self.seen: list[GenerationRequest] = []
+        self.cancelled = 0
+        self.steps = 0
+        self.closed = False
+        self._died: CapacityError | None = None
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        """The request's events, in pieces of one token."""
+        self._raise_if_dead()
+        self.seen.append(request)
+        if 1 in request.prompt_token_ids:
+            raise RequestError("prompt holds byte 1, must not. hint: leave it out", param="prompt")
+        self.running.add(request.request_id)
+        ended = False
+        try:
+            text = ""
+            for position in range(request.sampling.max_tokens):
+                await asyncio.sleep(self.delay)
+                self.steps += 1
+                self._trouble(request, position)
+                event = self._event(request, position, text)
+                text += event.text
+                ended = event.finish_reason is not None
+                yield event
+                if ended:
+                    return
+        finally:
+            self.running.discard(request.request_id)
+            self.cancelled += not ended
+
+    def _event(self, request: GenerationRequest, position: int, text: str) -> TokenEvent:
+        token = fake_token(request, position)
+        reason: FinishReason | None = "length" if position + 1 == request.sampling.max_tokens else None
+        piece = chr(token)
+        if any(stop in text + piece for stop in request.sampling.stop):
+            reason, piece = "stop", ""
+        wanted = request.sampling.logprobs
+        top = tuple((id_, -float(rank + 1)) for rank, id_ in enumerate(ALPHABET[: wanted or 0]))
+        return TokenEvent(
+            request_id=request.request_id,
+            token_ids=(token,),
+            text=piece,
+            logprobs=() if wanted is None else (TokenLogprob(token_id=token, logprob=-0.5, top=top),),
+            finish_reason=reason,
+            usage=self._usage(request, position + 1) if reason else None,
+        )
+
+    def _usage(self, request: GenerationRequest, tokens: int) -> Usage:
+        prompt = len(request.prompt_token_ids)
+        return Usage(prompt_tokens=prompt, completion_tokens=tokens, hits=3 * tokens, fetched=tokens)
+
+    def _trouble(self, request: GenerationRequest, position: int) -> None:
+        self._raise_if_dead()
+        if position == 3 and 2 in request.prompt_token_ids:
+            raise CacheError("an expert could not be read. hint: check the disk")
+        if position == 3 and 3 in request.prompt_token_ids:
+            self.die()
+            self._raise_if_dead()
+        if position == 3 and 4 in request.prompt_token_ids:
+            raise ZeroDivisionError("a secret path")
+
+    def die(self) -> None:
+        """As when the step thread ends by an error."""
+        self._died = CapacityError("engine is stopped by a test, must be running. hint: restart the replica")
+
+    def _raise_if_dead(self) -> None:
+        if self._died is not None:
+            raise self._died
+
+    def snapshot(self) -> EngineSnapshot:
+        """Counters; `steps` counts tokens."""
+        return EngineSnapshot(
+            running=len(self.running),
+            waiting=0,
+            free_kv_blocks=64 - len(self.running),
+            total_kv_blocks=64,
+            steps=self.steps,
+            hits=0,
+            misses=0,
+            bytes_loaded_device=0,
+            bytes_read_disk=0,
+            stall_seconds=0.0,
+        )
+
+    async def check_health(self) -> None:
+        """Raises once dead."""
+        self._raise_if_dead()
+
+    def close(self) -> None:
+        """Remembers it."""
+        self.closed = True
+
+
+def fake_token(request: GenerationRequest, position: int) -> int:
+    """The letter at a position: keyed by prompt and seed, as real sampling is; temperature 0 reads no seed."""
+    seed = request.sampling.seed if request.sampling.temperature else 0
+    key = f"{request.prompt_token_ids}|{seed}|{position}".encode()
+    return ALPHABET[zlib.crc32(key) % len(ALPHABET)]
+
+
+class LocalWorkers:
+    """Workers in this process: what `ReplicaWorkers` does through ray, without it."""
+
+    def __init__(self, *workers: Worker) -> None:
+        self.workers = workers
+        self.calls = 0
+
+    def generate(self, work: Work) -> AsyncGenerator[Reply, None]:
+        """Round robin."""
+        self.calls += 1
+        return self.workers[self.calls % len(self.workers)].generate(work)
+
+    async def info(self) -> WorkerInfo:
+        """Of the first."""
+        return self.workers[0].info()
+
+    async def health(self) -> tuple[str | None, ...]:
+        """Of all."""
+        return tuple([await self._health(worker) for worker in self.workers])
+
+    async def _health(self, worker: Worker) -> str | None:
+        try:
+            await worker.check_health()
+        except CapacityError as error:
+            return str(error)
+        return None
+
+
+def open_fake_engine(config: EngineConfig, model_id: str) -> FakeEngine:
+    """For applications under ray: slow enough to be met while it runs; limits from the config."""
+    length = config.max_model_len or 4096
+    limits = FakeLimits(max_model_len=length, max_running=config.max_running, kv_tokens=64 * length)
+    return FakeEngine(model_id=model_id, delay=0.02, limits=limits)
+
+
+def open_broken_engine(config: EngineConfig, model_id: str) -> FakeEngine:
+    """As when a checkpoint cannot be served."""
+    raise CheckpointError(f"{config.model} is truncated, must be whole. hint: download it again")

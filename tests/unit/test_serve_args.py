@@ -1,0 +1,120 @@
+"""The options of deployments/*.yaml: typed, unknown names refused, EngineConfig's defaults; and every shipped file."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+from ray.serve.schema import ServeDeploySchema
+
+from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.serve.app import build_app
+from buddymoe_ray.serve.args import ServeArgs
+from buddymoe_ray.serve.handles import APP_NAME
+
+ROOT = Path(__file__).parents[2]
+DEPLOYMENTS = sorted((ROOT / "deployments").glob("*.yaml"))
+
+
+def args_of(path: Path) -> dict[str, Any]:
+    application = yaml.safe_load(path.read_text())["applications"][0]
+    args = application["args"]
+    assert isinstance(args, dict)
+    return args
+
+
+def test_engine_options_are_engine_configs_own_with_its_defaults() -> None:
+    assert ServeArgs().engine_config() == EngineConfig()
+    assert set(EngineConfig.names()) <= set(ServeArgs.model_fields)
+
+
+def test_engine_options_arrive() -> None:
+    args = ServeArgs(model="x", memory="50%", host_memory=1 << 30, threads=3, max_model_len=99, kv_memory="1GiB")
+    config = args.engine_config()
+    assert (config.model, config.memory, config.host_memory) == ("x", "50%", str(1 << 30))
+    assert (config.threads, config.max_model_len, config.kv_memory) == (3, 99, "1GiB")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("replicas", 2),
+        ("memroy", "25%"),
+        ("workers", 0),
+        ("num_gpus", -1),
+        ("mode", "bounded"),
+        ("dtype", "int3"),
+        ("threads", 0),
+        ("memory", True),
+        ("flush_ms", -1),
+        ("max_queued_requests", -1),
+        ("request_timeout_seconds", 0),
+        ("api_key_env", ""),
+    ],
+)
+def test_unusable_options_are_named(field: str, value: Any) -> None:
+    with pytest.raises(ValidationError, match=field):
+        ServeArgs.model_validate({field: value})
+
+
+def test_the_served_name() -> None:
+    assert ServeArgs(model="org/m").served_name == "org/m"
+    assert ServeArgs(model="org/m", model_name="m").served_name == "m"
+
+
+def test_the_key_is_read_from_the_named_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BUDDYMOE_API_KEY", raising=False)
+    monkeypatch.setenv("OTHER_KEY", "other")
+    assert ServeArgs().api_key() is None
+    assert ServeArgs(api_key_env="OTHER_KEY").api_key() == "other"
+    with pytest.raises(ConfigError, match=r"BUDDYMOE_API_KEY is unset.*hint: export BUDDYMOE_API_KEY"):
+        ServeArgs(require_api_key=True).api_key()
+    monkeypatch.setenv("BUDDYMOE_API_KEY", "")
+    with pytest.raises(ConfigError):
+        ServeArgs(require_api_key=True).api_key()
+    monkeypatch.setenv("BUDDYMOE_API_KEY", "secret")
+    args = ServeArgs(require_api_key=True)
+    assert args.api_key() == "secret" and "secret" not in repr(args)
+
+
+def test_there_are_deployments() -> None:
+    names = {path.stem for path in DEPLOYMENTS}
+    assert {"tiny-cpu", "mixtral", "olmoe", "qwen3-30b-a3b", "deepseek-v2-lite"} <= names
+
+
+@pytest.mark.parametrize("path", DEPLOYMENTS, ids=lambda path: path.stem)
+def test_every_deployment_is_what_ray_and_we_accept(path: Path) -> None:
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    [application] = schema.applications
+    assert application.import_path == "buddymoe_ray.serve.app:build_app"
+    assert application.name == APP_NAME
+    assert schema.http_options.host == "127.0.0.1"
+    args = ServeArgs.model_validate(args_of(path))
+    assert args.mode == "exact" and args.api_key_env == "BUDDYMOE_API_KEY"
+    if path.stem != "tiny-cpu":
+        assert (args.num_gpus, args.device) == (1, "cuda")
+
+
+def test_ray_can_see_the_type_of_the_builders_args() -> None:
+    [parameter] = inspect.signature(build_app).parameters.values()
+    assert parameter.annotation is ServeArgs  # a postponed annotation would be text, and ray would pass a plain dict
+
+
+def test_describing_the_application_loads_no_torch() -> None:
+    code = (
+        "import sys, buddymoe_ray.serve.app, buddymoe_ray.client; print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_the_embedded_default() -> None:
+    args = ServeArgs.model_validate(args_of(next(path for path in DEPLOYMENTS if path.stem == "tiny-cpu")))
+    assert (args.model, args.memory, args.num_gpus) == ("builtin:tiny", "25%", 0)

@@ -1,0 +1,173 @@
+"""The worker and HTTP app over the real engine and `builtin:tiny` at a quarter of its experts, without ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import openai
+import pytest
+from asgi import openai_client, talking_to
+from fakes import LocalWorkers
+
+from buddymoe_ray import LLM
+from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.engine.async_engine import AsyncEngine
+from buddymoe_ray.engine.engine import Engine
+from buddymoe_ray.serve.app import open_async_engine
+from buddymoe_ray.serve.records import Batch, ChatMessage, Work
+from buddymoe_ray.serve.worker import Worker
+from buddymoe_ray.types import EngineResult, SamplingParams
+
+PROMPTS = ["def add(a, b):\n    return", "import os\n", "class Stack:\n    def __init__(self", "naïve = 'ü☃"]
+CHAT: Any = [{"role": "user", "content": "What does list.append do?"}]
+
+
+@pytest.fixture(scope="module")
+def resident() -> list[EngineResult]:
+    """What the fully resident model generates, in process."""
+    with LLM("builtin:tiny", memory="100%") as llm:
+        return llm.generate(PROMPTS, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[AsyncEngine]:
+    opened = open_async_engine(EngineConfig(model="builtin:tiny", memory="25%"), "tiny")
+    assert isinstance(opened, AsyncEngine)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def worker(engine: AsyncEngine) -> Worker:
+    return Worker(engine)
+
+
+@asynccontextmanager
+async def openai_over(worker: Worker) -> AsyncGenerator[openai.AsyncOpenAI, None]:
+    async with talking_to(LocalWorkers(worker), model="tiny") as client:
+        yield openai_client(client)
+
+
+async def test_served_text_is_the_resident_models(worker: Worker, resident: list[EngineResult]) -> None:
+    async with openai_over(worker) as client:
+        reply = await client.completions.create(model="tiny", prompt=PROMPTS, max_tokens=24, temperature=0)
+        streams = [
+            await client.completions.create(model="tiny", prompt=prompt, max_tokens=24, temperature=0, stream=True)
+            for prompt in PROMPTS
+        ]
+        streamed = ["".join([chunk.choices[0].text async for chunk in stream]) for stream in streams]
+    assert [choice.text for choice in reply.choices] == [result.text for result in resident]
+    assert streamed == [result.text for result in resident]
+    assert [choice.finish_reason for choice in reply.choices] == [result.finish_reason for result in resident]
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens == sum(len(result.token_ids) for result in resident)
+    spent = (reply.usage.model_extra or {})["buddymoe"]
+    assert spent["mode"] == "exact" and spent["fetched"] > 0 and spent["hits"] > 0
+
+
+async def test_a_conversation_is_answered_and_logprobs_spell_it(worker: Worker) -> None:
+    async with openai_over(worker) as client:
+        reply = await client.chat.completions.create(
+            model="tiny", messages=CHAT, max_tokens=16, temperature=0, logprobs=True, top_logprobs=3
+        )
+    [choice] = reply.choices
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    spelled = b"".join(bytes(entry.bytes or []) for entry in choice.logprobs.content)
+    content = choice.message.content or ""
+    assert spelled.startswith(content.encode()) or content.encode().startswith(spelled)
+    for entry in choice.logprobs.content:
+        assert entry.logprob <= 0 and len(entry.top_logprobs) == 3
+        assert entry.logprob == pytest.approx(entry.top_logprobs[0].logprob)  # greedy takes the best
+
+
+async def test_seeds_repeat_and_choices_differ(worker: Worker) -> None:
+    async with openai_over(worker) as client:
+
+        async def texts(seed: int, n: int) -> list[str]:
+            reply = await client.completions.create(
+                model="tiny", prompt="import ", max_tokens=16, seed=seed, n=n, temperature=1
+            )
+            return [choice.text for choice in reply.choices]
+
+        pair = await texts(7, 2)
+        assert pair == await texts(7, 2)
+        assert pair[0] != pair[1]
+        assert await texts(8, 1) == pair[1:]
+
+
+async def test_a_stop_string_is_not_part_of_the_text(worker: Worker, resident: list[EngineResult]) -> None:
+    whole = resident[0].text
+    stop = whole[5:8]
+    async with openai_over(worker) as client:
+        reply = await client.completions.create(
+            model="tiny", prompt=PROMPTS[0], max_tokens=24, temperature=0, stop=[stop]
+        )
+    assert reply.choices[0].text == whole[: whole.index(stop)]
+    assert reply.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"prompt": [10**6]}, {"prompt": "x " * 5000}, {"prompt": ""}, {"max_tokens": 10**6}]
+)
+async def test_what_the_engine_cannot_serve_is_400(worker: Worker, fields: dict[str, Any]) -> None:
+    async with openai_over(worker) as client:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.completions.create(**{"model": "tiny", "prompt": "x", "max_tokens": 2} | fields)
+    assert caught.value.param == "prompt"
+    if "max_tokens" in fields or "x " in str(fields["prompt"]):
+        assert caught.value.code == "context_length_exceeded"
+        assert str(worker.info().max_model_len) in caught.value.message
+
+
+async def test_a_closed_stream_frees_its_slot_within_one_step(worker: Worker, engine: AsyncEngine) -> None:
+    asked = Work(
+        request_id="leaver",
+        messages=(ChatMessage(role="user", content="x"),),
+        sampling=SamplingParams(ignore_eos=True),
+        max_tokens=1500,
+        flush_seconds=0.0,
+    )
+    async with aclosing(worker.generate(asked)) as replies:
+        assert isinstance(await anext(replies), Batch)
+        assert engine.snapshot().running == 1
+    closed = engine.snapshot()
+    while engine.snapshot().running:
+        await asyncio.sleep(0)
+    # one step may be under way when the stream is closed and one may have begun since; then the queue is read
+    assert engine.snapshot().steps <= closed.steps + 2
+    after = engine.snapshot()
+    assert (after.waiting, after.free_kv_blocks) == (0, after.total_kv_blocks)
+
+
+async def test_sixteen_streams_at_once(worker: Worker) -> None:
+    async with openai_over(worker) as client:
+
+        async def text(at: int) -> str:
+            stream = await client.completions.create(
+                model="tiny", prompt=f"x{at} = ", max_tokens=12, temperature=0, stream=True
+            )
+            return "".join([chunk.choices[0].text async for chunk in stream])
+
+        alone = [await text(at) for at in range(16)]
+        together = await asyncio.gather(*[text(at) for at in range(16)])
+    assert alone == together
+
+
+async def test_a_dead_step_thread_is_unwell(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine.from_config(EngineConfig(model="builtin:tiny", memory="25%"))
+
+    def fail() -> None:
+        raise ZeroDivisionError("a bug in a step")
+
+    monkeypatch.setattr(engine, "step", fail)
+    opened = AsyncEngine(engine, model_id="tiny")
+    async with talking_to(LocalWorkers(Worker(opened)), model="tiny") as client:
+        with pytest.raises(openai.InternalServerError) as caught:
+            await openai_client(client).completions.create(model="tiny", prompt="x")
+        health = await client.get("/health")
+    opened.close()
+    assert caught.value.status_code == 503
+    assert health.status_code == 503 and "engine is stopped" in health.json()["problems"][0]

@@ -1,0 +1,244 @@
+"""The HTTP app in process, driven by httpx and by the `openai` client: what is answered, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from asgi import CHAT, TEXT, check_error, messages_of, openai_client, serving
+from fakes import FakeEngine, FakeLimits
+
+from buddymoe_ray.serve.http import MAX_BODY_BYTES, HttpSettings
+
+
+async def test_chat_reply_in_full() -> None:
+    async with serving() as client:
+        response = await client.post("/v1/chat/completions", json=CHAT)
+    body = response.json()
+    assert body.pop("id").startswith("chatcmpl-") and body.pop("created") > 0
+    text = body["choices"][0]["message"]["content"]
+    assert len(text) == 6
+    assert body == {
+        "object": "chat.completion",
+        "model": "fake",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": "length",
+            }
+        ],
+        "usage": {
+            "prompt_tokens": 7,  # <|user|>, five bytes, <|assistant|>
+            "completion_tokens": 6,
+            "total_tokens": 13,
+            "buddymoe": {"mode": "exact", "hits": 18, "fetched": 6},
+        },
+    }
+
+
+async def test_completion_reply_in_full() -> None:
+    async with serving() as client:
+        body = (await client.post("/v1/completions", json=TEXT)).json()
+    assert body.pop("id").startswith("cmpl-") and body.pop("created") > 0
+    text = body["choices"][0]["text"]
+    assert body == {
+        "object": "text_completion",
+        "model": "fake",
+        "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": "length"}],
+        "usage": {
+            "prompt_tokens": 5,
+            "completion_tokens": 6,
+            "total_tokens": 11,
+            "buddymoe": {"mode": "exact", "hits": 18, "fetched": 6},
+        },
+    }
+
+
+async def test_chat_stream_message_by_message() -> None:
+    async with serving() as client:
+        whole = (await client.post("/v1/chat/completions", json=CHAT)).json()["choices"][0]["message"]["content"]
+        response = await client.post("/v1/chat/completions", json=CHAT | {"stream": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *messages, done = messages_of(response.text)
+    assert done == "[DONE]"
+    chunks = [json.loads(message) for message in messages]
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert choices[0]["delta"]["role"] == "assistant" and all("role" not in c["delta"] for c in choices[1:])
+    assert "".join(choice["delta"]["content"] for choice in choices) == whole
+    assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["length"]
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)])
+async def test_stream_usage_comes_last_and_is_null_before(path: str, body: dict[str, Any]) -> None:
+    async with serving() as client:
+        whole = (await client.post(path, json=body | {"n": 2})).json()
+        asked = body | {"n": 2, "stream": True, "stream_options": {"include_usage": True}}
+        *messages, done = messages_of((await client.post(path, json=asked)).text)
+    chunks = [json.loads(message) for message in messages]
+    assert done == "[DONE]"
+    assert all(chunk["usage"] is None and chunk["choices"] for chunk in chunks[:-1])
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == whole["usage"]
+    assert whole["usage"]["completion_tokens"] == 12
+
+
+async def test_openai_client_reads_all_of_it() -> None:
+    async with serving() as http:
+        client = openai_client(http)
+        chat = await client.chat.completions.create(
+            model="fake",
+            messages=[{"role": "user", "content": "hello"}],
+            logprobs=True,
+            top_logprobs=2,
+            n=2,
+            seed=3,
+            max_completion_tokens=4,
+            extra_body={"buddymoe": {"mode": "exact"}},
+        )
+        assert [choice.index for choice in chat.choices] == [0, 1]
+        assert chat.choices[0].message.content != chat.choices[1].message.content
+        assert chat.usage is not None and chat.usage.model_extra == {
+            "buddymoe": {"mode": "exact", "hits": 24, "fetched": 8}
+        }
+        logprobs = chat.choices[0].logprobs
+        assert logprobs is not None and logprobs.content is not None
+        assert "".join(entry.token for entry in logprobs.content) == chat.choices[0].message.content
+        assert [(top.token, top.logprob, top.bytes) for top in logprobs.content[0].top_logprobs] == [
+            ("a", -1.0, [97]),
+            ("b", -2.0, [98]),
+        ]
+        again = await client.chat.completions.create(
+            model="fake", messages=[{"role": "user", "content": "hello"}], seed=4, max_tokens=4
+        )
+        assert again.choices[0].message.content == chat.choices[1].message.content  # choice k uses seed + k
+
+
+async def test_completion_logprobs_and_prompts() -> None:
+    async with serving() as http:
+        client = openai_client(http)
+        reply = await client.completions.create(model="fake", prompt=["ab", "c"], n=2, logprobs=1, max_tokens=3, seed=1)
+        ids = await client.completions.create(model="fake", prompt=[list(b"ab"), list(b"c")], n=2, max_tokens=3, seed=1)
+    assert [choice.index for choice in reply.choices] == [0, 1, 2, 3]
+    assert [choice.text for choice in reply.choices] == [choice.text for choice in ids.choices]
+    assert reply.usage is not None and reply.usage.prompt_tokens == 3
+    for choice in reply.choices:
+        assert choice.logprobs is not None
+        assert choice.logprobs.tokens == list(choice.text)
+        assert choice.logprobs.text_offset == [0, 1, 2]
+        assert choice.logprobs.token_logprobs == [-0.5] * 3
+        tops = choice.logprobs.top_logprobs or []
+        assert [set(top) for top in tops] == [{token, "a"} for token in choice.text]
+
+
+async def test_streamed_logprobs_join_to_the_whole() -> None:
+    body = TEXT | {"logprobs": 2, "n": 2, "seed": 5}
+    async with serving() as client:
+        whole = (await client.post("/v1/completions", json=body)).json()["choices"]
+        *messages, _ = messages_of((await client.post("/v1/completions", json=body | {"stream": True})).text)
+    for choice in whole:
+        parts = [c for m in messages for c in json.loads(m)["choices"] if c["index"] == choice["index"]]
+        for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            assert [item for part in parts for item in part["logprobs"][key]] == choice["logprobs"][key]
+
+
+async def test_stop_ends_before_the_stop_string() -> None:
+    async with serving() as client:
+        text = (await client.post("/v1/completions", json=TEXT)).json()["choices"][0]["text"]
+        choice = (await client.post("/v1/completions", json=TEXT | {"stop": text[3]})).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (text[: text.index(text[3])], "stop")
+
+
+async def test_models_lists_the_served_name_and_its_limit() -> None:
+    async with serving(FakeEngine(limits=FakeLimits(max_model_len=77)), model="org/name") as client:
+        listed = (await client.get("/v1/models")).json()
+        one = (await client.get("/v1/models/org/name")).json()
+        other = await client.get("/v1/models/else")
+    [card] = listed["data"]
+    assert (card["id"], card["max_model_len"], card["object"], card["owned_by"]) == (
+        "org/name",
+        77,
+        "model",
+        "buddymoe",
+    )
+    assert one == card and listed["object"] == "list"
+    check_error(other, 404, "model", "model_not_found")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_refusals_have_their_status_stream_or_not(stream: bool) -> None:
+    async with serving(FakeEngine(limits=FakeLimits(max_model_len=16))) as client:
+
+        async def post(path: str, body: Any) -> httpx.Response:
+            return await client.post(path, json=body | {"stream": stream})
+
+        long = await post("/v1/completions", TEXT | {"prompt": "x" * 16})
+        assert "must be at most 15" in check_error(long, 400, "prompt", "context_length_exceeded")
+        chat = await post("/v1/chat/completions", CHAT | {"messages": [{"role": "user", "content": "x" * 99}]})
+        check_error(chat, 400, "messages", "context_length_exceeded")
+        unknown = await post("/v1/chat/completions", CHAT | {"model": "gpt-4"})
+        assert "'fake'" in check_error(unknown, 404, "model", "model_not_found")
+        check_error(await post("/v1/completions", TEXT | {"prompt": "\x01"}), 400, "prompt")
+        check_error(await post("/v1/chat/completions", CHAT | {"tools": [{}]}), 400, "tools")
+
+
+async def test_malformed_bodies_and_paths() -> None:
+    async with serving() as client:
+        for body in (b"{", b"", b"[]", b"\xff"):
+            check_error(await client.post("/v1/chat/completions", content=body), 400)
+        check_error(await client.get("/v1/nothing"), 404)
+        wrong_method = await client.get("/v1/completions")
+        check_error(wrong_method, 405)
+        assert wrong_method.headers["allow"] == "POST"
+        too_long = await client.post("/v1/completions", content=b" " * (MAX_BODY_BYTES + 1))
+        check_error(too_long, 413)
+
+
+async def test_health_fails_when_an_engine_died() -> None:
+    engines = (FakeEngine(), FakeEngine())
+    async with serving(*engines) as client:
+        well = await client.get("/health")
+        assert (well.status_code, well.json()) == (200, {"status": "ok", "problems": []})
+        engines[1].die()
+        ill = await client.get("/health")
+    assert (ill.status_code, ill.json()["status"]) == (503, "unhealthy")
+    assert "engine is stopped" in ill.json()["problems"][0]
+
+
+async def test_key_guards_the_api_and_not_health(caplog: pytest.LogCaptureFixture) -> None:
+    key = "sk-\u00e9-secret"
+    async with serving(api_key=key) as client:
+        wrongs = [{}, {"Authorization": "Bearer wrong"}, {"Authorization": key.encode()}, {"Authorization": b"\xff"}]
+        for headers in wrongs:
+            response = await client.post("/v1/chat/completions", json=CHAT, headers=headers)
+            check_error(response, 401, None, "invalid_api_key")
+            assert response.headers["www-authenticate"] == "Bearer"
+        check_error(await client.post("/v1/chat/completions", content=b"{"), 401, None, "invalid_api_key")
+        check_error(await client.get("/v1/models"), 401, None, "invalid_api_key")
+        assert (await client.get("/health")).status_code == 200
+        right = {"Authorization": f"Bearer {key}".encode()}
+        assert (await client.get("/v1/models", headers=right)).status_code == 200
+    assert key not in caplog.text
+    assert key not in repr(HttpSettings(model="m", api_key=key))
+
+
+async def test_sixteen_streams_at_once_are_each_their_own() -> None:
+    async with serving(FakeEngine(delay=0.001)) as http:
+        client = openai_client(http)
+
+        async def text(prompt: str) -> str:
+            stream: AsyncIterator[Any] = await client.completions.create(
+                model="fake", prompt=prompt, stream=True, max_tokens=20, temperature=0
+            )
+            return "".join([chunk.choices[0].text async for chunk in stream])
+
+        alone = [await text(f"prompt {i}") for i in range(16)]
+        together = await asyncio.gather(*[text(f"prompt {i}") for i in range(16)])
+    assert alone == together and len(set(alone)) == 16

@@ -1,0 +1,149 @@
+"""The HTTP app when things go wrong behind it: errors, silence, a full service, a client that leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import openai
+import pytest
+from asgi import TEXT, check_error, messages_of, openai_client, serving, talking_to
+from fakes import FakeEngine, LocalWorkers
+
+from buddymoe_ray.serve.http import HttpSettings, http_app
+from buddymoe_ray.serve.records import Batch, Delta, Refusal, Reply, Work
+from buddymoe_ray.serve.refusals import overloaded
+from buddymoe_ray.serve.worker import Worker
+
+
+async def test_an_error_in_the_middle_of_a_stream_ends_it_with_an_error_message() -> None:
+    async with serving() as client:
+        response = await client.post("/v1/completions", json=TEXT | {"prompt": "\x02", "stream": True})
+        whole = await client.post("/v1/completions", json=TEXT | {"prompt": "\x02"})
+        with pytest.raises(openai.APIError, match="could not be read"):
+            async for _ in await openai_client(client).completions.create(model="fake", prompt="\x02", stream=True):
+                pass
+    assert response.status_code == 200
+    *chunks, last = messages_of(response.text)
+    assert len(chunks) == 3
+    assert json.loads(last)["error"]["code"] == "internal_error"
+    assert "could not be read" in check_error(whole, 500, None, "internal_error")
+
+
+class ScriptedWorkers:
+    """Says the replies it is given, then what `then` is: an error, or silence."""
+
+    def __init__(self, *replies: Reply, then: BaseException | None = None, hang: bool = False) -> None:
+        self.replies, self.then, self.hang = replies, then, hang
+        self.closed = 0
+
+    async def generate(self, work: Work) -> AsyncGenerator[Reply, None]:
+        try:
+            for reply in self.replies:
+                yield reply
+            if self.hang:
+                await asyncio.Event().wait()
+            if self.then is not None:
+                raise self.then
+        finally:
+            self.closed += 1
+
+    async def info(self) -> Any:
+        raise RuntimeError("no worker answers")
+
+    async def health(self) -> tuple[str | None, ...]:
+        return ("no worker runs",)
+
+
+SOME = Batch(deltas=(Delta(choice=0, token_ids=(1,), text="x"),))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_full_queue_is_503_with_retry_after(stream: bool) -> None:
+    workers = ScriptedWorkers(overloaded(calls=9, retry_after_seconds=3))
+    async with talking_to(workers) as client:
+        response = await client.post("/v1/completions", json=TEXT | {"stream": stream})
+    assert "9 requests run or wait" in check_error(response, 503, None, "overloaded")
+    assert response.headers["retry-after"] == "3"
+    assert workers.closed == 1
+
+
+async def test_a_request_that_takes_too_long_ends() -> None:
+    workers = ScriptedWorkers(SOME, hang=True)
+    async with talking_to(workers, request_timeout_seconds=0.05) as client:
+        whole = await client.post("/v1/completions", json=TEXT)
+        stream = await client.post("/v1/completions", json=TEXT | {"stream": True})
+    assert "0.05 s" in check_error(whole, 504, None, "timeout")
+    assert stream.status_code == 200
+    assert json.loads(messages_of(stream.text)[-1])["error"]["code"] == "timeout"
+    assert workers.closed == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_nobody_foresaw_is_500_in_the_envelope(stream: bool) -> None:
+    async with talking_to(ScriptedWorkers(then=ZeroDivisionError("secret"))) as client:
+        response = await client.post("/v1/completions", json=TEXT | {"stream": stream})
+        models = await client.get("/v1/models")
+    for reply in (response, models):
+        assert "secret" not in check_error(reply, 500, None, "internal_error")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stream_that_ends_too_early_is_no_success(stream: bool) -> None:
+    workers = ScriptedWorkers(SOME)
+    async with talking_to(workers) as client:
+        response = await client.post("/v1/completions", json=TEXT | {"stream": stream})
+    if stream:
+        assert json.loads(messages_of(response.text)[-1])["error"]["code"] == "internal_error"
+    else:
+        check_error(response, 500, None, "internal_error")
+    assert workers.closed == 1
+
+
+async def test_a_stream_refused_later_ends_with_the_refusal() -> None:
+    workers = ScriptedWorkers(SOME, Refusal(status=503, message="gone", kind="server_error", code="unavailable"))
+    async with talking_to(workers) as client:
+        response = await client.post("/v1/completions", json=TEXT | {"stream": True})
+    assert json.loads(messages_of(response.text)[-1])["error"]["message"] == "gone"
+
+
+async def test_leaving_a_stream_cancels_its_work() -> None:
+    engine = FakeEngine(delay=0.001)
+    workers = LocalWorkers(Worker(engine))
+    app = http_app(workers, HttpSettings(model="fake", flush_seconds=0.0))
+    body = json.dumps(TEXT | {"stream": True, "max_tokens": 100}).encode()
+    sent: list[bytes] = []
+    left = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        if not sent and not receive_calls:
+            receive_calls.append(1)
+            return {"type": "http.request", "body": body, "more_body": False}
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    receive_calls: list[int] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+        if b"data:" in sent[-1]:
+            left.set()
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/completions",
+        "raw_path": b"/v1/completions",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+    await asyncio.wait_for(app(scope, receive, send), timeout=20)
+    for _ in range(100):
+        if not engine.running:
+            break
+        await asyncio.sleep(0.001)
+    assert (engine.running, engine.cancelled) == (set(), 1)

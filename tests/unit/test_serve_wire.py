@@ -1,0 +1,283 @@
+"""Request bodies: what is accepted becomes Work with the right values; what is not is refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from buddymoe_ray.errors import RequestError
+from buddymoe_ray.serve.records import ChatMessage, Work
+from buddymoe_ray.serve.wire import MAX_CHOICES, NEUTRAL, NOTES, parse_chat, parse_completion
+from buddymoe_ray.types import SamplingParams
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def chat(**fields: Any) -> Work:
+    body = {"model": "m", "messages": HELLO} | fields
+    return parse_chat(json.dumps(body).encode()).work("r", flush_seconds=0.5)
+
+
+def completion(**fields: Any) -> Work:
+    body = {"model": "m", "prompt": "hi"} | fields
+    return parse_completion(json.dumps(body).encode()).work("r", flush_seconds=0.5)
+
+
+def refusal_of_chat(**fields: Any) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        chat(**fields)
+    return caught.value
+
+
+def refusal_of_completion(**fields: Any) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        completion(**fields)
+    return caught.value
+
+
+def test_a_bare_chat_keeps_every_default() -> None:
+    assert chat() == Work(
+        request_id="r",
+        messages=(ChatMessage(role="user", content="hello"),),
+        sampling=SamplingParams(),
+        max_tokens=None,
+        n=1,
+        mode="exact",
+        flush_seconds=None,
+    )
+
+
+def test_a_bare_completion_keeps_every_default() -> None:
+    work = completion()
+    assert (work.prompts, work.messages, work.max_tokens) == (("hi",), (), SamplingParams.max_tokens)
+    assert work.sampling == SamplingParams()
+
+
+def test_null_is_not_given() -> None:
+    names = ("temperature", "top_p", "n", "seed", "stop", "stream", "max_tokens", "logprobs", "frequency_penalty")
+    assert chat(**dict.fromkeys(names)) == chat()
+    assert completion(**dict.fromkeys(names)) == completion()
+
+
+def test_every_sampling_field_arrives() -> None:
+    given_fields = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 40,
+        "seed": -7,
+        "presence_penalty": 1,
+        "frequency_penalty": -1.5,
+        "repetition_penalty": 1.25,
+        "stop": ["x", "yz"],
+        "stop_token_ids": [3, 4],
+        "ignore_eos": True,
+    }
+    expected = SamplingParams(
+        temperature=0.5,
+        top_p=0.9,
+        top_k=40,
+        seed=-7,
+        presence_penalty=1.0,
+        frequency_penalty=-1.5,
+        repetition_penalty=1.25,
+        stop=("x", "yz"),
+        stop_token_ids=(3, 4),
+        ignore_eos=True,
+    )
+    assert chat(**given_fields).sampling == expected
+    assert completion(**given_fields).sampling == expected
+
+
+def test_one_stop_string_and_vllms_top_k() -> None:
+    assert chat(stop="x", top_k=-1).sampling == SamplingParams(stop=("x",), top_k=0)
+
+
+def test_stream_and_its_usage() -> None:
+    body = {"model": "m", "messages": HELLO, "stream": True, "stream_options": {"include_usage": True}}
+    request = parse_chat(json.dumps(body).encode())
+    assert request.include_usage and request.work("r", flush_seconds=0.5).flush_seconds == 0.5
+    assert refusal_of_chat(stream_options={"include_usage": True}).param == "stream_options"
+
+
+def test_token_limits_of_both_names() -> None:
+    assert chat(max_tokens=5).max_tokens == chat(max_completion_tokens=5).max_tokens == 5
+    assert chat(max_tokens=5, max_completion_tokens=5).max_tokens == 5
+    assert "differ" in str(refusal_of_chat(max_tokens=5, max_completion_tokens=6))
+
+
+def test_logprobs_of_both_endpoints() -> None:
+    assert chat(logprobs=True).sampling.logprobs == 0
+    assert chat(logprobs=True, top_logprobs=3).sampling.logprobs == 3
+    assert chat(logprobs=False).sampling.logprobs is None
+    assert completion(logprobs=0).sampling.logprobs == 0
+    assert completion(logprobs=20).sampling.logprobs == 20
+    assert refusal_of_chat(top_logprobs=3).param == "top_logprobs"
+    assert refusal_of_chat(logprobs=2).param == "logprobs"
+    assert refusal_of_completion(logprobs=21).param == "logprobs"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a", ("a",)),
+        (["a", "b"], ("a", "b")),
+        ([1, 2], ((1, 2),)),
+        ([[1], [2, 3]], ((1,), (2, 3))),
+    ],
+)
+def test_four_forms_of_a_prompt(prompt: Any, expected: Any) -> None:
+    assert completion(prompt=prompt).prompts == expected
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], [1, "a"], [True], [-1], [[1], 2], 3, {"a": 1}, None, [1.5], [[1], []]])
+def test_other_prompts_are_refused(prompt: Any) -> None:
+    assert refusal_of_completion(prompt=prompt).param == "prompt"
+
+
+def test_choices_are_bounded() -> None:
+    assert completion(prompt=["a"] * 64, n=2).n == 2
+    assert refusal_of_completion(prompt=["a"] * 65, n=2).param == "prompt"
+    assert refusal_of_chat(n=MAX_CHOICES + 1).param == "n"
+    assert refusal_of_chat(n=0).param == "n"
+
+
+def test_best_of_only_as_n() -> None:
+    assert completion(best_of=2, n=2) == completion(n=2)
+    assert refusal_of_completion(best_of=3, n=2).param == "best_of"
+    assert refusal_of_completion(best_of=2).param == "best_of"
+
+
+@pytest.mark.parametrize("name", sorted(NEUTRAL))
+def test_unbuilt_fields_are_refused_by_name_unless_they_ask_for_nothing(name: str) -> None:
+    for neutral in NEUTRAL[name]:
+        assert chat(**{name: neutral}) == chat()
+    refused = refusal_of_chat(**{name: {"anything": "else"}})
+    assert refused.param == name and name in str(refused) and "hint:" in str(refused)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("response_format", {"type": "json_schema", "json_schema": {}}),
+        ("logit_bias", {"5": 1}),
+        ("echo", True),
+        ("echo", 1),
+        ("store", True),
+        ("tool_choice", "auto"),
+        ("suffix", ""),
+    ],
+)
+def test_what_would_have_changed_the_answer_is_refused(name: str, value: Any) -> None:
+    assert refusal_of_completion(**{name: value}).param == name
+
+
+def test_labels_are_accepted() -> None:
+    assert chat(**dict.fromkeys(NOTES, "x")) == chat()
+    assert chat(user="u", metadata={"a": "b"}, store=False) == chat()
+
+
+@pytest.mark.parametrize("name", ["tempreature", "min_p", "guided_json", "messages2", "best_of", "prompt"])
+def test_unknown_fields_are_refused_by_name(name: str) -> None:
+    refused = refusal_of_chat(**{name: 1})
+    assert refused.param == name and name in str(refused)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": "0.5"}, "temperature"),
+        ({"temperature": 2.5}, "temperature"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"stream": "yes"}, "stream"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop": ["a", ""]}, "stop"),
+        ({"stop": [1]}, "stop[0]"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"frequency_penalty": 3}, "frequency_penalty"),
+        ({"buddymoe": {"mode": "fast"}}, "buddymoe.mode"),
+        ({"buddymoe": {"budget": 0.1}}, "buddymoe.budget"),
+        ({"stream": True, "stream_options": {"include": 1}}, "stream_options.include"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"model": None}, "model"),
+    ],
+)
+def test_unusable_values_name_their_path(fields: dict[str, Any], param: str) -> None:
+    refused = refusal_of_chat(**fields)
+    assert refused.param == param
+    assert param in str(refused)
+
+
+def test_missing_fields_are_named() -> None:
+    for body, param in (({"messages": HELLO}, "model"), ({"model": "m"}, "messages")):
+        with pytest.raises(RequestError, match="missing") as caught:
+            parse_chat(json.dumps(body).encode())
+        assert caught.value.param == param
+    with pytest.raises(RequestError) as caught:
+        parse_completion(b'{"model": "m"}')
+    assert caught.value.param == "prompt"
+
+
+def test_text_parts_are_joined_and_developer_is_system() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "developer", "content": parts}, {"role": "user", "content": "c", "name": "Ann"}]
+    assert chat(messages=messages).messages == (
+        ChatMessage(role="system", content="ab"),
+        ChatMessage(role="user", content="c", name="Ann"),
+    )
+
+
+def test_a_reply_can_be_sent_back_as_it_came() -> None:
+    reply = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "annotations": [], "audio": None}
+    assert chat(messages=[*HELLO, reply]).messages[1] == ChatMessage(role="assistant", content="x")
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"3", b'"x"', b"\xff\xfe", b"{'a': 1}", b"[" * 100_000, b'{"model": "m"']
+)
+def test_what_is_no_json_object_is_refused(body: bytes) -> None:
+    with pytest.raises(RequestError, match="body"):
+        parse_chat(body)
+
+
+def test_numbers_that_json_does_not_have_are_refused() -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_chat(b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}')
+    assert caught.value.param == "temperature"
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+field_names = st.sampled_from(
+    ["messages", "model", "n", "stop", "stream", "logprobs", "prompt", "tools", "buddymoe", "x"]
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a loaded machine draws slowly
+@given(st.dictionaries(field_names, json_values, max_size=5))
+def test_any_object_is_parsed_or_refused_and_nothing_else(fields: dict[str, Any]) -> None:
+    body = json.dumps({"model": "m"} | fields).encode()
+    for parse in (parse_chat, parse_completion):
+        try:
+            request = parse(body)
+        except RequestError as error:
+            assert "hint:" in str(error)
+        else:
+            assert request.work("r", flush_seconds=0.1).n >= 1

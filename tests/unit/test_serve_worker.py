@@ -1,0 +1,284 @@
+"""One worker over a fake engine: choices, batching, refusals, cancellation, and the bytes of tokens."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import replace
+
+import pytest
+from fakes import FakeEngine, FakeLimits, byte_tokenizer, fake_token
+
+from buddymoe_ray.errors import CapacityError
+from buddymoe_ray.serve.deltas import merge, total_usage
+from buddymoe_ray.serve.prompts import output_limit
+from buddymoe_ray.serve.records import Batch, ChatMessage, Delta, Refusal, Reply, TokenText, Work
+from buddymoe_ray.serve.token_text import TokenBytes
+from buddymoe_ray.serve.worker import Worker
+from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenLogprob, Usage
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def work(prompt: str = "hello", **changes: object) -> Work:
+    return replace(Work(request_id="r", prompts=(prompt,), sampling=GREEDY, max_tokens=5), **changes)
+
+
+async def replies_to(worker: Worker, asked: Work) -> list[Reply]:
+    return [reply async for reply in worker.generate(asked)]
+
+
+async def whole(worker: Worker, asked: Work) -> tuple[Delta, ...]:
+    replies = await replies_to(worker, asked)
+    assert all(isinstance(reply, Batch) for reply in replies), replies
+    return merge(delta for reply in replies for delta in reply.deltas)  # type: ignore[union-attr]
+
+
+async def refusal(worker: Worker, asked: Work) -> Refusal:
+    [reply] = await replies_to(worker, asked)
+    assert isinstance(reply, Refusal), reply
+    return reply
+
+
+async def test_one_choice_ends_with_usage() -> None:
+    [delta] = await whole(Worker(FakeEngine()), work())
+    assert len(delta.text) == len(delta.token_ids) == 5
+    assert (delta.finish_reason, delta.logprobs) == ("length", ())
+    assert delta.usage == Usage(prompt_tokens=5, completion_tokens=5, hits=15, fetched=5)
+
+
+async def test_batched_and_whole_answers_are_the_same() -> None:
+    worker = Worker(FakeEngine(delay=0.001))
+    asked = work(max_tokens=40, n=3, sampling=SamplingParams(seed=1))
+    expected = await whole(worker, asked)
+    for flush_seconds in (0.0, 0.005, 10.0):
+        assert await whole(worker, replace(asked, flush_seconds=flush_seconds)) == expected
+
+
+async def test_without_flushing_everything_is_one_batch_and_with_it_the_first_tokens_come_first() -> None:
+    worker = Worker(FakeEngine())
+    assert len(await replies_to(worker, work(max_tokens=30))) == 1
+    first, *_ = replies = await replies_to(worker, work(max_tokens=30, flush_seconds=5.0))
+    assert isinstance(first, Batch) and len(replies) == 2
+    assert sum(len(delta.token_ids) for delta in first.deltas) == 1
+
+
+async def test_choices_of_prompts_are_numbered_and_seeded() -> None:
+    engine = FakeEngine()
+    asked = work(prompts=("ab", "cd"), n=2, sampling=SamplingParams(seed=10))
+    deltas = await whole(Worker(engine), asked)
+    assert sorted(delta.choice for delta in deltas) == [0, 1, 2, 3]
+    assert [(r.request_id, bytes(r.prompt_token_ids), r.sampling.seed) for r in engine.seen] == [
+        ("r-0", b"ab", 10),
+        ("r-1", b"ab", 11),
+        ("r-2", b"cd", 10),
+        ("r-3", b"cd", 11),
+    ]
+    assert total_usage(deltas, n=2) == Usage(prompt_tokens=4, completion_tokens=20, hits=60, fetched=20)
+
+
+async def test_without_a_seed_no_choice_gets_one() -> None:
+    engine = FakeEngine()
+    await whole(Worker(engine), work(n=2))
+    assert [request.sampling.seed for request in engine.seen] == [None, None]
+
+
+async def test_token_ids_are_taken_as_they_are_and_reported_when_asked() -> None:
+    worker = Worker(FakeEngine())
+    text, ids = [await replies_to(worker, work(prompts=(p,), report_prompts=True)) for p in ("hello", tuple(b"hello"))]
+    assert text == ids
+    assert isinstance(text[0], Batch) and text[0].prompt_token_ids == (tuple(b"hello"),)
+
+
+async def test_a_conversation_goes_through_the_template() -> None:
+    engine = FakeEngine()
+    messages = (ChatMessage(role="system", content="be"), ChatMessage(role="user", content="hi"))
+    await whole(Worker(engine), work(prompts=(), messages=messages))
+    decoded = byte_tokenizer().decode(engine.seen[0].prompt_token_ids)
+    assert decoded == "<|system|>be<|user|>hi<|assistant|>"
+
+
+async def test_refusals_before_the_engine_is_asked() -> None:
+    engine = FakeEngine(limits=FakeLimits(max_model_len=16, kv_tokens=1024))
+    worker = Worker(engine)
+    long = await refusal(worker, work("x" * 16))
+    assert (long.status, long.param, long.code) == (400, "prompt", "context_length_exceeded")
+    assert "must be at most 15" in long.message and "16 tokens" in long.message
+    both = await refusal(worker, work("x" * 10, max_tokens=7))
+    assert "10 + 7 tokens, must be at most 16" in both.message and "lower max_tokens to 6" in both.message
+    assert (await refusal(worker, work(""))).param == "prompt"
+    one_long = await refusal(worker, work(prompts=("ok", "x" * 20)))
+    assert one_long.code == "context_length_exceeded"
+    assert engine.seen == []
+
+
+async def test_without_a_tokenizer_only_ids_are_served() -> None:
+    engine = FakeEngine()
+    engine.tokenizer = None
+    worker = Worker(engine)
+    assert "tokenizer" in (await refusal(worker, work("text"))).message
+    chat = await refusal(worker, work(prompts=(), messages=(ChatMessage(role="user", content="x"),)))
+    assert (chat.status, chat.param) == (400, "messages")
+    [delta] = await whole(worker, work(prompts=((5, 6),), sampling=replace(GREEDY, logprobs=0)))
+    assert len(delta.token_ids) == 5 and delta.logprobs[0].data == b""
+
+
+async def test_a_request_the_engine_refuses() -> None:
+    engine = FakeEngine()
+    refused = await refusal(Worker(engine), work(prompts=("fine", "\x01"), max_tokens=50))
+    assert (refused.status, refused.param) == (400, "prompt")
+    assert engine.running == set()
+
+
+async def test_an_error_of_one_choice_leaves_the_others() -> None:
+    deltas = await whole(Worker(FakeEngine()), work(prompts=("fine", "\x02"), max_tokens=6))
+    fine, failed = sorted(deltas, key=lambda delta: delta.choice)
+    assert (fine.finish_reason, len(fine.token_ids)) == ("length", 6)
+    assert (failed.finish_reason, len(failed.token_ids)) == ("error", 3)
+    assert failed.error == "an expert could not be read. hint: check the disk"
+
+
+async def test_an_unforeseen_error_is_told_without_its_text() -> None:
+    [failed] = await whole(Worker(FakeEngine()), work("\x04"))
+    assert failed.finish_reason == "error" and failed.error is not None and "secret" not in failed.error
+
+
+async def test_a_dead_engine_is_unavailable_and_unwell() -> None:
+    worker = Worker(FakeEngine(), retry_after_seconds=7)
+    await worker.check_health()
+    *_, last = await replies_to(worker, work("\x03", flush_seconds=0.0))
+    assert isinstance(last, Refusal) and (last.status, last.retry_after_seconds) == (503, 7)
+    assert (await refusal(worker, work())).status == 503
+    with pytest.raises(CapacityError):
+        await worker.check_health()
+
+
+async def test_closing_the_stream_cancels_every_choice() -> None:
+    engine = FakeEngine(delay=0.001)
+    worker = Worker(engine)
+    async with aclosing(worker.generate(work(n=4, max_tokens=100, flush_seconds=0.0))) as replies:
+        await anext(replies)
+        assert worker.snapshot().running == 4
+    assert worker.snapshot().running == 0
+    assert engine.cancelled == 4
+
+
+async def test_cancelling_the_task_cancels_every_choice() -> None:
+    engine = FakeEngine(delay=0.001)
+    task = asyncio.create_task(replies_to(Worker(engine), work(n=2, max_tokens=100)))
+    while len(engine.running) < 2:
+        await asyncio.sleep(0.001)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (engine.running, engine.cancelled) == (set(), 2)
+
+
+async def test_a_finished_request_counts_as_no_cancellation() -> None:
+    engine = FakeEngine()
+    await whole(Worker(engine), work(n=2))
+    assert engine.cancelled == 0
+
+
+async def test_more_calls_than_run_and_wait_are_refused_until_one_ends() -> None:
+    engine = FakeEngine(delay=0.001, limits=FakeLimits(max_running=2))
+    worker = Worker(engine, max_queued_requests=1, retry_after_seconds=7)
+    streams = [worker.generate(work(request_id=f"{i}", max_tokens=100, flush_seconds=0.0)) for i in range(3)]
+    for stream in streams:
+        await anext(stream)
+    refused = await refusal(worker, work())
+    assert (refused.status, refused.code, refused.retry_after_seconds) == (503, "overloaded", 7)
+    assert "3 requests run or wait" in refused.message
+    await streams[0].aclose()
+    assert len(await whole(worker, work())) == 1
+    for stream in streams[1:]:
+        await stream.aclose()
+    assert engine.running == set()
+
+
+async def test_info_and_close() -> None:
+    engine = FakeEngine(model_id="m")
+    worker = Worker(engine)
+    info = worker.info()
+    assert (info.model_id, info.max_model_len, info.max_running, info.kv_tokens) == ("m", 128, 8, 1024)
+    worker.close()
+    assert engine.closed
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted", "model", "kv", "default", "expected"),
+    [
+        (10, None, 100, 1000, 1024, 90),
+        (10, None, 100, 1000, 20, 20),
+        (10, 90, 100, 1000, 20, 90),
+        (99, None, 100, 1000, 20, 1),
+        (10, None, 1000, 50, 1024, 40),
+        (10, 91, 100, 1000, 20, "lower max_tokens to 90"),
+        (100, None, 100, 1000, 20, "the model's context is 100 tokens"),
+        (60, 1, 1000, 50, 20, "the KV cache is 50 tokens"),
+    ],
+)
+def test_output_limit(prompt: int, wanted: int | None, model: int, kv: int, default: int, expected: int | str) -> None:
+    limit = output_limit(prompt, work(max_tokens=wanted), max_model_len=model, kv_tokens=kv, default_max_tokens=default)
+    if isinstance(expected, int):
+        assert limit == expected
+    else:
+        assert isinstance(limit, Refusal) and expected in limit.message, limit
+
+
+def test_token_bytes_of_a_byte_level_vocabulary() -> None:
+    bytes_of = TokenBytes(byte_tokenizer())
+    assert [bytes_of(byte) for byte in range(256)] == [bytes([byte]) for byte in range(256)]
+    assert bytes_of(257) == b"<|user|>"
+    assert bytes_of(10_000) == b""
+    assert b"".join(bytes_of(id_) for id_ in byte_tokenizer()("naïve ☃")["input_ids"]) == "naïve ☃".encode()
+
+
+class PieceTokenizer:
+    """The three members TokenBytes reads, as a SentencePiece tokenizer has them."""
+
+    def __init__(self, pieces: list[str]) -> None:
+        self.pieces = pieces
+        self.added_tokens_decoder = {0: "<s>"}
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def convert_ids_to_tokens(self, token_id: int) -> str:
+        return self.pieces[token_id]
+
+
+def test_token_bytes_of_sentencepiece_with_byte_fallback() -> None:
+    bytes_of = TokenBytes(PieceTokenizer(["<s>", "▁the", "re", "<0xE2>", "▁"]))
+    assert [bytes_of(id_) for id_ in range(5)] == [b"<s>", b" the", b"re", b"\xe2", b" "]
+
+
+def test_logprobs_are_described_with_bytes() -> None:
+    entry = TokenLogprob(token_id=97, logprob=-0.5, top=((97, -0.5), (0xE2, -2.0)))
+    assert TokenBytes(byte_tokenizer()).describe(entry) == TokenText(
+        token_id=97,
+        logprob=-0.5,
+        data=b"a",
+        top=(TokenText(token_id=97, logprob=-0.5, data=b"a"), TokenText(token_id=0xE2, logprob=-2.0, data=b"\xe2")),
+    )
+
+
+def test_merge_joins_in_order_and_keeps_the_end() -> None:
+    usage = Usage(prompt_tokens=1, completion_tokens=2)
+    parts = [
+        Delta(choice=1, token_ids=(1,), text="a"),
+        Delta(choice=0, token_ids=(2,), text="b"),
+        Delta(choice=1, token_ids=(3,), text="c", finish_reason="stop", usage=usage),
+    ]
+    assert merge(parts) == (
+        Delta(choice=1, token_ids=(1, 3), text="ac", finish_reason="stop", usage=usage),
+        Delta(choice=0, token_ids=(2,), text="b"),
+    )
+    with pytest.raises(AssertionError, match="goes on after its end"):
+        merge([parts[2], parts[0]])
+
+
+def test_fake_tokens_are_a_function_of_prompt_seed_and_position() -> None:
+    request = GenerationRequest(request_id="a", prompt_token_ids=(1,), sampling=SamplingParams(seed=1))
+    other = replace(request, request_id="b")
+    assert [fake_token(request, i) for i in range(9)] == [fake_token(other, i) for i in range(9)]
