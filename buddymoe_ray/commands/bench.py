@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import platform
 import statistics
 from concurrent.futures import ProcessPoolExecutor
@@ -15,7 +16,6 @@ from typing import Any
 
 from buddymoe_ray.commands.common import add_engine_arguments, add_json_argument, emit, engine_config, progress
 from buddymoe_ray.config import EngineConfig
-from buddymoe_ray.engine.measure import Workload, measure
 from buddymoe_ray.errors import ConfigError
 
 __all__ = ["add_arguments", "run"]
@@ -40,28 +40,34 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be at least 1. hint: drop it")
     ids = _corpus_ids(args)
     rows = [
-        (engine_config(args, memory=memory, max_running=batch), _workload(args, batch, ids))
+        (engine_config(args, memory=memory, max_running=batch), _workload(args, batch))
         for memory in args.memory.split(",")
         for batch in _integers("--batch", args.batch)
     ]
     rounds: list[list[dict[str, Any]]] = [[] for _ in rows]
-    for at in progress([i for _ in range(args.rounds) for i in range(len(rows))], total=None, desc="bench"):
-        rounds[at].append(_in_child(*rows[at]))
+    order = [at for _ in range(args.rounds) for at in range(len(rows))]
+    for at in progress(order, total=len(order), desc="bench"):
+        rounds[at].append(_in_child(*rows[at], ids))
     for (config, workload), records in zip(rows, rounds, strict=True):
-        emit(_conditions(config, workload) | _median(records), as_json=args.json)
+        emit(_conditions(config) | workload | _median(records), as_json=args.json)
     return 0
 
 
-def _in_child(config: EngineConfig, workload: Workload) -> dict[str, Any]:
+def _in_child(config: EngineConfig, workload: dict[str, int], ids: tuple[int, ...]) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(measure, config, workload).result().as_record()
+        return pool.submit(_measure, config, workload, ids).result()
 
 
-def _workload(args: argparse.Namespace, batch: int, ids: tuple[int, ...]) -> Workload:
-    return Workload(
-        batch=batch, prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens, reps=args.reps, ids=ids, seed=0
-    )
+def _measure(config: EngineConfig, workload: dict[str, int], ids: tuple[int, ...]) -> dict[str, Any]:
+    """Runs in the child; the parent never imports torch, so the engine has the memory to itself."""
+    from buddymoe_ray.engine.measure import Workload, measure
+
+    return measure(config, Workload(ids=ids, **workload)).as_record()
+
+
+def _workload(args: argparse.Namespace, batch: int) -> dict[str, int]:
+    return {"batch": batch} | {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "reps")}
 
 
 def _corpus_ids(args: argparse.Namespace) -> tuple[int, ...]:
@@ -80,19 +86,9 @@ def _corpus_ids(args: argparse.Namespace) -> tuple[int, ...]:
     return ids
 
 
-def _conditions(config: EngineConfig, workload: Workload) -> dict[str, Any]:
-    return {
-        "model": config.model,
-        "memory": config.memory,
-        "mode": config.mode,
-        "batch": workload.batch,
-        "prompt_tokens": workload.prompt_tokens,
-        "new_tokens": workload.new_tokens,
-        "reps": workload.reps,
-        "threads": config.threads,
-        "device": config.device,
-        "machine": platform.machine(),
-    }
+def _conditions(config: EngineConfig) -> dict[str, Any]:
+    names = ("model", "memory", "host_memory", "mode", "dtype", "device", "threads")
+    return {name: getattr(config, name) for name in names} | {"machine": platform.machine(), "cores": os.cpu_count()}
 
 
 def _median(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Hands out KV blocks. Pure Python: no torch, no sequences.
 
-Prefers a run of neighbouring blocks, because a sequence in one run is read without a copy. Invariant: every block is either
-free or held by exactly one owner (`check_integrity`).
+Prefers a run of neighbouring blocks, because a sequence in one run is read without a copy. Invariant: every block is
+either free or held by exactly one owner (`check_integrity`).
 """
 
 from __future__ import annotations

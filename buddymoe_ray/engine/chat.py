@@ -30,7 +30,9 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
     """Ids of a conversation, ending where the assistant is to speak. Raises RequestError."""
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-        raise RequestError("model has no chat template, must have one for chat. hint: use completions", param="messages")
+        raise RequestError(
+            "model has no chat template, must have one for chat. hint: use completions", param="messages"
+        )
     if not messages:
         raise RequestError("messages is empty, must have at least one. hint: send a user message", param="messages")
     for message in messages:
@@ -40,6 +42,8 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[i
         ids = tokenizer.apply_chat_template(
             [dict(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=False
         )
-    except TemplateError as error:
-        raise RequestError(f"messages do not fit the chat template: {error}. hint: check roles", param="messages") from error
+    except (TemplateError, TypeError, ValueError) as error:  # a content that is null or a list, say
+        raise RequestError(
+            f"messages do not fit the chat template: {error}. hint: check roles", param="messages"
+        ) from error
     return list(ids)

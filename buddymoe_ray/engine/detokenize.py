@@ -1,8 +1,8 @@
 """Token ids to text, a few at a time, never half a character.
 
 A character may be spread over several tokens and a token's spacing may depend on its neighbours, so each push decodes a
-short window twice and emits the difference; the window moves on with the text, so the whole costs linear time. Algorithm:
-the prefix-offset method of text-generation-inference, in our own words. Knows no stop strings.
+short window twice and emits the difference; the window moves on with the text, so the whole costs linear time.
+Algorithm: the prefix-offset method of text-generation-inference, in our own words. Knows no stop strings.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ __all__ = ["Decoder", "IncrementalDetokenizer"]
 _CONTEXT = 6  # prompt tokens that may change how the first output token is spaced
 _BROKEN = "\ufffd"
 _LONGEST_HOLD = 16  # a model may really emit U+FFFD: after that many tokens it is taken at its word
+_UNFINISHED = 3  # tokens that a begun character can have at most: four bytes, of which one is still to come
 
 
 class Decoder(Protocol):
     """What is needed of a tokenizer."""
 
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ..., clean_up_tokenization_spaces: bool = ...) -> str:
+    def decode(
+        self, token_ids: list[int], *, skip_special_tokens: bool = ..., clean_up_tokenization_spaces: bool = ...
+    ) -> str:
         """Text of the ids."""
 
 
@@ -29,27 +32,68 @@ class IncrementalDetokenizer:
 
     def __init__(self, tokenizer: Decoder, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._ids = list(prompt_ids[-_CONTEXT:])
+        self._ids = self._context(prompt_ids)
         self._start = 0  # where the window begins
         self._read = len(self._ids)  # ids up to here are emitted
 
     def push(self, ids: Sequence[int]) -> str:
         """Add ids; returns the whole characters they complete."""
         self._ids += ids
+        end = len(self._ids)
         before = self._decode(self._ids[self._start : self._read])
         after = self._decode(self._ids[self._start :])
-        waiting = len(self._ids) - self._read
-        if len(after) <= len(before) or (after.endswith(_BROKEN) and waiting < _LONGEST_HOLD):
+        if after.endswith(_BROKEN):
+            if end - self._read < _LONGEST_HOLD:
+                return ""
+            end, after = self._whole(end)
+        elif after == before:
+            self._forget_silent(has_context=before != "")
             return ""
-        self._start, self._read = self._read, len(self._ids)
-        return after[len(before) :]
+        self._start, self._read = self._read, end
+        return _added(before, after)
 
     def flush(self) -> str:
         """What is still held, less an unfinished character."""
         before = self._decode(self._ids[self._start : self._read])
         after = self._decode(self._ids[self._start :])
         self._start = self._read = len(self._ids)
-        return after[len(before) :].rstrip(_BROKEN)
+        return _added(before, after).rstrip(_BROKEN)
+
+    def _context(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The end of the prompt, from the start of a character on: bytes cut out of one spoil those after them."""
+        for size in range(_CONTEXT, _CONTEXT + _UNFINISHED + 1):
+            ids = list(prompt_ids[-size:])
+            if not self._decode(ids).startswith(_BROKEN):
+                return ids
+        return list(prompt_ids[-_CONTEXT:])
+
+    def _whole(self, end: int) -> tuple[int, str]:
+        """Where a text that ends broken is cut so that a character begun at its end stays whole; and the text there."""
+        for cut in range(end - 1, end - 1 - _UNFINISHED, -1):
+            text = self._decode(self._ids[self._start : cut])
+            if not text.endswith(_BROKEN):
+                break
+        return cut, text
+
+    def _forget_silent(self, *, has_context: bool) -> None:
+        """Drop waiting ids that add no text (end tokens, ids past the vocabulary): the window would grow without end.
+
+        Without text before them, a leading space may look silent too; then only special tokens are dropped.
+        """
+        waiting = self._ids[self._read :]
+        self._ids[self._read :] = [] if has_context else [i for i in waiting if not self._is_special(i)]
+
+    def _is_special(self, token_id: int) -> bool:
+        text = self._tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text != self._decode([token_id])
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _added(before: str, after: str) -> str:
+    """What `after` has beyond `before`; a prompt's broken end that a later token mends counts as added."""
+    if after.startswith(before):
+        return after[len(before) :]
+    pairs = enumerate(zip(before, after, strict=False))
+    return after[next((at for at, (old, new) in pairs if old != new), len(after)) :]

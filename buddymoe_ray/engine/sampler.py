@@ -1,7 +1,7 @@
 """Logits to tokens: greedy, temperature, top-k, top-p, penalties, log probabilities.
 
-Random numbers come from a counter-based generator keyed by (seed, position): a request gives the same tokens alone, in any
-batch, and when it is resumed elsewhere. Knows neither text nor scheduling.
+Random numbers come from a counter-based generator keyed by (seed, position): a request gives the same tokens alone, in
+any batch, and when it is resumed elsewhere. Knows neither text nor scheduling.
 
 Legend: B rows, V vocabulary.
 """
@@ -62,9 +62,7 @@ def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
         chosen = logits_BV.argmax(dim=-1).tolist()
     else:
         chosen = [_choose(logits_V, state) for logits_V, state in zip(logits_BV, states, strict=True)]
-    return [
-        _report(logits_BV[row], token, states[row].params.logprobs) for row, token in enumerate(chosen)
-    ]
+    return [_report(logits_BV[row], token, states[row].params.logprobs) for row, token in enumerate(chosen)]
 
 
 def validate(request: GenerationRequest, *, vocab_size: int) -> None:
@@ -82,8 +80,7 @@ def validate(request: GenerationRequest, *, vocab_size: int) -> None:
     _within("frequency_penalty", p.frequency_penalty, -2.0, 2.0)
     if p.top_k < 0:
         raise RequestError(f"top_k is {p.top_k}, must be at least 0. hint: 0 keeps all", param="top_k")
-    if not p.repetition_penalty > 0.0:
-        raise RequestError(f"repetition_penalty is {p.repetition_penalty}, must be above 0", param="repetition_penalty")
+    _within("repetition_penalty", p.repetition_penalty, 0.01, 100.0)
     if p.max_tokens < 1:
         raise RequestError(f"max_tokens is {p.max_tokens}, must be at least 1", param="max_tokens")
     if p.logprobs is not None:
@@ -106,10 +103,11 @@ def _choose(logits_V: Tensor, state: SamplingState) -> int:
     logits_V = _penalised(logits_V, state)
     if p.temperature == 0.0:
         return int(logits_V.argmax())
-    values_V, order_V = (logits_V / p.temperature).sort(descending=True, stable=True)
+    values_V, order_V = logits_V.sort(descending=True, stable=True)
     if 0 < p.top_k < len(values_V):  # ties with the k-th stay, as in transformers' TopKLogitsWarper
         values_V = values_V[values_V >= values_V[p.top_k - 1]]
-    probs_V = values_V.double().softmax(dim=-1)
+    values_V = values_V.double()  # less the largest before the division: a tiny temperature must not make inf - inf
+    probs_V = ((values_V - values_V[0]) / p.temperature).softmax(dim=-1)
     cumulative_V = probs_V.cumsum(dim=-1)
     if p.top_p < 1.0:
         kept = int((cumulative_V - probs_V < p.top_p).sum())

@@ -1,7 +1,7 @@
 """Continuous batching: which sequences prefill and which decode in the next step. Pure Python, no torch, no clock.
 
-First come, first served. A sequence is admitted only when blocks for all it may ever need are free, so no running sequence
-is ever pushed out. Invariant: blocks held by sequences and free blocks make up the pool (`check_integrity`).
+First come, first served. A sequence is admitted only when blocks for all it may ever need are free, so no running
+sequence is ever pushed out. Invariant: blocks held by sequences and free blocks make up the pool (`check_integrity`).
 """
 
 from __future__ import annotations
@@ -98,7 +98,10 @@ class Scheduler:
 
     def finish(self, seq: Sequence) -> None:
         """Free what the sequence holds; one that was never admitted holds nothing."""
-        self._admitted.pop(seq.request_id, None)
+        if self._admitted.get(seq.request_id) is seq:  # its id may already be another's when it never was admitted
+            del self._admitted[seq.request_id]
+        elif seq in self._waiting:
+            self._waiting.remove(seq)
         self._allocator.release(seq.blocks)
         seq.blocks = []
 

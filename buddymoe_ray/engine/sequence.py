@@ -52,7 +52,9 @@ class Sequence:
                 param="prompt",
             )
         if params.stop and tokenizer is None:
-            raise RequestError("stop is set, must be empty for a model without tokenizer. hint: use stop_token_ids", param="stop")
+            raise RequestError(
+                "stop is set, must be empty for a model without tokenizer. hint: use stop_token_ids", param="stop"
+            )
         self.request, self.request_id = request, request.request_id
         self.prompt_length = len(prompt)
         self.max_tokens = min(params.max_tokens, max_model_len - len(prompt))
@@ -98,8 +100,9 @@ class Sequence:
 
     def advance(self, count: int) -> None:
         """Note that `count` more tokens have their KV."""
-        self.num_computed += count
-        assert self.num_computed <= len(self._ids), f"computed {self.num_computed} of {len(self._ids)} tokens"
+        computed = self.num_computed + count
+        assert computed <= len(self._ids), f"computed {computed} of {len(self._ids)} tokens"
+        self.num_computed = computed
 
     def count_uses(self, *, hits: int, fetched: int) -> None:
         """Add one decode step's expert uses."""
@@ -119,7 +122,8 @@ class Sequence:
         elif self.num_output >= self.max_tokens:
             reason = "length"
         if reason is not None and not stopped:
-            text += self._rest()
+            rest, stopped = self._rest()
+            text, reason = text + rest, "stop" if stopped else reason
         logprobs: tuple[TokenLogprob, ...] = ()
         if sampled.logprob is not None:
             logprobs = (TokenLogprob(token_id=sampled.token_id, logprob=sampled.logprob, top=sampled.top),)
@@ -127,7 +131,8 @@ class Sequence:
 
     def finish(self, reason: FinishReason, *, error: str | None = None) -> TokenEvent:
         """End without a further token: cancelled or failed."""
-        return self._event((), "" if reason == "cancelled" else self._rest(), reason, error=error)
+        assert not self.finished, f"sequence {self.request_id} is finished, must be live to be ended"
+        return self._event((), "" if reason == "cancelled" else self._rest()[0], reason, error=error)
 
     def usage(self) -> Usage:
         """What it cost so far."""
@@ -142,12 +147,12 @@ class Sequence:
     def _text(self, ids: Ids[int]) -> str:
         return "" if self._detokenizer is None else self._detokenizer.push(ids)
 
-    def _rest(self) -> str:
-        """Text held back by the detokenizer and the stop checker, at the end."""
+    def _rest(self) -> tuple[str, bool]:
+        """Text held back by the detokenizer and the stop checker, at the end, and whether a stop string was in it."""
         if self._detokenizer is None:
-            return ""
+            return "", False
         text, stopped = self._stop.push(self._detokenizer.flush())
-        return text if stopped else text + self._stop.flush()
+        return text + self._stop.flush(), stopped
 
     def _event(
         self,

@@ -12,7 +12,10 @@ __all__ = ["StopChecker"]
 
 
 class StopChecker:
-    """`stops` are non-empty strings; the earliest match in the text wins and is not emitted."""
+    """`stops` are non-empty strings; the match that is complete first wins (of two, the longer) and is not emitted.
+
+    So the outcome does not depend on how the text is cut into pushes.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         assert all(stops), "a stop string is empty, must be text"
@@ -24,10 +27,10 @@ class StopChecker:
         if not self._stops:
             return text, False
         window = self.held + text
-        found = [at for stop in self._stops if (at := window.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := window.find(stop)) >= 0]
         if found:
             self.held = ""
-            return window[: min(found)], True
+            return window[: min(found)[1]], True
         keep = max(_overlap(window, stop) for stop in self._stops)
         self.held = window[len(window) - keep :]
         return window[: len(window) - keep], False

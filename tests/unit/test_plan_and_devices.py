@@ -1,0 +1,153 @@
+"""Plans from headers alone, on GPUs that NVML (a fake of it) reports, under cgroup limits that files (fakes) state."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import MixtralConfig
+
+from buddymoe_ray import EngineConfig
+from buddymoe_ray.engine.devices import list_gpus
+from buddymoe_ray.engine.machine import available_memory_bytes, cgroup_limit_bytes
+from buddymoe_ray.engine.plan import make_plan
+from buddymoe_ray.errors import BudgetError, ConfigError
+
+GIB = 1 << 30
+
+
+class FakeNvml:
+    """As much of pynvml as is asked; `silent` names queries this driver does not answer."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, gpus: int, *, total: int = 80 * GIB, free: int = 78 * GIB, silent: tuple[str, ...] = ()) -> None:
+        self.gpus, self.total, self.free, self.silent, self.open = gpus, total, free, silent, 0
+
+    def nvmlInit(self) -> None:
+        if self.gpus < 0:
+            raise self.NVMLError("driver not loaded")
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.open -= 1
+
+    def nvmlDeviceGetCount(self) -> int:
+        return self.gpus
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetName(self, handle: int) -> bytes:
+        return f"Fake GPU {handle}".encode()
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
+        return SimpleNamespace(total=self.total, free=self.free)
+
+    def _answer(self, name: str, value: int) -> int:
+        if name in self.silent:
+            raise self.NVMLError("not supported")
+        return value
+
+    def nvmlDeviceGetMaxPcieLinkGeneration(self, handle: int) -> int:
+        return self._answer("pcie", 5)
+
+    def nvmlDeviceGetMaxPcieLinkWidth(self, handle: int) -> int:
+        return self._answer("pcie", 16)
+
+    def nvmlDeviceGetNvLinkState(self, handle: int, link: int) -> int:
+        return self._answer("nvlink", int(link < 4))
+
+    def nvmlDeviceGetNumaNodeId(self, handle: int) -> int:
+        return self._answer("numa", handle % 2)
+
+
+@pytest.fixture
+def mixtral(tmp_path: Path) -> Path:
+    """A folder with Mixtral-8x7B's config and nothing else."""
+    config = MixtralConfig(num_local_experts=8, dtype="bfloat16", architectures=["MixtralForCausalLM"])
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    return tmp_path
+
+
+def test_gpus_are_described() -> None:
+    nvml = FakeNvml(2)
+    first, second = list_gpus(nvml)
+    assert (first.index, first.name, first.total_bytes, first.nvlinks) == (0, "Fake GPU 0", 80 * GIB, 4)
+    assert first.pcie_bytes_s == pytest.approx(63e9, rel=0.01) and (first.numa_node, second.numa_node) == (0, 1)
+    assert nvml.open == 0, "NVML must be shut down again"
+
+
+def test_what_a_driver_does_not_say_is_not_invented() -> None:
+    (gpu,) = list_gpus(FakeNvml(1, silent=("pcie", "nvlink", "numa")))
+    assert (gpu.pcie_bytes_s, gpu.nvlinks, gpu.numa_node) == (0.0, 0, None)
+
+
+def test_no_driver_and_no_gpu_are_no_devices() -> None:
+    assert list_gpus(FakeNvml(-1)) == () and list_gpus(FakeNvml(0)) == ()
+    assert isinstance(list_gpus(), tuple)  # the real module, whatever this machine has
+
+
+def test_mixtral_from_its_config_alone(mixtral: Path) -> None:
+    plan = make_plan(EngineConfig(memory="25%"), mixtral, gpus=list_gpus(FakeNvml(2)))
+    assert not plan.has_weights and plan.model_type == "mixtral" and plan.moe_layers == 32
+    assert plan.expert_bytes == 3 * 4096 * 14336 * 2 and plan.total_expert_bytes == 256 * plan.expert_bytes
+    assert [d.device for d in plan.devices] == ["cuda:0", "cuda:1"] and plan.devices[1].numa_node == 1
+    for device in plan.devices:
+        assert device.slots * plan.expert_bytes <= device.expert_budget_bytes == plan.total_expert_bytes // 4
+        assert sum(device.layer_slots) + device.wave_slots == device.slots == 64
+        assert device.link == "pcie"
+    assert plan.predicted_miss_bytes_per_token == pytest.approx((1 - 61 / 256) * 64 * plan.expert_bytes)
+
+
+def test_a_plan_that_cannot_fit_says_what_would(mixtral: Path) -> None:
+    gpus = list_gpus(FakeNvml(1, total=24 * GIB, free=22 * GIB))
+    with pytest.raises(BudgetError, match=r"hint: lower --memory to (\d+\.\d+)GiB") as refused:
+        make_plan(EngineConfig(memory="50%"), mixtral, gpus=gpus)
+    fitting = str(refused.value).split("--memory to ")[1].split("GiB")[0]
+    assert make_plan(EngineConfig(memory=f"{float(fitting) - 0.01}GiB"), mixtral, gpus=gpus).devices[0].slots > 40
+
+
+def test_a_gpu_that_is_not_there_is_refused(mixtral: Path) -> None:
+    with pytest.raises(ConfigError, match="must be one of 2 GPUs"):
+        make_plan(EngineConfig(device="cuda:5"), mixtral, gpus=list_gpus(FakeNvml(2)))
+
+
+def fake_root(root: Path, *, cgroup: str, limits: dict[str, str], available_kib: int = 1 << 22) -> Path:
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(f"MemTotal: 999 kB\nMemAvailable: {available_kib} kB\n")
+    (root / "proc/self/cgroup").write_text(cgroup)
+    for name, content in limits.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return root
+
+
+def test_cgroup_v2_limits_and_their_parents_count(tmp_path: Path) -> None:
+    limits = {
+        "a/b/memory.max": "max\n",
+        "a/memory.max": f"{2 * GIB}\n",
+        "a/memory.stat": f"anon {GIB}\nfile {GIB}\nshmem 0\n",
+    }
+    root = fake_root(tmp_path, cgroup="0::/a/b\n", limits=limits)
+    assert cgroup_limit_bytes(root) == (2 * GIB, GIB)
+    assert available_memory_bytes(root) == GIB, "page cache is reclaimable, anonymous memory is not"
+
+
+def test_cgroup_v1_limits(tmp_path: Path) -> None:
+    limits = {
+        "memory/x/memory.limit_in_bytes": f"{3 * GIB}",
+        "memory/x/memory.stat": f"cache 5\ntotal_rss {GIB}\ntotal_shmem 4096\n",
+        "memory/memory.limit_in_bytes": str(2**63 - 4096),
+    }
+    root = fake_root(tmp_path, cgroup="5:memory:/x\n2:cpu:/\n", limits=limits)
+    assert cgroup_limit_bytes(root) == (3 * GIB, GIB + 4096)
+
+
+def test_without_a_limit_the_machine_is_the_limit(tmp_path: Path) -> None:
+    root = fake_root(tmp_path, cgroup="0::/\n", limits={"memory.max": "max"})
+    assert cgroup_limit_bytes(root) == (None, 0) and available_memory_bytes(root) == (1 << 22) * 1024

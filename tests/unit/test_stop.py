@@ -1,0 +1,106 @@
+"""Stop strings against brute force: whatever the text and however it is cut, the outcome is that of the whole text."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from buddymoe_ray.engine.stop import StopChecker
+
+letters = st.text(alphabet="abc", max_size=24)
+stops = st.lists(st.text(alphabet="abc", min_size=1, max_size=5), max_size=4)
+cuts = st.lists(st.integers(min_value=0, max_value=24), max_size=10)
+
+
+def brute_force(text: str, wanted: list[str]) -> tuple[str, bool]:
+    """Read character by character; the text ends when its end is a stop string, before the longest such."""
+    for end in range(1, len(text) + 1):
+        met = [stop for stop in wanted if text[:end].endswith(stop)]
+        if met:
+            return text[: end - max(map(len, met))], True
+    return text, False
+
+
+def pieces_of(text: str, at: list[int]) -> list[str]:
+    edges = [0, *sorted(min(cut, len(text)) for cut in at), len(text)]
+    return [text[a:b] for a, b in pairwise(edges)]
+
+
+def must_hold(text: str, wanted: list[str]) -> int:
+    """How much of the end of `text` may still become a stop string."""
+    ends = [n for stop in wanted for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    return max(ends, default=0)
+
+
+@settings(max_examples=700, deadline=None)
+@example(text="abc", wanted=["abc", "b"], at=[2])
+@example(text="aab", wanted=["aab", "ab"], at=[])
+@example(text="ababc", wanted=["abc"], at=[1, 2, 3, 4])
+@given(text=letters, wanted=stops, at=cuts)
+def test_equals_brute_force_however_it_is_cut(text: str, wanted: list[str], at: list[int]) -> None:
+    checker, emitted, read, stopped = StopChecker(wanted), "", "", False
+    for piece in pieces_of(text, at):
+        read += piece
+        emit, stopped = checker.push(piece)
+        emitted += emit
+        if stopped:
+            break
+        assert emitted + checker.held == read, "text is lost or doubled"
+        assert len(checker.held) == must_hold(read, wanted), "holds back more or less than may become a stop string"
+    if not stopped:
+        emitted += checker.flush()
+    assert (emitted, stopped) == brute_force(text, wanted)
+    assert checker.held == ""
+    assert checker.flush() == ""
+
+
+def test_without_stop_strings_nothing_is_held() -> None:
+    checker = StopChecker(())
+    assert checker.push("any <text>") == ("any <text>", False)
+    assert checker.flush() == ""
+
+
+def test_one_string_spread_over_many_pushes() -> None:
+    checker = StopChecker(["\n\nUser:"])
+    assert [checker.push(c) for c in ["Hi", "\n", "\n", "Us", "er"]] == [("Hi", False)] + [("", False)] * 4
+    assert checker.held == "\n\nUser"
+    assert checker.push(": more") == ("", True)
+
+
+def test_a_false_alarm_is_released() -> None:
+    checker = StopChecker(["<end>"])
+    assert checker.push("a<en") == ("a", False)
+    assert checker.push("try>") == ("<entry>", False)
+
+
+def test_flush_gives_what_is_held_once() -> None:
+    checker = StopChecker(["END"])
+    assert checker.push("the EN") == ("the ", False)
+    assert checker.flush() == "EN"
+    assert checker.flush() == ""
+
+
+def test_wide_characters() -> None:
+    checker = StopChecker(["世界", "🙂🙂"])
+    assert checker.push("你好世") == ("你好", False)
+    assert checker.push("人🙂") == ("世人", False)
+    assert checker.push("🙂") == ("", True)
+
+
+def test_the_match_that_is_complete_first_wins() -> None:
+    for cut in (["ab", "c"], ["abc"], ["a", "b", "c"]):
+        checker, emitted = StopChecker(["abc", "b"]), ""
+        for piece in cut:
+            emit, stopped = checker.push(piece)
+            emitted += emit
+            if stopped:
+                break
+        assert (emitted, stopped) == ("a", True), f"cut {cut}"
+
+
+def test_an_empty_stop_string_is_a_mistake() -> None:
+    with pytest.raises(AssertionError, match="empty"):
+        StopChecker(["x", ""])
