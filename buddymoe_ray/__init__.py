@@ -1,6 +1,7 @@
 """Serve Mixture-of-Experts models that are bigger than your memory: exact when asked, honest always.
 
-`from buddymoe_ray import LLM` runs a model in this process without Ray; `serve run deployments/tiny-cpu.yaml` serves it.
+`from buddymoe_ray import LLM` runs a model in this process without Ray; `serve run deployments/tiny-cpu.yaml` serves
+it.
 """
 
 from __future__ import annotations

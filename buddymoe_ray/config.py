@@ -75,7 +75,9 @@ class EngineConfig:
         """Build from keywords and refuse unknown names with the list of known ones."""
         unknown = sorted(set(options) - set(cls.names()))
         if unknown:
-            raise ConfigError(f"option is {unknown[0]!r}, must be one of {', '.join(cls.names())}. hint: check spelling")
+            raise ConfigError(
+                f"option is {unknown[0]!r}, must be one of {', '.join(cls.names())}. hint: check spelling"
+            )
         return cls(**options)
 
 

@@ -1,8 +1,8 @@
 """`python -m buddymoe_ray.device_check`: is this device right, is the budget held, how fast is it? No Ray, no network.
 
-Runs on whatever device there is (`--device`), in a few minutes: greedy tokens at several budgets against transformers' own
-`generate`, the expert pool against its budget in device memory, and a first table of tokens/s for `builtin:tiny` and a
-synthetic checkpoint made on the spot. Prints JSON lines; exit status 1 when a check fails.
+Runs on whatever device there is (`--device`), in a few minutes: greedy tokens at several budgets against transformers'
+own `generate`, the expert pool against its budget in device memory, and a first table of tokens/s for `builtin:tiny`
+and a synthetic checkpoint made on the spot. Prints JSON lines; exit status 1 when a check fails.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ def check_budget(device: str) -> dict[str, Any]:
 def table(device: str, *, layers: int, new_tokens: int, folder: Path) -> Iterator[dict[str, Any]]:
     """Tokens/s at each budget for `builtin:tiny` and a synthetic OLMoE cut to `layers` layers."""
     synth_checkpoint("olmoe-1b-7b", folder, layers=layers, skew=1.0, seed=0)
-    for model, label in (("builtin:tiny", "builtin:tiny"), (str(folder), f"synthetic olmoe-1b-7b, {layers} layers, skew 1")):
+    for model, label in (
+        ("builtin:tiny", "builtin:tiny"),
+        (str(folder), f"synthetic olmoe-1b-7b, {layers} layers, skew 1"),
+    ):
         for memory in BUDGETS:
             for batch in (1, 8):
                 config = EngineConfig(model=model, memory=memory, device=device, max_running=batch, kv_memory="256MiB")
@@ -74,14 +77,18 @@ def table(device: str, *, layers: int, new_tokens: int, folder: Path) -> Iterato
 
 def main(argv: list[str] | None = None) -> int:
     """Run all checks; exit status 0 when all hold."""
-    parser = argparse.ArgumentParser(prog="python -m buddymoe_ray.device_check", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m buddymoe_ray.device_check", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--layers", type=int, default=2, help="layers of the synthetic checkpoint")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens per sequence")
     parser.add_argument("--out", type=Path, default=None, help="also append the JSON lines to this file")
     args = parser.parse_args(argv)
     device = str(pick_device(args.device))
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
+    )
     failed = 0
     with tempfile.TemporaryDirectory() as scratch:
         records: Iterator[dict[str, Any]] = _all(device, args, Path(scratch) / "synthetic")

@@ -173,8 +173,8 @@ class ExpertLayout:
 class SlotPlan:
     """How a device budget is cut into expert slots; decided by `policy.memory.split_slots`, obeyed by the cache.
 
-    `layer_slots[l]` slots belong to MoE layer l, `wave_slots` to whoever needs one for a moment. `overhead_bytes` is what
-    staging and scratch take from the same budget. `fully_resident` plans hold every expert and need no waves.
+    `layer_slots[l]` slots belong to MoE layer l, `wave_slots` to whoever needs one for a moment. `overhead_bytes` is
+    what staging and scratch take from the same budget. `fully_resident` plans hold every expert and need no waves.
     """
 
     budget_bytes: int

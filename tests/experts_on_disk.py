@@ -36,7 +36,9 @@ def make_layout(
             cuts = ((0, first // 2, 0), (first // 2, first, first // 2), (first, first + second, down_at))
             for begin, end, slot_offset in cuts:
                 content += rng.bytes(int(rng.integers(1, 50)))
-                made.append(ExpertPiece(path=str(path), offset=len(content), nbytes=end - begin, slot_offset=slot_offset))
+                made.append(
+                    ExpertPiece(path=str(path), offset=len(content), nbytes=end - begin, slot_offset=slot_offset)
+                )
                 content += data[begin:end]
             truth[key], pieces[key] = data, tuple(made)
         path.write_bytes(bytes(content))
@@ -55,5 +57,7 @@ def expert_bytes_of(tensors: dict) -> bytes:  # type: ignore[type-arg]
     """The bytes a lease shows, in the order of `make_layout`'s truth."""
     import torch
 
-    parts = [tensors[name].contiguous().view(torch.uint8).cpu().numpy().tobytes() for name in ("gate_up_proj", "down_proj")]
+    parts = [
+        tensors[name].contiguous().view(torch.uint8).cpu().numpy().tobytes() for name in ("gate_up_proj", "down_proj")
+    ]
     return b"".join(parts)

@@ -1,6 +1,7 @@
 """Which expert is in which slot, and which slot may be claimed next. Bookkeeping only: moves no bytes.
 
-Slots are partitioned: `layer_slots[l]` for each layer, wave slots for whoever needs one for a moment. One thread calls this.
+Slots are partitioned: `layer_slots[l]` for each layer, wave slots for whoever needs one for a moment. One thread calls
+this.
 Invariant (`check_integrity`): slot table and expert tables mirror each other; claimed slots hold nothing yet.
 
 Legend: E experts of a layer.
@@ -31,7 +32,9 @@ class Eviction(Protocol):
 class Directory:
     """Tables of a slot plan. `new_eviction` makes one order per partition."""
 
-    def __init__(self, plan: SlotPlan, experts_per_layer: tuple[int, ...], new_eviction: Callable[[], Eviction]) -> None:
+    def __init__(
+        self, plan: SlotPlan, experts_per_layer: tuple[int, ...], new_eviction: Callable[[], Eviction]
+    ) -> None:
         self.plan = plan
         self.key_of: list[ExpertKey | None] = [None] * plan.slots_total
         self.slot_of: list[list[int]] = [[-1] * count for count in experts_per_layer]
@@ -44,23 +47,26 @@ class Directory:
             self._free.append(list(range(start + count - 1, start - 1, -1)))
             self._partition += [partition] * count
         self.leased: set[int] = set()
+        self.kept: set[int] = set()  # of the call in progress: they stay in their layer's slots until it ends
         self._claimed: set[int] = set()
         self.evictions = 0
 
     def claim(self, layer: int, *, protect_residency: bool) -> int | None:
         """A slot for an expert of `layer` that is to be loaded, emptied; None when all are leased or being filled.
 
-        The layer's own free slots come first; then, unless residency is protected, its least recently used expert gives
-        way; then wave slots.
+        The layer's own free slots come first; then, unless residency is protected, its least recently used expert that
+        the call in progress does not name gives way; then wave slots. So a call that names more experts than the layer
+        has slots keeps what is resident and passes the rest through wave slots: plain LRU would push every expert out
+        just before its turn comes again.
         """
         waves = len(self._orders) - 1
         slot = self._take_free(layer)
         if slot is None and not protect_residency:
-            slot = self._evict(layer)
+            slot = self._evict(layer, self.leased | self.kept)
         if slot is None:
             slot = self._take_free(waves)
         if slot is None:
-            slot = self._evict(waves)
+            slot = self._evict(waves, self.leased)
         if slot is not None:
             self._claimed.add(slot)
         return slot
@@ -68,7 +74,8 @@ class Directory:
     def commit(self, key: ExpertKey, slot: int) -> None:
         """The claimed slot now holds `key`."""
         assert slot in self._claimed, f"slot {slot} is committed, must be claimed"
-        assert self.slot_of[key.layer][key.expert] < 0, f"{key} is already in slot {self.slot_of[key.layer][key.expert]}"
+        now = self.slot_of[key.layer][key.expert]
+        assert now < 0, f"{key} is already in slot {now}"
         self._claimed.remove(slot)
         self.key_of[slot] = key
         self.slot_of[key.layer][key.expert] = slot
@@ -106,9 +113,9 @@ class Directory:
     def _take_free(self, partition: int) -> int | None:
         return self._free[partition].pop() if self._free[partition] else None
 
-    def _evict(self, partition: int) -> int | None:
+    def _evict(self, partition: int, staying: set[int]) -> int | None:
         order = self._orders[partition]
-        slot = order.victim(lambda candidate: candidate not in self.leased)
+        slot = order.victim(lambda candidate: candidate not in staying)
         if slot is None:
             return None
         key = self.key_of[slot]

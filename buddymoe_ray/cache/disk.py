@@ -1,8 +1,8 @@
 """The disk tier: reads expert pieces from the checkpoint's own files, several at once, past the page cache.
 
-O_DIRECT into a fixed set of aligned bounce buffers, then a copy to where the bytes belong: no readahead, no second copy in
-the page cache, and the bytes counted are the bytes the disk moved. A file system without O_DIRECT is read buffered, its
-pages dropped after use; that is logged once and shown in `mode`. Knows paths and offsets, not experts.
+O_DIRECT into a fixed set of aligned bounce buffers, then a copy to where the bytes belong: no readahead, no second copy
+in the page cache, and the bytes counted are the bytes the disk moved. A file system without O_DIRECT is read buffered,
+its pages dropped after use; that is logged once and shown in `mode`. Knows paths and offsets, not experts.
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ class ReadTicket:
         for part in self.parts:
             part.result()
 
+    def settle(self) -> None:
+        """Block until nothing is in flight, whatever came of it: only then may the destination be used again."""
+        wait(self.parts)
+
 
 class DiskReader:
     """`depth` reads at a time, each at most `buffer_bytes` (a multiple of the page).
@@ -55,11 +59,13 @@ class DiskReader:
 
     def __init__(self, *, depth: int = 4, buffer_bytes: int = 2 << 20, direct: bool = True) -> None:
         assert depth > 0, f"depth is {depth}, must be positive"
-        assert buffer_bytes >= _PAGE and buffer_bytes % _PAGE == 0, f"buffer_bytes is {buffer_bytes}, must be whole pages"
+        whole = buffer_bytes >= _PAGE and buffer_bytes % _PAGE == 0
+        assert whole, f"buffer_bytes is {buffer_bytes}, must be whole pages"
         self.depth, self.buffer_bytes = depth, buffer_bytes
         self.staging_bytes = depth * buffer_bytes
         self.bytes_requested = self.bytes_read = 0
         self._direct = direct and hasattr(os, "O_DIRECT")
+        self._refused: set[int] = set()  # devices whose file system has no O_DIRECT
         self._lock = threading.Lock()
         self._files: dict[str, tuple[int, bool]] = {}
         self._memory = mmap.mmap(-1, self.staging_bytes)  # anonymous maps are page-aligned
@@ -72,7 +78,7 @@ class DiskReader:
     @property
     def mode(self) -> str:
         """`direct`, or `buffered` when a file system refused O_DIRECT."""
-        return "direct" if self._direct else "buffered"
+        return "direct" if self._direct and not self._refused else "buffered"
 
     def submit(self, pieces: Sequence[ExpertPiece], destination: Bytes) -> ReadTicket:
         """Start reading all pieces into `destination` (a slot's bytes, uint8)."""
@@ -121,7 +127,8 @@ class DiskReader:
             got = os.preadv(fd, [buffer[:span]], begin)
             useful = min(got - (at - begin), target.nbytes - done)
             if useful <= 0:
-                raise CacheError(f"{path} ends before byte {at + 1}, must hold {offset + target.nbytes}. hint: copy it again")
+                end = offset + target.nbytes
+                raise CacheError(f"{path} ends before byte {at + 1}, must hold {end}. hint: copy it again")
             np.copyto(target[done : done + useful], np.frombuffer(buffer, np.uint8)[at - begin : at - begin + useful])
             done += useful
             with self._lock:
@@ -137,17 +144,29 @@ class DiskReader:
             return self._files[path]
 
     def _open_new(self, path: str) -> tuple[int, bool]:
-        if self._direct:
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-                probe = mmap.mmap(-1, _PAGE)
-                os.preadv(fd, [probe], 0)
-                return fd, True
-            except FileNotFoundError:
-                raise
-            except OSError:
-                self._direct = False
-                log.warning("%s cannot be read with O_DIRECT: reading buffered, dropping pages after use", path)
+        fd = _open_direct(path) if self._direct else None
+        if fd is not None:
+            return fd, True
+        # a path that cannot be opened at all says nothing about O_DIRECT: it raises here, before anything is concluded
         fd = os.open(path, os.O_RDONLY)
+        device = os.fstat(fd).st_dev
+        if self._direct and device not in self._refused:
+            self._refused.add(device)
+            log.warning("%s cannot be read with O_DIRECT: reading buffered, dropping pages after use", path)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         return fd, False
+
+
+def _open_direct(path: str) -> int | None:
+    """A descriptor that has read a page with O_DIRECT; None when that did not work."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return None
+    try:
+        with mmap.mmap(-1, _PAGE) as probe:  # some file systems accept the flag and refuse the read
+            os.preadv(fd, [probe], 0)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd

@@ -1,11 +1,11 @@
 """The expert cache: brings experts into device slots and lends them out, in waves when there are more than slots.
 
-`stream` is the only way in. It starts reading what is missing, lends what is resident while the disk works, then lends the
-rest as it arrives. All bookkeeping happens on the caller's thread; reader threads only write bytes. Does not know models,
-routing or policy: the slot plan and the eviction order are handed in.
+`stream` is the only way in. It starts reading what is missing, lends what is resident while the disk works, then lends
+the rest as it arrives. All bookkeeping happens on the caller's thread; reader threads only write bytes. Does not know
+models, routing or policy: the slot plan and the eviction order are handed in.
 
-Invariants: device bytes never exceed the plan; a slot that is lent or being filled is never claimed; after a failed load
-the cache is consistent and usable.
+Invariants: device bytes never exceed the plan; a slot that is lent or being filled is never claimed; after a failed
+load the cache is consistent and usable.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _GPU_STAGING_SLOTS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class CacheStats:
-    """Counters since start. Lookups are per (layer, expert) and call; `stall_seconds` is time spent waiting for bytes."""
+    """Counters since start. Lookups are per (layer, expert) and call; `stall_seconds` is time waiting for bytes."""
 
     hits: int
     misses: int
@@ -80,6 +80,8 @@ class ExpertCache:
         self.layout, self.plan = layout, plan
         self.device = device or torch.device("cpu")
         on_gpu = self.device.type != "cpu"
+        # more host slots than experts would only be pinned and never filled
+        host_slots = min(host_slots, sum(layout.experts_per_layer))
         host_slots = max(host_slots, _GPU_STAGING_SLOTS) if on_gpu else host_slots
         self._reader = reader
         self._pool = SlotPool(layout, plan.slots_total, self.device)
@@ -109,9 +111,7 @@ class ExpertCache:
         """`[E]` bool on the CPU, True where resident; a live view, not to be written."""
         return self._directory.resident_E[layer]
 
-    def stream(
-        self, layer: int, experts: Sequence[int], *, protect_residency: bool
-    ) -> Iterator[tuple[Lease, ...]]:
+    def stream(self, layer: int, experts: Sequence[int], *, protect_residency: bool) -> Iterator[tuple[Lease, ...]]:
         """Lend every expert once, resident ones first, the others as they arrive.
 
         Leases end when the iterator advances or closes. With `protect_residency` (prefill) no resident expert of the
@@ -127,9 +127,11 @@ class ExpertCache:
             yield from self._lend(resident)
             return
         missing = deque(ExpertKey(layer, e) for e in experts if slots[e] < 0)
+        assert len(set(missing)) == len(missing), f"experts are {list(experts)}, must each be named once"
         self._misses += len(missing)
         loads: deque[_Load] = deque()
         self._directory.leased.update(resident)
+        self._directory.kept.update(resident)
         try:
             self._start(missing, loads, protect_residency)
             yield from self._lend(resident)
@@ -140,12 +142,14 @@ class ExpertCache:
         finally:
             self._directory.leased.difference_update(resident)
             self._settle(loads)
+            self._directory.kept.clear()
 
     def warm(self, progress: Callable[..., Iterable[int]] = lambda items, **_: items) -> None:
         """Fill every layer's slots with its first experts, so that a full budget starts fully resident."""
         for layer in progress(range(len(self.plan.layer_slots)), total=len(self.plan.layer_slots), desc="experts"):
-            first = range(self.plan.layer_slots[layer])
-            for _ in self.stream(layer, [e for e in first if self._directory.slot_of[layer][e] < 0], protect_residency=True):
+            slots = self._directory.slot_of[layer]
+            absent = [e for e in range(self.plan.layer_slots[layer]) if slots[e] < 0]
+            for _ in self.stream(layer, absent, protect_residency=True):
                 pass
         self._hits = self._misses = 0
         self._stall = 0.0
@@ -247,6 +251,7 @@ class ExpertCache:
         try:
             load.ticket.wait()
         except BaseException:
+            load.ticket.settle()  # an interrupt leaves reads in flight; they must not land in a slot with a new owner
             self._directory.abandon(load.slot)
             if self._host is not None:
                 self._host.release(load.key, failed=True)
@@ -260,11 +265,12 @@ class ExpertCache:
             self._host.release(load.key)
         self._loaded += self.layout.expert_bytes
         self._directory.commit(load.key, load.slot)
+        self._directory.kept.add(load.slot)
         self._leases[load.slot] = Lease(load.key, load.slot, self._pool.generation[load.slot], self._pool)
         return load.slot
 
     def _settle(self, loads: deque[_Load]) -> None:
-        """After an early end: keep what arrives, free what fails. Errors were or will be met by who needs the expert."""
+        """After an early end: keep what arrives, free what fails. Errors are met by whoever needs the expert."""
         while loads:
             try:
                 self._finish(loads.popleft())

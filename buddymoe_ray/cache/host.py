@@ -1,7 +1,7 @@
 """The host tier: whole experts in host memory, between the disk and a device; pinned when the device is a GPU.
 
-Fixed slots, least recently used gives way. Does not know the device: the expert cache copies from its slots and says when a
-copy is done. Invariant: a slot in use (being filled or copied from) is never given to another expert.
+Fixed slots, least recently used gives way. Does not know the device: the expert cache copies from its slots and says
+when a copy is done. Invariant: a slot in use (being filled or copied from) is never given to another expert.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 
 from buddymoe_ray.cache.disk import Bytes, DiskReader, ReadTicket
 from buddymoe_ray.cache.pool import SlotPool
+from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout
 
 __all__ = ["HostTier"]
@@ -41,11 +42,16 @@ class HostTier:
         slot = self._claim()
         if slot is None:
             return None
-        self.misses += 1
         self.pool.renew(slot)
+        try:
+            ticket = self._reader.submit(self._layout.pieces[key], self._bytes[slot])
+        except CacheError:
+            self._free.append(slot)  # never filled, so it must not be found
+            raise
+        self.misses += 1
         self._slot_of[key] = slot
         self._busy[key] = 1
-        return slot, self._reader.submit(self._layout.pieces[key], self._bytes[slot])
+        return slot, ticket
 
     def release(self, key: ExpertKey, *, failed: bool = False) -> None:
         """The copy out of the expert's slot is done; after a failed read the slot is free again."""

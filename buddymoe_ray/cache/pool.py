@@ -1,7 +1,7 @@
 """The device tier's memory: one tensor of equal slots, allocated once, and the leases that make using it safe.
 
-A slot's generation moves on whenever its content does; a lease remembers the generation it was given, so stale use is an
-assertion and never a wrong weight. Knows slots and bytes, not which expert should be where.
+A slot's generation moves on whenever its content does; a lease remembers the generation it was given, so stale use is
+an assertion and never a wrong weight. Knows slots and bytes, not which expert should be where.
 
 Legend: C slots.
 """
@@ -56,7 +56,7 @@ class Lease:
     def tensors(self) -> Mapping[str, Tensor]:
         """The expert's parameters by name, without their expert dimension."""
         now = self.pool.generation[self.slot]
-        assert now == self.generation, f"lease of {self.key} is of generation {self.generation}, slot {self.slot} is at {now}"
+        assert now == self.generation, f"lease {self.key} is of generation {self.generation}, slot {self.slot} of {now}"
         return self.pool.tensors(self.slot)
 
 

@@ -1,7 +1,7 @@
 """`buddymoe bench`: one row per (memory, mode, batch), each in a process of its own.
 
-Rows alternate over `--rounds` (A B A B), so that a noisy machine disturbs all alike; a row's record is the median round.
-A child process per row makes `peak_rss_bytes` that row's own.
+Rows alternate over `--rounds` (A B A B), so that a noisy machine disturbs all alike; a row's record is the median
+round. A child process per row makes `peak_rss_bytes` that row's own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`buddymoe chat`: talk to a model in the terminal, in this process, without Ray.
 
-A conversation is kept in memory and sent whole each turn. With `--json` (or a pipe) each line of stdin is one user message
-and each answer one line of stdout.
+A conversation is kept in memory and sent whole each turn. With `--json` (or a pipe) each line of stdin is one user
+message and each answer one line of stdout.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ def _converse(engine: Any, args: argparse.Namespace, sampling: SamplingParams) -
         messages.append({"role": "assistant", "content": text})
         if args.json:
             usage = events[-1].usage
-            emit({"text": text, "finish_reason": events[-1].finish_reason, "usage": usage and asdict(usage)}, as_json=True)
+            emit(
+                {"text": text, "finish_reason": events[-1].finish_reason, "usage": usage and asdict(usage)},
+                as_json=True,
+            )
 
 
 def _answer(

@@ -1,7 +1,7 @@
 """`buddymoe eval`: perplexity of an engine beside the exact one on the same windows, decoded step by step.
 
-Windows of 256 tokens: 64 are prefilled, the other 192 are scored one decode step at a time (teacher forcing) through the
-Engine that serves. Errors are of paired differences, clustered by window.
+Windows of 256 tokens: 64 are prefilled, the other 192 are scored one decode step at a time (teacher forcing) through
+the Engine that serves. Errors are of paired differences, clustered by window.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `eval`."""
     add_engine_arguments(parser)
     add_json_argument(parser)
-    parser.add_argument("--corpus", nargs="+", required=True, help="text files, or folders of .txt, .py, .rst, .md files")
+    parser.add_argument(
+        "--corpus", nargs="+", required=True, help="text files, or folders of .txt, .py, .rst, .md files"
+    )
     parser.add_argument("--tokens", type=int, default=None, help="most scored tokens; default the whole corpus")
     parser.add_argument("--batch", type=int, default=32, help="windows decoded side by side")
 
@@ -35,7 +37,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--batch is {args.batch}, must be at least 1. hint: leave it at 32")
     tokenizer = load_tokenizer(resolve_model(args.model))
     if tokenizer is None:
-        raise ConfigError(f"model {args.model} has no tokenizer, must have one for eval. hint: copy tokenizer.json there")
+        raise ConfigError(
+            f"model {args.model} has no tokenizer, must have one for eval. hint: copy tokenizer.json there"
+        )
     windows = cut_windows(encode_corpus(tokenizer, args.corpus), tokens=args.tokens)
     config = engine_config(args, max_running=args.batch)
     result = evaluate(config, windows, batch=args.batch, progress=progress)

@@ -32,7 +32,16 @@ def run(args: argparse.Namespace) -> int:
     devices = record.pop("devices")
     emit({k: v for k, v in record.items() if k != "assumed"}, as_json=False)
     table = Table(title="device tier")
-    columns = ["device", "name", "available_bytes", "dense_bytes", "expert_budget_bytes", "slots", "resident_percent", "link"]
+    columns = [
+        "device",
+        "name",
+        "available_bytes",
+        "dense_bytes",
+        "expert_budget_bytes",
+        "slots",
+        "resident_percent",
+        "link",
+    ]
     for column in columns:
         table.add_column(column)
     for device in devices:

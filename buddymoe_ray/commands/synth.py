@@ -17,10 +17,14 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `synth`."""
     add_json_argument(parser)
-    parser.add_argument("--shape", required=True, help="olmoe-1b-7b, mixtral-8x7b, qwen3-30b-a3b, deepseek-v2-lite, ...")
+    parser.add_argument(
+        "--shape", required=True, help="olmoe-1b-7b, mixtral-8x7b, qwen3-30b-a3b, deepseek-v2-lite, ..."
+    )
     parser.add_argument("--out", required=True, type=Path, help="folder to write; must be empty or absent")
     parser.add_argument("--layers", type=int, default=None, help="keep the first N layers only")
-    parser.add_argument("--skew", type=float, default=0.0, help="popularity skew: rank r gets logit -A ln r; 0 is uniform")
+    parser.add_argument(
+        "--skew", type=float, default=0.0, help="popularity skew: rank r gets logit -A ln r; 0 is uniform"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
 
 

@@ -1,7 +1,7 @@
 """An Engine for asyncio: one background thread steps it, each request is an async iterator of TokenEvents.
 
-Knows threads and event loops, not HTTP or Ray. Invariant: only the step thread touches the engine; others hand it commands
-through a queue that it empties before every step, so a cancelled request is gone one step later.
+Knows threads and event loops, not HTTP or Ray. Invariant: only the step thread touches the engine; others hand it
+commands through a queue that it empties before every step, so a cancelled request is gone one step later.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ class AsyncEngine:
             self._closed = True
             self._commands.put(None)
             self._thread.join(timeout=30)
-            self._fail_all(CapacityError("engine is closed, must be running. hint: send the request to another replica"))
+            self._fail_all(
+                CapacityError("engine is closed, must be running. hint: send the request to another replica")
+            )
             self._engine.close()
 
     def _submit(self, command: Callable[[], None]) -> None:

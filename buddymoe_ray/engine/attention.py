@@ -1,7 +1,7 @@
 """Attention over the paged KV cache, registered with transformers under the name `buddymoe_paged`.
 
-All rows of a pass lie in one packed sequence `[1, heads, T, d]`; `PackedPass` says which rows belong to whom. Decode rows
-of all sequences share one padded attention call; every prefill chunk has its own. Does not know the scheduler.
+All rows of a pass lie in one packed sequence `[1, heads, T, d]`; `PackedPass` says which rows belong to whom. Decode
+rows of all sequences share one padded attention call; every prefill chunk has its own. Does not know the scheduler.
 
 Legend: T rows, B sequences, Q query heads, H key-value heads, G = Q / H, d head size, L context length.
 """
@@ -94,9 +94,17 @@ class PagedAttention:
         self.shapes: dict[int, KVShape] = {}
 
     def __call__(
-        self, layer: int, q_QTd: Tensor, k_HTd: Tensor, v_HTd: Tensor, *, scale: float, window: int | None, sinks: Tensor | None
+        self,
+        layer: int,
+        q_QTd: Tensor,
+        k_HTd: Tensor,
+        v_HTd: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        sinks: Tensor | None,
     ) -> Tensor:
-        """`[Q, T, d], [H, T, d], [H, T, dv] -> [T, Q, dv]`. `window` is a sliding window in tokens (itself included)."""
+        """`[Q, T, d], [H, T, d], [H, T, dv] -> [T, Q, dv]`. `window` is a sliding window in tokens, itself included."""
         if self.pool is None or self.current is None:
             self.shapes[layer] = KVShape(heads=k_HTd.shape[0], key_dim=k_HTd.shape[2], value_dim=v_HTd.shape[2])
             return q_QTd.new_zeros(q_QTd.shape[1], q_QTd.shape[0], v_HTd.shape[2])
@@ -165,7 +173,7 @@ class PagedAttention:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, sinks: Tensor | None) -> Tensor:
-    """Softmax attention; with `sinks` (one logit per query head, GPT-OSS) the softmax has one more, valueless column."""
+    """Softmax attention; `sinks` (one logit per query head, GPT-OSS) give the softmax one more, valueless column."""
     if sinks is None:
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     scores = torch.matmul(q, k.transpose(-1, -2)) * scale
@@ -180,7 +188,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
 
 
 def _forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function transformers calls for every attention layer, with a batch of one packed sequence."""
     paged: PagedAttention = module.buddymoe_attention  # type: ignore[assignment]

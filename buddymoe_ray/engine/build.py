@@ -28,9 +28,9 @@ from buddymoe_ray.engine.scheduler import Scheduler
 from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.kernels import ExpertMath, UpcastScratch
 from buddymoe_ray.models.experts_hook import attach
-from buddymoe_ray.models.shape import describe
 from buddymoe_ray.models.load import LoadedModel, load_model
 from buddymoe_ray.models.resolve import resolve_model
+from buddymoe_ray.models.shape import describe
 from buddymoe_ray.models.tokenizer import load_tokenizer
 from buddymoe_ray.moe import MoEBlock, StepState
 from buddymoe_ray.policy import LRU, parse_memory, plan_staging, split_slots
@@ -142,9 +142,7 @@ def _progress(items: Iterable[int], **options: Any) -> Iterable[int]:
 def _attach_experts(config: EngineConfig, loaded: LoadedModel, step: StepState) -> ExpertCache:
     layout = loaded.layout
     cache = _open_cache(config, loaded)
-    scratch = UpcastScratch(
-        _shapes(layout), stored=_stored(layout), compute=loaded.compute_dtype, device=loaded.device
-    )
+    scratch = UpcastScratch(_shapes(layout), stored=_stored(layout), compute=loaded.compute_dtype, device=loaded.device)
 
     def block(layer: int, module: nn.Module) -> MoEBlock:
         return MoEBlock(

@@ -1,7 +1,7 @@
 """The GPUs of this node as NVML reports them: memory, PCIe and NVLink, NUMA node.
 
-Uses nvidia-ml-py and no torch, so a plan can be made on a machine that could not run it. `nvml` is injected: tests hand in
-a fake, everything else the real module. A node without NVIDIA's driver has no devices, which is not an error.
+Uses nvidia-ml-py and no torch, so a plan can be made on a machine that could not run it. `nvml` is injected: tests hand
+in a fake, everything else the real module. A node without NVIDIA's driver has no devices, which is not an error.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The engine: one `step()` is schedule, run, choose, deliver. The same object serves, evaluates and benchmarks.
 
-Knows sequences, a runner and a scheduler; not HTTP, Ray or threads (it is driven by one caller). `build` wires its parts.
-Invariant: a request that was accepted by `add` ends in exactly one event with a finish_reason.
+Knows sequences, a runner and a scheduler; not HTTP, Ray or threads (it is driven by one caller). `build` wires its
+parts. Invariant: a request that was accepted by `add` ends in exactly one event with a finish_reason.
 
 Legend: B sequences, V vocabulary.
 """

@@ -1,7 +1,7 @@
 """Score an engine against the exact one on the same text, through the decode path that serves.
 
-Two engines step side by side over the same windows; after each step their logits are compared and dropped, so memory does
-not grow with the corpus. Tokens are forced by a chooser, nothing else differs from serving.
+Two engines step side by side over the same windows; after each step their logits are compared and dropped, so memory
+does not grow with the corpus. Tokens are forced by a chooser, nothing else differs from serving.
 
 Legend: B sequences of a step, V vocabulary, W windows.
 """
@@ -31,7 +31,8 @@ PREFILLED = 64
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """One evaluation. `ppl*` per token, `*_percent`, `top1_agreement`, `*_rate`, `*_fraction` in per cent, `kl` in nats.
+    """One evaluation. `ppl*` per token, `*_percent`, `top1_agreement`, `*_rate`, `*_fraction` in per cent, `kl` in
+    nats.
 
     `miss_rate` is of (token, slot) uses in decode; `fetched_fraction` of those misses. `dppl_se` is the standard error
     of `dppl_percent` (paired differences, clustered by window).
@@ -55,7 +56,7 @@ class EvalResult:
 
 
 def cut_windows(ids: Sequence[int], *, tokens: int | None) -> list[tuple[int, ...]]:
-    """Windows of 256 neighbouring tokens, enough for `tokens` scored ones (192 each). Raises ConfigError when too short."""
+    """Windows of 256 tokens, enough for `tokens` scored ones (192 each). Raises ConfigError when too short."""
     wanted = math.inf if tokens is None else math.ceil(tokens / (WINDOW - PREFILLED))
     count = int(min(wanted, len(ids) // WINDOW))
     if count < 1:
@@ -143,7 +144,9 @@ class _Totals:
     fetched: int = 0
     rise_by_window: dict[str, float] = field(default_factory=dict)
 
-    def compare(self, exact: list[tuple[list[str], Tensor, Tensor]], ours: list[tuple[list[str], Tensor, Tensor]]) -> None:
+    def compare(
+        self, exact: list[tuple[list[str], Tensor, Tensor]], ours: list[tuple[list[str], Tensor, Tensor]]
+    ) -> None:
         assert [s[0] for s in exact] == [s[0] for s in ours], "the two engines scheduled different sequences"
         for (names, exact_BV, target_B), (_, ours_BV, _) in zip(exact, ours, strict=True):
             nll_exact_B = -exact_BV.gather(1, target_B[:, None])[:, 0].double()

@@ -61,6 +61,8 @@ class KVPool:
 
 
 def contiguous_start(blocks: list[int]) -> int | None:
-    """First block when the table is a run of ascending neighbours, else None: such a sequence is read without a copy."""
+    """First block when the table is a run of ascending neighbours (then read without a copy), else None."""
     start = blocks[0]
-    return start if blocks[-1] - start == len(blocks) - 1 and blocks == list(range(start, start + len(blocks))) else None
+    return (
+        start if blocks[-1] - start == len(blocks) - 1 and blocks == list(range(start, start + len(blocks))) else None
+    )

@@ -25,7 +25,8 @@ def available_memory_bytes(root: Path = Path("/")) -> int:
 
 
 def cgroup_limit_bytes(root: Path = Path("/")) -> tuple[int | None, int]:
-    """Limit of the tightest memory cgroup this process is in (None: no limit) and the unreclaimable bytes charged to it.
+    """Limit of the tightest memory cgroup this process is in (None: no limit) and the unreclaimable bytes charged to
+    it.
 
     Understands cgroup v1 and v2; page cache is reclaimable and not counted as used.
     """

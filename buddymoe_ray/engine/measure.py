@@ -1,7 +1,7 @@
 """Measure one engine: prefill and decode speed, latencies, bytes read, stalls, hit rate.
 
-Drives the Engine that serves, step by step, with all requests of a batch handed over at once. Figures that do not depend
-on the clock (bytes, hit rate) stand beside those that do. Knows nothing of printing.
+Drives the Engine that serves, step by step, with all requests of a batch handed over at once. Figures that do not
+depend on the clock (bytes, hit rate) stand beside those that do. Knows nothing of printing.
 """
 
 from __future__ import annotations

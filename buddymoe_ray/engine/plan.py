@@ -1,7 +1,7 @@
 """What would live where, before anything loads: from config and headers alone.
 
-Reads no weight and allocates nothing. Predictions are stated with the link speeds they assume; nothing here is measured.
-`buddymoe plan` prints it, a deployment checks itself with it.
+Reads no weight and allocates nothing. Predictions are stated with the link speeds they assume; nothing here is
+measured. `buddymoe plan` prints it, a deployment checks itself with it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Plan:
 
 
 def make_plan(config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo]) -> Plan:
-    """Plan one engine per device. Raises BudgetError when dense weights or the expert budget cannot fit, with a hint."""
+    """Plan one engine per device. Raises BudgetError, with a hint, when dense weights or budget cannot fit."""
     shape = describe(folder, dtype=torch_dtype(config.dtype))
     budget = parse_memory(config.memory, total_expert_bytes=shape.total_expert_bytes)
     on_cpu = config.device == "cpu" or not gpus
@@ -140,12 +140,22 @@ def _devices(
 ) -> tuple[DevicePlan, ...]:
     if config.device == "cpu" or not gpus:
         free = available_memory_bytes()
-        return (_device(shape, budget, slots, ("cpu", "host memory", free, free, None, "disk", ASSUMED["disk_bytes_s"])),)
+        return (
+            _device(shape, budget, slots, ("cpu", "host memory", free, free, None, "disk", ASSUMED["disk_bytes_s"])),
+        )
     wanted = [gpu for gpu in gpus if config.device in ("auto", "cuda", f"cuda:{gpu.index}")]
     if not wanted:
         raise ConfigError(f"device is {config.device!r}, must be one of {len(gpus)} GPUs. hint: use device auto")
     facts = [
-        (f"cuda:{g.index}", g.name, g.total_bytes, g.free_bytes, g.numa_node, "pcie", g.pcie_bytes_s or ASSUMED["ram_bytes_s"])
+        (
+            f"cuda:{g.index}",
+            g.name,
+            g.total_bytes,
+            g.free_bytes,
+            g.numa_node,
+            "pcie",
+            g.pcie_bytes_s or ASSUMED["ram_bytes_s"],
+        )
         for g in wanted
     ]
     return tuple(_device(shape, budget, slots, fact) for fact in facts)

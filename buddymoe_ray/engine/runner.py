@@ -1,8 +1,8 @@
 """Turns a scheduled step into forward passes and logits. Two twins behind one seam.
 
-`PackedRunner` lays the rows of all sequences into one packed pass over the paged KV cache. `SoloRunner` runs one forward
-per sequence on transformers' own cache: slower, right for families with recurrent state, and the oracle of the other.
-Neither knows the scheduler, sampling or text.
+`PackedRunner` lays the rows of all sequences into one packed pass over the paged KV cache. `SoloRunner` runs one
+forward per sequence on transformers' own cache: slower, right for families with recurrent state, and the oracle of the
+other. Neither knows the scheduler, sampling or text.
 
 Legend: T rows, B sequences, V vocabulary.
 """

@@ -6,8 +6,8 @@
     matmul   each leased expert runs over its rows
     combine  per-slot outputs are weighted and summed in slot order
 
-Does not know files, tiers or requests. Invariant: outputs are kept per (token, slot) until all are there, so neither the
-order of arrival nor the number of waves changes a bit.
+Does not know files, tiers or requests. Invariant: outputs are kept per (token, slot) until all are there, so neither
+the order of arrival nor the number of waves changes a bit.
 
 Legend: T tokens, K experts per token, N = T*K uses, D hidden.
 """

@@ -1,7 +1,7 @@
 """Which resident expert gives way: least recently used, within one layer's slots.
 
-A token walks the layers in a cycle, so one list over all layers would evict exactly what is needed next; every layer has
-its own. Pure: knows slot numbers, no bytes.
+A token walks the layers in a cycle, so one list over all layers would evict exactly what is needed next; every layer
+has its own. Pure: knows slot numbers, no bytes.
 """
 
 from __future__ import annotations

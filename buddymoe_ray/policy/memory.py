@@ -1,7 +1,7 @@
 """Memory budgets: from what a user writes to slots per layer. Pure arithmetic.
 
-Invariant: slots and overhead together never exceed the budget, except that a budget of all experts' bytes (`100%`) keeps
-every expert resident and then the scratch of the kernels comes on top.
+Invariant: slots and overhead together never exceed the budget, except that a budget of all experts' bytes (`100%`)
+keeps every expert resident and then padding, staging and the scratch of the kernels come on top.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Staging:
 
 
 def plan_staging(*, largest_piece: int, budget_bytes: int, depth: int = 4, most: int = 2 << 20) -> Staging:
-    """Buffers that hold a piece with its alignment, as deep as a few per cent of the budget allow (at least one page)."""
+    """Buffers that hold a piece with its alignment, as deep as a few per cent of the budget allow (at least a page)."""
     whole = _pages(min(largest_piece, most) + 2 * _PAGE)
     allowed = int(_STAGING_SHARE * budget_bytes)
     for count in range(depth, 0, -1):

@@ -6,13 +6,13 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from families import build_checkpoint
 
 from buddymoe_ray import EngineConfig, SamplingParams
 from buddymoe_ray.engine.async_engine import AsyncEngine
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.errors import CapacityError, RequestError
 from buddymoe_ray.types import GenerationRequest
-from families import build_checkpoint
 
 
 def request(name: str, *ids: int, max_tokens: int = 8) -> GenerationRequest:

@@ -1,4 +1,4 @@
-"""Paged attention against a dense reference that knows nothing of blocks: ragged batches, windows, sinks, GQA, MLA sizes."""
+"""Paged attention against a dense reference without blocks: ragged batches, windows, sinks, GQA, MLA sizes."""
 
 import pytest
 import torch
@@ -34,7 +34,11 @@ def test_chunked_prefill_and_batched_decode_equal_dense(window, with_sinks, Q, H
     data = [tuple(torch.randn(n, L, w, generator=rng) for n, w in ((Q, d), (H, d), (H, dv))) for L in lengths]
     paged = PagedAttention()
     paged.pool = KVPool(
-        {0: KVShape(heads=H, key_dim=d, value_dim=dv)}, blocks=10, block_size=BLOCK, dtype=torch.float32, device=torch.device("cpu")
+        {0: KVShape(heads=H, key_dim=d, value_dim=dv)},
+        blocks=10,
+        block_size=BLOCK,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
     )
 
     def run(spans, decode):
@@ -64,7 +68,9 @@ def test_single_sequence_decode_reads_without_a_copy() -> None:
     assert built.slots_T.tolist() == [21]
 
 
-@pytest.mark.parametrize(("blocks", "start"), [([4], 4), ([4, 5, 6], 4), ([4, 6, 5], None), ([6, 5], None), ([4, 6], None)])
+@pytest.mark.parametrize(
+    ("blocks", "start"), [([4], 4), ([4, 5, 6], 4), ([4, 6, 5], None), ([6, 5], None), ([4, 6], None)]
+)
 def test_contiguous_start(blocks, start) -> None:
     assert contiguous_start(blocks) == start
 

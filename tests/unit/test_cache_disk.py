@@ -30,7 +30,17 @@ def blob(tmp_path: Path) -> tuple[Path, bytes]:
 @pytest.mark.parametrize("buffer_bytes", [PAGE, 2 * PAGE, 4 * PAGE, 1 << 20])
 @pytest.mark.parametrize(
     ("offset", "nbytes"),
-    [(0, 1), (0, PAGE), (1, PAGE), (4095, 2), (4096, 8192), (12345, 54321), (299_000, 1001), (0, 300_001), (7, 299_994)],
+    [
+        (0, 1),
+        (0, PAGE),
+        (1, PAGE),
+        (4095, 2),
+        (4096, 8192),
+        (12345, 54321),
+        (299_000, 1001),
+        (0, 300_001),
+        (7, 299_994),
+    ],
 )
 def test_any_span_is_read_exactly(blob, direct: bool, buffer_bytes: int, offset: int, nbytes: int) -> None:
     path, data = blob

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from experts_on_disk import expert_bytes_of, make_layout
 
 from buddymoe_ray.cache import DiskReader, ExpertCache
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.policy import LRU, split_slots
 from buddymoe_ray.types import ExpertKey, ExpertLayout
-from experts_on_disk import expert_bytes_of, make_layout
 
 
 def open_cache(layout: ExpertLayout, slots: int, *, host_slots: int = 0, direct: bool = True) -> ExpertCache:
@@ -32,7 +32,7 @@ def use(cache: ExpertCache, truth: dict[ExpertKey, bytes], layer: int, experts: 
     order = []
     for leases in cache.stream(layer, experts, protect_residency=protect):
         for lease in leases:
-            assert expert_bytes_of(dict(lease.tensors())) == truth[lease.key], f"{lease.key} has other bytes than its file"
+            assert expert_bytes_of(dict(lease.tensors())) == truth[lease.key], f"{lease.key} is not as in its file"
             order.append(lease.key.expert)
     assert sorted(order) == sorted(experts), f"asked for {experts}, lent {order}"
     return order
@@ -95,7 +95,9 @@ def test_resident_experts_are_lent_first_while_the_rest_is_read(tmp_path: Path) 
     layout, truth = make_layout(tmp_path)
     with open_cache(layout, 14) as cache:
         use(cache, truth, 0, [3, 4], False)
-        waves = [[lease.key.expert for lease in leases] for leases in cache.stream(0, [0, 3, 4], protect_residency=False)]
+        waves = [
+            [lease.key.expert for lease in leases] for leases in cache.stream(0, [0, 3, 4], protect_residency=False)
+        ]
         assert waves[0] == [3, 4] and waves[1:] == [[0]]
 
 
@@ -111,7 +113,7 @@ def test_a_full_budget_is_fully_resident_and_never_reads_again(tmp_path: Path) -
 
 
 def test_two_slots_serve_a_layer_of_any_size(tmp_path: Path) -> None:
-    layout, truth = make_layout(tmp_path, experts_per_layer=(32,))
+    layout, _truth = make_layout(tmp_path, experts_per_layer=(32,))
     with open_cache(layout, 2) as cache:
         waves = 0
         for leases in cache.stream(0, list(range(32)), protect_residency=True):

@@ -1,4 +1,4 @@
-"""The command line as a person or a script meets it: JSON lines, exit statuses, errors in one line, the numbers' meaning."""
+"""The command line as a person or a script meets it: JSON lines, exit statuses, one-line errors, true numbers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from families import build_checkpoint
 
 from buddymoe_ray.cli import main
 from buddymoe_ray.models.reference import reference_model
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.tokenizer import load_tokenizer
-from families import build_checkpoint
 
 
 def records(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:

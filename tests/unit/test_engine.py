@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from families import build_checkpoint
 
 from buddymoe_ray import LLM, EngineConfig, SamplingParams
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.errors import BudgetError, CheckpointError, ConfigError, RequestError
 from buddymoe_ray.types import GenerationRequest
-from families import build_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 
@@ -28,7 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def engine(folder: Path):
-    made = Engine.from_config(EngineConfig(model=str(folder), memory="50%", max_running=2, max_model_len=64, prefill_chunk=4))
+    made = Engine.from_config(
+        EngineConfig(model=str(folder), memory="50%", max_running=2, max_model_len=64, prefill_chunk=4)
+    )
     yield made
     made.cache.check_integrity()
     made._scheduler.check_integrity()

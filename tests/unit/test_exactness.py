@@ -1,7 +1,8 @@
-"""Exactness is sacred: greedy tokens equal transformers' own at every budget and batch; bfloat16 bits do not see residency.
+"""Exactness is sacred: greedy tokens equal transformers' own at every budget and batch; bfloat16 bits do not see
+residency.
 
-The oracle is `generate` of the stock model, one prompt at a time. 20 prompts of different lengths, 64 new tokens; batch 1
-takes the first 5 of them, which keeps the suite quick.
+The oracle is `generate` of the stock model, one prompt at a time. 20 prompts of different lengths, 64 new tokens; batch
+1 takes the first 5 of them, which keeps the suite quick.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import build_checkpoint
 
 from buddymoe_ray import LLM
 from buddymoe_ray.models.reference import reference_generate, reference_model
 from buddymoe_ray.models.resolve import resolve_model
-from families import build_checkpoint
 
 FAMILIES = ["builtin:tiny", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss"]
 NEW = 64

@@ -20,7 +20,10 @@ def weights(seed: int, transposed: bool, bias: bool) -> dict[str, torch.Tensor]:
     if transposed:
         made = {name: w.T.contiguous() for name, w in made.items()}
     if bias:
-        made |= {"gate_up_proj_bias": torch.randn(2 * F, generator=rng), "down_proj_bias": torch.randn(D, generator=rng)}
+        made |= {
+            "gate_up_proj_bias": torch.randn(2 * F, generator=rng),
+            "down_proj_bias": torch.randn(D, generator=rng),
+        }
     return made
 
 

@@ -10,8 +10,19 @@ from buddymoe_ray.policy import LRU, parse_memory, plan_staging, split_slots
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("50%", 500), ("100%", 1000), ("12.5 %", 125), ("0", 0), ("1234", 1234), ("2KiB", 2048), ("2kb", 2000)]
-    + [("1.5GiB", 3 * 2**29), ("6GB", 6 * 10**9), ("7 MiB", 7 << 20), ("1b", 1)],
+    [
+        ("50%", 500),
+        ("100%", 1000),
+        ("12.5 %", 125),
+        ("0", 0),
+        ("1234", 1234),
+        ("2KiB", 2048),
+        ("2kb", 2000),
+        ("1.5GiB", 3 * 2**29),
+        ("6GB", 6 * 10**9),
+        ("7 MiB", 7 << 20),
+        ("1b", 1),
+    ],
 )
 def test_parse_memory(text: str, expected: int) -> None:
     assert parse_memory(text, total_expert_bytes=1000) == expected
@@ -34,7 +45,11 @@ def test_split_slots_never_exceeds_the_budget(slots: int, experts: list[int], ov
     expert = slot - 64 * pad
     try:
         plan = split_slots(
-            budget_bytes=budget, slot_bytes=slot, expert_bytes=expert, experts_per_layer=experts, overhead_bytes=overhead
+            budget_bytes=budget,
+            slot_bytes=slot,
+            expert_bytes=expert,
+            experts_per_layer=experts,
+            overhead_bytes=overhead,
         )
     except BudgetError as error:
         assert budget < 2 * slot + overhead
@@ -51,7 +66,7 @@ def test_split_slots_never_exceeds_the_budget(slots: int, experts: list[int], ov
 
 
 def test_the_minimum_it_names_is_enough() -> None:
-    sizes = dict(slot_bytes=1000, expert_bytes=1000, experts_per_layer=[50, 50], overhead_bytes=300)
+    sizes = {"slot_bytes": 1000, "expert_bytes": 1000, "experts_per_layer": [50, 50], "overhead_bytes": 300}
     with pytest.raises(BudgetError, match="2300 bytes") as refused:
         split_slots(budget_bytes=2299, **sizes)
     assert split_slots(budget_bytes=2300, **sizes).slots_total == 2

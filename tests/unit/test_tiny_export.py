@@ -1,4 +1,4 @@
-"""From a training run to a shipped folder: history becomes commands, time lost in a kill is not counted, all files load."""
+"""From a training run to a shipped folder: history becomes commands, time lost in a kill is not counted, files load."""
 
 from __future__ import annotations
 

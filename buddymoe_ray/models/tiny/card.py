@@ -1,6 +1,6 @@
 """The training record of builtin:tiny and the model card made from it.
 
-Pure text from numbers: knows no torch and no files, so that every figure in the card is one in training.json.
+Pure text from numbers: reads nothing, computes nothing, so that every figure in the card is one in training.json.
 Neighbours: export.py fills the record and writes both files.
 """
 
@@ -126,15 +126,18 @@ def model_card(record: TrainingRecord, config: TrainConfig) -> str:
         [
             front + training,
             "## Held-out files, all of them",
+            "",
             "Every token is scored once, with at least context - stride tokens of its own document before it",
             "(fewer at the document's start, which follows `<|endoftext|>`). Weights as shipped, computed in float32.",
             "",
             *_score_rows(record.heldout),
             "",
             "## Held-out text in `heldout/`, each file as one document",
+            "",
             *_score_rows(record.shipped_text),
             "",
             "## Router balance on the held-out files",
+            "",
             *_balance_rows(next(iter(record.heldout.values()))),
             "",
         ]

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -57,17 +59,20 @@ def read_history(run: Path) -> tuple[TrainConfig, float, tuple[str, ...]]:
     return config, seconds + max(0.0, kept - started), tuple(commands)
 
 
-def export_weights(config: TrainConfig, step_state: dict[str, torch.Tensor], target: Path) -> None:
-    """Write config, generation config, bf16 weights and tokenizer."""
+def export_weights(config: TrainConfig, weights: dict[str, torch.Tensor], target: Path) -> None:
+    """Write config, generation config, bf16 weights and tokenizer; whoever has mapped the old files keeps them."""
     model = build_model(config)
-    model.load_state_dict(step_state)
-    shutil.copy(config.out / "data" / "tokenizer.json", target)
-    shutil.copy(config.out / "data" / "tokenizer_config.json", target)
-    tokenizer = load_tokenizer(target)
+    model.load_state_dict(weights)
+    tokenizer = load_tokenizer(config.out / "data")
     ends = [tokenizer.convert_tokens_to_ids(token) for token in (IM_END, END_OF_TEXT)]
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1])
-    model.bfloat16().save_pretrained(target)
-    (target / "model.safetensors").chmod(0o644)
+    with tempfile.TemporaryDirectory(dir=target) as name:
+        model.bfloat16().save_pretrained(name)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(config.out / "data" / file, name)
+        for written in Path(name).iterdir():
+            written.chmod(0o644)
+            os.replace(written, target / written.name)
 
 
 def export_heldout(documents: Sequence[corpus.Document], target: Path) -> None:

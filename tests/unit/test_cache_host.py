@@ -1,0 +1,139 @@
+"""The host tier by itself: what it keeps, what it may overwrite, what it does when every slot is busy."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from experts_on_disk import expert_bytes_of, make_layout
+
+from buddymoe_ray.cache import DiskReader, ExpertCache
+from buddymoe_ray.cache.host import HostTier
+from buddymoe_ray.errors import CacheError
+from buddymoe_ray.policy import LRU, split_slots
+from buddymoe_ray.types import ExpertKey
+
+A, B, C = (ExpertKey(0, expert) for expert in range(3))
+
+
+@pytest.fixture
+def opened(tmp_path: Path):
+    layout, truth = make_layout(tmp_path)
+    reader = DiskReader(depth=2, buffer_bytes=8192)
+    yield HostTier(layout, slots=2, reader=reader, pinned=False), truth, reader
+    reader.close()
+
+
+def bring(tier: HostTier, key: ExpertKey) -> bytes:
+    fetched = tier.fetch(key)
+    assert fetched is not None, f"no slot for {key}"
+    slot, ticket = fetched
+    ticket.wait()
+    data = expert_bytes_of(dict(tier.pool.tensors(slot)))
+    tier.release(key)
+    return data
+
+
+def test_a_kept_expert_is_not_read_again(opened) -> None:
+    tier, truth, reader = opened
+    assert bring(tier, A) == truth[A]
+    read = reader.bytes_read
+    assert bring(tier, A) == truth[A] and reader.bytes_read == read
+    assert (tier.hits, tier.misses) == (1, 1)
+
+
+def test_least_recently_used_is_overwritten(opened) -> None:
+    tier, truth, _ = opened
+    for key in (A, B, A, C):  # B is the oldest when C comes
+        assert bring(tier, key) == truth[key]
+    misses = tier.misses
+    bring(tier, A)
+    assert tier.misses == misses
+    bring(tier, B)
+    assert tier.misses == misses + 1
+
+
+def test_busy_slots_are_never_overwritten(opened) -> None:
+    tier, truth, _ = opened
+    first, second = tier.fetch(A), tier.fetch(B)
+    assert first is not None and second is not None
+    assert tier.fetch(C) is None, "both slots are busy"
+    first[1].wait()
+    second[1].wait()
+    tier.release(A)
+    assert bring(tier, C) == truth[C]
+    assert expert_bytes_of(dict(tier.pool.tensors(second[0]))) == truth[B]
+    tier.release(B)
+    tier.check_integrity()
+
+
+def test_an_expert_fetched_twice_is_busy_until_released_twice(opened) -> None:
+    tier, _, _ = opened
+    for _ in range(2):
+        fetched = tier.fetch(A)
+        assert fetched is not None
+        fetched[1].wait()
+    tier.release(A)
+    assert tier.fetch(B) is not None and tier.fetch(C) is None
+    tier.release(A)
+    assert tier.fetch(C) is not None
+
+
+def test_a_failed_read_leaves_nothing_to_find(opened) -> None:
+    tier, truth, _ = opened
+    path = Path(tier._layout.pieces[A][0].path)
+    whole = path.read_bytes()
+    path.write_bytes(b"")
+    fetched = tier.fetch(A)
+    assert fetched is not None
+    with pytest.raises(CacheError, match="ends before byte"):
+        fetched[1].wait()
+    tier.release(A, failed=True)
+    tier.check_integrity()
+    path.write_bytes(whole)
+    assert bring(tier, A) == truth[A] and tier.hits == 0
+
+
+def test_a_closed_reader_leaves_nothing_to_find(opened) -> None:
+    tier, _, reader = opened
+    reader.close()
+    for _ in range(3):
+        with pytest.raises(CacheError, match="closed"):
+            tier.fetch(A)
+        tier.check_integrity()
+    assert (tier.hits, tier.misses) == (0, 0)
+
+
+def test_random_fetches_and_releases_keep_every_byte(opened) -> None:
+    tier, truth, _ = opened
+    rng, held = random.Random(1), []
+    keys = sorted(truth)
+    for _ in range(2000):
+        if held and rng.random() < 0.5:
+            key, slot = held.pop(rng.randrange(len(held)))
+            assert expert_bytes_of(dict(tier.pool.tensors(slot))) == truth[key], f"{key} was overwritten while busy"
+            tier.release(key)
+        else:
+            key = rng.choice(keys)
+            fetched = tier.fetch(key)
+            if fetched is None:
+                assert len({k for k, _ in held}) == 2, f"refused {key} with {held} busy"
+            else:
+                fetched[1].wait()
+                held.append((key, fetched[0]))
+        tier.check_integrity()
+
+
+def test_no_more_host_slots_than_experts_are_allocated(tmp_path: Path) -> None:
+    """`--host-memory` may be larger than the model; pinning the rest would only take memory from others."""
+    layout, _ = make_layout(tmp_path)
+    plan = split_slots(
+        budget_bytes=4 * layout.slot_bytes,
+        slot_bytes=layout.slot_bytes,
+        expert_bytes=layout.expert_bytes,
+        experts_per_layer=layout.experts_per_layer,
+        overhead_bytes=0,
+    )
+    with ExpertCache(layout, plan, eviction=LRU, reader=DiskReader(buffer_bytes=8192), host_slots=10**4) as cache:
+        assert cache._host is not None and cache._host.pool.count == 18
