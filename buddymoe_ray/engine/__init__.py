@@ -1,1 +1,2 @@
-"""Generation: sequences, batching, KV cache, sampling, text. `engine.Engine` is the centre, `llm.LLM` the offline way."""
+"""Generation: sequences, batching, KV cache, sampling, text. `engine.Engine` is the centre, `llm.LLM` the offline door.
+"""
