@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,7 +111,9 @@ class ExpertCache:
         """`[E]` bool on the CPU, True where resident; a live view, not to be written."""
         return self._directory.resident_E[layer]
 
-    def stream(self, layer: int, experts: Sequence[int], *, protect_residency: bool) -> Iterator[tuple[Lease, ...]]:
+    def stream(
+        self, layer: int, experts: Sequence[int], *, protect_residency: bool
+    ) -> Generator[tuple[Lease, ...], None, None]:
         """Lend every expert once, resident ones first, the others as they arrive.
 
         Leases end when the iterator advances or closes. With `protect_residency` (prefill) no resident expert of the

@@ -1,2 +1,1 @@
-"""Generation: sequences, batching, KV cache, sampling, text. `engine.Engine` is the centre, `llm.LLM` the offline door.
-"""
+"""Generation: sequences, batching, KV cache, sampling and text. `engine.Engine` is the centre; `llm.LLM` works offline."""

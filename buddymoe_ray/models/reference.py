@@ -16,7 +16,7 @@ __all__ = ["reference_generate", "reference_model"]
 
 def reference_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The stock model, eager experts, on the CPU."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
     return model.eval()
 
 
@@ -32,7 +32,7 @@ def reference_generate(
     tokenizer = AutoTokenizer.from_pretrained(folder) if any(isinstance(p, str) for p in prompts) else None
     answers = []
     for prompt in prompts:
-        ids = list(tokenizer.encode(prompt)) if tokenizer is not None and isinstance(prompt, str) else list(prompt)  # type: ignore[arg-type]
+        ids = list(tokenizer.encode(prompt)) if tokenizer is not None and isinstance(prompt, str) else list(prompt)
         with torch.no_grad():
             out = model.generate(  # type: ignore[operator]
                 torch.tensor([ids]), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
