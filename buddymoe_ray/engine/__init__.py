@@ -1,1 +1,1 @@
-"""Generation: sequences, batching, KV cache, sampling and text. `engine.Engine` is the centre; `llm.LLM` works offline."""
+"""Generation: sequences, batching, KV cache, sampling, text. Start at `engine.Engine`; `llm.LLM` is the short way."""
