@@ -32,7 +32,7 @@ def make_layout(
         path, content = folder / f"layer{layer}.bin", bytearray(rng.bytes(17 + 8 * layer))
         for expert in range(count):
             key, made = ExpertKey(layer, expert), []
-            data = rng.bytes(first + second)
+            data = _weights(rng, rows * cols)
             cuts = ((0, first // 2, 0), (first // 2, first, first // 2), (first, first + second, down_at))
             for begin, end, slot_offset in cuts:
                 content += rng.bytes(int(rng.integers(1, 50)))
@@ -51,6 +51,13 @@ def make_layout(
         pieces=pieces,
     )
     return layout, truth
+
+
+def _weights(rng: np.random.Generator, count: int) -> bytes:
+    """Finite numbers: `count` in bfloat16 (float32 cut to its upper half), then `count` in float32."""
+    wide = rng.standard_normal(2 * count, dtype=np.float32)
+    narrow = (wide[:count].view(np.uint32) >> 16).astype(np.uint16)
+    return narrow.tobytes() + wide[count:].tobytes()
 
 
 def expert_bytes_of(tensors: dict) -> bytes:  # type: ignore[type-arg]

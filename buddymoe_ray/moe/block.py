@@ -48,13 +48,16 @@ class MoEBlock:
         with closing(self._cache.stream(self.layer, list(rows_of), protect_residency=protect)) as waves:
             for leases in waves:
                 for lease in leases:
-                    rows_R = rows_of[lease.key.expert]
+                    rows_R, tokens_R = rows_of[lease.key.expert]
                     weights = self._scratch.widen(lease.tensors())
-                    y_ND[rows_R] = expert_forward(hidden_TD[rows_R // K], weights, self._math)
+                    x_RD = hidden_TD.index_select(0, tokens_R)
+                    y_ND.index_copy_(0, rows_R, expert_forward(x_RD, weights, self._math))
         return combine(y_ND.view(T, K, -1), weight_TK).to(hidden_TD.dtype)
 
-    def _group(self, ids_TK: Tensor) -> dict[int, Tensor]:
-        """Rows (indices into T*K) of every expert named, in ascending order of expert."""
+    def _group(self, ids_TK: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """Rows (indices into T*K) and tokens of every expert named, in ascending order of expert."""
         sorted_N, order_N = torch.sort(ids_TK.reshape(-1), stable=True)
         named, counts = torch.unique_consecutive(sorted_N, return_counts=True)
-        return dict(zip(named.tolist(), order_N.split(counts.tolist()), strict=True))
+        sizes = counts.tolist()
+        rows, tokens = order_N.split(sizes), (order_N // ids_TK.shape[1]).split(sizes)
+        return dict(zip(named.tolist(), zip(rows, tokens, strict=True), strict=True))

@@ -1,0 +1,118 @@
+"""One MoE layer against the plain formula: any budget, both phases, any routing, to the last bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from experts_on_disk import make_layout
+
+from buddymoe_ray.cache import DiskReader, ExpertCache
+from buddymoe_ray.errors import CacheError
+from buddymoe_ray.kernels import ExpertMath, UpcastScratch, combine, expert_forward
+from buddymoe_ray.moe import MoEBlock, Phase, StepState
+from buddymoe_ray.policy import LRU, split_slots
+from buddymoe_ray.types import ExpertLayout
+
+D, E, K = 20, 6, 3
+MATH = ExpertMath(activate=torch.relu)
+
+
+class Opened:
+    """A block over a cache of `slots` slots, with its step state."""
+
+    def __init__(self, layout: ExpertLayout, slots: int) -> None:
+        plan = split_slots(
+            budget_bytes=slots * layout.slot_bytes,
+            slot_bytes=layout.slot_bytes,
+            expert_bytes=layout.expert_bytes,
+            experts_per_layer=layout.experts_per_layer,
+            overhead_bytes=0,
+        )
+        self.cache = ExpertCache(layout, plan, eviction=LRU, reader=DiskReader(buffer_bytes=8192))
+        self.step = StepState()
+        shapes = {t.name: t.shape for t in layout.tensors}
+        # gate_up_proj is stored in bfloat16, down_proj in float32; the scratch widens both to float32
+        scratch = UpcastScratch(shapes, stored=torch.bfloat16, compute=torch.float32, device=torch.device("cpu"))
+        self.block = MoEBlock(layer=1, cache=self.cache, math=MATH, scratch=scratch, step=self.step)
+
+
+def routing(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(E, generator=rng)[:K] for _ in range(tokens)])
+    return torch.randn(tokens, D, generator=rng), ids, torch.rand(tokens, K, generator=rng)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9, 40])
+def test_every_budget_and_phase_gives_the_same_bits(tmp_path: Path, tokens: int) -> None:
+    layout, _ = make_layout(tmp_path)
+    hidden, ids, weights = routing(tokens, seed=tokens)
+    answers = []
+    for slots in (2, 3, 7, 12, 18):
+        opened = Opened(layout, slots)
+        for phase in (Phase.PREFILL, Phase.DECODE, Phase.DECODE):
+            opened.step.begin(phase, tokens)
+            answers.append(opened.block(hidden, ids, weights))
+        opened.cache.check_integrity()
+        opened.cache.close()
+    assert all(torch.equal(answers[0], other) for other in answers[1:])
+
+
+def test_it_is_the_formula(tmp_path: Path) -> None:
+    layout, _ = make_layout(tmp_path)
+    opened = Opened(layout, 18)
+    hidden, ids, weights = routing(7, seed=1)
+    opened.step.begin(Phase.PREFILL, 7)
+    got = opened.block(hidden, ids, weights)
+    experts = {}
+    for leases in opened.cache.stream(1, range(E), protect_residency=False):
+        for lease in leases:
+            experts[lease.key.expert] = {name: t.float().clone() for name, t in lease.tensors().items()}
+    y = torch.stack(
+        [
+            torch.stack([expert_forward(hidden[t : t + 1], experts[e], MATH)[0] for e in row])
+            for t, row in enumerate(ids.tolist())
+        ]
+    )
+    torch.testing.assert_close(got, combine(y, weights))
+    opened.cache.close()
+
+
+def test_hits_are_counted_as_the_step_found_them(tmp_path: Path) -> None:
+    layout, _ = make_layout(tmp_path)
+    opened = Opened(layout, 18)
+    hidden, ids, weights = routing(4, seed=2)
+    opened.step.begin(Phase.DECODE, 4)
+    opened.block(hidden, ids, weights)
+    assert opened.step.hits_T.tolist() == [0, 0, 0, 0] and opened.step.uses_per_row == K
+    opened.step.begin(Phase.DECODE, 4)
+    opened.block(hidden, ids, weights)
+    assert opened.step.hits_T.tolist() == [K] * 4
+    opened.cache.close()
+
+
+def test_probing_loads_nothing(tmp_path: Path) -> None:
+    layout, _ = make_layout(tmp_path)
+    opened = Opened(layout, 7)
+    hidden, ids, weights = routing(1, seed=3)
+    opened.step.begin(Phase.PROBE, 1)
+    assert not opened.block(hidden, ids, weights).any() and opened.cache.stats().misses == 0
+    opened.cache.close()
+
+
+def test_a_failed_read_leaves_the_layer_usable(tmp_path: Path) -> None:
+    layout, _ = make_layout(tmp_path)
+    opened = Opened(layout, 3)
+    path = tmp_path / "layer1.bin"
+    whole = path.read_bytes()
+    path.write_bytes(b"")
+    hidden, ids, weights = routing(5, seed=4)
+    opened.step.begin(Phase.DECODE, 5)
+    with pytest.raises(CacheError):
+        opened.block(hidden, ids, weights)
+    opened.cache.check_integrity()
+    path.write_bytes(whole)
+    opened.step.begin(Phase.DECODE, 5)
+    assert opened.block(hidden, ids, weights).isfinite().all()
+    opened.cache.close()
