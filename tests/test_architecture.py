@@ -17,7 +17,7 @@ WORDS = {"types", "errors", "config", "observe"}
 BELOW = {
     "policy": WORDS,
     "kernels": WORDS,
-    "cache": WORDS | {"policy"},
+    "cache": WORDS,
     "moe": WORDS | {"policy", "kernels", "cache"},
     "models": WORDS | {"policy", "kernels", "cache", "moe"},
     "engine": WORDS | {"policy", "kernels", "cache", "moe", "models"},

@@ -143,8 +143,10 @@ class ExpertCache:
                 yield from self._lend(self._arrived(loads))
         finally:
             self._directory.leased.difference_update(resident)
-            self._settle(loads)
-            self._directory.kept.clear()
+            try:
+                self._settle(loads)
+            finally:
+                self._directory.kept.clear()
 
     def warm(self, progress: Callable[..., Iterable[int]] = lambda items, **_: items) -> None:
         """Fill every layer's slots with its first experts, so that a full budget starts fully resident."""

@@ -35,29 +35,39 @@ class IncrementalDetokenizer:
         self._ids = self._context(prompt_ids)
         self._start = 0  # where the window begins
         self._read = len(self._ids)  # ids up to here are emitted
+        self._owed = 0  # ... but for so many U+FFFD at their end, which may be a character begun
 
     def push(self, ids: Sequence[int]) -> str:
         """Add ids; returns the whole characters they complete."""
         self._ids += ids
         end = len(self._ids)
-        before = self._decode(self._ids[self._start : self._read])
+        before = self._emitted()
         after = self._decode(self._ids[self._start :])
         if after.endswith(_BROKEN):
             if end - self._read < _LONGEST_HOLD:
                 return ""
             end, after = self._whole(end)
+            owed = min(_UNFINISHED, len(after) - len(after.rstrip(_BROKEN)))
         elif after == before:
             self._forget_silent(has_context=before != "")
             return ""
-        self._start, self._read = self._read, end
-        return _added(before, after)
+        else:
+            owed = 0
+        self._start, self._read, self._owed = self._read, end, owed
+        return _added(before, after[: len(after) - owed])
 
     def flush(self) -> str:
         """What is still held, less an unfinished character."""
-        before = self._decode(self._ids[self._start : self._read])
+        before = self._emitted()
         after = self._decode(self._ids[self._start :])
         self._start = self._read = len(self._ids)
+        self._owed = 0
         return _added(before, after).rstrip(_BROKEN)
+
+    def _emitted(self) -> str:
+        """Text of the window that was emitted."""
+        text = self._decode(self._ids[self._start : self._read])
+        return text[: len(text) - self._owed]
 
     def _context(self, prompt_ids: Sequence[int]) -> list[int]:
         """The end of the prompt, from the start of a character on: bytes cut out of one spoil those after them."""
@@ -68,7 +78,10 @@ class IncrementalDetokenizer:
         return list(prompt_ids[-_CONTEXT:])
 
     def _whole(self, end: int) -> tuple[int, str]:
-        """Where a text that ends broken is cut so that a character begun at its end stays whole; and the text there."""
+        """Where a text that ends broken is cut so that a character begun at its end stays whole; and the text there.
+
+        Tokens that each end one character and begin the next leave no such place: then the begun one is owed.
+        """
         for cut in range(end - 1, end - 1 - _UNFINISHED, -1):
             text = self._decode(self._ids[self._start : cut])
             if not text.endswith(_BROKEN):

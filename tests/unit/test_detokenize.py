@@ -67,6 +67,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 @settings(max_examples=250, deadline=None)
 @example(prompt="", text="🙂", chunk_sizes=[1])
+@example(prompt="", text="ÀÀÀÀÀ一👩\u200d👩\u200d👧\u200d👦", chunk_sizes=[5, 12])
 @example(prompt="", text="e\u0301" * 20 + "世", chunk_sizes=[17])
 @example(prompt="🙂你好", text="世界", chunk_sizes=[1])
 @given(prompt=texts, text=texts, chunk_sizes=sizes)
@@ -154,6 +155,25 @@ def test_broken_bytes_are_shown_in_the_end_and_do_not_eat_what_follows(spelt: st
     for count in range(1, 60):
         ids = [lone] * count + follows
         assert "".join(stream(tokenizer, [], ids, [1])) == decode(tokenizer, ids) == BROKEN * count + "龘世"
+
+
+def test_tokens_that_each_end_a_character_and_begin_the_next_are_shown_whole() -> None:
+    """No cut in such a run is whole, however long it gets: joined emoji are written so."""
+    tokenizer = bpe()
+    for count in (10, 16, 17, 40):
+        text = "x" + "👩\u200d" * count + "y"
+        ids = encode(tokenizer, text)
+        assert any(decode(tokenizer, [i]).endswith(BROKEN) and len(decode(tokenizer, [i])) > 1 for i in ids)
+        for size in (1, 2, 5, 40):
+            assert "".join(stream(tokenizer, [], ids, [size])) == text
+
+
+def test_broken_bytes_inside_such_tokens_are_kept() -> None:
+    tokenizer, rng = bpe(), random.Random(0)
+    straddling = [i for i in range(len(tokenizer)) if len(t := decode(tokenizer, [i])) > 1 and t.endswith(BROKEN)]
+    for _ in range(200):
+        ids = [rng.choice(straddling) for _ in range(40)] + encode(tokenizer, " end")
+        assert "".join(stream(tokenizer, [], ids, [1])) == decode(tokenizer, ids)
 
 
 def test_flush_drops_an_unfinished_character_only() -> None:
