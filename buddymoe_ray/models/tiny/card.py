@@ -62,6 +62,7 @@ TRAINING = """
 The learning rate fell linearly to zero over the last {decay} steps. {minutes:.0f} minutes on two shared CPU cores
 ({speed:.0f} tokens/s), float32. Muon for attention and expert matrices, AdamW for the rest; balance loss {balance}.
 torch {torch}, transformers {transformers}.
+Each command below was stopped by hand and continued by the next; seconds count kept steps only.
 
 ```
 {commands}
