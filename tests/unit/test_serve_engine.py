@@ -127,7 +127,7 @@ async def test_a_closed_stream_frees_its_slot_within_one_step(worker: Worker, en
         request_id="leaver",
         messages=(ChatMessage(role="user", content="x"),),
         sampling=SamplingParams(ignore_eos=True),
-        max_tokens=1500,
+        max_tokens=900,
         flush_seconds=0.0,
     )
     async with aclosing(worker.generate(asked)) as replies:
