@@ -58,7 +58,6 @@ def test_greedy_tokens_are_those_of_generate(checkpoints, name: str, memory: str
     folder, prompts, expected = checkpoints[name]
     if batch == 1:
         prompts, expected = prompts[:5], expected[:5]
-    memory = "30%" if (name, memory) == ("mixtral", "25%") else memory  # 18 experts: a quarter is below two slots' room
     with LLM(str(folder), memory=memory, dtype="float32", max_running=batch, prefill_chunk=24) as llm:
         results = llm.generate(prompts, max_tokens=NEW)
         llm.engine.cache.check_integrity()
