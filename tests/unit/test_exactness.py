@@ -91,10 +91,10 @@ def test_bfloat16_bits_do_not_depend_on_the_budget(tmp_path: Path, name: str) ->
 
 
 def test_bfloat16_leaves_generate_only_at_near_ties(tmp_path: Path) -> None:
-    """Where the tokens first differ, the reference's two best logits are within its own bfloat16 noise.
+    """Where the tokens first differ, the reference's gap is within twice its own bfloat16 noise at that very token.
 
-    The noise is the largest distance of its logits from float32's over the same texts: it includes tokens whose routing
-    bfloat16 flips, which is where such jumps come from.
+    The noise is the distance of its logits from float32's there, over the whole text. Measured: .03 at the median, .12
+    where bfloat16 flips a route; transformers' eager and grouped_mm differ from each other at the same tokens.
     """
     build_checkpoint("olmoe", tmp_path)
     model = reference_model(tmp_path, torch.bfloat16)
@@ -106,11 +106,11 @@ def test_bfloat16_leaves_generate_only_at_near_ties(tmp_path: Path) -> None:
     texts = [torch.tensor([prompt + answer]) for prompt, answer in zip(prompts, expected, strict=True)]
     with torch.no_grad():
         logits = [model(text).logits[0].float() for text in texts]
-        noise = max(float((own - wide(text).logits[0]).abs().max()) for own, text in zip(logits, texts, strict=True))
-    for prompt, ours, theirs, own in zip(prompts, got, expected, logits, strict=True):
+        noise = [(own - wide(text).logits[0]).abs().amax(dim=-1) for own, text in zip(logits, texts, strict=True)]
+    for prompt, ours, theirs, own, noise_T in zip(prompts, got, expected, logits, noise, strict=True):
         at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
         if at is not None:
-            row = own[len(prompt) + at - 1]
-            gap = float(row[theirs[at]] - row[ours[at]])
-            assert gap <= noise, f"differs at {at} where the reference's gap is {gap}, its noise {noise}"
-    assert noise < 1.0 and any(ours == theirs for ours, theirs in zip(got, expected, strict=True))
+            row = len(prompt) + at - 1
+            gap, limit = float(own[row][theirs[at]] - own[row][ours[at]]), 2 * float(noise_T[row])
+            assert gap <= limit, f"differs at {at} where the reference's gap is {gap}, must be at most {limit}"
+    assert sum(ours == theirs for ours, theirs in zip(got, expected, strict=True)) >= 4
