@@ -1,4 +1,4 @@
-"""Continuous batching: which sequences prefill and which decode in the next step. Pure Python, no torch, no clock.
+"""Continuous batching: which sequences prefill and which decode in the next step. Touches no tensor and no clock.
 
 First come, first served. A sequence is admitted only when blocks for all it may ever need are free, so no running
 sequence is ever pushed out. Invariant: blocks held by sequences and free blocks make up the pool (`check_integrity`).
