@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": "score a corpus step by step against the exact engine",
     "bench": "measure decode and prefill speed, latency, bytes and memory",
     "plan": "show what would live where, before anything loads",
+    "profile": "calibrate stand-ins on a corpus: what each costs, in a file and a report",
     "synth": "write a random-weight checkpoint of a real shape",
 }
 

@@ -17,6 +17,12 @@ __all__ = ["EngineConfig", "api_key_from_environment"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BATCHING = ("auto", "packed", "solo")
+EXPERT_DTYPES = ("native", "bf16", "int8", "int4")
+POLICIES = ("ladder", "buddymoe")
+STANDINS = (
+    *("auto", "lowbit", "lowbit2", "lowbit3", "lowbit4", "lowrank"),
+    *("buddy:coactivation", "buddy:router", "buddy:output", "mean", "drop", "random"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +33,16 @@ class EngineConfig:
         model: `builtin:tiny`, a checkpoint folder, or a hub id.
         memory: device budget for routed experts, staging and scratch included: `25%` of their stored bytes, or `6GiB`.
         host_memory: host-tier budget between device and disk, same forms; `0` is no host tier.
-        mode: `exact` answers every miss with the expert itself.
+        mode: `exact` answers every miss with the expert itself; `bounded` lets stand-ins answer within `budget`; `fast`
+            never waits in decode. A request may ask for another where stand-ins are loaded.
+        budget: mean extra loss (nats) per generated token that `bounded` may spend; .003 is about .3 % of perplexity.
+        standin: what answers for a missing expert: `auto` (the best mix by the profile), `lowbit`, `lowbit2`, `lowbit3`,
+            `lowbit4`, `lowrank`, `buddy:coactivation`, `buddy:router`, `buddy:output`, `mean`, `drop`, `random`.
+        standin_layers: MoE layers where stand-ins may answer, as `0,2,3`; None is all. Elsewhere misses are fetched.
+        policy: `ladder` (cheapest rung within the budget) or `buddymoe` (the paper whole, its gates fetch).
+        profile: calibration file; None is the one beside the checkpoint.
+        expert_dtype: precision the experts are served in: `native`, `bf16`, `int8`, `int4`.
+        guard_share: share of `bounded` and `fast` sequences recomputed exactly to check their cost; 0 is off.
         dtype: compute dtype; `auto` is float32 for `builtin:tiny` and float32 checkpoints, else the checkpoint's.
         device: `auto` (cuda when there is one, else cpu), `cpu`, `cuda`, `cuda:1`.
         threads: CPU threads of the compute kernels.
@@ -44,6 +59,13 @@ class EngineConfig:
     memory: str = "25%"
     host_memory: str = "0"
     mode: Mode = "exact"
+    budget: float = 0.003
+    standin: str = "auto"
+    standin_layers: str | None = None
+    policy: str = "ladder"
+    profile: str | None = None
+    expert_dtype: str = "native"
+    guard_share: float = 0.02
     dtype: str = "auto"
     device: str = "auto"
     threads: int = 1
@@ -55,7 +77,13 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _one_of("mode", self.mode, get_args(Mode) or ("exact",))
+        _one_of("mode", self.mode, get_args(Mode))
+        _one_of("standin", self.standin, STANDINS)
+        _one_of("policy", self.policy, POLICIES)
+        _one_of("expert_dtype", self.expert_dtype, EXPERT_DTYPES)
+        self.chosen_layers()
+        _between("budget", self.budget, 0.0, 1.0)
+        _between("guard_share", self.guard_share, 0.0, 1.0)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("batching", self.batching, BATCHING)
         for name in ("threads", "max_running", "prefill_chunk"):
@@ -64,6 +92,17 @@ class EngineConfig:
             _at_least("max_model_len", self.max_model_len, 2)
         if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
             raise ConfigError(f"device is {self.device!r}, must be auto, cpu, cuda or cuda:N. hint: leave it at auto")
+
+    def chosen_layers(self) -> frozenset[int] | None:
+        """`standin_layers` as numbers, None for all. Raises ConfigError."""
+        if self.standin_layers is None:
+            return None
+        parts = self.standin_layers.split(",")
+        if not all(part.strip().isdecimal() for part in parts):
+            raise ConfigError(
+                f"standin_layers is {self.standin_layers!r}, must be layer numbers like 0,2,3. hint: leave it out for all"
+            )
+        return frozenset(int(part) for part in parts)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -89,6 +128,11 @@ def api_key_from_environment(variable: str = "BUDDYMOE_API_KEY") -> str | None:
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} is {value!r}, must be {' or '.join(allowed)}. hint: see EngineConfig")
+
+
+def _between(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}, must be a number from {low:g} to {high:g}. hint: see EngineConfig")
 
 
 def _at_least(name: str, value: object, least: int) -> None:

@@ -6,6 +6,7 @@
     │       └── ModelNotFound           the request names a model that is not served (HTTP 404)
     ├── CheckpointError                 the checkpoint cannot be served: missing, truncated, unmapped, NaN
     │   └── UnsupportedModel            a family or storage format that has no path here
+    ├── ProfileError                    a calibration is missing, damaged, of another model, or not enough
     ├── BudgetError                     the memory budget cannot hold the minimum
     ├── CapacityError                   the service is full now; retry later (HTTP 503)
     └── CacheError                      bytes could not be brought to a tier (disk error, closed cache)
@@ -23,6 +24,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ModelNotFound",
+    "ProfileError",
     "RequestError",
     "UnsupportedModel",
 ]
@@ -54,6 +56,10 @@ class CheckpointError(BuddyMoEError):
 
 class UnsupportedModel(CheckpointError):
     """The model family or its storage format has no path here."""
+
+
+class ProfileError(BuddyMoEError):
+    """A calibration cannot be made or used: missing, damaged, of another model, or without what is asked of it."""
 
 
 class BudgetError(BuddyMoEError):

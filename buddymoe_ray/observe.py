@@ -7,7 +7,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["EngineSnapshot", "peak_rss_bytes", "process_read_bytes"]
+from buddymoe_ray.types import GuardState, StandinUses
+
+__all__ = ["EngineSnapshot", "GuardSnapshot", "peak_rss_bytes", "process_read_bytes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardSnapshot:
+    """What the guard has seen. Means are per token, in nats, over the latest `sampled_tokens`; `reason` says why it
+    tripped or is off."""
+
+    state: GuardState = "off"
+    measured_kl: float = 0.0
+    measured_se: float = 0.0
+    predicted: float = 0.0
+    sampled_tokens: int = 0
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +30,8 @@ class EngineSnapshot:
     """State of one engine at one moment; counters are cumulative since start.
 
     `hits` and `misses` count (layer, expert) lookups of the cache, `bytes_read_disk` what the disk was asked for
-    (alignment included), `stall_seconds` the time the model waited for experts.
+    (alignment included), `stall_seconds` the time the model waited for experts. `use_hits`, `use_fetched` and `standins`
+    count (token, slot) uses of decode steps, `expected_rise` the nats charged for stand-ins.
     """
 
     running: int
@@ -28,6 +44,11 @@ class EngineSnapshot:
     bytes_loaded_device: int
     bytes_read_disk: int
     stall_seconds: float
+    use_hits: int = 0
+    use_fetched: int = 0
+    standins: StandinUses = StandinUses()
+    expected_rise: float = 0.0
+    guard: GuardSnapshot = GuardSnapshot()
 
 
 def peak_rss_bytes() -> int:

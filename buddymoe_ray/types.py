@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-Mode = Literal["exact"]
+Mode = Literal["exact", "bounded", "fast"]
+GuardState = Literal["off", "ok", "tripped"]
 
 
 class ExpertKey(NamedTuple):
@@ -68,12 +69,36 @@ class TokenLogprob:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """One sequence to generate. `prompt_token_ids` is never empty; `request_id` is unique within an engine."""
+    """One sequence to generate. `prompt_token_ids` is never empty; `request_id` is unique within an engine.
+
+    `mode` and `budget` (nats of expected extra loss per generated token, for `bounded`) are the engine's where None.
+    `record` asks for the request's expert uses with its last event; `replay` is such a record: every use is answered as
+    it says, so the same tokens come out whatever is resident now.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
-    mode: Mode = "exact"
+    mode: Mode | None = None
+    budget: float | None = None
+    record: bool = False
+    replay: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandinUses:
+    """How many (token, slot) uses each kind of stand-in answered."""
+
+    lowbit: int = 0
+    lowrank: int = 0
+    buddy: int = 0
+    mean: int = 0
+    drop: int = 0
+
+    @property
+    def total(self) -> int:
+        """Uses answered by any stand-in."""
+        return self.lowbit + self.lowrank + self.buddy + self.mean + self.drop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +106,9 @@ class Usage:
     """What one request cost.
 
     Expert uses are (token, slot) pairs of its decode steps: `hits` found their expert resident when the step began,
-    `fetched` waited for it. `cached_prompt_tokens` is the part of the prompt whose KV was reused.
+    `fetched` waited for it, `standins` were answered by something else at an `expected_rise` of loss (nats, summed over
+    the completion). `mode` is what the request got, `requested_mode` what it asked for: they differ when `guard` is
+    `tripped`. `budget` is the allowance per generated token of a `bounded` request.
     """
 
     prompt_tokens: int = 0
@@ -89,13 +116,19 @@ class Usage:
     hits: int = 0
     fetched: int = 0
     mode: Mode = "exact"
+    requested_mode: Mode = "exact"
+    budget: float | None = None
+    standins: StandinUses = StandinUses()
+    expected_rise: float = 0.0
+    guard: GuardState = "off"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenEvent:
     """What one step added to one request. `text` is whole characters only; `usage` comes with the last event.
 
-    `error` is the message of an error that ended the request (finish_reason "error").
+    `error` is the message of an error that ended the request (finish_reason "error"); `record` comes with the last
+    event of a request that asked for it.
     """
 
     request_id: str
@@ -105,6 +138,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: str | None = None
+    record: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +152,7 @@ class EngineResult:
     finish_reason: FinishReason
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] = field(default=())
+    record: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +209,8 @@ class SlotPlan:
     """How a device budget is cut into expert slots; decided by `policy.memory.split_slots`, obeyed by the cache.
 
     `layer_slots[l]` slots belong to MoE layer l, `wave_slots` to whoever needs one for a moment. `overhead_bytes` is
-    what staging and scratch take from the same budget. `fully_resident` plans hold every expert and need no waves.
+    what staging, scratch and stand-ins take from the same budget. `fully_resident` plans hold every expert and need no
+    waves. `pinned[l]`, where given, names the experts that keep layer l's slots for good.
     """
 
     budget_bytes: int
@@ -183,6 +219,7 @@ class SlotPlan:
     wave_slots: int
     layer_slots: tuple[int, ...]
     fully_resident: bool
+    pinned: tuple[tuple[int, ...], ...] = ()
 
     @property
     def slots_total(self) -> int:

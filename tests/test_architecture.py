@@ -21,9 +21,10 @@ BELOW = {
     "moe": WORDS | {"policy", "kernels", "cache"},
     "models": WORDS | {"policy", "kernels", "cache", "moe"},
     "engine": WORDS | {"policy", "kernels", "cache", "moe", "models"},
+    "calibrate": WORDS | {"policy", "kernels", "cache", "moe", "models", "engine"},
     "serve": WORDS | {"models", "engine"},
     "client": WORDS | {"serve", "engine", "models"},
-    "commands": WORDS | {"models", "engine", "policy", "commands"},
+    "commands": WORDS | {"models", "engine", "calibrate", "policy", "commands"},
     "device_check": WORDS | {"models", "engine", "commands"},
     "cli": WORDS | {"commands"},
     "__init__": WORDS | {"engine"},
@@ -34,7 +35,10 @@ ONLY_IN = {
     "transformers": {"models", "engine"},
     "pynvml": {"engine"},
     "fastapi": {"serve"},
-    "torch": {"kernels", "cache", "moe", "models", "engine", "device_check"},
+    "torch": {"policy", "kernels", "cache", "moe", "models", "engine", "calibrate", "device_check"},
+    "numba": {"kernels"},
+    "llvmlite": {"kernels"},
+    "triton": {"kernels"},
 }
 
 

@@ -2,6 +2,7 @@
 
 from buddymoe_ray.cache.disk import DiskReader
 from buddymoe_ray.cache.expert_cache import CacheStats, Eviction, ExpertCache
-from buddymoe_ray.cache.pool import Lease
+from buddymoe_ray.cache.pool import Lease, slot_views
+from buddymoe_ray.cache.standin_pool import StandinPool
 
-__all__ = ["CacheStats", "DiskReader", "Eviction", "ExpertCache", "Lease"]
+__all__ = ["CacheStats", "DiskReader", "Eviction", "ExpertCache", "Lease", "StandinPool", "slot_views"]

@@ -117,11 +117,12 @@ class ExpertCache:
         """Lend every expert once, resident ones first, the others as they arrive.
 
         Leases end when the iterator advances or closes. With `protect_residency` (prefill) no resident expert of the
-        layer gives way: misses pass through wave slots.
+        layer gives way: misses pass through wave slots; so it is in every phase when the plan pins experts.
 
         Raises:
             CacheError: an expert's bytes could not be read. Other loads of the call are finished and kept.
         """
+        protect_residency = protect_residency or bool(self.plan.pinned)
         slots = self._directory.slot_of[layer]
         resident = [slots[e] for e in experts if slots[e] >= 0]
         self._hits += len(resident)
@@ -149,10 +150,11 @@ class ExpertCache:
                 self._directory.kept.clear()
 
     def warm(self, progress: Callable[..., Iterable[int]] = lambda items, **_: items) -> None:
-        """Fill every layer's slots with its first experts, so that a full budget starts fully resident."""
+        """Fill every layer's slots: with the experts the plan pins, else with the first ones."""
         for layer in progress(range(len(self.plan.layer_slots)), total=len(self.plan.layer_slots), desc="experts"):
             slots = self._directory.slot_of[layer]
-            absent = [e for e in range(self.plan.layer_slots[layer]) if slots[e] < 0]
+            wanted = self.plan.pinned[layer] if self.plan.pinned else range(self.plan.layer_slots[layer])
+            absent = [e for e in wanted if slots[e] < 0]
             for _ in self.stream(layer, absent, protect_residency=True):
                 pass
         self._hits = self._misses = 0

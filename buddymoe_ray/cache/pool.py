@@ -16,7 +16,7 @@ from torch import Tensor
 
 from buddymoe_ray.types import ExpertKey, ExpertLayout
 
-__all__ = ["Lease", "SlotPool"]
+__all__ = ["Lease", "SlotPool", "slot_views"]
 
 
 class SlotPool:
@@ -27,7 +27,7 @@ class SlotPool:
         self.count, self.device = count, device
         self.bytes_C = torch.empty(count, layout.slot_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
         self.generation = [0] * count
-        self._views = [_views(self.bytes_C[slot], layout) for slot in range(count)]
+        self._views = [slot_views(self.bytes_C[slot], layout) for slot in range(count)]
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +60,8 @@ class Lease:
         return self.pool.tensors(self.slot)
 
 
-def _views(slot_bytes: Tensor, layout: ExpertLayout) -> dict[str, Tensor]:
+def slot_views(slot_bytes: Tensor, layout: ExpertLayout) -> dict[str, Tensor]:
+    """The named tensors of `layout` as views of one slot's bytes."""
     return {
         t.name: slot_bytes[t.offset : t.offset + t.nbytes].view(getattr(torch, t.dtype)).view(t.shape)
         for t in layout.tensors

@@ -23,7 +23,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `bench`."""
-    add_engine_arguments(parser)
+    add_engine_arguments(parser, many_modes=True)
     add_json_argument(parser)
     parser.add_argument("--batch", default="1", help="sequences side by side; a list makes rows: 1,8")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="prompt length")
@@ -40,8 +40,9 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be at least 1. hint: drop it")
     ids = _corpus_ids(args)
     rows = [
-        (engine_config(args, memory=memory, max_running=batch), _workload(args, batch))
+        (engine_config(args, memory=memory, mode=mode, max_running=batch, guard_share=0.0), _workload(args, batch))
         for memory in args.memory.split(",")
+        for mode in args.mode.split(",")
         for batch in _integers("--batch", args.batch)
     ]
     rounds: list[list[dict[str, Any]]] = [[] for _ in rows]
@@ -87,7 +88,7 @@ def _corpus_ids(args: argparse.Namespace) -> tuple[int, ...]:
 
 
 def _conditions(config: EngineConfig) -> dict[str, Any]:
-    names = ("model", "memory", "host_memory", "mode", "dtype", "device", "threads")
+    names = ("model", "memory", "host_memory", "mode", "standin", "expert_dtype", "dtype", "device", "threads")
     return {name: getattr(config, name) for name in names} | {"machine": platform.machine(), "cores": os.cpu_count()}
 
 

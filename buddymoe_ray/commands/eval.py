@@ -1,7 +1,8 @@
 """`buddymoe eval`: perplexity of an engine beside the exact one on the same windows, decoded step by step.
 
 Windows of 256 tokens: 64 are prefilled, the other 192 are scored one decode step at a time (teacher forcing) through
-the Engine that serves. Errors are of paired differences, clustered by window.
+the Engine that serves. Errors are of paired differences, clustered by window. Lists in `--memory` and `--standin` make
+a row each, all scored beside one exact engine.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from buddymoe_ray.commands.common import add_engine_arguments, add_json_argument, emit, engine_config, progress
+from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.errors import ConfigError
 
 __all__ = ["add_arguments", "run"]
@@ -28,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one record; exit status 0."""
-    from buddymoe_ray.engine.evaluate import cut_windows, evaluate
+    """Print a record per memory and stand-in; exit status 0."""
+    from buddymoe_ray.engine.evaluate import cut_windows, evaluate_many
     from buddymoe_ray.models.resolve import resolve_model
     from buddymoe_ray.models.tokenizer import load_tokenizer
 
@@ -41,10 +43,21 @@ def run(args: argparse.Namespace) -> int:
             f"model {args.model} has no tokenizer, must have one for eval. hint: copy tokenizer.json there"
         )
     windows = cut_windows(encode_corpus(tokenizer, args.corpus), tokens=args.tokens)
-    config = engine_config(args, max_running=args.batch)
-    result = evaluate(config, windows, batch=args.batch, progress=progress)
-    emit({"model": args.model, "memory": args.memory, "mode": args.mode, **result.as_record()}, as_json=args.json)
+    configs = [
+        engine_config(args, memory=memory, standin=standin, max_running=args.batch, guard_share=0.0)
+        for memory in args.memory.split(",")
+        for standin in args.standin.split(",")
+    ]
+    for config, result in zip(configs, evaluate_many(configs, windows, batch=args.batch, progress=progress), strict=True):
+        emit(_conditions(config) | result.as_record(), as_json=args.json)
     return 0
+
+
+def _conditions(config: EngineConfig) -> dict[str, Any]:
+    names = ["model", "memory", "expert_dtype", "mode"]
+    names += ["budget"] if config.mode == "bounded" else []
+    names += ["standin", "standin_layers", "policy"] if config.mode != "exact" else []
+    return {name: getattr(config, name) for name in names}
 
 
 def encode_corpus(tokenizer: Any, names: list[str]) -> list[int]:

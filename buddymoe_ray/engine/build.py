@@ -7,36 +7,29 @@ cache. Decides sizes, runs nothing.
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
-from tqdm import tqdm
 
-from buddymoe_ray.cache import DiskReader, ExpertCache
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine import attention
 from buddymoe_ray.engine.engine import EngineLimits, EngineParts
+from buddymoe_ray.engine.experts import ExpertTier, open_experts
+from buddymoe_ray.engine.guard import GuardWork
 from buddymoe_ray.engine.kv import KVPool
 from buddymoe_ray.engine.machine import available_memory_bytes, pick_device
 from buddymoe_ray.engine.runner import PackedRunner, Runner, SoloRunner, probe_kv_shapes
 from buddymoe_ray.engine.scheduler import Scheduler
 from buddymoe_ray.errors import BudgetError, ConfigError
-from buddymoe_ray.kernels import ExpertMath, UpcastScratch
-from buddymoe_ray.models.experts_hook import attach
 from buddymoe_ray.models.load import LoadedModel, load_model
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.shape import describe
 from buddymoe_ray.models.tokenizer import load_tokenizer
-from buddymoe_ray.moe import MoEBlock, StepState
-from buddymoe_ray.policy import LRU, parse_memory, plan_staging, split_slots
-from buddymoe_ray.types import ExpertLayout
+from buddymoe_ray.moe import StepState
+from buddymoe_ray.policy import Guard, parse_memory
 
-__all__ = ["BLOCK_SIZE", "build_parts", "scratch_bytes", "torch_dtype"]
+__all__ = ["BLOCK_SIZE", "build_parts", "torch_dtype"]
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +48,7 @@ def build_parts(config: EngineConfig, *, text: bool = True) -> EngineParts:
     name = attention.NAME if packed else None
     loaded = load_model(folder, dtype=torch_dtype(config.dtype), device=device, attn=name)
     step = StepState()
-    cache = _attach_experts(config, loaded, step)
+    experts = open_experts(config, loaded, step)
     try:
         kv = _KVSize.choose(config, loaded, packed, step)
         scheduler = Scheduler(
@@ -66,20 +59,29 @@ def build_parts(config: EngineConfig, *, text: bool = True) -> EngineParts:
         )
         return EngineParts(
             config=config,
-            cache=cache,
+            experts=experts,
             runner=kv.runner,
             scheduler=scheduler,
+            guard=_guard(config, experts, kv.runner, scheduler),
             step=step,
             limits=EngineLimits(
                 max_model_len=kv.max_model_len, max_running=config.max_running, kv_tokens=kv.blocks * BLOCK_SIZE
             ),
             vocab_size=loaded.vocab_size,
+            loaded=loaded,
             eos_token_ids=loaded.eos_token_ids,
             tokenizer=load_tokenizer(folder) if text else None,
         )
     except BaseException:
-        cache.close()
+        experts.cache.close()
         raise
+
+
+def _guard(config: EngineConfig, experts: ExpertTier, runner: Runner, scheduler: Scheduler) -> GuardWork | None:
+    if experts.setup is None or not config.guard_share:
+        return None
+    limit = config.budget if config.mode == "bounded" else max(config.budget, 2 * experts.setup.expected_harm)
+    return GuardWork(guard=Guard(limit=limit), runner=runner, scheduler=scheduler, share=config.guard_share)
 
 
 def torch_dtype(name: str) -> torch.dtype | None:
@@ -87,86 +89,11 @@ def torch_dtype(name: str) -> torch.dtype | None:
     return None if name == "auto" else getattr(torch, name)
 
 
-def scratch_bytes(layout: ExpertLayout, compute: torch.dtype) -> int:
-    """Bytes of the upcast scratch, which count against the expert budget."""
-    return UpcastScratch.nbytes_for(_shapes(layout), stored=_stored(layout), compute=compute)
-
-
 def _packed(config: EngineConfig, folder: Path) -> bool:
     family = describe(folder)
     if config.batching == "packed" and not family.packed:
         raise ConfigError(f"batching is 'packed', must be 'solo' for {family.model_type}. hint: leave it at auto")
     return family.packed and config.batching != "solo"
-
-
-def _shapes(layout: ExpertLayout) -> dict[str, tuple[int, ...]]:
-    return {tensor.name: tensor.shape for tensor in layout.tensors}
-
-
-def _stored(layout: ExpertLayout) -> torch.dtype:
-    return getattr(torch, layout.tensors[0].dtype)
-
-
-def _open_cache(config: EngineConfig, loaded: LoadedModel) -> ExpertCache:
-    layout, on_gpu = loaded.layout, loaded.device.type != "cpu"
-    budget = parse_memory(config.memory, total_expert_bytes=layout.total_bytes)
-    largest = max(piece.nbytes for pieces in layout.pieces.values() for piece in pieces)
-    staging = plan_staging(largest_piece=largest, budget_bytes=budget)
-    plan = split_slots(
-        budget_bytes=budget,
-        slot_bytes=layout.slot_bytes,
-        expert_bytes=layout.expert_bytes,
-        experts_per_layer=layout.experts_per_layer,
-        overhead_bytes=scratch_bytes(layout, loaded.compute_dtype) + (0 if on_gpu else staging.nbytes),
-    )
-    cache = ExpertCache(
-        layout,
-        plan,
-        eviction=LRU,
-        reader=DiskReader(depth=staging.depth, buffer_bytes=staging.buffer_bytes),
-        device=loaded.device,
-        host_slots=parse_memory(config.host_memory, total_expert_bytes=layout.total_bytes) // layout.slot_bytes,
-    )
-    try:
-        cache.warm(progress=_progress)
-    except BaseException:
-        cache.close()
-        raise
-    return cache
-
-
-def _progress(items: Iterable[int], **options: Any) -> Iterable[int]:
-    return tqdm(items, disable=not sys.stderr.isatty(), file=sys.stderr, **options)
-
-
-def _attach_experts(config: EngineConfig, loaded: LoadedModel, step: StepState) -> ExpertCache:
-    layout = loaded.layout
-    cache = _open_cache(config, loaded)
-    scratch = UpcastScratch(_shapes(layout), stored=_stored(layout), compute=loaded.compute_dtype, device=loaded.device)
-
-    def block(layer: int, module: nn.Module) -> MoEBlock:
-        return MoEBlock(
-            layer=layer,
-            cache=cache,
-            math=_expert_math(module),
-            scratch=scratch,
-            step=step,
-        )
-
-    attach(loaded.experts, block)
-    return cache
-
-
-def _expert_math(module: nn.Module) -> ExpertMath:
-    gated = bool(module.has_gate)
-    post_norm = bool(getattr(module, "has_post_expert_norm", False))
-    return ExpertMath(
-        activate=module._apply_gate if gated else module.act_fn,  # type: ignore[arg-type]
-        gated=gated,
-        bias=bool(module.has_bias),
-        transposed=bool(module.is_transposed),
-        post_norm=module.post_expert_norm if post_norm else None,  # type: ignore[arg-type]
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

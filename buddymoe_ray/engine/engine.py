@@ -15,16 +15,21 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from buddymoe_ray.cache import ExpertCache
 from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.engine.account import StepTotals, open_account
 from buddymoe_ray.engine.chat import encode_chat, encode_prompt
+from buddymoe_ray.engine.experts import ExpertTier
+from buddymoe_ray.engine.guard import GuardWork
+from buddymoe_ray.engine.replay import open_replay
 from buddymoe_ray.engine.runner import Runner
 from buddymoe_ray.engine.sampler import Sampled, sample, validate
 from buddymoe_ray.engine.scheduler import PrefillChunk, Scheduler
 from buddymoe_ray.engine.sequence import Sequence
+from buddymoe_ray.engine.terms import settle, terms_of
 from buddymoe_ray.errors import CacheError
+from buddymoe_ray.models.load import LoadedModel
 from buddymoe_ray.moe import StepState
-from buddymoe_ray.observe import EngineSnapshot
+from buddymoe_ray.observe import EngineSnapshot, GuardSnapshot
 from buddymoe_ray.types import GenerationRequest, TokenEvent
 
 __all__ = ["Chooser", "Engine", "EngineLimits", "EngineParts"]
@@ -60,12 +65,14 @@ class EngineParts:
     """Everything `build` made."""
 
     config: EngineConfig
-    cache: ExpertCache
+    experts: ExpertTier
     runner: Runner
     scheduler: Scheduler
+    guard: GuardWork | None
     step: StepState
     limits: EngineLimits
     vocab_size: int
+    loaded: LoadedModel
     eos_token_ids: frozenset[int]
     tokenizer: Any
 
@@ -76,7 +83,9 @@ class Engine:
     def __init__(self, parts: EngineParts, chooser: Chooser | None = None) -> None:
         self.config, self.limits, self.tokenizer = parts.config, parts.limits, parts.tokenizer
         self.vocab_size = parts.vocab_size
-        self.cache = parts.cache
+        self.cache, self.standin_bytes = parts.experts.cache, parts.experts.standin_bytes
+        self._setup, self._guard = parts.experts.setup, parts.guard
+        self._spent = StepTotals()
         self._runner, self._scheduler, self._step = parts.runner, parts.scheduler, parts.step
         self._eos = parts.eos_token_ids
         self._chooser = chooser or SamplingChooser()
@@ -106,6 +115,7 @@ class Engine:
     def add(self, request: GenerationRequest) -> None:
         """Accept a request. Raises RequestError when it can never be served; nothing is kept then."""
         validate(request, vocab_size=self.vocab_size)
+        account = open_account(request, self.config, self._setup)
         self._scheduler.add(
             Sequence(
                 request,
@@ -113,6 +123,9 @@ class Engine:
                 eos_token_ids=self._eos,
                 max_model_len=self.limits.max_model_len,
                 default_seed=self.config.seed,
+                account=account,
+                replay=open_replay(request, self._setup),
+                binding="" if self._setup is None else self._setup.binding,
             )
         )
 
@@ -124,7 +137,7 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether a step would do or deliver anything."""
-        return bool(self._pending) or self._scheduler.has_work()
+        return bool(self._pending) or self._scheduler.has_work() or (self._guard is not None and self._guard.has_work())
 
     def step(self) -> list[TokenEvent]:
         """Advance every scheduled sequence and return what became of each."""
@@ -134,6 +147,8 @@ class Engine:
             self._guarded([chunk.seq for chunk in plan.prefill], lambda: self._prefill(plan.prefill))
         if plan.decode:
             self._guarded(list(plan.decode), lambda: self._decode(plan.decode))
+        if self._guard is not None:
+            self._recompute(self._guard, idle=not (plan.prefill or plan.decode))
         events, self._pending = self._pending, []
         return events
 
@@ -158,6 +173,11 @@ class Engine:
             bytes_loaded_device=stats.bytes_loaded_device,
             bytes_read_disk=stats.bytes_read_disk,
             stall_seconds=stats.stall_seconds,
+            use_hits=self._spent.hits,
+            use_fetched=self._spent.fetched,
+            standins=self._spent.standins,
+            expected_rise=self._spent.expected_rise,
+            guard=GuardSnapshot() if self._guard is None else self._guard.snapshot(),
         )
 
     def close(self) -> None:
@@ -175,12 +195,24 @@ class Engine:
             self._deliver(logits_BV[done], [chunks[row].seq for row in done])
 
     def _decode(self, sequences: Rows[Sequence]) -> None:
-        logits_BV = self._runner.decode(sequences)
-        hits, uses = self._step.hits_T.tolist(), self._step.uses_per_row
-        for seq, hit in zip(sequences, hits, strict=True):
+        if self._guard is not None:
+            for seq in sequences:
+                seq.account.note_guard(self._guard.state)
+        logits_BV, outcome = self._runner.decode(sequences, terms_of(sequences))
+        for seq in sequences:
             seq.advance(1)
-            seq.count_uses(hits=hit, fetched=uses - hit)
+        settle(sequences, outcome)
+        self._spent.add(outcome)
+        if self._guard is not None:
+            self._guard.watch(sequences, logits_BV, outcome)
         self._deliver(logits_BV, list(sequences))
+
+    def _recompute(self, guard: GuardWork, *, idle: bool) -> None:
+        """Let the guard work; a disk error costs it the sample, nobody else anything."""
+        try:
+            guard.advance(idle=idle)
+        except CacheError as error:
+            log.error("the guard lost a sample: %s", error)
 
     def _deliver(self, logits_BV: Tensor, sequences: list[Sequence]) -> None:
         for seq, chosen in zip(sequences, self._chooser.choose(logits_BV, sequences), strict=True):
@@ -203,4 +235,6 @@ class Engine:
     def _end(self, seq: Sequence, event: TokenEvent) -> None:
         self._scheduler.finish(seq)
         self._runner.release(seq)
+        if self._guard is not None:
+            self._guard.ended(seq)
         self._pending.append(event)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -21,9 +22,9 @@ from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.sampler import Sampled
 from buddymoe_ray.engine.sequence import Sequence as RunningSequence
 from buddymoe_ray.errors import ConfigError
-from buddymoe_ray.types import GenerationRequest, SamplingParams
+from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent
 
-__all__ = ["PREFILLED", "WINDOW", "EvalResult", "cut_windows", "evaluate"]
+__all__ = ["PREFILLED", "WINDOW", "EvalResult", "cut_windows", "evaluate", "evaluate_many"]
 
 WINDOW = 256
 PREFILLED = 64
@@ -34,8 +35,9 @@ class EvalResult:
     """One evaluation. `ppl*` per token, `*_percent`, `top1_agreement`, `*_rate`, `*_fraction` in per cent, `kl` in
     nats.
 
-    `miss_rate` is of (token, slot) uses in decode; `fetched_fraction` of those misses. `dppl_se` is the standard error
-    of `dppl_percent` (paired differences, clustered by window).
+    `miss_rate` is of (token, slot) uses in decode whose expert was not resident; `fetched_fraction` and
+    `standin_fraction` of those misses. `dppl_se` is the standard error of `dppl_percent` (paired differences, clustered
+    by window), `expected_rise` what the ledger charged per token (nats).
     """
 
     ppl_exact: float
@@ -47,6 +49,7 @@ class EvalResult:
     miss_rate: float
     fetched_fraction: float
     standin_fraction: float
+    expected_rise: float
     tokens: int
     windows: int
 
@@ -72,22 +75,37 @@ def evaluate(
     progress: Callable[..., Iterable[int]] = lambda items, **_: items,
 ) -> EvalResult:
     """Run `windows` through an engine of `config` and through the fully resident exact engine."""
-    totals = _Totals()
-    exact = replace(config, mode="exact", memory="100%")
+    return evaluate_many([config], windows, batch=batch, progress=progress)[0]
+
+
+def evaluate_many(
+    configs: Sequence[EngineConfig],
+    windows: Sequence[tuple[int, ...]],
+    *,
+    batch: int = 32,
+    progress: Callable[..., Iterable[int]] = lambda items, **_: items,
+) -> list[EvalResult]:
+    """Run `windows` through an engine of each config, all beside one exact engine, in step.
+
+    The configs must share model, dtype and expert_dtype: the reference is theirs, fully resident.
+    """
+    exact = replace(configs[0], mode="exact", memory="100%", profile=None)
+    totals = [_Totals() for _ in configs]
     starts = range(0, len(windows), batch)
-    with _Forced.engine(exact) as (reference, seen_exact), _Forced.engine(config) as (engine, seen):
+    with ExitStack() as stack:
+        reference, seen_exact = stack.enter_context(_ForcedEngine(exact))
+        others = [stack.enter_context(_ForcedEngine(config)) for config in configs]
         for start in progress(starts, total=len(starts), desc="eval"):
             group = {f"w{start + i}": window for i, window in enumerate(windows[start : start + batch])}
-            seen_exact.begin(group, reference)
-            seen.begin(group, engine)
-            while reference.has_work() or engine.has_work():
-                for one in (reference, engine):
-                    for event in one.step():
-                        if one is engine and event.usage is not None:
-                            totals.hits += event.usage.hits
-                            totals.fetched += event.usage.fetched
-                totals.compare(seen_exact.take(), seen.take())
-    return totals.result()
+            for engine, seen in ((reference, seen_exact), *others):
+                seen.begin(group, engine)
+            while reference.has_work() or any(engine.has_work() for engine, _ in others):
+                reference.step()
+                expected = seen_exact.take()
+                for (engine, seen), total in zip(others, totals, strict=True):
+                    total.count(engine.step())
+                    total.compare(expected, seen.take())
+    return [total.result() for total in totals]
 
 
 class _Forced:
@@ -96,10 +114,6 @@ class _Forced:
     def __init__(self) -> None:
         self._windows: dict[str, tuple[int, ...]] = {}
         self._steps: list[tuple[list[str], Tensor, Tensor]] = []
-
-    @staticmethod
-    def engine(config: EngineConfig) -> _ForcedEngine:
-        return _ForcedEngine(config)
 
     def begin(self, windows: dict[str, tuple[int, ...]], engine: Engine) -> None:
         self._windows = windows
@@ -142,7 +156,18 @@ class _Totals:
     tokens: int = 0
     hits: int = 0
     fetched: int = 0
+    stood_in: int = 0
+    expected_rise: float = 0.0
     rise_by_window: dict[str, float] = field(default_factory=dict)
+
+    def count(self, events: Iterable[TokenEvent]) -> None:
+        for event in events:
+            assert event.error is None, f"{event.request_id} failed: {event.error}"
+            if event.usage is not None:
+                self.hits += event.usage.hits
+                self.fetched += event.usage.fetched
+                self.stood_in += event.usage.standins.total
+                self.expected_rise += event.usage.expected_rise
 
     def compare(
         self, exact: list[tuple[list[str], Tensor, Tensor]], ours: list[tuple[list[str], Tensor, Tensor]]
@@ -165,7 +190,8 @@ class _Totals:
         spread = float(((rises - rises.mean()) ** 2).sum())
         clusters = len(rises)
         error = math.sqrt(spread * clusters / max(1, clusters - 1)) / count
-        uses = self.hits + self.fetched
+        misses = self.fetched + self.stood_in
+        uses = self.hits + misses
         return EvalResult(
             ppl_exact=math.exp(self.nll_exact / count),
             ppl=math.exp(self.nll / count),
@@ -173,9 +199,10 @@ class _Totals:
             dppl_se=100 * math.exp(mean) * error,
             kl=self.kl / count,
             top1_agreement=100 * self.agreed / count,
-            miss_rate=100 * self.fetched / uses if uses else 0.0,
-            fetched_fraction=100.0 if self.fetched else 0.0,
-            standin_fraction=0.0,
+            miss_rate=100 * misses / uses if uses else 0.0,
+            fetched_fraction=100 * self.fetched / misses if misses else 0.0,
+            standin_fraction=100 * self.stood_in / misses if misses else 0.0,
+            expected_rise=self.expected_rise / count,
             tokens=count,
             windows=clusters,
         )

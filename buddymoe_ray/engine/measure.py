@@ -60,6 +60,8 @@ class Measurement:
     total_bytes_read: int
     process_read_bytes: int | None
     hit_rate: float
+    standin_rate: float
+    expected_rise: float
     stall_ms_per_token: float
     load_seconds: float
 
@@ -138,8 +140,10 @@ def _summarise(reps: list[_Rep], end: EngineSnapshot, load_seconds: float) -> Me
     speeds = [rep.decoded / rep.decode_seconds for rep in reps if rep.decoded]
     gaps = sorted(gap for rep in reps for gap in rep.gaps)
     decoded = max(1, sum(rep.decoded for rep in reps))
-    hits = sum(usage.hits for rep in reps for usage in rep.usages)
-    fetched = sum(usage.fetched for rep in reps for usage in rep.usages)
+    usages = [usage for rep in reps for usage in rep.usages]
+    hits, fetched = sum(u.hits for u in usages), sum(u.fetched for u in usages)
+    stood_in = sum(u.standins.total for u in usages)
+    uses = hits + fetched + stood_in
     median = statistics.median(speeds) if speeds else 0.0
     return Measurement(
         decode_tok_s=median,
@@ -152,7 +156,9 @@ def _summarise(reps: list[_Rep], end: EngineSnapshot, load_seconds: float) -> Me
         prefill_bytes_read=statistics.median(rep.prefill_bytes for rep in reps),
         total_bytes_read=end.bytes_read_disk,
         process_read_bytes=process_read_bytes(),
-        hit_rate=100 * hits / (hits + fetched) if hits + fetched else 100.0,
+        hit_rate=100 * hits / uses if uses else 100.0,
+        standin_rate=100 * stood_in / uses if uses else 0.0,
+        expected_rise=sum(u.expected_rise for u in usages) / decoded,
         stall_ms_per_token=1e3 * sum(rep.stall_seconds for rep in reps) / decoded,
         load_seconds=load_seconds,
     )

@@ -9,6 +9,7 @@ Legend: T rows, B sequences, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from typing import Any, Protocol
 
@@ -20,7 +21,10 @@ from buddymoe_ray.engine.kv import KVPool, KVShape
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.models.load import LoadedModel
-from buddymoe_ray.moe import Phase, StepState
+from buddymoe_ray.moe import Phase, StepOutcome, StepState, StepTerms
+
+SCORED_CHUNK = 64
+"""Tokens of one exact scoring pass: small, so that it holds up no decode step for long."""
 
 __all__ = ["PackedRunner", "Runner", "SoloRunner", "probe_kv_shapes"]
 
@@ -31,8 +35,16 @@ class Runner(Protocol):
     def prefill(self, chunks: Rows[PrefillChunk]) -> Tensor:
         """Compute prompt chunks; float32 logits `[chunks, V]` of each chunk's last token."""
 
-    def decode(self, sequences: Rows[Sequence]) -> Tensor:
-        """Compute each sequence's newest token; float32 logits `[B, V]`."""
+    def decode(self, sequences: Rows[Sequence], terms: StepTerms) -> tuple[Tensor, StepOutcome]:
+        """Compute each sequence's newest token; float32 logits `[B, V]`, and what its expert uses came to."""
+
+    def score(
+        self, token_ids: Rows[int], blocks: Rows[int], *, chunk: int = SCORED_CHUNK
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Compute a whole text exactly, a chunk a time: `(start, float32 logits [chunk, V])` of consecutive chunks.
+
+        `blocks` are KV blocks for all of it, held by the caller.
+        """
 
     def release(self, sequence: Sequence) -> None:
         """Forget what is kept for a sequence that ended."""
@@ -56,20 +68,38 @@ class PackedRunner:
         last = torch.tensor([r.row + r.count - 1 for r in rows], device=self._device)
         return self._forward(Phase.PREFILL, rows, ids, positions, last)
 
-    def decode(self, sequences: Rows[Sequence]) -> Tensor:
+    def decode(self, sequences: Rows[Sequence], terms: StepTerms) -> tuple[Tensor, StepOutcome]:
         rows, ids, positions = [], [], []
         for row, seq in enumerate(sequences):
             at = seq.num_computed
             rows.append(ChunkRows(row=row, count=1, start=at, blocks=tuple(seq.blocks)))
             ids += seq.token_ids(at, at + 1)
             positions.append(at)
-        return self._forward(Phase.DECODE, rows, ids, positions, 0)
+        logits_BV = self._forward(Phase.DECODE, rows, ids, positions, 0, terms)
+        return logits_BV, self._step.outcome
+
+    def score(
+        self, token_ids: Rows[int], blocks: Rows[int], *, chunk: int = SCORED_CHUNK
+    ) -> Iterator[tuple[int, Tensor]]:
+        for start in range(0, len(token_ids), chunk):
+            ids = list(token_ids[start : start + chunk])
+            rows = [ChunkRows(row=0, count=len(ids), start=start, blocks=tuple(blocks))]
+            positions = list(range(start, start + len(ids)))
+            yield start, self._forward(Phase.PREFILL, rows, ids, positions, 0)
 
     def release(self, sequence: Sequence) -> None:
         """Nothing is kept per sequence: its blocks are the scheduler's."""
 
-    def _forward(self, phase: Phase, rows: list[ChunkRows], ids: list[int], positions: list[int], keep: Any) -> Tensor:
-        self._step.begin(phase, len(ids))
+    def _forward(
+        self,
+        phase: Phase,
+        rows: list[ChunkRows],
+        ids: list[int],
+        positions: list[int],
+        keep: Any,
+        terms: StepTerms | None = None,
+    ) -> Tensor:
+        self._step.begin(phase, len(ids), terms)
         decode = phase is Phase.DECODE
         self._paged.current = PackedPass.build(
             rows, decode=decode, block_size=self._pool.block_size, device=self._device
@@ -95,15 +125,21 @@ class SoloRunner:
         self._step.begin(Phase.PREFILL, 0)
         return torch.stack([self._one(c.seq, c.start, c.end) for c in chunks])
 
-    def decode(self, sequences: Rows[Sequence]) -> Tensor:
-        logits, hits, uses = [], [], 0
-        for seq in sequences:
-            self._step.begin(Phase.DECODE, 1)
+    def decode(self, sequences: Rows[Sequence], terms: StepTerms) -> tuple[Tensor, StepOutcome]:
+        logits, outcomes = [], []
+        for row, seq in enumerate(sequences):
+            self._step.begin(Phase.DECODE, 1, terms.row(row))
             logits.append(self._one(seq, seq.num_computed, seq.num_computed + 1))
-            hits.append(self._step.hits_T)
-            uses = self._step.uses_per_row
-        self._step.hits_T, self._step.uses_per_row = torch.cat(hits), uses
-        return torch.stack(logits)
+            outcomes.append(self._step.outcome)
+        return torch.stack(logits), StepOutcome.joined(outcomes)
+
+    def score(
+        self, token_ids: Rows[int], blocks: Rows[int], *, chunk: int = SCORED_CHUNK
+    ) -> Iterator[tuple[int, Tensor]]:
+        self._step.begin(Phase.PREFILL, len(token_ids))
+        with torch.inference_mode():
+            out = self._model(input_ids=torch.tensor([list(token_ids)], device=self._device), use_cache=False)
+        yield 0, out.logits[0].float()
 
     def release(self, sequence: Sequence) -> None:
         self._caches.pop(sequence.request_id, None)

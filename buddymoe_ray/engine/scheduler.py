@@ -43,6 +43,7 @@ class Scheduler:
         self._allocator = BlockAllocator(num_blocks)
         self._waiting: deque[Sequence] = deque()
         self._admitted: dict[str, Sequence] = {}
+        self._lent: list[int] = []
 
     @property
     def num_waiting(self) -> int:
@@ -105,10 +106,24 @@ class Scheduler:
         self._allocator.release(seq.blocks)
         seq.blocks = []
 
+    def borrow(self, tokens: int) -> list[int] | None:
+        """Blocks for `tokens` tokens of work beside the requests, to be given back; None when they are not free."""
+        wanted = -(-tokens // self._block_size)
+        if not self._allocator.can_allocate(wanted):
+            return None
+        blocks = self._allocator.allocate(wanted)
+        self._lent += blocks
+        return blocks
+
+    def give_back(self, blocks: list[int]) -> None:
+        """Return borrowed blocks."""
+        self._lent = [block for block in self._lent if block not in blocks]
+        self._allocator.release(blocks)
+
     def check_integrity(self) -> None:
         """Blocks held by admitted sequences are exactly those the allocator gave out."""
         self._allocator.check_integrity()
-        held = sorted(block for seq in self._admitted.values() for block in seq.blocks)
+        held = sorted([*self._lent, *(block for seq in self._admitted.values() for block in seq.blocks)])
         assert len(held) == len(set(held)), f"a block is held twice: {held}"
         assert len(held) + self._allocator.free == self.num_blocks, f"{len(held)} held, {self._allocator.free} free"
         assert all(not seq.blocks for seq in self._waiting), "a waiting sequence holds blocks"

@@ -11,7 +11,9 @@ from collections.abc import Sequence as Ids
 from enum import Enum
 from typing import Any
 
+from buddymoe_ray.engine.account import Account
 from buddymoe_ray.engine.detokenize import IncrementalDetokenizer
+from buddymoe_ray.engine.replay import Replay, encode_record
 from buddymoe_ray.engine.sampler import Sampled, SamplingState
 from buddymoe_ray.engine.stop import StopChecker
 from buddymoe_ray.errors import RequestError
@@ -32,7 +34,8 @@ class State(Enum):
 class Sequence:
     """Made by the engine from a request. Raises RequestError when prompt and model limit leave no room for output.
 
-    `num_computed` tokens have their KV computed; `blocks` is the sequence's block table while it is admitted.
+    `num_computed` tokens have their KV computed; `blocks` is the sequence's block table while it is admitted. `account`
+    is what the request may spend on stand-ins and has spent, `replay` the substitutions it must repeat, by decode step.
     """
 
     def __init__(
@@ -43,6 +46,9 @@ class Sequence:
         eos_token_ids: frozenset[int] = frozenset(),
         max_model_len: int,
         default_seed: int | None = None,
+        account: Account | None = None,
+        replay: Replay | None = None,
+        binding: str = "",
     ) -> None:
         prompt, params = request.prompt_token_ids, request.sampling
         if len(prompt) >= max_model_len:
@@ -67,7 +73,9 @@ class Sequence:
         self.sampling_state = SamplingState(params=params, seed=seed, token_ids=self._ids, prompt_length=len(prompt))
         self._detokenizer = None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt)
         self._stop = StopChecker(params.stop)
-        self._hits = self._fetched = 0
+        self.account = account or Account(mode="exact", budget=0.0, price=0.0, record=False)
+        self.replay: Replay = replay or {}
+        self._binding = binding
 
     @property
     def output_ids(self) -> list[int]:
@@ -104,11 +112,6 @@ class Sequence:
         assert computed <= len(self._ids), f"computed {computed} of {len(self._ids)} tokens"
         self.num_computed = computed
 
-    def count_uses(self, *, hits: int, fetched: int) -> None:
-        """Add one decode step's expert uses."""
-        self._hits += hits
-        self._fetched += fetched
-
     def append(self, sampled: Sampled) -> TokenEvent:
         """Take the next token; returns its event, which carries the finish reason when it is the last."""
         assert not self.finished, f"sequence {self.request_id} is finished, must be running to take a token"
@@ -139,9 +142,14 @@ class Sequence:
         return Usage(
             prompt_tokens=self.prompt_length,
             completion_tokens=self.num_output,
-            hits=self._hits,
-            fetched=self._fetched,
-            mode=self.request.mode,
+            hits=self.account.hits,
+            fetched=self.account.fetched,
+            mode=self.account.mode,
+            requested_mode=self.account.requested_mode,
+            budget=self.account.budget,
+            standins=self.account.standins,
+            expected_rise=self.account.expected_rise,
+            guard=self.account.guard,
         )
 
     def _text(self, ids: Ids[int]) -> str:
@@ -173,7 +181,11 @@ class Sequence:
             finish_reason=reason,
             usage=self.usage() if reason is not None else None,
             error=error,
+            record=self._record() if reason is not None and self.account.record else None,
         )
+
+    def _record(self) -> str:
+        return encode_record(self.account.recorded, binding=self._binding, prompt=self.request.prompt_token_ids)
 
 
 def _drawn(default_seed: int | None, request_id: str) -> int:

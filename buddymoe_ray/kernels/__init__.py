@@ -3,7 +3,33 @@
 Knows nothing of residency, slots or models: it gets tensors and returns tensors. `reference` is the spec.
 """
 
+from buddymoe_ray.kernels.lowbit import (
+    LowbitFormat,
+    PackedMatrix,
+    dequantise,
+    lowbit_forward,
+    pack,
+    record_tensors,
+    unpack,
+)
+from buddymoe_ray.kernels.lowbit_layer import LowbitLayer
+from buddymoe_ray.kernels.lowrank import lowrank_forward, mean_forward
 from buddymoe_ray.kernels.reference import ExpertMath, combine, expert_forward
 from buddymoe_ray.kernels.upcast import UpcastScratch
 
-__all__ = ["ExpertMath", "UpcastScratch", "combine", "expert_forward"]
+__all__ = [
+    "ExpertMath",
+    "LowbitFormat",
+    "LowbitLayer",
+    "PackedMatrix",
+    "UpcastScratch",
+    "combine",
+    "dequantise",
+    "expert_forward",
+    "lowbit_forward",
+    "lowrank_forward",
+    "mean_forward",
+    "pack",
+    "record_tensors",
+    "unpack",
+]

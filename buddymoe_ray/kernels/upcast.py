@@ -1,14 +1,16 @@
 """Widen one expert's stored weights to the compute dtype, into memory allocated once.
 
-Used when slots hold bfloat16 and the engine computes in float32 (exact: every bfloat16 is a float32). Knows neither
-cache nor model. Its bytes count against the budget (`nbytes_for`).
+Used when slots hold bfloat16 and the engine computes in float32 (exact: every bfloat16 is a float32). A matrix is
+widened when it is asked for, and all matrices share one buffer, so the scratch is as large as the largest of them.
+Knows neither cache nor model. Its bytes count against the budget (`nbytes_for`).
 
-Tried and dropped: keeping slots in float32 (half as many experts in the same bytes).
+Tried and dropped: keeping slots in float32 (half as many experts in the same bytes); room for all of an expert's
+matrices at once (half as much again, for nothing).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 
 import torch
@@ -26,17 +28,41 @@ class UpcastScratch:
         self.needed = stored != compute
         self._wide: dict[str, Tensor] = {}
         if self.needed:
-            self._wide = {name: torch.empty(shape, dtype=compute, device=device) for name, shape in shapes.items()}
+            shared = torch.empty(_largest_matrix(shapes), dtype=compute, device=device)
+            for name, shape in shapes.items():
+                own = len(shape) < 2
+                self._wide[name] = (
+                    torch.empty(shape, dtype=compute, device=device) if own else shared[: prod(shape)].view(shape)
+                )
 
     @staticmethod
     def nbytes_for(shapes: Mapping[str, tuple[int, ...]], *, stored: torch.dtype, compute: torch.dtype) -> int:
         """Bytes the scratch takes: 0 when no widening is needed."""
-        return 0 if stored == compute else sum(prod(shape) for shape in shapes.values()) * compute.itemsize
+        if stored == compute:
+            return 0
+        vectors = sum(prod(shape) for shape in shapes.values() if len(shape) < 2)
+        return (_largest_matrix(shapes) + vectors) * compute.itemsize
 
     def widen(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The same weights in the compute dtype; valid until the next call."""
-        if not self.needed:
-            return weights
-        for name, wide in self._wide.items():
-            wide.copy_(weights[name])
-        return self._wide
+        """The same weights in the compute dtype; each matrix is valid until another one is asked for."""
+        return _Widened(weights, self._wide) if self.needed else weights
+
+
+class _Widened(Mapping[str, Tensor]):
+    """Widens a tensor at the moment it is looked up."""
+
+    def __init__(self, stored: Mapping[str, Tensor], wide: Mapping[str, Tensor]) -> None:
+        self._stored, self._wide = stored, wide
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._wide[name].copy_(self._stored[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def _largest_matrix(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return max((prod(shape) for shape in shapes.values() if len(shape) > 1), default=0)

@@ -1,6 +1,24 @@
 """The MoE layer as it runs here: route, resolve, ensure, matmul, combine. Start reading in `block`."""
 
-from buddymoe_ray.moe.block import MoEBlock
-from buddymoe_ray.moe.step import Phase, StepState
+from buddymoe_ray.moe.block import ExpertCompute, MoEBlock
+from buddymoe_ray.moe.outcome import STANDIN_KINDS, StepOutcome, Substitution, standin_kind
+from buddymoe_ray.moe.records import record_compute
+from buddymoe_ray.moe.standins import RecordCompute, Standins
+from buddymoe_ray.moe.step import Observer, Overlay, Phase, StepState, StepTerms
 
-__all__ = ["MoEBlock", "Phase", "StepState"]
+__all__ = [
+    "STANDIN_KINDS",
+    "ExpertCompute",
+    "MoEBlock",
+    "Observer",
+    "Overlay",
+    "Phase",
+    "RecordCompute",
+    "Standins",
+    "StepOutcome",
+    "StepState",
+    "StepTerms",
+    "Substitution",
+    "record_compute",
+    "standin_kind",
+]

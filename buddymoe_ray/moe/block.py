@@ -1,63 +1,102 @@
 """One MoE layer, from the router's choice to the summed output. The page to read first.
 
     route    the router named K experts per token (transformers computed ids and weights)
+    resolve  in decode, each use whose expert is not resident is answered by a fetch or by a stand-in
     group    rows of the same expert together
     ensure   the cache streams leases: resident experts first, missing ones as their bytes arrive
-    matmul   each leased expert runs over its rows
+    matmul   each leased expert, and each stand-in record, runs over its rows
     combine  per-slot outputs are weighted and summed in slot order
 
 Does not know files, tiers or requests. Invariant: outputs are kept per (token, slot) until all are there, so neither
 the order of arrival nor the number of waves changes a bit.
 
-Legend: T tokens, K experts per token, N = T*K uses, D hidden.
+Legend: T tokens, K experts per token, N = T*K uses, E experts, D hidden, R rows of one expert.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import closing
 
 import torch
 from torch import Tensor
 
 from buddymoe_ray.cache import ExpertCache
-from buddymoe_ray.kernels import ExpertMath, UpcastScratch, combine, expert_forward
+from buddymoe_ray.kernels import combine
+from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Phase, StepState
+from buddymoe_ray.policy import Action
 
-__all__ = ["MoEBlock"]
+__all__ = ["ExpertCompute", "MoEBlock"]
+
+ExpertCompute = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+"""`compute(x_RD, a slot's tensors) -> y_RD`, before the router weight."""
+
+_Rows = dict[int, tuple[Tensor, Tensor]]
 
 
 class MoEBlock:
-    """Replaces the experts module of MoE layer `layer`. Called as `block(hidden_TD, ids_TK, weights_TK) -> [T, D]`."""
+    """Replaces the experts module of MoE layer `layer`. Called as `block(hidden_TD, ids_TK, weights_TK) -> [T, D]`.
+
+    `standins` is None where every miss is fetched.
+    """
 
     def __init__(
-        self, *, layer: int, cache: ExpertCache, math: ExpertMath, scratch: UpcastScratch, step: StepState
+        self, *, layer: int, cache: ExpertCache, compute: ExpertCompute, step: StepState, standins: Standins | None
     ) -> None:
         self.layer = layer
-        self._cache, self._math, self._scratch, self._step = cache, math, scratch, step
+        self._cache, self._compute, self._step, self._standins = cache, compute, step, standins
 
     def __call__(self, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Raises CacheError when an expert's bytes cannot be read; the cache stays usable."""
-        if self._step.phase is Phase.PROBE:
+        step = self._step
+        if step.phase is Phase.PROBE:
             return torch.zeros_like(hidden_TD)
-        T, K = ids_TK.shape
-        rows_of = self._group(ids_TK)
-        if self._step.phase is Phase.DECODE:
-            self._step.count(self._cache.resident_mask(self.layer)[ids_TK.cpu()])
-        y_ND = hidden_TD.new_empty(T * K, hidden_TD.shape[1])
-        protect = self._step.phase is Phase.PREFILL
+        if step.observer is not None:
+            step.observer(self.layer, hidden_TD, ids_TK, weight_TK)
+        y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
+        if step.phase is Phase.DECODE:
+            weight_TK = self._decode(hidden_TD, ids_TK, weight_TK, y_ND)
+        else:
+            self._run_full(hidden_TD, _group(ids_TK), y_ND, protect=True)
+        return combine(y_ND.view(*ids_TK.shape, -1), weight_TK).to(hidden_TD.dtype)
+
+    def _decode(self, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, y_ND: Tensor) -> Tensor:
+        """Fill `y_ND`; returns the weights to combine it with."""
+        resident_E = self._cache.resident_mask(self.layer)
+        standins, step = self._standins, self._step
+        if standins is None or not standins.may_answer(self.layer, step):
+            step.outcome.count_exact(resident_E[ids_TK.cpu()])
+            self._run_full(hidden_TD, _group(ids_TK), y_ND, protect=False)
+            return weight_TK
+        resolution = standins.resolve(self.layer, ids_TK, weight_TK, resident_E, step)
+        action_TK, expert_TK = resolution.action_TK, resolution.expert_TK
+        own_TK, dropped_TK = action_TK == Action.OWN, action_TK == Action.DROP
+        standins.answer(self.layer, hidden_TD, expert_TK.where(own_TK, -1), y_ND)
+        y_ND[dropped_TK.reshape(-1)] = 0
+        self._run_full(hidden_TD, _group(expert_TK, ~(own_TK | dropped_TK)), y_ND, protect=False)
+        return resolution.weight_TK
+
+    def _run_full(self, hidden_TD: Tensor, rows_of: _Rows, y_ND: Tensor, *, protect: bool) -> None:
+        """Run the experts themselves, as the cache lends them."""
         with closing(self._cache.stream(self.layer, list(rows_of), protect_residency=protect)) as waves:
             for leases in waves:
                 for lease in leases:
                     rows_R, tokens_R = rows_of[lease.key.expert]
-                    weights = self._scratch.widen(lease.tensors())
                     x_RD = hidden_TD.index_select(0, tokens_R)
-                    y_ND.index_copy_(0, rows_R, expert_forward(x_RD, weights, self._math))
-        return combine(y_ND.view(T, K, -1), weight_TK).to(hidden_TD.dtype)
+                    y_ND.index_copy_(0, rows_R, self._compute(x_RD, lease.tensors()))
 
-    def _group(self, ids_TK: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """Rows (indices into T*K) and tokens of every expert named, in ascending order of expert."""
-        sorted_N, order_N = torch.sort(ids_TK.reshape(-1), stable=True)
-        named, counts = torch.unique_consecutive(sorted_N, return_counts=True)
-        sizes = counts.tolist()
-        rows, tokens = order_N.split(sizes), (order_N // ids_TK.shape[1]).split(sizes)
-        return dict(zip(named.tolist(), zip(rows, tokens, strict=True), strict=True))
+
+def _group(expert_TK: Tensor, only_TK: Tensor | None = None) -> _Rows:
+    """Rows (indices into T*K) and tokens of every expert named (where `only_TK`), in ascending order of expert."""
+    expert_N = expert_TK.reshape(-1)
+    if only_TK is None:
+        sorted_N, order_N = torch.sort(expert_N, stable=True)
+    else:
+        chosen_N = only_TK.reshape(-1).nonzero()[:, 0]
+        sorted_N, order_N = torch.sort(expert_N[chosen_N], stable=True)
+        order_N = chosen_N[order_N]
+    named, counts = torch.unique_consecutive(sorted_N, return_counts=True)
+    sizes = counts.tolist()
+    rows, tokens = order_N.split(sizes), (order_N // expert_TK.shape[1]).split(sizes)
+    return dict(zip(named.tolist(), zip(rows, tokens, strict=True), strict=True))

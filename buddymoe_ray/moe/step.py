@@ -1,18 +1,25 @@
-"""What the MoE blocks of one forward pass share: the phase, and the count of hits and misses per row.
+"""What the MoE blocks of one forward pass share: the phase, what each row may spend, and what became of its uses.
 
 Written by the runner before a pass, read after it. Knows neither requests nor the model.
 
-Legend: T rows of the pass.
+Legend: T rows of the pass, K slots of a token, E experts, D hidden, N recorded uses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
-import torch
 from torch import Tensor
 
-__all__ = ["Phase", "StepState"]
+from buddymoe_ray.moe.outcome import StepOutcome
+from buddymoe_ray.policy import RowBudgets
+
+__all__ = ["Observer", "Overlay", "Phase", "StepState", "StepTerms"]
+
+Observer = Callable[[int, Tensor, Tensor, Tensor], None]
+"""`observe(layer, hidden_TD, ids_TK, weight_TK)`: the calibrator's view of a pass."""
 
 
 class Phase(Enum):
@@ -23,21 +30,71 @@ class Phase(Enum):
     DECODE = "decode"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Overlay:
+    """Recorded substitutions of one layer that a replayed pass must repeat; N of them."""
+
+    row_N: Tensor
+    slot_N: Tensor
+    action_N: Tensor
+    expert_N: Tensor
+    weight_N: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTerms:
+    """The terms on which a decode pass is computed.
+
+    `budgets` is what each row may spend (None: exact for all), `record` the rows whose substitutions are kept,
+    `overlays` per layer the substitutions to repeat.
+    """
+
+    budgets: RowBudgets | None = None
+    record: frozenset[int] = frozenset()
+    overlays: Mapping[int, Overlay] = field(default_factory=dict)
+
+    def row(self, row: int) -> StepTerms:
+        """The terms of one row, for a pass that has it alone."""
+        budgets = self.budgets
+        if budgets is not None:
+            one = slice(row, row + 1)
+            budgets = RowBudgets(
+                mode_T=budgets.mode_T[one], allowance_T=budgets.allowance_T[one], price_T=budgets.price_T[one]
+            )
+        overlays = {layer: _of_row(overlay, row) for layer, overlay in self.overlays.items()}
+        return StepTerms(budgets=budgets, record=frozenset({0} if row in self.record else ()), overlays=overlays)
+
+
 class StepState:
-    """Mutable state of the pass in progress; one per engine, shared by all its MoE blocks."""
+    """Mutable state of the pass in progress; one per engine, shared by all its MoE blocks.
+
+    `scores` holds the router's scores `[T, E]` of a layer while its experts run, where a stand-in asks for them.
+    """
 
     def __init__(self) -> None:
-        self.phase = Phase.PROBE
-        self.hits_T: Tensor = torch.zeros(0, dtype=torch.int64)
-        self.uses_per_row = 0
+        self.observer: Observer | None = None
+        self.scores: dict[int, Tensor] = {}
+        self.begin(Phase.PROBE, 0)
 
-    def begin(self, phase: Phase, rows: int) -> None:
+    def begin(self, phase: Phase, rows: int, terms: StepTerms | None = None) -> None:
         """Start a pass of `rows` rows."""
+        terms = terms or StepTerms()
         self.phase = phase
-        self.hits_T = torch.zeros(rows, dtype=torch.int64)
-        self.uses_per_row = 0
+        self.budgets, self.overlays = terms.budgets, terms.overlays
+        self.outcome = StepOutcome.empty(rows, terms.record)
 
-    def count(self, hit_TK: Tensor) -> None:
-        """Add one layer's hits; `hit_TK` is True where the expert was resident when the layer began."""
-        self.hits_T += hit_TK.sum(dim=1)
-        self.uses_per_row += hit_TK.shape[1]
+    def charge(self, harm_T: Tensor) -> None:
+        """Take a layer's harm (nats) off what the rows may spend in the layers to come."""
+        if self.budgets is not None:
+            self.budgets = replace(self.budgets, allowance_T=self.budgets.allowance_T - harm_T)
+
+
+def _of_row(overlay: Overlay, row: int) -> Overlay:
+    mine = overlay.row_N == row
+    return Overlay(
+        row_N=overlay.row_N[mine] * 0,
+        slot_N=overlay.slot_N[mine],
+        action_N=overlay.action_N[mine],
+        expert_N=overlay.expert_N[mine],
+        weight_N=overlay.weight_N[mine],
+    )

@@ -35,7 +35,13 @@ class Opened:
         shapes = {t.name: t.shape for t in layout.tensors}
         # gate_up_proj is stored in bfloat16, down_proj in float32; the scratch widens both to float32
         scratch = UpcastScratch(shapes, stored=torch.bfloat16, compute=torch.float32, device=torch.device("cpu"))
-        self.block = MoEBlock(layer=1, cache=self.cache, math=MATH, scratch=scratch, step=self.step)
+        self.block = MoEBlock(
+            layer=1,
+            cache=self.cache,
+            compute=lambda x, tensors: expert_forward(x, scratch.widen(tensors), MATH),
+            step=self.step,
+            standins=None,
+        )
 
 
 def routing(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -85,10 +91,10 @@ def test_hits_are_counted_as_the_step_found_them(tmp_path: Path) -> None:
     hidden, ids, weights = routing(4, seed=2)
     opened.step.begin(Phase.DECODE, 4)
     opened.block(hidden, ids, weights)
-    assert opened.step.hits_T.tolist() == [0, 0, 0, 0] and opened.step.uses_per_row == K
+    assert opened.step.outcome.hits_T.tolist() == [0] * 4 and opened.step.outcome.fetched_T.tolist() == [K] * 4
     opened.step.begin(Phase.DECODE, 4)
     opened.block(hidden, ids, weights)
-    assert opened.step.hits_T.tolist() == [K] * 4
+    assert opened.step.outcome.hits_T.tolist() == [K] * 4
     opened.cache.close()
 
 

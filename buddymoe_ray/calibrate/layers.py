@@ -1,0 +1,125 @@
+"""Every layer's stand-ins: makes the records, writes them, measures their errors, and the errors of buddies.
+
+One expert is in memory at a time beside the layer's rows. Neighbours: samples.py lends the experts, records.py makes a
+record, run.py assembles the profile.
+
+Legend: L layers, E experts, B bytes of a record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from buddymoe_ray.calibrate.pairs import pair_errors
+from buddymoe_ray.calibrate.records import RecordMaker, energy_of, fit_and_error, record_bytes
+from buddymoe_ray.calibrate.samples import ExpertSample, walk_layer
+from buddymoe_ray.calibrate.trace import Trace
+from buddymoe_ray.engine.engine import EngineParts
+from buddymoe_ray.engine.experts import expert_math
+from buddymoe_ray.kernels import ExpertMath
+from buddymoe_ray.models.standin_files import StandinWriter
+
+__all__ = ["LayerTables", "make_layers"]
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(kw_only=True)
+class LayerTables:
+    """Errors and energies `[L, E]`, pair tables `[L, E, E]` (empty when not asked for), bytes of each kind's record.
+
+    Experts that too few tokens reached have their layer's mean error in `errors`.
+    """
+
+    energy_LE: Floats
+    errors: dict[str, Floats]
+    record_bytes: dict[str, int] = field(default_factory=dict)
+    pair_error_LEE: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+    pair_scale_LEE: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+
+
+def make_layers(
+    parts: EngineParts,
+    trace: Trace,
+    *,
+    kinds: tuple[str, ...],
+    folder: Path,
+    model_hash: str,
+    compensated: bool,
+    rank: int,
+    progress: Callable[..., Iterable[Any]],
+) -> LayerTables:
+    """Make and measure all stand-ins. Raises ProfileError when records cannot be written."""
+    cache, loaded = parts.experts.cache, parts.loaded
+    counts = cache.layout.experts_per_layer
+    L, E = len(counts), max(counts)
+    own = tuple(kind for kind in kinds if kind != "buddy")
+    tables = LayerTables(energy_LE=np.zeros((L, E), np.float32), errors={k: np.zeros((L, E), np.float32) for k in own})
+    if "buddy" in kinds:
+        tables.pair_error_LEE, tables.pair_scale_LEE = np.zeros((L, E, E), np.float32), np.zeros((L, E, E), np.float32)
+    units = [layer for layer in range(L) for _ in range(counts[layer])]
+    bar = iter(progress(units, total=len(units), desc="stand-ins"))
+    for layer in range(L):
+        math = expert_math(loaded.experts[layer])
+        makers = [RecordMaker(kind=kind, math=math, compensated=compensated, rank=rank) for kind in own]
+        layer_makers = [_Layer(maker, parts, folder, model_hash, counts[layer]) for maker in makers]
+        reached = np.zeros(E, dtype=bool)
+        for sample in walk_layer(cache, trace, layer, math):
+            next(bar, None)
+            reached[sample.expert] = sample.own >= 20
+            tables.energy_LE[layer, sample.expert] = energy_of(sample)
+            for one in layer_makers:
+                tables.errors[one.maker.kind][layer, sample.expert] = one.add(sample)
+        for one in layer_makers:
+            one.write(layer)
+            tables.record_bytes[one.maker.kind] = one.nbytes
+            _fill_rare(tables.errors[one.maker.kind][layer], reached)
+        _fill_rare(tables.energy_LE[layer], reached)
+        if "buddy" in kinds:
+            tables.pair_error_LEE[layer], tables.pair_scale_LEE[layer] = _pairs(cache, trace, layer, math, counts[layer], E)
+    return tables
+
+
+class _Layer:
+    """Records of one kind and layer while they are made."""
+
+    def __init__(self, maker: RecordMaker, parts: EngineParts, folder: Path, model_hash: str, E: int) -> None:
+        shapes = _shapes(parts, maker.math)
+        layout, self.nbytes = maker.layout(shapes, parts.loaded.hidden_size)
+        self.maker, self._layout = maker, layout
+        self._records_EB = np.zeros((E, self.nbytes), np.uint8)
+        self._writer = StandinWriter(
+            folder, maker.kind, layout=layout, record_bytes=self.nbytes, model_hash=model_hash, recipe=maker.recipe
+        )
+
+    def add(self, sample: ExpertSample) -> float:
+        """Make one expert's record; returns its error."""
+        record, error = fit_and_error(self.maker, sample)
+        self._records_EB[sample.expert] = record_bytes(record, self._layout, self.nbytes)
+        return error
+
+    def write(self, layer: int) -> None:
+        """Write the layer's file."""
+        self._writer.write(layer, self._records_EB)
+
+
+def _pairs(cache: Any, trace: Trace, layer: int, math: ExpertMath, count: int, E: int) -> tuple[Floats, Floats]:
+    error_EE, scale_EE = pair_errors(lambda: walk_layer(cache, trace, layer, math), count, math)
+    pad = ((0, E - count), (0, E - count))
+    return np.pad(error_EE, pad), np.pad(scale_EE, pad)
+
+
+def _fill_rare(error_E: Floats, reached_E: npt.NDArray[np.bool_]) -> None:
+    if reached_E.any():
+        error_E[~reached_E] = error_E[reached_E].mean()
+
+
+def _shapes(parts: EngineParts, math: ExpertMath) -> Mapping[str, tuple[int, ...]]:
+    tensors = parts.experts.cache.layout.tensors
+    return {t.name: t.shape[::-1] if math.transposed and len(t.shape) == 2 else t.shape for t in tensors}

@@ -1,0 +1,184 @@
+"""The calibration from corpus to profile: trace, tables, records, measured harms, recommendation.
+
+Calls the other files of this package in order and knows nothing they do not. What was made is written as it is made, so
+an interrupted run goes on at the layer where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from buddymoe_ray.calibrate.harm import measure_harms
+from buddymoe_ray.calibrate.layers import LayerTables, make_layers
+from buddymoe_ray.calibrate.tables import make_tables
+from buddymoe_ray.calibrate.trace import record_trace
+from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.engine.build import build_parts
+from buddymoe_ray.engine.engine import EngineParts
+from buddymoe_ray.errors import ConfigError, ProfileError
+from buddymoe_ray.models.fingerprint import model_hash
+from buddymoe_ray.models.profile import Profile, save_profile
+from buddymoe_ray.models.resolve import resolve_model
+from buddymoe_ray.models.router_hook import find_routers
+from buddymoe_ray.models.standin_files import standins_folder
+
+__all__ = ["KINDS", "CalibrationOptions", "calibrate"]
+
+KINDS = ("lowbit2", "lowbit3", "lowbit4", "lowrank", "mean", "buddy")
+_HELD_SHARE = 0.15
+_LEAST_WINDOWS = 8
+
+Progress = Callable[..., Iterable[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """What to calibrate.
+
+    Args:
+        config: the exact engine that runs the corpus; its memory budget holds.
+        ids: the corpus as token ids.
+        out: the profile to write; records go beside it.
+        kinds: stand-ins to make and measure (`KINDS`); `buddy` measures every pair of experts.
+        tokens: most tokens traced.
+        window: tokens of a traced window; None is 512 or the model's limit.
+        compensated: error-compensated rounding; plain is many times faster.
+        rank: of low-rank maps.
+        quick: leave out what needs the model to run with stand-ins: the profile then serves `fast` only.
+        memories: budgets (per cent) at which stand-ins are compared.
+        budgets: budgets (nats per token) of the curve for `bounded`.
+        harm_tokens: most held-out tokens that harms and the comparison are measured on.
+    """
+
+    config: EngineConfig
+    ids: Sequence[int]
+    out: Path
+    kinds: tuple[str, ...] = KINDS
+    tokens: int = 65_536
+    window: int | None = None
+    compensated: bool = True
+    rank: int = 8
+    quick: bool = False
+    memories: tuple[float, ...] = (75.0, 50.0, 25.0)
+    budgets: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)
+    harm_tokens: int = 6144
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.kinds) - set(KINDS))
+        if unknown or not self.kinds:
+            raise ConfigError(f"kinds are {list(self.kinds)}, must be of {', '.join(KINDS)}. hint: leave --kinds out")
+        if self.tokens < 1 or self.rank < 1 or self.harm_tokens < 1:
+            raise ConfigError("tokens, rank and harm_tokens must be at least 1. hint: leave them out")
+
+
+def calibrate(options: CalibrationOptions, *, progress: Progress = lambda items, **_: items) -> Profile:
+    """Run it all; the profile is written to `options.out` and returned.
+
+    Raises:
+        ProfileError: the corpus is too small, the model is not usable for it, or nothing can be written.
+    """
+    folder = resolve_model(options.config.model)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    config = replace(options.config, mode="exact", profile=None, guard_share=0.0)
+    parts = build_parts(config, text=False)
+    try:
+        traced, held = _split_corpus(options, parts.limits.max_model_len)
+        profile = _profile(options, parts, model_hash(folder), traced, progress)
+    finally:
+        parts.experts.cache.close()
+    save_profile(profile, options.out)
+    if not options.quick:
+        profile = measure_harms(profile, options.config, options.out, held, _standins(options), options, progress)
+        save_profile(profile, options.out)
+    return profile
+
+
+def _profile(
+    options: CalibrationOptions, parts: EngineParts, fingerprint: str, windows: list[tuple[int, ...]], progress: Progress
+) -> Profile:
+    layout, loaded = parts.experts.cache.layout, parts.loaded
+    routers = find_routers(loaded.model, loaded.experts, layout.experts_per_layer)
+    with record_trace(parts, windows, options.out.parent, progress=progress) as trace:
+        tables = make_tables(trace, max(layout.experts_per_layer), routers)
+        layers = make_layers(
+            parts,
+            trace,
+            kinds=options.kinds,
+            folder=standins_folder(options.out),
+            model_hash=fingerprint,
+            compensated=options.compensated,
+            rank=options.rank,
+            progress=progress,
+        )
+        tokens = trace.tokens
+    return _assemble(options, parts, fingerprint, tables, layers, tokens)
+
+
+def _assemble(
+    options: CalibrationOptions, parts: EngineParts, fingerprint: str, tables: Any, layers: LayerTables, tokens: int
+) -> Profile:
+    from buddymoe_ray import __version__
+
+    count = len(parts.experts.cache.layout.experts_per_layer)
+    return Profile(
+        model_hash=fingerprint,
+        model=options.config.model,
+        corpus_sha=hashlib.sha256(np.asarray(options.ids, dtype=np.int64).tobytes()).hexdigest(),
+        created_by=f"buddymoe_ray {__version__}",
+        calibration_tokens=tokens,
+        layers=count,
+        experts=max(parts.experts.cache.layout.experts_per_layer),
+        top_k=parts.loaded.experts_per_token,
+        norm_topk=bool(getattr(parts.loaded.config, "norm_topk_prob", parts.loaded.family.model_type == "mixtral")),
+        counts_LE=tables.counts_LE,
+        weight2_LE=tables.weight2_LE,
+        energy_LE=layers.energy_LE,
+        coactivation_LEE=tables.coactivation_LEE,
+        tae_LP=tables.tae_LP,
+        margin_LP=tables.margin_LP,
+        entropy_L=tables.entropy_L,
+        reuse_L=tables.reuse_L,
+        next_layer_recall_L=tables.next_layer_recall_L,
+        errors={**layers.errors, "drop": layers.energy_LE},
+        pair_error_LEE=layers.pair_error_LEE,
+        pair_scale_LEE=layers.pair_scale_LEE,
+        record_bytes=layers.record_bytes,
+        sensitivity_L=np.full(count, np.nan, dtype=np.float32),
+        kind_scale={},
+        routes_TLK=tables.routes_TLK,
+        route_weights_TLK=tables.route_weights_TLK,
+        reason="made with --quick: harms were not measured" if options.quick else "not measured yet",
+    )
+
+
+def _split_corpus(options: CalibrationOptions, longest: int) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+    """Windows to trace, and the ids kept apart from the end of the corpus for measuring."""
+    window = min(options.window or 512, longest - 1)
+    count = len(options.ids) // window
+    if count < _LEAST_WINDOWS:
+        raise ProfileError(
+            f"corpus is {len(options.ids)} tokens, must be at least {_LEAST_WINDOWS * window} ({_LEAST_WINDOWS} windows "
+            f"of {window}). hint: give more text"
+        )
+    held = max(2, round(_HELD_SHARE * count))
+    traced = min(count - held, max(1, options.tokens // window))
+    # spread over the corpus, so that a cap on tokens does not leave whole files out
+    chosen = np.linspace(0, count - held - 1, traced).astype(int)
+    windows = [tuple(options.ids[at * window : (at + 1) * window]) for at in chosen]
+    return windows, tuple(options.ids[(count - held) * window :])
+
+
+def _standins(options: CalibrationOptions) -> tuple[str, ...]:
+    """Names of `EngineConfig.standin` that the chosen kinds allow to compare."""
+    lowbit = tuple(kind for kind in options.kinds if kind.startswith("lowbit"))
+    names = (("lowbit",) if len(lowbit) > 1 else ()) + lowbit
+    names += tuple(kind for kind in ("lowrank", "mean") if kind in options.kinds)
+    if "buddy" in options.kinds:
+        names += ("buddy:router", "buddy:output", "buddy:coactivation", "random")
+    return (*names, "drop")

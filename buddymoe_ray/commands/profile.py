@@ -1,0 +1,111 @@
+"""`buddymoe profile`: calibrate a model's stand-ins on a corpus and say what they cost.
+
+Writes the profile (bound to the model's hash), packed records beside it, and an HTML report with plots. With `--json`
+every stand-in's table is printed, a line per row.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from buddymoe_ray.commands.common import add_engine_arguments, add_json_argument, emit, engine_config, progress
+from buddymoe_ray.errors import ConfigError, ProfileError
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `profile`."""
+    add_engine_arguments(parser, memory="100%")
+    add_json_argument(parser)
+    parser.add_argument("--corpus", nargs="+", required=True, help="text files or folders, or .npy files of token ids")
+    parser.add_argument("--out", type=Path, default=None, help="P.profile; default beside the checkpoint")
+    parser.add_argument("--tokens", type=int, default=65_536, help="most tokens traced")
+    parser.add_argument("--window", type=int, default=None, help="tokens of a traced window")
+    parser.add_argument("--kinds", default=None, help="lowbit2,lowbit3,lowbit4,lowrank,mean,buddy; default all")
+    parser.add_argument("--rounding", choices=["compensated", "plain"], default="compensated", help="of low-bit copies")
+    parser.add_argument("--rank", type=int, default=8, help="rank of low-rank maps")
+    parser.add_argument("--quick", action="store_true", help="measure no harms: the profile serves mode fast only")
+    parser.add_argument("--at", default="75,50,25", help="memories (%%) at which stand-ins are compared")
+    parser.add_argument("--budgets", default=".001,.003,.01,.03", help="budgets (nats) of the curve for bounded")
+    parser.add_argument("--harm-tokens", type=int, default=6144, help="most held-out tokens that harms are measured on")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Calibrate; exit status 0."""
+    from buddymoe_ray.calibrate.report import write_report
+    from buddymoe_ray.calibrate.run import KINDS, CalibrationOptions, calibrate
+    from buddymoe_ray.models.profile import NAME
+    from buddymoe_ray.models.resolve import resolve_model
+
+    folder = resolve_model(args.model)
+    out = args.out or folder / NAME
+    options = CalibrationOptions(
+        config=engine_config(args, guard_share=0.0, mode="exact", profile=None),
+        ids=_corpus_ids(args, folder),
+        out=out,
+        kinds=KINDS if args.kinds is None else tuple(args.kinds.split(",")),
+        tokens=args.tokens,
+        window=args.window,
+        compensated=args.rounding == "compensated",
+        rank=args.rank,
+        quick=args.quick,
+        memories=_numbers("--at", args.at),
+        budgets=_numbers("--budgets", args.budgets),
+        harm_tokens=args.harm_tokens,
+    )
+    profile = calibrate(options, progress=progress)
+    report = out.with_name(out.name.removesuffix(".profile") + ".html")
+    write_report(profile, report)
+    for row in profile.comparison:
+        emit({"table": "comparison"} | asdict(row), as_json=args.json)
+    for point in profile.budget_curve:
+        emit({"table": "budgets"} | asdict(point), as_json=args.json)
+    emit(
+        {
+            "profile": str(out),
+            "report": str(report),
+            "calibration_tokens": profile.calibration_tokens,
+            "recommended": profile.recommended,
+            "reason": profile.reason,
+        },
+        as_json=args.json,
+    )
+    return 0
+
+
+def _corpus_ids(args: argparse.Namespace, folder: Path) -> list[int]:
+    """Token ids of text files through the model's tokenizer, or of .npy files as they are."""
+    from buddymoe_ray.commands.eval import encode_corpus
+    from buddymoe_ray.models.tokenizer import load_tokenizer
+
+    if all(name.endswith(".npy") for name in args.corpus):
+        return [token for name in args.corpus for token in _read_ids(name)]
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise ConfigError(
+            f"model {args.model} has no tokenizer, must have one for a text corpus. hint: give .npy files of token ids"
+        )
+    return encode_corpus(tokenizer, args.corpus)
+
+
+def _read_ids(name: str) -> list[int]:
+    import numpy as np
+
+    try:
+        ids: Any = np.load(name, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ProfileError(f"--corpus {name} cannot be read: {error}. hint: save token ids with numpy.save") from error
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ProfileError(f"--corpus {name} is {ids.dtype} {ids.shape}, must be whole numbers in one row. hint: ravel it")
+    return [int(token) for token in ids]
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{name} is {text!r}, must be numbers like 50,25. hint: leave it out") from None

@@ -1,0 +1,147 @@
+"""What one request may spend on stand-ins, and what its expert uses came to.
+
+Wraps the ledger of a `bounded` request; knows nothing of tokens' text or of the model. Invariant: what a bounded
+request is charged never exceeds budget × generated tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.engine.standin_setup import StandinSetup
+from buddymoe_ray.errors import RequestError
+from buddymoe_ray.moe import STANDIN_KINDS, StepOutcome, Substitution
+from buddymoe_ray.policy import Ledger
+from buddymoe_ray.types import GenerationRequest, GuardState, Mode, StandinUses
+
+__all__ = ["Account", "RecordedUse", "StepTotals", "open_account"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedUse:
+    """A substitution and the decode step (0 is the one after prefill) it happened in."""
+
+    step: int
+    use: Substitution
+
+
+class Account:
+    """One request's terms and its uses.
+
+    Args:
+        mode: what the request asked for.
+        budget: nats per generated token, for `bounded`.
+        price: largest harm (nats) of one use that is worth taking at this budget.
+        record: keep every substitution.
+        refused: stand-ins cannot keep any budget here, so the request gets `exact`.
+    """
+
+    def __init__(self, *, mode: Mode, budget: float, price: float, record: bool, refused: bool = False) -> None:
+        self.requested_mode: Mode = mode
+        self.guard: GuardState = "off"
+        self.record, self._refused = record, refused
+        self.recorded: list[RecordedUse] = []
+        self.hits = self.fetched = self.steps = 0
+        self.expected_rise = 0.0
+        self._price = price
+        self._ledger = Ledger(budget) if mode == "bounded" else None
+        self._standins = [0] * len(STANDIN_KINDS)
+
+    @property
+    def mode(self) -> Mode:
+        """What the request gets: `exact` once the guard has tripped, or where stand-ins cannot keep a budget."""
+        return "exact" if self._refused or self.guard == "tripped" else self.requested_mode
+
+    @property
+    def budget(self) -> float | None:
+        """Nats per generated token, for a bounded request."""
+        return None if self._ledger is None else self._ledger.budget
+
+    @property
+    def standins(self) -> StandinUses:
+        """Uses answered by stand-ins, by kind."""
+        return StandinUses(**dict(zip(STANDIN_KINDS, self._standins, strict=True)))
+
+    @property
+    def allowance(self) -> float:
+        """Nats that the next decode step may spend."""
+        if self.mode == "bounded":
+            assert self._ledger is not None, "a bounded request has no ledger"
+            return self._ledger.allowance
+        return math.inf if self.mode == "fast" else 0.0
+
+    @property
+    def price(self) -> float:
+        """Largest harm of one use that the next step may take."""
+        if self.mode == "bounded":
+            return self._price
+        return math.inf if self.mode == "fast" else 0.0
+
+    def note_guard(self, state: GuardState) -> None:
+        """What the guard says now; a request of mode `exact` is none of its business."""
+        if self.requested_mode != "exact":
+            self.guard = state
+
+    def accrue(self) -> None:
+        """A token is about to be generated: its allowance comes in."""
+        if self._ledger is not None:
+            self._ledger.accrue()
+
+    def settle(self, *, hits: int, fetched: int, standins: list[int], harm: float, uses: list[Substitution]) -> None:
+        """Add one decode step's expert uses and charge their harm (nats)."""
+        self.hits += hits
+        self.fetched += fetched
+        self._standins = [a + b for a, b in zip(self._standins, standins, strict=True)]
+        self.expected_rise += harm
+        if self._ledger is not None and self.mode == "bounded":
+            self._ledger.charge(harm)
+        if self.record:
+            self.recorded += [RecordedUse(step=self.steps, use=use) for use in uses]
+        self.steps += 1
+
+
+class StepTotals:
+    """Expert uses of all requests since start."""
+
+    def __init__(self) -> None:
+        self.hits = self.fetched = 0
+        self.expected_rise = 0.0
+        self._standins = [0] * len(STANDIN_KINDS)
+
+    @property
+    def standins(self) -> StandinUses:
+        """Uses answered by stand-ins, by kind."""
+        return StandinUses(**dict(zip(STANDIN_KINDS, self._standins, strict=True)))
+
+    def add(self, outcome: StepOutcome) -> None:
+        """Add one decode step."""
+        self.hits += int(outcome.hits_T.sum())
+        self.fetched += int(outcome.fetched_T.sum())
+        self.expected_rise += float(outcome.harm_T.sum())
+        self._standins = [a + b for a, b in zip(self._standins, outcome.standins_TS.sum(dim=0).tolist(), strict=True)]
+
+
+def open_account(request: GenerationRequest, config: EngineConfig, setup: StandinSetup | None) -> Account:
+    """The account of a new request: its own mode and budget, else the engine's. Raises RequestError."""
+    mode = request.mode or config.mode
+    if mode != "exact" and setup is None:
+        raise RequestError(
+            f"mode is {mode}, must be exact: no stand-ins are loaded. hint: start the engine with mode: bounded",
+            param="buddymoe.mode",
+        )
+    if request.budget is not None and mode != "bounded":
+        raise RequestError(
+            f"budget is set for mode {mode}, must be left out. hint: a budget belongs to mode bounded",
+            param="buddymoe.budget",
+        )
+    budget = config.budget if request.budget is None else request.budget
+    if mode == "bounded" and not 0 <= budget <= 1:
+        raise RequestError(
+            f"budget is {budget}, must be from 0 to 1 nats per token. hint: .003 is about .3 % of perplexity",
+            param="buddymoe.budget",
+        )
+    refused = mode == "bounded" and setup is not None and bool(setup.refusal)
+    price = setup.price_of(budget) if mode == "bounded" and setup is not None and not refused else 0.0
+    return Account(mode=mode, budget=budget, price=price, record=request.record, refused=refused)

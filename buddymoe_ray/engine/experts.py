@@ -1,0 +1,169 @@
+"""Opens the experts of an engine: cuts the budget, fills the slots, loads stand-ins, gives every layer its block.
+
+The only place where the memory plan, the caches and the kernels meet. Decides nothing itself: `policy` splits,
+`standin_setup` reads the calibration. Invariant: slots, records, staging and scratch together stay within the budget.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from buddymoe_ray.cache import DiskReader, ExpertCache, StandinPool
+from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.engine.standin_setup import StandinSetup, prepare
+from buddymoe_ray.kernels import ExpertMath, UpcastScratch, expert_forward
+from buddymoe_ray.models.experts_hook import attach
+from buddymoe_ray.models.load import LoadedModel
+from buddymoe_ray.models.router_hook import attach_router_scores
+from buddymoe_ray.moe import ExpertCompute, MoEBlock, Standins, StepState, record_compute
+from buddymoe_ray.policy import LRU, Staging, parse_memory, plan_staging, split_slots
+from buddymoe_ray.types import ExpertLayout, SlotPlan
+
+__all__ = ["ExpertTier", "expert_math", "open_experts", "scratch_bytes"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertTier:
+    """The experts of one engine. `setup` is None where every miss is fetched."""
+
+    cache: ExpertCache
+    setup: StandinSetup | None
+    standin_bytes: int
+
+
+def open_experts(config: EngineConfig, loaded: LoadedModel, step: StepState) -> ExpertTier:
+    """Open the cache, load stand-ins and attach a block to every MoE layer.
+
+    Raises BudgetError, ProfileError, ConfigError, CacheError; nothing stays open then.
+    """
+    layout, on_gpu = loaded.layout, loaded.device.type != "cpu"
+    budget = parse_memory(config.memory, total_expert_bytes=layout.total_bytes)
+    staging = plan_staging(largest_piece=_largest_piece(layout), budget_bytes=budget)
+    overhead = scratch_bytes(layout, loaded.compute_dtype) + (0 if on_gpu else staging.nbytes)
+    setup = None if config.mode == "exact" else prepare(config, loaded, budget_bytes=budget, overhead_bytes=overhead)
+    plan = setup.plan if setup is not None else _exact_plan(layout, budget, overhead)
+    cache = _open_cache(config, loaded, plan, staging)
+    try:
+        cache.warm(progress=_progress)
+        maths = [expert_math(module) for module in loaded.experts]
+        standins = None if setup is None else _load_standins(setup, loaded, maths, staging, config.threads)
+        _attach(loaded, cache, maths, step, standins)
+    except BaseException:
+        cache.close()
+        raise
+    if setup is not None and setup.wants_scores:
+        attach_router_scores(
+            loaded.model,
+            loaded.experts,
+            layout.experts_per_layer,
+            model_type=loaded.family.model_type,
+            into=step.scores,
+        )
+    return ExpertTier(cache=cache, setup=setup, standin_bytes=0 if standins is None else standins.pool.nbytes)
+
+
+def scratch_bytes(layout: ExpertLayout, compute: torch.dtype) -> int:
+    """Bytes of the upcast scratch, which count against the expert budget."""
+    return UpcastScratch.nbytes_for(_shapes(layout), stored=_stored(layout), compute=compute)
+
+
+def _exact_plan(layout: ExpertLayout, budget: int, overhead: int) -> SlotPlan:
+    return split_slots(
+        budget_bytes=budget,
+        slot_bytes=layout.slot_bytes,
+        expert_bytes=layout.expert_bytes,
+        experts_per_layer=layout.experts_per_layer,
+        overhead_bytes=overhead,
+    )
+
+
+def _open_cache(config: EngineConfig, loaded: LoadedModel, plan: SlotPlan, staging: Staging) -> ExpertCache:
+    layout = loaded.layout
+    return ExpertCache(
+        layout,
+        plan,
+        eviction=LRU,
+        reader=DiskReader(depth=staging.depth, buffer_bytes=staging.buffer_bytes),
+        device=loaded.device,
+        host_slots=parse_memory(config.host_memory, total_expert_bytes=layout.total_bytes) // layout.slot_bytes,
+    )
+
+
+def _load_standins(
+    setup: StandinSetup, loaded: LoadedModel, maths: list[ExpertMath], staging: Staging, threads: int
+) -> Standins:
+    pool = StandinPool(setup.layouts, setup.kind_of, loaded.device)
+    reader = DiskReader(depth=staging.depth, buffer_bytes=staging.buffer_bytes)
+    try:
+        pool.load(reader, progress=_progress)
+    finally:
+        reader.close()
+    return Standins(
+        policy=setup.policy,
+        pool=pool,
+        compute={
+            kind: record_compute(kind, setup.layouts[kind], maths, threads)
+            for kind in sorted(set(setup.kind_of.values()))
+        },
+        experts_per_layer=loaded.layout.experts_per_layer,
+        layers=setup.layers,
+    )
+
+
+def _attach(
+    loaded: LoadedModel, cache: ExpertCache, maths: list[ExpertMath], step: StepState, standins: Standins | None
+) -> None:
+    layout = loaded.layout
+    scratch = UpcastScratch(_shapes(layout), stored=_stored(layout), compute=loaded.compute_dtype, device=loaded.device)
+
+    def block(layer: int, _module: nn.Module) -> MoEBlock:
+        compute = _dense_compute(maths[layer], scratch)
+        return MoEBlock(layer=layer, cache=cache, compute=compute, step=step, standins=standins)
+
+    attach(loaded.experts, block)
+
+
+def _dense_compute(math: ExpertMath, scratch: UpcastScratch) -> ExpertCompute:
+    def compute(x_RD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        return expert_forward(x_RD, scratch.widen(tensors), math)
+
+    return compute
+
+
+def _progress(items: Iterable[Any], **options: Any) -> Iterable[Any]:
+    return tqdm(items, disable=not sys.stderr.isatty(), file=sys.stderr, **options)
+
+
+def expert_math(module: nn.Module) -> ExpertMath:
+    """How the experts of a transformers module compute."""
+    gated = bool(module.has_gate)
+    post_norm = bool(getattr(module, "has_post_expert_norm", False))
+    return ExpertMath(
+        activate=module._apply_gate if gated else module.act_fn,  # type: ignore[arg-type]
+        gated=gated,
+        bias=bool(module.has_bias),
+        transposed=bool(module.is_transposed),
+        post_norm=module.post_expert_norm if post_norm else None,  # type: ignore[arg-type]
+    )
+
+
+def _shapes(layout: ExpertLayout) -> dict[str, tuple[int, ...]]:
+    return {tensor.name: tensor.shape for tensor in layout.tensors}
+
+
+def _stored(layout: ExpertLayout) -> torch.dtype:
+    return getattr(torch, layout.tensors[0].dtype)
+
+
+def _largest_piece(layout: ExpertLayout) -> int:
+    return max(piece.nbytes for pieces in layout.pieces.values() for piece in pieces)

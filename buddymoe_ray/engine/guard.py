@@ -1,0 +1,161 @@
+"""Recomputes sampled requests exactly, off the critical path, and lets the policy compare what they cost.
+
+A sampled request keeps the logits of some of its decode steps. When it has ended, its tokens are computed again from
+the first one, exactly and on clean KV blocks, so drift that stand-ins left in the KV cache shows too. Runs when the
+engine is idle, or a chunk at a time when it has waited too long. Decides nothing: `policy.guard` does.
+
+Legend: V vocabulary, n tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from buddymoe_ray.engine.runner import Runner
+from buddymoe_ray.engine.scheduler import Scheduler
+from buddymoe_ray.engine.sequence import Sequence
+from buddymoe_ray.moe import StepOutcome
+from buddymoe_ray.observe import GuardSnapshot
+from buddymoe_ray.policy import Guard
+from buddymoe_ray.types import GuardState
+
+__all__ = ["GuardWork"]
+
+log = logging.getLogger(__name__)
+
+_MOST_KEPT = 64
+_MOST_WAITING = 4
+_PATIENCE = 256
+
+
+@dataclass(kw_only=True)
+class _Sample:
+    """Decode steps kept of one request: by position of the token whose KV was computed, log probabilities and harm."""
+
+    stride: int
+    logprobs: dict[int, Tensor] = field(default_factory=dict)
+    predicted: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class _Job:
+    """A sample being recomputed."""
+
+    sample: _Sample
+    chunks: Iterator[tuple[int, Tensor]]
+    blocks: list[int]
+    kl: list[float] = field(default_factory=list)
+    predicted: list[float] = field(default_factory=list)
+
+
+class GuardWork:
+    """Samples a `share` of the requests that stand-ins may answer, and recomputes them."""
+
+    def __init__(self, *, guard: Guard, runner: Runner, scheduler: Scheduler, share: float) -> None:
+        self._guard, self._runner, self._scheduler, self._share = guard, runner, scheduler, share
+        self._samples: dict[str, _Sample] = {}
+        self._waiting: deque[tuple[list[int], _Sample]] = deque()
+        self._job: _Job | None = None
+        self._waited = 0
+
+    @property
+    def state(self) -> GuardState:
+        """`ok` or `tripped`."""
+        return self._guard.state
+
+    def snapshot(self) -> GuardSnapshot:
+        """What it has measured."""
+        seen = self._guard.snapshot()
+        return GuardSnapshot(
+            state=seen.state,
+            measured_kl=seen.measured,
+            measured_se=seen.standard_error,
+            predicted=seen.predicted,
+            sampled_tokens=seen.tokens,
+            reason=seen.reason,
+        )
+
+    def watch(self, sequences: Rows[Sequence], logits_BV: Tensor, outcome: StepOutcome) -> None:
+        """Keep a decode step of the sampled requests; counts generated tokens towards re-arming."""
+        self._guard.generated(len(sequences))
+        for row, seq in enumerate(sequences):
+            if seq.account.steps == 1 and self._chosen(seq):
+                stride = max(1, -(-seq.max_tokens // _MOST_KEPT))
+                self._samples[seq.request_id] = _Sample(stride=stride)
+            sample = self._samples.get(seq.request_id)
+            if sample is not None and (seq.account.steps - 1) % sample.stride == 0:
+                position = seq.num_computed - 1
+                sample.logprobs[position] = logits_BV[row].log_softmax(dim=-1).clone()
+                sample.predicted[position] = float(outcome.harm_T[row])
+
+    def ended(self, seq: Sequence) -> None:
+        """A request ended: queue its sample, if it has one and there is room."""
+        sample = self._samples.pop(seq.request_id, None)
+        if sample is not None and sample.logprobs and len(self._waiting) < _MOST_WAITING:
+            self._waiting.append((seq.token_ids(0, max(sample.logprobs) + 1), sample))
+
+    def has_work(self) -> bool:
+        """Whether there is something to recompute."""
+        return self._job is not None or bool(self._waiting)
+
+    def advance(self, *, idle: bool) -> None:
+        """Compute a chunk, if the engine is idle or the work has waited long enough."""
+        if not self.has_work():
+            return
+        self._waited += 1
+        if not idle and self._waited < _PATIENCE:
+            return
+        self._waited = 0
+        if self._job is None and not self._begin():
+            return
+        assert self._job is not None, "a job was begun"
+        try:
+            start, logits_nV = next(self._job.chunks)
+        except StopIteration:
+            self._finish(self._job)
+            return
+        except BaseException:
+            self._drop(self._job)
+            raise
+        self._compare(self._job, start, logits_nV)
+
+    def _chosen(self, seq: Sequence) -> bool:
+        if seq.account.requested_mode == "exact" or seq.account.guard == "tripped":
+            return False
+        return zlib.crc32(seq.request_id.encode()) / 2**32 < self._share
+
+    def _begin(self) -> bool:
+        ids, sample = self._waiting[0]
+        blocks = self._scheduler.borrow(len(ids))
+        if blocks is None:
+            return False
+        self._waiting.popleft()
+        self._job = _Job(sample=sample, chunks=self._runner.score(ids, blocks), blocks=blocks)
+        return True
+
+    def _compare(self, job: _Job, start: int, logits_nV: Tensor) -> None:
+        for position in range(start, start + len(logits_nV)):
+            ours_V = job.sample.logprobs.pop(position, None)
+            if ours_V is not None:
+                exact_V = logits_nV[position - start].log_softmax(dim=-1)
+                job.kl.append(max(0.0, float((exact_V.exp() * (exact_V - ours_V)).double().sum())))
+                job.predicted.append(job.sample.predicted[position])
+
+    def _finish(self, job: _Job) -> None:
+        self._drop(job)
+        before = self._guard.state
+        self._guard.observe(job.kl, job.predicted)
+        if self._guard.state != before:
+            log.warning("guard is %s: %s", self._guard.state, self._guard.snapshot().reason)
+
+    def _drop(self, job: _Job) -> None:
+        self._scheduler.give_back(job.blocks)
+        self._job = None
+

@@ -1,0 +1,247 @@
+"""From a calibration to what is resident and who stands in: reads the profile, splits the budget, makes the policy.
+
+Reads headers and tables only; loads no weights. Invariant: full slots, wave slots, records and overhead stay within the
+budget, and every expert that is not full has a record where the stand-in needs one.
+
+Legend: L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.engine.standin_policy import make_policy, wants_scores
+from buddymoe_ray.errors import BudgetError, ProfileError
+from buddymoe_ray.models.fingerprint import model_hash
+from buddymoe_ray.models.load import LoadedModel
+from buddymoe_ray.models.profile import Profile, default_profile_path, load_profile
+from buddymoe_ray.models.standin_files import standin_layouts, standins_folder
+from buddymoe_ray.policy import MissPolicy, choose, price_for
+from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
+
+__all__ = ["StandinSetup", "find_profile", "prepare"]
+
+log = logging.getLogger(__name__)
+
+Floats = npt.NDArray[np.float32]
+
+_MIN_WAVES, _MOST_WAVES, _WAVE_SHARE = 2, 8, 0.02
+_RECORDS = {
+    "auto": ("lowbit2", "lowbit3", "lowbit4"),
+    "lowbit": ("lowbit2", "lowbit3", "lowbit4"),
+    "lowbit2": ("lowbit2",),
+    "lowbit3": ("lowbit3",),
+    "lowbit4": ("lowbit4",),
+    "lowrank": ("lowrank",),
+    "mean": ("mean",),
+}
+"""Kinds of record that each `standin` may use; the others keep no bytes of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandinSetup:
+    """What stands in on one engine, and where.
+
+    `plan` pins the full experts, `kind_of` gives the others' records, `layouts` where those are on disk, `price_of` the
+    largest harm worth taking at a budget. `binding` names model and stand-ins for replays. `refusal`, when there is
+    one, says why `bounded` requests get `exact` here.
+    """
+
+    plan: SlotPlan
+    kind_of: Mapping[ExpertKey, str]
+    layouts: Mapping[str, ExpertLayout]
+    policy: MissPolicy
+    layers: frozenset[int]
+    wants_scores: bool
+    price_of: Callable[[float], float]
+    binding: str
+    refusal: str
+    expected_harm: float
+    experts: int
+    top_k: int
+
+
+def find_profile(config: EngineConfig, folder: Path) -> Path:
+    """The profile to use. Raises ProfileError when there is none."""
+    if config.profile is not None:
+        return Path(config.profile)
+    found = default_profile_path(folder)
+    if found is None:
+        raise ProfileError(
+            f"mode is {config.mode}, must be exact for a model without profile. "
+            f"hint: run buddymoe profile --model {config.model} --corpus FILES first, or set mode exact"
+        )
+    return found
+
+
+def prepare(config: EngineConfig, loaded: LoadedModel, *, budget_bytes: int, overhead_bytes: int) -> StandinSetup:
+    """Read the profile beside the checkpoint (or `config.profile`) and split the budget.
+
+    Raises ProfileError (missing, damaged, another model's), BudgetError (nothing fits, with the least that does).
+    """
+    path = find_profile(config, loaded.folder)
+    fingerprint = model_hash(loaded.folder)
+    profile = load_profile(path, model_hash=fingerprint)
+    kinds = _RECORDS.get(config.standin, ()) if config.policy == "ladder" else ()
+    layouts = {k: v for k, v in standin_layouts(standins_folder(path), fingerprint).items() if k in kinds}
+    if kinds and not layouts:
+        raise ProfileError(
+            f"{path} has no records of {' or '.join(kinds)}, must have them for standin {config.standin}. "
+            "hint: run buddymoe profile again with these kinds"
+        )
+    _same_shape(path, profile, loaded)
+    harms = {kind: profile.harm_LE(kind) for kind in (*layouts, "drop")}
+    split = _split(config, loaded.layout, profile, layouts, harms, budget_bytes, overhead_bytes)
+    layers = config.chosen_layers()
+    kind_of = {} if split.plan.fully_resident else split.kind_of
+    used_harm_LE = _harm_of_use(profile, harms, kind_of)
+    return StandinSetup(
+        plan=split.plan,
+        kind_of=kind_of,
+        layouts=layouts,
+        policy=make_policy(
+            config, profile, harm_LE=used_harm_LE, has_record_LE=_has_record(profile, kind_of), device=loaded.device
+        ),
+        layers=frozenset(range(profile.layers)) if layers is None else layers,
+        wants_scores=wants_scores(config),
+        price_of=_pricer(profile, used_harm_LE, split.plan),
+        binding=_binding(fingerprint, config, kind_of),
+        refusal=_refusal(config, profile),
+        expected_harm=split.harm,
+        experts=profile.experts,
+        top_k=profile.top_k,
+    )
+
+
+def _same_shape(path: Path, profile: Profile, loaded: LoadedModel) -> None:
+    counts = loaded.layout.experts_per_layer
+    if (profile.layers, profile.experts) != (len(counts), max(counts)):
+        raise ProfileError(
+            f"{path} has {profile.layers} layers of {profile.experts} experts, must have {len(counts)} of {max(counts)}. "
+            "hint: run buddymoe profile on this checkpoint"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Split:
+    plan: SlotPlan
+    kind_of: dict[ExpertKey, str]
+    harm: float
+
+
+def _split(
+    config: EngineConfig,
+    layout: ExpertLayout,
+    profile: Profile,
+    layouts: Mapping[str, ExpertLayout],
+    harms: Mapping[str, Floats],
+    budget: int,
+    overhead: int,
+) -> _Split:
+    """Full slots and records under the budget: wave slots first, then the split of least expected harm."""
+    slot = layout.slot_bytes
+    if budget >= layout.total_bytes:
+        return _Split(plan=_fully_resident(layout, budget), kind_of={}, harm=0.0)
+    waves = max(_MIN_WAVES, min(_MOST_WAVES, round(_WAVE_SHARE * budget / slot)))
+    room = budget - overhead - waves * slot
+    uses_LE = profile.counts_LE * profile.weight2_LE / max(1, profile.calibration_tokens)
+    names = ["full", *(layouts or {"none": None})]
+    record_bytes = [slot, *((layouts[name].slot_bytes for name in names[1:]) if layouts else (0,))]
+    harm_of = [np.zeros_like(uses_LE), *(uses_LE * (harms[n] if layouts else harms["drop"]) for n in names[1:])]
+    least = min(record_bytes) * sum(layout.experts_per_layer)
+    if room < least:
+        need = least + overhead + waves * slot
+        raise BudgetError(
+            f"memory is {budget} bytes, must be at least {need} bytes ({100 * need / layout.total_bytes:.1f} %) for "
+            f"standin {config.standin}. hint: raise --memory, profile with fewer bits, or use mode exact"
+        )
+    chosen = choose(
+        bytes_of=np.array(record_bytes, dtype=np.int64),
+        harm_of=np.stack(harm_of),
+        budget_bytes=room,
+        experts_per_layer=layout.experts_per_layer,
+    )
+    kind_LE = chosen.kind_LE
+    pinned = tuple(
+        tuple(e for e in range(count) if kind_LE[la, e] == 0) for la, count in enumerate(layout.experts_per_layer)
+    )
+    kind_of = {
+        ExpertKey(la, e): names[kind_LE[la, e]]
+        for la, count in enumerate(layout.experts_per_layer)
+        for e in range(count)
+        if kind_LE[la, e] != 0 and layouts
+    }
+    record_total = sum(layouts[kind].slot_bytes for kind in kind_of.values())
+    plan = SlotPlan(
+        budget_bytes=budget,
+        slot_bytes=slot,
+        overhead_bytes=overhead + record_total,
+        wave_slots=waves,
+        layer_slots=tuple(len(named) for named in pinned),
+        fully_resident=False,
+        pinned=pinned,
+    )
+    used = plan.slots_total * slot + plan.overhead_bytes
+    assert used <= budget, f"plan takes {used} bytes, must be at most {budget}"
+    return _Split(plan=plan, kind_of=kind_of, harm=float(chosen.harm))
+
+
+def _fully_resident(layout: ExpertLayout, budget: int) -> SlotPlan:
+    return SlotPlan(
+        budget_bytes=budget,
+        slot_bytes=layout.slot_bytes,
+        overhead_bytes=0,
+        wave_slots=0,
+        layer_slots=layout.experts_per_layer,
+        fully_resident=True,
+    )
+
+
+def _harm_of_use(profile: Profile, harms: Mapping[str, Floats], kind_of: Mapping[ExpertKey, str]) -> Floats:
+    """Harm of one use per squared slot weight, of the record each expert has; that of dropping it elsewhere."""
+    table_LE = harms["drop"].copy()
+    for key, kind in kind_of.items():
+        table_LE[key.layer, key.expert] = harms[kind][key.layer, key.expert]
+    return table_LE
+
+
+def _has_record(profile: Profile, kind_of: Mapping[ExpertKey, str]) -> npt.NDArray[np.bool_]:
+    has_LE = np.zeros((profile.layers, profile.experts), dtype=bool)
+    for key in kind_of:
+        has_LE[key.layer, key.expert] = True
+    return has_LE
+
+
+def _pricer(profile: Profile, harm_LE: Floats, plan: SlotPlan) -> Callable[[float], float]:
+    """Harms of the calibration's own uses under this plan, and from them the price at a budget."""
+    ids, weights = profile.routes_TLK.astype(np.int64), profile.route_weights_TLK.astype(np.float32)
+    resident_LE = np.zeros((profile.layers, profile.experts), dtype=bool)
+    for layer, named in enumerate(plan.pinned):
+        resident_LE[layer, list(named)] = True
+    layer_L1 = np.arange(profile.layers)[:, None]
+    harm_TLK = np.where(resident_LE[layer_L1, ids], 0.0, weights**2 * harm_LE[layer_L1, ids])
+    harm_TN = harm_TLK.reshape(len(ids), -1)
+    return lambda budget: price_for(budget, harm_TN)
+
+
+def _binding(fingerprint: str, config: EngineConfig, kind_of: Mapping[ExpertKey, str]) -> str:
+    import hashlib
+
+    text = "|".join(f"{k.layer}.{k.expert}={kind}" for k, kind in sorted(kind_of.items()))
+    return hashlib.sha256(f"{fingerprint}|{config.expert_dtype}|{text}".encode()).hexdigest()
+
+
+def _refusal(config: EngineConfig, profile: Profile) -> str:
+    """Why `bounded` cannot be given here, or nothing."""
+    if not np.isfinite(profile.sensitivity_L).all():
+        return "the profile was made with --quick and knows no harms; profile again without it"
+    if config.standin == "auto" and profile.recommended is None:
+        return f"calibration found no stand-in within the budget ({profile.reason})"
+    return ""

@@ -1,0 +1,113 @@
+"""Answers misses without waiting: asks the policy what to do with each, and computes with stand-in records.
+
+Does not know budgets (the policy and the ledger do) nor where records come from. Invariant: a row that must be exact is
+never answered by a stand-in, except where a replay says so.
+
+Legend: T rows, K slots, N uses (T*K), E experts, B bytes of all records, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from buddymoe_ray.cache import StandinPool
+from buddymoe_ray.moe.outcome import STANDIN_KINDS, standin_kind
+from buddymoe_ray.moe.step import Overlay, StepState
+from buddymoe_ray.policy import Action, Misses, MissPolicy, Resolution
+from buddymoe_ray.types import ExpertKey
+
+__all__ = ["RecordCompute", "Standins"]
+
+class RecordCompute(Protocol):
+    """The arithmetic of one kind of record, for a whole layer and step."""
+
+    def __call__(
+        self, layer: int, x_TD: Tensor, records_B: Tensor, at_E: Tensor, expert_TK: Tensor, out_ND: Tensor
+    ) -> None:
+        """Write `out_ND[n]` for each use `expert_TK.flat[n] >= 0` whose expert's record begins at byte `at_E >= 0`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standins:
+    """What stands in on one engine.
+
+    Args:
+        policy: decides each miss.
+        pool: records of the experts that have one.
+        compute: arithmetic of each kind of record in the pool.
+        experts_per_layer: E of each layer.
+        layers: layers where stand-ins may answer; elsewhere every miss is fetched.
+    """
+
+    policy: MissPolicy
+    pool: StandinPool
+    compute: Mapping[str, RecordCompute]
+    experts_per_layer: tuple[int, ...]
+    layers: frozenset[int]
+
+    def __post_init__(self) -> None:
+        kinds = [
+            [self.pool.kind_of.get(ExpertKey(layer, e), "") for e in range(count)]
+            for layer, count in enumerate(self.experts_per_layer)
+        ]
+        columns = [torch.tensor([STANDIN_KINDS.index(standin_kind(k)) if k else 0 for k in row]) for row in kinds]
+        at = {
+            kind: [
+                torch.tensor([self.pool.offset_of[ExpertKey(la, e)] if k == kind else -1 for e, k in enumerate(row)])
+                for la, row in enumerate(kinds)
+            ]
+            for kind in self.compute
+        }
+        object.__setattr__(self, "_kinds", kinds)
+        object.__setattr__(self, "_columns", columns)
+        object.__setattr__(self, "_at", at)
+
+    def resolve(self, layer: int, ids_TK: Tensor, weight_TK: Tensor, resident_E: Tensor, step: StepState) -> Resolution:
+        """What answers each use of this layer, counted and charged in `step`."""
+        assert step.budgets is not None, "resolve was called for an exact pass"
+        misses = Misses(
+            layer=layer,
+            ids_TK=ids_TK,
+            weight_TK=weight_TK,
+            resident_E=resident_E.to(ids_TK.device),
+            score_TE=step.scores.get(layer),
+            rows=step.budgets,
+        )
+        resolution = self.policy.resolve(misses)
+        overlay = step.overlays.get(layer)
+        if overlay is not None:
+            resolution = _repeat(resolution, overlay)
+        columns, kinds = self._columns[layer], self._kinds[layer]  # type: ignore[attr-defined]
+        step.charge(step.outcome.count(layer, resolution, columns, kinds))
+        return resolution
+
+    def answer(self, layer: int, x_TD: Tensor, expert_TK: Tensor, out_ND: Tensor) -> None:
+        """Fill the rows of `out_ND` whose use a record answers; `expert_TK` is negative for all other uses."""
+        for kind, compute in self.compute.items():
+            compute(layer, x_TD, self.pool.bytes, self._at[kind][layer], expert_TK, out_ND)  # type: ignore[attr-defined]
+
+    def may_answer(self, layer: int, step: StepState) -> bool:
+        """Whether any row of the pass may be answered by a stand-in in this layer."""
+        return step.budgets is not None and (layer in self.layers or layer in step.overlays)
+
+
+def _repeat(resolution: Resolution, overlay: Overlay) -> Resolution:
+    """Force the recorded uses upon a resolution; a replay is charged nothing, its harm was charged when recorded."""
+    at = (overlay.row_N, overlay.slot_N)
+    action_TK, expert_TK = resolution.action_TK.clone(), resolution.expert_TK.clone()
+    weight_TK = resolution.weight_TK.clone()
+    action_TK[at] = overlay.action_N.to(action_TK.dtype)
+    expert_TK[at], weight_TK[at] = overlay.expert_N, overlay.weight_N.to(weight_TK.dtype)
+    assert int(action_TK.max()) <= Action.DROP, f"action is {int(action_TK.max())}, must be at most {Action.DROP}"
+    return Resolution(
+        action_TK=action_TK,
+        expert_TK=expert_TK,
+        weight_TK=weight_TK,
+        harm_TK=resolution.harm_TK,
+        reason_TK=resolution.reason_TK,
+    )

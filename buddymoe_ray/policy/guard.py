@@ -1,0 +1,104 @@
+"""When to stop trusting stand-ins: a state machine over measured divergences. Pure: no clock, no model.
+
+Measured tokens come in from sampled requests. The guard trips when their mean divergence is above the limit by more than
+two standard errors (clustered by request), and re-arms after a cooldown counted in generated tokens, twice as long at
+each trip. Neighbours: `engine.guard` recomputes requests and feeds it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Guard", "GuardView"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardView:
+    """What the guard knows: means per token (nats) over the window, and why it is in its state."""
+
+    state: Literal["ok", "tripped"]
+    measured: float
+    standard_error: float
+    predicted: float
+    tokens: int
+    reason: str
+
+
+class Guard:
+    """Watches the mean divergence of sampled tokens.
+
+    Args:
+        limit: nats per token that must not be exceeded.
+        window: sampled tokens that the means are over; older requests fall out.
+        least: sampled tokens needed before it may trip.
+        cooldown: generated tokens until it re-arms after the first trip.
+    """
+
+    def __init__(self, *, limit: float, window: int = 2048, least: int = 128, cooldown: int = 4096) -> None:
+        assert limit > 0 and window >= least > 0 and cooldown > 0, "limit, window, least and cooldown must be positive"
+        self.limit, self._window, self._least, self._cooldown = limit, window, least, cooldown
+        self._samples: deque[tuple[int, float, float]] = deque()  # tokens, summed divergence, summed prediction
+        self._resting = 0
+        self._trips = 0
+        self._reason = ""
+
+    @property
+    def state(self) -> Literal["ok", "tripped"]:
+        """`tripped` while it rests."""
+        return "tripped" if self._resting else "ok"
+
+    def observe(self, kl: Sequence[float], predicted: Sequence[float]) -> None:
+        """Take one request's measured divergences (nats per token) and the ledger's predictions for the same tokens."""
+        assert len(kl) == len(predicted), f"{len(kl)} divergences, {len(predicted)} predictions, must be as many"
+        if not kl or self._resting:
+            return
+        self._samples.append((len(kl), math.fsum(kl), math.fsum(predicted)))
+        while self._tokens() - self._samples[0][0] >= self._window:
+            self._samples.popleft()
+        view = self.snapshot()
+        low = view.measured - 2 * view.standard_error
+        if view.tokens >= self._least and (not math.isfinite(view.measured) or low > self.limit):
+            self._trip(view)
+
+    def generated(self, tokens: int) -> None:
+        """Count generated tokens towards the end of the cooldown; what was measured before it is forgotten."""
+        if self._resting:
+            self._resting = max(0, self._resting - tokens)
+            if not self._resting:
+                self._samples.clear()
+                self._reason = f"re-armed after trip {self._trips}"
+
+    def snapshot(self) -> GuardView:
+        """Means over the window. The standard error is of the mean over requests, each weighted by its tokens."""
+        tokens = self._tokens()
+        if not tokens:
+            return GuardView(
+                state=self.state, measured=0.0, standard_error=0.0, predicted=0.0, tokens=0, reason=self._reason
+            )
+        mean = math.fsum(total for _, total, _ in self._samples) / tokens
+        clusters = len(self._samples)
+        spread = math.fsum((total - mean * count) ** 2 for count, total, _ in self._samples)
+        error = math.sqrt(spread * clusters / (clusters - 1)) / tokens if clusters > 1 else 0.0
+        return GuardView(
+            state=self.state,
+            measured=mean,
+            standard_error=error,
+            predicted=math.fsum(p for _, _, p in self._samples) / tokens,
+            tokens=tokens,
+            reason=self._reason,
+        )
+
+    def _tokens(self) -> int:
+        return sum(count for count, _, _ in self._samples)
+
+    def _trip(self, view: GuardView) -> None:
+        self._resting = self._cooldown * 2**self._trips
+        self._trips += 1
+        self._reason = (
+            f"measured {view.measured:.3g} ± {view.standard_error:.2g} nats per token over {view.tokens} tokens, "
+            f"limit {self.limit:.3g}, predicted {view.predicted:.3g}; exact for {self._resting} tokens"
+        )

@@ -1,0 +1,121 @@
+"""The miss ladder: per use the cheapest rung in time that the row's remaining budget allows.
+
+A resident expert runs; else a stand-in answers where its harm is within the row's price and allowance; else the expert
+is fetched. Pure; vectorised over all uses of a layer, with `resolve_reference` as its twin.
+Invariant: an exact row is never stood in for; a row is never charged beyond its allowance.
+
+Legend: T rows, K slots, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from buddymoe_ray.policy.misses import Action, Misses, Reason, Resolution
+from buddymoe_ray.policy.standins import Answers, Standin
+
+__all__ = ["Ladder", "resolve_reference"]
+
+
+class Ladder:
+    """Answers misses with `standin` within each row's budget (`RowBudgets`)."""
+
+    def __init__(self, standin: Standin) -> None:
+        self.standin = standin
+
+    def resolve(self, misses: Misses) -> Resolution:
+        """Uses of a row are taken in rising order of harm until its allowance is spent. An expert that any row of the
+        step fetches answers every row."""
+        ids_TK, rows = misses.ids_TK, misses.rows
+        resident_TK = misses.resident_E[ids_TK]
+        if bool(resident_TK.all()):
+            return all_resident(misses)
+        answers = self.standin.answer(misses)
+        wanted_TK = ~resident_TK & (rows.mode_T > 0)[:, None]
+        able_TK = wanted_TK & answers.found_TK
+        cheap_TK = able_TK & (answers.harm_TK <= rows.price_T[:, None])
+        take_TK = cheap_TK & _affordable(answers.harm_TK, cheap_TK, rows.allowance_T)
+        shared_TK = take_TK & _fetched_anyway(ids_TK, ~resident_TK & ~take_TK, len(misses.resident_E))
+        take_TK = take_TK & ~shared_TK
+        fetch_TK = ~resident_TK & ~take_TK
+        reason_TK = torch.where(able_TK, Reason.OVER_PRICE, Reason.NO_STANDIN)
+        reason_TK = torch.where(cheap_TK, Reason.OVER_ALLOWANCE, reason_TK)
+        reason_TK = torch.where(shared_TK, Reason.SHARED_FETCH, reason_TK)
+        reason_TK = torch.where(wanted_TK, reason_TK, Reason.WANTED_EXACT)
+        reason_TK = torch.where(take_TK, Reason.SUBSTITUTED, reason_TK)
+        reason_TK = torch.where(resident_TK, Reason.RESIDENT, reason_TK)
+        action_TK = torch.where(take_TK, answers.action_TK, fetch_TK.to(torch.int8))
+        return Resolution(
+            action_TK=action_TK,
+            expert_TK=torch.where(take_TK, answers.expert_TK, ids_TK),
+            weight_TK=self.standin.weights(misses, answers, take_TK),
+            harm_TK=torch.where(take_TK, answers.harm_TK, 0.0),
+            reason_TK=reason_TK.to(torch.int8),
+        )
+
+
+def all_resident(misses: Misses) -> Resolution:
+    """Every use is a hit."""
+    zero_TK = torch.zeros_like(misses.ids_TK, dtype=torch.int8)
+    return Resolution(
+        action_TK=zero_TK,
+        expert_TK=misses.ids_TK,
+        weight_TK=misses.weight_TK,
+        harm_TK=zero_TK.float(),
+        reason_TK=zero_TK,
+    )
+
+
+def _affordable(harm_TK: Tensor, cheap_TK: Tensor, allowance_T: Tensor) -> Tensor:
+    """Which of the cheap uses a row can pay, the least harmful first."""
+    if bool(torch.isinf(allowance_T).all()):
+        return cheap_TK
+    offered_TK = torch.where(cheap_TK, harm_TK, math.inf)
+    sorted_TK, order_TK = offered_TK.sort(dim=1, stable=True)
+    paid_TK = sorted_TK.double().cumsum(dim=1) <= allowance_T[:, None]
+    return torch.zeros_like(cheap_TK).scatter_(1, order_TK, paid_TK)
+
+
+def _fetched_anyway(ids_TK: Tensor, fetch_TK: Tensor, E: int) -> Tensor:
+    fetched_E = torch.zeros(E + 1, dtype=torch.bool, device=ids_TK.device)
+    fetched_E[ids_TK.where(fetch_TK, E).reshape(-1)] = True
+    fetched_E[E] = False
+    return fetched_E[ids_TK]
+
+
+def resolve_reference(standin: Standin, misses: Misses) -> tuple[list[list[Action]], list[list[Reason]]]:
+    """The ladder in plain loops: the spec of `Ladder.resolve`'s actions and reasons."""
+    answers: Answers = standin.answer(misses)
+    ids = misses.ids_TK.tolist()
+    actions = [[Action.HIT for _ in row] for row in ids]
+    reasons = [[Reason.RESIDENT for _ in row] for row in ids]
+    fetched: set[int] = set()
+    for t, row in enumerate(ids):
+        left = float(misses.rows.allowance_T[t])
+        order = sorted(range(len(row)), key=lambda k, t=t: (float(answers.harm_TK[t, k]), k))  # type: ignore[misc]
+        for k in order:
+            if bool(misses.resident_E[row[k]]):
+                continue
+            harm = float(answers.harm_TK[t, k])
+            if int(misses.rows.mode_T[t]) == 0:
+                reasons[t][k] = Reason.WANTED_EXACT
+            elif not bool(answers.found_TK[t, k]):
+                reasons[t][k] = Reason.NO_STANDIN
+            elif harm > float(misses.rows.price_T[t]):
+                reasons[t][k] = Reason.OVER_PRICE
+            elif harm > left:
+                reasons[t][k], left = Reason.OVER_ALLOWANCE, -math.inf
+            else:
+                reasons[t][k], left = Reason.SUBSTITUTED, left - harm
+            taken = reasons[t][k] is Reason.SUBSTITUTED
+            actions[t][k] = Action(int(answers.action_TK[t, k])) if taken else Action.FETCH
+            if not taken:
+                fetched.add(row[k])
+    for t, row in enumerate(ids):
+        for k, expert in enumerate(row):
+            if actions[t][k] > Action.FETCH and expert in fetched:
+                actions[t][k], reasons[t][k] = Action.FETCH, Reason.SHARED_FETCH
+    return actions, reasons

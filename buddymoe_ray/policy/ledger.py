@@ -1,0 +1,60 @@
+"""The quality budget of one request, and the price of a use that keeps it.
+
+A bounded request earns `budget` nats per generated token and pays the calibrated harm of every stand-in use. Pure.
+Invariant: what was spent never exceeds budget × tokens.
+
+The price is a threshold on the harm of one use: taking the first uses that fit would spend the allowance in the first
+layers; taking all uses below one price, the same in every layer, spends it where it buys most.
+
+Legend: T tokens, N uses of a token.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Ledger", "price_for"]
+
+_SAFETY = 0.9
+
+
+class Ledger:
+    """Allowance of one request. `budget` is in nats per generated token."""
+
+    def __init__(self, budget: float) -> None:
+        assert budget >= 0, f"budget is {budget}, must not be negative"
+        self.budget, self.spent, self.tokens = budget, 0.0, 0
+
+    @property
+    def allowance(self) -> float:
+        """Nats that may still be spent; a hair less than the balance, so that float32 sums cannot overdraw it."""
+        return max(0.0, (self.budget * self.tokens - self.spent) * (1 - 1e-5))
+
+    def accrue(self) -> None:
+        """One more token is being generated."""
+        self.tokens += 1
+
+    def charge(self, harm: float) -> None:
+        """Pay for stand-in uses (nats)."""
+        self.spent += harm
+        limit = self.budget * self.tokens
+        assert self.spent <= limit * (1 + 1e-6), f"spent {self.spent} nats, must be at most {limit}"
+
+
+def price_for(budget: float, harm_TN: npt.NDArray[np.floating]) -> float:
+    """The largest harm of one use such that taking all uses up to it costs a token `budget` nats on average (less a
+    tenth, for the spread between texts).
+
+    Args:
+        budget: nats per token.
+        harm_TN: harms of the uses of calibration tokens; 0 where the expert is resident.
+    """
+    harms = np.sort(np.asarray(harm_TN, dtype=np.float64).ravel())
+    if not len(harms):
+        return 0.0
+    spend = np.cumsum(harms) / len(harm_TN)
+    within = int(np.searchsorted(spend, _SAFETY * budget, side="right"))
+    if within == len(harms):
+        return float("inf")
+    return float(harms[within - 1]) if within else 0.0

@@ -1,0 +1,60 @@
+"""Random low-bit records for tests: codes and scales drawn from a seed, laid out as on disk."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from buddymoe_ray.kernels import LowbitFormat, PackedMatrix, dequantise, pack, record_tensors
+from buddymoe_ray.types import SlotTensor
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def silu_gate(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def gpt_oss_gate(x: Tensor) -> Tensor:
+    gate, up = x[..., ::2].clamp(max=7.0), x[..., 1::2].clamp(min=-7.0, max=7.0)
+    return (up + 1) * gate * torch.sigmoid(gate * 1.702)
+
+
+def random_codes(N: int, K: int, fmt: LowbitFormat, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    q_NK = torch.randint(0, fmt.levels, (N, K), generator=rng).to(torch.uint8)
+    return q_NK, torch.randint(0, 90, (N, K // fmt.group_of(K)), generator=rng).to(torch.uint8)
+
+
+def views_of(record: Tensor, layout: tuple[SlotTensor, ...]) -> dict[str, Tensor]:
+    return {t.name: record[t.offset : t.offset + t.nbytes].view(getattr(torch, t.dtype)).view(t.shape) for t in layout}
+
+
+def random_records(
+    shapes: Shapes, fmt: LowbitFormat, seed: int, count: int = 1
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """`count` records in one byte tensor, and the views of each."""
+    rng = torch.Generator().manual_seed(seed)
+    layout, nbytes = record_tensors(shapes, fmt)
+    records = torch.zeros(count * nbytes, dtype=torch.uint8)
+    views = [views_of(record, layout) for record in records.split(nbytes)]
+    for tensors in views:
+        for name, shape in shapes.items():
+            if len(shape) == 1:
+                tensors[name].copy_(torch.randn(shape, generator=rng) * 0.1)
+                continue
+            packed = pack(*random_codes(*shape, fmt, rng), 0.5 / fmt.levels, fmt)
+            for part in ("codes", "scales", "base"):
+                tensors[f"{name}.{part}"].copy_(getattr(packed, part))
+    return records, views
+
+
+def weights_of(tensors: dict[str, Tensor], shapes: Shapes, fmt: LowbitFormat) -> dict[str, Tensor]:
+    """The same expert in float32, for the reference."""
+
+    def matrix(name: str) -> Tensor:
+        packed = PackedMatrix(**{part: tensors[f"{name}.{part}"] for part in ("codes", "scales", "base")})
+        return dequantise(packed, fmt)
+
+    return {name: matrix(name) if len(shape) == 2 else tensors[name].float() for name, shape in shapes.items()}

@@ -1,0 +1,281 @@
+"""Rounding against brute force and against its own invariants, on inputs as uneven as a real model's."""
+
+from __future__ import annotations
+
+from itertools import pairwise, product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from buddymoe_ray.calibrate.rounding import (
+    Rounded,
+    dequantise_rounded,
+    moment,
+    quantise_expert,
+    quantise_expert_plain,
+    round_compensated,
+    round_plain,
+    weighted_error,
+)
+from buddymoe_ray.kernels.lowbit import LowbitFormat, PackedMatrix, dequantise, lowbit_forward, record_tensors
+from buddymoe_ray.kernels.reference import ExpertMath, expert_forward
+
+BITS = (2, 3, 4, 8)
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def _inputs(rows: int, width: int, seed: int = 0) -> Tensor:
+    """Correlated rows; a few inputs are ten times as active as the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator) / width**0.5 + torch.eye(width)
+    x = torch.randn(rows, width, generator=generator) @ mix
+    x[:, :: width // 4] *= 10
+    return x
+
+
+def _matrix(N: int, K: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(N, K, generator=generator) * torch.rand(N, 1, generator=generator).add(0.1)
+
+
+def _check(rounded: Rounded, W: Tensor, fmt: LowbitFormat) -> None:
+    N, K = W.shape
+    assert rounded.q.shape == (N, K) and rounded.q.dtype == torch.uint8 and int(rounded.q.max()) < fmt.levels
+    assert rounded.code.shape == (N, K // fmt.group_of(K)) and rounded.code.dtype == torch.uint8
+    assert rounded.base > 0
+
+
+# --- plain
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_plain_codes_are_the_nearest_under_their_scale(bits: int) -> None:
+    fmt, W = LowbitFormat(bits=bits), _matrix(12, 96)
+    rounded = round_plain(W, fmt)
+    _check(rounded, W, fmt)
+    scale = rounded.base * 2 ** (-rounded.code.float() / 24)
+    levels = torch.arange(fmt.levels) - (fmt.levels - 1) / 2
+    every = scale.repeat_interleave(32, dim=1).unsqueeze(-1) * levels
+    nearest = (every - W.unsqueeze(-1)).abs().amin(dim=-1)
+    assert torch.allclose((dequantise_rounded(rounded, fmt) - W).abs(), nearest, atol=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "share"), [(2, 0.15), (3, 0.045), (4, 0.013), (8, 1e-4)])
+def test_plain_error_is_near_the_best_for_normal_weights(bits: int, share: float) -> None:
+    W = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    fmt = LowbitFormat(bits=bits)
+    assert float((W - dequantise_rounded(round_plain(W, fmt), fmt)).square().mean()) < share
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4))
+def test_plain_scales_are_near_those_of_a_dense_grid(bits: int) -> None:
+    fmt, W = LowbitFormat(bits=bits), _matrix(64, 32)
+    ours = (W - dequantise_rounded(round_plain(W, fmt), fmt)).square().sum(dim=1)
+    best = torch.full_like(ours, float("inf"))
+    half = (fmt.levels - 1) / 2
+    for share in torch.linspace(0.3, 1.2, 200):
+        scale = share * W.abs().amax(dim=1, keepdim=True) / half
+        code = (W / scale + half).round().clamp(0, fmt.levels - 1)
+        best = best.minimum((W - scale * (code - half)).square().sum(dim=1))
+    assert float(ours.sum()) < 1.2 * float(best.sum())
+
+
+def test_plain_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt, W = LowbitFormat(bits=3), _matrix(50, 64)
+    whole = round_plain(W, fmt)
+    monkeypatch.setattr("buddymoe_ray.calibrate.rounding_plain.CHUNK", 64 * 7)
+    cut = round_plain(W, fmt)
+    assert torch.equal(whole.q, cut.q) and torch.equal(whole.code, cut.code) and whole.base == cut.base
+
+
+def test_importance_favours_the_inputs_that_matter() -> None:
+    fmt, W = LowbitFormat(bits=2), _matrix(64, 64)
+    importance = torch.ones(64)
+    importance[::8] = 1000
+    matters = lambda rounded: float(((W - dequantise_rounded(rounded, fmt)).square() * importance).sum())  # noqa: E731
+    assert matters(round_plain(W, fmt, importance_K=importance)) < matters(round_plain(W, fmt))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_zero_and_constant_matrices(bits: int) -> None:
+    fmt = LowbitFormat(bits=bits)
+    for value in (0.0, 0.37):
+        W = torch.full((4, 32), value)
+        for rounded in (round_plain(W, fmt), round_compensated(W, torch.eye(32), fmt)):
+            _check(rounded, W, fmt)
+            assert torch.allclose(dequantise_rounded(rounded, fmt), W, atol=0.01)
+
+
+def test_bfloat16_weights_are_rounded_as_their_float32_values() -> None:
+    W, fmt = _matrix(8, 64).bfloat16(), LowbitFormat(bits=3)
+    one, other = round_plain(W, fmt), round_plain(W.float(), fmt)
+    assert torch.equal(one.q, other.q) and torch.equal(one.code, other.code)
+
+
+# --- compensated
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("by_activity", [True, False])
+def test_compensation_lowers_the_output_error(bits: int, by_activity: bool) -> None:
+    fmt, W, H = LowbitFormat(bits=bits), _matrix(48, 96), moment(_inputs(2000, 96))
+    plain, ours = round_plain(W, fmt), round_compensated(W, H, fmt, by_activity=by_activity)
+    _check(ours, W, fmt)
+    # 8 bits: steps of a scale code (3 %) are coarser than those of a weight, and little is left to gain
+    assert weighted_error(W, ours, H, fmt) < (0.5 if bits < 8 else 1.0) * weighted_error(W, plain, H, fmt)
+
+
+def test_the_moment_measures_the_output_error() -> None:
+    fmt, W, x = LowbitFormat(bits=3), _matrix(16, 64), _inputs(300, 64)
+    weight = torch.rand(300, generator=torch.Generator().manual_seed(3))
+    rounded = round_plain(W, fmt)
+    outputs = (x @ (W - dequantise_rounded(rounded, fmt)).T).square().sum(dim=1)
+    wanted = float((outputs * weight**2).sum() / (weight**2).sum())
+    assert weighted_error(W, rounded, moment(x, weight), fmt) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_each_pass_lowers_the_error() -> None:
+    fmt, W, H = LowbitFormat(bits=2), _matrix(48, 96), moment(_inputs(2000, 96))
+    damped = H + 0.01 * H.diagonal().mean() * torch.eye(96)
+    errors = [weighted_error(W, round_compensated(W, H, fmt, passes=n), damped, fmt) for n in (0, 1, 2, 4)]
+    assert all(later <= before * (1 + 1e-5) for before, later in pairwise(errors))
+    assert errors[-1] < 0.97 * errors[0]
+
+
+def test_close_to_the_best_of_all_codes() -> None:
+    """With the scale held, brute force over all 4^8 codes of a row cannot do much better."""
+    fmt, W, H = LowbitFormat(bits=2, group=8), _matrix(6, 8), moment(_inputs(200, 8))
+    ours = round_compensated(W, H, fmt, damping=1e-4, passes=6)
+    codes = torch.tensor(list(product(range(4), repeat=8))).float() - 1.5
+    scale = ours.base * 2 ** (-ours.code.float() / 24)
+    best = total = 0.0
+    for row in range(6):
+        E = W[row] - scale[row] * codes
+        best += float(((E @ H) * E).sum(dim=1).min())
+        mine = W[row : row + 1] - dequantise_rounded(ours, fmt)[row : row + 1]
+        total += float(((mine @ H) * mine).sum())
+    assert best <= total * (1 + 1e-5) and total < 1.5 * best
+
+
+def test_singular_and_bad_moments_fall_back_to_something_sane() -> None:
+    fmt, W = LowbitFormat(bits=3), _matrix(16, 64)
+    plain = (W - dequantise_rounded(round_plain(W, fmt), fmt)).square().sum()
+    for H in (torch.zeros(64, 64), torch.full((64, 64), float("nan"))):
+        rounded = round_compensated(W, H, fmt)
+        _check(rounded, W, fmt)
+        assert float((W - dequantise_rounded(rounded, fmt)).square().sum()) < 1.5 * float(plain)
+    single = moment(_inputs(1, 64))  # rank one
+    rounded = round_compensated(W, single, fmt)
+    _check(rounded, W, fmt)
+    assert weighted_error(W, rounded, single, fmt) <= weighted_error(W, round_plain(W, fmt), single, fmt)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    bits=st.sampled_from(BITS),
+    N=st.integers(1, 9),
+    K=st.sampled_from([8, 24, 32, 40, 72]),
+    group=st.sampled_from([8, 16, 32, 64]),
+    rows=st.integers(1, 200),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(bits: int, N: int, K: int, group: int, rows: int, seed: int) -> None:
+    fmt, W, H = LowbitFormat(bits=bits, group=group), _matrix(N, K, seed), moment(_inputs(rows, K, seed))
+    rounded = round_compensated(W, H, fmt)
+    _check(rounded, W, fmt)
+    damped = H + 0.01 * H.diagonal().mean() * torch.eye(K)
+    assert weighted_error(W, rounded, damped, fmt) <= weighted_error(W, round_plain(W, fmt), damped, fmt) * 1.02
+
+
+# --- experts
+
+
+def _expert(D: int, F: int, *, gated: bool = True, bias: bool = False) -> tuple[ExpertMath, dict[str, Tensor]]:
+    activate = _swiglu if gated else functional.relu
+    math = ExpertMath(activate=activate, gated=gated, bias=bias)
+    weights = {math.first: _matrix(2 * F if gated else F, D, 5) / D**0.5, "down_proj": _matrix(D, F, 6)}
+    if bias:
+        weights[f"{math.first}_bias"] = torch.randn(len(weights[math.first])) / 4
+        weights["down_proj_bias"] = torch.randn(D) / 4
+    return math, weights
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("gated", "bias"), [(True, False), (False, True)])
+def test_record_has_its_layout_and_computes_like_the_expert(bits: int, gated: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    math, weights = _expert(64, 32, gated=gated, bias=bias)
+    fmt, x = LowbitFormat(bits=bits), _inputs(400, 64) / 4
+    record = quantise_expert(weights, x, torch.ones(400), fmt, math)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    layout, _ = record_tensors(shapes, fmt, torch.float32)
+    assert {t.name: (t.shape, t.dtype) for t in layout} == {
+        name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for name, tensor in record.items()
+    }
+    exact, ours = expert_forward(x, weights, math), lowbit_forward(x, record, fmt, math)
+    share = float((exact - ours).square().sum() / exact.square().sum())
+    assert share < {2: 0.15, 3: 0.04, 4: 0.01, 8: 1e-4}[bits]
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4))
+def test_experts_by_compensation_beat_plain_ones(bits: int) -> None:
+    math, weights = _expert(64, 32)
+    fmt, x = LowbitFormat(bits=bits), _inputs(1500, 64) / 4
+    fresh = _inputs(4000, 64)[1500:] / 4
+    weight = torch.rand(1500, generator=torch.Generator().manual_seed(2))
+    exact = expert_forward(fresh, weights, math)
+    error = lambda record: float((exact - lowbit_forward(fresh, record, fmt, math)).square().sum())  # noqa: E731
+    assert error(quantise_expert(weights, x, weight, fmt, math)) < 0.8 * error(
+        quantise_expert_plain(weights, fmt, math)
+    )
+
+
+def test_few_rows_are_not_trusted() -> None:
+    """With as many rows as inputs, compensation still beats plain rounding on fresh inputs."""
+    math, weights = _expert(64, 32)
+    fmt, fresh = LowbitFormat(bits=3), _inputs(3000, 64)[64:] / 4
+    exact = expert_forward(fresh, weights, math)
+    error = lambda record: float((exact - lowbit_forward(fresh, record, fmt, math)).square().sum())  # noqa: E731
+    compensated = quantise_expert(weights, _inputs(3000, 64)[:64] / 4, torch.ones(64), fmt, math)
+    assert error(compensated) < error(quantise_expert_plain(weights, fmt, math))
+
+
+def test_second_projection_is_rounded_for_what_the_rounded_first_one_gives() -> None:
+    """Rounding each projection for exact inputs is worse."""
+    math, weights = _expert(64, 32)
+    fmt, x, one = LowbitFormat(bits=2), _inputs(1500, 64) / 4, torch.ones(1500)
+    first = round_compensated(weights[math.first], moment(x), fmt)
+    down = round_compensated(weights["down_proj"], moment(_swiglu(x @ weights[math.first].T)), fmt)
+    apart = _swiglu(x @ dequantise_rounded(first, fmt).T) @ dequantise_rounded(down, fmt).T
+    exact = expert_forward(x, weights, math)
+    ours = lowbit_forward(x, quantise_expert(weights, x, one, fmt, math), fmt, math)
+    assert float((exact - ours).square().sum()) < float((exact - apart).square().sum())
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_experts_with_few_rows_stay_close_to_plain_ones(rows: int) -> None:
+    math, weights = _expert(64, 32)
+    fmt, x = LowbitFormat(bits=3), _inputs(500, 64) / 4
+    record = quantise_expert(weights, x[:rows], torch.ones(rows), fmt, math)
+    exact, plain = expert_forward(x, weights, math), quantise_expert_plain(weights, fmt, math)
+    error = lambda made: float((exact - lowbit_forward(x, made, fmt, math)).square().sum())  # noqa: E731
+    assert error(record) < 4 * error(plain)
+    if rows == 0:
+        assert all(torch.equal(record[name], plain[name]) for name in plain)
+
+
+def test_packed_record_is_what_was_rounded() -> None:
+    math, weights = _expert(64, 32)
+    fmt = LowbitFormat(bits=3)
+    record = quantise_expert_plain(weights, fmt, math)
+    for name in (math.first, "down_proj"):
+        parts = PackedMatrix(**{part: record[f"{name}.{part}"] for part in ("codes", "scales", "base")})
+        assert torch.allclose(dequantise(parts, fmt), dequantise_rounded(round_plain(weights[name], fmt), fmt))

@@ -1,0 +1,61 @@
+"""Router scores are those that the router's own top-k was taken from, in every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import TINY_CONFIGS, build_checkpoint
+
+from buddymoe_ray.errors import UnsupportedModel
+from buddymoe_ray.models.experts_hook import attach
+from buddymoe_ray.models.load import load_model
+from buddymoe_ray.models.router_hook import attach_router_scores
+
+
+@pytest.mark.parametrize("family", sorted(TINY_CONFIGS))
+def test_the_top_k_is_taken_from_the_scores(family: str, tmp_path: Path) -> None:
+    build_checkpoint(family, tmp_path / family)
+    loaded = load_model(tmp_path / family, dtype=torch.float32)
+    scores: dict[int, torch.Tensor] = {}
+    chosen: dict[int, torch.Tensor] = {}
+
+    def block(layer: int, module: torch.nn.Module):  # type: ignore[no-untyped-def]
+        def run(hidden_TD: torch.Tensor, ids_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+            chosen[layer] = ids_TK
+            assert scores[layer].shape == (len(hidden_TD), loaded.layout.experts_per_layer[layer])
+            return torch.zeros_like(hidden_TD)
+
+        return run
+
+    attach(loaded.experts, block)
+    attach_router_scores(
+        loaded.model,
+        loaded.experts,
+        loaded.layout.experts_per_layer,
+        model_type=loaded.family.model_type,
+        into=scores,
+    )
+    with torch.inference_mode():
+        loaded.model(input_ids=torch.randint(3, 150, (1, 12)))
+    assert sorted(chosen) == list(range(len(loaded.experts)))
+    for layer, ids_TK in chosen.items():
+        score_TE = scores[layer]
+        assert bool(((score_TE > 0) & (score_TE < 1)).all())
+        for row, named in zip(score_TE, ids_TK, strict=True):
+            best = int(row.argmax())
+            # group limits and choice biases may pass over the best score, but never over all of the best
+            assert len(set(named.tolist())) == len(named)
+            if family not in {"deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "minimax_m2", "ernie4_5_moe", "lfm2_moe"}:
+                assert best in named.tolist()
+
+
+def test_a_layer_without_router_is_refused() -> None:
+    parent = torch.nn.Module()
+    parent.experts = torch.nn.Linear(4, 4)
+    parent.norm = torch.nn.LayerNorm(4)
+    model = torch.nn.Module()
+    model.mlp = parent
+    with pytest.raises(UnsupportedModel, match="no router beside its experts"):
+        attach_router_scores(model, [parent.experts], [6], model_type="mixtral", into={})
