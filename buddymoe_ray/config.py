@@ -1,19 +1,20 @@
 """Every option of the engine, with its one default: a frozen record that validates itself.
 
 Knows neither torch nor ray. The command line, the YAML of `deployments/` and `LLM(...)` all end here, so a default is
-written once. Environment variables are read in this file alone (`api_key_from_environment`).
+written once. Environment variables are read in this file alone.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, get_args
 
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.types import Mode
 
-__all__ = ["EngineConfig", "api_key_from_environment"]
+__all__ = ["EngineConfig", "api_key_from_environment", "cache_folder"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BATCHING = ("auto", "packed", "solo")
@@ -118,6 +119,11 @@ class EngineConfig:
                 f"option is {unknown[0]!r}, must be one of {', '.join(cls.names())}. hint: check spelling"
             )
         return cls(**options)
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: `$XDG_CACHE_HOME/buddymoe_ray`, by default under `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "buddymoe_ray"
 
 
 def api_key_from_environment(variable: str = "BUDDYMOE_API_KEY") -> str | None:

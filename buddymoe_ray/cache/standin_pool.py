@@ -50,9 +50,7 @@ class StandinPool:
         """The record's tensors by name, as views."""
         return self._views[key]
 
-    def load(
-        self, reader: DiskReader, progress: Callable[..., Iterable[ExpertKey]] = lambda items, **_: items
-    ) -> None:
+    def load(self, reader: DiskReader, progress: Callable[..., Iterable[ExpertKey]] = lambda items, **_: items) -> None:
         """Read every record. Raises CacheError; the pool must not be used then."""
         on_gpu = self.bytes.device.type != "cpu"
         for key in progress(list(self.kind_of), total=len(self.kind_of), desc="stand-ins"):

@@ -13,9 +13,9 @@ Legend: L layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -31,12 +31,13 @@ _WITHIN = 0.3
 _PREDICTS_NOTHING = 1e-12
 
 
-class HarmOptions(Protocol):
-    """What `measure_harms` reads of the calibration's options."""
+@dataclass(frozen=True, kw_only=True)
+class HarmOptions:
+    """What is measured: `memories` in per cent, `budgets` in nats per token, at most `tokens` held-out tokens."""
 
-    memories: tuple[float, ...]
-    budgets: tuple[float, ...]
-    harm_tokens: int
+    memories: tuple[float, ...] = (75.0, 50.0, 25.0)
+    budgets: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)
+    tokens: int = 6144
 
 
 def measure_harms(
@@ -52,7 +53,7 @@ def measure_harms(
 
     `path` is where the profile is: engines read it from there, so it is written after each stage.
     """
-    windows = cut_windows(held, tokens=options.harm_tokens)
+    windows = cut_windows(held, tokens=options.tokens)
     lowest = f"{min(options.memories)}%"
     bench = _Bench(config, path, windows, progress)
     probe = standins[0]

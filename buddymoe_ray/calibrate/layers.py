@@ -17,7 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from buddymoe_ray.calibrate.pairs import pair_errors
-from buddymoe_ray.calibrate.records import RecordMaker, energy_of, fit_and_error, record_bytes
+from buddymoe_ray.calibrate.records import (
+    RecordMaker,
+    energy_of,
+    error_of,
+    fit_and_error,
+    record_bytes,
+    record_views,
+)
 from buddymoe_ray.calibrate.samples import ExpertSample, walk_layer
 from buddymoe_ray.calibrate.trace import Trace
 from buddymoe_ray.engine.engine import EngineParts
@@ -68,7 +75,7 @@ def make_layers(
     for layer in range(L):
         math = expert_math(loaded.experts[layer])
         makers = [RecordMaker(kind=kind, math=math, compensated=compensated, rank=rank) for kind in own]
-        layer_makers = [_Layer(maker, parts, folder, model_hash, counts[layer]) for maker in makers]
+        layer_makers = [_Layer(maker, parts, folder, model_hash, layer) for maker in makers]
         reached = np.zeros(E, dtype=bool)
         for sample in walk_layer(cache, trace, layer, math):
             next(bar, None)
@@ -77,36 +84,44 @@ def make_layers(
             for one in layer_makers:
                 tables.errors[one.maker.kind][layer, sample.expert] = one.add(sample)
         for one in layer_makers:
-            one.write(layer)
+            one.write()
             tables.record_bytes[one.maker.kind] = one.nbytes
             _fill_rare(tables.errors[one.maker.kind][layer], reached)
         _fill_rare(tables.energy_LE[layer], reached)
         if "buddy" in kinds:
-            tables.pair_error_LEE[layer], tables.pair_scale_LEE[layer] = _pairs(cache, trace, layer, math, counts[layer], E)
+            tables.pair_error_LEE[layer], tables.pair_scale_LEE[layer] = _pairs(
+                cache, trace, layer, math, counts[layer], E
+            )
     return tables
 
 
 class _Layer:
-    """Records of one kind and layer while they are made."""
+    """Records of one kind and layer while they are made, or as an earlier run left them."""
 
-    def __init__(self, maker: RecordMaker, parts: EngineParts, folder: Path, model_hash: str, E: int) -> None:
-        shapes = _shapes(parts, maker.math)
-        layout, self.nbytes = maker.layout(shapes, parts.loaded.hidden_size)
-        self.maker, self._layout = maker, layout
-        self._records_EB = np.zeros((E, self.nbytes), np.uint8)
+    def __init__(self, maker: RecordMaker, parts: EngineParts, folder: Path, model_hash: str, layer: int) -> None:
+        layout, self.nbytes = maker.layout(_shapes(parts, maker.math), parts.loaded.hidden_size)
+        self.maker, self._layout, self._layer = maker, layout, layer
         self._writer = StandinWriter(
             folder, maker.kind, layout=layout, record_bytes=self.nbytes, model_hash=model_hash, recipe=maker.recipe
         )
+        found = self._writer.read(layer)
+        self._found = found is not None
+        E = parts.experts.cache.layout.experts_per_layer[layer]
+        self._records_EB = np.zeros((E, self.nbytes), np.uint8) if found is None else found
 
     def add(self, sample: ExpertSample) -> float:
-        """Make one expert's record; returns its error."""
+        """Make one expert's record, unless it is there; returns its error."""
+        if self._found:
+            record = record_views(self._records_EB[sample.expert], self._layout)
+            return error_of(self.maker, sample, record)
         record, error = fit_and_error(self.maker, sample)
         self._records_EB[sample.expert] = record_bytes(record, self._layout, self.nbytes)
         return error
 
-    def write(self, layer: int) -> None:
+    def write(self) -> None:
         """Write the layer's file."""
-        self._writer.write(layer, self._records_EB)
+        if not self._found:
+            self._writer.write(self._layer, self._records_EB)
 
 
 def _pairs(cache: Any, trace: Trace, layer: int, math: ExpertMath, count: int, E: int) -> tuple[Floats, Floats]:

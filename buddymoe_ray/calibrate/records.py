@@ -23,14 +23,14 @@ from buddymoe_ray.kernels import ExpertMath, LowbitFormat, expert_forward, lowra
 from buddymoe_ray.kernels.lowbit import PackedMatrix, dequantise
 from buddymoe_ray.types import SlotTensor
 
-__all__ = ["RecordMaker", "fit_and_error", "record_bytes"]
+__all__ = ["RecordMaker", "energy_of", "error_of", "fit_and_error", "record_bytes", "record_views"]
 
 _MOST_ERROR_ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordMaker:
-    """Makes records of one kind: `lowbit2`, `lowbit3`, `lowbit4`, `lowrank` or `mean`.
+    """Makes records of one kind: `lowbit2`, `lowbit3`, `lowbit4`, `lowbit8`, `lowrank` or `mean`.
 
     `compensated` chooses error-compensated over plain rounding, `rank` is that of a low-rank map.
     """
@@ -51,7 +51,7 @@ class RecordMaker:
         """Tensors of a record and its bytes. `shapes` are the expert's parameters, matrices `[out, in]`."""
         if self.kind.startswith("lowbit"):
             return record_tensors(shapes, self._format)
-        named = {"bias": (hidden,)}
+        named: dict[str, tuple[int, ...]] = {"bias": (hidden,)}
         if self.kind == "lowrank":
             named = {"down": (self.rank, hidden), "up": (hidden, self.rank), **named}
         return _plain_layout(named)
@@ -63,7 +63,7 @@ class RecordMaker:
             if not self.compensated:
                 return quantise_expert_plain(sample.weights, self._format, plain_math(self.math))
             x_RD, weight_R = sample.x_RD[fit], sample.weight_R[fit]
-            return quantise_expert(sample.weights, x_RD, weight_R, self._format, plain_math(self.math))
+            return quantise_expert(sample.weights, x_RD, weight_R, self._format, plain_math(self.math), passes=2)
         made = fit_lowrank(
             sample.x_RD[fit], sample.y_RD[fit], sample.weight_R[fit], self.rank if self.kind == "lowrank" else 0
         )
@@ -110,9 +110,7 @@ def energy_of(sample: ExpertSample) -> float:
     return _weighted_mean(sample.y_RD[rows], sample.weight_R[rows])
 
 
-def record_bytes(
-    record: Mapping[str, Tensor], layout: Sequence[SlotTensor], nbytes: int
-) -> npt.NDArray[np.uint8]:
+def record_bytes(record: Mapping[str, Tensor], layout: Sequence[SlotTensor], nbytes: int) -> npt.NDArray[np.uint8]:
     """The record as it lies in a pool: `[nbytes]` uint8."""
     made = torch.zeros(nbytes, dtype=torch.uint8)
     for tensor in layout:
@@ -120,6 +118,12 @@ def record_bytes(
         assert len(part) == tensor.nbytes, f"{tensor.name} has {len(part)} bytes, must have {tensor.nbytes}"
         made[tensor.offset : tensor.offset + tensor.nbytes] = part
     return made.numpy()
+
+
+def record_views(record_B: npt.NDArray[np.uint8], layout: Sequence[SlotTensor]) -> dict[str, Tensor]:
+    """The tensors of a record's bytes, by name."""
+    whole = torch.from_numpy(record_B)
+    return {t.name: whole[t.offset : t.offset + t.nbytes].view(getattr(torch, t.dtype)).view(t.shape) for t in layout}
 
 
 def _plain_layout(named: Mapping[str, tuple[int, ...]]) -> tuple[tuple[SlotTensor, ...], int]:

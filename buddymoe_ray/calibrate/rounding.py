@@ -2,7 +2,7 @@
 
 Does not know layers, corpora or files: an expert's weights, its inputs and their slot weights come in. Invariant: the
 second projection is rounded for what the *rounded* first one feeds it.
-Neighbours: rounding_plain.py and rounding_compensated.py round a matrix; tuning.py improves all experts together.
+Neighbours: kernels.rounding and rounding_compensated.py round a matrix; tuning.py improves all experts together.
 Tried on builtin:tiny and left out (3 bits, thousandths of a nat of KL per token, 8.1 as it is): moments without
 slot weights +3 %; inputs from already rounded layers -1 %; damping .001 / .05 -1 / -3 %; no corrected target +5 % (2
 bits: +12 %); groups of 16 / 64 -21 / +10 %, less than the same bytes bring as wider codes for the worst experts.
@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from buddymoe_ray.calibrate.rounding_compensated import moment, round_compensated, weighted_error
-from buddymoe_ray.calibrate.rounding_plain import Rounded, dequantise_rounded, round_plain
 from buddymoe_ray.kernels.lowbit import LowbitFormat, pack
 from buddymoe_ray.kernels.reference import ExpertMath
+from buddymoe_ray.kernels.rounding import Rounded, dequantise_rounded, round_plain
 
 __all__ = [
     "Rounded",

@@ -2,7 +2,7 @@
 
 Does not know models, layers or corpora: weights and second moments of their inputs come in, codes go out. Invariant:
 each stage keeps or lowers tr((W - Q) H (W - Q)^T), the mean squared output error, and none ends above plain rounding.
-Neighbours: rounding_plain.py is the start, rounding.py rounds whole experts.
+Neighbours: kernels.rounding is the start, rounding.py rounds whole experts.
 
 Legend: N outputs, K inputs, G groups of a row, S inputs in a group, n rows of a chunk, R rows (tokens).
 """
@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from buddymoe_ray.calibrate.rounding_plain import (
+from buddymoe_ray.kernels.lowbit import LowbitFormat
+from buddymoe_ray.kernels.rounding import (
     FINE_SHARES,
     Rounded,
     dequantise_rounded,
@@ -21,7 +22,6 @@ from buddymoe_ray.calibrate.rounding_plain import (
     scale_of,
     search_scale,
 )
-from buddymoe_ray.kernels.lowbit import LowbitFormat
 
 __all__ = ["moment", "round_compensated", "weighted_error"]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from buddymoe_ray.calibrate.harm import measure_harms
+from buddymoe_ray.calibrate.harm import HarmOptions, measure_harms
 from buddymoe_ray.calibrate.layers import LayerTables, make_layers
 from buddymoe_ray.calibrate.tables import make_tables
 from buddymoe_ray.calibrate.trace import record_trace
@@ -30,7 +30,7 @@ from buddymoe_ray.models.standin_files import standins_folder
 
 __all__ = ["KINDS", "CalibrationOptions", "calibrate"]
 
-KINDS = ("lowbit2", "lowbit3", "lowbit4", "lowrank", "mean", "buddy")
+KINDS = ("lowbit2", "lowbit3", "lowbit4", "lowbit8", "lowrank", "mean", "buddy")
 _HELD_SHARE = 0.15
 _LEAST_WINDOWS = 8
 
@@ -51,9 +51,7 @@ class CalibrationOptions:
         compensated: error-compensated rounding; plain is many times faster.
         rank: of low-rank maps.
         quick: leave out what needs the model to run with stand-ins: the profile then serves `fast` only.
-        memories: budgets (per cent) at which stand-ins are compared.
-        budgets: budgets (nats per token) of the curve for `bounded`.
-        harm_tokens: most held-out tokens that harms and the comparison are measured on.
+        harms: at which memories and budgets, and on how many held-out tokens, stand-ins are measured.
     """
 
     config: EngineConfig
@@ -65,16 +63,14 @@ class CalibrationOptions:
     compensated: bool = True
     rank: int = 8
     quick: bool = False
-    memories: tuple[float, ...] = (75.0, 50.0, 25.0)
-    budgets: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)
-    harm_tokens: int = 6144
+    harms: HarmOptions = HarmOptions()
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.kinds) - set(KINDS))
         if unknown or not self.kinds:
             raise ConfigError(f"kinds are {list(self.kinds)}, must be of {', '.join(KINDS)}. hint: leave --kinds out")
-        if self.tokens < 1 or self.rank < 1 or self.harm_tokens < 1:
-            raise ConfigError("tokens, rank and harm_tokens must be at least 1. hint: leave them out")
+        if min(self.tokens, self.rank, self.harms.tokens) < 1:
+            raise ConfigError("tokens, rank and harm tokens are below 1, must be at least 1. hint: leave them out")
 
 
 def calibrate(options: CalibrationOptions, *, progress: Progress = lambda items, **_: items) -> Profile:
@@ -94,13 +90,17 @@ def calibrate(options: CalibrationOptions, *, progress: Progress = lambda items,
         parts.experts.cache.close()
     save_profile(profile, options.out)
     if not options.quick:
-        profile = measure_harms(profile, options.config, options.out, held, _standins(options), options, progress)
+        profile = measure_harms(profile, options.config, options.out, held, _standins(options), options.harms, progress)
         save_profile(profile, options.out)
     return profile
 
 
 def _profile(
-    options: CalibrationOptions, parts: EngineParts, fingerprint: str, windows: list[tuple[int, ...]], progress: Progress
+    options: CalibrationOptions,
+    parts: EngineParts,
+    fingerprint: str,
+    windows: list[tuple[int, ...]],
+    progress: Progress,
 ) -> Profile:
     layout, loaded = parts.experts.cache.layout, parts.loaded
     routers = find_routers(loaded.model, loaded.experts, layout.experts_per_layer)

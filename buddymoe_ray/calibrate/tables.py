@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from buddymoe_ray.calibrate.trace import Trace
 from buddymoe_ray.policy import normalised_entropy
@@ -56,7 +56,9 @@ def make_tables(trace: Trace, experts: int, routers: Sequence[nn.Module | None])
         reuse_L=np.array([c["reuse"] for c in columns], dtype=np.float32),
         next_layer_recall_L=np.array(recall, dtype=np.float32),
         routes_TLK=np.stack([trace.ids(la)[sample].numpy() for la in range(layers)], axis=1).astype(np.int16),
-        route_weights_TLK=np.stack([trace.weights(la)[sample].numpy() for la in range(layers)], axis=1).astype(np.float16),
+        route_weights_TLK=np.stack([trace.weights(la)[sample].numpy() for la in range(layers)], axis=1).astype(
+            np.float16
+        ),
     )
 
 

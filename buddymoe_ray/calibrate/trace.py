@@ -87,9 +87,7 @@ class Trace:
         return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)
 
 
-def record_trace(
-    parts: EngineParts, windows: Sequence[Sequence[int]], folder: Path, *, progress: Progress
-) -> Trace:
+def record_trace(parts: EngineParts, windows: Sequence[Sequence[int]], folder: Path, *, progress: Progress) -> Trace:
     """Run `windows` (all of one length) through the engine. Raises CheckpointError when the disk is too small."""
     window = len(windows[0])
     layers = len(parts.experts.cache.layout.experts_per_layer)

@@ -6,7 +6,7 @@ Does not know how records are stored or used. Invariant: a record's shapes, name
 comes back dequantises to exactly the weights of the last step.
 Neighbours: rounding.py makes the starting records, tuning_latent.py holds the trainable form of a matrix.
 On builtin:tiny 200-240 steps of 8 x 256 tokens take KL per token from .0082 to .0060 at 3 bits; rates of .012 and more
-first raise it by half and need longer.
+first raise it by half (.011 after 50 steps); .02 from plain rounding ends at .0079.
 
 Legend: B windows of a step, S tokens of a window, T = B S rows, K top-k slots, E experts, D hidden, V vocabulary.
 """

@@ -48,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
         for memory in args.memory.split(",")
         for standin in args.standin.split(",")
     ]
-    for config, result in zip(configs, evaluate_many(configs, windows, batch=args.batch, progress=progress), strict=True):
+    for config, result in zip(
+        configs, evaluate_many(configs, windows, batch=args.batch, progress=progress), strict=True
+    ):
         emit(_conditions(config) | result.as_record(), as_json=args.json)
     return 0
 

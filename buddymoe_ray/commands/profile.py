@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate; exit status 0."""
+    from buddymoe_ray.calibrate.harm import HarmOptions
     from buddymoe_ray.calibrate.report import write_report
     from buddymoe_ray.calibrate.run import KINDS, CalibrationOptions, calibrate
     from buddymoe_ray.models.profile import NAME
@@ -53,9 +54,11 @@ def run(args: argparse.Namespace) -> int:
         compensated=args.rounding == "compensated",
         rank=args.rank,
         quick=args.quick,
-        memories=_numbers("--at", args.at),
-        budgets=_numbers("--budgets", args.budgets),
-        harm_tokens=args.harm_tokens,
+        harms=HarmOptions(
+            memories=_numbers("--at", args.at),
+            budgets=_numbers("--budgets", args.budgets),
+            tokens=args.harm_tokens,
+        ),
     )
     profile = calibrate(options, progress=progress)
     report = out.with_name(out.name.removesuffix(".profile") + ".html")
@@ -100,7 +103,9 @@ def _read_ids(name: str) -> list[int]:
     except (OSError, ValueError) as error:
         raise ProfileError(f"--corpus {name} cannot be read: {error}. hint: save token ids with numpy.save") from error
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ProfileError(f"--corpus {name} is {ids.dtype} {ids.shape}, must be whole numbers in one row. hint: ravel it")
+        raise ProfileError(
+            f"--corpus {name} is {ids.dtype} {ids.shape}, must be whole numbers in one row. hint: ravel it"
+        )
     return [int(token) for token in ids]
 
 

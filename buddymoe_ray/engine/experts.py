@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from buddymoe_ray.cache import DiskReader, ExpertCache, StandinPool
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.standin_setup import StandinSetup, prepare
-from buddymoe_ray.kernels import ExpertMath, UpcastScratch, expert_forward
+from buddymoe_ray.kernels import ExpertMath, LowbitFormat, UpcastScratch, expert_forward, lowbit_forward
+from buddymoe_ray.models.expert_dtype import format_of, recoded_layout
 from buddymoe_ray.models.experts_hook import attach
 from buddymoe_ray.models.load import LoadedModel
 from buddymoe_ray.models.router_hook import attach_router_scores
@@ -46,6 +47,8 @@ def open_experts(config: EngineConfig, loaded: LoadedModel, step: StepState) -> 
 
     Raises BudgetError, ProfileError, ConfigError, CacheError; nothing stays open then.
     """
+    maths = [expert_math(module) for module in loaded.experts]
+    loaded = _recoded(config, loaded, maths)
     layout, on_gpu = loaded.layout, loaded.device.type != "cpu"
     budget = parse_memory(config.memory, total_expert_bytes=layout.total_bytes)
     staging = plan_staging(largest_piece=_largest_piece(layout), budget_bytes=budget)
@@ -55,9 +58,8 @@ def open_experts(config: EngineConfig, loaded: LoadedModel, step: StepState) -> 
     cache = _open_cache(config, loaded, plan, staging)
     try:
         cache.warm(progress=_progress)
-        maths = [expert_math(module) for module in loaded.experts]
         standins = None if setup is None else _load_standins(setup, loaded, maths, staging, config.threads)
-        _attach(loaded, cache, maths, step, standins)
+        _attach(loaded, cache, maths, step, standins, format_of(config.expert_dtype))
     except BaseException:
         cache.close()
         raise
@@ -73,7 +75,9 @@ def open_experts(config: EngineConfig, loaded: LoadedModel, step: StepState) -> 
 
 
 def scratch_bytes(layout: ExpertLayout, compute: torch.dtype) -> int:
-    """Bytes of the upcast scratch, which count against the expert budget."""
+    """Bytes of the upcast scratch, which count against the expert budget; packed experts need none."""
+    if _stored(layout) == torch.uint8:
+        return 0
     return UpcastScratch.nbytes_for(_shapes(layout), stored=_stored(layout), compute=compute)
 
 
@@ -120,24 +124,48 @@ def _load_standins(
     )
 
 
+def _recoded(config: EngineConfig, loaded: LoadedModel, maths: list[ExpertMath]) -> LoadedModel:
+    """The model with its experts in `config.expert_dtype`."""
+    layout = recoded_layout(
+        loaded.layout,
+        loaded.folder,
+        config.expert_dtype,
+        transposed=maths[0].transposed,
+        progress=_progress,
+    )
+    return replace(loaded, layout=layout)
+
+
 def _attach(
-    loaded: LoadedModel, cache: ExpertCache, maths: list[ExpertMath], step: StepState, standins: Standins | None
+    loaded: LoadedModel,
+    cache: ExpertCache,
+    maths: list[ExpertMath],
+    step: StepState,
+    standins: Standins | None,
+    packed: LowbitFormat | None,
 ) -> None:
-    layout = loaded.layout
-    scratch = UpcastScratch(_shapes(layout), stored=_stored(layout), compute=loaded.compute_dtype, device=loaded.device)
+    compute_of = _dense_compute(loaded) if packed is None else _packed_compute(packed)
 
     def block(layer: int, _module: nn.Module) -> MoEBlock:
-        compute = _dense_compute(maths[layer], scratch)
+        compute = compute_of(maths[layer])
         return MoEBlock(layer=layer, cache=cache, compute=compute, step=step, standins=standins)
 
     attach(loaded.experts, block)
 
 
-def _dense_compute(math: ExpertMath, scratch: UpcastScratch) -> ExpertCompute:
-    def compute(x_RD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        return expert_forward(x_RD, scratch.widen(tensors), math)
+def _packed_compute(fmt: LowbitFormat) -> Callable[[ExpertMath], ExpertCompute]:
+    return lambda math: lambda x_RD, tensors: lowbit_forward(x_RD, tensors, fmt, math)
 
-    return compute
+
+def _dense_compute(loaded: LoadedModel) -> Callable[[ExpertMath], ExpertCompute]:
+    """Plain weights, widened to the compute dtype one matrix at a time; all layers share the scratch."""
+    layout = loaded.layout
+    scratch = UpcastScratch(_shapes(layout), stored=_stored(layout), compute=loaded.compute_dtype, device=loaded.device)
+
+    def of_layer(math: ExpertMath) -> ExpertCompute:
+        return lambda x_RD, tensors: expert_forward(x_RD, scratch.widen(tensors), math)
+
+    return of_layer
 
 
 def _progress(items: Iterable[Any], **options: Any) -> Iterable[Any]:

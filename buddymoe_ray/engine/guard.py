@@ -158,4 +158,3 @@ class GuardWork:
     def _drop(self, job: _Job) -> None:
         self._scheduler.give_back(job.blocks)
         self._job = None
-

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.errors import RequestError
-from buddymoe_ray.types import EngineResult, GenerationRequest, SamplingParams, TokenEvent, TokenLogprob, Usage
+from buddymoe_ray.types import EngineResult, GenerationRequest, Mode, SamplingParams, TokenEvent, TokenLogprob, Usage
 
 __all__ = ["LLM"]
 
@@ -58,6 +58,10 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | None = None,
         *,
+        mode: Mode | None = None,
+        budget: float | None = None,
+        record: bool = False,
+        replay: str | None = None,
         progress: bool | None = None,
         **changes: Any,
     ) -> list[EngineResult]:
@@ -66,6 +70,9 @@ class LLM:
         Args:
             prompts: a string or a list of token ids, or a list of such.
             sampling: how tokens are chosen; default greedy, 16 tokens.
+            mode, budget: how missing experts are answered, and the nats per token that `bounded` may spend; default the
+                engine's.
+            record: return each request's substitutions in `.record`; `replay` is such a record, to be repeated.
             progress: a bar on stderr; default when stderr is a terminal.
             **changes: fields of SamplingParams, e.g. `max_tokens=64`.
 
@@ -73,7 +80,8 @@ class LLM:
             RequestError: a prompt is empty, too long, or text without a tokenizer; nothing is generated then.
         """
         chosen = replace(sampling or SamplingParams(temperature=0.0), **changes)
-        requests = [self._request(prompt, chosen) for prompt in _as_list(prompts)]
+        terms = {"mode": mode, "budget": budget, "record": record, "replay": replay}
+        requests = [self._request(prompt, chosen, terms) for prompt in _as_list(prompts)]
         for at, request in enumerate(requests):
             try:
                 self._engine.add(request)
@@ -84,9 +92,10 @@ class LLM:
                 raise
         return self._run(requests, sys.stderr.isatty() if progress is None else progress)
 
-    def _request(self, prompt: Prompt, sampling: SamplingParams) -> GenerationRequest:
+    def _request(self, prompt: Prompt, sampling: SamplingParams, terms: dict[str, Any]) -> GenerationRequest:
         ids = tuple(self._engine.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
-        return GenerationRequest(request_id=f"llm-{next(self._ids)}", prompt_token_ids=ids, sampling=sampling)
+        name = f"llm-{next(self._ids)}"
+        return GenerationRequest(request_id=name, prompt_token_ids=ids, sampling=sampling, **terms)
 
     def _run(self, requests: list[GenerationRequest], progress: bool) -> list[EngineResult]:
         parts: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
@@ -130,4 +139,5 @@ def _result(request: GenerationRequest, events: list[TokenEvent]) -> EngineResul
         finish_reason=last.finish_reason or "stop",
         usage=last.usage or Usage(),
         logprobs=tuple(logprobs),
+        record=last.record,
     )

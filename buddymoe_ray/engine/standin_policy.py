@@ -55,7 +55,8 @@ def make_policy(
         harm = _tensor(profile.harm_LE("drop"), device)
         return Ladder(Drop(harm_LE=harm, renormalise=profile.norm_topk))
     if config.standin.startswith("buddy:") or config.standin == "random":
-        return Ladder(_buddy(config.standin, profile, device))
+        nobody = Drop(harm_LE=_tensor(profile.harm_LE("drop"), device), renormalise=profile.norm_topk)
+        return Ladder(_buddy(config.standin, profile, device), fallback=nobody)
     has_LE = torch.from_numpy(has_record_LE).to(device)
     return Ladder(Own(config.standin, harm_LE=_tensor(harm_LE, device), has_LE=has_LE))
 

@@ -34,8 +34,8 @@ Floats = npt.NDArray[np.float32]
 
 _MIN_WAVES, _MOST_WAVES, _WAVE_SHARE = 2, 8, 0.02
 _RECORDS = {
-    "auto": ("lowbit2", "lowbit3", "lowbit4"),
-    "lowbit": ("lowbit2", "lowbit3", "lowbit4"),
+    "auto": ("lowbit2", "lowbit3", "lowbit4", "lowbit8", "lowrank", "mean"),
+    "lowbit": ("lowbit2", "lowbit3", "lowbit4", "lowbit8"),
     "lowbit2": ("lowbit2",),
     "lowbit3": ("lowbit3",),
     "lowbit4": ("lowbit4",),
@@ -152,9 +152,10 @@ def _split(
     waves = max(_MIN_WAVES, min(_MOST_WAVES, round(_WAVE_SHARE * budget / slot)))
     room = budget - overhead - waves * slot
     uses_LE = profile.counts_LE * profile.weight2_LE / max(1, profile.calibration_tokens)
-    names = ["full", *(layouts or {"none": None})]
+    names = ["full", *(list(layouts) or ["none"])]
     record_bytes = [slot, *((layouts[name].slot_bytes for name in names[1:]) if layouts else (0,))]
-    harm_of = [np.zeros_like(uses_LE), *(uses_LE * (harms[n] if layouts else harms["drop"]) for n in names[1:])]
+    # without records every layer needs residents to choose from, so slots go by use alone, not by a layer's energy
+    harm_of = [np.zeros_like(uses_LE), *(uses_LE * (harms[n] if layouts else 1.0) for n in names[1:])]
     least = min(record_bytes) * sum(layout.experts_per_layer)
     if room < least:
         need = least + overhead + waves * slot

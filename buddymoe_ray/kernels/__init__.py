@@ -15,6 +15,7 @@ from buddymoe_ray.kernels.lowbit import (
 from buddymoe_ray.kernels.lowbit_layer import LowbitLayer
 from buddymoe_ray.kernels.lowrank import lowrank_forward, mean_forward
 from buddymoe_ray.kernels.reference import ExpertMath, combine, expert_forward
+from buddymoe_ray.kernels.rounding import round_plain
 from buddymoe_ray.kernels.upcast import UpcastScratch
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "mean_forward",
     "pack",
     "record_tensors",
+    "round_plain",
     "unpack",
 ]

@@ -35,7 +35,7 @@ from buddymoe_ray.models.profile_fields import (
     wrong,
 )
 
-__all__ = ["BudgetPoint", "ComparisonRow", "Profile", "default_profile_path", "load_profile", "save_profile"]
+__all__ = ["NAME", "BudgetPoint", "ComparisonRow", "Profile", "default_profile_path", "load_profile", "save_profile"]
 
 NAME = "buddymoe.profile"
 _MAGIC, _VERSION = "buddymoe-profile", 1

@@ -18,7 +18,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,14 @@ class StandinWriter:
         same = all(header.meta.get(name) == value for name, value in self._meta.items())
         return same and header.nbytes == self._bytes
 
+    def read(self, layer: int) -> npt.NDArray[np.uint8] | None:
+        """The layer's records `[E, record bytes]` if `has` says so and their checksum holds, else None."""
+        if not self.has(layer):
+            return None
+        header = _read_header(self.path(layer))
+        data = np.fromfile(self.path(layer), dtype=np.uint8, offset=header.start).reshape(header.experts, header.nbytes)
+        return data if hashlib.sha256(data.data).hexdigest() == header.meta.get("sha256") else None
+
     def write(self, layer: int, records_EB: npt.NDArray[np.uint8]) -> None:
         """Write all records of a layer. Raises ProfileError when the disk is full; no half file stays."""
         assert records_EB.dtype == np.uint8 and records_EB.ndim == 2 and records_EB.shape[1] == self._bytes, (
@@ -126,17 +134,20 @@ def _naming_trouble(path: Path, temporary: Path) -> Iterator[None]:
         raise ProfileError(f"{path} cannot be written ({error.strerror}), must be. hint: {hint}") from error
 
 
-def standin_layouts(folder: Path, model_hash: str, *, layers: int | None = None) -> dict[str, ExpertLayout]:
+def standin_layouts(
+    folder: Path, model_hash: str, *, kinds: Collection[str] | None = None, layers: int | None = None
+) -> dict[str, ExpertLayout]:
     """Per kind, how records lie and where each expert's is. Reads headers only; see `verify_standins`.
 
     Args:
+        kinds: those wanted; None is all there are. Files of others are not looked at.
         layers: number of MoE layers; None takes the most that any kind has. Kinds with a layer missing (an interrupted
             calibration) are left out, with a warning.
 
     Raises ProfileError: a file is damaged or of another model.
     """
     found: dict[str, dict[int, _Header]] = {}
-    for path in _files(folder):
+    for path in _files(folder, kinds):
         header = _read_header(path)
         if header.meta.get("model_hash") != model_hash:
             raise ProfileError(
@@ -173,10 +184,11 @@ def verify_standins(folder: Path) -> None:
             raise _damaged(path, "corrupt (its checksum differs)")
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path, kinds: Collection[str] | None = None) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _FILE.fullmatch(path.name))
+    named = ((path, _FILE.fullmatch(path.name)) for path in folder.iterdir())
+    return sorted(path for path, match in named if match and (kinds is None or match.group(1) in kinds))
 
 
 @dataclass(frozen=True, kw_only=True)

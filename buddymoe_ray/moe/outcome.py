@@ -108,5 +108,7 @@ class StepOutcome:
                 kind = {Action.BUDDY: "buddy", Action.DROP: "drop"}.get(Action(action)) or kind_of_E[expert]
                 weight = float(resolution.weight_TK[row, slot])
                 self.substitutions.append(
-                    Substitution(row=row, layer=layer, slot=slot, action=action, expert=expert, weight=weight, kind=kind)
+                    Substitution(
+                        row=row, layer=layer, slot=slot, action=action, expert=expert, weight=weight, kind=kind
+                    )
                 )

@@ -23,6 +23,7 @@ from buddymoe_ray.types import ExpertKey
 
 __all__ = ["RecordCompute", "Standins"]
 
+
 class RecordCompute(Protocol):
     """The arithmetic of one kind of record, for a whole layer and step."""
 

@@ -19,12 +19,17 @@ from buddymoe_ray.policy.standins import Answers, Standin
 
 __all__ = ["Ladder", "resolve_reference"]
 
+_FAST = 2
+
 
 class Ladder:
-    """Answers misses with `standin` within each row's budget (`RowBudgets`)."""
+    """Answers misses with `standin` within each row's budget (`RowBudgets`).
 
-    def __init__(self, standin: Standin) -> None:
-        self.standin = standin
+    Where it finds nobody, `fallback` (if any) answers the rows that must not wait.
+    """
+
+    def __init__(self, standin: Standin, *, fallback: Standin | None = None) -> None:
+        self.standin, self._fallback = standin, fallback
 
     def resolve(self, misses: Misses) -> Resolution:
         """Uses of a row are taken in rising order of harm until its allowance is spent. An expert that any row of the
@@ -33,7 +38,7 @@ class Ladder:
         resident_TK = misses.resident_E[ids_TK]
         if bool(resident_TK.all()):
             return all_resident(misses)
-        answers = self.standin.answer(misses)
+        answers = self._answers(misses)
         wanted_TK = ~resident_TK & (rows.mode_T > 0)[:, None]
         able_TK = wanted_TK & answers.found_TK
         cheap_TK = able_TK & (answers.harm_TK <= rows.price_T[:, None])
@@ -54,6 +59,20 @@ class Ladder:
             weight_TK=self.standin.weights(misses, answers, take_TK),
             harm_TK=torch.where(take_TK, answers.harm_TK, 0.0),
             reason_TK=reason_TK.to(torch.int8),
+        )
+
+    def _answers(self, misses: Misses) -> Answers:
+        answers = self.standin.answer(misses)
+        if self._fallback is None:
+            return answers
+        other = self._fallback.answer(misses)
+        use_TK = ~answers.found_TK & other.found_TK & (misses.rows.mode_T == _FAST)[:, None]
+        return Answers(
+            action_TK=torch.where(use_TK, other.action_TK, answers.action_TK),
+            expert_TK=torch.where(use_TK, other.expert_TK, answers.expert_TK),
+            weight_TK=torch.where(use_TK, other.weight_TK, answers.weight_TK),
+            harm_TK=torch.where(use_TK, other.harm_TK, answers.harm_TK),
+            found_TK=answers.found_TK | use_TK,
         )
 
 

@@ -121,6 +121,6 @@ def _fill(
                     best = (saved, key, int(option))
         if best is None:
             return
-        _, key, option = best
-        left -= int(bytes_of[option] - bytes_of[kind_LE[key]])
-        kind_LE[key] = option
+        _, key, chosen = best
+        left -= int(bytes_of[chosen] - bytes_of[kind_LE[key]])
+        kind_LE[key] = chosen

@@ -95,9 +95,7 @@ class Buddy:
         scale_LEE: what j's output is multiplied with when it answers for i; None is 1 (the paper: original weight).
     """
 
-    def __init__(
-        self, signal: str, *, rank_LEH: Tensor, harm_LEE: Tensor, scale_LEE: Tensor | None = None
-    ) -> None:
+    def __init__(self, signal: str, *, rank_LEH: Tensor, harm_LEE: Tensor, scale_LEE: Tensor | None = None) -> None:
         self.kind = f"buddy:{signal}"
         self._rank_LEH, self._harm_LEE, self._scale_LEE = rank_LEH, harm_LEE, scale_LEE
 
@@ -128,7 +126,9 @@ class RouterBuddy:
         self._harm_LEE, self._renormalise = harm_LEE, renormalise
 
     def answer(self, misses: Misses) -> Answers:
-        assert misses.score_TE is not None, "buddy:router needs the router's scores: attach_router_scores was not called"
+        assert misses.score_TE is not None, (
+            "buddy:router needs the router's scores: attach_router_scores was not called"
+        )
         T, K = misses.ids_TK.shape
         score_TE = misses.score_TE
         every_TKE = torch.arange(score_TE.shape[1], device=score_TE.device).expand(T, K, -1)
@@ -154,14 +154,16 @@ class RandomBuddy:
         T, K = misses.ids_TK.shape
         E = len(misses.resident_E)
         every_E = torch.arange(E, device=misses.ids_TK.device)
-        mixed_TKE = (misses.ids_TK[:, :, None] * 7919 + every_E * 104729 + misses.ids_TK.sum(dim=1)[:, None, None] * 31337)
+        mixed_TKE = (
+            misses.ids_TK[:, :, None] * 7919 + every_E * 104729 + misses.ids_TK.sum(dim=1)[:, None, None] * 31337
+        )
         mixed_TKE = (mixed_TKE + self._seed + misses.layer * 65537) * 2654435761 % 4294967291
         expert_TK, found_TK = pick_unique(misses, every_E.expand(T, K, -1), (mixed_TKE % 1000003).float())
         harm_TK = misses.weight_TK.float().square() * self._harm_LEE[misses.layer][misses.ids_TK, expert_TK]
         return _buddies(misses, expert_TK, misses.weight_TK, harm_TK, found_TK)
 
     def weights(self, misses: Misses, answers: Answers, take_TK: Tensor) -> Tensor:
-        return misses.weight_TK
+        return torch.where(take_TK, answers.weight_TK, misses.weight_TK)
 
 
 def pick_unique(misses: Misses, candidates_TKH: Tensor, score_TKH: Tensor) -> tuple[Tensor, Tensor]:

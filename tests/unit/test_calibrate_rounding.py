@@ -91,7 +91,7 @@ def test_plain_scales_are_near_those_of_a_dense_grid(bits: int) -> None:
 def test_plain_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     fmt, W = LowbitFormat(bits=3), _matrix(50, 64)
     whole = round_plain(W, fmt)
-    monkeypatch.setattr("buddymoe_ray.calibrate.rounding_plain.CHUNK", 64 * 7)
+    monkeypatch.setattr("buddymoe_ray.kernels.rounding.CHUNK", 64 * 7)
     cut = round_plain(W, fmt)
     assert torch.equal(whole.q, cut.q) and torch.equal(whole.code, cut.code) and whole.base == cut.base
 

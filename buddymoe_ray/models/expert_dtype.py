@@ -1,0 +1,148 @@
+"""Experts in another precision than the checkpoint's: made once, kept in the user's cache, served like any others.
+
+`int8` and `int4` are the packed low-bit format (groups of 32, nearest rounding), `bf16` is a plain cast. The copy is
+bound to the checkpoint's hash; 100 % of memory then means all experts in that precision, and `exact` is exact to it.
+Knows no slots and no budgets.
+
+Legend: E experts of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from buddymoe_ray.cache import DiskReader, slot_views
+from buddymoe_ray.config import cache_folder
+from buddymoe_ray.errors import UnsupportedModel
+from buddymoe_ray.kernels import LowbitFormat, pack, record_tensors, round_plain
+from buddymoe_ray.models.fingerprint import model_hash
+from buddymoe_ray.models.standin_files import StandinWriter, standin_layouts
+from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotTensor
+
+__all__ = ["format_of", "recoded_layout"]
+
+_BITS = {"int8": 8, "int4": 4}
+_RECIPE = "nearest 1"
+
+
+def format_of(expert_dtype: str) -> LowbitFormat | None:
+    """The packed format of experts served so, None when they are plain tensors."""
+    return LowbitFormat(bits=_BITS[expert_dtype]) if expert_dtype in _BITS else None
+
+
+def recoded_layout(
+    layout: ExpertLayout,
+    folder: Path,
+    expert_dtype: str,
+    *,
+    transposed: bool,
+    progress: Callable[..., Iterable[Any]] = lambda items, **_: items,
+) -> ExpertLayout:
+    """The layout of the same experts in `expert_dtype` (`native` is the layout itself).
+
+    Args:
+        layout: experts as stored in the checkpoint in `folder`.
+        transposed: whether matrices are stored `[in, out]`; packed ones are always `[out, in]`.
+
+    Raises ProfileError when the copy cannot be written, UnsupportedModel for shapes that cannot be packed.
+    """
+    if expert_dtype == "native":
+        return layout
+    recoder = _Recoder.make(layout, expert_dtype, transposed)
+    fingerprint = model_hash(folder)
+    target = cache_folder() / "experts" / fingerprint[:24]
+    writer = StandinWriter(
+        target,
+        expert_dtype,
+        layout=recoder.tensors,
+        record_bytes=recoder.nbytes,
+        model_hash=fingerprint,
+        recipe=_RECIPE,
+    )
+    missing = [la for la in range(layout.layers) if not writer.has(la)]
+    if missing:
+        units = [(la, e) for la in missing for e in range(layout.experts_per_layer[la])]
+        with _Reader(layout) as read:
+            made: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+            for layer, expert in progress(units, total=len(units), desc=f"experts to {expert_dtype}"):
+                made.append(recoder.record(read(ExpertKey(layer, expert))))
+                if expert == layout.experts_per_layer[layer] - 1:
+                    writer.write(layer, np.stack(made))
+                    made = []
+    return standin_layouts(target, fingerprint, kinds=(expert_dtype,))[expert_dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recoder:
+    """How one expert's tensors become a record of `nbytes` bytes laid out as `tensors`."""
+
+    tensors: tuple[SlotTensor, ...]
+    nbytes: int
+    fmt: LowbitFormat | None
+    transposed: bool
+
+    @classmethod
+    def make(cls, layout: ExpertLayout, expert_dtype: str, transposed: bool) -> _Recoder:
+        if expert_dtype == "bf16":
+            tensors, nbytes = _cast_layout(layout.tensors)
+            return cls(tensors=tensors, nbytes=nbytes, fmt=None, transposed=transposed)
+        fmt = LowbitFormat(bits=_BITS[expert_dtype])
+        shapes = {t.name: t.shape[::-1] if transposed and len(t.shape) == 2 else t.shape for t in layout.tensors}
+        odd = [name for name, shape in shapes.items() if len(shape) == 2 and shape[1] % 8]
+        if odd:
+            raise UnsupportedModel(
+                f"{odd[0]} has {shapes[odd[0]][1]} inputs, must be a multiple of 8 for {expert_dtype} experts. "
+                "hint: serve with --expert-dtype native"
+            )
+        tensors, nbytes = record_tensors(shapes, fmt)
+        return cls(tensors=tensors, nbytes=nbytes, fmt=fmt, transposed=transposed)
+
+    def record(self, weights: Mapping[str, Tensor]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The record's bytes."""
+        made: dict[str, Tensor] = {}
+        for name, weight in weights.items():
+            if self.fmt is None or weight.ndim == 1:
+                made[name] = weight
+                continue
+            packed = pack(*round_plain(weight.T.contiguous() if self.transposed else weight, self.fmt), self.fmt)
+            made |= {f"{name}.codes": packed.codes, f"{name}.scales": packed.scales, f"{name}.base": packed.base}
+        record = torch.zeros(self.nbytes, dtype=torch.uint8)
+        for tensor in self.tensors:
+            part = made[tensor.name].to(getattr(torch, tensor.dtype)).contiguous()
+            record[tensor.offset : tensor.offset + tensor.nbytes] = part.view(torch.uint8).reshape(-1)
+        return record.numpy()
+
+
+class _Reader:
+    """Reads one expert at a time into one buffer."""
+
+    def __init__(self, layout: ExpertLayout) -> None:
+        self._layout, self._disk = layout, DiskReader(depth=4)
+        self._slot = torch.empty(layout.slot_bytes, dtype=torch.uint8)
+
+    def __enter__(self) -> Callable[[ExpertKey], Mapping[str, Tensor]]:
+        return self._read
+
+    def __exit__(self, *_: object) -> None:
+        self._disk.close()
+
+    def _read(self, key: ExpertKey) -> Mapping[str, Tensor]:
+        self._disk.submit(self._layout.pieces[key], self._slot.numpy()).wait()
+        return slot_views(self._slot, self._layout)
+
+
+def _cast_layout(tensors: Sequence[SlotTensor]) -> tuple[tuple[SlotTensor, ...], int]:
+    made, at = [], 0
+    for tensor in tensors:
+        nbytes = 2 * prod(tensor.shape)
+        made.append(SlotTensor(name=tensor.name, shape=tensor.shape, dtype="bfloat16", offset=at, nbytes=nbytes))
+        at += -(-nbytes // 64) * 64
+    return tuple(made), at
