@@ -21,7 +21,7 @@ BATCHING = ("auto", "packed", "solo")
 EXPERT_DTYPES = ("native", "bf16", "int8", "int4")
 POLICIES = ("ladder", "buddymoe")
 STANDINS = (
-    *("auto", "lowbit", "lowbit2", "lowbit3", "lowbit4", "lowrank"),
+    *("auto", "lowbit", "lowbit2", "lowbit3", "lowbit4", "lowbit8", "lowrank"),
     *("buddy:coactivation", "buddy:router", "buddy:output", "mean", "drop", "random"),
 )
 
@@ -37,8 +37,9 @@ class EngineConfig:
         mode: `exact` answers every miss with the expert itself; `bounded` lets stand-ins answer within `budget`; `fast`
             never waits in decode. A request may ask for another where stand-ins are loaded.
         budget: mean extra loss (nats) per generated token that `bounded` may spend; .003 is about .3 % of perplexity.
-        standin: what answers for a missing expert: `auto` (the best mix by the profile), `lowbit`, `lowbit2`, `lowbit3`,
-            `lowbit4`, `lowrank`, `buddy:coactivation`, `buddy:router`, `buddy:output`, `mean`, `drop`, `random`.
+        standin: what answers for a missing expert: `auto` (the best mix by the profile), `lowbit`, `lowbit2`,
+            `lowbit3`, `lowbit4`, `lowbit8`, `lowrank`, `buddy:coactivation`, `buddy:router`, `buddy:output`, `mean`,
+            `drop`, `random`.
         standin_layers: MoE layers where stand-ins may answer, as `0,2,3`; None is all. Elsewhere misses are fetched.
         policy: `ladder` (cheapest rung within the budget) or `buddymoe` (the paper whole, its gates fetch).
         profile: calibration file; None is the one beside the checkpoint.
@@ -101,7 +102,8 @@ class EngineConfig:
         parts = self.standin_layers.split(",")
         if not all(part.strip().isdecimal() for part in parts):
             raise ConfigError(
-                f"standin_layers is {self.standin_layers!r}, must be layer numbers like 0,2,3. hint: leave it out for all"
+                f"standin_layers is {self.standin_layers!r}, must be layer numbers like 0,2,3. "
+                "hint: leave it out for all layers"
             )
         return frozenset(int(part) for part in parts)
 

@@ -5,7 +5,7 @@ Knows neither torch nor ray. `EngineSnapshot` is read by the service's health pa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from buddymoe_ray.types import GuardState, StandinUses
 
@@ -30,8 +30,8 @@ class EngineSnapshot:
     """State of one engine at one moment; counters are cumulative since start.
 
     `hits` and `misses` count (layer, expert) lookups of the cache, `bytes_read_disk` what the disk was asked for
-    (alignment included), `stall_seconds` the time the model waited for experts. `use_hits`, `use_fetched` and `standins`
-    count (token, slot) uses of decode steps, `expected_rise` the nats charged for stand-ins.
+    (alignment included), `stall_seconds` the time the model waited for experts. `use_hits`, `use_fetched` and
+    `standins` count (token, slot) uses of decode steps, `expected_rise` the nats charged for stand-ins.
     """
 
     running: int
@@ -46,9 +46,9 @@ class EngineSnapshot:
     stall_seconds: float
     use_hits: int = 0
     use_fetched: int = 0
-    standins: StandinUses = StandinUses()
+    standins: StandinUses = field(default_factory=StandinUses)
     expected_rise: float = 0.0
-    guard: GuardSnapshot = GuardSnapshot()
+    guard: GuardSnapshot = field(default_factory=GuardSnapshot)
 
 
 def peak_rss_bytes() -> int:

@@ -86,9 +86,9 @@ def budget_curve() -> tuple[BudgetPoint, ...]:
         BudgetPoint(
             memory_percent=memory,
             budget=budget,
-            dppl_percent=60 * budget,
+            dppl_percent=(40 + memory / 3) * budget,
             dppl_se=0.05,
-            fetched_fraction=1 / (1 + 2000 * budget),
+            fetched_fraction=(125 - memory) / (1 + 2000 * budget),
             expected_rise=0.8 * budget,
             tokens=16_384,
         )

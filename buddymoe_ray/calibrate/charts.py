@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from buddymoe_ray.calibrate.markup import Markup, element
 from buddymoe_ray.calibrate.scales import Axis, Scale, scale_of
@@ -21,7 +22,7 @@ PALETTE = (
 )  # fmt: skip
 GREY = "#777777"
 _WIDTH, _HEIGHT = 760.0, 380.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 66.0, 170.0, 14.0, 50.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 90.0, 170.0, 14.0, 50.0
 _LINE = 14.0
 _FLOOR = _HEIGHT - _BOTTOM
 
@@ -56,13 +57,13 @@ def line_chart(series: Sequence[Series], x: Axis, y: Axis, *, title: str) -> Mar
     y_at = scale_of(y, [end for p in every for end in _ends(p)], _FLOOR, _TOP)
     drawn = [_grid(y_at, x_at.end), _names(x.label, y.label, x_at.end)]
     drawn += [_text(f"{tick:g}", x_at(tick), _FLOOR + 18, "middle") for tick in x_at.ticks]
-    rights: list[tuple[float, float, Series]] = []
+    rights: list[_Right] = []
     for line, points in lines:
         places = sorted((x_at(p.x), y_at(p.y)) for p in points)
         drawn.append(_path(line, places))
         if not line.reference:
             drawn += [_marker(line, point, x_at, y_at) for point in points]
-        rights.append((*places[-1], line))
+        rights.append(_Right(*places[-1], sum(py for _, py in places) / len(places), line))
     return _svg([*drawn, *_line_names(rights)], title)
 
 
@@ -112,18 +113,27 @@ def _ends(point: Point) -> tuple[float, float]:
     return point.y - spread, point.y + spread
 
 
-def _line_names(rights: Sequence[tuple[float, float, Series]]) -> list[Markup]:
+class _Right(NamedTuple):
+    """Where a line ends, and its mean height, which orders lines that end together."""
+
+    x: float
+    y: float
+    mean: float
+    line: Series
+
+
+def _line_names(rights: Sequence[_Right]) -> list[Markup]:
     """Names to the right of lines' ends, moved apart so that none covers another."""
-    order = sorted(rights, key=lambda end: (end[1], end[2].name))
+    order = sorted(rights, key=lambda right: (right.y, right.mean, right.line.name))
     at_y: list[float] = []
-    for _, py, _ in order:
-        at_y.append(max(py, at_y[-1] + _LINE) if at_y else py)
+    for right in order:
+        at_y.append(max(right.y, at_y[-1] + _LINE) if at_y else right.y)
     lowest = _HEIGHT - 4
     for at in range(len(at_y) - 1, -1, -1):
         at_y[at] = min(at_y[at], lowest)
         lowest = at_y[at] - _LINE
     parts, left = [], _WIDTH - _RIGHT + 20
-    for (px, py, line), y in zip(order, at_y, strict=True):
+    for (px, py, _, line), y in zip(order, at_y, strict=True):
         lead = f"M{_px(px + 5)} {_px(py)}L{_px(left - 3)} {_px(y)}"
         parts.append(element("path", d=lead, stroke=line.colour, stroke_width=0.6, fill="none"))
         parts.append(_text(line.name, left, y + 4, "start", line.colour))

@@ -27,7 +27,7 @@ from buddymoe_ray.models.profile import BudgetPoint, ComparisonRow, Profile, sav
 __all__ = ["HarmOptions", "measure_harms"]
 
 _ENGINES_AT_ONCE = 8
-_WITHIN = 0.3
+_WITHIN_PERCENT = 0.3
 _PREDICTS_NOTHING = 1e-12
 
 
@@ -171,9 +171,10 @@ def _recommend(profile: Profile) -> Profile:
         return replace(profile, recommended=None, reason="no stand-in fits at any memory that was measured")
     best = min(rows, key=lambda row: (row.kl, row.standin))
     said = (
-        f"{best.standin} raises perplexity by {best.dppl_percent:.2f} ± {best.dppl_se:.2f} % at {best.memory_percent:g} % "
-        f"memory with nothing fetched (divergence {best.kl:.2g} nats), the least of {len(rows)}"
+        f"{best.standin} raises perplexity by {best.dppl_percent:.2f} ± {best.dppl_se:.2f} % at "
+        f"{best.memory_percent:g} % memory with nothing fetched (divergence {best.kl:.2g} nats), the least of "
+        f"{len(rows)}"
     )
-    if best.dppl_percent - 2 * best.dppl_se > 100 * _WITHIN:
-        return replace(profile, recommended=None, reason=f"{said}; that is no answer")
+    if best.dppl_percent - 2 * best.dppl_se > _WITHIN_PERCENT:
+        return replace(profile, recommended=None, reason=f"{said}; more than {_WITHIN_PERCENT} %")
     return replace(profile, recommended=best.standin, reason=said)

@@ -32,7 +32,7 @@ from buddymoe_ray.engine.experts import expert_math
 from buddymoe_ray.kernels import ExpertMath
 from buddymoe_ray.models.standin_files import StandinWriter
 
-__all__ = ["LayerTables", "make_layers"]
+__all__ = ["LayerTables", "make_layers", "parameter_shapes"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -60,9 +60,12 @@ def make_layers(
     model_hash: str,
     compensated: bool,
     rank: int,
+    fitted_on: str,
     progress: Callable[..., Iterable[Any]],
 ) -> LayerTables:
-    """Make and measure all stand-ins. Raises ProfileError when records cannot be written."""
+    """Make and measure all stand-ins. Layers of an earlier run with the same recipe on the same text (`fitted_on`) are
+    kept and only measured. Raises ProfileError when records cannot be written.
+    """
     cache, loaded = parts.experts.cache, parts.loaded
     counts = cache.layout.experts_per_layer
     L, E = len(counts), max(counts)
@@ -74,7 +77,9 @@ def make_layers(
     bar = iter(progress(units, total=len(units), desc="stand-ins"))
     for layer in range(L):
         math = expert_math(loaded.experts[layer])
-        makers = [RecordMaker(kind=kind, math=math, compensated=compensated, rank=rank) for kind in own]
+        makers = [
+            RecordMaker(kind=kind, math=math, compensated=compensated, rank=rank, fitted_on=fitted_on) for kind in own
+        ]
         layer_makers = [_Layer(maker, parts, folder, model_hash, layer) for maker in makers]
         reached = np.zeros(E, dtype=bool)
         for sample in walk_layer(cache, trace, layer, math):
@@ -99,7 +104,7 @@ class _Layer:
     """Records of one kind and layer while they are made, or as an earlier run left them."""
 
     def __init__(self, maker: RecordMaker, parts: EngineParts, folder: Path, model_hash: str, layer: int) -> None:
-        layout, self.nbytes = maker.layout(_shapes(parts, maker.math), parts.loaded.hidden_size)
+        layout, self.nbytes = maker.layout(parameter_shapes(parts, maker.math), parts.loaded.hidden_size)
         self.maker, self._layout, self._layer = maker, layout, layer
         self._writer = StandinWriter(
             folder, maker.kind, layout=layout, record_bytes=self.nbytes, model_hash=model_hash, recipe=maker.recipe
@@ -135,6 +140,7 @@ def _fill_rare(error_E: Floats, reached_E: npt.NDArray[np.bool_]) -> None:
         error_E[~reached_E] = error_E[reached_E].mean()
 
 
-def _shapes(parts: EngineParts, math: ExpertMath) -> Mapping[str, tuple[int, ...]]:
+def parameter_shapes(parts: EngineParts, math: ExpertMath) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of an expert's parameters, matrices `[out, in]`."""
     tensors = parts.experts.cache.layout.tensors
     return {t.name: t.shape[::-1] if math.transposed and len(t.shape) == 2 else t.shape for t in tensors}

@@ -23,8 +23,10 @@ from buddymoe_ray.kernels import ExpertMath, LowbitFormat, expert_forward, lowra
 from buddymoe_ray.kernels.lowbit import PackedMatrix, dequantise
 from buddymoe_ray.types import SlotTensor
 
-__all__ = ["RecordMaker", "energy_of", "error_of", "fit_and_error", "record_bytes", "record_views"]
+__all__ = ["PASSES", "RecordMaker", "energy_of", "error_of", "fit_and_error", "record_bytes", "record_views"]
 
+PASSES = 2
+"""Of refitting after the error feedback."""
 _MOST_ERROR_ROWS = 512
 
 
@@ -32,20 +34,23 @@ _MOST_ERROR_ROWS = 512
 class RecordMaker:
     """Makes records of one kind: `lowbit2`, `lowbit3`, `lowbit4`, `lowbit8`, `lowrank` or `mean`.
 
-    `compensated` chooses error-compensated over plain rounding, `rank` is that of a low-rank map.
+    `compensated` chooses error-compensated over plain rounding, `rank` is that of a low-rank map, `fitted_on` names
+    the text that records are fitted on.
     """
 
     kind: str
     math: ExpertMath
     compensated: bool = True
     rank: int = 8
+    fitted_on: str = ""
 
     @property
     def recipe(self) -> str:
-        """How records are made, for files that are resumed."""
-        if self.kind.startswith("lowbit"):
-            return "compensated" if self.compensated else "plain"
-        return f"rank {self.rank}" if self.kind == "lowrank" else "mean"
+        """How records are made and from what: files made otherwise are made again, not resumed."""
+        if self.kind.startswith("lowbit") and not self.compensated:
+            return "plain"  # needs no text
+        how = "compensated" if self.kind.startswith("lowbit") else "mean"
+        return f"{f'rank {self.rank}' if self.kind == 'lowrank' else how} on {self.fitted_on}"
 
     def layout(self, shapes: Mapping[str, tuple[int, ...]], hidden: int) -> tuple[tuple[SlotTensor, ...], int]:
         """Tensors of a record and its bytes. `shapes` are the expert's parameters, matrices `[out, in]`."""
@@ -63,7 +68,7 @@ class RecordMaker:
             if not self.compensated:
                 return quantise_expert_plain(sample.weights, self._format, plain_math(self.math))
             x_RD, weight_R = sample.x_RD[fit], sample.weight_R[fit]
-            return quantise_expert(sample.weights, x_RD, weight_R, self._format, plain_math(self.math), passes=2)
+            return quantise_expert(sample.weights, x_RD, weight_R, self._format, plain_math(self.math), passes=PASSES)
         made = fit_lowrank(
             sample.x_RD[fit], sample.y_RD[fit], sample.weight_R[fit], self.rank if self.kind == "lowrank" else 0
         )

@@ -23,7 +23,7 @@ _RISE = "rise of perplexity, % (± 2 standard errors)"
 
 def summary(profile: Profile) -> Iterator[Markup]:
     """The verdict and the best few numbers."""
-    reason = profile.reason or "no reason was recorded"
+    reason = profile.reason.rstrip(".") or "no reason was recorded"
     if profile.recommended is None:
         text = element("strong", "No stand-in is recommended; bounded requests are answered exactly. ")
         yield element("p", text, reason + ".", class_="verdict refused")
@@ -70,7 +70,8 @@ def standins(profile: Profile) -> Iterator[Markup]:
     yield _pivot(names, memories, found, lambda r: f"{1000 * r.kl:.3g} · {r.top1_agreement:.1f} %", marked)
     if rows:
         tokens = sorted({row.tokens for row in rows})
-        yield _note(f"{' or '.join(f'{n:,}' for n in tokens)} tokens scored per cell.")
+        mixed = " Plain lowbit mixes the widths, chosen by expert." if "lowbit" in names else ""
+        yield _note(f"{' or '.join(f'{n:,}' for n in tokens)} tokens scored per cell.{mixed}")
     if profile.record_bytes:
         kept = sorted(profile.record_bytes.items(), key=lambda item: item[1])
         yield _note("Bytes of one expert's record: " + ", ".join(f"{kind} {size:,}" for kind, size in kept) + ".")
@@ -142,7 +143,7 @@ def layers(profile: Profile) -> Iterator[Markup]:
     yield element("h3", f"Expected harm by layer: {shown} everywhere in it")
     yield bar_chart(list(harm_L), numbers, "MoE layer", Axis(label=unit), title=f"Expected harm of {shown} by layer")
     share = [
-        [kind, *(f"{100 * _error_share(profile, kind, layer):.2g}" for layer in range(profile.layers))]
+        [kind, *(f"{100 * _error_share(profile, kind, layer):.3g}" for layer in range(profile.layers))]
         for kind in kinds
     ]
     yield element("h3", "Output error of stand-ins, % of the experts' output energy")

@@ -7,31 +7,38 @@ an interrupted run goes on at the layer where it stopped.
 from __future__ import annotations
 
 import hashlib
+import logging
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from buddymoe_ray.calibrate.harm import HarmOptions, measure_harms
-from buddymoe_ray.calibrate.layers import LayerTables, make_layers
+from buddymoe_ray.calibrate.layers import LayerTables, make_layers, parameter_shapes
+from buddymoe_ray.calibrate.pace import compensated_seconds
+from buddymoe_ray.calibrate.records import PASSES
 from buddymoe_ray.calibrate.tables import make_tables
 from buddymoe_ray.calibrate.trace import record_trace
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.build import build_parts
 from buddymoe_ray.engine.engine import EngineParts
+from buddymoe_ray.engine.experts import expert_math
 from buddymoe_ray.errors import ConfigError, ProfileError
 from buddymoe_ray.models.fingerprint import model_hash
-from buddymoe_ray.models.profile import Profile, save_profile
+from buddymoe_ray.models.profile import NAME, Profile, save_profile
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.router_hook import find_routers
 from buddymoe_ray.models.standin_files import standins_folder
 
 __all__ = ["KINDS", "CalibrationOptions", "calibrate"]
 
+log = logging.getLogger(__name__)
+
 KINDS = ("lowbit2", "lowbit3", "lowbit4", "lowbit8", "lowrank", "mean", "buddy")
-_HELD_SHARE = 0.15
+_HELD_SHARE, _LEAST_HELD = 0.15, 4
 _LEAST_WINDOWS = 8
 
 Progress = Callable[..., Iterable[Any]]
@@ -48,7 +55,8 @@ class CalibrationOptions:
         kinds: stand-ins to make and measure (`KINDS`); `buddy` measures every pair of experts.
         tokens: most tokens traced.
         window: tokens of a traced window; None is 512 or the model's limit.
-        compensated: error-compensated rounding; plain is many times faster.
+        compensated: error-compensated rounding; plain is many times faster. None chooses it where it would take at most
+            `rounding_minutes` here.
         rank: of low-rank maps.
         quick: leave out what needs the model to run with stand-ins: the profile then serves `fast` only.
         harms: at which memories and budgets, and on how many held-out tokens, stand-ins are measured.
@@ -60,10 +68,11 @@ class CalibrationOptions:
     kinds: tuple[str, ...] = KINDS
     tokens: int = 65_536
     window: int | None = None
-    compensated: bool = True
+    compensated: bool | None = None
+    rounding_minutes: float = 30.0
     rank: int = 8
     quick: bool = False
-    harms: HarmOptions = HarmOptions()
+    harms: HarmOptions = field(default_factory=HarmOptions)
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.kinds) - set(KINDS))
@@ -71,6 +80,13 @@ class CalibrationOptions:
             raise ConfigError(f"kinds are {list(self.kinds)}, must be of {', '.join(KINDS)}. hint: leave --kinds out")
         if min(self.tokens, self.rank, self.harms.tokens) < 1:
             raise ConfigError("tokens, rank and harm tokens are below 1, must be at least 1. hint: leave them out")
+        if self.window is not None and self.window < 2:
+            raise ConfigError(f"window is {self.window}, must be at least 2. hint: leave --window out")
+        if self.config.expert_dtype != "native":
+            raise ConfigError(
+                f"expert_dtype is {self.config.expert_dtype}, must be native to calibrate. "
+                "hint: one profile serves experts of every dtype"
+            )
 
 
 def calibrate(options: CalibrationOptions, *, progress: Progress = lambda items, **_: items) -> Profile:
@@ -80,10 +96,11 @@ def calibrate(options: CalibrationOptions, *, progress: Progress = lambda items,
         ProfileError: the corpus is too small, the model is not usable for it, or nothing can be written.
     """
     folder = resolve_model(options.config.model)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    _check_writable(options.out)
     config = replace(options.config, mode="exact", profile=None, guard_share=0.0)
     parts = build_parts(config, text=False)
     try:
+        _check_ids(options.ids, parts.vocab_size)
         traced, held = _split_corpus(options, parts.limits.max_model_len)
         profile = _profile(options, parts, model_hash(folder), traced, progress)
     finally:
@@ -112,8 +129,9 @@ def _profile(
             kinds=options.kinds,
             folder=standins_folder(options.out),
             model_hash=fingerprint,
-            compensated=options.compensated,
+            compensated=_compensated(options, parts, trace.tokens),
             rank=options.rank,
+            fitted_on=_digest(windows)[:16],
             progress=progress,
         )
         tokens = trace.tokens
@@ -129,7 +147,7 @@ def _assemble(
     return Profile(
         model_hash=fingerprint,
         model=options.config.model,
-        corpus_sha=hashlib.sha256(np.asarray(options.ids, dtype=np.int64).tobytes()).hexdigest(),
+        corpus_sha=_digest(options.ids),
         created_by=f"buddymoe_ray {__version__}",
         calibration_tokens=tokens,
         layers=count,
@@ -157,16 +175,66 @@ def _assemble(
     )
 
 
+def _compensated(options: CalibrationOptions, parts: EngineParts, tokens: int) -> bool:
+    """Whether to round with error compensation; `auto` tries how long that would take."""
+    if options.compensated is not None:
+        return options.compensated
+    layout, math = parts.experts.cache.layout, expert_math(parts.loaded.experts[0])
+    experts = sum(layout.experts_per_layer)
+    seconds = compensated_seconds(
+        parameter_shapes(parts, math),
+        experts=experts,
+        widths=sum(kind.startswith("lowbit") for kind in options.kinds),
+        rows=tokens * parts.loaded.experts_per_token // max(layout.experts_per_layer),
+        passes=PASSES,
+    )
+    within = seconds <= 60 * options.rounding_minutes
+    if not within:
+        log.warning(
+            "rounding %d experts with error compensation would take about %.0f minutes, more than %g: plain rounding "
+            "is used, which errs more. hint: --rounding compensated, or fewer --kinds",
+            *(experts, seconds / 60, options.rounding_minutes),
+        )
+    return within
+
+
+def _check_writable(out: Path) -> None:
+    """Raise ProfileError before the work, not after it."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise ProfileError(
+            f"--out is {out}, must be in a folder that can be written ({error.strerror}). hint: choose another --out"
+        ) from error
+    if out.is_dir():
+        raise ProfileError(f"--out is {out}, a folder, must be a file. hint: --out {out / NAME}")
+
+
+def _check_ids(ids: Sequence[int], vocabulary: int) -> None:
+    for edge in (min(ids, default=0), max(ids, default=0)):
+        if not 0 <= edge < vocabulary:
+            raise ProfileError(
+                f"corpus holds token id {edge}, must be from 0 to {vocabulary - 1} for this model. "
+                "hint: encode the text with this model's tokenizer"
+            )
+
+
+def _digest(ids: Sequence[int] | Sequence[Sequence[int]]) -> str:
+    return hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest()
+
+
 def _split_corpus(options: CalibrationOptions, longest: int) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
     """Windows to trace, and the ids kept apart from the end of the corpus for measuring."""
     window = min(options.window or 512, longest - 1)
     count = len(options.ids) // window
     if count < _LEAST_WINDOWS:
         raise ProfileError(
-            f"corpus is {len(options.ids)} tokens, must be at least {_LEAST_WINDOWS * window} ({_LEAST_WINDOWS} windows "
-            f"of {window}). hint: give more text"
+            f"corpus is {len(options.ids)} tokens, must be at least {_LEAST_WINDOWS * window} "
+            f"({_LEAST_WINDOWS} windows of {window}). hint: give more text"
         )
-    held = max(2, round(_HELD_SHARE * count))
+    held = max(_LEAST_HELD, round(_HELD_SHARE * count))
     traced = min(count - held, max(1, options.tokens // window))
     # spread over the corpus, so that a cap on tokens does not leave whole files out
     chosen = np.linspace(0, count - held - 1, traced).astype(int)

@@ -16,6 +16,7 @@ BENT = 0.1
 """An asinh axis is linear within about this of zero."""
 
 _MOST_TICKS = 8
+_LEAST = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Axis:
     def bend(self, value: float) -> float:
         """The value on a straight axis."""
         if self.kind == "log":
-            return math.log10(max(value, 1e-30))
+            return math.log10(max(value, _LEAST))
         return math.asinh(value / BENT) if self.kind == "asinh" else value
 
 
@@ -56,7 +57,7 @@ def scale_of(axis: Axis, values: Sequence[float], start: float, end: float) -> S
     """A scale that shows `values` (finite, at least one) with a little room."""
     shown = [*values, *axis.include, *(axis.ticks or ())]
     if axis.kind == "log":
-        shown = [value for value in shown if value > 0] or [1.0]
+        shown = [value for value in shown if value > _LEAST] or [1.0]
         low, high = min(shown) / 1.15, max(shown) * 1.15
     elif axis.kind == "asinh":
         low, high = min(0.0, min(shown) * 1.3), max(BENT, max(shown) * 1.3)
@@ -73,8 +74,8 @@ def _ticks(kind: str, low: float, high: float) -> list[float]:
     if kind == "linear":
         return _round_steps(low, high)
     top = max(abs(low), abs(high))
-    first = math.floor(math.log10(BENT if kind == "asinh" else max(low, 1e-30)))
-    powers = range(first, math.ceil(math.log10(max(top, 1e-30))) + 1)
+    first = math.floor(math.log10(BENT if kind == "asinh" else max(low, _LEAST)))
+    powers = range(first, math.ceil(math.log10(max(top, _LEAST))) + 1)
     fine = [float(f"{digit}e{power}") for power in powers for digit in (1, 3)]
     coarse = [float(f"1e{power}") for power in powers]
     for sizes in (fine, coarse, coarse[::2], coarse[::4]):

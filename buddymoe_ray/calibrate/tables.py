@@ -1,6 +1,6 @@
 """Counts of a trace: who is used, with whom, how decided the router is, how predictable. Numbers only.
 
-Knows neither weights of experts nor stand-ins. Neighbours: trace.py gives the rows, run.py puts the tables in a profile.
+Knows neither weights of experts nor stand-ins. Neighbours: trace.py gives the rows, run.py makes the profile.
 
 Legend: T tokens, K slots, L layers, E experts, P percentiles, D hidden.
 """

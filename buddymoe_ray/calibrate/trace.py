@@ -1,6 +1,7 @@
 """One pass of a corpus through the exact engine: every MoE layer's inputs and routes, kept in files.
 
-Memory-mapped, so that a large model's trace does not live in memory; the files are temporary. Knows no stand-ins.
+Memory-mapped, so that a large model's trace does not live in memory. The files have no names once they are mapped: they
+go when the trace is closed or the process ends, however it ends. Knows no stand-ins.
 Invariant: row t of every layer belongs to token t, windows lie end to end.
 
 Legend: T traced tokens, K slots of a token, D hidden, S tokens of a window, V vocabulary.
@@ -8,6 +9,7 @@ Legend: T traced tokens, K slots of a token, D hidden, S tokens of a window, V v
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from buddymoe_ray.engine.build import BLOCK_SIZE
 from buddymoe_ray.engine.engine import EngineParts
+from buddymoe_ray.errors import ProfileError
 from buddymoe_ray.models.shard_writer import check_space
 
 __all__ = ["Trace", "record_trace"]
@@ -34,7 +37,10 @@ class _Layer:
 
 
 class Trace:
-    """Inputs and routes of `tokens` tokens in windows of `window` tokens. A context manager: its files go with it."""
+    """Inputs and routes of `tokens` tokens in windows of `window` tokens. A context manager: its files go with it.
+
+    Raises CheckpointError or ProfileError when `folder` cannot hold them.
+    """
 
     def __init__(
         self, folder: Path, *, layers: int, tokens: int, window: int, hidden: int, top_k: int, dtype: torch.dtype
@@ -42,14 +48,13 @@ class Trace:
         row_bytes = hidden * dtype.itemsize + top_k * 6
         check_space(folder, layers * tokens * row_bytes)
         self.tokens, self.window, self.top_k = tokens, window, top_k
-        self._folder = tempfile.TemporaryDirectory(prefix="trace-", dir=folder)
         self._layers = [
             _Layer(
-                hidden_TD=self._map(f"{la}.hidden", (tokens, hidden), dtype),
-                ids_TK=self._map(f"{la}.ids", (tokens, top_k), torch.int16),
-                weight_TK=self._map(f"{la}.weights", (tokens, top_k), torch.float32),
+                hidden_TD=_mapped(folder, (tokens, hidden), dtype),
+                ids_TK=_mapped(folder, (tokens, top_k), torch.int16),
+                weight_TK=_mapped(folder, (tokens, top_k), torch.float32),
             )
-            for la in range(layers)
+            for _ in range(layers)
         ]
         self._cursor = [0] * layers
 
@@ -79,12 +84,21 @@ class Trace:
 
     def __exit__(self, kind: type | None, value: BaseException | None, at: TracebackType | None) -> None:
         self._layers = []
-        self._folder.cleanup()
 
-    def _map(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        path = Path(self._folder.name) / name
-        count = shape[0] * shape[1]
-        return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)
+
+def _mapped(folder: Path, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """A tensor in a file without a name. Its blocks are taken at once, so a full disk is an error and no crash."""
+    count = shape[0] * shape[1]
+    try:
+        with tempfile.NamedTemporaryFile(prefix="trace-", dir=folder) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
+            return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+    except OSError as error:
+        raise ProfileError(
+            f"{folder} cannot hold the trace ({error.strerror}), must take {count * dtype.itemsize} bytes more. "
+            "hint: free some space or choose another --out"
+        ) from error
 
 
 def record_trace(parts: EngineParts, windows: Sequence[Sequence[int]], folder: Path, *, progress: Progress) -> Trace:

@@ -31,7 +31,7 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
 def add_engine_arguments(
     parser: argparse.ArgumentParser, *, memory: str = _DEFAULTS.memory, many_modes: bool = False
 ) -> None:
-    """The options of the engine that commands share; each default is EngineConfig's. `many_modes`: a list makes rows."""
+    """Options of the engine that commands share; each default is EngineConfig's. `many_modes`: a list is allowed."""
     parser.add_argument("--model", default=_DEFAULTS.model, help="builtin:tiny, a checkpoint folder, or a hub id")
     parser.add_argument("--memory", default=memory, help="device budget for experts: 25%% or 6GiB")
     parser.add_argument("--host-memory", default=_DEFAULTS.host_memory, help="host-tier budget behind the device")

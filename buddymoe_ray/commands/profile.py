@@ -16,6 +16,8 @@ from buddymoe_ray.errors import ConfigError, ProfileError
 
 __all__ = ["add_arguments", "run"]
 
+_COMPENSATED = {"auto": None, "compensated": True, "plain": False}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `profile`."""
@@ -26,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=65_536, help="most tokens traced")
     parser.add_argument("--window", type=int, default=None, help="tokens of a traced window")
     parser.add_argument("--kinds", default=None, help="lowbit2,lowbit3,lowbit4,lowrank,mean,buddy; default all")
-    parser.add_argument("--rounding", choices=["compensated", "plain"], default="compensated", help="of low-bit copies")
+    parser.add_argument(
+        "--rounding", choices=sorted(_COMPENSATED), default="auto", help="of low-bit copies; auto looks at the time"
+    )
+    parser.add_argument(
+        "--rounding-minutes", type=float, default=30.0, help="most that auto gives compensated rounding"
+    )
     parser.add_argument("--rank", type=int, default=8, help="rank of low-rank maps")
     parser.add_argument("--quick", action="store_true", help="measure no harms: the profile serves mode fast only")
     parser.add_argument("--at", default="75,50,25", help="memories (%%) at which stand-ins are compared")
@@ -51,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         kinds=KINDS if args.kinds is None else tuple(args.kinds.split(",")),
         tokens=args.tokens,
         window=args.window,
-        compensated=args.rounding == "compensated",
+        compensated=_COMPENSATED[args.rounding],
+        rounding_minutes=args.rounding_minutes,
         rank=args.rank,
         quick=args.quick,
         harms=HarmOptions(

@@ -76,7 +76,8 @@ class Account:
     def price(self) -> float:
         """Largest harm of one use that the next step may take."""
         if self.mode == "bounded":
-            return self._price
+            assert self._ledger is not None, "a bounded request has no ledger"
+            return self._price * self._ledger.generosity
         return math.inf if self.mode == "fast" else 0.0
 
     def note_guard(self, state: GuardState) -> None:

@@ -32,6 +32,8 @@ __all__ = ["ExpertTier", "expert_math", "open_experts", "scratch_bytes"]
 
 log = logging.getLogger(__name__)
 
+_STAGING_SHARE, _STANDIN_STAGING_SHARE = 0.06, 0.03
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertTier:
@@ -51,7 +53,9 @@ def open_experts(config: EngineConfig, loaded: LoadedModel, step: StepState) -> 
     loaded = _recoded(config, loaded, maths)
     layout, on_gpu = loaded.layout, loaded.device.type != "cpu"
     budget = parse_memory(config.memory, total_expert_bytes=layout.total_bytes)
-    staging = plan_staging(largest_piece=_largest_piece(layout), budget_bytes=budget)
+    # with stand-ins hardly anything is read in decode, and every byte of staging is one less for them
+    share = _STAGING_SHARE if config.mode == "exact" else _STANDIN_STAGING_SHARE
+    staging = plan_staging(largest_piece=_largest_piece(layout), budget_bytes=budget, share=share)
     overhead = scratch_bytes(layout, loaded.compute_dtype) + (0 if on_gpu else staging.nbytes)
     setup = None if config.mode == "exact" else prepare(config, loaded, budget_bytes=budget, overhead_bytes=overhead)
     plan = setup.plan if setup is not None else _exact_plan(layout, budget, overhead)

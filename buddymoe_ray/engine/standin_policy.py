@@ -48,7 +48,7 @@ def make_policy(
     has_record_LE: npt.NDArray[np.bool_],
     device: torch.device,
 ) -> MissPolicy:
-    """The policy of one engine. `harm_LE` is that of each expert's own record. Raises ProfileError for missing tables."""
+    """The policy of one engine; `harm_LE` is that of each expert's own record. Raises ProfileError: no such table."""
     if config.policy == "buddymoe":
         return _buddymoe(profile, device)
     if config.standin == "drop":

@@ -22,7 +22,7 @@ from buddymoe_ray.errors import BudgetError, ProfileError
 from buddymoe_ray.models.fingerprint import model_hash
 from buddymoe_ray.models.load import LoadedModel
 from buddymoe_ray.models.profile import Profile, default_profile_path, load_profile
-from buddymoe_ray.models.standin_files import standin_layouts, standins_folder
+from buddymoe_ray.models.standin_files import standin_layouts, standins_folder, verify_standins
 from buddymoe_ray.policy import MissPolicy, choose, price_for
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
 
+_VERIFIED_BYTES = 256 << 20  # above this, reading every record once more would cost minutes at start
 _MIN_WAVES, _MOST_WAVES, _WAVE_SHARE = 2, 8, 0.02
 _RECORDS = {
     "auto": ("lowbit2", "lowbit3", "lowbit4", "lowbit8", "lowrank", "mean"),
@@ -39,6 +40,7 @@ _RECORDS = {
     "lowbit2": ("lowbit2",),
     "lowbit3": ("lowbit3",),
     "lowbit4": ("lowbit4",),
+    "lowbit8": ("lowbit8",),
     "lowrank": ("lowrank",),
     "mean": ("mean",),
 }
@@ -90,7 +92,10 @@ def prepare(config: EngineConfig, loaded: LoadedModel, *, budget_bytes: int, ove
     fingerprint = model_hash(loaded.folder)
     profile = load_profile(path, model_hash=fingerprint)
     kinds = _RECORDS.get(config.standin, ()) if config.policy == "ladder" else ()
-    layouts = {k: v for k, v in standin_layouts(standins_folder(path), fingerprint).items() if k in kinds}
+    folder = standins_folder(path)
+    layouts = standin_layouts(folder, fingerprint, kinds=kinds, layers=profile.layers)
+    if sum(layout.total_bytes for layout in layouts.values()) <= _VERIFIED_BYTES:
+        verify_standins(folder)
     if kinds and not layouts:
         raise ProfileError(
             f"{path} has no records of {' or '.join(kinds)}, must have them for standin {config.standin}. "
@@ -124,8 +129,8 @@ def _same_shape(path: Path, profile: Profile, loaded: LoadedModel) -> None:
     counts = loaded.layout.experts_per_layer
     if (profile.layers, profile.experts) != (len(counts), max(counts)):
         raise ProfileError(
-            f"{path} has {profile.layers} layers of {profile.experts} experts, must have {len(counts)} of {max(counts)}. "
-            "hint: run buddymoe profile on this checkpoint"
+            f"{path} has {profile.layers} layers of {profile.experts} experts, must have {len(counts)} of "
+            f"{max(counts)}. hint: run buddymoe profile on this checkpoint"
         )
 
 

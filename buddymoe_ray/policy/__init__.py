@@ -1,5 +1,7 @@
-"""Pure decisions over numbers and tensors: no ray, no clock, no I/O, no device of its own. Each returns what was decided
-and why, for others to do."""
+"""Pure decisions over numbers and tensors: no ray, no clock, no I/O, no device of its own.
+
+Each returns what was decided and why, for others to do.
+"""
 
 from buddymoe_ray.policy.buddymoe import BuddyMoE, BuddyParams, buddy_lists, normalised_entropy
 from buddymoe_ray.policy.eviction import LRU

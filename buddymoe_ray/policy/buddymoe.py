@@ -1,12 +1,12 @@
 """BuddyMoE whole (arXiv 2511.10054): substitute a resident buddy when the router is undecided, else fetch.
 
-Offline: buddy lists from co-activation, q(j|i) = M(i,j) / sum_j' M(i,j'), the shortest prefix of peers by falling q whose
-sum reaches alpha (CFT), at most k_max. Online, in this order: TAE (the entropy of the renormalised top-k over ln k)
-must be above tau, the margin p1 - p2 below gamma, the share of missing experts of the step and layer below beta; then at
-most rho slots per token take the unused resident candidate of largest
+Offline: buddy lists from co-activation, q(j|i) = M(i,j) / sum_j' M(i,j'), the shortest prefix of peers by falling q
+whose sum reaches alpha (CFT), at most k_max. Online, in this order: TAE (the entropy of the renormalised top-k over
+ln k) must be above tau, the margin p1 - p2 below gamma, the share of missing experts of the step and layer below
+beta; then at most rho slots per token take the unused resident candidate of largest
     psi = q(j|i) (1 + eta z_j(x)) (1 - kappa hop(j))
-among the first H, with z the router's score of j for this token as a share of its largest. The substitute keeps the slot's weight;
-a slot that is forbidden or finds no buddy is fetched. `resolve_reference` is the same in plain loops.
+among the first H, with z the router's score of j for this token as a share of its largest. The substitute keeps the
+slot's weight; a slot that is forbidden or finds no buddy is fetched. `resolve_reference` is the same in plain loops.
 
 Pure; knows no bytes. Legend: T rows, K slots, E experts, H candidates, L layers.
 """

@@ -1,8 +1,8 @@
 """When to stop trusting stand-ins: a state machine over measured divergences. Pure: no clock, no model.
 
-Measured tokens come in from sampled requests. The guard trips when their mean divergence is above the limit by more than
-two standard errors (clustered by request), and re-arms after a cooldown counted in generated tokens, twice as long at
-each trip. Neighbours: `engine.guard` recomputes requests and feeds it.
+Measured tokens come in from sampled requests. The guard trips when their mean divergence is above the limit by more
+than two standard errors (clustered by request), and re-arms after a cooldown counted in generated tokens, twice as
+long at each trip. Neighbours: `engine.guard` recomputes requests and feeds it.
 """
 
 from __future__ import annotations

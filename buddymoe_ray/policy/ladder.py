@@ -2,7 +2,8 @@
 
 A resident expert runs; else a stand-in answers where its harm is within the row's price and allowance; else the expert
 is fetched. Pure; vectorised over all uses of a layer, with `resolve_reference` as its twin.
-Invariant: an exact row is never stood in for; a row is never charged beyond its allowance.
+Invariant: an exact row is never stood in for; a bounded row is never charged beyond its allowance; a fast row never
+asks for a fetch where there is a stand-in, even one of unknown harm.
 
 Legend: T rows, K slots, E experts.
 """
@@ -14,12 +15,12 @@ import math
 import torch
 from torch import Tensor
 
-from buddymoe_ray.policy.misses import Action, Misses, Reason, Resolution
+from buddymoe_ray.policy.misses import Action, Misses, Reason, Resolution, RowBudgets
 from buddymoe_ray.policy.standins import Answers, Standin
 
 __all__ = ["Ladder", "resolve_reference"]
 
-_FAST = 2
+_EXACT, _BOUNDED, _FAST = 0, 1, 2
 
 
 class Ladder:
@@ -39,10 +40,9 @@ class Ladder:
         if bool(resident_TK.all()):
             return all_resident(misses)
         answers = self._answers(misses)
-        wanted_TK = ~resident_TK & (rows.mode_T > 0)[:, None]
+        wanted_TK = ~resident_TK & (rows.mode_T != _EXACT)[:, None]
         able_TK = wanted_TK & answers.found_TK
-        cheap_TK = able_TK & (answers.harm_TK <= rows.price_T[:, None])
-        take_TK = cheap_TK & _affordable(answers.harm_TK, cheap_TK, rows.allowance_T)
+        cheap_TK, take_TK = within_budget(rows, answers.harm_TK, able_TK)
         shared_TK = take_TK & _fetched_anyway(ids_TK, ~resident_TK & ~take_TK, len(misses.resident_E))
         take_TK = take_TK & ~shared_TK
         fetch_TK = ~resident_TK & ~take_TK
@@ -88,14 +88,20 @@ def all_resident(misses: Misses) -> Resolution:
     )
 
 
-def _affordable(harm_TK: Tensor, cheap_TK: Tensor, allowance_T: Tensor) -> Tensor:
-    """Which of the cheap uses a row can pay, the least harmful first."""
-    if bool(torch.isinf(allowance_T).all()):
-        return cheap_TK
+def within_budget(rows: RowBudgets, harm_TK: Tensor, able_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the uses that a stand-in could answer are within their row's price, and which of those it can pay.
+
+    A bounded row takes the least harmful first until its allowance is spent; a fast row takes all.
+    """
+    free_T1 = (rows.mode_T == _FAST)[:, None]
+    cheap_TK = able_TK & ((harm_TK <= rows.price_T[:, None]) | free_T1)
+    if not bool((rows.mode_T == _BOUNDED).any()):
+        return cheap_TK, cheap_TK
     offered_TK = torch.where(cheap_TK, harm_TK, math.inf)
     sorted_TK, order_TK = offered_TK.sort(dim=1, stable=True)
-    paid_TK = sorted_TK.double().cumsum(dim=1) <= allowance_T[:, None]
-    return torch.zeros_like(cheap_TK).scatter_(1, order_TK, paid_TK)
+    # sums in double: the row's own float32 sums may not be told that something fits which does not
+    paid_TK = sorted_TK.double().cumsum(dim=1) <= rows.allowance_T[:, None]
+    return cheap_TK, cheap_TK & (torch.zeros_like(cheap_TK).scatter_(1, order_TK, paid_TK) | free_T1)
 
 
 def _fetched_anyway(ids_TK: Tensor, fetch_TK: Tensor, E: int) -> Tensor:
@@ -119,11 +125,13 @@ def resolve_reference(standin: Standin, misses: Misses) -> tuple[list[list[Actio
             if bool(misses.resident_E[row[k]]):
                 continue
             harm = float(answers.harm_TK[t, k])
-            if int(misses.rows.mode_T[t]) == 0:
+            if int(misses.rows.mode_T[t]) == _EXACT:
                 reasons[t][k] = Reason.WANTED_EXACT
             elif not bool(answers.found_TK[t, k]):
                 reasons[t][k] = Reason.NO_STANDIN
-            elif harm > float(misses.rows.price_T[t]):
+            elif int(misses.rows.mode_T[t]) == _FAST:
+                reasons[t][k] = Reason.SUBSTITUTED
+            elif not harm <= float(misses.rows.price_T[t]):
                 reasons[t][k] = Reason.OVER_PRICE
             elif harm > left:
                 reasons[t][k], left = Reason.OVER_ALLOWANCE, -math.inf

@@ -47,10 +47,12 @@ class Staging:
         return self.depth * self.buffer_bytes
 
 
-def plan_staging(*, largest_piece: int, budget_bytes: int, depth: int = 4, most: int = 2 << 20) -> Staging:
-    """Buffers that hold a piece with its alignment, as deep as a few per cent of the budget allow (at least a page)."""
+def plan_staging(
+    *, largest_piece: int, budget_bytes: int, depth: int = 4, most: int = 2 << 20, share: float = _STAGING_SHARE
+) -> Staging:
+    """Buffers that hold a piece with its alignment, as deep as a `share` of the budget allows (at least a page)."""
     whole = _pages(min(largest_piece, most) + 2 * _PAGE)
-    allowed = int(_STAGING_SHARE * budget_bytes)
+    allowed = int(share * budget_bytes)
     for count in range(depth, 0, -1):
         if count * whole <= allowed:
             return Staging(depth=count, buffer_bytes=whole)

@@ -1,7 +1,7 @@
 """What can answer for a missing expert, behind one seam: each stand-in says who answers each use and at what harm.
 
 `Own`: the expert's own record (low-bit copy, low-rank map, mean vector). `Buddy`: another resident expert, chosen by
-co-activation, output error, live router score or at random. `Drop`: nobody. Pure; says nothing about budgets (`ladder`).
+co-activation, output error, live router score or at random. `Drop`: nobody. Pure; knows no budgets (`ladder`).
 Invariant: a token never gets one expert twice, its own resident experts and earlier substitutes included.
 
 Legend: T rows, K slots, L layers, E experts, H candidates.
@@ -83,7 +83,7 @@ class Drop:
 
     def weights(self, misses: Misses, answers: Answers, take_TK: Tensor) -> Tensor:
         kept_TK = torch.where(take_TK, 0.0, misses.weight_TK)
-        return _same_sum(misses, kept_TK) if self._renormalise else kept_TK
+        return _same_sum(misses, kept_TK, take_TK) if self._renormalise else kept_TK
 
 
 class Buddy:
@@ -139,7 +139,7 @@ class RouterBuddy:
 
     def weights(self, misses: Misses, answers: Answers, take_TK: Tensor) -> Tensor:
         weight_TK = torch.where(take_TK, answers.weight_TK, misses.weight_TK)
-        return _same_sum(misses, weight_TK) if self._renormalise else weight_TK
+        return _same_sum(misses, weight_TK, take_TK) if self._renormalise else weight_TK
 
 
 class RandomBuddy:
@@ -196,10 +196,14 @@ def _buddies(misses: Misses, expert_TK: Tensor, weight_TK: Tensor, harm_TK: Tens
     return Answers(action_TK=action_TK, expert_TK=expert_TK, weight_TK=weight_TK, harm_TK=harm_TK, found_TK=found_TK)
 
 
-def _same_sum(misses: Misses, weight_TK: Tensor) -> Tensor:
-    """Scale each row to the sum the router gave it; a row without survivors stays zero."""
+def _same_sum(misses: Misses, weight_TK: Tensor, take_TK: Tensor) -> Tensor:
+    """Scale each row that is stood in for to the sum the router gave it; a row without survivors stays zero.
+
+    Other rows keep their bits: two sums of the same weights may differ in the last one where memory order differs.
+    """
     wanted_T1, sum_T1 = misses.weight_TK.sum(dim=1, keepdim=True), weight_TK.sum(dim=1, keepdim=True)
-    return torch.where(sum_T1 > 0, weight_TK * (wanted_T1 / sum_T1.clamp_min(1e-20)), weight_TK)
+    scaled_T1 = take_TK.any(dim=1, keepdim=True) & (sum_T1 > 0)
+    return torch.where(scaled_T1, weight_TK * (wanted_T1 / sum_T1.where(scaled_T1, 1.0)), weight_TK)
 
 
 def _per_score(misses: Misses) -> Tensor:

@@ -76,7 +76,7 @@ def test_transposed_and_biased_experts(family: str, tmp_path: Path) -> None:
     for expert_dtype in ("native", "int8"):
         with LLM(str(tmp_path / family), memory="100%", expert_dtype=expert_dtype, dtype="float32") as llm:
             result = llm.generate([[5, 9, 30, 77, 12]], max_tokens=1, logprobs=5)[0]
-            answers[expert_dtype] = {token: lp for token, lp in result.logprobs[0].top}
+            answers[expert_dtype] = dict(result.logprobs[0].top)
     shared = set(answers["native"]) & set(answers["int8"])
     assert len(shared) >= 4
     assert max(abs(answers["native"][t] - answers["int8"][t]) for t in shared) < 0.1

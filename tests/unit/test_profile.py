@@ -17,9 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from profiles import MODEL_HASH, arrays_of, make_profile
 
-from buddymoe_ray.errors import BuddyMoEError, ProfileError
+from buddymoe_ray.errors import ProfileError
 from buddymoe_ray.models.profile import (
-    BudgetPoint,
     ComparisonRow,
     Profile,
     default_profile_path,
@@ -147,6 +146,13 @@ def test_a_kind_that_was_not_profiled_is_named() -> None:
     bare = make_profile(pair_error_LEE=np.zeros(0), pair_scale_LEE=np.zeros(0))
     with pytest.raises(ProfileError, match="no pair errors, must have them"):
         bare.pair_harm_LEE()
+
+
+def test_routes_may_be_left_out(tmp_path: Path) -> None:
+    none = np.zeros((0, 4, 4))
+    save_profile(make_profile(routes_TLK=none, route_weights_TLK=none), tmp_path / "p")
+    found = load_profile(tmp_path / "p", model_hash=MODEL_HASH)
+    assert found.routes_TLK.shape == (0, 4, 4) and found.routes_TLK.dtype == np.uint8
 
 
 def test_pairs_may_be_left_out(tmp_path: Path) -> None:
@@ -390,8 +396,3 @@ def test_the_profile_beside_a_checkpoint_is_found(tmp_path: Path) -> None:
     (tmp_path / "buddymoe.profile").rmdir()
     (tmp_path / "buddymoe.profile").touch()
     assert default_profile_path(tmp_path) == tmp_path / "buddymoe.profile"
-
-
-def test_profile_errors_are_ours() -> None:
-    assert issubclass(ProfileError, BuddyMoEError)
-    assert {f.name for f in fields(BudgetPoint)} > {"memory_percent", "budget", "dppl_percent", "dppl_se"}
