@@ -15,7 +15,7 @@ from typing import Any
 from buddymoe_ray.errors import BuddyMoEError, ConfigError, RequestError
 from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.serve.handles import APP_NAME, connect
-from buddymoe_ray.serve.records import Batch, ChatMessage, Delta, Refusal, Reply, Work, WorkerInfo
+from buddymoe_ray.serve.records import Batch, ChatMessage, Delta, Refusal, Reply, Terms, Work, WorkerInfo
 from buddymoe_ray.serve.refusals import error_of, failure
 from buddymoe_ray.types import EngineResult, SamplingParams, TokenEvent, TokenLogprob, Usage
 
@@ -34,7 +34,8 @@ class Client:
     >>> client.chat([{"role": "user", "content": "What is a list?"}]).text
 
     `await agenerate(...)`, `await achat(...)` and `async for event in astream(...)` are the same for asyncio. A prompt
-    is text, a list of token ids, or (for the streams) a list of messages. Keywords are fields of SamplingParams.
+    is text, a list of token ids, or (for the streams) a list of messages. Keywords are fields of SamplingParams, and `mode`,
+    `budget`, `record`, `replay` (see `types.GenerationRequest`).
 
     Args:
         app_name: the application's name in its YAML.
@@ -107,11 +108,12 @@ class Client:
 def _work(
     prompt: str | Sequence[int] | Sequence[Message], options: Mapping[str, Any], *, flush_seconds: float | None
 ) -> Work:
-    known = {f.name for f in fields(SamplingParams)}
+    terms = {f.name for f in fields(Terms)}
+    known = {f.name for f in fields(SamplingParams)} | terms
     unknown = sorted(set(options) - known)
     if unknown:
         raise ConfigError(f"option is {unknown[0]!r}, must be one of {', '.join(sorted(known))}. hint: check spelling")
-    sampling = SamplingParams(**options)
+    sampling = SamplingParams(**{name: value for name, value in options.items() if name not in terms})
     conversation = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
     limit = options.get("max_tokens", None if conversation else SamplingParams.max_tokens)
     return Work(
@@ -119,6 +121,7 @@ def _work(
         prompts=() if conversation else (prompt if isinstance(prompt, str) else _ids(prompt),),
         messages=tuple(_message(message) for message in prompt) if conversation else (),
         sampling=sampling,
+        terms=Terms(**{name: value for name, value in options.items() if name in terms}),
         max_tokens=limit,
         flush_seconds=flush_seconds,
         report_prompts=True,

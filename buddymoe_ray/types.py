@@ -108,7 +108,8 @@ class Usage:
     Expert uses are (token, slot) pairs of its decode steps: `hits` found their expert resident when the step began,
     `fetched` waited for it, `standins` were answered by something else at an `expected_rise` of loss (nats, summed over
     the completion). `mode` is what the request got, `requested_mode` what it asked for: they differ when `guard` is
-    `tripped`. `budget` is the allowance per generated token of a `bounded` request.
+    `tripped`. `budget` is the allowance per generated token of a `bounded` request. `record` is there for a request
+    that asked for it.
     """
 
     prompt_tokens: int = 0
@@ -121,14 +122,14 @@ class Usage:
     standins: StandinUses = StandinUses()
     expected_rise: float = 0.0
     guard: GuardState = "off"
+    record: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenEvent:
     """What one step added to one request. `text` is whole characters only; `usage` comes with the last event.
 
-    `error` is the message of an error that ended the request (finish_reason "error"); `record` comes with the last
-    event of a request that asked for it.
+    `error` is the message of an error that ended the request (finish_reason "error").
     """
 
     request_id: str
@@ -138,7 +139,6 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: str | None = None
-    record: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,6 @@ class EngineResult:
     finish_reason: FinishReason
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] = field(default=())
-    record: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -22,7 +23,15 @@ from buddymoe_ray.serve.records import Reply, Work, WorkerInfo
 from buddymoe_ray.serve.worker import Worker
 from buddymoe_ray.types import FinishReason, GenerationRequest, TokenEvent, TokenLogprob, Usage
 
-__all__ = ["FakeEngine", "FakeLimits", "LocalWorkers", "byte_tokenizer", "open_broken_engine", "open_fake_engine"]
+__all__ = [
+    "FakeEngine",
+    "FakeLimits",
+    "LocalWorkers",
+    "byte_tokenizer",
+    "exact_usage",
+    "open_broken_engine",
+    "open_fake_engine",
+]
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
@@ -207,3 +216,17 @@ def open_fake_engine(config: EngineConfig, model_id: str) -> FakeEngine:
 def open_broken_engine(config: EngineConfig, model_id: str) -> FakeEngine:
     """As when a checkpoint cannot be served."""
     raise CheckpointError(f"{config.model} is truncated, must be whole. hint: download it again")
+
+
+def exact_usage(*, hits: int, fetched: int) -> dict[str, Any]:
+    """`usage.buddymoe` of an answer that no stand-in had a part in."""
+    return {
+        "mode": "exact",
+        "requested_mode": "exact",
+        "budget": None,
+        "hits": hits,
+        "fetched": fetched,
+        "standins": {"lowbit": 0, "lowrank": 0, "buddy": 0, "mean": 0, "drop": 0},
+        "expected_rise": 0.0,
+        "guard": "off",
+    }

@@ -99,7 +99,9 @@ def test_version_is_written_once() -> None:
 def test_deployments_resolve_to_typed_arguments(path: Path) -> None:
     (application,) = yaml.safe_load(path.read_text())["applications"]
     assert application["import_path"] == "buddymoe_ray.serve.app:build_app"
-    assert ServeArgs(**application["args"]).engine_config().mode == "exact"
+    config = ServeArgs(**application["args"]).engine_config()
+    assert (config.mode, config.budget) == ("bounded", 0.003), "a deployment says in plain sight what it may cost"
+    assert {"mode", "budget"} <= set(application["args"])
 
 
 def test_readme_code_blocks_parse() -> None:

@@ -5,7 +5,7 @@
 Sensitivity: divergence with stand-ins in one layer only, over the summed weight² × error² of its uses there. Scale:
 divergence with the kind in all layers, over what the sensitivities predict. Divergence is KL(exact || served) per
 token: an upper estimate of the rise of the loss, with far less spread. Everything is scored step by step through the
-engine that serves.
+engine that serves (bench.py).
 
 Legend: L layers.
 """
@@ -18,15 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from buddymoe_ray.calibrate.bench import Bench, Footprint
 from buddymoe_ray.config import EngineConfig
-from buddymoe_ray.engine.evaluate import EvalResult, cut_windows, evaluate_many
-from buddymoe_ray.errors import BudgetError
+from buddymoe_ray.engine.evaluate import EvalResult, cut_windows
+from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.models.profile import BudgetPoint, ComparisonRow, Profile, save_profile
 
 __all__ = ["HarmOptions", "measure_harms"]
 
-_ENGINES_AT_ONCE = 8
+_HOPELESS_KL = 0.05
+_PILOT = 4
+"""One of so many windows is scored first where little is expected, and for the sensitivities of deep models."""
+_DEEP = 8
 _WITHIN_PERCENT = 0.3
 _PREDICTS_NOTHING = 1e-12
 
@@ -39,11 +44,21 @@ class HarmOptions:
     budgets: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)
     tokens: int = 6144
 
+    def __post_init__(self) -> None:
+        for name, values, most in (("memories", self.memories, 100.0), ("budgets", self.budgets, 1.0)):
+            if not values or not all(0 < value <= most for value in values):
+                raise ConfigError(
+                    f"{name} are {list(values)}, must be some numbers above 0 and up to {most:g}. hint: leave them out"
+                )
+        if self.tokens < 1:
+            raise ConfigError(f"harm tokens are {self.tokens}, must be at least 1. hint: leave --harm-tokens out")
+
 
 def measure_harms(
     profile: Profile,
     config: EngineConfig,
     path: Path,
+    footprint: Footprint,
     held: Sequence[int],
     standins: tuple[str, ...],
     options: HarmOptions,
@@ -54,20 +69,11 @@ def measure_harms(
     `path` is where the profile is: engines read it from there, so it is written after each stage.
     """
     windows = cut_windows(held, tokens=options.tokens)
-    lowest = f"{min(options.memories)}%"
-    bench = _Bench(config, path, windows, progress)
-    probe = standins[0]
-    alone = bench.run(
-        [{"standin": probe, "memory": lowest, "standin_layers": str(layer)} for layer in range(profile.layers)],
-        "sensitivity",
-    )
-    ratio = [row.kl / row.expected_rise if row and row.expected_rise > _PREDICTS_NOTHING else np.nan for row in alone]
-    known = np.array(ratio, dtype=np.float32)
-    sensitivity_L = np.where(np.isfinite(known), known, np.nanmean(known) if np.isfinite(known).any() else np.nan)
-    profile = replace(profile, sensitivity_L=np.maximum(sensitivity_L, 1e-12).astype(np.float32))
+    bench = Bench(config, path, windows, footprint, progress)
+    profile = replace(profile, sensitivity_L=_sensitivity(bench, profile, standins[0], options.memories, len(windows)))
     save_profile(profile, path)
     wanted = [(standin, memory) for memory in options.memories for standin in standins]
-    rows = bench.run([{"standin": s, "memory": f"{m}%"} for s, m in wanted], "comparison")
+    rows = _compared(bench, wanted, len(windows))
     found = [(standin, memory, row) for (standin, memory), row in zip(wanted, rows, strict=True) if row is not None]
     profile = replace(
         profile,
@@ -88,42 +94,41 @@ def measure_harms(
     return profile
 
 
-class _Bench:
-    """Runs variants of one engine over the held-out windows, a few engines at a time beside one exact engine."""
+def _sensitivity(
+    bench: Bench, profile: Profile, probe: str, memories: Sequence[float], windows: int
+) -> npt.NDArray[np.float32]:
+    """Measured over predicted divergence with `probe` in one layer at a time, at the least memory that holds it.
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        path: Path,
-        windows: Sequence[tuple[int, ...]],
-        progress: Callable[..., Iterable[Any]],
-    ) -> None:
-        # fetched experts come from the host tier here: what is measured is quality, and the disk would only slow it
-        self._config = replace(
-            config,
-            mode="fast",
-            profile=str(path),
-            host_memory="100%",
-            max_running=min(64, len(windows)),
-            guard_share=0.0,
+    Where there is no memory for the other layers' experts, one number for all layers, from `probe` in all of them. NaN
+    when it cannot be run at all.
+    """
+    every = _PILOT if profile.layers > _DEEP and windows > 2 * _PILOT else 1
+    changes = [{"standin_layers": str(layer)} for layer in range(profile.layers)] if bench.hosted else [{}]
+    for memory in sorted(memories):
+        rows = bench.run(
+            [{"standin": probe, "memory": f"{memory}%", **change} for change in changes], "sensitivity", every=every
         )
-        self._windows, self._progress = windows, progress
+        ratio = [r.kl / r.expected_rise if r and r.expected_rise > _PREDICTS_NOTHING else np.nan for r in rows]
+        known_L = np.broadcast_to(np.array(ratio, dtype=np.float32), (profile.layers,))
+        if np.isfinite(known_L).any():
+            filled_L = np.where(np.isfinite(known_L), known_L, np.nanmean(known_L))
+            return np.maximum(filled_L, _PREDICTS_NOTHING).astype(np.float32)
+    return np.full(profile.layers, np.nan, dtype=np.float32)
 
-    def run(self, variants: Sequence[dict[str, Any]], what: str) -> list[EvalResult | None]:
-        """A result per variant; None where the memory cannot hold it."""
-        results: list[EvalResult | None] = []
-        groups = [variants[at : at + _ENGINES_AT_ONCE] for at in range(0, len(variants), _ENGINES_AT_ONCE)]
-        for group in self._progress(groups, total=len(groups), desc=what):
-            results += self._together([replace(self._config, **variant) for variant in group])
-        return results
 
-    def _together(self, configs: list[EngineConfig]) -> list[EvalResult | None]:
-        try:
-            return list(evaluate_many(configs, self._windows, batch=self._config.max_running))
-        except BudgetError:
-            if len(configs) == 1:
-                return [None]
-            return [result for config in configs for result in self._together([config])]
+def _compared(bench: Bench, wanted: Sequence[tuple[str, float]], windows: int) -> list[EvalResult | None]:
+    """Each stand-in at each memory. Those without bits of the expert are tried on few windows first, and are done with
+    where they are hopeless: their error bars are wide, but far from anything that matters.
+    """
+    variants = [{"standin": standin, "memory": f"{memory}%"} for standin, memory in wanted]
+    doubtful = [at for at, (standin, _) in enumerate(wanted) if not standin.startswith("lowbit")]
+    rows: dict[int, EvalResult | None] = {}
+    if windows > 2 * _PILOT:
+        tried = bench.run([variants[at] for at in doubtful], "comparison, first look", every=_PILOT)
+        rows = {at: row for at, row in zip(doubtful, tried, strict=True) if row is None or row.kl > _HOPELESS_KL}
+    left = [at for at in range(len(wanted)) if at not in rows]
+    rows |= dict(zip(left, bench.run([variants[at] for at in left], "comparison"), strict=True))
+    return [rows[at] for at in range(len(wanted))]
 
 
 def _scales(found: Sequence[tuple[str, float, EvalResult]]) -> dict[str, float]:

@@ -8,8 +8,9 @@ Legend: L layers, E experts, B bytes of a record.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from buddymoe_ray.calibrate.pairs import pair_errors
 from buddymoe_ray.calibrate.records import (
+    ENOUGH,
     RecordMaker,
     energy_of,
     error_of,
@@ -29,10 +31,14 @@ from buddymoe_ray.calibrate.samples import ExpertSample, walk_layer
 from buddymoe_ray.calibrate.trace import Trace
 from buddymoe_ray.engine.engine import EngineParts
 from buddymoe_ray.engine.experts import expert_math
+from buddymoe_ray.errors import CheckpointError, ProfileError
 from buddymoe_ray.kernels import ExpertMath
+from buddymoe_ray.models.shard_writer import check_space
 from buddymoe_ray.models.standin_files import StandinWriter
 
 __all__ = ["LayerTables", "make_layers", "parameter_shapes"]
+
+log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
 
@@ -73,60 +79,78 @@ def make_layers(
     tables = LayerTables(energy_LE=np.zeros((L, E), np.float32), errors={k: np.zeros((L, E), np.float32) for k in own})
     if "buddy" in kinds:
         tables.pair_error_LEE, tables.pair_scale_LEE = np.zeros((L, E, E), np.float32), np.zeros((L, E, E), np.float32)
+    maths = [expert_math(module) for module in loaded.experts]
+    options: dict[str, Any] = {"compensated": compensated, "rank": rank, "fitted_on": fitted_on}
+    files = [_Files(RecordMaker(kind=kind, math=maths[0], **options), parts, folder, model_hash) for kind in own]
+    _check_room(folder, files, counts)
+    reached_LE = np.zeros((L, E), dtype=bool)
     units = [layer for layer in range(L) for _ in range(counts[layer])]
     bar = iter(progress(units, total=len(units), desc="stand-ins"))
     for layer in range(L):
-        math = expert_math(loaded.experts[layer])
-        makers = [
-            RecordMaker(kind=kind, math=math, compensated=compensated, rank=rank, fitted_on=fitted_on) for kind in own
-        ]
-        layer_makers = [_Layer(maker, parts, folder, model_hash, layer) for maker in makers]
-        reached = np.zeros(E, dtype=bool)
+        math, reached_E = maths[layer], reached_LE[layer]
+        records = [_Layer(one, math, layer, counts[layer]) for one in files]
         for sample in walk_layer(cache, trace, layer, math):
             next(bar, None)
-            reached[sample.expert] = sample.own >= 20
+            reached_E[sample.expert] = sample.own >= ENOUGH
             tables.energy_LE[layer, sample.expert] = energy_of(sample)
-            for one in layer_makers:
+            for one in records:
                 tables.errors[one.maker.kind][layer, sample.expert] = one.add(sample)
-        for one in layer_makers:
+        for one in records:
             one.write()
-            tables.record_bytes[one.maker.kind] = one.nbytes
-            _fill_rare(tables.errors[one.maker.kind][layer], reached)
-        _fill_rare(tables.energy_LE[layer], reached)
+            _fill_rare(tables.errors[one.maker.kind][layer], reached_E)
+        _fill_rare(tables.energy_LE[layer], reached_E)
         if "buddy" in kinds:
             tables.pair_error_LEE[layer], tables.pair_scale_LEE[layer] = _pairs(
                 cache, trace, layer, math, counts[layer], E
             )
+    next(bar, None)
+    tables.record_bytes = {one.maker.kind: one.nbytes for one in files}
+    _tell_rare(len(units) - int(reached_LE.sum()), len(units))
     return tables
+
+
+class _Files:
+    """Where the records of one kind are kept: a file per layer."""
+
+    def __init__(self, maker: RecordMaker, parts: EngineParts, folder: Path, model_hash: str) -> None:
+        self.maker = maker
+        self.layout, self.nbytes = maker.layout(parameter_shapes(parts, maker.math), parts.loaded.hidden_size)
+        self.writer = StandinWriter(
+            folder, maker.kind, layout=self.layout, record_bytes=self.nbytes, model_hash=model_hash, recipe=maker.recipe
+        )
 
 
 class _Layer:
     """Records of one kind and layer while they are made, or as an earlier run left them."""
 
-    def __init__(self, maker: RecordMaker, parts: EngineParts, folder: Path, model_hash: str, layer: int) -> None:
-        layout, self.nbytes = maker.layout(parameter_shapes(parts, maker.math), parts.loaded.hidden_size)
-        self.maker, self._layout, self._layer = maker, layout, layer
-        self._writer = StandinWriter(
-            folder, maker.kind, layout=layout, record_bytes=self.nbytes, model_hash=model_hash, recipe=maker.recipe
-        )
-        found = self._writer.read(layer)
+    def __init__(self, files: _Files, math: ExpertMath, layer: int, E: int) -> None:
+        self.maker, self._files, self._layer = replace(files.maker, math=math), files, layer
+        found = files.writer.read(layer)
         self._found = found is not None
-        E = parts.experts.cache.layout.experts_per_layer[layer]
-        self._records_EB = np.zeros((E, self.nbytes), np.uint8) if found is None else found
+        self._records_EB = np.zeros((E, files.nbytes), np.uint8) if found is None else found
 
     def add(self, sample: ExpertSample) -> float:
         """Make one expert's record, unless it is there; returns its error."""
         if self._found:
-            record = record_views(self._records_EB[sample.expert], self._layout)
+            record = record_views(self._records_EB[sample.expert], self._files.layout)
             return error_of(self.maker, sample, record)
         record, error = fit_and_error(self.maker, sample)
-        self._records_EB[sample.expert] = record_bytes(record, self._layout, self.nbytes)
+        self._records_EB[sample.expert] = record_bytes(record, self._files.layout, self._files.nbytes)
         return error
 
     def write(self) -> None:
         """Write the layer's file."""
         if not self._found:
-            self._writer.write(self._layer, self._records_EB)
+            self._files.writer.write(self._layer, self._records_EB)
+
+
+def _check_room(folder: Path, files: Sequence[_Files], counts: Sequence[int]) -> None:
+    """Raise ProfileError before the work when the disk cannot take what is still to be written."""
+    missing = [(one, E) for one in files for layer, E in enumerate(counts) if not one.writer.has(layer)]
+    try:
+        check_space(folder, sum(one.nbytes * E for one, E in missing))
+    except CheckpointError as error:
+        raise ProfileError(f"stand-ins cannot be written: {error}, or make fewer --kinds") from error
 
 
 def _pairs(cache: Any, trace: Trace, layer: int, math: ExpertMath, count: int, E: int) -> tuple[Floats, Floats]:
@@ -138,6 +162,15 @@ def _pairs(cache: Any, trace: Trace, layer: int, math: ExpertMath, count: int, E
 def _fill_rare(error_E: Floats, reached_E: npt.NDArray[np.bool_]) -> None:
     if reached_E.any():
         error_E[~reached_E] = error_E[reached_E].mean()
+
+
+def _tell_rare(rare: int, experts: int) -> None:
+    if rare:
+        log.warning(
+            "%d of %d experts got fewer than %d tokens: their errors are their layer's mean. "
+            "hint: calibrate on more text",
+            *(rare, experts, ENOUGH),
+        )
 
 
 def parameter_shapes(parts: EngineParts, math: ExpertMath) -> Mapping[str, tuple[int, ...]]:

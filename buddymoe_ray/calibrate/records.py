@@ -19,14 +19,17 @@ from torch import Tensor
 from buddymoe_ray.calibrate.lowrank import fit_lowrank
 from buddymoe_ray.calibrate.rounding import quantise_expert, quantise_expert_plain
 from buddymoe_ray.calibrate.samples import ExpertSample, plain_math
+from buddymoe_ray.errors import ProfileError
 from buddymoe_ray.kernels import ExpertMath, LowbitFormat, expert_forward, lowrank_forward, mean_forward, record_tensors
 from buddymoe_ray.kernels.lowbit import PackedMatrix, dequantise
 from buddymoe_ray.types import SlotTensor
 
-__all__ = ["PASSES", "RecordMaker", "energy_of", "error_of", "fit_and_error", "record_bytes", "record_views"]
+__all__ = ["ENOUGH", "PASSES", "RecordMaker", "energy_of", "error_of", "fit_and_error", "record_bytes", "record_views"]
 
 PASSES = 2
 """Of refitting after the error feedback."""
+ENOUGH = 20
+"""Rows that the router must have sent an expert for its own error to mean something."""
 _MOST_ERROR_ROWS = 512
 
 
@@ -53,8 +56,17 @@ class RecordMaker:
         return f"{f'rank {self.rank}' if self.kind == 'lowrank' else how} on {self.fitted_on}"
 
     def layout(self, shapes: Mapping[str, tuple[int, ...]], hidden: int) -> tuple[tuple[SlotTensor, ...], int]:
-        """Tensors of a record and its bytes. `shapes` are the expert's parameters, matrices `[out, in]`."""
+        """Tensors of a record and its bytes. `shapes` are the expert's parameters, matrices `[out, in]`.
+
+        Raises ProfileError for shapes that cannot be packed.
+        """
         if self.kind.startswith("lowbit"):
+            for name, shape in shapes.items():
+                if len(shape) == 2 and shape[1] % 8:
+                    raise ProfileError(
+                        f"{name} has {shape[1]} inputs, must be a multiple of 8 for {self.kind}. "
+                        "hint: --kinds lowrank,mean,buddy"
+                    )
             return record_tensors(shapes, self._format)
         named: dict[str, tuple[int, ...]] = {"bias": (hidden,)}
         if self.kind == "lowrank":
@@ -143,13 +155,13 @@ def _plain_layout(named: Mapping[str, tuple[int, ...]]) -> tuple[tuple[SlotTenso
 
 def _fitted_rows(sample: ExpertSample) -> Tensor:
     rows = torch.arange(len(sample.x_RD))
-    held = (rows % 5 == 4) & (rows < sample.own) & (sample.own >= 20)
+    held = (rows % 5 == 4) & (rows < sample.own) & (sample.own >= ENOUGH)
     return rows[~held]
 
 
 def _held_rows(sample: ExpertSample) -> Tensor:
     """Every fifth row the router sent; with too few of those, all rows there are."""
-    if sample.own < 20:
+    if sample.own < ENOUGH:
         return torch.arange(len(sample.x_RD))[-_MOST_ERROR_ROWS:]
     return torch.arange(4, sample.own, 5)[:_MOST_ERROR_ROWS]
 

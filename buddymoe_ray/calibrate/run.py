@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from buddymoe_ray.calibrate.bench import Footprint
 from buddymoe_ray.calibrate.harm import HarmOptions, measure_harms
 from buddymoe_ray.calibrate.layers import LayerTables, make_layers, parameter_shapes
 from buddymoe_ray.calibrate.pace import compensated_seconds
@@ -25,6 +26,7 @@ from buddymoe_ray.calibrate.trace import record_trace
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.build import build_parts
 from buddymoe_ray.engine.engine import EngineParts
+from buddymoe_ray.engine.evaluate import WINDOW
 from buddymoe_ray.engine.experts import expert_math
 from buddymoe_ray.errors import ConfigError, ProfileError
 from buddymoe_ray.models.fingerprint import model_hash
@@ -39,7 +41,7 @@ log = logging.getLogger(__name__)
 
 KINDS = ("lowbit2", "lowbit3", "lowbit4", "lowbit8", "lowrank", "mean", "buddy")
 _HELD_SHARE, _LEAST_HELD = 0.15, 4
-_LEAST_WINDOWS = 8
+_LEAST_TRACED = 4
 
 Progress = Callable[..., Iterable[Any]]
 
@@ -78,8 +80,12 @@ class CalibrationOptions:
         unknown = sorted(set(self.kinds) - set(KINDS))
         if unknown or not self.kinds:
             raise ConfigError(f"kinds are {list(self.kinds)}, must be of {', '.join(KINDS)}. hint: leave --kinds out")
-        if min(self.tokens, self.rank, self.harms.tokens) < 1:
-            raise ConfigError("tokens, rank and harm tokens are below 1, must be at least 1. hint: leave them out")
+        if min(self.tokens, self.rank) < 1:
+            raise ConfigError(
+                f"tokens and rank are {self.tokens} and {self.rank}, must be at least 1. hint: leave them out"
+            )
+        if not self.rounding_minutes >= 0:
+            raise ConfigError(f"rounding_minutes is {self.rounding_minutes}, must be at least 0. hint: leave it out")
         if self.window is not None and self.window < 2:
             raise ConfigError(f"window is {self.window}, must be at least 2. hint: leave --window out")
         if self.config.expert_dtype != "native":
@@ -101,13 +107,28 @@ def calibrate(options: CalibrationOptions, *, progress: Progress = lambda items,
     parts = build_parts(config, text=False)
     try:
         _check_ids(options.ids, parts.vocab_size)
+        if not options.quick and parts.limits.max_model_len < WINDOW:
+            raise ProfileError(
+                f"model takes {parts.limits.max_model_len} tokens, must take {WINDOW} for harms to be measured. "
+                "hint: --quick makes a profile for mode fast"
+            )
         traced, held = _split_corpus(options, parts.limits.max_model_len)
         profile = _profile(options, parts, model_hash(folder), traced, progress)
+        footprint = _footprint(parts)
     finally:
         parts.experts.cache.close()
     save_profile(profile, options.out)
     if not options.quick:
-        profile = measure_harms(profile, options.config, options.out, held, _standins(options), options.harms, progress)
+        profile = measure_harms(
+            profile,
+            options.config,
+            options.out,
+            footprint,
+            held,
+            _standins(options),
+            options.harms,
+            progress,
+        )
         save_profile(profile, options.out)
     return profile
 
@@ -175,6 +196,11 @@ def _assemble(
     )
 
 
+def _footprint(parts: EngineParts) -> Footprint:
+    dense = sum(p.numel() * p.element_size() for p in parts.loaded.model.parameters() if not p.is_meta)
+    return Footprint(experts=parts.experts.cache.layout.total_bytes, dense=dense)
+
+
 def _compensated(options: CalibrationOptions, parts: EngineParts, tokens: int) -> bool:
     """Whether to round with error compensation; `auto` tries how long that would take."""
     if options.compensated is not None:
@@ -229,12 +255,14 @@ def _split_corpus(options: CalibrationOptions, longest: int) -> tuple[list[tuple
     """Windows to trace, and the ids kept apart from the end of the corpus for measuring."""
     window = min(options.window or 512, longest - 1)
     count = len(options.ids) // window
-    if count < _LEAST_WINDOWS:
+    least_held = max(_LEAST_HELD, 0 if options.quick else -(-_LEAST_HELD * WINDOW // window))
+    least = least_held + _LEAST_TRACED
+    if count < least:
         raise ProfileError(
-            f"corpus is {len(options.ids)} tokens, must be at least {_LEAST_WINDOWS * window} "
-            f"({_LEAST_WINDOWS} windows of {window}). hint: give more text"
+            f"corpus is {len(options.ids)} tokens, must be at least {least * window} ({least} windows of {window}). "
+            "hint: give more text"
         )
-    held = max(_LEAST_HELD, round(_HELD_SHARE * count))
+    held = max(least_held, round(_HELD_SHARE * count))
     traced = min(count - held, max(1, options.tokens // window))
     # spread over the corpus, so that a cap on tokens does not leave whole files out
     chosen = np.linspace(0, count - held - 1, traced).astype(int)

@@ -2,7 +2,7 @@
 
 Windows of 256 tokens: 64 are prefilled, the other 192 are scored one decode step at a time (teacher forcing) through
 the Engine that serves. Errors are of paired differences, clustered by window. Lists in `--memory` and `--standin` make
-a row each, all scored beside one exact engine.
+a row each, all scored beside one exact engine; a row that does not fit says so in `error` (exit status 1).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from buddymoe_ray.commands.common import add_engine_arguments, add_json_argument, emit, engine_config, progress
 from buddymoe_ray.config import EngineConfig
-from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.errors import BudgetError, ConfigError
 
 __all__ = ["add_arguments", "run"]
 
@@ -48,11 +48,13 @@ def run(args: argparse.Namespace) -> int:
         for memory in args.memory.split(",")
         for standin in args.standin.split(",")
     ]
-    for config, result in zip(
-        configs, evaluate_many(configs, windows, batch=args.batch, progress=progress), strict=True
-    ):
-        emit(_conditions(config) | result.as_record(), as_json=args.json)
-    return 0
+    results = evaluate_many(configs, windows, batch=args.batch, progress=progress)
+    if len(results) == 1 and isinstance(results[0], BudgetError):
+        raise results[0]
+    for config, result in zip(configs, results, strict=True):
+        found = {"error": str(result)} if isinstance(result, BudgetError) else result.as_record()
+        emit(_conditions(config) | found, as_json=args.json)
+    return 1 if any(isinstance(result, BudgetError) for result in results) else 0
 
 
 def _conditions(config: EngineConfig) -> dict[str, Any]:

@@ -127,7 +127,8 @@ class StepTotals:
 def open_account(request: GenerationRequest, config: EngineConfig, setup: StandinSetup | None) -> Account:
     """The account of a new request: its own mode and budget, else the engine's. Raises RequestError."""
     mode = request.mode or config.mode
-    if mode != "exact" and setup is None:
+    unknown = setup is None and mode == config.mode == "bounded"  # no profile: every budget is kept by being exact
+    if mode != "exact" and setup is None and not unknown:
         raise RequestError(
             f"mode is {mode}, must be exact: no stand-ins are loaded. hint: start the engine with mode: bounded",
             param="buddymoe.mode",
@@ -143,6 +144,6 @@ def open_account(request: GenerationRequest, config: EngineConfig, setup: Standi
             f"budget is {budget}, must be from 0 to 1 nats per token. hint: .003 is about .3 % of perplexity",
             param="buddymoe.budget",
         )
-    refused = mode == "bounded" and setup is not None and bool(setup.refusal)
+    refused = unknown or (mode == "bounded" and setup is not None and bool(setup.refusal))
     price = setup.price_of(budget) if mode == "bounded" and setup is not None and not refused else 0.0
     return Account(mode=mode, budget=budget, price=price, record=request.record, refused=refused)

@@ -21,7 +21,7 @@ from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.sampler import Sampled
 from buddymoe_ray.engine.sequence import Sequence as RunningSequence
-from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent
 
 __all__ = ["PREFILLED", "WINDOW", "EvalResult", "cut_windows", "evaluate", "evaluate_many"]
@@ -75,7 +75,10 @@ def evaluate(
     progress: Callable[..., Iterable[int]] = lambda items, **_: items,
 ) -> EvalResult:
     """Run `windows` through an engine of `config` and through the fully resident exact engine."""
-    return evaluate_many([config], windows, batch=batch, progress=progress)[0]
+    result = evaluate_many([config], windows, batch=batch, progress=progress)[0]
+    if isinstance(result, BudgetError):
+        raise result
+    return result
 
 
 def evaluate_many(
@@ -84,28 +87,36 @@ def evaluate_many(
     *,
     batch: int = 32,
     progress: Callable[..., Iterable[int]] = lambda items, **_: items,
-) -> list[EvalResult]:
+) -> list[EvalResult | BudgetError]:
     """Run `windows` through an engine of each config, all beside one exact engine, in step.
 
-    The configs must share model, dtype and expert_dtype: the reference is theirs, fully resident.
+    The configs must share model, dtype and expert_dtype: the reference is theirs, fully resident. A config whose memory
+    cannot hold its stand-ins has its BudgetError in place of a result.
     """
     exact = replace(configs[0], mode="exact", memory="100%", profile=None)
     totals = [_Totals() for _ in configs]
     starts = range(0, len(windows), batch)
     with ExitStack() as stack:
         reference, seen_exact = stack.enter_context(_ForcedEngine(exact))
-        others = [stack.enter_context(_ForcedEngine(config)) for config in configs]
+        refused: dict[int, BudgetError] = {}
+        others: list[tuple[Engine, _Forced, _Totals]] = []
+        for at, config in enumerate(configs):
+            try:
+                engine, seen = stack.enter_context(_ForcedEngine(config))
+                others.append((engine, seen, totals[at]))
+            except BudgetError as error:
+                refused[at] = error
         for start in progress(starts, total=len(starts), desc="eval"):
             group = {f"w{start + i}": window for i, window in enumerate(windows[start : start + batch])}
-            for engine, seen in ((reference, seen_exact), *others):
+            for engine, seen in ((reference, seen_exact), *((engine, seen) for engine, seen, _ in others)):
                 seen.begin(group, engine)
-            while reference.has_work() or any(engine.has_work() for engine, _ in others):
+            while reference.has_work() or any(engine.has_work() for engine, _, _ in others):
                 reference.step()
                 expected = seen_exact.take()
-                for (engine, seen), total in zip(others, totals, strict=True):
+                for engine, seen, total in others:
                     total.count(engine.step())
                     total.compare(expected, seen.take())
-    return [total.result() for total in totals]
+    return [refused.get(at) or total.result() for at, total in enumerate(totals)]
 
 
 class _Forced:

@@ -72,7 +72,7 @@ class LLM:
             sampling: how tokens are chosen; default greedy, 16 tokens.
             mode, budget: how missing experts are answered, and the nats per token that `bounded` may spend; default the
                 engine's.
-            record: return each request's substitutions in `.record`; `replay` is such a record, to be repeated.
+            record: return each request's substitutions in `.usage.record`; `replay` is such a record, to be repeated.
             progress: a bar on stderr; default when stderr is a terminal.
             **changes: fields of SamplingParams, e.g. `max_tokens=64`.
 
@@ -139,5 +139,4 @@ def _result(request: GenerationRequest, events: list[TokenEvent]) -> EngineResul
         finish_reason=last.finish_reason or "stop",
         usage=last.usage or Usage(),
         logprobs=tuple(logprobs),
-        record=last.record,
     )

@@ -150,6 +150,7 @@ class Sequence:
             standins=self.account.standins,
             expected_rise=self.account.expected_rise,
             guard=self.account.guard,
+            record=self._record() if self.finished and self.account.record else None,
         )
 
     def _text(self, ids: Ids[int]) -> str:
@@ -181,7 +182,6 @@ class Sequence:
             finish_reason=reason,
             usage=self.usage() if reason is not None else None,
             error=error,
-            record=self._record() if reason is not None and self.account.record else None,
         )
 
     def _record(self) -> str:

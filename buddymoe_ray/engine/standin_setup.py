@@ -70,25 +70,33 @@ class StandinSetup:
     top_k: int
 
 
-def find_profile(config: EngineConfig, folder: Path) -> Path:
-    """The profile to use. Raises ProfileError when there is none."""
+def find_profile(config: EngineConfig, folder: Path) -> Path | None:
+    """The profile to use: the one named, else the one beside the checkpoint.
+
+    Without any, `bounded` keeps every budget by being exact, which is logged (None); `fast` cannot be kept.
+    Raises ProfileError.
+    """
     if config.profile is not None:
         return Path(config.profile)
     found = default_profile_path(folder)
+    hint = f"hint: run buddymoe profile --model {config.model} --corpus FILES first, or set mode exact"
+    if found is None and config.mode == "fast":
+        raise ProfileError(f"mode is fast, must be exact or bounded for a model without profile. {hint}")
     if found is None:
-        raise ProfileError(
-            f"mode is {config.mode}, must be exact for a model without profile. "
-            f"hint: run buddymoe profile --model {config.model} --corpus FILES first, or set mode exact"
-        )
+        log.warning("%s has no profile, so no stand-in is known: mode bounded serves exact. %s", config.model, hint)
     return found
 
 
-def prepare(config: EngineConfig, loaded: LoadedModel, *, budget_bytes: int, overhead_bytes: int) -> StandinSetup:
-    """Read the profile beside the checkpoint (or `config.profile`) and split the budget.
+def prepare(
+    config: EngineConfig, loaded: LoadedModel, *, budget_bytes: int, overhead_bytes: int
+) -> StandinSetup | None:
+    """Read the profile beside the checkpoint (or `config.profile`) and split the budget; None when there is none.
 
     Raises ProfileError (missing, damaged, another model's), BudgetError (nothing fits, with the least that does).
     """
     path = find_profile(config, loaded.folder)
+    if path is None:
+        return None
     fingerprint = model_hash(loaded.folder)
     profile = load_profile(path, model_hash=fingerprint)
     kinds = _RECORDS.get(config.standin, ()) if config.policy == "ladder" else ()

@@ -7,7 +7,7 @@ from buddymoe_ray.policy.buddymoe import BuddyMoE, BuddyParams, buddy_lists, nor
 from buddymoe_ray.policy.eviction import LRU
 from buddymoe_ray.policy.guard import Guard, GuardView
 from buddymoe_ray.policy.ladder import Ladder
-from buddymoe_ray.policy.ledger import Ledger, price_for
+from buddymoe_ray.policy.ledger import Ledger, Pricer, price_for
 from buddymoe_ray.policy.memory import Staging, parse_memory, plan_staging, split_slots
 from buddymoe_ray.policy.misses import Action, Misses, MissPolicy, Reason, Resolution, RowBudgets
 from buddymoe_ray.policy.split import Split, choose
@@ -28,6 +28,7 @@ __all__ = [
     "MissPolicy",
     "Misses",
     "Own",
+    "Pricer",
     "RandomBuddy",
     "Reason",
     "Resolution",

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from buddymoe_ray.policy.ladder import all_resident
+from buddymoe_ray.policy.ladder import all_resident, within_budget
 from buddymoe_ray.policy.misses import Action, Misses, Reason, Resolution
 from buddymoe_ray.policy.standins import pick_unique
 
@@ -72,18 +72,26 @@ class BuddyMoE:
         tau_L: TAE at or below which a token of the layer is not touched.
         params: the other knobs.
         hop_E: 0 where an expert is on this device, else the hops to it; None is all 0.
+        harm_LEE: harm of a use per squared slot weight, when column j answers for row i. The paper knows none: without
+            it nothing is charged, and `bounded` rows, which pay for what they take, are not touched.
     """
 
     def __init__(
-        self, *, candidates_LEH: Tensor, q_LEH: Tensor, tau_L: Tensor, params: BuddyParams, hop_E: Tensor | None = None
+        self,
+        *,
+        candidates_LEH: Tensor,
+        q_LEH: Tensor,
+        tau_L: Tensor,
+        params: BuddyParams,
+        hop_E: Tensor | None = None,
+        harm_LEE: Tensor | None = None,
     ) -> None:
-        self.params = params
+        self.params, self._harm_LEE = params, harm_LEE
         self._candidates_LEH, self._q_LEH = candidates_LEH[..., : params.search], q_LEH[..., : params.search]
         self._tau_L, self._hop_E = tau_L, hop_E
 
     def resolve(self, misses: Misses) -> Resolution:
-        """Harm is not known to the paper: uses are charged nothing, so only `fast` rows and rows with any allowance
-        may be touched."""
+        """The paper's gates, then its buddies; a `bounded` row also keeps to its price and allowance."""
         ids_TK, params = misses.ids_TK, self.params
         resident_TK = misses.resident_E[ids_TK]
         if bool(resident_TK.all()):
@@ -94,8 +102,12 @@ class BuddyMoE:
         allowed_TK = ~resident_TK & (gate_T == Reason.SUBSTITUTED)[:, None]
         take_TK = allowed_TK & found_TK
         over_TK = take_TK & (take_TK.cumsum(dim=1) > params.rho)
-        take_TK = take_TK & ~over_TK
+        within_TK = take_TK & ~over_TK
+        harm_TK = self._harm(misses, expert_TK)
+        cheap_TK, take_TK = within_budget(misses.rows, harm_TK, within_TK)
         reason_TK = gate_T[:, None].expand(ids_TK.shape)
+        reason_TK = torch.where(within_TK & ~take_TK, Reason.OVER_PRICE, reason_TK)
+        reason_TK = torch.where(cheap_TK & ~take_TK, Reason.OVER_ALLOWANCE, reason_TK)
         reason_TK = torch.where(allowed_TK & ~found_TK, Reason.NO_BUDDY, reason_TK)
         reason_TK = torch.where(over_TK, Reason.OVER_RHO, reason_TK)
         reason_TK = torch.where(resident_TK, Reason.RESIDENT, reason_TK)
@@ -104,9 +116,15 @@ class BuddyMoE:
             action_TK=action_TK.to(torch.int8),
             expert_TK=torch.where(take_TK, expert_TK, ids_TK),
             weight_TK=misses.weight_TK,
-            harm_TK=torch.zeros_like(misses.weight_TK, dtype=torch.float32),
+            harm_TK=torch.where(take_TK & (harm_TK < math.inf), harm_TK, 0.0),
             reason_TK=reason_TK.to(torch.int8),
         )
+
+    def _harm(self, misses: Misses, expert_TK: Tensor) -> Tensor:
+        """Nats of each use; more than any price where no harms are known."""
+        if self._harm_LEE is None:
+            return torch.full_like(misses.weight_TK, math.inf, dtype=torch.float32)
+        return misses.weight_TK.float().square() * self._harm_LEE[misses.layer][misses.ids_TK, expert_TK]
 
     def _gate(self, misses: Misses, resident_TK: Tensor) -> Tensor:
         """Per row why it may not be touched, or SUBSTITUTED when it may."""
@@ -138,38 +156,46 @@ class BuddyMoE:
         return psi_TKH
 
 
-def resolve_reference(policy: BuddyMoE, misses: Misses) -> list[list[tuple[Action, int]]]:
-    """`BuddyMoE.resolve` in plain loops: `(action, expert)` of each use."""
-    params, layer = policy.params, misses.layer
+def resolve_reference(policy: BuddyMoE, misses: Misses) -> list[list[tuple[Action, int, Reason]]]:
+    """`BuddyMoE.resolve` in plain loops: `(action, expert, reason)` of each use. Knows no prices: no `bounded` rows."""
     ids, resident = misses.ids_TK.tolist(), misses.resident_E.tolist()
     wanted = {e for row in ids for e in row}
     delta = sum(not resident[e] for e in wanted) / len(wanted)
     decided = []
     for t, row in enumerate(ids):
-        w = [float(v) for v in misses.weight_TK[t].float()]
-        p = sorted((v / sum(w) for v in w), reverse=True)
-        entropy = -sum(v * math.log(max(v, 1e-20)) for v in p) / math.log(max(2, len(p)))
-        closed = (
-            int(misses.rows.mode_T[t]) == 0
-            or entropy <= float(policy._tau_L[layer])
-            or p[0] - p[min(1, len(p) - 1)] >= params.gamma
-            or delta >= params.beta
-        )
+        gate = _gate_reference(policy, misses, t, delta)
         used, taken, decision = set(row), 0, []
         for expert in row:
             if resident[expert]:
-                decision.append((Action.HIT, expert))
+                decision.append((Action.HIT, expert, Reason.RESIDENT))
                 continue
             best = _best_reference(policy, misses, t, expert, used)
             if best is not None:
                 used.add(best)
-            if closed or best is None or taken >= params.rho:
-                decision.append((Action.FETCH, expert))
-                continue
-            taken += 1
-            decision.append((Action.BUDDY, best))
+            if gate is not Reason.SUBSTITUTED:
+                decision.append((Action.FETCH, expert, gate))
+            elif best is None:
+                decision.append((Action.FETCH, expert, Reason.NO_BUDDY))
+            elif taken >= policy.params.rho:
+                decision.append((Action.FETCH, expert, Reason.OVER_RHO))
+            else:
+                taken += 1
+                decision.append((Action.BUDDY, best, Reason.SUBSTITUTED))
         decided.append(decision)
     return decided
+
+
+def _gate_reference(policy: BuddyMoE, misses: Misses, t: int, delta: float) -> Reason:
+    weights = misses.weight_TK[t].tolist()
+    p = sorted((w / sum(weights) for w in weights), reverse=True)
+    entropy = -sum(v * math.log(max(v, 1e-20)) for v in p) / math.log(max(2, len(p)))
+    if int(misses.rows.mode_T[t]) == 0:
+        return Reason.WANTED_EXACT
+    if entropy <= float(policy._tau_L[misses.layer]):
+        return Reason.GATED_TAE
+    if p[0] - p[min(1, len(p) - 1)] >= policy.params.gamma:
+        return Reason.GATED_MARGIN
+    return Reason.GATED_DELTA if delta >= policy.params.beta else Reason.SUBSTITUTED
 
 
 def _best_reference(policy: BuddyMoE, misses: Misses, t: int, expert: int, used: set[int]) -> int | None:

@@ -18,7 +18,8 @@ __all__ = ["Guard", "GuardView"]
 
 @dataclass(frozen=True, kw_only=True)
 class GuardView:
-    """What the guard knows: means per token (nats) over the window, and why it is in its state."""
+    """What the guard knows: means per token (nats) over the window, why it is in its state, and how many tokens must
+    be generated until it re-arms (0 while it watches)."""
 
     state: Literal["ok", "tripped"]
     measured: float
@@ -26,6 +27,7 @@ class GuardView:
     predicted: float
     tokens: int
     reason: str
+    rearms_in: int = 0
 
 
 class Guard:
@@ -35,12 +37,20 @@ class Guard:
         limit: nats per token that must not be exceeded.
         window: sampled tokens that the means are over; older requests fall out.
         least: sampled tokens needed before it may trip.
+        requests: sampled requests needed before it may trip: one has no spread, the error of two says little.
         cooldown: generated tokens until it re-arms after the first trip.
+
+    A divergence that is not finite is no matter of chance: it trips at once.
     """
 
-    def __init__(self, *, limit: float, window: int = 2048, least: int = 128, cooldown: int = 4096) -> None:
-        assert limit > 0 and window >= least > 0 and cooldown > 0, "limit, window, least and cooldown must be positive"
+    def __init__(
+        self, *, limit: float, window: int = 2048, least: int = 128, requests: int = 3, cooldown: int = 4096
+    ) -> None:
+        assert limit >= 0, f"limit is {limit}, must not be negative"
+        assert window >= least > 0 and cooldown > 0, "window, least and cooldown must be positive, window the larger"
+        assert requests > 1, f"requests is {requests}, must be at least 2: one has no spread"
         self.limit, self._window, self._least, self._cooldown = limit, window, least, cooldown
+        self._requests = requests
         self._samples: deque[tuple[int, float, float]] = deque()  # tokens, summed divergence, summed prediction
         self._resting = 0
         self._trips = 0
@@ -57,11 +67,11 @@ class Guard:
         if not kl or self._resting:
             return
         self._samples.append((len(kl), math.fsum(kl), math.fsum(predicted)))
-        while self._tokens() - self._samples[0][0] >= self._window:
+        while len(self._samples) > self._requests and self._tokens() - self._samples[0][0] >= self._window:
             self._samples.popleft()
         view = self.snapshot()
-        low = view.measured - 2 * view.standard_error
-        if view.tokens >= self._least and (not math.isfinite(view.measured) or low > self.limit):
+        enough = view.tokens >= self._least and len(self._samples) >= self._requests
+        if not math.isfinite(view.measured) or (enough and view.measured - 2 * view.standard_error > self.limit):
             self._trip(view)
 
     def generated(self, tokens: int) -> None:
@@ -77,7 +87,13 @@ class Guard:
         tokens = self._tokens()
         if not tokens:
             return GuardView(
-                state=self.state, measured=0.0, standard_error=0.0, predicted=0.0, tokens=0, reason=self._reason
+                state=self.state,
+                measured=0.0,
+                standard_error=0.0,
+                predicted=0.0,
+                tokens=0,
+                reason=self._reason,
+                rearms_in=self._resting,
             )
         mean = math.fsum(total for _, total, _ in self._samples) / tokens
         clusters = len(self._samples)
@@ -90,6 +106,7 @@ class Guard:
             predicted=math.fsum(p for _, _, p in self._samples) / tokens,
             tokens=tokens,
             reason=self._reason,
+            rearms_in=self._resting,
         )
 
     def _tokens(self) -> int:

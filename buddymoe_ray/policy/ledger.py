@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Ledger", "price_for"]
+__all__ = ["Ledger", "Pricer", "price_for"]
 
 _SAFETY = 0.9
 _PATIENCE = 2.0
@@ -50,19 +50,31 @@ class Ledger:
         assert self.spent <= limit * (1 + 1e-6), f"spent {self.spent} nats, must be at most {limit}"
 
 
-def price_for(budget: float, harm_TN: npt.NDArray[np.floating]) -> float:
-    """The largest harm of one use such that taking all uses up to it costs a token `budget` nats on average (less a
-    tenth, for the spread between texts).
+class Pricer:
+    """Prices from the harms of calibration tokens: sorted once, so that each request's price is one search.
 
     Args:
-        budget: nats per token.
-        harm_TN: harms of the uses of calibration tokens; 0 where the expert is resident.
+        harm_TN: harms (nats) of the uses of calibration tokens; 0 where the expert is resident.
     """
-    harms = np.sort(np.asarray(harm_TN, dtype=np.float64).ravel())
-    if not len(harms):
-        return 0.0
-    spend = np.cumsum(harms) / len(harm_TN)
-    within = int(np.searchsorted(spend, _SAFETY * budget, side="right"))
-    if within == len(harms):
-        return float("inf")
-    return float(harms[within - 1]) if within else 0.0
+
+    def __init__(self, harm_TN: npt.NDArray[np.floating]) -> None:
+        harms = np.asarray(harm_TN).ravel()
+        assert not (harms < 0).any(), f"harm is {harms.min()}, must not be negative"
+        self._known = len(harms) > 0
+        self._harms = np.sort(harms[harms != 0])
+        self._spend = np.cumsum(self._harms, dtype=np.float64) / max(1, len(harm_TN))
+
+    def __call__(self, budget: float) -> float:
+        """The largest harm of one use such that taking all uses up to it costs a token `budget` nats on average (less
+        a tenth, for the spread between texts); inf when all do, 0 when no use is known."""
+        within = int(np.searchsorted(self._spend, _SAFETY * budget, side="right"))
+        if within == len(self._harms):
+            return float("inf") if self._known else 0.0
+        # equal harms are taken together or not at all
+        first = int(np.searchsorted(self._harms, self._harms[within], side="left"))
+        return float(self._harms[first - 1]) if first else 0.0
+
+
+def price_for(budget: float, harm_TN: npt.NDArray[np.floating]) -> float:
+    """`Pricer(harm_TN)(budget)`, for a single price."""
+    return Pricer(harm_TN)(budget)

@@ -2,16 +2,15 @@
 
 A multiple-choice knapsack: every expert takes one option (full, or a record of some kind) of certain bytes and
 expected harm. Solved by marginal harm per byte along each expert's convex hull, then a fill with what is left; within
-one step of the optimum of the relaxation (a test holds it against an exact solver). MoEpic's configurator moves
-memory from the layer that loses least to the one that gains most until nothing improves; the greedy order reaches that
-fixed point in one pass. Pure numpy.
+one step of the optimum of the relaxation (a test holds it against an exact solver). MoEpic's configurator moves memory
+from the layer that loses least to the one that gains most until nothing improves; the greedy order reaches that fixed
+point in one pass. Pure numpy.
 
-Legend: L layers, E experts, O options.
+Legend: L layers, E experts, O options, N experts of all layers, S steps along all hulls.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,107 +19,144 @@ import numpy.typing as npt
 
 __all__ = ["Split", "choose"]
 
+FULL = 0
+"""The option that `least_full_L` counts."""
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
     """`kind_LE` is the option of each expert (-1 beyond a layer's experts), `nbytes` and `harm` the totals."""
 
-    kind_LE: npt.NDArray[np.int64]
+    kind_LE: Ints
     nbytes: int
     harm: float
 
 
 def choose(
     *,
-    bytes_of: npt.NDArray[np.int64],
+    bytes_of: Ints,
     harm_of: npt.NDArray[np.floating],
     budget_bytes: int,
     experts_per_layer: Sequence[int],
+    allowed_of: Bools | None = None,
+    least_full_L: Sequence[int] | None = None,
 ) -> Split:
     """Options of least total harm within the budget.
 
     Args:
-        bytes_of: `[O]` bytes of each option.
+        bytes_of: `[O]` bytes of each option, or `[O, L, E]` where they differ by expert.
         harm_of: `[O, L, E]` expected harm (nats per token) of each option for each expert.
-        budget_bytes: the hard limit; at least the cheapest option for every expert.
+        budget_bytes: the hard limit; at least the cheapest allowed option for every expert.
         experts_per_layer: E of each layer; entries beyond are ignored.
+        allowed_of: `[O, L, E]` which options an expert may take; None is all. One option alone is forced.
+        least_full_L: experts of each layer that must get option 0 at least; None is none.
     """
-    experts = [(la, e) for la, count in enumerate(experts_per_layer) for e in range(count)]
-    least = int(bytes_of.min()) * len(experts)
-    assert least <= budget_bytes, f"budget is {budget_bytes} bytes, must be at least {least}"
-    harms = np.asarray(harm_of, dtype=np.float64)
-    assert np.isfinite(harms).all(), "harms must be finite"
-    kind_LE = np.full(harms.shape[1:], -1, dtype=np.int64)
-    hulls = {key: _hull(bytes_of, harms[:, key[0], key[1]]) for key in experts}
-    for key, hull in hulls.items():
-        kind_LE[key] = hull[0]
-    left = budget_bytes - int(sum(bytes_of[kind_LE[key]] for key in experts))
-    steps = [_step(bytes_of, harms, key, hull, 0) for key, hull in hulls.items() if len(hull) > 1]
-    heapq.heapify(steps)
-    while steps:
-        _, key, at = heapq.heappop(steps)
-        hull = hulls[key]
-        cost = int(bytes_of[hull[at + 1]] - bytes_of[hull[at]])
-        if cost > left:
-            continue  # a cheaper step of another expert may still fit
-        kind_LE[key], left = hull[at + 1], left - cost
-        if at + 2 < len(hull):
-            heapq.heappush(steps, _step(bytes_of, harms, key, hull, at + 1))
-    _fill(bytes_of, harms, experts, kind_LE, left)
-    return Split(
-        kind_LE=kind_LE,
-        nbytes=int(sum(bytes_of[kind_LE[key]] for key in experts)),
-        harm=float(sum(harms[kind_LE[key]][key] for key in experts)),
-    )
+    _, L, E = harm_of.shape
+    real_LE = np.arange(E) < np.asarray(experts_per_layer)[:, None]
+    bytes_OLE = np.broadcast_to(bytes_of if bytes_of.ndim == 3 else bytes_of[:, None, None], harm_of.shape)
+    allowed_ON = (np.ones(harm_of.shape, bool) if allowed_of is None else allowed_of)[:, real_LE]
+    options = _Options(bytes_ON=bytes_OLE[:, real_LE].astype(np.int64), harm_ON=harm_of[:, real_LE].astype(np.float64))
+    layer_N = np.nonzero(real_LE)[0]
+    kind_N = options.solve(allowed_ON, budget_bytes)
+    least_L = np.zeros(L, np.int64) if least_full_L is None else np.asarray(least_full_L)
+    if (np.bincount(layer_N[kind_N == FULL], minlength=L) < least_L).any():
+        kind_N = options.solve(options.with_full(allowed_ON, layer_N, least_L), budget_bytes)
+    kind_LE = np.full((L, E), -1, dtype=np.int64)
+    kind_LE[real_LE] = kind_N
+    nbytes, harm = options.of(kind_N)
+    return Split(kind_LE=kind_LE, nbytes=int(nbytes.sum()), harm=float(harm.sum()))
 
 
-_Key = tuple[int, int]
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What each option costs each expert, in bytes and in harm."""
 
+    bytes_ON: Ints
+    harm_ON: Floats
 
-def _step(
-    bytes_of: npt.NDArray[np.int64], harms: npt.NDArray[np.float64], key: _Key, hull: list[int], at: int
-) -> tuple[float, _Key, int]:
-    """The next step of an expert along its hull, keyed so that a heap pops the largest harm saved per byte."""
-    now, then = hull[at], hull[at + 1]
-    saved = harms[now][key] - harms[then][key]
-    return -saved / float(bytes_of[then] - bytes_of[now]), key, at
+    def __post_init__(self) -> None:
+        assert np.isfinite(self.harm_ON).all(), "harms must be finite"
+        assert (self.bytes_ON >= 0).all(), "bytes must not be negative"
 
+    def of(self, kind_N: Ints) -> tuple[Ints, Floats]:
+        """Bytes and harm `[N]` of a choice."""
+        each_N = np.arange(len(kind_N))
+        return self.bytes_ON[kind_N, each_N], self.harm_ON[kind_N, each_N]
 
-def _hull(bytes_of: npt.NDArray[np.int64], harm_O: npt.NDArray[np.float64]) -> list[int]:
-    """Options on the lower convex hull of harm over bytes, cheapest first, each less harmful than the one before."""
-    hull: list[int] = []
-    for option in sorted(range(len(bytes_of)), key=lambda o: (bytes_of[o], harm_O[o])):
-        if hull and harm_O[option] >= harm_O[hull[-1]]:
-            continue
-        while len(hull) > 1 and _slope(bytes_of, harm_O, hull[-2], option) >= _slope(bytes_of, harm_O, *hull[-2:]):
-            hull.pop()
-        hull.append(option)
-    return hull
+    def solve(self, allowed_ON: Bools, budget: int) -> Ints:
+        """The option of each expert."""
+        assert allowed_ON.any(axis=0).all(), "allowed_of leaves an expert without option"
+        kind_N = self._cheapest(allowed_ON)
+        least = int(self.of(kind_N)[0].sum())
+        assert least <= budget, f"budget is {budget} bytes, must be at least {least}"
+        left = budget - least
+        expert_S, to_S, cost_S = self._steps(allowed_ON, kind_N)
+        closed: set[int] = set()
+        for n, option, cost in zip(expert_S.tolist(), to_S.tolist(), cost_S.tolist(), strict=True):
+            if n in closed:
+                continue
+            if cost > left:
+                closed.add(n)  # the expert goes no further; a cheaper step of another may still fit
+                continue
+            kind_N[n], left = option, left - cost
+        self._fill(allowed_ON, kind_N, left)
+        return kind_N
 
+    def with_full(self, allowed_ON: Bools, layer_N: Ints, least_L: Ints) -> Bools:
+        """Force option 0 on the experts of each layer that lose most without it."""
+        base_N = self._cheapest(allowed_ON)
+        saved_N = np.where(allowed_ON[FULL], self.of(base_N)[1] - self.harm_ON[FULL], -np.inf)
+        forced_ON = allowed_ON.copy()
+        for layer, least in enumerate(least_L.tolist()):
+            mine_N = np.flatnonzero((layer_N == layer) & allowed_ON[FULL])
+            assert len(mine_N) >= least, f"layer {layer} may have {len(mine_N)} full experts, must have {least}"
+            chosen = mine_N[np.argsort(-saved_N[mine_N], kind="stable")[:least]]
+            forced_ON[FULL + 1 :, chosen] = False
+        return forced_ON
 
-def _slope(bytes_of: npt.NDArray[np.int64], harm_O: npt.NDArray[np.float64], a: int, b: int) -> float:
-    """Harm saved per byte from option a to b."""
-    return float((harm_O[a] - harm_O[b]) / max(1, bytes_of[b] - bytes_of[a]))
+    def _cheapest(self, allowed_ON: Bools) -> Ints:
+        """The allowed option of fewest bytes; of several the least harmful."""
+        bytes_ON = np.where(allowed_ON, self.bytes_ON, np.iinfo(np.int64).max)
+        first_ON = allowed_ON & (bytes_ON == bytes_ON.min(axis=0))
+        kind_N: Ints = np.where(first_ON, self.harm_ON, np.inf).argmin(axis=0)
+        return kind_N
 
+    def _steps(self, allowed_ON: Bools, kind_N: Ints) -> tuple[Ints, Ints, Ints]:
+        """Steps along every expert's lower convex hull, the most harm saved per byte first: expert, option, bytes.
 
-def _fill(
-    bytes_of: npt.NDArray[np.int64],
-    harms: npt.NDArray[np.float64],
-    experts: list[_Key],
-    kind_LE: npt.NDArray[np.int64],
-    left: int,
-) -> None:
-    """Spend what is left on single upgrades off the hull, the most harm saved first."""
-    while True:
-        best: tuple[float, _Key, int] | None = None
-        for key in experts:
-            now = kind_LE[key]
-            for option in np.flatnonzero(bytes_of - bytes_of[now] <= left):
-                saved = harms[now][key] - harms[option][key]
-                if saved > 0 and (best is None or saved > best[0]):
-                    best = (saved, key, int(option))
-        if best is None:
-            return
-        _, key, chosen = best
-        left -= int(bytes_of[chosen] - bytes_of[kind_LE[key]])
-        kind_LE[key] = chosen
+        Each round takes all experts one step further, to the option of steepest descent.
+        """
+        now_N, steepest_N = kind_N.copy(), np.full(len(kind_N), np.inf)
+        rounds = []
+        for _ in range(len(allowed_ON) - 1):
+            bytes_N, harm_N = self.of(now_N)
+            cost_ON, saved_ON = self.bytes_ON - bytes_N, harm_N - self.harm_ON
+            open_ON = allowed_ON & (cost_ON > 0) & (saved_ON > 0)
+            slope_ON = np.where(open_ON, saved_ON / np.maximum(cost_ON, 1), -np.inf)
+            to_N = slope_ON.argmax(axis=0)
+            n = np.flatnonzero(open_ON.any(axis=0))
+            # rounding must not put a step before the one it builds on
+            steepest_N[n] = np.minimum(steepest_N[n], slope_ON[to_N[n], n])
+            rounds.append((n, to_N[n], cost_ON[to_N[n], n], steepest_N[n].copy()))
+            now_N[n] = to_N[n]
+        if not rounds:
+            return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64)
+        expert_S, to_S, cost_S, slope_S = (np.concatenate(part) for part in zip(*rounds, strict=True))
+        order_S = np.argsort(-slope_S, kind="stable")  # of equal steps an earlier round's comes first
+        return expert_S[order_S], to_S[order_S], cost_S[order_S]
+
+    def _fill(self, allowed_ON: Bools, kind_N: Ints, left: int) -> None:
+        """Spend what is left on single upgrades, on the hull or off it, the most harm saved first."""
+        while True:
+            bytes_N, harm_N = self.of(kind_N)
+            cost_ON, saved_ON = self.bytes_ON - bytes_N, harm_N - self.harm_ON
+            saved_ON = np.where(allowed_ON & (cost_ON <= left), saved_ON, 0.0)
+            option, n = np.unravel_index(int(saved_ON.argmax()), saved_ON.shape)
+            if saved_ON[option, n] <= 0:
+                return
+            left -= int(cost_ON[option, n])
+            kind_N[n] = option

@@ -49,6 +49,13 @@ class ServeArgs(BaseModel):
     memory: MemoryText = EngineConfig.memory
     host_memory: MemoryText = EngineConfig.host_memory
     mode: Mode = EngineConfig.mode
+    budget: float = EngineConfig.budget
+    standin: str = EngineConfig.standin
+    standin_layers: str | None = EngineConfig.standin_layers
+    policy: str = EngineConfig.policy
+    profile: str | None = EngineConfig.profile
+    expert_dtype: str = EngineConfig.expert_dtype
+    guard_share: float = EngineConfig.guard_share
     dtype: str = EngineConfig.dtype
     device: str = EngineConfig.device
     threads: int = EngineConfig.threads

@@ -6,9 +6,11 @@ Pure; knows neither HTTP nor engines. Used by the worker (to batch) and by whoev
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields, replace
+from functools import reduce
 
 from buddymoe_ray.serve.records import Delta
-from buddymoe_ray.types import Usage
+from buddymoe_ray.types import StandinUses, Usage
 
 __all__ = ["merge", "total_usage"]
 
@@ -37,15 +39,24 @@ def _join(parts: list[Delta]) -> Delta:
 
 def total_usage(last_deltas: Iterable[Delta], *, n: int) -> Usage:
     """The cost of a call: every choice's tokens and expert uses, and each prompt once for its `n` choices."""
-    total = Usage()
+    usages = []
     for delta in last_deltas:
-        usage = delta.usage
-        assert usage is not None, f"choice {delta.choice} ended ({delta.finish_reason}) without usage"
-        total = Usage(
-            prompt_tokens=total.prompt_tokens + (usage.prompt_tokens if delta.choice % n == 0 else 0),
-            completion_tokens=total.completion_tokens + usage.completion_tokens,
-            hits=total.hits + usage.hits,
-            fetched=total.fetched + usage.fetched,
-            mode=usage.mode,
-        )
-    return total
+        assert delta.usage is not None, f"choice {delta.choice} ended ({delta.finish_reason}) without usage"
+        shared = delta.choice % n != 0  # the prompt was counted with its first choice
+        usages.append(replace(delta.usage, prompt_tokens=0) if shared else delta.usage)
+    return reduce(_added, usages) if usages else Usage()
+
+
+def _added(one: Usage, other: Usage) -> Usage:
+    """The sum of two choices of one call; a tripped guard of either is told."""
+    worse = one if one.guard == "tripped" else other
+    kinds = [field.name for field in fields(StandinUses)]
+    return replace(
+        worse,
+        prompt_tokens=one.prompt_tokens + other.prompt_tokens,
+        completion_tokens=one.completion_tokens + other.completion_tokens,
+        hits=one.hits + other.hits,
+        fetched=one.fetched + other.fetched,
+        standins=StandinUses(**{k: getattr(one.standins, k) + getattr(other.standins, k) for k in kinds}),
+        expected_rise=one.expected_rise + other.expected_rise,
+    )

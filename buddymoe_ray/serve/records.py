@@ -28,6 +28,16 @@ class ChatMessage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Terms:
+    """How a request's missing experts are answered; the fields are those of `types.GenerationRequest`."""
+
+    mode: Mode | None = None
+    budget: float | None = None
+    record: bool = False
+    replay: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """What one API call asks of a worker: some prompts, or one conversation, each answered `n` times.
 
@@ -36,6 +46,7 @@ class Work:
         prompts: text or token ids; empty when `messages` is given.
         messages: a conversation, rendered by the model's chat template.
         sampling: how tokens are chosen. Choice k of a prompt uses `seed + k`. Its `max_tokens` is not read.
+        terms: how missing experts are answered. A record to be replayed is of one prompt and one choice.
         max_tokens: most tokens per choice; None is as many as fit, at most the service's default.
         flush_seconds: tokens of this much time share a batch; None is one batch with everything at the end.
         report_prompts: send the prompts' token ids with the first batch.
@@ -47,7 +58,7 @@ class Work:
     sampling: SamplingParams
     max_tokens: int | None = None
     n: int = 1
-    mode: Mode = "exact"
+    terms: Terms = Terms()
     flush_seconds: float | None = None
     report_prompts: bool = False
 

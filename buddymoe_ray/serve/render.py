@@ -7,7 +7,7 @@ On the token path: batches → `Renderer.chunk` / `Renderer.whole` → JSON byte
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from buddymoe_ray.serve.records import Delta, TokenText
@@ -198,5 +198,15 @@ def _usage(usage: Usage) -> UsageBody:
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
-        buddymoe=BuddyUsage(mode=usage.mode, hits=usage.hits, fetched=usage.fetched),
+        buddymoe=BuddyUsage(
+            mode=usage.mode,
+            requested_mode=usage.requested_mode,
+            budget=usage.budget,
+            hits=usage.hits,
+            fetched=usage.fetched,
+            standins=asdict(usage.standins),
+            expected_rise=usage.expected_rise,
+            guard=usage.guard,
+            **({} if usage.record is None else {"record": usage.record}),
+        ),
     )

@@ -57,11 +57,21 @@ class ErrorEnvelope(_Reply):
 
 
 class BuddyUsage(_Reply):
-    """What exactness cost: expert uses of the decode steps that were resident, and that were fetched."""
+    """What the answer cost: expert uses of the decode steps that were resident, fetched, or answered by stand-ins.
+
+    `expected_rise` is in nats of loss, summed over the completion, and at most `budget` times its tokens in mode
+    `bounded`. `mode` is what the request got: not `requested_mode` once `guard` is `tripped`.
+    """
 
     mode: Mode
+    requested_mode: str
+    budget: float | None
     hits: int
     fetched: int
+    standins: dict[str, int]
+    expected_rise: float
+    guard: str
+    record: str | None = None
 
 
 class UsageBody(_Reply):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from buddymoe_ray.errors import RequestError
-from buddymoe_ray.serve.records import ChatMessage, Prompt, Work
+from buddymoe_ray.serve.records import ChatMessage, Prompt, Terms, Work
 from buddymoe_ray.types import Mode, SamplingParams
 
 __all__ = ["ChatRequest", "CompletionRequest", "parse_chat", "parse_completion"]
@@ -58,9 +58,20 @@ class StreamOptions(_Body):
 
 
 class BuddyOptions(_Body):
-    """The `buddymoe` block of a request."""
+    """The `buddymoe` block of a request; what is not given is the service's default.
 
-    mode: Mode = "exact"
+    `budget` is in nats of expected extra loss per generated token and belongs to mode `bounded`. `record` asks for
+    `usage.buddymoe.record`, and `replay` is such a record: the request is answered as it says.
+    """
+
+    mode: Mode | None = None
+    budget: Annotated[float | None, Field(ge=0, le=1, strict=False)] = None
+    record: bool = False
+    replay: str | None = None
+
+    def terms(self) -> Terms:
+        """For a worker."""
+        return Terms(mode=self.mode, budget=self.budget, record=self.record, replay=self.replay)
 
 
 def _stop_list(value: object) -> object:
@@ -160,6 +171,12 @@ class _Sampled(_Body):
             raise ValueError("stream_options is given without stream, must come with stream true")
         return self
 
+    @model_validator(mode="after")
+    def _a_record_is_of_one_answer(self) -> _Sampled:
+        if (self.buddymoe.record or self.buddymoe.replay is not None) and (self.n or 1) > 1:
+            raise ValueError("buddymoe.record and buddymoe.replay are of one answer, n must be 1")
+        return self
+
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
@@ -199,7 +216,7 @@ class ChatRequest(_Sampled):
             sampling=self.sampling((self.top_logprobs or 0) if self.logprobs else None),
             max_tokens=self.max_completion_tokens or self.max_tokens,
             n=self.n or 1,
-            mode=self.buddymoe.mode,
+            terms=self.buddymoe.terms(),
             flush_seconds=flush_seconds if self.stream else None,
         )
 
@@ -229,7 +246,7 @@ class CompletionRequest(_Sampled):
             sampling=self.sampling(self.logprobs),
             max_tokens=self.max_tokens or SamplingParams.max_tokens,
             n=self.n or 1,
-            mode=self.buddymoe.mode,
+            terms=self.buddymoe.terms(),
             flush_seconds=flush_seconds if self.stream else None,
         )
 

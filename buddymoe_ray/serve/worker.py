@@ -157,7 +157,10 @@ class Worker:
                         request_id=f"{work.request_id}-{len(requests)}",
                         prompt_token_ids=prompt,
                         sampling=replace(work.sampling, max_tokens=limit, seed=seed),
-                        mode=work.mode,
+                        mode=work.terms.mode,
+                        budget=work.terms.budget,
+                        record=work.terms.record,
+                        replay=work.terms.replay,
                     )
                 )
         return requests

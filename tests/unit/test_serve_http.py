@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from asgi import CHAT, TEXT, check_error, messages_of, openai_client, serving
-from fakes import FakeEngine, FakeLimits
+from fakes import FakeEngine, FakeLimits, exact_usage
 
 from buddymoe_ray.serve.http import MAX_BODY_BYTES, HttpSettings
 
@@ -37,7 +37,7 @@ async def test_chat_reply_in_full() -> None:
             "prompt_tokens": 7,  # <|user|>, five bytes, <|assistant|>
             "completion_tokens": 6,
             "total_tokens": 13,
-            "buddymoe": {"mode": "exact", "hits": 18, "fetched": 6},
+            "buddymoe": exact_usage(hits=18, fetched=6),
         },
     }
 
@@ -55,7 +55,7 @@ async def test_completion_reply_in_full() -> None:
             "prompt_tokens": 5,
             "completion_tokens": 6,
             "total_tokens": 11,
-            "buddymoe": {"mode": "exact", "hits": 18, "fetched": 6},
+            "buddymoe": exact_usage(hits=18, fetched=6),
         },
     }
 
@@ -106,7 +106,7 @@ async def test_openai_client_reads_all_of_it() -> None:
         assert [choice.index for choice in chat.choices] == [0, 1]
         assert chat.choices[0].message.content != chat.choices[1].message.content
         assert chat.usage is not None and chat.usage.model_extra == {
-            "buddymoe": {"mode": "exact", "hits": 24, "fetched": 8}
+            "buddymoe": exact_usage(hits=24, fetched=8)
         }
         logprobs = chat.choices[0].logprobs
         assert logprobs is not None and logprobs.content is not None

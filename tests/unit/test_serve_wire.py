@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from buddymoe_ray.errors import RequestError
-from buddymoe_ray.serve.records import ChatMessage, Work
+from buddymoe_ray.serve.records import ChatMessage, Terms, Work
 from buddymoe_ray.serve.wire import MAX_CHOICES, NEUTRAL, NOTES, parse_chat, parse_completion
 from buddymoe_ray.types import SamplingParams
 
@@ -46,9 +46,22 @@ def test_a_bare_chat_keeps_every_default() -> None:
         sampling=SamplingParams(),
         max_tokens=None,
         n=1,
-        mode="exact",
+        terms=Terms(),
         flush_seconds=None,
     )
+
+
+def test_terms_reach_the_worker() -> None:
+    asked = {"mode": "bounded", "budget": 0.01, "record": True}
+    assert chat(buddymoe=asked).terms == completion(buddymoe=asked).terms == Terms(**asked)  # type: ignore[arg-type]
+    assert completion(buddymoe={"replay": "abc"}).terms == Terms(replay="abc")
+    assert chat(buddymoe={"budget": 1}).terms.budget == 1.0
+
+
+def test_a_record_is_of_one_answer() -> None:
+    for options in ({"record": True}, {"replay": "abc"}):
+        with pytest.raises(RequestError, match="n must be 1"):
+            chat(n=2, buddymoe=options)
 
 
 def test_a_bare_completion_keeps_every_default() -> None:
@@ -203,8 +216,13 @@ def test_unknown_fields_are_refused_by_name(name: str) -> None:
         ({"stop": [1]}, "stop[0]"),
         ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
         ({"frequency_penalty": 3}, "frequency_penalty"),
-        ({"buddymoe": {"mode": "fast"}}, "buddymoe.mode"),
-        ({"buddymoe": {"budget": 0.1}}, "buddymoe.budget"),
+        ({"buddymoe": {"mode": "quick"}}, "buddymoe.mode"),
+        ({"buddymoe": {"budget": -0.1}}, "buddymoe.budget"),
+        ({"buddymoe": {"budget": 1.1}}, "buddymoe.budget"),
+        ({"buddymoe": {"budget": "0.1"}}, "buddymoe.budget"),
+        ({"buddymoe": {"record": "yes"}}, "buddymoe.record"),
+        ({"buddymoe": {"replay": 3}}, "buddymoe.replay"),
+        ({"buddymoe": {"speed": 3}}, "buddymoe.speed"),
         ({"stream": True, "stream_options": {"include": 1}}, "stream_options.include"),
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),

@@ -84,7 +84,7 @@ def test_exact_requests_do_not_feel_other_tenants(exact_tokens: list[tuple[int, 
 
 
 def replayed(llm: LLM, prompt: str, first: EngineResult, **options: object) -> EngineResult:
-    return llm.generate(prompt, replay=first.record, max_tokens=40, **options)[0]  # type: ignore[arg-type]
+    return llm.generate(prompt, replay=first.usage.record, max_tokens=40, **options)[0]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", ["bounded", "fast"])
@@ -92,9 +92,9 @@ def test_a_record_gives_the_same_tokens_again(mode: str) -> None:
     with served(max_running=8) as llm:
         together = llm.generate(PROMPTS, mode=mode, record=True, max_tokens=40)  # type: ignore[arg-type]
         for prompt, first in zip(PROMPTS, together, strict=True):
-            assert first.record is not None
+            assert first.usage.record is not None
             assert replayed(llm, prompt, first, mode="exact").token_ids == first.token_ids
-        assert llm.generate(PROMPTS[0], max_tokens=4)[0].record is None
+        assert llm.generate(PROMPTS[0], max_tokens=4)[0].usage.record is None
 
 
 def test_a_record_belongs_to_its_prompt_model_and_stand_ins() -> None:
@@ -188,10 +188,13 @@ def test_profiles_that_cannot_be_used(tmp_path: Path) -> None:
     build_checkpoint("qwen3_moe", tmp_path / "other")
     shipped = default_profile_path(resolve_model("builtin:tiny"))
     assert shipped is not None
-    with pytest.raises(
-        ProfileError, match=r"mode is bounded, must be exact for a model without profile.*buddymoe profile"
-    ):
-        served(model=str(tmp_path / "other"))
+    with pytest.raises(ProfileError, match=r"mode is fast, must be exact or bounded.*hint: run buddymoe profile"):
+        served(model=str(tmp_path / "other"), mode="fast")
+    with served(model=str(tmp_path / "other")) as llm:  # exact keeps every budget, and says that it is exact
+        usage = llm.generate([[5, 6, 7]], max_tokens=4)[0].usage
+        assert (usage.mode, usage.requested_mode, usage.standins.total) == ("exact", "bounded", 0)
+        with pytest.raises(RequestError, match="no stand-ins are loaded"):
+            llm.generate([[5, 6, 7]], mode="fast")
     with pytest.raises(ProfileError, match="of this checkpoint"):
         served(model=str(tmp_path / "other"), profile=str(shipped))
     (tmp_path / "cut.profile").write_bytes(shipped.read_bytes()[:-100])

@@ -1,0 +1,321 @@
+"""Calibrations from corpus to profile: whole on a cut of builtin:tiny's text, quick on random models, and refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from calibration_rig import random_ids, silent, write_checkpoint
+
+from buddymoe_ray.calibrate import run as calibration
+from buddymoe_ray.calibrate.harm import HarmOptions
+from buddymoe_ray.calibrate.pace import compensated_seconds
+from buddymoe_ray.calibrate.run import KINDS, CalibrationOptions, calibrate
+from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.engine.llm import LLM
+from buddymoe_ray.errors import BuddyMoEError, ConfigError, ProfileError
+from buddymoe_ray.models.fingerprint import model_hash
+from buddymoe_ray.models.profile import Profile, load_profile
+from buddymoe_ray.models.resolve import resolve_model
+from buddymoe_ray.models.standin_files import standin_layouts, standins_folder, verify_standins
+from buddymoe_ray.models.tokenizer import load_tokenizer
+
+
+def options_of(folder: Path, out: Path, **changes: Any) -> CalibrationOptions:
+    """A quick calibration of a small random checkpoint."""
+    chosen: dict[str, Any] = {
+        "config": EngineConfig(model=str(folder), memory="100%", dtype="float32"),
+        "ids": random_ids(900),
+        "out": out,
+        "kinds": ("lowbit4", "mean"),
+        "window": 64,
+        "compensated": False,
+        "rank": 4,
+        "quick": True,
+    }
+    return CalibrationOptions(**(chosen | changes))
+
+
+@pytest.fixture(scope="module")
+def olmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint("olmoe", tmp_path_factory.mktemp("olmoe"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Profile, Path]:
+    """Everything, on a few windows of text that builtin:tiny was not trained on (nothing here judges quality)."""
+    folder = resolve_model("builtin:tiny")
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer is not None
+    text = (folder / "heldout" / "python.txt").read_text()[:14_000]
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)[:3600]
+    out = tmp_path_factory.mktemp("whole") / "cut.profile"
+    options = CalibrationOptions(
+        config=EngineConfig(memory="50%"),
+        ids=ids,
+        out=out,
+        kinds=("lowbit2", "lowbit4", "mean", "buddy"),
+        window=128,
+        compensated=False,
+        harms=HarmOptions(memories=(50.0, 37.5, 20.0), budgets=(0.002, 0.05), tokens=384),
+    )
+    return calibrate(options, progress=silent), out
+
+
+def test_the_whole_leaves_a_profile_with_harms_in_nats(whole: tuple[Profile, Path]) -> None:
+    profile, out = whole
+    folder = resolve_model("builtin:tiny")
+    read = load_profile(out, model_hash=model_hash(folder))
+    assert read.measured and read.reason == profile.reason and read.comparison == profile.comparison
+    assert (read.layers, read.experts, read.top_k, read.norm_topk) == (4, 32, 4, True)
+    assert (read.sensitivity_L > 0).all() and np.isfinite(read.sensitivity_L).all()
+    assert read.calibration_tokens % 128 == 0 and read.counts_LE.sum() == 4 * 4 * read.calibration_tokens
+    assert set(read.errors) == {"lowbit2", "lowbit4", "mean", "drop"}
+    assert sorted(path.name for path in out.parent.iterdir()) == ["cut.profile", "cut.standins"]
+    verify_standins(standins_folder(out))
+    assert set(standin_layouts(standins_folder(out), read.model_hash, layers=4)) == {"lowbit2", "lowbit4", "mean"}
+
+
+def test_every_stand_in_is_compared_where_it_fits(whole: tuple[Profile, Path]) -> None:
+    profile, _ = whole
+    rows = {(row.standin, row.memory_percent): row for row in profile.comparison}
+    names = {name for name, _ in rows}
+    assert names == {
+        *("lowbit", "lowbit2", "lowbit4", "mean", "drop", "random"),
+        *("buddy:router", "buddy:output", "buddy:coactivation"),
+    }
+    assert ("lowbit4", 20.0) not in rows, "4 bits are more than a fifth of 16"
+    assert ("lowbit4", 50.0) in rows and ("mean", 20.0) in rows
+    for row in rows.values():
+        assert row.tokens == 384 and row.dppl_se > 0 and row.miss_rate > 0
+    for memory in (50.0, 37.5):
+        assert rows["lowbit", memory].kl < rows["mean", memory].kl
+        assert rows["lowbit4", memory].kl < rows["lowbit2", memory].kl < rows["drop", memory].kl
+    assert rows["drop", 20.0].kl > rows["drop", 50.0].kl
+
+
+def test_scales_make_the_prediction_meet_the_measurement(whole: tuple[Profile, Path]) -> None:
+    """Harm summed over an engine's uses is the divergence measured when the scale was fitted."""
+    from buddymoe_ray.engine.evaluate import cut_windows, evaluate
+
+    profile, out = whole
+    folder = resolve_model("builtin:tiny")
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer is not None
+    text = (folder / "heldout" / "python.txt").read_text()[:14_000]
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)[:3600]
+    count = len(ids) // 128
+    held = ids[(count - max(8, round(0.15 * count))) * 128 :]
+    config = EngineConfig(memory="20%", mode="fast", standin="mean", profile=str(out), guard_share=0.0)
+    result = evaluate(config, cut_windows(held, tokens=384), batch=2)
+    row = next(r for r in profile.comparison if (r.standin, r.memory_percent) == ("mean", 20.0))
+    assert result.kl == pytest.approx(row.kl, rel=1e-4)
+    assert result.expected_rise == pytest.approx(result.kl, rel=1e-3)
+
+
+def test_larger_budgets_fetch_less(whole: tuple[Profile, Path]) -> None:
+    profile, _ = whole
+    points = {(p.memory_percent, p.budget): p for p in profile.budget_curve}
+    assert set(points) == {(m, b) for m in (50.0, 37.5, 20.0) for b in (0.002, 0.05)}
+    for memory in (50.0, 37.5, 20.0):
+        tight, loose = points[memory, 0.002], points[memory, 0.05]
+        assert tight.fetched_fraction >= loose.fetched_fraction and tight.expected_rise <= 0.002
+        assert loose.expected_rise <= 0.05
+
+
+def test_the_recommendation_is_the_least_at_half_the_memory(whole: tuple[Profile, Path]) -> None:
+    profile, _ = whole
+    half = [row for row in profile.comparison if row.memory_percent == 50]
+    best = min(half, key=lambda row: row.kl)
+    assert best.standin in profile.reason and "50 % memory" in profile.reason
+    assert profile.recommended in (best.standin, None)
+    assert (profile.recommended is None) == (best.dppl_percent - 2 * best.dppl_se > 0.3)
+
+
+def test_quick_profiles_know_no_harms_and_serve_fast_only(olmoe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q.profile"
+    profile = calibrate(options_of(olmoe, out, kinds=("lowbit4", "lowrank", "mean", "buddy")))
+    assert not profile.measured and np.isnan(profile.sensitivity_L).all() and not profile.comparison
+    assert "--quick" in profile.reason and profile.recommended is None
+    config = {"model": str(olmoe), "profile": str(out), "memory": "70%", "dtype": "float32"}
+    with LLM(**config, mode="fast") as llm:
+        fast = llm.generate([random_ids(12)], max_tokens=6)[0]
+        bounded = llm.generate([random_ids(12)], max_tokens=6, mode="bounded")[0]
+    assert fast.usage.mode == "fast" and fast.usage.fetched == 0
+    assert (bounded.usage.mode, bounded.usage.standins.total) == ("exact", 0)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v2", "jamba"])
+def test_other_families(family: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(family, tmp_path / "model")
+    profile = calibrate(options_of(folder, tmp_path / "p.profile"))
+    assert profile.counts_LE.sum() == profile.layers * profile.top_k * profile.calibration_tokens
+    assert float((profile.errors["lowbit4"] / profile.energy_LE).mean()) < 0.05
+
+
+def test_an_interrupted_calibration_goes_on(olmoe: Path, tmp_path: Path) -> None:
+    class Interrupted(Exception):
+        pass
+
+    def broken(items: Iterable[Any], **told: Any) -> Iterable[Any]:
+        for at, item in enumerate(items):
+            if told["desc"] == "stand-ins" and at == 17:
+                raise Interrupted
+            yield item
+
+    options = options_of(olmoe, tmp_path / "p.profile")
+    with pytest.raises(Interrupted):
+        calibrate(options, progress=broken)
+    assert [path.name for path in tmp_path.iterdir()] == ["p.standins"], "no half profile, no trace"
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "p.standins").iterdir()}
+    assert len(kept) == 4, "two of three layers, two kinds"
+    resumed = calibrate(options)
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
+    fresh = calibrate(replace(options, out=tmp_path / "fresh" / "p.profile"))
+    assert resumed.corpus_sha == fresh.corpus_sha
+    np.testing.assert_allclose(resumed.errors["lowbit4"], fresh.errors["lowbit4"], rtol=0.01)
+
+
+def test_memory_does_not_change_the_calibration(olmoe: Path, tmp_path: Path) -> None:
+    """A model larger than memory is calibrated within the budget, to the same numbers."""
+    made = []
+    for memory in ("100%", "40%"):
+        config = EngineConfig(model=str(olmoe), memory=memory, dtype="float32")
+        made.append(calibrate(options_of(olmoe, tmp_path / memory / "p.profile", config=config)))
+    np.testing.assert_array_equal(made[0].counts_LE, made[1].counts_LE)
+    np.testing.assert_array_equal(made[0].errors["lowbit4"], made[1].errors["lowbit4"])
+    for path in (tmp_path / "100%" / "p.standins").iterdir():
+        assert path.read_bytes() == (tmp_path / "40%" / "p.standins" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("ids", "changes", "said"),
+    [
+        ([], {}, r"corpus is 0 tokens, must be at least 512 \(8 windows of 64\). hint: give more text"),
+        (random_ids(500), {}, "corpus is 500 tokens, must be at least 512"),
+        (random_ids(1200), {"quick": False}, r"corpus is 1200 tokens, must be at least 1280 \(20 windows of 64\)"),
+        ([5] * 800 + [160], {}, "corpus holds token id 160, must be from 0 to 159 .*hint: encode the text"),
+        ([5] * 800 + [-1], {}, "corpus holds token id -1, must be from 0 to 159"),
+    ],
+)
+def test_a_corpus_that_cannot_do_is_refused(
+    olmoe: Path, tmp_path: Path, ids: list[int], changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ProfileError, match=said):
+        calibrate(options_of(olmoe, tmp_path / "p.profile", ids=ids, **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_smallest_corpus_that_does(olmoe: Path, tmp_path: Path) -> None:
+    profile = calibrate(options_of(olmoe, tmp_path / "p.profile", ids=random_ids(512)))
+    assert profile.calibration_tokens == 256, "four windows are kept apart"
+
+
+def test_a_context_too_short_to_measure_harms_is_said(olmoe: Path, tmp_path: Path) -> None:
+    config = EngineConfig(model=str(olmoe), memory="100%", max_model_len=128)
+    with pytest.raises(ProfileError, match=r"model takes 128 tokens, must take 256.*hint: --quick"):
+        calibrate(options_of(olmoe, tmp_path / "p.profile", config=config, quick=False, ids=random_ids(4000)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"kinds": ("lowbit5",)}, r"kinds are \['lowbit5'\], must be of lowbit2"),
+        ({"kinds": ()}, r"kinds are \[\], must be of"),
+        ({"tokens": 0}, "must be at least 1"),
+        ({"window": 1}, "window is 1, must be at least 2"),
+        ({"config": EngineConfig(expert_dtype="int8")}, "expert_dtype is int8, must be native"),
+        ({"rounding_minutes": -1.0}, "rounding_minutes is -1"),
+    ],
+)
+def test_bad_options_are_refused(olmoe: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        options_of(olmoe, tmp_path / "p.profile", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"memories": ()}, r"memories are \[\], must be some"),
+        ({"memories": (50.0, 0.0)}, r"memories are \[50.0, 0.0\], must be .* above 0 and up to 100"),
+        ({"memories": (math.nan,)}, "memories are"),
+        ({"budgets": (2.0,)}, r"budgets are \[2.0\], must be .* up to 1"),
+        ({"tokens": 0}, "harm tokens are 0"),
+    ],
+)
+def test_bad_options_of_measuring_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        HarmOptions(**changes)
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_work(olmoe: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "taken.profile").mkdir()
+    for out in (tmp_path / "file" / "p.profile", tmp_path / "taken.profile", Path("/proc/p.profile")):
+        with pytest.raises(ProfileError, match=r"--out is .*, must be .*hint:"):
+            calibrate(options_of(olmoe, out, ids=[]))  # the corpus is looked at later
+
+
+def test_a_full_disk_is_said(olmoe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from buddymoe_ray.models import shard_writer
+
+    monkeypatch.setattr(shard_writer.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100})())
+    with pytest.raises(BuddyMoEError, match="hint: free some space"):
+        calibrate(options_of(olmoe, tmp_path / "p.profile"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_rounding_looks_at_the_time(olmoe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = {}
+    for minutes in (0.0, 1e9):
+        out = tmp_path / str(minutes) / "p.profile"
+        made[minutes] = calibrate(
+            options_of(olmoe, out, kinds=("lowbit2",), compensated=None, rounding_minutes=minutes)
+        )
+        told = "rounding 24 experts with error compensation would take about" in caplog.text
+        assert told == (minutes == 0.0)
+        caplog.clear()
+    plain = calibrate(options_of(olmoe, tmp_path / "plain" / "p.profile", kinds=("lowbit2",)))
+    np.testing.assert_array_equal(made[0.0].errors["lowbit2"], plain.errors["lowbit2"])
+    assert float(made[1e9].errors["lowbit2"].mean()) < float(plain.errors["lowbit2"].mean())
+
+
+def test_the_estimate_grows_with_the_work() -> None:
+    """On a clock that ticks once per look: what is left is pure proportion."""
+    shapes = {"gate_up_proj": (512, 64), "down_proj": (64, 256), "down_proj_bias": (64,)}
+
+    def estimate(**changes: Any) -> float:
+        ticks = iter(range(1000))
+        chosen: dict[str, Any] = {"experts": 8, "widths": 1, "rows": 512, "passes": 1} | changes
+        return compensated_seconds(shapes, **chosen, clock=lambda: float(next(ticks)))
+
+    once = estimate()
+    assert once == pytest.approx(8 * ((1 + 2) + (1 + 1))), "512 outputs are two tries of 256"
+    assert estimate(experts=16) == pytest.approx(2 * once) and estimate(widths=3) == pytest.approx(3 * once)
+    assert estimate(rows=1024) == pytest.approx(once + 8 * 2) and estimate(experts=0) == 0 == estimate(widths=0)
+
+
+def test_held_out_text_is_the_end_and_is_not_traced(olmoe: Path, tmp_path: Path) -> None:
+    traced, held = calibration._split_corpus(options_of(olmoe, tmp_path, ids=list(range(1000)), window=20), 256)
+    assert held == tuple(range(840, 1000)), "15 % of 50 windows are 8"
+    assert [window[0] for window in traced] == list(range(0, 840, 20)) and all(len(w) == 20 for w in traced)
+    fewer, _ = calibration._split_corpus(options_of(olmoe, tmp_path, ids=list(range(1000)), window=20, tokens=100), 256)
+    assert len(fewer) == 5 and fewer[0][0] == 0 and fewer[-1][-1] == 839, "a cap on tokens spreads over the corpus"
+    limited, _ = calibration._split_corpus(options_of(olmoe, tmp_path, ids=list(range(9000)), window=None), 256)
+    assert {len(window) for window in limited} == {255}, "a window fits the model's context"
+
+
+def test_kinds_name_what_can_be_compared(olmoe: Path, tmp_path: Path) -> None:
+    def names(*kinds: str) -> tuple[str, ...]:
+        return calibration._standins(options_of(olmoe, tmp_path, kinds=kinds))
+
+    assert names("lowbit3") == ("lowbit3", "drop") and names("mean") == ("mean", "drop")
+    assert names("buddy") == ("buddy:router", "buddy:output", "buddy:coactivation", "random", "drop")
+    everything = names(*KINDS)
+    assert everything[0] == "lowbit" and len(everything) == len(set(everything)) == len(KINDS) + 5
+    assert all(not math.isnan(len(name)) and EngineConfig(standin=name).standin == name for name in everything)
