@@ -34,8 +34,8 @@ class Client:
     >>> client.chat([{"role": "user", "content": "What is a list?"}]).text
 
     `await agenerate(...)`, `await achat(...)` and `async for event in astream(...)` are the same for asyncio. A prompt
-    is text, a list of token ids, or (for the streams) a list of messages. Keywords are fields of SamplingParams, and `mode`,
-    `budget`, `record`, `replay` (see `types.GenerationRequest`).
+    is text, a list of token ids, or (for the streams) a list of messages.
+    Keywords are fields of SamplingParams, and `mode`, `budget`, `record`, `replay` of `types.GenerationRequest`.
 
     Args:
         app_name: the application's name in its YAML.

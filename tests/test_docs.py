@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from readme_tables import README, rendered
+from readme_tables import OPTIONS, README, options_page, rendered
 
 import buddymoe_ray
 from buddymoe_ray.cli import COMMANDS, build_parser
@@ -27,6 +27,8 @@ MODULES = sorted(
 
 def test_readme_tables_are_generated() -> None:
     assert rendered(TEXT) == TEXT, "README's tables are stale: run python tests/readme_tables.py"
+    text = OPTIONS.read_text()
+    assert options_page(text) == text, "the options are stale: run python tests/readme_tables.py"
 
 
 def test_readme_is_short() -> None:
@@ -68,7 +70,7 @@ def test_readme_tree_is_the_tree() -> None:
 
 def test_token_path_names_real_modules() -> None:
     block = TEXT.split("## The path of a token")[1].split("```")[1]
-    for name in re.findall(r"\b(?:serve|engine|moe|cache|kernels|models)/\w+", block):
+    for name in re.findall(r"\b(?:serve|engine|moe|cache|kernels|models|policy|calibrate)/\w+", block):
         assert (ROOT / "buddymoe_ray" / f"{name}.py").exists(), f"README's path of a token names {name}"
 
 

@@ -24,7 +24,7 @@ __all__ = ["Bench", "Footprint"]
 
 log = logging.getLogger(__name__)
 
-_ENGINES_AT_ONCE = 8
+_ENGINES_AT_ONCE = 16
 _USABLE = 0.8
 _ENGINE_BYTES = 64 << 20
 

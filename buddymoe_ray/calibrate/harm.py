@@ -28,10 +28,8 @@ from buddymoe_ray.models.profile import BudgetPoint, ComparisonRow, Profile, sav
 
 __all__ = ["HarmOptions", "measure_harms"]
 
-_HOPELESS_KL = 0.05
-_PILOT = 4
-"""One of so many windows is scored first where little is expected, and for the sensitivities of deep models."""
-_DEEP = 8
+_FEWER_WINDOWS, _DEEP = 4, 8
+"""Sensitivities of models with more layers than this are measured on one of so many windows."""
 _WITHIN_PERCENT = 0.3
 _PREDICTS_NOTHING = 1e-12
 
@@ -73,7 +71,7 @@ def measure_harms(
     profile = replace(profile, sensitivity_L=_sensitivity(bench, profile, standins[0], options.memories, len(windows)))
     save_profile(profile, path)
     wanted = [(standin, memory) for memory in options.memories for standin in standins]
-    rows = _compared(bench, wanted, len(windows))
+    rows = bench.run([{"standin": standin, "memory": f"{memory}%"} for standin, memory in wanted], "comparison")
     found = [(standin, memory, row) for (standin, memory), row in zip(wanted, rows, strict=True) if row is not None]
     profile = replace(
         profile,
@@ -82,14 +80,9 @@ def measure_harms(
     )
     profile = _recommend(profile)
     save_profile(profile, path)
-    points = [(memory, budget) for memory in options.memories for budget in options.budgets]
-    curve = bench.run(
-        [{"mode": "bounded", "memory": f"{memory}%", "budget": budget} for memory, budget in points], "budgets"
-    )
-    profile = replace(
-        profile,
-        budget_curve=tuple(_point(m, b, row) for (m, b), row in zip(points, curve, strict=True) if row is not None),
-    )
+    ranked = sorted(profile.comparison, key=lambda row: row.kl)
+    best = "auto" if profile.record_bytes or not ranked else ranked[0].standin
+    profile = replace(profile, budget_curve=_budget_curve(bench, best, options))
     save_profile(profile, path)
     return profile
 
@@ -102,7 +95,7 @@ def _sensitivity(
     Where there is no memory for the other layers' experts, one number for all layers, from `probe` in all of them. NaN
     when it cannot be run at all.
     """
-    every = _PILOT if profile.layers > _DEEP and windows > 2 * _PILOT else 1
+    every = _FEWER_WINDOWS if profile.layers > _DEEP and windows > 2 * _FEWER_WINDOWS else 1
     changes = [{"standin_layers": str(layer)} for layer in range(profile.layers)] if bench.hosted else [{}]
     for memory in sorted(memories):
         rows = bench.run(
@@ -116,19 +109,25 @@ def _sensitivity(
     return np.full(profile.layers, np.nan, dtype=np.float32)
 
 
-def _compared(bench: Bench, wanted: Sequence[tuple[str, float]], windows: int) -> list[EvalResult | None]:
-    """Each stand-in at each memory. Those without bits of the expert are tried on few windows first, and are done with
-    where they are hopeless: their error bars are wide, but far from anything that matters.
+def _budget_curve(bench: Bench, standin: str, options: HarmOptions) -> tuple[BudgetPoint, ...]:
+    """`bounded` with one stand-in at every memory and budget. Where the least budget already fetches nothing, larger
+    ones change nothing and are not run.
     """
-    variants = [{"standin": standin, "memory": f"{memory}%"} for standin, memory in wanted]
-    doubtful = [at for at, (standin, _) in enumerate(wanted) if not standin.startswith("lowbit")]
-    rows: dict[int, EvalResult | None] = {}
-    if windows > 2 * _PILOT:
-        tried = bench.run([variants[at] for at in doubtful], "comparison, first look", every=_PILOT)
-        rows = {at: row for at, row in zip(doubtful, tried, strict=True) if row is None or row.kl > _HOPELESS_KL}
-    left = [at for at in range(len(wanted)) if at not in rows]
-    rows |= dict(zip(left, bench.run([variants[at] for at in left], "comparison"), strict=True))
-    return [rows[at] for at in range(len(wanted))]
+
+    def measured(points: Sequence[tuple[float, float]], what: str) -> dict[tuple[float, float], EvalResult | None]:
+        variants = [{"mode": "bounded", "standin": standin, "memory": f"{m}%", "budget": b} for m, b in points]
+        return dict(zip(points, bench.run(variants, what), strict=True))
+
+    least, *larger = sorted(options.budgets)
+    rows = measured([(memory, least) for memory in options.memories], "least budget")
+    unsettled = [memory for (memory, _), row in rows.items() if row is not None and row.fetched_fraction > 0]
+    rows |= measured([(memory, budget) for memory in unsettled for budget in larger], "larger budgets")
+    curve = [
+        (memory, budget, rows.get((memory, budget), rows[memory, least]))
+        for memory in options.memories
+        for budget in options.budgets
+    ]
+    return tuple(_point(memory, budget, row) for memory, budget, row in curve if row is not None)
 
 
 def _scales(found: Sequence[tuple[str, float, EvalResult]]) -> dict[str, float]:

@@ -50,7 +50,7 @@ class RecordMaker:
     @property
     def recipe(self) -> str:
         """How records are made and from what: files made otherwise are made again, not resumed."""
-        if self.kind.startswith("lowbit") and not self.compensated:
+        if self._plain:
             return "plain"  # needs no text
         how = "compensated" if self.kind.startswith("lowbit") else "mean"
         return f"{f'rank {self.rank}' if self.kind == 'lowrank' else how} on {self.fitted_on}"
@@ -77,7 +77,7 @@ class RecordMaker:
         """The record of one expert."""
         fit = _fitted_rows(sample)
         if self.kind.startswith("lowbit"):
-            if not self.compensated:
+            if self._plain:
                 return quantise_expert_plain(sample.weights, self._format, plain_math(self.math))
             x_RD, weight_R = sample.x_RD[fit], sample.weight_R[fit]
             return quantise_expert(sample.weights, x_RD, weight_R, self._format, plain_math(self.math), passes=PASSES)
@@ -96,6 +96,11 @@ class RecordMaker:
         wide = {name: dequantised(record, name, self._format) for name in (self.math.first, "down_proj")}
         vectors = {name: t for name, t in sample.weights.items() if t.ndim == 1}
         return expert_forward(x_RD, wide | vectors, plain_math(self.math))
+
+    @property
+    def _plain(self) -> bool:
+        """8 bits err so little that compensation gains nothing that can be measured."""
+        return self.kind.startswith("lowbit") and (not self.compensated or self._format.bits >= 8)
 
     @property
     def _format(self) -> LowbitFormat:

@@ -210,7 +210,7 @@ def _compensated(options: CalibrationOptions, parts: EngineParts, tokens: int) -
     seconds = compensated_seconds(
         parameter_shapes(parts, math),
         experts=experts,
-        widths=sum(kind.startswith("lowbit") for kind in options.kinds),
+        widths=sum(kind.startswith("lowbit") and kind != "lowbit8" for kind in options.kinds),
         rows=tokens * parts.loaded.experts_per_token // max(layout.experts_per_layer),
         passes=PASSES,
     )

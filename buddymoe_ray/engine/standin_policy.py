@@ -81,9 +81,7 @@ def _buddymoe(profile: Profile, device: torch.device) -> BuddyMoE:
     candidates_LEH, q_LEH = _coactive(profile, BUDDY_PARAMS, device)
     tau_L = _tensor(profile.tae_LP[:, TAE_PERCENTILE], device)
     harm_LEE = _tensor(profile.pair_harm_LEE(), device) if profile.pair_error_LEE.size else None
-    return BuddyMoE(
-        candidates_LEH=candidates_LEH, q_LEH=q_LEH, tau_L=tau_L, params=BUDDY_PARAMS, harm_LEE=harm_LEE
-    )
+    return BuddyMoE(candidates_LEH=candidates_LEH, q_LEH=q_LEH, tau_L=tau_L, params=BUDDY_PARAMS, harm_LEE=harm_LEE)
 
 
 def _coactive(profile: Profile, params: BuddyParams, device: torch.device) -> tuple[Tensor, Tensor]:

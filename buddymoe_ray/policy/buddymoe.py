@@ -51,7 +51,8 @@ def buddy_lists(coactivation_EE: Tensor, params: BuddyParams) -> tuple[Tensor, T
     q_EE = counts_EE / counts_EE.sum(dim=1, keepdim=True).clamp_min(1e-30)
     sorted_EE, order_EE = q_EE.sort(dim=1, descending=True, stable=True)
     before_EE = sorted_EE.cumsum(dim=1) - sorted_EE
-    wanted_EE = (before_EE < params.alpha) & (sorted_EE > 0)
+    # 6 and 3 of 10 are .9, whatever their floats sum to
+    wanted_EE = (before_EE < params.alpha - 1e-9) & (sorted_EE > 0)
     width = min(params.k_max, E)
     cut = float((wanted_EE.sum(dim=1) > width).double().mean())
     kept_EH = wanted_EE[:, :width]
@@ -116,14 +117,14 @@ class BuddyMoE:
             action_TK=action_TK.to(torch.int8),
             expert_TK=torch.where(take_TK, expert_TK, ids_TK),
             weight_TK=misses.weight_TK,
-            harm_TK=torch.where(take_TK & (harm_TK < math.inf), harm_TK, 0.0),
+            harm_TK=torch.where(take_TK & ~harm_TK.isnan(), harm_TK, 0.0),
             reason_TK=reason_TK.to(torch.int8),
         )
 
     def _harm(self, misses: Misses, expert_TK: Tensor) -> Tensor:
-        """Nats of each use; more than any price where no harms are known."""
+        """Nats of each use; where no harms are known no number, which is within no price."""
         if self._harm_LEE is None:
-            return torch.full_like(misses.weight_TK, math.inf, dtype=torch.float32)
+            return torch.full_like(misses.weight_TK, math.nan, dtype=torch.float32)
         return misses.weight_TK.float().square() * self._harm_LEE[misses.layer][misses.ids_TK, expert_TK]
 
     def _gate(self, misses: Misses, resident_TK: Tensor) -> Tensor:

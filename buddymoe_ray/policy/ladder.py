@@ -106,8 +106,7 @@ def within_budget(rows: RowBudgets, harm_TK: Tensor, able_TK: Tensor) -> tuple[T
 
 def _fetched_anyway(ids_TK: Tensor, fetch_TK: Tensor, E: int) -> Tensor:
     fetched_E = torch.zeros(E + 1, dtype=torch.bool, device=ids_TK.device)
-    fetched_E[ids_TK.where(fetch_TK, E).reshape(-1)] = True
-    fetched_E[E] = False
+    fetched_E[ids_TK.where(fetch_TK, E).reshape(-1)] = True  # what is not fetched is written beyond the last expert
     return fetched_E[ids_TK]
 
 

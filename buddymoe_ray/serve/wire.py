@@ -65,7 +65,7 @@ class BuddyOptions(_Body):
     """
 
     mode: Mode | None = None
-    budget: Annotated[float | None, Field(ge=0, le=1, strict=False)] = None
+    budget: float | None = Field(default=None, ge=0, le=1)
     record: bool = False
     replay: str | None = None
 

@@ -78,7 +78,9 @@ def test_what_is_promised_to_each_row(size: Sizes, name: str) -> None:
     bounded_T = misses.rows.mode_T == 1
     spent_T = resolution.harm_TK.double().sum(dim=1)
     assert bool((spent_T[bounded_T] <= misses.rows.allowance_T[bounded_T]).all()), "a ledger never goes negative"
-    assert bool((resolution.harm_TK <= misses.rows.price_T[:, None])[bounded_T].all()), "no use is dearer than its price"
+    assert bool((resolution.harm_TK <= misses.rows.price_T[:, None])[bounded_T].all()), (
+        "no use is dearer than its price"
+    )
     fetched = set(misses.ids_TK[resolution.action_TK == Action.FETCH].tolist())
     fast_T1 = (misses.rows.mode_T == 2)[:, None]
     for t, k in (fast_T1 & ~stood_TK & ~resident_TK).nonzero().tolist():

@@ -101,7 +101,7 @@ def test_every_deployment_is_what_ray_and_we_accept(path: Path) -> None:
     assert application.name == APP_NAME
     assert schema.http_options.host == "127.0.0.1"
     args = ServeArgs.model_validate(args_of(path))
-    assert args.mode == "exact" and args.api_key_env == "BUDDYMOE_API_KEY"
+    assert (args.mode, args.budget) == ("bounded", 0.003) and args.api_key_env == "BUDDYMOE_API_KEY"
     if path.stem != "tiny-cpu":
         assert (args.num_gpus, args.device) == (1, "cuda")
 

@@ -105,9 +105,7 @@ async def test_openai_client_reads_all_of_it() -> None:
         )
         assert [choice.index for choice in chat.choices] == [0, 1]
         assert chat.choices[0].message.content != chat.choices[1].message.content
-        assert chat.usage is not None and chat.usage.model_extra == {
-            "buddymoe": exact_usage(hits=24, fetched=8)
-        }
+        assert chat.usage is not None and chat.usage.model_extra == {"buddymoe": exact_usage(hits=24, fetched=8)}
         logprobs = chat.choices[0].logprobs
         assert logprobs is not None and logprobs.content is not None
         assert "".join(entry.token for entry in logprobs.content) == chat.choices[0].message.content

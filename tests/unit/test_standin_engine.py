@@ -70,7 +70,9 @@ def test_exact_requests_do_not_feel_other_tenants(exact_tokens: list[tuple[int, 
         for at, prompt in enumerate(PROMPTS):
             ids = tuple(engine.encode(prompt))
             engine.add(GenerationRequest(request_id=f"e{at}", prompt_token_ids=ids, sampling=sampling, mode="exact"))
-            other = tuple(engine.encode(f"# {at}\nwhile True:\n    print({at}, "))  # the same text would be fetched for both
+            other = tuple(
+                engine.encode(f"# {at}\nwhile True:\n    print({at}, ")
+            )  # the same text would be fetched for both
             engine.add(GenerationRequest(request_id=f"f{at}", prompt_token_ids=other, sampling=sampling, mode="fast"))
         tokens: dict[str, list[int]] = {}
         usages = {}

@@ -1,0 +1,112 @@
+"""Modes through the running service: what a bounded request spends, that its record replays, that exact stays exact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+from serving import Deploy
+
+from buddymoe_ray import LLM
+from buddymoe_ray.client import Client
+
+PROMPTS = ["def add(a, b):\n    return", "import os\n", "class Stack:\n    def __init__(self", "for i in range("]
+
+
+@pytest.fixture(scope="module")
+def url(deploy: Deploy) -> str:
+    return deploy("modes", model="builtin:tiny", memory="25%", mode="bounded", budget=0.003, guard_share=0.25)
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(api_key="none", base_url=f"{url}/v1", max_retries=0) as opened:
+        yield opened
+
+
+def complete(client: openai.OpenAI, prompt: str, **asked: Any) -> tuple[str, Any, dict[str, Any]]:
+    reply = client.completions.create(
+        model="builtin:tiny", prompt=prompt, max_tokens=48, temperature=0, extra_body={"buddymoe": asked}
+    )
+    return reply.choices[0].text, reply.usage, reply.usage.model_extra["buddymoe"]  # type: ignore[union-attr,index]
+
+
+def test_charges_stay_within_budget_and_tokens(client: openai.OpenAI) -> None:
+    for budget in (None, 0.001, 0.02):
+        asked = {} if budget is None else {"budget": budget}
+        for prompt in PROMPTS:
+            _, usage, spent = complete(client, prompt, **asked)
+            assert spent["mode"] == spent["requested_mode"] == "bounded" and spent["guard"] == "ok"
+            assert spent["budget"] == (budget or 0.003)
+            assert 0 <= spent["expected_rise"] <= spent["budget"] * usage.completion_tokens
+            uses = spent["hits"] + spent["fetched"] + sum(spent["standins"].values())
+            assert uses == (usage.completion_tokens - 1) * 16, "every use of 4 layers and top-4 has one answer"
+
+
+@pytest.mark.parametrize("mode", ["bounded", "fast"])
+def test_a_record_replays_to_the_same_text_while_others_are_served(client: openai.OpenAI, mode: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        first = list(pool.map(lambda p: complete(client, p, mode=mode, record=True), PROMPTS))
+        others = [pool.submit(complete, client, f"# {n}\nx = ", mode="fast") for n in range(4)]
+        again = list(
+            pool.map(
+                lambda pair: complete(client, pair[0], replay=pair[1][2]["record"]), zip(PROMPTS, first, strict=True)
+            )
+        )
+    assert [text for text, _, _ in again] == [text for text, _, _ in first]
+    assert sum(sum(spent["standins"].values()) for _, _, spent in first) > 0
+    assert all(other.result()[2]["mode"] == "fast" for other in others)
+
+
+def test_exact_requests_are_the_resident_models_beside_others(client: openai.OpenAI) -> None:
+    with LLM("builtin:tiny", memory="100%") as llm:
+        resident = [result.text for result in llm.generate(PROMPTS, max_tokens=48)]
+    with ThreadPoolExecutor(8) as pool:
+        others = [pool.submit(complete, client, f"# {n}\ny = ", mode="fast") for n in range(4)]
+        exact = list(pool.map(lambda p: complete(client, p, mode="exact"), PROMPTS))
+    assert [text for text, _, _ in exact] == resident
+    assert all(sum(spent["standins"].values()) == 0 and spent["mode"] == "exact" for _, _, spent in exact)
+    assert all(other.result()[2]["requested_mode"] == "fast" for other in others)
+
+
+def test_a_stream_ends_with_what_it_cost(client: openai.OpenAI) -> None:
+    *_, last = client.chat.completions.create(
+        model="builtin:tiny",
+        messages=[{"role": "user", "content": "What does list.append do?"}],
+        max_tokens=24,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"buddymoe": {"mode": "fast"}},
+    )
+    spent = last.usage.model_extra["buddymoe"]  # type: ignore[union-attr,index]
+    assert spent["mode"] == "fast" and spent["fetched"] == 0 and "record" not in spent
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"mode": "quick"}, "buddymoe.mode"),
+        ({"budget": 3}, "buddymoe.budget"),
+        ({"mode": "fast", "budget": 0.1}, "buddymoe.budget"),
+        ({"replay": "nonsense"}, "buddymoe.replay"),
+    ],
+)
+def test_what_cannot_be_done_is_a_400_that_names_it(client: openai.OpenAI, asked: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        complete(client, PROMPTS[0], **asked)
+    error = json.loads(refused.value.response.text)["error"]
+    assert error["param"] == param and "hint:" in error["message"]
+
+
+def test_the_python_handle_has_the_same_modes(url: str, client: openai.OpenAI) -> None:
+    handle = Client("modes")
+    result = handle.generate(PROMPTS[0], mode="fast", record=True, max_tokens=16, temperature=0.0)
+    assert result.usage.mode == "fast" and result.usage.fetched == 0 and result.usage.record
+    again = handle.generate(PROMPTS[0], replay=result.usage.record, max_tokens=16, temperature=0.0)
+    assert again.token_ids == result.token_ids
+    (snapshot,) = handle.snapshots()
+    assert snapshot.standins.total > 0 and snapshot.expected_rise > 0 and snapshot.guard.state == "ok"
