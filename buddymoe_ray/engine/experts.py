@@ -120,7 +120,7 @@ def _load_standins(
         policy=setup.policy,
         pool=pool,
         compute={
-            kind: record_compute(kind, setup.layouts[kind], maths, threads)
+            kind: record_compute(kind, setup.layouts[kind], maths, threads, loaded.device)
             for kind in sorted(set(setup.kind_of.values()))
         },
         experts_per_layer=loaded.layout.experts_per_layer,

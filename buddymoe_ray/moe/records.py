@@ -27,10 +27,12 @@ _SIMPLE: Mapping[str, Callable[[Tensor, Mapping[str, Tensor]], Tensor]] = {
 }
 
 
-def record_compute(kind: str, layout: ExpertLayout, maths: Sequence[ExpertMath], threads: int) -> RecordCompute:
+def record_compute(
+    kind: str, layout: ExpertLayout, maths: Sequence[ExpertMath], threads: int, device: torch.device
+) -> RecordCompute:
     """The arithmetic of records of `kind`, `maths[l]` for each layer. Raises ProfileError for an unknown kind."""
     if kind.startswith("lowbit"):
-        return _Lowbit(kind, layout, maths, threads)
+        return _Lowbit(kind, layout, maths, threads, device)
     if kind not in _SIMPLE:
         raise ProfileError(f"record kind is {kind!r}, must be lowbitN, lowrank or mean. hint: profile the model again")
     return _Simple(_SIMPLE[kind], layout)
@@ -39,9 +41,12 @@ def record_compute(kind: str, layout: ExpertLayout, maths: Sequence[ExpertMath],
 class _Lowbit:
     """One kernel call per layer and step."""
 
-    def __init__(self, kind: str, layout: ExpertLayout, maths: Sequence[ExpertMath], threads: int) -> None:
+    def __init__(
+        self, kind: str, layout: ExpertLayout, maths: Sequence[ExpertMath], threads: int, device: torch.device
+    ) -> None:
         fmt = LowbitFormat(bits=int(kind.removeprefix("lowbit")))
         self._layers = [LowbitLayer(layout=layout.tensors, fmt=fmt, math=math, threads=threads) for math in maths]
+        self._layers[0].prepare(device)  # compiling takes seconds: at the start, not in the first request
 
     def __call__(
         self, layer: int, x_TD: Tensor, records_B: Tensor, at_E: Tensor, expert_TK: Tensor, out_ND: Tensor

@@ -69,7 +69,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Profile, Path]:
         kinds=("lowbit2", "mean"),
         window=128,
         compensated=False,
-        harms=HarmOptions(memories=(37.5,), budgets=(0.05, 0.002), tokens=384),
+        harms=HarmOptions(memories=(37.5,), budgets=(0.004,), tokens=384),
     )
     return calibrate(options, progress=silent), out
 
@@ -110,11 +110,10 @@ def test_scales_make_the_prediction_meet_the_measurement(whole: tuple[Profile, P
     assert result.expected_rise == pytest.approx(result.kl, rel=0.02)
 
 
-def test_larger_budgets_fetch_less(whole: tuple[Profile, Path]) -> None:
-    loose, tight = whole[0].budget_curve
-    assert (loose.budget, tight.budget, loose.memory_percent) == (0.05, 0.002, 37.5)
-    assert tight.fetched_fraction > loose.fetched_fraction
-    assert tight.expected_rise <= 0.002 and tight.expected_rise < loose.expected_rise <= 0.05
+def test_bounded_keeps_its_budget(whole: tuple[Profile, Path]) -> None:
+    (point,) = whole[0].budget_curve
+    assert (point.budget, point.memory_percent, point.tokens) == (0.004, 37.5, 384)
+    assert 0 < point.expected_rise <= 0.004 and 0 < point.fetched_fraction < 100
 
 
 def test_the_recommendation_says_why(whole: tuple[Profile, Path]) -> None:
@@ -125,9 +124,9 @@ def test_the_recommendation_says_why(whole: tuple[Profile, Path]) -> None:
 
 
 def test_buddies_of_every_signal_are_measured(tmp_path: Path) -> None:
-    """A random model of two layers: no records at all, live router scores included."""
+    """A random model of two layers: no records at all, live router scores included; larger budgets fetch less."""
     folder = write_checkpoint("qwen3_moe", tmp_path / "model", num_hidden_layers=2)
-    harms = HarmOptions(memories=(70.0,), budgets=(0.01,), tokens=192)
+    harms = HarmOptions(memories=(70.0,), budgets=(1.0, 1e-9), tokens=384)
     options = options_of(
         folder, tmp_path / "p.profile", kinds=("buddy",), ids=random_ids(3000), quick=False, harms=harms
     )
@@ -135,7 +134,10 @@ def test_buddies_of_every_signal_are_measured(tmp_path: Path) -> None:
     names = ["buddy:router", "buddy:output", "buddy:coactivation", "random", "drop"]
     assert [row.standin for row in profile.comparison] == names and set(profile.kind_scale) == set(names)
     assert profile.measured and not profile.record_bytes and profile.pair_error_LEE.shape == (2, 8, 8)
-    assert all(row.kl > 0 for row in profile.comparison)
+    assert all(row.kl > 0 and row.tokens == 384 for row in profile.comparison)
+    loose, tight = profile.budget_curve
+    assert (loose.budget, tight.budget) == (1.0, 1e-9)
+    assert loose.fetched_fraction < 5 and tight.fetched_fraction > 95 and tight.expected_rise <= 1e-9
 
 
 def test_quick_profiles_know_no_harms_and_serve_fast_only(olmoe: Path, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ class Opened:
         pool.load(reader)
         reader.close()
         self.step = StepState()
-        compute = {"mean": record_compute("mean", records, [MATH] * 3, 1)}
+        compute = {"mean": record_compute("mean", records, [MATH] * 3, 1, torch.device("cpu"))}
         standins = Standins(policy=policy, pool=pool, compute=compute, experts_per_layer=(E, E, E), layers=layers)
         shapes = {t.name: t.shape for t in self.layout.tensors}
         scratch = UpcastScratch(shapes, stored=torch.bfloat16, compute=torch.float32, device=torch.device("cpu"))
@@ -232,4 +232,4 @@ def test_an_unknown_record_kind_is_refused() -> None:
     from buddymoe_ray.errors import ProfileError
 
     with pytest.raises(ProfileError, match="record kind is 'fourier'"):
-        record_compute("fourier", None, [], 1)  # type: ignore[arg-type]
+        record_compute("fourier", None, [], 1, torch.device("cpu"))  # type: ignore[arg-type]
