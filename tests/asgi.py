@@ -22,7 +22,7 @@ TEXT = {"model": "fake", "prompt": "hello", "max_tokens": 6}
 @asynccontextmanager
 async def serving(*engines: FakeEngine, **settings: Any) -> AsyncGenerator[httpx.AsyncClient, None]:
     """An HTTP client of an app over one worker per engine."""
-    workers = LocalWorkers(*[Worker(engine) for engine in engines or (FakeEngine(),)])
+    workers = LocalWorkers(*[Worker(engine, name=str(at)) for at, engine in enumerate(engines or (FakeEngine(),))])
     async with talking_to(workers, **settings) as client:
         yield client
 

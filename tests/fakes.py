@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerFast
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.errors import CacheError, CapacityError, CheckpointError, RequestError
 from buddymoe_ray.observe import EngineSnapshot
-from buddymoe_ray.serve.records import Reply, Work, WorkerInfo
+from buddymoe_ray.serve.records import Reply, Work, WorkerInfo, WorkerReport
 from buddymoe_ray.serve.worker import Worker
-from buddymoe_ray.types import FinishReason, GenerationRequest, TokenEvent, TokenLogprob, Usage
+from buddymoe_ray.types import FinishReason, GenerationRequest, StandinUses, TokenEvent, TokenLogprob, Usage
 
 __all__ = [
     "FakeEngine",
@@ -69,7 +69,8 @@ class FakeEngine:
     """Generates letters; `delay` seconds per token.
 
     A prompt may ask for trouble: one that holds byte 1 is refused by the engine, byte 2 fails after three tokens,
-    byte 3 kills the engine as a dying step thread would, byte 4 raises what nobody foresaw.
+    byte 3 kills the engine as a dying step thread would, byte 4 raises what nobody foresaw. A `bounded` request fetches
+    one use per token and a `fast` one none; stand-ins answer the rest at .001 nats per token.
     """
 
     def __init__(self, *, model_id: str = "fake", delay: float = 0.0, limits: FakeLimits | None = None) -> None:
@@ -127,7 +128,21 @@ class FakeEngine:
 
     def _usage(self, request: GenerationRequest, tokens: int) -> Usage:
         prompt = len(request.prompt_token_ids)
-        return Usage(prompt_tokens=prompt, completion_tokens=tokens, hits=3 * tokens, fetched=tokens)
+        record = f"record of {request.request_id}" if request.record else None
+        usage = Usage(prompt_tokens=prompt, completion_tokens=tokens, hits=3 * tokens, fetched=tokens, record=record)
+        mode = request.mode or "exact"
+        if mode == "exact":
+            return usage
+        return replace(
+            usage,
+            mode=mode,
+            requested_mode=mode,
+            budget=request.budget or 0.003 if mode == "bounded" else None,
+            fetched=tokens if mode == "bounded" else 0,
+            standins=StandinUses(lowbit=2 * tokens, drop=1),
+            expected_rise=0.001 * tokens,
+            guard="ok",
+        )
 
     def _trouble(self, request: GenerationRequest, position: int) -> None:
         self._raise_if_dead()
@@ -193,6 +208,10 @@ class LocalWorkers:
     async def info(self) -> WorkerInfo:
         """Of the first."""
         return self.workers[0].info()
+
+    async def reports(self) -> tuple[WorkerReport, ...]:
+        """Of all."""
+        return tuple(worker.report() for worker in self.workers)
 
     async def health(self) -> tuple[str | None, ...]:
         """Of all."""

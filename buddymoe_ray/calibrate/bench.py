@@ -60,6 +60,8 @@ class Bench:
         self._config = replace(
             config,
             mode="fast",
+            policy="ladder",
+            standin_layers=None,
             profile=str(path),
             host_memory="100%" if self.hosted else "0",
             max_model_len=WINDOW,

@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=None, help="P.profile; default beside the checkpoint")
     parser.add_argument("--tokens", type=int, default=65_536, help="most tokens traced")
     parser.add_argument("--window", type=int, default=None, help="tokens of a traced window")
-    parser.add_argument("--kinds", default=None, help="lowbit2,lowbit3,lowbit4,lowrank,mean,buddy; default all")
+    parser.add_argument(
+        "--kinds", default=None, help="some of lowbit2,lowbit3,lowbit4,lowbit8,lowrank,mean,buddy; default all"
+    )
     parser.add_argument(
         "--rounding", choices=sorted(_COMPENSATED), default="auto", help="of low-bit copies; auto looks at the time"
     )
@@ -93,8 +95,13 @@ def _corpus_ids(args: argparse.Namespace, folder: Path) -> list[int]:
     from buddymoe_ray.commands.eval import encode_corpus
     from buddymoe_ray.models.tokenizer import load_tokenizer
 
-    if all(name.endswith(".npy") for name in args.corpus):
-        return [token for name in args.corpus for token in _read_ids(name)]
+    arrays = [name for name in args.corpus if name.endswith(".npy")]
+    if arrays and len(arrays) < len(args.corpus):
+        raise ConfigError(
+            "--corpus mixes text and .npy files, must be of one sort. hint: encode the text into a .npy file"
+        )
+    if arrays:
+        return [token for name in arrays for token in _read_ids(name)]
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise ConfigError(

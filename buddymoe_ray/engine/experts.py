@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,11 +28,12 @@ from buddymoe_ray.moe import ExpertCompute, MoEBlock, Standins, StepState, recor
 from buddymoe_ray.policy import LRU, Staging, parse_memory, plan_staging, split_slots
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
-__all__ = ["ExpertTier", "expert_math", "open_experts", "scratch_bytes"]
+__all__ = ["STAGING_SHARE", "ExpertTier", "expert_math", "open_experts", "scratch_bytes"]
 
 log = logging.getLogger(__name__)
 
-_STAGING_SHARE, _STANDIN_STAGING_SHARE = 0.06, 0.03
+STAGING_SHARE: Mapping[str, float] = {"exact": 0.06, "bounded": 0.03, "fast": 0.03}
+"""Share of the budget for disk staging: with stand-ins hardly anything is read in decode, and every byte counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +54,19 @@ def open_experts(config: EngineConfig, loaded: LoadedModel, step: StepState) -> 
     loaded = _recoded(config, loaded, maths)
     layout, on_gpu = loaded.layout, loaded.device.type != "cpu"
     budget = parse_memory(config.memory, total_expert_bytes=layout.total_bytes)
-    # with stand-ins hardly anything is read in decode, and every byte of staging is one less for them
-    share = _STAGING_SHARE if config.mode == "exact" else _STANDIN_STAGING_SHARE
-    staging = plan_staging(largest_piece=_largest_piece(layout), budget_bytes=budget, share=share)
+    largest, share = _largest_piece(layout), STAGING_SHARE[config.mode]
+    staging = plan_staging(largest_piece=largest, budget_bytes=budget, share=share)
     overhead = scratch_bytes(layout, loaded.compute_dtype) + (0 if on_gpu else staging.nbytes)
-    setup = None if config.mode == "exact" else prepare(config, loaded, budget_bytes=budget, overhead_bytes=overhead)
+    setup = None
+    if config.mode != "exact":
+        setup = prepare(
+            config,
+            folder=loaded.folder,
+            layout=layout,
+            device=loaded.device,
+            budget_bytes=budget,
+            overhead_bytes=overhead,
+        )
     plan = setup.plan if setup is not None else _exact_plan(layout, budget, overhead)
     cache = _open_cache(config, loaded, plan, staging)
     try:

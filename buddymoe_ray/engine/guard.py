@@ -10,12 +10,14 @@ Legend: V vocabulary, n tokens of a chunk.
 from __future__ import annotations
 
 import logging
+import math
 import zlib
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from buddymoe_ray.engine.runner import Runner
@@ -145,7 +147,10 @@ class GuardWork:
             ours_V = job.sample.logprobs.pop(position, None)
             if ours_V is not None:
                 exact_V = logits_nV[position - start].log_softmax(dim=-1)
-                job.kl.append(max(0.0, float((exact_V.exp() * (exact_V - ours_V)).double().sum())))
+                # 0 log 0 = 0: a token that exact rules out counts nothing; NaN logits stay NaN, which trips
+                gap_V = torch.where(exact_V == -math.inf, 0.0, exact_V.exp() * (exact_V - ours_V))
+                kl = float(gap_V.double().sum())
+                job.kl.append(kl if math.isnan(kl) else max(0.0, kl))
                 job.predicted.append(job.sample.predicted[position])
 
     def _finish(self, job: _Job) -> None:

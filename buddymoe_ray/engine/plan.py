@@ -6,6 +6,7 @@ measured. `buddymoe plan` prints it, a deployment checks itself with it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +17,14 @@ import torch
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.build import torch_dtype
 from buddymoe_ray.engine.devices import GpuInfo
+from buddymoe_ray.engine.experts import STAGING_SHARE
 from buddymoe_ray.engine.machine import available_memory_bytes, cgroup_limit_bytes
+from buddymoe_ray.engine.standin_setup import StandinSetup, prepare
 from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.kernels import UpcastScratch
 from buddymoe_ray.models.shape import ModelShape, describe
 from buddymoe_ray.policy import parse_memory, plan_staging, split_slots
-from buddymoe_ray.types import SlotPlan
+from buddymoe_ray.types import ExpertLayout, SlotPlan
 
 __all__ = ["ASSUMED", "Plan", "make_plan"]
 
@@ -51,7 +54,11 @@ class DevicePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The whole plan. Bytes are exact from headers; `predicted_*` assume uniform routing and the links named."""
+    """The whole plan. Bytes are exact from headers; `predicted_*` assume uniform routing and the links named.
+
+    `standins` counts the experts answered by each kind of record, of `standin_bytes` in all (part of `overhead_bytes`);
+    `expected_rise_fast` is the calibrated loss (nats per token) if nothing is ever fetched.
+    """
 
     path: str
     model_type: str
@@ -66,6 +73,10 @@ class Plan:
     expert_dtype: str
     compute_dtype: str
     dense_bytes: int
+    mode: str
+    standins: dict[str, int]
+    standin_bytes: int
+    expected_rise_fast: float | None
     overhead_bytes: int
     max_model_len: int
     devices: tuple[DevicePlan, ...]
@@ -84,11 +95,18 @@ class Plan:
 
 def make_plan(config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo]) -> Plan:
     """Plan one engine per device. Raises BudgetError, with a hint, when dense weights or budget cannot fit."""
+    if config.expert_dtype != "native":
+        raise ConfigError(
+            f"expert_dtype is {config.expert_dtype!r}, must be native for a plan. "
+            "hint: int8 takes .52, int4 .27 of bfloat16's bytes"
+        )
     shape = describe(folder, dtype=torch_dtype(config.dtype))
     budget = parse_memory(config.memory, total_expert_bytes=shape.total_expert_bytes)
     on_cpu = config.device == "cpu" or not gpus
-    staging = plan_staging(largest_piece=max(t.nbytes for t in shape.slot_tensors), budget_bytes=budget)
+    largest, share = max(t.nbytes for t in shape.slot_tensors), STAGING_SHARE[config.mode]
+    staging = plan_staging(largest_piece=largest, budget_bytes=budget, share=share)
     overhead = _workspace(shape) + (staging.nbytes if on_cpu else 0)
+    setup = _standins(config, shape, folder, budget, overhead)
     slots = split_slots(
         budget_bytes=budget,
         slot_bytes=shape.slot_bytes,
@@ -96,6 +114,7 @@ def make_plan(config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo]) ->
         experts_per_layer=shape.experts_per_layer,
         overhead_bytes=overhead,
     )
+    slots = slots if setup is None else setup.plan
     devices = _devices(config, shape, budget, slots, gpus)
     hit = devices[0].resident_experts / sum(shape.experts_per_layer)
     active = shape.experts_per_token * shape.moe_layers * shape.expert_bytes
@@ -117,6 +136,10 @@ def make_plan(config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo]) ->
         expert_dtype=shape.expert_dtype,
         compute_dtype=shape.compute_dtype,
         dense_bytes=shape.dense_bytes,
+        mode=config.mode,
+        standins={} if setup is None else dict(Counter(setup.kind_of.values())),
+        standin_bytes=0 if setup is None else sum(setup.layouts[kind].slot_bytes for kind in setup.kind_of.values()),
+        expected_rise_fast=None if setup is None or setup.refusal else setup.expected_harm,
         overhead_bytes=slots.overhead_bytes,
         max_model_len=min(config.max_model_len or shape.max_positions, shape.max_positions),
         devices=devices,
@@ -128,6 +151,22 @@ def make_plan(config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo]) ->
         predicted_decode_tok_s=1 / seconds,
         assumed=dict(ASSUMED),
     )
+
+
+def _standins(config: EngineConfig, shape: ModelShape, folder: Path, budget: int, overhead: int) -> StandinSetup | None:
+    """What would stand in; None in `exact`, without a profile, or without weights to bind one to."""
+    if config.mode == "exact" or not shape.has_weights:
+        return None
+    layout = ExpertLayout(
+        tensors=shape.slot_tensors,
+        slot_bytes=shape.slot_bytes,
+        expert_bytes=shape.expert_bytes,
+        layers=shape.moe_layers,
+        experts_per_layer=shape.experts_per_layer,
+        pieces={},
+    )
+    cpu = torch.device("cpu")
+    return prepare(config, folder=folder, layout=layout, device=cpu, budget_bytes=budget, overhead_bytes=overhead)
 
 
 def _workspace(shape: ModelShape) -> int:

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.standin_policy import make_policy, wants_scores
 from buddymoe_ray.errors import BudgetError, ProfileError
 from buddymoe_ray.models.fingerprint import model_hash
-from buddymoe_ray.models.load import LoadedModel
 from buddymoe_ray.models.profile import Profile, default_profile_path, load_profile
 from buddymoe_ray.models.standin_files import standin_layouts, standins_folder, verify_standins
-from buddymoe_ray.policy import MissPolicy, choose, price_for
+from buddymoe_ray.policy import MissPolicy, Pricer, choose
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
 __all__ = ["StandinSetup", "find_profile", "prepare"]
@@ -88,30 +88,35 @@ def find_profile(config: EngineConfig, folder: Path) -> Path | None:
 
 
 def prepare(
-    config: EngineConfig, loaded: LoadedModel, *, budget_bytes: int, overhead_bytes: int
+    config: EngineConfig,
+    *,
+    folder: Path,
+    layout: ExpertLayout,
+    device: torch.device,
+    budget_bytes: int,
+    overhead_bytes: int,
 ) -> StandinSetup | None:
     """Read the profile beside the checkpoint (or `config.profile`) and split the budget; None when there is none.
 
     Raises ProfileError (missing, damaged, another model's), BudgetError (nothing fits, with the least that does).
     """
-    path = find_profile(config, loaded.folder)
+    path = find_profile(config, folder)
     if path is None:
         return None
-    fingerprint = model_hash(loaded.folder)
+    fingerprint = model_hash(folder)
     profile = load_profile(path, model_hash=fingerprint)
     kinds = _RECORDS.get(config.standin, ()) if config.policy == "ladder" else ()
-    folder = standins_folder(path)
-    layouts = standin_layouts(folder, fingerprint, kinds=kinds, layers=profile.layers)
-    if sum(layout.total_bytes for layout in layouts.values()) <= _VERIFIED_BYTES:
-        verify_standins(folder)
+    layouts = standin_layouts(standins_folder(path), fingerprint, kinds=kinds, layers=profile.layers)
+    if sum(records.total_bytes for records in layouts.values()) <= _VERIFIED_BYTES:
+        verify_standins(standins_folder(path))
     if kinds and not layouts:
         raise ProfileError(
             f"{path} has no records of {' or '.join(kinds)}, must have them for standin {config.standin}. "
             "hint: run buddymoe profile again with these kinds"
         )
-    _same_shape(path, profile, loaded)
+    _same_shape(path, profile, layout)
     harms = {kind: profile.harm_LE(kind) for kind in (*layouts, "drop")}
-    split = _split(config, loaded.layout, profile, layouts, harms, budget_bytes, overhead_bytes)
+    split = _split(config, layout, profile, layouts, harms, budget_bytes, overhead_bytes)
     layers = config.chosen_layers()
     kind_of = {} if split.plan.fully_resident else split.kind_of
     used_harm_LE = _harm_of_use(profile, harms, kind_of)
@@ -120,7 +125,7 @@ def prepare(
         kind_of=kind_of,
         layouts=layouts,
         policy=make_policy(
-            config, profile, harm_LE=used_harm_LE, has_record_LE=_has_record(profile, kind_of), device=loaded.device
+            config, profile, harm_LE=used_harm_LE, has_record_LE=_has_record(profile, kind_of), device=device
         ),
         layers=frozenset(range(profile.layers)) if layers is None else layers,
         wants_scores=wants_scores(config),
@@ -133,8 +138,8 @@ def prepare(
     )
 
 
-def _same_shape(path: Path, profile: Profile, loaded: LoadedModel) -> None:
-    counts = loaded.layout.experts_per_layer
+def _same_shape(path: Path, profile: Profile, layout: ExpertLayout) -> None:
+    counts = layout.experts_per_layer
     if (profile.layers, profile.experts) != (len(counts), max(counts)):
         raise ProfileError(
             f"{path} has {profile.layers} layers of {profile.experts} experts, must have {len(counts)} of "
@@ -242,7 +247,7 @@ def _pricer(profile: Profile, harm_LE: Floats, plan: SlotPlan) -> Callable[[floa
     layer_L1 = np.arange(profile.layers)[:, None]
     harm_TLK = np.where(resident_LE[layer_L1, ids], 0.0, weights**2 * harm_LE[layer_L1, ids])
     harm_TN = harm_TLK.reshape(len(ids), -1)
-    return lambda budget: price_for(budget, harm_TN)
+    return Pricer(harm_TN)
 
 
 def _binding(fingerprint: str, config: EngineConfig, kind_of: Mapping[ExpertKey, str]) -> str:

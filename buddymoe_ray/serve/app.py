@@ -13,6 +13,7 @@ from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.handles import WORKER_NAME
 from buddymoe_ray.serve.ingress import Ingress
+from buddymoe_ray.serve.ray_metrics import RayMetrics
 from buddymoe_ray.serve.worker import EngineSeam, Worker
 
 __all__ = ["application", "build_app"]
@@ -37,12 +38,20 @@ class WorkerReplica(Worker):
     """A worker that opens its engine where ray puts it."""
 
     def __init__(self, args: ServeArgs, open_engine: OpenEngine) -> None:
+        replica = serve.get_replica_context().replica_id.unique_id
         super().__init__(
             open_engine(args.engine_config(), args.served_name),
             default_max_tokens=args.default_max_tokens,
             max_queued_requests=args.max_queued_requests,
             retry_after_seconds=args.retry_after_seconds,
+            name=replica,
         )
+        self._metrics = RayMetrics(model=args.served_name, replica=replica)
+
+    async def check_health(self) -> None:
+        """Ray asks every two seconds, which is a good pace for metrics too."""
+        self._metrics.publish(self.snapshot())
+        await super().check_health()
 
     def __del__(self) -> None:  # ray calls it once running requests are done, before the process ends
         if hasattr(self, "_engine"):  # absent when it could not be opened

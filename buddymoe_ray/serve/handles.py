@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.observe import EngineSnapshot
-from buddymoe_ray.serve.records import Refusal, Reply, Work, WorkerInfo
+from buddymoe_ray.serve.records import Refusal, Reply, Work, WorkerInfo, WorkerReport
 from buddymoe_ray.serve.refusals import failure, overloaded, unavailable
 
 __all__ = ["APP_NAME", "WORKER_NAME", "ReplicaWorkers", "connect"]
@@ -77,6 +77,16 @@ class ReplicaWorkers:
     def snapshots_sync(self) -> tuple[EngineSnapshot, ...]:
         """Every replica's engine, now."""
         return tuple(self._handle.broadcast("snapshot").results(timeout_s=HEALTH_SECONDS))
+
+    async def reports(self) -> tuple[WorkerReport, ...]:
+        """Every replica's counters; a replica that does not answer is left out."""
+        try:
+            answers = await self._handle.broadcast("report").results_async(
+                timeout_s=HEALTH_SECONDS, return_exceptions=True
+            )
+        except (TimeoutError, RayServeException):
+            return ()
+        return tuple(answer for answer in answers if isinstance(answer, WorkerReport))
 
     async def health(self) -> tuple[str | None, ...]:
         """Every running replica's health; a service without replicas reports one problem."""

@@ -19,6 +19,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from buddymoe_ray.errors import ModelNotFound, RequestError
+from buddymoe_ray.serve.metrics import exposition
 from buddymoe_ray.serve.records import Refusal, Workers
 from buddymoe_ray.serve.refusals import envelope, failure, refusal_of
 from buddymoe_ray.serve.render import ChatRenderer, CompletionRenderer, Head, Renderer
@@ -50,6 +51,7 @@ def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
     """The service's routes over `workers`."""
     app = FastAPI(title="buddymoe", openapi_url=None)
     app.include_router(_public_routes(workers))
+    app.include_router(_metrics_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
     app.include_router(_openai_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
     app.add_exception_handler(_Refused, _on_refused)
     app.add_exception_handler(RequestError, _on_request_error)
@@ -67,6 +69,18 @@ def _public_routes(workers: Workers) -> APIRouter:
         problems = [problem for problem in await workers.health() if problem is not None]
         body = {"status": "unhealthy" if problems else "ok", "problems": problems}
         return _json(json.dumps(body).encode(), status=503 if problems else 200)
+
+    return router
+
+
+def _metrics_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Every worker's counters for Prometheus. They tell what all tenants do, so the key guards them."""
+        text = exposition(settings.model, await workers.reports())
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
 

@@ -1,4 +1,4 @@
-"""Prompts to token ids, and the room they leave: what is checked before an engine sees a request.
+"""Prompts to token ids, the room they leave, and the request's terms: what is checked before an engine sees it.
 
 Knows the tokenizer and the limits, not the engine. On the token path: `Work` → `encode` → engine
 requests.
@@ -6,13 +6,36 @@ requests.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from buddymoe_ray.engine.chat import encode_chat, encode_prompt
-from buddymoe_ray.serve.records import ChatMessage, Refusal, Work
+from buddymoe_ray.errors import RequestError
+from buddymoe_ray.serve.records import ChatMessage, Refusal, Terms, Work
 from buddymoe_ray.serve.refusals import over_long
+from buddymoe_ray.types import Mode
 
-__all__ = ["encode", "output_limit"]
+__all__ = ["check_terms", "encode", "output_limit"]
+
+
+def check_terms(terms: Terms) -> None:
+    """Raises RequestError for values that no engine knows.
+
+    HTTP bodies are typed by `wire`; a Python client's keywords come here as they were given.
+    """
+    modes = get_args(Mode)
+    if terms.mode is not None and terms.mode not in modes:
+        raise _unusable("mode", terms.mode, " or ".join(modes), "leave it out for the service's own")
+    budget = terms.budget
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 <= budget <= 1):
+        raise _unusable("budget", budget, "a number from 0 to 1 (nats per token)", ".003 is about .3 % of perplexity")
+    if not isinstance(terms.record, bool):
+        raise _unusable("record", terms.record, "true or false", "leave it out for no record")
+    if terms.replay is not None and not isinstance(terms.replay, str):
+        raise _unusable("replay", terms.replay, "text", "send back usage.record unchanged")
+
+
+def _unusable(name: str, value: object, must: str, hint: str) -> RequestError:
+    return RequestError(f"{name} is {value!r:.80}, must be {must}. hint: {hint}", param=f"buddymoe.{name}")
 
 
 def encode(tokenizer: Any | None, work: Work) -> tuple[tuple[int, ...], ...]:

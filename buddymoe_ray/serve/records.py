@@ -11,9 +11,23 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
+from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.types import FinishReason, Mode, SamplingParams, Usage
 
-__all__ = ["Batch", "ChatMessage", "Delta", "Prompt", "Refusal", "Reply", "TokenText", "Work", "WorkerInfo", "Workers"]
+__all__ = [
+    "Batch",
+    "ChatMessage",
+    "Delta",
+    "Prompt",
+    "Refusal",
+    "Reply",
+    "Terms",
+    "TokenText",
+    "Work",
+    "WorkerInfo",
+    "WorkerReport",
+    "Workers",
+]
 
 Prompt = str | tuple[int, ...]
 
@@ -127,6 +141,14 @@ class WorkerInfo:
     kv_tokens: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class WorkerReport:
+    """One worker's counters. `replica` is its name among all workers that ever ran."""
+
+    replica: str
+    snapshot: EngineSnapshot
+
+
 class Workers(Protocol):
     """All workers of a service, as the ingress sees them. `handles.ReplicaWorkers` is the real one."""
 
@@ -136,6 +158,10 @@ class Workers(Protocol):
 
     async def info(self) -> WorkerInfo:
         """What is served (the same for all workers)."""
+        ...
+
+    async def reports(self) -> tuple[WorkerReport, ...]:
+        """Those of all workers that answer."""
         ...
 
     async def health(self) -> tuple[str | None, ...]:

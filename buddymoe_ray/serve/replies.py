@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from buddymoe_ray.types import Mode
+from buddymoe_ray.types import GuardState, Mode
 
 __all__ = [
     "BuddyUsage",
@@ -27,6 +27,7 @@ __all__ = [
     "ErrorEnvelope",
     "ModelCard",
     "ModelList",
+    "StandinsBody",
     "TokenLogprobBody",
     "TopLogprobBody",
     "UsageBody",
@@ -56,21 +57,34 @@ class ErrorEnvelope(_Reply):
     error: ErrorBody
 
 
-class BuddyUsage(_Reply):
-    """What the answer cost: expert uses of the decode steps that were resident, fetched, or answered by stand-ins.
+class StandinsBody(_Reply):
+    """Expert uses that a stand-in answered, by its kind."""
 
-    `expected_rise` is in nats of loss, summed over the completion, and at most `budget` times its tokens in mode
-    `bounded`. `mode` is what the request got: not `requested_mode` once `guard` is `tripped`.
+    lowbit: int
+    lowrank: int
+    buddy: int
+    mean: int
+    drop: int
+
+
+class BuddyUsage(_Reply):
+    """`usage.buddymoe`: what the answer cost, in expert uses (token, slot) of its decode steps.
+
+    `mode` is what the request got: not `requested_mode` once `guard` is `tripped`, or where no stand-in is within any
+    budget. `budget` (nats per generated token) is null but for a `bounded` request. `hits` found their expert resident,
+    `fetched` waited for it, `standins` were answered by something else. `expected_rise` is what they were charged: nats
+    of loss, summed over the completion, in mode `bounded` at most `budget` times its tokens. `record` is there for a
+    request that asked for it; it goes into `buddymoe.replay`.
     """
 
     mode: Mode
-    requested_mode: str
+    requested_mode: Mode
     budget: float | None
     hits: int
     fetched: int
-    standins: dict[str, int]
+    standins: StandinsBody
     expected_rise: float
-    guard: str
+    guard: GuardState
     record: str | None = None
 
 

@@ -74,6 +74,10 @@ class BuddyOptions(_Body):
         return Terms(mode=self.mode, budget=self.budget, record=self.record, replay=self.replay)
 
 
+def _no_null(value: object) -> object:
+    return {} if value is None else value
+
+
 def _stop_list(value: object) -> object:
     if isinstance(value, str):
         return [value]
@@ -163,7 +167,7 @@ class _Sampled(_Body):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_k: int | None = Field(default=None, ge=-1)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    buddymoe: BuddyOptions = BuddyOptions()
+    buddymoe: Annotated[BuddyOptions, BeforeValidator(_no_null)] = BuddyOptions()
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> _Sampled:
@@ -171,10 +175,16 @@ class _Sampled(_Body):
             raise ValueError("stream_options is given without stream, must come with stream true")
         return self
 
+    @property
+    def choices(self) -> int:
+        """Answers asked for in all."""
+        return self.n or 1
+
     @model_validator(mode="after")
     def _a_record_is_of_one_answer(self) -> _Sampled:
-        if (self.buddymoe.record or self.buddymoe.replay is not None) and (self.n or 1) > 1:
-            raise ValueError("buddymoe.record and buddymoe.replay are of one answer, n must be 1")
+        asked = "record" if self.buddymoe.record else "replay" if self.buddymoe.replay is not None else None
+        if asked is not None and self.choices > 1:
+            raise ValueError(f"buddymoe.{asked} is given for {self.choices} answers, must be for one prompt with n 1")
         return self
 
     @property
@@ -232,11 +242,14 @@ class CompletionRequest(_Sampled):
     def _choices_are_bounded(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError(f"best_of is {self.best_of}, must be n ({self.n or 1}): no choice is computed and dropped")
-        if len(self.prompt) * (self.n or 1) > MAX_CHOICES:
-            raise ValueError(
-                f"prompt asks for {len(self.prompt) * (self.n or 1)} choices, must be at most {MAX_CHOICES}"
-            )
+        if self.choices > MAX_CHOICES:
+            raise ValueError(f"prompt asks for {self.choices} choices, must be at most {MAX_CHOICES}")
         return self
+
+    @property
+    def choices(self) -> int:
+        """Answers asked for in all: `n` for each prompt."""
+        return len(self.prompt) * (self.n or 1)
 
     def work(self, request_id: str, *, flush_seconds: float) -> Work:
         """What a worker is asked."""

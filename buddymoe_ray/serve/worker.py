@@ -16,8 +16,8 @@ from typing import Any, Protocol
 from buddymoe_ray.errors import BuddyMoEError, CapacityError, RequestError
 from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.serve.deltas import merge
-from buddymoe_ray.serve.prompts import encode, output_limit
-from buddymoe_ray.serve.records import Batch, Delta, Refusal, Reply, Work, WorkerInfo
+from buddymoe_ray.serve.prompts import check_terms, encode, output_limit
+from buddymoe_ray.serve.records import Batch, Delta, Refusal, Reply, Work, WorkerInfo, WorkerReport
 from buddymoe_ray.serve.refusals import overloaded, refusal_of, unavailable
 from buddymoe_ray.serve.token_text import TokenBytes
 from buddymoe_ray.types import GenerationRequest, TokenEvent
@@ -63,6 +63,7 @@ class Worker:
         default_max_tokens: output limit of work that names none.
         max_queued_requests: calls that may wait beside those that run; the next one is refused.
         retry_after_seconds: what refused clients are told.
+        name: what its metrics are labelled with.
     """
 
     def __init__(
@@ -72,8 +73,10 @@ class Worker:
         default_max_tokens: int = 1024,
         max_queued_requests: int = 256,
         retry_after_seconds: int = 2,
+        name: str = "0",
     ) -> None:
         self._engine = engine
+        self._name = name
         self._bytes = TokenBytes(engine.tokenizer)
         self._default_max_tokens = default_max_tokens
         self._max_calls = engine.limits.max_running + max_queued_requests
@@ -124,6 +127,10 @@ class Worker:
         """The engine's state now."""
         return self._engine.snapshot()
 
+    def report(self) -> WorkerReport:
+        """The same with this worker's name."""
+        return WorkerReport(replica=self._name, snapshot=self._engine.snapshot())
+
     async def check_health(self) -> None:
         """Raises when the engine's step thread died; ray then replaces this worker."""
         await self._engine.check_health()
@@ -135,6 +142,7 @@ class Worker:
     async def _plan(self, work: Work) -> list[GenerationRequest] | Refusal:
         """One engine request per choice, all checked before the first starts."""
         try:
+            check_terms(work.terms)
             prompts = await asyncio.to_thread(encode, self._engine.tokenizer, work)  # a long one must not stop streams
         except RequestError as error:
             return refusal_of(error)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import openai
 import pytest
-from serving import Deploy
+import ray
+from serving import Deploy, eventually
 
 from buddymoe_ray import LLM
 from buddymoe_ray.client import Client
+from buddymoe_ray.errors import RequestError
 
 PROMPTS = ["def add(a, b):\n    return", "import os\n", "class Stack:\n    def __init__(self", "for i in range("]
 
@@ -108,5 +112,39 @@ def test_the_python_handle_has_the_same_modes(url: str, client: openai.OpenAI) -
     assert result.usage.mode == "fast" and result.usage.fetched == 0 and result.usage.record
     again = handle.generate(PROMPTS[0], replay=result.usage.record, max_tokens=16, temperature=0.0)
     assert again.token_ids == result.token_ids
+    streamed = list(handle.stream(PROMPTS[0], mode="bounded", budget=0.01, max_tokens=16, temperature=0.0))
+    assert streamed[-1].usage is not None and streamed[-1].usage.budget == 0.01
+    assert streamed[-1].usage.expected_rise <= 0.01 * 16
     (snapshot,) = handle.snapshots()
     assert snapshot.standins.total > 0 and snapshot.expected_rise > 0 and snapshot.guard.state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [({"mode": "quick"}, "mode"), ({"budget": "a lot"}, "budget"), ({"mode": "fast", "budget": 0.1}, "budget")],
+)
+def test_a_python_client_cannot_end_the_engine(url: str, asked: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        Client("modes").generate(PROMPTS[0], **asked)
+    assert refused.value.param == f"buddymoe.{param}"
+    assert httpx.get(f"{url}/health").json() == {"status": "ok", "problems": []}
+
+
+def test_metrics_tell_what_the_engine_counted(url: str, client: openai.OpenAI) -> None:
+    complete(client, PROMPTS[0], mode="fast")
+    (snapshot,) = Client("modes").snapshots()
+    text = httpx.get(f"{url}/metrics").text
+    [replica] = set(re.findall(r'replica="([^"]+)"', text))
+    who = f'{{model="builtin:tiny",replica="{replica}"'
+    assert f"buddymoe_hits_total{who}}} {snapshot.use_hits}\n" in text
+    assert f'buddymoe_standin_uses_total{who},kind="lowbit"}} {snapshot.standins.lowbit}\n' in text
+    assert f"buddymoe_expected_rise_nats_total{who}}} {snapshot.expected_rise}\n" in text
+    assert f'buddymoe_guard_state{who},state="ok"}} 1.0\n' in text
+
+    def exported() -> bool:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        ports = {node["MetricsExportPort"] for node in nodes}
+        pages = [httpx.get(f"http://{nodes[0]['NodeManagerAddress']}:{port}/metrics").text for port in ports]
+        return any(re.search(rf'ray_buddymoe_standin_uses.*kind="lowbit".*replica="{replica}"', p) for p in pages)
+
+    eventually(exported)  # ray's own exporter, on every node

@@ -124,9 +124,9 @@ def test_the_recommendation_says_why(whole: tuple[Profile, Path]) -> None:
 
 
 def test_buddies_of_every_signal_are_measured(tmp_path: Path) -> None:
-    """A random model of two layers: no records at all, live router scores included; larger budgets fetch less."""
+    """A random model of two layers: no records at all, live router scores included."""
     folder = write_checkpoint("qwen3_moe", tmp_path / "model", num_hidden_layers=2)
-    harms = HarmOptions(memories=(70.0,), budgets=(1.0, 1e-9), tokens=384)
+    harms = HarmOptions(memories=(70.0,), budgets=(1.0,), tokens=384)
     options = options_of(
         folder, tmp_path / "p.profile", kinds=("buddy",), ids=random_ids(3000), quick=False, harms=harms
     )
@@ -135,9 +135,8 @@ def test_buddies_of_every_signal_are_measured(tmp_path: Path) -> None:
     assert [row.standin for row in profile.comparison] == names and set(profile.kind_scale) == set(names)
     assert profile.measured and not profile.record_bytes and profile.pair_error_LEE.shape == (2, 8, 8)
     assert all(row.kl > 0 and row.tokens == 384 for row in profile.comparison)
-    loose, tight = profile.budget_curve
-    assert (loose.budget, tight.budget) == (1.0, 1e-9)
-    assert loose.fetched_fraction < 5 and tight.fetched_fraction > 95 and tight.expected_rise <= 1e-9
+    (point,) = profile.budget_curve  # of the best buddy, since there are no records
+    assert point.budget == 1.0 and point.fetched_fraction < 5
 
 
 def test_quick_profiles_know_no_harms_and_serve_fast_only(olmoe: Path, tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 from transformers import MixtralConfig
 
-from buddymoe_ray import EngineConfig
+from buddymoe_ray import LLM, EngineConfig
 from buddymoe_ray.engine.devices import list_gpus
 from buddymoe_ray.engine.machine import available_memory_bytes, cgroup_limit_bytes
 from buddymoe_ray.engine.plan import make_plan
 from buddymoe_ray.errors import BudgetError, ConfigError
+from buddymoe_ray.models.resolve import resolve_model
 
 GIB = 1 << 30
 
@@ -151,3 +152,24 @@ def test_cgroup_v1_limits(tmp_path: Path) -> None:
 def test_without_a_limit_the_machine_is_the_limit(tmp_path: Path) -> None:
     root = fake_root(tmp_path, cgroup="0::/\n", limits={"memory.max": "max"})
     assert cgroup_limit_bytes(root) == (None, 0) and available_memory_bytes(root) == (1 << 22) * 1024
+
+
+def test_a_plan_names_the_stand_ins_that_the_engine_then_has() -> None:
+    folder = resolve_model("builtin:tiny")
+    config = EngineConfig(memory="25%", mode="bounded", guard_share=0.0)
+    plan = make_plan(config, folder, gpus=[])
+    with LLM(memory="25%", mode="bounded", guard_share=0.0) as llm:
+        cache = llm.engine.cache
+        assert plan.devices[0].layer_slots == cache.plan.layer_slots
+        # the plan does not know in how many pieces an expert is stored, so its staging may differ by some pages
+        assert plan.overhead_bytes == pytest.approx(cache.plan.overhead_bytes, abs=16384)
+        assert plan.standin_bytes == pytest.approx(llm.engine.standin_bytes, abs=16384)
+    assert sum(plan.standins.values()) + plan.devices[0].resident_experts == 128
+    assert plan.expected_rise_fast is not None and 0.001 < plan.expected_rise_fast < 0.01
+    exact = make_plan(EngineConfig(memory="25%"), folder, gpus=[])
+    assert (exact.mode, exact.standins, exact.standin_bytes, exact.expected_rise_fast) == ("exact", {}, 0, None)
+
+
+def test_a_plan_of_recoded_experts_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"expert_dtype is 'int8', must be native.*hint:"):
+        make_plan(EngineConfig(expert_dtype="int8"), resolve_model("builtin:tiny"), gpus=[])

@@ -17,7 +17,7 @@ from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.async_engine import AsyncEngine
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.serve.app import open_async_engine
-from buddymoe_ray.serve.records import Batch, ChatMessage, Work
+from buddymoe_ray.serve.records import Batch, ChatMessage, Refusal, Terms, Work
 from buddymoe_ray.serve.worker import Worker
 from buddymoe_ray.types import EngineResult, SamplingParams
 
@@ -154,6 +154,100 @@ async def test_sixteen_streams_at_once(worker: Worker) -> None:
         alone = [await text(at) for at in range(16)]
         together = await asyncio.gather(*[text(at) for at in range(16)])
     assert alone == together
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"mode": "bounded"}, "mode"),
+        ({"mode": "fast"}, "mode"),
+        ({"budget": 0.01}, "budget"),
+        ({"mode": "exact", "budget": 0.01}, "budget"),
+        ({"replay": "abc"}, "replay"),
+    ],
+)
+async def test_what_a_service_without_stand_ins_cannot_give_is_400(
+    worker: Worker, asked: dict[str, Any], param: str
+) -> None:
+    async with openai_over(worker) as client:
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError) as caught:
+                await client.completions.create(
+                    model="tiny", prompt="x", max_tokens=2, stream=stream, extra_body={"buddymoe": asked}
+                )
+            assert caught.value.param == f"buddymoe.{param}"
+            assert "must be" in caught.value.message and "hint:" in caught.value.message
+
+
+@pytest.fixture(scope="module")
+def bounded() -> Iterator[Worker]:
+    """The same model with stand-ins, as the shipped deployment has it."""
+    config = EngineConfig(model="builtin:tiny", memory="25%", mode="bounded", budget=0.003, guard_share=0.0)
+    opened = Worker(open_async_engine(config, "tiny"))
+    yield opened
+    opened.close()
+
+
+async def spend(client: openai.AsyncOpenAI, prompt: str, **asked: Any) -> tuple[str, int, dict[str, Any]]:
+    reply = await client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=24, temperature=0, extra_body={"buddymoe": asked}
+    )
+    assert reply.usage is not None
+    return reply.choices[0].text, reply.usage.completion_tokens, (reply.usage.model_extra or {})["buddymoe"]
+
+
+async def test_charges_are_within_the_requests_own_budget(bounded: Worker) -> None:
+    before = bounded.snapshot()
+    async with openai_over(bounded) as client:
+        answers = [await spend(client, prompt, **asked) for prompt in PROMPTS for asked in ({}, {"budget": 0.05})]
+    for (_, tokens, spent), budget in zip(answers, [0.003, 0.05] * len(PROMPTS), strict=True):
+        assert (spent["mode"], spent["budget"]) == ("bounded", budget)
+        assert 0 <= spent["expected_rise"] <= budget * tokens
+        assert spent["hits"] + spent["fetched"] + sum(spent["standins"].values()) == (tokens - 1) * 16
+    after = bounded.snapshot()
+    assert after.expected_rise - before.expected_rise == pytest.approx(sum(s["expected_rise"] for *_, s in answers))
+    assert after.use_fetched - before.use_fetched == sum(s["fetched"] for *_, s in answers)
+    assert after.standins.total - before.standins.total == sum(sum(s["standins"].values()) for *_, s in answers) > 0
+
+
+async def test_exact_requests_of_a_bounded_service_are_the_resident_models(
+    bounded: Worker, resident: list[EngineResult]
+) -> None:
+    async with openai_over(bounded) as client:
+        asked = [spend(client, prompt, mode=mode) for prompt in PROMPTS for mode in ("exact", "fast")]
+        answers = await asyncio.gather(*asked)
+    exact, fast = answers[::2], answers[1::2]
+    assert [text for text, _, _ in exact] == [result.text for result in resident]
+    assert all(sum(spent["standins"].values()) == spent["expected_rise"] == 0 for *_, spent in exact)
+    assert all(spent["mode"] == "fast" and spent["budget"] is None for *_, spent in fast)
+    assert sum(sum(spent["standins"].values()) for *_, spent in fast) > 0
+
+
+@pytest.mark.parametrize("mode", ["bounded", "fast"])
+async def test_a_record_replays_to_the_same_text(bounded: Worker, mode: str) -> None:
+    async with openai_over(bounded) as client:
+        first = await asyncio.gather(*[spend(client, prompt, mode=mode, record=True) for prompt in PROMPTS])
+        again = [
+            await spend(client, prompt, replay=spent["record"])
+            for prompt, (_, _, spent) in zip(PROMPTS, first, strict=True)
+        ]
+        with pytest.raises(openai.BadRequestError) as caught:
+            await spend(client, "another prompt", replay=first[0][2]["record"])
+    assert [text for text, _, _ in again] == [text for text, _, _ in first]
+    assert caught.value.param == "buddymoe.replay"
+
+
+async def test_terms_no_engine_knows_do_not_reach_it(bounded: Worker) -> None:
+    """The step thread is everyone's: an unchecked word in it would end all requests."""
+    for terms in (Terms(mode="quick"), Terms(budget="a lot")):  # type: ignore[arg-type]
+        [refused] = [
+            r
+            async for r in bounded.generate(
+                Work(request_id="odd", prompts=("x",), sampling=SamplingParams(), terms=terms)
+            )
+        ]
+        assert isinstance(refused, Refusal) and refused.status == 400
+    await bounded.check_health()
 
 
 async def test_a_dead_step_thread_is_unwell(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,39 @@ async def test_stream_usage_comes_last_and_is_null_before(path: str, body: dict[
     assert whole["usage"]["completion_tokens"] == 12
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_usage_says_what_a_mode_cost(path: str) -> None:
+    body = (CHAT if "chat" in path else TEXT) | {"buddymoe": {"mode": "bounded", "budget": 0.01}}
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    async with serving() as client:
+        whole = (await client.post(path, json=body)).json()["usage"]["buddymoe"]
+        *_, last, _ = messages_of((await client.post(path, json=body | options)).text)
+    assert json.loads(last)["usage"]["buddymoe"] == whole
+    assert whole == {
+        "mode": "bounded",
+        "requested_mode": "bounded",
+        "budget": 0.01,
+        "hits": 18,
+        "fetched": 6,
+        "standins": {"lowbit": 12, "lowrank": 0, "buddy": 0, "mean": 0, "drop": 1},
+        "expected_rise": 0.006,
+        "guard": "ok",
+    }
+
+
+async def test_a_record_comes_when_it_is_asked_for_and_only_then() -> None:
+    async with serving() as client:
+        for asked in (TEXT, TEXT | {"stream": True, "stream_options": {"include_usage": True}}):
+            for mode, record in (("fast", True), ("exact", True), ("fast", False)):
+                response = await client.post(
+                    "/v1/completions", json=asked | {"buddymoe": {"mode": mode, "record": record}}
+                )
+                body = json.loads(messages_of(response.text)[-2]) if "stream" in asked else response.json()
+                spent = body["usage"]["buddymoe"]
+                assert ("record" in spent) == record and spent["mode"] == mode
+                assert spent.get("record", "record of ").startswith("record of ")
+
+
 async def test_openai_client_reads_all_of_it() -> None:
     async with serving() as http:
         client = openai_client(http)
@@ -220,9 +253,11 @@ async def test_key_guards_the_api_and_not_health(caplog: pytest.LogCaptureFixtur
             assert response.headers["www-authenticate"] == "Bearer"
         check_error(await client.post("/v1/chat/completions", content=b"{"), 401, None, "invalid_api_key")
         check_error(await client.get("/v1/models"), 401, None, "invalid_api_key")
+        check_error(await client.get("/metrics"), 401, None, "invalid_api_key")
         assert (await client.get("/health")).status_code == 200
         right = {"Authorization": f"Bearer {key}".encode()}
         assert (await client.get("/v1/models", headers=right)).status_code == 200
+        assert (await client.get("/metrics", headers=right)).status_code == 200
     assert key not in caplog.text
     assert key not in repr(HttpSettings(model="m", api_key=key))
 

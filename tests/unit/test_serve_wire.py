@@ -56,12 +56,20 @@ def test_terms_reach_the_worker() -> None:
     assert chat(buddymoe=asked).terms == completion(buddymoe=asked).terms == Terms(**asked)  # type: ignore[arg-type]
     assert completion(buddymoe={"replay": "abc"}).terms == Terms(replay="abc")
     assert chat(buddymoe={"budget": 1}).terms.budget == 1.0
+    assert chat(buddymoe=None).terms == chat(buddymoe={}).terms == chat(buddymoe={"mode": None}).terms == Terms()
 
 
-def test_a_record_is_of_one_answer() -> None:
-    for options in ({"record": True}, {"replay": "abc"}):
-        with pytest.raises(RequestError, match="n must be 1"):
-            chat(n=2, buddymoe=options)
+@pytest.mark.parametrize(("name", "options"), [("record", {"record": True}), ("replay", {"replay": "abc"})])
+def test_a_record_is_of_one_answer(name: str, options: dict[str, Any]) -> None:
+    for refused in (
+        refusal_of_chat(n=2, buddymoe=options),
+        refusal_of_completion(n=2, buddymoe=options),
+        refusal_of_completion(prompt=["a", "b"], buddymoe=options),
+        refusal_of_completion(prompt=[[1], [2]], buddymoe=options),
+    ):
+        assert refused.param == f"buddymoe.{name}"
+        assert "is given for 2 answers, must be for one prompt with n 1" in str(refused)
+    assert completion(prompt=["a"], n=1, buddymoe=options).terms == Terms(**options)
 
 
 def test_a_bare_completion_keeps_every_default() -> None:
@@ -220,6 +228,14 @@ def test_unknown_fields_are_refused_by_name(name: str) -> None:
         ({"buddymoe": {"budget": -0.1}}, "buddymoe.budget"),
         ({"buddymoe": {"budget": 1.1}}, "buddymoe.budget"),
         ({"buddymoe": {"budget": "0.1"}}, "buddymoe.budget"),
+        ({"buddymoe": {"budget": True}}, "buddymoe.budget"),
+        ({"buddymoe": {"budget": float("inf")}}, "buddymoe.budget"),
+        ({"buddymoe": {"budget": float("nan")}}, "buddymoe.budget"),
+        ({"buddymoe": {"mode": "Exact"}}, "buddymoe.mode"),
+        ({"buddymoe": {"mode": 1}}, "buddymoe.mode"),
+        ({"buddymoe": "fast"}, "buddymoe"),
+        ({"buddymoe": []}, "buddymoe"),
+        ({"buddymoe": False}, "buddymoe"),
         ({"buddymoe": {"record": "yes"}}, "buddymoe.record"),
         ({"buddymoe": {"replay": 3}}, "buddymoe.replay"),
         ({"buddymoe": {"speed": 3}}, "buddymoe.speed"),

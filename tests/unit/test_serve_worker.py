@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -12,10 +13,10 @@ from fakes import FakeEngine, FakeLimits, byte_tokenizer, fake_token
 from buddymoe_ray.errors import CapacityError
 from buddymoe_ray.serve.deltas import merge, total_usage
 from buddymoe_ray.serve.prompts import output_limit
-from buddymoe_ray.serve.records import Batch, ChatMessage, Delta, Refusal, Reply, TokenText, Work
+from buddymoe_ray.serve.records import Batch, ChatMessage, Delta, Refusal, Reply, Terms, TokenText, Work, WorkerReport
 from buddymoe_ray.serve.token_text import TokenBytes
 from buddymoe_ray.serve.worker import Worker
-from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenLogprob, Usage
+from buddymoe_ray.types import GenerationRequest, SamplingParams, StandinUses, TokenLogprob, Usage
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -110,6 +111,58 @@ async def test_refusals_before_the_engine_is_asked() -> None:
     one_long = await refusal(worker, work(prompts=("ok", "x" * 20)))
     assert one_long.code == "context_length_exceeded"
     assert engine.seen == []
+
+
+async def test_terms_reach_the_engine_and_what_they_cost_comes_back() -> None:
+    engine = FakeEngine()
+    terms = Terms(mode="bounded", budget=0.01, record=True, replay="abc")
+    [delta] = await whole(Worker(engine), work(terms=terms))
+    [request] = engine.seen
+    assert (request.mode, request.budget, request.record, request.replay) == ("bounded", 0.01, True, "abc")
+    assert delta.usage is not None and delta.usage.standins == StandinUses(lowbit=10, drop=1)
+    assert (delta.usage.budget, delta.usage.record) == (0.01, "record of r-0")
+
+
+@pytest.mark.parametrize(
+    ("terms", "param", "said"),
+    [
+        (Terms(mode="quick"), "mode", "mode is 'quick', must be exact or bounded or fast"),  # type: ignore[arg-type]
+        (Terms(mode=["fast"]), "mode", "mode is \\['fast'\\]"),  # type: ignore[arg-type]
+        (Terms(mode="bounded", budget=-0.1), "budget", "budget is -0.1, must be a number from 0 to 1"),
+        (Terms(budget=1.5), "budget", "budget is 1.5"),
+        (Terms(budget=float("nan")), "budget", "budget is nan"),
+        (Terms(budget=float("inf")), "budget", "budget is inf"),
+        (Terms(budget="0.1"), "budget", "budget is '0.1'"),  # type: ignore[arg-type]
+        (Terms(budget=True), "budget", "budget is True"),
+        (Terms(record="yes"), "record", "record is 'yes', must be true or false"),  # type: ignore[arg-type]
+        (Terms(replay=b"abc"), "replay", "replay is b'abc', must be text"),  # type: ignore[arg-type]
+    ],
+)
+async def test_terms_no_engine_knows_are_refused_before_one_sees_them(terms: Terms, param: str, said: str) -> None:
+    engine = FakeEngine()
+    refused = await refusal(Worker(engine), work(terms=terms))
+    assert (refused.status, refused.param) == (400, f"buddymoe.{param}")
+    assert re.match(said, refused.message) and "hint:" in refused.message
+    assert engine.seen == []
+
+
+async def test_costs_of_choices_add_up_and_a_tripped_guard_is_told() -> None:
+    deltas = await whole(Worker(FakeEngine()), work(n=2, terms=Terms(mode="fast")))
+    total = total_usage(deltas, n=2)
+    assert total.standins == StandinUses(lowbit=20, drop=2) and total.standins.total == 22
+    assert (total.hits, total.fetched, total.guard, total.mode) == (30, 0, "ok", "fast")
+    assert total.expected_rise == pytest.approx(0.01)
+    assert deltas[1].usage is not None
+    tripped = replace(deltas[1], usage=replace(deltas[1].usage, guard="tripped", mode="exact"))
+    for order in ((deltas[0], tripped), (tripped, deltas[0])):
+        worse = total_usage(order, n=2)
+        assert (worse.guard, worse.mode, worse.requested_mode) == ("tripped", "exact", "fast")
+        assert worse.standins.total == 22
+
+
+def test_a_report_carries_the_workers_name() -> None:
+    engine = FakeEngine()
+    assert Worker(engine, name="w7").report() == WorkerReport(replica="w7", snapshot=engine.snapshot())
 
 
 async def test_without_a_tokenizer_only_ids_are_served() -> None:
