@@ -60,6 +60,22 @@ def check_budget(device: str) -> dict[str, Any]:
     return {"check": "budget", "device_bytes": sizes, "budget_25": budget, "total": total, "ok": held}
 
 
+def check_standins(device: str, *, new_tokens: int) -> Iterator[dict[str, Any]]:
+    """Stand-ins on this device against the CPU's: same tokens, nothing fetched, charges within the budget."""
+    for mode, memory in (("fast", "25%"), ("bounded", "25%"), ("fast", "50%")):
+        answers = []
+        for where in ("cpu", device):
+            options = {"memory": memory, "mode": mode, "dtype": "float32", "device": where, "guard_share": 0.0}
+            with LLM("builtin:tiny", **options) as llm:
+                answers.append(llm.generate(list(PROMPTS), max_tokens=new_tokens))
+        same = sum(a.token_ids == b.token_ids for a, b in zip(*answers, strict=True))
+        usages = [result.usage for result in answers[1]]
+        kept = all(u.fetched == 0 if mode == "fast" else u.expected_rise <= 0.003 * u.completion_tokens for u in usages)
+        stood_in = sum(u.standins.total for u in usages)
+        ok = same == len(PROMPTS) and kept and stood_in > 0
+        yield {"check": "stand-ins", "mode": mode, "memory": memory, "same": same, "stood_in": stood_in, "ok": ok}
+
+
 def table(device: str, *, layers: int, new_tokens: int, folder: Path) -> Iterator[dict[str, Any]]:
     """Tokens/s at each budget for `builtin:tiny` and a synthetic OLMoE cut to `layers` layers."""
     synth_checkpoint("olmoe-1b-7b", folder, layers=layers, skew=1.0, seed=0)
@@ -103,6 +119,7 @@ def main(argv: list[str] | None = None) -> int:
 def _all(device: str, args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     yield from check_exact(device, new_tokens=args.new_tokens)
     yield check_budget(device)
+    yield from check_standins(device, new_tokens=args.new_tokens)
     yield from table(device, layers=args.layers, new_tokens=args.new_tokens, folder=folder)
 
 

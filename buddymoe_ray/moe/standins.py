@@ -18,7 +18,7 @@ from torch import Tensor
 from buddymoe_ray.cache import StandinPool
 from buddymoe_ray.moe.outcome import STANDIN_KINDS, standin_kind
 from buddymoe_ray.moe.step import Overlay, StepState
-from buddymoe_ray.policy import Action, Misses, MissPolicy, Resolution
+from buddymoe_ray.policy import Action, Misses, MissPolicy, Resolution, RowBudgets
 from buddymoe_ray.types import ExpertKey
 
 __all__ = ["RecordCompute", "Standins"]
@@ -77,7 +77,7 @@ class Standins:
             weight_TK=weight_TK,
             resident_E=resident_E.to(ids_TK.device),
             score_TE=step.scores.get(layer),
-            rows=step.budgets,
+            rows=_on(step.budgets, ids_TK.device),
         )
         resolution = self.policy.resolve(misses)
         overlay = step.overlays.get(layer)
@@ -97,13 +97,22 @@ class Standins:
         return step.budgets is not None and (layer in self.layers or layer in step.overlays)
 
 
+def _on(budgets: RowBudgets, device: torch.device) -> RowBudgets:
+    """The budgets where the routing is; they are kept on the CPU, where requests are."""
+    return RowBudgets(
+        mode_T=budgets.mode_T.to(device),
+        allowance_T=budgets.allowance_T.to(device),
+        price_T=budgets.price_T.to(device),
+    )
+
+
 def _repeat(resolution: Resolution, overlay: Overlay) -> Resolution:
     """Force the recorded uses upon a resolution; a replay is charged nothing, its harm was charged when recorded."""
-    at = (overlay.row_N, overlay.slot_N)
+    at = (overlay.row_N.to(resolution.action_TK.device), overlay.slot_N.to(resolution.action_TK.device))
     action_TK, expert_TK = resolution.action_TK.clone(), resolution.expert_TK.clone()
     weight_TK = resolution.weight_TK.clone()
-    action_TK[at] = overlay.action_N.to(action_TK.dtype)
-    expert_TK[at], weight_TK[at] = overlay.expert_N, overlay.weight_N.to(weight_TK.dtype)
+    action_TK[at] = overlay.action_N.to(action_TK)
+    expert_TK[at], weight_TK[at] = overlay.expert_N.to(expert_TK), overlay.weight_N.to(weight_TK)
     assert int(action_TK.max()) <= Action.DROP, f"action is {int(action_TK.max())}, must be at most {Action.DROP}"
     return Resolution(
         action_TK=action_TK,

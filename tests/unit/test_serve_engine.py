@@ -214,9 +214,12 @@ async def test_exact_requests_of_a_bounded_service_are_the_resident_models(
     bounded: Worker, resident: list[EngineResult]
 ) -> None:
     async with openai_over(bounded) as client:
-        asked = [spend(client, prompt, mode=mode) for prompt in PROMPTS for mode in ("exact", "fast")]
-        answers = await asyncio.gather(*asked)
-    exact, fast = answers[::2], answers[1::2]
+        others = [
+            f"# {at}\nwhile True:\n    print({at}, " for at in range(4)
+        ]  # the same text would be fetched for both
+        exact_calls = [spend(client, prompt, mode="exact") for prompt in PROMPTS]
+        answers = await asyncio.gather(*exact_calls, *[spend(client, other, mode="fast") for other in others])
+    exact, fast = answers[: len(PROMPTS)], answers[len(PROMPTS) :]
     assert [text for text, _, _ in exact] == [result.text for result in resident]
     assert all(sum(spent["standins"].values()) == spent["expected_rise"] == 0 for *_, spent in exact)
     assert all(spent["mode"] == "fast" and spent["budget"] is None for *_, spent in fast)
