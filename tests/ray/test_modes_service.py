@@ -62,6 +62,7 @@ def test_a_record_replays_to_the_same_text_while_others_are_served(client: opena
             )
         )
     assert [text for text, _, _ in again] == [text for text, _, _ in first]
+    assert [spent["standins"] for *_, spent in again] == [spent["standins"] for *_, spent in first]
     assert sum(sum(spent["standins"].values()) for _, _, spent in first) > 0
     assert all(other.result()[2]["mode"] == "fast" for other in others)
 

@@ -226,17 +226,26 @@ async def test_exact_requests_of_a_bounded_service_are_the_resident_models(
     assert sum(sum(spent["standins"].values()) for *_, spent in fast) > 0
 
 
-@pytest.mark.parametrize("mode", ["bounded", "fast"])
-async def test_a_record_replays_to_the_same_text(bounded: Worker, mode: str) -> None:
+@pytest.mark.parametrize("mode", ["exact", "bounded", "fast"])
+async def test_a_record_replays_to_the_same_text_and_nothing_is_substituted_beside_it(
+    bounded: Worker, mode: str
+) -> None:
+    """The replay names no mode: a use that the record does not name was the expert's own, and must be again."""
     async with openai_over(bounded) as client:
         first = await asyncio.gather(*[spend(client, prompt, mode=mode, record=True) for prompt in PROMPTS])
         again = [
             await spend(client, prompt, replay=spent["record"])
             for prompt, (_, _, spent) in zip(PROMPTS, first, strict=True)
         ]
-        with pytest.raises(openai.BadRequestError) as caught:
-            await spend(client, "another prompt", replay=first[0][2]["record"])
+    assert [spent["standins"] for *_, spent in again] == [spent["standins"] for *_, spent in first]
     assert [text for text, _, _ in again] == [text for text, _, _ in first]
+
+
+async def test_a_record_of_another_prompt_is_400(bounded: Worker) -> None:
+    async with openai_over(bounded) as client:
+        _, _, spent = await spend(client, PROMPTS[0], record=True)
+        with pytest.raises(openai.BadRequestError, match="another prompt") as caught:
+            await spend(client, "another prompt", replay=spent["record"])
     assert caught.value.param == "buddymoe.replay"
 
 
