@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.standin_setup import StandinSetup
@@ -125,8 +126,16 @@ class StepTotals:
 
 
 def open_account(request: GenerationRequest, config: EngineConfig, setup: StandinSetup | None) -> Account:
-    """The account of a new request: its own mode and budget, else the engine's. Raises RequestError."""
-    mode = request.mode or config.mode
+    """The account of a new request: its own mode and budget, else the engine's. Raises RequestError.
+
+    A replay runs as `exact`: what its record does not name was the expert itself, whatever is resident now.
+    """
+    mode: Mode = request.mode or config.mode if request.replay is None else "exact"
+    if mode not in get_args(Mode):
+        raise RequestError(
+            f"mode is {mode!r}, must be {' or '.join(get_args(Mode))}. hint: leave it out for the service's own",
+            param="buddymoe.mode",
+        )
     unknown = setup is None and mode == config.mode == "bounded"  # no profile: every budget is kept by being exact
     if mode != "exact" and setup is None and not unknown:
         raise RequestError(
@@ -139,9 +148,10 @@ def open_account(request: GenerationRequest, config: EngineConfig, setup: Standi
             param="buddymoe.budget",
         )
     budget = config.budget if request.budget is None else request.budget
-    if mode == "bounded" and not 0 <= budget <= 1:
+    number = isinstance(budget, int | float) and not isinstance(budget, bool)
+    if mode == "bounded" and not (number and 0 <= budget <= 1):
         raise RequestError(
-            f"budget is {budget}, must be from 0 to 1 nats per token. hint: .003 is about .3 % of perplexity",
+            f"budget is {budget!r}, must be a number from 0 to 1 nats. hint: .003 is about .3 % of perplexity",
             param="buddymoe.budget",
         )
     refused = unknown or (mode == "bounded" and setup is not None and bool(setup.refusal))

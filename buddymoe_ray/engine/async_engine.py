@@ -113,7 +113,7 @@ class AsyncEngine:
         try:
             self._raise_if_dead()
             self._engine.add(request)
-        except BuddyMoEError as error:
+        except Exception as error:  # whatever is wrong with one request is told to its caller, and the others go on
             stream.put(error)
         else:
             self._streams[request.request_id] = stream

@@ -10,6 +10,7 @@ import base64
 import binascii
 import hashlib
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,13 @@ def encode_record(uses: Sequence[RecordedUse], *, binding: str, prompt: Sequence
         _ROW.pack(r.step, r.use.layer, r.use.slot, r.use.action, r.use.expert, r.use.weight, kinds.index(r.use.kind))
         for r in uses
     )
-    body = {"version": _VERSION, "binding": binding, "prompt": _digest(prompt), "kinds": kinds, "rows": rows}
+    body = {
+        "version": _VERSION,
+        "binding": binding,
+        "prompt": _digest(prompt),
+        "kinds": kinds,
+        "rows": zlib.compress(rows),
+    }
     return base64.b64encode(msgpack.packb(body)).decode("ascii")
 
 
@@ -89,12 +96,22 @@ def _body(text: str) -> dict[str, Any]:
         known = isinstance(body, dict) and body["version"] == _VERSION
         shaped = known and isinstance(body["rows"], bytes) and isinstance(body["kinds"], list)
         shaped = shaped and all(isinstance(kind, str) for kind in body["kinds"])
+        if shaped:
+            body["rows"] = _inflated(body["rows"])
         shaped = shaped and len(body["rows"]) % _ROW.size == 0 and {"binding", "prompt"} <= set(body)
-    except (binascii.Error, ValueError, KeyError, TypeError, msgpack.exceptions.UnpackException) as error:
+    except (binascii.Error, ValueError, KeyError, TypeError, zlib.error, msgpack.exceptions.UnpackException) as error:
         raise _refused("damaged", "as the service wrote it") from error
     if not shaped:
         raise _refused("damaged", "as the service wrote it")
     return body  # type: ignore[no-any-return]
+
+
+def _inflated(data: bytes) -> bytes:
+    inflater = zlib.decompressobj()
+    rows = inflater.decompress(data, _MOST_BYTES)
+    if not inflater.eof:
+        raise ValueError("rows are cut short or too many")
+    return rows
 
 
 def _refused(what: str, must: str) -> RequestError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import zlib
 
 import msgpack
 import pytest
@@ -68,6 +69,8 @@ def changed(**fields: object) -> str:
         base64.b64encode(msgpack.packb({"version": 1})).decode(),
         changed(version=2),
         changed(rows=b"123"),
+        changed(rows=zlib.compress(b"123")),
+        changed(rows=zlib.compress(bytes(64))[:-5]),
         changed(rows="text"),
         changed(kinds=[]),
         changed(kinds=[3]),

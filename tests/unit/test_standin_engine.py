@@ -95,7 +95,8 @@ def test_a_record_gives_the_same_tokens_again(mode: str) -> None:
         together = llm.generate(PROMPTS, mode=mode, record=True, max_tokens=40)  # type: ignore[arg-type]
         for prompt, first in zip(PROMPTS, together, strict=True):
             assert first.usage.record is not None
-            assert replayed(llm, prompt, first, mode="exact").token_ids == first.token_ids
+            again = replayed(llm, prompt, first)
+            assert again.token_ids == first.token_ids and again.usage.mode == "exact"
         assert llm.generate(PROMPTS[0], max_tokens=4)[0].usage.record is None
 
 
@@ -171,8 +172,12 @@ def test_what_an_exact_service_cannot_give_is_refused(options: dict, said: str) 
         llm.generate(PROMPTS[0], **options)
 
 
-def test_bad_budgets_are_refused() -> None:
+def test_bad_modes_and_budgets_are_refused() -> None:
     with served() as llm:
+        with pytest.raises(RequestError, match="mode is 'quick', must be exact or bounded or fast"):
+            llm.generate(PROMPTS[0], mode="quick")  # type: ignore[arg-type]
+        with pytest.raises(RequestError, match=r"budget is '0.1', must be a number"):
+            llm.generate(PROMPTS[0], budget="0.1")  # type: ignore[arg-type]
         for budget in (-0.1, 2.0, float("nan")):
             with pytest.raises(RequestError, match="budget is"):
                 llm.generate(PROMPTS[0], budget=budget)
