@@ -67,7 +67,7 @@ def standins_table() -> str:
         cells = [_rise(found.get((policy, standin, memory))) for memory in memories]
         half = found.get((policy, standin, "50%"), {})
         name = "BuddyMoE whole" if policy == "buddymoe" else f"`{standin}`"
-        cells += [f"{1000 * half['kl']:.2g}", f"{half['top1_agreement']:.1f}"] if "kl" in half else ["–", "–"]
+        cells += [f"{1000 * half['kl']:.3g}", f"{half['top1_agreement']:.1f}"] if "kl" in half else ["–", "–"]
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

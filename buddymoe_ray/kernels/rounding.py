@@ -98,4 +98,5 @@ def nearest_code(scale: Tensor, base: float) -> Tensor:
 
 
 def scale_of(code: Tensor, base: float) -> Tensor:
+    """Scales of scale codes."""
     return base * torch.exp2(code.float() / -STEPS_PER_OCTAVE)
