@@ -1,8 +1,20 @@
-"""Expert bytes and where they are: disk, host, device. Decides nothing: plans and eviction orders are handed in."""
+"""Expert bytes and where they are: disk, host, device, and one node's shared memory. Decides nothing: plans and
+eviction orders are handed in."""
 
 from buddymoe_ray.cache.disk import DiskReader
 from buddymoe_ray.cache.expert_cache import CacheStats, Eviction, ExpertCache
+from buddymoe_ray.cache.experts import Experts, ExpertSource
 from buddymoe_ray.cache.pool import Lease, slot_views
 from buddymoe_ray.cache.standin_pool import StandinPool
 
-__all__ = ["CacheStats", "DiskReader", "Eviction", "ExpertCache", "Lease", "StandinPool", "slot_views"]
+__all__ = [
+    "CacheStats",
+    "DiskReader",
+    "Eviction",
+    "ExpertCache",
+    "ExpertSource",
+    "Experts",
+    "Lease",
+    "StandinPool",
+    "slot_views",
+]

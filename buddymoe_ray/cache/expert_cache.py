@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +111,13 @@ class ExpertCache:
     def resident_mask(self, layer: int) -> Tensor:
         """`[E]` bool on the CPU, True where resident; a live view, not to be written."""
         return self._directory.resident_E[layer]
+
+    def holding(self, layer: int) -> AbstractContextManager[Tensor]:
+        """`[E]` bool of the layer's residents, for a block in which none gives way but by this thread's own loads."""
+        return nullcontext(self.resident_mask(layer))
+
+    def count(self, layer: int, ids: Tensor) -> None:
+        """Note uses of experts for whoever places them: a cache of one engine has nobody to tell."""
 
     def stream(
         self, layer: int, experts: Sequence[int], *, protect_residency: bool

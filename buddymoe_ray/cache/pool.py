@@ -10,13 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from buddymoe_ray.types import ExpertKey, ExpertLayout
 
-__all__ = ["Lease", "SlotPool", "slot_views"]
+__all__ = ["Lease", "SlotPool", "Slots", "slot_views"]
+
+
+class Slots(Protocol):
+    """Where leased slots are: `SlotPool`, or a shared store."""
+
+    @property
+    def generation(self) -> Any:
+        """How often each slot's content changed; indexed by slot."""
+
+    def tensors(self, slot: int) -> Mapping[str, Tensor]:
+        """The slot's parameters by name."""
 
 
 class SlotPool:
@@ -51,7 +63,7 @@ class Lease:
     key: ExpertKey
     slot: int
     generation: int
-    pool: SlotPool
+    pool: Slots
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The expert's parameters by name, without their expert dimension."""

@@ -26,10 +26,15 @@ class StandinPool:
         layouts: per kind, how a record lies and where each expert's is on disk.
         kind_of: which experts have a record here, and of which kind.
         device: where the records live.
+        memory: uint8 `[nbytes_for(...)]` to use instead of memory of its own: a node's one copy.
     """
 
     def __init__(
-        self, layouts: Mapping[str, ExpertLayout], kind_of: Mapping[ExpertKey, str], device: torch.device
+        self,
+        layouts: Mapping[str, ExpertLayout],
+        kind_of: Mapping[ExpertKey, str],
+        device: torch.device,
+        memory: Tensor | None = None,
     ) -> None:
         self.kind_of = dict(kind_of)
         self._layouts = layouts
@@ -38,8 +43,14 @@ class StandinPool:
         for key, kind in self.kind_of.items():
             self.offset_of[key] = total
             total += layouts[kind].slot_bytes
-        self.bytes = torch.empty(total, dtype=torch.uint8, device=device)
+        assert memory is None or memory.numel() == total, f"memory is {memory.shape}, must be {total} bytes"  # type: ignore[union-attr]
+        self.bytes = torch.empty(total, dtype=torch.uint8, device=device) if memory is None else memory
         self._views = {key: slot_views(self._record(key), layouts[kind]) for key, kind in self.kind_of.items()}
+
+    @staticmethod
+    def nbytes_for(layouts: Mapping[str, ExpertLayout], kind_of: Mapping[ExpertKey, str]) -> int:
+        """Bytes of all records of `kind_of`."""
+        return sum(layouts[kind].slot_bytes for kind in kind_of.values())
 
     @property
     def nbytes(self) -> int:

@@ -21,6 +21,7 @@ from buddymoe_ray.engine.kv import KVPool
 from buddymoe_ray.engine.machine import available_memory_bytes, pick_device
 from buddymoe_ray.engine.runner import PackedRunner, Runner, SoloRunner, probe_kv_shapes
 from buddymoe_ray.engine.scheduler import Scheduler
+from buddymoe_ray.engine.sharing import Sharing
 from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.models.load import LoadedModel, load_model
 from buddymoe_ray.models.resolve import resolve_model
@@ -38,8 +39,9 @@ _KV_AUTO_CAP = 1 << 30
 _KV_AUTO_SHARE = 0.25
 
 
-def build_parts(config: EngineConfig, *, text: bool = True) -> EngineParts:
-    """Everything an Engine needs. Raises ConfigError, CheckpointError, BudgetError."""
+def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | None = None) -> EngineParts:
+    """Everything an Engine needs; `sharing` says with whom it shares its experts. Raises ConfigError, CheckpointError,
+    BudgetError."""
     torch.set_num_threads(config.threads)
     device = pick_device(config.device)
     folder = resolve_model(config.model)
@@ -48,7 +50,7 @@ def build_parts(config: EngineConfig, *, text: bool = True) -> EngineParts:
     name = attention.NAME if packed else None
     loaded = load_model(folder, dtype=torch_dtype(config.dtype), device=device, attn=name)
     step = StepState()
-    experts = open_experts(config, loaded, step)
+    experts = open_experts(config, loaded, step, sharing)
     try:
         kv = _KVSize.choose(config, loaded, packed, step)
         scheduler = Scheduler(
@@ -73,7 +75,7 @@ def build_parts(config: EngineConfig, *, text: bool = True) -> EngineParts:
             tokenizer=load_tokenizer(folder) if text else None,
         )
     except BaseException:
-        experts.cache.close()
+        experts.close()
         raise
 
 

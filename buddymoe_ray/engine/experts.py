@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from buddymoe_ray.cache import DiskReader, ExpertCache, StandinPool
+from buddymoe_ray.cache import DiskReader, ExpertCache, ExpertSource, StandinPool
+from buddymoe_ray.cache.shared import Room
 from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.engine.sharing import Sharing, open_records, open_store
 from buddymoe_ray.engine.standin_setup import StandinSetup, prepare
 from buddymoe_ray.kernels import ExpertMath, LowbitFormat, UpcastScratch, expert_forward, lowbit_forward
 from buddymoe_ray.models.expert_dtype import format_of, recoded_layout
@@ -38,25 +40,37 @@ STAGING_SHARE: Mapping[str, float] = {"exact": 0.06, "bounded": 0.03, "fast": 0.
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertTier:
-    """The experts of one engine. `setup` is None where every miss is fetched."""
+    """The experts of one engine. `setup` is None where every miss is fetched; `room` is the node's copy of records."""
 
-    cache: ExpertCache
+    cache: ExpertSource
     setup: StandinSetup | None
     standin_bytes: int
+    room: Room | None = None
+
+    def close(self) -> None:
+        """Close files and give shared memory back. Safe to call twice."""
+        self.cache.close()
+        if self.room is not None:
+            self.room.close()
 
 
-def open_experts(config: EngineConfig, loaded: LoadedModel, step: StepState) -> ExpertTier:
+def open_experts(
+    config: EngineConfig, loaded: LoadedModel, step: StepState, sharing: Sharing | None = None
+) -> ExpertTier:
     """Open the cache, load stand-ins and attach a block to every MoE layer.
 
+    With `sharing`, slots and records are the node's: its workers' budgets together, one copy of everything.
     Raises BudgetError, ProfileError, ConfigError, CacheError; nothing stays open then.
     """
     maths = [expert_math(module) for module in loaded.experts]
     loaded = _recoded(config, loaded, maths)
     layout, on_gpu = loaded.layout, loaded.device.type != "cpu"
+    sharing = None if on_gpu else sharing  # a GPU's slots are its own
+    workers = 1 if sharing is None else sharing.workers
     budget = parse_memory(config.memory, total_expert_bytes=layout.total_bytes)
     largest, share = _largest_piece(layout), STAGING_SHARE[config.mode]
     staging = plan_staging(largest_piece=largest, budget_bytes=budget, share=share)
-    overhead = scratch_bytes(layout, loaded.compute_dtype) + (0 if on_gpu else staging.nbytes)
+    overhead = workers * (scratch_bytes(layout, loaded.compute_dtype) + (0 if on_gpu else staging.nbytes))
     setup = None
     if config.mode != "exact":
         setup = prepare(
@@ -64,17 +78,24 @@ def open_experts(config: EngineConfig, loaded: LoadedModel, step: StepState) -> 
             folder=loaded.folder,
             layout=layout,
             device=loaded.device,
-            budget_bytes=budget,
+            budget_bytes=workers * budget,
             overhead_bytes=overhead,
+            workers=workers,
         )
-    plan = setup.plan if setup is not None else _exact_plan(layout, budget, overhead)
-    cache = _open_cache(config, loaded, plan, staging)
+    plan = setup.plan if setup is not None else _exact_plan(layout, workers * budget, overhead, workers)
+    cache = _open_cache(config, loaded, plan, staging, sharing)
+    room = None
     try:
         cache.warm(progress=_progress)
-        standins = None if setup is None else _load_standins(setup, loaded, maths, staging, config.threads)
+        pool = None
+        if setup is not None:
+            room, pool = _load_records(setup, loaded, staging, sharing)
+        standins = None if setup is None or pool is None else _standins(setup, loaded, maths, pool, config.threads)
         _attach(loaded, cache, maths, step, standins, format_of(config.expert_dtype))
     except BaseException:
         cache.close()
+        if room is not None:
+            room.close()
         raise
     if setup is not None and setup.wants_scores:
         attach_router_scores(
@@ -84,7 +105,8 @@ def open_experts(config: EngineConfig, loaded: LoadedModel, step: StepState) -> 
             model_type=loaded.family.model_type,
             into=step.scores,
         )
-    return ExpertTier(cache=cache, setup=setup, standin_bytes=0 if standins is None else standins.pool.nbytes)
+    standin_bytes = 0 if standins is None else standins.pool.nbytes
+    return ExpertTier(cache=cache, setup=setup, standin_bytes=standin_bytes, room=room)
 
 
 def scratch_bytes(layout: ExpertLayout, compute: torch.dtype) -> int:
@@ -94,37 +116,60 @@ def scratch_bytes(layout: ExpertLayout, compute: torch.dtype) -> int:
     return UpcastScratch.nbytes_for(_shapes(layout), stored=_stored(layout), compute=compute)
 
 
-def _exact_plan(layout: ExpertLayout, budget: int, overhead: int) -> SlotPlan:
+def _exact_plan(layout: ExpertLayout, budget: int, overhead: int, workers: int) -> SlotPlan:
     return split_slots(
         budget_bytes=budget,
         slot_bytes=layout.slot_bytes,
         expert_bytes=layout.expert_bytes,
         experts_per_layer=layout.experts_per_layer,
         overhead_bytes=overhead,
+        workers=workers,
     )
 
 
-def _open_cache(config: EngineConfig, loaded: LoadedModel, plan: SlotPlan, staging: Staging) -> ExpertCache:
+def _open_cache(
+    config: EngineConfig, loaded: LoadedModel, plan: SlotPlan, staging: Staging, sharing: Sharing | None
+) -> ExpertSource:
     layout = loaded.layout
+    reader = DiskReader(depth=staging.depth, buffer_bytes=staging.buffer_bytes)
+    if sharing is not None:
+        return open_store(sharing, layout, plan, reader, _progress)
     return ExpertCache(
         layout,
         plan,
         eviction=LRU,
-        reader=DiskReader(depth=staging.depth, buffer_bytes=staging.buffer_bytes),
+        reader=reader,
         device=loaded.device,
         host_slots=parse_memory(config.host_memory, total_expert_bytes=layout.total_bytes) // layout.slot_bytes,
     )
 
 
-def _load_standins(
-    setup: StandinSetup, loaded: LoadedModel, maths: list[ExpertMath], staging: Staging, threads: int
+def _load_records(
+    setup: StandinSetup, loaded: LoadedModel, staging: Staging, sharing: Sharing | None
+) -> tuple[Room | None, StandinPool]:
+    """The records of the stand-ins, in memory of this engine's own or in the node's."""
+
+    def filled(pool: StandinPool) -> StandinPool:
+        reader = DiskReader(depth=staging.depth, buffer_bytes=staging.buffer_bytes)
+        try:
+            pool.load(reader, progress=_progress)
+        finally:
+            reader.close()
+        return pool
+
+    def fill(memory: Tensor) -> None:
+        filled(StandinPool(setup.layouts, setup.kind_of, loaded.device, memory[:nbytes]))
+
+    nbytes = StandinPool.nbytes_for(setup.layouts, setup.kind_of)
+    if sharing is None:
+        return None, filled(StandinPool(setup.layouts, setup.kind_of, loaded.device))
+    room, memory = open_records(sharing, setup, fill)
+    return room, StandinPool(setup.layouts, setup.kind_of, loaded.device, memory)
+
+
+def _standins(
+    setup: StandinSetup, loaded: LoadedModel, maths: list[ExpertMath], pool: StandinPool, threads: int
 ) -> Standins:
-    pool = StandinPool(setup.layouts, setup.kind_of, loaded.device)
-    reader = DiskReader(depth=staging.depth, buffer_bytes=staging.buffer_bytes)
-    try:
-        pool.load(reader, progress=_progress)
-    finally:
-        reader.close()
     return Standins(
         policy=setup.policy,
         pool=pool,
@@ -151,7 +196,7 @@ def _recoded(config: EngineConfig, loaded: LoadedModel, maths: list[ExpertMath])
 
 def _attach(
     loaded: LoadedModel,
-    cache: ExpertCache,
+    cache: ExpertSource,
     maths: list[ExpertMath],
     step: StepState,
     standins: Standins | None,

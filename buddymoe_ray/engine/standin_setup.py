@@ -95,8 +95,11 @@ def prepare(
     device: torch.device,
     budget_bytes: int,
     overhead_bytes: int,
+    workers: int = 1,
 ) -> StandinSetup | None:
     """Read the profile beside the checkpoint (or `config.profile`) and split the budget; None when there is none.
+
+    `workers` engines use the slots and the records together; the budget is that of all.
 
     Raises ProfileError (missing, damaged, another model's), BudgetError (nothing fits, with the least that does).
     """
@@ -116,7 +119,7 @@ def prepare(
         )
     _same_shape(path, profile, layout)
     harms = {kind: profile.harm_LE(kind) for kind in (*layouts, "drop")}
-    split = _split(config, layout, profile, layouts, harms, budget_bytes, overhead_bytes)
+    split = _split(config, layout, profile, layouts, harms, budget_bytes, overhead_bytes, workers)
     layers = config.chosen_layers()
     kind_of = {} if split.plan.fully_resident else split.kind_of
     used_harm_LE = _harm_of_use(profile, harms, kind_of)
@@ -162,12 +165,13 @@ def _split(
     harms: Mapping[str, Floats],
     budget: int,
     overhead: int,
+    workers: int,
 ) -> _Split:
     """Full slots and records under the budget: wave slots first, then the split of least expected harm."""
     slot = layout.slot_bytes
     if budget >= layout.total_bytes:
         return _Split(plan=_fully_resident(layout, budget), kind_of={}, harm=0.0)
-    waves = max(_MIN_WAVES, min(_MOST_WAVES, round(_WAVE_SHARE * budget / slot)))
+    waves = max(_MIN_WAVES * workers, min(_MOST_WAVES * workers, round(_WAVE_SHARE * budget / slot)))
     room = budget - overhead - waves * slot
     uses_LE = profile.counts_LE * profile.weight2_LE / max(1, profile.calibration_tokens)
     names = ["full", *(list(layouts) or ["none"])]

@@ -21,7 +21,7 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from buddymoe_ray.cache import ExpertCache
+from buddymoe_ray.cache import Experts
 from buddymoe_ray.kernels import combine
 from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Phase, StepState
@@ -42,7 +42,7 @@ class MoEBlock:
     """
 
     def __init__(
-        self, *, layer: int, cache: ExpertCache, compute: ExpertCompute, step: StepState, standins: Standins | None
+        self, *, layer: int, cache: Experts, compute: ExpertCompute, step: StepState, standins: Standins | None
     ) -> None:
         self.layer = layer
         self._cache, self._compute, self._step, self._standins = cache, compute, step, standins
@@ -63,18 +63,19 @@ class MoEBlock:
 
     def _decode(self, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, y_ND: Tensor) -> Tensor:
         """Fill `y_ND`; returns the weights to combine it with."""
-        resident_E = self._cache.resident_mask(self.layer)
+        self._cache.count(self.layer, ids_TK)
         standins, step = self._standins, self._step
         if standins is None or not standins.may_answer(self.layer, step):
-            step.outcome.count_exact(resident_E[ids_TK.cpu()])
+            step.outcome.count_exact(self._cache.resident_mask(self.layer)[ids_TK.cpu()])
             self._run_full(hidden_TD, _group(ids_TK), y_ND, protect=False)
             return weight_TK
-        resolution = standins.resolve(self.layer, ids_TK, weight_TK, resident_E, step)
-        action_TK, expert_TK = resolution.action_TK, resolution.expert_TK
-        own_TK, dropped_TK = action_TK == Action.OWN, action_TK == Action.DROP
-        standins.answer(self.layer, hidden_TD, expert_TK.where(own_TK, -1), y_ND)
-        y_ND[dropped_TK.reshape(-1)] = 0
-        self._run_full(hidden_TD, _group(expert_TK, ~(own_TK | dropped_TK)), y_ND, protect=False)
+        with self._cache.holding(self.layer) as resident_E:  # what is decided here must still hold when it is computed
+            resolution = standins.resolve(self.layer, ids_TK, weight_TK, resident_E, step)
+            action_TK, expert_TK = resolution.action_TK, resolution.expert_TK
+            own_TK, dropped_TK = action_TK == Action.OWN, action_TK == Action.DROP
+            standins.answer(self.layer, hidden_TD, expert_TK.where(own_TK, -1), y_ND)
+            y_ND[dropped_TK.reshape(-1)] = 0
+            self._run_full(hidden_TD, _group(expert_TK, ~(own_TK | dropped_TK)), y_ND, protect=False)
         return resolution.weight_TK
 
     def _run_full(self, hidden_TD: Tensor, rows_of: _Rows, y_ND: Tensor, *, protect: bool) -> None:

@@ -60,18 +60,25 @@ def plan_staging(
 
 
 def split_slots(
-    *, budget_bytes: int, slot_bytes: int, expert_bytes: int, experts_per_layer: Sequence[int], overhead_bytes: int
+    *,
+    budget_bytes: int,
+    slot_bytes: int,
+    expert_bytes: int,
+    experts_per_layer: Sequence[int],
+    overhead_bytes: int,
+    workers: int = 1,
 ) -> SlotPlan:
-    """Cut a budget into slots: wave slots first (about 4 %, at least 2), the rest evenly over the layers.
+    """Cut a budget into slots: wave slots first (about 4 %, at least 2 per worker), the rest evenly over the layers.
 
     Args:
         budget_bytes: the hard limit.
         slot_bytes, expert_bytes: one expert with and without alignment padding.
         experts_per_layer: E of every MoE layer; a layer gets no more slots than experts.
         overhead_bytes: staging and scratch that live in the same budget.
+        workers: engines that use the slots together.
 
     Raises:
-        BudgetError: fewer than 2 slots fit; names the minimum.
+        BudgetError: fewer than 2 slots per worker fit; names the minimum.
     """
     total = sum(experts_per_layer)
     if budget_bytes >= total * expert_bytes:
@@ -84,14 +91,15 @@ def split_slots(
             fully_resident=True,
         )
     count = max(0, budget_bytes - overhead_bytes) // slot_bytes
-    if count < MIN_SLOTS:
-        least = MIN_SLOTS * slot_bytes + overhead_bytes
+    fewest = MIN_SLOTS * workers
+    if count < fewest:
+        least = fewest * slot_bytes + overhead_bytes
         percent = 100 * least / (total * expert_bytes)
         raise BudgetError(
-            f"memory is {budget_bytes} bytes, must be at least {least} bytes ({percent:.2g} %) for {MIN_SLOTS} expert "
-            f"slots and staging. hint: use --memory {percent * 1.05 + 0.1:.1f}%"
+            f"memory is {budget_bytes} bytes, must be at least {least} bytes ({percent:.2g} %) for {fewest} expert "
+            f"slots and staging. hint: use --memory {percent / workers * 1.05 + 0.1:.1f}%"
         )
-    waves = min(count, max(MIN_SLOTS, round(_WAVE_SHARE * count)))
+    waves = min(count, max(fewest, round(_WAVE_SHARE * count)))
     layer_slots = _spread(count - waves, experts_per_layer)
     return SlotPlan(
         budget_bytes=budget_bytes,

@@ -1,0 +1,29 @@
+"""One node's experts in one shared-memory file, used by every worker of the node at once.
+
+locks     byte-range locks that the kernel releases when a process dies
+shape     where every table lies in the file
+tables    who holds what: slots, leases, rows; every change under one lock
+store     the file itself: create, attach, sweep
+cache     `stream` over the shared slots, the twin of `cache.expert_cache`
+mover     background migration: experts in and out while others compute
+room      bytes written once and read by all (stand-in records)
+"""
+
+from buddymoe_ray.cache.shared.cache import SharedExpertCache
+from buddymoe_ray.cache.shared.mover import Move, Moved, Mover
+from buddymoe_ray.cache.shared.room import Room, open_room
+from buddymoe_ray.cache.shared.store import FOLDER, SharedStore, store_digest, store_path, sweep
+
+__all__ = [
+    "FOLDER",
+    "Move",
+    "Moved",
+    "Mover",
+    "Room",
+    "SharedExpertCache",
+    "SharedStore",
+    "open_room",
+    "store_digest",
+    "store_path",
+    "sweep",
+]

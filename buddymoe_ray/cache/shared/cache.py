@@ -1,0 +1,326 @@
+"""The expert cache over a shared store: the same `stream` as `cache.expert_cache`, with neighbours in the same slots.
+
+An expert that any worker of the node loaded is a hit for all; two that miss the same one read it once. Waiting is
+always for something that goes on without this worker (a read, or a lease that its holder is computing with), and while
+it waits it holds nothing that others need: so nobody waits in a circle. Does not know models, routing or policy.
+Invariants: those of `tables`; after a failed or interrupted load the slot is free.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from buddymoe_ray.cache.disk import DiskReader, ReadTicket
+from buddymoe_ray.cache.expert_cache import CacheStats
+from buddymoe_ray.cache.pool import Lease
+from buddymoe_ray.cache.shared.shape import Head
+from buddymoe_ray.cache.shared.store import SharedStore
+from buddymoe_ray.cache.shared.tables import READY, Counter
+from buddymoe_ray.errors import CacheError
+from buddymoe_ray.types import ExpertKey
+
+__all__ = ["SharedExpertCache"]
+
+_POLL_SECONDS, _LONGEST_POLL_SECONDS, _REAP_SECONDS = 50e-6, 2e-3, 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """An expert that this worker reads."""
+
+    key: ExpertKey
+    slot: int
+    ticket: ReadTicket
+
+
+@dataclass(slots=True)
+class _Call:
+    """One `stream` in progress: what is still to come, and from where."""
+
+    missing: deque[ExpertKey]
+    loads: deque[_Load]
+    waits: list[tuple[ExpertKey, int, int]]  # read by another worker: key, slot, the slot's generation
+    seen: set[ExpertKey]
+    ready: list[int]  # leased and not lent yet
+    pause: float = _POLL_SECONDS
+
+
+class SharedExpertCache:
+    """`store` and `reader` belong to this object from now on."""
+
+    def __init__(self, store: SharedStore, *, reader: DiskReader) -> None:
+        self._store, self._reader = store, reader
+        self._tables = store.tables
+        self.layout, self.plan = store.layout, store.plan
+        self.device = torch.device("cpu")
+        counts = self.layout.experts_per_layer
+        resident_LE = torch.from_numpy(self._tables.resident).view(torch.bool)
+        self._resident = [resident_LE[layer, :count] for layer, count in enumerate(counts)]
+        self._kept_C = np.zeros(store.shape.slots, dtype=bool)
+        self._stall = 0.0
+        self._reaped = time.monotonic()
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the slots, shared by every worker of the node."""
+        return self._store.nbytes
+
+    @property
+    def store(self) -> SharedStore:
+        """The attachment."""
+        return self._store
+
+    @property
+    def read_mode(self) -> str:
+        """How the disk is read: `direct` or `buffered`."""
+        return self._reader.mode
+
+    def resident(self, layer: int) -> frozenset[int]:
+        """Experts of a layer that are in slots now."""
+        return frozenset(self._resident[layer].nonzero()[:, 0].tolist())
+
+    def resident_mask(self, layer: int) -> Tensor:
+        """`[E]` bool, True where resident; a live view that other workers change."""
+        return self._resident[layer]
+
+    @contextmanager
+    def holding(self, layer: int) -> Iterator[Tensor]:
+        """`[E]` bool of the layer's residents, none of which gives way inside the block."""
+        with self._tables.locked():
+            slots = self._tables.held(layer)
+            experts = self._tables.key_expert[slots].astype(np.int64)
+        mask_E = torch.zeros(self.layout.experts_per_layer[layer], dtype=torch.bool)
+        mask_E[torch.from_numpy(experts)] = True
+        try:
+            yield mask_E
+        finally:
+            self._tables.release(slots)
+
+    def count(self, layer: int, ids: Tensor) -> None:
+        """Note uses of experts for whoever places them: ids of any shape."""
+        uses_E = self._tables.uses[self._tables.row, layer]
+        uses_E += np.bincount(ids.reshape(-1).cpu().numpy(), minlength=len(uses_E)).astype(np.uint64)
+
+    def stream(
+        self, layer: int, experts: Sequence[int], *, protect_residency: bool
+    ) -> Generator[tuple[Lease, ...], None, None]:
+        """Lend every expert once, resident ones first, the others as they arrive; see `ExpertCache.stream`.
+
+        Raises:
+            CacheError: an expert's bytes could not be read.
+        """
+        if not experts:
+            return
+        assert len(set(experts)) == len(experts), f"experts are {list(experts)}, must each be named once"
+        protect = protect_residency or bool(self.plan.pinned)
+        call = _Call(deque(), deque(), [], set(), [])
+        try:
+            self._look_up([ExpertKey(layer, e) for e in experts], call)
+            self._start(call, protect)
+            yield from self._lend(call)
+            while call.missing or call.loads or call.waits:
+                self._start(call, protect)
+                self._await(call)
+                yield from self._lend(call)
+        finally:
+            self._settle(call)
+            self._kept_C[:] = False
+
+    def warm(self, progress: Callable[..., Iterable[int]] = lambda items, **_: items) -> None:
+        """Fill every layer's slots, together with whoever else does: with what is pinned, else with the first ones."""
+        layers = len(self.plan.layer_slots)
+        first = self._tables.row % layers  # workers that start together begin with different layers
+        order = [(first + at) % layers for at in range(layers)]
+        for layer in progress(order, total=layers, desc="experts"):
+            absent = self._absent(layer)
+            for _ in self.stream(layer, absent, protect_residency=True):
+                pass
+        self._tables.counters[self._tables.row] = 0
+        self._stall = 0.0
+
+    def stats(self) -> CacheStats:
+        """This worker's counters; readable from any thread."""
+        counted = self._tables.counters[self._tables.row]
+        return CacheStats(
+            hits=int(counted[Counter.HITS]),
+            misses=int(counted[Counter.MISSES]),
+            bytes_loaded_device=int(counted[Counter.BYTES]),
+            bytes_read_disk=self._reader.bytes_read,
+            bytes_requested_disk=self._reader.bytes_requested,
+            host_hits=int(counted[Counter.SHARED]),
+            stall_seconds=self._stall,
+            evictions=int(self._tables.head[Head.EVICTIONS]),
+        )
+
+    def check_integrity(self) -> None:
+        """Assert every invariant of the tables; both sides are in the message."""
+        self._tables.check_integrity()
+
+    def close(self) -> None:
+        """Wait for what is in flight, close the files, give the row back. Safe to call twice."""
+        self._reader.close()
+        self._store.close()
+
+    def __enter__(self) -> SharedExpertCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _absent(self, layer: int) -> list[int]:
+        tables, count = self._tables, self.layout.experts_per_layer[layer]
+        pinned = np.flatnonzero(tables.pinned[layer]).tolist()
+        wanted = pinned or range(min(count, int((tables.partition == layer).sum())))
+        return [e for e in wanted if not tables.resident[layer, e]]
+
+    def _look_up(self, keys: Sequence[ExpertKey], call: _Call) -> None:
+        """Sort the experts of a call: resident ones are ready, some are being read by others, some are missing."""
+        tables = self._tables
+        counters = tables.counters[tables.row]
+        with tables.locked():
+            slots = tables.look_up(keys[0].layer, [key.expert for key in keys]).tolist()
+            for key, slot in zip(keys, slots, strict=True):
+                if slot >= 0 and tables.state[slot] == READY:
+                    call.ready.append(slot)
+                elif slot >= 0:
+                    call.waits.append((key, slot, int(tables.generation[slot])))
+                else:
+                    call.missing.append(key)
+        self._kept_C[call.ready] = True
+        counters[Counter.HITS] += len(call.ready)
+        counters[Counter.MISSES] += len(keys) - len(call.ready)
+        counters[Counter.SHARED] += len(call.waits)
+
+    def _start(self, call: _Call, protect: bool) -> None:
+        """Start reads while there are experts missing and slots to be had."""
+        tables = self._tables
+        while call.missing:
+            key = call.missing[0]
+            with tables.locked():
+                if tables.slot_of[key.layer, key.expert] >= 0:  # another worker was faster
+                    slot = None
+                    found = int(tables.slot_of[key.layer, key.expert])
+                    tables.lease[tables.row, found] += 1
+                    call.waits.append((key, found, int(tables.generation[found])))
+                    tables.counters[tables.row, Counter.SHARED] += 1
+                else:
+                    slot = tables.claim(key, protect=protect, kept=self._kept_C)
+                    if slot is None:
+                        return
+            call.missing.popleft()
+            if slot is not None:
+                call.loads.append(self._submit(key, slot))
+
+    def _submit(self, key: ExpertKey, slot: int) -> _Load:
+        try:
+            return _Load(key, slot, self._reader.submit(self.layout.pieces[key], self._store.bytes_C[slot]))
+        except BaseException:
+            self._abandon(slot)
+            raise
+
+    def _await(self, call: _Call) -> None:
+        """Wait until something is ready, or may be had that could not before."""
+        began = time.perf_counter()
+        try:
+            while not self._gather(call):
+                if call.loads:
+                    call.loads[0].ticket.settle()
+                    continue
+                time.sleep(call.pause)
+                call.pause = min(2 * call.pause, _LONGEST_POLL_SECONDS)
+                self._reap_now_and_then()
+                if call.missing:
+                    return
+        finally:
+            self._stall += time.perf_counter() - began
+
+    def _gather(self, call: _Call) -> bool:
+        """Move what has arrived to `ready`; whether anything changed."""
+        before = len(call.ready)
+        for load in [load for load in call.loads if load.ticket.done()]:
+            call.loads.remove(load)
+            call.ready.append(self._finish(load))
+        return self._others(call) or len(call.ready) > before
+
+    def _others(self, call: _Call) -> bool:
+        """Note what other workers filled for us, and what they failed at, which is missing again."""
+        tables, changed = self._tables, False
+        for wait in list(call.waits):
+            key, slot, generation = wait
+            failed = int(tables.generation[slot]) != generation
+            if not failed and tables.state[slot] != READY:
+                continue
+            call.waits.remove(wait)
+            changed = True
+            if failed:
+                tables.release([slot])
+                call.missing.append(key)
+            else:
+                call.ready.append(slot)
+                self._kept_C[slot] = True
+        return changed
+
+    def _finish(self, load: _Load) -> int:
+        """The expert is read: make it READY. Its lease stays."""
+        try:
+            load.ticket.wait()
+        except BaseException:
+            load.ticket.settle()
+            self._abandon(load.slot)
+            raise
+        tables = self._tables
+        with tables.locked():
+            tables.commit(load.slot)
+        tables.counters[tables.row, Counter.BYTES] += self.layout.expert_bytes
+        self._kept_C[load.slot] = True
+        return load.slot
+
+    def _abandon(self, slot: int) -> None:
+        with self._tables.locked():
+            self._tables.vacate(slot)
+        self._tables.release([slot])
+
+    def _lend(self, call: _Call) -> Iterator[tuple[Lease, ...]]:
+        """One wave of what is ready; its leases end when the iterator advances or closes."""
+        if not call.ready:
+            return
+        slots, call.ready = call.ready, []
+        tables = self._tables
+        try:
+            yield tuple(
+                Lease(
+                    ExpertKey(int(tables.key_layer[slot]), int(tables.key_expert[slot])),
+                    slot,
+                    int(tables.generation[slot]),
+                    self._store,
+                )
+                for slot in slots
+            )
+        finally:
+            tables.release(slots)
+
+    def _settle(self, call: _Call) -> None:
+        """After an end: keep what arrives, free what fails, let go of the rest."""
+        self._tables.release([*call.ready, *(slot for _, slot, _ in call.waits)])
+        call.ready.clear()
+        call.waits.clear()
+        while call.loads:
+            try:
+                self._tables.release([self._finish(call.loads.popleft())])
+            except CacheError:
+                continue
+
+    def _reap_now_and_then(self) -> None:
+        """What a killed neighbour was loading would be waited for for ever."""
+        if time.monotonic() - self._reaped > _REAP_SECONDS:
+            self._reaped = time.monotonic()
+            with self._tables.locked():
+                self._tables.reap()

@@ -1,0 +1,157 @@
+"""Background migration in a shared store: experts come and go while workers compute, and nothing stops.
+
+An expert that has to go is first lent to nobody any more; its bytes stay until the last lease ends, then the new one is
+read into the slot. Reads keep to a bandwidth and give way to a worker that waits for an expert. Does not decide what
+should move: `policy.placement` does. Used by whoever owns the store, on an attachment of its own.
+Invariant: interrupted anywhere, the store is whole and the moves made so far hold.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from buddymoe_ray.cache.disk import DiskReader
+from buddymoe_ray.cache.shared.store import SharedStore
+from buddymoe_ray.cache.shared.tables import FREE, READY, WAVE
+from buddymoe_ray.types import ExpertKey
+
+__all__ = ["Move", "Moved", "Mover"]
+
+_POLL_SECONDS = 1e-3
+_LONGEST_GIVING_WAY = 0.25
+_LONGEST_DRAIN = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Move:
+    """Bring `load` in; `evict`, where given, goes for it, else something unpinned of the same layer."""
+
+    load: ExpertKey
+    evict: ExpertKey | None = None
+
+
+@dataclass(kw_only=True)
+class Moved:
+    """What a run came to. `skipped` moves found no slot that could be had."""
+
+    moves: int = 0
+    nbytes: int = 0
+    skipped: int = 0
+    waited_seconds: float = 0.0
+
+
+class Mover:
+    """Moves experts of `store` at `bytes_per_second` at most."""
+
+    def __init__(self, store: SharedStore, reader: DiskReader, *, bytes_per_second: float) -> None:
+        assert bytes_per_second > 0, f"bytes_per_second is {bytes_per_second}, must be positive"
+        self._store, self._reader, self._rate = store, reader, bytes_per_second
+        self._tables = store.tables
+        self._next = time.monotonic()
+
+    def run(self, moves: Iterable[Move], stop: Callable[[], bool] = lambda: False) -> Moved:
+        """Make the moves in order until `stop()`. Raises CacheError when an expert cannot be read."""
+        moved = Moved()
+        for move in moves:
+            if stop():
+                break
+            began = time.monotonic()
+            self._give_way(stop)
+            moved.waited_seconds += time.monotonic() - began
+            self._one(move, moved)
+        return moved
+
+    def pin(self, pins: Iterable[ExpertKey]) -> None:
+        """Say which experts keep their slots from now on; the others may give way."""
+        with self._tables.locked():
+            self._tables.pinned[...] = 0
+            for key in pins:
+                self._tables.pinned[key.layer, key.expert] = 1
+
+    def _one(self, move: Move, moved: Moved) -> None:
+        slot = self._empty_slot(move)
+        tables, key = self._tables, move.load
+        if slot is None:
+            moved.skipped += not tables.resident[key.layer, key.expert]
+            return
+        with tables.locked():
+            if tables.slot_of[key.layer, key.expert] >= 0:  # came by demand meanwhile
+                tables.vacate(slot)
+                return
+            tables.take(slot, key)
+            tables.partition[slot] = key.layer
+        try:
+            self._reader.submit(self._store.layout.pieces[key], self._store.bytes_C[slot]).wait()
+        except BaseException:
+            with tables.locked():
+                tables.vacate(slot)
+            tables.release([slot])
+            raise
+        with tables.locked():
+            tables.commit(slot)
+        tables.release([slot])
+        moved.moves += 1
+        moved.nbytes += self._store.layout.expert_bytes
+
+    def _empty_slot(self, move: Move) -> int | None:
+        """A slot that nobody uses any more, kept for this row; None when the expert is there or no slot can be had."""
+        tables, load = self._tables, move.load
+        with tables.locked():
+            now = int(tables.slot_of[load.layer, load.expert])
+            if now >= 0 and tables.partition[now] != WAVE:
+                return None
+            slot = self._chosen(move)
+            if slot is None:
+                return None
+            if tables.state[slot] == FREE:
+                tables.reserve(slot)
+                return slot
+            if now >= 0 and tables.state[now] == READY:  # in a wave slot: the two change roles and no byte moves
+                tables.partition[now], tables.partition[slot] = load.layer, WAVE
+                return None
+            gone = ExpertKey(int(tables.key_layer[slot]), int(tables.key_expert[slot]))
+            tables.retire(slot)
+        return self._drained(slot, gone)
+
+    def _chosen(self, move: Move) -> int | None:
+        """The slot that gives way; the caller holds the lock."""
+        tables, layer = self._tables, move.load.layer
+        if move.evict is not None:
+            slot = int(tables.slot_of[move.evict.layer, move.evict.expert])
+            if slot >= 0 and tables.partition[slot] != WAVE and tables.state[slot] == READY:
+                return slot
+        mine = np.flatnonzero(tables.partition == layer)
+        free = mine[tables.state[mine] == FREE]
+        if len(free):
+            return int(free[0])
+        mine = mine[tables.state[mine] == READY]
+        mine = mine[tables.pinned[tables.key_layer[mine], tables.key_expert[mine]] == 0]
+        return int(mine[tables.last_used[mine].argmin()]) if len(mine) else None
+
+    def _drained(self, slot: int, gone: ExpertKey) -> int | None:
+        """Wait until nobody leases the retired slot; a holder that hangs keeps it, and its expert comes back."""
+        tables, end = self._tables, time.monotonic() + _LONGEST_DRAIN
+        while tables.leased(np.array([slot]))[0]:
+            time.sleep(_POLL_SECONDS)
+            if time.monotonic() > end:
+                with tables.locked():
+                    tables.reap()
+                    if tables.leased(np.array([slot]))[0]:
+                        tables.restore(slot, gone)
+                        return None
+        return slot
+
+    def _give_way(self, stop: Callable[[], bool]) -> None:
+        """Keep to the bandwidth, and let a worker that waits for an expert read first (not for ever)."""
+        pause = self._next - time.monotonic()
+        while pause > 0 and not stop():
+            time.sleep(min(pause, 0.05))
+            pause = self._next - time.monotonic()
+        patience = time.monotonic() + _LONGEST_GIVING_WAY
+        while self._tables.others_loading() and time.monotonic() < patience and not stop():
+            time.sleep(_POLL_SECONDS)
+        self._next = max(self._next, time.monotonic()) + self._store.layout.expert_bytes / self._rate

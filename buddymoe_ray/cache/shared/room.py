@@ -1,0 +1,79 @@
+"""Bytes that one process of a node writes once and all read: stand-in records, one copy per node.
+
+A file like a store's, without tables: whoever comes first fills it under the lock, the rest wait and map it. Knows
+bytes, not what they mean. Invariant: what is mapped is whole; a filler that dies leaves the file to the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from buddymoe_ray.cache.shared.locks import FileLocks
+from buddymoe_ray.cache.shared.shape import ROWS
+from buddymoe_ray.cache.shared.store import allocate, open_locked, unlink_if_unused
+from buddymoe_ray.cache.shared.tables import ROW_BYTE, TABLES_BYTE
+from buddymoe_ray.errors import CacheError
+
+__all__ = ["Room", "open_room"]
+
+_PAGE = 4096
+_MAGIC = b"BuddyRm1"
+
+
+class Room:
+    """One attachment: `bytes` is a uint8 tensor that must not be written."""
+
+    def __init__(self, path: Path, fd: int, locks: FileLocks, memory: mmap.mmap) -> None:
+        self._path, self._fd, self._locks = path, fd, locks
+        self.bytes: Tensor = torch.from_numpy(np.frombuffer(memory, dtype=np.uint8)[_PAGE:])
+
+    def close(self) -> None:
+        """Let go; the last one out removes the file. Safe to call twice."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            for row in range(ROWS):
+                self._locks.unlock(ROW_BYTE + row)
+            unlink_if_unused(self._path, fd, self._locks)
+            os.close(fd)
+
+
+def open_room(path: Path, nbytes: int, digest: bytes, fill: Callable[[Tensor], None]) -> Room:
+    """Map the file, filled by `fill` if nobody has yet.
+
+    Args:
+        nbytes: size of the content.
+        digest: 32 bytes that tell this content from any other.
+        fill: writes all of a uint8 tensor `[nbytes]`.
+
+    Raises:
+        BudgetError: the file does not fit. CacheError: another content is in use there. And what `fill` raises.
+    """
+    fd, locks = open_locked(path)
+    try:
+        total = _PAGE + nbytes
+        head = _MAGIC + digest
+        made = os.fstat(fd).st_size != total or os.pread(fd, len(head), 0) != head
+        if made:
+            if locks.held_elsewhere(ROW_BYTE, ROWS):
+                raise CacheError(f"{path} is in use for another content, must be free. hint: stop the other service")
+            allocate(path, fd, total)
+        memory = mmap.mmap(fd, total)
+        if made:
+            fill(torch.from_numpy(np.frombuffer(memory, dtype=np.uint8)[_PAGE:]))
+            os.pwrite(fd, head, 0)  # last: a file without it is filled anew
+        if not any(locks.try_lock(ROW_BYTE + row) for row in range(ROWS)):
+            raise CacheError(f"{path} has {ROWS} users, must have fewer. hint: run fewer workers per node")
+        locks.unlock(TABLES_BYTE)
+        return Room(path, fd, locks, memory)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+        raise

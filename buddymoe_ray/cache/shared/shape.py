@@ -1,0 +1,112 @@
+"""Where every table lies in a store's file: a header page, the tables, then the slots from a page boundary on.
+
+Pure arithmetic and views; decides nothing.
+
+Legend: C slots, L layers, E experts of the widest layer, P rows (processes that may be attached).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from buddymoe_ray.types import ExpertLayout, SlotPlan
+
+__all__ = ["ROWS", "Head", "StoreShape"]
+
+ROWS = 64
+"""Most processes and threads that may be attached to one store."""
+
+_PAGE = 4096
+_DIGEST_AT, _DIGEST_BYTES = 1024, 32
+
+
+class Head:
+    """Positions in the header's 64-bit words."""
+
+    MAGIC, VERSION, READY, CLOCK, DIRTY, EPOCH, EVICTIONS, SLOTS, SLOT_BYTES = range(9)
+    MAGIC_WORD = 0x425544_44594D4F
+    VERSION_WORD = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreShape:
+    """Sizes of one store."""
+
+    slots: int
+    slot_bytes: int
+    layers: int
+    experts: int
+
+    @classmethod
+    def of(cls, layout: ExpertLayout, plan: SlotPlan) -> StoreShape:
+        """The shape for a model's experts under a plan."""
+        return cls(
+            slots=plan.slots_total,
+            slot_bytes=layout.slot_bytes,
+            layers=len(layout.experts_per_layer),
+            experts=max(layout.experts_per_layer),
+        )
+
+    def fields(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
+        """Every table's dtype and shape, in file order. See `tables.SharedTables` for what they mean."""
+        C, LE, P = self.slots, (self.layers, self.experts), ROWS
+        return {
+            "pid": (np.int64, (P,)),
+            "counters": (np.uint64, (P, 8)),
+            "generation": (np.uint64, (C,)),
+            "last_used": (np.uint64, (C,)),
+            "uses": (np.uint64, (P, *LE)),
+            "key_layer": (np.int32, (C,)),
+            "key_expert": (np.int32, (C,)),
+            "slot_of": (np.int32, LE),
+            "partition": (np.int32, (C,)),
+            "loader": (np.int32, (C,)),
+            "state": (np.uint8, (C,)),
+            "resident": (np.uint8, LE),
+            "pinned": (np.uint8, LE),
+            "lease": (np.uint8, (P, C)),
+        }
+
+    @property
+    def data_offset(self) -> int:
+        """Where slot 0 begins."""
+        at = _PAGE
+        for dtype, shape in self.fields().values():
+            at = _aligned(at + np.dtype(dtype).itemsize * int(np.prod(shape)), 64)
+        return _aligned(at, _PAGE)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the file."""
+        return _aligned(self.data_offset + self.slots * self.slot_bytes, _PAGE)
+
+    def head(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+        """The header's words."""
+        return memory[: 8 * 16].view(np.uint64)
+
+    def digest(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """The header's digest of what the store is for."""
+        return memory[_DIGEST_AT : _DIGEST_AT + _DIGEST_BYTES]
+
+    def views(self, memory: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]:
+        """Every table as an array over the file's memory."""
+        found: dict[str, npt.NDArray[Any]] = {}
+        at = _PAGE
+        for name, (dtype, shape) in self.fields().items():
+            nbytes = np.dtype(dtype).itemsize * int(np.prod(shape))
+            found[name] = memory[at : at + nbytes].view(dtype).reshape(shape)
+            at = _aligned(at + nbytes, 64)
+        return found
+
+    def slot_bytes_of(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """`[C, slot_bytes]` of the slots."""
+        begin = self.data_offset
+        return memory[begin : begin + self.slots * self.slot_bytes].reshape(self.slots, self.slot_bytes)
+
+
+def _aligned(at: int, to: int) -> int:
+    return -(-at // to) * to

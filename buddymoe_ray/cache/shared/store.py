@@ -1,0 +1,239 @@
+"""The shared-memory file of one node's experts: made once, attached by every worker, swept when nobody is left.
+
+All pages are allocated when the file is made, so a full /dev/shm is an error then and never a bus error later. The file
+outlives its makers: who attaches next finds it filled, unless the digest (layout, plan, checkpoint files) differs.
+Does not know what is worth keeping: the plan is handed in.
+Invariant: a file that anybody has attached is never unlinked or made anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import mmap
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from buddymoe_ray.cache.pool import slot_views
+from buddymoe_ray.cache.shared.locks import FileLocks
+from buddymoe_ray.cache.shared.shape import ROWS, Head, StoreShape
+from buddymoe_ray.cache.shared.tables import OWNER_BYTE, ROW_BYTE, TABLES_BYTE, SharedTables
+from buddymoe_ray.errors import BudgetError, CacheError
+from buddymoe_ray.types import ExpertLayout, SlotPlan
+
+__all__ = [
+    "FOLDER",
+    "SharedStore",
+    "allocate",
+    "open_locked",
+    "store_digest",
+    "store_path",
+    "sweep",
+    "unlink_if_unused",
+]
+
+log = logging.getLogger(__name__)
+
+FOLDER = Path("/dev/shm")
+_ALLOCATED_AT_ONCE = 64 << 20
+
+
+def store_digest(layout: ExpertLayout, plan: SlotPlan) -> bytes:
+    """32 bytes that differ when slots, plan or the checkpoint's files (by size and time) do."""
+    files = sorted({piece.path for pieces in layout.pieces.values() for piece in pieces})
+    stamps = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
+    text = repr((layout.tensors, layout.slot_bytes, layout.experts_per_layer, plan, stamps))
+    return hashlib.blake2b(text.encode(), digest_size=32).digest()
+
+
+def store_path(digest: bytes, *, tag: str = "", folder: Path = FOLDER) -> Path:
+    """The file's name: of this user, this content and, where a machine plays several nodes, this `tag`."""
+    safe = re.sub(r"[^A-Za-z0-9]", "", tag)[:32]
+    return folder / f"buddymoe-{os.geteuid()}-{digest.hex()[:20]}{'-' + safe if safe else ''}.experts"
+
+
+class SharedStore:
+    """One attachment to a store: its memory, its tables, a row of its own. Use it from one thread.
+
+    Raises:
+        BudgetError: the file does not fit the folder's file system.
+        CacheError: the file belongs to somebody else, or every row is taken.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        layout: ExpertLayout,
+        plan: SlotPlan,
+        digest: bytes,
+        *,
+        progress: Callable[..., Iterable[int]] = lambda items, **_: items,
+    ) -> None:
+        self.path, self.layout, self.plan = path, layout, plan
+        self.shape = StoreShape.of(layout, plan)
+        self._digest = digest
+        self._fd, self._locks = open_locked(path)
+        try:
+            self.made = not self._fits()
+            if self.made:
+                allocate(path, self._fd, self.shape.total_bytes, progress)
+            self._memory = mmap.mmap(self._fd, self.shape.total_bytes)
+            self._array = np.frombuffer(self._memory, dtype=np.uint8)
+            self.tables = SharedTables(self._array, self.shape, self._locks)
+            if self.made:
+                self.shape.digest(self._array)[:] = np.frombuffer(digest, dtype=np.uint8)
+                self.tables.initialise(plan)
+                self._write_head()
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._locks.unlock(TABLES_BYTE)
+        self.bytes_C = self.shape.slot_bytes_of(self._array)
+        self._tensor = torch.from_numpy(self.bytes_C)
+        self._views: list[Mapping[str, Tensor] | None] = [None] * self.shape.slots
+        self.tables.join()
+
+    @property
+    def generation(self) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+        """`[C]` how often each slot's content changed; a lease remembers it."""
+        return self.tables.generation
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots: the node's one copy."""
+        return self.shape.slots * self.shape.slot_bytes
+
+    @property
+    def attached(self) -> int:
+        """Rows whose process lives."""
+        return sum(self.tables.alive(row) for row in np.flatnonzero(self.tables.pid).tolist())
+
+    def tensors(self, slot: int) -> Mapping[str, Tensor]:
+        """The slot's parameters by name, as views in their stored dtype."""
+        views = self._views[slot]
+        if views is None:
+            views = self._views[slot] = slot_views(self._tensor[slot], self.layout)
+        return views
+
+    def own(self) -> bool:
+        """Become the store's owner, who keeps the file while no worker is attached; False when there is one."""
+        return self._locks.try_lock(OWNER_BYTE)
+
+    def close(self, *, unlink_unused: bool = True) -> None:
+        """Give the row back; the last one out removes the file. Safe to call twice."""
+        if self._fd < 0:
+            return
+        self.tables.leave()
+        self._locks.unlock(OWNER_BYTE)
+        if unlink_unused:
+            unlink_if_unused(self.path, self._fd, self._locks)
+        os.close(self._fd)
+        self._fd = -1
+
+    def _fits(self) -> bool:
+        """Whether the file is a finished store of this digest. Raises CacheError when another is in use there."""
+        if os.fstat(self._fd).st_size == self.shape.total_bytes:
+            with mmap.mmap(self._fd, self.shape.data_offset, prot=mmap.PROT_READ) as memory:
+                array = np.frombuffer(memory, dtype=np.uint8)
+                head, same = self.shape.head(array), bytes(self.shape.digest(array)) == self._digest
+                known = (int(head[Head.MAGIC]), int(head[Head.VERSION])) == (Head.MAGIC_WORD, Head.VERSION_WORD)
+                ready = bool(head[Head.READY])
+                del array, head
+            if known and ready and same:
+                return True
+        if self._locks.held_elsewhere(ROW_BYTE, ROWS):
+            raise CacheError(f"{self.path} is another store in use, must be free. hint: stop the other service first")
+        return False
+
+    def _write_head(self) -> None:
+        head = self.tables.head
+        head[Head.SLOTS], head[Head.SLOT_BYTES] = self.shape.slots, self.shape.slot_bytes
+        head[Head.CLOCK] = head[Head.DIRTY] = head[Head.EPOCH] = head[Head.EVICTIONS] = 0
+        head[Head.MAGIC], head[Head.VERSION] = Head.MAGIC_WORD, Head.VERSION_WORD
+        head[Head.READY] = 1  # last: a file without it is made anew
+
+
+def allocate(
+    path: Path, fd: int, total: int, progress: Callable[..., Iterable[int]] = lambda items, **_: items
+) -> None:
+    """Empty the file and allocate every page of its new size. Raises BudgetError, and the file is gone then."""
+    os.ftruncate(fd, 0)
+    os.ftruncate(fd, total)
+    begins = range(0, total, _ALLOCATED_AT_ONCE)
+    try:
+        for begin in progress(begins, total=len(begins), desc="shared memory"):
+            os.posix_fallocate(fd, begin, min(_ALLOCATED_AT_ONCE, total - begin))
+    except OSError as error:
+        os.ftruncate(fd, 0)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+            raise
+        free = os.statvfs(path.parent)
+        raise BudgetError(
+            f"{path.parent} has {free.f_bavail * free.f_frsize} bytes free, must have {total} for the shared experts. "
+            f"hint: lower --memory, or start the container with --shm-size={-(-total // (1 << 30)) + 1}g"
+        ) from error
+
+
+def sweep(folder: Path = FOLDER) -> list[Path]:
+    """Remove this user's files that no living process uses, left by killed ones; returns what was removed."""
+    removed = []
+    for path in sorted(folder.glob(f"buddymoe-{os.geteuid()}-*")):
+        if path.suffix not in (".experts", ".records"):
+            continue
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            if unlink_if_unused(path, fd, FileLocks(fd)):
+                removed.append(path)
+        finally:
+            os.close(fd)
+    if removed:
+        log.warning("removed %d shared files that a killed process left behind", len(removed))
+    return removed
+
+
+def open_locked(path: Path) -> tuple[int, FileLocks]:
+    """The file, made if need be, with its tables' lock held; retries when it is removed in between."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            found = os.fstat(fd)
+            if found.st_uid != os.geteuid() or not stat.S_ISREG(found.st_mode):
+                raise CacheError(f"{path} is of user {found.st_uid}, must be this user's own file. hint: remove it")
+            locks = FileLocks(fd)
+            locks.lock(TABLES_BYTE)
+            if _same_file(path, fd):
+                return fd, locks
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _same_file(path: Path, fd: int) -> bool:
+    try:
+        return os.stat(path).st_ino == os.fstat(fd).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def unlink_if_unused(path: Path, fd: int, locks: FileLocks) -> bool:
+    """Remove the file unless a row or an owner lives."""
+    with locks.locked(TABLES_BYTE):
+        if not _same_file(path, fd) or locks.held_elsewhere(OWNER_BYTE) or locks.held_elsewhere(ROW_BYTE, ROWS):
+            return False
+        os.unlink(path)
+        return True

@@ -1,0 +1,289 @@
+"""Who holds what in a shared store: every slot's state, every process's leases. Bookkeeping only: moves no bytes.
+
+A slot is FREE, LOADING (one row reads into it) or READY. A row is one attached process or thread; it leases the slots
+it computes with in a line of its own, so that giving back needs no lock. Everything else changes under one lock, held
+for microseconds. The slot's own entries are the truth and the tables by expert are derived: whoever takes the lock
+after its holder was killed half-way (`dirty`) derives them again.
+Invariants: a slot that anyone leases, or that is LOADING, is never claimed; bytes of a slot are read only between a
+lease and its release, or before READY by the loader itself; a dead row's leases and loads are void.
+
+Legend: C slots, L layers, E experts, P rows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from buddymoe_ray.cache.shared.locks import FileLocks
+from buddymoe_ray.cache.shared.shape import ROWS, Head, StoreShape
+from buddymoe_ray.errors import CacheError
+from buddymoe_ray.types import ExpertKey, SlotPlan
+
+__all__ = ["FREE", "LOADING", "READY", "WAVE", "Counter", "SharedTables"]
+
+FREE, LOADING, READY = 0, 1, 2
+WAVE = -1
+"""The partition of slots that belong to no layer."""
+
+TABLES_BYTE, OWNER_BYTE, ROW_BYTE = 0, 1, 64
+"""Which byte of the file each lock is on: the tables, the store's owner, and one per row from ROW_BYTE on."""
+
+Slots = npt.NDArray[np.int64]
+
+
+class Counter(IntEnum):
+    """Columns of a row's counters."""
+
+    HITS = 0
+    MISSES = 1
+    SHARED = 2  # misses that another row was loading already
+    BYTES = 3
+
+
+class SharedTables:
+    """The tables over `memory`, as seen by one row. Made by `SharedStore`; one thread per row."""
+
+    def __init__(self, memory: npt.NDArray[np.uint8], shape: StoreShape, locks: FileLocks) -> None:
+        self.shape, self._locks = shape, locks
+        self.head = shape.head(memory)
+        views: dict[str, npt.NDArray[Any]] = shape.views(memory)
+        self.pid, self.counters, self.uses = views["pid"], views["counters"], views["uses"]
+        self.generation, self.last_used = views["generation"], views["last_used"]
+        self.key_layer, self.key_expert = views["key_layer"], views["key_expert"]
+        self.partition, self.loader, self.state = views["partition"], views["loader"], views["state"]
+        self.slot_of, self.resident, self.pinned = views["slot_of"], views["resident"], views["pinned"]
+        self.lease = views["lease"]
+        self.row = -1
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the tables. An exception in between leaves them dirty, and the next holder repairs them."""
+        self._locks.lock(TABLES_BYTE)
+        try:
+            if self.head[Head.DIRTY]:
+                self._repair()
+            self.head[Head.DIRTY] = 1
+            yield
+            self.head[Head.DIRTY] = 0
+        finally:
+            self._locks.unlock(TABLES_BYTE)
+
+    def initialise(self, plan: SlotPlan) -> None:
+        """Empty tables; the caller holds the lock and nobody is attached."""
+        for table in (self.pid, self.counters, self.uses, self.generation, self.last_used, self.state, self.resident):
+            table[...] = 0
+        self.pinned[...] = 0
+        self.lease[...] = 0
+        self.key_layer[...] = self.key_expert[...] = self.slot_of[...] = self.loader[...] = -1
+        at = 0
+        for layer, count in enumerate(plan.layer_slots):
+            self.partition[at : at + count] = layer
+            at += count
+        self.partition[at:] = WAVE
+        for layer, named in enumerate(plan.pinned):
+            self.pinned[layer, list(named)] = 1
+
+    def join(self) -> None:
+        """Take a row. Raises CacheError when all are taken."""
+        with self.locked():
+            self.reap()
+            for row in np.flatnonzero(self.pid == 0).tolist():
+                if self._locks.try_lock(ROW_BYTE + row):
+                    self.lease[row] = 0
+                    self.counters[row] = 0
+                    self.uses[row] = 0
+                    self.pid[row] = os.getpid()
+                    self.row = row
+                    return
+        raise CacheError(f"store has {ROWS} users, must have fewer to join. hint: run fewer workers per node")
+
+    def leave(self) -> None:
+        """Give the row back, with everything it holds."""
+        if self.row >= 0:
+            with self.locked():
+                self._void(self.row)
+            self._locks.unlock(ROW_BYTE + self.row)
+            self.row = -1
+
+    def reap(self) -> int:
+        """Void the rows whose process died; the caller holds the lock. Returns how many."""
+        dead = [row for row in np.flatnonzero(self.pid).tolist() if not self.alive(row)]
+        for row in dead:
+            self._void(row)
+        return len(dead)
+
+    def alive(self, row: int) -> bool:
+        """Whether the process of a row lives."""
+        return row == self.row or self._locks.held_elsewhere(ROW_BYTE + row)
+
+    def held(self, layer: int) -> Slots:
+        """Lease every READY slot of `layer`'s own; the caller holds the lock.
+
+        Wave slots are left out: who holds a layer may need one of them next, and two that did would wait in a circle.
+        """
+        slots = np.flatnonzero((self.partition == layer) & (self.state == READY))
+        self.lease[self.row, slots] += 1
+        return slots
+
+    def look_up(self, layer: int, experts: Sequence[int]) -> Slots:
+        """The slot of each expert (-1: none), leased where there is one; the caller holds the lock."""
+        slots: Slots = self.slot_of[layer, list(experts)].astype(np.int64)
+        found = slots[slots >= 0]
+        self.lease[self.row, found] += 1
+        self._touch(found)
+        return slots
+
+    def release(self, slots: Sequence[int] | Slots) -> None:
+        """End leases; needs no lock, for the line is this row's own."""
+        if len(slots):
+            self.lease[self.row, slots] -= 1
+
+    def claim(self, key: ExpertKey, *, protect: bool, kept: npt.NDArray[np.bool_]) -> int | None:
+        """A slot to load `key` into, LOADING and leased; None when none may be had. The caller holds the lock.
+
+        The layer's free slots come first; then, unless residency is protected, its least recently used expert that
+        nobody leases, that is not pinned and not `kept` by the call in progress; then wave slots, free or unused.
+        """
+        layer = key.layer
+        mine = np.flatnonzero(self.partition == layer)
+        slot = self._free_of(mine)
+        if slot is None and not protect:
+            slot = self._victim(mine[~kept[mine] & ~self._is_pinned(mine)])
+        if slot is None:
+            waves = np.flatnonzero(self.partition == WAVE)
+            slot = self._free_of(waves)
+            if slot is None:
+                slot = self._victim(waves)
+        if slot is not None:
+            self.take(slot, key)
+        return slot
+
+    def take(self, slot: int, key: ExpertKey) -> None:
+        """Make `slot` LOADING for `key`, whatever it held; the caller holds the lock and saw that nobody leases it."""
+        self.vacate(slot)
+        self.generation[slot] += 1
+        self.key_layer[slot], self.key_expert[slot] = key.layer, key.expert
+        self.loader[slot] = self.row
+        self.state[slot] = LOADING
+        self.slot_of[key.layer, key.expert] = slot
+        self.lease[self.row, slot] += 1
+
+    def retire(self, slot: int) -> None:
+        """Lend the slot to nobody any more, but leave its bytes to those who lease it; the caller holds the lock.
+
+        It is LOADING for this row, with no expert: `take` it once nobody else leases it.
+        """
+        assert self.state[slot] == READY, f"slot {slot} is in state {self.state[slot]}, must be READY"
+        layer, expert = self.key_layer[slot], self.key_expert[slot]
+        self.loader[slot] = self.row
+        self.state[slot] = LOADING
+        self.resident[layer, expert] = 0
+        self.slot_of[layer, expert] = -1
+        self.key_layer[slot] = self.key_expert[slot] = -1
+        self.head[Head.EVICTIONS] += 1
+
+    def reserve(self, slot: int) -> None:
+        """Keep a FREE slot for this row, LOADING without an expert; the caller holds the lock."""
+        assert self.state[slot] == FREE, f"slot {slot} is in state {self.state[slot]}, must be FREE"
+        self.loader[slot] = self.row
+        self.state[slot] = LOADING
+
+    def restore(self, slot: int, key: ExpertKey) -> None:
+        """Take back `retire`; where the expert came elsewhere meanwhile the slot stays retired. The caller holds the
+        lock."""
+        if self.slot_of[key.layer, key.expert] < 0:
+            self.key_layer[slot], self.key_expert[slot] = key.layer, key.expert
+            self.slot_of[key.layer, key.expert] = slot
+            self.commit(slot)
+
+    def commit(self, slot: int) -> None:
+        """The bytes are there; the caller holds the lock."""
+        self.loader[slot] = -1
+        self.state[slot] = READY
+        self.resident[self.key_layer[slot], self.key_expert[slot]] = 1
+        self._touch(np.array([slot]))
+
+    def vacate(self, slot: int) -> None:
+        """The slot holds nothing any more; the caller holds the lock."""
+        if self.state[slot] != FREE:
+            layer, expert = self.key_layer[slot], self.key_expert[slot]
+            if layer >= 0:
+                self.resident[layer, expert] = 0
+                self.slot_of[layer, expert] = -1
+            if self.state[slot] == READY:
+                self.head[Head.EVICTIONS] += 1
+            self.state[slot] = FREE
+            self.generation[slot] += 1
+        self.loader[slot] = self.key_layer[slot] = self.key_expert[slot] = -1
+
+    def leased(self, slots: Slots) -> npt.NDArray[np.bool_]:
+        """Which of the slots anybody leases."""
+        found: npt.NDArray[np.bool_] = self.lease[:, slots].any(axis=0)
+        return found
+
+    def others_loading(self) -> bool:
+        """Whether another row is reading an expert now."""
+        return bool(((self.state == LOADING) & (self.loader != self.row)).any())
+
+    def check_integrity(self) -> None:
+        """Assert that tables and slots mirror each other; takes the lock."""
+        with self.locked():
+            held = np.flatnonzero((self.state != FREE) & (self.key_layer >= 0)).tolist()  # without retired ones
+            forward = {(la, e): int(self.slot_of[la, e]) for la, e in np.argwhere(self.slot_of >= 0).tolist()}
+            backward = {(int(self.key_layer[s]), int(self.key_expert[s])): s for s in held}
+            assert forward == backward, f"experts say {forward}, slots say {backward}"
+            ready = {(int(self.key_layer[s]), int(self.key_expert[s])) for s in held if self.state[s] == READY}
+            flags = {(la, e) for la, e in np.argwhere(self.resident).tolist()}
+            assert flags == ready, f"flags say {flags}, slots say {ready}"
+            loaders = {int(self.loader[s]) for s in held if self.state[s] == LOADING}
+            assert all(self.pid[row] for row in loaders), f"rows {loaders} load, rows {np.flatnonzero(self.pid)} live"
+            for slot in held:
+                home = int(self.partition[slot])
+                assert home in (WAVE, self.key_layer[slot]), f"slot {slot} of {home} holds layer {self.key_layer[slot]}"
+
+    def _free_of(self, slots: Slots) -> int | None:
+        free = slots[self.state[slots] == FREE]
+        free = free[~self.leased(free)]  # a retired slot whose mover was killed may still be computed with
+        return int(free[0]) if len(free) else None
+
+    def _victim(self, slots: Slots) -> int | None:
+        slots = slots[self.state[slots] == READY]
+        slots = slots[~self.leased(slots)]
+        return int(slots[self.last_used[slots].argmin()]) if len(slots) else None
+
+    def _is_pinned(self, slots: Slots) -> npt.NDArray[np.bool_]:
+        pinned: npt.NDArray[np.bool_] = self.pinned[self.key_layer[slots], self.key_expert[slots]] != 0
+        return pinned & (self.state[slots] == READY)
+
+    def _touch(self, slots: Slots) -> None:
+        self.head[Head.CLOCK] += 1
+        self.last_used[slots] = self.head[Head.CLOCK]
+
+    def _void(self, row: int) -> None:
+        """A row's leases end and what it was loading is free again."""
+        for slot in np.flatnonzero((self.state == LOADING) & (self.loader == row)).tolist():
+            self.vacate(slot)
+        self.lease[row] = 0
+        self.pid[row] = 0
+
+    def _repair(self) -> None:
+        """Derive the tables by expert from the slots, after a holder of the lock was killed."""
+        self.slot_of[...] = -1
+        self.resident[...] = 0
+        for slot in np.flatnonzero(self.state != FREE).tolist():
+            layer, expert, row = int(self.key_layer[slot]), int(self.key_expert[slot]), int(self.loader[slot])
+            orphan = self.state[slot] == LOADING and (row < 0 or not self.alive(row))
+            if layer < 0 or expert < 0 or orphan or self.slot_of[layer, expert] >= 0:
+                self.state[slot], self.loader[slot] = FREE, -1
+                self.key_layer[slot] = self.key_expert[slot] = -1
+                self.generation[slot] += 1
+                continue
+            self.slot_of[layer, expert] = slot
+            self.resident[layer, expert] = self.state[slot] == READY

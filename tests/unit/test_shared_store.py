@@ -1,0 +1,392 @@
+"""The shared store: bytes are right whoever loaded them, under eviction, killed neighbours, restarts and migration."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from experts_on_disk import expert_bytes_of, make_layout
+
+from buddymoe_ray.cache import DiskReader
+from buddymoe_ray.cache.shared import Move, Mover, SharedExpertCache, SharedStore, open_room, store_digest, sweep
+from buddymoe_ray.cache.shared.store import store_path
+from buddymoe_ray.cache.shared.tables import LOADING
+from buddymoe_ray.errors import BudgetError, CacheError
+from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
+
+LAYERS, EXPERTS = 3, 6
+
+
+@dataclass
+class Node:
+    """A folder that plays /dev/shm, with one store's layout and truth."""
+
+    folder: Path
+    layout: ExpertLayout
+    truth: dict[ExpertKey, bytes]
+    plan: SlotPlan
+    opened: list[SharedExpertCache] = field(default_factory=list)
+
+    @property
+    def digest(self) -> bytes:
+        return store_digest(self.layout, self.plan)
+
+    @property
+    def path(self) -> Path:
+        return store_path(self.digest, folder=self.folder)
+
+    def store(self) -> SharedStore:
+        return SharedStore(self.path, self.layout, self.plan, self.digest)
+
+    def cache(self) -> SharedExpertCache:
+        self.opened.append(SharedExpertCache(self.store(), reader=DiskReader(depth=2, buffer_bytes=16384)))
+        return self.opened[-1]
+
+
+def make_plan(
+    layout: ExpertLayout, *, layer_slots: int = 3, waves: int = 3, pinned: tuple[tuple[int, ...], ...] = ()
+) -> SlotPlan:
+    return SlotPlan(
+        budget_bytes=1 << 30,
+        slot_bytes=layout.slot_bytes,
+        overhead_bytes=0,
+        wave_slots=waves,
+        layer_slots=(layer_slots,) * LAYERS,
+        fully_resident=False,
+        pinned=pinned,
+    )
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    (tmp_path / "shm").mkdir()
+    layout, truth = make_layout(tmp_path, experts_per_layer=(EXPERTS,) * LAYERS)
+    made = Node(tmp_path / "shm", layout, truth, make_plan(layout))
+    yield made
+    for cache in made.opened:
+        cache.close()
+
+
+def use(node: Node, cache: SharedExpertCache, layer: int, experts: list[int], *, protect: bool = False) -> None:
+    """Stream the experts and hold every lease against the truth."""
+    seen = []
+    for leases in cache.stream(layer, experts, protect_residency=protect):
+        for lease in leases:
+            assert expert_bytes_of(dict(lease.tensors())) == node.truth[lease.key], f"{lease.key} has wrong bytes"
+            seen.append(lease.key.expert)
+    assert sorted(seen) == sorted(experts)
+
+
+def test_what_one_loads_is_a_hit_for_the_other(node: Node) -> None:
+    first, second = node.cache(), node.cache()
+    use(node, first, 0, [0, 1, 2])
+    use(node, second, 0, [2, 0, 1])
+    assert (first.stats().misses, second.stats().hits, second.stats().misses) == (3, 3, 0)
+    assert second.stats().bytes_read_disk == 0
+    assert first.resident(0) == second.resident(0) == {0, 1, 2}
+    first.check_integrity()
+
+
+def test_random_use_by_two_attachments_is_right(node: Node) -> None:
+    caches = [node.cache(), node.cache()]
+    rng = random.Random(1)
+    for step in range(600):
+        cache = rng.choice(caches)
+        experts = rng.sample(range(EXPERTS), rng.randint(1, EXPERTS))
+        use(node, cache, rng.randrange(LAYERS), experts, protect=rng.random() < 0.3)
+        if step % 50 == 0:
+            cache.check_integrity()
+
+
+def test_threads_share_under_load(node: Node) -> None:
+    caches = [node.cache() for _ in range(4)]
+    errors: list[BaseException] = []
+
+    def work(cache: SharedExpertCache, seed: int) -> None:
+        rng = random.Random(seed)
+        try:
+            for _ in range(150):
+                layer = rng.randrange(LAYERS)
+                if rng.random() < 0.3:
+                    with cache.holding(layer) as mask:
+                        experts = mask.nonzero()[:, 0].tolist()
+                        use(node, cache, layer, experts[:2])
+                else:
+                    use(node, cache, layer, rng.sample(range(EXPERTS), rng.randint(1, EXPERTS)))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(cache, at)) for at, cache in enumerate(caches)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not any(thread.is_alive() for thread in threads), "a worker waits for ever"
+    assert not errors, errors
+    caches[0].check_integrity()
+
+
+def test_a_held_layer_does_not_give_way(node: Node) -> None:
+    holder, other = node.cache(), node.cache()
+    use(node, holder, 0, [0, 1, 2])
+    with holder.holding(0) as mask:
+        assert mask.tolist() == [True] * 3 + [False] * 3
+        use(node, other, 0, [3, 4, 5])
+        assert {0, 1, 2} <= other.resident(0)
+    use(node, other, 0, [3, 4, 5])
+
+
+def _hold_and_hang(folder: Path, layout: ExpertLayout, plan: SlotPlan, ready: object) -> None:
+    """A child that leases an expert and claims a slot it never fills."""
+    digest = store_digest(layout, plan)
+    store = SharedStore(store_path(digest, folder=folder), layout, plan, digest)
+    cache = SharedExpertCache(store, reader=DiskReader(depth=1, buffer_bytes=16384))
+    stream = cache.stream(0, [0], protect_residency=False)
+    next(stream)
+    with store.tables.locked():
+        store.tables.take(5, ExpertKey(1, 4))
+    ready.set()  # type: ignore[attr-defined]
+    time.sleep(600)
+
+
+def _die_in_the_lock(folder: Path, layout: ExpertLayout, plan: SlotPlan, ready: object) -> None:
+    digest = store_digest(layout, plan)
+    store = SharedStore(store_path(digest, folder=folder), layout, plan, digest)
+    with store.tables.locked():
+        store.tables.take(5, ExpertKey(1, 4))
+        store.tables.slot_of[2, 2] = 7  # half a change
+        store.tables.resident[2, 2] = 1
+        ready.set()  # type: ignore[attr-defined]
+        time.sleep(600)
+
+
+def _killed_child(node: Node, target: Callable[..., None]) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    child = context.Process(target=target, args=(node.folder, node.layout, node.plan, ready), daemon=True)
+    child.start()
+    assert ready.wait(60)
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+
+
+def test_a_killed_neighbour_blocks_nobody(node: Node) -> None:
+    mine = node.cache()
+    _killed_child(node, _hold_and_hang)
+    assert mine.store.tables.state[5] == LOADING
+    use(node, mine, 1, [4, 0, 1, 2, 3, 5])  # expert 4 is being loaded by the dead: it is reaped and read again
+    use(node, mine, 0, [1, 2, 3, 4, 5])
+    use(node, mine, 0, [0])
+    mine.check_integrity()
+    assert mine.store.attached == 1
+
+
+def test_a_lock_holder_killed_half_way_is_repaired(node: Node) -> None:
+    mine = node.cache()
+    use(node, mine, 2, [0, 1])
+    _killed_child(node, _die_in_the_lock)
+    mine.check_integrity()
+    assert mine.resident(2) == {0, 1}
+    use(node, mine, 2, [2, 1])
+    use(node, mine, 1, [4])
+
+
+def test_the_store_survives_its_workers_when_it_has_an_owner(node: Node) -> None:
+    owner = node.store()
+    assert owner.own() and not node.store().own()
+    first = node.cache()
+    use(node, first, 0, [0, 1])
+    first.close()
+    again = node.cache()
+    assert not again.store.made
+    use(node, again, 0, [0, 1])
+    assert again.stats().hits == 2 and again.stats().bytes_read_disk == 0
+    again.close()
+    owner.close()
+
+
+def test_the_last_one_out_removes_the_file(node: Node) -> None:
+    first, second = node.cache(), node.cache()
+    first.close()
+    assert node.path.exists()
+    second.close()
+    second.close()
+    assert not list(node.folder.iterdir())
+
+
+def test_leftovers_of_the_dead_are_swept_and_living_stores_are_not(node: Node) -> None:
+    _killed_child(node, _hold_and_hang)
+    assert node.path.exists()
+    assert sweep(node.folder) == [node.path]
+    cache = node.cache()
+    assert sweep(node.folder) == [] and node.path.exists()
+    use(node, cache, 0, [0])
+
+
+def test_a_survivor_of_a_crash_is_used_as_it_is(node: Node) -> None:
+    _killed_child(node, _hold_and_hang)
+    cache = node.cache()
+    assert not cache.store.made
+    use(node, cache, 0, [0])
+    assert cache.stats().hits == 1
+
+
+def test_another_checkpoint_does_not_find_the_old_bytes(node: Node) -> None:
+    before = node.digest
+    path = Path(next(iter(node.layout.pieces.values()))[0].path)
+    os.utime(path, ns=(1, 1))
+    assert node.digest != before
+
+
+def test_a_full_shared_memory_is_a_clear_error(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(BudgetError, match=r"must have \d+ .*--shm-size"):
+        node.store()
+    assert not node.path.exists()
+
+
+def test_a_foreign_plan_is_refused_while_the_store_is_in_use(node: Node) -> None:
+    node.cache()
+    other = make_plan(node.layout, layer_slots=2)
+    with pytest.raises(CacheError, match="another store in use"):
+        SharedStore(node.path, node.layout, other, store_digest(node.layout, other))
+
+
+def test_a_missing_file_fails_for_everybody_and_frees_the_slot(node: Node) -> None:
+    first, second = node.cache(), node.cache()
+    Path(next(iter(node.layout.pieces[ExpertKey(1, 0)])).path).unlink()
+    for cache in (first, second):
+        with pytest.raises(CacheError, match="layer1"):
+            use(node, cache, 1, [0, 1])
+    use(node, first, 0, [0, 1])
+    first.check_integrity()
+    assert not first.store.tables.lease.any()
+
+
+def test_an_abandoned_stream_gives_everything_back(node: Node) -> None:
+    cache = node.cache()
+    use(node, cache, 0, [0])
+    stream = cache.stream(0, [0, 1, 2, 3, 4, 5], protect_residency=False)
+    next(stream)
+    stream.close()
+    assert not cache.store.tables.lease.any()
+    cache.check_integrity()
+    use(node, cache, 0, [0, 1, 2, 3, 4, 5])
+
+
+def test_warm_is_shared_between_workers(node: Node) -> None:
+    caches = [node.cache(), node.cache()]
+    threads = [threading.Thread(target=cache.warm) for cache in caches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for layer in range(LAYERS):
+        assert caches[0].resident(layer) >= {0, 1, 2}
+    loaded = sum(cache.stats().bytes_requested_disk for cache in caches)
+    assert loaded == LAYERS * 3 * node.layout.expert_bytes
+
+
+def test_uses_are_counted_where_the_placement_can_read_them(node: Node) -> None:
+    import torch
+
+    cache, other = node.cache(), node.cache()
+    cache.count(1, torch.tensor([[0, 5], [5, 2]]))
+    assert other.store.tables.uses.sum(axis=0)[1].tolist() == [1, 0, 1, 0, 0, 2]
+
+
+def test_migration_under_load_keeps_bytes_right(node: Node) -> None:
+    node.plan = make_plan(node.layout, pinned=((0, 1, 2),) * LAYERS)
+    cache, base = node.cache(), node.store()
+    cache.warm()
+    reader = DiskReader(depth=1, buffer_bytes=16384)
+    mover = Mover(base, reader, bytes_per_second=1e9)
+    done = threading.Event()
+    errors: list[BaseException] = []
+
+    def migrate() -> None:
+        rng = random.Random(3)
+        try:
+            for _ in range(60):
+                layer = rng.randrange(LAYERS)
+                load, evict = rng.sample(range(EXPERTS), 2)
+                mover.run([Move(load=ExpertKey(layer, load), evict=ExpertKey(layer, evict))])
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=migrate)
+    thread.start()
+    rng = random.Random(4)
+    while not done.is_set():
+        layer = rng.randrange(LAYERS)
+        with cache.holding(layer) as mask:
+            use(node, cache, layer, mask.nonzero()[:, 0].tolist())
+        use(node, cache, layer, rng.sample(range(EXPERTS), 2))
+    thread.join(60)
+    assert not errors, errors
+    cache.check_integrity()
+    assert all(len(cache.resident(layer)) >= 3 for layer in range(LAYERS))
+    reader.close()
+    base.close()
+
+
+def test_a_move_swaps_residents_and_pins_follow(node: Node) -> None:
+    node.plan = make_plan(node.layout, pinned=((0, 1, 2),) * LAYERS)
+    cache, base = node.cache(), node.store()
+    cache.warm()
+    reader = DiskReader(depth=1, buffer_bytes=16384)
+    mover = Mover(base, reader, bytes_per_second=1e9)
+    moved = mover.run([Move(load=ExpertKey(0, 4), evict=ExpertKey(0, 1)), Move(load=ExpertKey(0, 0))])
+    mover.pin([ExpertKey(0, 0), ExpertKey(0, 2), ExpertKey(0, 4)])
+    assert (moved.moves, moved.nbytes, moved.skipped) == (1, node.layout.expert_bytes, 0)
+    assert cache.resident(0) == {0, 2, 4}
+    use(node, cache, 0, [0, 2, 4])
+    assert cache.stats().misses == 0
+    use(node, cache, 1, [5])  # through a wave slot
+    moved = mover.run([Move(load=ExpertKey(1, 5), evict=ExpertKey(1, 0))])
+    assert moved.nbytes == 0 and 5 in cache.resident(1)
+    across = mover.run([Move(load=ExpertKey(2, 5), evict=ExpertKey(0, 2))])  # a slot changes its layer
+    assert across.moves == 1 and cache.resident(0) == {0, 4} and 5 in cache.resident(2)
+    cache.check_integrity()
+    reader.close()
+    base.close()
+
+
+def test_a_room_is_filled_once(tmp_path: Path) -> None:
+    import torch
+
+    path, filled = tmp_path / "buddymoe-0-x.records", []
+
+    def fill(target: torch.Tensor) -> None:
+        filled.append(1)
+        target.copy_(torch.arange(10000, dtype=torch.int64).to(torch.uint8))
+
+    first = open_room(path, 10000, b"a" * 32, fill)
+    second = open_room(path, 10000, b"a" * 32, fill)
+    assert filled == [1] and torch.equal(first.bytes[:10000], second.bytes[:10000])
+    with pytest.raises(CacheError, match="another content"):
+        open_room(path, 10000, b"b" * 32, fill)
+    first.close()
+    second.close()
+    assert not path.exists()
+
+    def broken(target: torch.Tensor) -> None:
+        raise CacheError("no")
+
+    with pytest.raises(CacheError, match="no"):
+        open_room(path, 10000, b"c" * 32, broken)
+    open_room(path, 10000, b"c" * 32, fill).close()
