@@ -53,7 +53,7 @@ class Client:
         return self._workers.info_sync()
 
     def snapshots(self) -> tuple[EngineSnapshot, ...]:
-        """The state of every worker's engine."""
+        """The state of the engine of every worker that answers."""
         return self._workers.snapshots_sync()
 
     def generate(self, prompt: str | Sequence[int], **sampling: Any) -> EngineResult:
@@ -61,7 +61,7 @@ class Client:
 
         Raises:
             RequestError: the request is not usable.
-            CapacityError: the service is full or restarting; retry later.
+            CapacityError: the service is full, or workers died and no other took the request; retry later.
         """
         work = _work(prompt, sampling, flush_seconds=None)
         with closing(self._workers.generate_sync(work)) as replies:

@@ -30,8 +30,9 @@ class EngineSnapshot:
     """State of one engine at one moment; counters are cumulative since start.
 
     `hits` and `misses` count (layer, expert) lookups of the cache, `bytes_read_disk` what the disk was asked for
-    (alignment included), `stall_seconds` the time the model waited for experts. `use_hits`, `use_fetched` and
-    `standins` count (token, slot) uses of decode steps, `expected_rise` the nats charged for stand-ins.
+    (alignment included), `stall_seconds` the time the model waited for experts. `use_hits`, `use_peer`,
+    `use_fetched` and `standins` count (token, slot) uses of decode steps, `expected_rise` the nats charged for
+    stand-ins.
     """
 
     running: int
@@ -45,6 +46,7 @@ class EngineSnapshot:
     bytes_read_disk: int
     stall_seconds: float
     use_hits: int = 0
+    use_peer: int = 0
     use_fetched: int = 0
     standins: StandinUses = field(default_factory=StandinUses)
     expected_rise: float = 0.0

@@ -74,6 +74,8 @@ class GenerationRequest:
     `mode` and `budget` (nats of expected extra loss per generated token, for `bounded`) are the engine's where None.
     `record` asks for the request's expert uses with its last event; `replay` is such a record: every use is answered as
     it says, so the same tokens come out whatever is resident now.
+    `resumed_token_ids` are output tokens that the caller already has, from another engine: this one goes on after them,
+    and its events tell what is new. A request with `record` or `replay` cannot be resumed.
     """
 
     request_id: str
@@ -83,6 +85,7 @@ class GenerationRequest:
     budget: float | None = None
     record: bool = False
     replay: str | None = None
+    resumed_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,15 +109,19 @@ class Usage:
     """What one request cost.
 
     Expert uses are (token, slot) pairs of its decode steps: `hits` found their expert resident when the step began,
-    `fetched` waited for it, `standins` were answered by something else at an `expected_rise` of loss (nats, summed over
-    the completion). `mode` is what the request got, `requested_mode` what it asked for: they differ when `guard` is
-    `tripped`. `budget` is the allowance per generated token of a `bounded` request. `record` is there for a request
-    that asked for it.
+    `peer` were computed exactly by another worker, `fetched` waited for the expert, `standins` were answered by
+    something else at an `expected_rise` of loss (nats, summed over the completion). `completion_tokens` counts all
+    tokens; `resumed` of them were made before the last move to another worker, and what those used and were charged is
+    not counted here (of a `bounded` request at most `budget` each). `mode` is what the request got, `requested_mode`
+    what it asked for: they differ when `guard` is `tripped`. `budget` is the allowance per generated token of a
+    `bounded` request. `record` is there for a request that asked for it.
     """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    resumed: int = 0
     hits: int = 0
+    peer: int = 0
     fetched: int = 0
     mode: Mode = "exact"
     requested_mode: Mode = "exact"

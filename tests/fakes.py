@@ -1,14 +1,15 @@
 """Small stand-ins for the narrow seams: an engine without a model, its tokenizer, and workers without ray.
 
-`FakeEngine` keeps AsyncEngine's contract (events in order, usage with the last, closing the iterator cancels), so what
-is proven over it holds for the path above the engine. Its tokens are a function of prompt, seed and position alone.
+`FakeEngine` keeps AsyncEngine's contract (events in order, usage with the last, closing the iterator cancels, resumed
+tokens are not told again), so what is proven over it holds for the path above the engine. Its tokens are a function of
+prompt, seed and position alone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -17,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.engine.sharing import Sharing
 from buddymoe_ray.errors import CacheError, CapacityError, CheckpointError, RequestError
 from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.serve.records import Reply, Work, WorkerInfo, WorkerReport
@@ -73,6 +75,11 @@ class FakeEngine:
     one use per token and a `fast` one none; stand-ins answer the rest at .001 nats per token.
     """
 
+    link_address = ""
+
+    def meet(self, peers: Mapping[str, str]) -> None:
+        """It has no experts to share."""
+
     def __init__(self, *, model_id: str = "fake", delay: float = 0.0, limits: FakeLimits | None = None) -> None:
         self.model_id = model_id
         self.tokenizer: PreTrainedTokenizerFast | None = byte_tokenizer()
@@ -91,11 +98,14 @@ class FakeEngine:
         self.seen.append(request)
         if 1 in request.prompt_token_ids:
             raise RequestError("prompt holds byte 1, must not. hint: leave it out", param="prompt")
+        resumed = request.resumed_token_ids
+        if resumed != tuple(fake_token(request, position) for position in range(len(resumed))):
+            raise RequestError("resumed_token_ids are not those of this request, must be what it generated")
         self.running.add(request.request_id)
         ended = False
         try:
-            text = ""
-            for position in range(request.sampling.max_tokens):
+            text = bytes(resumed).decode()
+            for position in range(len(resumed), request.sampling.max_tokens):
                 await asyncio.sleep(self.delay)
                 self.steps += 1
                 self._trouble(request, position)
@@ -129,7 +139,15 @@ class FakeEngine:
     def _usage(self, request: GenerationRequest, tokens: int) -> Usage:
         prompt = len(request.prompt_token_ids)
         record = f"record of {request.request_id}" if request.record else None
-        usage = Usage(prompt_tokens=prompt, completion_tokens=tokens, hits=3 * tokens, fetched=tokens, record=record)
+        made = tokens - len(request.resumed_token_ids)
+        usage = Usage(
+            prompt_tokens=prompt,
+            completion_tokens=tokens,
+            resumed=tokens - made,
+            hits=3 * made,
+            fetched=made,
+            record=record,
+        )
         mode = request.mode or "exact"
         if mode == "exact":
             return usage
@@ -138,9 +156,9 @@ class FakeEngine:
             mode=mode,
             requested_mode=mode,
             budget=request.budget or 0.003 if mode == "bounded" else None,
-            fetched=tokens if mode == "bounded" else 0,
-            standins=StandinUses(lowbit=2 * tokens, drop=1),
-            expected_rise=0.001 * tokens,
+            fetched=made if mode == "bounded" else 0,
+            standins=StandinUses(lowbit=2 * made, drop=1),
+            expected_rise=0.001 * made,
             guard="ok",
         )
 
@@ -225,14 +243,14 @@ class LocalWorkers:
         return None
 
 
-def open_fake_engine(config: EngineConfig, model_id: str) -> FakeEngine:
+def open_fake_engine(config: EngineConfig, model_id: str, sharing: Sharing | None = None) -> FakeEngine:
     """For applications under ray: slow enough to be met while it runs; limits from the config."""
     length = config.max_model_len or 4096
     limits = FakeLimits(max_model_len=length, max_running=config.max_running, kv_tokens=64 * length)
     return FakeEngine(model_id=model_id, delay=0.02, limits=limits)
 
 
-def open_broken_engine(config: EngineConfig, model_id: str) -> FakeEngine:
+def open_broken_engine(config: EngineConfig, model_id: str, sharing: Sharing | None = None) -> FakeEngine:
     """As when a checkpoint cannot be served."""
     raise CheckpointError(f"{config.model} is truncated, must be whole. hint: download it again")
 
@@ -244,8 +262,10 @@ def exact_usage(*, hits: int, fetched: int) -> dict[str, Any]:
         "requested_mode": "exact",
         "budget": None,
         "hits": hits,
+        "peer": 0,
         "fetched": fetched,
         "standins": {"lowbit": 0, "lowrank": 0, "buddy": 0, "mean": 0, "drop": 0},
         "expected_rise": 0.0,
+        "resumed": 0,
         "guard": "off",
     }

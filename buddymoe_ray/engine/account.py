@@ -1,7 +1,8 @@
 """What one request may spend on stand-ins, and what its expert uses came to.
 
 Wraps the ledger of a `bounded` request; knows nothing of tokens' text or of the model. Invariant: what a bounded
-request is charged never exceeds budget × generated tokens.
+request is charged never exceeds budget × generated tokens, also when it was moved here: what its resumed tokens were
+charged is unknown here, so they bring no allowance.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Account:
         self.guard: GuardState = "off"
         self.record, self._refused = record, refused
         self.recorded: list[RecordedUse] = []
-        self.hits = self.fetched = self.steps = 0
+        self.hits = self.peer = self.fetched = self.steps = 0
         self.expected_rise = 0.0
         self._price = price
         self._ledger = Ledger(budget) if mode == "bounded" else None
@@ -91,9 +92,12 @@ class Account:
         if self._ledger is not None:
             self._ledger.accrue()
 
-    def settle(self, *, hits: int, fetched: int, standins: list[int], harm: float, uses: list[Substitution]) -> None:
+    def settle(
+        self, *, hits: int, peer: int, fetched: int, standins: list[int], harm: float, uses: list[Substitution]
+    ) -> None:
         """Add one decode step's expert uses and charge their harm (nats)."""
         self.hits += hits
+        self.peer += peer
         self.fetched += fetched
         self._standins = [a + b for a, b in zip(self._standins, standins, strict=True)]
         self.expected_rise += harm
@@ -108,7 +112,7 @@ class StepTotals:
     """Expert uses of all requests since start."""
 
     def __init__(self) -> None:
-        self.hits = self.fetched = 0
+        self.hits = self.peer = self.fetched = 0
         self.expected_rise = 0.0
         self._standins = [0] * len(STANDIN_KINDS)
 
@@ -120,6 +124,7 @@ class StepTotals:
     def add(self, outcome: StepOutcome) -> None:
         """Add one decode step."""
         self.hits += int(outcome.hits_T.sum())
+        self.peer += int(outcome.peer_T.sum())
         self.fetched += int(outcome.fetched_T.sum())
         self.expected_rise += float(outcome.harm_T.sum())
         self._standins = [a + b for a, b in zip(self._standins, outcome.standins_TS.sum(dim=0).tolist(), strict=True)]

@@ -73,6 +73,7 @@ def validate(request: GenerationRequest, *, vocab_size: int) -> None:
     bad = next((t for t in request.prompt_token_ids if not 0 <= t < vocab_size), None)
     if bad is not None:
         raise RequestError(f"prompt holds token id {bad}, must be in [0, {vocab_size})", param="prompt")
+    _validate_resumed(request, vocab_size)
     _within("temperature", p.temperature, 0.0, 2.0)
     if not 0.0 < p.top_p <= 1.0:
         raise RequestError(f"top_p is {p.top_p}, must be in (0, 1]. hint: 1 keeps all", param="top_p")
@@ -87,6 +88,19 @@ def validate(request: GenerationRequest, *, vocab_size: int) -> None:
         _within("logprobs", p.logprobs, 0, MAX_LOGPROBS)
     if "" in p.stop:
         raise RequestError("stop holds an empty string, must be text. hint: drop it", param="stop")
+
+
+def _validate_resumed(request: GenerationRequest, vocab_size: int) -> None:
+    resumed = request.resumed_token_ids
+    bad = next((t for t in resumed if not 0 <= t < vocab_size), None)
+    if bad is not None:
+        raise RequestError(f"resumed_token_ids holds {bad}, must be in [0, {vocab_size})", param="resumed_token_ids")
+    if resumed and (request.record or request.replay is not None):
+        raise RequestError(
+            "resumed_token_ids are given with record or replay, must be alone: the record of those tokens is lost. "
+            "hint: ask again from the start",
+            param="resumed_token_ids",
+        )
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:

@@ -18,7 +18,7 @@ __all__ = ["PrefillChunk", "Scheduler", "StepPlan"]
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillChunk:
-    """Tokens `[start, end)` of a prompt."""
+    """Tokens `[start, end)` of a prompt and what was resumed after it."""
 
     seq: Sequence
     start: int
@@ -91,7 +91,7 @@ class Scheduler:
         prefill = []
         for seq in self._admitted.values():
             if room > 0 and not seq.prompt_computed:
-                end = min(seq.prompt_length, seq.num_computed + room)
+                end = min(seq.prefill_length, seq.num_computed + room)
                 prefill.append(PrefillChunk(seq=seq, start=seq.num_computed, end=end))
                 room -= end - seq.num_computed
         decode = tuple(seq for seq in self._admitted.values() if seq.prompt_computed)

@@ -1,11 +1,13 @@
 """One request while it is served: its tokens, its blocks, its text, what it cost.
 
 Knows how a sequence ends (end token, stop string, length) and builds the TokenEvents that leave the engine; not when it
-runs. On the token path: `append` turns a sampled token into an event.
+runs. On the token path: `append` turns a sampled token into an event. Resumed tokens are taken in as if they had been
+sampled here, and what they would have said is dropped: the client has it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Sequence as Ids
 from enum import Enum
@@ -32,7 +34,8 @@ class State(Enum):
 
 
 class Sequence:
-    """Made by the engine from a request. Raises RequestError when prompt and model limit leave no room for output.
+    """Made by the engine from a request. Raises RequestError when prompt and model limit leave no room for output, or
+    when the resumed tokens have already ended.
 
     `num_computed` tokens have their KV computed; `blocks` is the sequence's block table while it is admitted. `account`
     is what the request may spend on stand-ins and has spent, `replay` the substitutions it must repeat, by decode step.
@@ -62,7 +65,7 @@ class Sequence:
                 "stop is set, must be empty for a model without tokenizer. hint: use stop_token_ids", param="stop"
             )
         self.request, self.request_id = request, request.request_id
-        self.prompt_length = len(prompt)
+        self.prompt_length, self.num_resumed = len(prompt), len(request.resumed_token_ids)
         self.max_tokens = min(params.max_tokens, max_model_len - len(prompt))
         self.state = State.WAITING
         self.blocks: list[int] = []
@@ -76,6 +79,7 @@ class Sequence:
         self.account = account or Account(mode="exact", budget=0.0, price=0.0, record=False)
         self.replay: Replay = replay or {}
         self._binding = binding
+        self._resume(request.resumed_token_ids)
 
     @property
     def output_ids(self) -> list[int]:
@@ -94,8 +98,13 @@ class Sequence:
 
     @property
     def prompt_computed(self) -> bool:
-        """Whether the whole prompt has its KV."""
-        return self.num_computed >= self.prompt_length
+        """Whether the whole prompt, and what was resumed after it, has its KV."""
+        return self.num_computed >= self.prefill_length
+
+    @property
+    def prefill_length(self) -> int:
+        """Tokens that are computed before the first new one is chosen: the prompt and what was resumed."""
+        return self.prompt_length + self.num_resumed
 
     @property
     def finished(self) -> bool:
@@ -116,14 +125,7 @@ class Sequence:
         """Take the next token; returns its event, which carries the finish reason when it is the last."""
         assert not self.finished, f"sequence {self.request_id} is finished, must be running to take a token"
         self.state = State.RUNNING
-        self._ids.append(sampled.token_id)
-        is_end = sampled.token_id in self._ends
-        text, stopped = ("", False) if is_end else self._stop.push(self._text([sampled.token_id]))
-        reason: FinishReason | None = None
-        if is_end or stopped:
-            reason = "stop"
-        elif self.num_output >= self.max_tokens:
-            reason = "length"
+        text, stopped, reason = self._take(sampled.token_id)
         if reason is not None and not stopped:
             rest, stopped = self._rest()
             text, reason = text + rest, "stop" if stopped else reason
@@ -142,7 +144,9 @@ class Sequence:
         return Usage(
             prompt_tokens=self.prompt_length,
             completion_tokens=self.num_output,
+            resumed=self.num_resumed,
             hits=self.account.hits,
+            peer=self.account.peer,
             fetched=self.account.fetched,
             mode=self.account.mode,
             requested_mode=self.account.requested_mode,
@@ -152,6 +156,27 @@ class Sequence:
             guard=self.account.guard,
             record=self._record() if self.finished and self.account.record else None,
         )
+
+    def _take(self, token_id: int) -> tuple[str, bool, FinishReason | None]:
+        """Add a token: the text it frees, whether a stop string was met, and how the output ends by it, if so."""
+        self._ids.append(token_id)
+        if token_id in self._ends:
+            return "", False, "stop"
+        text, stopped = self._stop.push(self._text([token_id]))
+        if stopped:
+            return text, True, "stop"
+        return text, False, "length" if self.num_output >= self.max_tokens else None
+
+    def _resume(self, token_ids: Ids[int]) -> None:
+        """Take in what was generated elsewhere, token by token: what is held back depends on how the text was cut."""
+        for at, token_id in enumerate(token_ids, start=1):
+            _, _, reason = self._take(token_id)
+            if reason is not None:
+                raise RequestError(
+                    f"resumed_token_ids end by {reason} at token {at} of {len(token_ids)}, must be unfinished. "
+                    "hint: nothing is left to generate",
+                    param="resumed_token_ids",
+                )
 
     def _text(self, ids: Ids[int]) -> str:
         return "" if self._detokenizer is None else self._detokenizer.push(ids)
@@ -189,9 +214,8 @@ class Sequence:
 
 
 def _drawn(default_seed: int | None, request_id: str) -> int:
-    """A seed for a request that brings none: reproducible per engine seed and request id, or random."""
+    """A seed (64 bits) for a request that brings none: a hash of engine seed and request id, so that every engine of a
+    service draws the same and a moved request goes on with its own numbers; random without an engine seed."""
     if default_seed is None:
         return secrets.randbits(63)
-    import zlib
-
-    return (default_seed << 32) ^ zlib.crc32(request_id.encode())
+    return int.from_bytes(hashlib.blake2b(f"{default_seed}/{request_id}".encode(), digest_size=8).digest())

@@ -42,11 +42,12 @@ def terms_of(sequences: Rows[Sequence]) -> StepTerms:
 
 def settle(sequences: Rows[Sequence], outcome: StepOutcome) -> None:
     """Book what the step's expert uses came to."""
-    hits, fetched, harms = outcome.hits_T.tolist(), outcome.fetched_T.tolist(), outcome.harm_T.tolist()
-    standins = outcome.standins_TS.tolist()
+    hits, peer, fetched = outcome.hits_T.tolist(), outcome.peer_T.tolist(), outcome.fetched_T.tolist()
+    harms, standins = outcome.harm_T.tolist(), outcome.standins_TS.tolist()
     for row, seq in enumerate(sequences):
         seq.account.settle(
             hits=hits[row],
+            peer=peer[row],
             fetched=fetched[row],
             standins=standins[row],
             harm=harms[row],

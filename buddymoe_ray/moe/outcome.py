@@ -1,4 +1,4 @@
-"""What became of the expert uses of one decode pass, per row: hits, fetches, stand-ins and what they are charged.
+"""What became of the expert uses of one decode pass, per row: hits, peers, fetches, stand-ins and their charge.
 
 Counts only. Knows neither requests nor the model.
 
@@ -46,6 +46,7 @@ class StepOutcome:
     """Sums over the layers of a pass. `harm_T` is in nats; `substitutions` are those of the rows in `record`."""
 
     hits_T: Tensor
+    peer_T: Tensor
     fetched_T: Tensor
     standins_TS: Tensor
     harm_T: Tensor
@@ -57,6 +58,7 @@ class StepOutcome:
         """Nothing counted yet."""
         return cls(
             hits_T=torch.zeros(rows, dtype=torch.int64),
+            peer_T=torch.zeros(rows, dtype=torch.int64),
             fetched_T=torch.zeros(rows, dtype=torch.int64),
             standins_TS=torch.zeros(rows, len(STANDIN_KINDS), dtype=torch.int64),
             harm_T=torch.zeros(rows, dtype=torch.float32),
@@ -68,6 +70,7 @@ class StepOutcome:
         """Outcomes of passes of one row each, as one outcome of as many rows."""
         return cls(
             hits_T=torch.cat([o.hits_T for o in outcomes]),
+            peer_T=torch.cat([o.peer_T for o in outcomes]),
             fetched_T=torch.cat([o.fetched_T for o in outcomes]),
             standins_TS=torch.cat([o.standins_TS for o in outcomes]),
             harm_T=torch.cat([o.harm_T for o in outcomes]),
@@ -79,6 +82,14 @@ class StepOutcome:
         hits_T = hit_TK.sum(dim=1)
         self.hits_T += hits_T
         self.fetched_T += hit_TK.shape[1] - hits_T
+
+    def count_peer(self, uses_T: Tensor) -> None:
+        """Say that `uses_T` (int64) of each row's fetched uses were computed exactly by another worker instead."""
+        uses_T = uses_T.cpu()
+        fits = bool(((uses_T >= 0) & (uses_T <= self.fetched_T)).all())
+        assert fits, f"peer uses are {uses_T.tolist()}, must be at most the fetched {self.fetched_T.tolist()}"
+        self.peer_T += uses_T
+        self.fetched_T -= uses_T
 
     def count(self, layer: int, resolution: Resolution, own_column_E: Tensor, kind_of_E: Sequence[str]) -> Tensor:
         """Add a layer's resolution; returns the harm of each row.

@@ -1,18 +1,21 @@
-"""Workers behind a Ray Serve deployment handle: one streaming call per `Work`, and calls to every replica for health.
+"""Workers behind a Ray Serve deployment handle: streaming calls that survive a lost replica, and calls to every
+replica for health.
 
-The one place where ray's ways to fail become refusals. Knows neither HTTP nor engines. Invariant: leaving `generate`
-early, for whatever reason, cancels the call in its replica.
+The one place where ray's ways to fail become refusals or `WorkerLost`. Knows neither HTTP nor engines. Invariant:
+leaving `generate` early, for whatever reason, cancels the call in whichever replica runs it. Serve's router forgets a
+replica when a call to it dies, so the next attempt meets another one.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Generator
 from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
@@ -20,6 +23,7 @@ from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.serve.records import Refusal, Reply, Work, WorkerInfo, WorkerReport
 from buddymoe_ray.serve.refusals import failure, overloaded, unavailable
+from buddymoe_ray.serve.resume import ResumeLimits, WorkerLost, resumable
 
 __all__ = ["APP_NAME", "WORKER_NAME", "ReplicaWorkers", "connect"]
 
@@ -28,41 +32,54 @@ log = logging.getLogger(__name__)
 APP_NAME = "buddymoe"
 WORKER_NAME = "worker"
 HEALTH_SECONDS = 5.0
+LOST = (RayActorError, NodeDiedError, ObjectLostError, WorkerCrashedError)  # the replica, or its node with its replies
 
 
 class ReplicaWorkers:
-    """All replicas of the worker deployment behind `handle`."""
+    """All replicas of the worker deployment behind `handle`. `limits` say how far a call is followed when one dies."""
 
-    def __init__(self, handle: DeploymentHandle[Any], *, retry_after_seconds: int = 2) -> None:
+    def __init__(self, handle: DeploymentHandle[Any], *, limits: ResumeLimits | None = None) -> None:
         self._handle = handle
         self._streaming = handle.options(stream=True)
-        self._retry_after = retry_after_seconds
+        self._limits = limits or ResumeLimits()
 
-    async def generate(self, work: Work) -> AsyncGenerator[Reply, None]:
-        """Answer `work` on one replica."""
-        response = self._start(work)
+    def generate(self, work: Work) -> AsyncGenerator[Reply, None]:
+        """Answer `work`, on another replica when the one that has it dies."""
+        return resumable(work, self._attempt, self._limits)
+
+    def generate_sync(self, work: Work) -> Generator[Reply, None, None]:
+        """The same for callers without an event loop: it is given one of its own, which runs while a reply is awaited.
+
+        Raises RuntimeError where a loop runs already: it would stand still.
+        """
+        with asyncio.Runner() as runner:
+            replies = self.generate(work)
+
+            async def following() -> Reply | None:
+                return await anext(replies, None)
+
+            async def close() -> None:
+                await replies.aclose()
+
+            try:
+                while (reply := runner.run(following())) is not None:
+                    yield reply
+            finally:
+                runner.run(close())
+
+    async def _attempt(self, work: Work) -> AsyncGenerator[Reply, None]:
+        """Answer `work` on one replica. Raises WorkerLost."""
+        response = self._streaming.generate.remote(work)
+        assert isinstance(response, DeploymentResponseGenerator), f"a streaming handle answered {response!r}"
         try:
             async for reply in response:
                 yield reply
-        except (RayServeException, RayActorError, RayTaskError) as error:
+        except (RayServeException, RayTaskError) as error:
             yield self._refusal(error)
+        except LOST as error:
+            raise WorkerLost(f"the worker is gone ({type(error).__name__})") from error
         finally:
             response.cancel()  # type: ignore[no-untyped-call]
-
-    def generate_sync(self, work: Work) -> Generator[Reply, None, None]:
-        """The same for callers without an event loop."""
-        response = self._start(work)
-        try:
-            yield from response
-        except (RayServeException, RayActorError, RayTaskError) as error:
-            yield self._refusal(error)
-        finally:
-            response.cancel()  # type: ignore[no-untyped-call]
-
-    def _start(self, work: Work) -> DeploymentResponseGenerator[Reply]:
-        response = self._streaming.generate.remote(work)
-        assert isinstance(response, DeploymentResponseGenerator), f"a streaming handle answered {response!r}"
-        return response
 
     async def info(self) -> WorkerInfo:
         """What is served, from any replica."""
@@ -75,8 +92,12 @@ class ReplicaWorkers:
         return info
 
     def snapshots_sync(self) -> tuple[EngineSnapshot, ...]:
-        """Every replica's engine, now."""
-        return tuple(self._handle.broadcast("snapshot").results(timeout_s=HEALTH_SECONDS))
+        """The engines of all replicas that answer, now."""
+        try:
+            answers = self._handle.broadcast("snapshot").results(timeout_s=HEALTH_SECONDS, return_exceptions=True)
+        except (TimeoutError, RayServeException):
+            return ()
+        return tuple(answer for answer in answers if isinstance(answer, EngineSnapshot))
 
     async def reports(self) -> tuple[WorkerReport, ...]:
         """Every replica's counters; a replica that does not answer is left out."""
@@ -99,10 +120,11 @@ class ReplicaWorkers:
         return tuple(None if answer is None else _one_line(answer) for answer in answers) or ("no worker runs",)
 
     def _refusal(self, error: Exception) -> Refusal:
+        retry_after = self._limits.retry_after_seconds
         if isinstance(error, BackPressureError):
-            return overloaded(calls=error.args[0], retry_after_seconds=self._retry_after)
-        if isinstance(error, RayActorError | DeploymentUnavailableError):
-            return unavailable("the worker is gone or not ready", retry_after_seconds=self._retry_after)
+            return overloaded(calls=error.args[0], retry_after_seconds=retry_after)
+        if isinstance(error, DeploymentUnavailableError):
+            return unavailable("no worker is ready", retry_after_seconds=retry_after)
         log.error("a worker failed", exc_info=error)
         return failure()
 

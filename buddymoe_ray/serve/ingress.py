@@ -14,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.handles import ReplicaWorkers
 from buddymoe_ray.serve.http import HttpSettings, http_app
+from buddymoe_ray.serve.resume import ResumeLimits
 
 __all__ = ["Ingress"]
 
@@ -22,7 +23,8 @@ class Ingress:
     """HTTP in front of `workers`."""
 
     def __init__(self, args: ServeArgs, workers: DeploymentHandle[Any]) -> None:
-        self._workers = ReplicaWorkers(workers, retry_after_seconds=args.retry_after_seconds)
+        limits = ResumeLimits(wait_seconds=args.request_timeout_seconds, retry_after_seconds=args.retry_after_seconds)
+        self._workers = ReplicaWorkers(workers, limits=limits)
         self._settings = HttpSettings(
             model=args.served_name,
             flush_seconds=args.flush_ms / 1000,

@@ -42,6 +42,9 @@ def _gauge(name: str, help_: str, read: Callable[[EngineSnapshot], float]) -> Me
 
 METRICS: tuple[Metric, ...] = (
     _counter("buddymoe_hits", "Expert uses of decode steps whose expert was resident.", lambda s: s.use_hits),
+    _counter(
+        "buddymoe_peer", "Expert uses of decode steps that another worker answered exactly.", lambda s: s.use_peer
+    ),
     _counter("buddymoe_fetched", "Expert uses of decode steps that waited for their expert.", lambda s: s.use_fetched),
     Metric(
         name="buddymoe_standin_uses",

@@ -14,7 +14,7 @@ from buddymoe_ray.serve.records import ChatMessage, Refusal, Terms, Work
 from buddymoe_ray.serve.refusals import over_long
 from buddymoe_ray.types import Mode
 
-__all__ = ["check_terms", "encode", "output_limit"]
+__all__ = ["check_terms", "encode", "output_limit", "resumed_choices"]
 
 
 def check_terms(terms: Terms) -> None:
@@ -84,3 +84,16 @@ def output_limit(
             param=work.prompt_field,
         )
     return min(room, default_max_tokens) if wanted is None else wanted
+
+
+def resumed_choices(work: Work) -> dict[int, tuple[int, ...]]:
+    """The choices to answer, each with the tokens its client has. Raises RequestError for unknown choices."""
+    if not work.resume:
+        return dict.fromkeys(range(work.choices), ())
+    chosen = {resumed.choice: resumed.token_ids for resumed in work.resume}
+    if len(chosen) < len(work.resume) or not chosen.keys() <= set(range(work.choices)):
+        named = [resumed.choice for resumed in work.resume]
+        raise RequestError(
+            f"resume names choices {named}, must be different ones below {work.choices}. hint: ask again from the start"
+        )
+    return chosen

@@ -21,6 +21,7 @@ __all__ = [
     "Prompt",
     "Refusal",
     "Reply",
+    "ResumedChoice",
     "Terms",
     "TokenText",
     "Work",
@@ -52,6 +53,14 @@ class Terms:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResumedChoice:
+    """A choice to go on with elsewhere, after the tokens that the client already has (none: from its start)."""
+
+    choice: int
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """What one API call asks of a worker: some prompts, or one conversation, each answered `n` times.
 
@@ -64,6 +73,8 @@ class Work:
         max_tokens: most tokens per choice; None is as many as fit, at most the service's default.
         flush_seconds: tokens of this much time share a batch; None is one batch with everything at the end.
         report_prompts: send the prompts' token ids with the first batch.
+        resume: the choices to answer, when the work moved here from another worker; empty is all, from their start.
+            The first batch is then empty and says that the worker has the work.
     """
 
     request_id: str
@@ -75,6 +86,12 @@ class Work:
     terms: Terms = Terms()
     flush_seconds: float | None = None
     report_prompts: bool = False
+    resume: tuple[ResumedChoice, ...] = ()
+
+    @property
+    def choices(self) -> int:
+        """Answers asked for in all."""
+        return max(len(self.prompts), 1) * self.n
 
     @property
     def prompt_field(self) -> str:
@@ -143,9 +160,10 @@ class WorkerInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerReport:
-    """One worker's counters. `replica` is its name among all workers that ever ran."""
+    """One worker's counters. `replica` is its name among all workers that ever ran, `pid` its process on its node."""
 
     replica: str
+    pid: int
     snapshot: EngineSnapshot
 
 

@@ -72,18 +72,22 @@ class BuddyUsage(_Reply):
 
     `mode` is what the request got: not `requested_mode` once `guard` is `tripped`, or where no stand-in is within any
     budget. `budget` (nats per generated token) is null but for a `bounded` request. `hits` found their expert resident,
-    `fetched` waited for it, `standins` were answered by something else. `expected_rise` is what they were charged: nats
-    of loss, summed over the completion, in mode `bounded` at most `budget` times its tokens. `record` is there for a
-    request that asked for it; it goes into `buddymoe.replay`.
+    `peer` were computed exactly by another worker, `fetched` waited for the expert, `standins` were answered by
+    something else. `expected_rise` is what they were charged: nats of loss, summed over the completion, in mode
+    `bounded` at most `budget` times its tokens. `resumed` tokens were made before the answer last moved to another
+    worker; their uses and charges are not counted. `record` is there for a request that asked for it; it goes into
+    `buddymoe.replay`.
     """
 
     mode: Mode
     requested_mode: Mode
     budget: float | None
     hits: int
+    peer: int
     fetched: int
     standins: StandinsBody
     expected_rise: float
+    resumed: int
     guard: GuardState
     record: str | None = None
 

@@ -1,22 +1,24 @@
 """One worker: prompts in, batches of deltas out, around one engine. A plain class; `app` makes it a replica.
 
 Knows the engine's seam and the tokenizer, neither HTTP nor ray. Invariant: when a call's generator ends or is closed,
-none of its sequences is left in the engine.
+none of its sequences is left in the engine. A call that comes again, because its caller lost sight of this worker,
+takes the place of the one before it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from buddymoe_ray.errors import BuddyMoEError, CapacityError, RequestError
 from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.serve.deltas import merge
-from buddymoe_ray.serve.prompts import check_terms, encode, output_limit
+from buddymoe_ray.serve.prompts import check_terms, encode, output_limit, resumed_choices
 from buddymoe_ray.serve.records import Batch, Delta, Refusal, Reply, Work, WorkerInfo, WorkerReport
 from buddymoe_ray.serve.refusals import overloaded, refusal_of, unavailable
 from buddymoe_ray.serve.token_text import TokenBytes
@@ -47,10 +49,21 @@ class EngineSeam(Protocol):
     def tokenizer(self) -> Any: ...
     @property
     def limits(self) -> Limits: ...
+    @property
+    def link_address(self) -> str: ...
+    def meet(self, peers: Mapping[str, str]) -> None: ...
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]: ...
     def snapshot(self) -> EngineSnapshot: ...
     async def check_health(self) -> None: ...
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """Engine requests by choice, and the token ids of every prompt."""
+
+    requests: dict[int, GenerationRequest]
+    prompts: tuple[tuple[int, ...], ...]
 
 
 class Worker:
@@ -81,6 +94,7 @@ class Worker:
         self._default_max_tokens = default_max_tokens
         self._max_calls = engine.limits.max_running + max_queued_requests
         self._calls = 0
+        self._running: dict[str, asyncio.Task[None]] = {}  # by the engine's request id
         self._retry_after = retry_after_seconds
 
     async def generate(self, work: Work) -> AsyncGenerator[Reply, None]:
@@ -101,9 +115,12 @@ class Worker:
         if isinstance(planned, Refusal):
             yield planned
             return
+        if work.resume:
+            yield Batch(deltas=())
+            await self._displace({request.request_id for request in planned.requests.values()})
         items: asyncio.Queue[Delta | Refusal] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._run(choice, request, items)) for choice, request in enumerate(planned)]
-        prompts = tuple(request.prompt_token_ids for request in planned[:: work.n]) if work.report_prompts else ()
+        tasks = [self._start(choice, request, items) for choice, request in planned.requests.items()]
+        prompts = planned.prompts if work.report_prompts else ()
         try:
             async for reply in self._replies(items, open_choices=len(tasks), flush_seconds=work.flush_seconds):
                 yield replace(reply, prompt_token_ids=prompts) if prompts and isinstance(reply, Batch) else reply
@@ -129,7 +146,7 @@ class Worker:
 
     def report(self) -> WorkerReport:
         """The same with this worker's name."""
-        return WorkerReport(replica=self._name, snapshot=self._engine.snapshot())
+        return WorkerReport(replica=self._name, pid=os.getpid(), snapshot=self._engine.snapshot())
 
     async def check_health(self) -> None:
         """Raises when the engine's step thread died; ray then replaces this worker."""
@@ -139,16 +156,17 @@ class Worker:
         """Stop the engine."""
         self._engine.close()
 
-    async def _plan(self, work: Work) -> list[GenerationRequest] | Refusal:
-        """One engine request per choice, all checked before the first starts."""
+    async def _plan(self, work: Work) -> _Plan | Refusal:
+        """One engine request per choice to answer, all checked before the first starts."""
         try:
             check_terms(work.terms)
+            chosen = resumed_choices(work)
             prompts = await asyncio.to_thread(encode, self._engine.tokenizer, work)  # a long one must not stop streams
         except RequestError as error:
             return refusal_of(error)
         limits = self._engine.limits
-        requests: list[GenerationRequest] = []
-        for prompt in prompts:
+        requests: dict[int, GenerationRequest] = {}
+        for at, prompt in enumerate(prompts):
             limit = output_limit(
                 len(prompt),
                 work,
@@ -158,20 +176,38 @@ class Worker:
             )
             if isinstance(limit, Refusal):
                 return limit
-            for k in range(work.n):
-                seed = None if work.sampling.seed is None else work.sampling.seed + k
-                requests.append(
-                    GenerationRequest(
-                        request_id=f"{work.request_id}-{len(requests)}",
-                        prompt_token_ids=prompt,
-                        sampling=replace(work.sampling, max_tokens=limit, seed=seed),
-                        mode=work.terms.mode,
-                        budget=work.terms.budget,
-                        record=work.terms.record,
-                        replay=work.terms.replay,
-                    )
+            for choice in sorted(chosen.keys() & range(at * work.n, (at + 1) * work.n)):
+                seed = None if work.sampling.seed is None else work.sampling.seed + choice % work.n
+                requests[choice] = GenerationRequest(
+                    request_id=f"{work.request_id}-{choice}",
+                    prompt_token_ids=prompt,
+                    sampling=replace(work.sampling, max_tokens=limit, seed=seed),
+                    mode=work.terms.mode,
+                    budget=work.terms.budget,
+                    record=work.terms.record,
+                    replay=work.terms.replay,
+                    resumed_token_ids=chosen[choice],
                 )
-        return requests
+        return _Plan(requests=requests, prompts=prompts)
+
+    def _start(
+        self, choice: int, request: GenerationRequest, items: asyncio.Queue[Delta | Refusal]
+    ) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._run(choice, request, items))
+        self._running[request.request_id] = task
+        task.add_done_callback(lambda done: self._forget(request.request_id, done))
+        return task
+
+    def _forget(self, request_id: str, task: asyncio.Task[None]) -> None:
+        if self._running.get(request_id) is task:  # else it was started again
+            del self._running[request_id]
+
+    async def _displace(self, request_ids: set[str]) -> None:
+        """End what runs under these names: its caller asks again, so nobody reads it."""
+        earlier = [self._running[name] for name in request_ids & self._running.keys()]
+        for task in earlier:
+            task.cancel()
+        await asyncio.gather(*earlier, return_exceptions=True)
 
     async def _run(self, choice: int, request: GenerationRequest, items: asyncio.Queue[Delta | Refusal]) -> None:
         """Move one sequence's events to `items`; its end is always told, as a last delta or a refusal."""
@@ -183,6 +219,9 @@ class Worker:
             items.put_nowait(refusal_of(error))
         except CapacityError as error:
             items.put_nowait(unavailable(str(error), retry_after_seconds=self._retry_after))
+        except asyncio.CancelledError:  # displaced, or nobody reads on
+            items.put_nowait(unavailable("the request goes on elsewhere", retry_after_seconds=self._retry_after))
+            raise
         except BuddyMoEError as error:
             items.put_nowait(Delta(choice=choice, finish_reason="error", error=str(error)))
         except Exception:  # the client gets an answer whatever happened; the log says what

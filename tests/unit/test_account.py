@@ -31,7 +31,7 @@ def test_bounded_never_spends_more_than_it_accrued() -> None:
     for token in range(1, 2000):
         one.accrue()
         harm = rng.random() * min(one.allowance, 0.03)
-        one.settle(hits=1, fetched=0, standins=[1, 0, 0, 0, 0], harm=harm, uses=[])
+        one.settle(hits=1, peer=0, fetched=0, standins=[1, 0, 0, 0, 0], harm=harm, uses=[])
         assert one.expected_rise <= 0.01 * token * (1 + 1e-9)
     assert one.standins == StandinUses(lowbit=1999) and one.hits == 1999 and one.budget == 0.01
 
@@ -54,5 +54,5 @@ def test_where_no_stand_in_keeps_a_budget_bounded_is_exact() -> None:
     one = account("bounded", refused=True)
     one.accrue()
     assert (one.mode, one.requested_mode, one.allowance) == ("exact", "bounded", 0.0)
-    one.settle(hits=2, fetched=2, standins=NONE, harm=0.0, uses=[])
+    one.settle(hits=2, peer=0, fetched=2, standins=NONE, harm=0.0, uses=[])
     assert (one.hits, one.fetched, one.expected_rise) == (2, 2, 0.0)

@@ -210,7 +210,7 @@ def test_usage_comes_once_with_the_last_event() -> None:
     seq = make("The fox", max_tokens=3)
     events = []
     for token in encode(" a b c d"):
-        seq.account.settle(hits=3, fetched=1, standins=[0] * 5, harm=0.0, uses=[])
+        seq.account.settle(hits=3, peer=0, fetched=1, standins=[0] * 5, harm=0.0, uses=[])
         events += feed(seq, [token])
         if seq.finished:
             break

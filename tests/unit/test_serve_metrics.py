@@ -29,6 +29,7 @@ SNAPSHOT = EngineSnapshot(
     bytes_read_disk=9,
     stall_seconds=1.5,
     use_hits=10,
+    use_peer=18,
     use_fetched=11,
     standins=StandinUses(lowbit=12, lowrank=13, buddy=14, mean=15, drop=16),
     expected_rise=0.25,
@@ -57,12 +58,13 @@ def parsed(text: bytes) -> dict[tuple[str, str], float]:
 
 
 def test_every_count_of_a_worker_is_written_under_its_name() -> None:
-    values = parsed(exposition("m", [WorkerReport(replica="a", snapshot=SNAPSHOT)]))
+    values = parsed(exposition("m", [WorkerReport(replica="a", pid=1, snapshot=SNAPSHOT)]))
     who = 'model="m",replica="a"'
     assert values.pop(("buddymoe_workers", 'model="m"')) == 1
     kinds = {"lowbit": 12, "lowrank": 13, "buddy": 14, "mean": 15, "drop": 16}
     assert values == {
         ("buddymoe_hits_total", who): 10,
+        ("buddymoe_peer_total", who): 18,
         ("buddymoe_fetched_total", who): 11,
         **{("buddymoe_standin_uses_total", f'{who},kind="{kind}"'): count for kind, count in kinds.items()},
         ("buddymoe_expected_rise_nats_total", who): 0.25,
@@ -84,7 +86,9 @@ def test_every_count_of_a_worker_is_written_under_its_name() -> None:
 
 
 def test_workers_are_told_apart_and_none_is_told_too() -> None:
-    reports = [WorkerReport(replica=name, snapshot=replace(SNAPSHOT, running=at)) for at, name in enumerate("cab")]
+    reports = [
+        WorkerReport(replica=name, pid=1, snapshot=replace(SNAPSHOT, running=at)) for at, name in enumerate("cab")
+    ]
     values = parsed(exposition("m", reports))
     assert values["buddymoe_workers", 'model="m"'] == 3
     assert [values["buddymoe_running", f'model="m",replica="{name}"'] for name in "abc"] == [1, 2, 0]
@@ -93,7 +97,7 @@ def test_workers_are_told_apart_and_none_is_told_too() -> None:
 
 
 def test_labels_are_escaped() -> None:
-    text = exposition('a"b\\c\nd', [WorkerReport(replica="r", snapshot=SNAPSHOT)])
+    text = exposition('a"b\\c\nd', [WorkerReport(replica="r", pid=1, snapshot=SNAPSHOT)])
     parsed(text)
     assert rb'model="a\"b\\c\nd"' in text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from contextlib import aclosing
 from dataclasses import replace
@@ -162,7 +163,7 @@ async def test_costs_of_choices_add_up_and_a_tripped_guard_is_told() -> None:
 
 def test_a_report_carries_the_workers_name() -> None:
     engine = FakeEngine()
-    assert Worker(engine, name="w7").report() == WorkerReport(replica="w7", snapshot=engine.snapshot())
+    assert Worker(engine, name="w7").report() == WorkerReport(replica="w7", pid=os.getpid(), snapshot=engine.snapshot())
 
 
 async def test_without_a_tokenizer_only_ids_are_served() -> None:

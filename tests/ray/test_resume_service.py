@@ -1,0 +1,206 @@
+"""Streams of a running service while one of its workers is killed (SIGKILL): nothing is lost, nothing comes twice.
+
+How long the streams stood still is recorded as a property of each test and printed; it is not asserted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fakes import fake_token, open_fake_engine
+from ray import serve
+from serving import Deploy, eventually, running
+
+from buddymoe_ray.client import Client
+from buddymoe_ray.errors import CapacityError
+from buddymoe_ray.serve.handles import WORKER_NAME
+from buddymoe_ray.serve.records import WorkerReport
+from buddymoe_ray.types import GenerationRequest, SamplingParams, Usage
+
+STREAMS, TOKENS = 16, 120
+Recorded = Callable[[str, object], None]
+
+
+def workers_of(app: str) -> list[WorkerReport]:
+    handle: Any = serve.get_deployment_handle(WORKER_NAME, app)
+    answers = handle.broadcast("report").results(timeout_s=10, return_exceptions=True)
+    return [answer for answer in answers if isinstance(answer, WorkerReport)]  # one that was just killed is an error
+
+
+def openai_client(url: str) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(api_key="none", base_url=f"{url}/v1", max_retries=0)
+
+
+def kill_the_busiest(app: str) -> int:
+    """End the process of the worker with the most streams, without a word; returns how many it had."""
+    busiest = max(workers_of(app), key=lambda report: report.snapshot.running)
+    assert busiest.snapshot.running > 0 and busiest.pid != os.getpid()
+    os.kill(busiest.pid, signal.SIGKILL)
+    return busiest.snapshot.running
+
+
+class Watched:
+    """One stream: its text, when each piece of it came, and what it cost."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.times: list[float] = []
+        self.resumed = 0
+
+    def add(self, text: str) -> None:
+        self.text += text
+        self.times.append(time.monotonic())
+
+    @property
+    def longest_wait(self) -> float:
+        return max(after - before for before, after in zip(self.times, self.times[1:], strict=False))
+
+
+async def over_http(client: openai.AsyncOpenAI, watched: Watched, **asked: Any) -> None:
+    options: Any = {"stream": True, "stream_options": {"include_usage": True}}
+    async for chunk in await client.completions.create(**asked, **options):
+        if chunk.usage is None:
+            watched.add(chunk.choices[0].text)
+        else:
+            watched.resumed = chunk.usage.model_extra["buddymoe"]["resumed"]  # type: ignore[index]
+            assert chunk.usage.completion_tokens == asked["max_tokens"]
+
+
+async def by_handle(client: Client, watched: Watched, prompt: str, **asked: Any) -> None:
+    async for event in client.astream(prompt, **asked):
+        watched.add(event.text)
+        watched.resumed = (event.usage or Usage()).resumed
+    assert event.usage is not None and event.usage.completion_tokens == asked["max_tokens"]
+
+
+def in_a_thread(client: Client, watched: Watched, prompt: str, **asked: Any) -> None:
+    for event in client.stream(prompt, **asked):
+        watched.add(event.text)
+        watched.resumed = (event.usage or Usage()).resumed
+    assert event.usage is not None and event.usage.completion_tokens == asked["max_tokens"]
+
+
+def expected(prompt: str, seed: int, tokens: int = TOKENS) -> str:
+    """The fake engine's text."""
+    asked = GenerationRequest(
+        request_id="", prompt_token_ids=tuple(prompt.encode()), sampling=SamplingParams(seed=seed)
+    )
+    return bytes(fake_token(asked, position) for position in range(tokens)).decode()
+
+
+async def begun(streams: list[Watched], pieces: int) -> None:
+    while any(len(watched.times) < pieces for watched in streams):
+        await asyncio.sleep(0.01)
+
+
+def report(record_property: Recorded, streams: list[Watched], ridden: int) -> None:
+    moved = [watched for watched in streams if watched.resumed]
+    assert 0 < len(moved) <= ridden, "streams of the killed worker moved, and no others"
+    seconds = sorted(watched.longest_wait for watched in moved)
+    record_property("moved_streams", len(moved))
+    record_property("longest_wait_seconds", round(seconds[-1], 3))
+    print(f"{len(moved)} of {len(streams)} streams moved, waits {seconds[0]:.3f} to {seconds[-1]:.3f} s")
+
+
+@pytest.fixture(scope="module")
+def mortals(deploy: Deploy) -> str:
+    """Two workers over the fake engine; every test kills one and Serve brings it back."""
+    return deploy("mortals", open_engine=open_fake_engine, model_name="fake", num_cpus=0, workers=2, flush_ms=0)
+
+
+async def test_sixteen_streams_outlive_a_killed_worker(mortals: str, record_property: Recorded) -> None:
+    """Over HTTP, by the asynchronous handle and by the synchronous one, all side by side."""
+    client = await asyncio.to_thread(Client, "mortals")
+    streams = [Watched() for _ in range(STREAMS)]
+    async with openai_client(mortals) as http, asyncio.TaskGroup() as group:
+        for seed, watched in enumerate(streams):
+            asked: dict[str, Any] = {"prompt": f"stream {seed}", "max_tokens": TOKENS, "seed": seed, "temperature": 1.0}
+            if seed % 4 == 0:
+                group.create_task(by_handle(client, watched, **asked))
+            elif seed % 4 == 1:
+                group.create_task(asyncio.to_thread(in_a_thread, client, watched, **asked))
+            else:
+                group.create_task(over_http(http, watched, model="fake", **asked))
+        await begun(streams, 5)
+        ridden = await asyncio.to_thread(kill_the_busiest, "mortals")
+    assert [watched.text for watched in streams] == [expected(f"stream {seed}", seed) for seed in range(STREAMS)]
+    report(record_property, streams, ridden)
+
+
+async def test_choices_and_whole_answers_outlive_a_killed_worker(mortals: str) -> None:
+    """Choices that stream, and an answer that is sent as one: the first go on, the second is computed again."""
+    body = {"model": "fake", "prompt": ["one", "two"], "max_tokens": 60, "seed": 1, "n": 2}
+    texts = [""] * 4
+    async with openai_client(mortals) as http:
+        whole = asyncio.create_task(http.completions.create(**body))  # type: ignore[call-overload]
+        killed = 0
+        async for chunk in await http.completions.create(**body, stream=True):  # type: ignore[call-overload]
+            texts[chunk.choices[0].index] += chunk.choices[0].text
+            if not killed and min(map(len, texts)) > 3:
+                killed = await asyncio.to_thread(kill_the_busiest, "mortals")
+        reply = await whole
+    wanted = [expected(prompt, seed, 60) for prompt in ("one", "two") for seed in (1, 2)]
+    assert texts == [choice.text for choice in reply.choices] == wanted and killed >= 4
+
+
+def test_leaving_a_moved_stream_frees_its_slot(mortals: str) -> None:
+    client = Client("mortals")
+    body = {"model": "fake", "prompt": "hello", "max_tokens": 4000, "stream": True}
+    with httpx.stream("POST", f"{mortals}/v1/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        kill_the_busiest("mortals")
+        eventually(lambda: running(client) == 1)
+        next(lines)
+    eventually(lambda: running(client) == 0, seconds=20)  # the request alone would run for 80 s
+
+
+def test_with_one_worker_a_stream_waits_for_its_replacement(deploy: Deploy, record_property: Recorded) -> None:
+    deploy("alone", open_engine=open_fake_engine, model_name="fake", num_cpus=0)
+    client, watched = Client("alone"), Watched()
+    recorded = client.stream("hello", max_tokens=4000, record=True)
+    next(recorded)
+    events = client.stream("hello", seed=1, max_tokens=40)
+    watched.add(next(events).text)
+    assert kill_the_busiest("alone") == 2
+    with pytest.raises(CapacityError, match=r"worker was lost after \d+ tokens, and a request with buddymoe.record"):
+        list(recorded)
+    for event in events:
+        watched.add(event.text)
+    assert watched.text == expected("hello", 1, 40)
+    assert event.usage is not None and 0 < event.usage.resumed < 40
+    record_property("longest_wait_seconds", round(watched.longest_wait, 3))
+    print(f"waited {watched.longest_wait:.3f} s for a new worker")
+    eventually(lambda: running(client) == 0)
+
+
+async def test_real_streams_outlive_a_killed_worker(deploy: Deploy, record_property: Recorded) -> None:
+    """`builtin:tiny` at a quarter of its experts: greedy and sampled, with and without stop strings, to the token."""
+    url = await asyncio.to_thread(
+        deploy, "tinies", model="builtin:tiny", memory="25%", mode="exact", workers=2, num_cpus=1, seed=3
+    )
+    prompts = ["def add(a, b):\n    return", "import os\n", "class Stack:\n    def __init__(self", "naïve = 'ü☃"]
+    bodies: list[dict[str, Any]] = [
+        {"prompt": prompt, "max_tokens": 96, "extra_body": {"ignore_eos": True}, "stop": ["\n\n\n\n# never"]}
+        | ({"temperature": 0} if at % 2 else {"temperature": 1, "seed": at, "frequency_penalty": 0.5})
+        for at, prompt in enumerate(prompts)
+    ]
+    streams = [Watched() for _ in bodies]
+    async with openai_client(url) as http:
+        asked = [http.completions.create(model="builtin:tiny", **body) for body in bodies]
+        whole = [reply.choices[0].text for reply in await asyncio.gather(*asked)]
+        async with asyncio.TaskGroup() as group:
+            for watched, body in zip(streams, bodies, strict=True):
+                group.create_task(over_http(http, watched, model="builtin:tiny", **body))
+            await begun(streams, 3)
+            ridden = await asyncio.to_thread(kill_the_busiest, "tinies")
+    assert [watched.text for watched in streams] == whole
+    report(record_property, streams, ridden)
