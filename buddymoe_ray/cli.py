@@ -24,6 +24,7 @@ COMMANDS = {
     "plan": "show what would live where, before anything loads",
     "profile": "calibrate stand-ins on a corpus: what each costs, in a file and a report",
     "synth": "write a random-weight checkpoint of a real shape",
+    "simulate": "replay expert placements at cluster scale, on made-up or recorded routes",
 }
 
 

@@ -9,7 +9,8 @@
     ├── ProfileError                    a calibration is missing, damaged, of another model, or not enough
     ├── BudgetError                     the memory budget cannot hold the minimum
     ├── CapacityError                   the service is full now; retry later (HTTP 503)
-    └── CacheError                      bytes could not be brought to a tier (disk error, closed cache)
+    ├── CacheError                      bytes could not be brought to a tier (disk error, closed cache)
+    └── LinkError                       another worker did not answer, or not as it must; the experts come another way
 
 Messages read `X is A, must be B. hint: do C`. Programmer errors are `assert`s with a message, not this tree.
 """
@@ -23,6 +24,7 @@ __all__ = [
     "CapacityError",
     "CheckpointError",
     "ConfigError",
+    "LinkError",
     "ModelNotFound",
     "ProfileError",
     "RequestError",
@@ -72,3 +74,7 @@ class CapacityError(BuddyMoEError):
 
 class CacheError(BuddyMoEError):
     """Expert bytes could not be brought to a tier."""
+
+
+class LinkError(BuddyMoEError):
+    """Another worker did not answer in time, or not as it must; nothing of its answer is used."""

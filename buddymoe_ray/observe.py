@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from buddymoe_ray.types import GuardState, StandinUses
 
-__all__ = ["EngineSnapshot", "GuardSnapshot", "peak_rss_bytes", "process_read_bytes"]
+__all__ = ["EngineSnapshot", "GuardSnapshot", "peak_rss_bytes", "process_read_bytes", "shared_memory_bytes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,23 @@ def process_read_bytes() -> int | None:
             return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
     except (OSError, StopIteration):
         return None
+
+
+def shared_memory_bytes(pid: int, name: str) -> tuple[int, int]:
+    """Of a process's shared-memory files whose name holds `name`: the bytes charged to it (PSS: a page that n processes
+    map counts 1/n) and the bytes mapped."""
+    charged = mapped = 0
+    inside = False
+    with open(f"/proc/{pid}/smaps") as lines:
+        for line in lines:
+            first = line.split(maxsplit=1)[0]
+            if "-" in first:
+                inside = "/dev/shm/" in line and name in line
+            elif inside and first in ("Pss:", "Size:"):
+                count = int(line.split()[1]) * 1024
+                charged += count if first == "Pss:" else 0
+                mapped += count if first == "Size:" else 0
+    return charged, mapped
 
 
 def _status_field(name: str) -> int:

@@ -12,30 +12,33 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "buddymoe_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# a layer may import itself and those below it; `kernels`, `cache`, `policy` stand side by side
+# a layer may import itself and those below it; `kernels`, `cache`, `links`, `policy` stand side by side
 WORDS = {"types", "errors", "config", "observe"}
 BELOW = {
     "policy": WORDS,
     "kernels": WORDS,
     "cache": WORDS,
+    "links": WORDS,
     "moe": WORDS | {"policy", "kernels", "cache"},
     "models": WORDS | {"policy", "kernels", "cache", "moe"},
-    "engine": WORDS | {"policy", "kernels", "cache", "moe", "models"},
+    "engine": WORDS | {"policy", "kernels", "cache", "moe", "models", "links"},
     "calibrate": WORDS | {"policy", "kernels", "cache", "moe", "models", "engine"},
-    "serve": WORDS | {"models", "engine"},
+    "actors": WORDS | {"policy", "cache", "links", "engine"},
+    "serve": WORDS | {"models", "engine", "actors"},
     "client": WORDS | {"serve", "engine", "models"},
     "commands": WORDS | {"models", "engine", "calibrate", "policy", "commands"},
+    "cluster_check": WORDS | {"cache", "engine", "actors"},
     "device_check": WORDS | {"models", "engine", "commands"},
     "cli": WORDS | {"commands"},
     "__init__": WORDS | {"engine"},
     **dict.fromkeys(WORDS, WORDS),
 }
 ONLY_IN = {
-    "ray": {"serve"},
+    "ray": {"serve", "actors"},
     "transformers": {"models", "engine"},
     "pynvml": {"engine"},
     "fastapi": {"serve"},
-    "torch": {"policy", "kernels", "cache", "moe", "models", "engine", "calibrate", "device_check"},
+    "torch": {"policy", "kernels", "cache", "links", "moe", "models", "engine", "calibrate", "device_check"},
     "numba": {"kernels"},
     "llvmlite": {"kernels"},
     "triton": {"kernels"},

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +23,25 @@ import numpy.typing as npt
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertPiece
 
-__all__ = ["DiskReader", "ReadTicket"]
+__all__ = ["DiskReader", "ReadTicket", "Ticket"]
 
 log = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
 _PAGE = 4096
+
+
+class Ticket(Protocol):
+    """Bytes on their way into one destination."""
+
+    def done(self) -> bool:
+        """Whether nothing is in flight any more, well or ill."""
+
+    def wait(self) -> None:
+        """Block until nothing is in flight, then raise CacheError if it failed."""
+
+    def settle(self) -> None:
+        """Block until nothing is in flight, whatever came of it: only then may the destination be used again."""
 
 
 @dataclass(frozen=True)

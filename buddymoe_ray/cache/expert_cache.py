@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.cache.directory import Directory, Eviction
-from buddymoe_ray.cache.disk import DiskReader, ReadTicket
-from buddymoe_ray.cache.host import HostTier
+from buddymoe_ray.cache.disk import DiskReader, Ticket
+from buddymoe_ray.cache.host import Host, HostTier
 from buddymoe_ray.cache.pool import Lease, SlotPool
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
@@ -51,7 +51,7 @@ class _Load:
 
     key: ExpertKey
     slot: int
-    ticket: ReadTicket
+    ticket: Ticket
     host_slot: int | None
 
 
@@ -64,7 +64,8 @@ class ExpertCache:
         eviction: makes the eviction order of one partition.
         reader: the disk tier; closed with the cache.
         device: where the slots are. A CUDA device always goes through pinned host slots (at least 4).
-        host_slots: experts the host tier keeps; 0 is none.
+        host_slots: experts a host tier of this cache's own keeps; 0 is none.
+        host: a host tier shared with others, closed with the cache, instead.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class ExpertCache:
         reader: DiskReader,
         device: torch.device | None = None,
         host_slots: int = 0,
+        host: Host | None = None,
     ) -> None:
         assert plan.slot_bytes == layout.slot_bytes, f"plan {plan.slot_bytes}, layout {layout.slot_bytes} bytes a slot"
         self.layout, self.plan = layout, plan
@@ -86,7 +88,9 @@ class ExpertCache:
         host_slots = max(host_slots, _GPU_STAGING_SLOTS) if on_gpu else host_slots
         self._reader = reader
         self._pool = SlotPool(layout, plan.slots_total, self.device)
-        self._host = HostTier(layout, slots=host_slots, reader=reader, pinned=on_gpu) if host_slots else None
+        self._host = host
+        if host is None and host_slots:
+            self._host = HostTier(layout, slots=host_slots, reader=reader, pinned=on_gpu)
         self._bytes = None if on_gpu else self._pool.bytes_C.numpy()
         self._directory = Directory(plan, layout.experts_per_layer, eviction)
         self._leases: list[Lease | None] = [None] * plan.slots_total
@@ -197,6 +201,8 @@ class ExpertCache:
         if not self._closed:
             self._closed = True
             self._reader.close()
+            if self._host is not None:
+                self._host.close()
 
     def __enter__(self) -> ExpertCache:
         return self

@@ -7,15 +7,38 @@ when a copy is done. Invariant: a slot in use (being filled or copied from) is n
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from buddymoe_ray.cache.disk import Bytes, DiskReader, ReadTicket
+from buddymoe_ray.cache.disk import Bytes, DiskReader, ReadTicket, Ticket
 from buddymoe_ray.cache.pool import SlotPool
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout
 
-__all__ = ["HostTier"]
+__all__ = ["Host", "HostPool", "HostTier"]
+
+
+class HostPool(Protocol):
+    """A host tier's slots."""
+
+    @property
+    def bytes_C(self) -> Tensor:
+        """`[C, slot_bytes]` uint8."""
+
+
+class Host(Protocol):
+    """A host tier, as the expert cache uses it: `HostTier`, or `shared.SharedHostTier`."""
+
+    @property
+    def pool(self) -> HostPool: ...
+    @property
+    def hits(self) -> int: ...
+    def fetch(self, key: ExpertKey) -> tuple[int, Ticket] | None: ...
+    def release(self, key: ExpertKey, *, failed: bool = False) -> None: ...
+    def check_integrity(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class HostTier:
@@ -31,7 +54,7 @@ class HostTier:
         self._busy: dict[ExpertKey, int] = {}
         self.hits = self.misses = 0
 
-    def fetch(self, key: ExpertKey) -> tuple[int, ReadTicket] | None:
+    def fetch(self, key: ExpertKey) -> tuple[int, Ticket] | None:
         """A slot that holds the expert once the ticket is done, busy until `release`; None when all slots are busy."""
         slot = self._slot_of.get(key)
         if slot is not None:
@@ -60,6 +83,9 @@ class HostTier:
             del self._busy[key]
             if failed:
                 self._free.append(self._slot_of.pop(key))
+
+    def close(self) -> None:
+        """The slots go with the object."""
 
     def check_integrity(self) -> None:
         """Slots are free or hold one expert each."""

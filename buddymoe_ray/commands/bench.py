@@ -1,4 +1,4 @@
-"""`buddymoe bench`: one row per (memory, mode, batch), each in a process of its own.
+"""`buddymoe bench`: one row per (memory, mode, batch, workers), every worker in a process of its own.
 
 Rows alternate over `--rounds` (A B A B), so that a noisy machine disturbs all alike; a row's record is the median
 round. A child process per row makes `peak_rss_bytes` that row's own.
@@ -11,14 +11,19 @@ import multiprocessing
 import os
 import platform
 import statistics
-from concurrent.futures import ProcessPoolExecutor
+import threading
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
 from typing import Any
 
 from buddymoe_ray.commands.common import add_engine_arguments, add_json_argument, emit, engine_config, progress
 from buddymoe_ray.config import EngineConfig
-from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.errors import BuddyMoEError, CapacityError, ConfigError
 
 __all__ = ["add_arguments", "run"]
+
+_ADDED = ("decode_tok_s", "prefill_tok_s", "total_bytes_read", "process_read_bytes")
+_WORST = ("p99_itl_ms", "ttft_ms", "peak_rss_bytes", "load_seconds", "decode_tok_s_spread")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens generated per sequence")
     parser.add_argument("--reps", type=int, default=3, help="repetitions within an engine")
     parser.add_argument("--rounds", type=int, default=1, help="times each row is run, alternating")
+    parser.add_argument("--workers", default="1", help="engines side by side on this node; a list makes rows: 1,2")
+    parser.add_argument("--isolated", action="store_true", help="workers share nothing (default: one expert store)")
     parser.add_argument("--corpus", nargs="+", default=None, help="text to take prompts from; default random token ids")
 
 
@@ -40,31 +47,84 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be at least 1. hint: drop it")
     ids = _corpus_ids(args)
     rows = [
-        (engine_config(args, memory=memory, mode=mode, max_running=batch, guard_share=0.0), _workload(args, batch))
+        (
+            engine_config(args, memory=memory, mode=mode, max_running=batch, guard_share=0.0),
+            _workload(args, batch),
+            workers,
+        )
         for memory in args.memory.split(",")
         for mode in args.mode.split(",")
         for batch in _integers("--batch", args.batch)
+        for workers in _integers("--workers", args.workers)
     ]
     rounds: list[list[dict[str, Any]]] = [[] for _ in rows]
     order = [at for _ in range(args.rounds) for at in range(len(rows))]
     for at in progress(order, total=len(order), desc="bench"):
-        rounds[at].append(_in_child(*rows[at], ids))
-    for (config, workload), records in zip(rows, rounds, strict=True):
-        emit(_conditions(config) | workload | _median(records), as_json=args.json)
+        config, workload, workers = rows[at]
+        rounds[at].append(_in_children(config, workload, ids, workers, args.isolated))
+    for (config, workload, workers), records in zip(rows, rounds, strict=True):
+        shared = {"workers": workers, "shared": workers > 1 and not args.isolated}
+        emit(_conditions(config) | workload | shared | _median(records), as_json=args.json)
     return 0
 
 
-def _in_child(config: EngineConfig, workload: dict[str, int], ids: tuple[int, ...]) -> dict[str, Any]:
+def _in_children(
+    config: EngineConfig, workload: dict[str, int], ids: tuple[int, ...], workers: int, isolated: bool
+) -> dict[str, Any]:
+    """One record of `workers` engines side by side, each in a process of its own; with one worker it is that one's."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(_measure, config, workload, ids).result()
+    gate = context.Barrier(workers)
+    shared = 0 if isolated or workers == 1 else workers
+    children = []
+    for worker in range(workers):
+        receiver, sender = context.Pipe(duplex=False)
+        target = context.Process(target=_measure, args=(config, workload | {"seed": worker}, ids, shared, gate, sender))
+        target.start()
+        sender.close()
+        children.append((target, receiver))
+    records = []
+    for _, receiver in children:
+        try:
+            records.append(receiver.recv())
+        except EOFError:
+            records.append(CapacityError("a worker died, must live to be measured. hint: see its message above"))
+    for target, _ in children:
+        target.join()
+    failed = next((record for record in records if isinstance(record, BaseException)), None)
+    if failed is not None:
+        raise failed
+    return _together(records)
 
 
-def _measure(config: EngineConfig, workload: dict[str, int], ids: tuple[int, ...]) -> dict[str, Any]:
+def _measure(
+    config: EngineConfig, workload: dict[str, int], ids: tuple[int, ...], shared: int, gate: Barrier, sender: Connection
+) -> None:
     """Runs in the child; the parent never imports torch, so the engine has the memory to itself."""
     from buddymoe_ray.engine.measure import Workload, measure
+    from buddymoe_ray.engine.sharing import Sharing
 
-    return measure(config, Workload(ids=ids, **workload)).as_record()
+    sharing = Sharing(workers=shared, tag="bench") if shared else None
+    try:
+        sender.send(measure(config, Workload(ids=ids, **workload), sharing=sharing, gate=gate.wait).as_record())
+    except BuddyMoEError as error:
+        gate.abort()
+        sender.send(error)
+    except threading.BrokenBarrierError:
+        sender.send(CapacityError("another worker failed. hint: see its message"))
+
+
+def _together(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Speeds add up, the worst latency and the largest process count, everything else is the mean."""
+    merged: dict[str, Any] = {}
+    for name in records[0]:
+        values = [record[name] for record in records]
+        if None in values:
+            merged[name] = None
+        elif name in _ADDED:
+            merged[name] = sum(values)
+        else:
+            merged[name] = max(values) if name in _WORST else statistics.fmean(values)
+    return merged
 
 
 def _workload(args: argparse.Namespace, batch: int) -> dict[str, int]:

@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skew", type=float, default=0.0, help="popularity skew: rank r gets logit -A ln r; 0 is uniform"
     )
+    parser.add_argument(
+        "--hot-sets", type=int, default=1, help="2: the upper half of the vocabulary prefers other experts"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
 
 
@@ -39,7 +42,15 @@ def run(args: argparse.Namespace) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        synth_checkpoint(args.shape, args.out, layers=args.layers, skew=args.skew, seed=args.seed, progress=show)
+        synth_checkpoint(
+            args.shape,
+            args.out,
+            layers=args.layers,
+            skew=args.skew,
+            seed=args.seed,
+            hot_sets=args.hot_sets,
+            progress=show,
+        )
     files = [path for path in args.out.iterdir() if path.is_file()]
     record = {
         "path": str(args.out.resolve()),

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,15 @@ class AsyncEngine:
     def snapshot(self) -> EngineSnapshot:
         """Counters of the engine, read without stopping it."""
         return self._engine.snapshot()
+
+    @property
+    def link_address(self) -> str:
+        """Where the engine computes for other nodes' workers; empty when it does not."""
+        return self._engine.link_address
+
+    def meet(self, peers: Mapping[str, str]) -> None:
+        """From now on these other nodes' workers, name to address, may be asked. From any thread."""
+        self._engine.meet(peers)
 
     async def check_health(self) -> None:
         """Raises CapacityError when the step thread is dead."""

@@ -9,6 +9,7 @@ Legend: B sequences, V vocabulary.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,11 +21,13 @@ from buddymoe_ray.engine.account import StepTotals, open_account
 from buddymoe_ray.engine.chat import encode_chat, encode_prompt
 from buddymoe_ray.engine.experts import ExpertTier
 from buddymoe_ray.engine.guard import GuardWork
+from buddymoe_ray.engine.remote import Peering
 from buddymoe_ray.engine.replay import open_replay
 from buddymoe_ray.engine.runner import Runner
 from buddymoe_ray.engine.sampler import Sampled, sample, validate
 from buddymoe_ray.engine.scheduler import PrefillChunk, Scheduler
 from buddymoe_ray.engine.sequence import Sequence
+from buddymoe_ray.engine.sharing import Sharing
 from buddymoe_ray.engine.terms import settle, terms_of
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.models.load import LoadedModel
@@ -69,6 +72,7 @@ class EngineParts:
     runner: Runner
     scheduler: Scheduler
     guard: GuardWork | None
+    peering: Peering | None
     step: StepState
     limits: EngineLimits
     vocab_size: int
@@ -83,6 +87,7 @@ class Engine:
     def __init__(self, parts: EngineParts, chooser: Chooser | None = None) -> None:
         self.config, self.limits, self.tokenizer = parts.config, parts.limits, parts.tokenizer
         self.vocab_size = parts.vocab_size
+        self._experts, self._peering = parts.experts, parts.peering
         self.cache, self.standin_bytes = parts.experts.cache, parts.experts.standin_bytes
         self._setup, self._guard = parts.experts.setup, parts.guard
         self._spent = StepTotals()
@@ -94,15 +99,24 @@ class Engine:
         self._closed = False
 
     @classmethod
-    def from_config(cls, config: EngineConfig, *, chooser: Chooser | None = None, text: bool = True) -> Engine:
+    def from_config(
+        cls,
+        config: EngineConfig,
+        *,
+        chooser: Chooser | None = None,
+        text: bool = True,
+        sharing: Sharing | None = None,
+    ) -> Engine:
         """Load the model and wire an engine. `text=False` skips the tokenizer and detokenisation.
+
+        With `sharing` its experts are the node's: see `engine.sharing`.
 
         Raises:
             ConfigError, CheckpointError, BudgetError: nothing is served; the message says what to change.
         """
         from buddymoe_ray.engine.build import build_parts
 
-        return cls(build_parts(config, text=text), chooser)
+        return cls(build_parts(config, text=text, sharing=sharing), chooser)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text prompt. Raises RequestError without a tokenizer."""
@@ -174,17 +188,30 @@ class Engine:
             bytes_read_disk=stats.bytes_read_disk,
             stall_seconds=stats.stall_seconds,
             use_hits=self._spent.hits,
+            use_peer=self._spent.peer,
             use_fetched=self._spent.fetched,
             standins=self._spent.standins,
             expected_rise=self._spent.expected_rise,
             guard=GuardSnapshot() if self._guard is None else self._guard.snapshot(),
         )
 
+    @property
+    def link_address(self) -> str:
+        """Where other nodes' workers reach this engine's experts; empty when it shares none."""
+        return "" if self._peering is None else self._peering.address
+
+    def meet(self, peers: Mapping[str, str]) -> None:
+        """From now on these other nodes' workers, name to address, may be asked for experts. From any thread."""
+        if self._peering is not None:
+            self._peering.meet(peers)
+
     def close(self) -> None:
         """Free the model's memory and close its files. Safe to call twice."""
         if not self._closed:
             self._closed = True
-            self.cache.close()
+            if self._peering is not None:
+                self._peering.close()
+            self._experts.close()
 
     def _prefill(self, chunks: Rows[PrefillChunk]) -> None:
         logits_BV = self._runner.prefill(chunks)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from buddymoe_ray.cache import DiskReader, ExpertCache, ExpertSource, StandinPool
 from buddymoe_ray.cache.shared import Room
 from buddymoe_ray.config import EngineConfig
-from buddymoe_ray.engine.sharing import Sharing, open_records, open_store
+from buddymoe_ray.engine.sharing import Sharing, open_host, open_records, open_store
 from buddymoe_ray.engine.standin_setup import StandinSetup, prepare
 from buddymoe_ray.kernels import ExpertMath, LowbitFormat, UpcastScratch, expert_forward, lowbit_forward
 from buddymoe_ray.models.expert_dtype import format_of, recoded_layout
@@ -40,12 +40,17 @@ STAGING_SHARE: Mapping[str, float] = {"exact": 0.06, "bounded": 0.03, "fast": 0.
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertTier:
-    """The experts of one engine. `setup` is None where every miss is fetched; `room` is the node's copy of records."""
+    """The experts of one engine. `setup` is None where every miss is fetched; `room` is the node's copy of records.
+
+    `new_compute` makes the experts' arithmetic once more, for another thread.
+    """
 
     cache: ExpertSource
     setup: StandinSetup | None
     standin_bytes: int
-    room: Room | None = None
+    room: Room | None
+    blocks: tuple[MoEBlock, ...]
+    new_compute: Callable[[], list[ExpertCompute]]
 
     def close(self) -> None:
         """Close files and give shared memory back. Safe to call twice."""
@@ -59,18 +64,58 @@ def open_experts(
 ) -> ExpertTier:
     """Open the cache, load stand-ins and attach a block to every MoE layer.
 
-    With `sharing`, slots and records are the node's: its workers' budgets together, one copy of everything.
+    With `sharing`, slots and records are the node's: its workers' budgets together, one copy of everything. On a GPU
+    that is the host tier.
     Raises BudgetError, ProfileError, ConfigError, CacheError; nothing stays open then.
     """
     maths = [expert_math(module) for module in loaded.experts]
     loaded = _recoded(config, loaded, maths)
+    node = sharing if loaded.device.type == "cpu" else None  # a GPU's slots are its own; it shares the tier below
+    plan, setup, staging = _plan_memory(config, loaded, node)
+    cache = _open_cache(config, loaded, plan, staging, sharing, setup)
+    room = None
+    try:
+        cache.warm(progress=_progress)
+        pool = None
+        if setup is not None:
+            room, pool = _load_records(setup, loaded, staging, node)
+        standins = None if setup is None or pool is None else _standins(setup, loaded, maths, pool, config.threads)
+        blocks = _attach(loaded, cache, maths, step, standins, format_of(config.expert_dtype))
+    except BaseException:
+        cache.close()
+        if room is not None:
+            room.close()
+        raise
+    if setup is not None and setup.wants_scores:
+        attach_router_scores(
+            loaded.model,
+            loaded.experts,
+            loaded.layout.experts_per_layer,
+            model_type=loaded.family.model_type,
+            into=step.scores,
+        )
+    return ExpertTier(
+        cache=cache,
+        setup=setup,
+        standin_bytes=0 if standins is None else standins.pool.nbytes,
+        room=room,
+        blocks=blocks,
+        new_compute=lambda: _computes(loaded, maths, format_of(config.expert_dtype)),
+    )
+
+
+def _plan_memory(
+    config: EngineConfig, loaded: LoadedModel, node: Sharing | None
+) -> tuple[SlotPlan, StandinSetup | None, Staging]:
+    """Cut the budget, the node's where it is shared: staging and scratch first, then records and slots."""
     layout, on_gpu = loaded.layout, loaded.device.type != "cpu"
-    sharing = None if on_gpu else sharing  # a GPU's slots are its own
-    workers = 1 if sharing is None else sharing.workers
+    workers = 1 if node is None else node.workers
     budget = parse_memory(config.memory, total_expert_bytes=layout.total_bytes)
-    largest, share = _largest_piece(layout), STAGING_SHARE[config.mode]
-    staging = plan_staging(largest_piece=largest, budget_bytes=budget, share=share)
-    overhead = workers * (scratch_bytes(layout, loaded.compute_dtype) + (0 if on_gpu else staging.nbytes))
+    staging = plan_staging(largest_piece=_largest_piece(layout), budget_bytes=budget, share=STAGING_SHARE[config.mode])
+    scratch = scratch_bytes(layout, loaded.compute_dtype)
+    if node is not None and node.linked:
+        scratch *= 2  # peers are answered beside the engine's own steps
+    overhead = workers * (scratch + (0 if on_gpu else staging.nbytes))
     setup = None
     if config.mode != "exact":
         setup = prepare(
@@ -81,32 +126,10 @@ def open_experts(
             budget_bytes=workers * budget,
             overhead_bytes=overhead,
             workers=workers,
+            movable=node is not None and node.movable,
         )
     plan = setup.plan if setup is not None else _exact_plan(layout, workers * budget, overhead, workers)
-    cache = _open_cache(config, loaded, plan, staging, sharing)
-    room = None
-    try:
-        cache.warm(progress=_progress)
-        pool = None
-        if setup is not None:
-            room, pool = _load_records(setup, loaded, staging, sharing)
-        standins = None if setup is None or pool is None else _standins(setup, loaded, maths, pool, config.threads)
-        _attach(loaded, cache, maths, step, standins, format_of(config.expert_dtype))
-    except BaseException:
-        cache.close()
-        if room is not None:
-            room.close()
-        raise
-    if setup is not None and setup.wants_scores:
-        attach_router_scores(
-            loaded.model,
-            loaded.experts,
-            layout.experts_per_layer,
-            model_type=loaded.family.model_type,
-            into=step.scores,
-        )
-    standin_bytes = 0 if standins is None else standins.pool.nbytes
-    return ExpertTier(cache=cache, setup=setup, standin_bytes=standin_bytes, room=room)
+    return plan, setup, staging
 
 
 def scratch_bytes(layout: ExpertLayout, compute: torch.dtype) -> int:
@@ -128,19 +151,30 @@ def _exact_plan(layout: ExpertLayout, budget: int, overhead: int, workers: int) 
 
 
 def _open_cache(
-    config: EngineConfig, loaded: LoadedModel, plan: SlotPlan, staging: Staging, sharing: Sharing | None
+    config: EngineConfig,
+    loaded: LoadedModel,
+    plan: SlotPlan,
+    staging: Staging,
+    sharing: Sharing | None,
+    setup: StandinSetup | None,
 ) -> ExpertSource:
     layout = loaded.layout
     reader = DiskReader(depth=staging.depth, buffer_bytes=staging.buffer_bytes)
-    if sharing is not None:
-        return open_store(sharing, layout, plan, reader, _progress)
+    on_gpu = loaded.device.type != "cpu"
+    if sharing is not None and not on_gpu:
+        return open_store(sharing, layout, setup, plan, reader, _progress)
+    host_bytes = parse_memory(config.host_memory, total_expert_bytes=layout.total_bytes)
+    host = None
+    if sharing is not None and host_bytes:
+        host = open_host(sharing, layout, host_bytes, reader, _progress)
     return ExpertCache(
         layout,
         plan,
         eviction=LRU,
         reader=reader,
         device=loaded.device,
-        host_slots=parse_memory(config.host_memory, total_expert_bytes=layout.total_bytes) // layout.slot_bytes,
+        host_slots=host_bytes // layout.slot_bytes,
+        host=host,
     )
 
 
@@ -201,14 +235,20 @@ def _attach(
     step: StepState,
     standins: Standins | None,
     packed: LowbitFormat | None,
-) -> None:
+) -> tuple[MoEBlock, ...]:
+    computes = _computes(loaded, maths, packed)
+    blocks = tuple(
+        MoEBlock(layer=layer, cache=cache, compute=compute, step=step, standins=standins)
+        for layer, compute in enumerate(computes)
+    )
+    attach(loaded.experts, lambda layer, _module: blocks[layer])
+    return blocks
+
+
+def _computes(loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None) -> list[ExpertCompute]:
+    """The arithmetic of every layer's experts, for one thread: all layers share one scratch."""
     compute_of = _dense_compute(loaded) if packed is None else _packed_compute(packed)
-
-    def block(layer: int, _module: nn.Module) -> MoEBlock:
-        compute = compute_of(maths[layer])
-        return MoEBlock(layer=layer, cache=cache, compute=compute, step=step, standins=standins)
-
-    attach(loaded.experts, block)
+    return [compute_of(math) for math in maths]
 
 
 def _packed_compute(fmt: LowbitFormat) -> Callable[[ExpertMath], ExpertCompute]:

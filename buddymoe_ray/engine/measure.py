@@ -9,12 +9,13 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
+from buddymoe_ray.engine.sharing import Sharing
 from buddymoe_ray.observe import EngineSnapshot, peak_rss_bytes, process_read_bytes
 from buddymoe_ray.types import GenerationRequest, SamplingParams, Usage
 
@@ -84,17 +85,29 @@ class _Rep:
     usages: list[Usage]
 
 
-def measure(config: EngineConfig, workload: Workload) -> Measurement:
-    """Build the engine, run one short warm-up and `reps` repetitions, close it."""
+def measure(
+    config: EngineConfig,
+    workload: Workload,
+    *,
+    sharing: Sharing | None = None,
+    gate: Callable[[], object] = lambda: None,
+) -> Measurement:
+    """Build the engine, run one short warm-up and `reps` repetitions, close it.
+
+    `sharing` says with whom it shares its experts; `gate` is called before every repetition and before closing, so that
+    engines side by side begin together.
+    """
     started = time.perf_counter()
-    engine = Engine.from_config(config)
+    engine = Engine.from_config(config, sharing=sharing)
     load_seconds = time.perf_counter() - started
     try:
         _run(engine, workload.prompts(-1, engine.vocab_size), new_tokens=2, tag="warm")
-        reps = [
-            _run(engine, workload.prompts(r, engine.vocab_size), new_tokens=workload.new_tokens, tag=f"r{r}")
-            for r in range(workload.reps)
-        ]
+        reps = []
+        for r in range(workload.reps):
+            gate()
+            prompts = workload.prompts(r, engine.vocab_size)
+            reps.append(_run(engine, prompts, new_tokens=workload.new_tokens, tag=f"r{r}"))
+        gate()
         return _summarise(reps, engine.snapshot(), load_seconds)
     finally:
         engine.close()
@@ -141,7 +154,7 @@ def _summarise(reps: list[_Rep], end: EngineSnapshot, load_seconds: float) -> Me
     gaps = sorted(gap for rep in reps for gap in rep.gaps)
     decoded = max(1, sum(rep.decoded for rep in reps))
     usages = [usage for rep in reps for usage in rep.usages]
-    hits, fetched = sum(u.hits for u in usages), sum(u.fetched for u in usages)
+    hits, fetched = sum(u.hits for u in usages), sum(u.fetched + u.peer for u in usages)
     stood_in = sum(u.standins.total for u in usages)
     uses = hits + fetched + stood_in
     median = statistics.median(speeds) if speeds else 0.0

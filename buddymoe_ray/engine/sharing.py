@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from buddymoe_ray.cache import DiskReader, StandinPool
@@ -20,6 +22,7 @@ from buddymoe_ray.cache.shared import (
     FOLDER,
     Room,
     SharedExpertCache,
+    SharedHostTier,
     SharedStore,
     open_room,
     store_digest,
@@ -29,9 +32,29 @@ from buddymoe_ray.cache.shared import (
 from buddymoe_ray.engine.machine import available_memory_bytes
 from buddymoe_ray.engine.standin_setup import StandinSetup
 from buddymoe_ray.errors import BudgetError, ConfigError
+from buddymoe_ray.policy import split_slots
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
-__all__ = ["Sharing", "StoreSpec", "open_records", "open_store"]
+__all__ = ["Sharing", "StoreSpec", "open_host", "open_records", "open_store"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoreSpec:
+    """All that another process needs to attach to a store and to keep it.
+
+    `standin_LE`, where every expert has a stand-in, is what one use of it costs, as a share of the costliest.
+    """
+
+    path: Path
+    layout: ExpertLayout
+    plan: SlotPlan
+    digest: bytes
+    tag: str
+    standin_LE: npt.NDArray[np.float32] | None = None
+
+    def open(self, progress: Callable[..., Iterable[Any]] = lambda items, **_: items) -> SharedStore:
+        """An attachment of the caller's own. Raises BudgetError, CacheError."""
+        return SharedStore(self.path, self.layout, self.plan, self.digest, progress=progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,51 +65,75 @@ class Sharing:
         workers: engines of this node; the store has the budget of all of them.
         tag: tells nodes apart that share a machine; part of the file's name.
         folder: where the files are, a memory file system.
+        movable: residents may be exchanged while the engines run, so stand-in records are kept for all experts.
+        linked: experts are also computed for other nodes' workers, beside this engine's own steps.
+        secret: what linked workers prove to each other.
+        host: the address on which other nodes reach this one.
+        keeper: told about the store before this engine attaches; it may make and fill it, and keeps it from then on.
     """
 
     workers: int
     tag: str = ""
     folder: Path = FOLDER
+    movable: bool = False
+    linked: bool = False
+    secret: str = field(default="", repr=False)
+    host: str = "127.0.0.1"
+    keeper: Callable[[StoreSpec], None] | None = None
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ConfigError(f"workers is {self.workers}, must be at least 1. hint: count the engines of this node")
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoreSpec:
-    """All that another process needs to attach to a store."""
-
-    path: Path
-    layout: ExpertLayout
-    plan: SlotPlan
-    digest: bytes
-
-    def open(self, progress: Callable[..., Iterable[Any]] = lambda items, **_: items) -> SharedStore:
-        """An attachment of the caller's own. Raises BudgetError, CacheError."""
-        return SharedStore(self.path, self.layout, self.plan, self.digest, progress=progress)
-
-
-def spec_of(sharing: Sharing, layout: ExpertLayout, plan: SlotPlan) -> StoreSpec:
+def spec_of(
+    sharing: Sharing, layout: ExpertLayout, plan: SlotPlan, standin_LE: npt.NDArray[np.float32] | None = None
+) -> StoreSpec:
     """Where the store of a node is."""
     digest = store_digest(layout, plan)
     path = store_path(digest, tag=sharing.tag, folder=sharing.folder)
-    return StoreSpec(path=path, layout=layout, plan=plan, digest=digest)
+    return StoreSpec(path=path, layout=layout, plan=plan, digest=digest, tag=sharing.tag, standin_LE=standin_LE)
 
 
 def open_store(
     sharing: Sharing,
     layout: ExpertLayout,
+    setup: StandinSetup | None,
     plan: SlotPlan,
     reader: DiskReader,
     progress: Callable[..., Iterable[Any]],
 ) -> SharedExpertCache:
     """Attach to the node's store, made now if it is not there. Raises BudgetError, CacheError."""
+    spec = spec_of(sharing, layout, plan, None if setup is None or not sharing.movable else setup.use_harm_LE)
+    return SharedExpertCache(_attach(sharing, spec, progress), reader=reader)
+
+
+def open_host(
+    sharing: Sharing,
+    layout: ExpertLayout,
+    host_bytes: int,
+    reader: DiskReader,
+    progress: Callable[..., Iterable[Any]],
+) -> SharedHostTier:
+    """The node's one host tier below its GPUs, of every worker's `host_bytes` together. Raises as `open_store`."""
+    plan = split_slots(
+        budget_bytes=sharing.workers * host_bytes,
+        slot_bytes=layout.slot_bytes,
+        expert_bytes=layout.expert_bytes,
+        experts_per_layer=layout.experts_per_layer,
+        overhead_bytes=0,
+        workers=sharing.workers,
+    )
+    return SharedHostTier(_attach(sharing, spec_of(sharing, layout, plan), progress), reader=reader, pinned=True)
+
+
+def _attach(sharing: Sharing, spec: StoreSpec, progress: Callable[..., Iterable[Any]]) -> SharedStore:
     sweep(sharing.folder)
-    spec = spec_of(sharing, layout, plan)
     if not spec.path.exists():
-        _check_room(plan)
-    return SharedExpertCache(spec.open(progress), reader=reader)
+        _check_room(spec.plan)
+    if sharing.keeper is not None:
+        sharing.keeper(spec)
+    return spec.open(progress)
 
 
 def open_records(

@@ -23,7 +23,7 @@ from buddymoe_ray.errors import BudgetError, ProfileError
 from buddymoe_ray.models.fingerprint import model_hash
 from buddymoe_ray.models.profile import Profile, default_profile_path, load_profile
 from buddymoe_ray.models.standin_files import standin_layouts, standins_folder, verify_standins
-from buddymoe_ray.policy import MissPolicy, Pricer, choose
+from buddymoe_ray.policy import MissPolicy, Pricer, choose, split_movable
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
 __all__ = ["StandinSetup", "find_profile", "prepare"]
@@ -34,6 +34,7 @@ Floats = npt.NDArray[np.float32]
 
 _VERIFIED_BYTES = 256 << 20  # above this, reading every record once more would cost minutes at start
 _MIN_WAVES, _MOST_WAVES, _WAVE_SHARE = 2, 8, 0.02
+_SEEN = 20  # uses that say something about an expert
 _RECORDS = {
     "auto": ("lowbit2", "lowbit3", "lowbit4", "lowbit8", "lowrank", "mean"),
     "lowbit": ("lowbit2", "lowbit3", "lowbit4", "lowbit8"),
@@ -52,7 +53,8 @@ class StandinSetup:
     """What stands in on one engine, and where.
 
     `plan` pins the full experts, `kind_of` gives the others' records, `layouts` where those are on disk, `price_of` the
-    largest harm worth taking at a budget. `binding` names model and stand-ins for replays. `refusal`, when there is
+    largest harm worth taking at a budget, `use_harm_LE` what one use of each expert's stand-in costs as a share of the
+    costliest (None where unknown). `binding` names model and stand-ins for replays. `refusal`, when there is
     one, says why `bounded` requests get `exact` here.
     """
 
@@ -68,6 +70,7 @@ class StandinSetup:
     expected_harm: float
     experts: int
     top_k: int
+    use_harm_LE: Floats | None
 
 
 def find_profile(config: EngineConfig, folder: Path) -> Path | None:
@@ -96,10 +99,12 @@ def prepare(
     budget_bytes: int,
     overhead_bytes: int,
     workers: int = 1,
+    movable: bool = False,
 ) -> StandinSetup | None:
     """Read the profile beside the checkpoint (or `config.profile`) and split the budget; None when there is none.
 
-    `workers` engines use the slots and the records together; the budget is that of all.
+    `workers` engines use the slots and the records together; the budget is that of all. With `movable` every expert
+    has a record, so that any of them may be moved out later.
 
     Raises ProfileError (missing, damaged, another model's), BudgetError (nothing fits, with the least that does).
     """
@@ -119,7 +124,7 @@ def prepare(
         )
     _same_shape(path, profile, layout)
     harms = {kind: profile.harm_LE(kind) for kind in (*layouts, "drop")}
-    split = _split(config, layout, profile, layouts, harms, budget_bytes, overhead_bytes, workers)
+    split = _split(config, layout, profile, layouts, harms, budget_bytes, overhead_bytes, workers, movable)
     layers = config.chosen_layers()
     kind_of = {} if split.plan.fully_resident else split.kind_of
     used_harm_LE = _harm_of_use(profile, harms, kind_of)
@@ -138,7 +143,21 @@ def prepare(
         expected_harm=split.harm,
         experts=profile.experts,
         top_k=profile.top_k,
+        use_harm_LE=_share_of_worst(_usual_weight2(profile) * used_harm_LE),
     )
+
+
+def _usual_weight2(profile: Profile) -> Floats:
+    """Mean squared weight of one use; of experts that calibration hardly saw, their layer's: they may be hot one day."""
+    counts_LE = profile.counts_LE
+    layer_L1 = (counts_LE * profile.weight2_LE).sum(axis=1, keepdims=True) / counts_LE.sum(axis=1, keepdims=True)
+    return np.where(counts_LE >= _SEEN, profile.weight2_LE, layer_L1).astype(np.float32)
+
+
+def _share_of_worst(harm_LE: Floats) -> Floats | None:
+    """Harm of one use as a share of the costliest expert's; None where no harm is known."""
+    worst = float(harm_LE.max())
+    return (harm_LE / worst).astype(np.float32) if np.isfinite(worst) and worst > 0 else None
 
 
 def _same_shape(path: Path, profile: Profile, layout: ExpertLayout) -> None:
@@ -166,6 +185,7 @@ def _split(
     budget: int,
     overhead: int,
     workers: int,
+    movable: bool,
 ) -> _Split:
     """Full slots and records under the budget: wave slots first, then the split of least expected harm."""
     slot = layout.slot_bytes
@@ -185,15 +205,17 @@ def _split(
             f"memory is {budget} bytes, must be at least {need} bytes ({100 * need / layout.total_bytes:.1f} %) for "
             f"standin {config.standin}. hint: raise --memory, profile with fewer bits, or use mode exact"
         )
-    chosen = choose(
+    split = split_movable if movable and layouts else choose
+    chosen = split(
         bytes_of=np.array(record_bytes, dtype=np.int64),
         harm_of=np.stack(harm_of),
         budget_bytes=room,
         experts_per_layer=layout.experts_per_layer,
     )
     kind_LE = chosen.kind_LE
+    full_LE = kind_LE == 0 if chosen.full_LE is None else chosen.full_LE
     pinned = tuple(
-        tuple(e for e in range(count) if kind_LE[la, e] == 0) for la, count in enumerate(layout.experts_per_layer)
+        tuple(e for e in range(count) if full_LE[la, e]) for la, count in enumerate(layout.experts_per_layer)
     )
     kind_of = {
         ExpertKey(la, e): names[kind_LE[la, e]]

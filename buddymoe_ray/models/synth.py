@@ -29,6 +29,7 @@ def synth_checkpoint(
     seed: int = 0,
     progress: Progress | None = None,
     *,
+    hot_sets: int = 1,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write a bfloat16 checkpoint of `shape` (a name in SHAPES) into the folder `out`, which must be new or empty.
@@ -36,15 +37,18 @@ def synth_checkpoint(
     Args:
         layers: keep only the first layers; None keeps all.
         skew: the expert of popularity rank r gets a router logit shift of -skew * ln(r); 0 is uniform.
+        hot_sets: 2 lets tokens of the upper half of the vocabulary prefer the experts that the others avoid.
         progress: called with (bytes written, bytes in all).
 
     Raises:
-        ConfigError: unknown shape, unusable `layers` or `skew`, or `out` is not empty.
+        ConfigError: unknown shape, unusable `layers`, `skew` or `hot_sets`, or `out` is not empty.
         CheckpointError: the disk is too small.
     """
     config = _config(shape, layers)
     if not (math.isfinite(skew) and skew >= 0):
         raise ConfigError(f"skew is {skew}, must be 0 or more. hint: 1.0 is Zipf's law")
+    if hot_sets not in (1, 2):
+        raise ConfigError(f"hot_sets is {hot_sets}, must be 1 or 2. hint: leave it at 1")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty, must be a new folder. hint: remove it or choose another")
     tensors = [
@@ -54,7 +58,12 @@ def synth_checkpoint(
     check_space(out, total)
     out.mkdir(parents=True, exist_ok=True)
     weights = SynthWeights(
-        hidden=config.hidden_size, layers=config.num_hidden_layers, skew=skew, seed=seed, tiny=total < 1 << 28
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        skew=skew,
+        seed=seed,
+        tiny=total < 1 << 28,
+        hot_sets=hot_sets,
     )
     write_shards(out, tensors, weights, shard_bytes=shard_bytes, progress=progress)
     config.save_pretrained(out)

@@ -6,7 +6,8 @@ are equal. Does not know files.
 How popularity works in stock transformers. Hidden channel 0 is constant: the embedding's column 0 is 1, and that row of
 every o_proj and down_proj is 0. All other channels together stay 50 times below it in energy, so RMSNorm divides by a
 constant, and the norm weights multiply it back. An expert of popularity rank r then gets a router logit of
--skew * ln(r) from the router's column 0 alone.
+-skew * ln(r) from the router's column 0 alone. With two hot sets the upper half of the vocabulary has -1 there, so
+that its tokens prefer the experts that the others avoid: a text that changes halves shifts the hot set.
 
 Legend: E experts, D hidden, F ffn, V vocabulary, R rows of a piece.
 """
@@ -43,8 +44,8 @@ def popularity_ranks(experts: int, *, layer: int, seed: int) -> tuple[int, ...]:
 class SynthWeights:
     """Called with a tensor, yields its bytes in order. `tiny` uses a small block."""
 
-    def __init__(self, *, hidden: int, layers: int, skew: float, seed: int, tiny: bool) -> None:
-        self._skew, self._seed = skew, seed
+    def __init__(self, *, hidden: int, layers: int, skew: float, seed: int, tiny: bool, hot_sets: int = 1) -> None:
+        self._skew, self._seed, self._hot_sets = skew, seed, hot_sets
         self._wide = LOGIT_STD / math.sqrt(hidden)
         self._embedding = math.sqrt(OTHERS_ENERGY / hidden)
         self._branch = self._wide * self._embedding / math.sqrt(2 * layers)
@@ -61,7 +62,7 @@ class SynthWeights:
     def _pieces(self, tensor: StoredTensor) -> Iterator[Tensor]:
         key, shape = tensor.key, tensor.shape
         if key.endswith("embed_tokens.weight"):
-            return self._with_column(tensor, self._embedding, torch.ones(shape[0]))
+            return self._with_column(tensor, self._embedding, self._constant_V(shape[0]))
         if re.search(r"\.(gate|router)\.weight$", key):
             return self._with_column(tensor, self._wide, self._shift_E(tensor))
         if re.search(r"\.(o_proj|down_proj|w2)\.weight$", key):
@@ -101,6 +102,12 @@ class SynthWeights:
         D, width = tensor.shape
         yield torch.zeros(width, dtype=torch.bfloat16)
         yield from self._take(tensor, self._branch, (D - 1) * width)
+
+    def _constant_V(self, size: int) -> Tensor:
+        ones_V = torch.ones(size)
+        if self._hot_sets == 2:
+            ones_V[size // 2 :] = -1
+        return ones_V
 
     def _shift_E(self, tensor: StoredTensor) -> Tensor:
         layer = int(tensor.key.split("layers.")[1].split(".")[0])

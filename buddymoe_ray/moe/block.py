@@ -23,6 +23,7 @@ from torch import Tensor
 
 from buddymoe_ray.cache import Experts
 from buddymoe_ray.kernels import combine
+from buddymoe_ray.moe.peers import Peers
 from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Phase, StepState
 from buddymoe_ray.policy import Action
@@ -38,13 +39,20 @@ _Rows = dict[int, tuple[Tensor, Tensor]]
 class MoEBlock:
     """Replaces the experts module of MoE layer `layer`. Called as `block(hidden_TD, ids_TK, weights_TK) -> [T, D]`.
 
-    `standins` is None where every miss is fetched.
+    `standins` is None where every miss is fetched; `peers`, once there are any, compute some of what is missing.
     """
 
     def __init__(
-        self, *, layer: int, cache: Experts, compute: ExpertCompute, step: StepState, standins: Standins | None
+        self,
+        *,
+        layer: int,
+        cache: Experts,
+        compute: ExpertCompute,
+        step: StepState,
+        standins: Standins | None,
     ) -> None:
         self.layer = layer
+        self.peers: Peers | None = None
         self._cache, self._compute, self._step, self._standins = cache, compute, step, standins
 
     def __call__(self, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -79,7 +87,32 @@ class MoEBlock:
         return resolution.weight_TK
 
     def _run_full(self, hidden_TD: Tensor, rows_of: _Rows, y_ND: Tensor, *, protect: bool) -> None:
-        """Run the experts themselves, as the cache lends them."""
+        """Run the experts themselves: some at a peer while the others run here."""
+        asked = {} if protect or self.peers is None else self._for_peers(self.peers, rows_of)
+        if not asked:
+            self._run_here(hidden_TD, rows_of, y_ND, protect=protect)
+            return
+        assert self.peers is not None, "experts are for peers, and there are none"
+        answers = self.peers.ask(self.layer, {e: hidden_TD.index_select(0, asked[e][1]) for e in asked})
+        self._run_here(hidden_TD, {e: rows for e, rows in rows_of.items() if e not in asked}, y_ND, protect=protect)
+        answered = answers.collect()
+        uses_T = torch.zeros(len(hidden_TD), dtype=torch.int64)
+        for expert, y_RD in answered.items():
+            rows_R, tokens_R = asked[expert]
+            y_ND.index_copy_(0, rows_R, y_RD.to(y_ND))
+            uses_T += torch.bincount(tokens_R.cpu(), minlength=len(hidden_TD))
+        self._step.outcome.count_peer(uses_T)
+        rest = {e: rows for e, rows in asked.items() if e not in answered}
+        self._run_here(hidden_TD, rest, y_ND, protect=protect)
+
+    def _for_peers(self, peers: Peers, rows_of: _Rows) -> _Rows:
+        """What is missing here and to be had from a peer sooner than from the tiers behind."""
+        resident_E = self._cache.resident_mask(self.layer).tolist()
+        missing = [expert for expert in rows_of if not resident_E[expert]]
+        return {expert: rows_of[expert] for expert in peers.able(self.layer, missing)} if missing else {}
+
+    def _run_here(self, hidden_TD: Tensor, rows_of: _Rows, y_ND: Tensor, *, protect: bool) -> None:
+        """Run experts as the cache lends them."""
         with closing(self._cache.stream(self.layer, list(rows_of), protect_residency=protect)) as waves:
             for leases in waves:
                 for lease in leases:

@@ -10,38 +10,66 @@ from buddymoe_ray.policy.ladder import Ladder
 from buddymoe_ray.policy.ledger import Ledger, Pricer, price_for
 from buddymoe_ray.policy.memory import Staging, parse_memory, plan_staging, split_slots
 from buddymoe_ray.policy.misses import Action, Misses, MissPolicy, Reason, Resolution, RowBudgets
-from buddymoe_ray.policy.split import Split, choose
+from buddymoe_ray.policy.placement import NodeLinks, PlacementProblem, Pool
+from buddymoe_ray.policy.placement_exact import solve_exact
+from buddymoe_ray.policy.placement_greedy import Effort, solve
+from buddymoe_ray.policy.placement_map import Migration, PlacementMap
+from buddymoe_ray.policy.placement_objective import RUNGS, objective, rung_uses
+from buddymoe_ray.policy.placement_rules import eplb, oracle, round_robin, static
+from buddymoe_ray.policy.placement_segments import SegmentSplit, shard_segments
+from buddymoe_ray.policy.placement_steps import Step, migration_steps
+from buddymoe_ray.policy.split import Split, choose, split_movable
 from buddymoe_ray.policy.standins import Answers, Buddy, Drop, Own, RandomBuddy, RouterBuddy, Standin
 
 __all__ = [
     "LRU",
+    "RUNGS",
     "Action",
     "Answers",
     "Buddy",
     "BuddyMoE",
     "BuddyParams",
     "Drop",
+    "Effort",
     "Guard",
     "GuardView",
     "Ladder",
     "Ledger",
+    "Migration",
     "MissPolicy",
     "Misses",
+    "NodeLinks",
     "Own",
+    "PlacementMap",
+    "PlacementProblem",
+    "Pool",
     "Pricer",
     "RandomBuddy",
     "Reason",
     "Resolution",
     "RouterBuddy",
     "RowBudgets",
+    "SegmentSplit",
     "Split",
     "Staging",
     "Standin",
+    "Step",
     "buddy_lists",
     "choose",
+    "eplb",
+    "migration_steps",
     "normalised_entropy",
+    "objective",
+    "oracle",
     "parse_memory",
     "plan_staging",
     "price_for",
+    "round_robin",
+    "rung_uses",
+    "shard_segments",
+    "solve",
+    "solve_exact",
+    "split_movable",
     "split_slots",
+    "static",
 ]

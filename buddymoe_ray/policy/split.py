@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Split", "choose"]
+__all__ = ["Split", "choose", "split_movable"]
 
 FULL = 0
 """The option that `least_full_L` counts."""
@@ -29,11 +29,15 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """`kind_LE` is the option of each expert (-1 beyond a layer's experts), `nbytes` and `harm` the totals."""
+    """`kind_LE` is the option of each expert (-1 beyond a layer's experts), `nbytes` and `harm` the totals.
+
+    `full_LE` says who is full beside having the option of `kind_LE`, where that is another question.
+    """
 
     kind_LE: Ints
     nbytes: int
     harm: float
+    full_LE: Bools | None = None
 
 
 def choose(
@@ -69,6 +73,40 @@ def choose(
     kind_LE[real_LE] = kind_N
     nbytes, harm = options.of(kind_N)
     return Split(kind_LE=kind_LE, nbytes=int(nbytes.sum()), harm=float(harm.sum()))
+
+
+def split_movable(
+    *, bytes_of: Ints, harm_of: npt.NDArray[np.floating], budget_bytes: int, experts_per_layer: Sequence[int]
+) -> Split:
+    """A record for every expert and full slots (option 0) for the most harmful ones, so that any may be moved out.
+
+    Arguments as for `choose`. The share of the budget that goes to full slots is searched on a grid of its own
+    sixteenths; harm is that of the experts outside.
+    """
+    _, L, E = harm_of.shape
+    real_LE = np.arange(E) < np.asarray(experts_per_layer)[:, None]
+    least = int(bytes_of[1:].min()) * int(real_LE.sum())
+    best: Split | None = None
+    for share in range(16):
+        count = int((budget_bytes - least) * share // 16 // int(bytes_of[FULL]))
+        records = choose(
+            bytes_of=bytes_of[1:],
+            harm_of=harm_of[1:],
+            budget_bytes=budget_bytes - count * int(bytes_of[FULL]),
+            experts_per_layer=experts_per_layer,
+        )
+        # what better records left over goes to full slots as well
+        count = min((budget_bytes - records.nbytes) // int(bytes_of[FULL]), int(real_LE.sum()))
+        kind_LE = np.where(real_LE, records.kind_LE + 1, -1)
+        harm_LE = np.where(real_LE, np.take_along_axis(harm_of, np.maximum(kind_LE, 0)[None], axis=0)[0], -np.inf)
+        full_LE = np.zeros((L, E), dtype=bool)
+        full_LE.reshape(-1)[np.argsort(-harm_LE.reshape(-1), kind="stable")[:count]] = True
+        harm = float(harm_LE[real_LE & ~full_LE].sum())
+        if best is None or harm < best.harm:
+            nbytes = records.nbytes + count * int(bytes_of[FULL])
+            best = Split(kind_LE=kind_LE, nbytes=nbytes, harm=harm, full_LE=full_LE)
+    assert best is not None, "no share of the budget was tried"
+    return best
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ errors.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -38,7 +38,12 @@ class ServeArgs(BaseModel):
         max_queued_requests: requests that may wait at each worker; the next one is answered 503 with Retry-After.
         retry_after_seconds: what Retry-After says.
         request_timeout_seconds: most time for one request, queue included; then 504.
+        max_moves: how often a stream may go on at another worker when the one it is on dies.
         drain_seconds: how long running requests may go on when the service stops or is replaced.
+        placement: `dynamic` moves experts between nodes and tiers as their use shifts; `static` keeps what was resident
+            at start.
+        placement_window_seconds: how often uses are counted and the map is renewed.
+        migration_mb_per_second: most that moving experts reads from each node's disk, in 10^6 bytes.
         api_key_env: name of the environment variable that holds the API key; read where the ingress runs.
         require_api_key: refuse to start when that variable is unset.
     """
@@ -75,7 +80,11 @@ class ServeArgs(BaseModel):
     max_queued_requests: int = Field(default=256, ge=0)
     retry_after_seconds: int = Field(default=2, ge=1)
     request_timeout_seconds: float = Field(default=600, gt=0)
+    max_moves: int = Field(default=3, ge=0)
     drain_seconds: float = Field(default=30, ge=0)
+    placement: Literal["dynamic", "static"] = "dynamic"
+    placement_window_seconds: float = Field(default=5, gt=0)
+    migration_mb_per_second: float = Field(default=200, gt=0)
     api_key_env: str = Field(default="BUDDYMOE_API_KEY", min_length=1)
     require_api_key: bool = False
 
@@ -88,6 +97,11 @@ class ServeArgs(BaseModel):
     def served_name(self) -> str:
         """The model name of the API."""
         return self.model_name or self.model
+
+    @property
+    def most_workers(self) -> int:
+        """How many workers there may be at once."""
+        return self.workers
 
     def engine_config(self) -> EngineConfig:
         """The engine's own options."""

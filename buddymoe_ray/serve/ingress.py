@@ -23,7 +23,11 @@ class Ingress:
     """HTTP in front of `workers`."""
 
     def __init__(self, args: ServeArgs, workers: DeploymentHandle[Any]) -> None:
-        limits = ResumeLimits(wait_seconds=args.request_timeout_seconds, retry_after_seconds=args.retry_after_seconds)
+        limits = ResumeLimits(
+            moves=args.max_moves,
+            wait_seconds=args.request_timeout_seconds,
+            retry_after_seconds=args.retry_after_seconds,
+        )
         self._workers = ReplicaWorkers(workers, limits=limits)
         self._settings = HttpSettings(
             model=args.served_name,

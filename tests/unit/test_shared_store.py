@@ -15,11 +15,21 @@ from pathlib import Path
 import pytest
 from experts_on_disk import expert_bytes_of, make_layout
 
-from buddymoe_ray.cache import DiskReader
-from buddymoe_ray.cache.shared import Move, Mover, SharedExpertCache, SharedStore, open_room, store_digest, sweep
+from buddymoe_ray.cache import DiskReader, ExpertCache
+from buddymoe_ray.cache.shared import (
+    Move,
+    Mover,
+    SharedExpertCache,
+    SharedHostTier,
+    SharedStore,
+    open_room,
+    store_digest,
+    sweep,
+)
 from buddymoe_ray.cache.shared.store import store_path
 from buddymoe_ray.cache.shared.tables import LOADING
 from buddymoe_ray.errors import BudgetError, CacheError
+from buddymoe_ray.policy import LRU
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
 LAYERS, EXPERTS = 3, 6
@@ -75,7 +85,9 @@ def node(tmp_path: Path) -> Iterator[Node]:
         cache.close()
 
 
-def use(node: Node, cache: SharedExpertCache, layer: int, experts: list[int], *, protect: bool = False) -> None:
+def use(
+    node: Node, cache: SharedExpertCache | ExpertCache, layer: int, experts: list[int], *, protect: bool = False
+) -> None:
     """Stream the experts and hold every lease against the truth."""
     seen = []
     for leases in cache.stream(layer, experts, protect_residency=protect):
@@ -390,3 +402,58 @@ def test_a_room_is_filled_once(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="no"):
         open_room(path, 10000, b"c" * 32, broken)
     open_room(path, 10000, b"c" * 32, fill).close()
+
+
+def host_cache(node: Node) -> ExpertCache:
+    """Two device slots a layer of its own over the node's host tier: a GPU worker, with the CPU as its device."""
+    reader = DiskReader(depth=2, buffer_bytes=16384)
+    host = SharedHostTier(node.store(), reader=reader, pinned=False)
+    plan = make_plan(node.layout, layer_slots=2, waves=2)
+    return ExpertCache(node.layout, plan, eviction=LRU, reader=reader, host=host)
+
+
+def test_two_devices_share_one_host_tier(node: Node) -> None:
+    first, second = host_cache(node), host_cache(node)
+    for cache in (first, second):
+        for layer in range(LAYERS):
+            use(node, cache, layer, [0, 1, 2])
+        cache.check_integrity()
+    assert first.stats().bytes_requested_disk == LAYERS * 3 * node.layout.expert_bytes
+    assert second.stats().bytes_requested_disk == 0 and second.stats().host_hits == LAYERS * 3
+    first.close()
+    second.close()
+    assert not node.path.exists()
+
+
+def test_devices_that_wait_for_each_others_reads_go_on(node: Node) -> None:
+    caches = [host_cache(node) for _ in range(3)]
+    errors: list[BaseException] = []
+
+    def work(cache: ExpertCache, seed: int) -> None:
+        rng = random.Random(seed)
+        try:
+            for _ in range(150):
+                use(node, cache, rng.randrange(LAYERS), rng.sample(range(EXPERTS), rng.randint(1, EXPERTS)))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(cache, at)) for at, cache in enumerate(caches)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not any(thread.is_alive() for thread in threads), "two wait for each other"
+    assert not errors, errors
+    for cache in caches:
+        cache.check_integrity()
+        cache.close()
+
+
+def test_a_failed_read_of_the_host_tier_frees_its_slot(node: Node) -> None:
+    cache = host_cache(node)
+    Path(next(iter(node.layout.pieces[ExpertKey(1, 0)])).path).unlink()
+    with pytest.raises(CacheError, match="layer1"):
+        use(node, cache, 1, [0])
+    use(node, cache, 0, [0, 1])
+    cache.check_integrity()
+    cache.close()

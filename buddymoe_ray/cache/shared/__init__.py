@@ -5,11 +5,15 @@ shape     where every table lies in the file
 tables    who holds what: slots, leases, rows; every change under one lock
 store     the file itself: create, attach, sweep
 cache     `stream` over the shared slots, the twin of `cache.expert_cache`
+host      the tier below a GPU, the twin of `cache.host`
 mover     background migration: experts in and out while others compute
+janitor   removes files when every process was killed
 room      bytes written once and read by all (stand-in records)
 """
 
 from buddymoe_ray.cache.shared.cache import SharedExpertCache
+from buddymoe_ray.cache.shared.host import SharedHostTier
+from buddymoe_ray.cache.shared.janitor import watch
 from buddymoe_ray.cache.shared.mover import Move, Moved, Mover
 from buddymoe_ray.cache.shared.room import Room, open_room
 from buddymoe_ray.cache.shared.store import FOLDER, SharedStore, store_digest, store_path, sweep
@@ -21,9 +25,11 @@ __all__ = [
     "Mover",
     "Room",
     "SharedExpertCache",
+    "SharedHostTier",
     "SharedStore",
     "open_room",
     "store_digest",
     "store_path",
     "sweep",
+    "watch",
 ]

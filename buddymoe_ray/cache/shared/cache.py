@@ -29,6 +29,7 @@ from buddymoe_ray.types import ExpertKey
 
 __all__ = ["SharedExpertCache"]
 
+_ASSUMED_BYTES_PER_SECOND, _SMOOTHING = 500e6, 0.1
 _POLL_SECONDS, _LONGEST_POLL_SECONDS, _REAP_SECONDS = 50e-6, 2e-3, 0.2
 
 
@@ -39,6 +40,7 @@ class _Load:
     key: ExpertKey
     slot: int
     ticket: ReadTicket
+    began: float
 
 
 @dataclass(slots=True)
@@ -49,12 +51,13 @@ class _Call:
     loads: deque[_Load]
     waits: list[tuple[ExpertKey, int, int]]  # read by another worker: key, slot, the slot's generation
     seen: set[ExpertKey]
-    ready: list[int]  # leased and not lent yet
+    ready: list[tuple[ExpertKey, int]]  # leased and not lent yet
     pause: float = _POLL_SECONDS
 
 
 class SharedExpertCache:
-    """`store` and `reader` belong to this object from now on."""
+    """`store` and `reader` belong to this object from now on. `fetch_seconds` is what one expert takes from the disk,
+    lately."""
 
     def __init__(self, store: SharedStore, *, reader: DiskReader) -> None:
         self._store, self._reader = store, reader
@@ -65,6 +68,7 @@ class SharedExpertCache:
         resident_LE = torch.from_numpy(self._tables.resident).view(torch.bool)
         self._resident = [resident_LE[layer, :count] for layer, count in enumerate(counts)]
         self._kept_C = np.zeros(store.shape.slots, dtype=bool)
+        self.fetch_seconds = self.layout.expert_bytes / _ASSUMED_BYTES_PER_SECOND
         self._stall = 0.0
         self._reaped = time.monotonic()
 
@@ -189,12 +193,12 @@ class SharedExpertCache:
             slots = tables.look_up(keys[0].layer, [key.expert for key in keys]).tolist()
             for key, slot in zip(keys, slots, strict=True):
                 if slot >= 0 and tables.state[slot] == READY:
-                    call.ready.append(slot)
+                    call.ready.append((key, slot))
                 elif slot >= 0:
                     call.waits.append((key, slot, int(tables.generation[slot])))
                 else:
                     call.missing.append(key)
-        self._kept_C[call.ready] = True
+        self._kept_C[[slot for _, slot in call.ready]] = True
         counters[Counter.HITS] += len(call.ready)
         counters[Counter.MISSES] += len(keys) - len(call.ready)
         counters[Counter.SHARED] += len(call.waits)
@@ -221,7 +225,8 @@ class SharedExpertCache:
 
     def _submit(self, key: ExpertKey, slot: int) -> _Load:
         try:
-            return _Load(key, slot, self._reader.submit(self.layout.pieces[key], self._store.bytes_C[slot]))
+            ticket = self._reader.submit(self.layout.pieces[key], self._store.bytes_C[slot])
+            return _Load(key, slot, ticket, time.perf_counter())
         except BaseException:
             self._abandon(slot)
             raise
@@ -247,7 +252,7 @@ class SharedExpertCache:
         before = len(call.ready)
         for load in [load for load in call.loads if load.ticket.done()]:
             call.loads.remove(load)
-            call.ready.append(self._finish(load))
+            call.ready.append((load.key, self._finish(load)))
         return self._others(call) or len(call.ready) > before
 
     def _others(self, call: _Call) -> bool:
@@ -256,7 +261,8 @@ class SharedExpertCache:
         for wait in list(call.waits):
             key, slot, generation = wait
             failed = int(tables.generation[slot]) != generation
-            if not failed and tables.state[slot] != READY:
+            retired = tables.key_layer[slot] < 0  # it came, and already has to go: our lease keeps its bytes
+            if not failed and not retired and tables.state[slot] != READY:
                 continue
             call.waits.remove(wait)
             changed = True
@@ -264,7 +270,7 @@ class SharedExpertCache:
                 tables.release([slot])
                 call.missing.append(key)
             else:
-                call.ready.append(slot)
+                call.ready.append((key, slot))
                 self._kept_C[slot] = True
         return changed
 
@@ -277,6 +283,7 @@ class SharedExpertCache:
             self._abandon(load.slot)
             raise
         tables = self._tables
+        self.fetch_seconds += _SMOOTHING * (time.perf_counter() - load.began - self.fetch_seconds)
         with tables.locked():
             tables.commit(load.slot)
         tables.counters[tables.row, Counter.BYTES] += self.layout.expert_bytes
@@ -292,24 +299,16 @@ class SharedExpertCache:
         """One wave of what is ready; its leases end when the iterator advances or closes."""
         if not call.ready:
             return
-        slots, call.ready = call.ready, []
+        ready, call.ready = call.ready, []
         tables = self._tables
         try:
-            yield tuple(
-                Lease(
-                    ExpertKey(int(tables.key_layer[slot]), int(tables.key_expert[slot])),
-                    slot,
-                    int(tables.generation[slot]),
-                    self._store,
-                )
-                for slot in slots
-            )
+            yield tuple(Lease(key, slot, int(tables.generation[slot]), self._store) for key, slot in ready)
         finally:
-            tables.release(slots)
+            tables.release([slot for _, slot in ready])
 
     def _settle(self, call: _Call) -> None:
         """After an end: keep what arrives, free what fails, let go of the rest."""
-        self._tables.release([*call.ready, *(slot for _, slot, _ in call.waits)])
+        self._tables.release([slot for _, slot in call.ready] + [slot for _, slot, _ in call.waits])
         call.ready.clear()
         call.waits.clear()
         while call.loads:

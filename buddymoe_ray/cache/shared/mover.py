@@ -72,6 +72,10 @@ class Mover:
             for key in pins:
                 self._tables.pinned[key.layer, key.expert] = 1
 
+    def close(self) -> None:
+        """Close the reader; the store is its owner's."""
+        self._reader.close()
+
     def _one(self, move: Move, moved: Moved) -> None:
         slot = self._empty_slot(move)
         tables, key = self._tables, move.load

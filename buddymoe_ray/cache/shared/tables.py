@@ -98,7 +98,6 @@ class SharedTables:
                 if self._locks.try_lock(ROW_BYTE + row):
                     self.lease[row] = 0
                     self.counters[row] = 0
-                    self.uses[row] = 0
                     self.pid[row] = os.getpid()
                     self.row = row
                     return
@@ -225,7 +224,7 @@ class SharedTables:
 
     def leased(self, slots: Slots) -> npt.NDArray[np.bool_]:
         """Which of the slots anybody leases."""
-        found: npt.NDArray[np.bool_] = self.lease[:, slots].any(axis=0)
+        found: npt.NDArray[np.bool_] = self.lease[:, slots].max(axis=0).astype(bool)
         return found
 
     def others_loading(self) -> bool:
@@ -259,8 +258,8 @@ class SharedTables:
         return int(slots[self.last_used[slots].argmin()]) if len(slots) else None
 
     def _is_pinned(self, slots: Slots) -> npt.NDArray[np.bool_]:
-        pinned: npt.NDArray[np.bool_] = self.pinned[self.key_layer[slots], self.key_expert[slots]] != 0
-        return pinned & (self.state[slots] == READY)
+        pinned_C: npt.NDArray[np.uint8] = self.pinned[self.key_layer[slots], self.key_expert[slots]]
+        return pinned_C.astype(bool) & (self.state[slots] == READY)
 
     def _touch(self, slots: Slots) -> None:
         self.head[Head.CLOCK] += 1

@@ -1,0 +1,239 @@
+"""A worker's side of its node: finds or starts the node's HostStore and the service's Placement, and stays registered.
+
+The only place that names ray's actors. A worker never waits for them once it serves: what they would say (where peers
+are, which map) is fetched by a thread of its own, and while they are away the last answer stands.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from buddymoe_ray.actors.host_store import HostStore, KeeperOptions
+from buddymoe_ray.actors.placement import Placement, PlacementOptions
+from buddymoe_ray.actors.words import Directive, NodeReport, StoreStatus
+from buddymoe_ray.engine.sharing import Sharing, StoreSpec
+from buddymoe_ray.policy import PlacementMap
+
+__all__ = ["NAMESPACE", "MemoryOptions", "NodeMemory", "node_tag", "store_handles"]
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "buddymoe"
+_CALL_SECONDS = 10.0
+_START_SECONDS = 300.0
+_BEAT_SECONDS = 1.0
+
+Peers = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """How a service keeps its experts: `service` names it within the cluster, `workers` share a node, which is `linked`
+    to others whose workers prove `secret`."""
+
+    service: str
+    workers: int
+    movable: bool
+    linked: bool
+    secret: str
+    keeper: KeeperOptions
+    placement: PlacementOptions
+
+
+class Linked(Protocol):
+    """An engine that may compute for others and ask them."""
+
+    @property
+    def link_address(self) -> str:
+        """Where it answers; empty when it does not."""
+
+    def meet(self, peers: Mapping[str, str]) -> None:
+        """From now on these are the other nodes' workers: name to address."""
+
+
+class HostStoreActor(HostStore):
+    """A HostStore that ray restarts when it is killed, and that ends itself when nobody needs it."""
+
+    def __init__(self, spec: StoreSpec, *, node: str, options: KeeperOptions, service: str) -> None:
+        os.nice(5)  # filling and moving must not take the cores from workers that compute
+        super().__init__(spec, node=node, options=options, planner=_RayPlanner(service), on_idle=_end_this_actor)
+
+    def pid(self) -> int:
+        """This actor's process."""
+        return os.getpid()
+
+
+class PlacementActor(Placement):
+    """A Placement that ends itself when no node has reported for long."""
+
+    def __init__(self, options: PlacementOptions, *, idle_seconds: float) -> None:
+        super().__init__(options)
+        self._idle = idle_seconds
+        threading.Thread(target=self._watch, name="placement-idle", daemon=True).start()
+
+    def pid(self) -> int:
+        """This actor's process."""
+        return os.getpid()
+
+    def _watch(self) -> None:
+        while self.idle_seconds() < self._idle:
+            time.sleep(1.0)
+        _end_this_actor()
+
+
+class _RayPlanner:
+    """The service's Placement, by name, whichever incarnation runs."""
+
+    def __init__(self, service: str) -> None:
+        self._name = _placement_name(service)
+
+    def report(self, report: NodeReport) -> Directive | None:
+        directive: Directive
+        try:
+            handle = ray.get_actor(self._name, namespace=NAMESPACE)
+            directive = _got(handle.report.remote(report))
+        except (ValueError, RayError, GetTimeoutError) as error:
+            log.warning("no placement now (%s): the last map stands", type(error).__name__)
+            return None
+        return directive
+
+
+class NodeMemory:
+    """The experts of this worker's node. Call `sharing` for the engine, then `join` once it is loaded."""
+
+    def __init__(self, options: MemoryOptions) -> None:
+        self._options = options
+        self._node = ray.get_runtime_context().get_node_id()
+        self._store: Any = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._worker = ""
+
+    def sharing(self) -> Sharing:
+        """What the engine is to share, and with whom."""
+        options = self._options
+        return Sharing(
+            workers=options.workers,
+            tag=node_tag(self._node),
+            movable=options.movable,
+            linked=options.linked,
+            secret=options.secret,
+            host=ray.util.get_node_ip_address(),
+            keeper=self._keep,
+        )
+
+    def join(self, worker: str, engine: Linked) -> None:
+        """Register `worker`, and tell its engine whenever the other nodes' addresses change. Does nothing when the
+        engine shares nothing."""
+        if self._store is None:
+            return
+        self._worker = worker
+        self._thread = threading.Thread(target=self._beat, args=(worker, engine), name="node-memory", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Leave. Safe to call twice."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=_CALL_SECONDS)
+            self._thread = None
+            try:
+                self._store.forget.remote(self._worker)
+            except RayError as error:
+                log.debug("the host store is gone: %s", error)
+
+    def _keep(self, spec: StoreSpec) -> None:
+        """Called by the engine before it attaches: the store is made and kept by the actor, and so charged to it."""
+        options = self._options
+        _ensure_placement(options)
+        tag = node_tag(self._node)
+        self._store = (
+            ray.remote(HostStoreActor)
+            .options(
+                name=f"host-store-{tag}-{spec.digest.hex()[:16]}",
+                namespace=NAMESPACE,
+                get_if_exists=True,
+                lifetime="detached",
+                num_cpus=0,
+                max_restarts=-1,
+                max_concurrency=4,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(self._node, soft=False),
+            )
+            .remote(spec, node=self._node, options=options.keeper, service=options.service)
+        )
+        ray.get(self._store.status.remote(), timeout=_START_SECONDS)
+
+    def _beat(self, worker: str, engine: Linked) -> None:
+        known: Peers | None = None
+        while True:
+            try:
+                call = self._store.register.remote(worker, os.getpid(), engine.link_address)
+                peers: Peers = ray.get(call, timeout=_CALL_SECONDS)
+                if peers != known:
+                    known = peers
+                    engine.meet(dict(peers))
+            except (RayError, GetTimeoutError) as error:
+                log.warning("no host store now (%s): the shared file stays in use", type(error).__name__)
+            if self._stop.wait(_BEAT_SECONDS):
+                return
+
+
+def node_tag(node: str) -> str:
+    """A node's id, short enough for file and actor names."""
+    return node[:12]
+
+
+def store_handles() -> list[Any]:
+    """Handles of all living HostStores of the cluster."""
+    names = [
+        entry["name"]
+        for entry in ray.util.list_named_actors(all_namespaces=True)
+        if entry["namespace"] == NAMESPACE and entry["name"].startswith("host-store-")
+    ]
+    return [ray.get_actor(name, namespace=NAMESPACE) for name in names]
+
+
+def placement_map(service: str) -> PlacementMap | None:
+    """The service's newest map."""
+    handle = ray.get_actor(_placement_name(service), namespace=NAMESPACE)
+    found: PlacementMap | None = _got(handle.map.remote())
+    return found
+
+
+def store_statuses() -> list[StoreStatus]:
+    """Every node's store that answers."""
+    return list(ray.get([handle.status.remote() for handle in store_handles()], timeout=_CALL_SECONDS))
+
+
+def _got(call: Any) -> Any:
+    return ray.get(call, timeout=_CALL_SECONDS)
+
+
+def _ensure_placement(options: MemoryOptions) -> None:
+    ray.remote(PlacementActor).options(
+        name=_placement_name(options.service),
+        namespace=NAMESPACE,
+        get_if_exists=True,
+        lifetime="detached",
+        num_cpus=0,
+        max_restarts=-1,
+    ).remote(options.placement, idle_seconds=options.keeper.idle_seconds + 4 * options.placement.window_seconds)
+
+
+def _placement_name(service: str) -> str:
+    return f"placement-{service}"
+
+
+def _end_this_actor() -> None:
+    """From a thread of the actor: end it for good, so that ray does not restart it."""
+    ray.kill(ray.get_runtime_context().current_actor, no_restart=True)

@@ -1,0 +1,189 @@
+"""The placement of one service's experts over its nodes: counts come in once per window, an epoch-numbered map goes
+out.
+
+A thin state machine around `policy.solve`. Nobody waits for it: while it is away every node keeps its last map, and a
+new one starts from what the nodes say they pin. Knows neither ray nor bytes.
+Invariant: an epoch never stands for two maps.
+
+Legend: L layers, E experts of the widest layer, P pools (one per node), N experts of all layers end to end.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from buddymoe_ray.actors.words import Directive, NodeReport
+from buddymoe_ray.policy import NodeLinks, PlacementMap, PlacementProblem, Pool, solve
+from buddymoe_ray.policy.placement_publish import publish
+
+__all__ = ["Placement", "PlacementOptions"]
+
+log = logging.getLogger(__name__)
+
+Floats = npt.NDArray[np.float32]
+
+_SHIFT_ERRORS, _SHIFT_SHARE = 5.0, 1 / 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementOptions:
+    """How placement is decided.
+
+    Args:
+        window_seconds: how often nodes report.
+        memory: weight of the windows before in the counts that are solved for; 0 looks at the last one alone. High, for
+            the noise of one window moves experts to no avail; history is dropped when a window contradicts it.
+        horizon_windows: for how many windows a move must pay.
+        bytes_per_second: what migration may read, on each node.
+        link_seconds: one use computed on another node.
+        forget_windows: a node that is silent for so many is gone.
+    """
+
+    window_seconds: float = 5.0
+    memory: float = 0.8
+    horizon_windows: float = 60.0
+    bytes_per_second: float = 200e6
+    link_seconds: float = 500e-6
+    forget_windows: float = 4.0
+
+
+@dataclass(kw_only=True)
+class _Node:
+    report: NodeReport
+    counts_LE: Floats
+    windows: int
+    seen: float
+
+
+def contradicts(history_LE: Floats, window_LE: Floats, pins: tuple[tuple[int, int], ...]) -> bool:
+    """Whether far fewer uses fall on the pinned experts than history predicts: the hot set has shifted.
+
+    "Far" is five binomial standard errors and a third of the share. What is pinned was chosen by the same history, so
+    its share is overestimated, the more so the shorter the history: a tighter test would drop it again every window.
+    """
+    before, now = float(history_LE.sum()), float(window_LE.sum())
+    if before <= 0 or now <= 0 or not pins:
+        return False
+    at = tuple(np.array(pins).T)
+    expected, found = float(history_LE[at].sum()) / before, float(window_LE[at].sum()) / now
+    error = float(np.sqrt(max(expected * (1 - expected), 1e-6) / now))
+    return expected - found > max(_SHIFT_ERRORS * error, _SHIFT_SHARE * expected)
+
+
+class Placement:
+    """`clock` gives seconds; tests bring their own."""
+
+    def __init__(self, options: PlacementOptions | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._options, self._clock = options or PlacementOptions(), clock
+        self._nodes: dict[str, _Node] = {}
+        self._map: PlacementMap | None = None
+        self._solved = -np.inf
+        self.solve_seconds = 0.0
+
+    def report(self, report: NodeReport) -> Directive:
+        """Take a node's window; returns what it is to do under the newest map."""
+        now = self._clock()
+        self._take(report, now)
+        if now - self._solved >= 0.9 * self._options.window_seconds or report.node not in self._pools():
+            self._solve()
+            self._solved = now
+        return self._directive(report.node)
+
+    def map(self) -> PlacementMap | None:
+        """The newest map."""
+        return self._map
+
+    def idle_seconds(self) -> float:
+        """How long no node has reported."""
+        return self._clock() - max((node.seen for node in self._nodes.values()), default=self._clock())
+
+    def _pools(self) -> tuple[str, ...]:
+        return self._map.pools if self._map is not None else ()
+
+    def _take(self, report: NodeReport, now: float) -> None:
+        known = self._nodes.get(report.node)
+        counts_LE, windows = report.counts_LE.astype(np.float32), 1
+        if known is not None and known.counts_LE.shape == counts_LE.shape:
+            keep = self._options.memory
+            windows = known.windows + 1
+            if contradicts(known.counts_LE, counts_LE, report.pins):
+                log.info("node %s uses other experts than before: its history is dropped", report.node)
+                windows = 1
+            keep = min(keep, 1 - 1 / windows)  # a short history is a plain mean
+            counts_LE = keep * known.counts_LE + (1 - keep) * counts_LE
+        self._nodes[report.node] = _Node(report=report, counts_LE=counts_LE, windows=windows, seen=now)
+        limit = self._options.forget_windows * self._options.window_seconds
+        for name in [name for name, node in self._nodes.items() if now - node.seen > limit]:
+            log.warning("node %s is silent: its experts are placed elsewhere", name)
+            del self._nodes[name]
+
+    def _solve(self) -> None:
+        nodes = list(self._nodes.values())
+        shape = nodes[0].report.experts_per_layer
+        nodes = [node for node in nodes if node.report.experts_per_layer == shape]
+        if not any(node.counts_LE.any() for node in nodes):
+            return  # nothing is known yet: what was pinned at start stays
+        began = time.perf_counter()
+        problem = self._problem(nodes)
+        previous = self._map or self._remembered(nodes, problem)
+        found = solve(problem, previous)
+        if found.epoch > previous.epoch:
+            log.info("map %d moves %.1f MB", found.epoch, found.migration.nbytes / 1e6)
+        self._map = found
+        self.solve_seconds = time.perf_counter() - began
+
+    def _problem(self, nodes: list[_Node]) -> PlacementProblem:
+        options, first = self._options, nodes[0].report
+        standins = [node.report.standin_LE for node in nodes]
+        fetch_P = np.array([node.report.fetch_seconds for node in nodes])
+        return PlacementProblem(
+            pools=tuple(
+                Pool(
+                    name=node.report.node,
+                    node=node.report.node,
+                    bytes=node.report.pin_slots * node.report.expert_bytes,
+                    workers=node.report.workers,
+                )
+                for node in nodes
+            ),
+            expert_bytes=first.expert_bytes,
+            experts_per_layer=first.experts_per_layer,
+            fetch_cost_P=fetch_P,
+            links=NodeLinks(same_node=0.0, other_node=options.link_seconds),
+            counts_PLE=np.stack([node.counts_LE for node in nodes]),
+            # a stand-in is never worth more than the wait it spares
+            standin_cost_LE=None if standins[0] is None else standins[0] * float(fetch_P.min()),
+            migrate_bytes_per_second=options.bytes_per_second * len(nodes),
+            horizon_seconds=options.horizon_windows * options.window_seconds,
+            window_seconds=options.window_seconds,
+        )
+
+    def _remembered(self, nodes: list[_Node], problem: PlacementProblem) -> PlacementMap:
+        """The map that the nodes follow already: what a new Placement starts from."""
+        held_PN = np.zeros((len(nodes), problem.experts), dtype=bool)
+        for at, node in enumerate(nodes):
+            for layer, expert in node.report.pins:
+                held_PN[at, int(problem.offset_L[layer]) + expert] = True
+        found = publish(problem, held_PN, None, before=0.0, after=0.0)
+        return replace(found, epoch=max(node.report.epoch for node in nodes))
+
+    def _directive(self, name: str) -> Directive:
+        peers = tuple(
+            (f"{node}/{at}", address)
+            for node, known in sorted(self._nodes.items())
+            if node != name
+            for at, address in enumerate(known.report.links)
+        )
+        if self._map is None or name not in self._map.pools:
+            return Directive(epoch=0, pins=(), peers=peers)
+        held_N = self._map.held_PN[self._map.pools.index(name)]
+        counts = self._nodes[name].counts_LE
+        pins = self._map.keys(np.flatnonzero(held_N))
+        pins.sort(key=lambda pin: -float(counts[pin]))
+        return Directive(epoch=self._map.epoch, pins=tuple(pins), peers=peers)

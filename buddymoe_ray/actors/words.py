@@ -1,0 +1,67 @@
+"""What HostStore and Placement tell each other, once per window: frozen records of numbers and names.
+
+Legend: L layers, E experts of the widest layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Directive", "NodeReport", "StoreStatus"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeReport:
+    """One node's last window.
+
+    `counts_LE` are uses (token, slot) since the last report, `pin_slots` how many experts the map may pin here, `links`
+    where its workers answer peers, `pins` what is pinned now under map `epoch` (a restarted Placement starts from it).
+    `fetch_seconds` is one expert from this node's disk. `standin_LE`, where every expert has a stand-in, says what one
+    use of it costs as a share (0 to 1) of that.
+    """
+
+    node: str
+    workers: tuple[str, ...]
+    links: tuple[str, ...]
+    experts_per_layer: tuple[int, ...]
+    expert_bytes: int
+    pin_slots: int
+    counts_LE: npt.NDArray[np.float32]
+    fetch_seconds: float
+    standin_LE: npt.NDArray[np.float32] | None
+    epoch: int
+    pins: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Directive:
+    """What a node is to do: pin these experts (the most wanted first), and where the other nodes answer."""
+
+    epoch: int
+    pins: tuple[tuple[int, int], ...]
+    peers: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreStatus:
+    """A node's store, now. `made` is False when it was found filled; `filled` says that every slot was once."""
+
+    path: str
+    node: str
+    nbytes: int
+    attached: int
+    resident: int
+    made: bool
+    filled: bool
+    epoch: int
+    pinned: int
+    moves: int
+    moved_bytes: int
+    skipped: int
+    pid: int
+    workers: tuple[str, ...] = ()
+    shards: tuple[tuple[tuple[int, int], ...], ...] = ()
+    error: str = ""

@@ -1,0 +1,250 @@
+"""`buddymoe simulate`: placements replayed at cluster scale, from a made-up workload or a recorded trace.
+
+Prints a row per placement. `--record MODEL --corpus F --out T` writes such a trace instead. No GPU and no Ray needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from buddymoe_ray.commands.common import add_json_argument, emit, progress
+from buddymoe_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from buddymoe_ray.calibrate.simulate import Cluster
+    from buddymoe_ray.calibrate.workloads import Workload
+
+__all__ = ["add_arguments", "run"]
+
+_MADE_UP = {"layers": 16, "experts": 256, "top_k": 8, "skew": 1.0, "seed": 0}
+_TOKENS, _RECORDED_TOKENS = 500, 16_384
+_WHOLE = ("gpus", "gpus_per_node", "layers", "experts", "top_k", "tokens", "hidden", "max_replicas")
+_TIMES = (
+    "same_node_us",
+    "other_node_us",
+    "fetch_gbps",
+    "migrate_gbps",
+    "token_ms",
+    "window_seconds",
+    "horizon_seconds",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `simulate`."""
+    add = parser.add_argument
+    add_json_argument(parser)
+    add("--workload", default=None, choices=["zipf", "drifting", "bursty"], help="made-up uses; default zipf")
+    add("--trace", type=Path, default=None, help="recorded routes to replay instead")
+    add("--placements", default=None, help="some of ours,static,round-robin,eplb,oracle; default all")
+    add("--gpus", type=int, default=64, help="GPUs of the cluster, a worker each")
+    add("--gpus-per-node", type=int, default=8, help="GPUs that share a node's links")
+    add("--layers", type=int, default=None, help="MoE layers of a made-up workload; default 16")
+    add("--experts", type=int, default=None, help="experts per layer of a made-up workload; default 256")
+    add("--top-k", type=int, default=None, help="experts per token of a made-up workload; default 8")
+    add("--skew", type=float, default=None, help="popularity of rank r is r^-skew in a made-up workload; default 1")
+    add("--seed", type=int, default=None, help="of a made-up workload; default 0")
+    add("--windows", type=int, default=12, help="windows of the run; the first is only learned from")
+    add("--tokens", type=int, default=None, help="tokens per GPU and window (500); with --record, recorded (16384)")
+    add("--memory", default="5%", help="full experts of each GPU: 5%% of all experts' bytes, or 40GiB")
+    add("--expert-bytes", default="44MB", help="one expert")
+    add("--hidden", type=int, default=7168, help="hidden size: a peer's use moves it there and back in 2 bytes each")
+    add("--same-node-us", type=float, default=25.0, help="a use that a peer of the same node computes")
+    add("--other-node-us", type=float, default=80.0, help="a use that a peer of another node computes")
+    add("--fetch-gbps", type=float, default=25.0, help="GB/s from host memory to a GPU: a fetched use waits for it")
+    add("--standin-us", type=float, default=None, help="what a stand-in's answer is worth; default no stand-ins")
+    add("--token-ms", type=float, default=10.0, help="a token's compute when every use is local")
+    add("--migrate-gbps", type=float, default=2.0, help="GB/s that each GPU's mover may use")
+    add("--window-seconds", type=float, default=10.0, help="length of a window")
+    add("--horizon-seconds", type=float, default=60.0, help="for how long a placement is expected to stand")
+    add("--max-replicas", type=int, default=None, help="most GPUs that hold one expert; default no limit")
+    add("--affinity-us", type=float, default=0.0, help="saved where a peer answers two layers in a row; needs --trace")
+    add("--plot", type=Path, default=None, help="write an HTML page with plots there")
+    add("--record", default=None, metavar="MODEL", help="record this model's routes on --corpus into --out, and stop")
+    add("--corpus", nargs="+", default=None, help="text to record on")
+    add("--out", type=Path, default=None, help="trace to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a row per placement, or write a trace; exit status 0."""
+    if args.record is not None:
+        return _record(args)
+    for name in ("corpus", "out"):
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name} is given without --record, must go with it. hint: add --record MODEL")
+    _check(args)
+    from buddymoe_ray.calibrate.simulate import PLACEMENTS, simulate
+
+    names = tuple(args.placements.split(",")) if args.placements is not None else PLACEMENTS
+    if not set(names) <= set(PLACEMENTS) or len(set(names)) < len(names):
+        raise ConfigError(f"--placements is {args.placements!r}, must be of {', '.join(PLACEMENTS)}. hint: drop it")
+    workload = _workload(args)
+    cluster = _cluster(args, workload)
+    outcomes = simulate(cluster, workload, names, progress=progress)
+    conditions = _conditions(args, cluster, workload)
+    if args.plot is not None:
+        from buddymoe_ray.calibrate.simulate_plot import write_plot
+
+        title = f"{conditions['workload']} on {args.gpus} GPUs, {args.memory} of the experts each"
+        write_plot(outcomes, cluster, workload, args.plot, title=title)
+    rows = [outcome.as_record(cluster, workload) for outcome in outcomes]
+    if args.json:
+        for row in rows:
+            emit(conditions | row, as_json=True)
+    else:
+        emit(conditions, as_json=False)
+        _print_table(rows)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ConfigError naming the option that is not usable."""
+    for name in _WHOLE:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}, must be at least 1. hint: drop it")
+    for name in _TIMES:
+        if not 0 < getattr(args, name) < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be above 0. hint: drop it")
+    if args.same_node_us > args.other_node_us:
+        raise ConfigError(
+            f"--same-node-us is {args.same_node_us:g}, must be at most --other-node-us {args.other_node_us:g}. "
+            "hint: give both"
+        )
+    for name in ("standin_us", "skew", "seed", "affinity_us"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}, must be at least 0. hint: drop it")
+    if args.windows < 2:
+        raise ConfigError(f"--windows is {args.windows}, must be at least 2: the first is learned from. hint: drop it")
+    given = [name for name in (*_MADE_UP, "workload") if getattr(args, name) is not None]
+    if args.trace is not None and given:
+        raise ConfigError(f"--{given[0].replace('_', '-')} is given with --trace, must not be. hint: drop one of them")
+    if args.trace is None and args.affinity_us:
+        raise ConfigError(
+            "--affinity-us is given without --trace, must go with one. hint: made-up layers are unrelated"
+        )
+
+
+def _workload(args: argparse.Namespace) -> Workload:
+    from buddymoe_ray.calibrate.workloads import load_routes, replayed, synthetic
+
+    tokens = (args.tokens or _TOKENS) * args.gpus
+    if args.trace is not None:
+        return replayed(load_routes(args.trace), windows=args.windows, tokens=tokens)
+    shape: dict[str, Any] = {
+        name: default if (value := getattr(args, name)) is None else value for name, default in _MADE_UP.items()
+    }
+    if shape["top_k"] > shape["experts"]:
+        raise ConfigError(f"--top-k is {shape['top_k']}, must be at most --experts {shape['experts']}. hint: lower it")
+    return synthetic(args.workload or "zipf", windows=args.windows, tokens=tokens, **shape)
+
+
+def _cluster(args: argparse.Namespace, workload: Workload) -> Cluster:
+    from buddymoe_ray.calibrate.simulate import Cluster
+    from buddymoe_ray.policy import parse_memory
+
+    if "%" in args.expert_bytes:
+        raise ConfigError(f"--expert-bytes is {args.expert_bytes}, must be bytes. hint: write 44MB")
+    expert_bytes = parse_memory(args.expert_bytes, total_expert_bytes=0)
+    if expert_bytes < 1:
+        raise ConfigError(f"--expert-bytes is {args.expert_bytes}, must be at least 1. hint: write 44MB")
+    return Cluster(
+        gpus=args.gpus,
+        gpus_per_node=args.gpus_per_node,
+        pool_bytes=parse_memory(args.memory, total_expert_bytes=expert_bytes * sum(workload.experts_per_layer)),
+        expert_bytes=expert_bytes,
+        activation_bytes=4 * args.hidden,
+        same_node=args.same_node_us / 1e6,
+        other_node=args.other_node_us / 1e6,
+        fetch=expert_bytes / (args.fetch_gbps * 1e9),
+        standin=math.inf if args.standin_us is None else args.standin_us / 1e6,
+        token_seconds=args.token_ms / 1e3,
+        migrate_bytes_per_second=args.migrate_gbps * 1e9,
+        window_seconds=args.window_seconds,
+        horizon_seconds=args.horizon_seconds,
+        max_replicas=args.max_replicas,
+        affinity_seconds=args.affinity_us / 1e6,
+    )
+
+
+def _conditions(args: argparse.Namespace, cluster: Cluster, workload: Workload) -> dict[str, Any]:
+    return {
+        "workload": str(args.trace) if args.trace is not None else args.workload or "zipf",
+        "gpus": cluster.gpus,
+        "layers": len(workload.experts_per_layer),
+        "experts": max(workload.experts_per_layer),
+        "top_k": workload.top_k,
+        "windows": len(workload.counts_WLE),
+        "tokens_per_window": workload.tokens,
+        "memory": args.memory,
+        "slots_per_gpu": min(cluster.pool_bytes // cluster.expert_bytes, sum(workload.experts_per_layer)),
+    }
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title="uses answered (%): here, by a peer of the node or far, by a stand-in, by a fetch; bytes; speed"
+    )
+    columns = {
+        "placement": "placement",
+        "local_percent": "local",
+        "same_node_percent": "node",
+        "other_node_percent": "far",
+        "standin_percent": "stand-in",
+        "fetch_percent": "fetch",
+        "same_node_bytes": "node GB",
+        "other_node_bytes": "far GB",
+        "fetch_bytes": "fetch GB",
+        "migration_bytes": "moved GB",
+        "late_loads": "late",
+        "tokens_per_second": "tok/s",
+        "solver_ms": "solver ms",
+    }
+    for title in columns.values():
+        table.add_column(title, justify="left" if title == "placement" else "right")
+    for row in rows:
+        table.add_row(*(_shown(key, row[key]) for key in columns))
+    console = Console()
+    console.width = max(console.width, 132)
+    console.print(table)
+    print("tok/s assumes one sequence per GPU, uses one after another, the stated link costs and no queues")
+
+
+def _shown(key: str, value: Any) -> str:
+    if key.endswith("_bytes"):
+        return f"{value / 1e9:,.1f}"
+    return f"{value:,.1f}" if isinstance(value, float) else str(value)
+
+
+def _record(args: argparse.Namespace) -> int:
+    if args.corpus is None or args.out is None:
+        raise ConfigError("--record is given alone, must go with --corpus and --out. hint: --corpus F --out T")
+    if args.tokens is not None and args.tokens < 1:
+        raise ConfigError(f"--tokens is {args.tokens}, must be at least 1. hint: drop it")
+    from buddymoe_ray.calibrate.simulate_record import record_routes
+    from buddymoe_ray.calibrate.workloads import save_routes
+    from buddymoe_ray.commands.eval import encode_corpus
+    from buddymoe_ray.config import EngineConfig
+    from buddymoe_ray.models.resolve import resolve_model
+    from buddymoe_ray.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(resolve_model(args.record))
+    if tokenizer is None:
+        raise ConfigError(
+            f"model {args.record} has no tokenizer, must have one to record. hint: copy tokenizer.json there"
+        )
+    config = EngineConfig.from_options(model=args.record, memory="100%")
+    routes = record_routes(
+        config, encode_corpus(tokenizer, args.corpus), tokens=args.tokens or _RECORDED_TOKENS, progress=progress
+    )
+    save_routes(routes, args.out)
+    T, L, K = routes.routes_TLK.shape
+    emit({"trace": str(args.out), "tokens": T, "layers": L, "top_k": K}, as_json=args.json)
+    return 0

@@ -1,0 +1,223 @@
+"""Experts of other nodes' workers: asks peers to compute what is missing here, and computes for them what is resident.
+
+Peers say several times a second which experts they hold; an expert is asked for only where a peer holds it and its
+answer is expected before the disk's. What peers ask is computed by the link server's threads, on an attachment of their
+own to the node's store, so that this engine's steps never wait for it. Knows links and caches, not placement.
+Invariant: an answer is what this engine would have computed, or there is none and the expert is fetched.
+
+Legend: L layers, E experts of the widest layer, R rows of one expert, D hidden.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from buddymoe_ray.cache import DiskReader
+from buddymoe_ray.cache.shared import SharedExpertCache
+from buddymoe_ray.engine.experts import ExpertTier
+from buddymoe_ray.engine.sharing import Sharing, spec_of
+from buddymoe_ray.errors import LinkError
+from buddymoe_ray.links import LinkServer, PeerLinks, PendingAnswer, derive_secret
+from buddymoe_ray.moe import ExpertCompute
+
+__all__ = ["PeerService", "Peering", "RemoteExperts", "open_peering"]
+
+_CONTENTS_SECONDS = 0.2
+_TIMEOUT_SECONDS = 1.0
+_PATIENCE = 4.0  # times the disk's time for an expert: later than that the peer's answer is not worth waiting for
+
+Bools = npt.NDArray[np.bool_]
+
+
+class PeerService:
+    """What this worker does for its peers; the link server calls it.
+
+    Layer L, one past the last, is the table of contents: reading it gives a bit per (layer, expert), set where resident.
+    """
+
+    def __init__(self, cache: SharedExpertCache, computes: Sequence[ExpertCompute]) -> None:
+        self._cache, self._computes = cache, computes
+        self._lock = threading.Lock()
+
+    def compute(self, layer: int, expert_rows: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+        """Outputs `[R, D]` of those experts that are resident now."""
+        if not 0 <= layer < len(self._computes):
+            raise LinkError(f"layer is {layer}, must be below {len(self._computes)}")
+        answers: dict[int, Tensor] = {}
+        with self._lock, torch.inference_mode(), self._cache.holding(layer) as mask_E:
+            able = [expert for expert in expert_rows if 0 <= expert < len(mask_E) and mask_E[expert]]
+            for leases in self._cache.stream(layer, able, protect_residency=True):
+                for lease in leases:
+                    rows = expert_rows[lease.key.expert]
+                    answers[lease.key.expert] = self._computes[layer](rows, lease.tensors())
+        return answers
+
+    def read(self, layer: int, expert: int, segment: int) -> memoryview | None:
+        """The table of contents, or an expert's slot bytes; None when it is not resident."""
+        if layer == len(self._computes):
+            return memoryview(np.packbits(self._cache.store.tables.resident.astype(bool)).tobytes())
+        if not 0 <= layer < len(self._computes) or segment != 0:
+            return None
+        with self._lock, self._cache.holding(layer) as mask_E:
+            if not (0 <= expert < len(mask_E) and mask_E[expert]):
+                return None
+            slot = int(self._cache.store.tables.slot_of[layer, expert])
+            return memoryview(self._cache.store.bytes_C[slot].tobytes())
+
+    def release(self, layer: int, expert: int, segment: int) -> None:
+        """What was read is a copy."""
+
+
+class _Answers:
+    """Questions under way at some peers."""
+
+    def __init__(self, pending: list[tuple[_Peer, PendingAnswer]], patience: float) -> None:
+        self._pending, self._patience, self._began = pending, patience, time.perf_counter()
+
+    def collect(self) -> Mapping[int, Tensor]:
+        found: dict[int, Tensor] = {}
+        for peer, pending in self._pending:
+            try:
+                found |= pending.collect(max(0.0, self._began + self._patience - time.perf_counter()))
+                peer.note(time.perf_counter() - self._began)
+            except LinkError:
+                peer.note(self._patience)  # what is missing is fetched; the link's breaker has noted why
+        return found
+
+
+class _Peer:
+    """One peer's contents and how long it takes to answer (seconds, smoothed)."""
+
+    def __init__(self) -> None:
+        self.contents_LE: Bools | None = None
+        self.seconds = 0.0
+
+    def note(self, seconds: float) -> None:
+        self.seconds = 0.7 * self.seconds + 0.3 * seconds
+
+
+class RemoteExperts:
+    """`moe.Peers` over links.
+
+    Args:
+        links: to the peers; closed by its owner.
+        shape: (L, E) of the table of contents.
+        fetch_seconds: how long an expert takes from this node's own disk, now.
+    """
+
+    def __init__(self, links: PeerLinks, shape: tuple[int, int], *, fetch_seconds: Callable[[], float]) -> None:
+        self._links, self._shape, self._fetch_seconds = links, shape, fetch_seconds
+        self._peers: dict[str, _Peer] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="peer-contents", daemon=True)
+        self._thread.start()
+
+    def able(self, layer: int, experts: Sequence[int]) -> Sequence[int]:
+        """Which of the experts some peer has and would answer before the disk does."""
+        return [expert for expert in experts if self._best(layer, expert) is not None]
+
+    def ask(self, layer: int, rows_of: Mapping[int, Tensor]) -> _Answers:
+        """One question per peer; a peer that cannot be reached any more is left out."""
+        by_peer: dict[str, dict[int, Tensor]] = {}
+        for expert, rows in rows_of.items():
+            name = self._best(layer, expert)
+            if name is not None:
+                by_peer.setdefault(name, {})[expert] = rows
+        pending = []
+        for name, asked in by_peer.items():
+            try:
+                pending.append((self._peers[name], self._links.get(name).submit(layer, asked)))
+            except (KeyError, LinkError):
+                continue
+        return _Answers(pending, _PATIENCE * self._fetch_seconds())
+
+    def close(self) -> None:
+        """Stop following the peers' contents."""
+        self._stop.set()
+        self._thread.join(timeout=2 * _TIMEOUT_SECONDS)
+
+    def _best(self, layer: int, expert: int) -> str | None:
+        limit, best = self._fetch_seconds(), None
+        for name, peer in self._peers.items():
+            if peer.contents_LE is None or not peer.contents_LE[layer, expert] or peer.seconds >= limit:
+                continue
+            limit, best = peer.seconds, name
+        return best
+
+    def _follow(self) -> None:
+        """Read every peer's table of contents again and again; one that does not answer has nothing."""
+        size = -(-self._shape[0] * self._shape[1] // 8)
+        while not self._stop.wait(_CONTENTS_SECONDS):
+            names = self._links.names()
+            peers = {name: self._peers.get(name) or _Peer() for name in names}
+            for name, peer in peers.items():
+                began, buffer = time.perf_counter(), bytearray(size)
+                try:
+                    link = self._links.get(name)
+                    found = link.available() and link.fetch(self._shape[0], 0, 0, buffer)
+                except LinkError:
+                    found = False
+                peer.contents_LE = self._table(buffer) if found else None
+                peer.note(time.perf_counter() - began)
+            self._peers = peers
+
+    def _table(self, buffer: bytearray) -> Bools:
+        count = self._shape[0] * self._shape[1]
+        return np.unpackbits(np.frombuffer(buffer, np.uint8), count=count).astype(bool).reshape(self._shape)
+
+
+class Peering:
+    """Both directions of one engine. Made by `open_peering`; `close` ends all threads and sockets."""
+
+    def __init__(self, tier: ExpertTier, sharing: Sharing) -> None:
+        cache = tier.cache
+        assert isinstance(cache, SharedExpertCache), "only a shared store is linked"
+        layout = cache.layout
+        purpose = repr(
+            (layout.tensors, layout.slot_bytes, layout.experts_per_layer)
+        )  # workers of another model stay out
+        secret = derive_secret(sharing.secret.encode(), purpose)
+        spec = spec_of(sharing, cache.layout, cache.plan)
+        self._own = SharedExpertCache(spec.open(), reader=DiskReader(depth=1, buffer_bytes=4096))
+        try:
+            self._server = LinkServer(
+                PeerService(self._own, tier.new_compute()), secret=secret, addresses=(f"{sharing.host}:0",)
+            )
+        except BaseException:
+            self._own.close()
+            raise
+        self._links = PeerLinks(secret, timeout=_TIMEOUT_SECONDS)
+        shape = (len(layout.experts_per_layer), max(layout.experts_per_layer))
+        self._remote = RemoteExperts(self._links, shape, fetch_seconds=lambda: cache.fetch_seconds)
+        for block in tier.blocks:
+            block.peers = self._remote
+
+    @property
+    def address(self) -> str:
+        """Where peers reach this worker."""
+        return self._server.addresses[0]
+
+    def meet(self, peers: Mapping[str, str]) -> None:
+        """From now on these are the peers: name to address. Raises LinkError for an address that is none."""
+        self._links.update(peers)
+
+    def close(self) -> None:
+        """End both directions. Safe to call twice."""
+        self._remote.close()
+        self._links.close()
+        self._server.close()
+        self._own.close()
+
+
+def open_peering(tier: ExpertTier, sharing: Sharing) -> Peering | None:
+    """Links to other nodes' workers, where there are any to come and the experts are in a shared store."""
+    if not sharing.linked or not isinstance(tier.cache, SharedExpertCache):
+        return None
+    return Peering(tier, sharing)

@@ -1,0 +1,250 @@
+"""Words of placement: memories that hold experts, what is asked of them, and what each way to answer costs.
+
+Knows no solver, no clock and no network. Invariant: a problem that was made has shapes and numbers that fit together.
+Neighbours: `placement_objective` prices a placement, `placement_greedy` finds one, `placement_map` is the result.
+
+Legend: P pools, N experts of all MoE layers end to end, L MoE layers, E experts of the widest layer, M nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from buddymoe_ray.errors import ConfigError
+
+__all__ = ["NodeLinks", "PlacementProblem", "Pool"]
+
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """One memory that holds full experts: a GPU of one worker, or a CPU node's store that several workers share.
+
+    `bytes` is what full experts may take there; `workers` the names of those who compute from it.
+    """
+
+    name: str
+    node: str
+    bytes: int
+    workers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeLinks:
+    """Seconds of one use that a peer computes, by where the peer is; infinite where there is no link.
+
+    Raises ConfigError when the way to another node is cheaper than the way within one.
+    """
+
+    same_node: float
+    other_node: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.same_node <= self.other_node:
+            raise ConfigError(
+                f"links are {self.same_node} (same node) and {self.other_node} (other node) seconds, must be rising "
+                "and at least 0. hint: give link costs as a matrix if another node is nearer"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlacementProblem:
+    """What the solver is asked.
+
+    Args:
+        pools: memories, with names of their own.
+        expert_bytes: one expert, as it lies in a pool.
+        experts_per_layer: E of every MoE layer; tables over [L, E] are read up to it.
+        fetch_cost_P: seconds of one use whose weights come from host memory or disk.
+        links: `NodeLinks`, or `[P, P]` seconds of one use of row p computed at column q: 0 on the diagonal, inf is no
+            link. The matrix form takes P^2 N time and memory: meant for up to some hundred pools.
+        counts_PLE: uses per window that arise at each pool; or
+        counts_LE, share_P: uses per window in all, and which share of them arises at each pool (default: equal).
+        standin_cost_LE: seconds that one use answered by a resident stand-in is worth; inf where there is none.
+        transition_LEE: P(expert j of layer l + 1 | expert i of layer l); the last layer's table is not read.
+        affinity_seconds: saved per use whose expert and its successor are both answered by one peer (ExFlow).
+        migrate_bytes_per_second: bandwidth that loading experts is given.
+        horizon_seconds: for how long a placement is expected to stand.
+        window_seconds: the time that counts were taken over.
+        max_replicas: most pools that hold the same expert; None is no limit.
+
+    Raises:
+        ConfigError: a field does not fit the others.
+    """
+
+    pools: tuple[Pool, ...]
+    expert_bytes: int
+    experts_per_layer: tuple[int, ...]
+    fetch_cost_P: Array
+    links: NodeLinks | Array
+    counts_PLE: Array | None = None
+    counts_LE: Array | None = None
+    share_P: Array | None = None
+    standin_cost_LE: Array | None = None
+    transition_LEE: Array | None = None
+    affinity_seconds: float = 0.0
+    migrate_bytes_per_second: float = 10e9
+    horizon_seconds: float = 600.0
+    window_seconds: float = 1.0
+    max_replicas: int | None = None
+
+    def __post_init__(self) -> None:
+        P, L, E = len(self.pools), len(self.experts_per_layer), max(self.experts_per_layer, default=0)
+        names = {pool.name for pool in self.pools}
+        _need(
+            len(names) == P >= 1, "pools", f"{len(names)} names for {P} pools", "at least one, each with its own name"
+        )
+        _need(min((p.bytes for p in self.pools), default=0) >= 0, "pools", "of negative bytes", "of at least 0 bytes")
+        _need(
+            min(self.experts_per_layer, default=0) >= 1, "experts_per_layer", self.experts_per_layer, "at least 1 each"
+        )
+        _need(self.expert_bytes >= 1, "expert_bytes", self.expert_bytes, "at least 1")
+        _need(
+            (self.counts_PLE is None) != (self.counts_LE is None),
+            "counts",
+            "both or neither",
+            "counts_PLE or counts_LE",
+        )
+        _table("counts_PLE", self.counts_PLE, (P, L, E), finite=True)
+        _table("counts_LE", self.counts_LE, (L, E), finite=True)
+        _need(self.share_P is None or self.counts_PLE is None, "share_P", "given", "left out where counts_PLE is given")
+        _table("share_P", self.share_P, (P,), finite=True)
+        _table("fetch_cost_P", self.fetch_cost_P, (P,), finite=True)
+        _table("standin_cost_LE", self.standin_cost_LE, (L, E), finite=False)
+        _table("transition_LEE", self.transition_LEE, (L, E, E), finite=True)
+        if not isinstance(self.links, NodeLinks):
+            _table("links", self.links, (P, P), finite=False)
+            _need(not np.diagonal(self.links).any(), "links", "not 0 on the diagonal", "0 there")
+        for name in ("migrate_bytes_per_second", "horizon_seconds", "window_seconds"):
+            _need(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        _need(0 <= self.affinity_seconds < np.inf, "affinity_seconds", self.affinity_seconds, "at least 0")
+        _need(self.max_replicas is None or self.max_replicas >= 1, "max_replicas", self.max_replicas, "at least 1")
+
+    @cached_property
+    def offset_L(self) -> npt.NDArray[np.int64]:
+        """Index in N of every layer's first expert, and N itself: `[L + 1]`."""
+        return np.concatenate([[0], np.cumsum(self.experts_per_layer, dtype=np.int64)])
+
+    @property
+    def experts(self) -> int:
+        """N."""
+        return int(self.offset_L[-1])
+
+    @cached_property
+    def slots_P(self) -> npt.NDArray[np.int64]:
+        """Full experts that fit in each pool, at most all of them."""
+        return np.array([min(pool.bytes // self.expert_bytes, self.experts) for pool in self.pools], dtype=np.int64)
+
+    @property
+    def replicas(self) -> int:
+        """Most holders of one expert."""
+        return min(self.max_replicas or len(self.pools), len(self.pools))
+
+    @cached_property
+    def node_P(self) -> npt.NDArray[np.int64]:
+        """Number of each pool's node."""
+        order = {node: at for at, node in enumerate(dict.fromkeys(pool.node for pool in self.pools))}
+        return np.array([order[pool.node] for pool in self.pools], dtype=np.int64)
+
+    @cached_property
+    def standin_N(self) -> Floats:
+        """Seconds of a stand-in's answer; inf where there is none."""
+        if self.standin_cost_LE is None:
+            return np.full(self.experts, np.inf)
+        return self.flat(self.standin_cost_LE)
+
+    @cached_property
+    def required_N(self) -> Bools:
+        """Experts that some pool must hold, where all of them fit: those that no stand-in answers for."""
+        return ~np.isfinite(self.standin_N)
+
+    @property
+    def covers(self) -> bool:
+        """Whether the pools can hold every required expert. If not, the objective alone says which stay out."""
+        return bool(self.required_N.sum() <= self.slots_P.sum())
+
+    @cached_property
+    def total_N(self) -> Floats:
+        """Uses per second in all."""
+        if self.counts_LE is not None:
+            shared_N: Floats = self.rate_N * self.shares_P.sum()
+            return shared_N
+        assert self.counts_PLE is not None, "counts were checked"
+        return self.flat(self.counts_PLE.sum(axis=0, dtype=np.float64)) / self.window_seconds
+
+    @cached_property
+    def rate_N(self) -> Floats:
+        """Uses per second of the shared counts, before they are shared out."""
+        assert self.counts_LE is not None, "asked for shared counts only"
+        return self.flat(self.counts_LE) / self.window_seconds
+
+    @cached_property
+    def shares_P(self) -> Floats:
+        """Share of the shared counts that arises at each pool."""
+        P = len(self.pools)
+        return np.full(P, 1.0 / P) if self.share_P is None else self.share_P.astype(np.float64)
+
+    def demand_N(self, pool: int) -> Floats:
+        """Uses per second that arise at one pool."""
+        if self.counts_PLE is not None:
+            return self.flat(self.counts_PLE[pool]) / self.window_seconds
+        rate_N: Floats = self.rate_N * self.shares_P[pool]
+        return rate_N
+
+    def demand_P(self, expert: int) -> Floats:
+        """Uses per second of one expert (its index in N) that arise at each pool."""
+        if self.counts_PLE is None:
+            share_P: Floats = self.rate_N[expert] * self.shares_P
+            return share_P
+        layer = int(np.searchsorted(self.offset_L, expert, side="right")) - 1
+        uses_P: Floats = self.counts_PLE[:, layer, expert - self.offset_L[layer]].astype(np.float64)
+        return uses_P / self.window_seconds
+
+    def link_P(self, pool: int) -> Floats:
+        """Seconds of one use of this pool that each pool computes; 0 for itself."""
+        if not isinstance(self.links, NodeLinks):
+            row_P: Floats = self.links[pool].astype(np.float64)
+            return row_P
+        near = self.node_P == self.node_P[pool]
+        cost_P = np.where(near, self.links.same_node, self.links.other_node)
+        cost_P[pool] = 0.0
+        return cost_P
+
+    @property
+    def load_cost(self) -> float:
+        """Seconds per second that loading one expert costs over the horizon."""
+        return self.expert_bytes / self.migrate_bytes_per_second / self.horizon_seconds
+
+    def flat(self, table_LE: Array) -> Floats:
+        """A table over [L, E] as [N]."""
+        if len(set(self.experts_per_layer)) == 1:
+            whole_N: Floats = table_LE.reshape(-1).astype(np.float64)
+            return whole_N
+        inside_N: Floats = table_LE[self._inside_LE].astype(np.float64)
+        return inside_N
+
+    @cached_property
+    def _inside_LE(self) -> Bools:
+        width = max(self.experts_per_layer)
+        return np.arange(width) < np.array(self.experts_per_layer)[:, None]
+
+
+def _need(sound: bool, name: str, found: object, wanted: str) -> None:
+    if not sound:
+        raise ConfigError(f"placement: {name} is {found}, must be {wanted}. hint: check what builds the problem")
+
+
+def _table(name: str, table: Array | None, shape: tuple[int, ...], *, finite: bool) -> None:
+    if table is None:
+        return
+    _need(table.shape == shape, name, f"of shape {table.shape}", f"of shape {shape}")
+    low, high = (table.min(), table.max()) if table.size else (0.0, 0.0)
+    _need(bool(low >= 0 and (high < np.inf or not finite)), name, f"from {low} to {high}", "numbers of at least 0")

@@ -1,0 +1,94 @@
+"""The worker as Ray Serve runs it: an engine on its node's shared experts, registered with whoever keeps and places them.
+
+Joins `worker.Worker` (requests), `actors.NodeMemory` (memory) and metrics; knows neither HTTP nor how either works.
+Torch is imported where the replica runs: the process that builds the app needs none.
+Invariant: what the constructor opened is closed when ray ends the replica, and freed by the others when it is killed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import ray
+from ray import serve
+
+from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.serve.args import ServeArgs
+from buddymoe_ray.serve.ray_metrics import RayMetrics
+from buddymoe_ray.serve.worker import EngineSeam, Worker
+
+if TYPE_CHECKING:
+    from buddymoe_ray.actors import NodeMemory
+    from buddymoe_ray.engine.sharing import Sharing
+
+__all__ = ["OpenEngine", "WorkerReplica", "open_async_engine", "workers_on_node"]
+
+OpenEngine = Callable[[EngineConfig, str, "Sharing"], EngineSeam]
+"""`open_engine(config, model name, with whom it shares its experts)`."""
+
+
+def open_async_engine(config: EngineConfig, model_id: str, sharing: Sharing) -> EngineSeam:
+    """The real engine."""
+    from buddymoe_ray.engine.async_engine import AsyncEngine
+    from buddymoe_ray.engine.engine import Engine
+
+    return AsyncEngine(Engine.from_config(config, sharing=sharing), model_id=model_id)
+
+
+class WorkerReplica(Worker):
+    """A worker that opens its engine where ray puts it. `secret` is what workers of this service prove to each other."""
+
+    def __init__(self, args: ServeArgs, open_engine: OpenEngine, secret: str) -> None:
+        context = serve.get_replica_context()
+        replica = context.replica_id.unique_id
+        self._memory = _node_memory(args, service=context.app_name, secret=secret)
+        super().__init__(
+            open_engine(args.engine_config(), args.served_name, self._memory.sharing()),
+            default_max_tokens=args.default_max_tokens,
+            max_queued_requests=args.max_queued_requests,
+            retry_after_seconds=args.retry_after_seconds,
+            name=replica,
+        )
+        self._metrics = RayMetrics(model=args.served_name, replica=replica)
+        self._memory.join(replica, self._engine)
+
+    async def check_health(self) -> None:
+        """Ray asks every two seconds, which is a good pace for metrics too."""
+        self._metrics.publish(self.snapshot())
+        await super().check_health()
+
+    def __del__(self) -> None:  # ray calls it once running requests are done, before the process ends
+        if hasattr(self, "_engine"):  # absent when it could not be opened
+            self._memory.close()
+            self.close()
+
+
+def workers_on_node(workers: int, args: ServeArgs, resources: Mapping[str, float]) -> int:
+    """How many of a service's `workers` find room on a node of these resources: they share its store."""
+    room = [
+        int(resources.get(name, 0) // wanted)
+        for name, wanted in (("CPU", args.num_cpus), ("GPU", args.num_gpus))
+        if wanted > 0
+    ]
+    return max(1, min([workers, *room]))
+
+
+def _node_memory(args: ServeArgs, *, service: str, secret: str) -> NodeMemory:
+    from buddymoe_ray.actors import KeeperOptions, MemoryOptions, NodeMemory, PlacementOptions
+
+    node = ray.get_runtime_context().get_node_id()
+    nodes = [entry for entry in ray.nodes() if entry["Alive"]]
+    resources = next(entry["Resources"] for entry in nodes if entry["NodeID"] == node)
+    rate, window = 1e6 * args.migration_mb_per_second, args.placement_window_seconds
+    return NodeMemory(
+        MemoryOptions(
+            service=service,
+            workers=workers_on_node(args.most_workers, args, resources),
+            movable=args.placement == "dynamic",
+            linked=len(nodes) > 1,
+            secret=secret,
+            keeper=KeeperOptions(window_seconds=window, bytes_per_second=rate),
+            placement=PlacementOptions(window_seconds=window, bytes_per_second=rate),
+        )
+    )
