@@ -2,8 +2,8 @@
 
 `--check memory`: N workers of a node against one copy of the experts, as the kernel counts it (PSS).
 `--check shift`: the hot set changes in the middle of a text; how fast the map follows, and what workers feel of it.
-Needs a model: `shift` one of `buddymoe synth --hot-sets 2` with a profile. Prints JSON lines; exit status 1 when a check
-fails. Processes are real: the keeper of the store runs in one of its own, as it does under Ray.
+Needs a model: `shift` one of `buddymoe synth --hot-sets 2` with a profile. Prints JSON lines; exit status 1 when a
+check fails. Processes are real: the keeper of the store runs in one of its own, as it does under Ray.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ Bools = npt.NDArray[np.bool_]
 class PeerService:
     """What this worker does for its peers; the link server calls it.
 
-    Layer L, one past the last, is the table of contents: reading it gives a bit per (layer, expert), set where resident.
+    Layer L, one past the last, is the table of contents: a bit per (layer, expert), set where it is resident.
     """
 
     def __init__(self, cache: SharedExpertCache, computes: Sequence[ExpertCompute]) -> None:

@@ -54,7 +54,14 @@ class StoreSpec:
 
     def open(self, progress: Callable[..., Iterable[Any]] = lambda items, **_: items) -> SharedStore:
         """An attachment of the caller's own. Raises BudgetError, CacheError."""
-        return SharedStore(self.path, self.layout, self.plan, self.digest, progress=progress)
+        return SharedStore(
+            self.path,
+            self.layout,
+            self.plan,
+            self.digest,
+            progress=progress,
+            before_making=lambda: _check_room(self.plan),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +136,6 @@ def open_host(
 
 def _attach(sharing: Sharing, spec: StoreSpec, progress: Callable[..., Iterable[Any]]) -> SharedStore:
     sweep(sharing.folder)
-    if not spec.path.exists():
-        _check_room(spec.plan)
     if sharing.keeper is not None:
         sharing.keeper(spec)
     return spec.open(progress)

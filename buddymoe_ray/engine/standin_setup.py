@@ -148,7 +148,7 @@ def prepare(
 
 
 def _usual_weight2(profile: Profile) -> Floats:
-    """Mean squared weight of one use; of experts that calibration hardly saw, their layer's: they may be hot one day."""
+    """Mean squared weight of one use; of experts that calibration hardly saw their layer's: they may be hot one day."""
     counts_LE = profile.counts_LE
     layer_L1 = (counts_LE * profile.weight2_LE).sum(axis=1, keepdims=True) / counts_LE.sum(axis=1, keepdims=True)
     return np.where(counts_LE >= _SEEN, profile.weight2_LE, layer_L1).astype(np.float32)

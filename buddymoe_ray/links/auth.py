@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from buddymoe_ray.errors import LinkError
 from buddymoe_ray.links.shared_files import Mailbox, read_file
-from buddymoe_ray.links.wire import Frame, FrameStream, Limits
+from buddymoe_ray.links.stream import FrameStream
+from buddymoe_ray.links.wire import Frame, Limits
 
 __all__ = ["HANDSHAKE_LIMITS", "Admission", "admit", "check_secret", "derive_secret", "greet"]
 

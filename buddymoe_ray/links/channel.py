@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 
 from buddymoe_ray.errors import LinkError
 from buddymoe_ray.links.shared_files import Mailbox, open_file, read_file
-from buddymoe_ray.links.wire import Frame, FrameStream
+from buddymoe_ray.links.stream import FrameStream
+from buddymoe_ray.links.wire import Frame
 
 __all__ = ["Channel"]
 
@@ -36,12 +37,8 @@ class Channel:
         self._mailbox = None if shared_from is None else Mailbox(least_bytes=max(1, shared_from))
         self._sending = threading.Lock()
         self._closed = False
+        self.shares_memory = shared_from is not None
         self.shared_in = self.shared_out = 0
-
-    @property
-    def shares_memory(self) -> bool:
-        """Whether both ends proved to see the same shared memory."""
-        return self._mailbox is not None
 
     @property
     def bytes_in(self) -> int:

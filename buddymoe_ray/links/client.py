@@ -13,7 +13,6 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -25,28 +24,11 @@ from buddymoe_ray.links.breaker import Breaker
 from buddymoe_ray.links.channel import Channel
 from buddymoe_ray.links.counters import LinkSnapshot
 from buddymoe_ray.links.messages import ComputeQuestion, EchoQuestion, Question, ReadQuestion
+from buddymoe_ray.links.options import LinkOptions
 from buddymoe_ray.links.session import Call, Session
-from buddymoe_ray.links.wire import FrameStream, Limits
+from buddymoe_ray.links.stream import FrameStream
 
-__all__ = ["LinkOptions", "PeerLink", "PendingAnswer"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinkOptions:
-    """How a client behaves.
-
-    `shared_from`: payloads of as many bytes (1 << 20, say) go by shared memory where both ends see the same; None never.
-    A new file costs a page for every 4 KB: 3 to 32 MB took 1.5 to 2.5 times as long as by the socket where it was
-    measured (Linux 6.18, 2 cores). It pays where a sender must not wait for a receiver that is slow to read.
-    `frame_seconds`: how long an answer that has begun may take to arrive. `backoff_seconds` and `cap_seconds`: the
-    breaker's first and longest wait.
-    """
-
-    shared_from: int | None = None
-    limits: Limits = field(default_factory=Limits)
-    frame_seconds: float = 30.0
-    backoff_seconds: float = 0.5
-    cap_seconds: float = 30.0
+__all__ = ["PeerLink", "PendingAnswer"]
 
 
 class PeerLink:

@@ -5,11 +5,12 @@ Knows numbers only. Invariant of a `LinkSnapshot`: requests = answered + decline
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 from buddymoe_ray.links.breaker import BreakerState
 
-__all__ = ["LinkSnapshot", "ServerSnapshot"]
+__all__ = ["LinkSnapshot", "ServerSnapshot", "Tally"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,3 +59,21 @@ class ServerSnapshot:
     echoed: int
     declined: int
     failed: int
+
+
+class Tally:
+    """Counts by name, from any thread."""
+
+    def __init__(self, *names: str) -> None:
+        self._lock = threading.Lock()
+        self._counts = dict.fromkeys(names, 0)
+
+    def add(self, name: str) -> None:
+        """One more."""
+        with self._lock:
+            self._counts[name] += 1
+
+    def read(self) -> dict[str, int]:
+        """All of them, at one moment."""
+        with self._lock:
+            return dict(self._counts)

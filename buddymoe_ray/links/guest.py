@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from buddymoe_ray.errors import LinkError
 from buddymoe_ray.links.arrays import cut, gather, payload_room, view_of
 from buddymoe_ray.links.auth import HANDSHAKE_LIMITS, admit
 from buddymoe_ray.links.channel import Channel
+from buddymoe_ray.links.counters import Tally
 from buddymoe_ray.links.gate import Gate
 from buddymoe_ray.links.messages import (
     Answer,
@@ -32,48 +33,14 @@ from buddymoe_ray.links.messages import (
     ReadQuestion,
     parse_question,
 )
+from buddymoe_ray.links.options import ServerOptions
 from buddymoe_ray.links.service import ExpertService
-from buddymoe_ray.links.wire import Frame, FrameStream, Limits
+from buddymoe_ray.links.stream import FrameStream
+from buddymoe_ray.links.wire import Frame
 
-__all__ = ["Guest", "House", "ServerOptions", "Tally"]
+__all__ = ["Guest", "House"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerOptions:
-    """How a server behaves.
-
-    `max_concurrent` computes at once and `max_waiting` behind them, over all peers, of which none has more than half;
-    `shared_from` as in `LinkOptions`; `send_seconds`: how long a peer may take to accept an answer, or is cut off.
-    """
-
-    max_connections: int = 64
-    max_concurrent: int = 1
-    max_waiting: int = 8
-    shared_from: int | None = 1 << 20
-    limits: Limits = field(default_factory=Limits)
-    handshake_seconds: float = 2.0
-    send_seconds: float = 5.0
-    frame_seconds: float = 30.0
-
-
-class Tally:
-    """Counts by name, from any thread."""
-
-    def __init__(self, *names: str) -> None:
-        self._lock = threading.Lock()
-        self._counts = dict.fromkeys(names, 0)
-
-    def add(self, name: str) -> None:
-        """One more."""
-        with self._lock:
-            self._counts[name] += 1
-
-    def read(self) -> dict[str, int]:
-        """All of them, at one moment."""
-        with self._lock:
-            return dict(self._counts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,9 @@ import threading
 from collections.abc import Mapping
 
 from buddymoe_ray.errors import LinkError
-from buddymoe_ray.links.client import LinkOptions, PeerLink
+from buddymoe_ray.links.client import PeerLink
 from buddymoe_ray.links.counters import LinkSnapshot
+from buddymoe_ray.links.options import LinkOptions
 
 __all__ = ["PeerLinks"]
 

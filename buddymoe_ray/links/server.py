@@ -16,9 +16,10 @@ from collections.abc import Sequence
 
 from buddymoe_ray.links.address import Address, Listener
 from buddymoe_ray.links.auth import check_secret
-from buddymoe_ray.links.counters import ServerSnapshot
+from buddymoe_ray.links.counters import ServerSnapshot, Tally
 from buddymoe_ray.links.gate import Gate
-from buddymoe_ray.links.guest import Guest, House, ServerOptions, Tally
+from buddymoe_ray.links.guest import Guest, House
+from buddymoe_ray.links.options import ServerOptions
 from buddymoe_ray.links.service import ExpertService
 from buddymoe_ray.links.shared_files import sweep_leftovers
 
@@ -136,14 +137,14 @@ class LinkServer:
         with self._lock:
             full = sum(not guest.done for guest in self._guests) >= self._options.max_connections
             if full or self._closing:
-                accepted.close()
                 self._tally.add("turned_away")
+                accepted.close()
                 return
             try:
                 self._guests.append(Guest(accepted, self._house))
             except RuntimeError as error:  # the system gives no more threads
                 log.warning("a peer could not be taken: %s", error)
-                accepted.close()
                 self._tally.add("turned_away")
+                accepted.close()
                 return
             self._tally.add("accepted")

@@ -2,25 +2,21 @@
 
     4 bytes magic and version · 4 bytes header length · 8 bytes payload length · header · payload   (big endian)
 
-Every length is compared with `Limits` before anything is allocated. Knows sockets and deadlines, not what a frame
-asks for. Invariant: a read or write that raises leaves the stream torn, and its owner closes it.
+Every length is compared with `Limits` before anything is allocated. Knows bytes, neither sockets (`stream`) nor what a
+frame asks for. Invariant: what does not fit the format to the letter is a `LinkError`.
 """
 
 from __future__ import annotations
 
-import math
-import select
-import socket
 import struct
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgpack
 
 from buddymoe_ray.errors import LinkError
 
-__all__ = ["KINDS", "Frame", "FrameStream", "Limits", "pack_frame"]
+__all__ = ["KINDS", "PREFIX_BYTES", "Frame", "Limits", "pack_frame", "parse_header", "parse_prefix"]
 
 KINDS = frozenset(
     {"hello", "challenge", "proof", "welcome", "refused"}  # auth
@@ -30,9 +26,7 @@ KINDS = frozenset(
 
 _MAGIC = b"BML\x01"
 _PREFIX = struct.Struct(">4sIQ")
-_BUFFER_BYTES = 64 << 10
-_MOST_PARTS = 1024
-"""Linux takes no more buffers in one sendmsg (IOV_MAX)."""
+PREFIX_BYTES = _PREFIX.size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,151 +80,28 @@ def pack_frame(header: Mapping[str, object], nbytes: int) -> bytes:
     return _PREFIX.pack(_MAGIC, len(packed), nbytes) + packed
 
 
-class FrameStream:
-    """Frames over a connected stream socket, which belongs to this object.
-
-    One thread reads and one writes at a time. Deadlines are of `time.monotonic`; None waits for ever.
-    """
-
-    def __init__(self, sock: socket.socket, *, limits: Limits) -> None:
-        sock.setblocking(False)
-        self.limits = limits
-        self._sock = sock
-        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
-        self._start = self._end = 0
-        self._readable, self._writable = select.poll(), select.poll()
-        self._readable.register(sock, select.POLLIN)
-        self._writable.register(sock, select.POLLOUT)
-        self.bytes_in = self.bytes_out = 0
-
-    def write(self, header: Mapping[str, object], parts: Sequence[memoryview] = (), *, deadline: float) -> None:
-        """Send one frame. Raises LinkError when the peer did not take it in time or is gone."""
-        left = [memoryview(pack_frame(header, sum(part.nbytes for part in parts)))]
-        left += [part for part in parts if part.nbytes]
-        at = 0
-        while at < len(left):
-            sent = self._send(left[at : at + _MOST_PARTS], deadline)
-            self.bytes_out += sent
-            while at < len(left) and sent >= left[at].nbytes:
-                sent -= left[at].nbytes
-                at += 1
-            if sent:
-                left[at] = left[at][sent:]
-
-    def read(self, *, deadline: float | None, seconds: float) -> Frame | None:
-        """The next frame's header; its payload must be taken before the next `read`.
-
-        Args:
-            deadline: until when a frame must have begun.
-            seconds: how long the rest may take from then on.
-
-        Returns:
-            None when the peer closed the connection between two frames.
-
-        Raises:
-            LinkError: garbage, too long, torn, unknown kind, too late.
-        """
-        if self._start == self._end:
-            _wait(self._readable, deadline)  # there is seldom anything yet
-            if not self._fill(deadline):
-                return None
-        deadline = time.monotonic() + seconds
-        prefix = bytearray(_PREFIX.size)
-        self.take(memoryview(prefix), deadline=deadline)
-        magic, header_bytes, nbytes = _PREFIX.unpack(prefix)
-        if magic != _MAGIC:
-            raise LinkError(f"a frame begins with {bytes(magic)!r}, must begin with {_MAGIC!r}")
-        if header_bytes > self.limits.max_header:
-            raise LinkError(f"a frame announces a header of {header_bytes} bytes, must be <= {self.limits.max_header}")
-        if nbytes > self.limits.max_payload:
-            raise LinkError(f"a frame announces {nbytes} bytes, must be <= {self.limits.max_payload}")
-        packed = bytearray(header_bytes)
-        self.take(memoryview(packed), deadline=deadline)
-        header = _unpack(packed)
-        kind = header.get("kind")
-        if not isinstance(kind, str) or kind not in KINDS:
-            raise LinkError(f"a frame's kind is {kind!r:.50}, must be one of {sorted(KINDS)}")
-        return Frame(kind=kind, header=header, nbytes=nbytes)
-
-    def take(self, into: memoryview, *, deadline: float) -> None:
-        """Fill `into` (uint8) with the bytes that follow. Raises LinkError when they end or do not come in time."""
-        at, size = 0, into.nbytes
-        while at < size:
-            ready = min(self._end - self._start, size - at)
-            if ready:
-                into[at : at + ready] = self._buffer[self._start : self._start + ready]
-                self._start += ready
-                at += ready
-            elif size - at >= _BUFFER_BYTES:
-                at += self._receive(into[at:], deadline)
-            else:
-                self._fill(deadline)
-                if self._start == self._end:
-                    raise LinkError("the connection was closed in the middle of a frame")
-
-    def skip(self, nbytes: int, *, deadline: float) -> None:
-        """Read `nbytes` and forget them."""
-        scratch = memoryview(bytearray(min(nbytes, _BUFFER_BYTES)))
-        while nbytes:
-            count = min(nbytes, _BUFFER_BYTES)
-            self.take(scratch[:count], deadline=deadline)
-            nbytes -= count
-
-    def wake(self) -> None:
-        """End the connection: whoever reads or writes returns at once with an error. From any thread."""
-        try:
-            self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # the peer was quicker
-
-    def close(self) -> None:
-        """Close the socket; nobody may be reading or writing. Safe to call twice."""
-        self._sock.close()
-
-    def _fill(self, deadline: float | None) -> bool:
-        try:
-            self._start, self._end = 0, 0
-            self._end = self._receive(self._buffer, deadline)
-        except _Ended:
-            return False
-        return True
-
-    def _receive(self, into: memoryview, deadline: float | None) -> int:
-        while True:
-            try:
-                count = self._sock.recv_into(into)
-            except (BlockingIOError, InterruptedError):
-                _wait(self._readable, deadline)
-                continue
-            except OSError as error:
-                raise LinkError(f"the connection was lost: {error}") from error
-            if not count:
-                raise _Ended("the connection was closed in the middle of a frame")
-            self.bytes_in += count
-            return count
-
-    def _send(self, parts: Sequence[memoryview], deadline: float) -> int:
-        while True:
-            try:
-                return self._sock.sendmsg(parts)
-            except (BlockingIOError, InterruptedError):
-                _wait(self._writable, deadline)
-            except OSError as error:
-                raise LinkError(f"the connection was lost: {error}") from error
+def parse_prefix(prefix: bytes | bytearray, limits: Limits) -> tuple[int, int]:
+    """Lengths of the header and the payload that follow. Raises LinkError for garbage and for more than `limits`."""
+    magic, header_bytes, nbytes = _PREFIX.unpack(prefix)
+    if magic != _MAGIC:
+        raise LinkError(f"a frame begins with {bytes(magic)!r}, must begin with {_MAGIC!r}")
+    if header_bytes > limits.max_header:
+        raise LinkError(f"a frame announces a header of {header_bytes} bytes, must be <= {limits.max_header}")
+    if nbytes > limits.max_payload:
+        raise LinkError(f"a frame announces {nbytes} bytes, must be <= {limits.max_payload}")
+    return header_bytes, nbytes
 
 
-class _Ended(LinkError):
-    """The peer closed its end."""
+def parse_header(packed: bytes | bytearray, nbytes: int) -> Frame:
+    """The frame of a header whose payload has `nbytes`. Raises LinkError unless it is a map with a known kind."""
+    header = _unpack(packed)
+    kind = header.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise LinkError(f"a frame's kind is {kind!r:.50}, must be one of {sorted(KINDS)}")
+    return Frame(kind=kind, header=header, nbytes=nbytes)
 
 
-def _wait(poll: select.poll, deadline: float | None) -> None:
-    left = None if deadline is None else deadline - time.monotonic()
-    if left is not None and left <= 0:
-        raise LinkError("the peer was too slow: no byte moved in time")
-    poll.poll(None if left is None else math.ceil(left * 1000))
-
-
-def _unpack(packed: bytearray) -> dict[str, object]:
+def _unpack(packed: bytes | bytearray) -> dict[str, object]:
     try:
         header = msgpack.unpackb(packed, raw=False, strict_map_key=True)
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:

@@ -5,7 +5,9 @@ file: ray reads the builder's annotation to type-check the YAML's `args`.
 """
 
 import secrets
+from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 
@@ -13,6 +15,7 @@ from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.handles import WORKER_NAME
 from buddymoe_ray.serve.ingress import Ingress
 from buddymoe_ray.serve.replica import OpenEngine, WorkerReplica, open_async_engine
+from buddymoe_ray.serve.resources import resolve_workers
 
 __all__ = ["application", "build_app"]
 
@@ -22,6 +25,13 @@ CONSTRUCTOR_TRIES = 2  # a model that cannot be served is said soon; a device th
 CONTROL_CALLS = 16  # room for health checks and snapshots beside a worker's full queue
 
 
+def _cluster_resources() -> dict[str, float]:
+    """What the cluster has that this process is, or can be, connected to."""
+    if not ray.is_initialized():
+        ray.init(address="auto", log_to_driver=False)
+    return ray.cluster_resources()
+
+
 def build_app(args: ServeArgs) -> Application:
     """The application that `args` describe."""
     return application(args, open_engine=open_async_engine)
@@ -29,9 +39,17 @@ def build_app(args: ServeArgs) -> Application:
 
 def application(args: ServeArgs, *, open_engine: OpenEngine) -> Application:
     """The same with another way to open engines; tests pass a fake."""
+    workers = resolve_workers(args.workers, args.num_gpus, _cluster_resources() if args.workers == "auto" else {})
+    most = max(workers, args.max_workers or workers)
+    scaling: dict[str, Any] = {"num_replicas": workers}
+    if most > workers:
+        target = max(1, args.max_running // 2)  # half the slots busy: room for a burst until the next worker is there
+        scaling = {
+            "autoscaling_config": {"min_replicas": workers, "max_replicas": most, "target_ongoing_requests": target}
+        }
     worker = serve.deployment(
         name=WORKER_NAME,
-        num_replicas=args.workers,
+        **scaling,
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
         max_ongoing_requests=args.max_running + args.max_queued_requests + CONTROL_CALLS,
         max_queued_requests=args.max_queued_requests,
@@ -50,5 +68,5 @@ def application(args: ServeArgs, *, open_engine: OpenEngine) -> Application:
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=args.drain_seconds,
     )(serve.ingress()(Ingress))
-    app: Application = ingress.bind(args, worker.bind(args, open_engine, secrets.token_hex(32)))
+    app: Application = ingress.bind(args, worker.bind(args, open_engine, secrets.token_hex(32), most))
     return app

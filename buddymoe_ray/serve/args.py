@@ -30,7 +30,9 @@ class ServeArgs(BaseModel):
 
     Args:
         model_name: the name clients ask for; None is `model` as given.
-        workers: engine replicas; each has its own weights, cache and KV.
+        workers: engine replicas, each with its own weights and KV; those of a node share its experts. `auto` is as many
+            as the cluster's GPUs allow when the service is deployed.
+        max_workers: Serve starts more workers under load, up to so many, and ends them again; None keeps `workers`.
         num_gpus: GPUs that ray reserves per worker; 0 computes on the CPU.
         num_cpus: CPU cores that ray reserves per worker.
         default_max_tokens: output limit of chat requests that name none (also bounded by the context).
@@ -72,7 +74,8 @@ class ServeArgs(BaseModel):
     seed: int = EngineConfig.seed
 
     model_name: str | None = None
-    workers: int = Field(default=1, ge=1)
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    max_workers: int | None = Field(default=None, ge=1)
     num_gpus: float = Field(default=0, ge=0)
     num_cpus: float = Field(default=1, ge=0)
     default_max_tokens: int = Field(default=1024, ge=1)
@@ -91,17 +94,16 @@ class ServeArgs(BaseModel):
     @model_validator(mode="after")
     def _engine_options_are_usable(self) -> ServeArgs:
         self.engine_config()
+        if self.max_workers is not None and self.workers != "auto" and self.max_workers < self.workers:
+            raise ValueError(
+                f"max_workers is {self.max_workers}, must be at least workers ({self.workers}). hint: leave it out"
+            )
         return self
 
     @property
     def served_name(self) -> str:
         """The model name of the API."""
         return self.model_name or self.model
-
-    @property
-    def most_workers(self) -> int:
-        """How many workers there may be at once."""
-        return self.workers
 
     def engine_config(self) -> EngineConfig:
         """The engine's own options."""

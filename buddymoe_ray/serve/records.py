@@ -160,10 +160,12 @@ class WorkerInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerReport:
-    """One worker's counters. `replica` is its name among all workers that ever ran, `pid` its process on its node."""
+    """One worker's counters. `replica` is its name among all workers that ever ran, `pid` its process on its node,
+    `devices` the GPUs it was given."""
 
     replica: str
     pid: int
+    devices: tuple[str, ...] = ()
     snapshot: EngineSnapshot
 
 

@@ -1,4 +1,4 @@
-"""The worker as Ray Serve runs it: an engine on its node's shared experts, registered with whoever keeps and places them.
+"""The worker as Ray Serve runs it: an engine on its node's shared experts, registered with who keeps and places them.
 
 Joins `worker.Worker` (requests), `actors.NodeMemory` (memory) and metrics; knows neither HTTP nor how either works.
 Torch is imported where the replica runs: the process that builds the app needs none.
@@ -7,7 +7,7 @@ Invariant: what the constructor opened is closed when ray ends the replica, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import ray
@@ -16,13 +16,14 @@ from ray import serve
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.ray_metrics import RayMetrics
+from buddymoe_ray.serve.resources import assigned_devices, workers_on_node
 from buddymoe_ray.serve.worker import EngineSeam, Worker
 
 if TYPE_CHECKING:
     from buddymoe_ray.actors import NodeMemory
     from buddymoe_ray.engine.sharing import Sharing
 
-__all__ = ["OpenEngine", "WorkerReplica", "open_async_engine", "workers_on_node"]
+__all__ = ["OpenEngine", "WorkerReplica", "open_async_engine"]
 
 OpenEngine = Callable[[EngineConfig, str, "Sharing"], EngineSeam]
 """`open_engine(config, model name, with whom it shares its experts)`."""
@@ -37,18 +38,22 @@ def open_async_engine(config: EngineConfig, model_id: str, sharing: Sharing) -> 
 
 
 class WorkerReplica(Worker):
-    """A worker that opens its engine where ray puts it. `secret` is what workers of this service prove to each other."""
+    """A worker that opens its engine where ray puts it.
 
-    def __init__(self, args: ServeArgs, open_engine: OpenEngine, secret: str) -> None:
+    `secret` is what workers of a service prove to each other, `most_workers` how many there may be at once.
+    """
+
+    def __init__(self, args: ServeArgs, open_engine: OpenEngine, secret: str, most_workers: int) -> None:
         context = serve.get_replica_context()
         replica = context.replica_id.unique_id
-        self._memory = _node_memory(args, service=context.app_name, secret=secret)
+        self._memory = _node_memory(args, service=context.app_name, secret=secret, most_workers=most_workers)
         super().__init__(
             open_engine(args.engine_config(), args.served_name, self._memory.sharing()),
             default_max_tokens=args.default_max_tokens,
             max_queued_requests=args.max_queued_requests,
             retry_after_seconds=args.retry_after_seconds,
             name=replica,
+            devices=assigned_devices(),
         )
         self._metrics = RayMetrics(model=args.served_name, replica=replica)
         self._memory.join(replica, self._engine)
@@ -64,17 +69,7 @@ class WorkerReplica(Worker):
             self.close()
 
 
-def workers_on_node(workers: int, args: ServeArgs, resources: Mapping[str, float]) -> int:
-    """How many of a service's `workers` find room on a node of these resources: they share its store."""
-    room = [
-        int(resources.get(name, 0) // wanted)
-        for name, wanted in (("CPU", args.num_cpus), ("GPU", args.num_gpus))
-        if wanted > 0
-    ]
-    return max(1, min([workers, *room]))
-
-
-def _node_memory(args: ServeArgs, *, service: str, secret: str) -> NodeMemory:
+def _node_memory(args: ServeArgs, *, service: str, secret: str, most_workers: int) -> NodeMemory:
     from buddymoe_ray.actors import KeeperOptions, MemoryOptions, NodeMemory, PlacementOptions
 
     node = ray.get_runtime_context().get_node_id()
@@ -84,7 +79,7 @@ def _node_memory(args: ServeArgs, *, service: str, secret: str) -> NodeMemory:
     return NodeMemory(
         MemoryOptions(
             service=service,
-            workers=workers_on_node(args.most_workers, args, resources),
+            workers=workers_on_node(most_workers, num_cpus=args.num_cpus, num_gpus=args.num_gpus, node=resources),
             movable=args.placement == "dynamic",
             linked=len(nodes) > 1,
             secret=secret,

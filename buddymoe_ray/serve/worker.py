@@ -77,6 +77,7 @@ class Worker:
         max_queued_requests: calls that may wait beside those that run; the next one is refused.
         retry_after_seconds: what refused clients are told.
         name: what its metrics are labelled with.
+        devices: ids of the GPUs it was given.
     """
 
     def __init__(
@@ -87,9 +88,10 @@ class Worker:
         max_queued_requests: int = 256,
         retry_after_seconds: int = 2,
         name: str = "0",
+        devices: tuple[str, ...] = (),
     ) -> None:
         self._engine = engine
-        self._name = name
+        self._name, self._devices = name, devices
         self._bytes = TokenBytes(engine.tokenizer)
         self._default_max_tokens = default_max_tokens
         self._max_calls = engine.limits.max_running + max_queued_requests
@@ -146,7 +148,9 @@ class Worker:
 
     def report(self) -> WorkerReport:
         """The same with this worker's name."""
-        return WorkerReport(replica=self._name, pid=os.getpid(), snapshot=self._engine.snapshot())
+        return WorkerReport(
+            replica=self._name, pid=os.getpid(), devices=self._devices, snapshot=self._engine.snapshot()
+        )
 
     async def check_health(self) -> None:
         """Raises when the engine's step thread died; ray then replaces this worker."""

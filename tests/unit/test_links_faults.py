@@ -21,7 +21,8 @@ from link_rig import SECRET, SEGMENT_BYTES, SOON, Experts, eventually, nothing_l
 from buddymoe_ray.errors import LinkError
 from buddymoe_ray.links import LinkOptions, LinkServer, PeerLink, ServerOptions, derive_secret
 from buddymoe_ray.links.auth import admit, greet
-from buddymoe_ray.links.wire import Frame, FrameStream, Limits, pack_frame
+from buddymoe_ray.links.stream import FrameStream
+from buddymoe_ray.links.wire import Frame, Limits, pack_frame
 
 __all__ = ["nothing_leaks"]
 
@@ -55,7 +56,8 @@ def test_another_secret_is_refused_and_never_said(server: LinkServer, caplog: py
     link = PeerLink(server.addresses[0], b"some other secret, as long", timeout=SOON)
     with pytest.raises(LinkError, match=r"refused our secret.*hint") as caught:
         link.connect()
-    assert server.snapshot().wrong_secret == 1 and not link.snapshot().connected
+    eventually(lambda: server.snapshot().wrong_secret == 1, "counted")
+    assert not link.snapshot().connected
     told = caplog.text + str(caught.value) + link.snapshot().last_error
     assert "some other secret" not in told and SECRET.decode() not in told
     assert not link.available(), "it is not asked again at once"
@@ -454,6 +456,7 @@ def test_kill_9_of_a_server(tmp_path: Path) -> None:
         clock.now += 1000
         assert link.submit(0, rows).collect(SOON)[1].equal(rows[1]) and link.snapshot().shared_out > 0
         child.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED)  # all its threads
         pending = [link.submit(0, rows) for _ in range(3)]
         assert len(own_files()) == 3, "in flight"
         with pytest.raises(LinkError, match=r"within 0\.1 s"):

@@ -16,7 +16,8 @@ from buddymoe_ray.links.address import Address
 from buddymoe_ray.links.arrays import DTYPES, cut, gather, parse_specs
 from buddymoe_ray.links.breaker import Breaker
 from buddymoe_ray.links.messages import ComputeQuestion, ReadQuestion, parse_question, parse_reply
-from buddymoe_ray.links.wire import Frame, FrameStream, Limits, pack_frame
+from buddymoe_ray.links.stream import FrameStream
+from buddymoe_ray.links.wire import Frame, Limits, pack_frame
 
 
 def read_frame(raw: bytes, *, limits: Limits | None = None, end: bool = True) -> Frame | None:

@@ -1,8 +1,8 @@
 """The host tier over a shared store: what lies between the disk and a GPU, one copy for all workers of a node.
 
 The twin of `cache.host.HostTier`: an expert that any worker read is a copy over PCIe for all, and two that miss the
-same one read it once. With `pinned` the whole file is registered with CUDA, so that copies are plain DMA. Does not know the
-device. Invariant: a slot is leased from `fetch` to `release`, so nobody overwrites what is being copied.
+same one read it once. With `pinned` the whole file is registered with CUDA, so that copies are plain DMA. Does not know
+the device. Invariant: a slot is leased from `fetch` to `release`, so nobody overwrites what is being copied.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A killed machine's worth of processes (kill -9 of all, a cluster that is torn down) has nobody to unlink its files, and
 memory in /dev/shm belongs to no process. `watch` starts a small process, a child of init, that sleeps until its starter
 is gone and then removes files that no living process has locked. Standard library alone: it must be small.
-Invariant: a file that a living process uses stays; one that is unused stays for `_GRACE_SECONDS`, for a restart to find.
+Invariant: a file that a living process uses stays; an unused one stays for `_GRACE_SECONDS`, for a restart to find.
 """
 
 from __future__ import annotations

@@ -64,6 +64,8 @@ def store_path(digest: bytes, *, tag: str = "", folder: Path = FOLDER) -> Path:
 class SharedStore:
     """One attachment to a store: its memory, its tables, a row of its own. Use it from one thread.
 
+    `before_making` is called when the file has to be made, while nobody else makes it; it may raise.
+
     Raises:
         BudgetError: the file does not fit the folder's file system.
         CacheError: the file belongs to somebody else, or every row is taken.
@@ -77,6 +79,7 @@ class SharedStore:
         digest: bytes,
         *,
         progress: Callable[..., Iterable[int]] = lambda items, **_: items,
+        before_making: Callable[[], None] = lambda: None,
     ) -> None:
         self.path, self.layout, self.plan = path, layout, plan
         self.shape = StoreShape.of(layout, plan)
@@ -85,6 +88,7 @@ class SharedStore:
         try:
             self.made = not self._fits()
             if self.made:
+                before_making()
                 allocate(path, self._fd, self.shape.total_bytes, progress)
             self._memory = mmap.mmap(self._fd, self.shape.total_bytes)
             self._array = np.frombuffer(self._memory, dtype=np.uint8)

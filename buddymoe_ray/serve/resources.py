@@ -1,0 +1,31 @@
+"""How many workers a service has, where they find room, and which devices ray gave to one.
+
+Arithmetic on ray's resource tables; only `assigned_devices` asks ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import ray
+
+__all__ = ["assigned_devices", "resolve_workers", "workers_on_node"]
+
+
+def resolve_workers(workers: int | Literal["auto"], num_gpus: float, cluster: Mapping[str, float]) -> int:
+    """Workers of a service: `auto` is as many as the cluster's GPUs allow, and one where no GPU is asked for."""
+    if workers != "auto":
+        return workers
+    return max(1, int(cluster.get("GPU", 0) // num_gpus)) if num_gpus > 0 else 1
+
+
+def workers_on_node(workers: int, *, num_cpus: float, num_gpus: float, node: Mapping[str, float]) -> int:
+    """How many of `workers` find room on a node of these resources: they share its expert store."""
+    room = [int(node.get(name, 0) // wanted) for name, wanted in (("CPU", num_cpus), ("GPU", num_gpus)) if wanted > 0]
+    return max(1, min([workers, *room]))
+
+
+def assigned_devices() -> tuple[str, ...]:
+    """Ids of the GPUs that ray assigned to the calling replica; CUDA sees no others and counts them from 0."""
+    return tuple(str(device) for device in ray.get_runtime_context().get_accelerator_ids().get("GPU", []))

@@ -1,0 +1,227 @@
+"""A service on a cluster of nodes that share this machine, through migration and the death of every kind of process.
+
+A program of its own, for a process has one ray instance: `python cluster_scenario.py --nodes 3 --workers 3 --kill`.
+Prints one JSON object per phase: streams that gave exactly the resident model's tokens, what the map did, how long
+streams stood still.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.cluster_utils import Cluster
+
+from buddymoe_ray.actors import placement_map, store_statuses
+from buddymoe_ray.actors.node import NAMESPACE, store_handles
+from buddymoe_ray.client import Client
+from buddymoe_ray.engine.llm import LLM
+from buddymoe_ray.serve.app import build_app
+from buddymoe_ray.serve.args import ServeArgs
+from buddymoe_ray.serve.handles import WORKER_NAME
+from buddymoe_ray.serve.records import WorkerReport
+
+APP = "cluster"
+SHM = Path("/dev/shm")
+PROMPTS = [f"def function_{n}(a, b):\n    " for n in range(16)]
+
+
+@dataclass
+class Stream:
+    tokens: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    error: str = ""
+    usage: Any = None
+
+    @property
+    def wait(self) -> float:
+        return max((b - a for a, b in zip(self.times, self.times[1:], strict=False)), default=0.0)
+
+
+async def follow(client: Client, prompt: str, count: int, stream: Stream) -> None:
+    try:
+        async for event in client.astream(prompt, max_tokens=count, temperature=0.0, ignore_eos=True):
+            stream.tokens += event.token_ids
+            stream.times.append(time.monotonic())
+            stream.usage = event.usage or stream.usage
+    except Exception as error:  # told in the record: a stream may end in an error, but a clear one
+        stream.error = f"{type(error).__name__}: {error}"
+
+
+async def sixteen(client: Client, count: int, after: Callable[[], None] | None) -> list[Stream]:
+    streams = [Stream() for _ in PROMPTS]
+    tasks = [
+        asyncio.create_task(follow(client, prompt, count, stream))
+        for prompt, stream in zip(PROMPTS, streams, strict=True)
+    ]
+    if after is not None:
+        while sum(len(stream.times) >= 3 for stream in streams) < len(streams) // 2:
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(after)
+    await asyncio.gather(*tasks)
+    return streams
+
+
+class Scenario:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        with LLM("builtin:tiny", memory="100%") as llm:
+            results = llm.generate(PROMPTS, max_tokens=args.tokens, temperature=0.0, ignore_eos=True)
+        self.expected = [list(result.token_ids) for result in results]
+        node = {"object_store_memory": 100 << 20, "include_dashboard": False}
+        self.cluster = Cluster(initialize_head=True, head_node_args=node | {"num_cpus": self.cpus(0)})
+        self.nodes = [self.cluster.add_node(num_cpus=self.cpus(at), **node) for at in range(1, args.nodes)]
+        ray.init(address=self.cluster.address, log_to_driver=False)
+        serve.start(proxy_location="Disabled")
+        options = ServeArgs(
+            model="builtin:tiny",
+            memory=args.memory,
+            mode=args.mode,
+            workers=args.workers,
+            num_cpus=1,
+            flush_ms=0,
+            guard_share=0,
+            placement_window_seconds=0.5,
+            request_timeout_seconds=120,
+        )
+        serve.run(build_app(options), name=APP, route_prefix=None)
+        self.client = Client(APP)
+
+    def cpus(self, node: int) -> int:
+        """Workers fill the nodes evenly."""
+        each, more = divmod(self.args.workers, self.args.nodes)
+        return each + (node < more)
+
+    def phase(self, name: str, after: Callable[[], None] | None = None) -> None:
+        """Sixteen streams; `after` is done once half of them flow."""
+        streams = asyncio.run(sixteen(self.client, self.args.tokens, after))
+        same = sum(s.tokens == expected for s, expected in zip(streams, self.expected, strict=True))
+        usages = [s.usage for s in streams if s.usage is not None]
+        found = self.map()
+        record = {
+            "phase": name,
+            "streams": len(streams),
+            "same": same,
+            "errors": sorted({s.error for s in streams if s.error}),
+            "resumed": sum(usage.resumed > 0 for usage in usages),
+            "peer": sum(usage.peer for usage in usages),
+            "fetched": sum(usage.fetched for usage in usages),
+            "longest_wait_seconds": round(max(s.wait for s in streams), 3),
+            "epoch": 0 if found is None else found.epoch,
+            "stores": [
+                {"node": s.node[:6], "moves": s.moves, "epoch": s.epoch, "made": s.made, "workers": len(s.workers)}
+                for s in self.stores()
+            ],
+        }
+        print(json.dumps(record), flush=True)
+
+    def map(self, seconds: float = 60) -> Any:
+        """The newest map, from a Placement that may have to be restarted first."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                return placement_map(APP)
+            except (ValueError, ray.exceptions.RayError):
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.5)
+
+    def stores(self) -> list[Any]:
+        try:
+            return store_statuses()
+        except ray.exceptions.RayError:
+            return []
+
+    def worker_pids(self) -> list[int]:
+        handle: Any = serve.get_deployment_handle(WORKER_NAME, APP)
+        try:
+            answers = handle.broadcast("report").results(timeout_s=10, return_exceptions=True)
+        except (TimeoutError, ray.exceptions.RayError):
+            return []
+        return [answer.pid for answer in answers if isinstance(answer, WorkerReport)]
+
+    def kill(self, name: str, deed: Callable[[], None], workers: int) -> None:
+        """Do it under load, and time how long the service takes to be whole again while the streams go on."""
+        seconds: list[float] = []
+
+        def done() -> None:
+            deed()
+            seconds.append(self.whole_again(workers))
+
+        self.phase(f"kill {name}", done)
+        print(json.dumps({"recovered": name, "seconds": seconds[0]}), flush=True)
+
+    def kill_worker(self) -> None:
+        os.kill(self.worker_pids()[0], signal.SIGKILL)
+
+    def kill_store(self) -> None:
+        os.kill(ray.get(store_handles()[0].pid.remote()), signal.SIGKILL)
+
+    def kill_placement(self) -> None:
+        handle = ray.get_actor(f"placement-{APP}", namespace=NAMESPACE)
+        os.kill(ray.get(handle.pid.remote()), signal.SIGKILL)
+
+    def kill_node(self) -> None:
+        self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
+
+    def whole_again(self, workers: int, seconds: float = 120) -> float:
+        """Seconds until so many workers answer and every node's store is kept."""
+        began = time.monotonic()
+        while time.monotonic() - began < seconds:
+            time.sleep(0.2)
+            stores = self.stores()
+            if len(self.worker_pids()) == workers and stores and all(s.filled for s in stores) and self.map():
+                return round(time.monotonic() - began, 2)
+        return -1.0
+
+    def close(self) -> None:
+        serve.shutdown()
+        ray.shutdown()
+        self.cluster.shutdown()
+
+
+def leftovers(seconds: float = 60) -> list[str]:
+    """Shared files that are still there once the janitors had their time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and list(SHM.glob(f"buddymoe-{os.geteuid()}-*")):
+        time.sleep(0.5)
+    return [path.name for path in SHM.glob(f"buddymoe-{os.geteuid()}-*")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--memory", default="25%")
+    parser.add_argument("--mode", default="exact")
+    parser.add_argument("--kill", action="store_true", help="end each kind of process, and a node, under load")
+    args = parser.parse_args()
+    scenario = Scenario(args)
+    try:
+        scenario.phase("first")
+        scenario.phase("migrating")
+        if args.kill:
+            scenario.kill("worker", scenario.kill_worker, args.workers)
+            scenario.kill("store", scenario.kill_store, args.workers)
+            scenario.kill("placement", scenario.kill_placement, args.workers)
+            if args.nodes > 1:
+                scenario.kill("node", scenario.kill_node, args.workers - 1)
+            scenario.phase("after")
+    finally:
+        scenario.close()
+    print(json.dumps({"leftovers": leftovers()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
