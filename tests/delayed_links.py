@@ -68,41 +68,44 @@ def p99(gaps: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="builtin:tiny")
     parser.add_argument("--memory", default="50%")
+    parser.add_argument("--runs", default=",".join(RUNS), help="which of " + ", ".join(RUNS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
     args = parser.parse_args()
+    runs = {name: RUNS[name] for name in args.runs.split(",")}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         engines: dict[str, Engine] = {}
-        proxies = []
-        for at, options in enumerate(RUNS.values()):
-            config = EngineConfig(**({"memory": args.memory, "guard_share": 0.0} | options))
-            for tag in (f"here{at}", f"there{at}"):
-                sharing = Sharing(workers=1, tag=tag, folder=Path(folder), linked=True, secret="delayed links " * 2)
-                engines[tag] = Engine.from_config(config, text=False, sharing=sharing)
-            proxies.append(DelayProxy(engines[f"there{at}"].link_address, delay_seconds=LINK_SECONDS))
-            engines[f"here{at}"].meet({"there": proxies[-1].address})
+        for name, options in ({"there": {"mode": "exact"}} | runs).items():
+            base = {"model": args.model, "memory": args.memory, "guard_share": 0.0, "kv_memory": "64MiB"}
+            tag = "".join(filter(str.isalpha, name))
+            sharing = Sharing(workers=1, tag=tag, folder=Path(folder), linked=True, secret="delayed links " * 2)
+            engines[name] = Engine.from_config(EngineConfig(**(base | options)), text=False, sharing=sharing)
+        proxy = DelayProxy(engines["there"].link_address, delay_seconds=LINK_SECONDS)
+        for name in runs:
+            engines[name].meet({"there": proxy.address})
         slow_disk()
-        tails: dict[str, list[float]] = {name: [] for name in RUNS}
-        middles: dict[str, list[float]] = {name: [] for name in RUNS}
-        answered: dict[str, list[Usage]] = {name: [] for name in RUNS}
+        tails: dict[str, list[float]] = {name: [] for name in runs}
+        middles: dict[str, list[float]] = {name: [] for name in runs}
+        answered: dict[str, list[Usage]] = {name: [] for name in runs}
         for turn in range(args.rounds + 1):
-            for at, name in enumerate(RUNS):
-                gaps, usages = generate(engines[f"here{at}"], f"{turn}", args.tokens)
+            for name in runs:
+                gaps, usages = generate(engines[name], f"{turn}", args.tokens)
                 if turn:  # the first warms up
                     tails[name].append(p99(gaps))
                     middles[name].append(statistics.median(gaps))
                     answered[name] += usages
         for engine in engines.values():
             engine.close()
-        for proxy in proxies:
-            proxy.close()
-    base = tails["no misses"]
-    for name in RUNS:
+        proxy.close()
+    least = tails["no misses"]
+    for name in runs:
         uses = answered[name]
-        ratios = [tail / other for tail, other in zip(tails[name], base, strict=True)]
+        ratios = [tail / other for tail, other in zip(tails[name], least, strict=True)]
         record = {
             "run": name,
+            "model": Path(args.model).name,
             "memory": RUNS[name].get("memory", args.memory),
             "link_delay_ms": 1e3 * LINK_SECONDS,
             "disk_delay_ms": 1e3 * DISK_SECONDS,

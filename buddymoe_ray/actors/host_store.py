@@ -214,14 +214,14 @@ class HostStore:
     def _report(self) -> NodeReport:
         uses_LE = self._tables.uses.sum(axis=0)
         counts_LE, self._uses_LE = (uses_LE - self._uses_LE).astype(np.float32), uses_LE
-        layer_slots = int((self._tables.partition != WAVE).sum())
+        plan, layer_slots = self._spec.plan, int((self._tables.partition != WAVE).sum())
         return NodeReport(
             node=self._node,
             workers=tuple(sorted(self._workers)),
             links=tuple(known.address for _, known in sorted(self._workers.items()) if known.address),
             experts_per_layer=self._spec.layout.experts_per_layer,
             expert_bytes=self._spec.layout.expert_bytes,
-            pin_slots=int(layer_slots * (1.0 if self._spec.plan.pinned else self._options.pin_share)),
+            pin_slots=int(layer_slots * (1.0 if plan.pinned or plan.fully_resident else self._options.pin_share)),
             counts_LE=counts_LE,
             fetch_seconds=self._fetch_seconds,
             standin_LE=self._spec.standin_LE,

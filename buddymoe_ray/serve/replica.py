@@ -7,6 +7,7 @@ Invariant: what the constructor opened is closed when ray ends the replica, and 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ from buddymoe_ray.serve.worker import EngineSeam, Worker
 if TYPE_CHECKING:
     from buddymoe_ray.actors import NodeMemory
     from buddymoe_ray.engine.sharing import Sharing
+
+log = logging.getLogger(__name__)
 
 __all__ = ["OpenEngine", "WorkerReplica", "open_async_engine"]
 
@@ -55,6 +58,8 @@ class WorkerReplica(Worker):
             name=replica,
             devices=assigned_devices(),
         )
+        if assigned_devices() and not _cuda_is_here():
+            log.warning("ray assigned GPU %s and torch sees no CUDA device: the CPU computes", assigned_devices())
         self._metrics = RayMetrics(model=args.served_name, replica=replica)
         self._memory.join(replica, self._engine)
 
@@ -67,6 +72,12 @@ class WorkerReplica(Worker):
         if hasattr(self, "_engine"):  # absent when it could not be opened
             self._memory.close()
             self.close()
+
+
+def _cuda_is_here() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _node_memory(args: ServeArgs, *, service: str, secret: str, most_workers: int) -> NodeMemory:
