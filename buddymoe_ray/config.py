@@ -33,7 +33,9 @@ class EngineConfig:
     Args:
         model: `builtin:tiny`, a checkpoint folder, or a hub id.
         memory: device budget for routed experts, staging and scratch included: `25%` of their stored bytes, or `6GiB`.
-        host_memory: host-tier budget between device and disk, same forms; `0` is no host tier.
+            On CPU the workers of a node put theirs together.
+        host_memory: host-tier budget between device and disk, same forms; `0` is no host tier. Workers of a node put
+            theirs together.
         mode: `exact` answers every miss with the expert itself; `bounded` lets stand-ins answer within `budget`; `fast`
             never waits in decode. A request may ask for another where stand-ins are loaded.
         budget: mean extra loss (nats) per generated token that `bounded` may spend; .003 is about .3 % of perplexity.

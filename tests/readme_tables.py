@@ -1,4 +1,4 @@
-"""Renders the tables of README and deployments/README from code and `tests/golden/measured/*.jsonl`; run it to write
+"""Renders the tables of README and deployments/*.md from code and `tests/golden/measured/*.jsonl`; run it to write
 them."""
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from buddymoe_ray.config import EngineConfig
@@ -14,6 +15,7 @@ from buddymoe_ray.config import EngineConfig
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 OPTIONS = ROOT / "deployments" / "README.md"
+FIGURES = ROOT / "deployments" / "MEASURED.md"
 MEASURED = Path(__file__).parent / "golden" / "measured"
 
 COLUMNS = {
@@ -86,9 +88,98 @@ def bounded_table() -> str:
     return "\n".join(rows)
 
 
+def workers_table() -> str:
+    """Rows of `buddymoe bench --workers --json`, several rounds of each kind."""
+    kinds = {"1": "1", "2": "2, shared", "2i": "2, isolated"}
+    rounds = {kind: [r for r in records("workers") if r["kind"] == kind] for kind in kinds}
+    alone = [r["decode_tok_s"] for r in rounds["1"]]
+    rows = ["| workers | tok/s | × one worker | MB read / token | hits % |", "|---|---|---|---|---|"]
+    for kind, name in kinds.items():
+        speeds = [r["decode_tok_s"] for r in rounds[kind]]
+        ratio = median([speed / other for speed, other in zip(speeds, alone, strict=True)])
+        read, hits = (median([r[key] for r in rounds[kind]]) for key in ("bytes_read_per_token", "hit_rate"))
+        speed = f"{median(speeds):.2f} ({min(speeds):.2f}–{max(speeds):.2f})"
+        rows.append(f"| {name} | {speed} | {ratio:.2f} | {read / 1e6:.0f} | {hits:.0f} |")
+    return "\n".join(rows)
+
+
+def memory_table() -> str:
+    """Rows of `cluster_check --check memory`."""
+    rows = ["| workers | store MB | PSS MB | copies |", "|---|---|---|---|"]
+    for r in records("memory"):
+        store, charged = r["store_bytes"] / 1e6, r["pss_bytes"] / 1e6
+        rows.append(f"| {r['workers']} | {store:.1f} | {charged:.1f} | {r['copies']:.2f} |")
+    return "\n".join(rows)
+
+
+def shift_table() -> str:
+    """Rows of `cluster_check --check shift`."""
+    rows = [
+        "| placement | hits before | hits after, by window | oracle | windows to within 2 points | p99 ITL while moving |",
+        "|---|---|---|---|---|---|",
+    ]
+    found = records("shift")
+    for placement in ("dynamic", "static"):
+        runs = [r for r in found if r["placement"] == placement]
+        after = [median([r["hit_after"][at] for r in runs]) for at in range(len(runs[0]["hit_after"]))]
+        back = [r["windows_to_recover"] for r in runs]
+        windows = "never" if None in back else f"{median(back):.0f} ({min(back)}–{max(back)})"
+        control = [r for r in found if r["placement"] == "static"]
+        ratios = [r["p99_itl_ms_after"] / c["p99_itl_ms_after"] for r, c in zip(runs, control, strict=True)]
+        shown = " ".join(f"{rate:.0f}" for rate in after)
+        before, oracle = (median([r[key] for r in runs]) for key in ("hit_before", "oracle_static"))
+        ratio = f"{median(ratios):.2f} × control"
+        rows.append(f"| {placement} | {before:.0f} | {shown} | {oracle:.0f} | {windows} | {ratio} |")
+    return "\n".join(rows)
+
+
+def delayed_table() -> str:
+    """Rows of `tests/delayed_links.py`."""
+    rows = [
+        "| model | run | p99 × no misses | median ms | hits | fetched | low-bit | buddies |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in records("delayed"):
+        low, high = r["p99_ratio_range"]
+        uses = " | ".join(str(r[key]) for key in ("hits", "fetched", "lowbit", "buddy"))
+        ratio = f"{r['p99_ratio']:.2f} ({low:.2f}–{high:.2f})"
+        rows.append(f"| {r['model']} | {r['run']} | {ratio} | {r['median_itl_ms']:.1f} | {uses} |")
+    return "\n".join(rows)
+
+
+def failures_table() -> str:
+    """Rows of `tests/cluster_scenario.py --kill`."""
+    found = records("failures")
+    whole = {r["recovered"]: r["seconds"] for r in found if "recovered" in r}
+    rows = [
+        "| while | streams exact | moved | longest wait of a stream s | whole again after s |",
+        "|---|---|---|---|---|",
+    ]
+    for r in found:
+        if "phase" in r:
+            name = r["phase"]
+            back = whole.get(name.removeprefix("kill "))
+            exact, seconds = f"{r['same']} of {r['streams']}", "–" if back is None else f"{back:.1f}"
+            rows.append(f"| {name} | {exact} | {r['resumed']} | {r['longest_wait_seconds']:.2f} | {seconds} |")
+    return "\n".join(rows)
+
+
 def rendered(text: str) -> str:
     """README with every marked table made anew."""
-    tables = {"standins": standins_table(), "bounded": bounded_table(), "speed": speed_table()}
+    return _filled(text, {"standins": standins_table()})
+
+
+def figures_page(text: str) -> str:
+    """`deployments/MEASURED.md` with its tables made anew."""
+    tables = {
+        "bounded": bounded_table(),
+        "speed": speed_table(),
+        "workers": workers_table(),
+        "memory": memory_table(),
+        "shift": shift_table(),
+        "delayed": delayed_table(),
+        "failures": failures_table(),
+    }
     return _filled(text, tables)
 
 
@@ -127,3 +218,4 @@ def _cell(value: Any, form: Any) -> str:
 if __name__ == "__main__":
     README.write_text(rendered(README.read_text()))
     OPTIONS.write_text(options_page(OPTIONS.read_text()))
+    FIGURES.write_text(figures_page(FIGURES.read_text()))

@@ -38,7 +38,10 @@ ONLY_IN = {
     "transformers": {"models", "engine"},
     "pynvml": {"engine"},
     "fastapi": {"serve"},
-    "torch": {"policy", "kernels", "cache", "links", "moe", "models", "engine", "calibrate", "device_check"},
+    "torch": {
+        *("policy", "kernels", "cache", "links", "moe", "models"),
+        *("engine", "calibrate", "device_check", "cluster_check"),
+    },
     "numba": {"kernels"},
     "llvmlite": {"kernels"},
     "triton": {"kernels"},

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from readme_tables import OPTIONS, README, options_page, rendered
+from readme_tables import FIGURES, OPTIONS, README, figures_page, options_page, rendered
 
 import buddymoe_ray
 from buddymoe_ray.cli import COMMANDS, build_parser
@@ -29,6 +29,8 @@ def test_readme_tables_are_generated() -> None:
     assert rendered(TEXT) == TEXT, "README's tables are stale: run python tests/readme_tables.py"
     text = OPTIONS.read_text()
     assert options_page(text) == text, "the options are stale: run python tests/readme_tables.py"
+    text = FIGURES.read_text()
+    assert figures_page(text) == text, "the figures are stale: run python tests/readme_tables.py"
 
 
 def test_readme_is_short() -> None:

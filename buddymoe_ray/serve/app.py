@@ -16,6 +16,7 @@ from buddymoe_ray.serve.handles import WORKER_NAME
 from buddymoe_ray.serve.ingress import Ingress
 from buddymoe_ray.serve.replica import OpenEngine, WorkerReplica, open_async_engine
 from buddymoe_ray.serve.resources import resolve_workers
+from buddymoe_ray.serve.router import affinity_routing
 
 __all__ = ["application", "build_app"]
 
@@ -41,15 +42,17 @@ def application(args: ServeArgs, *, open_engine: OpenEngine) -> Application:
     """The same with another way to open engines; tests pass a fake."""
     workers = resolve_workers(args.workers, args.num_gpus, _cluster_resources() if args.workers == "auto" else {})
     most = max(workers, args.max_workers or workers)
-    scaling: dict[str, Any] = {"num_replicas": workers}
+    options: dict[str, Any] = {"num_replicas": workers}
     if most > workers:
         target = max(1, args.max_running // 2)  # half the slots busy: room for a burst until the next worker is there
-        scaling = {
+        options = {
             "autoscaling_config": {"min_replicas": workers, "max_replicas": most, "target_ongoing_requests": target}
         }
+    if args.routing == "affinity":
+        options["request_router_config"] = affinity_routing(args.max_running)
     worker = serve.deployment(
         name=WORKER_NAME,
-        **scaling,
+        **options,
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
         max_ongoing_requests=args.max_running + args.max_queued_requests + CONTROL_CALLS,
         max_queued_requests=args.max_queued_requests,

@@ -42,6 +42,8 @@ class ServeArgs(BaseModel):
         request_timeout_seconds: most time for one request, queue included; then 504.
         max_moves: how often a stream may go on at another worker when the one it is on dies.
         drain_seconds: how long running requests may go on when the service stops or is replaced.
+        routing: `affinity` keeps prompts of a common prefix at one worker while its queue is not much longer than the
+            shortest; `pow2` is Ray's own choice of the shorter of two queues.
         placement: `dynamic` moves experts between nodes and tiers as their use shifts; `static` keeps what was resident
             at start.
         placement_window_seconds: how often uses are counted and the map is renewed.
@@ -85,6 +87,7 @@ class ServeArgs(BaseModel):
     request_timeout_seconds: float = Field(default=600, gt=0)
     max_moves: int = Field(default=3, ge=0)
     drain_seconds: float = Field(default=30, ge=0)
+    routing: Literal["affinity", "pow2"] = "affinity"
     placement: Literal["dynamic", "static"] = "dynamic"
     placement_window_seconds: float = Field(default=5, gt=0)
     migration_mb_per_second: float = Field(default=200, gt=0)

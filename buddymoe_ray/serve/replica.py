@@ -75,9 +75,9 @@ class WorkerReplica(Worker):
 
 
 def _cuda_is_here() -> bool:
-    import torch
+    from buddymoe_ray.engine.machine import pick_device
 
-    return torch.cuda.is_available()
+    return pick_device("auto").type == "cuda"
 
 
 def _node_memory(args: ServeArgs, *, service: str, secret: str, most_workers: int) -> NodeMemory:
