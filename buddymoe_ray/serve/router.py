@@ -26,10 +26,9 @@ SLACK_SHARE = 8  # a worker may have an eighth of its slots more than the idlest
 
 def affinity_routing(max_running: int) -> RequestRouterConfig:
     """What a deployment of workers with so many slots each is given to be routed by affinity."""
-    return RequestRouterConfig(
-        request_router_class=f"{__name__}:{AffinityRouter.__name__}",
-        request_router_kwargs={"slack": max(1, max_running // SLACK_SHARE)},
-    )
+    router: Any = f"{__name__}:{AffinityRouter.__name__}"
+    kwargs: Any = {"slack": max(1, max_running // SLACK_SHARE)}  # Any: ray annotates its constructor wrongly
+    return RequestRouterConfig(request_router_class=router, request_router_kwargs=kwargs)
 
 
 def prompt_pieces(work: Work) -> list[bytes]:
@@ -81,7 +80,7 @@ class AffinityRouter(PowerOfTwoChoicesRequestRouter):
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """Ray has seen it dead."""
         super().on_replica_actor_died(replica_id)
-        self._affinity.forget(replica_id)
+        self._affinity.keep(self.curr_replicas)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Ray's controller says who runs."""
