@@ -24,7 +24,7 @@ BELOW = {
     "engine": WORDS | {"policy", "kernels", "cache", "moe", "models", "links"},
     "calibrate": WORDS | {"policy", "kernels", "cache", "moe", "models", "engine"},
     "actors": WORDS | {"policy", "cache", "links", "engine"},
-    "serve": WORDS | {"models", "engine", "actors"},
+    "serve": WORDS | {"models", "engine", "actors", "policy"},
     "client": WORDS | {"serve", "engine", "models"},
     "commands": WORDS | {"models", "engine", "calibrate", "policy", "commands"},
     "cluster_check": WORDS | {"cache", "engine", "actors"},

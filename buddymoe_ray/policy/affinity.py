@@ -58,15 +58,14 @@ def prefix_blocks(pieces: Sequence[bytes], *, block_bytes: int = BLOCK_BYTES, mo
     A block is `block_bytes` of a piece or what is left of it, so two prompts share the blocks of all leading pieces
     (messages) that they share, and the equal full blocks of the next.
     """
-    digests: list[bytes] = []
+    digests = [b""]
     for piece in pieces:
         for at in range(0, len(piece), block_bytes):
-            if len(digests) == most:
-                return digests
-            before = digests[-1] if digests else b""
+            if len(digests) > most:
+                return digests[1:]
             last = bytes([at + block_bytes >= len(piece)])  # hashed too: "ab" and "c" is not "abc"
-            digests.append(blake2b(before + piece[at : at + block_bytes], digest_size=8, salt=last).digest())
-    return digests
+            digests.append(blake2b(digests[-1] + piece[at : at + block_bytes], digest_size=8, salt=last).digest())
+    return digests[1:]
 
 
 class PrefixAffinity:
@@ -95,8 +94,8 @@ class PrefixAffinity:
             index = rng.choice([at for at in holders if ranks[at] == min(ranks.values())])
             return RouteChoice(index=index, reason=RouteReason.PREFIX, matched=longest)
         pair = rng.sample(fit, min(2, len(fit)))  # in random order: ties fall evenly
-        index = min(pair, key=lambda at: candidates[at].queue)
-        return RouteChoice(index=index, reason=RouteReason.BUSY if any(matched) else RouteReason.NEW)
+        reason = RouteReason.BUSY if any(matched) else RouteReason.NEW
+        return RouteChoice(index=min(pair, key=lambda at: candidates[at].queue), reason=reason)
 
     def matched(self, name: Hashable, blocks: Sequence[bytes]) -> int:
         """How many leading blocks this worker served."""
@@ -114,8 +113,7 @@ class PrefixAffinity:
 
     def keep(self, names: Collection[Hashable]) -> None:
         """These are there; all others are gone and forgotten."""
-        for gone in self._served.keys() - set(names):
-            del self._served[gone]
+        self._served = {name: served for name, served in self._served.items() if name in names}
 
     def remembered(self) -> dict[Hashable, int]:
         """Blocks that each worker is known to have served."""

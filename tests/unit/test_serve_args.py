@@ -103,7 +103,7 @@ def test_every_deployment_is_what_ray_and_we_accept(path: Path) -> None:
     args = ServeArgs.model_validate(args_of(path))
     assert (args.mode, args.budget) == ("bounded", 0.003) and args.api_key_env == "BUDDYMOE_API_KEY"
     if path.stem != "tiny-cpu":
-        assert (args.num_gpus, args.device) == (1, "cuda")
+        assert (args.num_gpus, args.device, args.workers) == (1, "auto", "auto")
 
 
 def test_ray_can_see_the_type_of_the_builders_args() -> None:
