@@ -42,6 +42,7 @@ def test_a_payload_is_read_once() -> None:
     "name",
     ["", "x", "../x", "/etc/passwd", f"{PREFIX}.1.1.1.{'0' * 31}", f"{PREFIX}.1.1.1.{'0' * 32}/..", NAME + "\n",
      f"../shm/{NAME}", NAME.replace(PREFIX, "other"), NAME.replace(".1.", ".¹."), f"{PREFIX}.-1.1.1.{'0' * 32}"],
+    ids=str.__len__,  # the names hold this process's id, and ids must be the same in every process
 )  # fmt: skip
 def test_names_that_are_not_ours_are_refused(name: str) -> None:
     with pytest.raises(LinkError, match="must be named by this service"):
