@@ -15,9 +15,10 @@ from ray.serve.schema import ServeDeploySchema
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.errors import ConfigError
-from buddymoe_ray.serve.app import build_app
+from buddymoe_ray.serve.app import application, build_app
 from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.handles import APP_NAME
+from buddymoe_ray.serve.replica import open_async_engine
 
 ROOT = Path(__file__).parents[2]
 DEPLOYMENTS = sorted((ROOT / "deployments").glob("*.yaml"))
@@ -48,6 +49,9 @@ def test_engine_options_arrive() -> None:
         ("replicas", 2),
         ("memroy", "25%"),
         ("workers", 0),
+        ("workers", "many"),
+        ("max_workers", 0),
+        ("routing", "luck"),
         ("num_gpus", -1),
         ("mode", "quick"),
         ("budget", -1.0),
@@ -66,6 +70,23 @@ def test_engine_options_arrive() -> None:
 def test_unusable_options_are_named(field: str, value: Any) -> None:
     with pytest.raises(ValidationError, match=field):
         ServeArgs.model_validate({field: value})
+
+
+def scaling(**options: Any) -> tuple[int | None, tuple[int, int, float] | None]:
+    """What Serve is told about the workers: so many, or between so many and so many, each with so much to do."""
+    app: Any = application(ServeArgs.model_validate(options), open_engine=open_async_engine)
+    config = app._bound_deployment.init_args[1]._bound_deployment._deployment_config
+    scaled = config.autoscaling_config
+    between = scaled and (scaled.min_replicas, scaled.max_replicas, scaled.target_ongoing_requests)
+    return (None, between) if between else (config.num_replicas, None)
+
+
+def test_workers_are_fixed_unless_more_are_allowed() -> None:
+    assert scaling(workers=3) == (3, None) == scaling(workers=3, max_workers=3)
+    assert scaling(workers=2, max_workers=5, max_running=16) == (None, (2, 5, 8))
+    assert scaling(max_workers=2, max_running=1) == (None, (1, 2, 1))
+    with pytest.raises(ValidationError, match="max_workers is 2, must be at least workers"):
+        ServeArgs(workers=3, max_workers=2)
 
 
 def test_the_served_name() -> None:
