@@ -115,7 +115,7 @@ def memory_table() -> str:
 def shift_table() -> str:
     """Rows of `cluster_check --check shift`."""
     rows = [
-        "| placement | hits before | hits after, by window | oracle | windows to within 2 points | p99 ITL while moving |",
+        "| placement | hits before | hits after, by window | oracle | windows to within 2 points | p99 ITL after |",
         "|---|---|---|---|---|---|",
     ]
     found = records("shift")
