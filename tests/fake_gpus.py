@@ -70,6 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = random_mixtral(Path(folder) / "mixtral")
         ray.init(
+            address="local",
             num_cpus=8 * gpus,
             num_gpus=gpus,
             include_dashboard=False,

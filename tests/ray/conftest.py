@@ -34,7 +34,8 @@ def http_port() -> Iterator[int]:
     ours = pytest.MonkeyPatch()
     ours.setenv(TEST_KEY_VARIABLE, TEST_KEY)
     ours.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]))
-    ray.init(num_cpus=8, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
+    # "local": never the cluster that another test has started on this machine
+    ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     yield port
     serve.shutdown()
