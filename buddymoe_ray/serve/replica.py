@@ -32,8 +32,8 @@ OpenEngine = Callable[[EngineConfig, str, "Sharing"], EngineSeam]
 """`open_engine(config, model name, with whom it shares its experts)`."""
 
 
-def open_async_engine(config: EngineConfig, model_id: str, sharing: Sharing) -> EngineSeam:
-    """The real engine."""
+def open_async_engine(config: EngineConfig, model_id: str, sharing: Sharing | None = None) -> EngineSeam:
+    """The real engine; without `sharing` its experts are its own."""
     from buddymoe_ray.engine.async_engine import AsyncEngine
     from buddymoe_ray.engine.engine import Engine
 

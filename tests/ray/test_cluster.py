@@ -10,23 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import alone
 
 TESTS = Path(__file__).parents[1]
 STREAMS = 16
-pytestmark = pytest.mark.timeout(450)  # the first test of a file waits for its program
+pytestmark = pytest.mark.timeout(600)  # the first test of a file waits for its program
 
 
 def run(program: str, *arguments: str, seconds: float = 420) -> list[dict[str, Any]]:
     """What the program prints; its stderr is in the failure."""
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(TESTS / program), *arguments],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        check=False,
-    )
+    with alone():
+        done = subprocess.run(
+            [sys.executable, str(TESTS / program), *arguments],
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0, f"{records}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return records
@@ -35,7 +37,7 @@ def run(program: str, *arguments: str, seconds: float = 420) -> list[dict[str, A
 @pytest.fixture(scope="module")
 def phases() -> dict[str, dict[str, Any]]:
     """Three nodes with a worker each, through the death of every kind of process and of a node."""
-    records = run("cluster_scenario.py", "--nodes", "3", "--workers", "3", "--kill")
+    records = run("cluster_scenario.py", "--nodes", "3", "--workers", "3", "--kill", "--tokens", "32")
     return {str(record.get("phase") or next(iter(record))): record for record in records} | {
         f"recovered {record['recovered']}": record for record in records if "recovered" in record
     }
