@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -177,12 +178,15 @@ class Scenario:
     def whole_again(self, workers: int, seconds: float = 120) -> float:
         """Seconds until so many workers answer and every node's store is kept."""
         began = time.monotonic()
-        while time.monotonic() - began < seconds:
+        while True:
             time.sleep(0.2)
-            stores = self.stores()
-            if len(self.worker_pids()) == workers and stores and all(s.filled for s in stores) and self.map():
+            pids, stores, found = self.worker_pids(), self.stores(), self.map()
+            if len(pids) == workers and stores and all(s.filled for s in stores) and found is not None:
                 return round(time.monotonic() - began, 2)
-        return -1.0
+            if time.monotonic() - began > seconds:
+                kept = [(s.node[:6], s.filled, s.error) for s in stores]
+                print(f"not whole: {len(pids)} workers, must be {workers}; {kept=} {found=}", file=sys.stderr)
+                return -1.0
 
     def close(self) -> None:
         serve.shutdown()

@@ -82,6 +82,7 @@ def main() -> None:
             tag = "".join(filter(str.isalpha, name))
             sharing = Sharing(workers=1, tag=tag, folder=Path(folder), linked=True, secret="delayed links " * 2)
             engines[name] = Engine.from_config(EngineConfig(**(base | options)), text=False, sharing=sharing)
+            engines[name].link()
         proxy = DelayProxy(engines["there"].link_address, delay_seconds=LINK_SECONDS)
         for name in runs:
             engines[name].meet({"there": proxy.address})

@@ -77,6 +77,12 @@ class FakeEngine:
 
     link_address = ""
 
+    def link(self) -> None:
+        """It never has peers."""
+
+    def link_seconds(self) -> Mapping[str, float]:
+        return {}
+
     def meet(self, peers: Mapping[str, str]) -> None:
         """It has no experts to share."""
 

@@ -39,6 +39,9 @@ _DEPTH, _BUFFER_BYTES = 2, 1 << 20
 _ASSUMED_BYTES_PER_SECOND = 500e6  # of the disk, until this store has read enough to know
 
 
+LinkSeconds = tuple[tuple[str, float], ...]
+
+
 class Planner(Protocol):
     """Who decides what is pinned: the Placement actor, or a test's own."""
 
@@ -67,6 +70,7 @@ class KeeperOptions:
 class _Registered:
     pid: int
     address: str
+    link_seconds: LinkSeconds
 
 
 class HostStore:
@@ -105,12 +109,14 @@ class HostStore:
         self._thread = threading.Thread(target=self._run, name="host-store", daemon=True)
         self._thread.start()
 
-    def register(self, worker: str, pid: int, address: str = "") -> tuple[tuple[str, str], ...]:
-        """A worker of this node says that it is there, and where it answers peers; returns the other nodes' workers
-        and addresses as far as known."""
+    def register(
+        self, worker: str, pid: int, address: str = "", link_seconds: LinkSeconds = ()
+    ) -> tuple[tuple[str, str], ...]:
+        """A worker of this node says that it is there, where it answers peers and how fast they answer it; returns the
+        other nodes' workers and addresses as far as known."""
         living = set(self._tables.pid.tolist())
         self._workers = {name: known for name, known in self._workers.items() if known.pid in living}
-        self._workers[worker] = _Registered(pid=pid, address=address)
+        self._workers[worker] = _Registered(pid=pid, address=address, link_seconds=link_seconds)
         return self._peers
 
     def forget(self, worker: str) -> None:
@@ -224,10 +230,19 @@ class HostStore:
             pin_slots=int(layer_slots * (1.0 if plan.pinned or plan.fully_resident else self._options.pin_share)),
             counts_LE=counts_LE,
             fetch_seconds=self._fetch_seconds,
+            link_seconds=self._link_seconds(),
             standin_LE=self._spec.standin_LE,
             epoch=int(self._tables.head[Head.EPOCH]),
             pins=tuple((int(la), int(e)) for la, e in np.argwhere(self._tables.pinned)),
         )
+
+    def _link_seconds(self) -> LinkSeconds:
+        """The fastest that any worker of this node was answered by each peer."""
+        least: dict[str, float] = {}
+        for known in list(self._workers.values()):
+            for peer, seconds in known.link_seconds:
+                least[peer] = min(seconds, least.get(peer, seconds))
+        return tuple(sorted(least.items()))
 
     def _moves_to(self, wanted: list[ExpertKey]) -> list[Move]:
         """What is missing of `wanted`, each with something unwanted that goes for it: the least used of its layer, and

@@ -22,6 +22,7 @@ from buddymoe_ray.actors.host_store import HostStore, KeeperOptions
 from buddymoe_ray.actors.placement import Placement, PlacementOptions
 from buddymoe_ray.actors.words import Directive, NodeReport, StoreStatus
 from buddymoe_ray.engine.sharing import Sharing, StoreSpec
+from buddymoe_ray.errors import BuddyMoEError
 from buddymoe_ray.policy import PlacementMap
 
 __all__ = ["NAMESPACE", "MemoryOptions", "NodeMemory", "node_tag", "store_handles"]
@@ -38,13 +39,12 @@ Peers = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions:
-    """How a service keeps its experts: `service` names it within the cluster, `workers` share a node, which is `linked`
-    to others whose workers prove `secret`."""
+    """How a service keeps its experts: `service` names it within the cluster, `workers` share a node, and are linked to
+    those of other nodes, once there are any, that prove `secret`."""
 
     service: str
     workers: int
     movable: bool
-    linked: bool
     secret: str
     keeper: KeeperOptions
     placement: PlacementOptions
@@ -56,6 +56,12 @@ class Linked(Protocol):
     @property
     def link_address(self) -> str:
         """Where it answers; empty when it does not."""
+
+    def link(self) -> None:
+        """Begin to answer, and to ask; once."""
+
+    def link_seconds(self) -> Mapping[str, float]:
+        """How long each peer takes to answer."""
 
     def meet(self, peers: Mapping[str, str]) -> None:
         """From now on these are the other nodes' workers: name to address."""
@@ -126,7 +132,7 @@ class NodeMemory:
             workers=options.workers,
             tag=node_tag(self._node),
             movable=options.movable,
-            linked=options.linked,
+            linked=True,
             secret=options.secret,
             host=ray.util.get_node_ip_address(),
             keeper=self._keep,
@@ -177,13 +183,17 @@ class NodeMemory:
         known: Peers | None = None
         while True:
             try:
-                call = self._store.register.remote(worker, os.getpid(), engine.link_address)
-                peers: Peers = ray.get(call, timeout=_CALL_SECONDS)
+                if not engine.link_address and _nodes_alive() > 1:
+                    engine.link()
+                said = (worker, os.getpid(), engine.link_address, tuple(engine.link_seconds().items()))
+                peers: Peers = _got(self._store.register.remote(*said))
                 if peers != known:
                     known = peers
                     engine.meet(dict(peers))
             except (RayError, GetTimeoutError) as error:
                 log.warning("no host store now (%s): the shared file stays in use", type(error).__name__)
+            except BuddyMoEError as error:
+                log.warning("other nodes cannot be linked now: %s", error)
             if self._stop.wait(_BEAT_SECONDS):
                 return
 
@@ -213,6 +223,11 @@ def placement_map(service: str) -> PlacementMap | None:
 def store_statuses() -> list[StoreStatus]:
     """Every node's store that answers."""
     return list(ray.get([handle.status.remote() for handle in store_handles()], timeout=_CALL_SECONDS))
+
+
+def _nodes_alive() -> int:
+    """Nodes of the cluster: a worker opens no door to the network while its own is the only one."""
+    return sum(entry["Alive"] for entry in ray.nodes())
 
 
 def _got(call: Any) -> Any:

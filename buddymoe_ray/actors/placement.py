@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from buddymoe_ray.actors.words import Directive, NodeReport
-from buddymoe_ray.policy import NodeLinks, PlacementMap, PlacementProblem, Pool, solve
+from buddymoe_ray.policy import PlacementMap, PlacementProblem, Pool, solve
+from buddymoe_ray.policy.placement_map import previous_held
 from buddymoe_ray.policy.placement_publish import publish
 
 __all__ = ["Placement", "PlacementOptions"]
@@ -41,7 +42,7 @@ class PlacementOptions:
             the noise of one window moves experts to no avail; history is dropped when a window contradicts it.
         horizon_windows: for how many windows a move must pay.
         bytes_per_second: what migration may read, on each node.
-        link_seconds: one use computed on another node.
+        link_seconds: one use computed on another node, until its workers have measured how long that takes.
         forget_windows: a node that is silent for so many is gone.
     """
 
@@ -83,15 +84,17 @@ class Placement:
         self._options, self._clock = options or PlacementOptions(), clock
         self._nodes: dict[str, _Node] = {}
         self._map: PlacementMap | None = None
+        self._began: float | None = None
         self._solved = -np.inf
         self.solve_seconds = 0.0
 
     def report(self, report: NodeReport) -> Directive:
         """Take a node's window; returns what it is to do under the newest map."""
         now = self._clock()
+        self._began = now if self._began is None else self._began
         self._take(report, now)
         if now - self._solved >= 0.9 * self._options.window_seconds or report.node not in self._pools():
-            self._solve()
+            self._solve(young=now - self._began < self._options.window_seconds)
             self._solved = now
         return self._directive(report.node)
 
@@ -123,15 +126,18 @@ class Placement:
             log.warning("node %s is silent: its experts are placed elsewhere", name)
             del self._nodes[name]
 
-    def _solve(self) -> None:
+    def _solve(self, *, young: bool) -> None:
+        """What the nodes follow already stays the map while nothing is known of demand, and for the first window of a
+        Placement that took over: not all nodes have reported yet, and what they hold would be placed twice."""
         nodes = list(self._nodes.values())
         shape = nodes[0].report.experts_per_layer
         nodes = [node for node in nodes if node.report.experts_per_layer == shape]
-        if not any(node.counts_LE.any() for node in nodes):
-            return  # nothing is known yet: what was pinned at start stays
         began = time.perf_counter()
         problem = self._problem(nodes)
-        previous = self._map or self._remembered(nodes, problem)
+        previous = self._known(nodes, problem)
+        if not problem.total_N.any() or (young and previous.epoch > 0):
+            self._map = previous
+            return
         found = solve(problem, previous)
         if found.epoch > previous.epoch:
             log.info("map %d moves %.1f MB", found.epoch, found.migration.nbytes / 1e6)
@@ -155,7 +161,7 @@ class Placement:
             expert_bytes=first.expert_bytes,
             experts_per_layer=first.experts_per_layer,
             fetch_cost_P=fetch_P,
-            links=NodeLinks(same_node=0.0, other_node=options.link_seconds),
+            links=self._links(nodes),
             counts_PLE=np.stack([node.counts_LE for node in nodes]),
             # a stand-in is never worth more than the wait it spares
             standin_cost_LE=None if standins[0] is None else standins[0] * float(fetch_P.min()),
@@ -164,14 +170,32 @@ class Placement:
             window_seconds=options.window_seconds,
         )
 
-    def _remembered(self, nodes: list[_Node], problem: PlacementProblem) -> PlacementMap:
-        """The map that the nodes follow already: what a new Placement starts from."""
-        held_PN = np.zeros((len(nodes), problem.experts), dtype=bool)
+    def _links(self, nodes: list[_Node]) -> Floats:
+        """Seconds of one use of each row's node that each column's computes, as the row's workers measured it."""
+        seconds_PP = np.full((len(nodes), len(nodes)), self._options.link_seconds, dtype=np.float32)
+        at_of = {node.report.node: at for at, node in enumerate(nodes)}
+        for asking, node in enumerate(nodes):
+            measured: dict[int, float] = {}
+            for peer, seconds in node.report.link_seconds:
+                asked = at_of.get(peer.rpartition("/")[0])
+                if asked is not None:
+                    measured[asked] = min(seconds, measured.get(asked, seconds))
+            for asked, seconds in measured.items():
+                seconds_PP[asking, asked] = seconds
+        np.fill_diagonal(seconds_PP, 0.0)
+        return seconds_PP
+
+    def _known(self, nodes: list[_Node], problem: PlacementProblem) -> PlacementMap:
+        """The last map, with what nodes say they pin that it lacks: all that a new Placement knows."""
+        epoch = max([node.report.epoch for node in nodes] + [self._map.epoch if self._map else 0])
+        held_PN, known = previous_held(problem, self._map), self._pools()
         for at, node in enumerate(nodes):
+            if node.report.node in known:
+                continue
             for layer, expert in node.report.pins:
                 held_PN[at, int(problem.offset_L[layer]) + expert] = True
-        found = publish(problem, held_PN, None, before=0.0, after=0.0)
-        return replace(found, epoch=max(node.report.epoch for node in nodes))
+        found = publish(problem, held_PN, self._map, before=0.0, after=0.0)
+        return replace(found, epoch=epoch + (self._map is not None and known != found.pools))
 
     def _directive(self, name: str) -> Directive:
         peers = tuple(

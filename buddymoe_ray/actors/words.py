@@ -19,7 +19,8 @@ class NodeReport:
 
     `counts_LE` are uses (token, slot) since the last report, `pin_slots` how many experts the map may pin here, `links`
     where its workers answer peers, `pins` what is pinned now under map `epoch` (a restarted Placement starts from it).
-    `fetch_seconds` is one expert from this node's disk. `standin_LE`, where every expert has a stand-in, says what one
+    `fetch_seconds` is one expert from this node's disk, `link_seconds` how long each worker of other nodes takes to
+    answer, by its name in `Directive.peers`. `standin_LE`, where every expert has a stand-in, says what one
     use of it costs as a share (0 to 1) of that.
     """
 
@@ -31,6 +32,7 @@ class NodeReport:
     pin_slots: int
     counts_LE: npt.NDArray[np.float32]
     fetch_seconds: float
+    link_seconds: tuple[tuple[str, float], ...]
     standin_LE: npt.NDArray[np.float32] | None
     epoch: int
     pins: tuple[tuple[int, int], ...]

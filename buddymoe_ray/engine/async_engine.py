@@ -85,6 +85,14 @@ class AsyncEngine:
         """Where the engine computes for other nodes' workers; empty when it does not."""
         return self._engine.link_address
 
+    def link(self) -> None:
+        """Open a door to other nodes' workers, once. From any thread. Raises LinkError, CacheError."""
+        self._engine.link()
+
+    def link_seconds(self) -> dict[str, float]:
+        """How long each peer takes to answer, by name."""
+        return self._engine.link_seconds()
+
     def meet(self, peers: Mapping[str, str]) -> None:
         """From now on these other nodes' workers, name to address, may be asked. From any thread."""
         self._engine.meet(peers)

@@ -19,7 +19,6 @@ from buddymoe_ray.engine.experts import ExpertTier, open_experts
 from buddymoe_ray.engine.guard import GuardWork
 from buddymoe_ray.engine.kv import KVPool
 from buddymoe_ray.engine.machine import available_memory_bytes, pick_device
-from buddymoe_ray.engine.remote import open_peering
 from buddymoe_ray.engine.runner import PackedRunner, Runner, SoloRunner, probe_kv_shapes
 from buddymoe_ray.engine.scheduler import Scheduler
 from buddymoe_ray.engine.sharing import Sharing
@@ -66,7 +65,7 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
             runner=kv.runner,
             scheduler=scheduler,
             guard=_guard(config, experts, kv.runner, scheduler),
-            peering=None if sharing is None else open_peering(experts, sharing),
+            sharing=sharing,
             step=step,
             limits=EngineLimits(
                 max_model_len=kv.max_model_len, max_running=config.max_running, kv_tokens=kv.blocks * BLOCK_SIZE

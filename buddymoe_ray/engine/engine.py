@@ -21,7 +21,7 @@ from buddymoe_ray.engine.account import StepTotals, open_account
 from buddymoe_ray.engine.chat import encode_chat, encode_prompt
 from buddymoe_ray.engine.experts import ExpertTier
 from buddymoe_ray.engine.guard import GuardWork
-from buddymoe_ray.engine.remote import Peering
+from buddymoe_ray.engine.remote import Peering, open_peering
 from buddymoe_ray.engine.replay import open_replay
 from buddymoe_ray.engine.runner import Runner
 from buddymoe_ray.engine.sampler import Sampled, sample, validate
@@ -72,7 +72,7 @@ class EngineParts:
     runner: Runner
     scheduler: Scheduler
     guard: GuardWork | None
-    peering: Peering | None
+    sharing: Sharing | None
     step: StepState
     limits: EngineLimits
     vocab_size: int
@@ -87,7 +87,8 @@ class Engine:
     def __init__(self, parts: EngineParts, chooser: Chooser | None = None) -> None:
         self.config, self.limits, self.tokenizer = parts.config, parts.limits, parts.tokenizer
         self.vocab_size = parts.vocab_size
-        self._experts, self._peering = parts.experts, parts.peering
+        self._experts, self._sharing = parts.experts, parts.sharing
+        self._peering: Peering | None = None
         self.cache, self.standin_bytes = parts.experts.cache, parts.experts.standin_bytes
         self._setup, self._guard = parts.experts.setup, parts.guard
         self._spent = StepTotals()
@@ -197,8 +198,20 @@ class Engine:
 
     @property
     def link_address(self) -> str:
-        """Where other nodes' workers reach this engine's experts; empty when it shares none."""
+        """Where other nodes' workers reach this engine's experts; empty while it is not linked."""
         return "" if self._peering is None else self._peering.address
+
+    def link(self) -> None:
+        """Open a door to other nodes' workers, where `sharing.linked` foresaw it; from now on `meet` has an effect.
+
+        From any thread, while the engine runs; a second call does nothing. Raises LinkError, CacheError.
+        """
+        if self._peering is None and self._sharing is not None:
+            self._peering = open_peering(self._experts, self._sharing)
+
+    def link_seconds(self) -> dict[str, float]:
+        """How long each peer takes to answer, by name."""
+        return {} if self._peering is None else self._peering.seconds()
 
     def meet(self, peers: Mapping[str, str]) -> None:
         """From now on these other nodes' workers, name to address, may be asked for experts. From any thread."""

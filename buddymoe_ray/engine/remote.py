@@ -100,7 +100,7 @@ class _Peer:
         self.seconds = 0.0
 
     def note(self, seconds: float) -> None:
-        self.seconds = 0.7 * self.seconds + 0.3 * seconds
+        self.seconds = 0.7 * self.seconds + 0.3 * seconds if self.seconds else seconds
 
 
 class RemoteExperts:
@@ -138,6 +138,10 @@ class RemoteExperts:
                 continue
         return _Answers(pending, _PATIENCE * self._fetch_seconds())
 
+    def seconds(self) -> dict[str, float]:
+        """How long each peer takes to answer, lately; one that does not answer takes the whole timeout."""
+        return {name: peer.seconds for name, peer in self._peers.items() if peer.seconds}
+
     def close(self) -> None:
         """Stop following the peers' contents."""
         self._stop.set()
@@ -165,7 +169,7 @@ class RemoteExperts:
                 except LinkError:
                     found = False
                 peer.contents_LE = self._table(buffer) if found else None
-                peer.note(time.perf_counter() - began)
+                peer.note(time.perf_counter() - began if found else _TIMEOUT_SECONDS)
             self._peers = peers
 
     def _table(self, buffer: bytearray) -> Bools:
@@ -208,6 +212,10 @@ class Peering:
         """From now on these are the peers: name to address. Raises LinkError for an address that is none."""
         self._links.update(peers)
 
+    def seconds(self) -> dict[str, float]:
+        """How long each peer takes to answer, by name."""
+        return self._remote.seconds()
+
     def close(self) -> None:
         """End both directions. Safe to call twice."""
         self._remote.close()
@@ -217,7 +225,8 @@ class Peering:
 
 
 def open_peering(tier: ExpertTier, sharing: Sharing) -> Peering | None:
-    """Links to other nodes' workers, where there are any to come and the experts are in a shared store."""
+    """Links to other nodes' workers, where it may have any and the experts are in a shared store. Raises LinkError,
+    CacheError."""
     if not sharing.linked or not isinstance(tier.cache, SharedExpertCache):
         return None
     return Peering(tier, sharing)

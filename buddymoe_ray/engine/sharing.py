@@ -73,7 +73,8 @@ class Sharing:
         tag: tells nodes apart that share a machine; part of the file's name.
         folder: where the files are, a memory file system.
         movable: residents may be exchanged while the engines run, so stand-in records are kept for all experts.
-        linked: experts are also computed for other nodes' workers, beside this engine's own steps.
+        linked: experts may also be computed for other nodes' workers, beside this engine's own steps, once the engine's
+            `link` was called; memory is set aside for it.
         secret: what linked workers prove to each other.
         host: the address on which other nodes reach this one.
         keeper: told about the store before this engine attaches; it may make and fill it, and keeps it from then on.

@@ -84,15 +84,13 @@ def _node_memory(args: ServeArgs, *, service: str, secret: str, most_workers: in
     from buddymoe_ray.actors import KeeperOptions, MemoryOptions, NodeMemory, PlacementOptions
 
     node = ray.get_runtime_context().get_node_id()
-    nodes = [entry for entry in ray.nodes() if entry["Alive"]]
-    resources = next(entry["Resources"] for entry in nodes if entry["NodeID"] == node)
+    resources = next(entry["Resources"] for entry in ray.nodes() if entry["NodeID"] == node)
     rate, window = 1e6 * args.migration_mb_per_second, args.placement_window_seconds
     return NodeMemory(
         MemoryOptions(
             service=service,
             workers=workers_on_node(most_workers, num_cpus=args.num_cpus, num_gpus=args.num_gpus, node=resources),
             movable=args.placement == "dynamic",
-            linked=len(nodes) > 1,
             secret=secret,
             keeper=KeeperOptions(window_seconds=window, bytes_per_second=rate),
             placement=PlacementOptions(window_seconds=window, bytes_per_second=rate),

@@ -29,6 +29,7 @@ def run(program: str, *arguments: str, seconds: float = 420) -> list[dict[str, A
             timeout=seconds,
             check=False,
         )
+    sys.stderr.write(done.stderr[-4000:])
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0, f"{records}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return records

@@ -16,7 +16,7 @@ class Nodes:
 
     def __init__(self, names: tuple[str, ...] = ("a",), *, standins: bool = False) -> None:
         self.now, self.rng = 0.0, np.random.default_rng(1)
-        self.standins = standins
+        self.standins, self.link = standins, 0.0005
         self.pins: dict[str, tuple[tuple[int, int], ...]] = dict.fromkeys(names, ())
         self.epochs = dict.fromkeys(names, 0)
         self.placement = self.restarted()
@@ -46,6 +46,7 @@ class Nodes:
             pin_slots=SLOTS,
             counts_LE=counts_LE,
             fetch_seconds=0.01,
+            link_seconds=tuple((f"{other}/0", self.link) for other in self.pins if other != name),
             standin_LE=np.full((LAYERS, EXPERTS), 0.5, np.float32) if self.standins else None,
             epoch=self.epochs[name],
             pins=self.pins[name],
@@ -94,6 +95,15 @@ def test_two_nodes_hold_different_experts_and_know_each_other() -> None:
     assert len(set(nodes.pins["a"]) | set(nodes.pins["b"])) > SLOTS, "a peer's copy makes a second one a waste"
 
 
+def test_nodes_whose_link_is_slower_than_the_disk_each_hold_the_hot_set() -> None:
+    nodes = Nodes(("a", "b"))
+    nodes.link = 1.0
+    for _ in range(4):
+        nodes.window(zipf())
+    for name in ("a", "b"):
+        assert nodes.share(name, zipf()) > best(zipf()) - 0.02
+
+
 def test_a_silent_node_is_forgotten_and_its_experts_placed_elsewhere() -> None:
     nodes = Nodes(("a", "b"))
     for _ in range(3):
@@ -113,6 +123,42 @@ def test_a_new_placement_starts_from_what_the_nodes_pin() -> None:
     nodes.restarted()
     told = nodes.window(zipf())["a"]
     assert told.epoch >= epoch and len(set(told.pins) & pins) >= SLOTS - 2
+
+
+def test_a_new_placement_without_load_keeps_what_all_nodes_pin() -> None:
+    nodes = Nodes(("a", "b"))
+    for _ in range(4):
+        nodes.window(zipf())
+    pins = {name: set(kept) for name, kept in nodes.pins.items()}
+    nodes.restarted()
+    for _ in range(2):
+        for name in ("a", "b"):
+            told = nodes.placement.report(nodes.report(name, np.zeros((LAYERS, EXPERTS), np.float32)))
+            assert told.epoch >= nodes.epochs[name] and set(told.pins) == pins[name]
+        nodes.now += 1.0
+    found = nodes.placement.map()
+    assert found is not None and found.pools == ("a", "b")
+
+
+def test_a_new_placement_hears_all_nodes_before_it_moves_anything() -> None:
+    nodes = Nodes(("a", "b"))
+    for _ in range(4):
+        nodes.window(zipf())
+    pins = {name: set(kept) for name, kept in nodes.pins.items()}
+    nodes.restarted()
+    for _ in range(3):
+        nodes.window(zipf())
+    for name in ("a", "b"):
+        assert len(set(nodes.pins[name]) & pins[name]) >= SLOTS - 2
+
+
+def test_a_node_from_a_later_epoch_is_heard() -> None:
+    nodes = Nodes(("a", "b"))
+    nodes.window(zipf(), only="a")
+    nodes.epochs["b"] = 40
+    nodes.window(zipf())
+    told = nodes.window(zipf(reverse=True))
+    assert told["b"].epoch >= 40 and nodes.pins["b"]
 
 
 def test_without_counts_nothing_is_decided() -> None:

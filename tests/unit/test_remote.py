@@ -49,6 +49,9 @@ def nodes(tmp_path: Path) -> Iterator[Callable[..., tuple[Engine, Engine]]]:
             sharing = Sharing(workers=1, tag=tag, folder=tmp_path / "shm", linked=True, secret=SECRET)
             config = EngineConfig(memory=memory, mode=mode, guard_share=0.0)
             opened.append(Engine.from_config(config, text=False, sharing=sharing))
+            assert opened[-1].link_address == "", "no door is open before there is anybody to come"
+            opened[-1].link()
+            opened[-1].link()
         return opened[0], opened[1]
 
     yield start
@@ -122,6 +125,7 @@ def test_a_wrong_secret_shares_nothing(
     here, _ = nodes()
     stranger = Sharing(workers=1, tag="n3", folder=tmp_path / "shm", linked=True, secret="another secret altogether")
     other = Engine.from_config(EngineConfig(memory="60%"), text=False, sharing=stranger)
+    other.link()
     here.meet({"n3": other.link_address})
     slow_disk(here)
     time.sleep(1.0)
