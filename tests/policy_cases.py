@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
+import numpy as np
 from hypothesis import strategies as st
-from torch import Tensor
 
 from buddymoe_ray.policy import Misses, RowBudgets
+from buddymoe_ray.policy.misses import Bools, Floats, Ints
 
 INF = float("inf")
 LAYERS = 3
@@ -21,21 +21,24 @@ def budgets(modes: list[int], *, allowance: float | list[float] = 0.0, price: fl
     """Row budgets as the engine makes them: exact rows have nothing, fast rows all."""
     given = allowance if isinstance(allowance, list) else [allowance] * len(modes)
     return RowBudgets(
-        mode_T=torch.tensor(modes, dtype=torch.int8),
-        allowance_T=torch.tensor([(0.0, a, INF)[m] for m, a in zip(modes, given, strict=True)]),
-        price_T=torch.tensor([(0.0, price, INF)[m] for m in modes]),
+        mode_T=np.array(modes, np.int8),
+        allowance_T=floats([(0.0, a, INF)[m] for m, a in zip(modes, given, strict=True)]),
+        price_T=floats([(0.0, price, INF)[m] for m in modes]),
     )
+
+
+def floats(values: object) -> Floats:
+    return np.array(values, np.float32)
 
 
 def miss(
     ids: list[list[int]], weights: list[list[float]], resident: list[int], rows: RowBudgets, *, E: int = 8
 ) -> Misses:
     """A case written by hand, in layer 1."""
-    resident_E = torch.zeros(E, dtype=torch.bool)
+    resident_E = np.zeros(E, np.bool_)
     resident_E[resident] = True
-    ids_TK = torch.tensor(ids)
     return Misses(
-        layer=1, ids_TK=ids_TK, weight_TK=torch.tensor(weights), resident_E=resident_E, score_TE=None, rows=rows
+        layer=1, ids_TK=np.array(ids), weight_TK=floats(weights), resident_E=resident_E, score_TE=None, rows=rows
     )
 
 
@@ -43,43 +46,42 @@ class Dice:
     """Random tables of one seed."""
 
     def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+        self.rng = np.random.default_rng(seed)
 
-    def grid(self, *shape: int, steps: int = 64, low: int = 0) -> Tensor:
+    def grid(self, *shape: int, steps: int = 64, low: int = 0) -> Floats:
         """Multiples of 1/steps from low/steps to 1."""
-        return torch.randint(low, steps + 1, shape, generator=self.generator).float() / steps
+        return self.rng.integers(low, steps + 1, shape).astype(np.float32) / np.float32(steps)
 
-    def coin(self, *shape: int, share: float = 0.5) -> Tensor:
-        return torch.rand(shape, generator=self.generator) < share
+    def coin(self, *shape: int, share: float = 0.5) -> Bools:
+        return self.rng.random(shape) < share
 
-    def distinct(self, rows: int, count: int, most: int) -> Tensor:
+    def distinct(self, rows: int, count: int, most: int) -> Ints:
         """`[rows, count]` numbers below `most`, no two alike in a row."""
-        return torch.rand(rows, most, generator=self.generator).argsort(dim=1)[:, :count]
+        return self.rng.random((rows, most)).argsort(axis=1)[:, :count]
 
-    def ranks(self, E: int, H: int) -> Tensor:
+    def ranks(self, E: int, H: int) -> Ints:
         """Candidate tables `[LAYERS, E, H]`: others in random order, -1 from a random place on."""
-        rank_LEH = torch.rand(LAYERS, E, E, generator=self.generator)
-        rank_LEH[:, torch.arange(E), torch.arange(E)] = 2.0  # itself comes last, and is cut off
-        rank_LEH = rank_LEH.argsort(dim=2)[..., : min(H, E - 1)]
-        length_LE1 = torch.randint(0, rank_LEH.shape[2] + 1, (LAYERS, E, 1), generator=self.generator)
-        return rank_LEH.where(torch.arange(rank_LEH.shape[2]) < length_LE1, -1)
+        rank_LEH = self.rng.random((LAYERS, E, E))
+        rank_LEH[:, np.arange(E), np.arange(E)] = 2.0  # itself comes last, and is cut off
+        order_LEH = rank_LEH.argsort(axis=2)[..., : min(H, E - 1)]
+        length_LE1 = self.rng.integers(0, order_LEH.shape[2] + 1, (LAYERS, E, 1))
+        return np.where(np.arange(order_LEH.shape[2]) < length_LE1, order_LEH, -1)
 
     def misses(self, T: int, K: int, E: int, *, modes: tuple[int, ...] = (0, 1, 2), resident: float = 0.5) -> Misses:
-        pick_T = torch.randint(0, len(modes), (T,), generator=self.generator)
-        mode_T = torch.tensor(modes, dtype=torch.int8)[pick_T]
+        mode_T = np.array(modes, np.int8)[self.rng.integers(0, len(modes), T)]
         allowance_T, price_T = self.grid(T) * 2, self.grid(T)
         score_TE = self.grid(T, E)
-        score_TE[torch.arange(T), torch.randint(0, E, (T,), generator=self.generator)] = 1.0
+        score_TE[np.arange(T), self.rng.integers(0, E, T)] = 1.0
         return Misses(
-            layer=int(torch.randint(0, LAYERS, (1,), generator=self.generator)),
+            layer=int(self.rng.integers(0, LAYERS)),
             ids_TK=self.distinct(T, K, E),
             weight_TK=self.grid(T, K, low=1),
             resident_E=self.coin(E, share=resident),
             score_TE=score_TE,
             rows=RowBudgets(
                 mode_T=mode_T,
-                allowance_T=torch.where(mode_T == 2, INF, torch.where(mode_T == 1, allowance_T, 0.0)),
-                price_T=torch.where(mode_T == 2, INF, torch.where(mode_T == 1, price_T, 0.0)),
+                allowance_T=np.where(mode_T == 2, INF, np.where(mode_T == 1, allowance_T, 0.0)).astype(np.float32),
+                price_T=np.where(mode_T == 2, INF, np.where(mode_T == 1, price_T, 0.0)).astype(np.float32),
             ),
         )
 

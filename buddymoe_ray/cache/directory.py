@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from buddymoe_ray.types import ExpertKey, SlotPlan
 
@@ -38,7 +37,7 @@ class Directory:
         self.plan = plan
         self.key_of: list[ExpertKey | None] = [None] * plan.slots_total
         self.slot_of: list[list[int]] = [[-1] * count for count in experts_per_layer]
-        self.resident_E: list[Tensor] = [torch.zeros(count, dtype=torch.bool) for count in experts_per_layer]
+        self.resident_E = [np.zeros(count, np.bool_) for count in experts_per_layer]
         self._orders = [new_eviction() for _ in (*plan.layer_slots, 0)]
         self._free: list[list[int]] = []
         self._partition: list[int] = []
@@ -96,7 +95,7 @@ class Directory:
         forward = {(la, e): slot for la, row in enumerate(self.slot_of) for e, slot in enumerate(row) if slot >= 0}
         backward = {(key.layer, key.expert): slot for slot, key in enumerate(self.key_of) if key is not None}
         assert forward == backward, f"experts say {forward}, slots say {backward}"
-        flags = {(la, e) for la, row in enumerate(self.resident_E) for e in row.nonzero()[:, 0].tolist()}
+        flags = {(la, e) for la, row in enumerate(self.resident_E) for e in row.nonzero()[0].tolist()}
         assert flags == set(forward), f"flags say {flags}, tables say {set(forward)}"
         free = [slot for slots in self._free for slot in slots]
         held = [slot for slot, key in enumerate(self.key_of) if key is not None]

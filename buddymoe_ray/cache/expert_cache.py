@@ -16,8 +16,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from buddymoe_ray.cache.directory import Directory, Eviction
 from buddymoe_ray.cache.disk import DiskReader, Ticket
@@ -110,17 +111,17 @@ class ExpertCache:
 
     def resident(self, layer: int) -> frozenset[int]:
         """Experts of a layer that are in device slots."""
-        return frozenset(self.resident_mask(layer).nonzero()[:, 0].tolist())
+        return frozenset(self.resident_mask(layer).nonzero()[0].tolist())
 
-    def resident_mask(self, layer: int) -> Tensor:
-        """`[E]` bool on the CPU, True where resident; a live view, not to be written."""
+    def resident_mask(self, layer: int) -> npt.NDArray[np.bool_]:
+        """`[E]`, True where resident; a live view, not to be written."""
         return self._directory.resident_E[layer]
 
-    def holding(self, layer: int) -> AbstractContextManager[Tensor]:
-        """`[E]` bool of the layer's residents, for a block in which none gives way but by this thread's own loads."""
+    def holding(self, layer: int) -> AbstractContextManager[npt.NDArray[np.bool_]]:
+        """`[E]` of the layer's residents, for a block in which none gives way but by this thread's own loads."""
         return nullcontext(self.resident_mask(layer))
 
-    def count(self, layer: int, ids: Tensor) -> None:
+    def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
         """Note uses of experts for whoever places them: a cache of one engine has nobody to tell."""
 
     def stream(

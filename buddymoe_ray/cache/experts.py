@@ -6,7 +6,8 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from buddymoe_ray.cache.expert_cache import CacheStats
 from buddymoe_ray.cache.pool import Lease
@@ -15,12 +16,16 @@ from buddymoe_ray.types import ExpertLayout, SlotPlan
 __all__ = ["Experts", "ExpertSource"]
 
 
+Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+
+
 class Experts(Protocol):
     """What a MoE block asks for; `ExpertCache` and `SharedExpertCache` give it."""
 
-    def resident_mask(self, layer: int) -> Tensor: ...
-    def holding(self, layer: int) -> AbstractContextManager[Tensor]: ...
-    def count(self, layer: int, ids: Tensor) -> None: ...
+    def resident_mask(self, layer: int) -> Bools: ...
+    def holding(self, layer: int) -> AbstractContextManager[Bools]: ...
+    def count(self, layer: int, ids: Ints) -> None: ...
     def stream(
         self, layer: int, experts: Sequence[int], *, protect_residency: bool
     ) -> Generator[tuple[Lease, ...], None, None]: ...

@@ -70,10 +70,8 @@ def round_compensated(
     factor = _inverse_factor(H[order][:, order])
     if factor is None:
         return plain
-    best = _feedback(W, factor, order, fmt, plain.base * 2**0.25)
-    errors = [_row_errors(W, candidate, H, fmt) for candidate in (plain, best)]
-    if float(errors[1].sum()) > float(errors[0].sum()):
-        best = plain
+    starts = [plain, round_plain(W, fmt), _feedback(W, factor, order, fmt, plain.base * 2**0.25)]
+    best = min(reversed(starts), key=lambda start: float(_row_errors(W, start, H, fmt).sum()))
     for _ in range(passes):
         best = _descend(W, _refit(W, best, H, fmt), H, fmt)
     return best

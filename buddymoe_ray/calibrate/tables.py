@@ -70,7 +70,7 @@ def _layer(trace: Trace, layer: int, E: int) -> dict[str, npt.NDArray[np.floatin
     used_TE = torch.zeros(len(ids_TK), E).scatter_(1, ids_TK, 1.0)
     together_EE = used_TE.T @ used_TE
     together_EE.fill_diagonal_(0)
-    tae_T = normalised_entropy(weight_TK)
+    tae_T = normalised_entropy(weight_TK.numpy())
     p_TK = weight_TK / weight_TK.sum(dim=1, keepdim=True).clamp_min(1e-20)
     top_T2 = p_TK.topk(min(2, p_TK.shape[1]), dim=1).values
     same_window = torch.arange(1, len(ids_TK)) % trace.window != 0
@@ -80,7 +80,7 @@ def _layer(trace: Trace, layer: int, E: int) -> dict[str, npt.NDArray[np.floatin
         "counts": counts_E.numpy(),
         "weight2": (weight2_E / counts_E.clamp_min(1)).numpy(),
         "together": together_EE.numpy(),
-        "tae": np.percentile(tae_T.numpy(), at),
+        "tae": np.percentile(tae_T, at),
         "margin": np.percentile((top_T2[:, 0] - top_T2[:, -1]).numpy(), at),
         "entropy": np.float64(tae_T.mean()),
         "reuse": np.float64(again_T.mean() if len(again_T) else 0.0),

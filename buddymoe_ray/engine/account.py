@@ -127,7 +127,7 @@ class StepTotals:
         self.peer += int(outcome.peer_T.sum())
         self.fetched += int(outcome.fetched_T.sum())
         self.expected_rise += float(outcome.harm_T.sum())
-        self._standins = [a + b for a, b in zip(self._standins, outcome.standins_TS.sum(dim=0).tolist(), strict=True)]
+        self._standins = [a + b for a, b in zip(self._standins, outcome.standins_TS.sum(axis=0).tolist(), strict=True)]
 
 
 def open_account(request: GenerationRequest, config: EngineConfig, setup: StandinSetup | None) -> Account:

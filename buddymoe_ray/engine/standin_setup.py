@@ -132,9 +132,7 @@ def prepare(
         plan=split.plan,
         kind_of=kind_of,
         layouts=layouts,
-        policy=make_policy(
-            config, profile, harm_LE=used_harm_LE, has_record_LE=_has_record(profile, kind_of), device=device
-        ),
+        policy=make_policy(config, profile, harm_LE=used_harm_LE, has_record_LE=_has_record(profile, kind_of)),
         layers=frozenset(range(profile.layers)) if layers is None else layers,
         wants_scores=wants_scores(config),
         price_of=_pricer(profile, used_harm_LE, split.plan),

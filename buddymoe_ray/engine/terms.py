@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 
-import torch
+import numpy as np
 
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.moe import Overlay, StepOutcome, StepTerms, Substitution
@@ -29,9 +29,9 @@ def terms_of(sequences: Rows[Sequence]) -> StepTerms:
     if not overlays and all(account.mode == "exact" for account in accounts):
         return StepTerms()
     budgets = RowBudgets(
-        mode_T=torch.tensor([_MODES[a.mode] for a in accounts], dtype=torch.int8),
-        allowance_T=torch.tensor([a.allowance for a in accounts], dtype=torch.float32),
-        price_T=torch.tensor([a.price for a in accounts], dtype=torch.float32),
+        mode_T=np.array([_MODES[a.mode] for a in accounts], np.int8),
+        allowance_T=np.array([a.allowance for a in accounts], np.float32),
+        price_T=np.array([a.price for a in accounts], np.float32),
     )
     return StepTerms(
         budgets=budgets,
@@ -62,11 +62,11 @@ def _overlays(sequences: Rows[Sequence]) -> dict[int, Overlay]:
             uses.setdefault(use.layer, []).append((row, use))
     return {
         layer: Overlay(
-            row_N=torch.tensor([row for row, _ in named]),
-            slot_N=torch.tensor([use.slot for _, use in named]),
-            action_N=torch.tensor([use.action for _, use in named]),
-            expert_N=torch.tensor([use.expert for _, use in named]),
-            weight_N=torch.tensor([use.weight for _, use in named], dtype=torch.float32),
+            row_N=np.array([row for row, _ in named]),
+            slot_N=np.array([use.slot for _, use in named]),
+            action_N=np.array([use.action for _, use in named], np.int8),
+            expert_N=np.array([use.expert for _, use in named]),
+            weight_N=np.array([use.weight for _, use in named], np.float32),
         )
         for layer, named in uses.items()
     }

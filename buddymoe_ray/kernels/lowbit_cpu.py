@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from weakref import WeakKeyDictionary
 
@@ -25,7 +26,7 @@ from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.kernels.rowwise import rowwise
 from buddymoe_ray.types import SlotTensor
 
-__all__ = ["available", "forward", "is_plain", "layer", "prepare"]
+__all__ = ["PlainRecord", "available", "forward", "is_plain", "layer", "prepare"]
 
 log = logging.getLogger(__name__)
 
@@ -84,25 +85,41 @@ def forward(x_RD: Tensor, tensors: Mapping[str, Tensor], fmt: LowbitFormat, math
     return y_RD if math.post_norm is None else rowwise(math.post_norm, y_RD)
 
 
+@dataclass(frozen=True, slots=True)
+class PlainRecord:
+    """Where the parts of a plain expert's record are: found once, for a step has no time to look. `groups` are of D and
+    F."""
+
+    bits: int
+    F: int
+    groups: tuple[int, int]
+    offsets: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layout: Sequence[SlotTensor], fmt: LowbitFormat) -> PlainRecord:
+        """The record of a layout with `gate_up_proj` and `down_proj`."""
+        named = {tensor.name: tensor for tensor in layout}
+        D, F = (named[f"{name}.codes"].shape[1] * 8 // fmt.bits for name in ("gate_up_proj", "down_proj"))
+        offsets = tuple(named[f"{name}.{part}"].offset for name in ("gate_up_proj", "down_proj") for part in PARTS)
+        return cls(fmt.bits, F, (fmt.group_of(D), fmt.group_of(F)), offsets)
+
+
 def layer(
     x_TD: Tensor,
     records_B: Tensor,
     at_E: Tensor,
     expert_N: Tensor,
     out_ND: Tensor,
-    layout: Sequence[SlotTensor],
-    fmt: LowbitFormat,
+    record: PlainRecord,
     threads: int,
 ) -> None:
     """`LowbitLayer.__call__` for plain experts (`is_plain`); float32 rows only."""
     assert x_TD.dtype == out_ND.dtype == torch.float32, f"rows are {x_TD.dtype}, {out_ND.dtype}, must be float32"
     assert out_ND.is_contiguous() and records_B.is_contiguous(), "outputs and records must be contiguous"
-    named = {tensor.name: tensor for tensor in layout}
-    F, (T, D) = named["down_proj.codes"].shape[1] * 8 // fmt.bits, x_TD.shape
+    (T, D), F = x_TD.shape, record.F
     x, experts_of, places = x_TD.contiguous(), expert_N.contiguous().numpy(), at_E.contiguous().numpy()
-    shape = (fmt.bits, D, F, len(experts_of) // T, fmt.group_of(D), fmt.group_of(F))
-    offsets = tuple(named[f"{name}.{part}"].offset for name in ("gate_up_proj", "down_proj") for part in PARTS)
-    kernel, table = _experts(), _table()
+    shape = (record.bits, D, F, len(experts_of) // T, *record.groups)
+    offsets, kernel, table = record.offsets, _experts(), _table()
     x_address, records, out = x.data_ptr(), records_B.data_ptr(), out_ND.data_ptr()
 
     def run(share: int, shares: int) -> None:

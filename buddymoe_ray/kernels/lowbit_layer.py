@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.kernels.lowbit import lowbit_forward
-from buddymoe_ray.kernels.lowbit_cpu import available, is_plain, layer, prepare
+from buddymoe_ray.kernels.lowbit_cpu import PlainRecord, available, is_plain, layer, prepare
 from buddymoe_ray.kernels.lowbit_format import LowbitFormat
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.types import SlotTensor
@@ -35,6 +35,7 @@ class LowbitLayer:
         named = {tensor.name: tensor for tensor in layout}
         self._nbytes = max(tensor.offset + tensor.nbytes for tensor in layout)
         self._ffn = named["down_proj.codes"].shape[1] * 8 // fmt.bits
+        self._plain: PlainRecord | None = None
 
     def __call__(self, x_TD: Tensor, records_B: Tensor, at_E: Tensor, expert_TK: Tensor, out_ND: Tensor) -> None:
         """Write `out_ND[n] = expert expert_TK.flat[n] over x_TD[n // K]` for uses whose expert has a record.
@@ -49,8 +50,8 @@ class LowbitLayer:
         )
         if len(expert_N) == 0:
             return
-        assert int(expert_N.max()) < len(at_E), f"expert is {int(expert_N.max())}, must be below {len(at_E)}"
-        last = int(at_E.max())
+        most, last = int(expert_N.cpu().numpy().max()), int(at_E.cpu().numpy().max())
+        assert most < len(at_E), f"expert is {most}, must be below {len(at_E)}"
         assert last < 0 or last + self._nbytes <= len(records_B), (
             f"the last record ends at byte {last + self._nbytes}, must be at most {len(records_B)}"
         )
@@ -77,7 +78,8 @@ class LowbitLayer:
         }
 
     def _fused(self, x_TD: Tensor, records_B: Tensor, at_E: Tensor, expert_N: Tensor, out_ND: Tensor) -> None:
-        rest = (self._layout, self._fmt, self._threads)
+        self._plain = self._plain or PlainRecord.of(self._layout, self._fmt)
+        rest = (self._plain, self._threads)
         if x_TD.dtype == torch.float32:
             layer(x_TD, records_B, at_E, expert_N, out_ND, *rest)
             return

@@ -17,7 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from itertools import pairwise
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,6 +35,9 @@ __all__ = ["ExpertCompute", "MoEBlock"]
 
 ExpertCompute = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 """`compute(x_RD, a slot's tensors) -> y_RD`, before the router weight."""
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 _Rows = dict[int, tuple[Tensor, Tensor]]
 
@@ -63,28 +69,31 @@ class MoEBlock:
         if step.observer is not None:
             step.observer(self.layer, hidden_TD, ids_TK, weight_TK)
         y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
+        ids = ids_TK.cpu().numpy()
         if step.phase is Phase.DECODE:
-            weight_TK = self._decode(hidden_TD, ids_TK, weight_TK, y_ND)
+            weight_TK = self._decode(hidden_TD, ids, weight_TK, y_ND)
         else:
-            self._run_full(hidden_TD, _group(ids_TK), y_ND, protect=True)
+            self._run_full(hidden_TD, _group(ids, hidden_TD.device), y_ND, protect=True)
         return combine(y_ND.view(*ids_TK.shape, -1), weight_TK).to(hidden_TD.dtype)
 
-    def _decode(self, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, y_ND: Tensor) -> Tensor:
+    def _decode(self, hidden_TD: Tensor, ids_TK: Ints, weight_TK: Tensor, y_ND: Tensor) -> Tensor:
         """Fill `y_ND`; returns the weights to combine it with."""
         self._cache.count(self.layer, ids_TK)
-        standins, step = self._standins, self._step
+        standins, step, device = self._standins, self._step, hidden_TD.device
         if standins is None or not standins.may_answer(self.layer, step):
-            step.outcome.count_exact(self._cache.resident_mask(self.layer)[ids_TK.cpu()])
-            self._run_full(hidden_TD, _group(ids_TK), y_ND, protect=False)
+            step.outcome.count_exact(self._cache.resident_mask(self.layer)[ids_TK])
+            self._run_full(hidden_TD, _group(ids_TK, device), y_ND, protect=False)
             return weight_TK
         with self._cache.holding(self.layer) as resident_E:  # what is decided here must still hold when it is computed
             resolution = standins.resolve(self.layer, ids_TK, weight_TK, resident_E, step)
             action_TK, expert_TK = resolution.action_TK, resolution.expert_TK
             own_TK, dropped_TK = action_TK == Action.OWN, action_TK == Action.DROP
-            standins.answer(self.layer, hidden_TD, expert_TK.where(own_TK, -1), y_ND)
-            y_ND[dropped_TK.reshape(-1)] = 0
-            self._run_full(hidden_TD, _group(expert_TK, ~(own_TK | dropped_TK)), y_ND, protect=False)
-        return resolution.weight_TK
+            if own_TK.any():
+                standins.answer(self.layer, hidden_TD, np.where(own_TK, expert_TK, -1), y_ND)
+            if dropped_TK.any():
+                y_ND[torch.from_numpy(dropped_TK.reshape(-1))] = 0
+            self._run_full(hidden_TD, _group(expert_TK, device, ~(own_TK | dropped_TK)), y_ND, protect=False)
+        return torch.from_numpy(resolution.weight_TK).to(weight_TK)
 
     def _run_full(self, hidden_TD: Tensor, rows_of: _Rows, y_ND: Tensor, *, protect: bool) -> None:
         """Run the experts themselves: some at a peer while the others run here."""
@@ -96,23 +105,25 @@ class MoEBlock:
         answers = self.peers.ask(self.layer, {e: hidden_TD.index_select(0, asked[e][1]) for e in asked})
         self._run_here(hidden_TD, {e: rows for e, rows in rows_of.items() if e not in asked}, y_ND, protect=protect)
         answered = answers.collect()
-        uses_T = torch.zeros(len(hidden_TD), dtype=torch.int64)
+        uses_T = np.zeros(len(hidden_TD), np.int64)
         for expert, y_RD in answered.items():
             rows_R, tokens_R = asked[expert]
             y_ND.index_copy_(0, rows_R, y_RD.to(y_ND))
-            uses_T += torch.bincount(tokens_R.cpu(), minlength=len(hidden_TD))
+            uses_T += np.bincount(tokens_R.cpu().numpy(), minlength=len(uses_T))
         self._step.outcome.count_peer(uses_T)
         rest = {e: rows for e, rows in asked.items() if e not in answered}
         self._run_here(hidden_TD, rest, y_ND, protect=protect)
 
     def _for_peers(self, peers: Peers, rows_of: _Rows) -> _Rows:
         """What is missing here and to be had from a peer sooner than from the tiers behind."""
-        resident_E = self._cache.resident_mask(self.layer).tolist()
+        resident_E = self._cache.resident_mask(self.layer)
         missing = [expert for expert in rows_of if not resident_E[expert]]
         return {expert: rows_of[expert] for expert in peers.able(self.layer, missing)} if missing else {}
 
     def _run_here(self, hidden_TD: Tensor, rows_of: _Rows, y_ND: Tensor, *, protect: bool) -> None:
         """Run experts as the cache lends them."""
+        if not rows_of:
+            return
         with closing(self._cache.stream(self.layer, list(rows_of), protect_residency=protect)) as waves:
             for leases in waves:
                 for lease in leases:
@@ -121,16 +132,15 @@ class MoEBlock:
                     y_ND.index_copy_(0, rows_R, self._compute(x_RD, lease.tensors()))
 
 
-def _group(expert_TK: Tensor, only_TK: Tensor | None = None) -> _Rows:
+def _group(expert_TK: Ints, device: torch.device, only_TK: Bools | None = None) -> _Rows:
     """Rows (indices into T*K) and tokens of every expert named (where `only_TK`), in ascending order of expert."""
     expert_N = expert_TK.reshape(-1)
-    if only_TK is None:
-        sorted_N, order_N = torch.sort(expert_N, stable=True)
-    else:
-        chosen_N = only_TK.reshape(-1).nonzero()[:, 0]
-        sorted_N, order_N = torch.sort(expert_N[chosen_N], stable=True)
-        order_N = chosen_N[order_N]
-    named, counts = torch.unique_consecutive(sorted_N, return_counts=True)
-    sizes = counts.tolist()
-    rows, tokens = order_N.split(sizes), (order_N // expert_TK.shape[1]).split(sizes)
-    return dict(zip(named.tolist(), zip(rows, tokens, strict=True), strict=True))
+    chosen_N = np.arange(len(expert_N)) if only_TK is None else np.flatnonzero(only_TK)
+    order_N = chosen_N[expert_N[chosen_N].argsort(kind="stable")]
+    named_N = expert_N[order_N]
+    bounds = [0, *(np.flatnonzero(named_N[1:] != named_N[:-1]) + 1).tolist(), len(order_N)] if len(order_N) else [0]
+    sizes = [b - a for a, b in pairwise(bounds)]
+    rows_N = torch.from_numpy(order_N).to(device)
+    tokens_N = rows_N // expert_TK.shape[1]
+    named = named_N[bounds[:-1]].tolist()
+    return dict(zip(named, zip(rows_N.split(sizes), tokens_N.split(sizes), strict=True), strict=True))

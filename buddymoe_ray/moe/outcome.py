@@ -7,11 +7,11 @@ Legend: T rows of the pass, K slots of a token, E experts, S kinds of stand-in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from buddymoe_ray.policy import Action, Resolution
 
@@ -19,6 +19,9 @@ __all__ = ["STANDIN_KINDS", "StepOutcome", "Substitution", "standin_kind"]
 
 STANDIN_KINDS = ("lowbit", "lowrank", "buddy", "mean", "drop")
 """Columns of `StepOutcome.standins_TS`, and the fields of `types.StandinUses`."""
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
 
 _BUDDY, _DROP = STANDIN_KINDS.index("buddy"), STANDIN_KINDS.index("drop")
 
@@ -45,11 +48,11 @@ class Substitution:
 class StepOutcome:
     """Sums over the layers of a pass. `harm_T` is in nats; `substitutions` are those of the rows in `record`."""
 
-    hits_T: Tensor
-    peer_T: Tensor
-    fetched_T: Tensor
-    standins_TS: Tensor
-    harm_T: Tensor
+    hits_T: Ints
+    peer_T: Ints
+    fetched_T: Ints
+    standins_TS: Ints
+    harm_T: Floats
     record: frozenset[int] = frozenset()
     substitutions: list[Substitution] = field(default_factory=list)
 
@@ -57,11 +60,11 @@ class StepOutcome:
     def empty(cls, rows: int, record: frozenset[int] = frozenset()) -> StepOutcome:
         """Nothing counted yet."""
         return cls(
-            hits_T=torch.zeros(rows, dtype=torch.int64),
-            peer_T=torch.zeros(rows, dtype=torch.int64),
-            fetched_T=torch.zeros(rows, dtype=torch.int64),
-            standins_TS=torch.zeros(rows, len(STANDIN_KINDS), dtype=torch.int64),
-            harm_T=torch.zeros(rows, dtype=torch.float32),
+            hits_T=np.zeros(rows, np.int64),
+            peer_T=np.zeros(rows, np.int64),
+            fetched_T=np.zeros(rows, np.int64),
+            standins_TS=np.zeros((rows, len(STANDIN_KINDS)), np.int64),
+            harm_T=np.zeros(rows, np.float32),
             record=record,
         )
 
@@ -69,51 +72,55 @@ class StepOutcome:
     def joined(cls, outcomes: Sequence[StepOutcome]) -> StepOutcome:
         """Outcomes of passes of one row each, as one outcome of as many rows."""
         return cls(
-            hits_T=torch.cat([o.hits_T for o in outcomes]),
-            peer_T=torch.cat([o.peer_T for o in outcomes]),
-            fetched_T=torch.cat([o.fetched_T for o in outcomes]),
-            standins_TS=torch.cat([o.standins_TS for o in outcomes]),
-            harm_T=torch.cat([o.harm_T for o in outcomes]),
+            hits_T=np.concatenate([o.hits_T for o in outcomes]),
+            peer_T=np.concatenate([o.peer_T for o in outcomes]),
+            fetched_T=np.concatenate([o.fetched_T for o in outcomes]),
+            standins_TS=np.concatenate([o.standins_TS for o in outcomes]),
+            harm_T=np.concatenate([o.harm_T for o in outcomes]),
             substitutions=[replace(s, row=row) for row, o in enumerate(outcomes) for s in o.substitutions],
         )
 
-    def count_exact(self, hit_TK: Tensor) -> None:
+    def count_exact(self, hit_TK: npt.NDArray[np.bool_]) -> None:
         """Add a layer that stood in for nothing; `hit_TK` is True where the expert was resident at its begin."""
-        hits_T = hit_TK.sum(dim=1)
+        hits_T = hit_TK.sum(axis=1)
         self.hits_T += hits_T
         self.fetched_T += hit_TK.shape[1] - hits_T
 
-    def count_peer(self, uses_T: Tensor) -> None:
-        """Say that `uses_T` (int64) of each row's fetched uses were computed exactly by another worker instead."""
-        uses_T = uses_T.cpu()
-        fits = bool(((uses_T >= 0) & (uses_T <= self.fetched_T)).all())
+    def count_peer(self, uses_T: Ints) -> None:
+        """Say that `uses_T` of each row's fetched uses were computed exactly by another worker instead."""
+        fits = ((uses_T >= 0) & (uses_T <= self.fetched_T)).all()
         assert fits, f"peer uses are {uses_T.tolist()}, must be at most the fetched {self.fetched_T.tolist()}"
         self.peer_T += uses_T
         self.fetched_T -= uses_T
 
-    def count(self, layer: int, resolution: Resolution, own_column_E: Tensor, kind_of_E: Sequence[str]) -> Tensor:
+    def count(self, layer: int, resolution: Resolution, own_column_E: Ints, kind_of_E: Sequence[str]) -> Floats:
         """Add a layer's resolution; returns the harm of each row.
 
         Args:
             own_column_E: column of `standins_TS` that each expert's own record counts in.
             kind_of_E: full name of the kind of each expert's own record.
         """
-        action_TK = resolution.action_TK.cpu()
-        self.hits_T += (action_TK == Action.HIT).sum(dim=1)
-        self.fetched_T += (action_TK == Action.FETCH).sum(dim=1)
-        stood_in_TK = action_TK >= Action.OWN
-        harm_T = resolution.harm_TK.sum(dim=1).cpu()
+        action_TK = resolution.action_TK
+        self.hits_T += (action_TK == Action.HIT).sum(axis=1)
+        self.fetched_T += (action_TK == Action.FETCH).sum(axis=1)
+        harm_T: Floats = resolution.harm_TK.sum(axis=1)
         self.harm_T += harm_T
-        column_TK = own_column_E[resolution.expert_TK.cpu()]
-        column_TK = torch.where(action_TK == Action.BUDDY, _BUDDY, column_TK)
-        column_TK = torch.where(action_TK == Action.DROP, _DROP, column_TK)
-        self.standins_TS.scatter_add_(1, column_TK, stood_in_TK.long())
+        row_N, slot_N = (action_TK >= Action.OWN).nonzero()
+        if not len(row_N):
+            return harm_T
+        action_N, column_N = action_TK[row_N, slot_N], own_column_E[resolution.expert_TK[row_N, slot_N]]
+        column_N[action_N == Action.BUDDY] = _BUDDY
+        column_N[action_N == Action.DROP] = _DROP
+        T, S = self.standins_TS.shape
+        self.standins_TS += np.bincount(row_N * S + column_N, minlength=T * S).reshape(T, S)
         if self.record:
-            self._keep(layer, resolution, stood_in_TK, kind_of_E)
+            self._keep(layer, resolution, zip(row_N.tolist(), slot_N.tolist(), strict=True), kind_of_E)
         return harm_T
 
-    def _keep(self, layer: int, resolution: Resolution, stood_in_TK: Tensor, kind_of_E: Sequence[str]) -> None:
-        for row, slot in stood_in_TK.nonzero().tolist():
+    def _keep(
+        self, layer: int, resolution: Resolution, stood_in: Iterable[tuple[int, int]], kind_of_E: Sequence[str]
+    ) -> None:
+        for row, slot in stood_in:
             if row in self.record:
                 action, expert = int(resolution.action_TK[row, slot]), int(resolution.expert_TK[row, slot])
                 kind = {Action.BUDDY: "buddy", Action.DROP: "drop"}.get(Action(action)) or kind_of_E[expert]

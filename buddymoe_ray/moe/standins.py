@@ -12,16 +12,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from buddymoe_ray.cache import StandinPool
 from buddymoe_ray.moe.outcome import STANDIN_KINDS, standin_kind
 from buddymoe_ray.moe.step import Overlay, StepState
-from buddymoe_ray.policy import Action, Misses, MissPolicy, Resolution, RowBudgets
+from buddymoe_ray.policy import Action, Misses, MissPolicy, Resolution
 from buddymoe_ray.types import ExpertKey
 
 __all__ = ["RecordCompute", "Standins"]
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 
 class RecordCompute(Protocol):
@@ -56,7 +61,7 @@ class Standins:
             [self.pool.kind_of.get(ExpertKey(layer, e), "") for e in range(count)]
             for layer, count in enumerate(self.experts_per_layer)
         ]
-        columns = [torch.tensor([STANDIN_KINDS.index(standin_kind(k)) if k else 0 for k in row]) for row in kinds]
+        columns = [np.array([STANDIN_KINDS.index(standin_kind(k)) if k else 0 for k in row]) for row in kinds]
         at = {
             kind: [
                 torch.tensor([self.pool.offset_of[ExpertKey(la, e)] if k == kind else -1 for e, k in enumerate(row)])
@@ -68,16 +73,17 @@ class Standins:
         object.__setattr__(self, "_columns", columns)
         object.__setattr__(self, "_at", at)
 
-    def resolve(self, layer: int, ids_TK: Tensor, weight_TK: Tensor, resident_E: Tensor, step: StepState) -> Resolution:
+    def resolve(self, layer: int, ids_TK: Ints, weight_TK: Tensor, resident_E: Bools, step: StepState) -> Resolution:
         """What answers each use of this layer, counted and charged in `step`."""
         assert step.budgets is not None, "resolve was called for an exact pass"
+        score_TE = step.scores.get(layer)
         misses = Misses(
             layer=layer,
             ids_TK=ids_TK,
-            weight_TK=weight_TK,
-            resident_E=resident_E.to(ids_TK.device),
-            score_TE=step.scores.get(layer),
-            rows=_on(step.budgets, ids_TK.device),
+            weight_TK=weight_TK.float().cpu().numpy(),
+            resident_E=resident_E,
+            score_TE=None if score_TE is None else score_TE.cpu().numpy(),
+            rows=step.budgets,
         )
         resolution = self.policy.resolve(misses)
         overlay = step.overlays.get(layer)
@@ -87,32 +93,26 @@ class Standins:
         step.charge(step.outcome.count(layer, resolution, columns, kinds))
         return resolution
 
-    def answer(self, layer: int, x_TD: Tensor, expert_TK: Tensor, out_ND: Tensor) -> None:
-        """Fill the rows of `out_ND` whose use a record answers; `expert_TK` is negative for all other uses."""
-        for kind, compute in self.compute.items():
-            compute(layer, x_TD, self.pool.bytes, self._at[kind][layer], expert_TK, out_ND)  # type: ignore[attr-defined]
+    def answer(self, layer: int, x_TD: Tensor, named_TK: Ints, out_ND: Tensor) -> None:
+        """Fill the rows of `out_ND` whose use a record answers; `named_TK` is negative for all other uses."""
+        expert_TK = torch.from_numpy(named_TK).to(x_TD.device)
+        named = named_TK[named_TK >= 0]
+        kinds = {self._kinds[layer][expert] for expert in named.tolist()}  # type: ignore[attr-defined]
+        for kind in kinds & self.compute.keys():
+            at_E = self._at[kind][layer]  # type: ignore[attr-defined]
+            self.compute[kind](layer, x_TD, self.pool.bytes, at_E, expert_TK, out_ND)
 
     def may_answer(self, layer: int, step: StepState) -> bool:
         """Whether any row of the pass may be answered by a stand-in in this layer."""
         return step.budgets is not None and (layer in self.layers or layer in step.overlays)
 
 
-def _on(budgets: RowBudgets, device: torch.device) -> RowBudgets:
-    """The budgets where the routing is; they are kept on the CPU, where requests are."""
-    return RowBudgets(
-        mode_T=budgets.mode_T.to(device),
-        allowance_T=budgets.allowance_T.to(device),
-        price_T=budgets.price_T.to(device),
-    )
-
-
 def _repeat(resolution: Resolution, overlay: Overlay) -> Resolution:
     """Force the recorded uses upon a resolution; a replay is charged nothing, its harm was charged when recorded."""
-    at = (overlay.row_N.to(resolution.action_TK.device), overlay.slot_N.to(resolution.action_TK.device))
-    action_TK, expert_TK = resolution.action_TK.clone(), resolution.expert_TK.clone()
-    weight_TK = resolution.weight_TK.clone()
-    action_TK[at] = overlay.action_N.to(action_TK)
-    expert_TK[at], weight_TK[at] = overlay.expert_N.to(expert_TK), overlay.weight_N.to(weight_TK)
+    at = (overlay.row_N, overlay.slot_N)
+    action_TK, expert_TK = resolution.action_TK.copy(), resolution.expert_TK.copy()
+    weight_TK = resolution.weight_TK.copy()
+    action_TK[at], expert_TK[at], weight_TK[at] = overlay.action_N, overlay.expert_N, overlay.weight_N
     assert int(action_TK.max()) <= Action.DROP, f"action is {int(action_TK.max())}, must be at most {Action.DROP}"
     return Resolution(
         action_TK=action_TK,

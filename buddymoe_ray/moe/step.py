@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from buddymoe_ray.moe.outcome import StepOutcome
@@ -34,11 +36,11 @@ class Phase(Enum):
 class Overlay:
     """Recorded substitutions of one layer that a replayed pass must repeat; N of them."""
 
-    row_N: Tensor
-    slot_N: Tensor
-    action_N: Tensor
-    expert_N: Tensor
-    weight_N: Tensor
+    row_N: npt.NDArray[np.int64]
+    slot_N: npt.NDArray[np.int64]
+    action_N: npt.NDArray[np.int8]
+    expert_N: npt.NDArray[np.int64]
+    weight_N: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +85,11 @@ class StepState:
         self.budgets, self.overlays = terms.budgets, terms.overlays
         self.outcome = StepOutcome.empty(rows, terms.record)
 
-    def charge(self, harm_T: Tensor) -> None:
+    def charge(self, harm_T: npt.NDArray[np.float32]) -> None:
         """Take a layer's harm (nats) off what the rows may spend in the layers to come."""
         if self.budgets is not None:
-            self.budgets = replace(self.budgets, allowance_T=self.budgets.allowance_T - harm_T)
+            with np.errstate(invalid="ignore"):  # a fast row's endless allowance less an endless harm
+                self.budgets = replace(self.budgets, allowance_T=self.budgets.allowance_T - harm_T)
 
 
 def _of_row(overlay: Overlay, row: int) -> Overlay:

@@ -1,20 +1,18 @@
-"""Pure decisions over numbers and tensors: no ray, no clock, no I/O, no device of its own.
+"""Pure decisions over numbers and arrays: no ray, no torch, no clock, no I/O, no device.
 
 Each returns what was decided and why, for others to do.
-What decides on tensors is imported when it is first asked for, so that the service's front may use the rest without
-torch.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
 from buddymoe_ray.policy.affinity import PrefixAffinity, RouteCandidate, RouteChoice, RouteReason, prefix_blocks
+from buddymoe_ray.policy.buddymoe import BuddyMoE, BuddyParams, buddy_lists, normalised_entropy
 from buddymoe_ray.policy.eviction import LRU
 from buddymoe_ray.policy.guard import Guard, GuardView
+from buddymoe_ray.policy.ladder import Ladder
 from buddymoe_ray.policy.ledger import Ledger, Pricer, price_for
 from buddymoe_ray.policy.memory import Staging, parse_memory, plan_staging, split_slots
+from buddymoe_ray.policy.misses import Action, Misses, MissPolicy, Reason, Resolution, RowBudgets
 from buddymoe_ray.policy.placement import NodeLinks, PlacementProblem, Pool
 from buddymoe_ray.policy.placement_exact import solve_exact
 from buddymoe_ray.policy.placement_greedy import Effort, solve
@@ -24,12 +22,7 @@ from buddymoe_ray.policy.placement_rules import eplb, oracle, round_robin, stati
 from buddymoe_ray.policy.placement_segments import SegmentSplit, shard_segments
 from buddymoe_ray.policy.placement_steps import Step, migration_steps
 from buddymoe_ray.policy.split import Split, choose, split_movable
-
-if TYPE_CHECKING:
-    from buddymoe_ray.policy.buddymoe import BuddyMoE, BuddyParams, buddy_lists, normalised_entropy
-    from buddymoe_ray.policy.ladder import Ladder
-    from buddymoe_ray.policy.misses import Action, Misses, MissPolicy, Reason, Resolution, RowBudgets
-    from buddymoe_ray.policy.standins import Answers, Buddy, Drop, Own, RandomBuddy, RouterBuddy, Standin
+from buddymoe_ray.policy.standins import Answers, Buddy, Drop, Own, RandomBuddy, RouterBuddy, Standin
 
 __all__ = [
     "LRU",
@@ -88,17 +81,3 @@ __all__ = [
     "split_slots",
     "static",
 ]
-
-_WITH_TENSORS = {
-    "buddymoe": ("BuddyMoE", "BuddyParams", "buddy_lists", "normalised_entropy"),
-    "ladder": ("Ladder",),
-    "misses": ("Action", "Misses", "MissPolicy", "Reason", "Resolution", "RowBudgets"),
-    "standins": ("Answers", "Buddy", "Drop", "Own", "RandomBuddy", "RouterBuddy", "Standin"),
-}
-_HOMES = {name: module for module, names in _WITH_TENSORS.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'buddymoe_ray.policy' has no attribute {name!r}")
-    return getattr(import_module(f"buddymoe_ray.policy.{_HOMES[name]}"), name)

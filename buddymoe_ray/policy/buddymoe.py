@@ -16,14 +16,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from buddymoe_ray.policy.ladder import all_resident, within_budget
-from buddymoe_ray.policy.misses import Action, Misses, Reason, Resolution
+from buddymoe_ray.policy.misses import Action, Bools, Floats, Ints, Misses, Reason, Resolution, Tiny
 from buddymoe_ray.policy.standins import pick_unique
 
 __all__ = ["BuddyMoE", "BuddyParams", "buddy_lists", "normalised_entropy"]
+
+
+_LEAST = np.float32(1e-20)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,27 +45,35 @@ class BuddyParams:
     search: int = 16
 
 
-def buddy_lists(coactivation_EE: Tensor, params: BuddyParams) -> tuple[Tensor, Tensor, float]:
+def buddy_lists(coactivation_EE: npt.NDArray[np.floating], params: BuddyParams) -> tuple[Ints, Floats, float]:
     """Candidates `[E, k_max]` by falling q (-1 beyond a list's end), their q `[E, k_max]`, and the share of lists that
     `k_max` cut short. `coactivation_EE[i, j]` counts tokens whose top-k holds both (the diagonal is ignored)."""
     E = len(coactivation_EE)
-    counts_EE = coactivation_EE.double() + params.epsilon
-    counts_EE.fill_diagonal_(0)
-    q_EE = counts_EE / counts_EE.sum(dim=1, keepdim=True).clamp_min(1e-30)
-    sorted_EE, order_EE = q_EE.sort(dim=1, descending=True, stable=True)
-    before_EE = sorted_EE.cumsum(dim=1) - sorted_EE
+    counts_EE = coactivation_EE.astype(np.float64) + params.epsilon
+    np.fill_diagonal(counts_EE, 0)
+    q_EE = counts_EE / np.maximum(counts_EE.sum(axis=1, keepdims=True), 1e-30)
+    order_EE = (-q_EE).argsort(axis=1, kind="stable")
+    sorted_EE = np.take_along_axis(q_EE, order_EE, axis=1)
+    before_EE = sorted_EE.cumsum(axis=1) - sorted_EE
     # 6 and 3 of 10 are .9, whatever their floats sum to
     wanted_EE = (before_EE < params.alpha - 1e-9) & (sorted_EE > 0)
     width = min(params.k_max, E)
-    cut = float((wanted_EE.sum(dim=1) > width).double().mean())
+    cut = float((wanted_EE.sum(axis=1) > width).mean())
     kept_EH = wanted_EE[:, :width]
-    return order_EE[:, :width].where(kept_EH, -1), sorted_EE[:, :width].where(kept_EH, 0.0).float(), cut
+    q_EH = np.where(kept_EH, sorted_EE[:, :width], 0.0).astype(np.float32)
+    return np.where(kept_EH, order_EE[:, :width], -1), q_EH, cut
 
 
-def normalised_entropy(weight_TK: Tensor) -> Tensor:
+def normalised_entropy(weight_TK: Floats) -> Floats:
     """Token activating entropy `[T]`: of the renormalised slot weights, over ln K; 0 is peaked, 1 is even."""
-    p_TK = weight_TK.float() / weight_TK.float().sum(dim=1, keepdim=True).clamp_min(1e-20)
-    return -(p_TK * p_TK.clamp_min(1e-20).log()).sum(dim=1) / math.log(max(2, weight_TK.shape[1]))
+    p_TK = _shares(weight_TK)
+    entropy_T: Floats = -(p_TK * np.log(np.maximum(p_TK, _LEAST))).sum(axis=1)
+    return entropy_T / np.float32(math.log(max(2, weight_TK.shape[1])))
+
+
+def _shares(weight_TK: Floats) -> Floats:
+    share_TK: Floats = weight_TK / np.maximum(weight_TK.sum(axis=1, keepdims=True), _LEAST)
+    return share_TK
 
 
 class BuddyMoE:
@@ -80,12 +91,12 @@ class BuddyMoE:
     def __init__(
         self,
         *,
-        candidates_LEH: Tensor,
-        q_LEH: Tensor,
-        tau_L: Tensor,
+        candidates_LEH: Ints,
+        q_LEH: Floats,
+        tau_L: Floats,
         params: BuddyParams,
-        hop_E: Tensor | None = None,
-        harm_LEE: Tensor | None = None,
+        hop_E: Ints | None = None,
+        harm_LEE: Floats | None = None,
     ) -> None:
         self.params, self._harm_LEE = params, harm_LEE
         self._candidates_LEH, self._q_LEH = candidates_LEH[..., : params.search], q_LEH[..., : params.search]
@@ -95,65 +106,60 @@ class BuddyMoE:
         """The paper's gates, then its buddies; a `bounded` row also keeps to its price and allowance."""
         ids_TK, params = misses.ids_TK, self.params
         resident_TK = misses.resident_E[ids_TK]
-        if bool(resident_TK.all()):
+        if resident_TK.all():
             return all_resident(misses)
         gate_T = self._gate(misses, resident_TK)
         candidates_TKH = self._candidates_LEH[misses.layer][ids_TK]
         expert_TK, found_TK = pick_unique(misses, candidates_TKH, self._psi(misses, candidates_TKH))
         allowed_TK = ~resident_TK & (gate_T == Reason.SUBSTITUTED)[:, None]
         take_TK = allowed_TK & found_TK
-        over_TK = take_TK & (take_TK.cumsum(dim=1) > params.rho)
+        over_TK = take_TK & (take_TK.cumsum(axis=1) > params.rho)
         within_TK = take_TK & ~over_TK
         harm_TK = self._harm(misses, expert_TK)
         cheap_TK, take_TK = within_budget(misses.rows, harm_TK, within_TK)
-        reason_TK = gate_T[:, None].expand(ids_TK.shape)
-        reason_TK = torch.where(within_TK & ~take_TK, Reason.OVER_PRICE, reason_TK)
-        reason_TK = torch.where(cheap_TK & ~take_TK, Reason.OVER_ALLOWANCE, reason_TK)
-        reason_TK = torch.where(allowed_TK & ~found_TK, Reason.NO_BUDDY, reason_TK)
-        reason_TK = torch.where(over_TK, Reason.OVER_RHO, reason_TK)
-        reason_TK = torch.where(resident_TK, Reason.RESIDENT, reason_TK)
-        action_TK = torch.where(take_TK, Action.BUDDY, torch.where(resident_TK, Action.HIT, Action.FETCH))
+        reason_TK = np.broadcast_to(gate_T[:, None], ids_TK.shape).copy()
+        reason_TK[within_TK & ~take_TK] = Reason.OVER_PRICE
+        reason_TK[cheap_TK & ~take_TK] = Reason.OVER_ALLOWANCE
+        reason_TK[allowed_TK & ~found_TK] = Reason.NO_BUDDY
+        reason_TK[over_TK] = Reason.OVER_RHO
+        reason_TK[resident_TK] = Reason.RESIDENT
         return Resolution(
-            action_TK=action_TK.to(torch.int8),
-            expert_TK=torch.where(take_TK, expert_TK, ids_TK),
+            action_TK=np.where(take_TK, np.int8(Action.BUDDY), (~resident_TK).view(np.int8)),  # 0 a hit, 1 a fetch
+            expert_TK=np.where(take_TK, expert_TK, ids_TK),
             weight_TK=misses.weight_TK,
-            harm_TK=torch.where(take_TK & ~harm_TK.isnan(), harm_TK, 0.0),
-            reason_TK=reason_TK.to(torch.int8),
+            harm_TK=np.where(take_TK & ~np.isnan(harm_TK), harm_TK, np.float32(0)),
+            reason_TK=reason_TK,
         )
 
-    def _harm(self, misses: Misses, expert_TK: Tensor) -> Tensor:
+    def _harm(self, misses: Misses, expert_TK: Ints) -> Floats:
         """Nats of each use; where no harms are known no number, which is within no price."""
         if self._harm_LEE is None:
-            return torch.full_like(misses.weight_TK, math.nan, dtype=torch.float32)
-        return misses.weight_TK.float().square() * self._harm_LEE[misses.layer][misses.ids_TK, expert_TK]
+            return np.full(misses.weight_TK.shape, math.nan, np.float32)
+        harm_TK: Floats = np.square(misses.weight_TK) * self._harm_LEE[misses.layer][misses.ids_TK, expert_TK]
+        return harm_TK
 
-    def _gate(self, misses: Misses, resident_TK: Tensor) -> Tensor:
+    def _gate(self, misses: Misses, resident_TK: Bools) -> Tiny:
         """Per row why it may not be touched, or SUBSTITUTED when it may."""
-        params, weight_TK = self.params, misses.weight_TK.float()
-        p_TK = weight_TK / weight_TK.sum(dim=1, keepdim=True).clamp_min(1e-20)
-        top_T2 = p_TK.topk(min(2, p_TK.shape[1]), dim=1).values
-        margin_T = top_T2[:, 0] - top_T2[:, -1]
-        wanted_E = torch.zeros_like(misses.resident_E)
-        wanted_E[misses.ids_TK.reshape(-1)] = True
-        missing_share = float((wanted_E & ~misses.resident_E).sum()) / max(1, int(wanted_E.sum()))
-        exact_T = misses.rows.mode_T == 0
-        gate_T = torch.full_like(margin_T, Reason.SUBSTITUTED, dtype=torch.int64)
-        if missing_share >= params.beta:
-            gate_T = torch.full_like(gate_T, Reason.GATED_DELTA)
-        gate_T = torch.where(margin_T >= params.gamma, Reason.GATED_MARGIN, gate_T)
-        gate_T = torch.where(normalised_entropy(weight_TK) <= self._tau_L[misses.layer], Reason.GATED_TAE, gate_T)
-        return torch.where(exact_T, Reason.WANTED_EXACT, gate_T)
+        params, T = self.params, len(misses.ids_TK)
+        top_TK = np.sort(_shares(misses.weight_TK), axis=1)[:, ::-1]
+        margin_T = top_TK[:, 0] - top_TK[:, min(1, top_TK.shape[1] - 1)]
+        wanted = np.unique(misses.ids_TK)
+        missing_share = float((~misses.resident_E[wanted]).sum()) / max(1, len(wanted))
+        untouched = missing_share >= params.beta
+        gate_T = np.full(T, Reason.GATED_DELTA if untouched else Reason.SUBSTITUTED, np.int8)
+        gate_T[margin_T >= params.gamma] = Reason.GATED_MARGIN
+        gate_T[normalised_entropy(misses.weight_TK) <= self._tau_L[misses.layer]] = Reason.GATED_TAE
+        gate_T[misses.rows.mode_T == 0] = Reason.WANTED_EXACT
+        return gate_T
 
-    def _psi(self, misses: Misses, candidates_TKH: Tensor) -> Tensor:
-        q_TKH = self._q_LEH[misses.layer][misses.ids_TK]
-        psi_TKH = q_TKH
-        named_TKH = candidates_TKH.clamp_min(0)
+    def _psi(self, misses: Misses, candidates_TKH: Ints) -> Floats:
+        psi_TKH: Floats = self._q_LEH[misses.layer][misses.ids_TK]
         if misses.score_TE is not None and self.params.eta:
-            share_TE = misses.score_TE / misses.score_TE.amax(dim=1, keepdim=True).clamp_min(1e-20)
-            z_TKH = share_TE[:, None, :].expand(-1, named_TKH.shape[1], -1).gather(2, named_TKH)
+            share_TE = misses.score_TE / np.maximum(misses.score_TE.max(axis=1, keepdims=True), _LEAST)
+            z_TKH = share_TE[np.arange(len(share_TE))[:, None, None], candidates_TKH]  # where there is none, any
             psi_TKH = psi_TKH * (1 + self.params.eta * z_TKH)
         if self._hop_E is not None:
-            psi_TKH = psi_TKH * (1 - self.params.kappa * self._hop_E[named_TKH])
+            psi_TKH = psi_TKH * (1 - self.params.kappa * self._hop_E[candidates_TKH])
         return psi_TKH
 
 

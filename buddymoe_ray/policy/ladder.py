@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from buddymoe_ray.policy.misses import Action, Misses, Reason, Resolution, RowBudgets
+from buddymoe_ray.policy.misses import Action, Bools, Floats, Ints, Misses, Reason, Resolution, RowBudgets
 from buddymoe_ray.policy.standins import Answers, Standin
 
 __all__ = ["Ladder", "resolve_reference"]
 
 _EXACT, _BOUNDED, _FAST = 0, 1, 2
+_ZERO = np.float32(0)
 
 
 class Ladder:
@@ -37,7 +37,7 @@ class Ladder:
         step fetches answers every row."""
         ids_TK, rows = misses.ids_TK, misses.rows
         resident_TK = misses.resident_E[ids_TK]
-        if bool(resident_TK.all()):
+        if resident_TK.all():
             return all_resident(misses)
         answers = self._answers(misses)
         wanted_TK = ~resident_TK & (rows.mode_T != _EXACT)[:, None]
@@ -45,68 +45,72 @@ class Ladder:
         cheap_TK, take_TK = within_budget(rows, answers.harm_TK, able_TK)
         shared_TK = take_TK & _fetched_anyway(ids_TK, ~resident_TK & ~take_TK, len(misses.resident_E))
         take_TK = take_TK & ~shared_TK
-        fetch_TK = ~resident_TK & ~take_TK
-        reason_TK = torch.where(able_TK, Reason.OVER_PRICE, Reason.NO_STANDIN)
-        reason_TK = torch.where(cheap_TK, Reason.OVER_ALLOWANCE, reason_TK)
-        reason_TK = torch.where(shared_TK, Reason.SHARED_FETCH, reason_TK)
-        reason_TK = torch.where(wanted_TK, reason_TK, Reason.WANTED_EXACT)
-        reason_TK = torch.where(take_TK, Reason.SUBSTITUTED, reason_TK)
-        reason_TK = torch.where(resident_TK, Reason.RESIDENT, reason_TK)
-        action_TK = torch.where(take_TK, answers.action_TK, fetch_TK.to(torch.int8))
+        reason_TK = np.zeros(ids_TK.shape, np.int8)
+        reason_TK[~resident_TK] = Reason.WANTED_EXACT
+        reason_TK[wanted_TK] = Reason.NO_STANDIN
+        reason_TK[able_TK] = Reason.OVER_PRICE
+        reason_TK[cheap_TK] = Reason.OVER_ALLOWANCE
+        reason_TK[shared_TK] = Reason.SHARED_FETCH
+        reason_TK[take_TK] = Reason.SUBSTITUTED
         return Resolution(
-            action_TK=action_TK,
-            expert_TK=torch.where(take_TK, answers.expert_TK, ids_TK),
+            action_TK=np.where(take_TK, answers.action_TK, (~resident_TK).view(np.int8)),  # 0 a hit, 1 a fetch
+            expert_TK=np.where(take_TK, answers.expert_TK, ids_TK),
             weight_TK=self.standin.weights(misses, answers, take_TK),
-            harm_TK=torch.where(take_TK, answers.harm_TK, 0.0),
-            reason_TK=reason_TK.to(torch.int8),
+            harm_TK=np.where(take_TK, answers.harm_TK, _ZERO),
+            reason_TK=reason_TK,
         )
 
     def _answers(self, misses: Misses) -> Answers:
         answers = self.standin.answer(misses)
         if self._fallback is None:
             return answers
+        fast_T1 = (misses.rows.mode_T == _FAST)[:, None]
+        if not (fast_T1 & ~answers.found_TK & ~misses.resident_E[misses.ids_TK]).any():
+            return answers
         other = self._fallback.answer(misses)
-        use_TK = ~answers.found_TK & other.found_TK & (misses.rows.mode_T == _FAST)[:, None]
+        use_TK = ~answers.found_TK & other.found_TK & fast_T1
         return Answers(
-            action_TK=torch.where(use_TK, other.action_TK, answers.action_TK),
-            expert_TK=torch.where(use_TK, other.expert_TK, answers.expert_TK),
-            weight_TK=torch.where(use_TK, other.weight_TK, answers.weight_TK),
-            harm_TK=torch.where(use_TK, other.harm_TK, answers.harm_TK),
+            action_TK=np.where(use_TK, other.action_TK, answers.action_TK),
+            expert_TK=np.where(use_TK, other.expert_TK, answers.expert_TK),
+            weight_TK=np.where(use_TK, other.weight_TK, answers.weight_TK),
+            harm_TK=np.where(use_TK, other.harm_TK, answers.harm_TK),
             found_TK=answers.found_TK | use_TK,
         )
 
 
 def all_resident(misses: Misses) -> Resolution:
     """Every use is a hit."""
-    zero_TK = torch.zeros_like(misses.ids_TK, dtype=torch.int8)
+    zero_TK = np.zeros(misses.ids_TK.shape, np.int8)
     return Resolution(
         action_TK=zero_TK,
         expert_TK=misses.ids_TK,
         weight_TK=misses.weight_TK,
-        harm_TK=zero_TK.float(),
+        harm_TK=np.zeros(misses.ids_TK.shape, np.float32),
         reason_TK=zero_TK,
     )
 
 
-def within_budget(rows: RowBudgets, harm_TK: Tensor, able_TK: Tensor) -> tuple[Tensor, Tensor]:
+def within_budget(rows: RowBudgets, harm_TK: Floats, able_TK: Bools) -> tuple[Bools, Bools]:
     """Which of the uses that a stand-in could answer are within their row's price, and which of those it can pay.
 
     A bounded row takes the least harmful first until its allowance is spent; a fast row takes all.
     """
     free_T1 = (rows.mode_T == _FAST)[:, None]
     cheap_TK = able_TK & ((harm_TK <= rows.price_T[:, None]) | free_T1)
-    if not bool((rows.mode_T == _BOUNDED).any()):
+    if not (rows.mode_T == _BOUNDED).any():
         return cheap_TK, cheap_TK
-    offered_TK = torch.where(cheap_TK, harm_TK, math.inf)
-    sorted_TK, order_TK = offered_TK.sort(dim=1, stable=True)
+    offered_TK = np.where(cheap_TK, harm_TK, np.inf)
+    order_TK = offered_TK.argsort(axis=1, kind="stable")
     # sums in double: the row's own float32 sums may not be told that something fits which does not
-    paid_TK = sorted_TK.double().cumsum(dim=1) <= rows.allowance_T[:, None]
-    return cheap_TK, cheap_TK & (torch.zeros_like(cheap_TK).scatter_(1, order_TK, paid_TK) | free_T1)
+    sums_TK = np.take_along_axis(offered_TK, order_TK, axis=1).cumsum(axis=1, dtype=np.float64)
+    paid_TK = np.zeros_like(cheap_TK)
+    np.put_along_axis(paid_TK, order_TK, sums_TK <= rows.allowance_T[:, None], axis=1)
+    return cheap_TK, cheap_TK & (paid_TK | free_T1)
 
 
-def _fetched_anyway(ids_TK: Tensor, fetch_TK: Tensor, E: int) -> Tensor:
-    fetched_E = torch.zeros(E + 1, dtype=torch.bool, device=ids_TK.device)
-    fetched_E[ids_TK.where(fetch_TK, E).reshape(-1)] = True  # what is not fetched is written beyond the last expert
+def _fetched_anyway(ids_TK: Ints, fetch_TK: Bools, E: int) -> Bools:
+    fetched_E = np.zeros(E, np.bool_)
+    fetched_E[ids_TK[fetch_TK]] = True
     return fetched_E[ids_TK]
 
 

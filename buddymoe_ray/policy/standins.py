@@ -12,10 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from buddymoe_ray.policy.misses import Action, Misses
+from buddymoe_ray.policy.misses import Action, Bools, Floats, Ints, Misses, Tiny
 
 __all__ = ["Answers", "Buddy", "Drop", "Own", "RandomBuddy", "RouterBuddy", "Standin"]
 
@@ -24,11 +23,11 @@ __all__ = ["Answers", "Buddy", "Drop", "Own", "RandomBuddy", "RouterBuddy", "Sta
 class Answers:
     """What a stand-in offers for each use `[T, K]`; meaningful where the expert is missing and `found_TK`."""
 
-    action_TK: Tensor
-    expert_TK: Tensor
-    weight_TK: Tensor
-    harm_TK: Tensor
-    found_TK: Tensor
+    action_TK: Tiny
+    expert_TK: Ints
+    weight_TK: Floats
+    harm_TK: Floats
+    found_TK: Bools
 
 
 class Standin(Protocol):
@@ -39,27 +38,27 @@ class Standin(Protocol):
     def answer(self, misses: Misses) -> Answers:
         """Who would answer each missing use."""
 
-    def weights(self, misses: Misses, answers: Answers, take_TK: Tensor) -> Tensor:
+    def weights(self, misses: Misses, answers: Answers, take_TK: Bools) -> Floats:
         """Slot weights `[T, K]` when the uses in `take_TK` are stood in for."""
 
 
 class Own:
     """The expert's own record. Harm of a use: squared slot weight × `harm_LE`; `has_LE` says who has a record."""
 
-    def __init__(self, kind: str, *, harm_LE: Tensor, has_LE: Tensor) -> None:
+    def __init__(self, kind: str, *, harm_LE: Floats, has_LE: Bools) -> None:
         self.kind, self._harm_LE, self._has_LE = kind, harm_LE, has_LE
 
     def answer(self, misses: Misses) -> Answers:
         ids_TK = misses.ids_TK
         return Answers(
-            action_TK=torch.full_like(ids_TK, Action.OWN, dtype=torch.int8),
+            action_TK=np.full(ids_TK.shape, Action.OWN, np.int8),
             expert_TK=ids_TK,
             weight_TK=misses.weight_TK,
-            harm_TK=misses.weight_TK.float().square() * self._harm_LE[misses.layer][ids_TK],
+            harm_TK=np.square(misses.weight_TK) * self._harm_LE[misses.layer][ids_TK],
             found_TK=self._has_LE[misses.layer][ids_TK],
         )
 
-    def weights(self, misses: Misses, answers: Answers, take_TK: Tensor) -> Tensor:
+    def weights(self, misses: Misses, answers: Answers, take_TK: Bools) -> Floats:
         return misses.weight_TK
 
 
@@ -68,21 +67,21 @@ class Drop:
 
     kind = "drop"
 
-    def __init__(self, *, harm_LE: Tensor, renormalise: bool) -> None:
+    def __init__(self, *, harm_LE: Floats, renormalise: bool) -> None:
         self._harm_LE, self._renormalise = harm_LE, renormalise
 
     def answer(self, misses: Misses) -> Answers:
         ids_TK = misses.ids_TK
         return Answers(
-            action_TK=torch.full_like(ids_TK, Action.DROP, dtype=torch.int8),
+            action_TK=np.full(ids_TK.shape, Action.DROP, np.int8),
             expert_TK=ids_TK,
-            weight_TK=torch.zeros_like(misses.weight_TK),
-            harm_TK=misses.weight_TK.float().square() * self._harm_LE[misses.layer][ids_TK],
-            found_TK=torch.ones_like(ids_TK, dtype=torch.bool),
+            weight_TK=np.zeros_like(misses.weight_TK),
+            harm_TK=np.square(misses.weight_TK) * self._harm_LE[misses.layer][ids_TK],
+            found_TK=np.ones(ids_TK.shape, np.bool_),
         )
 
-    def weights(self, misses: Misses, answers: Answers, take_TK: Tensor) -> Tensor:
-        kept_TK = torch.where(take_TK, 0.0, misses.weight_TK)
+    def weights(self, misses: Misses, answers: Answers, take_TK: Bools) -> Floats:
+        kept_TK = np.where(take_TK, np.float32(0), misses.weight_TK)
         return _same_sum(misses, kept_TK, take_TK) if self._renormalise else kept_TK
 
 
@@ -95,22 +94,22 @@ class Buddy:
         scale_LEE: what j's output is multiplied with when it answers for i; None is 1 (the paper: original weight).
     """
 
-    def __init__(self, signal: str, *, rank_LEH: Tensor, harm_LEE: Tensor, scale_LEE: Tensor | None = None) -> None:
+    def __init__(self, signal: str, *, rank_LEH: Ints, harm_LEE: Floats, scale_LEE: Floats | None = None) -> None:
         self.kind = f"buddy:{signal}"
         self._rank_LEH, self._harm_LEE, self._scale_LEE = rank_LEH, harm_LEE, scale_LEE
 
     def answer(self, misses: Misses) -> Answers:
         candidates_TKH = self._rank_LEH[misses.layer][misses.ids_TK]
-        score_TKH = -torch.arange(candidates_TKH.shape[2], device=candidates_TKH.device).float()
-        expert_TK, found_TK = pick_unique(misses, candidates_TKH, score_TKH.expand(candidates_TKH.shape))
+        falling_H = -np.arange(candidates_TKH.shape[2], dtype=np.float32)
+        expert_TK, found_TK = pick_unique(misses, candidates_TKH, np.broadcast_to(falling_H, candidates_TKH.shape))
         weight_TK = misses.weight_TK
         if self._scale_LEE is not None:
-            weight_TK = weight_TK * self._scale_LEE[misses.layer][misses.ids_TK, expert_TK].to(weight_TK.dtype)
-        harm_TK = misses.weight_TK.float().square() * self._harm_LEE[misses.layer][misses.ids_TK, expert_TK]
+            weight_TK = weight_TK * self._scale_LEE[misses.layer][misses.ids_TK, expert_TK]
+        harm_TK = np.square(misses.weight_TK) * self._harm_LEE[misses.layer][misses.ids_TK, expert_TK]
         return _buddies(misses, expert_TK, weight_TK, harm_TK, found_TK)
 
-    def weights(self, misses: Misses, answers: Answers, take_TK: Tensor) -> Tensor:
-        return torch.where(take_TK, answers.weight_TK, misses.weight_TK)
+    def weights(self, misses: Misses, answers: Answers, take_TK: Bools) -> Floats:
+        return np.where(take_TK, answers.weight_TK, misses.weight_TK)
 
 
 class RouterBuddy:
@@ -122,7 +121,7 @@ class RouterBuddy:
 
     kind = "buddy:router"
 
-    def __init__(self, *, harm_LEE: Tensor, renormalise: bool) -> None:
+    def __init__(self, *, harm_LEE: Floats, renormalise: bool) -> None:
         self._harm_LEE, self._renormalise = harm_LEE, renormalise
 
     def answer(self, misses: Misses) -> Answers:
@@ -131,14 +130,15 @@ class RouterBuddy:
         )
         T, K = misses.ids_TK.shape
         score_TE = misses.score_TE
-        every_TKE = torch.arange(score_TE.shape[1], device=score_TE.device).expand(T, K, -1)
-        expert_TK, found_TK = pick_unique(misses, every_TKE, score_TE[:, None, :].expand(T, K, -1))
-        weight_TK = score_TE.gather(1, expert_TK) * _per_score(misses)
-        harm_TK = misses.weight_TK.float().square() * self._harm_LEE[misses.layer][misses.ids_TK, expert_TK]
-        return _buddies(misses, expert_TK, weight_TK.to(misses.weight_TK.dtype), harm_TK, found_TK)
+        shape = (T, K, score_TE.shape[1])
+        every_TKE = np.broadcast_to(np.arange(shape[2]), shape)
+        expert_TK, found_TK = pick_unique(misses, every_TKE, np.broadcast_to(score_TE[:, None, :], shape))
+        weight_TK = np.take_along_axis(score_TE, expert_TK, axis=1) * _per_score(misses)
+        harm_TK = np.square(misses.weight_TK) * self._harm_LEE[misses.layer][misses.ids_TK, expert_TK]
+        return _buddies(misses, expert_TK, weight_TK, harm_TK, found_TK)
 
-    def weights(self, misses: Misses, answers: Answers, take_TK: Tensor) -> Tensor:
-        weight_TK = torch.where(take_TK, answers.weight_TK, misses.weight_TK)
+    def weights(self, misses: Misses, answers: Answers, take_TK: Bools) -> Floats:
+        weight_TK = np.where(take_TK, answers.weight_TK, misses.weight_TK)
         return _same_sum(misses, weight_TK, take_TK) if self._renormalise else weight_TK
 
 
@@ -147,26 +147,27 @@ class RandomBuddy:
 
     kind = "random"
 
-    def __init__(self, *, harm_LEE: Tensor, seed: int = 0) -> None:
+    def __init__(self, *, harm_LEE: Floats, seed: int = 0) -> None:
         self._harm_LEE, self._seed = harm_LEE, seed
 
     def answer(self, misses: Misses) -> Answers:
         T, K = misses.ids_TK.shape
         E = len(misses.resident_E)
-        every_E = torch.arange(E, device=misses.ids_TK.device)
+        every_E = np.arange(E)
         mixed_TKE = (
-            misses.ids_TK[:, :, None] * 7919 + every_E * 104729 + misses.ids_TK.sum(dim=1)[:, None, None] * 31337
+            misses.ids_TK[:, :, None] * 7919 + every_E * 104729 + misses.ids_TK.sum(axis=1)[:, None, None] * 31337
         )
         mixed_TKE = (mixed_TKE + self._seed + misses.layer * 65537) * 2654435761 % 4294967291
-        expert_TK, found_TK = pick_unique(misses, every_E.expand(T, K, -1), (mixed_TKE % 1000003).float())
-        harm_TK = misses.weight_TK.float().square() * self._harm_LEE[misses.layer][misses.ids_TK, expert_TK]
+        score_TKE = (mixed_TKE % 1000003).astype(np.float32)
+        expert_TK, found_TK = pick_unique(misses, np.broadcast_to(every_E, (T, K, E)), score_TKE)
+        harm_TK = np.square(misses.weight_TK) * self._harm_LEE[misses.layer][misses.ids_TK, expert_TK]
         return _buddies(misses, expert_TK, misses.weight_TK, harm_TK, found_TK)
 
-    def weights(self, misses: Misses, answers: Answers, take_TK: Tensor) -> Tensor:
-        return torch.where(take_TK, answers.weight_TK, misses.weight_TK)
+    def weights(self, misses: Misses, answers: Answers, take_TK: Bools) -> Floats:
+        return np.where(take_TK, answers.weight_TK, misses.weight_TK)
 
 
-def pick_unique(misses: Misses, candidates_TKH: Tensor, score_TKH: Tensor) -> tuple[Tensor, Tensor]:
+def pick_unique(misses: Misses, candidates_TKH: Ints, score_TKH: Floats) -> tuple[Ints, Bools]:
     """For each missing use the resident candidate of highest score that its token does not use yet, slot by slot.
 
     Returns `(expert_TK, found_TK)`; where nothing is found the expert is the router's own. Candidates below 0 are none.
@@ -174,40 +175,42 @@ def pick_unique(misses: Misses, candidates_TKH: Tensor, score_TKH: Tensor) -> tu
     """
     ids_TK, resident_E = misses.ids_TK, misses.resident_E
     T, K = ids_TK.shape
-    used_TE = torch.zeros(T, len(resident_E), dtype=torch.bool, device=ids_TK.device)
-    used_TE.scatter_(1, ids_TK, True)  # resident ones are taken; missing ones cannot answer anyway
-    open_TKH = (candidates_TKH >= 0) & resident_E[candidates_TKH.clamp_min(0)]
-    expert_TK, found_TK = ids_TK.clone(), torch.zeros_like(ids_TK, dtype=torch.bool)
+    row_T = np.arange(T)
+    free_TE = np.broadcast_to(resident_E, (T, len(resident_E))).copy()
+    free_TE[row_T[:, None], ids_TK] = False  # resident ones are taken; missing ones cannot answer anyway
+    expert_TK, found_TK = ids_TK.copy(), np.zeros(ids_TK.shape, np.bool_)
     missing_TK = ~resident_E[ids_TK]
     for k in range(K):
-        candidates_TH = candidates_TKH[:, k].clamp_min(0)
-        free_TH = open_TKH[:, k] & ~used_TE.gather(1, candidates_TH)
-        best_T = torch.where(free_TH, score_TKH[:, k], -torch.inf).argmax(dim=1, keepdim=True)
-        found_T = free_TH.gather(1, best_T)[:, 0] & missing_TK[:, k]
-        chosen_T = candidates_TH.gather(1, best_T)[:, 0]
-        expert_TK[:, k] = torch.where(found_T, chosen_T, ids_TK[:, k])
+        if not missing_TK[:, k].any():
+            continue
+        candidates_TH = candidates_TKH[:, k]
+        free_TH = free_TE[row_T[:, None], candidates_TH] & (candidates_TH >= 0)
+        best_T = np.where(free_TH, score_TKH[:, k], -np.inf).argmax(axis=1)
+        found_T = free_TH[row_T, best_T] & missing_TK[:, k]
+        expert_TK[:, k] = np.where(found_T, candidates_TH[row_T, best_T], ids_TK[:, k])
         found_TK[:, k] = found_T
-        used_TE.scatter_(1, expert_TK[:, k : k + 1], True)
+        free_TE[row_T, expert_TK[:, k]] = False
     return expert_TK, found_TK
 
 
-def _buddies(misses: Misses, expert_TK: Tensor, weight_TK: Tensor, harm_TK: Tensor, found_TK: Tensor) -> Answers:
-    action_TK = torch.full_like(misses.ids_TK, Action.BUDDY, dtype=torch.int8)
+def _buddies(misses: Misses, expert_TK: Ints, weight_TK: Floats, harm_TK: Floats, found_TK: Bools) -> Answers:
+    action_TK = np.full(misses.ids_TK.shape, Action.BUDDY, np.int8)
     return Answers(action_TK=action_TK, expert_TK=expert_TK, weight_TK=weight_TK, harm_TK=harm_TK, found_TK=found_TK)
 
 
-def _same_sum(misses: Misses, weight_TK: Tensor, take_TK: Tensor) -> Tensor:
+def _same_sum(misses: Misses, weight_TK: Floats, take_TK: Bools) -> Floats:
     """Scale each row that is stood in for to the sum the router gave it; a row without survivors stays zero.
 
     Other rows keep their bits: two sums of the same weights may differ in the last one where memory order differs.
     """
-    wanted_T1, sum_T1 = misses.weight_TK.sum(dim=1, keepdim=True), weight_TK.sum(dim=1, keepdim=True)
-    scaled_T1 = take_TK.any(dim=1, keepdim=True) & (sum_T1 > 0)
-    return torch.where(scaled_T1, weight_TK * (wanted_T1 / sum_T1.where(scaled_T1, 1.0)), weight_TK)
+    wanted_T1, sum_T1 = misses.weight_TK.sum(axis=1, keepdims=True), weight_TK.sum(axis=1, keepdims=True)
+    scaled_T1 = take_TK.any(axis=1, keepdims=True) & (sum_T1 > 0)
+    return np.where(scaled_T1, weight_TK * (wanted_T1 / np.where(scaled_T1, sum_T1, np.float32(1))), weight_TK)
 
 
-def _per_score(misses: Misses) -> Tensor:
+def _per_score(misses: Misses) -> Floats:
     """The factor between the router's scores and its slot weights, per row `[T, 1]`."""
     assert misses.score_TE is not None
-    score_T1 = misses.score_TE.gather(1, misses.ids_TK).sum(dim=1, keepdim=True)
-    return misses.weight_TK.float().sum(dim=1, keepdim=True) / score_T1.clamp_min(1e-20)
+    score_T1 = np.take_along_axis(misses.score_TE, misses.ids_TK, axis=1).sum(axis=1, keepdims=True)
+    factor_T1: Floats = misses.weight_TK.sum(axis=1, keepdims=True) / np.maximum(score_T1, np.float32(1e-20))
+    return factor_T1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from experts_on_disk import make_layout
@@ -29,7 +30,7 @@ class Scripted:
 
     def resolve(self, misses: Misses) -> Resolution:
         self.seen.append(misses)
-        action, expert, weight = torch.zeros_like(misses.ids_TK), misses.ids_TK.clone(), misses.weight_TK.clone()
+        action, expert, weight = np.zeros_like(misses.ids_TK), misses.ids_TK.copy(), misses.weight_TK.copy()
         for t, row in enumerate(misses.ids_TK.tolist()):
             for k, e in enumerate(row):
                 if bool(misses.resident_E[e]):
@@ -40,10 +41,10 @@ class Scripted:
                     expert[t, k], weight[t, k] = self.buddy[e], weight[t, k] * 0.5
                 if action[t, k] == Action.DROP:
                     weight[t, k] = 0
-        harm = (action >= Action.OWN).float() * self.harm
-        reason = torch.full_like(action, int(Reason.SUBSTITUTED)).to(torch.int8)
+        harm = (action >= Action.OWN).astype(np.float32) * np.float32(self.harm)
+        reason = np.full(action.shape, Reason.SUBSTITUTED, np.int8)
         return Resolution(
-            action_TK=action.to(torch.int8), expert_TK=expert, weight_TK=weight, harm_TK=harm, reason_TK=reason
+            action_TK=action.astype(np.int8), expert_TK=expert, weight_TK=weight, harm_TK=harm, reason_TK=reason
         )
 
 
@@ -107,8 +108,8 @@ def mean_records(folder: Path) -> tuple[Tensor, ExpertLayout]:
 
 
 def terms(modes: list[int], **more: object) -> StepTerms:
-    spend = torch.full((len(modes),), 10.0)
-    budgets = RowBudgets(mode_T=torch.tensor(modes, dtype=torch.int8), allowance_T=spend, price_T=spend.clone())
+    spend = np.full(len(modes), 10.0, np.float32)
+    budgets = RowBudgets(mode_T=np.array(modes, np.int8), allowance_T=spend, price_T=spend.copy())
     return StepTerms(budgets=budgets, **more)  # type: ignore[arg-type]
 
 
@@ -193,11 +194,11 @@ def test_a_recorded_pass_repeats_elsewhere_to_the_bit(tmp_path: Path) -> None:
     uses = opened.step.outcome.substitutions
     assert [(u.row, u.slot, u.kind) for u in uses] == [(0, 1, "buddy"), (0, 2, "mean"), (1, 0, "mean"), (1, 2, "drop")]
     overlay = Overlay(
-        row_N=torch.tensor([u.row for u in uses]),
-        slot_N=torch.tensor([u.slot for u in uses]),
-        action_N=torch.tensor([u.action for u in uses]),
-        expert_N=torch.tensor([u.expert for u in uses]),
-        weight_N=torch.tensor([u.weight for u in uses]),
+        row_N=np.array([u.row for u in uses]),
+        slot_N=np.array([u.slot for u in uses]),
+        action_N=np.array([u.action for u in uses], np.int8),
+        expert_N=np.array([u.expert for u in uses]),
+        weight_N=np.array([u.weight for u in uses], np.float32),
     )
     opened.step.begin(Phase.DECODE, 2, terms([0, 0], overlays={LAYER: overlay}))
     assert torch.equal(opened.block(HIDDEN, IDS, WEIGHTS), first)
@@ -222,7 +223,7 @@ def test_rows_alone_join_to_the_same_outcome(tmp_path: Path) -> None:
         alone.append(opened.step.outcome)
     joined = StepOutcome.joined(alone)
     for name in ("hits_T", "peer_T", "fetched_T", "standins_TS", "harm_T"):
-        assert torch.equal(getattr(joined, name), getattr(together, name)), name
+        assert np.array_equal(getattr(joined, name), getattr(together, name)), name
     assert joined.substitutions == together.substitutions
     assert [replace(u, row=0).row for u in joined.substitutions] == [0, 0]
     opened.cache.close()

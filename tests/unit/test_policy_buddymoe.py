@@ -6,15 +6,15 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from policy_cases import INF, LAYERS, Dice, budgets, miss, sizes
-from torch import Tensor
+from policy_cases import INF, LAYERS, Dice, budgets, floats, miss, sizes
 
 from buddymoe_ray.policy import Action, BuddyMoE, BuddyParams, Reason, buddy_lists, normalised_entropy
 from buddymoe_ray.policy.buddymoe import resolve_reference
+from buddymoe_ray.policy.misses import Ints
 
 Sizes = tuple[int, int, int, int, float]
 E = 8
@@ -44,25 +44,25 @@ def lists_by_hand(counts: list[list[float]], params: BuddyParams) -> tuple[list[
 )
 def test_lists_are_the_shortest_prefix_that_covers_alpha(seed: int, alpha: float, k_max: int, epsilon: float) -> None:
     params = BuddyParams(alpha=alpha, k_max=k_max, epsilon=epsilon)
-    counts_EE = torch.randint(0, 50, (7, 7), generator=Dice(seed).generator).float()
+    counts_EE = Dice(seed).rng.integers(0, 50, (7, 7)).astype(np.float32)
     candidates_EH, q_EH, cut = buddy_lists(counts_EE, params)
     expected, cut_by_hand = lists_by_hand(counts_EE.tolist(), params)
     assert [[j for j in row if j >= 0] for row in candidates_EH.tolist()] == expected
     assert cut == pytest.approx(cut_by_hand / 7)
-    assert candidates_EH.shape == q_EH.shape == (7, min(k_max, 7)) and q_EH.dtype == torch.float32
-    assert bool((q_EH.diff(dim=1) <= 0).all()) and not bool(q_EH[candidates_EH < 0].any())
+    assert candidates_EH.shape == q_EH.shape == (7, min(k_max, 7)) and q_EH.dtype == np.float32
+    assert bool((np.diff(q_EH, axis=1) <= 0).all()) and not bool(q_EH[candidates_EH < 0].any())
 
 
 def test_q_is_the_share_of_all_co_activations() -> None:
-    counts_EE = torch.tensor([[9.0, 6.0, 3.0, 1.0], [6.0, 9.0, 0.0, 0.0], [3.0, 0.0, 9.0, 0.0], [1.0, 0.0, 0.0, 9.0]])
+    counts_EE = floats([[9.0, 6.0, 3.0, 1.0], [6.0, 9.0, 0.0, 0.0], [3.0, 0.0, 9.0, 0.0], [1.0, 0.0, 0.0, 9.0]])
     candidates_EH, q_EH, cut = buddy_lists(counts_EE, BuddyParams(alpha=0.9, k_max=4))
     assert candidates_EH.tolist() == [[1, 2, -1, -1], [0, -1, -1, -1], [0, -1, -1, -1], [0, -1, -1, -1]]
-    torch.testing.assert_close(q_EH[0], torch.tensor([0.6, 0.3, 0.0, 0.0]))
+    np.testing.assert_allclose(q_EH[0], floats([0.6, 0.3, 0.0, 0.0]))
     assert cut == 0.0 and counts_EE[0, 0] == 9.0, "the counts are left as they were"
 
 
 def test_an_expert_that_nobody_joins_has_no_buddies_but_by_epsilon() -> None:
-    counts_EE = torch.zeros(4, 4)
+    counts_EE = np.zeros((4, 4))
     assert bool((buddy_lists(counts_EE, BuddyParams())[0] == -1).all())
     smoothed_EH = buddy_lists(counts_EE, BuddyParams(epsilon=1.0, alpha=1.1))[0]
     assert [sorted(row) for row in smoothed_EH.tolist()] == [
@@ -81,7 +81,7 @@ def test_an_expert_that_nobody_joins_has_no_buddies_but_by_epsilon() -> None:
     ],
 )
 def test_token_activating_entropy(weights: list[float], expected: float) -> None:
-    assert normalised_entropy(torch.tensor([weights])).tolist() == pytest.approx([expected], abs=1e-6)
+    assert normalised_entropy(floats([weights])).tolist() == pytest.approx([expected], abs=1e-6)
 
 
 @given(seed=st.integers(0, 2**31), K=st.integers(1, 8))
@@ -93,9 +93,9 @@ def test_entropy_is_between_peaked_and_even(seed: int, K: int) -> None:
 def policy(params: BuddyParams | None = None, *, tau: float = -1.0, **changes: Any) -> BuddyMoE:
     """8 experts in every layer; the buddies of each are 4, 5, 6, 7 with q of 1/2, 1/4, 1/8, 1/16."""
     tables: dict[str, Any] = {
-        "candidates_LEH": torch.tensor([4, 5, 6, 7]).expand(LAYERS, E, 4),
-        "q_LEH": torch.tensor([0.5, 0.25, 0.125, 0.0625]).expand(LAYERS, E, 4),
-        "tau_L": torch.full((LAYERS,), tau),
+        "candidates_LEH": np.broadcast_to([4, 5, 6, 7], (LAYERS, E, 4)),
+        "q_LEH": np.broadcast_to(floats([0.5, 0.25, 0.125, 0.0625]), (LAYERS, E, 4)),
+        "tau_L": np.full(LAYERS, tau, np.float32),
     }
     return BuddyMoE(params=params or BuddyParams(), **(tables | changes))
 
@@ -120,7 +120,7 @@ def test_a_buddy_answers_with_the_slots_own_weight_and_is_used_once() -> None:
 
 def test_a_peaked_token_is_not_touched() -> None:
     """TAE at tau or below forbids; one hair above does not."""
-    tae = float(normalised_entropy(torch.tensor(PEAKED)))
+    tae = float(normalised_entropy(floats(PEAKED))[0])
     forbidden, allowed = [Reason.GATED_TAE] * 4, [Reason.SUBSTITUTED] * 3 + [Reason.OVER_RHO]
     assert reasons(policy(tau=tae), PEAKED, [4, 5, 6, 7]) == forbidden
     assert reasons(policy(tau=tae - 1e-6), PEAKED, [4, 5, 6, 7]) == allowed
@@ -128,7 +128,7 @@ def test_a_peaked_token_is_not_touched() -> None:
 
 
 def test_tau_is_per_layer() -> None:
-    by_layer = policy(tau_L=torch.tensor([2.0, -1.0, 2.0]))
+    by_layer = policy(tau_L=floats([2.0, -1.0, 2.0]))
     assert reasons(by_layer, EVEN, [4, 5, 6, 7])[0] == Reason.SUBSTITUTED
     elsewhere = replace(miss([[0, 1, 2, 3]], EVEN, [4], budgets([2])), layer=0)
     assert by_layer.resolve(elsewhere).reason_TK.tolist() == [[Reason.GATED_TAE] * 4]
@@ -173,11 +173,11 @@ def test_only_the_first_candidates_are_searched() -> None:
 def first_buddy(of: BuddyMoE, score: list[float] | None = None) -> int:
     misses = miss([[0]], [[1.0]], [4, 5, 6, 7], budgets([2]))
     if score is not None:
-        misses = replace(misses, score_TE=torch.tensor([[0.5, 0, 0, 0, *score]]))
+        misses = replace(misses, score_TE=floats([[0.5, 0, 0, 0, *score]]))
     return int(policy_answer(of, misses)[0, 0])
 
 
-def policy_answer(of: BuddyMoE, misses: Any) -> Tensor:
+def policy_answer(of: BuddyMoE, misses: Any) -> Ints:
     return of.resolve(misses).expert_TK
 
 
@@ -191,7 +191,7 @@ def test_eta_lets_the_routers_score_decide() -> None:
 
 
 def test_kappa_prefers_what_is_near() -> None:
-    hop_E = torch.tensor([0, 0, 0, 0, 2, 0, 0, 0])
+    hop_E = np.array([0, 0, 0, 0, 2, 0, 0, 0])
     assert first_buddy(policy(BuddyParams(kappa=0.0), hop_E=hop_E)) == 4
     assert first_buddy(policy(BuddyParams(kappa=0.2), hop_E=hop_E)) == 4
     assert first_buddy(policy(BuddyParams(kappa=0.3), hop_E=hop_E)) == 5
@@ -202,12 +202,12 @@ def test_bounded_rows_are_not_touched_where_no_harm_is_known() -> None:
     """The paper charges nothing; a row that pays for what it takes would get it for nothing."""
     assert reasons(policy(), EVEN, [4, 5, 6, 7], mode=1) == [Reason.OVER_PRICE] * 3 + [Reason.OVER_RHO]
     free = budgets([1], allowance=INF, price=INF)
-    resolution = policy().resolve(miss([[0, 1, 2, 3]], EVEN, [], replace(free, allowance_T=torch.tensor([9.0]))))
+    resolution = policy().resolve(miss([[0, 1, 2, 3]], EVEN, [], replace(free, allowance_T=floats([9.0]))))
     assert resolution.action_TK.tolist() == [[Action.FETCH] * 4]
 
 
 def test_bounded_rows_pay_where_harms_are_known() -> None:
-    harm_LEE = torch.ones(LAYERS, E, E)
+    harm_LEE = np.ones((LAYERS, E, E), np.float32)
     harm_LEE[:, 1] = 8.0
     known = policy(harm_LEE=harm_LEE)
     rows = budgets([1, 2], allowance=0.0625, price=0.25)
@@ -219,9 +219,11 @@ def test_bounded_rows_pay_where_harms_are_known() -> None:
 
 def drawn(dice: Dice, most: int, params: BuddyParams, tau: float) -> BuddyMoE:
     rank_LEH = dice.ranks(most, 7)
-    q_LEH = dice.grid(*rank_LEH.shape).sort(dim=2, descending=True).values
-    hop_E = torch.randint(0, 3, (most,), generator=dice.generator) if params.kappa else None
-    return BuddyMoE(candidates_LEH=rank_LEH, q_LEH=q_LEH, tau_L=torch.full((LAYERS,), tau), params=params, hop_E=hop_E)
+    q_LEH = -np.sort(-dice.grid(*rank_LEH.shape), axis=2)
+    hop_E = dice.rng.integers(0, 3, most) if params.kappa else None
+    return BuddyMoE(
+        candidates_LEH=rank_LEH, q_LEH=q_LEH, tau_L=np.full(LAYERS, tau, np.float32), params=params, hop_E=hop_E
+    )
 
 
 @given(
@@ -249,7 +251,7 @@ def test_it_is_the_slow_twin(
     assert resolution.reason_TK.tolist() == [[reason for _, _, reason in row] for row in expected]
     for row in resolution.expert_TK.tolist():
         assert len(set(row)) == len(row), "a token never gets one expert twice"
-    assert int((resolution.action_TK == Action.BUDDY).sum(dim=1).max()) <= rho
+    assert int((resolution.action_TK == Action.BUDDY).sum(axis=1).max()) <= rho
     assert not bool((resolution.action_TK == Action.DROP).any()), "nothing is dropped"
 
 
@@ -269,6 +271,6 @@ def test_all_reasons_of_the_paper_are_reached() -> None:
         dice = Dice(seed)
         misses = dice.misses(6, 4, 12, modes=(0, 2))
         params = BuddyParams(gamma=0.203, beta=0.77, rho=1)
-        seen |= set(drawn(dice, 12, params, 0.803).resolve(misses).reason_TK.flatten().tolist())
+        seen |= set(drawn(dice, 12, params, 0.803).resolve(misses).reason_TK.ravel().tolist())
     gates = {Reason.GATED_TAE, Reason.GATED_MARGIN, Reason.GATED_DELTA, Reason.OVER_RHO, Reason.NO_BUDDY}
     assert seen == gates | {Reason.RESIDENT, Reason.WANTED_EXACT, Reason.SUBSTITUTED}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from policy_cases import INF, LAYERS, Dice, budgets, miss, only_row, sizes
-from torch import Tensor
+from policy_cases import INF, LAYERS, Dice, budgets, floats, miss, only_row, sizes
 
 from buddymoe_ray.policy import (
     Action,
@@ -26,6 +25,7 @@ from buddymoe_ray.policy import (
     Standin,
 )
 from buddymoe_ray.policy.ladder import resolve_reference
+from buddymoe_ray.policy.misses import Bools
 
 Sizes = tuple[int, int, int, int, float]
 KINDS = ("own", "buddy", "router", "random", "drop")
@@ -43,15 +43,15 @@ def standin(name: str, dice: Dice, E: int) -> Standin:
     return RandomBuddy(harm_LEE=harm_LEE) if name == "random" else Drop(harm_LE=harm_LE, renormalise=False)
 
 
-def stood_in(resolution: Resolution) -> Tensor:
+def stood_in(resolution: Resolution) -> Bools:
     return resolution.action_TK >= Action.OWN
 
 
 def own(harms: list[float], has: list[bool] | None = None) -> Own:
     """Records of 8 experts in every layer, with these harms."""
-    padded = torch.tensor(harms + [0.0] * (8 - len(harms)))
-    has_E = torch.tensor(has if has is not None else [True] * 8)
-    return Own("lowbit3", harm_LE=padded.expand(LAYERS, 8), has_LE=has_E.expand(LAYERS, 8))
+    padded = floats(harms + [0.0] * (8 - len(harms)))
+    has_E = np.array(has if has is not None else [True] * 8)
+    return Own("lowbit3", harm_LE=np.broadcast_to(padded, (LAYERS, 8)), has_LE=np.broadcast_to(has_E, (LAYERS, 8)))
 
 
 @given(size=sizes(), name=st.sampled_from(KINDS))
@@ -72,23 +72,23 @@ def test_what_is_promised_to_each_row(size: Sizes, name: str) -> None:
     misses, answers_by = dice.misses(T, K, E, resident=share), standin(name, dice, E)
     resolution, answers = Ladder(answers_by).resolve(misses), answers_by.answer(misses)
     resident_TK, stood_TK = misses.resident_E[misses.ids_TK], stood_in(resolution)
-    assert torch.equal(resolution.action_TK == Action.HIT, resident_TK), "a resident expert runs, nobody else does"
+    assert np.array_equal(resolution.action_TK == Action.HIT, resident_TK), "a resident expert runs, nobody else does"
     assert not bool(stood_TK[misses.rows.mode_T == 0].any()), "an exact row is never stood in for"
     assert not bool((resolution.harm_TK != 0)[~stood_TK].any()), "hits and fetches are free"
     bounded_T = misses.rows.mode_T == 1
-    spent_T = resolution.harm_TK.double().sum(dim=1)
+    spent_T = resolution.harm_TK.astype(np.float64).sum(axis=1)
     assert bool((spent_T[bounded_T] <= misses.rows.allowance_T[bounded_T]).all()), "a ledger never goes negative"
     assert bool((resolution.harm_TK <= misses.rows.price_T[:, None])[bounded_T].all()), (
         "no use is dearer than its price"
     )
     fetched = set(misses.ids_TK[resolution.action_TK == Action.FETCH].tolist())
     fast_T1 = (misses.rows.mode_T == 2)[:, None]
-    for t, k in (fast_T1 & ~stood_TK & ~resident_TK).nonzero().tolist():
+    for t, k in np.argwhere(fast_T1 & ~stood_TK & ~resident_TK).tolist():
         shared = resolution.reason_TK[t, k] == Reason.SHARED_FETCH
         assert shared or not answers.found_TK[t, k], "a fast row waits only where nobody can stand in"
     assert not fetched & set(misses.ids_TK[stood_TK].tolist()), "what one row fetches answers every row"
     own_choice_TK = resolution.action_TK < Action.BUDDY
-    assert torch.equal(resolution.expert_TK[own_choice_TK], misses.ids_TK[own_choice_TK])
+    assert np.array_equal(resolution.expert_TK[own_choice_TK], misses.ids_TK[own_choice_TK])
     for row in resolution.expert_TK.tolist():
         assert len(set(row)) == len(row), "a token never gets one expert twice"
 
@@ -102,7 +102,7 @@ def test_a_row_decides_as_if_alone_but_for_fetches_it_shares(size: Sizes, name: 
     for t in range(T):
         alone = Ladder(answers_by).resolve(only_row(misses, t))
         shared_K = together.reason_TK[t] == Reason.SHARED_FETCH
-        assert torch.equal(together.action_TK[t][~shared_K], alone.action_TK[0][~shared_K])
+        assert np.array_equal(together.action_TK[t][~shared_K], alone.action_TK[0][~shared_K])
         assert bool((alone.action_TK[0][shared_K] >= Action.OWN).all()), "sharing only ever spares a stand-in"
 
 
@@ -153,9 +153,9 @@ def test_fast_takes_even_what_nobody_has_measured() -> None:
 def test_fast_goes_on_when_its_allowance_is_no_number() -> None:
     """Endless harm taken off an endless allowance in an earlier layer."""
     rows = RowBudgets(
-        mode_T=torch.tensor([2, 1], dtype=torch.int8),
-        allowance_T=torch.tensor([INF - INF, 1.0]),
-        price_T=torch.tensor([INF, INF]),
+        mode_T=np.array([2, 1], np.int8),
+        allowance_T=floats([INF - INF, 1.0]),
+        price_T=floats([INF, INF]),
     )
     resolution = Ladder(own([0.5] * 4)).resolve(miss([[0, 1], [2, 3]], [[0.5, 0.5]] * 2, [], rows))
     assert stood_in(resolution).all()
@@ -168,8 +168,8 @@ def test_nobody_to_stand_in_is_a_fetch() -> None:
 
 
 def test_a_fallback_serves_only_those_who_must_not_wait() -> None:
-    nobody = Buddy("output", rank_LEH=torch.full((LAYERS, 8, 2), -1), harm_LEE=torch.zeros(LAYERS, 8, 8))
-    ladder = Ladder(nobody, fallback=Drop(harm_LE=torch.ones(LAYERS, 8), renormalise=False))
+    nobody = Buddy("output", rank_LEH=np.full((LAYERS, 8, 2), -1), harm_LEE=np.zeros((LAYERS, 8, 8), np.float32))
+    ladder = Ladder(nobody, fallback=Drop(harm_LE=np.ones((LAYERS, 8), np.float32), renormalise=False))
     misses = miss([[0], [1], [2]], [[0.5], [0.5], [0.5]], [3], budgets([0, 1, 2], allowance=9.0))
     resolution = ladder.resolve(misses)
     assert resolution.action_TK.tolist() == [[Action.FETCH], [Action.FETCH], [Action.DROP]]
@@ -177,8 +177,8 @@ def test_a_fallback_serves_only_those_who_must_not_wait() -> None:
 
 
 def test_the_stand_in_comes_before_the_fallback() -> None:
-    someone = Buddy("output", rank_LEH=torch.full((LAYERS, 8, 1), 7), harm_LEE=torch.ones(LAYERS, 8, 8))
-    ladder = Ladder(someone, fallback=Drop(harm_LE=torch.zeros(LAYERS, 8), renormalise=False))
+    someone = Buddy("output", rank_LEH=np.full((LAYERS, 8, 1), 7), harm_LEE=np.ones((LAYERS, 8, 8), np.float32))
+    ladder = Ladder(someone, fallback=Drop(harm_LE=np.zeros((LAYERS, 8), np.float32), renormalise=False))
     resolution = ladder.resolve(miss([[0, 1]], [[0.75, 0.25]], [7], budgets([2])))
     assert resolution.action_TK.tolist() == [[Action.BUDDY, Action.DROP]]
     assert resolution.expert_TK.tolist() == [[7, 1]] and resolution.weight_TK.tolist() == [[0.75, 0.0]]
@@ -192,7 +192,8 @@ class Unasked(Own):
 
 
 def test_nothing_missing_asks_nobody() -> None:
-    ladder = Ladder(Unasked("lowbit3", harm_LE=torch.zeros(LAYERS, 8), has_LE=torch.ones(LAYERS, 8, dtype=torch.bool)))
+    harm_LE, has_LE = np.zeros((LAYERS, 8), np.float32), np.ones((LAYERS, 8), np.bool_)
+    ladder = Ladder(Unasked("lowbit3", harm_LE=harm_LE, has_LE=has_LE))
     misses = miss([[0, 1]], [[0.5, 0.5]], [0, 1], budgets([1]))
     resolution = ladder.resolve(misses)
     assert resolution.weight_TK is misses.weight_TK and not resolution.action_TK.any()
@@ -205,11 +206,10 @@ def test_nothing_missing_asks_nobody() -> None:
 def test_shapes_and_types(name: str) -> None:
     dice = Dice(5)
     misses = dice.misses(6, 4, 12)
-    misses = replace(misses, weight_TK=misses.weight_TK.bfloat16())
     resolution = Ladder(standin(name, dice, 12)).resolve(misses)
-    assert resolution.action_TK.dtype == resolution.reason_TK.dtype == torch.int8
-    assert resolution.expert_TK.dtype == torch.int64 and resolution.harm_TK.dtype == torch.float32
-    assert resolution.weight_TK.dtype == torch.bfloat16
+    assert resolution.action_TK.dtype == resolution.reason_TK.dtype == np.int8
+    assert resolution.expert_TK.dtype == np.int64 and resolution.harm_TK.dtype == np.float32
+    assert resolution.weight_TK.dtype == np.float32
     for tensor in vars(resolution).values():
         assert tensor.shape == (6, 4)
 
@@ -220,10 +220,10 @@ def test_layers_share_one_allowance() -> None:
         dice = Dice(seed)
         ladder = Ladder(standin("own", dice, 16))
         first = dice.misses(4, 4, 16, modes=(1,), resident=0.2)
-        rows, spent_T = first.rows, torch.zeros(4, dtype=torch.float64)
+        rows, spent_T = first.rows, np.zeros(4)
         for _ in range(12):
             layer = replace(dice.misses(4, 4, 16, modes=(1,), resident=0.2), rows=rows)
-            harm_T = ladder.resolve(layer).harm_TK.sum(dim=1)
+            harm_T = ladder.resolve(layer).harm_TK.sum(axis=1)
             rows = replace(rows, allowance_T=rows.allowance_T - harm_T)
             spent_T += harm_T
         assert bool((spent_T <= first.rows.allowance_T).all()) and bool((rows.allowance_T >= 0).all())

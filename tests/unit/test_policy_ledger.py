@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from policy_cases import LAYERS
@@ -123,12 +122,12 @@ class Served:
 
     def __init__(self, budget: float, *, seed: int, free: float = 0.0) -> None:
         self.rng = np.random.default_rng(seed)
-        harm_LE = torch.from_numpy(np.random.default_rng(9).gamma(0.5, 0.02, (L, E)).astype(np.float32))
-        self.ladder = Ladder(Own("lowbit3", harm_LE=harm_LE, has_LE=torch.ones(L, E, dtype=torch.bool)))
+        harm_LE = np.random.default_rng(9).gamma(0.5, 0.02, (L, E)).astype(np.float32)
+        self.ladder = Ladder(Own("lowbit3", harm_LE=harm_LE, has_LE=np.ones((L, E), np.bool_)))
         self.ledger, self.free, self.uses, self.stood_in = Ledger(budget), free, 0, 0
         calibration = np.random.default_rng(8)
         ids, weights = (np.stack(part) for part in zip(*(self.route(calibration) for _ in range(512)), strict=True))
-        harm_TLK = weights**2 * harm_LE.numpy()[np.arange(L)[:, None], ids]
+        harm_TLK = weights**2 * harm_LE[np.arange(L)[:, None], ids]
         self.price = price_for(budget, harm_TLK.reshape(len(ids), -1))
 
     @staticmethod
@@ -140,25 +139,23 @@ class Served:
         self.ledger.accrue()
         price = self.price * (self.ledger.generosity if generous else 1.0)
         ids, weights = self.route(self.rng)
-        left = torch.tensor([self.ledger.allowance], dtype=torch.float32)
-        spent = torch.zeros(1, dtype=torch.float32)
+        left = np.array([self.ledger.allowance], np.float32)
+        spent = np.zeros(1, np.float32)
         for layer in range(L):
             misses = Misses(
                 layer=layer,
-                ids_TK=torch.from_numpy(ids[layer : layer + 1]),
-                weight_TK=torch.from_numpy(weights[layer : layer + 1]),
-                resident_E=torch.from_numpy(self.rng.random(E) < self.free),
+                ids_TK=ids[layer : layer + 1],
+                weight_TK=weights[layer : layer + 1],
+                resident_E=self.rng.random(E) < self.free,
                 score_TE=None,
-                rows=RowBudgets(
-                    mode_T=torch.ones(1, dtype=torch.int8), allowance_T=left, price_T=torch.tensor([price])
-                ),
+                rows=RowBudgets(mode_T=np.ones(1, np.int8), allowance_T=left, price_T=np.array([price], np.float32)),
             )
             resolution = self.ladder.resolve(misses)
-            harm = resolution.harm_TK.sum(dim=1)
+            harm = resolution.harm_TK.sum(axis=1)
             left, spent = left - harm, spent + harm
             self.stood_in += int((resolution.action_TK == Action.OWN).sum())
             self.uses += int((resolution.action_TK != Action.HIT).sum())
-        self.ledger.charge(float(spent))
+        self.ledger.charge(float(spent[0]))
         assert self.ledger.spent <= self.ledger.budget * self.ledger.tokens
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given
-from policy_cases import LAYERS, Dice, budgets, miss, sizes
-from torch import Tensor
+from policy_cases import LAYERS, Dice, budgets, floats, miss, sizes
 
 from buddymoe_ray.policy import Action, Answers, Buddy, Drop, Misses, Own, RandomBuddy, RouterBuddy, Standin
+from buddymoe_ray.policy.misses import Floats
 from buddymoe_ray.policy.standins import pick_unique
 
 Sizes = tuple[int, int, int, int, float]
@@ -46,8 +46,8 @@ def found(misses: Misses, answers: Answers) -> list[list[int | None]]:
     ]
 
 
-def harm_of_pairs(misses: Misses, answers: Answers, harm_LEE: Tensor) -> None:
-    for t, k in answers.found_TK.nonzero().tolist():
+def harm_of_pairs(misses: Misses, answers: Answers, harm_LEE: Floats) -> None:
+    for t, k in np.argwhere(answers.found_TK).tolist():
         i, j = int(misses.ids_TK[t, k]), int(answers.expert_TK[t, k])
         expected = float(misses.weight_TK[t, k]) ** 2 * float(harm_LEE[misses.layer, i, j])
         assert float(answers.harm_TK[t, k]) == expected
@@ -66,8 +66,8 @@ def test_own_is_whoever_has_a_record(size: Sizes) -> None:
             assert bool(answers.found_TK[t, k]) == bool(has_LE[misses.layer, expert])
             expected = float(misses.weight_TK[t, k]) ** 2 * float(harm_LE[misses.layer, expert])
             assert float(answers.harm_TK[t, k]) == expected
-    assert own.kind == "lowbit3" and set(answers.action_TK.flatten().tolist()) == {Action.OWN}
-    assert torch.equal(answers.expert_TK, misses.ids_TK)
+    assert own.kind == "lowbit3" and set(answers.action_TK.ravel().tolist()) == {Action.OWN}
+    assert np.array_equal(answers.expert_TK, misses.ids_TK)
     assert own.weights(misses, answers, answers.found_TK) is misses.weight_TK
 
 
@@ -81,7 +81,7 @@ def test_buddies_of_a_table_are_the_first_that_are_free(size: Sizes) -> None:
     answers = buddy.answer(misses)
     assert found(misses, answers) == first_free(misses, lambda _, e: rank_LEH[misses.layer, e].tolist())
     harm_of_pairs(misses, answers, harm_LEE)
-    for t, k in answers.found_TK.nonzero().tolist():
+    for t, k in np.argwhere(answers.found_TK).tolist():
         i, j = int(misses.ids_TK[t, k]), int(answers.expert_TK[t, k])
         scale = float(scale_LEE[misses.layer, i, j])
         assert float(answers.weight_TK[t, k]) == float(misses.weight_TK[t, k]) * scale
@@ -134,16 +134,16 @@ def test_every_buddy_that_could_be_found_is(size: Sizes) -> None:
 
 def test_ties_go_to_the_earlier_candidate() -> None:
     misses = miss([[0]], [[1.0]], [3, 5, 6], budgets([2]))
-    candidates_TKH = torch.tensor([[[6, 3, 5]]])
-    expert_TK, found_TK = pick_unique(misses, candidates_TKH, torch.ones(1, 1, 3))
+    candidates_TKH = np.array([[[6, 3, 5]]])
+    expert_TK, found_TK = pick_unique(misses, candidates_TKH, np.ones((1, 1, 3), np.float32))
     assert expert_TK.tolist() == [[6]] and found_TK.tolist() == [[True]]
 
 
 def test_slots_choose_in_order() -> None:
     """The heavier slot comes first and takes the buddy that both want."""
     misses = miss([[0, 1]], [[0.75, 0.25]], [2, 3], budgets([2]))
-    both = torch.tensor([2, 3]).expand(LAYERS, 8, 2)
-    answers = Buddy("coactivation", rank_LEH=both, harm_LEE=torch.zeros(LAYERS, 8, 8)).answer(misses)
+    both = np.broadcast_to([2, 3], (LAYERS, 8, 2))
+    answers = Buddy("coactivation", rank_LEH=both, harm_LEE=np.zeros((LAYERS, 8, 8), np.float32)).answer(misses)
     assert answers.expert_TK.tolist() == [[2, 3]]
     assert answers.weight_TK.tolist() == [[0.75, 0.25]], "without scales the slot keeps its weight"
 
@@ -151,15 +151,15 @@ def test_slots_choose_in_order() -> None:
 def test_a_tables_end_is_an_end() -> None:
     """-1 is no expert, not the last one and not expert 0."""
     misses = miss([[1]], [[1.0]], [0, 7], budgets([2]))
-    none_left = torch.full((LAYERS, 8, 3), -1)
-    answers = Buddy("coactivation", rank_LEH=none_left, harm_LEE=torch.zeros(LAYERS, 8, 8)).answer(misses)
+    none_left = np.full((LAYERS, 8, 3), -1)
+    answers = Buddy("coactivation", rank_LEH=none_left, harm_LEE=np.zeros((LAYERS, 8, 8), np.float32)).answer(misses)
     assert answers.found_TK.tolist() == [[False]] and answers.expert_TK.tolist() == [[1]]
 
 
 def test_a_missing_score_is_said() -> None:
     misses = miss([[1]], [[1.0]], [0], budgets([2]))
     with pytest.raises(AssertionError, match="needs the router's scores"):
-        RouterBuddy(harm_LEE=torch.zeros(LAYERS, 8, 8), renormalise=True).answer(misses)
+        RouterBuddy(harm_LEE=np.zeros((LAYERS, 8, 8), np.float32), renormalise=True).answer(misses)
 
 
 def every(dice: Dice, E: int, *, renormalise: bool) -> list[Standin]:
@@ -173,78 +173,77 @@ def every(dice: Dice, E: int, *, renormalise: bool) -> list[Standin]:
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("renormalise", [False, True])
-def test_rows_without_stand_ins_keep_their_bits(renormalise: bool, dtype: torch.dtype) -> None:
+def test_rows_without_stand_ins_keep_their_bits(renormalise: bool) -> None:
     """Weights of any size, in any memory order: other tenants must not feel who is stood in for."""
     for seed in range(20):
         dice = Dice(seed)
         misses = dice.misses(7, 6, 16)
-        weight_TK = torch.rand(6, 7, generator=dice.generator).to(dtype).t()
+        weight_TK = dice.rng.random((6, 7), np.float32).T
         misses = replace(misses, weight_TK=weight_TK)
         for standin in every(dice, 16, renormalise=renormalise):
             answers = standin.answer(misses)
-            take_TK = answers.found_TK & (torch.arange(7) % 2 == 0)[:, None]
+            take_TK = answers.found_TK & (np.arange(7) % 2 == 0)[:, None]
             weights_TK = standin.weights(misses, answers, take_TK)
-            untouched_T = ~take_TK.any(dim=1)
-            assert torch.equal(weights_TK[untouched_T], weight_TK[untouched_T]), standin.kind
-            assert weights_TK.dtype == dtype, standin.kind
+            untouched_T = ~take_TK.any(axis=1)
+            assert np.array_equal(weights_TK[untouched_T], weight_TK[untouched_T]), standin.kind
+            assert weights_TK.dtype == np.float32, standin.kind
 
 
 def test_drop_follows_the_models_own_rule() -> None:
     misses = miss([[0, 1, 2], [0, 1, 2]], [[0.5, 0.25, 0.25], [0.5, 0.25, 0.125]], [0], budgets([2, 2]))
-    take_TK = torch.tensor([[False, True, True], [False, False, True]])
+    take_TK = np.array([[False, True, True], [False, False, True]])
     for renormalise, expected in (
         (False, [[0.5, 0.0, 0.0], [0.5, 0.25, 0.0]]),
         (True, [[1.0, 0.0, 0.0], [0.5 * 0.875 / 0.75, 0.25 * 0.875 / 0.75, 0.0]]),
     ):
-        drop = Drop(harm_LE=torch.ones(LAYERS, 8), renormalise=renormalise)
+        drop = Drop(harm_LE=np.ones((LAYERS, 8), np.float32), renormalise=renormalise)
         answers = drop.answer(misses)
-        torch.testing.assert_close(drop.weights(misses, answers, take_TK), torch.tensor(expected))
-        assert answers.harm_TK.tolist() == misses.weight_TK.square().tolist() and bool(answers.found_TK.all())
+        np.testing.assert_allclose(drop.weights(misses, answers, take_TK), floats(expected))
+        assert answers.harm_TK.tolist() == np.square(misses.weight_TK).tolist() and bool(answers.found_TK.all())
         assert not answers.weight_TK.any()
 
 
 def test_a_token_without_survivors_is_zero() -> None:
     misses = miss([[0, 1]], [[0.5, 0.5]], [], budgets([2]))
-    drop = Drop(harm_LE=torch.ones(LAYERS, 8), renormalise=True)
-    assert drop.weights(misses, drop.answer(misses), torch.ones(1, 2, dtype=torch.bool)).tolist() == [[0.0, 0.0]]
+    drop = Drop(harm_LE=np.ones((LAYERS, 8), np.float32), renormalise=True)
+    assert drop.weights(misses, drop.answer(misses), np.ones((1, 2), np.bool_)).tolist() == [[0.0, 0.0]]
 
 
 def test_router_buddies_bring_their_own_score() -> None:
     """Renormalised the row keeps its sum; else scores are brought to the scale of the router's weights."""
     misses = miss([[0, 1]], [[1.0, 0.5]], [0, 4], budgets([2]))
-    score_TE = torch.tensor([[0.5, 0.25, 0.0, 0.0, 0.125, 0.0, 0.0, 0.125]])
+    score_TE = floats([[0.5, 0.25, 0.0, 0.0, 0.125, 0.0, 0.0, 0.125]])
     misses = replace(misses, score_TE=score_TE)
-    take_TK = torch.tensor([[False, True]])
-    plain = RouterBuddy(harm_LEE=torch.zeros(LAYERS, 8, 8), renormalise=False)
+    take_TK = np.array([[False, True]])
+    plain = RouterBuddy(harm_LEE=np.zeros((LAYERS, 8, 8), np.float32), renormalise=False)
     answers = plain.answer(misses)
     assert answers.expert_TK.tolist() == [[0, 4]]
     assert plain.weights(misses, answers, take_TK).tolist() == [[1.0, 0.25]], "weights are twice the scores"
-    same_sum = RouterBuddy(harm_LEE=torch.zeros(LAYERS, 8, 8), renormalise=True)
-    torch.testing.assert_close(same_sum.weights(misses, answers, take_TK), torch.tensor([[1.2, 0.3]]))
+    same_sum = RouterBuddy(harm_LEE=np.zeros((LAYERS, 8, 8), np.float32), renormalise=True)
+    np.testing.assert_allclose(same_sum.weights(misses, answers, take_TK), floats([[1.2, 0.3]]))
 
 
 def test_random_is_the_same_again_and_spreads() -> None:
     """A replay must draw the same; over many tokens nobody is preferred."""
     dice = Dice(3)
     E = 16
-    misses = replace(dice.misses(4000, 2, E), resident_E=torch.arange(E) % 2 == 0, layer=0)
-    null = RandomBuddy(harm_LEE=torch.zeros(LAYERS, E, E), seed=1)
+    misses = replace(dice.misses(4000, 2, E), resident_E=np.arange(E) % 2 == 0, layer=0)
+    null = RandomBuddy(harm_LEE=np.zeros((LAYERS, E, E), np.float32), seed=1)
     answers = null.answer(misses)
-    assert torch.equal(answers.expert_TK, null.answer(misses).expert_TK)
-    drawn = answers.expert_TK[answers.found_TK].bincount(minlength=E)[::2]
-    assert int(drawn.min()) > 0.6 * float(drawn.float().mean()), drawn.tolist()
-    other = RandomBuddy(harm_LEE=torch.zeros(LAYERS, E, E), seed=2).answer(misses)
-    assert not torch.equal(answers.expert_TK, other.expert_TK)
+    assert np.array_equal(answers.expert_TK, null.answer(misses).expert_TK)
+    drawn = np.bincount(answers.expert_TK[answers.found_TK], minlength=E)[::2]
+    assert int(drawn.min()) > 0.6 * float(drawn.mean()), drawn.tolist()
+    other = RandomBuddy(harm_LEE=np.zeros((LAYERS, E, E), np.float32), seed=2).answer(misses)
+    assert not np.array_equal(answers.expert_TK, other.expert_TK)
     elsewhere = null.answer(replace(misses, layer=2))
-    assert not torch.equal(answers.expert_TK, elsewhere.expert_TK)
+    assert not np.array_equal(answers.expert_TK, elsewhere.expert_TK)
 
 
 def test_random_does_not_depend_on_the_batch() -> None:
     dice = Dice(4)
     misses = dice.misses(6, 4, 12)
-    null = RandomBuddy(harm_LEE=torch.zeros(LAYERS, 12, 12))
+    null = RandomBuddy(harm_LEE=np.zeros((LAYERS, 12, 12), np.float32))
     whole = null.answer(misses).expert_TK
     alone = null.answer(replace(misses, ids_TK=misses.ids_TK[2:3], weight_TK=misses.weight_TK[2:3])).expert_TK
-    assert torch.equal(whole[2:3], alone)
+    assert np.array_equal(whole[2:3], alone)

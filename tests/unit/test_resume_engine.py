@@ -7,8 +7,8 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import SPECIALS, bpe, byte_fallback, metaspace
@@ -286,10 +286,10 @@ def test_seeds_are_hashes_of_engine_seed_and_name() -> None:
 
 def test_uses_that_a_peer_answered_were_fetched_before() -> None:
     outcome = StepOutcome.empty(2)
-    outcome.count_exact(torch.tensor([[True, False, False], [False, False, False]]))
-    outcome.count_peer(torch.tensor([1, 3]))
+    outcome.count_exact(np.array([[True, False, False], [False, False, False]]))
+    outcome.count_peer(np.array([1, 3]))
     assert (outcome.hits_T.tolist(), outcome.peer_T.tolist(), outcome.fetched_T.tolist()) == ([1, 0], [1, 3], [1, 0])
     both = StepOutcome.joined([outcome, outcome])
     assert both.peer_T.tolist() == [1, 3, 1, 3]
     with pytest.raises(AssertionError, match=r"peer uses are \[2, 0\], must be at most the fetched \[1, 0\]"):
-        outcome.count_peer(torch.tensor([2, 0]))
+        outcome.count_peer(np.array([2, 0]))

@@ -129,7 +129,7 @@ def test_threads_share_under_load(node: Node) -> None:
                 layer = rng.randrange(LAYERS)
                 if rng.random() < 0.3:
                     with cache.holding(layer) as mask:
-                        experts = mask.nonzero()[:, 0].tolist()
+                        experts = mask.nonzero()[0].tolist()
                         use(node, cache, layer, experts[:2])
                 else:
                     use(node, cache, layer, rng.sample(range(EXPERTS), rng.randint(1, EXPERTS)))
@@ -346,7 +346,7 @@ def test_migration_under_load_keeps_bytes_right(node: Node) -> None:
     while not done.is_set():
         layer = rng.randrange(LAYERS)
         with cache.holding(layer) as mask:
-            use(node, cache, layer, mask.nonzero()[:, 0].tolist())
+            use(node, cache, layer, mask.nonzero()[0].tolist())
         use(node, cache, layer, rng.sample(range(EXPERTS), 2))
     thread.join(60)
     assert not errors, errors

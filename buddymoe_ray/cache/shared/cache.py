@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from buddymoe_ray.cache.disk import DiskReader, ReadTicket
 from buddymoe_ray.cache.expert_cache import CacheStats
@@ -65,7 +65,7 @@ class SharedExpertCache:
         self.layout, self.plan = store.layout, store.plan
         self.device = torch.device("cpu")
         counts = self.layout.experts_per_layer
-        resident_LE = torch.from_numpy(self._tables.resident).view(torch.bool)
+        resident_LE = self._tables.resident.view(np.bool_)
         self._resident = [resident_LE[layer, :count] for layer, count in enumerate(counts)]
         self._kept_C = np.zeros(store.shape.slots, dtype=bool)
         self.fetch_seconds = self.layout.expert_bytes / _ASSUMED_BYTES_PER_SECOND
@@ -89,29 +89,29 @@ class SharedExpertCache:
 
     def resident(self, layer: int) -> frozenset[int]:
         """Experts of a layer that are in slots now."""
-        return frozenset(self._resident[layer].nonzero()[:, 0].tolist())
+        return frozenset(self._resident[layer].nonzero()[0].tolist())
 
-    def resident_mask(self, layer: int) -> Tensor:
-        """`[E]` bool, True where resident; a live view that other workers change."""
+    def resident_mask(self, layer: int) -> npt.NDArray[np.bool_]:
+        """`[E]`, True where resident; a live view that other workers change."""
         return self._resident[layer]
 
     @contextmanager
-    def holding(self, layer: int) -> Iterator[Tensor]:
-        """`[E]` bool of the layer's residents, none of which gives way inside the block."""
+    def holding(self, layer: int) -> Iterator[npt.NDArray[np.bool_]]:
+        """`[E]` of the layer's residents, none of which gives way inside the block."""
         with self._tables.locked():
             slots = self._tables.held(layer)
-            experts = self._tables.key_expert[slots].astype(np.int64)
-        mask_E = torch.zeros(self.layout.experts_per_layer[layer], dtype=torch.bool)
-        mask_E[torch.from_numpy(experts)] = True
+            experts = self._tables.key_expert[slots]
+        mask_E = np.zeros(self.layout.experts_per_layer[layer], np.bool_)
+        mask_E[experts] = True
         try:
             yield mask_E
         finally:
             self._tables.release(slots)
 
-    def count(self, layer: int, ids: Tensor) -> None:
+    def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
         """Note uses of experts for whoever places them: ids of any shape."""
         uses_E = self._tables.uses[self._tables.row, layer]
-        uses_E += np.bincount(ids.reshape(-1).cpu().numpy(), minlength=len(uses_E)).astype(np.uint64)
+        uses_E += np.bincount(ids.reshape(-1), minlength=len(uses_E)).astype(np.uint64)
 
     def stream(
         self, layer: int, experts: Sequence[int], *, protect_residency: bool
