@@ -23,7 +23,7 @@ from buddymoe_ray.cache.expert_cache import CacheStats
 from buddymoe_ray.cache.pool import Lease
 from buddymoe_ray.cache.shared.shape import Head
 from buddymoe_ray.cache.shared.store import SharedStore
-from buddymoe_ray.cache.shared.tables import READY, Counter
+from buddymoe_ray.cache.shared.tables import READY, Counter, Slots
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey
 
@@ -69,6 +69,7 @@ class SharedExpertCache:
         self._resident = [resident_LE[layer, :count] for layer, count in enumerate(counts)]
         self._kept_C = np.zeros(store.shape.slots, dtype=bool)
         self.fetch_seconds = self.layout.expert_bytes / _ASSUMED_BYTES_PER_SECOND
+        self._held: tuple[int, Slots] | None = None
         self._stall = 0.0
         self._reaped = time.monotonic()
 
@@ -98,14 +99,17 @@ class SharedExpertCache:
     @contextmanager
     def holding(self, layer: int) -> Iterator[npt.NDArray[np.bool_]]:
         """`[E]` of the layer's residents, none of which gives way inside the block."""
+        assert self._held is None, f"layer {self._held} is held, must be none"
         with self._tables.locked():
             slots = self._tables.held(layer)
             experts = self._tables.key_expert[slots]
-        mask_E = np.zeros(self.layout.experts_per_layer[layer], np.bool_)
-        mask_E[experts] = True
+        slot_E = np.full(self.layout.experts_per_layer[layer], -1, np.int64)
+        slot_E[experts] = slots
+        self._held = (layer, slot_E)
         try:
-            yield mask_E
+            yield slot_E >= 0
         finally:
+            self._held = None
             self._tables.release(slots)
 
     def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
@@ -124,10 +128,24 @@ class SharedExpertCache:
         if not experts:
             return
         assert len(set(experts)) == len(experts), f"experts are {list(experts)}, must each be named once"
+        if self._held is not None and self._held[0] == layer:
+            slots = self._held[1][list(experts)]
+            if slots.min() >= 0:  # held is leased: no need to ask
+                self._tables.touch(slots)
+                yield self._hits(layer, experts, slots)
+                return
+        with self._tables.locked():
+            slots = self._tables.look_up(layer, experts)
+        if slots.min() >= 0 and (self._tables.state[slots] == READY).all():
+            try:
+                yield self._hits(layer, experts, slots)
+            finally:
+                self._tables.release(slots)
+            return
         protect = protect_residency or bool(self.plan.pinned)
         call = _Call(deque(), deque(), [], set(), [])
         try:
-            self._look_up([ExpertKey(layer, e) for e in experts], call)
+            self._sort([ExpertKey(layer, e) for e in experts], slots.tolist(), call)
             self._start(call, protect)
             yield from self._lend(call)
             while call.missing or call.loads or call.waits:
@@ -185,19 +203,27 @@ class SharedExpertCache:
         wanted = pinned or range(min(count, int((tables.partition == layer).sum())))
         return [e for e in wanted if not tables.resident[layer, e]]
 
-    def _look_up(self, keys: Sequence[ExpertKey], call: _Call) -> None:
+    def _hits(self, layer: int, experts: Sequence[int], slots: Slots) -> tuple[Lease, ...]:
+        """The leases of a call that misses nothing: the usual one, so it has a short way."""
+        tables = self._tables
+        tables.counters[tables.row, Counter.HITS] += len(slots)
+        generations = tables.generation[slots].tolist()
+        return tuple(
+            Lease(ExpertKey(layer, expert), slot, generation, self._store)
+            for expert, slot, generation in zip(experts, slots.tolist(), generations, strict=True)
+        )
+
+    def _sort(self, keys: Sequence[ExpertKey], slots: Sequence[int], call: _Call) -> None:
         """Sort the experts of a call: resident ones are ready, some are being read by others, some are missing."""
         tables = self._tables
         counters = tables.counters[tables.row]
-        with tables.locked():
-            slots = tables.look_up(keys[0].layer, [key.expert for key in keys]).tolist()
-            for key, slot in zip(keys, slots, strict=True):
-                if slot >= 0 and tables.state[slot] == READY:
-                    call.ready.append((key, slot))
-                elif slot >= 0:
-                    call.waits.append((key, slot, int(tables.generation[slot])))
-                else:
-                    call.missing.append(key)
+        for key, slot in zip(keys, slots, strict=True):
+            if slot >= 0 and tables.state[slot] == READY:
+                call.ready.append((key, slot))
+            elif slot >= 0:
+                call.waits.append((key, slot, int(tables.generation[slot])))
+            else:
+                call.missing.append(key)
         self._kept_C[[slot for _, slot in call.ready]] = True
         counters[Counter.HITS] += len(call.ready)
         counters[Counter.MISSES] += len(keys) - len(call.ready)

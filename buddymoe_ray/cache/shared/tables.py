@@ -136,7 +136,7 @@ class SharedTables:
         slots: Slots = self.slot_of[layer, list(experts)].astype(np.int64)
         found = slots[slots >= 0]
         self.lease[self.row, found] += 1
-        self._touch(found)
+        self.touch(found)
         return slots
 
     def release(self, slots: Sequence[int] | Slots) -> None:
@@ -207,7 +207,7 @@ class SharedTables:
         self.loader[slot] = -1
         self.state[slot] = READY
         self.resident[self.key_layer[slot], self.key_expert[slot]] = 1
-        self._touch(np.array([slot]))
+        self.touch(np.array([slot]))
 
     def vacate(self, slot: int) -> None:
         """The slot holds nothing any more; the caller holds the lock."""
@@ -261,7 +261,8 @@ class SharedTables:
         pinned_C: npt.NDArray[np.uint8] = self.pinned[self.key_layer[slots], self.key_expert[slots]]
         return pinned_C.astype(bool) & (self.state[slots] == READY)
 
-    def _touch(self, slots: Slots) -> None:
+    def touch(self, slots: Slots) -> None:
+        """Note a use, for eviction; without the lock two uses may get one time, which does no harm."""
         self.head[Head.CLOCK] += 1
         self.last_used[slots] = self.head[Head.CLOCK]
 
