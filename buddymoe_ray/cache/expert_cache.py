@@ -117,9 +117,10 @@ class ExpertCache:
         """`[E]`, True where resident; a live view, not to be written."""
         return self._directory.resident_E[layer]
 
-    def holding(self, layer: int) -> AbstractContextManager[npt.NDArray[np.bool_]]:
-        """`[E]` of the layer's residents, for a block in which none gives way but by this thread's own loads."""
-        return nullcontext(self.resident_mask(layer))
+    def holding(self, layer: int, experts: Sequence[int]) -> AbstractContextManager[Sequence[int]]:
+        """Those of the experts that are resident, for a block in which none gives way but by this thread's loads."""
+        resident_E = self.resident_mask(layer)
+        return nullcontext([expert for expert in experts if resident_E[expert]])
 
     def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
         """Note uses of experts for whoever places them: a cache of one engine has nobody to tell."""

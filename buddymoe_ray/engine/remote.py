@@ -51,8 +51,8 @@ class PeerService:
         if not 0 <= layer < len(self._computes):
             raise LinkError(f"layer is {layer}, must be below {len(self._computes)}")
         answers: dict[int, Tensor] = {}
-        with self._lock, torch.inference_mode(), self._cache.holding(layer) as mask_E:
-            able = [expert for expert in expert_rows if 0 <= expert < len(mask_E) and mask_E[expert]]
+        known = [expert for expert in expert_rows if 0 <= expert < self._cache.layout.experts_per_layer[layer]]
+        with self._lock, torch.inference_mode(), self._cache.holding(layer, known) as able:
             for leases in self._cache.stream(layer, able, protect_residency=True):
                 for lease in leases:
                     rows = expert_rows[lease.key.expert]
@@ -65,8 +65,10 @@ class PeerService:
             return memoryview(np.packbits(self._cache.store.tables.resident.astype(bool)).tobytes())
         if not 0 <= layer < len(self._computes) or segment != 0:
             return None
-        with self._lock, self._cache.holding(layer) as mask_E:
-            if not (0 <= expert < len(mask_E) and mask_E[expert]):
+        if not 0 <= expert < self._cache.layout.experts_per_layer[layer]:
+            return None
+        with self._lock, self._cache.holding(layer, [expert]) as held:
+            if not held:
                 return None
             slot = int(self._cache.store.tables.slot_of[layer, expert])
             return memoryview(self._cache.store.bytes_C[slot].tobytes())

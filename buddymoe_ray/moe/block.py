@@ -29,7 +29,7 @@ from buddymoe_ray.kernels import combine
 from buddymoe_ray.moe.peers import Peers
 from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Phase, StepState
-from buddymoe_ray.policy import Action
+from buddymoe_ray.policy import Action, Resolution
 
 __all__ = ["ExpertCompute", "MoEBlock"]
 
@@ -38,6 +38,9 @@ ExpertCompute = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+
+_RUNS = np.array([action in (Action.HIT, Action.BUDDY) for action in Action])  # resident experts that run
+_FULL = np.array([action in (Action.HIT, Action.FETCH, Action.BUDDY) for action in Action])
 
 _Rows = dict[int, tuple[Tensor, Tensor]]
 
@@ -79,21 +82,33 @@ class MoEBlock:
     def _decode(self, hidden_TD: Tensor, ids_TK: Ints, weight_TK: Tensor, y_ND: Tensor) -> Tensor:
         """Fill `y_ND`; returns the weights to combine it with."""
         self._cache.count(self.layer, ids_TK)
-        standins, step, device = self._standins, self._step, hidden_TD.device
+        standins, step = self._standins, self._step
         if standins is None or not standins.may_answer(self.layer, step):
             step.outcome.count_exact(self._cache.resident_mask(self.layer)[ids_TK])
-            self._run_full(hidden_TD, _group(ids_TK, device), y_ND, protect=False)
+            self._run_full(hidden_TD, _group(ids_TK, hidden_TD.device), y_ND, protect=False)
             return weight_TK
-        with self._cache.holding(self.layer) as resident_E:  # what is decided here must still hold when it is computed
+        resident_E = self._cache.resident_mask(self.layer).copy()
+        while True:
             resolution = standins.resolve(self.layer, ids_TK, weight_TK, resident_E, step)
-            action_TK, expert_TK = resolution.action_TK, resolution.expert_TK
-            own_TK, dropped_TK = action_TK == Action.OWN, action_TK == Action.DROP
-            if own_TK.any():
-                standins.answer(self.layer, hidden_TD, np.where(own_TK, expert_TK, -1), y_ND)
-            if dropped_TK.any():
-                y_ND[torch.from_numpy(dropped_TK.reshape(-1))] = 0
-            self._run_full(hidden_TD, _group(expert_TK, device, ~(own_TK | dropped_TK)), y_ND, protect=False)
-        return torch.from_numpy(resolution.weight_TK).to(weight_TK)
+            runs = {e for e in resolution.expert_TK[_RUNS[resolution.action_TK]].tolist() if resident_E[e]}
+            with self._cache.holding(self.layer, sorted(runs)) as held:
+                if len(held) == len(runs):
+                    standins.book(self.layer, resolution, step)
+                    self._answer(standins, hidden_TD, resolution, y_ND)
+                    return torch.from_numpy(resolution.weight_TK).to(weight_TK)
+            resident_E[list(runs.difference(held))] = False  # moved away since: decide again
+
+    def _answer(self, standins: Standins, hidden_TD: Tensor, resolution: Resolution, y_ND: Tensor) -> None:
+        """Compute every use as it was decided."""
+        action_TK, expert_TK = resolution.action_TK, resolution.expert_TK
+        own_TK = action_TK == Action.OWN
+        if own_TK.any():
+            standins.answer(self.layer, hidden_TD, np.where(own_TK, expert_TK, -1), y_ND)
+        if action_TK.max() == Action.DROP:
+            y_ND[torch.from_numpy((action_TK == Action.DROP).reshape(-1))] = 0
+        full_TK = _FULL[action_TK]
+        if full_TK.any():
+            self._run_full(hidden_TD, _group(expert_TK, hidden_TD.device, full_TK), y_ND, protect=False)
 
     def _run_full(self, hidden_TD: Tensor, rows_of: _Rows, y_ND: Tensor, *, protect: bool) -> None:
         """Run the experts themselves: some at a peer while the others run here."""

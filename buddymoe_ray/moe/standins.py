@@ -74,7 +74,7 @@ class Standins:
         object.__setattr__(self, "_at", at)
 
     def resolve(self, layer: int, ids_TK: Ints, weight_TK: Tensor, resident_E: Bools, step: StepState) -> Resolution:
-        """What answers each use of this layer, counted and charged in `step`."""
+        """What is to answer each use of this layer."""
         assert step.budgets is not None, "resolve was called for an exact pass"
         score_TE = step.scores.get(layer)
         misses = Misses(
@@ -89,9 +89,12 @@ class Standins:
         overlay = step.overlays.get(layer)
         if overlay is not None:
             resolution = _repeat(resolution, overlay)
+        return resolution
+
+    def book(self, layer: int, resolution: Resolution, step: StepState) -> None:
+        """It will be done: count and charge it in `step`."""
         columns, kinds = self._columns[layer], self._kinds[layer]  # type: ignore[attr-defined]
         step.charge(step.outcome.count(layer, resolution, columns, kinds))
-        return resolution
 
     def answer(self, layer: int, x_TD: Tensor, named_TK: Ints, out_ND: Tensor) -> None:
         """Fill the rows of `out_ND` whose use a record answers; `named_TK` is negative for all other uses."""

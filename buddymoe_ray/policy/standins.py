@@ -128,11 +128,13 @@ class RouterBuddy:
         assert misses.score_TE is not None, (
             "buddy:router needs the router's scores: attach_router_scores was not called"
         )
-        T, K = misses.ids_TK.shape
-        score_TE = misses.score_TE
-        shape = (T, K, score_TE.shape[1])
-        every_TKE = np.broadcast_to(np.arange(shape[2]), shape)
-        expert_TK, found_TK = pick_unique(misses, every_TKE, np.broadcast_to(score_TE[:, None, :], shape))
+        score_TE, missing_TK = misses.score_TE, ~misses.resident_E[misses.ids_TK]
+        free_TE = _free(misses)
+        # all slots of a token have one ranking: its n-th miss gets the n-th of those that are free
+        order_TE = np.where(free_TE, -score_TE, np.inf).argsort(axis=1, kind="stable")
+        turn_TK = (missing_TK.cumsum(axis=1) - 1).clip(0, score_TE.shape[1] - 1)
+        found_TK = missing_TK & (turn_TK < free_TE.sum(axis=1)[:, None])
+        expert_TK = np.where(found_TK, np.take_along_axis(order_TE, turn_TK, axis=1), misses.ids_TK)
         weight_TK = np.take_along_axis(score_TE, expert_TK, axis=1) * _per_score(misses)
         harm_TK = np.square(misses.weight_TK) * self._harm_LEE[misses.layer][misses.ids_TK, expert_TK]
         return _buddies(misses, expert_TK, weight_TK, harm_TK, found_TK)
@@ -175,22 +177,38 @@ def pick_unique(misses: Misses, candidates_TKH: Ints, score_TKH: Floats) -> tupl
     """
     ids_TK, resident_E = misses.ids_TK, misses.resident_E
     T, K = ids_TK.shape
-    row_T = np.arange(T)
-    free_TE = np.broadcast_to(resident_E, (T, len(resident_E))).copy()
-    free_TE[row_T[:, None], ids_TK] = False  # resident ones are taken; missing ones cannot answer anyway
-    expert_TK, found_TK = ids_TK.copy(), np.zeros(ids_TK.shape, np.bool_)
-    missing_TK = ~resident_E[ids_TK]
-    for k in range(K):
-        if not missing_TK[:, k].any():
-            continue
-        candidates_TH = candidates_TKH[:, k]
-        free_TH = free_TE[row_T[:, None], candidates_TH] & (candidates_TH >= 0)
-        best_T = np.where(free_TH, score_TKH[:, k], -np.inf).argmax(axis=1)
-        found_T = free_TH[row_T, best_T] & missing_TK[:, k]
-        expert_TK[:, k] = np.where(found_T, candidates_TH[row_T, best_T], ids_TK[:, k])
-        found_TK[:, k] = found_T
-        free_TE[row_T, expert_TK[:, k]] = False
+    row_T1, slot_K = np.arange(T)[:, None], np.arange(K)
+    free_TKH = _free(misses)[row_T1[:, :, None], candidates_TKH] & (candidates_TKH >= 0)
+    offered_TKH = np.where(free_TKH, score_TKH, -np.inf)
+    best_TK = offered_TKH.argmax(axis=2)
+    found_TK = free_TKH[row_T1, slot_K, best_TK] & ~resident_E[ids_TK]
+    expert_TK = np.where(found_TK, candidates_TKH[row_T1, slot_K, best_TK], ids_TK)
+    ordered_TK = np.sort(expert_TK, axis=1)
+    clash_T = (ordered_TK[:, 1:] == ordered_TK[:, :-1]).any(axis=1)
+    for t in np.flatnonzero(clash_T).tolist():  # two slots of a token chose one expert: they choose in turn
+        _in_turn(candidates_TKH[t], offered_TKH[t], ids_TK[t], found_TK[t], expert_TK[t])
     return expert_TK, found_TK
+
+
+def _free(misses: Misses) -> Bools:
+    """Residents `[T, E]` that a token does not use itself; its missing experts cannot answer anyway."""
+    T, E = len(misses.ids_TK), len(misses.resident_E)
+    free_TE = np.broadcast_to(misses.resident_E, (T, E)).copy()
+    free_TE[np.arange(T)[:, None], misses.ids_TK] = False
+    return free_TE
+
+
+def _in_turn(candidates_KH: Ints, offered_KH: Floats, ids_K: Ints, found_K: Bools, expert_K: Ints) -> None:
+    """Choose again, slot by slot, into `found_K` and `expert_K`; `offered_KH` is -inf for who cannot answer."""
+    taken: list[int] = []
+    for k in np.flatnonzero(found_K).tolist():
+        left_H = offered_KH[k].copy()
+        for expert in taken:
+            left_H[candidates_KH[k] == expert] = -np.inf
+        best = int(left_H.argmax())
+        found_K[k] = left_H[best] > -np.inf
+        expert_K[k] = candidates_KH[k, best] if found_K[k] else ids_K[k]
+        taken.append(int(expert_K[k]))
 
 
 def _buddies(misses: Misses, expert_TK: Ints, weight_TK: Floats, harm_TK: Floats, found_TK: Bools) -> Answers:

@@ -120,8 +120,8 @@ def test_it_follows_the_map_while_workers_compute(spec: StoreSpec, keep: Callabl
         try:
             while not stop.is_set():
                 layer = rng.randrange(LAYERS)
-                with cache.holding(layer) as mask:
-                    for leases in cache.stream(layer, mask.nonzero()[0].tolist(), protect_residency=True):
+                with cache.holding(layer, sorted(cache.resident(layer))) as held:
+                    for leases in cache.stream(layer, held, protect_residency=True):
                         for lease in leases:
                             assert expert_bytes_of(dict(lease.tensors())) == truth[lease.key]
         except BaseException as error:

@@ -69,7 +69,7 @@ class SharedExpertCache:
         self._resident = [resident_LE[layer, :count] for layer, count in enumerate(counts)]
         self._kept_C = np.zeros(store.shape.slots, dtype=bool)
         self.fetch_seconds = self.layout.expert_bytes / _ASSUMED_BYTES_PER_SECOND
-        self._held: tuple[int, Slots] | None = None
+        self._held: tuple[int, dict[int, int]] | None = None
         self._stall = 0.0
         self._reaped = time.monotonic()
 
@@ -97,20 +97,21 @@ class SharedExpertCache:
         return self._resident[layer]
 
     @contextmanager
-    def holding(self, layer: int) -> Iterator[npt.NDArray[np.bool_]]:
-        """`[E]` of the layer's residents, none of which gives way inside the block."""
+    def holding(self, layer: int, experts: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Those of the experts that are resident, none of which gives way inside the block."""
         assert self._held is None, f"layer {self._held} is held, must be none"
+        if not experts:
+            yield experts
+            return
         with self._tables.locked():
-            slots = self._tables.held(layer)
-            experts = self._tables.key_expert[slots]
-        slot_E = np.full(self.layout.experts_per_layer[layer], -1, np.int64)
-        slot_E[experts] = slots
-        self._held = (layer, slot_E)
+            slots = self._tables.hold(layer, experts).tolist()
+        slot_of = {expert: slot for expert, slot in zip(experts, slots, strict=True) if slot >= 0}
+        self._held = (layer, slot_of)
         try:
-            yield slot_E >= 0
+            yield list(slot_of)
         finally:
             self._held = None
-            self._tables.release(slots)
+            self._tables.release(list(slot_of.values()))
 
     def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
         """Note uses of experts for whoever places them: ids of any shape."""
@@ -128,12 +129,11 @@ class SharedExpertCache:
         if not experts:
             return
         assert len(set(experts)) == len(experts), f"experts are {list(experts)}, must each be named once"
-        if self._held is not None and self._held[0] == layer:
-            slots = self._held[1][list(experts)]
-            if slots.min() >= 0:  # held is leased: no need to ask
-                self._tables.touch(slots)
-                yield self._hits(layer, experts, slots)
-                return
+        if self._held is not None and self._held[0] == layer and self._held[1].keys() >= set(experts):
+            slots = np.array([self._held[1][expert] for expert in experts])  # leased, so there is nobody to ask
+            self._tables.touch(slots)
+            yield self._hits(layer, experts, slots)
+            return
         with self._tables.locked():
             slots = self._tables.look_up(layer, experts)
         if slots.min() >= 0 and (self._tables.state[slots] == READY).all():

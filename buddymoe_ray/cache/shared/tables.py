@@ -122,13 +122,16 @@ class SharedTables:
         """Whether the process of a row lives."""
         return row == self.row or self._locks.held_elsewhere(ROW_BYTE + row)
 
-    def held(self, layer: int) -> Slots:
-        """Lease every READY slot of `layer`'s own; the caller holds the lock.
+    def hold(self, layer: int, experts: Sequence[int]) -> Slots:
+        """Lease what is READY of the experts in `layer`'s own slots; returns each one's slot, -1 for what is not. The
+        caller holds the lock.
 
-        Wave slots are left out: who holds a layer may need one of them next, and two that did would wait in a circle.
+        Wave slots are left out: who holds one may need another next, and two that did would wait in a circle.
         """
-        slots = np.flatnonzero((self.partition == layer) & (self.state == READY))
-        self.lease[self.row, slots] += 1
+        slots: Slots = self.slot_of[layer, experts].astype(np.int64)
+        there = (slots >= 0) & (self.state[slots] == READY) & (self.partition[slots] == layer)
+        slots[~there] = -1
+        self.lease[self.row, slots[there]] += 1
         return slots
 
     def look_up(self, layer: int, experts: Sequence[int]) -> Slots:
