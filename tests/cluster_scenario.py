@@ -89,6 +89,8 @@ class Scenario:
             memory=args.memory,
             mode=args.mode,
             workers=args.workers,
+            max_workers=args.grow,
+            max_running=32 if args.grow is None else 8,
             num_cpus=1,
             flush_ms=0,
             guard_share=0,
@@ -100,7 +102,7 @@ class Scenario:
 
     def cpus(self, node: int) -> int:
         """Workers fill the nodes evenly."""
-        each, more = divmod(self.args.workers, self.args.nodes)
+        each, more = divmod(self.args.grow or self.args.workers, self.args.nodes)
         return each + (node < more)
 
     def phase(self, name: str, after: Callable[[], None] | None = None) -> None:
@@ -162,6 +164,20 @@ class Scenario:
         self.phase(f"kill {name}", done)
         print(json.dumps({"recovered": name, "seconds": seconds[0]}), flush=True)
 
+    def grow(self, workers: int, seconds: float = 180) -> None:
+        """Load until Serve has started so many workers and each is in the map; then all streams once more."""
+        began, rounds = time.monotonic(), 0
+        while time.monotonic() - began < seconds:
+            rounds += 1
+            self.phase(f"load {rounds}")
+            found = self.map()
+            if found is not None and sum(map(len, found.workers)) == workers == len(self.worker_pids()):
+                break
+        grown = time.monotonic() - began
+        self.phase("grown")
+        placed = [sorted(found.workers[at]) for at in range(len(found.pools))]
+        print(json.dumps({"grown": workers, "seconds": round(grown, 1), "workers": [len(names) for names in placed]}))
+
     def kill_worker(self) -> None:
         os.kill(self.worker_pids()[0], signal.SIGKILL)
 
@@ -209,12 +225,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--memory", default="25%")
     parser.add_argument("--mode", default="exact")
+    parser.add_argument("--grow", type=int, help="let Serve start up to so many workers under load")
     parser.add_argument("--kill", action="store_true", help="end each kind of process, and a node, under load")
     args = parser.parse_args()
     scenario = Scenario(args)
     try:
         scenario.phase("first")
         scenario.phase("migrating")
+        if args.grow:
+            scenario.grow(args.grow)
         if args.kill:
             scenario.kill("worker", scenario.kill_worker, args.workers)
             scenario.kill("store", scenario.kill_store, args.workers)
