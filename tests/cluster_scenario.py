@@ -34,6 +34,7 @@ from buddymoe_ray.serve.records import WorkerReport
 
 APP = "cluster"
 SHM = Path("/dev/shm")
+NODE: dict[str, Any] = {"object_store_memory": 100 << 20, "include_dashboard": False}
 PROMPTS = [f"def function_{n}(a, b):\n    " for n in range(16)]
 
 
@@ -79,9 +80,8 @@ class Scenario:
         with LLM("builtin:tiny", memory="100%") as llm:
             results = llm.generate(PROMPTS, max_tokens=args.tokens, temperature=0.0, ignore_eos=True)
         self.expected = [list(result.token_ids) for result in results]
-        node = {"object_store_memory": 100 << 20, "include_dashboard": False}
-        self.cluster = Cluster(initialize_head=True, head_node_args=node | {"num_cpus": self.cpus(0)})
-        self.nodes = [self.cluster.add_node(num_cpus=self.cpus(at), **node) for at in range(1, args.nodes)]
+        self.cluster = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": self.cpus(0)})
+        self.nodes = [self.cluster.add_node(num_cpus=self.cpus(at), **NODE) for at in range(1, args.nodes)]
         ray.init(address=self.cluster.address, log_to_driver=False)
         serve.start(proxy_location="Disabled")
         options = ServeArgs(
@@ -102,7 +102,7 @@ class Scenario:
 
     def cpus(self, node: int) -> int:
         """Workers fill the nodes evenly."""
-        each, more = divmod(self.args.grow or self.args.workers, self.args.nodes)
+        each, more = divmod(self.args.workers, self.args.nodes)
         return each + (node < more)
 
     def phase(self, name: str, after: Callable[[], None] | None = None) -> None:
@@ -165,7 +165,9 @@ class Scenario:
         print(json.dumps({"recovered": name, "seconds": seconds[0]}), flush=True)
 
     def grow(self, workers: int, seconds: float = 180) -> None:
-        """Load until Serve has started so many workers and each is in the map; then all streams once more."""
+        """A node joins; load until Serve has started so many workers and each is in the map; then all streams once
+        more."""
+        self.nodes.append(self.cluster.add_node(num_cpus=workers - self.args.workers, **NODE))
         began, rounds = time.monotonic(), 0
         while time.monotonic() - began < seconds:
             rounds += 1
@@ -225,7 +227,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--memory", default="25%")
     parser.add_argument("--mode", default="exact")
-    parser.add_argument("--grow", type=int, help="let Serve start up to so many workers under load")
+    parser.add_argument("--grow", type=int, help="a node joins, and Serve starts up to so many workers under load")
     parser.add_argument("--kill", action="store_true", help="end each kind of process, and a node, under load")
     args = parser.parse_args()
     scenario = Scenario(args)
