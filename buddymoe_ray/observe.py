@@ -32,7 +32,7 @@ class EngineSnapshot:
     `hits` and `misses` count (layer, expert) lookups of the cache, `bytes_read_disk` what the disk was asked for
     (alignment included), `stall_seconds` the time the model waited for experts. `use_hits`, `use_peer`,
     `use_fetched` and `standins` count (token, slot) uses of decode steps, `expected_rise` the nats charged for
-    stand-ins.
+    stand-ins. `residency` is the share of the routed experts that are in device slots (the node's, where shared).
     """
 
     running: int
@@ -50,6 +50,7 @@ class EngineSnapshot:
     use_fetched: int = 0
     standins: StandinUses = field(default_factory=StandinUses)
     expected_rise: float = 0.0
+    residency: float = 0.0
     guard: GuardSnapshot = field(default_factory=GuardSnapshot)
 
 

@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -80,9 +81,9 @@ class Scenario:
         with LLM("builtin:tiny", memory="100%") as llm:
             results = llm.generate(PROMPTS, max_tokens=args.tokens, temperature=0.0, ignore_eos=True)
         self.expected = [list(result.token_ids) for result in results]
-        self.cluster = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": self.cpus(0)})
-        self.nodes = [self.cluster.add_node(num_cpus=self.cpus(at), **NODE) for at in range(1, args.nodes)]
-        ray.init(address=self.cluster.address, log_to_driver=False)
+        self.nodes: list[Any] = []
+        self.cluster = None if args.address else self.made_cluster()
+        ray.init(address=args.address or self.cluster.address, log_to_driver=False)
         serve.start(proxy_location="Disabled")
         options = ServeArgs(
             model="builtin:tiny",
@@ -99,6 +100,11 @@ class Scenario:
         )
         serve.run(build_app(options), name=APP, route_prefix=None)
         self.client = Client(APP)
+
+    def made_cluster(self) -> Any:
+        cluster = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": self.cpus(0)})
+        self.nodes = [cluster.add_node(num_cpus=self.cpus(at), **NODE) for at in range(1, self.args.nodes)]
+        return cluster
 
     def cpus(self, node: int) -> int:
         """Workers fill the nodes evenly."""
@@ -209,7 +215,8 @@ class Scenario:
     def close(self) -> None:
         serve.shutdown()
         ray.shutdown()
-        self.cluster.shutdown()
+        if self.cluster is not None:
+            self.cluster.shutdown()
 
 
 def leftovers(seconds: float = 60) -> list[str]:
@@ -227,6 +234,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--memory", default="25%")
     parser.add_argument("--mode", default="exact")
+    parser.add_argument("--address", help="of a cluster that runs already, whose head is here")
+    parser.add_argument("--cut", help="shell command that takes a node off the network, done under load")
     parser.add_argument("--grow", type=int, help="a node joins, and Serve starts up to so many workers under load")
     parser.add_argument("--kill", action="store_true", help="end each kind of process, and a node, under load")
     args = parser.parse_args()
@@ -242,6 +251,9 @@ def main() -> None:
             scenario.kill("placement", scenario.kill_placement, args.workers)
             if args.nodes > 1:
                 scenario.kill("node", scenario.kill_node, args.workers - 1)
+            scenario.phase("after")
+        if args.cut:
+            scenario.kill("network", lambda: subprocess.run(args.cut, shell=True, check=True), args.workers - 1)
             scenario.phase("after")
     finally:
         scenario.close()

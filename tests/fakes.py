@@ -199,6 +199,7 @@ class FakeEngine:
             bytes_loaded_device=0,
             bytes_read_disk=0,
             stall_seconds=0.0,
+            residency=0.5,
         )
 
     async def check_health(self) -> None:

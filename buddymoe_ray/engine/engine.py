@@ -176,7 +176,7 @@ class Engine:
 
     def snapshot(self) -> EngineSnapshot:
         """Counters, readable from any thread."""
-        stats = self.cache.stats()
+        stats, counts = self.cache.stats(), self.cache.layout.experts_per_layer
         return EngineSnapshot(
             running=self._scheduler.num_running,
             waiting=self._scheduler.num_waiting,
@@ -193,6 +193,7 @@ class Engine:
             use_fetched=self._spent.fetched,
             standins=self._spent.standins,
             expected_rise=self._spent.expected_rise,
+            residency=sum(int(self.cache.resident_mask(layer).sum()) for layer in range(len(counts))) / sum(counts),
             guard=GuardSnapshot() if self._guard is None else self._guard.snapshot(),
         )
 

@@ -96,6 +96,7 @@ class MoEBlock:
                     standins.book(self.layer, resolution, step)
                     self._answer(standins, hidden_TD, resolution, y_ND)
                     return torch.from_numpy(resolution.weight_TK).to(weight_TK)
+            resident_E = resident_E.copy()
             resident_E[list(runs.difference(held))] = False  # moved away since: decide again
 
     def _answer(self, standins: Standins, hidden_TD: Tensor, resolution: Resolution, y_ND: Tensor) -> None:

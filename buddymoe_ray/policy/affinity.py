@@ -80,7 +80,8 @@ class PrefixAffinity:
         """The candidate for a prompt of `blocks` (from `prefix_blocks`; empty: no preference).
 
         Of those within `slack`: longest served prefix, then residency, then the shortest queue, then `rng`. Where none
-        of them served any of it, two are drawn and the shorter queue wins (power of two choices, Mitzenmacher 2001).
+        of them served any of it, two are drawn and the shorter queue wins (power of two choices, Mitzenmacher 2001), at
+        equal queues the one with more experts in memory: a node that has just started warms up with fewer.
         The memory is not changed: `note` who really took the request.
         """
         assert candidates, "there is nobody to choose from"
@@ -95,7 +96,8 @@ class PrefixAffinity:
             return RouteChoice(index=index, reason=RouteReason.PREFIX, matched=longest)
         pair = rng.sample(fit, min(2, len(fit)))  # in random order: ties fall evenly
         reason = RouteReason.BUSY if any(matched) else RouteReason.NEW
-        return RouteChoice(index=min(pair, key=lambda at: candidates[at].queue), reason=reason)
+        index = min(pair, key=lambda at: (candidates[at].queue, -(candidates[at].residency or 0.0)))
+        return RouteChoice(index=index, reason=reason)
 
     def matched(self, name: Hashable, blocks: Sequence[bytes]) -> int:
         """How many leading blocks this worker served."""

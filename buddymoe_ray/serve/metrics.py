@@ -56,6 +56,7 @@ METRICS: tuple[Metric, ...] = (
     _counter(
         "buddymoe_expected_rise_nats", "Expected extra loss charged for stand-ins (nats).", lambda s: s.expected_rise
     ),
+    _gauge("buddymoe_residency", "Share of the routed experts in device slots.", lambda s: s.residency),
     _counter("buddymoe_steps", "Engine steps.", lambda s: s.steps),
     _counter("buddymoe_stall_seconds", "Time the model waited for experts.", lambda s: s.stall_seconds),
     _counter("buddymoe_read_bytes", "Bytes of experts asked of the disk.", lambda s: s.bytes_read_disk),

@@ -63,6 +63,10 @@ class WorkerReplica(Worker):
         self._metrics = RayMetrics(model=args.served_name, replica=replica)
         self._memory.join(replica, self._engine)
 
+    async def record_routing_stats(self) -> dict[str, float]:
+        """Ray asks now and then, and shows it to the routers."""
+        return {"residency": self.snapshot().residency}
+
     async def check_health(self) -> None:
         """Ray asks every two seconds, which is a good pace for metrics too."""
         self._metrics.publish(self.snapshot())

@@ -3,7 +3,7 @@
 Lives in every process that holds a handle to the workers (the ingress, Python clients), each with its own memory.
 Decides new `generate` calls only; what moved here from a dead worker, and control calls, go by Ray's power of two.
 Knows of a worker what Ray's cache of queue lengths knows: an entry that is 10 s old counts as empty, and the first
-reply corrects it.
+reply corrects it. What a worker's node has in memory comes with Ray's routing statistics, every 5 s.
 Invariant: a worker that Ray has dropped is forgotten, and Ray's own choice stands behind every one made here.
 """
 
@@ -64,7 +64,11 @@ class AffinityRouter(PowerOfTwoChoicesRequestRouter):
         if work is None or not open_replicas:
             return plain
         candidates = [
-            RouteCandidate(name=replica.replica_id, queue=self.replica_queue_len_cache.get(replica.replica_id) or 0)
+            RouteCandidate(
+                name=replica.replica_id,
+                queue=self.replica_queue_len_cache.get(replica.replica_id) or 0,
+                residency=replica.routing_stats.get("residency"),
+            )
             for replica in open_replicas
         ]
         chosen = self._affinity.choose(candidates, prefix_blocks(prompt_pieces(work)), self._rng)

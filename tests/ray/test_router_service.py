@@ -99,6 +99,13 @@ def test_one_prefix_spreads_when_loaded(kept: str, client: Client) -> None:
     assert loads[-1] - loads[0] <= SLACK + 1, f"{loads}: a worker had room for more than its share"
 
 
+def test_routers_hear_what_workers_have_in_memory(kept: str, client: Client) -> None:
+    handle: Any = serve.get_deployment_handle(WORKER_NAME, kept)
+    handle.info.remote().result(timeout_s=30)
+    replicas = handle._router._asyncio_router.request_router.curr_replicas
+    eventually(lambda: [replica.routing_stats for replica in replicas.values()] == [{"residency": 0.5}] * WORKERS)
+
+
 def test_a_killed_worker_is_not_chosen_for_ever(kept: str, client: Client) -> None:
     prompts = [f"{'Another document. ' * 16} question {at}" for at in range(6)]
     [home] = whose(kept, client, *prompts[:3])
@@ -119,6 +126,7 @@ class Standing:
 
     def __init__(self, name: str) -> None:
         self.replica_id = ReplicaID(unique_id=name, deployment_id=DeploymentID(name="worker", app_name="none"))
+        self.routing_stats: dict[str, float] = {}
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
         return 0
@@ -147,6 +155,9 @@ async def test_only_new_requests_go_by_prefix(http_port: int) -> None:
         ranked: list[list[Any]] = await router.choose_replicas(replicas, request)
         return ranked
 
+    replicas[2].routing_stats = {"residency": 0.9}
+    warmest = [(await ranks(pending(work)))[0] for _ in range(60)].count([replicas[2]])
+    assert 30 < warmest < 60, "of two that are drawn, the one with more experts in memory: two thirds of the draws"
     router.on_request_routed(pending(moved), home.replica_id, None)  # a worker it moved to has it from then on
     for _ in range(20):
         first, *rest = await ranks(pending(work))

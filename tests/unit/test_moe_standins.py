@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,6 +228,28 @@ def test_rows_alone_join_to_the_same_outcome(tmp_path: Path) -> None:
         assert np.array_equal(getattr(joined, name), getattr(together, name)), name
     assert joined.substitutions == together.substitutions
     assert [replace(u, row=0).row for u in joined.substitutions] == [0, 0]
+    opened.cache.close()
+
+
+def test_what_moved_away_is_decided_again_and_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a neighbour may do in a shared store: expert 1 goes between the decision and the lease."""
+    policy = Scripted(ALL_OWN | {1: Action.DROP})
+    opened = Opened(tmp_path, policy)
+    gone = iter([[1], []])
+    holding = opened.cache.holding
+
+    def hold(layer: int, experts: list[int]) -> AbstractContextManager[Sequence[int]]:
+        lost = next(gone)
+        return holding(layer, [expert for expert in experts if expert not in lost])
+
+    monkeypatch.setattr(opened.cache, "holding", hold)
+    opened.step.begin(Phase.DECODE, 2, terms([2, 2]))
+    got = opened.block(HIDDEN, IDS, WEIGHTS)
+    m = opened.means[LAYER]
+    weights = torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.0, 0.2]])
+    torch.testing.assert_close(got, combine(formula(opened, [[0, m[2], m[4]], [m[3], 0, m[5]]]), weights))
+    assert [bool(seen.resident_E[1]) for seen in policy.seen] == [True, False]
+    assert opened.step.outcome.hits_T.tolist() == [1, 0] and opened.step.outcome.harm_T.tolist() == [0.5, 0.75]
     opened.cache.close()
 
 

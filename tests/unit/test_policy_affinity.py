@@ -131,6 +131,12 @@ def test_ties_go_by_residency_then_by_queue() -> None:
     assert ties == {0, 1, 2}
 
 
+def test_of_two_idle_ones_the_warmer_gets_what_is_new() -> None:
+    affinity, rng = PrefixAffinity(slack=2), random.Random(0)
+    assert {affinity.choose(candidates([0, 0], [0.1, 0.9]), blocks(b"x"), rng).index for _ in range(20)} == {1}
+    assert {affinity.choose(candidates([0, 1], [0.1, 0.9]), blocks(b"x"), rng).index for _ in range(20)} == {0}
+
+
 def test_a_prompt_without_blocks_goes_by_queues() -> None:
     affinity, rng = after([("a", [b"x"])]), random.Random(0)
     chosen = [affinity.choose(candidates([2, 0]), [], rng) for _ in range(20)]

@@ -33,6 +33,7 @@ SNAPSHOT = EngineSnapshot(
     use_fetched=11,
     standins=StandinUses(lowbit=12, lowrank=13, buddy=14, mean=15, drop=16),
     expected_rise=0.25,
+    residency=0.75,
     guard=GuardSnapshot(state="tripped", measured_kl=0.5, measured_se=0.125, predicted=0.0625, sampled_tokens=17),
 )
 LINE = re.compile(r'^(\w+)\{((?:\w+="(?:[^"\\]|\\.)*",?)*)\} (\S+)$')
@@ -68,6 +69,7 @@ def test_every_count_of_a_worker_is_written_under_its_name() -> None:
         ("buddymoe_fetched_total", who): 11,
         **{("buddymoe_standin_uses_total", f'{who},kind="{kind}"'): count for kind, count in kinds.items()},
         ("buddymoe_expected_rise_nats_total", who): 0.25,
+        ("buddymoe_residency", who): 0.75,
         ("buddymoe_steps_total", who): 5,
         ("buddymoe_stall_seconds_total", who): 1.5,
         ("buddymoe_read_bytes_total", who): 9,
