@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--delay-ms", type=float, default=0.0, help="of every packet that leaves a node but the head")
     args = parser.parse_args()
     env = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     disconnect(args.nodes)
     nodes = []
     try:

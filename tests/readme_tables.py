@@ -88,6 +88,21 @@ def bounded_table() -> str:
     return "\n".join(rows)
 
 
+def placement_table() -> str:
+    """Rows of `buddymoe eval --json` with static and with dynamic placement."""
+    found = {("dynamic", r["mode"], r["memory"]): r for r in records("placement")}
+    fast = (r for r in records("standins") if (r["standin"], r.get("policy")) == ("auto", "ladder"))
+    bounded = (r for r in records("bounded") if r["budget"] == 0.003)
+    found |= {("static", r["mode"], r["memory"]): r for r in (*fast, *bounded)}
+    columns = [(placement, mode) for mode in ("fast", "bounded") for placement in ("static", "dynamic")]
+    rows = ["| memory | " + " | ".join(f"{mode}, {placement}" for placement, mode in columns) + " |"]
+    rows.append("|---|" + "---|" * len(columns))
+    for memory in sorted({memory for _, _, memory in found}, key=lambda text: float(text.rstrip("%"))):
+        cells = [_rise(found.get((*column, memory))) for column in columns]
+        rows.append(f"| {memory} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def workers_table() -> str:
     """Rows of `buddymoe bench --workers --json`, several rounds of each kind."""
     kinds = {"1": "1", "2": "2, shared", "2i": "2, isolated"}
@@ -173,6 +188,7 @@ def figures_page(text: str) -> str:
     """`deployments/MEASURED.md` with its tables made anew."""
     tables = {
         "bounded": bounded_table(),
+        "placement": placement_table(),
         "speed": speed_table(),
         "workers": workers_table(),
         "memory": memory_table(),

@@ -3,6 +3,8 @@ out.
 
 A thin state machine around `policy.solve`. Nobody waits for it: while it is away every node keeps its last map, and a
 new one starts from what the nodes say they pin. Knows neither ray nor bytes.
+Nodes report no transitions between layers: a token's activations stay with its worker and go out and back once per
+layer and peer, so where its next expert is changes nothing. The solver takes transitions, for `buddymoe simulate`.
 Invariant: an epoch never stands for two maps.
 
 Legend: L layers, E experts of the widest layer, P pools (one per node), N experts of all layers end to end.

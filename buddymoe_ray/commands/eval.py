@@ -26,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--corpus", nargs="+", required=True, help="text files, or folders of .txt, .py, .rst, .md files"
     )
     parser.add_argument("--tokens", type=int, default=None, help="most scored tokens; default the whole corpus")
+    parser.add_argument(
+        "--placement",
+        choices=("static", "dynamic"),
+        default="static",
+        help="split memory as a service with this placement does; dynamic keeps a stand-in for every expert",
+    )
     parser.add_argument("--batch", type=int, default=32, help="windows decoded side by side")
 
 
@@ -48,12 +54,13 @@ def run(args: argparse.Namespace) -> int:
         for memory in args.memory.split(",")
         for standin in args.standin.split(",")
     ]
-    results = evaluate_many(configs, windows, batch=args.batch, progress=progress)
+    dynamic = args.placement == "dynamic"
+    results = evaluate_many(configs, windows, batch=args.batch, movable=dynamic, progress=progress)
     if len(results) == 1 and isinstance(results[0], BudgetError):
         raise results[0]
     for config, result in zip(configs, results, strict=True):
         found = {"error": str(result)} if isinstance(result, BudgetError) else result.as_record()
-        emit(_conditions(config) | found, as_json=args.json)
+        emit(_conditions(config) | ({"placement": "dynamic"} if dynamic else {}) | found, as_json=args.json)
     return 1 if any(isinstance(result, BudgetError) for result in results) else 0
 
 

@@ -12,15 +12,19 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from buddymoe_ray.cache.shared import FOLDER
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.sampler import Sampled
 from buddymoe_ray.engine.sequence import Sequence as RunningSequence
+from buddymoe_ray.engine.sharing import Sharing
 from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent
 
@@ -86,10 +90,12 @@ def evaluate_many(
     windows: Sequence[tuple[int, ...]],
     *,
     batch: int = 32,
+    movable: bool = False,
     progress: Callable[..., Iterable[int]] = lambda items, **_: items,
 ) -> list[EvalResult | BudgetError]:
     """Run `windows` through an engine of each config, all beside one exact engine, in step.
 
+    `movable` splits memory as a service with dynamic placement does: a stand-in for every expert, so that any may move.
     The configs must share model, dtype and expert_dtype: the reference is theirs, fully resident. A config whose memory
     cannot hold its stand-ins has its BudgetError in place of a result.
     """
@@ -101,8 +107,12 @@ def evaluate_many(
         refused: dict[int, BudgetError] = {}
         others: list[tuple[Engine, _Forced, _Totals]] = []
         for at, config in enumerate(configs):
+            sharing = None
+            if movable:
+                folder = Path(stack.enter_context(TemporaryDirectory(dir=FOLDER)))
+                sharing = Sharing(workers=1, folder=folder, movable=True)
             try:
-                engine, seen = stack.enter_context(_ForcedEngine(config))
+                engine, seen = stack.enter_context(_ForcedEngine(config, sharing))
                 others.append((engine, seen, totals[at]))
             except BudgetError as error:
                 refused[at] = error
@@ -147,9 +157,9 @@ class _Forced:
 class _ForcedEngine:
     """Context manager: an engine whose chooser is forced."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, sharing: Sharing | None = None) -> None:
         self._chooser = _Forced()
-        self._engine = Engine.from_config(config, chooser=self._chooser, text=False)
+        self._engine = Engine.from_config(config, chooser=self._chooser, text=False, sharing=sharing)
 
     def __enter__(self) -> tuple[Engine, _Forced]:
         return self._engine, self._chooser

@@ -7,7 +7,7 @@ Legend: T rows of the pass, K slots of a token, E experts, S kinds of stand-in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,7 +23,8 @@ STANDIN_KINDS = ("lowbit", "lowrank", "buddy", "mean", "drop")
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
-_BUDDY, _DROP = STANDIN_KINDS.index("buddy"), STANDIN_KINDS.index("drop")
+# what a use counts as: a hit, a fetch, then STANDIN_KINDS; OWN is looked up by the expert's record
+_COLUMN_OF = np.array([0, 1, -1, 2 + STANDIN_KINDS.index("buddy"), 2 + STANDIN_KINDS.index("drop")])
 
 
 def standin_kind(name: str) -> str:
@@ -100,27 +101,23 @@ class StepOutcome:
             own_column_E: column of `standins_TS` that each expert's own record counts in.
             kind_of_E: full name of the kind of each expert's own record.
         """
-        action_TK = resolution.action_TK
-        self.hits_T += (action_TK == Action.HIT).sum(axis=1)
-        self.fetched_T += (action_TK == Action.FETCH).sum(axis=1)
+        action_TK, T = resolution.action_TK, len(self.hits_T)
+        own_TK = action_TK == Action.OWN
+        column_TK = np.where(own_TK, own_column_E[resolution.expert_TK] + 2, _COLUMN_OF[action_TK])
+        columns = 2 + len(STANDIN_KINDS)
+        uses_TC = np.bincount((column_TK + columns * np.arange(T)[:, None]).ravel(), minlength=columns * T)
+        uses_TC = uses_TC.reshape(T, columns)
+        self.hits_T += uses_TC[:, 0]
+        self.fetched_T += uses_TC[:, 1]
+        self.standins_TS += uses_TC[:, 2:]
         harm_T: Floats = resolution.harm_TK.sum(axis=1)
         self.harm_T += harm_T
-        row_N, slot_N = (action_TK >= Action.OWN).nonzero()
-        if not len(row_N):
-            return harm_T
-        action_N, column_N = action_TK[row_N, slot_N], own_column_E[resolution.expert_TK[row_N, slot_N]]
-        column_N[action_N == Action.BUDDY] = _BUDDY
-        column_N[action_N == Action.DROP] = _DROP
-        T, S = self.standins_TS.shape
-        self.standins_TS += np.bincount(row_N * S + column_N, minlength=T * S).reshape(T, S)
         if self.record:
-            self._keep(layer, resolution, zip(row_N.tolist(), slot_N.tolist(), strict=True), kind_of_E)
+            self._keep(layer, resolution, kind_of_E)
         return harm_T
 
-    def _keep(
-        self, layer: int, resolution: Resolution, stood_in: Iterable[tuple[int, int]], kind_of_E: Sequence[str]
-    ) -> None:
-        for row, slot in stood_in:
+    def _keep(self, layer: int, resolution: Resolution, kind_of_E: Sequence[str]) -> None:
+        for row, slot in np.argwhere(resolution.action_TK >= Action.OWN).tolist():
             if row in self.record:
                 action, expert = int(resolution.action_TK[row, slot]), int(resolution.expert_TK[row, slot])
                 kind = {Action.BUDDY: "buddy", Action.DROP: "drop"}.get(Action(action)) or kind_of_E[expert]

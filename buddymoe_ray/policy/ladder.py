@@ -14,13 +14,14 @@ import math
 
 import numpy as np
 
-from buddymoe_ray.policy.misses import Action, Bools, Floats, Ints, Misses, Reason, Resolution, RowBudgets
+from buddymoe_ray.policy.misses import Action, Bools, Floats, Ints, Misses, Reason, Resolution, RowBudgets, Tiny
 from buddymoe_ray.policy.standins import Answers, Standin
 
 __all__ = ["Ladder", "resolve_reference"]
 
 _EXACT, _BOUNDED, _FAST = 0, 1, 2
 _ZERO = np.float32(0)
+_RESIDENT, _SUBSTITUTED = np.int8(Reason.RESIDENT), np.int8(Reason.SUBSTITUTED)
 
 
 class Ladder:
@@ -40,6 +41,8 @@ class Ladder:
         if resident_TK.all():
             return all_resident(misses)
         answers = self._answers(misses)
+        if _all_paid(rows, answers, ~resident_TK):
+            return self._resolution(misses, answers, ~resident_TK, np.where(resident_TK, _RESIDENT, _SUBSTITUTED))
         wanted_TK = ~resident_TK & (rows.mode_T != _EXACT)[:, None]
         able_TK = wanted_TK & answers.found_TK
         cheap_TK, take_TK = within_budget(rows, answers.harm_TK, able_TK)
@@ -52,9 +55,13 @@ class Ladder:
         reason_TK[cheap_TK] = Reason.OVER_ALLOWANCE
         reason_TK[shared_TK] = Reason.SHARED_FETCH
         reason_TK[take_TK] = Reason.SUBSTITUTED
+        return self._resolution(misses, answers, take_TK, reason_TK)
+
+    def _resolution(self, misses: Misses, answers: Answers, take_TK: Bools, reason_TK: Tiny) -> Resolution:
+        missing_TK = ~misses.resident_E[misses.ids_TK]
         return Resolution(
-            action_TK=np.where(take_TK, answers.action_TK, (~resident_TK).view(np.int8)),  # 0 a hit, 1 a fetch
-            expert_TK=np.where(take_TK, answers.expert_TK, ids_TK),
+            action_TK=np.where(take_TK, answers.action_TK, missing_TK.view(np.int8)),  # 0 a hit, 1 a fetch
+            expert_TK=np.where(take_TK, answers.expert_TK, misses.ids_TK),
             weight_TK=self.standin.weights(misses, answers, take_TK),
             harm_TK=np.where(take_TK, answers.harm_TK, _ZERO),
             reason_TK=reason_TK,
@@ -88,6 +95,19 @@ def all_resident(misses: Misses) -> Resolution:
         harm_TK=np.zeros(misses.ids_TK.shape, np.float32),
         reason_TK=zero_TK,
     )
+
+
+def _all_paid(rows: RowBudgets, answers: Answers, missing_TK: Bools) -> bool:
+    """Whether every miss has an answer that its row can pay: the usual case, and nothing else need be weighed."""
+    if not (answers.found_TK | ~missing_TK).all():
+        return False
+    fast_T = rows.mode_T == _FAST
+    if fast_T.all():
+        return True
+    harm_TK = np.where(missing_TK, answers.harm_TK, _ZERO)
+    paid_T = (rows.mode_T == _BOUNDED) & (harm_TK.sum(axis=1, dtype=np.float64) <= rows.allowance_T)
+    paid_T &= (harm_TK <= rows.price_T[:, None]).all(axis=1)
+    return bool((fast_T | paid_T | ~missing_TK.any(axis=1)).all())
 
 
 def within_budget(rows: RowBudgets, harm_TK: Floats, able_TK: Bools) -> tuple[Bools, Bools]:

@@ -32,6 +32,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_eval_splits_memory_as_dynamic_placement_does(corpus: Path, capsys) -> None:
+    """A stand-in for every expert leaves less memory for full ones."""
+    found = {}
+    for placement in ("static", "dynamic"):
+        arguments = ["eval", "--corpus", str(corpus), "--memory", "50%", "--tokens", "384", "--mode", "fast", "--json"]
+        assert main([*arguments, "--placement", placement]) == 0
+        found[placement] = json.loads(capsys.readouterr().out)
+    assert found["dynamic"]["placement"] == "dynamic" and "placement" not in found["static"]
+    assert found["dynamic"]["miss_rate"] > found["static"]["miss_rate"]
+    assert found["dynamic"]["standin_fraction"] == found["static"]["standin_fraction"] == 100
+
+
 def test_eval_exact_costs_nothing_and_is_what_transformers_computes(corpus: Path, capsys) -> None:
     """At a quarter of the memory: no rise, full agreement, and stock transformers' perplexity within .1 %."""
     arguments = ["eval", "--corpus", str(corpus), "--memory", "25%", "--tokens", "1500", "--batch", "8", "--json"]
