@@ -7,12 +7,15 @@ reach it through virtual cables, which `tc` may delay. Then `cluster_scenario.py
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import secrets
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from cluster_scenario import leftovers
 
 TESTS = Path(__file__).parent
 BRIDGE, HEAD, PORT = "bm-bridge", "10.77.0.254", 6399
@@ -85,6 +88,7 @@ def main() -> None:
         for node in nodes:
             node.wait(timeout=60)
         disconnect(args.nodes)
+    print(json.dumps({"leftovers": leftovers()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -162,9 +162,9 @@ def delayed_table() -> str:
     return "\n".join(rows)
 
 
-def failures_table() -> str:
-    """Rows of `tests/cluster_scenario.py --kill`."""
-    found = records("failures")
+def failures_table(name: str) -> str:
+    """Rows of `tests/cluster_scenario.py --kill` or `tests/namespaces.py`."""
+    found = records(name)
     whole = {r["recovered"]: r["seconds"] for r in found if "recovered" in r}
     rows = [
         "| while | streams exact | moved | longest wait of a stream s | whole again after s |",
@@ -194,7 +194,8 @@ def figures_page(text: str) -> str:
         "memory": memory_table(),
         "shift": shift_table(),
         "delayed": delayed_table(),
-        "failures": failures_table(),
+        "failures": failures_table("failures"),
+        "network": failures_table("network"),
     }
     return _filled(text, tables)
 
