@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +26,7 @@ from torch import Tensor
 from buddymoe_ray.cache import Experts
 from buddymoe_ray.kernels import combine
 from buddymoe_ray.moe.peers import Peers
+from buddymoe_ray.moe.rows import Rows, group
 from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Phase, StepState
 from buddymoe_ray.policy import Action, Resolution
@@ -37,12 +37,9 @@ ExpertCompute = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 """`compute(x_RD, a slot's tensors) -> y_RD`, before the router weight."""
 
 Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 _RUNS = np.array([action in (Action.HIT, Action.BUDDY) for action in Action])  # resident experts that run
 _FULL = np.array([action in (Action.HIT, Action.FETCH, Action.BUDDY) for action in Action])
-
-_Rows = dict[int, tuple[Tensor, Tensor]]
 
 
 class MoEBlock:
@@ -76,7 +73,7 @@ class MoEBlock:
         if step.phase is Phase.DECODE:
             weight_TK = self._decode(hidden_TD, ids, weight_TK, y_ND)
         else:
-            self._run_full(hidden_TD, _group(ids, hidden_TD.device), y_ND, protect=True)
+            self._run_full(hidden_TD, group(ids, hidden_TD.device), y_ND, protect=True)
         return combine(y_ND.view(*ids_TK.shape, -1), weight_TK).to(hidden_TD.dtype)
 
     def _decode(self, hidden_TD: Tensor, ids_TK: Ints, weight_TK: Tensor, y_ND: Tensor) -> Tensor:
@@ -85,7 +82,7 @@ class MoEBlock:
         standins, step = self._standins, self._step
         if standins is None or not standins.may_answer(self.layer, step):
             step.outcome.count_exact(self._cache.resident_mask(self.layer)[ids_TK])
-            self._run_full(hidden_TD, _group(ids_TK, hidden_TD.device), y_ND, protect=False)
+            self._run_full(hidden_TD, group(ids_TK, hidden_TD.device), y_ND, protect=False)
             return weight_TK
         resident_E = self._cache.resident_mask(self.layer).copy()
         while True:
@@ -109,9 +106,9 @@ class MoEBlock:
             y_ND[torch.from_numpy((action_TK == Action.DROP).reshape(-1))] = 0
         full_TK = _FULL[action_TK]
         if full_TK.any():
-            self._run_full(hidden_TD, _group(expert_TK, hidden_TD.device, full_TK), y_ND, protect=False)
+            self._run_full(hidden_TD, group(expert_TK, hidden_TD.device, full_TK), y_ND, protect=False)
 
-    def _run_full(self, hidden_TD: Tensor, rows_of: _Rows, y_ND: Tensor, *, protect: bool) -> None:
+    def _run_full(self, hidden_TD: Tensor, rows_of: Rows, y_ND: Tensor, *, protect: bool) -> None:
         """Run the experts themselves: some at a peer while the others run here."""
         asked = {} if protect or self.peers is None else self._for_peers(self.peers, rows_of)
         if not asked:
@@ -130,13 +127,13 @@ class MoEBlock:
         rest = {e: rows for e, rows in asked.items() if e not in answered}
         self._run_here(hidden_TD, rest, y_ND, protect=protect)
 
-    def _for_peers(self, peers: Peers, rows_of: _Rows) -> _Rows:
+    def _for_peers(self, peers: Peers, rows_of: Rows) -> Rows:
         """What is missing here and to be had from a peer sooner than from the tiers behind."""
         resident_E = self._cache.resident_mask(self.layer)
         missing = [expert for expert in rows_of if not resident_E[expert]]
         return {expert: rows_of[expert] for expert in peers.able(self.layer, missing)} if missing else {}
 
-    def _run_here(self, hidden_TD: Tensor, rows_of: _Rows, y_ND: Tensor, *, protect: bool) -> None:
+    def _run_here(self, hidden_TD: Tensor, rows_of: Rows, y_ND: Tensor, *, protect: bool) -> None:
         """Run experts as the cache lends them."""
         if not rows_of:
             return
@@ -146,17 +143,3 @@ class MoEBlock:
                     rows_R, tokens_R = rows_of[lease.key.expert]
                     x_RD = hidden_TD.index_select(0, tokens_R)
                     y_ND.index_copy_(0, rows_R, self._compute(x_RD, lease.tensors()))
-
-
-def _group(expert_TK: Ints, device: torch.device, only_TK: Bools | None = None) -> _Rows:
-    """Rows (indices into T*K) and tokens of every expert named (where `only_TK`), in ascending order of expert."""
-    expert_N = expert_TK.reshape(-1)
-    chosen_N = np.arange(len(expert_N)) if only_TK is None else np.flatnonzero(only_TK)
-    order_N = chosen_N[expert_N[chosen_N].argsort(kind="stable")]
-    named_N = expert_N[order_N]
-    bounds = [0, *(np.flatnonzero(named_N[1:] != named_N[:-1]) + 1).tolist(), len(order_N)] if len(order_N) else [0]
-    sizes = [b - a for a, b in pairwise(bounds)]
-    rows_N = torch.from_numpy(order_N).to(device)
-    tokens_N = rows_N // expert_TK.shape[1]
-    named = named_N[bounds[:-1]].tolist()
-    return dict(zip(named, zip(rows_N.split(sizes), tokens_N.split(sizes), strict=True), strict=True))

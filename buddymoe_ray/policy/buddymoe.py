@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from buddymoe_ray.policy.ladder import all_resident, within_budget
 from buddymoe_ray.policy.misses import Action, Bools, Floats, Ints, Misses, Reason, Resolution, Tiny
-from buddymoe_ray.policy.standins import pick_unique
+from buddymoe_ray.policy.pick import pick_unique
 
 __all__ = ["BuddyMoE", "BuddyParams", "buddy_lists", "normalised_entropy"]
 

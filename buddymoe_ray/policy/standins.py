@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from buddymoe_ray.policy.misses import Action, Bools, Floats, Ints, Misses, Tiny
+from buddymoe_ray.policy.pick import free_residents, pick_unique
 
 __all__ = ["Answers", "Buddy", "Drop", "Own", "RandomBuddy", "RouterBuddy", "Standin"]
 
@@ -129,7 +130,7 @@ class RouterBuddy:
             "buddy:router needs the router's scores: attach_router_scores was not called"
         )
         score_TE, missing_TK = misses.score_TE, ~misses.resident_E[misses.ids_TK]
-        free_TE = _free(misses)
+        free_TE = free_residents(misses)
         # all slots of a token have one ranking: its n-th miss gets the n-th of those that are free
         order_TE = np.where(free_TE, -score_TE, np.inf).argsort(axis=1, kind="stable")
         turn_TK = (missing_TK.cumsum(axis=1) - 1).clip(0, score_TE.shape[1] - 1)
@@ -167,48 +168,6 @@ class RandomBuddy:
 
     def weights(self, misses: Misses, answers: Answers, take_TK: Bools) -> Floats:
         return np.where(take_TK, answers.weight_TK, misses.weight_TK)
-
-
-def pick_unique(misses: Misses, candidates_TKH: Ints, score_TKH: Floats) -> tuple[Ints, Bools]:
-    """For each missing use the resident candidate of highest score that its token does not use yet, slot by slot.
-
-    Returns `(expert_TK, found_TK)`; where nothing is found the expert is the router's own. Candidates below 0 are none.
-    Ties go to the earlier candidate.
-    """
-    ids_TK, resident_E = misses.ids_TK, misses.resident_E
-    T, K = ids_TK.shape
-    row_T1, slot_K = np.arange(T)[:, None], np.arange(K)
-    free_TKH = _free(misses)[row_T1[:, :, None], candidates_TKH] & (candidates_TKH >= 0)
-    offered_TKH = np.where(free_TKH, score_TKH, -np.inf)
-    best_TK = offered_TKH.argmax(axis=2)
-    found_TK = free_TKH[row_T1, slot_K, best_TK] & ~resident_E[ids_TK]
-    expert_TK = np.where(found_TK, candidates_TKH[row_T1, slot_K, best_TK], ids_TK)
-    ordered_TK = np.sort(expert_TK, axis=1)
-    clash_T = (ordered_TK[:, 1:] == ordered_TK[:, :-1]).any(axis=1)
-    for t in np.flatnonzero(clash_T).tolist():  # two slots of a token chose one expert: they choose in turn
-        _in_turn(candidates_TKH[t], offered_TKH[t], ids_TK[t], found_TK[t], expert_TK[t])
-    return expert_TK, found_TK
-
-
-def _free(misses: Misses) -> Bools:
-    """Residents `[T, E]` that a token does not use itself; its missing experts cannot answer anyway."""
-    T, E = len(misses.ids_TK), len(misses.resident_E)
-    free_TE = np.broadcast_to(misses.resident_E, (T, E)).copy()
-    free_TE[np.arange(T)[:, None], misses.ids_TK] = False
-    return free_TE
-
-
-def _in_turn(candidates_KH: Ints, offered_KH: Floats, ids_K: Ints, found_K: Bools, expert_K: Ints) -> None:
-    """Choose again, slot by slot, into `found_K` and `expert_K`; `offered_KH` is -inf for who cannot answer."""
-    taken: list[int] = []
-    for k in np.flatnonzero(found_K).tolist():
-        left_H = offered_KH[k].copy()
-        for expert in taken:
-            left_H[candidates_KH[k] == expert] = -np.inf
-        best = int(left_H.argmax())
-        found_K[k] = left_H[best] > -np.inf
-        expert_K[k] = candidates_KH[k, best] if found_K[k] else ids_K[k]
-        taken.append(int(expert_K[k]))
 
 
 def _buddies(misses: Misses, expert_TK: Ints, weight_TK: Floats, harm_TK: Floats, found_TK: Bools) -> Answers:

@@ -158,6 +158,7 @@ async def test_only_new_requests_go_by_prefix(http_port: int) -> None:
     replicas[2].routing_stats = {"residency": 0.9}
     warmest = [(await ranks(pending(work)))[0] for _ in range(60)].count([replicas[2]])
     assert 30 < warmest < 60, "of two that are drawn, the one with more experts in memory: two thirds of the draws"
+    replicas[2].routing_stats = {}
     router.on_request_routed(pending(moved), home.replica_id, None)  # a worker it moved to has it from then on
     for _ in range(20):
         first, *rest = await ranks(pending(work))

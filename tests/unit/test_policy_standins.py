@@ -12,7 +12,7 @@ from policy_cases import LAYERS, Dice, budgets, floats, miss, sizes
 
 from buddymoe_ray.policy import Action, Answers, Buddy, Drop, Misses, Own, RandomBuddy, RouterBuddy, Standin
 from buddymoe_ray.policy.misses import Floats
-from buddymoe_ray.policy.standins import pick_unique
+from buddymoe_ray.policy.pick import pick_unique
 
 Sizes = tuple[int, int, int, int, float]
 
