@@ -90,10 +90,7 @@ def bounded_table() -> str:
 
 def placement_table() -> str:
     """Rows of `buddymoe eval --json` with static and with dynamic placement."""
-    found = {("dynamic", r["mode"], r["memory"]): r for r in records("placement")}
-    fast = (r for r in records("standins") if (r["standin"], r.get("policy")) == ("auto", "ladder"))
-    bounded = (r for r in records("bounded") if r["budget"] == 0.003)
-    found |= {("static", r["mode"], r["memory"]): r for r in (*fast, *bounded)}
+    found = {(r.get("placement", "static"), r["mode"], r["memory"]): r for r in records("placement")}
     columns = [(placement, mode) for mode in ("fast", "bounded") for placement in ("static", "dynamic")]
     rows = ["| memory | " + " | ".join(f"{mode}, {placement}" for placement, mode in columns) + " |"]
     rows.append("|---|" + "---|" * len(columns))
