@@ -3,6 +3,8 @@
 No float matrix is ever made: four rows of weights at a time are widened to float32 and multiplied with every x row.
 Works on raw addresses, knows no torch. Invariant: the bits of a row's output do not depend on the rows beside it: its
 sums are taken by `lowbit_vector.dot4` in one written order, everything else is elementwise.
+numba frees an array after the last statement that names it, and an address of it is no name: scratch that is reached by
+address belongs to a caller, whose name for it outlives the call.
 Imports numba at the top: only `lowbit_cpu` may import this module, and late.
 
 Legend: N outputs and K inputs of a matrix, P is K padded to LANES, R rows (at most CHUNK at once). In `_experts`: K
@@ -80,13 +82,25 @@ def _project(x_at: Any, R: Any, matrix: Any, N: Any, shape: Any, out: Any, out_a
     `x_at` [R] are addresses of rows padded to LANES, `matrix` those of codes, scales and base; `shape` is
     (K, bits, group). N is a multiple of 4, being F, 2 F or D, which are the K of some matrix.
     """
+    K, bits, _ = shape
+    P = (K + LANES - 1) // LANES * LANES
+    spare = (np.zeros(K * bits // 8 + SLACK, np.uint8), np.empty(K + SLACK, np.uint8))
+    floats = (np.zeros(4 * P, np.float32), np.empty(16, np.float32))
+    _project_with(x_at, R, matrix, N, shape, out, out_at, table, spare, floats)
+
+
+@njit
+def _project_with(
+    x_at: Any, R: Any, matrix: Any, N: Any, shape: Any, out: Any, out_at: Any, table: Any, spare: Any, floats: Any
+) -> None:
+    """`_project` with its scratch: `spare` for a row of codes packed and one to a byte, `floats` for 4 rows of weights
+    and 16 sums."""
+    (copy, q), (w, sums) = spare, floats
     K, bits, group = shape
     P = (K + LANES - 1) // LANES * LANES
     row_bytes, groups = K * bits // 8, K // group
     base = carray(float_pointer(matrix[2]), (1,))[0]
     codes, scales = carray(byte_pointer(matrix[0]), (N * row_bytes,)), carray(byte_pointer(matrix[1]), (N * groups,))
-    copy, q = np.zeros(row_bytes + SLACK, np.uint8), np.empty(K + SLACK, np.uint8)
-    w, sums = np.zeros(4 * P, np.float32), np.empty(16, np.float32)
     copy_at, q_at, w_at, sums_at = copy.ctypes.data, q.ctypes.data, w.ctypes.data, sums.ctypes.data
     for n in range(0, N, 4):
         for m in range(4):
