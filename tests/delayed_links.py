@@ -24,6 +24,7 @@ from buddymoe_ray.engine.sharing import Sharing
 from buddymoe_ray.types import GenerationRequest, SamplingParams, Usage
 
 LINK_SECONDS, DISK_SECONDS = 0.05, 0.02
+CONTENTS_SECONDS = 1.0  # until an engine knows what its peer holds
 RUNS: dict[str, dict[str, Any]] = {
     "no misses": {"memory": "100%", "mode": "exact"},
     "fast": {"mode": "fast"},
@@ -84,15 +85,16 @@ def main() -> None:
             engines[name] = Engine.from_config(EngineConfig(**(base | options)), text=False, sharing=sharing)
             engines[name].link()
         proxy = DelayProxy(engines["there"].link_address, delay_seconds=LINK_SECONDS)
-        for name in runs:
-            engines[name].meet({"there": proxy.address})
         slow_disk()
         tails: dict[str, list[float]] = {name: [] for name in runs}
         middles: dict[str, list[float]] = {name: [] for name in runs}
         answered: dict[str, list[Usage]] = {name: [] for name in runs}
         for turn in range(args.rounds + 1):
             for name in runs:
+                engines[name].meet({"there": proxy.address})
+                time.sleep(CONTENTS_SECONDS)
                 gaps, usages = generate(engines[name], f"{turn}", args.tokens)
+                engines[name].meet({})  # the others' threads are not to be part of anyone's latency
                 if turn:  # the first warms up
                     tails[name].append(p99(gaps))
                     middles[name].append(statistics.median(gaps))

@@ -39,7 +39,7 @@ ExpertCompute = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 Ints = npt.NDArray[np.int64]
 
 _RUNS = np.array([action in (Action.HIT, Action.BUDDY) for action in Action])  # resident experts that run
-_FULL = np.array([action in (Action.HIT, Action.FETCH, Action.BUDDY) for action in Action])
+_FULL = {Action.HIT, Action.FETCH, Action.BUDDY}
 
 
 class MoEBlock:
@@ -99,13 +99,15 @@ class MoEBlock:
     def _answer(self, standins: Standins, hidden_TD: Tensor, resolution: Resolution, y_ND: Tensor) -> None:
         """Compute every use as it was decided."""
         action_TK, expert_TK = resolution.action_TK, resolution.expert_TK
-        own_TK = action_TK == Action.OWN
-        if own_TK.any():
-            standins.answer(self.layer, hidden_TD, np.where(own_TK, expert_TK, -1), y_ND)
-        if action_TK.max() == Action.DROP:
+        actions = set(action_TK.ravel().tolist())
+        if Action.OWN in actions:
+            standins.answer(self.layer, hidden_TD, np.where(action_TK == Action.OWN, expert_TK, -1), y_ND)
+        if Action.DROP in actions:
             y_ND[torch.from_numpy((action_TK == Action.DROP).reshape(-1))] = 0
-        full_TK = _FULL[action_TK]
-        if full_TK.any():
+        if actions <= _FULL:
+            self._run_full(hidden_TD, group(expert_TK, hidden_TD.device), y_ND, protect=False)
+        elif actions & _FULL:
+            full_TK = (action_TK != Action.OWN) & (action_TK != Action.DROP)
             self._run_full(hidden_TD, group(expert_TK, hidden_TD.device, full_TK), y_ND, protect=False)
 
     def _run_full(self, hidden_TD: Tensor, rows_of: Rows, y_ND: Tensor, *, protect: bool) -> None:

@@ -2,7 +2,8 @@
 
 Counts only. Knows neither requests nor the model.
 
-Legend: T rows of the pass, K slots of a token, E experts, S kinds of stand-in.
+Legend: T rows of the pass, K slots of a token, E experts, S kinds of stand-in, A kinds of answer: hit, fetch, peer,
+then those of stand-ins.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ __all__ = ["STANDIN_KINDS", "StepOutcome", "Substitution", "standin_kind"]
 STANDIN_KINDS = ("lowbit", "lowrank", "buddy", "mean", "drop")
 """Columns of `StepOutcome.standins_TS`, and the fields of `types.StandinUses`."""
 
+_HIT, _FETCH, _PEER, _STANDINS = 0, 1, 2, 3
+_ANSWERS = _STANDINS + len(STANDIN_KINDS)
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
-# what a use counts as: a hit, a fetch, then STANDIN_KINDS; OWN is looked up by the expert's record
-_COLUMN_OF = np.array([0, 1, -1, 2 + STANDIN_KINDS.index("buddy"), 2 + STANDIN_KINDS.index("drop")])
+# what an action counts as, by `Action`; OWN is looked up by the expert's record
+_BUDDY, _DROP = (_STANDINS + STANDIN_KINDS.index(kind) for kind in ("buddy", "drop"))
+_ANSWER_OF = np.array([_HIT, _FETCH, -1, _BUDDY, _DROP])
 
 
 def standin_kind(name: str) -> str:
@@ -49,50 +54,60 @@ class Substitution:
 class StepOutcome:
     """Sums over the layers of a pass. `harm_T` is in nats; `substitutions` are those of the rows in `record`."""
 
-    hits_T: Ints
-    peer_T: Ints
-    fetched_T: Ints
-    standins_TS: Ints
+    uses_TA: Ints
     harm_T: Floats
     record: frozenset[int] = frozenset()
     substitutions: list[Substitution] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._first_T1 = _ANSWERS * np.arange(len(self.uses_TA))[:, None]
+
     @classmethod
     def empty(cls, rows: int, record: frozenset[int] = frozenset()) -> StepOutcome:
         """Nothing counted yet."""
-        return cls(
-            hits_T=np.zeros(rows, np.int64),
-            peer_T=np.zeros(rows, np.int64),
-            fetched_T=np.zeros(rows, np.int64),
-            standins_TS=np.zeros((rows, len(STANDIN_KINDS)), np.int64),
-            harm_T=np.zeros(rows, np.float32),
-            record=record,
-        )
+        return cls(uses_TA=np.zeros((rows, _ANSWERS), np.int64), harm_T=np.zeros(rows, np.float32), record=record)
 
     @classmethod
     def joined(cls, outcomes: Sequence[StepOutcome]) -> StepOutcome:
         """Outcomes of passes of one row each, as one outcome of as many rows."""
         return cls(
-            hits_T=np.concatenate([o.hits_T for o in outcomes]),
-            peer_T=np.concatenate([o.peer_T for o in outcomes]),
-            fetched_T=np.concatenate([o.fetched_T for o in outcomes]),
-            standins_TS=np.concatenate([o.standins_TS for o in outcomes]),
+            uses_TA=np.concatenate([o.uses_TA for o in outcomes]),
             harm_T=np.concatenate([o.harm_T for o in outcomes]),
             substitutions=[replace(s, row=row) for row, o in enumerate(outcomes) for s in o.substitutions],
         )
 
+    @property
+    def hits_T(self) -> Ints:
+        """Uses that the resident expert answered; a view, like the next three."""
+        return self.uses_TA[:, _HIT]
+
+    @property
+    def fetched_T(self) -> Ints:
+        """Uses that waited for the expert's bytes."""
+        return self.uses_TA[:, _FETCH]
+
+    @property
+    def peer_T(self) -> Ints:
+        """Uses that another worker computed."""
+        return self.uses_TA[:, _PEER]
+
+    @property
+    def standins_TS(self) -> Ints:
+        """Uses that stand-ins answered, by STANDIN_KINDS."""
+        return self.uses_TA[:, _STANDINS:]
+
     def count_exact(self, hit_TK: npt.NDArray[np.bool_]) -> None:
         """Add a layer that stood in for nothing; `hit_TK` is True where the expert was resident at its begin."""
         hits_T = hit_TK.sum(axis=1)
-        self.hits_T += hits_T
-        self.fetched_T += hit_TK.shape[1] - hits_T
+        self.uses_TA[:, _HIT] += hits_T
+        self.uses_TA[:, _FETCH] += hit_TK.shape[1] - hits_T
 
     def count_peer(self, uses_T: Ints) -> None:
         """Say that `uses_T` of each row's fetched uses were computed exactly by another worker instead."""
         fits = ((uses_T >= 0) & (uses_T <= self.fetched_T)).all()
         assert fits, f"peer uses are {uses_T.tolist()}, must be at most the fetched {self.fetched_T.tolist()}"
-        self.peer_T += uses_T
-        self.fetched_T -= uses_T
+        self.uses_TA[:, _PEER] += uses_T
+        self.uses_TA[:, _FETCH] -= uses_T
 
     def count(self, layer: int, resolution: Resolution, own_column_E: Ints, kind_of_E: Sequence[str]) -> Floats:
         """Add a layer's resolution; returns the harm of each row.
@@ -101,15 +116,11 @@ class StepOutcome:
             own_column_E: column of `standins_TS` that each expert's own record counts in.
             kind_of_E: full name of the kind of each expert's own record.
         """
-        action_TK, T = resolution.action_TK, len(self.hits_T)
-        own_TK = action_TK == Action.OWN
-        column_TK = np.where(own_TK, own_column_E[resolution.expert_TK] + 2, _COLUMN_OF[action_TK])
-        columns = 2 + len(STANDIN_KINDS)
-        uses_TC = np.bincount((column_TK + columns * np.arange(T)[:, None]).ravel(), minlength=columns * T)
-        uses_TC = uses_TC.reshape(T, columns)
-        self.hits_T += uses_TC[:, 0]
-        self.fetched_T += uses_TC[:, 1]
-        self.standins_TS += uses_TC[:, 2:]
+        answer_TK, T = _ANSWER_OF[resolution.action_TK], len(self.uses_TA)
+        if answer_TK.min() < 0:
+            answer_TK = np.where(answer_TK < 0, own_column_E[resolution.expert_TK] + _STANDINS, answer_TK)
+        counted_N = np.bincount((answer_TK + self._first_T1).ravel(), minlength=T * _ANSWERS)
+        self.uses_TA += counted_N.reshape(T, _ANSWERS)
         harm_T: Floats = resolution.harm_TK.sum(axis=1)
         self.harm_T += harm_T
         if self.record:

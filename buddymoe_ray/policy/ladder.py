@@ -14,14 +14,14 @@ import math
 
 import numpy as np
 
-from buddymoe_ray.policy.misses import Action, Bools, Floats, Ints, Misses, Reason, Resolution, RowBudgets, Tiny
+from buddymoe_ray.policy.misses import Action, Bools, Floats, Ints, Misses, Reason, Resolution, RowBudgets
 from buddymoe_ray.policy.standins import Answers, Standin
 
 __all__ = ["Ladder", "resolve_reference"]
 
 _EXACT, _BOUNDED, _FAST = 0, 1, 2
 _ZERO = np.float32(0)
-_RESIDENT, _SUBSTITUTED = np.int8(Reason.RESIDENT), np.int8(Reason.SUBSTITUTED)
+_SUBSTITUTED = np.int8(Reason.SUBSTITUTED)
 
 
 class Ladder:
@@ -37,42 +37,48 @@ class Ladder:
         """Uses of a row are taken in rising order of harm until its allowance is spent. An expert that any row of the
         step fetches answers every row."""
         ids_TK, rows = misses.ids_TK, misses.rows
-        resident_TK = misses.resident_E[ids_TK]
-        if resident_TK.all():
+        missing_TK = ~misses.resident_E[ids_TK]
+        if not missing_TK.any():
             return all_resident(misses)
-        answers = self._answers(misses)
-        if _all_paid(rows, answers, ~resident_TK):
-            return self._resolution(misses, answers, ~resident_TK, np.where(resident_TK, _RESIDENT, _SUBSTITUTED))
-        wanted_TK = ~resident_TK & (rows.mode_T != _EXACT)[:, None]
+        answers = self._answers(misses, missing_TK)
+        if _all_paid(rows, answers, missing_TK):
+            return self._all_answered(misses, answers, missing_TK)
+        wanted_TK = missing_TK & (rows.mode_T != _EXACT)[:, None]
         able_TK = wanted_TK & answers.found_TK
         cheap_TK, take_TK = within_budget(rows, answers.harm_TK, able_TK)
-        shared_TK = take_TK & _fetched_anyway(ids_TK, ~resident_TK & ~take_TK, len(misses.resident_E))
+        shared_TK = take_TK & _fetched_anyway(ids_TK, missing_TK & ~take_TK, len(misses.resident_E))
         take_TK = take_TK & ~shared_TK
         reason_TK = np.zeros(ids_TK.shape, np.int8)
-        reason_TK[~resident_TK] = Reason.WANTED_EXACT
+        reason_TK[missing_TK] = Reason.WANTED_EXACT
         reason_TK[wanted_TK] = Reason.NO_STANDIN
         reason_TK[able_TK] = Reason.OVER_PRICE
         reason_TK[cheap_TK] = Reason.OVER_ALLOWANCE
         reason_TK[shared_TK] = Reason.SHARED_FETCH
         reason_TK[take_TK] = Reason.SUBSTITUTED
-        return self._resolution(misses, answers, take_TK, reason_TK)
-
-    def _resolution(self, misses: Misses, answers: Answers, take_TK: Bools, reason_TK: Tiny) -> Resolution:
-        missing_TK = ~misses.resident_E[misses.ids_TK]
         return Resolution(
             action_TK=np.where(take_TK, answers.action_TK, missing_TK.view(np.int8)),  # 0 a hit, 1 a fetch
-            expert_TK=np.where(take_TK, answers.expert_TK, misses.ids_TK),
+            expert_TK=np.where(take_TK, answers.expert_TK, ids_TK),
             weight_TK=self.standin.weights(misses, answers, take_TK),
             harm_TK=np.where(take_TK, answers.harm_TK, _ZERO),
             reason_TK=reason_TK,
         )
 
-    def _answers(self, misses: Misses) -> Answers:
+    def _all_answered(self, misses: Misses, answers: Answers, missing_TK: Bools) -> Resolution:
+        """Every miss is stood in for."""
+        return Resolution(
+            action_TK=answers.action_TK * missing_TK,
+            expert_TK=answers.expert_TK,
+            weight_TK=self.standin.weights(misses, answers, missing_TK),
+            harm_TK=np.where(missing_TK, answers.harm_TK, _ZERO),
+            reason_TK=missing_TK * _SUBSTITUTED,
+        )
+
+    def _answers(self, misses: Misses, missing_TK: Bools) -> Answers:
         answers = self.standin.answer(misses)
         if self._fallback is None:
             return answers
         fast_T1 = (misses.rows.mode_T == _FAST)[:, None]
-        if not (fast_T1 & ~answers.found_TK & ~misses.resident_E[misses.ids_TK]).any():
+        if not (fast_T1 & ~answers.found_TK & missing_TK).any():
             return answers
         other = self._fallback.answer(misses)
         use_TK = ~answers.found_TK & other.found_TK & fast_T1

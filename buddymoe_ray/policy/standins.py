@@ -15,14 +15,15 @@ from typing import Protocol
 import numpy as np
 
 from buddymoe_ray.policy.misses import Action, Bools, Floats, Ints, Misses, Tiny
-from buddymoe_ray.policy.pick import free_residents, pick_unique
+from buddymoe_ray.policy.pick import first_free, pick_unique
 
 __all__ = ["Answers", "Buddy", "Drop", "Own", "RandomBuddy", "RouterBuddy", "Standin"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What a stand-in offers for each use `[T, K]`; meaningful where the expert is missing and `found_TK`."""
+    """What a stand-in offers for each use `[T, K]`; meaningful where the expert is missing and `found_TK`. Elsewhere
+    `expert_TK` is the router's own choice."""
 
     action_TK: Tiny
     expert_TK: Ints
@@ -97,12 +98,11 @@ class Buddy:
 
     def __init__(self, signal: str, *, rank_LEH: Ints, harm_LEE: Floats, scale_LEE: Floats | None = None) -> None:
         self.kind = f"buddy:{signal}"
-        self._rank_LEH, self._harm_LEE, self._scale_LEE = rank_LEH, harm_LEE, scale_LEE
+        self._ranked_LE = [[[j for j in row if j >= 0] for row in rank_EH] for rank_EH in rank_LEH.tolist()]
+        self._harm_LEE, self._scale_LEE = harm_LEE, scale_LEE
 
     def answer(self, misses: Misses) -> Answers:
-        candidates_TKH = self._rank_LEH[misses.layer][misses.ids_TK]
-        falling_H = -np.arange(candidates_TKH.shape[2], dtype=np.float32)
-        expert_TK, found_TK = pick_unique(misses, candidates_TKH, np.broadcast_to(falling_H, candidates_TKH.shape))
+        expert_TK, found_TK = first_free(misses, self._ranked_LE[misses.layer])
         weight_TK = misses.weight_TK
         if self._scale_LEE is not None:
             weight_TK = weight_TK * self._scale_LEE[misses.layer][misses.ids_TK, expert_TK]
@@ -129,15 +129,18 @@ class RouterBuddy:
         assert misses.score_TE is not None, (
             "buddy:router needs the router's scores: attach_router_scores was not called"
         )
-        score_TE, missing_TK = misses.score_TE, ~misses.resident_E[misses.ids_TK]
-        free_TE = free_residents(misses)
+        ids_TK, score_TE, missing_TK = misses.ids_TK, misses.score_TE, ~misses.resident_E[misses.ids_TK]
+        row_T1 = np.arange(len(ids_TK))[:, None]
+        offered_TE = np.where(misses.resident_E, score_TE, -np.inf)
+        offered_TE[row_T1, ids_TK] = -np.inf
         # all slots of a token have one ranking: its n-th miss gets the n-th of those that are free
-        order_TE = np.where(free_TE, -score_TE, np.inf).argsort(axis=1, kind="stable")
-        turn_TK = (missing_TK.cumsum(axis=1) - 1).clip(0, score_TE.shape[1] - 1)
-        found_TK = missing_TK & (turn_TK < free_TE.sum(axis=1)[:, None])
-        expert_TK = np.where(found_TK, np.take_along_axis(order_TE, turn_TK, axis=1), misses.ids_TK)
-        weight_TK = np.take_along_axis(score_TE, expert_TK, axis=1) * _per_score(misses)
-        harm_TK = np.square(misses.weight_TK) * self._harm_LEE[misses.layer][misses.ids_TK, expert_TK]
+        order_TE = (-offered_TE).argsort(axis=1, kind="stable")
+        turn_TK = missing_TK.cumsum(axis=1) - 1  # -1 before the first miss, where it is not asked
+        expert_TK = order_TE[row_T1, turn_TK]
+        found_TK = missing_TK & (offered_TE[row_T1, expert_TK] > -np.inf)
+        expert_TK = np.where(found_TK, expert_TK, ids_TK)
+        weight_TK = score_TE[row_T1, expert_TK] * _per_score(misses.weight_TK, score_TE[row_T1, ids_TK])
+        harm_TK = np.square(misses.weight_TK) * self._harm_LEE[misses.layer][ids_TK, expert_TK]
         return _buddies(misses, expert_TK, weight_TK, harm_TK, found_TK)
 
     def weights(self, misses: Misses, answers: Answers, take_TK: Bools) -> Floats:
@@ -185,9 +188,8 @@ def _same_sum(misses: Misses, weight_TK: Floats, take_TK: Bools) -> Floats:
     return np.where(scaled_T1, weight_TK * (wanted_T1 / np.where(scaled_T1, sum_T1, np.float32(1))), weight_TK)
 
 
-def _per_score(misses: Misses) -> Floats:
+def _per_score(weight_TK: Floats, score_TK: Floats) -> Floats:
     """The factor between the router's scores and its slot weights, per row `[T, 1]`."""
-    assert misses.score_TE is not None
-    score_T1 = np.take_along_axis(misses.score_TE, misses.ids_TK, axis=1).sum(axis=1, keepdims=True)
-    factor_T1: Floats = misses.weight_TK.sum(axis=1, keepdims=True) / np.maximum(score_T1, np.float32(1e-20))
+    score_T1 = np.maximum(score_TK.sum(axis=1, keepdims=True), np.float32(1e-20))
+    factor_T1: Floats = weight_TK.sum(axis=1, keepdims=True) / score_T1
     return factor_T1

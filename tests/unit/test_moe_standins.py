@@ -224,7 +224,7 @@ def test_rows_alone_join_to_the_same_outcome(tmp_path: Path) -> None:
         opened.block(HIDDEN[row : row + 1], IDS[row : row + 1], WEIGHTS[row : row + 1])
         alone.append(opened.step.outcome)
     joined = StepOutcome.joined(alone)
-    for name in ("hits_T", "peer_T", "fetched_T", "standins_TS", "harm_T"):
+    for name in ("uses_TA", "harm_T"):
         assert np.array_equal(getattr(joined, name), getattr(together, name)), name
     assert joined.substitutions == together.substitutions
     assert [replace(u, row=0).row for u in joined.substitutions] == [0, 0]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from policy_cases import LAYERS, Dice, budgets, floats, miss, sizes
 
-from buddymoe_ray.policy import Action, Answers, Buddy, Drop, Misses, Own, RandomBuddy, RouterBuddy, Standin
+from buddymoe_ray.policy import Action, Answers, Buddy, Drop, Misses, Own, RandomBuddy, RouterBuddy, Standin, pick
 from buddymoe_ray.policy.misses import Floats
 from buddymoe_ray.policy.pick import pick_unique
 
@@ -86,6 +86,19 @@ def test_buddies_of_a_table_are_the_first_that_are_free(size: Sizes) -> None:
         scale = float(scale_LEE[misses.layer, i, j])
         assert float(answers.weight_TK[t, k]) == float(misses.weight_TK[t, k]) * scale
     assert buddy.kind == "buddy:output"
+
+
+@given(size=sizes())
+def test_the_first_that_is_free_has_the_best_of_falling_scores(size: Sizes) -> None:
+    """The loops along a ranking against the array operations over all candidates."""
+    seed, T, K, E, share = size
+    dice = Dice(seed)
+    misses, rank_EH = dice.misses(T, K, E, resident=share), dice.ranks(E, 6)[0]
+    candidates_TKH = rank_EH[misses.ids_TK]
+    falling_TKH = np.broadcast_to(-np.arange(rank_EH.shape[1], dtype=np.float32), candidates_TKH.shape)
+    expected = pick_unique(misses, candidates_TKH, falling_TKH)
+    answers = pick.first_free(misses, [[j for j in row if j >= 0] for row in rank_EH.tolist()])
+    assert np.array_equal(answers[0], expected[0]) and np.array_equal(answers[1], expected[1])
 
 
 @given(size=sizes())

@@ -104,14 +104,13 @@ class SharedExpertCache:
             yield experts
             return
         with self._tables.locked():
-            slots = self._tables.hold(layer, experts).tolist()
-        slot_of = {expert: slot for expert, slot in zip(experts, slots, strict=True) if slot >= 0}
-        self._held = (layer, slot_of)
+            held = self._tables.hold(layer, experts)
+        self._held = (layer, held)
         try:
-            yield list(slot_of)
+            yield list(held)
         finally:
             self._held = None
-            self._tables.release(list(slot_of.values()))
+            self._tables.release(list(held.values()))
 
     def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
         """Note uses of experts for whoever places them: ids of any shape."""
