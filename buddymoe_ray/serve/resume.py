@@ -1,8 +1,9 @@
 """Streams that outlive their worker: the transcript of one call, and its continuation on another worker.
 
 Kept where the call is made (the ingress, or a Python client's process): the tokens of every choice that has not ended.
-When the worker dies, the others are asked for the rest; they compute prompt and tokens anew and go on. Invariant: the
-caller sees every token once, in order, and one end per choice. Knows neither ray nor engines; `handles` makes attempts.
+When the worker dies, the others are asked for the rest; they compute prompt and tokens anew and go on. A worker that is
+cut off dies for nobody, but falls silent: it says an empty batch when it has no tokens to tell. Invariant: the caller
+sees every token once, in order, and one end per choice. Knows neither ray nor engines; `handles` makes attempts.
 Not resumable: what runs through the ingress, the HTTP proxy or the head node when those die; a request that records or
 replays its uses, once it has begun to answer; and requests of a worker whose engine broke but whose process lives: it
 says so, and the next engine might break by them.
@@ -41,11 +42,14 @@ class ResumeLimits:
         moves: how often it may move to another worker; 0 ends it with the first lost one. The bound also protects a
             service from a request that its workers die of.
         wait_seconds: how long one move may wait for a worker that has room, a new one that still loads included.
+        silence_seconds: how long a worker that has begun to answer may say nothing, and how long a worker may take to
+            begin with what moves to it. Several of a worker's beats: one that only has much to do must not lose it.
         retry_after_seconds: what a call that cannot go on is told.
     """
 
     moves: int = 3
     wait_seconds: float = 120.0
+    silence_seconds: float = 20.0
     retry_after_seconds: int = 2
 
 
@@ -100,9 +104,10 @@ async def resumable(work: Work, attempt: Attempt, limits: ResumeLimits) -> Async
     """
     moves = _Moves(Transcript(work), attempt, limits)
     source: AsyncGenerator[Reply, None] | Refusal = attempt(work)
+    begun = False
     while not isinstance(source, Refusal):
         try:
-            async with aclosing(source) as replies:
+            async with aclosing(source), aclosing(_told(source, begun, limits.silence_seconds)) as replies:
                 async for reply in replies:
                     if isinstance(reply, Batch):
                         moves.transcript.note(reply)
@@ -112,8 +117,23 @@ async def resumable(work: Work, attempt: Attempt, limits: ResumeLimits) -> Async
             if moves.transcript.ended:
                 return
             log.warning("%s: %s after %d tokens", work.request_id, error, moves.transcript.tokens)
-        source = await moves.next()
+        source, begun = await moves.next(), True
     yield source
+
+
+async def _told(replies: AsyncGenerator[Reply, None], begun: bool, silence: float) -> AsyncGenerator[Reply, None]:
+    """What a worker says, without its beats. Raises WorkerLost when it falls silent (seconds) once it has begun."""
+    while True:
+        try:
+            async with asyncio.timeout(silence if begun else None):
+                reply = await anext(replies)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise WorkerLost(f"the worker has been silent for {silence:g} s") from None
+        begun = True
+        if not isinstance(reply, Batch) or reply.deltas:
+            yield reply
 
 
 class _Moves:
@@ -147,7 +167,7 @@ class _Moves:
         """An attempt that was taken or refused for good, or None; and whether its worker was lost."""
         replies = self._attempt(self.transcript.rest())
         try:
-            async with asyncio.timeout_at(end):
+            async with asyncio.timeout_at(min(end, asyncio.get_running_loop().time() + self._limits.silence_seconds)):
                 first = await anext(replies, None)
         except TimeoutError:
             await replies.aclose()

@@ -80,6 +80,7 @@ class Worker:
         retry_after_seconds: what refused clients are told.
         name: what its metrics are labelled with.
         devices: ids of the GPUs it was given.
+        beat_seconds: a call that has nothing to say for so long says an empty batch: its caller knows that it lives.
     """
 
     def __init__(
@@ -91,8 +92,9 @@ class Worker:
         retry_after_seconds: int = 2,
         name: str = "0",
         devices: tuple[str, ...] = (),
+        beat_seconds: float = 5.0,
     ) -> None:
-        self._engine = engine
+        self._engine, self._beat_seconds = engine, beat_seconds
         self._name, self._devices = name, devices
         self._bytes = TokenBytes(engine.tokenizer)
         self._default_max_tokens = default_max_tokens
@@ -127,8 +129,9 @@ class Worker:
         prompts = planned.prompts if work.report_prompts else ()
         try:
             async for reply in self._replies(items, open_choices=len(tasks), flush_seconds=work.flush_seconds):
-                yield replace(reply, prompt_token_ids=prompts) if prompts and isinstance(reply, Batch) else reply
-                prompts = ()
+                if isinstance(reply, Batch) and reply.deltas:
+                    reply, prompts = replace(reply, prompt_token_ids=prompts), ()
+                yield reply
         finally:
             for task in tasks:
                 task.cancel()
@@ -251,27 +254,29 @@ class Worker:
         """Batch what arrives: the first tokens at once, then at most every `flush_seconds`; None: all at the end."""
         now = asyncio.get_running_loop().time
         flush_at = now() if flush_seconds is not None else float("inf")
+        beat_at = now() + self._beat_seconds
         while open_choices:
             deltas: list[Delta] = []
             while open_choices and (not deltas or now() < flush_at or not items.empty()):
-                item = await _next(items, None if not deltas else flush_at - now())
+                if now() >= beat_at:
+                    yield Batch(deltas=())
+                    beat_at = now() + self._beat_seconds
+                item = await _next(items, (min(flush_at, beat_at) if deltas else beat_at) - now())
                 if item is None:
-                    break
+                    continue
                 if isinstance(item, Refusal):
                     yield item
                     return
                 deltas.append(item)
                 open_choices -= item.finish_reason is not None
             yield Batch(deltas=merge(deltas))
-            flush_at = now() + (flush_seconds or 0)
+            flush_at, beat_at = now() + (flush_seconds or 0), now() + self._beat_seconds
 
 
-async def _next(items: asyncio.Queue[Delta | Refusal], seconds: float | None) -> Delta | Refusal | None:
-    """The next item, or None when it does not come within `seconds` (None or infinite waits for ever)."""
+async def _next(items: asyncio.Queue[Delta | Refusal], seconds: float) -> Delta | Refusal | None:
+    """The next item, or None when it does not come within `seconds`."""
     if not items.empty():
         return items.get_nowait()
-    if seconds is None or seconds == float("inf"):
-        return await items.get()
     try:
         async with asyncio.timeout(seconds):
             return await items.get()

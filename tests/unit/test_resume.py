@@ -24,6 +24,7 @@ from buddymoe_ray.serve.worker import Worker
 from buddymoe_ray.types import SamplingParams
 
 SOON = ResumeLimits(wait_seconds=0.2)
+SILENT = 100  # a worker that lives 102 replies long falls silent after 2, and is not seen to die
 Life = int | Refusal | None  # replies a worker gives before it is killed; what it refuses with; None: it lives
 
 
@@ -36,12 +37,14 @@ def work(**changes: Any) -> Work:
 class Mortals(LocalWorkers):
     """Attempts meet one worker after the other; each ends as its `Life` says, and "hangs" never answers."""
 
-    def __init__(self, *lives: Life | str, limits: ResumeLimits = SOON, delay: float = 0.0) -> None:
+    def __init__(
+        self, *lives: Life | str, limits: ResumeLimits = SOON, delay: float = 0.0, beat_seconds: float = 5.0
+    ) -> None:
         self.engines = [FakeEngine(delay=delay) for _ in lives]
-        super().__init__(*[Worker(engine) for engine in self.engines])
+        super().__init__(*[Worker(engine, beat_seconds=beat_seconds) for engine in self.engines])
         self.lives, self.limits = lives, limits
         self.asked: list[Work] = []
-        self.open = 0
+        self.open = self.beats = 0
 
     def generate(self, asked: Work) -> AsyncGenerator[Reply, None]:
         return resumable(asked, self.attempt, self.limits)
@@ -53,6 +56,7 @@ class Mortals(LocalWorkers):
         try:
             async with aclosing(self._live(self.lives[turn], self.workers[turn], asked)) as replies:
                 async for reply in replies:
+                    self.beats += reply == Batch(deltas=())
                     yield reply
         finally:
             self.open -= 1
@@ -66,6 +70,8 @@ class Mortals(LocalWorkers):
         given = 0
         async with aclosing(worker.generate(asked)) as replies:
             while given != life:
+                if isinstance(life, int) and given == life - SILENT:
+                    await asyncio.Event().wait()
                 reply = await anext(replies, None)
                 if reply is None:
                     return
@@ -194,6 +200,35 @@ async def test_it_waits_for_a_worker_with_room() -> None:
     limits = ResumeLimits(moves=1)
     same(await told(Mortals(3, full, none, full, None, limits=limits), work()), whole)
     assert await refused(Mortals(full, None), work()) == full  # who comes new is told at once
+
+
+@pytest.mark.parametrize("flush_seconds", [0.0, None])
+async def test_a_worker_that_falls_silent_is_left(flush_seconds: float | None) -> None:
+    """Cut off from its caller, its end is never told; the next one to be tried is silent from the start."""
+    limits = ResumeLimits(silence_seconds=0.4, moves=1)
+    asked = work(flush_seconds=flush_seconds)
+    workers = Mortals(SILENT + 2, "hangs", None, limits=limits, delay=0.02, beat_seconds=0.02)
+    same(await told(workers, asked), await told(LocalWorkers(Worker(FakeEngine())), asked))
+    assert len(workers.asked) == 3 and workers.open == 0 and not workers.engines[0].running
+
+
+@pytest.mark.parametrize("flush_seconds", [0.0, 0.05, None])
+async def test_a_slow_worker_says_that_it_lives(flush_seconds: float | None) -> None:
+    """Its tokens come later than the silence that is allowed; nobody sees the beats in between."""
+    workers = Mortals(None, limits=ResumeLimits(silence_seconds=0.4), delay=0.5, beat_seconds=0.05)
+    asked = work(flush_seconds=flush_seconds, max_tokens=2, report_prompts=True)
+    replies = [reply async for reply in workers.generate(asked)]
+    assert all(isinstance(reply, Batch) and reply.deltas for reply in replies) and len(workers.asked) == 1
+    assert workers.beats >= 4, "the worker was silent"
+    assert [r.prompt_token_ids for r in replies if r.prompt_token_ids] == [(tuple(b"hello"),)]  # type: ignore[union-attr]
+
+
+async def test_a_call_that_waits_for_its_first_worker_is_not_silent() -> None:
+    workers = Mortals("hangs", limits=ResumeLimits(silence_seconds=0.01))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await told(workers, work())
+    assert len(workers.asked) == 1 and workers.open == 0
 
 
 async def test_what_the_next_worker_refuses_or_fails_at_is_told() -> None:
