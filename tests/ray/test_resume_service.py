@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import openai
@@ -21,8 +22,9 @@ from serving import Deploy, eventually, running
 
 from buddymoe_ray.client import Client
 from buddymoe_ray.errors import CapacityError
-from buddymoe_ray.serve.handles import WORKER_NAME
-from buddymoe_ray.serve.records import WorkerReport
+from buddymoe_ray.serve.handles import WORKER_NAME, ReplicaWorkers
+from buddymoe_ray.serve.records import Batch, Work, WorkerReport
+from buddymoe_ray.serve.resume import ResumeLimits
 from buddymoe_ray.types import GenerationRequest, SamplingParams, Usage
 
 STREAMS, TOKENS = 16, 120
@@ -39,10 +41,16 @@ def openai_client(url: str) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(api_key="none", base_url=f"{url}/v1", max_retries=0)
 
 
-def kill_the_busiest(app: str) -> int:
-    """End the process of the worker with the most streams, without a word; returns how many it had."""
+def the_busiest(app: str) -> WorkerReport:
+    """The worker with the most streams."""
     busiest = max(workers_of(app), key=lambda report: report.snapshot.running)
     assert busiest.snapshot.running > 0 and busiest.pid != os.getpid()
+    return busiest
+
+
+def kill_the_busiest(app: str) -> int:
+    """End the process of the busiest worker, without a word; returns how many streams it had."""
+    busiest = the_busiest(app)
     os.kill(busiest.pid, signal.SIGKILL)
     return busiest.snapshot.running
 
@@ -79,6 +87,16 @@ async def by_handle(client: Client, watched: Watched, prompt: str, **asked: Any)
         watched.add(event.text)
         watched.resumed = (event.usage or Usage()).resumed
     assert event.usage is not None and event.usage.completion_tokens == asked["max_tokens"]
+
+
+async def by_workers(workers: ReplicaWorkers, watched: Watched, prompt: str, seed: int) -> None:
+    sampling = SamplingParams(seed=seed)
+    asked = Work(request_id=uuid4().hex, prompts=(prompt,), sampling=sampling, max_tokens=TOKENS, flush_seconds=0.0)
+    async for reply in workers.generate(asked):
+        assert isinstance(reply, Batch), reply
+        for delta in reply.deltas:
+            watched.add(delta.text)
+            watched.resumed = (delta.usage or Usage()).resumed
 
 
 def in_a_thread(client: Client, watched: Watched, prompt: str, **asked: Any) -> None:
@@ -133,6 +151,22 @@ async def test_sixteen_streams_outlive_a_killed_worker(mortals: str, record_prop
         ridden = await asyncio.to_thread(kill_the_busiest, "mortals")
     assert [watched.text for watched in streams] == [expected(f"stream {seed}", seed) for seed in range(STREAMS)]
     report(record_property, streams, ridden)
+
+
+async def test_streams_leave_a_worker_that_stands_still(mortals: str, record_property: Recorded) -> None:
+    """Its process is stopped, not killed: nobody says that it is gone, and later it goes on with what has moved."""
+    limits = ResumeLimits(silence_seconds=3.0)
+    workers = ReplicaWorkers(serve.get_deployment_handle(WORKER_NAME, "mortals"), limits=limits)
+    streams = [Watched() for _ in range(8)]
+    async with asyncio.TaskGroup() as group:
+        for seed, watched in enumerate(streams):
+            group.create_task(by_workers(workers, watched, f"stream {seed}", seed))
+        await begun(streams, 5)
+        busiest = await asyncio.to_thread(the_busiest, "mortals")
+        os.kill(busiest.pid, signal.SIGSTOP)
+    os.kill(busiest.pid, signal.SIGCONT)
+    assert [watched.text for watched in streams] == [expected(f"stream {seed}", seed) for seed in range(8)]
+    report(record_property, streams, busiest.snapshot.running)
 
 
 async def test_choices_and_whole_answers_outlive_a_killed_worker(mortals: str) -> None:
