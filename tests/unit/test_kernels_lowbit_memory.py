@@ -1,4 +1,8 @@
-"""The kernel's scratch lives as long as it is used: a block in pages of its own cannot be touched once it is freed."""
+"""The kernel touches its own memory only: scratch as long as it lives, inputs up to their last byte.
+
+Both are told by the processor: in a process of its own, freed scratch and what follows an input are pages that are not
+there.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,19 @@ from pathlib import Path
 
 HELPERS = Path(__file__).parents[1]
 PAGES_OF_ITS_OWN = {"MALLOC_MMAP_THRESHOLD_": "1024", "MALLOC_TOP_PAD_": "0"}  # glibc: for every block from 1 KiB on
-PROGRAM = """
+BEGIN = """
+import ctypes, mmap
+
 import torch
 from lowbit_records import random_records, silu_gate
 from torch.nn import functional
 
 from buddymoe_ray.kernels import ExpertMath, LowbitFormat, lowbit_forward
 
-for activate in (silu_gate, lambda x: functional.gelu(x.chunk(2, -1)[0])):  # one call for an expert, and one per matrix
+ONE_CALL, TWO_CALLS = silu_gate, lambda x: functional.gelu(x.chunk(2, -1)[0])  # for an expert, or one per matrix
+"""
+SCRATCH = """
+for activate in (ONE_CALL, TWO_CALLS):
     for D, F in ((1024, 2048), (1160, 1032)):  # the second are no multiples of 16: rows are padded copies
         fmt, math = LowbitFormat(bits=3), ExpertMath(activate=activate)
         _, views = random_records({"gate_up_proj": (2 * F, D), "down_proj": (D, F)}, fmt, 1, 1)
@@ -24,16 +33,47 @@ for activate in (silu_gate, lambda x: functional.gelu(x.chunk(2, -1)[0])):  # on
             assert lowbit_forward(torch.randn(rows, D), views[0], fmt, math).isfinite().all()
 print("whole")
 """
+INPUTS = """
+PAGE, kept = mmap.PAGESIZE, []
+
+def at_the_end(tensor):
+    pages = -(-tensor.nbytes // PAGE) * PAGE
+    kept.append(mmap.mmap(-1, pages + PAGE))
+    address = ctypes.addressof(ctypes.c_char.from_buffer(kept[-1]))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + pages), PAGE, 0) == 0
+    moved = torch.frombuffer(kept[-1], dtype=tensor.dtype, count=tensor.numel(), offset=pages - tensor.nbytes)
+    return moved.view(tensor.shape).copy_(tensor)
+
+for bits in (2, 3, 4, 8):
+    for D, F in ((64, 96), (40, 72)):
+        for activate in (ONE_CALL, TWO_CALLS):
+            fmt, math = LowbitFormat(bits=bits), ExpertMath(activate=activate)
+            _, views = random_records({"gate_up_proj": (2 * F, D), "down_proj": (D, F)}, fmt, 1, 1)
+            record = {name: at_the_end(tensor) for name, tensor in views[0].items()}
+            for rows in (1, 5, 70):
+                x_RD = torch.randn(rows, D)
+                expected = lowbit_forward(x_RD, views[0], fmt, math)
+                assert torch.equal(lowbit_forward(at_the_end(x_RD), record, fmt, math), expected)
+print("whole")
+"""
 
 
-def test_scratch_is_not_freed_while_it_is_used() -> None:
+def run(program: str, **environment: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", BEGIN + program],
         cwd=HELPERS,
-        env=os.environ | PAGES_OF_ITS_OWN,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, f"ended with {done.returncode}\n{done.stderr}"
     assert done.stdout.strip() == "whole"
+
+
+def test_scratch_is_not_freed_while_it_is_used() -> None:
+    run(SCRATCH, **PAGES_OF_ITS_OWN)
+
+
+def test_nothing_behind_an_input_is_read() -> None:
+    run(INPUTS)
