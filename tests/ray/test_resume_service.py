@@ -155,7 +155,7 @@ async def test_sixteen_streams_outlive_a_killed_worker(mortals: str, record_prop
 
 async def test_streams_leave_a_worker_that_stands_still(mortals: str, record_property: Recorded) -> None:
     """Its process is stopped, not killed: nobody says that it is gone, and later it goes on with what has moved."""
-    limits = ResumeLimits(silence_seconds=3.0)
+    limits = ResumeLimits(silence_seconds=5.0)
     workers = ReplicaWorkers(serve.get_deployment_handle(WORKER_NAME, "mortals"), limits=limits)
     streams = [Watched() for _ in range(8)]
     async with asyncio.TaskGroup() as group:
