@@ -109,7 +109,9 @@ def test_deployments_resolve_to_typed_arguments(path: Path) -> None:
 
 
 def test_readme_code_blocks_parse() -> None:
-    for block in re.findall(r"```python\n(.*?)```", TEXT, re.S):
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    assert blocks, "README has no Python example"
+    for block in blocks:
         ast.parse(block)
 
 

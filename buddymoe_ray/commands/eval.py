@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--placement",
         choices=("static", "dynamic"),
         default="static",
-        help="split memory as a service with this placement does; dynamic keeps a stand-in for every expert",
+        help="which experts keep a stand-in: static those that calibration chose, dynamic all, so that any may move",
     )
     parser.add_argument("--batch", type=int, default=32, help="windows decoded side by side")
 

@@ -95,7 +95,8 @@ def evaluate_many(
 ) -> list[EvalResult | BudgetError]:
     """Run `windows` through an engine of each config, all beside one exact engine, in step.
 
-    `movable` splits memory as a service with dynamic placement does: a stand-in for every expert, so that any may move.
+    `movable` keeps a stand-in for every expert, as a service with dynamic placement does, so that any may move; without
+    what a service sets aside to compute for other nodes.
     The configs must share model, dtype and expert_dtype: the reference is theirs, fully resident. A config whose memory
     cannot hold its stand-ins has its BudgetError in place of a result.
     """

@@ -4,7 +4,7 @@ No float matrix is ever made: four rows of weights at a time are widened to floa
 Works on raw addresses, knows no torch. Invariant: the bits of a row's output do not depend on the rows beside it: its
 sums are taken by `lowbit_vector.dot4` in one written order, everything else is elementwise.
 numba frees an array after the last statement that names it, and an address of it is no name: scratch that is reached by
-address belongs to a caller, whose name for it outlives the call.
+address belongs to a caller, whose name for it outlives the call, or to a loop that names it in every turn.
 Imports numba at the top: only `lowbit_cpu` may import this module, and late.
 
 Legend: N outputs and K inputs of a matrix, P is K padded to LANES, R rows (at most CHUNK at once). In `_experts`: K
@@ -97,8 +97,7 @@ def _project_with(
     and 16 sums."""
     (copy, q), (w, sums) = spare, floats
     K, bits, group = shape
-    P = (K + LANES - 1) // LANES * LANES
-    row_bytes, groups = K * bits // 8, K // group
+    P, row_bytes, groups = len(w) // 4, K * bits // 8, K // group
     base = carray(float_pointer(matrix[2]), (1,))[0]
     codes, scales = carray(byte_pointer(matrix[0]), (N * row_bytes,)), carray(byte_pointer(matrix[1]), (N * groups,))
     copy_at, q_at, w_at, sums_at = copy.ctypes.data, q.ctypes.data, w.ctypes.data, sums.ctypes.data

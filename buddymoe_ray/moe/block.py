@@ -104,10 +104,9 @@ class MoEBlock:
             standins.answer(self.layer, hidden_TD, np.where(action_TK == Action.OWN, expert_TK, -1), y_ND)
         if Action.DROP in actions:
             y_ND[torch.from_numpy((action_TK == Action.DROP).reshape(-1))] = 0
-        if actions <= _FULL:
-            self._run_full(hidden_TD, group(expert_TK, hidden_TD.device), y_ND, protect=False)
-        elif actions & _FULL:
-            full_TK = (action_TK != Action.OWN) & (action_TK != Action.DROP)
+        if actions & _FULL:
+            others = actions - _FULL
+            full_TK = (action_TK != Action.OWN) & (action_TK != Action.DROP) if others else None
             self._run_full(hidden_TD, group(expert_TK, hidden_TD.device, full_TK), y_ND, protect=False)
 
     def _run_full(self, hidden_TD: Tensor, rows_of: Rows, y_ND: Tensor, *, protect: bool) -> None:

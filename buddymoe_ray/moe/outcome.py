@@ -60,7 +60,7 @@ class StepOutcome:
     substitutions: list[Substitution] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._first_T1 = _ANSWERS * np.arange(len(self.uses_TA))[:, None]
+        self._begin_T1 = _ANSWERS * np.arange(len(self.uses_TA))[:, None]  # of each row, in the table end to end
 
     @classmethod
     def empty(cls, rows: int, record: frozenset[int] = frozenset()) -> StepOutcome:
@@ -119,8 +119,7 @@ class StepOutcome:
         answer_TK, T = _ANSWER_OF[resolution.action_TK], len(self.uses_TA)
         if answer_TK.min() < 0:
             answer_TK = np.where(answer_TK < 0, own_column_E[resolution.expert_TK] + _STANDINS, answer_TK)
-        counted_N = np.bincount((answer_TK + self._first_T1).ravel(), minlength=T * _ANSWERS)
-        self.uses_TA += counted_N.reshape(T, _ANSWERS)
+        self.uses_TA += np.bincount((answer_TK + self._begin_T1).ravel(), minlength=T * _ANSWERS).reshape(T, _ANSWERS)
         harm_T: Floats = resolution.harm_TK.sum(axis=1)
         self.harm_T += harm_T
         if self.record:

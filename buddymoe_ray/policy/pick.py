@@ -32,7 +32,7 @@ def first_free(misses: Misses, ranked_E: Sequence[Sequence[int]]) -> tuple[Ints,
             if buddy is not None:
                 row[k] = buddy
                 used.add(buddy)
-    return np.array(rows, np.int64).reshape(misses.ids_TK.shape), np.array(found).reshape(misses.ids_TK.shape)
+    return np.array(rows, np.int64), np.array(found, np.bool_).reshape(misses.ids_TK.shape)
 
 
 def _next_free(ranked: Sequence[int], resident: Sequence[bool], used: set[int]) -> int | None:

@@ -125,11 +125,13 @@ async def _told(replies: AsyncGenerator[Reply, None], begun: bool, silence: floa
     """What a worker says, without its beats. Raises WorkerLost when it falls silent (seconds) once it has begun."""
     while True:
         try:
-            async with asyncio.timeout(silence if begun else None):
+            async with asyncio.timeout(silence if begun else None) as limit:
                 reply = await anext(replies)
         except StopAsyncIteration:
             return
         except TimeoutError:
+            if not limit.expired():  # somebody else's
+                raise
             raise WorkerLost(f"the worker has been silent for {silence:g} s") from None
         begun = True
         if not isinstance(reply, Batch) or reply.deltas:

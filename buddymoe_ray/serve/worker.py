@@ -129,7 +129,7 @@ class Worker:
         prompts = planned.prompts if work.report_prompts else ()
         try:
             async for reply in self._replies(items, open_choices=len(tasks), flush_seconds=work.flush_seconds):
-                if isinstance(reply, Batch) and reply.deltas:
+                if prompts and isinstance(reply, Batch) and reply.deltas:  # the first one that is no beat
                     reply, prompts = replace(reply, prompt_token_ids=prompts), ()
                 yield reply
         finally:

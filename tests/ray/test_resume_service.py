@@ -154,17 +154,24 @@ async def test_sixteen_streams_outlive_a_killed_worker(mortals: str, record_prop
 
 
 async def test_streams_leave_a_worker_that_stands_still(mortals: str, record_property: Recorded) -> None:
-    """Its process is stopped, not killed: nobody says that it is gone, and later it goes on with what has moved."""
+    """Its process is stopped, not killed: nobody says that it is gone. When it goes on its streams have left."""
     limits = ResumeLimits(silence_seconds=5.0)
     workers = ReplicaWorkers(serve.get_deployment_handle(WORKER_NAME, "mortals"), limits=limits)
+    client = await asyncio.to_thread(Client, "mortals")
     streams = [Watched() for _ in range(8)]
-    async with asyncio.TaskGroup() as group:
-        for seed, watched in enumerate(streams):
-            group.create_task(by_workers(workers, watched, f"stream {seed}", seed))
-        await begun(streams, 5)
-        busiest = await asyncio.to_thread(the_busiest, "mortals")
-        os.kill(busiest.pid, signal.SIGSTOP)
-    os.kill(busiest.pid, signal.SIGCONT)
+    stopped: list[int] = []
+    try:
+        async with asyncio.TaskGroup() as group:
+            for seed, watched in enumerate(streams):
+                group.create_task(by_workers(workers, watched, f"stream {seed}", seed))
+            await begun(streams, 5)
+            busiest = await asyncio.to_thread(the_busiest, "mortals")
+            os.kill(busiest.pid, signal.SIGSTOP)
+            stopped.append(busiest.pid)
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+    await asyncio.to_thread(eventually, lambda: running(client) == 0)
     assert [watched.text for watched in streams] == [expected(f"stream {seed}", seed) for seed in range(8)]
     report(record_property, streams, busiest.snapshot.running)
 
