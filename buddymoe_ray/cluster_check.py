@@ -33,8 +33,8 @@ from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.sampler import Sampled
 from buddymoe_ray.engine.sequence import Sequence
-from buddymoe_ray.engine.sharing import Sharing, StoreSpec
 from buddymoe_ray.observe import shared_memory_bytes
+from buddymoe_ray.residency.sharing import Sharing, StoreSpec
 from buddymoe_ray.types import GenerationRequest, SamplingParams
 
 __all__ = ["main"]

@@ -20,11 +20,11 @@ import torch
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.llm import LLM
-from buddymoe_ray.engine.machine import pick_device
 from buddymoe_ray.engine.measure import Workload, measure
 from buddymoe_ray.models.reference import reference_generate
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.synth import synth_checkpoint
+from buddymoe_ray.residency.machine import pick_device
 
 __all__ = ["main"]
 

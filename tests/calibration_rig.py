@@ -15,7 +15,7 @@ from torch import Tensor
 from buddymoe_ray.calibrate.trace import Trace, record_trace
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.build import build_parts
-from buddymoe_ray.engine.engine import EngineParts
+from buddymoe_ray.engine.parts import EngineParts
 from buddymoe_ray.models.load import load_model
 from buddymoe_ray.models.reference import reference_model
 

@@ -20,7 +20,7 @@ from link_proxy import DelayProxy
 from buddymoe_ray.cache.disk import DiskReader
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
-from buddymoe_ray.engine.sharing import Sharing
+from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.types import GenerationRequest, SamplingParams, Usage
 
 LINK_SECONDS, DISK_SECONDS = 0.05, 0.02

@@ -18,9 +18,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from buddymoe_ray.config import EngineConfig
-from buddymoe_ray.engine.sharing import Sharing
 from buddymoe_ray.errors import CacheError, CapacityError, CheckpointError, RequestError
 from buddymoe_ray.observe import EngineSnapshot
+from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.serve.records import Reply, Work, WorkerInfo, WorkerReport
 from buddymoe_ray.serve.worker import Worker
 from buddymoe_ray.types import FinishReason, GenerationRequest, StandinUses, TokenEvent, TokenLogprob, Usage

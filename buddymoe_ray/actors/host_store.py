@@ -26,8 +26,8 @@ from buddymoe_ray.cache import DiskReader
 from buddymoe_ray.cache.shared import Move, Mover, SharedExpertCache, watch
 from buddymoe_ray.cache.shared.shape import Head
 from buddymoe_ray.cache.shared.tables import READY, WAVE
-from buddymoe_ray.engine.sharing import StoreSpec
 from buddymoe_ray.errors import BuddyMoEError
+from buddymoe_ray.residency.sharing import StoreSpec
 from buddymoe_ray.types import ExpertKey
 
 __all__ = ["HostStore", "KeeperOptions", "Planner"]

@@ -21,9 +21,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from buddymoe_ray.actors.host_store import HostStore, KeeperOptions
 from buddymoe_ray.actors.placement import Placement, PlacementOptions
 from buddymoe_ray.actors.words import Directive, NodeReport, StoreStatus
-from buddymoe_ray.engine.sharing import Sharing, StoreSpec
 from buddymoe_ray.errors import BuddyMoEError
 from buddymoe_ray.policy import PlacementMap
+from buddymoe_ray.residency.sharing import Sharing, StoreSpec
 
 __all__ = ["NAMESPACE", "MemoryOptions", "NodeMemory", "node_tag", "store_handles"]
 

@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from buddymoe_ray.actors.words import Directive, NodeReport
 from buddymoe_ray.policy import PlacementMap, PlacementProblem, Pool, solve
-from buddymoe_ray.policy.placement_map import previous_held
-from buddymoe_ray.policy.placement_publish import publish
+from buddymoe_ray.policy.placement.map import previous_held
+from buddymoe_ray.policy.placement.publish import publish
 
 __all__ = ["Placement", "PlacementOptions"]
 

@@ -25,15 +25,15 @@ from buddymoe_ray.calibrate.tables import make_tables
 from buddymoe_ray.calibrate.trace import record_trace
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.build import build_parts
-from buddymoe_ray.engine.engine import EngineParts
 from buddymoe_ray.engine.evaluate import WINDOW
-from buddymoe_ray.engine.experts import expert_math
+from buddymoe_ray.engine.parts import EngineParts
 from buddymoe_ray.errors import ConfigError, ProfileError
 from buddymoe_ray.models.fingerprint import model_hash
 from buddymoe_ray.models.profile import NAME, Profile, save_profile
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.router_hook import find_routers
 from buddymoe_ray.models.standin_files import standins_folder
+from buddymoe_ray.residency.experts import expert_math
 
 __all__ = ["KINDS", "CalibrationOptions", "calibrate"]
 

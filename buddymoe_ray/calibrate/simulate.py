@@ -2,7 +2,7 @@
 
 A window is placed with the counts of the windows before it (a moving average), then served with its own. Loads obey the
 movers' bandwidth, so that a map may be reached late. Times follow from stated link costs, without overlap or queues:
-believe differences between placements more than tokens/s. Neighbours: `workloads`, `policy.placement_greedy`.
+believe differences between placements more than tokens/s. Neighbours: `workloads`, `policy.placement.greedy`.
 
 Legend: W windows, L MoE layers, E experts, P pools (GPUs), N experts of all layers, R rungs (`RUNGS`).
 """
@@ -32,7 +32,7 @@ from buddymoe_ray.policy import (
     solve,
     static,
 )
-from buddymoe_ray.policy.placement_publish import publish
+from buddymoe_ray.policy.placement.publish import publish
 
 __all__ = ["PLACEMENTS", "Cluster", "Outcome", "simulate"]
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.engine.build import BLOCK_SIZE
-from buddymoe_ray.engine.engine import EngineParts
+from buddymoe_ray.engine.parts import EngineParts
 from buddymoe_ray.errors import ProfileError
 from buddymoe_ray.models.shard_writer import check_space
 

@@ -101,7 +101,7 @@ def _measure(
 ) -> None:
     """Runs in the child; the parent never imports torch, so the engine has the memory to itself."""
     from buddymoe_ray.engine.measure import Workload, measure
-    from buddymoe_ray.engine.sharing import Sharing
+    from buddymoe_ray.residency.sharing import Sharing
 
     sharing = Sharing(workers=shared, tag="bench") if shared else None
     try:

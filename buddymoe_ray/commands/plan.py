@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; exit status 0, or 1 with a hint when it cannot fit."""
-    from buddymoe_ray.engine.devices import list_gpus
-    from buddymoe_ray.engine.plan import make_plan
     from buddymoe_ray.models.resolve import resolve_model
+    from buddymoe_ray.residency.devices import list_gpus
+    from buddymoe_ray.residency.plan import make_plan
 
     plan = make_plan(engine_config(args), resolve_model(args.model, progress=not args.json), gpus=list_gpus())
     record = plan.as_record()

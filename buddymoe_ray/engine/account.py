@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import get_args
 
 from buddymoe_ray.config import EngineConfig
-from buddymoe_ray.engine.standin_setup import StandinSetup
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.moe import STANDIN_KINDS, StepOutcome, Substitution
 from buddymoe_ray.policy import Ledger
+from buddymoe_ray.residency.standin_setup import StandinSetup
 from buddymoe_ray.types import GenerationRequest, GuardState, Mode, StandinUses
 
 __all__ = ["Account", "RecordedUse", "StepTotals", "open_account"]

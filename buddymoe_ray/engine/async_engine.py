@@ -14,7 +14,8 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from buddymoe_ray.engine.engine import Engine, EngineLimits
+from buddymoe_ray.engine.engine import Engine
+from buddymoe_ray.engine.parts import EngineLimits
 from buddymoe_ray.errors import BuddyMoEError, CapacityError
 from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.types import GenerationRequest, TokenEvent

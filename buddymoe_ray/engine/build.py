@@ -14,14 +14,11 @@ import torch
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine import attention
-from buddymoe_ray.engine.engine import EngineLimits, EngineParts
-from buddymoe_ray.engine.experts import ExpertTier, open_experts
 from buddymoe_ray.engine.guard import GuardWork
 from buddymoe_ray.engine.kv import KVPool
-from buddymoe_ray.engine.machine import available_memory_bytes, pick_device
+from buddymoe_ray.engine.parts import EngineLimits, EngineParts
 from buddymoe_ray.engine.runner import PackedRunner, Runner, SoloRunner, probe_kv_shapes
 from buddymoe_ray.engine.scheduler import Scheduler
-from buddymoe_ray.engine.sharing import Sharing
 from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.models.load import LoadedModel, load_model
 from buddymoe_ray.models.resolve import resolve_model
@@ -29,8 +26,11 @@ from buddymoe_ray.models.shape import describe
 from buddymoe_ray.models.tokenizer import load_tokenizer
 from buddymoe_ray.moe import StepState
 from buddymoe_ray.policy import Guard, parse_memory
+from buddymoe_ray.residency.experts import ExpertTier, open_experts
+from buddymoe_ray.residency.machine import available_memory_bytes, pick_device, torch_dtype
+from buddymoe_ray.residency.sharing import Sharing
 
-__all__ = ["BLOCK_SIZE", "build_parts", "torch_dtype"]
+__all__ = ["BLOCK_SIZE", "build_parts"]
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +85,6 @@ def _guard(config: EngineConfig, experts: ExpertTier, runner: Runner, scheduler:
         return None
     limit = config.budget if config.mode == "bounded" else max(config.budget, 2 * experts.setup.expected_harm)
     return GuardWork(guard=Guard(limit=limit), runner=runner, scheduler=scheduler, share=config.guard_share)
-
-
-def torch_dtype(name: str) -> torch.dtype | None:
-    """The compute dtype by its name; None for `auto`."""
-    return None if name == "auto" else getattr(torch, name)
 
 
 def _packed(config: EngineConfig, folder: Path) -> bool:

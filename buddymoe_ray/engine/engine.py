@@ -11,31 +11,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.account import StepTotals, open_account
+from buddymoe_ray.engine.build import build_parts
 from buddymoe_ray.engine.chat import encode_chat, encode_prompt
-from buddymoe_ray.engine.experts import ExpertTier
 from buddymoe_ray.engine.guard import GuardWork
-from buddymoe_ray.engine.remote import Peering, open_peering
+from buddymoe_ray.engine.parts import EngineParts
 from buddymoe_ray.engine.replay import open_replay
-from buddymoe_ray.engine.runner import Runner
 from buddymoe_ray.engine.sampler import Sampled, sample, validate
-from buddymoe_ray.engine.scheduler import PrefillChunk, Scheduler
+from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.engine.sequence import Sequence
-from buddymoe_ray.engine.sharing import Sharing
 from buddymoe_ray.engine.terms import settle, terms_of
 from buddymoe_ray.errors import CacheError
-from buddymoe_ray.models.load import LoadedModel
-from buddymoe_ray.moe import StepState
 from buddymoe_ray.observe import EngineSnapshot, GuardSnapshot
+from buddymoe_ray.residency.peers import Peering, open_peering
+from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.types import GenerationRequest, TokenEvent
 
-__all__ = ["Chooser", "Engine", "EngineLimits", "EngineParts"]
+__all__ = ["Chooser", "Engine"]
 
 log = logging.getLogger(__name__)
 
@@ -52,33 +49,6 @@ class SamplingChooser:
 
     def choose(self, logits_BV: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
         return sample(logits_BV, [seq.sampling_state for seq in sequences])
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineLimits:
-    """What a request may ask for: tokens of prompt and output, sequences at once, tokens of KV cache in all."""
-
-    max_model_len: int
-    max_running: int
-    kv_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineParts:
-    """Everything `build` made."""
-
-    config: EngineConfig
-    experts: ExpertTier
-    runner: Runner
-    scheduler: Scheduler
-    guard: GuardWork | None
-    sharing: Sharing | None
-    step: StepState
-    limits: EngineLimits
-    vocab_size: int
-    loaded: LoadedModel
-    eos_token_ids: frozenset[int]
-    tokenizer: Any
 
 
 class Engine:
@@ -110,13 +80,11 @@ class Engine:
     ) -> Engine:
         """Load the model and wire an engine. `text=False` skips the tokenizer and detokenisation.
 
-        With `sharing` its experts are the node's: see `engine.sharing`.
+        With `sharing` its experts are the node's: see `residency.sharing`.
 
         Raises:
             ConfigError, CheckpointError, BudgetError: nothing is served; the message says what to change.
         """
-        from buddymoe_ray.engine.build import build_parts
-
         return cls(build_parts(config, text=text, sharing=sharing), chooser)
 
     def encode(self, text: str) -> list[int]:

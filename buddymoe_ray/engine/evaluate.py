@@ -24,8 +24,8 @@ from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.sampler import Sampled
 from buddymoe_ray.engine.sequence import Sequence as RunningSequence
-from buddymoe_ray.engine.sharing import Sharing
 from buddymoe_ray.errors import BudgetError, ConfigError
+from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent
 
 __all__ = ["PREFILLED", "WINDOW", "EvalResult", "cut_windows", "evaluate", "evaluate_many"]

@@ -15,8 +15,8 @@ from typing import Any
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
-from buddymoe_ray.engine.sharing import Sharing
 from buddymoe_ray.observe import EngineSnapshot, peak_rss_bytes, process_read_bytes
+from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.types import GenerationRequest, SamplingParams, Usage
 
 __all__ = ["Measurement", "Workload", "measure"]

@@ -17,10 +17,10 @@ from typing import Any
 import msgpack
 
 from buddymoe_ray.engine.account import RecordedUse
-from buddymoe_ray.engine.standin_setup import StandinSetup
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.moe import Substitution
 from buddymoe_ray.policy import Action
+from buddymoe_ray.residency.standin_setup import StandinSetup
 from buddymoe_ray.types import ExpertKey, GenerationRequest
 
 __all__ = ["Replay", "decode_record", "encode_record", "open_replay"]

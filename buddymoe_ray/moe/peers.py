@@ -1,6 +1,6 @@
 """The seam to other workers: experts that a peer has may be computed there, on our rows.
 
-Knows neither sockets nor who the peers are; `engine.remote` does. Invariant: an answer is exact or absent.
+Knows neither sockets nor who the peers are; `residency.peers` does. Invariant: an answer is exact or absent.
 
 Legend: R rows of one expert, D hidden.
 """

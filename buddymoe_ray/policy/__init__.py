@@ -13,14 +13,14 @@ from buddymoe_ray.policy.ladder import Ladder
 from buddymoe_ray.policy.ledger import Ledger, Pricer, price_for
 from buddymoe_ray.policy.memory import Staging, parse_memory, plan_staging, split_slots
 from buddymoe_ray.policy.misses import Action, Misses, MissPolicy, Reason, Resolution, RowBudgets
-from buddymoe_ray.policy.placement import NodeLinks, PlacementProblem, Pool
-from buddymoe_ray.policy.placement_exact import solve_exact
-from buddymoe_ray.policy.placement_greedy import Effort, solve
-from buddymoe_ray.policy.placement_map import Migration, PlacementMap
-from buddymoe_ray.policy.placement_objective import RUNGS, objective, rung_uses
-from buddymoe_ray.policy.placement_rules import eplb, oracle, round_robin, static
-from buddymoe_ray.policy.placement_segments import SegmentSplit, shard_segments
-from buddymoe_ray.policy.placement_steps import Step, migration_steps
+from buddymoe_ray.policy.placement.exact import solve_exact
+from buddymoe_ray.policy.placement.greedy import Effort, solve
+from buddymoe_ray.policy.placement.map import Migration, PlacementMap
+from buddymoe_ray.policy.placement.objective import RUNGS, objective, rung_uses
+from buddymoe_ray.policy.placement.problem import NodeLinks, PlacementProblem, Pool
+from buddymoe_ray.policy.placement.rules import eplb, oracle, round_robin, static
+from buddymoe_ray.policy.placement.segments import SegmentSplit, shard_segments
+from buddymoe_ray.policy.placement.steps import Step, migration_steps
 from buddymoe_ray.policy.split import Split, choose, split_movable
 from buddymoe_ray.policy.standins import Answers, Buddy, Drop, Own, RandomBuddy, RouterBuddy, Standin
 

@@ -22,7 +22,7 @@ from buddymoe_ray.serve.worker import EngineSeam, Worker
 
 if TYPE_CHECKING:
     from buddymoe_ray.actors import NodeMemory
-    from buddymoe_ray.engine.sharing import Sharing
+    from buddymoe_ray.residency.sharing import Sharing
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class WorkerReplica(Worker):
 
 
 def _cuda_is_here() -> bool:
-    from buddymoe_ray.engine.machine import pick_device
+    from buddymoe_ray.residency.machine import pick_device
 
     return pick_device("auto").type == "cuda"
 

@@ -19,7 +19,7 @@ from buddymoe_ray.cache import DiskReader
 from buddymoe_ray.cache.shared import SharedExpertCache, watch
 from buddymoe_ray.cache.shared.locks import FileLocks
 from buddymoe_ray.cache.shared.tables import ROW_BYTE
-from buddymoe_ray.engine.sharing import Sharing, StoreSpec, spec_of
+from buddymoe_ray.residency.sharing import Sharing, StoreSpec, spec_of
 from buddymoe_ray.types import ExpertKey, SlotPlan
 
 LAYERS, EXPERTS = 2, 8

@@ -10,11 +10,11 @@ import pytest
 from transformers import MixtralConfig
 
 from buddymoe_ray import LLM, EngineConfig
-from buddymoe_ray.engine.devices import list_gpus
-from buddymoe_ray.engine.machine import available_memory_bytes, cgroup_limit_bytes
-from buddymoe_ray.engine.plan import make_plan
 from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.models.resolve import resolve_model
+from buddymoe_ray.residency.devices import list_gpus
+from buddymoe_ray.residency.machine import available_memory_bytes, cgroup_limit_bytes
+from buddymoe_ray.residency.plan import make_plan
 
 GIB = 1 << 30
 

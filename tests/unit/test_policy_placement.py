@@ -14,8 +14,8 @@ from placement_cases import breaches, brute_cost, noisy, random_problem, simple
 
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.policy import Effort, NodeLinks, PlacementMap, Pool, objective, rung_uses, solve
-from buddymoe_ray.policy.placement_costs import values_of
-from buddymoe_ray.policy.placement_objective import RUNGS, affinity_gain, cost_of
+from buddymoe_ray.policy.placement.costs import values_of
+from buddymoe_ray.policy.placement.objective import RUNGS, affinity_gain, cost_of
 
 seeds = st.integers(0, 10_000)
 LARGE = Effort(fill_rounds=2, exchange_cells=0)

@@ -12,7 +12,7 @@ from placement_cases import breaches, noisy, random_problem, simple
 
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.policy import eplb, migration_steps, objective, oracle, round_robin, shard_segments, solve, static
-from buddymoe_ray.policy.placement_rules import replicas_by_load
+from buddymoe_ray.policy.placement.rules import replicas_by_load
 
 seeds = st.integers(0, 10_000)
 

@@ -11,8 +11,8 @@ from link_proxy import DelayProxy
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
-from buddymoe_ray.engine.remote import RemoteExperts
-from buddymoe_ray.engine.sharing import Sharing
+from buddymoe_ray.residency.peers import RemoteExperts
+from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.types import GenerationRequest, Mode, SamplingParams, Usage
 
 PROMPTS = [(5, 6, 7, 8, 9), (100, 200, 300), (44, 45)]

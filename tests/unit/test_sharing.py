@@ -10,8 +10,8 @@ import pytest
 from buddymoe_ray.cache.shared import SharedExpertCache
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
-from buddymoe_ray.engine.sharing import Sharing, StoreSpec
 from buddymoe_ray.errors import BudgetError, ConfigError
+from buddymoe_ray.residency.sharing import Sharing, StoreSpec
 from buddymoe_ray.types import GenerationRequest, Mode, SamplingParams, TokenEvent
 
 PROMPTS = [(5, 6, 7, 8, 9), (100, 200, 300), (44, 45), (1000, 1001, 1002, 1003, 1004, 1005)]

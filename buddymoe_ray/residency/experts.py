@@ -19,8 +19,6 @@ from tqdm import tqdm
 from buddymoe_ray.cache import DiskReader, ExpertCache, ExpertSource, StandinPool
 from buddymoe_ray.cache.shared import Room
 from buddymoe_ray.config import EngineConfig
-from buddymoe_ray.engine.sharing import Sharing, open_host, open_records, open_store
-from buddymoe_ray.engine.standin_setup import StandinSetup, prepare
 from buddymoe_ray.kernels import ExpertMath, LowbitFormat, UpcastScratch, expert_forward, lowbit_forward
 from buddymoe_ray.models.expert_dtype import format_of, recoded_layout
 from buddymoe_ray.models.experts_hook import attach
@@ -28,6 +26,8 @@ from buddymoe_ray.models.load import LoadedModel
 from buddymoe_ray.models.router_hook import attach_router_scores
 from buddymoe_ray.moe import ExpertCompute, MoEBlock, Standins, StepState, record_compute
 from buddymoe_ray.policy import LRU, Staging, parse_memory, plan_staging, split_slots
+from buddymoe_ray.residency.sharing import Sharing, open_host, open_records, open_store
+from buddymoe_ray.residency.standin_setup import StandinSetup, prepare
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
 __all__ = ["STAGING_SHARE", "ExpertTier", "expert_math", "open_experts", "scratch_bytes"]

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from buddymoe_ray.errors import ConfigError
-from buddymoe_ray.policy.placement import Bools, Floats, PlacementProblem
-from buddymoe_ray.policy.placement_map import PlacementMap
-from buddymoe_ray.policy.placement_objective import answers
+from buddymoe_ray.policy.placement.map import PlacementMap
+from buddymoe_ray.policy.placement.objective import answers
+from buddymoe_ray.policy.placement.problem import Bools, Floats, PlacementProblem
 
 __all__ = ["SegmentSplit", "shard_segments"]
 

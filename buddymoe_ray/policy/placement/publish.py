@@ -1,7 +1,7 @@
 """From holders to a published map: primaries, epoch, migration.
 
 Invariants: holders that did not change keep their epoch and their primaries; a primary is kept while it still holds.
-Knows no costs. Neighbours: `placement_greedy`, `placement_exact` and `placement_rules` find holders.
+Knows no costs. Neighbours: `greedy`, `exact` and `rules` find holders.
 
 Legend: P pools, N experts of all MoE layers end to end.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from buddymoe_ray.policy.placement import Bools, PlacementProblem
-from buddymoe_ray.policy.placement_map import Migration, PlacementMap, previous_held
+from buddymoe_ray.policy.placement.map import Migration, PlacementMap, previous_held
+from buddymoe_ray.policy.placement.problem import Bools, PlacementProblem
 
 __all__ = ["publish"]
 

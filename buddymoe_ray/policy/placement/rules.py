@@ -10,11 +10,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from buddymoe_ray.policy.placement import Bools, Floats, PlacementProblem
-from buddymoe_ray.policy.placement_greedy import solve
-from buddymoe_ray.policy.placement_map import PlacementMap, previous_held
-from buddymoe_ray.policy.placement_objective import cost_of
-from buddymoe_ray.policy.placement_publish import publish
+from buddymoe_ray.policy.placement.greedy import solve
+from buddymoe_ray.policy.placement.map import PlacementMap, previous_held
+from buddymoe_ray.policy.placement.objective import cost_of
+from buddymoe_ray.policy.placement.problem import Bools, Floats, PlacementProblem
+from buddymoe_ray.policy.placement.publish import publish
 
 __all__ = ["eplb", "oracle", "round_robin", "static"]
 

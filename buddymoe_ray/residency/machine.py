@@ -11,7 +11,7 @@ import torch
 
 from buddymoe_ray.errors import ConfigError
 
-__all__ = ["available_memory_bytes", "cgroup_limit_bytes", "pick_device"]
+__all__ = ["available_memory_bytes", "cgroup_limit_bytes", "pick_device", "torch_dtype"]
 
 _UNLIMITED = 1 << 60
 
@@ -48,6 +48,11 @@ def pick_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise ConfigError(f"device is {name!r}, must be one of {count} CUDA devices or cpu. hint: use device auto")
     return device
+
+
+def torch_dtype(name: str) -> torch.dtype | None:
+    """The compute dtype by its name; None for `auto`."""
+    return None if name == "auto" else getattr(torch, name)
 
 
 def _memory_cgroups(root: Path) -> list[tuple[Path, str, str]]:

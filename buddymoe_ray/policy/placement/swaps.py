@@ -12,8 +12,8 @@ from itertools import permutations
 
 import numpy as np
 
-from buddymoe_ray.policy.placement import Bools
-from buddymoe_ray.policy.placement_search import Search
+from buddymoe_ray.policy.placement.problem import Bools
+from buddymoe_ray.policy.placement.search import Search
 
 __all__ = ["exchange"]
 

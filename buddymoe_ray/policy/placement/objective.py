@@ -1,7 +1,7 @@
 """What a placement costs: every use by its cheapest rung, less affinity, plus migration. The spec of the solvers.
 
 Plain and not incremental: solvers keep running sums of their own and are tested against this. Knows no solver.
-Invariant: every use is answered exactly once. Neighbours: `placement` has the words, `placement_costs` the fast twin.
+Invariant: every use is answered exactly once. Neighbours: `placement` has the words, `costs` the fast twin.
 
 Legend: P pools, N experts of all MoE layers end to end, L MoE layers, M nodes, R rungs.
 """
@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from buddymoe_ray.policy.placement import Bools, Floats, NodeLinks, PlacementProblem
-from buddymoe_ray.policy.placement_map import PlacementMap
+from buddymoe_ray.policy.placement.map import PlacementMap
+from buddymoe_ray.policy.placement.problem import Bools, Floats, NodeLinks, PlacementProblem
 
 __all__ = ["RUNGS", "affinity_gain", "answers", "cost_of", "objective", "rung_uses"]
 

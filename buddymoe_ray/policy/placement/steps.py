@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from buddymoe_ray.policy.placement import Bools, Floats, PlacementProblem
-from buddymoe_ray.policy.placement_costs import values_of
-from buddymoe_ray.policy.placement_map import PlacementMap, previous_held
+from buddymoe_ray.policy.placement.costs import values_of
+from buddymoe_ray.policy.placement.map import PlacementMap, previous_held
+from buddymoe_ray.policy.placement.problem import Bools, Floats, PlacementProblem
 
 __all__ = ["Step", "migration_steps"]
 

@@ -3,7 +3,7 @@
 Given what the others hold, the gains of a pool's experts add up and all take the same bytes, so its best content is its
 most valuable experts: every turn is exact and the objective only falls. A hot expert gets replicas (SYMI, 2504.19925)
 because a second copy still saves the link. Small problems get exchanges between pairs of pools on top
-(`placement_swaps`). Pure: equal input gives an equal map. Knows no clock; `Effort` bounds the work.
+(`swaps`). Pure: equal input gives an equal map. Knows no clock; `Effort` bounds the work.
 
 Legend: P pools, N experts of all MoE layers end to end.
 """
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from buddymoe_ray.errors import ConfigError
-from buddymoe_ray.policy.placement import Bools, PlacementProblem
-from buddymoe_ray.policy.placement_map import PlacementMap, previous_held
-from buddymoe_ray.policy.placement_publish import publish
-from buddymoe_ray.policy.placement_search import Search
-from buddymoe_ray.policy.placement_swaps import exchange
+from buddymoe_ray.policy.placement.map import PlacementMap, previous_held
+from buddymoe_ray.policy.placement.problem import Bools, PlacementProblem
+from buddymoe_ray.policy.placement.publish import publish
+from buddymoe_ray.policy.placement.search import Search
+from buddymoe_ray.policy.placement.swaps import exchange
 
 __all__ = ["Effort", "solve"]
 

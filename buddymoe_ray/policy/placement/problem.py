@@ -1,7 +1,7 @@
 """Words of placement: memories that hold experts, what is asked of them, and what each way to answer costs.
 
 Knows no solver, no clock and no network. Invariant: a problem that was made has shapes and numbers that fit together.
-Neighbours: `placement_objective` prices a placement, `placement_greedy` finds one, `placement_map` is the result.
+Neighbours: `objective` prices a placement, `greedy` finds one, `map` is the result.
 
 Legend: P pools, N experts of all MoE layers end to end, L MoE layers, E experts of the widest layer, M nodes.
 """

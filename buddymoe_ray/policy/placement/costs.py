@@ -1,6 +1,6 @@
 """What one more copy of an expert in one pool saves, kept up to date while a solver changes holders.
 
-The fast twin of `placement_objective`. For links by node a row of values is a few sums over N, however many pools there
+The fast twin of `objective`. For links by node a row of values is a few sums over N, however many pools there
 are; for a matrix of links it is P x N. Knows no migration and no rule about who must be held.
 Invariant: `held_PN` and the running counts agree.
 
@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from buddymoe_ray.policy.placement import Bools, Floats, NodeLinks, PlacementProblem
+from buddymoe_ray.policy.placement.problem import Bools, Floats, NodeLinks, PlacementProblem
 
 __all__ = ["Values", "values_of"]
 
@@ -34,7 +34,7 @@ class Values(Protocol):
         ...
 
     def cost(self) -> float:
-        """Seconds per second of all uses: `placement_objective.rung_uses` says the same, more slowly."""
+        """Seconds per second of all uses: `objective.rung_uses` says the same, more slowly."""
         ...
 
 

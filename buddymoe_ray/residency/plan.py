@@ -15,15 +15,14 @@ from typing import Any
 import torch
 
 from buddymoe_ray.config import EngineConfig
-from buddymoe_ray.engine.build import torch_dtype
-from buddymoe_ray.engine.devices import GpuInfo
-from buddymoe_ray.engine.experts import STAGING_SHARE
-from buddymoe_ray.engine.machine import available_memory_bytes, cgroup_limit_bytes
-from buddymoe_ray.engine.standin_setup import StandinSetup, prepare
 from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.kernels import UpcastScratch
 from buddymoe_ray.models.shape import ModelShape, describe
 from buddymoe_ray.policy import parse_memory, plan_staging, split_slots
+from buddymoe_ray.residency.devices import GpuInfo
+from buddymoe_ray.residency.experts import STAGING_SHARE
+from buddymoe_ray.residency.machine import available_memory_bytes, cgroup_limit_bytes, torch_dtype
+from buddymoe_ray.residency.standin_setup import StandinSetup, prepare
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
 __all__ = ["ASSUMED", "Plan", "make_plan"]

@@ -29,10 +29,10 @@ from buddymoe_ray.cache.shared import (
     store_path,
     sweep,
 )
-from buddymoe_ray.engine.machine import available_memory_bytes
-from buddymoe_ray.engine.standin_setup import StandinSetup
 from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.policy import split_slots
+from buddymoe_ray.residency.machine import available_memory_bytes
+from buddymoe_ray.residency.standin_setup import StandinSetup
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
 __all__ = ["Sharing", "StoreSpec", "open_host", "open_records", "open_store"]

@@ -18,12 +18,12 @@ import numpy.typing as npt
 import torch
 
 from buddymoe_ray.config import EngineConfig
-from buddymoe_ray.engine.standin_policy import make_policy, wants_scores
 from buddymoe_ray.errors import BudgetError, ProfileError
 from buddymoe_ray.models.fingerprint import model_hash
 from buddymoe_ray.models.profile import Profile, default_profile_path, load_profile
 from buddymoe_ray.models.standin_files import standin_layouts, standins_folder, verify_standins
 from buddymoe_ray.policy import MissPolicy, Pricer, choose, split_movable
+from buddymoe_ray.residency.standin_policy import make_policy, wants_scores
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
 __all__ = ["StandinSetup", "find_profile", "prepare"]

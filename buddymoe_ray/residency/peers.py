@@ -21,11 +21,11 @@ from torch import Tensor
 
 from buddymoe_ray.cache import DiskReader
 from buddymoe_ray.cache.shared import SharedExpertCache
-from buddymoe_ray.engine.experts import ExpertTier
-from buddymoe_ray.engine.sharing import Sharing, spec_of
 from buddymoe_ray.errors import LinkError
 from buddymoe_ray.links import LinkServer, PeerLinks, PendingAnswer, derive_secret
 from buddymoe_ray.moe import ExpertCompute
+from buddymoe_ray.residency.experts import ExpertTier
+from buddymoe_ray.residency.sharing import Sharing, spec_of
 
 __all__ = ["PeerService", "Peering", "RemoteExperts", "open_peering"]
 

@@ -1,6 +1,6 @@
 """One turn of the solver: what a pool should hold, given the others; and who takes experts that nobody holds.
 
-Adds to `placement_costs` what the objective alone does not say: loading costs, most replicas, coverage, affinity.
+Adds to `costs` what the objective alone does not say: loading costs, most replicas, coverage, affinity.
 Invariant: no pool above its slots, no expert above its replicas, a required expert never loses its last holder here.
 
 Legend: P pools, N experts of all MoE layers end to end.
@@ -11,10 +11,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from buddymoe_ray.policy.placement import Bools, Floats, PlacementProblem
-from buddymoe_ray.policy.placement_affinity import Affinity
-from buddymoe_ray.policy.placement_costs import values_of
-from buddymoe_ray.policy.placement_objective import affinity_gain
+from buddymoe_ray.policy.placement.affinity import Affinity
+from buddymoe_ray.policy.placement.costs import values_of
+from buddymoe_ray.policy.placement.objective import affinity_gain
+from buddymoe_ray.policy.placement.problem import Bools, Floats, PlacementProblem
 
 __all__ = ["Search"]
 
@@ -51,7 +51,7 @@ class Search:
         return score_N
 
     def cost(self) -> float:
-        """The objective of the holders now, by `placement_objective.cost_of`'s definition."""
+        """The objective of the holders now, by `objective.cost_of`'s definition."""
         held_PN = self.values.held_PN
         loads = int((held_PN & ~self.now_PN).sum())
         return self.values.cost() - affinity_gain(self.problem, held_PN) + loads * self.problem.load_cost

@@ -1,7 +1,7 @@
 """The map that is published: who holds which expert, who answers for it, who pins what, and what must move.
 
 Knows no costs and no solver. Invariant: `from_bytes(m.to_bytes())` is `m`; a primary is one of the holders.
-Neighbours: `placement_greedy` makes maps, `placement_steps` orders their moves.
+Neighbours: `greedy` makes maps, `steps` orders their moves.
 
 Legend: P pools, N experts of all MoE layers end to end, L MoE layers.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from buddymoe_ray.errors import ConfigError
-from buddymoe_ray.policy.placement import Bools, PlacementProblem
+from buddymoe_ray.policy.placement.problem import Bools, PlacementProblem
 
 __all__ = ["Migration", "PlacementMap", "previous_held"]
 
