@@ -116,7 +116,7 @@ def workers_table() -> str:
 
 
 def memory_table() -> str:
-    """Rows of `cluster_check --check memory`."""
+    """Rows of `tests/cluster_check.py --check memory`."""
     rows = ["| workers | store MB | PSS MB | copies |", "|---|---|---|---|"]
     for r in records("memory"):
         store, charged = r["store_bytes"] / 1e6, r["pss_bytes"] / 1e6
@@ -125,7 +125,7 @@ def memory_table() -> str:
 
 
 def shift_table() -> str:
-    """Rows of `cluster_check --check shift`."""
+    """Rows of `tests/cluster_check.py --check shift`."""
     rows = [
         "| placement | hits before | hits after, by window | oracle | windows to within 2 points | p99 ITL after |",
         "|---|---|---|---|---|---|",

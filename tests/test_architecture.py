@@ -28,7 +28,6 @@ BELOW = {
     "serve": WORDS | {"models", "residency", "engine", "actors", "policy"},
     "client": WORDS | {"serve", "engine", "models"},
     "commands": WORDS | {"models", "residency", "engine", "calibrate", "policy", "commands"},
-    "cluster_check": WORDS | {"cache", "residency", "engine", "actors"},
     "device_check": WORDS | {"models", "residency", "engine", "commands"},
     "cli": WORDS | {"commands"},
     "__init__": WORDS | {"engine"},
@@ -41,7 +40,7 @@ ONLY_IN = {
     "fastapi": {"serve"},
     "torch": {
         *("policy", "kernels", "cache", "links", "moe", "models"),
-        *("residency", "engine", "calibrate", "device_check", "cluster_check"),
+        *("residency", "engine", "calibrate", "device_check"),
     },
     "numba": {"kernels"},
     "llvmlite": {"kernels"},

@@ -1,4 +1,4 @@
-"""`python -m buddymoe_ray.cluster_check`: what sharing and placement do on this machine. No Ray, no network.
+"""`python tests/cluster_check.py`: what sharing and placement do on this machine. No Ray, no network.
 
 `--check memory`: N workers of a node against one copy of the experts, as the kernel counts it (PSS).
 `--check shift`: the hot set changes in the middle of a text; how fast the map follows, and what workers feel of it.
@@ -255,9 +255,7 @@ def _p99(gaps: list[float]) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the check; exit status 0 when it holds."""
-    parser = argparse.ArgumentParser(
-        prog="python -m buddymoe_ray.cluster_check", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python tests/cluster_check.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", choices=("memory", "shift"), required=True)
     parser.add_argument("--model", default="builtin:tiny")
     parser.add_argument("--memory", default="25%", help="budget of one worker")
