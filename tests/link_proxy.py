@@ -18,7 +18,7 @@ _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close sends a reset
 
 
 class DelayProxy:
-    """Listens on `address` and connects each client to `target` (`host:port` or `unix:/path`)."""
+    """Listens on `address` and connects each client to `target` (`host:port`)."""
 
     def __init__(self, target: str, delay_seconds: float = 0.0) -> None:
         self._target, self._delay = target, delay_seconds
@@ -93,10 +93,6 @@ class DelayProxy:
 
     def _dial(self, client: socket.socket) -> socket.socket:
         try:
-            if self._target.startswith("unix:"):
-                sock = socket.socket(socket.AF_UNIX)
-                sock.connect(self._target.removeprefix("unix:"))
-                return sock
             host, _, port = self._target.rpartition(":")
             sock = socket.create_connection((host, int(port)))
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.links import LinkServer
-from buddymoe_ray.links.shared_files import FOLDER, PREFIX
 
 SECRET = b"a secret of the cluster, for tests"
-HIDDEN, EXPERTS, SEGMENT_BYTES = 16, 8, 3 << 20
+HIDDEN, EXPERTS, CONTENTS_BYTES = 16, 8, 3 << 20
 SOON = 20.0
 """Seconds after which a wait in a test has failed."""
 
@@ -30,18 +29,19 @@ SOON = 20.0
 class Experts:
     """Layer 0 gives rows back as they are, layer 1 multiplies in float32, layer 2 fails, layer 3 answers wrongly.
 
-    `missing` experts are not run; while `open` is clear computing waits. `held` counts bytes lent and not given back.
+    `missing` experts are not run; while `open` is clear computing waits.
     """
 
     def __init__(self, *, missing: frozenset[int] = frozenset()) -> None:
         generator = torch.Generator().manual_seed(7)
         self.weights_EDD = torch.randn(EXPERTS, HIDDEN, HIDDEN, generator=generator)
-        self.stored = torch.randint(0, 256, (EXPERTS, SEGMENT_BYTES), generator=generator, dtype=torch.uint8)
+        stored = torch.randint(0, 256, (CONTENTS_BYTES,), generator=generator, dtype=torch.uint8)
+        self.stored = stored.numpy().tobytes()
         self.missing = missing
         self.open = threading.Event()
         self.open.set()
         self.lock = threading.Lock()
-        self.held = self.running = self.most_running = self.calls = 0
+        self.running = self.most_running = self.calls = 0
 
     def compute(self, layer: int, expert_rows: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
         with self.lock:
@@ -62,36 +62,18 @@ class Experts:
             return rows_RD[:1]
         return rows_RD @ self.weights_EDD[expert] if layer == 1 else rows_RD
 
-    def read(self, layer: int, expert: int, segment: int) -> memoryview | None:
-        if expert in self.missing or layer == 2:
-            return None
-        with self.lock:
-            self.held += 1
-        found: memoryview = self.stored[expert].numpy().data
-        return found
-
-    def release(self, layer: int, expert: int, segment: int) -> None:
-        with self.lock:
-            self.held -= 1
-
-    def bytes_of(self, expert: int) -> bytes:
-        return bytes(self.stored[expert].numpy().data)
-
-
-def own_files() -> list[str]:
-    """This process's files in shared memory."""
-    return [name for name in os.listdir(FOLDER) if name.startswith(PREFIX + ".") and f".{os.getpid()}." in name]
+    def contents(self) -> bytes:
+        return self.stored
 
 
 @pytest.fixture(autouse=True)
 def nothing_leaks() -> Iterator[None]:
-    """No thread, descriptor or shared file of a link outlives the test that closed it."""
+    """No thread or descriptor of a link outlives the test that closed it."""
     before = sorted(os.listdir("/proc/self/fd"))
     yield
     left = [thread.name for thread in threading.enumerate() if thread.name.startswith(("link-", "proxy"))]
     assert not left, f"threads {left} are left"
     assert len(os.listdir("/proc/self/fd")) <= len(before), "descriptors are left"
-    assert not own_files(), f"{own_files()} are left"
 
 
 def eventually(check, what: str) -> None:  # type: ignore[no-untyped-def]
@@ -117,6 +99,6 @@ def other_process(address: str) -> Iterator[subprocess.Popen[str]]:
 
 
 if __name__ == "__main__":
-    server = LinkServer(Experts(), secret=SECRET, addresses=[sys.argv[1]])
+    server = LinkServer(Experts(), secret=SECRET, address=sys.argv[1])
     print("ready", flush=True)
     sys.stdin.read()  # until the test ends, whatever becomes of it

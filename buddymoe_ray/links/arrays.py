@@ -16,7 +16,7 @@ from torch import Tensor
 
 from buddymoe_ray.errors import LinkError
 
-__all__ = ["DTYPES", "ArraySpec", "cut", "gather", "parse_specs", "payload_room", "view_of"]
+__all__ = ["DTYPES", "ArraySpec", "cut", "gather", "parse_specs", "view_of"]
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -100,11 +100,6 @@ def cut(specs: Sequence[ArraySpec], payload_B: Tensor) -> dict[int, Tensor]:
             raise LinkError(f"an array is announced with shape {list(spec.shape)}, must be one that exists") from error
         at += spec.nbytes + -spec.nbytes % _ALIGN
     return found
-
-
-def payload_room(nbytes: int) -> Tensor:
-    """Host memory for a payload, uint8, not yet written."""
-    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 def view_of(bytes_B: Tensor) -> memoryview:

@@ -11,47 +11,24 @@ import threading
 from collections.abc import Callable
 from typing import Literal
 
-__all__ = ["Breaker", "BreakerState"]
+__all__ = ["Breaker"]
 
-BreakerState = Literal["closed", "open", "half-open"]
+State = Literal["closed", "open", "half-open"]
+
+FIRST_SECONDS, CAP_SECONDS = 0.5, 30.0
+"""The first and the longest wait of an open breaker."""
 
 
 class Breaker:
-    """Times are seconds of `clock`. From any thread.
+    """From any thread. Times are seconds of `clock`; a probe without an outcome for `probe_seconds` has failed."""
 
-    Args:
-        backoff_seconds: the first wait.
-        cap_seconds: the longest wait.
-        probe_seconds: a probe without an outcome for so long has failed.
-    """
-
-    def __init__(
-        self,
-        *,
-        clock: Callable[[], float],
-        backoff_seconds: float = 0.5,
-        cap_seconds: float = 30.0,
-        probe_seconds: float = 2.0,
-    ) -> None:
-        assert 0 < backoff_seconds <= cap_seconds, f"backoff {backoff_seconds}, must be in (0, cap {cap_seconds}]"
-        self._clock, self._first, self._cap, self._probe = clock, backoff_seconds, cap_seconds, probe_seconds
+    def __init__(self, *, clock: Callable[[], float], probe_seconds: float) -> None:
+        self._clock, self._probe = clock, probe_seconds
         self._lock = threading.Lock()
-        self._state: BreakerState = "closed"
-        self._wait = backoff_seconds
+        self._state: State = "closed"
+        self._wait = FIRST_SECONDS
         self._until = 0.0  # open: next probe; half-open: when the probe has failed
         self._era = 0  # counts changes of state; a pass is worth something in its own era only
-        self.times_opened = 0
-
-    @property
-    def state(self) -> BreakerState:
-        """As of the last question or outcome."""
-        return self._state
-
-    def available(self) -> bool:
-        """Whether `enter` would let a question pass now."""
-        with self._lock:
-            self._expire()
-            return self._state == "closed" or (self._state == "open" and self._clock() >= self._until)
 
     def enter(self) -> int | None:
         """A pass for one question, for `succeeded` or `failed`; None when none may be asked now."""
@@ -73,7 +50,7 @@ class Breaker:
         """The question was answered in time."""
         with self._lock:
             if ticket == self._era and self._state == "half-open":
-                self._wait = self._first
+                self._wait = FIRST_SECONDS
                 self._change("closed", 0.0)
 
     def failed(self, ticket: int) -> None:
@@ -88,11 +65,10 @@ class Breaker:
 
     def _open(self) -> None:
         if self._state == "half-open":
-            self._wait = min(self._cap, 2 * self._wait)
-        self.times_opened += 1
+            self._wait = min(CAP_SECONDS, 2 * self._wait)
         self._change("open", self._wait)
 
-    def _change(self, state: BreakerState, seconds: float) -> None:
+    def _change(self, state: State, seconds: float) -> None:
         self._state = state
         self._until = self._clock() + seconds
         self._era += 1

@@ -1,8 +1,8 @@
 """The server's side of one connection: a thread that reads questions, and one that computes for it.
 
-The reader answers echoes and reads itself and turns away what the gate does not admit, while the other computes. A
-peer that does not read its answers holds up only its own two threads. Knows one peer. Invariant: every question is
-answered once, or the connection ends; what was admitted leaves the gate, what was lent is given back.
+The reader tells the contents itself and turns away what does not fit, while the other computes. A peer that does not
+read its answers holds up only its own two threads. Knows one peer. Invariant: every question is answered once, or the
+connection ends; what was admitted leaves its place.
 """
 
 from __future__ import annotations
@@ -12,35 +12,73 @@ import queue
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
 from buddymoe_ray.errors import LinkError
-from buddymoe_ray.links.arrays import cut, gather, payload_room, view_of
+from buddymoe_ray.links.arrays import cut, gather
 from buddymoe_ray.links.auth import HANDSHAKE_LIMITS, admit
-from buddymoe_ray.links.channel import Channel
-from buddymoe_ray.links.counters import Tally
-from buddymoe_ray.links.gate import Gate
-from buddymoe_ray.links.messages import (
-    Answer,
-    BytesAnswer,
-    ComputeQuestion,
-    Declined,
-    EchoQuestion,
-    Failed,
-    ReadQuestion,
-    parse_question,
-)
-from buddymoe_ray.links.options import ServerOptions
-from buddymoe_ray.links.service import ExpertService
+from buddymoe_ray.links.messages import Computation, answer_of, failure_of, number_of, parse_question
 from buddymoe_ray.links.stream import FrameStream
-from buddymoe_ray.links.wire import Frame
+from buddymoe_ray.links.wire import FrameLimits
 
-__all__ = ["Guest", "House"]
+__all__ = ["ExpertService", "Guest", "House", "Places"]
 
 log = logging.getLogger(__name__)
+
+HANDSHAKE_SECONDS = 2.0
+SEND_SECONDS = 5.0
+"""How long a peer may take to accept an answer, or is cut off."""
+
+_PLACES = 9
+
+
+class ExpertService(Protocol):
+    """What a worker does for its peers: the seam between links and whoever has the experts.
+
+    Called from several threads of the server; modes of torch that belong to a thread are the service's to set.
+    """
+
+    def compute(self, layer: int, expert_rows: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+        """Exact outputs `[R, D]` for rows `[R, D]` in host memory, in their dtype; experts it cannot run are left out.
+
+        The outputs are the server's from then on: nothing may write to them again.
+        """
+
+    def contents(self) -> bytes:
+        """Which experts can be computed now, in a form that both ends know."""
+
+
+class Places:
+    """Room for questions: one computes, some wait, no peer has more than half; what does not fit is declined at once.
+
+    The worker's own steps come first, and one peer that does not take its answers leaves room for others.
+    """
+
+    def __init__(self, total: int = _PLACES) -> None:
+        self.turn = threading.Lock()
+        self._total = total
+        self._lock = threading.Lock()
+        self._of: Counter[object] = Counter()
+
+    def admit(self, peer: object) -> bool:
+        """Take a place, or say at once that there is none."""
+        with self._lock:
+            if self._of.total() >= self._total or self._of[peer] >= (self._total + 1) // 2:
+                return False
+            self._of[peer] += 1
+            return True
+
+    def leave(self, peer: object) -> None:
+        """Give a place back."""
+        with self._lock:
+            self._of[peer] -= 1
+            if not self._of[peer]:
+                del self._of[peer]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +87,13 @@ class House:
 
     service: ExpertService
     secret: bytes
-    options: ServerOptions
-    gate: Gate
-    tally: Tally
+    places: Places = field(default_factory=Places)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Task:
-    question: ComputeQuestion
+    number: int
+    question: Computation
     rows: Mapping[int, Tensor]
     deadline: float
 
@@ -69,7 +106,7 @@ class Guest:
         self._stream = FrameStream(sock, limits=HANDSHAKE_LIMITS)
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._computer: threading.Thread | None = None
-        self._ended = self._cut = False
+        self._ended = False
         self._reader = threading.Thread(target=self._run, name="link-guest", daemon=True)
         self._reader.start()
 
@@ -80,164 +117,93 @@ class Guest:
 
     def wake(self) -> None:
         """End the connection, wherever it is; not the peer's fault."""
-        self._ended = self._cut = True
+        self._ended = True
         self._stream.wake()
 
     def join(self, seconds: float) -> bool:
         """Whether its threads ended within that time."""
         self._reader.join(max(0.0, seconds))
-        return not self._reader.is_alive()
+        return self.done
 
     def _run(self) -> None:
         try:
-            self._serve()
-        except LinkError as error:
+            if not admit(self._stream, self._house.secret, deadline=time.monotonic() + HANDSHAKE_SECONDS):
+                log.warning("a peer with another cluster secret was refused")
+                return
+            self._stream.limits = FrameLimits()
+            while self._answer_one():
+                pass
+        except Exception as error:
             self._blame(error)
-        except Exception:
-            log.exception("a peer was cut off by a fault of this server")
         finally:
-            self._stream.wake()
+            self.wake()
+            if self._computer is not None:
+                self._tasks.put(None)
+                self._computer.join()
             self._stream.close()
 
-    def _serve(self) -> None:
-        options = self._house.options
-        deadline = time.monotonic() + options.handshake_seconds
-        share = options.shared_from is not None
-        admission = admit(self._stream, self._house.secret, deadline=deadline, share=share)
-        if admission is None:
-            self._house.tally.add("wrong_secret")
-            log.warning("a peer with another cluster secret was refused")
-            return
-        self._stream.limits = options.limits
-        channel = Channel(
-            self._stream,
-            shared_from=options.shared_from if admission.shared else None,
-            send_seconds=options.send_seconds,
-            frame_seconds=options.frame_seconds,
-        )
-        try:
-            while self._answer_one(channel):
-                pass
-        finally:
-            self._ended = True
-            channel.wake()
-            self._tasks.put(None)
-            if self._computer is not None:
-                self._computer.join()
-            channel.close()
-
-    def _answer_one(self, channel: Channel) -> bool:
-        received = channel.receive()
-        if received is None:
+    def _answer_one(self) -> bool:
+        frame = self._stream.read()
+        if frame is None:
             return False
-        frame, name = received
-        question = parse_question(frame)
-        if isinstance(question, ComputeQuestion):
-            self._queue(channel, question, frame, name)
-        elif isinstance(question, EchoQuestion):
-            payload_B = payload_room(frame.nbytes)
-            if channel.take(name, view_of(payload_B)):
-                self._house.tally.add("echoed")
-                channel.send(BytesAnswer(number=question.number).header(), [view_of(payload_B)])
+        number, question = number_of(frame), parse_question(frame)
+        if question is None:
+            try:
+                found = self._house.service.contents()
+            except Exception as error:
+                self._fail(number, error)
             else:
-                self._decline(channel, question.number, "withdrawn")
-        elif frame.nbytes:
-            raise LinkError(f"a read has {frame.nbytes} bytes of payload, must have none")
+                self._say(number, {"kind": "bytes"}, [memoryview(found)])
+            return True
+        rows = cut(question.specs, frame.payload_B)
+        if self._house.places.admit(self):
+            deadline = time.monotonic() + question.patience_ms / 1000
+            self._tasks.put(_Task(number=number, question=question, rows=rows, deadline=deadline))
+            if self._computer is None:
+                computer = threading.Thread(target=self._compute_all, name="link-compute", daemon=True)
+                computer.start()
+                self._computer = computer
         else:
-            self._read(channel, question)
+            self._say(number, answer_of((), ()))
         return True
 
-    def _queue(self, channel: Channel, question: ComputeQuestion, frame: Frame, name: str) -> None:
-        if not self._house.gate.admit(self):
-            channel.drop(frame, name)
-            self._decline(channel, question.number, "busy")
-            return
-        queued = False
-        try:
-            payload_B = payload_room(frame.nbytes)
-            there = channel.take(name, view_of(payload_B))
-            if there:
-                deadline = time.monotonic() + question.patience_ms / 1000
-                task = _Task(question, cut(question.specs, payload_B), deadline)
-                self._start_computer(channel)
-                self._tasks.put(task)
-                queued = True
-        finally:
-            if not queued:
-                self._house.gate.leave(self)
-        if not there:
-            self._decline(channel, question.number, "withdrawn")
-
-    def _start_computer(self, channel: Channel) -> None:
-        if self._computer is None:
-            run = threading.Thread(target=self._compute_all, args=[channel], name="link-compute", daemon=True)
-            run.start()
-            self._computer = run
-
-    def _compute_all(self, channel: Channel) -> None:
-        """Until the connection ends; what is still queued then only leaves the gate."""
+    def _compute_all(self) -> None:
+        """Until the connection ends; what is still queued then only leaves its place."""
         while (task := self._tasks.get()) is not None:
             try:
                 if not self._ended:
-                    self._compute(channel, task)
-            except LinkError as error:
-                if not self._ended:
-                    self._blame(error)
-                channel.wake()  # the reader ends the connection
-            except Exception:
-                log.exception("a peer was cut off by a fault of this server")
-                channel.wake()
+                    self._compute(task)
+            except Exception as error:
+                self._blame(error)
+                self._stream.wake()  # the reader ends the connection
             finally:
-                self._house.gate.leave(self)
+                self._house.places.leave(self)
 
-    def _compute(self, channel: Channel, task: _Task) -> None:
-        question, rows = task.question, task.rows
+    def _compute(self, task: _Task) -> None:
+        turn = self._house.places.turn
+        outputs: Mapping[int, Tensor] = {}
         try:
-            with self._house.gate.turn(deadline=task.deadline) as mine:
-                outputs = self._house.service.compute(question.layer, rows) if mine and not self._ended else {}
+            if turn.acquire(timeout=max(0.0, task.deadline - time.monotonic())):
+                try:
+                    if not self._ended and time.monotonic() < task.deadline:  # else nobody waits for it any more
+                        outputs = self._house.service.compute(task.question.layer, task.rows)
+                finally:
+                    turn.release()
             specs, parts = gather(outputs)
-            declined = tuple(sorted(set(rows) - set(outputs)))
-            answer = Answer(number=question.number, specs=specs, declined=declined)
-            answer.check(question.specs)
+            header = answer_of(specs, task.question.specs)
         except Exception as error:
-            self._fail(channel, question.number, error)
-            return
-        if mine:
-            self._house.tally.add("computed")
-            channel.send(answer.header(), parts)
+            self._fail(task.number, error)
         else:
-            self._decline(channel, question.number, "late")
+            self._say(task.number, header, parts)
 
-    def _read(self, channel: Channel, question: ReadQuestion) -> None:
-        where = (question.layer, question.expert, question.segment)
-        try:
-            found = self._house.service.read(*where)
-        except Exception as error:
-            self._fail(channel, question.number, error)
-            return
-        if found is None:
-            self._decline(channel, question.number, "absent")
-            return
-        try:
-            if found.nbytes != question.size:
-                self._decline(channel, question.number, "absent")
-                return
-            self._house.tally.add("read")
-            channel.send(BytesAnswer(number=question.number).header(), [found.cast("B")])
-        finally:
-            self._house.service.release(*where)
+    def _blame(self, error: Exception) -> None:
+        if not self._ended:
+            fault = not isinstance(error, LinkError)
+            log.log(logging.ERROR if fault else logging.INFO, "a peer was cut off: %s", error, exc_info=fault)
 
-    def _blame(self, error: LinkError) -> None:
-        if not self._cut:
-            self._cut = True
-            self._house.tally.add("bad_peers")
-            log.info("a peer was cut off: %s", error)
-
-    def _decline(self, channel: Channel, number: int, reason: str) -> None:
-        self._house.tally.add("declined")
-        channel.send(Declined(number=number, reason=reason).header())
-
-    def _fail(self, channel: Channel, number: int, error: Exception) -> None:
-        self._house.tally.add("failed")
+    def _fail(self, number: int, error: Exception) -> None:
         log.error("a peer's question failed", exc_info=error)
-        channel.send(Failed(number=number, message=f"{type(error).__name__}: {error}").header())
+        self._say(number, failure_of(error))
+
+    def _say(self, number: int, header: Mapping[str, object], parts: list[memoryview] | None = None) -> None:
+        self._stream.write({**header, "id": number}, parts or (), deadline=time.monotonic() + SEND_SECONDS)

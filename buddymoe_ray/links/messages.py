@@ -1,10 +1,10 @@
-"""What workers say to each other: three questions and four answers, as records.
+"""What workers say to each other: two questions and three answers.
 
-    compute  rows through experts of a layer    -> answer | declined | failed
-    read     the bytes of an expert's segment   -> bytes  | declined | failed
-    echo     a payload back, to measure a link  -> bytes
+    compute   rows through experts of a layer    -> answer | failed
+    contents  which experts are resident         -> bytes  | failed
 
-Knows headers, not sockets. Invariant: every field is checked when parsed; a wrong one is a `LinkError`.
+Question and answer carry the same number, `id`. Knows headers, not sockets. Invariant: every field is checked when
+parsed; a wrong one is a `LinkError`.
 """
 
 from __future__ import annotations
@@ -12,160 +12,81 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from buddymoe_ray.errors import LinkError
-from buddymoe_ray.links.arrays import ArraySpec, parse_specs
+from buddymoe_ray.links.arrays import ArraySpec, cut, parse_specs
 from buddymoe_ray.links.wire import Frame
 
-__all__ = [
-    "Answer",
-    "BytesAnswer",
-    "ComputeQuestion",
-    "Declined",
-    "EchoQuestion",
-    "Failed",
-    "Question",
-    "ReadQuestion",
-    "Reply",
-    "parse_question",
-    "parse_reply",
-]
+__all__ = ["CONTENTS", "Computation", "answer_of", "check_answer", "failure_of", "number_of", "parse_question"]
 
-_MOST_EXPERTS = 1 << 20
+CONTENTS = {"kind": "contents"}
+"""The header of the question for the table of contents."""
+
+_MOST = 2**63 - 1
 _MOST_TEXT = 300
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeQuestion:
+class Computation:
     """Run the payload's rows through experts of `layer`. After `patience_ms` nobody waits for the answer any more."""
 
-    number: int
     layer: int
     patience_ms: int
     specs: tuple[ArraySpec, ...]
 
     def header(self) -> dict[str, object]:
         """As msgpack's map."""
-        arrays = [spec.packed() for spec in self.specs]
-        layer, patience = self.layer, self.patience_ms
-        return {"kind": "compute", "id": self.number, "layer": layer, "patience": patience, "arrays": arrays}
+        return {"kind": "compute", "layer": self.layer, "patience": self.patience_ms, "arrays": _packed(self.specs)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReadQuestion:
-    """Send the bytes of a segment, `size` of them."""
-
-    number: int
-    layer: int
-    expert: int
-    segment: int
-    size: int
-
-    def header(self) -> dict[str, object]:
-        """As msgpack's map."""
-        where = {"layer": self.layer, "expert": self.expert, "segment": self.segment}
-        return {"kind": "read", "id": self.number, **where, "want": self.size}
+def number_of(frame: Frame) -> int:
+    """The number of the question. Raises LinkError where there is none."""
+    return frame.field("id", int, most=_MOST)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EchoQuestion:
-    """Send the payload back."""
-
-    number: int
-
-    def header(self) -> dict[str, object]:
-        """As msgpack's map."""
-        return {"kind": "echo", "id": self.number}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """The payload has the outputs of some experts; `declined` were not run."""
-
-    number: int
-    specs: tuple[ArraySpec, ...]
-    declined: tuple[int, ...]
-
-    def header(self) -> dict[str, object]:
-        """As msgpack's map."""
-        arrays = [spec.packed() for spec in self.specs]
-        return {"kind": "answer", "id": self.number, "arrays": arrays, "declined": list(self.declined)}
-
-    def check(self, asked: Sequence[ArraySpec]) -> None:
-        """Raises LinkError unless each array is of an expert that was asked, with its rows' shape and dtype."""
-        wanted = {spec.key: spec for spec in asked}
-        for spec in self.specs:
-            if wanted.get(spec.key) != spec:
-                raise LinkError(f"expert {spec.key} was answered as {spec}, must be {wanted.get(spec.key)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BytesAnswer:
-    """The payload is what was asked for."""
-
-    number: int
-
-    def header(self) -> dict[str, object]:
-        """As msgpack's map."""
-        return {"kind": "bytes", "id": self.number}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Declined:
-    """Nothing was done: `busy`, `late` (nobody waits any more), `withdrawn` or `absent`."""
-
-    number: int
-    reason: str
-
-    def header(self) -> dict[str, object]:
-        """As msgpack's map."""
-        return {"kind": "declined", "id": self.number, "reason": self.reason}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failed:
-    """The service raised; `message` says what."""
-
-    number: int
-    message: str
-
-    def header(self) -> dict[str, object]:
-        """As msgpack's map."""
-        return {"kind": "failed", "id": self.number, "message": self.message[:_MOST_TEXT]}
-
-
-Question = ComputeQuestion | ReadQuestion | EchoQuestion
-Reply = Answer | BytesAnswer | Declined | Failed
-
-
-def parse_question(frame: Frame) -> Question:
-    """What a client asks. Raises LinkError for anything else."""
-    number = frame.whole("id")
+def parse_question(frame: Frame) -> Computation | None:
+    """What a client asks: None for the contents. Raises LinkError for anything else."""
     if frame.kind == "compute":
-        specs = parse_specs(frame.several("arrays"))
-        patience = frame.whole("patience")
-        return ComputeQuestion(number=number, layer=frame.whole("layer"), patience_ms=patience, specs=specs)
-    if frame.kind == "read":
-        layer, expert = frame.whole("layer"), frame.whole("expert", most=_MOST_EXPERTS)
-        segment, size = frame.whole("segment", most=_MOST_EXPERTS), frame.whole("want")
-        return ReadQuestion(number=number, layer=layer, expert=expert, segment=segment, size=size)
-    if frame.kind == "echo":
-        return EchoQuestion(number=number)
-    raise LinkError(f"a client said {frame.kind}, must ask compute, read or echo")
+        layer, patience = (frame.field(name, int, most=_MOST) for name in ("layer", "patience"))
+        return Computation(layer=layer, patience_ms=patience, specs=_specs(frame))
+    if frame.kind == "contents" and not frame.payload_B.numel():
+        return None
+    raise LinkError(f"a client said {frame.kind}, must ask compute, or contents without a payload")
 
 
-def parse_reply(frame: Frame) -> Reply:
-    """What a server answers. Raises LinkError for anything else."""
-    number = frame.whole("id")
-    if frame.kind == "answer":
-        declined = frame.several("declined")
-        if not all(type(expert) is int for expert in declined):
-            raise LinkError("declined of an answer must list experts")
-        specs = parse_specs(frame.several("arrays"))
-        return Answer(number=number, specs=specs, declined=tuple(e for e in declined if type(e) is int))
-    if frame.kind == "bytes":
-        return BytesAnswer(number=number)
-    if frame.kind == "declined":
-        return Declined(number=number, reason=frame.text("reason"))
-    if frame.kind == "failed":
-        return Failed(number=number, message=frame.text("message"))
-    raise LinkError(f"a server said {frame.kind}, must answer")
+def answer_of(specs: Sequence[ArraySpec], asked: Sequence[ArraySpec]) -> dict[str, object]:
+    """The header of the outputs of those experts that were run. Raises LinkError as `check_answer`."""
+    _check(specs, asked)
+    return {"kind": "answer", "arrays": _packed(specs)}
+
+
+def check_answer(frame: Frame, asked: Sequence[ArraySpec]) -> dict[int, Tensor]:
+    """The outputs of a frame; none where the peer is busy, has no such experts, or was too late.
+
+    Raises:
+        LinkError: an array is not of an expert that was asked, or has not its rows' shape and dtype.
+    """
+    specs = _specs(frame)
+    _check(specs, asked)
+    return cut(specs, frame.payload_B)
+
+
+def failure_of(error: Exception) -> dict[str, object]:
+    """The header that says what the service raised."""
+    return {"kind": "failed", "message": f"{type(error).__name__}: {error}"[:_MOST_TEXT]}
+
+
+def _packed(specs: Sequence[ArraySpec]) -> list[list[object]]:
+    return [spec.packed() for spec in specs]
+
+
+def _specs(frame: Frame) -> tuple[ArraySpec, ...]:
+    return parse_specs(frame.field("arrays", list, most=_MOST))
+
+
+def _check(specs: Sequence[ArraySpec], asked: Sequence[ArraySpec]) -> None:
+    wanted = {spec.key: spec for spec in asked}
+    for spec in specs:
+        if wanted.get(spec.key) != spec:
+            raise LinkError(f"expert {spec.key} was answered as {spec}, must be {wanted.get(spec.key)}")

@@ -9,13 +9,20 @@ from __future__ import annotations
 import math
 import select
 import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from buddymoe_ray.errors import LinkError
-from buddymoe_ray.links.wire import PREFIX_BYTES, Frame, Limits, pack_frame, parse_header, parse_prefix
+from buddymoe_ray.links.arrays import view_of
+from buddymoe_ray.links.wire import PREFIX_BYTES, Frame, FrameLimits, pack_frame, parse_frame, parse_prefix
 
 __all__ = ["FrameStream"]
+
+FRAME_SECONDS = 30.0
+"""How long a frame that has begun may take to arrive."""
 
 _BUFFER_BYTES = 64 << 10
 _MOST_PARTS = 1024
@@ -25,39 +32,47 @@ _MOST_PARTS = 1024
 class FrameStream:
     """Frames over a connected stream socket, which belongs to this object.
 
-    One thread reads and one writes at a time. Deadlines are of `time.monotonic`; None waits for ever.
+    One thread reads and closes; any may write. Deadlines are of `time.monotonic`; None waits for ever.
     """
 
-    def __init__(self, sock: socket.socket, *, limits: Limits) -> None:
+    def __init__(self, sock: socket.socket, *, limits: FrameLimits) -> None:
         sock.setblocking(False)
         self.limits = limits
         self._sock = sock
+        self._sending = threading.Lock()
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
         self._start = self._end = 0
         self._readable, self._writable = select.poll(), select.poll()
         self._readable.register(sock, select.POLLIN)
         self._writable.register(sock, select.POLLOUT)
-        self.bytes_in = self.bytes_out = 0
 
     def write(self, header: Mapping[str, object], parts: Sequence[memoryview] = (), *, deadline: float) -> None:
-        """Send one frame. Raises LinkError when the peer did not take it in time or is gone."""
+        """Send one frame.
+
+        Raises:
+            LinkError: not taken in time, gone, closed: the connection is ended then.
+        """
         left = [memoryview(pack_frame(header, sum(part.nbytes for part in parts)))]
         left += [part for part in parts if part.nbytes]
         at = 0
-        while at < len(left):
-            sent = self._send(left[at : at + _MOST_PARTS], deadline)
-            self.bytes_out += sent
-            while at < len(left) and sent >= left[at].nbytes:
-                sent -= left[at].nbytes
-                at += 1
-            if sent:
-                left[at] = left[at][sent:]
+        with self._sending:
+            try:
+                while at < len(left):
+                    sent = self._send(left[at : at + _MOST_PARTS], deadline)
+                    while at < len(left) and sent >= left[at].nbytes:
+                        sent -= left[at].nbytes
+                        at += 1
+                    if sent:
+                        left[at] = left[at][sent:]
+            except BaseException:
+                self.wake()
+                raise
 
-    def read(self, *, deadline: float | None, seconds: float) -> Frame | None:
-        """The next frame's header; its payload must be taken before the next `read`.
+    def read(self, *, deadline: float | None = None, seconds: float = FRAME_SECONDS) -> Frame | None:
+        """The next frame.
 
         Args:
-            deadline: until when a frame must have begun.
+            deadline: until when it must have begun.
             seconds: how long the rest may take from then on.
 
         Returns:
@@ -72,35 +87,13 @@ class FrameStream:
                 return None
         deadline = time.monotonic() + seconds
         prefix = bytearray(PREFIX_BYTES)
-        self.take(memoryview(prefix), deadline=deadline)
+        self._take(memoryview(prefix), deadline)
         header_bytes, nbytes = parse_prefix(prefix, self.limits)
         packed = bytearray(header_bytes)
-        self.take(memoryview(packed), deadline=deadline)
-        return parse_header(packed, nbytes)
-
-    def take(self, into: memoryview, *, deadline: float) -> None:
-        """Fill `into` (uint8) with the bytes that follow. Raises LinkError when they end or do not come in time."""
-        at, size = 0, into.nbytes
-        while at < size:
-            ready = min(self._end - self._start, size - at)
-            if ready:
-                into[at : at + ready] = self._buffer[self._start : self._start + ready]
-                self._start += ready
-                at += ready
-            elif size - at >= _BUFFER_BYTES:
-                at += self._receive(into[at:], deadline)
-            else:
-                self._fill(deadline)
-                if self._start == self._end:
-                    raise LinkError("the connection was closed in the middle of a frame")
-
-    def skip(self, nbytes: int, *, deadline: float) -> None:
-        """Read `nbytes` and forget them."""
-        scratch = memoryview(bytearray(min(nbytes, _BUFFER_BYTES)))
-        while nbytes:
-            count = min(nbytes, _BUFFER_BYTES)
-            self.take(scratch[:count], deadline=deadline)
-            nbytes -= count
+        self._take(memoryview(packed), deadline)
+        frame = parse_frame(packed, torch.empty(nbytes, dtype=torch.uint8))
+        self._take(view_of(frame.payload_B), deadline)
+        return frame
 
     def wake(self) -> None:
         """End the connection: whoever reads or writes returns at once with an error. From any thread."""
@@ -110,8 +103,23 @@ class FrameStream:
             return  # the peer was quicker
 
     def close(self) -> None:
-        """Close the socket; nobody may be reading or writing. Safe to call twice."""
-        self._sock.close()
+        """End and close. By the reading thread alone; safe to call twice."""
+        self.wake()
+        with self._sending:
+            self._sock.close()
+
+    def _take(self, into: memoryview, deadline: float) -> None:
+        at, size = 0, into.nbytes
+        while at < size:
+            ready = min(self._end - self._start, size - at)
+            if ready:
+                into[at : at + ready] = self._buffer[self._start : self._start + ready]
+                self._start += ready
+                at += ready
+            elif size - at >= _BUFFER_BYTES:
+                at += self._receive(into[at:], deadline)
+            elif not self._fill(deadline):
+                raise LinkError("the connection was closed in the middle of a frame")
 
     def _fill(self, deadline: float | None) -> bool:
         try:
@@ -132,7 +140,6 @@ class FrameStream:
                 raise LinkError(f"the connection was lost: {error}") from error
             if not count:
                 raise _Ended("the connection was closed in the middle of a frame")
-            self.bytes_in += count
             return count
 
     def _send(self, parts: Sequence[memoryview], deadline: float) -> int:

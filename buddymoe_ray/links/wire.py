@@ -2,8 +2,8 @@
 
     4 bytes magic and version · 4 bytes header length · 8 bytes payload length · header · payload   (big endian)
 
-Every length is compared with `Limits` before anything is allocated. Knows bytes, neither sockets (`stream`) nor what a
-frame asks for. Invariant: what does not fit the format to the letter is a `LinkError`.
+Every length is compared with `FrameLimits` before anything is allocated. Knows bytes, neither sockets (`stream`) nor
+what a frame asks for. Invariant: what does not fit the format to the letter is a `LinkError`.
 """
 
 from __future__ import annotations
@@ -11,26 +11,30 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgpack
+from torch import Tensor
 
 from buddymoe_ray.errors import LinkError
 
-__all__ = ["KINDS", "PREFIX_BYTES", "Frame", "Limits", "pack_frame", "parse_header", "parse_prefix"]
+__all__ = ["KINDS", "PREFIX_BYTES", "Frame", "FrameLimits", "pack_frame", "parse_frame", "parse_prefix"]
 
 KINDS = frozenset(
     {"hello", "challenge", "proof", "welcome", "refused"}  # auth
-    | {"compute", "read", "echo"}  # questions
-    | {"answer", "bytes", "declined", "failed"}  # answers
+    | {"compute", "contents"}  # questions
+    | {"answer", "bytes", "failed"}  # answers
 )
 
 _MAGIC = b"BML\x01"
 _PREFIX = struct.Struct(">4sIQ")
 PREFIX_BYTES = _PREFIX.size
 
+Field = TypeVar("Field", int, str, bytes, list[object])
+
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class FrameLimits:
     """Most bytes a peer may announce for a header and for a payload; more is a `LinkError`."""
 
     max_header: int = 1 << 20
@@ -39,38 +43,23 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """A frame's header, whose payload of `nbytes` is still to be read. `kind` is one of `KINDS`."""
+    """One frame; `kind` is one of `KINDS`, `payload_B` uint8 in host memory."""
 
     kind: str
     header: Mapping[str, object]
-    nbytes: int
+    payload_B: Tensor
 
-    def whole(self, name: str, *, most: int = 2**63 - 1) -> int:
-        """The header's non-negative integer `name`. Raises LinkError where it is none, or above `most`."""
-        value = self.header.get(name)
-        if type(value) is not int or not 0 <= value <= most:
-            raise LinkError(f"{name} of a {self.kind} frame is {value!r:.50}, must be an integer in 0..{most}")
-        return value
+    def field(self, name: str, kind: type[Field], *, most: int) -> Field:
+        """The header's `name`: an integer in 0..`most`, or text, bytes or a list of at most that length.
 
-    def text(self, name: str, *, most: int = 512) -> str:
-        """The header's string `name`. Raises LinkError where it is none, or longer than `most`."""
+        Raises:
+            LinkError: it is none.
+        """
         value = self.header.get(name)
-        if not isinstance(value, str) or len(value) > most:
-            raise LinkError(f"{name} of a {self.kind} frame is {value!r:.50}, must be a string of up to {most}")
-        return value
-
-    def raw(self, name: str, *, most: int = 64) -> bytes:
-        """The header's bytes `name`. Raises LinkError where they are none, or more than `most`."""
-        value = self.header.get(name)
-        if not isinstance(value, bytes) or len(value) > most:
-            raise LinkError(f"{name} of a {self.kind} frame is {value!r:.50}, must be up to {most} bytes")
-        return value
-
-    def several(self, name: str) -> list[object]:
-        """The header's list `name`. Raises LinkError where it is none."""
-        value = self.header.get(name)
-        if not isinstance(value, list):
-            raise LinkError(f"{name} of a {self.kind} frame is {value!r:.50}, must be a list")
+        if type(value) is not kind or not 0 <= (value if isinstance(value, int) else len(value)) <= most:  # type: ignore[arg-type]
+            raise LinkError(
+                f"{name} of a {self.kind} frame is {value!r:.50}, must be {kind.__name__} of at most {most}"
+            )
         return value
 
 
@@ -80,7 +69,7 @@ def pack_frame(header: Mapping[str, object], nbytes: int) -> bytes:
     return _PREFIX.pack(_MAGIC, len(packed), nbytes) + packed
 
 
-def parse_prefix(prefix: bytes | bytearray, limits: Limits) -> tuple[int, int]:
+def parse_prefix(prefix: bytes | bytearray, limits: FrameLimits) -> tuple[int, int]:
     """Lengths of the header and the payload that follow. Raises LinkError for garbage and for more than `limits`."""
     magic, header_bytes, nbytes = _PREFIX.unpack(prefix)
     if magic != _MAGIC:
@@ -92,13 +81,13 @@ def parse_prefix(prefix: bytes | bytearray, limits: Limits) -> tuple[int, int]:
     return header_bytes, nbytes
 
 
-def parse_header(packed: bytes | bytearray, nbytes: int) -> Frame:
-    """The frame of a header whose payload has `nbytes`. Raises LinkError unless it is a map with a known kind."""
+def parse_frame(packed: bytes | bytearray, payload_B: Tensor) -> Frame:
+    """The frame of a header and a payload. Raises LinkError unless the header is a map with a known kind."""
     header = _unpack(packed)
     kind = header.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise LinkError(f"a frame's kind is {kind!r:.50}, must be one of {sorted(KINDS)}")
-    return Frame(kind=kind, header=header, nbytes=nbytes)
+    return Frame(kind=kind, header=header, payload_B=payload_B)
 
 
 def _unpack(packed: bytes | bytearray) -> dict[str, object]:

@@ -37,10 +37,7 @@ Bools = npt.NDArray[np.bool_]
 
 
 class PeerService:
-    """What this worker does for its peers; the link server calls it.
-
-    Layer L, one past the last, is the table of contents: a bit per (layer, expert), set where it is resident.
-    """
+    """What this worker does for its peers; the link server calls it."""
 
     def __init__(self, cache: SharedExpertCache, computes: Sequence[ExpertCompute]) -> None:
         self._cache, self._computes = cache, computes
@@ -59,22 +56,9 @@ class PeerService:
                     answers[lease.key.expert] = self._computes[layer](rows, lease.tensors())
         return answers
 
-    def read(self, layer: int, expert: int, segment: int) -> memoryview | None:
-        """The table of contents, or an expert's slot bytes; None when it is not resident."""
-        if layer == len(self._computes):
-            return memoryview(np.packbits(self._cache.store.tables.resident.astype(bool)).tobytes())
-        if not 0 <= layer < len(self._computes) or segment != 0:
-            return None
-        if not 0 <= expert < self._cache.layout.experts_per_layer[layer]:
-            return None
-        with self._lock, self._cache.holding(layer, [expert]) as held:
-            if not held:
-                return None
-            slot = int(self._cache.store.tables.slot_of[layer, expert])
-            return memoryview(self._cache.store.bytes_C[slot].tobytes())
-
-    def release(self, layer: int, expert: int, segment: int) -> None:
-        """What was read is a copy."""
+    def contents(self) -> bytes:
+        """A bit per (layer, expert), set where it is resident."""
+        return np.packbits(self._cache.store.tables.resident.astype(bool)).tobytes()
 
 
 class _Answers:
@@ -88,7 +72,7 @@ class _Answers:
         for peer, pending in self._pending:
             try:
                 found |= pending.collect(max(0.0, self._began + self._patience - time.perf_counter()))
-                peer.note(time.perf_counter() - self._began)
+                peer.note(pending.seconds)
             except LinkError:
                 peer.note(self._patience)  # what is missing is fetched; the link's breaker has noted why
         return found
@@ -164,19 +148,18 @@ class RemoteExperts:
             names = self._links.names()
             peers = {name: self._peers.get(name) or _Peer() for name in names}
             for name, peer in peers.items():
-                began, buffer = time.perf_counter(), bytearray(size)
                 try:
-                    link = self._links.get(name)
-                    found = link.available() and link.fetch(self._shape[0], 0, 0, buffer)
+                    contents_B, seconds = self._links.get(name).contents(size)
                 except LinkError:
-                    found = False
-                peer.contents_LE = self._table(buffer) if found else None
-                peer.note(time.perf_counter() - began if found else _TIMEOUT_SECONDS)
+                    peer.contents_LE, seconds = None, _TIMEOUT_SECONDS
+                else:
+                    peer.contents_LE = self._table(contents_B)
+                peer.note(seconds)
             self._peers = peers
 
-    def _table(self, buffer: bytearray) -> Bools:
+    def _table(self, contents_B: Tensor) -> Bools:
         count = self._shape[0] * self._shape[1]
-        return np.unpackbits(np.frombuffer(buffer, np.uint8), count=count).astype(bool).reshape(self._shape)
+        return np.unpackbits(contents_B.numpy(), count=count).astype(bool).reshape(self._shape)
 
 
 class Peering:
@@ -193,9 +176,8 @@ class Peering:
         spec = spec_of(sharing, cache.layout, cache.plan)
         self._own = SharedExpertCache(spec.open(), reader=DiskReader(depth=1, buffer_bytes=4096))
         try:
-            self._server = LinkServer(
-                PeerService(self._own, tier.new_compute()), secret=secret, addresses=(f"{sharing.host}:0",)
-            )
+            service = PeerService(self._own, tier.new_compute())
+            self._server = LinkServer(service, secret=secret, address=f"{sharing.host}:0")
         except BaseException:
             self._own.close()
             raise
@@ -208,7 +190,7 @@ class Peering:
     @property
     def address(self) -> str:
         """Where peers reach this worker."""
-        return self._server.addresses[0]
+        return self._server.address
 
     def meet(self, peers: Mapping[str, str]) -> None:
         """From now on these are the peers: name to address. Raises LinkError for an address that is none."""
