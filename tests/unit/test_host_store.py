@@ -17,8 +17,7 @@ from buddymoe_ray.actors.host_store import HostStore, KeeperOptions
 from buddymoe_ray.actors.words import Directive, NodeReport
 from buddymoe_ray.cache import DiskReader
 from buddymoe_ray.cache.shared import SharedExpertCache, watch
-from buddymoe_ray.cache.shared.locks import FileLocks
-from buddymoe_ray.cache.shared.tables import ROW_BYTE
+from buddymoe_ray.cache.shared.locks import ROW_BYTE, FileLocks
 from buddymoe_ray.residency.sharing import Sharing, StoreSpec, spec_of
 from buddymoe_ray.types import ExpertKey, SlotPlan
 
@@ -200,8 +199,7 @@ def _hold_and_be_killed(folder: Path, tag: str, paths: list[Path]) -> None:
     import os
     import signal
 
-    from buddymoe_ray.cache.shared.locks import FileLocks
-    from buddymoe_ray.cache.shared.tables import ROW_BYTE
+    from buddymoe_ray.cache.shared.locks import ROW_BYTE, FileLocks
 
     watch(folder, tag)
     fd = os.open(paths[0], os.O_RDWR | os.O_CREAT)

@@ -27,7 +27,7 @@ from buddymoe_ray.cache.shared import (
     sweep,
 )
 from buddymoe_ray.cache.shared.store import store_path
-from buddymoe_ray.cache.shared.tables import LOADING
+from buddymoe_ray.cache.shared.tables import LOADING, SharedTables
 from buddymoe_ray.errors import BudgetError, CacheError
 from buddymoe_ray.policy import LRU
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
@@ -241,6 +241,40 @@ def test_leftovers_of_the_dead_are_swept_and_living_stores_are_not(node: Node) -
     cache = node.cache()
     assert sweep(node.folder) == [] and node.path.exists()
     use(node, cache, 0, [0])
+
+
+def test_a_sweeper_that_waits_for_a_starting_worker_leaves_its_file(node: Node) -> None:
+    sweeper = threading.Thread(target=sweep, args=(node.folder,))
+
+    def begin_to_sweep() -> None:
+        sweeper.start()
+        time.sleep(0.3)  # it waits for the tables' lock, which this worker holds
+
+    store = SharedStore(node.path, node.layout, node.plan, node.digest, before_making=begin_to_sweep)
+    sweeper.join(30)
+    assert node.path.exists(), "a live file was removed"
+    store.close()
+    assert not node.path.exists()
+
+
+def test_a_failed_attachment_leaves_neither_file_nor_lock(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: SharedTables) -> None:
+        raise CacheError("every row is taken")
+
+    def broken(_: object) -> None:
+        raise CacheError("the records could not be read")
+
+    files = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patched:
+        patched.setattr(SharedTables, "join", full)
+        with pytest.raises(CacheError, match="every row") as refused:
+            node.store()
+    with pytest.raises(CacheError, match="could not be read") as failed:
+        open_room(node.folder / f"buddymoe-{os.geteuid()}-x.records", 10000, b"c" * 32, broken)
+    assert not list(node.folder.iterdir())
+    assert len(os.listdir("/proc/self/fd")) <= files + 2, "only the mappings that the tracebacks hold"
+    use(node, node.cache(), 0, [0])
+    del refused, failed
 
 
 def test_a_survivor_of_a_crash_is_used_as_it_is(node: Node) -> None:

@@ -12,13 +12,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 __all__ = ["watch"]
 
 _GRACE_SECONDS, _POLL_SECONDS = 10.0, 0.5
-_FIRST_ROW, _ROWS, _OWNER, _TABLES = 64, 64, 1, 0
 
 
 def watch(folder: Path, tag: str) -> None:
@@ -47,52 +45,24 @@ def main(reader: int, folder: Path, tag: str) -> None:
         os._exit(0)
     os.nice(10)
     os.read(reader, 1)
+    remove_unused = _remove_unused()
     unused_since: dict[Path, float] = {}
-    while True:
-        files = [path for path in folder.glob(f"buddymoe-{os.geteuid()}-*-{tag}.*") if path.suffix != ".tmp"]
-        if not files:
-            return
+    while files := list(folder.glob(f"buddymoe-{os.geteuid()}-*-{tag}.*")):
         now = time.monotonic()
-        unused_since = {path: unused_since.get(path, now) for path in files if not _used(path)}
-        _remove(path for path, since in unused_since.items() if now - since > _GRACE_SECONDS)
+        unused_since = {path: unused_since.get(path, now) for path in remove_unused(files, dry=True)}
+        remove_unused(path for path, since in unused_since.items() if now - since > _GRACE_SECONDS)
         time.sleep(_POLL_SECONDS)
 
 
-def _used(path: Path) -> bool:
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        locks = _locks(fd)
-        held: bool = locks.held_elsewhere(_OWNER) or locks.held_elsewhere(_FIRST_ROW, _ROWS)
-        return held
-    finally:
-        os.close(fd)
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:
-            continue
-        locks = _locks(fd)
-        with locks.locked(_TABLES):  # whoever makes or attaches holds it meanwhile
-            if not (locks.held_elsewhere(_OWNER) or locks.held_elsewhere(_FIRST_ROW, _ROWS)):
-                path.unlink(missing_ok=True)
-        os.close(fd)
-
-
-def _locks(fd: int):  # type: ignore[no-untyped-def]
-    """`locks.FileLocks`, loaded by path: importing the package would load torch."""
+def _remove_unused():  # type: ignore[no-untyped-def]
+    """`locks.remove_unused`, loaded by path: importing the package would load torch."""
     from importlib.util import module_from_spec, spec_from_file_location
 
     spec = spec_from_file_location("locks", Path(__file__).with_name("locks.py"))
     assert spec is not None and spec.loader is not None, "locks.py must lie beside this file"
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.FileLocks(fd)
+    return module.remove_unused
 
 
 if __name__ == "__main__":

@@ -1,18 +1,27 @@
-"""Byte-range locks on an open file (Linux "open file description" locks).
+"""Byte-range locks on an open file (Linux "open file description" locks), and files that nobody holds any more.
 
 They belong to the descriptor, so threads that opened the file themselves exclude each other, and the kernel releases
 them when the process dies, even by kill -9: a lock that is held proves that its holder lives, whatever became of its
-process id. Knows offsets, not what they stand for.
+process id. Standard library alone, for the janitor loads this file by its path.
+Invariant: a file is unlinked only under the lock on its tables, while no row and no owner holds it.
 """
 
 from __future__ import annotations
 
 import fcntl
+import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-__all__ = ["FileLocks"]
+__all__ = ["OWNER_BYTE", "ROWS", "ROW_BYTE", "TABLES_BYTE", "FileLocks", "remove_unused", "same_file"]
+
+ROWS = 64
+"""Most processes and threads that may be attached to one file."""
+
+TABLES_BYTE, OWNER_BYTE, ROW_BYTE = 0, 1, 64
+"""Which byte of the file each lock is on: the tables, the file's owner, and one per row from ROW_BYTE on."""
 
 _FLOCK = struct.Struct("hhxxxxqqixxxx")  # struct flock of 64-bit Linux: type, whence, start, length, pid (0)
 
@@ -39,6 +48,11 @@ class FileLocks:
         """Let go of the byte."""
         fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, at))
 
+    def close(self) -> None:
+        """Let go of every byte and close the file. The locks first: a mapping keeps a copy of the descriptor."""
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, 0, 0))
+        os.close(self._fd)
+
     def held_elsewhere(self, at: int, count: int = 1) -> bool:
         """Whether another descriptor holds any of `count` bytes."""
         found = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, at, count))
@@ -53,6 +67,39 @@ class FileLocks:
             yield
         finally:
             self.unlock(at)
+
+
+def remove_unused(paths: Iterable[Path], *, dry: bool = False) -> list[Path]:
+    """Unlink those of the files that no living process uses, and return them; with `dry` only say which they are."""
+    unused = []
+    for path in paths:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        locks = FileLocks(fd)
+        try:
+            if not dry:
+                locks.lock(TABLES_BYTE)  # whoever makes or attaches holds it meanwhile
+            if (
+                same_file(path, fd)
+                and not locks.held_elsewhere(OWNER_BYTE)
+                and not locks.held_elsewhere(ROW_BYTE, ROWS)
+            ):
+                unused.append(path)
+                if not dry:
+                    os.unlink(path)
+        finally:
+            locks.close()
+    return unused
+
+
+def same_file(path: Path, fd: int) -> bool:
+    """Whether the path still leads to the open file: it may have been unlinked, and made anew, since."""
+    try:
+        return os.stat(path).st_ino == os.fstat(fd).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def _flock(kind: int, at: int, count: int = 1) -> bytes:

@@ -6,7 +6,6 @@ bytes, not what they mean. Invariant: what is mapped is whole; a filler that die
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 from collections.abc import Callable
@@ -16,10 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from buddymoe_ray.cache.shared.locks import FileLocks
-from buddymoe_ray.cache.shared.shape import ROWS
-from buddymoe_ray.cache.shared.store import allocate, open_locked, unlink_if_unused
-from buddymoe_ray.cache.shared.tables import ROW_BYTE, TABLES_BYTE
+from buddymoe_ray.cache.shared.locks import ROW_BYTE, ROWS, TABLES_BYTE, FileLocks, remove_unused
+from buddymoe_ray.cache.shared.store import allocate, open_locked
 from buddymoe_ray.errors import CacheError
 
 __all__ = ["Room", "open_room"]
@@ -31,18 +28,16 @@ _MAGIC = b"BuddyRm1"
 class Room:
     """One attachment: `bytes` is a uint8 tensor that must not be written."""
 
-    def __init__(self, path: Path, fd: int, locks: FileLocks, memory: mmap.mmap) -> None:
-        self._path, self._fd, self._locks = path, fd, locks
+    def __init__(self, path: Path, locks: FileLocks, memory: mmap.mmap) -> None:
+        self._path, self._locks, self._closed = path, locks, False
         self.bytes: Tensor = torch.from_numpy(np.frombuffer(memory, dtype=np.uint8)[_PAGE:])
 
     def close(self) -> None:
         """Let go; the last one out removes the file. Safe to call twice."""
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            for row in range(ROWS):
-                self._locks.unlock(ROW_BYTE + row)
-            unlink_if_unused(self._path, fd, self._locks)
-            os.close(fd)
+        if not self._closed:
+            self._closed = True
+            self._locks.close()
+            remove_unused([self._path])
 
 
 def open_room(path: Path, nbytes: int, digest: bytes, fill: Callable[[Tensor], None]) -> Room:
@@ -72,8 +67,8 @@ def open_room(path: Path, nbytes: int, digest: bytes, fill: Callable[[Tensor], N
         if not any(locks.try_lock(ROW_BYTE + row) for row in range(ROWS)):
             raise CacheError(f"{path} has {ROWS} users, must have fewer. hint: run fewer workers per node")
         locks.unlock(TABLES_BYTE)
-        return Room(path, fd, locks, memory)
+        return Room(path, locks, memory)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.close(fd)
+        locks.close()
+        remove_unused([path])
         raise

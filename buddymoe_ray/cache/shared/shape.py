@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from buddymoe_ray.cache.shared.locks import ROWS
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
-__all__ = ["ROWS", "Head", "StoreShape"]
-
-ROWS = 64
-"""Most processes and threads that may be attached to one store."""
+__all__ = ["Head", "StoreShape"]
 
 _PAGE = 4096
 _DIGEST_AT, _DIGEST_BYTES = 1024, 32

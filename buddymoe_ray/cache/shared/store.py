@@ -8,7 +8,6 @@ Invariant: a file that anybody has attached is never unlinked or made anew.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import logging
@@ -24,9 +23,17 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.cache.pool import slot_views
-from buddymoe_ray.cache.shared.locks import FileLocks
-from buddymoe_ray.cache.shared.shape import ROWS, Head, StoreShape
-from buddymoe_ray.cache.shared.tables import OWNER_BYTE, ROW_BYTE, TABLES_BYTE, SharedTables
+from buddymoe_ray.cache.shared.locks import (
+    OWNER_BYTE,
+    ROW_BYTE,
+    ROWS,
+    TABLES_BYTE,
+    FileLocks,
+    remove_unused,
+    same_file,
+)
+from buddymoe_ray.cache.shared.shape import Head, StoreShape
+from buddymoe_ray.cache.shared.tables import SharedTables
 from buddymoe_ray.errors import BudgetError, CacheError
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
@@ -38,7 +45,6 @@ __all__ = [
     "store_digest",
     "store_path",
     "sweep",
-    "unlink_if_unused",
 ]
 
 log = logging.getLogger(__name__)
@@ -97,14 +103,15 @@ class SharedStore:
                 self.shape.digest(self._array)[:] = np.frombuffer(digest, dtype=np.uint8)
                 self.tables.initialise(plan)
                 self._write_head()
+            self.tables.join()  # before the lock goes: a sweeper that waits for it must find a living row
         except BaseException:
-            os.close(self._fd)
+            self._locks.close()
+            remove_unused([path])
             raise
         self._locks.unlock(TABLES_BYTE)
         self.bytes_C = self.shape.slot_bytes_of(self._array)
         self._tensor = torch.from_numpy(self.bytes_C)
         self._views: list[Mapping[str, Tensor] | None] = [None] * self.shape.slots
-        self.tables.join()
 
     @property
     def generation(self) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
@@ -132,16 +139,14 @@ class SharedStore:
         """Become the store's owner, who keeps the file while no worker is attached; False when there is one."""
         return self._locks.try_lock(OWNER_BYTE)
 
-    def close(self, *, unlink_unused: bool = True) -> None:
+    def close(self) -> None:
         """Give the row back; the last one out removes the file. Safe to call twice."""
         if self._fd < 0:
             return
         self.tables.leave()
-        self._locks.unlock(OWNER_BYTE)
-        if unlink_unused:
-            unlink_if_unused(self.path, self._fd, self._locks)
-        os.close(self._fd)
+        self._locks.close()
         self._fd = -1
+        remove_unused([self.path])
 
     def _fits(self) -> bool:
         """Whether the file is a finished store of this digest. Raises CacheError when another is in use there."""
@@ -169,7 +174,7 @@ class SharedStore:
 def allocate(
     path: Path, fd: int, total: int, progress: Callable[..., Iterable[int]] = lambda items, **_: items
 ) -> None:
-    """Empty the file and allocate every page of its new size. Raises BudgetError, and the file is gone then."""
+    """Empty the file and allocate every page of its new size. Raises BudgetError, and the file is empty then."""
     os.ftruncate(fd, 0)
     os.ftruncate(fd, total)
     begins = range(0, total, _ALLOCATED_AT_ONCE)
@@ -178,8 +183,6 @@ def allocate(
             os.posix_fallocate(fd, begin, min(_ALLOCATED_AT_ONCE, total - begin))
     except OSError as error:
         os.ftruncate(fd, 0)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
         if error.errno not in (errno.ENOSPC, errno.ENOMEM):
             raise
         free = os.statvfs(path.parent)
@@ -191,19 +194,8 @@ def allocate(
 
 def sweep(folder: Path = FOLDER) -> list[Path]:
     """Remove this user's files that no living process uses, left by killed ones; returns what was removed."""
-    removed = []
-    for path in sorted(folder.glob(f"buddymoe-{os.geteuid()}-*")):
-        if path.suffix not in (".experts", ".records"):
-            continue
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:
-            continue
-        try:
-            if unlink_if_unused(path, fd, FileLocks(fd)):
-                removed.append(path)
-        finally:
-            os.close(fd)
+    mine = sorted(folder.glob(f"buddymoe-{os.geteuid()}-*"))
+    removed = remove_unused(path for path in mine if path.suffix in (".experts", ".records"))
     if removed:
         log.warning("removed %d shared files that a killed process left behind", len(removed))
     return removed
@@ -219,25 +211,9 @@ def open_locked(path: Path) -> tuple[int, FileLocks]:
                 raise CacheError(f"{path} is of user {found.st_uid}, must be this user's own file. hint: remove it")
             locks = FileLocks(fd)
             locks.lock(TABLES_BYTE)
-            if _same_file(path, fd):
+            if same_file(path, fd):
                 return fd, locks
         except BaseException:
             os.close(fd)
             raise
         os.close(fd)
-
-
-def _same_file(path: Path, fd: int) -> bool:
-    try:
-        return os.stat(path).st_ino == os.fstat(fd).st_ino
-    except FileNotFoundError:
-        return False
-
-
-def unlink_if_unused(path: Path, fd: int, locks: FileLocks) -> bool:
-    """Remove the file unless a row or an owner lives."""
-    with locks.locked(TABLES_BYTE):
-        if not _same_file(path, fd) or locks.held_elsewhere(OWNER_BYTE) or locks.held_elsewhere(ROW_BYTE, ROWS):
-            return False
-        os.unlink(path)
-        return True

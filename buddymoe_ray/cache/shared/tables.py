@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from buddymoe_ray.cache.shared.locks import FileLocks
-from buddymoe_ray.cache.shared.shape import ROWS, Head, StoreShape
+from buddymoe_ray.cache.shared.locks import ROW_BYTE, ROWS, TABLES_BYTE, FileLocks
+from buddymoe_ray.cache.shared.shape import Head, StoreShape
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, SlotPlan
 
@@ -31,9 +31,6 @@ __all__ = ["FREE", "LOADING", "READY", "WAVE", "Counter", "SharedTables"]
 FREE, LOADING, READY = 0, 1, 2
 WAVE = -1
 """The partition of slots that belong to no layer."""
-
-TABLES_BYTE, OWNER_BYTE, ROW_BYTE = 0, 1, 64
-"""Which byte of the file each lock is on: the tables, the store's owner, and one per row from ROW_BYTE on."""
 
 Slots = npt.NDArray[np.int64]
 
@@ -65,15 +62,16 @@ class SharedTables:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the tables. An exception in between leaves them dirty, and the next holder repairs them."""
-        self._locks.lock(TABLES_BYTE)
-        try:
-            if self.head[Head.DIRTY]:
-                self._repair()
-            self.head[Head.DIRTY] = 1
+        with self._locks.locked(TABLES_BYTE), self._changing():
             yield
-            self.head[Head.DIRTY] = 0
-        finally:
-            self._locks.unlock(TABLES_BYTE)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        if self.head[Head.DIRTY]:
+            self._repair()
+        self.head[Head.DIRTY] = 1
+        yield
+        self.head[Head.DIRTY] = 0
 
     def initialise(self, plan: SlotPlan) -> None:
         """Empty tables; the caller holds the lock and nobody is attached."""
@@ -91,8 +89,9 @@ class SharedTables:
             self.pinned[layer, list(named)] = 1
 
     def join(self) -> None:
-        """Take a row. Raises CacheError when all are taken."""
-        with self.locked():
+        """Take a row; the caller holds the lock, so that no sweeper comes between. Raises CacheError when all are
+        taken."""
+        with self._changing():
             self.reap()
             for row in np.flatnonzero(self.pid == 0).tolist():
                 if self._locks.try_lock(ROW_BYTE + row):
