@@ -98,10 +98,10 @@ def placed(name: str, workers: int, seconds: float = 90) -> dict[str, Any]:
         if ready or time.monotonic() > end:
             break
         time.sleep(0.5)
-    experts = 0 if found is None else len(found.primary_N)
+    experts = 0 if found is None else found.held_PN.shape[1]
     return {
         "experts": experts,
-        "covered": 0 if found is None else int((found.primary_N >= 0).sum()),
+        "covered": 0 if found is None else int(found.held_PN.any(axis=0).sum()),
         "shards": [list(shard) for store in stores for shard in store.shards],
         "stores": len(stores),
     }

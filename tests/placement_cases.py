@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from buddymoe_ray.policy import NodeLinks, PlacementMap, PlacementProblem, Pool
+from buddymoe_ray.policy import NodeLinks, PlacementMap, PlacementProblem, Pool, cost_of
 
-__all__ = ["breaches", "brute_cost", "noisy", "random_problem", "simple"]
+__all__ = ["breaches", "brute_cost", "noisy", "objective", "random_problem", "simple"]
 
 
 def random_problem(seed: int, **changes: Any) -> PlacementProblem:
@@ -21,14 +21,13 @@ def random_problem(seed: int, **changes: Any) -> PlacementProblem:
     E, N, nodes = max(per_layer), sum(per_layer), int(rng.integers(1, 3))
     slots = rng.integers(0, max(2, int(N * rng.choice([0.3, 0.6, 1.0]))), P)
     pools = tuple(
-        Pool(name=f"p{i}", node=f"n{i % nodes}", bytes=int(s) * 100 + int(rng.integers(0, 100)), workers=(f"w{i}",))
+        Pool(name=f"p{i}", node=f"n{i % nodes}", bytes=int(s) * 100 + int(rng.integers(0, 100)))
         for i, s in enumerate(slots)
     )
     popular_LE = np.stack([rng.permutation((1.0 + np.arange(E)) ** -rng.choice([0, 1.0, 2.0])) for _ in range(L)])
     fields: dict[str, Any] = {}
     if rng.random() < 0.5:
         fields["counts_LE"] = rng.poisson(popular_LE * 200).astype(float)
-        fields["share_P"] = rng.dirichlet(np.full(P, 3.0)) if rng.random() < 0.5 else None
     else:
         fields["counts_PLE"] = rng.poisson(popular_LE * rng.gamma(1, 60, (P, L, E))).astype(np.float32)
     if rng.random() < 0.5:
@@ -56,9 +55,7 @@ def simple(slots: tuple[int, ...], counts: Any, **changes: Any) -> PlacementProb
     """Pools of so many slots, two to a node, links 1 and 3, fetches 10 (seconds), free migration."""
     counts_LE = np.asarray(counts, dtype=float)
     whole: dict[str, Any] = {
-        "pools": tuple(
-            Pool(name=f"p{i}", node=f"n{i // 2}", bytes=100 * s, workers=(f"w{i}",)) for i, s in enumerate(slots)
-        ),
+        "pools": tuple(Pool(name=f"p{i}", node=f"n{i // 2}", bytes=100 * s) for i, s in enumerate(slots)),
         "expert_bytes": 100,
         "experts_per_layer": (counts_LE.shape[1],) * len(counts_LE),
         "fetch_cost_P": np.full(len(slots), 10.0),
@@ -85,8 +82,7 @@ def brute_cost(problem: PlacementProblem, held_PN: Any) -> float:
                     uses = float(problem.counts_PLE[p, layer, expert])
                 else:
                     assert problem.counts_LE is not None
-                    share = 1 / P if problem.share_P is None else float(problem.share_P[p])
-                    uses = float(problem.counts_LE[layer, expert]) * share
+                    uses = float(problem.counts_LE[layer, expert]) / P
                 seconds += uses / problem.window_seconds * min(ways)
     return seconds
 
@@ -115,10 +111,12 @@ def breaches(problem: PlacementProblem, placed: PlacementMap) -> list[str]:
     fits = sum(needed) <= sum(min(p.bytes // problem.expert_bytes, len(needed)) for p in problem.pools)
     if fits and not held_PN.any(axis=0)[np.array(needed)].all():
         found.append("coverage")
-    for n, primary in enumerate(placed.primary_N):
-        if (primary >= 0) != held_PN[:, n].any() or (primary >= 0 and not held_PN[primary, n]):
-            found.append(f"primary of {n}")
     return found
+
+
+def objective(problem: PlacementProblem, placed: PlacementMap) -> float:
+    """Seconds lost per second of serving under a map, its loads counted."""
+    return cost_of(problem, placed.held_PN, loads=int(placed.loads_P.sum()))
 
 
 def noisy(problem: PlacementProblem, seed: int, amount: float) -> PlacementProblem:

@@ -223,7 +223,6 @@ class HostStore:
         plan, layer_slots = self._spec.plan, int((self._tables.partition != WAVE).sum())
         return NodeReport(
             node=self._node,
-            workers=tuple(sorted(self._workers)),
             links=tuple(known.address for _, known in sorted(self._workers.items()) if known.address),
             experts_per_layer=self._spec.layout.experts_per_layer,
             expert_bytes=self._spec.layout.expert_bytes,

@@ -21,9 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from buddymoe_ray.actors.words import Directive, NodeReport
-from buddymoe_ray.policy import PlacementMap, PlacementProblem, Pool, solve
-from buddymoe_ray.policy.placement.map import previous_held
-from buddymoe_ray.policy.placement.publish import publish
+from buddymoe_ray.policy import PlacementMap, PlacementProblem, Pool, previous_held, publish, solve
 
 __all__ = ["Placement", "PlacementOptions"]
 
@@ -142,7 +140,7 @@ class Placement:
             return
         found = solve(problem, previous)
         if found.epoch > previous.epoch:
-            log.info("map %d moves %.1f MB", found.epoch, found.migration.nbytes / 1e6)
+            log.info("map %d moves %.1f MB", found.epoch, found.load_bytes / 1e6)
         self._map = found
         self.solve_seconds = time.perf_counter() - began
 
@@ -156,7 +154,6 @@ class Placement:
                     name=node.report.node,
                     node=node.report.node,
                     bytes=node.report.pin_slots * node.report.expert_bytes,
-                    workers=node.report.workers,
                 )
                 for node in nodes
             ),

@@ -25,7 +25,6 @@ class NodeReport:
     """
 
     node: str
-    workers: tuple[str, ...]
     links: tuple[str, ...]
     experts_per_layer: tuple[int, ...]
     expert_bytes: int

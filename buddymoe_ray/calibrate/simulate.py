@@ -2,7 +2,7 @@
 
 A window is placed with the counts of the windows before it (a moving average), then served with its own. Loads obey the
 movers' bandwidth, so that a map may be reached late. Times follow from stated link costs, without overlap or queues:
-believe differences between placements more than tokens/s. Neighbours: `workloads`, `policy.placement.greedy`.
+believe differences between placements more than tokens/s. Neighbours: `workloads`, `baselines`, `policy.placement`.
 
 Legend: W windows, L MoE layers, E experts, P pools (GPUs), N experts of all layers, R rungs (`RUNGS`).
 """
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from buddymoe_ray.calibrate.baselines import eplb, oracle, round_robin, static
 from buddymoe_ray.calibrate.workloads import Workload
 from buddymoe_ray.policy import (
     RUNGS,
@@ -24,15 +25,11 @@ from buddymoe_ray.policy import (
     PlacementMap,
     PlacementProblem,
     Pool,
-    eplb,
     migration_steps,
-    oracle,
-    round_robin,
+    publish,
     rung_uses,
     solve,
-    static,
 )
-from buddymoe_ray.policy.placement.publish import publish
 
 __all__ = ["PLACEMENTS", "Cluster", "Outcome", "simulate"]
 
@@ -81,12 +78,7 @@ class Cluster:
         per_layer = workload.experts_per_layer
         return PlacementProblem(
             pools=tuple(
-                Pool(
-                    name=f"gpu{g}",
-                    node=f"node{g // self.gpus_per_node}",
-                    bytes=self.pool_bytes,
-                    workers=(f"worker{g}",),
-                )
+                Pool(name=f"gpu{g}", node=f"node{g // self.gpus_per_node}", bytes=self.pool_bytes)
                 for g in range(self.gpus)
             ),
             expert_bytes=self.expert_bytes,
@@ -194,8 +186,8 @@ def _moved(
 ) -> tuple[PlacementMap, int, int]:
     """What is reached within a window under each mover's bandwidth (`free`: all of it), loads done, loads left."""
     most = int(cluster.migrate_bytes_per_second * cluster.window_seconds // cluster.expert_bytes)
-    loads = 0 if wanted.epoch == old.epoch else len(wanted.migration.load_pool)
-    if free or not loads or np.bincount(wanted.migration.load_pool).max() <= most:
+    loads = 0 if wanted.epoch == old.epoch else int(wanted.loads_P.sum())
+    if free or not loads or wanted.loads_P.max() <= most:
         return wanted, loads, 0
     held_PN, done_P = old.held_PN.copy(), np.zeros(cluster.gpus, dtype=int)
     copies_N, kept_N = held_PN.sum(axis=0), wanted.held_PN.sum(axis=0) > 0

@@ -13,14 +13,10 @@ from buddymoe_ray.policy.ladder import Ladder
 from buddymoe_ray.policy.ledger import Ledger, Pricer, price_for
 from buddymoe_ray.policy.memory import Staging, parse_memory, plan_staging, split_slots
 from buddymoe_ray.policy.misses import Action, Misses, MissPolicy, Reason, Resolution, RowBudgets
-from buddymoe_ray.policy.placement.exact import solve_exact
-from buddymoe_ray.policy.placement.greedy import Effort, solve
-from buddymoe_ray.policy.placement.map import Migration, PlacementMap
-from buddymoe_ray.policy.placement.objective import RUNGS, objective, rung_uses
-from buddymoe_ray.policy.placement.problem import NodeLinks, PlacementProblem, Pool
-from buddymoe_ray.policy.placement.rules import eplb, oracle, round_robin, static
+from buddymoe_ray.policy.placement.map import PlacementMap, Step, migration_steps, previous_held, publish
+from buddymoe_ray.policy.placement.problem import RUNGS, NodeLinks, PlacementProblem, Pool, cost_of, rung_uses
 from buddymoe_ray.policy.placement.segments import SegmentSplit, shard_segments
-from buddymoe_ray.policy.placement.steps import Step, migration_steps
+from buddymoe_ray.policy.placement.solver import Effort, solve
 from buddymoe_ray.policy.split import Split, choose, split_movable
 from buddymoe_ray.policy.standins import Answers, Buddy, Drop, Own, RandomBuddy, RouterBuddy, Standin
 
@@ -38,7 +34,6 @@ __all__ = [
     "GuardView",
     "Ladder",
     "Ledger",
-    "Migration",
     "MissPolicy",
     "Misses",
     "NodeLinks",
@@ -63,21 +58,18 @@ __all__ = [
     "Step",
     "buddy_lists",
     "choose",
-    "eplb",
+    "cost_of",
     "migration_steps",
     "normalised_entropy",
-    "objective",
-    "oracle",
     "parse_memory",
     "plan_staging",
     "prefix_blocks",
+    "previous_held",
     "price_for",
-    "round_robin",
+    "publish",
     "rung_uses",
     "shard_segments",
     "solve",
-    "solve_exact",
     "split_movable",
     "split_slots",
-    "static",
 ]

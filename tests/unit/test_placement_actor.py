@@ -39,7 +39,6 @@ class Nodes:
     def report(self, name: str, counts_LE: np.ndarray) -> NodeReport:
         return NodeReport(
             node=name,
-            workers=(f"{name}-w0",),
             links=(f"{name}:1",),
             experts_per_layer=(EXPERTS,) * LAYERS,
             expert_bytes=1_000_000,

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from placement_cases import breaches, random_problem, simple
+from exact_placement import solve_exact
+from placement_cases import breaches, objective, random_problem, simple
 
 from buddymoe_ray.errors import ConfigError
-from buddymoe_ray.policy import objective, solve, solve_exact
+from buddymoe_ray.policy import solve
 
 
 def test_greedy_is_within_three_percent_of_the_best(record_property: pytest.RecordProperty) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from placement_cases import breaches, noisy, random_problem, simple
+from placement_cases import breaches, noisy, objective, random_problem, simple
 
+from buddymoe_ray.calibrate.baselines import eplb, oracle, replicas_by_load, round_robin, static
 from buddymoe_ray.errors import ConfigError
-from buddymoe_ray.policy import eplb, migration_steps, objective, oracle, round_robin, shard_segments, solve, static
-from buddymoe_ray.policy.placement.rules import replicas_by_load
+from buddymoe_ray.policy import migration_steps, shard_segments, solve
 
 seeds = st.integers(0, 10_000)
 
@@ -103,7 +103,7 @@ def test_the_hottest_gain_moves_first_and_a_last_copy_waits() -> None:
     assert gains == sorted(gains, reverse=True) and len(gains) == 2
     held_PN = np.array([[1, 0], [0, 1], [0, 0]], dtype=bool)
     three = simple((1, 1, 1), [[5, 4]])
-    first = replace(solve(three), held_PN=held_PN, primary_N=np.array([0, 1], dtype=np.int32))
+    first = replace(solve(three), held_PN=held_PN)
     turned = replace(first, held_PN=held_PN[[2, 0, 1]])
     order = [(step.pool, step.evict, step.load) for step in migration_steps(first, turned, three)]
     assert order == [(2, None, 1), (1, 1, 0), (0, 0, None)]

@@ -1,7 +1,7 @@
 """A solver's hint for inter-layer affinity (ExFlow, 2401.08383): a pool likes the successors of what it holds.
 
 Looks at the likeliest few neighbours of each expert and not at who else holds both, so it guides a search and prices
-nothing: `objective.affinity_gain` does, and the solver keeps what that says is better.
+nothing: `problem.affinity_gain` does, and the solver keeps what that says is better.
 
 Legend: P pools, N experts of all MoE layers end to end, E experts of a layer, J likeliest neighbours of an expert.
 """
@@ -11,8 +11,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from buddymoe_ray.policy.placement.objective import peer_uses
-from buddymoe_ray.policy.placement.problem import Bools, Floats, PlacementProblem
+from buddymoe_ray.policy.placement.problem import Bools, Floats, PlacementProblem, peer_uses
 
 __all__ = ["Affinity"]
 

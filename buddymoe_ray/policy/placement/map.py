@@ -1,43 +1,29 @@
-"""The map that is published: who holds which expert, who answers for it, who pins what, and what must move.
+"""The map that is published: who holds which expert, and how a mover gets there from the map before.
 
-Knows no costs and no solver. Invariant: `from_bytes(m.to_bytes())` is `m`; a primary is one of the holders.
-Neighbours: `greedy` makes maps, `steps` orders their moves.
+Knows no costs and no solver. Invariants: holders that did not change keep their epoch; no pool is above its slots after
+any step; the last copy of an expert that the new map covers is evicted only after it was loaded elsewhere, unless full
+pools exchange last copies in a ring and something has to go first (the host's master copy answers meanwhile).
 
 Legend: P pools, N experts of all MoE layers end to end, L MoE layers.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping
+from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import msgpack
 import numpy as np
 import numpy.typing as npt
 
 from buddymoe_ray.errors import ConfigError
-from buddymoe_ray.policy.placement.problem import Bools, PlacementProblem
+from buddymoe_ray.policy.placement.problem import Bools, Floats, PlacementProblem
+from buddymoe_ray.policy.placement.values import values_of
 
-__all__ = ["Migration", "PlacementMap", "previous_held"]
+__all__ = ["PlacementMap", "Step", "migration_steps", "previous_held", "publish"]
 
-Ints = npt.NDArray[np.int32]
-
-_MAGIC, _VERSION = "buddymoe-placement", 1
-_MOST_CELLS = 1 << 31
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Migration:
-    """What must move from the last map: pairs (pool, expert in N) to load and to evict, and the bytes of the loads."""
-
-    load_pool: Ints
-    load_expert: Ints
-    evict_pool: Ints
-    evict_expert: Ints
-    nbytes: int
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,22 +33,19 @@ class PlacementMap:
     Args:
         epoch: rises by one with every change of holders.
         pools: names of the pools, in the order of P.
-        workers: names of each pool's workers.
         experts_per_layer: E of every layer.
         held_PN: whether pool p holds expert n.
-        primary_N: the holder who answers for it first, -1 where none holds it.
-        migration: from the map before.
+        loads_P: experts that each pool has to bring, coming from the map before; together they are `load_bytes`.
         objective_before, objective_after: seconds lost per second under the counts of this window, with the old map and
             with this one (its migration counted).
     """
 
     epoch: int
     pools: tuple[str, ...]
-    workers: tuple[tuple[str, ...], ...]
     experts_per_layer: tuple[int, ...]
     held_PN: Bools
-    primary_N: Ints
-    migration: Migration
+    loads_P: Ints
+    load_bytes: int
     objective_before: float
     objective_after: float
 
@@ -74,96 +57,10 @@ class PlacementMap:
         """Indices of the pools that hold it, rising; none where it stays out."""
         return tuple(int(p) for p in np.flatnonzero(self.held_PN[:, self._offset_L[layer] + expert]))
 
-    def primary(self, layer: int, expert: int) -> int | None:
-        """The pool that answers for it first."""
-        found = int(self.primary_N[self._offset_L[layer] + expert])
-        return None if found < 0 else found
-
     def keys(self, experts_N: npt.NDArray[Any]) -> list[tuple[int, int]]:
         """Indices in N as (layer, expert)."""
         layers = np.searchsorted(self._offset_L, experts_N, side="right") - 1
         return list(zip(layers.tolist(), (experts_N - self._offset_L[layers]).tolist(), strict=True))
-
-    def shards(self) -> Mapping[str, npt.NDArray[np.int64]]:
-        """Experts (in N) that each worker pins: its pool's experts, dealt in turn, so that no two workers pin one."""
-        return {
-            worker: np.flatnonzero(held_N)[at :: len(workers)]
-            for held_N, workers in zip(self.held_PN, self.workers, strict=True)
-            for at, worker in enumerate(workers)
-        }
-
-    def to_bytes(self) -> bytes:
-        """msgpack; the holders as packed bits."""
-        arrays = {name: getattr(self.migration, name).tobytes() for name in _MOVES}
-        body = {
-            "magic": _MAGIC,
-            "version": _VERSION,
-            "epoch": self.epoch,
-            "pools": self.pools,
-            "workers": self.workers,
-            "experts_per_layer": self.experts_per_layer,
-            "held": zlib.compress(np.packbits(self.held_PN).tobytes(), 1),
-            "primary": self.primary_N.tobytes(),
-            "migration": arrays | {"nbytes": self.migration.nbytes},
-            "objective": [self.objective_before, self.objective_after],
-        }
-        packed: bytes = msgpack.packb(body)
-        return packed
-
-    @classmethod
-    def from_bytes(cls, raw: bytes) -> PlacementMap:
-        """The map that `to_bytes` wrote. Raises ConfigError for anything else."""
-        try:
-            body = msgpack.unpackb(raw)
-            if body["magic"] != _MAGIC or body["version"] != _VERSION:
-                raise ValueError(f"{body['magic']} of version {body['version']}")
-            return _unpacked(body)
-        except (KeyError, TypeError, ValueError, zlib.error, msgpack.exceptions.UnpackException) as error:
-            raise ConfigError(
-                f"placement map is damaged ({error}), must be as version {_VERSION} wrote it. hint: start without it"
-            ) from error
-
-
-_MOVES = ("load_pool", "load_expert", "evict_pool", "evict_expert")
-
-
-def _unpacked(body: Mapping[str, Any]) -> PlacementMap:
-    """Raises KeyError, TypeError, ValueError or zlib.error for what no map holds."""
-    pools = tuple(str(name) for name in body["pools"])
-    per_layer = tuple(int(count) for count in body["experts_per_layer"])
-    P, N = len(pools), sum(per_layer)
-    if len(body["workers"]) != P or P * N > _MOST_CELLS or min(per_layer, default=0) < 1:
-        raise ValueError(f"{P} pools and {N} experts do not fit together")
-    inflater = zlib.decompressobj()
-    bits = inflater.decompress(body["held"], -(-P * N // 8))
-    if not inflater.eof or len(bits) != -(-P * N // 8):
-        raise ValueError(f"holders are not of {P} pools and {N} experts")
-    held_PN = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=P * N).astype(bool).reshape(P, N)
-    primary_N = np.frombuffer(body["primary"], dtype=np.int32)
-    homeless_N = primary_N < 0
-    if len(primary_N) != N or (primary_N >= P).any() or (homeless_N == held_PN.any(axis=0)).any():
-        raise ValueError("primaries are not holders")
-    if not held_PN[primary_N, np.arange(N)][~homeless_N].all():
-        raise ValueError("primaries are not holders")
-    moves = {name: np.frombuffer(body["migration"][name], dtype=np.int32) for name in _MOVES}
-    for kind in ("load", "evict"):
-        pool, expert = moves[f"{kind}_pool"], moves[f"{kind}_expert"]
-        inside = len(pool) == len(expert) and ((pool >= 0) & (pool < P) & (expert >= 0) & (expert < N)).all()
-        if not inside:
-            raise ValueError(f"{kind}s name what is not there")
-    before, after = (float(value) for value in body["objective"])
-    held_PN.setflags(write=False)
-    return PlacementMap(
-        epoch=int(body["epoch"]),
-        pools=pools,
-        workers=tuple(tuple(str(name) for name in names) for names in body["workers"]),
-        experts_per_layer=per_layer,
-        held_PN=held_PN,
-        primary_N=primary_N,
-        migration=Migration(**moves, nbytes=int(body["migration"]["nbytes"])),
-        objective_before=before,
-        objective_after=after,
-    )
 
 
 def previous_held(problem: PlacementProblem, previous: PlacementMap | None) -> Bools:
@@ -184,3 +81,106 @@ def previous_held(problem: PlacementProblem, previous: PlacementMap | None) -> B
         if pool.name in row_of:
             held_PN[at] = previous.held_PN[row_of[pool.name]]
     return held_PN
+
+
+def publish(
+    problem: PlacementProblem, held_PN: Bools, previous: PlacementMap | None, *, before: float, after: float
+) -> PlacementMap:
+    """The map of these holders, next after `previous`; `before` and `after` are its objectives (seconds per second)."""
+    names = tuple(pool.name for pool in problem.pools)
+    now_PN = previous_held(problem, previous)
+    loads_P = (held_PN & ~now_PN).sum(axis=1)
+    same = previous is not None and previous.pools == names and bool((held_PN == now_PN).all())
+    epoch = 1 if previous is None else previous.epoch + (not same)
+    held_PN = held_PN.copy()
+    held_PN.setflags(write=False)
+    return PlacementMap(
+        epoch=epoch,
+        pools=names,
+        experts_per_layer=problem.experts_per_layer,
+        held_PN=held_PN,
+        loads_P=loads_P,
+        load_bytes=int(loads_P.sum()) * problem.expert_bytes,
+        objective_before=before,
+        objective_after=after,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """In `pool`, first drop `evict`, then bring `load` (experts in N; either may be None). `gain` in seconds per second
+    as seen from the old map."""
+
+    pool: int
+    evict: int | None
+    load: int | None
+    gain: float
+
+
+def migration_steps(old: PlacementMap | None, new: PlacementMap, problem: PlacementProblem) -> list[Step]:
+    """Steps from `old` (None: empty pools) to `new`, whose pools are the problem's. Loads by falling gain; evictions
+    that make room for nothing come last."""
+    assert new.held_PN.shape == (len(problem.pools), problem.experts), "the new map is of this problem"
+    now_PN = previous_held(problem, old)
+    values = values_of(problem, now_PN)
+    steps: list[Step] = []
+    copies_N, free_P = now_PN.sum(axis=0), problem.slots_P - now_PN.sum(axis=1)
+    differs_PN: Bools = now_PN != new.held_PN
+    for pool in np.flatnonzero(differs_PN.any(axis=1)).tolist():
+        value_N = values.value_N(pool)
+        steps += _of_pool(pool, now_PN[pool], new.held_PN[pool], value_N, copies_N == 1, int(free_P[pool]))
+    steps.sort(key=lambda step: (step.load is None, -step.gain, step.pool))
+    return _guarded(steps, now_PN, new.held_PN)
+
+
+def _of_pool(pool: int, now_N: Bools, new_N: Bools, value_N: Floats, last_N: Bools, free: int) -> list[Step]:
+    """Loads by value, each with the eviction that makes its room: copies that are missed least first."""
+    loads, evicts = np.flatnonzero(new_N & ~now_N), np.flatnonzero(now_N & ~new_N)
+    loads = loads[np.argsort(-value_N[loads], kind="stable")].tolist()
+    evicts = evicts[np.lexsort((value_N[evicts], last_N[evicts]))].tolist()
+    first = min(max(0, free), len(loads))
+    over = max(0, -free)  # a pool that shrank makes room first
+    steps = [Step(pool=pool, evict=n, load=None, gain=np.inf) for n in evicts[:over]]
+    evicts = evicts[over:]
+    pairs = [(None, n) for n in loads[:first]] + list(zip(evicts, loads[first:], strict=False))
+    steps += [Step(pool=pool, evict=out, load=n, gain=float(value_N[n])) for out, n in pairs]
+    left = evicts[len(loads) - first :]
+    return steps + [Step(pool=pool, evict=n, load=None, gain=-float(value_N[n])) for n in left]
+
+
+def _guarded(steps: list[Step], now_PN: Bools, new_PN: Bools) -> list[Step]:
+    """Put off evictions of last copies until another copy is there."""
+    copies_N = now_PN.sum(axis=0).tolist()
+    wanted_N: list[bool] = (new_PN.sum(axis=0) > 0).tolist()
+    waiting: dict[int, deque[Step]] = {}  # by the expert whose last copy they would drop
+    order: list[Step] = []
+
+    def do(first: Step) -> None:
+        ready = deque([first])
+        while ready:
+            step = ready.popleft()
+            order.append(step)
+            if step.evict is not None:
+                copies_N[step.evict] -= 1
+            if step.load is None:
+                continue
+            copies_N[step.load] += 1
+            if step.load in waiting and copies_N[step.load] > 1:
+                queue = waiting[step.load]
+                ready.append(queue.popleft())
+                if not queue:
+                    del waiting[step.load]
+
+    for step in steps:
+        if step.evict is not None and wanted_N[step.evict] and copies_N[step.evict] <= 1:
+            waiting.setdefault(step.evict, deque()).append(step)
+        else:
+            do(step)
+    while waiting:  # only rings are left: break the one of most gain
+        expert = max(waiting, key=lambda n: (waiting[n][0].gain, -n))
+        queue = waiting[expert]
+        broken = queue.popleft()
+        if not queue:
+            del waiting[expert]
+        do(broken)
+    return order

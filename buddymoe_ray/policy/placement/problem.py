@@ -1,13 +1,15 @@
-"""Words of placement: memories that hold experts, what is asked of them, and what each way to answer costs.
+"""What is asked of a placement and what an answer costs: memories, demand, links, and the objective.
 
-Knows no solver, no clock and no network. Invariant: a problem that was made has shapes and numbers that fit together.
-Neighbours: `objective` prices a placement, `greedy` finds one, `map` is the result.
+Plain and not incremental: the solver keeps running sums of its own (`values`) and is tested against this. Knows no
+solver, no clock and no network. Invariants: a problem that was made has shapes and numbers that fit together; every use
+is answered exactly once.
 
-Legend: P pools, N experts of all MoE layers end to end, L MoE layers, E experts of the widest layer, M nodes.
+Legend: P pools, N experts of all MoE layers end to end, L MoE layers, E experts of the widest layer, M nodes, R rungs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +19,7 @@ import numpy.typing as npt
 
 from buddymoe_ray.errors import ConfigError
 
-__all__ = ["NodeLinks", "PlacementProblem", "Pool"]
+__all__ = ["RUNGS", "NodeLinks", "PlacementProblem", "Pool", "affinity_gain", "answers", "cost_of", "rung_uses"]
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -28,13 +30,12 @@ Array = npt.NDArray[Any]
 class Pool:
     """One memory that holds full experts: a GPU of one worker, or a CPU node's store that several workers share.
 
-    `bytes` is what full experts may take there; `workers` the names of those who compute from it.
+    `bytes` is what full experts may take there.
     """
 
     name: str
     node: str
     bytes: int
-    workers: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class PlacementProblem:
         links: `NodeLinks`, or `[P, P]` seconds of one use of row p computed at column q: 0 on the diagonal, inf is no
             link. The matrix form takes P^2 N time and memory: meant for up to some hundred pools.
         counts_PLE: uses per window that arise at each pool; or
-        counts_LE, share_P: uses per window in all, and which share of them arises at each pool (default: equal).
+        counts_LE: uses per window in all, of which an equal share arises at each pool.
         standin_cost_LE: seconds that one use answered by a resident stand-in is worth; inf where there is none.
         transition_LEE: P(expert j of layer l + 1 | expert i of layer l); the last layer's table is not read.
         affinity_seconds: saved per use whose expert and its successor are both answered by one peer (ExFlow).
@@ -87,7 +88,6 @@ class PlacementProblem:
     links: NodeLinks | Array
     counts_PLE: Array | None = None
     counts_LE: Array | None = None
-    share_P: Array | None = None
     standin_cost_LE: Array | None = None
     transition_LEE: Array | None = None
     affinity_seconds: float = 0.0
@@ -115,8 +115,6 @@ class PlacementProblem:
         )
         _table("counts_PLE", self.counts_PLE, (P, L, E), finite=True)
         _table("counts_LE", self.counts_LE, (L, E), finite=True)
-        _need(self.share_P is None or self.counts_PLE is None, "share_P", "given", "left out where counts_PLE is given")
-        _table("share_P", self.share_P, (P,), finite=True)
         _table("fetch_cost_P", self.fetch_cost_P, (P,), finite=True)
         _table("standin_cost_LE", self.standin_cost_LE, (L, E), finite=False)
         _table("transition_LEE", self.transition_LEE, (L, E, E), finite=True)
@@ -175,8 +173,7 @@ class PlacementProblem:
     def total_N(self) -> Floats:
         """Uses per second in all."""
         if self.counts_LE is not None:
-            shared_N: Floats = self.rate_N * self.shares_P.sum()
-            return shared_N
+            return self.rate_N
         assert self.counts_PLE is not None, "counts were checked"
         return self.flat(self.counts_PLE.sum(axis=0, dtype=np.float64)) / self.window_seconds
 
@@ -186,24 +183,17 @@ class PlacementProblem:
         assert self.counts_LE is not None, "asked for shared counts only"
         return self.flat(self.counts_LE) / self.window_seconds
 
-    @cached_property
-    def shares_P(self) -> Floats:
-        """Share of the shared counts that arises at each pool."""
-        P = len(self.pools)
-        return np.full(P, 1.0 / P) if self.share_P is None else self.share_P.astype(np.float64)
-
     def demand_N(self, pool: int) -> Floats:
         """Uses per second that arise at one pool."""
         if self.counts_PLE is not None:
             return self.flat(self.counts_PLE[pool]) / self.window_seconds
-        rate_N: Floats = self.rate_N * self.shares_P[pool]
+        rate_N: Floats = self.rate_N / len(self.pools)
         return rate_N
 
     def demand_P(self, expert: int) -> Floats:
         """Uses per second of one expert (its index in N) that arise at each pool."""
         if self.counts_PLE is None:
-            share_P: Floats = self.rate_N[expert] * self.shares_P
-            return share_P
+            return np.full(len(self.pools), self.rate_N[expert] / len(self.pools))
         layer = int(np.searchsorted(self.offset_L, expert, side="right")) - 1
         uses_P: Floats = self.counts_PLE[:, layer, expert - self.offset_L[layer]].astype(np.float64)
         return uses_P / self.window_seconds
@@ -248,3 +238,86 @@ def _table(name: str, table: Array | None, shape: tuple[int, ...], *, finite: bo
     _need(table.shape == shape, name, f"of shape {table.shape}", f"of shape {shape}")
     low, high = (table.min(), table.max()) if table.size else (0.0, 0.0)
     _need(bool(low >= 0 and (high < np.inf or not finite)), name, f"from {low} to {high}", "numbers of at least 0")
+
+
+RUNGS = ("local", "same_node", "other_node", "standin", "fetch")
+"""How a use is answered: here, by a peer of this node, by one of another, by a stand-in, by weights that come."""
+
+_LOCAL, _SAME, _OTHER, _STANDIN, _FETCH = range(len(RUNGS))
+
+
+def answers(problem: PlacementProblem, held_PN: Bools) -> Iterator[tuple[Floats, npt.NDArray[np.int8]]]:
+    """For each pool, seconds of one use of every expert and the rung (index into `RUNGS`) that answers it."""
+    same_node = _nearest_of_nodes if isinstance(problem.links, NodeLinks) else _nearest_of_matrix
+    for pool, (peer_N, rung_N) in enumerate(same_node(problem, held_PN)):
+        fetch = float(problem.fetch_cost_P[pool])
+        cost_N = np.full(problem.experts, fetch)
+        kind_N = np.full(problem.experts, _FETCH, dtype=np.int8)
+        for offer_N, offered in ((problem.standin_N, np.int8(_STANDIN)), (peer_N, rung_N)):
+            better_N = offer_N <= cost_N  # at equal price a real expert answers rather than a stand-in
+            np.copyto(cost_N, offer_N, where=better_N)
+            np.copyto(kind_N, offered, where=better_N)
+        cost_N[held_PN[pool]] = 0.0
+        kind_N[held_PN[pool]] = _LOCAL
+        yield cost_N, kind_N
+
+
+def _nearest_of_nodes(problem: PlacementProblem, held_PN: Bools) -> Iterator[tuple[Floats, npt.NDArray[np.int8]]]:
+    assert isinstance(problem.links, NodeLinks), "the matrix form has its own way"
+    node_MN = np.stack([held_PN[problem.node_P == m].any(axis=0) for m in range(problem.node_P.max() + 1)])
+    any_N = node_MN.any(axis=0)
+    far_N = np.where(any_N, problem.links.other_node, np.inf)
+    for node in problem.node_P:
+        yield (
+            np.where(node_MN[node], problem.links.same_node, far_N),
+            np.where(node_MN[node], _SAME, _OTHER).astype(np.int8),
+        )
+
+
+def _nearest_of_matrix(problem: PlacementProblem, held_PN: Bools) -> Iterator[tuple[Floats, npt.NDArray[np.int8]]]:
+    for pool in range(len(problem.pools)):
+        cost_PN = np.where(held_PN, problem.link_P(pool)[:, None], np.inf)
+        cost_PN[pool] = np.inf
+        best_N = cost_PN.argmin(axis=0)
+        near_N = problem.node_P[best_N] == problem.node_P[pool]
+        yield cost_PN.min(axis=0), np.where(near_N, _SAME, _OTHER).astype(np.int8)
+
+
+def rung_uses(problem: PlacementProblem, held_PN: Bools) -> tuple[Floats, float]:
+    """Uses per second answered by each rung `[R]`, and the seconds per second that they cost together."""
+    uses_R, seconds = np.zeros(len(RUNGS)), 0.0
+    for pool, (cost_N, rung_N) in enumerate(answers(problem, held_PN)):
+        demand_N = problem.demand_N(pool)
+        uses_R += np.bincount(rung_N, weights=demand_N, minlength=len(RUNGS))
+        seconds += float(demand_N @ cost_N)
+    return uses_R, seconds
+
+
+def affinity_gain(problem: PlacementProblem, held_PN: Bools) -> float:
+    """Seconds per second saved where one pool answers a use and the next layer's use after it (ExFlow, 2401.08383).
+
+    Sum over transitions of (uses that peers answer) x P(successor) x (some pool holds both) x `affinity_seconds`.
+    """
+    if problem.transition_LEE is None or not problem.affinity_seconds:
+        return 0.0
+    peer_N, gain, at = peer_uses(problem, held_PN), 0.0, problem.offset_L
+    for layer in range(len(problem.experts_per_layer) - 1):
+        here, then = slice(at[layer], at[layer + 1]), slice(at[layer + 1], at[layer + 2])
+        together_EE = held_PN[:, here].T.astype(np.float32) @ held_PN[:, then].astype(np.float32) > 0
+        chance_EE = problem.transition_LEE[layer][: together_EE.shape[0], : together_EE.shape[1]]
+        gain += float(peer_N[here] @ (chance_EE * together_EE).sum(axis=1))
+    return gain * problem.affinity_seconds
+
+
+def peer_uses(problem: PlacementProblem, held_PN: Bools) -> Floats:
+    """Uses per second of each expert that peers answer `[N]`."""
+    uses_N = np.zeros(problem.experts)
+    for pool, (_, rung_N) in enumerate(answers(problem, held_PN)):
+        uses_N += problem.demand_N(pool) * ((rung_N == _SAME) | (rung_N == _OTHER))
+    return uses_N
+
+
+def cost_of(problem: PlacementProblem, held_PN: Bools, *, loads: int = 0) -> float:
+    """Seconds per second that the holders `[P, N]` cost, with `loads` experts to bring first."""
+    _, seconds = rung_uses(problem, held_PN)
+    return seconds - affinity_gain(problem, held_PN) + loads * problem.load_cost

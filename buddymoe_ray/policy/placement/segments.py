@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.policy.placement.map import PlacementMap
-from buddymoe_ray.policy.placement.objective import answers
-from buddymoe_ray.policy.placement.problem import Bools, Floats, PlacementProblem
+from buddymoe_ray.policy.placement.problem import Bools, Floats, PlacementProblem, answers
 
 __all__ = ["SegmentSplit", "shard_segments"]
 
@@ -71,9 +70,8 @@ def shard_segments(
     found = []
     for n in order:
         now_P = cost_PN[:, n] if absent_N[n] else None
-        times = (use_seconds, gather_seconds, most_segments)
-        more = bool(copies_N[n] < problem.replicas)
-        best = _best_split(problem, n, free_P, now_P, float(behind_N[n]), times, more=more)
+        expert = _Expert(n=n, now_P=now_P, behind=float(behind_N[n]), copies=int(copies_N[n]))
+        best = _best_split(problem, expert, free_P, use_seconds, gather_seconds, most_segments)
         if best is not None:
             found.append(best)
             free_P[list(best.pools)] -= -(-problem.expert_bytes // len(best.pools))
@@ -91,23 +89,25 @@ def _behind(problem: PlacementProblem, placed: PlacementMap, use_seconds: float)
     return behind_N
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Expert:
+    """`now_P`: seconds of a use now, where nobody holds it; `behind`: see `_behind`; `copies`: its holders."""
+
+    n: int
+    now_P: Floats | None
+    behind: float
+    copies: int
+
+
 def _best_split(
-    problem: PlacementProblem,
-    n: int,
-    free_P: Ints,
-    now_P: Floats | None,
-    behind: float,
-    times: tuple[float, float, int],
-    *,
-    more: bool,
+    problem: PlacementProblem, asked: _Expert, free_P: Ints, use_seconds: float, gather_seconds: float, most: int
 ) -> SegmentSplit | None:
-    """The split of most gain within a node, if any gains. `now_P`: seconds of a use now, where nobody holds it;
-    `more`: whether a plain replica could be made instead."""
-    use_seconds, gather_seconds, most = times
-    demand_P = problem.demand_P(n)
+    """The split of most gain within a node, if any gains."""
+    demand_P, now_P = problem.demand_P(asked.n), asked.now_P
     best: SegmentSplit | None = None
-    layer, expert = _key(problem, n)
-    for S in range(1 if more else 2, most + 1):
+    layer = int(np.searchsorted(problem.offset_L, asked.n, side="right")) - 1
+    expert = asked.n - int(problem.offset_L[layer])
+    for S in range(1 if asked.copies < problem.replicas else 2, most + 1):
         segment = -(-problem.expert_bytes // S)
         for node in range(int(problem.node_P.max()) + 1):
             fits = np.flatnonzero((problem.node_P == node) & (free_P >= segment))
@@ -119,7 +119,7 @@ def _best_split(
             if now_P is not None:
                 gain = float(demand_P @ np.maximum(now_P - extra_P, 0.0))
             else:
-                spilt = min(behind, float(S))  # S pools have S seconds per second to give
+                spilt = min(asked.behind, float(S))  # S pools have S seconds per second to give
                 extra = float(demand_P @ extra_P) / max(float(demand_P.sum()), 1e-300)
                 gain = spilt - spilt / use_seconds * max(extra, 0.0) if spilt else 0.0
             gain -= problem.load_cost
@@ -128,8 +128,3 @@ def _best_split(
                 best = SegmentSplit(layer=layer, expert=expert, pools=pools, gain=gain)
     # one part is a plain replica: where that is best the placement should hold one, and nothing is to be cut
     return best if best is not None and len(best.pools) > 1 else None
-
-
-def _key(problem: PlacementProblem, n: int) -> tuple[int, int]:
-    layer = int(np.searchsorted(problem.offset_L, n, side="right")) - 1
-    return layer, n - int(problem.offset_L[layer])

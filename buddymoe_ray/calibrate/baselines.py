@@ -1,4 +1,4 @@
-"""Placements by simple rules, to compare the solver with: static, round robin, EPLB-like, and one who knows the window.
+"""Placements by simple rules, for `simulate` to compare the solver with: static, round robin, EPLB-like, and an oracle.
 
 Each is a pure function of a problem that returns a map, like `solve`. None weighs links, stand-ins or migration.
 
@@ -10,15 +10,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from buddymoe_ray.policy.placement.greedy import solve
-from buddymoe_ray.policy.placement.map import PlacementMap, previous_held
-from buddymoe_ray.policy.placement.objective import cost_of
-from buddymoe_ray.policy.placement.problem import Bools, Floats, PlacementProblem
-from buddymoe_ray.policy.placement.publish import publish
+from buddymoe_ray.policy import PlacementMap, PlacementProblem, cost_of, previous_held, publish, solve
 
 __all__ = ["eplb", "oracle", "round_robin", "static"]
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 
 def round_robin(problem: PlacementProblem, previous: PlacementMap | None = None) -> PlacementMap:

@@ -1,6 +1,6 @@
 """The best placement there is, by mixed-integer programming (scipy's HiGHS): the yardstick of the greedy solver.
 
-For small problems: it has P^2 N variables. Knows no hysteresis. Same objective and rules as `greedy.solve`;
+For small problems: it has P^2 N variables. Knows no hysteresis. Same objective and rules as `policy.solve`;
 affinity is not linear and is refused.
 
 Legend: P pools, N experts of all MoE layers end to end. Variables: x[p, n] pool p holds n; y[p, n, q] share of p's uses
@@ -13,10 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from buddymoe_ray.errors import ConfigError
-from buddymoe_ray.policy.placement.map import PlacementMap, previous_held
-from buddymoe_ray.policy.placement.objective import cost_of
-from buddymoe_ray.policy.placement.problem import Bools, Floats, PlacementProblem
-from buddymoe_ray.policy.placement.publish import publish
+from buddymoe_ray.policy import PlacementMap, PlacementProblem, cost_of, previous_held, publish
+from buddymoe_ray.policy.placement.problem import Bools, Floats
 
 __all__ = ["solve_exact"]
 

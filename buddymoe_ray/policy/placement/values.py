@@ -1,6 +1,6 @@
 """What one more copy of an expert in one pool saves, kept up to date while a solver changes holders.
 
-The fast twin of `objective`. For links by node a row of values is a few sums over N, however many pools there
+The fast twin of `problem.cost_of`. For links by node a row of values is a few sums over N, however many pools there
 are; for a matrix of links it is P x N. Knows no migration and no rule about who must be held.
 Invariant: `held_PN` and the running counts agree.
 
@@ -9,6 +9,7 @@ Legend: P pools, N experts of all MoE layers end to end, M nodes, Q pools that a
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Protocol
 
 import numpy as np
@@ -34,7 +35,7 @@ class Values(Protocol):
         ...
 
     def cost(self) -> float:
-        """Seconds per second of all uses: `objective.rung_uses` says the same, more slowly."""
+        """Seconds per second of all uses: `problem.rung_uses` says the same, more slowly."""
         ...
 
 
@@ -69,11 +70,10 @@ class _NodeValues:
                 self._add(int(self._node_P[p]), self._problem.demand_N(p), float(fetch))
             return
         rate_N = self._problem.rate_N
-        weight: dict[tuple[int, float], float] = {}  # pools of a node that fetch at one cost count as one
-        for node, fetch, share in zip(self._node_P.tolist(), fetch_P.tolist(), self._problem.shares_P, strict=True):
-            weight[node, fetch] = weight.get((node, fetch), 0.0) + float(share)
-        for (node, fetch), share in weight.items():
-            self._add(node, rate_N * share, fetch)
+        # pools of a node that fetch at one cost count as one
+        alike = Counter(zip(self._node_P.tolist(), fetch_P.tolist(), strict=True))
+        for (node, fetch), pools in alike.items():
+            self._add(node, rate_N * (pools / len(fetch_P)), fetch)
 
     def _add(self, node: int, demand_N: Floats, fetch: float) -> None:
         same_N, other_N, fall_N = self._rungs(fetch)
@@ -92,7 +92,7 @@ class _NodeValues:
         shared = self._problem.counts_PLE is None
         if fetch not in self._near:
             self._near[fetch] = self._rungs(fetch)[0] * (self._problem.rate_N if shared else 1.0)
-        at_pool = self._problem.shares_P[pool] if shared else self._problem.demand_N(pool)
+        at_pool = 1 / len(self._node_P) if shared else self._problem.demand_N(pool)
         local_N: Floats = self._near[fetch] * at_pool
         return local_N
 
