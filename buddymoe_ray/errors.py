@@ -73,7 +73,9 @@ class CapacityError(BuddyMoEError):
 
 
 class CacheError(BuddyMoEError):
-    """Expert bytes could not be brought to a tier."""
+    """Expert bytes could not be brought to a tier. `expert` is the number within its layer, where one is to blame."""
+
+    expert: int | None = None
 
 
 class LinkError(BuddyMoEError):

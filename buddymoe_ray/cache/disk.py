@@ -98,12 +98,16 @@ class DiskReader:
         """Start reading all pieces into `destination` (a slot's bytes, uint8)."""
         # one page of slack at either end lets any offset be read in whole pages
         most = max(_PAGE, self.buffer_bytes - 2 * _PAGE) if self.buffer_bytes > 2 * _PAGE else self.buffer_bytes // 2
-        parts = []
-        for piece in pieces:
-            for start in range(0, piece.nbytes, most):
-                count = min(most, piece.nbytes - start)
-                target = destination[piece.slot_offset + start : piece.slot_offset + start + count]
-                parts.append(self._start(piece.path, piece.offset + start, target))
+        parts = list[Future[None]]()
+        try:
+            for piece in pieces:
+                for start in range(0, piece.nbytes, most):
+                    count = min(most, piece.nbytes - start)
+                    target = destination[piece.slot_offset + start : piece.slot_offset + start + count]
+                    parts.append(self._start(piece.path, piece.offset + start, target))
+        except BaseException:
+            wait(parts)  # nothing may land in a slot that has a new owner
+            raise
         return ReadTicket(tuple(parts))
 
     def close(self) -> None:

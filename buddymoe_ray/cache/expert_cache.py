@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ from buddymoe_ray.cache.pool import Lease, SlotPool
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
-__all__ = ["CacheStats", "Eviction", "ExpertCache"]
+__all__ = ["CacheStats", "Eviction", "ExpertCache", "blame"]
 
 _GPU_STAGING_SLOTS = 4
 
@@ -246,8 +246,9 @@ class ExpertCache:
                 assert self._bytes is not None, "a device without host tier must be the CPU"
                 return _Load(key, slot, self._reader.submit(self.layout.pieces[key], self._bytes[slot]), None)
             fetched = self._host.fetch(key)
-        except CacheError:
+        except BaseException as error:
             self._directory.abandon(slot)
+            blame(error, key)
             raise
         if fetched is None:
             self._directory.abandon(slot)
@@ -257,27 +258,25 @@ class ExpertCache:
     def _arrived(self, loads: deque[_Load]) -> list[int]:
         """Slots of the oldest load and of every other that is done; waits for the oldest."""
         began = time.perf_counter()
-        first = loads.popleft()
         try:
-            slots = [self._finish(first)]
+            slots = [self._finish(loads, loads[0])]
         finally:
             self._stall += time.perf_counter() - began
-        ready = [load for load in loads if load.ticket.done()]
-        for load in ready:
-            loads.remove(load)
-            slots.append(self._finish(load))
-        return slots
+        return slots + [self._finish(loads, load) for load in list(loads) if load.ticket.done()]
 
-    def _finish(self, load: _Load) -> int:
+    def _finish(self, loads: deque[_Load], load: _Load) -> int:
         """Wait for the bytes, copy them to the device if they passed through the host, make the expert resident."""
         try:
             load.ticket.wait()
-        except BaseException:
+        except BaseException as error:
+            blame(error, load.key)
             load.ticket.settle()  # an interrupt leaves reads in flight; they must not land in a slot with a new owner
             self._directory.abandon(load.slot)
             if self._host is not None:
                 self._host.release(load.key, failed=True)
             raise
+        finally:
+            loads.remove(load)
         if self._host is not None:
             assert load.host_slot is not None, f"{load.key} passed through the host without a slot"
             # on the compute stream: ordered with the kernels that read the slot; pinned memory makes it a plain DMA
@@ -293,8 +292,16 @@ class ExpertCache:
 
     def _settle(self, loads: deque[_Load]) -> None:
         """After an early end: keep what arrives, free what fails. Errors are met by whoever needs the expert."""
-        while loads:
-            try:
-                self._finish(loads.popleft())
-            except CacheError:
-                continue
+        try:
+            while loads:
+                with suppress(CacheError):
+                    self._finish(loads, loads[0])
+        finally:
+            if loads:  # interrupted: the others must be settled all the same
+                self._settle(loads)
+
+
+def blame(error: BaseException, key: ExpertKey) -> None:
+    """Note in a CacheError which expert could not be had."""
+    if isinstance(error, CacheError):
+        error.expert = key.expert

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from buddymoe_ray.cache.disk import Bytes, DiskReader, ReadTicket, Ticket
 from buddymoe_ray.cache.pool import SlotPool
-from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout
 
 __all__ = ["Host", "HostPool", "HostTier"]
@@ -68,7 +67,7 @@ class HostTier:
         self.pool.renew(slot)
         try:
             ticket = self._reader.submit(self._layout.pieces[key], self._bytes[slot])
-        except CacheError:
+        except BaseException:
             self._free.append(slot)  # never filled, so it must not be found
             raise
         self.misses += 1

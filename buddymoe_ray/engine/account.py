@@ -8,25 +8,17 @@ charged is unknown here, so they bring no allowance.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import get_args
 
 from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.engine.replay import Recorder, open_recorder
 from buddymoe_ray.errors import RequestError
-from buddymoe_ray.moe import STANDIN_KINDS, StepOutcome, Substitution
+from buddymoe_ray.moe import STANDIN_KINDS, StepOutcome
 from buddymoe_ray.policy import Ledger
 from buddymoe_ray.residency.standin_setup import StandinSetup
 from buddymoe_ray.types import GenerationRequest, GuardState, Mode, StandinUses
 
-__all__ = ["Account", "RecordedUse", "StepTotals", "open_account"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordedUse:
-    """A substitution and the decode step (0 is the one after prefill) it happened in."""
-
-    step: int
-    use: Substitution
+__all__ = ["Account", "StepTotals", "open_account"]
 
 
 class Account:
@@ -36,15 +28,16 @@ class Account:
         mode: what the request asked for.
         budget: nats per generated token, for `bounded`.
         price: largest harm (nats) of one use that is worth taking at this budget.
-        record: keep every substitution.
+        recorder: keeps every substitution; None where nobody asked.
         refused: stand-ins cannot keep any budget here, so the request gets `exact`.
     """
 
-    def __init__(self, *, mode: Mode, budget: float, price: float, record: bool, refused: bool = False) -> None:
+    def __init__(
+        self, *, mode: Mode, budget: float, price: float, recorder: Recorder | None = None, refused: bool = False
+    ) -> None:
         self.requested_mode: Mode = mode
         self.guard: GuardState = "off"
-        self.record, self._refused = record, refused
-        self.recorded: list[RecordedUse] = []
+        self.recorder, self._refused = recorder, refused
         self.hits = self.peer = self.fetched = self.steps = 0
         self.expected_rise = 0.0
         self._price = price
@@ -82,29 +75,25 @@ class Account:
             return self._price * self._ledger.generosity
         return math.inf if self.mode == "fast" else 0.0
 
-    def note_guard(self, state: GuardState) -> None:
-        """What the guard says now; a request of mode `exact` is none of its business."""
-        if self.requested_mode != "exact":
-            self.guard = state
-
-    def accrue(self) -> None:
-        """A token is about to be generated: its allowance comes in."""
+    def begin(self, guard: GuardState) -> None:
+        """A token is about to be generated: its allowance comes in, and what the guard says now."""
+        if self.requested_mode != "exact":  # which is none of the guard's business
+            self.guard = guard
         if self._ledger is not None:
             self._ledger.accrue()
 
-    def settle(
-        self, *, hits: int, peer: int, fetched: int, standins: list[int], harm: float, uses: list[Substitution]
-    ) -> None:
-        """Add one decode step's expert uses and charge their harm (nats)."""
-        self.hits += hits
-        self.peer += peer
-        self.fetched += fetched
-        self._standins = [a + b for a, b in zip(self._standins, standins, strict=True)]
+    def settle(self, outcome: StepOutcome, row: int) -> None:
+        """Add what the expert uses of one row of a decode step came to, and charge their harm (nats)."""
+        self.hits += int(outcome.hits_T[row])
+        self.peer += int(outcome.peer_T[row])
+        self.fetched += int(outcome.fetched_T[row])
+        self._standins = [a + b for a, b in zip(self._standins, outcome.standins_TS[row].tolist(), strict=True)]
+        harm = float(outcome.harm_T[row])
         self.expected_rise += harm
         if self._ledger is not None and self.mode == "bounded":
             self._ledger.charge(harm)
-        if self.record:
-            self.recorded += [RecordedUse(step=self.steps, use=use) for use in uses]
+        if self.recorder is not None:
+            self.recorder.add(self.steps, outcome.substitutions.get(row, []))
         self.steps += 1
 
 
@@ -130,7 +119,9 @@ class StepTotals:
         self._standins = [a + b for a, b in zip(self._standins, outcome.standins_TS.sum(axis=0).tolist(), strict=True)]
 
 
-def open_account(request: GenerationRequest, config: EngineConfig, setup: StandinSetup | None) -> Account:
+def open_account(
+    request: GenerationRequest, config: EngineConfig, setup: StandinSetup | None, max_model_len: int
+) -> Account:
     """The account of a new request: its own mode and budget, else the engine's. Raises RequestError.
 
     A replay runs as `exact`: what its record does not name was the expert itself, whatever is resident now.
@@ -161,4 +152,6 @@ def open_account(request: GenerationRequest, config: EngineConfig, setup: Standi
         )
     refused = unknown or (mode == "bounded" and setup is not None and bool(setup.refusal))
     price = setup.price_of(budget) if mode == "bounded" and setup is not None and not refused else 0.0
-    return Account(mode=mode, budget=budget, price=price, record=request.record, refused=refused)
+    tokens = min(request.sampling.max_tokens, max_model_len - len(request.prompt_token_ids))
+    recorder = open_recorder(request, setup, tokens)
+    return Account(mode=mode, budget=budget, price=price, recorder=recorder, refused=refused)

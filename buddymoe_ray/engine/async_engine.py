@@ -16,6 +16,7 @@ from typing import Any
 
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.parts import EngineLimits
+from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.errors import BuddyMoEError, CapacityError
 from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.types import GenerationRequest, TokenEvent
@@ -62,9 +63,13 @@ class AsyncEngine:
             RequestError: the request is not usable (too long, bad parameter), before the first event.
             CapacityError: the engine is closed or its step thread died.
         """
+        self._raise_if_dead()
+        seq = await asyncio.to_thread(
+            self._engine.prepare, request
+        )  # a long record must hold up neither loop nor steps
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
         finished = False
-        self._submit(lambda: self._add(request, stream))
+        self._submit(lambda: self._add(seq, stream))
         try:
             while not finished:
                 item = await stream.events.get()
@@ -127,14 +132,14 @@ class AsyncEngine:
         if self._failure is not None:
             raise self._failure
 
-    def _add(self, request: GenerationRequest, stream: _Stream) -> None:
+    def _add(self, seq: Sequence, stream: _Stream) -> None:
         try:
             self._raise_if_dead()
-            self._engine.add(request)
+            self._engine.admit(seq)
         except Exception as error:  # whatever is wrong with one request is told to its caller, and the others go on
             stream.put(error)
         else:
-            self._streams[request.request_id] = stream
+            self._streams[seq.request_id] = stream
 
     def _cancel(self, request_id: str) -> None:
         if self._streams.pop(request_id, None) is not None and self._failure is None:

@@ -6,7 +6,6 @@ either free or held by exactly one owner (`check_integrity`).
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterable
 
 __all__ = ["BlockAllocator"]
@@ -41,10 +40,11 @@ class BlockAllocator:
 
     def release(self, blocks: Iterable[int]) -> None:
         """Give blocks back."""
+        blocks = list(blocks)
         for block in blocks:
             assert block in self._held, f"block {block} is released, must be held"
             self._held.remove(block)
-            bisect.insort(self._free, block)
+        self._free = sorted(self._free + blocks)
 
     def check_integrity(self) -> None:
         """Every block is free or held, never both, never neither."""

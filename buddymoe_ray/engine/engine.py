@@ -1,7 +1,8 @@
 """The engine: one `step()` is schedule, run, choose, deliver. The same object serves, evaluates and benchmarks.
 
 Knows sequences, a runner and a scheduler; not HTTP, Ray or threads (it is driven by one caller). `build` wires its
-parts. Invariant: a request that was accepted by `add` ends in exactly one event with a finish_reason.
+parts. Invariants: a request that was accepted by `add` ends in exactly one event with a finish_reason; what goes wrong
+with one sequence ends that one.
 
 Legend: B sequences, V vocabulary.
 """
@@ -9,9 +10,12 @@ Legend: B sequences, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Rows
-from typing import Any, Protocol
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -22,11 +26,13 @@ from buddymoe_ray.engine.chat import encode_chat, encode_prompt
 from buddymoe_ray.engine.guard import GuardWork
 from buddymoe_ray.engine.parts import EngineParts
 from buddymoe_ray.engine.replay import open_replay
-from buddymoe_ray.engine.sampler import Sampled, sample, validate
+from buddymoe_ray.engine.sampler import Sampled, sample
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.engine.sequence import Sequence
-from buddymoe_ray.engine.terms import settle, terms_of
-from buddymoe_ray.errors import CacheError
+from buddymoe_ray.engine.terms import terms_of
+from buddymoe_ray.engine.validate import validate
+from buddymoe_ray.errors import BuddyMoEError, CacheError
+from buddymoe_ray.moe import StepOutcome
 from buddymoe_ray.observe import EngineSnapshot, GuardSnapshot
 from buddymoe_ray.residency.peers import Peering, open_peering
 from buddymoe_ray.residency.sharing import Sharing
@@ -35,6 +41,9 @@ from buddymoe_ray.types import GenerationRequest, TokenEvent
 __all__ = ["Chooser", "Engine"]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Chooser(Protocol):
@@ -97,26 +106,33 @@ class Engine:
 
     def add(self, request: GenerationRequest) -> None:
         """Accept a request. Raises RequestError when it can never be served; nothing is kept then."""
-        validate(request, vocab_size=self.vocab_size)
-        account = open_account(request, self.config, self._setup)
-        self._scheduler.add(
-            Sequence(
-                request,
-                tokenizer=self.tokenizer,
-                eos_token_ids=self._eos,
-                max_model_len=self.limits.max_model_len,
-                default_seed=self.config.seed,
-                account=account,
-                replay=open_replay(request, self._setup),
-                binding="" if self._setup is None else self._setup.binding,
-            )
+        self.admit(self.prepare(request))
+
+    def prepare(self, request: GenerationRequest) -> Sequence:
+        """What `admit` takes: the request checked, its record read, its resumed tokens taken in. From any thread: none
+        of it should hold up a step. Raises RequestError."""
+        request = validate(request, vocab_size=self.vocab_size)
+        return Sequence(
+            request,
+            tokenizer=self.tokenizer,
+            eos_token_ids=self._eos,
+            max_model_len=self.limits.max_model_len,
+            default_seed=self.config.seed,
+            account=open_account(request, self.config, self._setup, self.limits.max_model_len),
+            replay=open_replay(request, self._setup),
+            binding="" if self._setup is None else self._setup.binding,
         )
+
+    def admit(self, seq: Sequence) -> None:
+        """Queue a prepared request. Raises RequestError when it is too large, or its id is taken."""
+        self._scheduler.add(seq)
 
     def cancel(self, request_id: str) -> None:
         """End a request; its blocks are free before the next step. Unknown or finished ids are ignored."""
         seq = self._scheduler.cancel(request_id)
         if seq is not None:
-            self._end(seq, seq.finish("cancelled"))
+            with self._blame(seq):
+                self._tell(seq, seq.finish("cancelled"))
 
     def has_work(self) -> bool:
         """Whether a step would do or deliver anything."""
@@ -126,14 +142,22 @@ class Engine:
         """Advance every scheduled sequence and return what became of each."""
         plan = self._scheduler.schedule()
         self._steps += 1
-        if plan.prefill:
-            self._guarded([chunk.seq for chunk in plan.prefill], lambda: self._prefill(plan.prefill))
-        if plan.decode:
-            self._guarded(list(plan.decode), lambda: self._decode(plan.decode))
+        for chunks in self._passes(plan.prefill):
+            self._prefill(chunks)
+        for sequences in self._passes(plan.decode):
+            self._decode(sequences)
         if self._guard is not None:
             self._recompute(self._guard, idle=not (plan.prefill or plan.decode))
         events, self._pending = self._pending, []
         return events
+
+    def reset(self) -> None:
+        """Forget every request and what is undelivered of it: for after an interrupt, wherever it struck."""
+        self._scheduler.reset()
+        self._runner.release(None)
+        if self._guard is not None:
+            self._guard.reset()
+        self._pending = []
 
     def drain(self) -> list[TokenEvent]:
         """Step until nothing is left; what every step returned, in order."""
@@ -195,55 +219,133 @@ class Engine:
                 self._peering.close()
             self._experts.close()
 
-    def _prefill(self, chunks: Rows[PrefillChunk]) -> None:
-        logits_BV = self._runner.prefill(chunks)
-        for chunk in chunks:
-            chunk.seq.advance(chunk.end - chunk.start)
-        done = [row for row, chunk in enumerate(chunks) if chunk.seq.prompt_computed]
-        if done:
-            self._deliver(logits_BV[done], [chunks[row].seq for row in done])
+    def _passes(self, planned: Rows[T]) -> list[list[T]]:
+        if self._runner.packed:
+            return [list(planned)] if planned else []
+        return [[one] for one in planned]
 
-    def _decode(self, sequences: Rows[Sequence]) -> None:
-        if self._guard is not None:
-            for seq in sequences:
-                seq.account.note_guard(self._guard.state)
-        logits_BV, outcome = self._runner.decode(sequences, terms_of(sequences))
+    def _prefill(self, chunks: list[PrefillChunk]) -> None:
+        def run(part: list[PrefillChunk]) -> tuple[Tensor, dict[int, str]]:
+            return self._runner.prefill(part), self._step.failed or {}
+
+        def probe(seq: Sequence) -> PrefillChunk:
+            return PrefillChunk(seq=self._probe(seq), start=0, end=1)
+
+        for part, (logits_BV, failed) in self._apart(chunks, run, owner=lambda chunk: chunk.seq, probe=probe):
+            counts = [chunk.end - chunk.start for chunk in part]
+            ends = list(accumulate(counts))
+            lost = {bisect_right(ends, row): reason for row, reason in failed.items()}
+            self._take([chunk.seq for chunk in part], counts, logits_BV, lost)
+
+    def _decode(self, sequences: list[Sequence]) -> None:
+        def run(part: list[Sequence]) -> tuple[Tensor, StepOutcome, dict[int, str]]:
+            return *self._runner.decode(part, terms_of(part)), self._step.failed or {}
+
+        ready = []
         for seq in sequences:
-            seq.advance(1)
-        settle(sequences, outcome)
-        self._spent.add(outcome)
-        if self._guard is not None:
-            self._guard.watch(sequences, logits_BV, outcome)
-        self._deliver(logits_BV, list(sequences))
+            with self._blame(seq):
+                seq.account.begin("off" if self._guard is None else self._guard.state)
+                ready.append(seq)
+        for part, (logits_BV, outcome, failed) in self._apart(ready, run, owner=lambda seq: seq, probe=self._probe):
+            self._spent.add(outcome)
+            self._take(part, [1] * len(part), logits_BV, failed, outcome)
+
+    def _take(
+        self,
+        sequences: list[Sequence],
+        counts: list[int],
+        logits_BV: Tensor,
+        lost: Mapping[int, str],
+        outcome: StepOutcome | None = None,
+    ) -> None:
+        """Book a pass that computed `counts` tokens of each sequence, and choose where a prompt is computed. `lost`
+        says by sequence which expert it could not have."""
+        ready = []
+        for row, seq in enumerate(sequences):
+            with self._blame(seq):
+                if row in lost:
+                    raise CacheError(lost[row])
+                seq.advance(counts[row])
+                if outcome is not None:
+                    seq.account.settle(outcome, row)
+                    if self._guard is not None:
+                        self._guard.watch(seq, logits_BV[row], float(outcome.harm_T[row]))
+                if seq.prompt_computed:
+                    ready.append(row)
+
+        def choose(rows: list[int]) -> list[Sampled]:
+            chosen_BV = logits_BV if len(rows) == len(sequences) else logits_BV[rows]
+            return self._chooser.choose(chosen_BV, [sequences[row] for row in rows])
+
+        for rows, choices in self._apart(ready, choose, owner=sequences.__getitem__):
+            for row, chosen in zip(rows, choices, strict=True):
+                with self._blame(sequences[row]):
+                    self._tell(sequences[row], sequences[row].append(chosen))
 
     def _recompute(self, guard: GuardWork, *, idle: bool) -> None:
-        """Let the guard work; a disk error costs it the sample, nobody else anything."""
+        """Let the guard work; an error costs it the sample, nobody else anything."""
         try:
             guard.advance(idle=idle)
-        except CacheError as error:
-            log.error("the guard lost a sample: %s", error)
+        except Exception as error:
+            log.error("the guard lost a sample: %s", error, exc_info=not isinstance(error, CacheError))
 
-    def _deliver(self, logits_BV: Tensor, sequences: list[Sequence]) -> None:
-        for seq, chosen in zip(sequences, self._chooser.choose(logits_BV, sequences), strict=True):
-            event = seq.append(chosen)
-            if event.finish_reason is None:
-                self._pending.append(event)
-            else:
-                self._end(seq, event)
+    def _apart(
+        self,
+        items: list[T],
+        work: Callable[[list[T]], R],
+        *,
+        owner: Callable[[T], Sequence],
+        probe: Callable[[Sequence], T] | None = None,
+    ) -> list[tuple[list[T], R]]:
+        """`work` on all items; where it raises, on each half, down to those at fault, whose sequences end.
 
-    def _guarded(self, sequences: list[Sequence], work: Any) -> None:
-        """A disk error ends the requests of the pass with a clear error; the engine and the others go on."""
+        What fails for one alone is tried on its `probe`, a token of our own: where that fails too, the engine is broken
+        and not the request, and the error is raised.
+        """
+        if not items:
+            return []
         try:
-            work()
-        except CacheError as error:
-            log.error("a pass failed: %s", error)
-            for seq in sequences:
-                if not seq.finished:
-                    self._end(seq, seq.finish("error", error=str(error)))
+            return [(items, work(items))]
+        except Exception as error:
+            if len(items) > 1:
+                halves = items[: len(items) // 2], items[len(items) // 2 :]
+                return [done for half in halves for done in self._apart(half, work, owner=owner, probe=probe)]
+            if probe is not None and not isinstance(error, CacheError):
+                trial = probe(owner(items[0]))
+                work([trial])
+                self._runner.release(owner(trial))
+            self._fail(owner(items[0]), error)
+            return []
 
-    def _end(self, seq: Sequence, event: TokenEvent) -> None:
-        self._scheduler.finish(seq)
-        self._runner.release(seq)
-        if self._guard is not None:
-            self._guard.ended(seq)
+    def _probe(self, broken: Sequence) -> Sequence:
+        """A sequence of one token, on a block of one that will end."""
+        request = GenerationRequest(request_id="probe", prompt_token_ids=(0,))
+        seq = Sequence(request, max_model_len=self.limits.max_model_len)
+        seq.blocks = broken.blocks[:1]
+        return seq
+
+    @contextmanager
+    def _blame(self, seq: Sequence) -> Iterator[None]:
+        """Whatever is raised inside ends this sequence, and no other."""
+        try:
+            yield
+        except Exception as error:
+            self._fail(seq, error)
+
+    def _fail(self, seq: Sequence, error: Exception) -> None:
+        known = isinstance(error, BuddyMoEError)
+        log.error("%s failed: %s", seq.request_id, error, exc_info=None if known else error)
+        message = str(error) if known else f"internal error ({type(error).__name__}). hint: see the log"
+        self._tell(seq, seq.fail(message))
+
+    def _tell(self, seq: Sequence, event: TokenEvent) -> None:
+        """Queue an event; with the last one everything the sequence held is free."""
         self._pending.append(event)
+        if event.finish_reason is not None:
+            self._scheduler.finish(seq)
+            self._runner.release(seq)
+            if self._guard is not None:
+                try:
+                    self._guard.ended(seq)
+                except Exception:
+                    log.exception("the guard lost a sample")

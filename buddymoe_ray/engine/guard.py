@@ -14,7 +14,6 @@ import math
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +22,6 @@ from torch import Tensor
 from buddymoe_ray.engine.runner import Runner
 from buddymoe_ray.engine.scheduler import Scheduler
 from buddymoe_ray.engine.sequence import Sequence
-from buddymoe_ray.moe import StepOutcome
 from buddymoe_ray.observe import GuardSnapshot
 from buddymoe_ray.policy import Guard
 from buddymoe_ray.types import GuardState
@@ -62,6 +60,10 @@ class GuardWork:
 
     def __init__(self, *, guard: Guard, runner: Runner, scheduler: Scheduler, share: float) -> None:
         self._guard, self._runner, self._scheduler, self._share = guard, runner, scheduler, share
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all samples, but not what they have told so far."""
         self._samples: dict[str, _Sample] = {}
         self._waiting: deque[tuple[list[int], _Sample]] = deque()
         self._job: _Job | None = None
@@ -84,18 +86,17 @@ class GuardWork:
             reason=seen.reason,
         )
 
-    def watch(self, sequences: Rows[Sequence], logits_BV: Tensor, outcome: StepOutcome) -> None:
-        """Keep a decode step of the sampled requests; counts generated tokens towards re-arming."""
-        self._guard.generated(len(sequences))
-        for row, seq in enumerate(sequences):
-            if seq.account.steps == 1 and self._chosen(seq):
-                stride = max(1, -(-seq.max_tokens // _MOST_KEPT))
-                self._samples[seq.request_id] = _Sample(stride=stride)
-            sample = self._samples.get(seq.request_id)
-            if sample is not None and (seq.account.steps - 1) % sample.stride == 0:
-                position = seq.num_computed - 1
-                sample.logprobs[position] = logits_BV[row].log_softmax(dim=-1).clone()
-                sample.predicted[position] = float(outcome.harm_T[row])
+    def watch(self, seq: Sequence, logits_V: Tensor, predicted: float) -> None:
+        """Keep a decode step of a sampled request, with what it was charged; counts its token towards re-arming."""
+        self._guard.generated(1)
+        if seq.account.steps == 1 and self._chosen(seq):
+            stride = max(1, -(-seq.max_tokens // _MOST_KEPT))
+            self._samples[seq.request_id] = _Sample(stride=stride)
+        sample = self._samples.get(seq.request_id)
+        if sample is not None and (seq.account.steps - 1) % sample.stride == 0:
+            position = seq.num_computed - 1
+            sample.logprobs[position] = logits_V.log_softmax(dim=-1).clone()
+            sample.predicted[position] = predicted
 
     def ended(self, seq: Sequence) -> None:
         """A request ended: queue its sample, if it has one and there is room."""
@@ -118,15 +119,15 @@ class GuardWork:
         if self._job is None and not self._begin():
             return
         assert self._job is not None, "a job was begun"
+        job = self._job
         try:
-            start, logits_nV = next(self._job.chunks)
+            start, logits_nV = next(job.chunks)
+            self._compare(job, start, logits_nV)
         except StopIteration:
-            self._finish(self._job)
-            return
+            self._finish(job)
         except BaseException:
-            self._drop(self._job)
+            self._drop(job)
             raise
-        self._compare(self._job, start, logits_nV)
 
     def _chosen(self, seq: Sequence) -> bool:
         if seq.account.requested_mode == "exact" or seq.account.guard == "tripped":

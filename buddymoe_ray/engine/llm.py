@@ -7,16 +7,21 @@ and with it every bit of a bfloat16 result, is a function of the arguments alone
 from __future__ import annotations
 
 import itertools
+import numbers
+import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
-from types import TracebackType
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 from tqdm import tqdm
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
+from buddymoe_ray.engine.validate import checked_sampling, plain_text, plain_tokens
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.types import EngineResult, GenerationRequest, Mode, SamplingParams, TokenEvent, TokenLogprob, Usage
 
@@ -67,8 +72,11 @@ class LLM:
     ) -> list[EngineResult]:
         """Generate for all prompts; results in the order given.
 
+        After an interrupt, or an exception in a callback, nothing of the call is left in the engine. The first Ctrl-C
+        waits for the end of the step, a second one does not.
+
         Args:
-            prompts: a string or a list of token ids, or a list of such.
+            prompts: a string or a list of token ids (numpy's too), or a list of such.
             sampling: how tokens are chosen; default greedy, 16 tokens.
             mode, budget: how missing experts are answered, and the nats per token that `bounded` may spend; default the
                 engine's.
@@ -77,31 +85,36 @@ class LLM:
             **changes: fields of SamplingParams, e.g. `max_tokens=64`.
 
         Raises:
-            RequestError: a prompt is empty, too long, or text without a tokenizer; nothing is generated then.
+            RequestError: an argument is of the wrong type, a prompt is empty, too long, or text without a tokenizer;
+                nothing is generated then.
         """
-        chosen = replace(sampling or SamplingParams(temperature=0.0), **changes)
+        chosen = _sampling(sampling, changes)
         terms = {"mode": mode, "budget": budget, "record": record, "replay": replay}
         requests = [self._request(prompt, chosen, terms) for prompt in _as_list(prompts)]
-        for at, request in enumerate(requests):
-            try:
+        try:
+            for request in requests:
                 self._engine.add(request)
-            except RequestError:
-                for earlier in requests[:at]:
-                    self._engine.cancel(earlier.request_id)
-                self._engine.drain()
-                raise
-        return self._run(requests, sys.stderr.isatty() if progress is None else progress)
+            return self._run(requests, sys.stderr.isatty() if progress is None else bool(progress))
+        except BaseException:
+            self._engine.reset()
+            raise
 
     def _request(self, prompt: Prompt, sampling: SamplingParams, terms: dict[str, Any]) -> GenerationRequest:
-        ids = tuple(self._engine.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
+        ids = (
+            self._engine.encode(plain_text("prompt", prompt))
+            if isinstance(prompt, str)
+            else plain_tokens("prompt", prompt)
+        )
         name = f"llm-{next(self._ids)}"
-        return GenerationRequest(request_id=name, prompt_token_ids=ids, sampling=sampling, **terms)
+        return GenerationRequest(request_id=name, prompt_token_ids=tuple(ids), sampling=sampling, **terms)
 
     def _run(self, requests: list[GenerationRequest], progress: bool) -> list[EngineResult]:
         parts: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
         with tqdm(total=len(requests), desc="generate", disable=not progress, file=sys.stderr) as bar:
             while self._engine.has_work():
-                for event in self._engine.step():
+                with _interrupts_wait():
+                    events = self._engine.step()
+                for event in events:
                     parts[event.request_id].append(event)
                     bar.update(event.finish_reason is not None)
         return [_result(request, parts[request.request_id]) for request in requests]
@@ -119,11 +132,48 @@ class LLM:
         self.close()
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    listed: list[Any] = list(prompts)
-    return [listed] if listed and isinstance(listed[0], int) else listed
+def _as_list(prompts: Any) -> list[Prompt]:
+    """The prompts one by one; what is no prompt is told when it is read."""
+    listed = prompts.tolist() if callable(getattr(prompts, "tolist", None)) else prompts
+    if not isinstance(listed, str | list | tuple):
+        raise RequestError(
+            f"prompts is a {type(prompts).__name__}, must be text, token ids or a list of such. hint: use list()",
+            param="prompts",
+        )
+    several = not isinstance(listed, str) and not any(isinstance(item, numbers.Number) for item in listed[:1])
+    return list(listed) if several else [listed]  # type: ignore[arg-type]
+
+
+def _sampling(sampling: SamplingParams | None, changes: dict[str, Any]) -> SamplingParams:
+    unknown = sorted(changes.keys() - {f.name for f in fields(SamplingParams)})
+    if unknown:
+        raise RequestError(
+            f"option is {unknown[0]!r}, must be a field of SamplingParams. hint: check spelling", param=unknown[0]
+        )
+    return replace(checked_sampling(sampling or SamplingParams(temperature=0.0)), **changes)
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C comes through at the end of the block; a second one at once."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if came:
+            signal.default_int_handler(number, frame)
+        came.append(number)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _result(request: GenerationRequest, events: list[TokenEvent]) -> EngineResult:

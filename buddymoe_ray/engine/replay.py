@@ -15,43 +15,74 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgpack
+import numpy as np
+import numpy.typing as npt
 
-from buddymoe_ray.engine.account import RecordedUse
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.moe import Substitution
 from buddymoe_ray.policy import Action
 from buddymoe_ray.residency.standin_setup import StandinSetup
 from buddymoe_ray.types import ExpertKey, GenerationRequest
 
-__all__ = ["Replay", "decode_record", "encode_record", "open_replay"]
+__all__ = ["Recorder", "Replay", "decode_record", "open_recorder", "open_replay"]
+
+MAX_RECORDED = 1 << 20
+"""Most accesses of one record: 15 MiB. A request that could come to more is refused before it begins."""
 
 _VERSION = 1
-_ROW = struct.Struct("<IHBBHfB")  # step, layer, slot, action, expert, weight, kind
-_MOST_BYTES = 64 << 20
+_FIELDS = ("step", "layer", "slot", "action", "expert", "weight", "kind")
+_ROW = np.dtype(list(zip(_FIELDS, ("<u4", "<u2", "u1", "u1", "<u2", "<f4", "u1"), strict=True)))
+_MOST_BYTES = MAX_RECORDED * _ROW.itemsize
 
-Replay = Mapping[int, tuple[Substitution, ...]]
-"""Substitutions by decode step."""
-
-
-def encode_record(uses: Sequence[RecordedUse], *, binding: str, prompt: Sequence[int]) -> str:
-    """The record as text. `binding` names the model and its stand-ins."""
-    kinds = sorted({recorded.use.kind for recorded in uses})
-    rows = b"".join(
-        _ROW.pack(r.step, r.use.layer, r.use.slot, r.use.action, r.use.expert, r.use.weight, kinds.index(r.use.kind))
-        for r in uses
-    )
-    body = {
-        "version": _VERSION,
-        "binding": binding,
-        "prompt": _digest(prompt),
-        "kinds": kinds,
-        "rows": zlib.compress(rows),
-    }
-    return base64.b64encode(msgpack.packb(body)).decode("ascii")
+Replay = Mapping[int, npt.NDArray[np.void]]
+"""Substitutions by decode step: rows of a record, as they are stored but for the kind."""
 
 
-def decode_record(text: str, *, binding: str, prompt: Sequence[int]) -> Replay:
-    """Read a record back. Raises RequestError when it is damaged or of another model, stand-ins or prompt."""
+class Recorder:
+    """A request's record while it grows: compressed as it comes, so that it is small and no step waits for its end."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, int] = {}
+        self._squeeze = zlib.compressobj()
+        self._rows = bytearray()
+
+    def add(self, step: int, uses: Sequence[Substitution]) -> None:
+        """Note what stand-ins answered in a decode step (0 is the one after prefill)."""
+        rows = [
+            (step, u.layer, u.slot, u.action, u.expert, u.weight, self._kinds.setdefault(u.kind, len(self._kinds)))
+            for u in uses
+        ]
+        self._rows += self._squeeze.compress(np.array(rows, _ROW).tobytes())
+
+    def text(self, *, binding: str, prompt: Sequence[int]) -> str:
+        """The record; it ends here. `binding` names the model and its stand-ins."""
+        body = {
+            "version": _VERSION,
+            "binding": binding,
+            "prompt": _digest(prompt),
+            "kinds": list(self._kinds),
+            "rows": bytes(self._rows) + self._squeeze.flush(),
+        }
+        return base64.b64encode(msgpack.packb(body)).decode("ascii")
+
+
+def open_recorder(request: GenerationRequest, setup: StandinSetup | None, tokens: int) -> Recorder | None:
+    """What keeps the record of a request of at most `tokens` tokens, if it asks for one. Raises RequestError."""
+    if not request.record:
+        return None
+    each = 0 if setup is None else len(setup.plan.layer_slots) * setup.top_k
+    if tokens * each > MAX_RECORDED:
+        raise RequestError(
+            f"record is asked of up to {tokens} tokens, must be of at most {MAX_RECORDED // each} for this model. "
+            f"hint: lower max_tokens to {MAX_RECORDED // each}",
+            param="buddymoe.record",
+        )
+    return Recorder()
+
+
+def decode_record(text: str, *, binding: str, prompt: Sequence[int]) -> tuple[npt.NDArray[np.void], list[str]]:
+    """A record's rows and the kinds that they number. Raises RequestError when it is damaged or of another model,
+    stand-ins or prompt."""
     body = _body(text)
     for name, expected, what in (
         ("binding", binding, "this model and its stand-ins"),
@@ -59,15 +90,10 @@ def decode_record(text: str, *, binding: str, prompt: Sequence[int]) -> Replay:
     ):
         if body[name] != expected:
             raise _refused(f"made with another {name}", f"a record of {what}")
-    uses: dict[int, list[Substitution]] = {}
-    for step, layer, slot, action, expert, weight, kind in _ROW.iter_unpack(body["rows"]):
-        if kind >= len(body["kinds"]):
-            raise _refused("damaged", "as the service wrote it")
-        use = Substitution(
-            row=0, layer=layer, slot=slot, action=action, expert=expert, weight=weight, kind=body["kinds"][kind]
-        )
-        uses.setdefault(step, []).append(use)
-    return {step: tuple(named) for step, named in uses.items()}
+    rows, kinds = np.frombuffer(body["rows"], _ROW), body["kinds"]
+    if (rows["kind"] >= len(kinds)).any() or not np.isfinite(rows["weight"]).all():
+        raise _refused("damaged", "as the service wrote it")
+    return rows, kinds
 
 
 def open_replay(request: GenerationRequest, setup: StandinSetup | None) -> Replay:
@@ -76,16 +102,18 @@ def open_replay(request: GenerationRequest, setup: StandinSetup | None) -> Repla
         return {}
     if setup is None:
         raise _refused("of a service with stand-ins", "sent to one: no stand-ins are loaded")
-    replay = decode_record(request.replay, binding=setup.binding, prompt=request.prompt_token_ids)
-    layers, experts = len(setup.plan.layer_slots), setup.experts
-    for use in (use for uses in replay.values() for use in uses):
-        known = use.layer < layers and use.expert < experts and use.slot < setup.top_k
-        own = use.action == Action.OWN
-        if not known or (own and setup.kind_of.get(ExpertKey(use.layer, use.expert)) != use.kind):
-            raise _refused("damaged", "as the service wrote it")
-        if use.action not in (Action.OWN, Action.BUDDY, Action.DROP):
-            raise _refused("damaged", "as the service wrote it")
-    return replay
+    rows, kinds = decode_record(request.replay, binding=setup.binding, prompt=request.prompt_token_ids)
+    limits = {"layer": len(setup.plan.layer_slots), "expert": setup.experts, "slot": setup.top_k}
+    known = all((rows[name] < limit).all() for name, limit in limits.items())
+    known = known and bool(np.isin(rows["action"], (Action.OWN, Action.BUDDY, Action.DROP)).all())
+    own = rows[rows["action"] == Action.OWN][["layer", "expert", "kind"]] if known else rows[:0]
+    for layer, expert, kind in np.unique(own).tolist() if len(own) else ():
+        known = known and setup.kind_of.get(ExpertKey(layer, expert)) == kinds[kind]
+    if not known:
+        raise _refused("damaged", "as the service wrote it")
+    ordered = rows[rows["step"].argsort(kind="stable")]
+    steps, starts = np.unique(ordered["step"], return_index=True)
+    return dict(zip(steps.tolist(), np.split(ordered, starts[1:]), strict=True)) if len(steps) else {}
 
 
 def _body(text: str) -> dict[str, Any]:
@@ -98,7 +126,7 @@ def _body(text: str) -> dict[str, Any]:
         shaped = shaped and all(isinstance(kind, str) for kind in body["kinds"])
         if shaped:
             body["rows"] = _inflated(body["rows"])
-        shaped = shaped and len(body["rows"]) % _ROW.size == 0 and {"binding", "prompt"} <= set(body)
+        shaped = shaped and len(body["rows"]) % _ROW.itemsize == 0 and {"binding", "prompt"} <= set(body)
     except (binascii.Error, ValueError, KeyError, TypeError, zlib.error, msgpack.exceptions.UnpackException) as error:
         raise _refused("damaged", "as the service wrote it") from error
     if not shaped:

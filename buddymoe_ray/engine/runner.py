@@ -30,7 +30,13 @@ __all__ = ["PackedRunner", "Runner", "SoloRunner", "probe_kv_shapes"]
 
 
 class Runner(Protocol):
-    """What the engine asks of a model."""
+    """What the engine asks of a model.
+
+    `packed`: a pass may have several sequences, and one that failed may be computed again. A row whose expert could not
+    be had is in the step's `failed`, by its number in the pass; the others are worth what they always are.
+    """
+
+    packed: bool
 
     def prefill(self, chunks: Rows[PrefillChunk]) -> Tensor:
         """Compute prompt chunks; float32 logits `[chunks, V]` of each chunk's last token."""
@@ -46,12 +52,14 @@ class Runner(Protocol):
         `blocks` are KV blocks for all of it, held by the caller.
         """
 
-    def release(self, sequence: Sequence) -> None:
-        """Forget what is kept for a sequence that ended."""
+    def release(self, sequence: Sequence | None) -> None:
+        """Forget what is kept for a sequence that ended; None: for all."""
 
 
 class PackedRunner:
     """Ragged rows of all sequences in one pass. `block_size` is that of the pool."""
+
+    packed = True
 
     def __init__(self, loaded: LoadedModel, paged: PagedAttention, pool: KVPool, step: StepState) -> None:
         self._model, self._device = loaded.model, loaded.device
@@ -85,9 +93,9 @@ class PackedRunner:
             ids = list(token_ids[start : start + chunk])
             rows = [ChunkRows(row=0, count=len(ids), start=start, blocks=tuple(blocks))]
             positions = list(range(start, start + len(ids)))
-            yield start, self._forward(Phase.PREFILL, rows, ids, positions, 0)
+            yield start, self._forward(Phase.PREFILL, rows, ids, positions, 0, isolate=False)
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: Sequence | None) -> None:
         """Nothing is kept per sequence: its blocks are the scheduler's."""
 
     def _forward(
@@ -98,8 +106,10 @@ class PackedRunner:
         positions: list[int],
         keep: Any,
         terms: StepTerms | None = None,
+        *,
+        isolate: bool = True,
     ) -> Tensor:
-        self._step.begin(phase, len(ids), terms)
+        self._step.begin(phase, len(ids), terms, isolate=isolate)
         decode = phase is Phase.DECODE
         self._paged.current = PackedPass.build(
             rows, decode=decode, block_size=self._pool.block_size, device=self._device
@@ -117,21 +127,21 @@ class PackedRunner:
 class SoloRunner:
     """One forward per sequence on the model's own cache; a prompt is computed whole."""
 
+    packed = False
+
     def __init__(self, loaded: LoadedModel, step: StepState) -> None:
         self._model, self._device, self._step = loaded.model, loaded.device, step
         self._caches: dict[str, Any] = {}
 
     def prefill(self, chunks: Rows[PrefillChunk]) -> Tensor:
-        self._step.begin(Phase.PREFILL, 0)
-        return torch.stack([self._one(c.seq, c.start, c.end) for c in chunks])
+        [chunk] = chunks
+        self._step.begin(Phase.PREFILL, chunk.end - chunk.start, isolate=True)
+        return self._one(chunk.seq, chunk.start, chunk.end)
 
     def decode(self, sequences: Rows[Sequence], terms: StepTerms) -> tuple[Tensor, StepOutcome]:
-        logits, outcomes = [], []
-        for row, seq in enumerate(sequences):
-            self._step.begin(Phase.DECODE, 1, terms.row(row))
-            logits.append(self._one(seq, seq.num_computed, seq.num_computed + 1))
-            outcomes.append(self._step.outcome)
-        return torch.stack(logits), StepOutcome.joined(outcomes)
+        [seq] = sequences
+        self._step.begin(Phase.DECODE, 1, terms, isolate=True)
+        return self._one(seq, seq.num_computed, seq.num_computed + 1), self._step.outcome
 
     def score(
         self, token_ids: Rows[int], blocks: Rows[int], *, chunk: int = SCORED_CHUNK
@@ -141,12 +151,13 @@ class SoloRunner:
             out = self._model(input_ids=torch.tensor([list(token_ids)], device=self._device), use_cache=False)
         yield 0, out.logits[0].float()
 
-    def release(self, sequence: Sequence) -> None:
-        self._caches.pop(sequence.request_id, None)
+    def release(self, sequence: Sequence | None) -> None:
+        if sequence is None:
+            self._caches.clear()
+        else:
+            self._caches.pop(sequence.request_id, None)
 
     def _one(self, seq: Sequence, start: int, end: int) -> Tensor:
-        if self._step.phase is Phase.PREFILL:
-            self._step.begin(Phase.PREFILL, end - start)
         with torch.inference_mode():
             out = self._model(
                 input_ids=torch.tensor([seq.token_ids(start, end)], device=self._device),
@@ -155,7 +166,7 @@ class SoloRunner:
                 logits_to_keep=1,
             )
         self._caches[seq.request_id] = out.past_key_values
-        return out.logits[0, -1].float()
+        return out.logits[0, -1:].float()
 
 
 def probe_kv_shapes(loaded: LoadedModel, paged: PagedAttention, step: StepState) -> dict[int, KVShape]:

@@ -15,12 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from buddymoe_ray.errors import RequestError
-from buddymoe_ray.types import GenerationRequest, SamplingParams
+from buddymoe_ray.types import SamplingParams
 
-__all__ = ["Sampled", "SamplingState", "sample", "validate"]
-
-MAX_LOGPROBS = 20
+__all__ = ["Sampled", "SamplingState", "sample"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,49 +60,6 @@ def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
     else:
         chosen = [_choose(logits_V, state) for logits_V, state in zip(logits_BV, states, strict=True)]
     return [_report(logits_BV[row], token, states[row].params.logprobs) for row, token in enumerate(chosen)]
-
-
-def validate(request: GenerationRequest, *, vocab_size: int) -> None:
-    """Refuse parameters that have no meaning. Raises RequestError naming the parameter."""
-    p = request.sampling
-    if not request.prompt_token_ids:
-        raise RequestError("prompt is empty, must have at least one token. hint: send some text", param="prompt")
-    bad = next((t for t in request.prompt_token_ids if not 0 <= t < vocab_size), None)
-    if bad is not None:
-        raise RequestError(f"prompt holds token id {bad}, must be in [0, {vocab_size})", param="prompt")
-    _validate_resumed(request, vocab_size)
-    _within("temperature", p.temperature, 0.0, 2.0)
-    if not 0.0 < p.top_p <= 1.0:
-        raise RequestError(f"top_p is {p.top_p}, must be in (0, 1]. hint: 1 keeps all", param="top_p")
-    _within("presence_penalty", p.presence_penalty, -2.0, 2.0)
-    _within("frequency_penalty", p.frequency_penalty, -2.0, 2.0)
-    if p.top_k < 0:
-        raise RequestError(f"top_k is {p.top_k}, must be at least 0. hint: 0 keeps all", param="top_k")
-    _within("repetition_penalty", p.repetition_penalty, 0.01, 100.0)
-    if p.max_tokens < 1:
-        raise RequestError(f"max_tokens is {p.max_tokens}, must be at least 1", param="max_tokens")
-    if p.logprobs is not None:
-        _within("logprobs", p.logprobs, 0, MAX_LOGPROBS)
-    if "" in p.stop:
-        raise RequestError("stop holds an empty string, must be text. hint: drop it", param="stop")
-
-
-def _validate_resumed(request: GenerationRequest, vocab_size: int) -> None:
-    resumed = request.resumed_token_ids
-    bad = next((t for t in resumed if not 0 <= t < vocab_size), None)
-    if bad is not None:
-        raise RequestError(f"resumed_token_ids holds {bad}, must be in [0, {vocab_size})", param="resumed_token_ids")
-    if resumed and (request.record or request.replay is not None):
-        raise RequestError(
-            "resumed_token_ids are given with record or replay, must be alone: the record of those tokens is lost. "
-            "hint: ask again from the start",
-            param="resumed_token_ids",
-        )
-
-
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise RequestError(f"{name} is {value}, must be in [{low:g}, {high:g}]. hint: see the API's range", param=name)
 
 
 def _plain_greedy(p: SamplingParams) -> bool:

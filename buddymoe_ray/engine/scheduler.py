@@ -6,7 +6,6 @@ sequence is ever pushed out. Invariant: blocks held by sequences and free blocks
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 
 from buddymoe_ray.engine.blocks import BlockAllocator
@@ -40,10 +39,14 @@ class Scheduler:
         assert min(num_blocks, block_size, max_running, prefill_chunk) > 0, "sizes must be positive"
         self.num_blocks, self._block_size = num_blocks, block_size
         self._max_running, self._prefill_chunk = max_running, prefill_chunk
-        self._allocator = BlockAllocator(num_blocks)
-        self._waiting: deque[Sequence] = deque()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every sequence and loan, also where an interrupt left the tables half written."""
+        self._allocator = BlockAllocator(self.num_blocks)
+        self._waiting: dict[str, Sequence] = {}  # in order of arrival
         self._admitted: dict[str, Sequence] = {}
-        self._lent: list[int] = []
+        self._lent: set[int] = set()
 
     @property
     def num_waiting(self) -> int:
@@ -62,7 +65,7 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence. Raises RequestError when it could never be admitted, or its id is taken."""
-        if self._find(seq.request_id) is not None:
+        if seq.request_id in self._admitted or seq.request_id in self._waiting:
             raise RequestError(f"request_id is {seq.request_id!r}, must be unique. hint: wait until that request ends")
         if self._blocks_for(seq) > self.num_blocks:
             limit = self.num_blocks * self._block_size
@@ -71,14 +74,11 @@ class Scheduler:
                 "hint: lower max_tokens",
                 param="max_tokens",
             )
-        self._waiting.append(seq)
+        self._waiting[seq.request_id] = seq
 
     def cancel(self, request_id: str) -> Sequence | None:
         """The live sequence of that id, for the caller to finish; None when there is none."""
-        seq = self._find(request_id)
-        if seq is not None and request_id not in self._admitted:
-            self._waiting.remove(seq)
-        return seq
+        return self._admitted.get(request_id) or self._waiting.pop(request_id, None)
 
     def has_work(self) -> bool:
         """Whether `schedule` would return anything."""
@@ -99,10 +99,9 @@ class Scheduler:
 
     def finish(self, seq: Sequence) -> None:
         """Free what the sequence holds; one that was never admitted holds nothing."""
-        if self._admitted.get(seq.request_id) is seq:  # its id may already be another's when it never was admitted
-            del self._admitted[seq.request_id]
-        elif seq in self._waiting:
-            self._waiting.remove(seq)
+        for held in (self._admitted, self._waiting):
+            if held.get(seq.request_id) is seq:  # its id may already be another's when it never was admitted
+                del held[seq.request_id]
         self._allocator.release(seq.blocks)
         seq.blocks = []
 
@@ -112,12 +111,12 @@ class Scheduler:
         if not self._allocator.can_allocate(wanted):
             return None
         blocks = self._allocator.allocate(wanted)
-        self._lent += blocks
+        self._lent.update(blocks)
         return blocks
 
     def give_back(self, blocks: list[int]) -> None:
         """Return borrowed blocks."""
-        self._lent = [block for block in self._lent if block not in blocks]
+        self._lent.difference_update(blocks)
         self._allocator.release(blocks)
 
     def check_integrity(self) -> None:
@@ -126,21 +125,18 @@ class Scheduler:
         held = sorted([*self._lent, *(block for seq in self._admitted.values() for block in seq.blocks)])
         assert len(held) == len(set(held)), f"a block is held twice: {held}"
         assert len(held) + self._allocator.free == self.num_blocks, f"{len(held)} held, {self._allocator.free} free"
-        assert all(not seq.blocks for seq in self._waiting), "a waiting sequence holds blocks"
+        assert all(not seq.blocks for seq in self._waiting.values()), "a waiting sequence holds blocks"
 
     def _admit(self) -> None:
         while self._waiting and len(self._admitted) < self._max_running:
-            seq = self._waiting[0]
+            seq = next(iter(self._waiting.values()))
             wanted = self._blocks_for(seq)
             if not self._allocator.can_allocate(wanted):
                 return
-            self._waiting.popleft()
+            del self._waiting[seq.request_id]
             seq.blocks = self._allocator.allocate(wanted)
             seq.state = State.PREFILLING
             self._admitted[seq.request_id] = seq
 
     def _blocks_for(self, seq: Sequence) -> int:
         return -(-seq.max_length // self._block_size)
-
-    def _find(self, request_id: str) -> Sequence | None:
-        return self._admitted.get(request_id) or next((s for s in self._waiting if s.request_id == request_id), None)

@@ -15,7 +15,7 @@ from typing import Any
 
 from buddymoe_ray.engine.account import Account
 from buddymoe_ray.engine.detokenize import IncrementalDetokenizer
-from buddymoe_ray.engine.replay import Replay, encode_record
+from buddymoe_ray.engine.replay import Replay
 from buddymoe_ray.engine.sampler import Sampled, SamplingState
 from buddymoe_ray.engine.stop import StopChecker
 from buddymoe_ray.errors import RequestError
@@ -76,7 +76,7 @@ class Sequence:
         self.sampling_state = SamplingState(params=params, seed=seed, token_ids=self._ids, prompt_length=len(prompt))
         self._detokenizer = None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt)
         self._stop = StopChecker(params.stop)
-        self.account = account or Account(mode="exact", budget=0.0, price=0.0, record=False)
+        self.account = account or Account(mode="exact", budget=0.0, price=0.0)
         self.replay: Replay = replay or {}
         self._binding = binding
         self._resume(request.resumed_token_ids)
@@ -139,6 +139,16 @@ class Sequence:
         assert not self.finished, f"sequence {self.request_id} is finished, must be live to be ended"
         return self._event((), "" if reason == "cancelled" else self._rest()[0], reason, error=error)
 
+    def fail(self, error: str) -> TokenEvent:
+        """End by an error, also by one in what its last words would need."""
+        try:
+            return self.finish("error", error=error)
+        except Exception:
+            self.state = State.FINISHED
+            return TokenEvent(
+                request_id=self.request_id, token_ids=(), text="", finish_reason="error", usage=Usage(), error=error
+            )
+
     def usage(self) -> Usage:
         """What it cost so far."""
         return Usage(
@@ -154,7 +164,7 @@ class Sequence:
             standins=self.account.standins,
             expected_rise=self.account.expected_rise,
             guard=self.account.guard,
-            record=self._record() if self.finished and self.account.record else None,
+            record=self._record() if self.finished else None,
         )
 
     def _take(self, token_id: int) -> tuple[str, bool, FinishReason | None]:
@@ -209,8 +219,11 @@ class Sequence:
             error=error,
         )
 
-    def _record(self) -> str:
-        return encode_record(self.account.recorded, binding=self._binding, prompt=self.request.prompt_token_ids)
+    def _record(self) -> str | None:
+        recorder = self.account.recorder
+        if recorder is None:
+            return None
+        return recorder.text(binding=self._binding, prompt=self.request.prompt_token_ids)
 
 
 def _drawn(default_seed: int | None, request_id: str) -> int:

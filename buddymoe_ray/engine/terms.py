@@ -1,4 +1,4 @@
-"""From the requests of a decode step to the terms its pass is computed on, and back to their accounts.
+"""From the requests of a decode step to the terms its pass is computed on.
 
 Knows accounts and replays, not the model. Neighbours: the engine calls it around `Runner.decode`.
 
@@ -12,19 +12,17 @@ from collections.abc import Sequence as Rows
 import numpy as np
 
 from buddymoe_ray.engine.sequence import Sequence
-from buddymoe_ray.moe import Overlay, StepOutcome, StepTerms, Substitution
+from buddymoe_ray.moe import Overlay, StepTerms
 from buddymoe_ray.policy import RowBudgets
 
-__all__ = ["settle", "terms_of"]
+__all__ = ["terms_of"]
 
 _MODES = {"exact": 0, "bounded": 1, "fast": 2}
 
 
 def terms_of(sequences: Rows[Sequence]) -> StepTerms:
-    """What each sequence may spend in the coming step; accrues the step's allowance."""
+    """What each sequence may spend in the coming step."""
     accounts = [seq.account for seq in sequences]
-    for account in accounts:
-        account.accrue()
     overlays = _overlays(sequences)
     if not overlays and all(account.mode == "exact" for account in accounts):
         return StepTerms()
@@ -35,38 +33,27 @@ def terms_of(sequences: Rows[Sequence]) -> StepTerms:
     )
     return StepTerms(
         budgets=budgets,
-        record=frozenset(row for row, account in enumerate(accounts) if account.record),
+        record=frozenset(row for row, account in enumerate(accounts) if account.recorder is not None),
         overlays=overlays,
     )
 
 
-def settle(sequences: Rows[Sequence], outcome: StepOutcome) -> None:
-    """Book what the step's expert uses came to."""
-    hits, peer, fetched = outcome.hits_T.tolist(), outcome.peer_T.tolist(), outcome.fetched_T.tolist()
-    harms, standins = outcome.harm_T.tolist(), outcome.standins_TS.tolist()
-    for row, seq in enumerate(sequences):
-        seq.account.settle(
-            hits=hits[row],
-            peer=peer[row],
-            fetched=fetched[row],
-            standins=standins[row],
-            harm=harms[row],
-            uses=[use for use in outcome.substitutions if use.row == row],
-        )
-
-
 def _overlays(sequences: Rows[Sequence]) -> dict[int, Overlay]:
-    uses: dict[int, list[tuple[int, Substitution]]] = {}
-    for row, seq in enumerate(sequences):
-        for use in seq.replay.get(seq.account.steps, ()):
-            uses.setdefault(use.layer, []).append((row, use))
+    replayed = [
+        (row, seq.replay[seq.account.steps]) for row, seq in enumerate(sequences) if seq.account.steps in seq.replay
+    ]
+    if not replayed:
+        return {}
+    row_N = np.repeat([row for row, _ in replayed], [len(uses) for _, uses in replayed])
+    uses_N = np.concatenate([uses for _, uses in replayed])
     return {
         layer: Overlay(
-            row_N=np.array([row for row, _ in named]),
-            slot_N=np.array([use.slot for _, use in named]),
-            action_N=np.array([use.action for _, use in named], np.int8),
-            expert_N=np.array([use.expert for _, use in named]),
-            weight_N=np.array([use.weight for _, use in named], np.float32),
+            row_N=row_N[mine_N],
+            slot_N=uses_N["slot"][mine_N].astype(np.int64),
+            action_N=uses_N["action"][mine_N].astype(np.int8),
+            expert_N=uses_N["expert"][mine_N].astype(np.int64),
+            weight_N=uses_N["weight"][mine_N],
         )
-        for layer, named in uses.items()
+        for layer in np.unique(uses_N["layer"]).tolist()
+        for mine_N in [uses_N["layer"] == layer]
     }

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.cache import Experts
+from buddymoe_ray.errors import CacheError
 from buddymoe_ray.kernels import combine
 from buddymoe_ray.moe.peers import Peers
 from buddymoe_ray.moe.rows import Rows, group
@@ -62,7 +63,8 @@ class MoEBlock:
         self._cache, self._compute, self._step, self._standins = cache, compute, step, standins
 
     def __call__(self, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """Raises CacheError when an expert's bytes cannot be read; the cache stays usable."""
+        """An expert whose bytes cannot be read costs the rows that need it (`StepState.failed`), or raises CacheError;
+        the cache stays usable."""
         step = self._step
         if step.phase is Phase.PROBE:
             return torch.zeros_like(hidden_TD)
@@ -136,11 +138,28 @@ class MoEBlock:
 
     def _run_here(self, hidden_TD: Tensor, rows_of: Rows, y_ND: Tensor, *, protect: bool) -> None:
         """Run experts as the cache lends them."""
-        if not rows_of:
-            return
-        with closing(self._cache.stream(self.layer, list(rows_of), protect_residency=protect)) as waves:
+        rest = dict(rows_of)
+        try:
+            if rest:
+                self._run_waves(hidden_TD, rest, y_ND, protect=protect)
+        except CacheError as error:
+            if self._step.failed is None:
+                raise
+            if error.expert not in rest and len(rest) > 1:  # nobody knows which one it is
+                for expert, rows in rest.items():
+                    self._run_here(hidden_TD, {expert: rows}, y_ND, protect=protect)
+                return
+            rows_R, tokens_R = rest.pop(error.expert) if error.expert in rest else rest.popitem()[1]
+            y_ND[rows_R] = 0
+            self._step.failed |= dict.fromkeys(tokens_R.tolist(), str(error))
+            self._run_here(hidden_TD, rest, y_ND, protect=protect)
+
+    def _run_waves(self, hidden_TD: Tensor, rest: Rows, y_ND: Tensor, *, protect: bool) -> None:
+        """Run experts as they are lent, and take each out of `rest`."""
+        with closing(self._cache.stream(self.layer, list(rest), protect_residency=protect)) as waves:
             for leases in waves:
                 for lease in leases:
-                    rows_R, tokens_R = rows_of[lease.key.expert]
+                    rows_R, tokens_R = rest[lease.key.expert]
                     x_RD = hidden_TD.index_select(0, tokens_R)
                     y_ND.index_copy_(0, rows_R, self._compute(x_RD, lease.tensors()))
+                    del rest[lease.key.expert]

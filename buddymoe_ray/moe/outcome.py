@@ -9,7 +9,7 @@ then those of stand-ins.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,6 @@ def standin_kind(name: str) -> str:
 class Substitution:
     """One use that a stand-in answered: `expert` is whose weights or record ran, `kind` the stand-in's full name."""
 
-    row: int
     layer: int
     slot: int
     action: int
@@ -52,12 +51,12 @@ class Substitution:
 
 @dataclass(kw_only=True)
 class StepOutcome:
-    """Sums over the layers of a pass. `harm_T` is in nats; `substitutions` are those of the rows in `record`."""
+    """Sums over the layers of a pass. `harm_T` is in nats; `substitutions` has those of the rows in `record`."""
 
     uses_TA: Ints
     harm_T: Floats
     record: frozenset[int] = frozenset()
-    substitutions: list[Substitution] = field(default_factory=list)
+    substitutions: dict[int, list[Substitution]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._begin_T1 = _ANSWERS * np.arange(len(self.uses_TA))[:, None]  # of each row, in the table end to end
@@ -66,15 +65,6 @@ class StepOutcome:
     def empty(cls, rows: int, record: frozenset[int] = frozenset()) -> StepOutcome:
         """Nothing counted yet."""
         return cls(uses_TA=np.zeros((rows, _ANSWERS), np.int64), harm_T=np.zeros(rows, np.float32), record=record)
-
-    @classmethod
-    def joined(cls, outcomes: Sequence[StepOutcome]) -> StepOutcome:
-        """Outcomes of passes of one row each, as one outcome of as many rows."""
-        return cls(
-            uses_TA=np.concatenate([o.uses_TA for o in outcomes]),
-            harm_T=np.concatenate([o.harm_T for o in outcomes]),
-            substitutions=[replace(s, row=row) for row, o in enumerate(outcomes) for s in o.substitutions],
-        )
 
     @property
     def hits_T(self) -> Ints:
@@ -132,8 +122,6 @@ class StepOutcome:
                 action, expert = int(resolution.action_TK[row, slot]), int(resolution.expert_TK[row, slot])
                 kind = {Action.BUDDY: "buddy", Action.DROP: "drop"}.get(Action(action)) or kind_of_E[expert]
                 weight = float(resolution.weight_TK[row, slot])
-                self.substitutions.append(
-                    Substitution(
-                        row=row, layer=layer, slot=slot, action=action, expert=expert, weight=weight, kind=kind
-                    )
+                self.substitutions.setdefault(row, []).append(
+                    Substitution(layer=layer, slot=slot, action=action, expert=expert, weight=weight, kind=kind)
                 )

@@ -55,22 +55,12 @@ class StepTerms:
     record: frozenset[int] = frozenset()
     overlays: Mapping[int, Overlay] = field(default_factory=dict)
 
-    def row(self, row: int) -> StepTerms:
-        """The terms of one row, for a pass that has it alone."""
-        budgets = self.budgets
-        if budgets is not None:
-            one = slice(row, row + 1)
-            budgets = RowBudgets(
-                mode_T=budgets.mode_T[one], allowance_T=budgets.allowance_T[one], price_T=budgets.price_T[one]
-            )
-        overlays = {layer: _of_row(overlay, row) for layer, overlay in self.overlays.items()}
-        return StepTerms(budgets=budgets, record=frozenset({0} if row in self.record else ()), overlays=overlays)
-
 
 class StepState:
     """Mutable state of the pass in progress; one per engine, shared by all its MoE blocks.
 
     `scores` holds the router's scores `[T, E]` of a layer while its experts run, where a stand-in asks for them.
+    `failed` says by row why its output is worth nothing: an expert it needed could not be had. None: the pass raises.
     """
 
     def __init__(self) -> None:
@@ -78,10 +68,11 @@ class StepState:
         self.scores: dict[int, Tensor] = {}
         self.begin(Phase.PROBE, 0)
 
-    def begin(self, phase: Phase, rows: int, terms: StepTerms | None = None) -> None:
-        """Start a pass of `rows` rows."""
+    def begin(self, phase: Phase, rows: int, terms: StepTerms | None = None, *, isolate: bool = False) -> None:
+        """Start a pass of `rows` rows. With `isolate` an expert that cannot be had costs only the rows that need it."""
         terms = terms or StepTerms()
         self.phase = phase
+        self.failed: dict[int, str] | None = {} if isolate else None
         self.budgets, self.overlays = terms.budgets, terms.overlays
         self.outcome = StepOutcome.empty(rows, terms.record)
 
@@ -90,14 +81,3 @@ class StepState:
         if self.budgets is not None:
             with np.errstate(invalid="ignore"):  # a fast row's endless allowance less an endless harm
                 self.budgets = replace(self.budgets, allowance_T=self.budgets.allowance_T - harm_T)
-
-
-def _of_row(overlay: Overlay, row: int) -> Overlay:
-    mine = overlay.row_N == row
-    return Overlay(
-        row_N=overlay.row_N[mine] * 0,
-        slot_N=overlay.slot_N[mine],
-        action_N=overlay.action_N[mine],
-        expert_N=overlay.expert_N[mine],
-        weight_N=overlay.weight_N[mine],
-    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,44 @@ async def test_closing_fails_what_is_unfinished(folder: Path) -> None:
     made.close()
     with pytest.raises(CapacityError, match="closed"):
         await tokens_of(made, request("late"))
+
+
+async def test_one_bad_request_never_ends_the_step_thread(
+    running: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever type a caller's field has: the others go on with the same tokens, and the thread lives."""
+    alone = await tokens_of(running, request("alone", max_tokens=40))
+    beside = asyncio.create_task(tokens_of(running, request("beside", max_tokens=40)))
+    wrong = [{"max_tokens": 2.0}, {"seed": "a", "temperature": 1.0}, {"top_k": 2.5}, {"stop": 3}, {"logprobs": True}]
+    for at, changes in enumerate(wrong):
+        made = replace(request(f"bad{at}"), sampling=replace(SamplingParams(), **changes))
+        with pytest.raises(RequestError) as caught:
+            await tokens_of(running, made)
+        assert caught.value.param in changes
+    assert await beside == alone
+    await running.check_health()
+
+
+async def test_a_cancelled_task_leaves_nothing(running: AsyncEngine) -> None:
+    for at in range(8):
+        task = asyncio.create_task(tokens_of(running, request(f"task{at}", max_tokens=200)))
+        await asyncio.sleep(0.002 * at)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    while running.snapshot().running + running.snapshot().waiting:
+        await asyncio.sleep(0.001)
+    assert running.snapshot().free_kv_blocks == running.snapshot().total_kv_blocks
+    assert len(await tokens_of(running, request("after"))) == 8
+
+
+async def test_a_record_is_read_off_the_step_thread(running: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def read(made: GenerationRequest, setup: object) -> dict[int, object]:
+        seen.append(threading.current_thread().name)
+        return {}
+
+    monkeypatch.setattr("buddymoe_ray.engine.engine.open_replay", read)
+    await tokens_of(running, request("r"))
+    assert seen and not {"engine-step", threading.main_thread().name} & set(seen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -193,41 +193,42 @@ def test_a_recorded_pass_repeats_elsewhere_to_the_bit(tmp_path: Path) -> None:
     opened = Opened(tmp_path, policy)
     opened.step.begin(Phase.DECODE, 2, terms([2, 2], record=frozenset({0, 1})))
     first = opened.block(HIDDEN, IDS, WEIGHTS)
-    uses = opened.step.outcome.substitutions
-    assert [(u.row, u.slot, u.kind) for u in uses] == [(0, 1, "buddy"), (0, 2, "mean"), (1, 0, "mean"), (1, 2, "drop")]
+    uses = [(row, u) for row, of_row in opened.step.outcome.substitutions.items() for u in of_row]
+    assert [(row, u.slot, u.kind) for row, u in uses] == [
+        (0, 1, "buddy"),
+        (0, 2, "mean"),
+        (1, 0, "mean"),
+        (1, 2, "drop"),
+    ]
     overlay = Overlay(
-        row_N=np.array([u.row for u in uses]),
-        slot_N=np.array([u.slot for u in uses]),
-        action_N=np.array([u.action for u in uses], np.int8),
-        expert_N=np.array([u.expert for u in uses]),
-        weight_N=np.array([u.weight for u in uses], np.float32),
+        row_N=np.array([row for row, _ in uses]),
+        slot_N=np.array([u.slot for _, u in uses]),
+        action_N=np.array([u.action for _, u in uses], np.int8),
+        expert_N=np.array([u.expert for _, u in uses]),
+        weight_N=np.array([u.weight for _, u in uses], np.float32),
     )
     opened.step.begin(Phase.DECODE, 2, terms([0, 0], overlays={LAYER: overlay}))
     assert torch.equal(opened.block(HIDDEN, IDS, WEIGHTS), first)
     assert opened.step.outcome.harm_T.tolist() == [0.0, 0.0], "a replay is charged nothing"
-    one = terms([0, 0], overlays={LAYER: overlay}).row(1)
-    opened.step.begin(Phase.DECODE, 1, one)
+    mine = overlay.row_N == 1
+    alone = Overlay(**{f.name: getattr(overlay, f.name)[mine] for f in fields(Overlay)} | {"row_N": np.zeros(2, int)})
+    opened.step.begin(Phase.DECODE, 1, terms([0], overlays={LAYER: alone}))
     torch.testing.assert_close(opened.block(HIDDEN[1:], IDS[1:], WEIGHTS[1:]), first[1:])
     opened.cache.close()
 
 
-def test_rows_alone_join_to_the_same_outcome(tmp_path: Path) -> None:
-    from buddymoe_ray.moe import StepOutcome
-
+def test_rows_alone_come_to_the_same_outcome(tmp_path: Path) -> None:
     opened = Opened(tmp_path, Scripted(ALL_OWN))
-    both = terms([2, 2], record=frozenset({1}))
-    opened.step.begin(Phase.DECODE, 2, both)
+    opened.step.begin(Phase.DECODE, 2, terms([2, 2], record=frozenset({1})))
     opened.block(HIDDEN, IDS, WEIGHTS)
-    together, alone = opened.step.outcome, []
+    together = opened.step.outcome
     for row in range(2):
-        opened.step.begin(Phase.DECODE, 1, both.row(row))
+        opened.step.begin(Phase.DECODE, 1, terms([2], record=frozenset({0} if row else ())))
         opened.block(HIDDEN[row : row + 1], IDS[row : row + 1], WEIGHTS[row : row + 1])
-        alone.append(opened.step.outcome)
-    joined = StepOutcome.joined(alone)
-    for name in ("uses_TA", "harm_T"):
-        assert np.array_equal(getattr(joined, name), getattr(together, name)), name
-    assert joined.substitutions == together.substitutions
-    assert [replace(u, row=0).row for u in joined.substitutions] == [0, 0]
+        alone = opened.step.outcome
+        for name in ("uses_TA", "harm_T"):
+            assert np.array_equal(getattr(alone, name)[0], getattr(together, name)[row]), name
+        assert alone.substitutions.get(0) == together.substitutions.get(row)
     opened.cache.close()
 
 

@@ -10,17 +10,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buddymoe_ray.engine.account import RecordedUse
-from buddymoe_ray.engine.replay import decode_record, encode_record
+from buddymoe_ray.engine.replay import Recorder, decode_record
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.moe import Substitution
 
 PROMPT = (5, 6, 7)
 
 
-def use(step: int = 0, **changes: object) -> RecordedUse:
-    fields = {"row": 0, "layer": 1, "slot": 2, "action": 2, "expert": 9, "weight": 0.25, "kind": "lowbit3"} | changes
-    return RecordedUse(step=step, use=Substitution(**fields))  # type: ignore[arg-type]
+def use(step: int = 0, **changes: object) -> tuple[int, Substitution]:
+    fields = {"layer": 1, "slot": 2, "action": 2, "expert": 9, "weight": 0.25, "kind": "lowbit3"} | changes
+    return step, Substitution(**fields)  # type: ignore[arg-type]
+
+
+def encode_record(uses: list[tuple[int, Substitution]], *, binding: str, prompt: tuple[int, ...]) -> str:
+    recorder = Recorder()
+    for step, one in uses:
+        recorder.add(step, [one])
+    return recorder.text(binding=binding, prompt=prompt)
 
 
 recorded = st.builds(
@@ -36,12 +42,11 @@ recorded = st.builds(
 
 
 @given(st.lists(recorded, max_size=30))
-def test_round_trip(uses: list[RecordedUse]) -> None:
+def test_round_trip(uses: list[tuple[int, Substitution]]) -> None:
     text = encode_record(uses, binding="model", prompt=PROMPT)
-    replay = decode_record(text, binding="model", prompt=PROMPT)
-    assert {step: list(named) for step, named in replay.items()} == {
-        step: [u.use for u in uses if u.step == step] for step in {u.step for u in uses}
-    }
+    rows, kinds = decode_record(text, binding="model", prompt=PROMPT)
+    back = [(step, *rest, kinds[kind]) for step, *rest, kind in rows.tolist()]
+    assert back == [(step, u.layer, u.slot, u.action, u.expert, u.weight, u.kind) for step, u in uses]
 
 
 @pytest.mark.parametrize(

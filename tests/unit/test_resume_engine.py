@@ -289,7 +289,5 @@ def test_uses_that_a_peer_answered_were_fetched_before() -> None:
     outcome.count_exact(np.array([[True, False, False], [False, False, False]]))
     outcome.count_peer(np.array([1, 3]))
     assert (outcome.hits_T.tolist(), outcome.peer_T.tolist(), outcome.fetched_T.tolist()) == ([1, 0], [1, 3], [1, 0])
-    both = StepOutcome.joined([outcome, outcome])
-    assert both.peer_T.tolist() == [1, 3, 1, 3]
     with pytest.raises(AssertionError, match=r"peer uses are \[2, 0\], must be at most the fetched \[1, 0\]"):
         outcome.count_peer(np.array([2, 0]))

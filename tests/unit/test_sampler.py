@@ -23,7 +23,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from buddymoe_ray.engine.sampler import Sampled, SamplingState, sample, validate
+from buddymoe_ray.engine.sampler import Sampled, SamplingState, sample
+from buddymoe_ray.engine.validate import validate
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.types import GenerationRequest, SamplingParams
 

@@ -236,7 +236,7 @@ def test_sizes_must_be_positive(size: str) -> None:
 
 
 def _live(pool: Scheduler, request_id: str) -> Sequence:
-    seq = pool._find(request_id)
+    seq = pool._admitted.get(request_id) or pool._waiting.get(request_id)
     assert seq is not None, f"{request_id} is not live"
     return seq
 

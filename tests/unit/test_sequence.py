@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from small_tokenizers import SPECIALS, bpe
 from buddymoe_ray.engine.sampler import Sampled
 from buddymoe_ray.engine.sequence import Sequence, State
 from buddymoe_ray.errors import RequestError
+from buddymoe_ray.moe import StepOutcome
 from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent, TokenLogprob, Usage
 
 EOS = bpe().convert_tokens_to_ids(SPECIALS[0])
@@ -210,7 +212,7 @@ def test_usage_comes_once_with_the_last_event() -> None:
     seq = make("The fox", max_tokens=3)
     events = []
     for token in encode(" a b c d"):
-        seq.account.settle(hits=3, peer=0, fetched=1, standins=[0] * 5, harm=0.0, uses=[])
+        seq.account.settle(StepOutcome(uses_TA=np.array([[3, 1, 0, *[0] * 5]]), harm_T=np.zeros(1, np.float32)), 0)
         events += feed(seq, [token])
         if seq.finished:
             break

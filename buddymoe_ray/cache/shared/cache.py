@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from buddymoe_ray.cache.disk import DiskReader, ReadTicket
-from buddymoe_ray.cache.expert_cache import CacheStats
+from buddymoe_ray.cache.expert_cache import CacheStats, blame
 from buddymoe_ray.cache.pool import Lease
 from buddymoe_ray.cache.shared.shape import Head
 from buddymoe_ray.cache.shared.store import SharedStore
@@ -252,8 +252,9 @@ class SharedExpertCache:
         try:
             ticket = self._reader.submit(self.layout.pieces[key], self._store.bytes_C[slot])
             return _Load(key, slot, ticket, time.perf_counter())
-        except BaseException:
+        except BaseException as error:
             self._abandon(slot)
+            blame(error, key)
             raise
 
     def _await(self, call: _Call) -> None:
@@ -303,7 +304,8 @@ class SharedExpertCache:
         """The expert is read: make it READY. Its lease stays."""
         try:
             load.ticket.wait()
-        except BaseException:
+        except BaseException as error:
+            blame(error, load.key)
             load.ticket.settle()
             self._abandon(load.slot)
             raise
@@ -336,11 +338,13 @@ class SharedExpertCache:
         self._tables.release([slot for _, slot in call.ready] + [slot for _, slot, _ in call.waits])
         call.ready.clear()
         call.waits.clear()
-        while call.loads:
-            try:
-                self._tables.release([self._finish(call.loads.popleft())])
-            except CacheError:
-                continue
+        try:
+            while call.loads:
+                with suppress(CacheError):
+                    self._tables.release([self._finish(call.loads.popleft())])
+        finally:
+            if call.loads:  # interrupted: the others must be settled all the same
+                self._settle(call)
 
     def _reap_now_and_then(self) -> None:
         """What a killed neighbour was loading would be waited for for ever."""

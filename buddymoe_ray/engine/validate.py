@@ -1,0 +1,176 @@
+"""Requests as callers write them, checked and in plain Python: the one place that tells types and ranges.
+
+Every way in (LLM, Client, HTTP, what a worker is sent) comes through here. What numpy or torch hold counts as what
+`tolist` gives; a list and a tuple are the same, a string is one stop string. Nothing else is converted: no float is an
+integer (2.0 neither), no bool a number, no bytes a text. Knows neither engines nor HTTP nor torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, get_args
+
+from buddymoe_ray.errors import RequestError
+from buddymoe_ray.types import GenerationRequest, Mode, SamplingParams
+
+__all__ = ["checked_sampling", "checked_terms", "plain_text", "plain_tokens", "validate", "whole"]
+
+MAX_LOGPROBS = 20
+MAX_STOPS, MAX_STOP_CHARACTERS, MAX_STOP_IDS = 64, 1024, 4096
+_LARGEST = 2**63
+
+# least and largest value; those of the integers that may be None are last
+_INTEGERS = {"top_k": (0, _LARGEST), "max_tokens": (1, _LARGEST)}
+_OPTIONAL_INTEGERS = {"seed": (-_LARGEST, _LARGEST - 1), "logprobs": (0, MAX_LOGPROBS)}
+_NUMBERS = {
+    "temperature": (0.0, 2.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.01, 100.0),
+    "top_p": (5e-324, 1.0),  # more than 0
+}
+
+
+def validate(request: GenerationRequest, *, vocab_size: int) -> GenerationRequest:
+    """The same request in plain types. Raises RequestError naming the field that has no meaning."""
+    prompt = plain_tokens("prompt", request.prompt_token_ids, vocab_size)
+    resumed = plain_tokens("resumed_token_ids", request.resumed_token_ids, vocab_size, least=0)
+    mode, budget, record, replay = checked_terms(request.mode, request.budget, request.record, request.replay)
+    if resumed and (record or replay is not None):
+        raise RequestError(
+            "resumed_token_ids are given with record or replay, must be alone: the record of those tokens is lost. "
+            "hint: ask again from the start",
+            param="resumed_token_ids",
+        )
+    return replace(
+        request,
+        request_id=plain_text("request_id", request.request_id),
+        prompt_token_ids=prompt,
+        sampling=checked_sampling(request.sampling, vocab_size=vocab_size),
+        mode=mode,
+        budget=budget,
+        record=record,
+        replay=replay,
+        resumed_token_ids=resumed,
+    )
+
+
+def checked_sampling(sampling: object, *, vocab_size: int = _LARGEST) -> SamplingParams:
+    """Sampling parameters in plain types. Raises RequestError naming the parameter."""
+    if not isinstance(sampling, SamplingParams):
+        raise _refused("sampling", sampling, "SamplingParams", "give keywords such as max_tokens=64")
+    given: dict[str, Any] = {name: _plain(value) for name, value in vars(sampling).items()}
+    for name, (low, high) in _NUMBERS.items():
+        given[name] = _number(name, given[name], low, high)
+    for name, (least, most) in _INTEGERS.items():
+        given[name] = whole(name, given[name], least, most)
+    for name, (least, most) in _OPTIONAL_INTEGERS.items():
+        given[name] = None if given[name] is None else whole(name, given[name], least, most)
+    given["ignore_eos"] = _flag("ignore_eos", given["ignore_eos"])
+    given["stop"] = _stops(given["stop"])
+    ids = given["stop_token_ids"]
+    given["stop_token_ids"] = plain_tokens("stop_token_ids", ids, vocab_size, least=0)
+    if len(given["stop_token_ids"]) > MAX_STOP_IDS:
+        raise _refused("stop_token_ids", ids, f"at most {MAX_STOP_IDS} ids", "name fewer")
+    return SamplingParams(**given)
+
+
+def checked_terms(
+    mode: object, budget: object, record: object, replay: object
+) -> tuple[Mode | None, float | None, bool, str | None]:
+    """How missing experts are answered, in plain types. Raises RequestError naming the parameter."""
+    if mode is not None and mode not in get_args(Mode):
+        raise _refused("mode", mode, " or ".join(get_args(Mode)), "leave it out for the service's own", "buddymoe.mode")
+    return (
+        mode,  # type: ignore[return-value]
+        None if budget is None else _number("budget", _plain(budget), 0.0, 1.0, "buddymoe.budget"),
+        _flag("record", _plain(record), "buddymoe.record"),
+        None if replay is None else plain_text("replay", replay, "buddymoe.replay"),
+    )
+
+
+def plain_tokens(name: str, ids: object, vocab_size: int = _LARGEST, *, least: int = 1) -> tuple[int, ...]:
+    """Token ids below `vocab_size`, at least so many. Raises RequestError."""
+    listed = _plain(ids)
+    if not isinstance(listed, list | tuple):
+        raise _refused(name, ids, "a list of token ids", "give integers")
+    if len(listed) < least:
+        raise RequestError(f"{name} is empty, must have at least one token. hint: send some text", param=name)
+    plain = tuple(_plain(item) for item in listed)
+    bad = next((item for item in plain if not _is_whole(item) or not 0 <= item < vocab_size), None)
+    if bad is not None:
+        raise RequestError(
+            f"{name} holds {'token id ' * (name == 'prompt')}{bad!r:.40}, must be in [0, {vocab_size}). "
+            "hint: give integers",
+            param=name,
+        )
+    return tuple(map(int, plain))
+
+
+def plain_text(name: str, value: object, param: str | None = None) -> str:
+    """Text that can be encoded. Raises RequestError for other types and for half characters (lone surrogates)."""
+    if not isinstance(value, str):
+        raise _refused(name, value, "text", "decode bytes first", param)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _refused(name, value[error.start], "whole characters", "drop lone surrogates", param) from None
+    return str(value)
+
+
+def whole(name: str, value: object, least: int, most: int = _LARGEST) -> int:
+    """An integer in a range. Raises RequestError."""
+    value = _plain(value)
+    if not _is_whole(value):
+        raise _refused(name, value, "an integer", "write 2, not 2.0 or true")
+    if not least <= value <= most:  # type: ignore[operator]
+        must = f"at least {least}" if most >= _LARGEST - 1 else f"in [{least}, {most}]"
+        raise _refused(name, value, must, "see the API's range")
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def _stops(given: object) -> tuple[str, ...]:
+    stops = (given,) if isinstance(given, str) else given
+    if not isinstance(stops, list | tuple):
+        raise _refused("stop", given, "a string or a list of strings", "call tuple() on it")
+    if len(stops) > MAX_STOPS:
+        raise RequestError(
+            f"stop holds {len(stops)} strings, must hold at most {MAX_STOPS}. hint: send fewer", param="stop"
+        )
+    if "" in stops:
+        raise RequestError("stop holds an empty string, must be text. hint: drop it", param="stop")
+    longest = max((len(plain_text("stop", stop)) for stop in stops), default=0)
+    if longest > MAX_STOP_CHARACTERS:
+        raise RequestError(
+            f"stop holds a string of {longest} characters, must be at most {MAX_STOP_CHARACTERS}. hint: shorten it",
+            param="stop",
+        )
+    return tuple(stops)
+
+
+def _number(name: str, value: object, low: float, high: float, param: str | None = None) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        lowest = "above 0" if 0 < low < 1e-300 else f"at least {low:g}"
+        raise _refused(name, value, f"a number of {lowest} and at most {high:g}", "see the API's range", param)
+    return float(value)
+
+
+def _flag(name: str, value: object, param: str | None = None) -> bool:
+    if not isinstance(value, bool):
+        raise _refused(name, value, "true or false", "leave it out for false", param)
+    return value
+
+
+def _plain(value: object) -> Any:
+    """What numpy and torch hold, as Python's own."""
+    tolist = getattr(value, "tolist", None)
+    return tolist() if callable(tolist) else value
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _refused(name: str, value: object, must: str, hint: str, param: str | None = None) -> RequestError:
+    shown = repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+    return RequestError(f"{name} is {shown:.80}, must be {must}. hint: {hint}", param=param or name)
