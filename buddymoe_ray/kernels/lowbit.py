@@ -1,6 +1,6 @@
 """One expert's feed-forward straight from its packed low-bit record.
 
-`lowbit_forward` picks the numba kernel on CPUs that have it and else the torch reference below, which is the spec. Does
+`lowbit_forward` picks the numba kernel on CPUs and else the torch reference below, which is the spec. Does
 not know where records lie. Invariant: the same row gives the same bits however many rows are beside it.
 
 Legend: R rows routed to one expert, D hidden, F ffn.
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from buddymoe_ray.kernels.lowbit_cpu import available, forward
+from buddymoe_ray.kernels.lowbit_cpu import forward
 from buddymoe_ray.kernels.lowbit_format import (
     LowbitFormat,
     PackedMatrix,
@@ -42,7 +42,7 @@ def lowbit_forward(x_RD: Tensor, tensors: Mapping[str, Tensor], fmt: LowbitForma
     `tensors` are views of a record laid out by `record_tensors`. `math.transposed` does not apply: packed matrices are
     `[out, in]`.
     """
-    if x_RD.device.type == "cpu" and available():
+    if x_RD.device.type == "cpu":
         return forward(x_RD, tensors, fmt, math)
     return lowbit_forward_reference(x_RD, tensors, fmt, math)
 

@@ -1,8 +1,7 @@
 """Torch's side of the numba kernel: hands it raw addresses, once per expert or once per layer and step.
 
-numba (about a second to import) is loaded at the first use; where it is missing callers fall back to the torch
-reference and one line is logged. Machine code is cached on disk when a folder for it can be written, and made anew by
-every process when not. Does not know where records lie.
+numba (about a second to import) is loaded at the first use. Machine code is cached on disk when a folder for it can be
+written, and made anew by every process when not. Does not know where records lie.
 
 Legend: T tokens, K experts per token, N = T*K uses, R rows of one expert, E experts, B bytes, D hidden, F ffn.
 """
@@ -10,9 +9,8 @@ Legend: T tokens, K experts per token, N = T*K uses, R rows of one expert, E exp
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from weakref import WeakKeyDictionary
 
@@ -24,9 +22,8 @@ from torch.nn import functional
 from buddymoe_ray.kernels.lowbit_format import LowbitFormat, scale_table
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.kernels.rowwise import rowwise
-from buddymoe_ray.types import SlotTensor
 
-__all__ = ["PlainRecord", "available", "forward", "is_plain", "layer", "prepare"]
+__all__ = ["PARTS", "experts_kernel", "forward", "helpers", "is_plain", "linear_kernel", "scale_steps"]
 
 log = logging.getLogger(__name__)
 
@@ -37,16 +34,6 @@ THREADED_WEIGHTS = 1 << 20
 _plain: WeakKeyDictionary[ExpertMath, bool] = WeakKeyDictionary()
 
 
-def available() -> bool:
-    """Whether the kernel can run here. The first call imports numba."""
-    return _numba() is not None
-
-
-def prepare(plain: bool) -> None:
-    """Make, or load, the machine code that experts of this sort need."""
-    _experts() if plain else _linear()
-
-
 def is_plain(math: ExpertMath, F: int) -> bool:
     """Whether experts are `down(silu(gate) * up)` without biases, which the kernel computes in one call.
 
@@ -54,11 +41,13 @@ def is_plain(math: ExpertMath, F: int) -> bool:
     """
     if not math.gated or math.bias or math.post_norm is not None:
         return False
-    if math not in _plain:
+    known = _plain.get(math)
+    if known is None:
         probe = torch.randn(3, 2 * F, generator=torch.Generator().manual_seed(0)) * 20
         gate, up = probe.chunk(2, dim=-1)
-        _plain[math] = bool(torch.allclose(math.activate(probe), functional.silu(gate) * up, rtol=1e-5, atol=1e-5))
-    return _plain[math]
+        known = bool(torch.allclose(math.activate(probe), functional.silu(gate) * up, rtol=1e-5, atol=1e-5))
+        _plain[math] = known
+    return known
 
 
 def forward(x_RD: Tensor, tensors: Mapping[str, Tensor], fmt: LowbitFormat, math: ExpertMath) -> Tensor:
@@ -70,68 +59,21 @@ def forward(x_RD: Tensor, tensors: Mapping[str, Tensor], fmt: LowbitFormat, math
     if is_plain(math, F):
         shape = (fmt.bits, D, F, 1, fmt.group_of(D), fmt.group_of(F))
         expert_R = np.zeros(R, dtype=np.int64)
-        _experts()(x.data_ptr(), expert_R, expert_R[:1], shape, 0, (*first, *down, 0, 1), out.data_ptr(), _table())
+        experts_kernel()(
+            x.data_ptr(), expert_R, expert_R[:1], shape, 0, (*first, *down, 0, 1), out.data_ptr(), scale_steps()
+        )
         return out.to(x_RD.dtype)
-    linear, N = _linear(), tensors[f"{math.first}.codes"].shape[0]
+    linear, N = linear_kernel(), tensors[f"{math.first}.codes"].shape[0]
     both = x.new_empty(R, N)
-    linear(x.data_ptr(), R, first, N, (D, fmt.bits, fmt.group_of(D)), both.data_ptr(), _table())
+    linear(x.data_ptr(), R, first, N, (D, fmt.bits, fmt.group_of(D)), both.data_ptr(), scale_steps())
     if math.bias:
         both += tensors[f"{math.first}_bias"]
     hidden = rowwise(math.activate, both)
-    linear(hidden.data_ptr(), R, down, D, (F, fmt.bits, fmt.group_of(F)), out.data_ptr(), _table())
+    linear(hidden.data_ptr(), R, down, D, (F, fmt.bits, fmt.group_of(F)), out.data_ptr(), scale_steps())
     if math.bias:
         out += tensors["down_proj_bias"]
     y_RD = out.to(x_RD.dtype)
     return y_RD if math.post_norm is None else rowwise(math.post_norm, y_RD)
-
-
-@dataclass(frozen=True, slots=True)
-class PlainRecord:
-    """Where the parts of a plain expert's record are: found once, for a step has no time to look. `groups` are of D and
-    F."""
-
-    bits: int
-    F: int
-    groups: tuple[int, int]
-    offsets: tuple[int, ...]
-
-    @classmethod
-    def of(cls, layout: Sequence[SlotTensor], fmt: LowbitFormat) -> PlainRecord:
-        """The record of a layout with `gate_up_proj` and `down_proj`."""
-        named = {tensor.name: tensor for tensor in layout}
-        D, F = (named[f"{name}.codes"].shape[1] * 8 // fmt.bits for name in ("gate_up_proj", "down_proj"))
-        offsets = tuple(named[f"{name}.{part}"].offset for name in ("gate_up_proj", "down_proj") for part in PARTS)
-        return cls(fmt.bits, F, (fmt.group_of(D), fmt.group_of(F)), offsets)
-
-
-def layer(
-    x_TD: Tensor,
-    records_B: Tensor,
-    at_E: Tensor,
-    expert_N: Tensor,
-    out_ND: Tensor,
-    record: PlainRecord,
-    threads: int,
-) -> None:
-    """`LowbitLayer.__call__` for plain experts (`is_plain`); float32 rows only."""
-    assert x_TD.dtype == out_ND.dtype == torch.float32, f"rows are {x_TD.dtype}, {out_ND.dtype}, must be float32"
-    assert out_ND.is_contiguous() and records_B.is_contiguous(), "outputs and records must be contiguous"
-    (T, D), F = x_TD.shape, record.F
-    x, experts_of, places = x_TD.contiguous(), expert_N.contiguous().numpy(), at_E.contiguous().numpy()
-    shape = (record.bits, D, F, len(experts_of) // T, *record.groups)
-    offsets, kernel, table = record.offsets, _experts(), _table()
-    x_address, records, out = x.data_ptr(), records_B.data_ptr(), out_ND.data_ptr()
-
-    def run(share: int, shares: int) -> None:
-        kernel(x_address, experts_of, places, shape, records, (*offsets, share, shares), out, table)
-
-    if threads == 1 or 3 * D * F * len(experts_of) < THREADED_WEIGHTS:
-        run(0, 1)
-        return
-    helpers = [_pool(threads - 1).submit(run, share, threads) for share in range(1, threads)]
-    run(0, threads)
-    for helper in helpers:
-        helper.result()
 
 
 def _address(tensor: Tensor) -> int:
@@ -140,39 +82,33 @@ def _address(tensor: Tensor) -> int:
 
 
 @cache
-def _table() -> np.ndarray:
+def scale_steps() -> np.ndarray:
+    """What a stored scale means, for the kernels."""
     table: np.ndarray = scale_table(torch.device("cpu")).numpy().copy()
     table.flags.writeable = False
     return table
 
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
+def helpers(threads: int) -> ThreadPoolExecutor:
+    """Threads that share a layer's records."""
     return ThreadPoolExecutor(threads, thread_name_prefix="lowbit")
 
 
 @cache
-def _numba() -> tuple[Callable[..., Callable[..., None]], Callable[..., Callable[..., None]]] | None:
-    try:
-        from buddymoe_ray.kernels.lowbit_numba import compile_experts, compile_linear
-    except ImportError as error:
-        log.warning("low-bit experts run on slow torch code: numba is not usable (%s). hint: pip install numba", error)
-        return None
-    return compile_experts, compile_linear
+def experts_kernel() -> Callable[..., None]:
+    """Machine code for many rows of many plain experts; made, or loaded, by the first call."""
+    from buddymoe_ray.kernels.lowbit_numba import compile_experts
+
+    return _compiled(compile_experts)
 
 
 @cache
-def _experts() -> Callable[..., None]:
-    found = _numba()
-    assert found is not None, "numba is missing: ask available() first"
-    return _compiled(found[0])
+def linear_kernel() -> Callable[..., None]:
+    """Machine code for one packed matrix."""
+    from buddymoe_ray.kernels.lowbit_numba import compile_linear
 
-
-@cache
-def _linear() -> Callable[..., None]:
-    found = _numba()
-    assert found is not None, "numba is missing: ask available() first"
-    return _compiled(found[1])
+    return _compiled(compile_linear)
 
 
 def _compiled(compile: Callable[..., Callable[..., None]]) -> Callable[..., None]:

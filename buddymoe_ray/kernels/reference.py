@@ -18,7 +18,7 @@ from torch.nn import functional
 __all__ = ["ExpertMath", "combine", "expert_forward"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ExpertMath:
     """What distinguishes one family's experts from another's.
 

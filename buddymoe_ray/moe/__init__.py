@@ -2,8 +2,8 @@
 
 from buddymoe_ray.moe.block import ExpertCompute, MoEBlock
 from buddymoe_ray.moe.outcome import STANDIN_KINDS, StepOutcome, Substitution, standin_kind
-from buddymoe_ray.moe.records import record_compute
-from buddymoe_ray.moe.standins import RecordCompute, Standins
+from buddymoe_ray.moe.records import record_computes
+from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Observer, Overlay, Phase, StepState, StepTerms
 
 __all__ = [
@@ -13,12 +13,11 @@ __all__ = [
     "Observer",
     "Overlay",
     "Phase",
-    "RecordCompute",
     "Standins",
     "StepOutcome",
     "StepState",
     "StepTerms",
     "Substitution",
-    "record_compute",
+    "record_computes",
     "standin_kind",
 ]

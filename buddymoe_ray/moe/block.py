@@ -39,6 +39,8 @@ ExpertCompute = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 Ints = npt.NDArray[np.int64]
 
+_OWN, _DROP = Action.OWN, Action.DROP  # an enum's members cost two frames a look on Python 3.11
+_PROBE, _DECODE = Phase.PROBE, Phase.DECODE
 _RUNS = np.array([action in (Action.HIT, Action.BUDDY) for action in Action])  # resident experts that run
 _FULL = {Action.HIT, Action.FETCH, Action.BUDDY}
 
@@ -66,13 +68,13 @@ class MoEBlock:
         """An expert whose bytes cannot be read costs the rows that need it (`StepState.failed`), or raises CacheError;
         the cache stays usable."""
         step = self._step
-        if step.phase is Phase.PROBE:
+        if step.phase is _PROBE:
             return torch.zeros_like(hidden_TD)
         if step.observer is not None:
             step.observer(self.layer, hidden_TD, ids_TK, weight_TK)
         y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
         ids = ids_TK.cpu().numpy()
-        if step.phase is Phase.DECODE:
+        if step.phase is _DECODE:
             weight_TK = self._decode(hidden_TD, ids, weight_TK, y_ND)
         else:
             self._run_full(hidden_TD, group(ids, hidden_TD.device), y_ND, protect=True)
@@ -102,13 +104,13 @@ class MoEBlock:
         """Compute every use as it was decided."""
         action_TK, expert_TK = resolution.action_TK, resolution.expert_TK
         actions = set(action_TK.ravel().tolist())
-        if Action.OWN in actions:
-            standins.answer(self.layer, hidden_TD, np.where(action_TK == Action.OWN, expert_TK, -1), y_ND)
-        if Action.DROP in actions:
-            y_ND[torch.from_numpy((action_TK == Action.DROP).reshape(-1))] = 0
+        if _OWN in actions:
+            standins.answer(self.layer, hidden_TD, np.where(action_TK == _OWN, expert_TK, -1), y_ND)
+        if _DROP in actions:
+            y_ND[torch.from_numpy((action_TK == _DROP).reshape(-1))] = 0
         if actions & _FULL:
             others = actions - _FULL
-            full_TK = (action_TK != Action.OWN) & (action_TK != Action.DROP) if others else None
+            full_TK = (action_TK != _OWN) & (action_TK != _DROP) if others else None
             self._run_full(hidden_TD, group(expert_TK, hidden_TD.device, full_TK), y_ND, protect=False)
 
     def _run_full(self, hidden_TD: Tensor, rows_of: Rows, y_ND: Tensor, *, protect: bool) -> None:

@@ -1,25 +1,27 @@
 """Computes with stand-in records, a whole layer and step at a time.
 
-Low-bit records go to the kernel that takes a layer at once; low-rank maps and mean vectors run expert by expert. Does
-not know which uses a policy gave to stand-ins.
+Low-bit records of plain experts on a CPU go to the kernel that takes a layer at once; all others run expert by expert.
+Does not know which accesses a policy gave to stand-ins.
 
-Legend: T tokens, K experts per token, N = T*K uses, E experts, B bytes of all records, D hidden, R rows of one expert.
+Legend: T tokens, K experts per token, N = T*K accesses, E experts, B bytes of all records, D hidden, R rows of one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from buddymoe_ray.cache import slot_views
 from buddymoe_ray.errors import ProfileError
-from buddymoe_ray.kernels import ExpertMath, LowbitFormat, LowbitLayer, lowrank_forward, mean_forward
-from buddymoe_ray.moe.standins import RecordCompute
+from buddymoe_ray.kernels import ExpertMath, LowbitFormat, LowbitLayer, lowbit_forward, lowrank_forward, mean_forward
+from buddymoe_ray.kernels.lowbit_cpu import is_plain
 from buddymoe_ray.types import ExpertLayout
 
-__all__ = ["record_compute"]
+__all__ = ["RecordCompute", "record_computes"]
 
 _SIMPLE: Mapping[str, Callable[[Tensor, Mapping[str, Tensor]], Tensor]] = {
     "lowrank": lowrank_forward,
@@ -27,42 +29,36 @@ _SIMPLE: Mapping[str, Callable[[Tensor, Mapping[str, Tensor]], Tensor]] = {
 }
 
 
-def record_compute(
+class RecordCompute(Protocol):
+    """The arithmetic of one kind of record in one layer, for all of a step."""
+
+    def __call__(self, x_TD: Tensor, records_B: Tensor, at_E: Tensor, expert_TK: Tensor, out_ND: Tensor) -> None:
+        """Write `out_ND[n]` where `expert_TK.flat[n] >= 0` and that expert's record begins at byte `at_E >= 0`."""
+
+
+def record_computes(
     kind: str, layout: ExpertLayout, maths: Sequence[ExpertMath], threads: int, device: torch.device
-) -> RecordCompute:
-    """The arithmetic of records of `kind`, `maths[l]` for each layer. Raises ProfileError for an unknown kind."""
-    if kind.startswith("lowbit"):
-        return _Lowbit(kind, layout, maths, threads, device)
-    if kind not in _SIMPLE:
+) -> list[RecordCompute]:
+    """The arithmetic of records of `kind` in each layer, whose experts' own is `maths`. Raises ProfileError for an
+    unknown kind."""
+    if kind in _SIMPLE:
+        return [_OneByOne(_SIMPLE[kind], layout)] * len(maths)
+    if not kind.startswith("lowbit"):
         raise ProfileError(f"record kind is {kind!r}, must be lowbitN, lowrank or mean. hint: profile the model again")
-    return _Simple(_SIMPLE[kind], layout)
+    fmt = LowbitFormat(bits=int(kind.removeprefix("lowbit")))
+    down = next(tensor for tensor in layout.tensors if tensor.name == "down_proj.codes")
+    if device.type == "cpu" and all(is_plain(math, down.shape[1] * 8 // fmt.bits) for math in maths):
+        return [LowbitLayer(layout=layout.tensors, fmt=fmt, threads=threads)] * len(maths)
+    return [_OneByOne(partial(lowbit_forward, fmt=fmt, math=math), layout) for math in maths]
 
 
-class _Lowbit:
-    """One kernel call per layer and step."""
-
-    def __init__(
-        self, kind: str, layout: ExpertLayout, maths: Sequence[ExpertMath], threads: int, device: torch.device
-    ) -> None:
-        fmt = LowbitFormat(bits=int(kind.removeprefix("lowbit")))
-        self._layers = [LowbitLayer(layout=layout.tensors, fmt=fmt, math=math, threads=threads) for math in maths]
-        self._layers[0].prepare(device)  # compiling takes seconds: at the start, not in the first request
-
-    def __call__(
-        self, layer: int, x_TD: Tensor, records_B: Tensor, at_E: Tensor, expert_TK: Tensor, out_ND: Tensor
-    ) -> None:
-        self._layers[layer](x_TD, records_B, at_E, expert_TK, out_ND)
-
-
-class _Simple:
+class _OneByOne:
     """Expert by expert."""
 
     def __init__(self, forward: Callable[[Tensor, Mapping[str, Tensor]], Tensor], layout: ExpertLayout) -> None:
         self._forward, self._layout = forward, layout
 
-    def __call__(
-        self, layer: int, x_TD: Tensor, records_B: Tensor, at_E: Tensor, expert_TK: Tensor, out_ND: Tensor
-    ) -> None:
+    def __call__(self, x_TD: Tensor, records_B: Tensor, at_E: Tensor, expert_TK: Tensor, out_ND: Tensor) -> None:
         expert_N = expert_TK.reshape(-1)
         for expert in torch.unique(expert_N[expert_N >= 0]).tolist():
             start = int(at_E[expert])

@@ -8,9 +8,7 @@ Legend: T rows, K slots, N uses (T*K), E experts, B bytes of all records, D hidd
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,59 +17,52 @@ from torch import Tensor
 
 from buddymoe_ray.cache import StandinPool
 from buddymoe_ray.moe.outcome import STANDIN_KINDS, standin_kind
+from buddymoe_ray.moe.records import RecordCompute
 from buddymoe_ray.moe.step import Overlay, StepState
 from buddymoe_ray.policy import Action, Misses, MissPolicy, Resolution
 from buddymoe_ray.types import ExpertKey
 
-__all__ = ["RecordCompute", "Standins"]
+__all__ = ["Standins"]
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 
-class RecordCompute(Protocol):
-    """The arithmetic of one kind of record, for a whole layer and step."""
-
-    def __call__(
-        self, layer: int, x_TD: Tensor, records_B: Tensor, at_E: Tensor, expert_TK: Tensor, out_ND: Tensor
-    ) -> None:
-        """Write `out_ND[n]` for each use `expert_TK.flat[n] >= 0` whose expert's record begins at byte `at_E >= 0`."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Standins:
     """What stands in on one engine.
 
     Args:
         policy: decides each miss.
         pool: records of the experts that have one.
-        compute: arithmetic of each kind of record in the pool.
+        compute: arithmetic of each kind of record in the pool, by layer.
         experts_per_layer: E of each layer.
         layers: layers where stand-ins may answer; elsewhere every miss is fetched.
     """
 
-    policy: MissPolicy
-    pool: StandinPool
-    compute: Mapping[str, RecordCompute]
-    experts_per_layer: tuple[int, ...]
-    layers: frozenset[int]
-
-    def __post_init__(self) -> None:
-        kinds = [
-            [self.pool.kind_of.get(ExpertKey(layer, e), "") for e in range(count)]
-            for layer, count in enumerate(self.experts_per_layer)
+    def __init__(
+        self,
+        *,
+        policy: MissPolicy,
+        pool: StandinPool,
+        compute: Mapping[str, Sequence[RecordCompute]],
+        experts_per_layer: tuple[int, ...],
+        layers: frozenset[int],
+    ) -> None:
+        self.pool, self._policy, self._compute, self._layers = pool, policy, compute, layers
+        self._kinds = [
+            [pool.kind_of.get(ExpertKey(layer, e), "") for e in range(count)]
+            for layer, count in enumerate(experts_per_layer)
         ]
-        columns = [np.array([STANDIN_KINDS.index(standin_kind(k)) if k else 0 for k in row]) for row in kinds]
-        at = {
+        self._columns = [
+            np.array([STANDIN_KINDS.index(standin_kind(k)) if k else 0 for k in row]) for row in self._kinds
+        ]
+        self._at = {
             kind: [
-                torch.tensor([self.pool.offset_of[ExpertKey(la, e)] if k == kind else -1 for e, k in enumerate(row)])
-                for la, row in enumerate(kinds)
+                torch.tensor([pool.offset_of[ExpertKey(la, e)] if k == kind else -1 for e, k in enumerate(row)])
+                for la, row in enumerate(self._kinds)
             ]
-            for kind in self.compute
+            for kind in compute
         }
-        object.__setattr__(self, "_kinds", kinds)
-        object.__setattr__(self, "_columns", columns)
-        object.__setattr__(self, "_at", at)
 
     def resolve(self, layer: int, ids_TK: Ints, weight_TK: Tensor, resident_E: Bools, step: StepState) -> Resolution:
         """What is to answer each use of this layer."""
@@ -85,7 +76,7 @@ class Standins:
             score_TE=None if score_TE is None else score_TE.cpu().numpy(),
             rows=step.budgets,
         )
-        resolution = self.policy.resolve(misses)
+        resolution = self._policy.resolve(misses)
         overlay = step.overlays.get(layer)
         if overlay is not None:
             resolution = _repeat(resolution, overlay)
@@ -93,21 +84,18 @@ class Standins:
 
     def book(self, layer: int, resolution: Resolution, step: StepState) -> None:
         """It will be done: count and charge it in `step`."""
-        columns, kinds = self._columns[layer], self._kinds[layer]  # type: ignore[attr-defined]
-        step.charge(step.outcome.count(layer, resolution, columns, kinds))
+        step.charge(step.outcome.count(layer, resolution, self._columns[layer], self._kinds[layer]))
 
     def answer(self, layer: int, x_TD: Tensor, named_TK: Ints, out_ND: Tensor) -> None:
         """Fill the rows of `out_ND` whose use a record answers; `named_TK` is negative for all other uses."""
         expert_TK = torch.from_numpy(named_TK).to(x_TD.device)
-        named = named_TK[named_TK >= 0]
-        kinds = {self._kinds[layer][expert] for expert in named.tolist()}  # type: ignore[attr-defined]
-        for kind in kinds & self.compute.keys():
-            at_E = self._at[kind][layer]  # type: ignore[attr-defined]
-            self.compute[kind](layer, x_TD, self.pool.bytes, at_E, expert_TK, out_ND)
+        kinds = {self._kinds[layer][expert] for expert in named_TK.ravel().tolist() if expert >= 0}
+        for kind in kinds & self._compute.keys():
+            self._compute[kind][layer](x_TD, self.pool.bytes, self._at[kind][layer], expert_TK, out_ND)
 
     def may_answer(self, layer: int, step: StepState) -> bool:
         """Whether any row of the pass may be answered by a stand-in in this layer."""
-        return step.budgets is not None and (layer in self.layers or layer in step.overlays)
+        return step.budgets is not None and (layer in self._layers or layer in step.overlays)
 
 
 def _repeat(resolution: Resolution, overlay: Overlay) -> Resolution:

@@ -24,7 +24,7 @@ from buddymoe_ray.models.expert_dtype import format_of, recoded_layout
 from buddymoe_ray.models.experts_hook import attach
 from buddymoe_ray.models.load import LoadedModel
 from buddymoe_ray.models.router_hook import attach_router_scores
-from buddymoe_ray.moe import ExpertCompute, MoEBlock, Standins, StepState, record_compute
+from buddymoe_ray.moe import ExpertCompute, MoEBlock, Standins, StepState, record_computes
 from buddymoe_ray.policy import LRU, Staging, parse_memory, plan_staging, split_slots
 from buddymoe_ray.residency.sharing import Sharing, open_host, open_records, open_store
 from buddymoe_ray.residency.standin_setup import StandinSetup, prepare
@@ -208,7 +208,7 @@ def _standins(
         policy=setup.policy,
         pool=pool,
         compute={
-            kind: record_compute(kind, setup.layouts[kind], maths, threads, loaded.device)
+            kind: record_computes(kind, setup.layouts[kind], maths, threads, loaded.device)
             for kind in sorted(set(setup.kind_of.values()))
         },
         experts_per_layer=loaded.layout.experts_per_layer,

@@ -1,4 +1,4 @@
-"""One call for a layer's experts gives the bits of one call per expert; the kernel is optional and its cache too."""
+"""One call for a layer's experts gives the bits of one call per expert; the kernel's cache is optional."""
 
 from __future__ import annotations
 
@@ -14,16 +14,37 @@ from lowbit_records import Shapes, gpt_oss_gate, random_records, silu_gate
 from torch import Tensor
 from torch.nn import functional
 
-from buddymoe_ray.kernels import ExpertMath, LowbitFormat, LowbitLayer, lowbit_cpu, lowbit_forward, record_tensors
+from buddymoe_ray.kernels import (
+    ExpertMath,
+    LowbitFormat,
+    LowbitLayer,
+    lowbit_cpu,
+    lowbit_forward,
+    lowbit_layer,
+    record_tensors,
+)
 from buddymoe_ray.kernels.lowbit import lowbit_forward_reference
+from buddymoe_ray.moe import record_computes
+from buddymoe_ray.moe.records import RecordCompute
+from buddymoe_ray.types import ExpertLayout
 
 D, F, E, K = 96, 40, 6, 3
 SHAPES: Shapes = {"gate_up_proj": (2 * F, D), "down_proj": (D, F)}
 SILU = ExpertMath(activate=silu_gate)
 
 
-def layer_of(fmt: LowbitFormat, math: ExpertMath = SILU, threads: int = 1, shapes: Shapes = SHAPES) -> LowbitLayer:
-    return LowbitLayer(layout=record_tensors(shapes, fmt)[0], fmt=fmt, math=math, threads=threads)
+def layer_of(fmt: LowbitFormat, threads: int = 1) -> LowbitLayer:
+    return LowbitLayer(layout=record_tensors(SHAPES, fmt)[0], fmt=fmt, threads=threads)
+
+
+def general_layer_of(fmt: LowbitFormat, math: ExpertMath, shapes: Shapes) -> RecordCompute:
+    tensors, nbytes = record_tensors(shapes, fmt)
+    layout = ExpertLayout(
+        tensors=tensors, slot_bytes=nbytes, expert_bytes=nbytes, layers=1, experts_per_layer=(E,), pieces={}
+    )
+    (made,) = record_computes(f"lowbit{fmt.bits}", layout, [math], 1, torch.device("cpu"))
+    assert not isinstance(made, LowbitLayer)
+    return made
 
 
 def uses(T: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -71,7 +92,7 @@ def test_other_families_take_the_general_path(name: str) -> None:
     records, views = random_records(shapes, fmt, 2, E)
     x_TD, expert_TK = uses(5, 3)
     out_ND = torch.zeros(5 * K, D)
-    layer_of(fmt, math, shapes=shapes)(x_TD, records, places(records), expert_TK, out_ND)
+    general_layer_of(fmt, math, shapes)(x_TD, records, places(records), expert_TK, out_ND)
     for n, expert in enumerate(expert_TK.flatten().tolist()):
         expected = torch.zeros(D)
         if expert >= 0:
@@ -98,7 +119,7 @@ def test_records_of_two_kinds_share_one_buffer() -> None:
 
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_do_not_change_bits(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowbit_cpu, "THREADED_WEIGHTS", 0)
+    monkeypatch.setattr(lowbit_layer, "THREADED_WEIGHTS", 0)
     fmt = LowbitFormat(bits=4)
     records, _ = random_records(SHAPES, fmt, 6, E)
     x_TD, expert_TK = uses(30, 7)
@@ -108,12 +129,10 @@ def test_threads_do_not_change_bits(threads: int, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(one, many) and bool(one.any())
 
 
-@pytest.mark.parametrize("math", [SILU, ExpertMath(activate=gpt_oss_gate)])
-def test_prepare_leaves_nothing_to_compile(math: ExpertMath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_has_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     fmt = LowbitFormat(bits=3)
     records, _ = random_records(SHAPES, fmt, 15, E)
-    layer, (x_TD, expert_TK), out_ND = layer_of(fmt, math), uses(4, 16), torch.zeros(4 * K, D)
-    layer.prepare(torch.device("cpu"))
+    layer, (x_TD, expert_TK), out_ND = layer_of(fmt), uses(4, 16), torch.zeros(4 * K, D)
     monkeypatch.setattr(lowbit_cpu, "_compiled", lambda compile: pytest.fail("compiled in a step"))
     layer(x_TD, records, places(records), expert_TK, out_ND)
     assert bool(out_ND.any())
@@ -167,23 +186,6 @@ def test_large_gates_saturate_as_silu_does() -> None:
         torch.testing.assert_close(got[row], expected[row], rtol=1e-5, atol=1e-5 * expected[row].abs().max().item())
     x_RD[2, 5] = float("nan")
     assert lowbit_forward(x_RD, views, fmt, SILU).isnan().all(dim=1).tolist() == [False, False, True, False]
-
-
-def test_without_numba_the_reference_answers_and_says_so_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(sys.modules, "buddymoe_ray.kernels.lowbit_numba", None)
-    monkeypatch.setattr(lowbit_cpu, "_numba", lowbit_cpu.cache(lowbit_cpu._numba.__wrapped__))
-    fmt = LowbitFormat(bits=3)
-    records, views = random_records(SHAPES, fmt, 13, E)
-    x_TD, expert_TK = uses(3, 14)
-    out_ND = torch.zeros(3 * K, D)
-    with caplog.at_level(logging.WARNING):
-        got = lowbit_forward(x_TD, views[0], fmt, SILU)
-        layer_of(fmt)(x_TD, records, places(records), expert_TK, out_ND)
-        layer_of(fmt).prepare(torch.device("cpu"))
-    assert torch.equal(got, lowbit_forward_reference(x_TD, views[0], fmt, SILU)) and bool(out_ND.any())
-    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["low-bit experts run on slow torch code"]
 
 
 def test_a_cache_that_cannot_be_used_is_no_error(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from buddymoe_ray.cache import DiskReader, ExpertCache, StandinPool
 from buddymoe_ray.kernels import ExpertMath, UpcastScratch, combine, expert_forward
-from buddymoe_ray.moe import MoEBlock, Overlay, Phase, Standins, StepState, StepTerms, record_compute
+from buddymoe_ray.moe import MoEBlock, Overlay, Phase, Standins, StepState, StepTerms, record_computes
 from buddymoe_ray.policy import LRU, Action, Misses, Reason, Resolution, RowBudgets
 from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotPlan, SlotTensor
 
@@ -73,7 +73,7 @@ class Opened:
         pool.load(reader)
         reader.close()
         self.step = StepState()
-        compute = {"mean": record_compute("mean", records, [MATH] * 3, 1, torch.device("cpu"))}
+        compute = {"mean": record_computes("mean", records, [MATH] * 3, 1, torch.device("cpu"))}
         standins = Standins(policy=policy, pool=pool, compute=compute, experts_per_layer=(E, E, E), layers=layers)
         shapes = {t.name: t.shape for t in self.layout.tensors}
         scratch = UpcastScratch(shapes, stored=torch.bfloat16, compute=torch.float32, device=torch.device("cpu"))
@@ -258,4 +258,4 @@ def test_an_unknown_record_kind_is_refused() -> None:
     from buddymoe_ray.errors import ProfileError
 
     with pytest.raises(ProfileError, match="record kind is 'fourier'"):
-        record_compute("fourier", None, [], 1, torch.device("cpu"))  # type: ignore[arg-type]
+        record_computes("fourier", None, [], 1, torch.device("cpu"))  # type: ignore[arg-type]
