@@ -113,14 +113,15 @@ def _work(
     unknown = sorted(set(options) - known)
     if unknown:
         raise ConfigError(f"option is {unknown[0]!r}, must be one of {', '.join(sorted(known))}. hint: check spelling")
-    sampling = SamplingParams(**{name: value for name, value in options.items() if name not in terms})
+    given = {name: value for name, value in options.items() if name not in terms}
     conversation = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
     limit = options.get("max_tokens", None if conversation else SamplingParams.max_tokens)
     return Work(
         request_id=f"client-{uuid.uuid4().hex}",
         prompts=() if conversation else (prompt if isinstance(prompt, str) else _ids(prompt),),
         messages=tuple(_message(message) for message in prompt) if conversation else (),
-        sampling=sampling,
+        sampling=SamplingParams(**given),
+        given=frozenset(given),
         terms=Terms(**{name: value for name, value in options.items() if name in terms}),
         max_tokens=limit,
         flush_seconds=flush_seconds,

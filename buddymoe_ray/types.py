@@ -6,6 +6,7 @@ On the token path: a `GenerationRequest` goes in, `TokenEvent`s come out, an `En
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -33,24 +34,29 @@ class SamplingParams:
         temperature: 0 is greedy. Above 0 logits are divided by it.
         top_p: nucleus mass in (0, 1].
         top_k: keep the k best; 0 keeps all.
+        min_p: drop what is less likely than this share, in [0, 1], of the likeliest token's probability.
         seed: random numbers are keyed by (seed, position): the same request gives the same tokens whatever is batched
             beside it. None draws a seed.
         presence_penalty, frequency_penalty: OpenAI's additive penalties over generated tokens, in [-2, 2].
         repetition_penalty: multiplicative, over prompt and generated tokens; 1 is off.
+        logit_bias: by token id, what is added to its logit, in [-100, 100].
         stop: strings that end the output and are not part of it.
         stop_token_ids: ids that end the output beside the model's own end tokens.
         ignore_eos: go on past the model's end tokens.
         max_tokens: most tokens generated.
-        logprobs: number of alternatives reported per token (0: the chosen token alone; None: nothing), at most 20.
+        logprobs: number of alternatives reported per token (0: the chosen token alone; None: nothing), at most 20. The
+            chosen token is among them: where it is none of the likeliest, there is one more.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -136,6 +142,8 @@ class Usage:
 class TokenEvent:
     """What one step added to one request. `text` is whole characters only; `usage` comes with the last event.
 
+    `text_offsets` come with `logprobs`: the characters at which tokens begin in the request's text, of the next tokens
+    for which that is settled. A token whose text is held back is told later than its log probability.
     `error` is the message of an error that ended the request (finish_reason "error").
     """
 
@@ -143,6 +151,7 @@ class TokenEvent:
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    text_offsets: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: str | None = None

@@ -138,6 +138,7 @@ class FakeEngine:
             token_ids=(token,),
             text=piece,
             logprobs=() if wanted is None else (TokenLogprob(token_id=token, logprob=-0.5, top=top),),
+            text_offsets=() if wanted is None else (len(text),),
             finish_reason=reason,
             usage=self._usage(request, position + 1) if reason else None,
         )

@@ -7,6 +7,7 @@ Algorithm: the prefix-offset method of text-generation-inference, in our own wor
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -28,7 +29,11 @@ class Decoder(Protocol):
 
 
 class IncrementalDetokenizer:
-    """Feed ids with `push`, end with `flush`. Special tokens give no text."""
+    """Feed ids with `push`, end with `flush`. Special tokens give no text.
+
+    `begins` fills with the character at which each token begins in the text, in order, once its text is out; a token
+    that continues a character begins where that one does. Whoever reads it takes from the left.
+    """
 
     def __init__(self, tokenizer: Decoder, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
@@ -36,9 +41,13 @@ class IncrementalDetokenizer:
         self._start = 0  # where the window begins
         self._read = len(self._ids)  # ids up to here are emitted
         self._owed = 0  # ... but for so many U+FFFD at their end, which may be a character begun
+        self._length = 0  # characters emitted
+        self._waiting: list[int] = []  # indices in `_ids` of tokens whose beginning is not known
+        self.begins: deque[int] = deque()
 
     def push(self, ids: Sequence[int]) -> str:
         """Add ids; returns the whole characters they complete."""
+        self._waiting += range(len(self._ids), len(self._ids) + len(ids))
         self._ids += ids
         end = len(self._ids)
         before = self._emitted()
@@ -49,20 +58,35 @@ class IncrementalDetokenizer:
             end, after = self._whole(end)
             owed = min(_UNFINISHED, len(after) - len(after.rstrip(_BROKEN)))
         elif after == before:
+            self.begins.extend([self._length] * len(self._waiting))
+            self._waiting = []
             self._forget_silent(has_context=before != "")
             return ""
         else:
             owed = 0
+        text = self._out(before, after[: len(after) - owed], end)
         self._start, self._read, self._owed = self._read, end, owed
-        return _added(before, after[: len(after) - owed])
+        return text
 
     def flush(self) -> str:
         """What is still held, less an unfinished character."""
         before = self._emitted()
-        after = self._decode(self._ids[self._start :])
+        text = self._out(before, self._decode(self._ids[self._start :]).rstrip(_BROKEN), len(self._ids))
         self._start = self._read = len(self._ids)
         self._owed = 0
-        return _added(before, after).rstrip(_BROKEN)
+        return text
+
+    def _out(self, before: str, after: str, end: int) -> str:
+        """What `after`, the window's text up to token `end`, adds; notes where the tokens that made it begin."""
+        text = _added(before, after)
+        begin = emitted = len(after) - len(text)
+        while self._waiting and self._waiting[0] < end:
+            at = self._waiting.pop(0)
+            begun = before if at == self._read else self._decode(self._ids[self._start : at])
+            begin = max(begin, _shared(begun, after))  # a character begun may spoil finished ones before it
+            self.begins.append(self._length + begin - emitted)
+        self._length += len(text)
+        return text
 
     def _emitted(self) -> str:
         """Text of the window that was emitted."""
@@ -106,7 +130,10 @@ class IncrementalDetokenizer:
 
 def _added(before: str, after: str) -> str:
     """What `after` has beyond `before`; a prompt's broken end that a later token mends counts as added."""
-    if after.startswith(before):
-        return after[len(before) :]
-    pairs = enumerate(zip(before, after, strict=False))
-    return after[next((at for at, (old, new) in pairs if old != new), len(after)) :]
+    return after[_shared(before, after) :]
+
+
+def _shared(one: str, other: str) -> int:
+    """Length of what both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (here, there) in pairs if here != there), min(len(one), len(other)))

@@ -1,4 +1,4 @@
-"""Logits to tokens: greedy, temperature, top-k, top-p, penalties, log probabilities.
+"""Logits to tokens: greedy, temperature, top-k, top-p, min-p, biases, penalties, log probabilities.
 
 Random numbers come from a counter-based generator keyed by (seed, position): a request gives the same tokens alone, in
 any batch, and when it is resumed elsewhere. Knows neither text nor scheduling.
@@ -39,6 +39,7 @@ class SamplingState:
     prompt_length: int
     _counts: dict[int, int] = field(default_factory=dict)
     _counted: int = 0
+    _bias: tuple[Tensor, Tensor] | None = None
 
     @property
     def position(self) -> int:
@@ -52,30 +53,42 @@ class SamplingState:
         self._counted = len(self.token_ids)
         return self._counts
 
+    def bias(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids of `logit_bias` and what is added to each, where the logits are."""
+        if self._bias is None:
+            bias = self.params.logit_bias
+            ids = torch.tensor(list(bias), dtype=torch.long, device=like.device)
+            self._bias = ids, torch.tensor(list(bias.values()), dtype=like.dtype, device=like.device)
+        return self._bias
+
 
 def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
     """Choose one token per row of float32 logits."""
-    if all(_plain_greedy(state.params) for state in states):
+    if all(state.params.temperature == 0.0 and _unshifted(state.params) for state in states):
         chosen = logits_BV.argmax(dim=-1).tolist()
     else:
         chosen = [_choose(logits_V, state) for logits_V, state in zip(logits_BV, states, strict=True)]
     return [_report(logits_BV[row], token, states[row].params.logprobs) for row, token in enumerate(chosen)]
 
 
-def _plain_greedy(p: SamplingParams) -> bool:
-    return p.temperature == 0.0 and p.repetition_penalty == 1.0 and not p.presence_penalty and not p.frequency_penalty
+def _unshifted(p: SamplingParams) -> bool:
+    plain = p.repetition_penalty == 1.0 and not p.presence_penalty and not p.frequency_penalty
+    return plain and not p.logit_bias
 
 
 def _choose(logits_V: Tensor, state: SamplingState) -> int:
     p = state.params
-    logits_V = _penalised(logits_V, state)
+    logits_V = _shifted(logits_V, state)
     if p.temperature == 0.0:
         return int(logits_V.argmax())
     values_V, order_V = logits_V.sort(descending=True, stable=True)
     if 0 < p.top_k < len(values_V):  # ties with the k-th stay, as in transformers' TopKLogitsWarper
         values_V = values_V[values_V >= values_V[p.top_k - 1]]
     values_V = values_V.double()  # less the largest before the division: a tiny temperature must not make inf - inf
-    probs_V = ((values_V - values_V[0]) / p.temperature).softmax(dim=-1)
+    scaled_V = (values_V - values_V[0]) / p.temperature
+    if p.min_p:
+        scaled_V = scaled_V[scaled_V.exp() >= p.min_p]  # exp: likeness to the likeliest, whatever else is kept
+    probs_V = scaled_V.softmax(dim=-1)
     cumulative_V = probs_V.cumsum(dim=-1)
     if p.top_p < 1.0:
         kept = int((cumulative_V - probs_V < p.top_p).sum())
@@ -90,11 +103,15 @@ def _uniform(seed: int, position: int) -> float:
     return (int(bits) >> 11) / 2.0**53
 
 
-def _penalised(logits_V: Tensor, state: SamplingState) -> Tensor:
+def _shifted(logits_V: Tensor, state: SamplingState) -> Tensor:
+    """Logits with biases, then penalties, as vLLM orders them."""
     p = state.params
-    if p.repetition_penalty == 1.0 and not p.presence_penalty and not p.frequency_penalty:
+    if _unshifted(p):
         return logits_V
     logits_V = logits_V.clone()
+    if p.logit_bias:
+        ids, added = state.bias(logits_V)
+        logits_V[ids] += added
     if p.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(set(state.token_ids)), device=logits_V.device)
         was = logits_V[seen]
@@ -111,6 +128,9 @@ def _report(logits_V: Tensor, token: int, wanted: int | None) -> Sampled:
     if wanted is None:
         return Sampled(token_id=token)
     logprobs_V = logits_V.log_softmax(dim=-1)
-    values, ids = logprobs_V.topk(min(wanted, len(logprobs_V))) if wanted else (logprobs_V[:0], logprobs_V[:0].long())
+    logprob = float(logprobs_V[token])
+    if not wanted:
+        return Sampled(token_id=token, logprob=logprob)
+    values, ids = logprobs_V.topk(min(wanted, len(logprobs_V)))
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return Sampled(token_id=token, logprob=float(logprobs_V[token]), top=top)
+    return Sampled(token_id=token, logprob=logprob, top=top if token in ids else (*top, (token, logprob)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections import deque
 from collections.abc import Sequence as Ids
 from enum import Enum
 from typing import Any
@@ -75,6 +76,8 @@ class Sequence:
         seed = params.seed if params.seed is not None else _drawn(default_seed, request.request_id)
         self.sampling_state = SamplingState(params=params, seed=seed, token_ids=self._ids, prompt_length=len(prompt))
         self._detokenizer = None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt)
+        self._begins: deque[int] = deque() if self._detokenizer is None else self._detokenizer.begins
+        self._told = self._placed = 0  # characters of text, and tokens whose beginning in it is known
         self._stop = StopChecker(params.stop)
         self.account = account or Account(mode="exact", budget=0.0, price=0.0)
         self.replay: Replay = replay or {}
@@ -180,7 +183,8 @@ class Sequence:
     def _resume(self, token_ids: Ids[int]) -> None:
         """Take in what was generated elsewhere, token by token: what is held back depends on how the text was cut."""
         for at, token_id in enumerate(token_ids, start=1):
-            _, _, reason = self._take(token_id)
+            text, _, reason = self._take(token_id)
+            self._offsets(text, ended=False)
             if reason is not None:
                 raise RequestError(
                     f"resumed_token_ids end by {reason} at token {at} of {len(token_ids)}, must be unfinished. "
@@ -189,7 +193,22 @@ class Sequence:
                 )
 
     def _text(self, ids: Ids[int]) -> str:
-        return "" if self._detokenizer is None else self._detokenizer.push(ids)
+        if self._detokenizer is None:
+            self._begins.extend([0] * len(ids))
+            return ""
+        return self._detokenizer.push(ids)
+
+    def _offsets(self, text: str, *, ended: bool) -> tuple[int, ...]:
+        """Where tokens begin in the text that the caller has once it has `text`: of the next tokens for which that is
+        settled. What a stop string may still cut off is not; at the end, what was cut off begins at the text's end."""
+        self._told += len(text)
+        found = []
+        while self._begins and (ended or self._begins[0] <= self._told):
+            found.append(min(self._begins.popleft(), self._told))
+        if ended:
+            found += [self._told] * (self.num_output - self._placed - len(found))
+        self._placed += len(found)
+        return tuple(found)
 
     def _rest(self) -> tuple[str, bool]:
         """Text held back by the detokenizer and the stop checker, at the end, and whether a stop string was in it."""
@@ -209,11 +228,13 @@ class Sequence:
     ) -> TokenEvent:
         if reason is not None:
             self.state = State.FINISHED
+        offsets = self._offsets(text, ended=reason is not None)
         return TokenEvent(
             request_id=self.request_id,
             token_ids=ids,
             text=text,
             logprobs=logprobs,
+            text_offsets=() if self.request.sampling.logprobs is None else offsets,
             finish_reason=reason,
             usage=self.usage() if reason is not None else None,
             error=error,

@@ -7,6 +7,7 @@ integer (2.0 neither), no bool a number, no bytes a text. Knows neither engines 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -28,6 +29,7 @@ _NUMBERS = {
     "frequency_penalty": (-2.0, 2.0),
     "repetition_penalty": (0.01, 100.0),
     "top_p": (5e-324, 1.0),  # more than 0
+    "min_p": (0.0, 1.0),
 }
 
 
@@ -68,6 +70,7 @@ def checked_sampling(sampling: object, *, vocab_size: int = _LARGEST) -> Samplin
         given[name] = None if given[name] is None else whole(name, given[name], least, most)
     given["ignore_eos"] = _flag("ignore_eos", given["ignore_eos"])
     given["stop"] = _stops(given["stop"])
+    given["logit_bias"] = _biases(given["logit_bias"], vocab_size)
     ids = given["stop_token_ids"]
     given["stop_token_ids"] = plain_tokens("stop_token_ids", ids, vocab_size, least=0)
     if len(given["stop_token_ids"]) > MAX_STOP_IDS:
@@ -146,6 +149,14 @@ def _stops(given: object) -> tuple[str, ...]:
             param="stop",
         )
     return tuple(stops)
+
+
+def _biases(given: object, vocab_size: int) -> dict[int, float]:
+    if not isinstance(given, Mapping):
+        raise _refused("logit_bias", given, "a mapping of token ids to numbers", "write {42: -100}")
+    ids = plain_tokens("logit_bias", list(given), vocab_size, least=0)
+    biases = [_number("logit_bias", _plain(bias), -100.0, 100.0) for bias in given.values()]
+    return dict(zip(ids, biases, strict=True))
 
 
 def _number(name: str, value: object, low: float, high: float, param: str | None = None) -> float:

@@ -23,6 +23,9 @@ def _number_as_text(value: object) -> object:
 
 
 MemoryText = Annotated[str, BeforeValidator(_number_as_text)]
+Origin = Annotated[
+    str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^\sA-Z/*]+)$")
+]  # as browsers write it: others match none
 
 
 class ServeArgs(BaseModel):
@@ -50,6 +53,8 @@ class ServeArgs(BaseModel):
         migration_mb_per_second: most that moving experts reads from each node's disk, in 10^6 bytes.
         api_key_env: name of the environment variable that holds the API key; read where the ingress runs.
         require_api_key: refuse to start when that variable is unset.
+        cors_origins: origins whose pages may call the service from a browser, as `https://chat.example.org`, or `*`
+            for any; none by default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -93,6 +98,7 @@ class ServeArgs(BaseModel):
     migration_mb_per_second: float = Field(default=200, gt=0)
     api_key_env: str = Field(default="BUDDYMOE_API_KEY", min_length=1)
     require_api_key: bool = False
+    cors_origins: tuple[Origin, ...] = ()
 
     @model_validator(mode="after")
     def _engine_options_are_usable(self) -> ServeArgs:

@@ -31,6 +31,7 @@ def _join(parts: list[Delta]) -> Delta:
         token_ids=tuple(token for part in parts for token in part.token_ids),
         text="".join(part.text for part in parts),
         logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
+        text_offsets=tuple(offset for part in parts for offset in part.text_offsets),
         finish_reason=last.finish_reason,
         usage=last.usage,
         error=last.error,

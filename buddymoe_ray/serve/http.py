@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from buddymoe_ray.errors import ModelNotFound, RequestError
 from buddymoe_ray.serve.metrics import exposition
@@ -32,16 +33,21 @@ __all__ = ["HttpSettings", "http_app"]
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 16 << 20
+READ = ("GET", "HEAD")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HttpSettings:
-    """What the routes need to know. `api_key` None serves everyone; it is never logged (repr hides it)."""
+    """What the routes need to know. `api_key` None serves everyone; it is never logged (repr hides it).
+
+    `cors_origins` are the origins whose pages may call the service from a browser; `*` is any.
+    """
 
     model: str
     flush_seconds: float = 0.025
     request_timeout_seconds: float = 600
     api_key: str | None = None
+    cors_origins: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"HttpSettings(model={self.model!r}, api_key={'set' if self.api_key else None})"
@@ -57,13 +63,21 @@ def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_error)
+    if settings.cors_origins:  # outermost, so that a preflight, which carries no key, is answered
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=[*READ, "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
     return app
 
 
 def _public_routes(workers: Workers) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/health")
+    @router.api_route("/health", methods=[*READ])
     async def health() -> Response:
         """200 when every worker is well, 503 naming what is not."""
         problems = [problem for problem in await workers.health() if problem is not None]
@@ -76,7 +90,7 @@ def _public_routes(workers: Workers) -> APIRouter:
 def _metrics_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/metrics")
+    @router.api_route("/metrics", methods=[*READ])
     async def metrics() -> Response:
         """Every worker's counters for Prometheus. They tell what all tenants do, so the key guards them."""
         text = exposition(settings.model, await workers.reports())
@@ -93,11 +107,11 @@ def _openai_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
         length = (await workers.info()).max_model_len
         return ModelCard(id=settings.model, object="model", created=started, owned_by="buddymoe", max_model_len=length)
 
-    @router.get("/models")
+    @router.api_route("/models", methods=[*READ])
     async def models() -> Response:
         return _json(ModelList(object="list", data=[await card()]).to_json())
 
-    @router.get("/models/{name:path}")
+    @router.api_route("/models/{name:path}", methods=[*READ])
     async def model(name: str) -> Response:
         _check_model(name, settings)
         return _json((await card()).to_json())
@@ -139,6 +153,7 @@ async def _answer(
         n=work.n,
         choices=max(len(work.prompts), 1) * work.n,
         include_usage=body.include_usage,
+        usage_so_far=body.usage_so_far,
     )
     if body.stream:
         events = await answer.events()
@@ -170,15 +185,19 @@ async def _body(request: Request) -> bytes:
 
 
 def _key_check(api_key: str | None) -> Callable[[Request], Awaitable[None]]:
-    expected = None if api_key is None else f"Bearer {api_key}".encode()
-
     async def check(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode("latin-1")
-        if expected is not None and not hmac.compare_digest(given, expected):
-            message = "the API key is missing or wrong. hint: send Authorization: Bearer <key>"
+        if api_key is not None and not any(hmac.compare_digest(given, api_key.encode()) for given in _keys(request)):
+            message = "the API key is missing or wrong. hint: send Authorization: Bearer <key>, or x-api-key: <key>"
             raise _Refused(Refusal(status=401, message=message, code="invalid_api_key"))
 
     return check
+
+
+def _keys(request: Request) -> list[bytes]:
+    """The keys a request brings. Schemes are case-insensitive, and one or more spaces follow (RFC 9110, 11.4)."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    bearer = [token.strip(" ")] if scheme.lower() == "bearer" else []
+    return [key.encode("latin-1") for key in (*bearer, *request.headers.getlist("x-api-key"))]
 
 
 class _Refused(Exception):

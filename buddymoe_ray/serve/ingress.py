@@ -34,6 +34,7 @@ class Ingress:
             flush_seconds=args.flush_ms / 1000,
             request_timeout_seconds=args.request_timeout_seconds,
             api_key=args.api_key(),
+            cors_origins=args.cors_origins,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -45,14 +45,15 @@ def encode(tokenizer: Any | None, work: Work) -> tuple[tuple[int, ...], ...]:
         RequestError: text without a tokenizer, messages that no chat template takes, or a text of no tokens.
     """
     if work.messages:
-        return (tuple(encode_chat(tokenizer, [_template_fields(message) for message in work.messages])),)
+        messages = [_template_fields(message) for message in work.messages]
+        return (tuple(encode_chat(tokenizer, messages, work.template_options)),)
     return tuple(
         tuple(encode_prompt(tokenizer, prompt)) if isinstance(prompt, str) else prompt for prompt in work.prompts
     )
 
 
-def _template_fields(message: ChatMessage) -> dict[str, str]:
-    fields = {"role": message.role, "content": message.content}
+def _template_fields(message: ChatMessage) -> dict[str, Any]:
+    fields: dict[str, Any] = {"role": message.role, "content": message.content}
     return fields if message.name is None else fields | {"name": message.name}
 
 
@@ -79,8 +80,8 @@ def output_limit(
         )
     if wanted is not None and wanted > room:
         return over_long(
-            f"{work.prompt_field} and max_tokens are {prompt_tokens} + {wanted} tokens, must be at most {limit} "
-            f"({name}). hint: lower max_tokens to {room}",
+            f"{work.prompt_field} and {work.limit_field} are {prompt_tokens} + {wanted} tokens, must be at most "
+            f"{limit} ({name}). hint: lower {work.limit_field} to {room}",
             param=work.prompt_field,
         )
     return min(room, default_max_tokens) if wanted is None else wanted

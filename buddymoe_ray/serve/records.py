@@ -7,9 +7,9 @@ Choices are numbered prompt by prompt: choice = prompt * n + k.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.types import FinishReason, Mode, SamplingParams, Usage
@@ -35,10 +35,10 @@ Prompt = str | tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class ChatMessage:
-    """One message of a conversation, as a chat template reads it."""
+    """One message of a conversation. `content` is a text, or the texts of typed parts."""
 
     role: str
-    content: str
+    content: str | tuple[str, ...]
     name: str | None = None
 
 
@@ -68,9 +68,12 @@ class Work:
         request_id: unique among all calls; sequences are called `<request_id>-<choice>`.
         prompts: text or token ids; empty when `messages` is given.
         messages: a conversation, rendered by the model's chat template.
+        template_options: variables for the chat template, beside the messages.
         sampling: how tokens are chosen. Choice k of a prompt uses `seed + k`. Its `max_tokens` is not read.
+        given: fields of `sampling` that the caller named; the others are as the checkpoint says, where it does.
         terms: how missing experts are answered. A record to be replayed is of one prompt and one choice.
-        max_tokens: most tokens per choice; None is as many as fit, at most the service's default.
+        max_tokens: most tokens per choice; None is as many as fit, at most the service's default. Errors call it
+            `limit_field`, as the caller did.
         flush_seconds: tokens of this much time share a batch; None is one batch with everything at the end.
         report_prompts: send the prompts' token ids with the first batch.
         resume: the choices to answer, when the work moved here from another worker; empty is all, from their start.
@@ -80,8 +83,11 @@ class Work:
     request_id: str
     prompts: tuple[Prompt, ...] = ()
     messages: tuple[ChatMessage, ...] = ()
+    template_options: Mapping[str, Any] = field(default_factory=dict)
     sampling: SamplingParams
+    given: frozenset[str] = frozenset()
     max_tokens: int | None = None
+    limit_field: str = "max_tokens"
     n: int = 1
     terms: Terms = Terms()
     flush_seconds: float | None = None
@@ -113,6 +119,7 @@ class TokenText:
 class Delta:
     """What was added to one choice since its last delta. `usage` comes with the last one (`finish_reason` set).
 
+    `text_offsets` are of the first tokens that have none yet, see `types.TokenEvent`.
     `error` says why a choice ended with `finish_reason` "error".
     """
 
@@ -120,6 +127,7 @@ class Delta:
     token_ids: tuple[int, ...] = ()
     text: str = ""
     logprobs: tuple[TokenText, ...] = ()
+    text_offsets: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: str | None = None

@@ -5,11 +5,23 @@ Knows neither HTTP frameworks nor ray.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from buddymoe_ray.errors import BuddyMoEError, CapacityError, ModelNotFound, RequestError
-from buddymoe_ray.serve.records import Delta, Refusal
+from buddymoe_ray.serve.records import Delta, Refusal, Work
 from buddymoe_ray.serve.replies import ErrorBody, ErrorEnvelope
 
-__all__ = ["envelope", "error_of", "failure", "over_long", "overloaded", "refusal_of", "timed_out", "unavailable"]
+__all__ = [
+    "envelope",
+    "error_of",
+    "failure",
+    "in_terms_of",
+    "over_long",
+    "overloaded",
+    "refusal_of",
+    "timed_out",
+    "unavailable",
+]
 
 
 def refusal_of(error: RequestError) -> Refusal:
@@ -17,6 +29,13 @@ def refusal_of(error: RequestError) -> Refusal:
     if isinstance(error, ModelNotFound):
         return Refusal(status=404, message=str(error), param=error.param, code="model_not_found")
     return Refusal(status=400, message=str(error), param=error.param)
+
+
+def in_terms_of(refusal: Refusal, work: Work) -> Refusal:
+    """An engine's refusal as the caller knows the field: engines know prompts, not messages."""
+    if refusal.param != "prompt":
+        return refusal
+    return replace(refusal, param=work.prompt_field, message=refusal.message.replace("prompt", work.prompt_field, 1))
 
 
 def over_long(message: str, *, param: str) -> Refusal:

@@ -6,6 +6,7 @@ On the token path: batches → `Renderer.chunk` / `Renderer.whole` → JSON byte
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
@@ -47,8 +48,8 @@ class Head:
 class Renderer(Protocol):
     """How one endpoint writes its answer."""
 
-    def chunk(self, delta: Delta) -> bytes:
-        """The stream message for one delta."""
+    def chunk(self, delta: Delta, so_far: Usage | None = None) -> bytes:
+        """The stream message for one delta, perhaps with the tokens used so far."""
         ...
 
     def usage_chunk(self, usage: Usage) -> bytes:
@@ -67,7 +68,7 @@ class ChatRenderer:
         self.head = head
         self._opened: set[int] = set()
 
-    def chunk(self, delta: Delta) -> bytes:
+    def chunk(self, delta: Delta, so_far: Usage | None = None) -> bytes:
         """A chat.completion.chunk; a choice's first one carries the role."""
         opened = delta.choice in self._opened
         self._opened.add(delta.choice)
@@ -77,11 +78,11 @@ class ChatRenderer:
             logprobs=self._logprobs(delta),
             finish_reason=delta.finish_reason,
         )
-        return self._message([choice], None)
+        return self._message([choice], None if so_far is None else _tokens(so_far))
 
     def usage_chunk(self, usage: Usage) -> bytes:
         """A chunk without choices."""
-        return self._message([], usage)
+        return self._message([], _usage(usage))
 
     def whole(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
         """A chat.completion."""
@@ -103,13 +104,13 @@ class ChatRenderer:
             usage=_usage(usage),
         ).to_json()
 
-    def _message(self, choices: list[ChatChunkChoice], usage: Usage | None) -> bytes:
+    def _message(self, choices: list[ChatChunkChoice], usage: UsageBody | None) -> bytes:
         head = self.head
         chunk = ChatChunk(
             id=head.id, object="chat.completion.chunk", created=head.created, model=head.model, choices=choices
         )
         if head.include_usage:
-            chunk = chunk.model_copy(update={"usage": None if usage is None else _usage(usage)})
+            chunk = chunk.model_copy(update={"usage": usage})
         return chunk.to_json()
 
     def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
@@ -134,54 +135,60 @@ class CompletionRenderer:
 
     def __init__(self, head: Head) -> None:
         self.head = head
-        self._offsets: dict[int, int] = {}
+        self._held: dict[int, list[TokenText]] = defaultdict(list)  # by choice: where they begin is not known yet
 
-    def chunk(self, delta: Delta) -> bytes:
+    def chunk(self, delta: Delta, so_far: Usage | None = None) -> bytes:
         """A text_completion with what the delta adds."""
-        return self._message([self._choice(delta)], None)
+        return self._message([self._choice(delta)], None if so_far is None else _tokens(so_far))
 
     def usage_chunk(self, usage: Usage) -> bytes:
         """A text_completion without choices."""
-        return self._message([], usage)
+        return self._message([], _usage(usage))
 
     def whole(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
         """A text_completion."""
         choices = [self._choice(delta) for delta in sorted(deltas, key=lambda delta: delta.choice)]
         assert all(choice.finish_reason for choice in choices), "a whole reply with a choice that has not ended"
-        return self._message(choices, usage)
+        return self._message(choices, _usage(usage))
 
     def _choice(self, delta: Delta) -> CompletionChoice:
         return CompletionChoice(
             index=delta.choice, text=delta.text, logprobs=self._logprobs(delta), finish_reason=delta.finish_reason
         )
 
-    def _message(self, choices: list[CompletionChoice], usage: Usage | None) -> bytes:
+    def _message(self, choices: list[CompletionChoice], usage: UsageBody | None) -> bytes:
         head = self.head
         completion = Completion(
             id=head.id, object="text_completion", created=head.created, model=head.model, choices=choices
         )
         if usage is not None or head.include_usage:
-            completion = completion.model_copy(update={"usage": None if usage is None else _usage(usage)})
+            completion = completion.model_copy(update={"usage": usage})
         return completion.to_json()
 
     def _logprobs(self, delta: Delta) -> CompletionLogprobs | None:
         if not self.head.logprobs:
             return None
-        offset = self._offsets.get(delta.choice, 0)
-        tokens, offsets = [_text(entry) for entry in delta.logprobs], []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token)
-        self._offsets[delta.choice] = offset
-        return CompletionLogprobs(
-            tokens=tokens,
-            token_logprobs=[entry.logprob for entry in delta.logprobs],
-            top_logprobs=[
-                {_text(entry): entry.logprob, **{_text(top): top.logprob for top in entry.top}}
-                for entry in delta.logprobs
-            ],
-            text_offset=offsets,
+        held, known = self._held[delta.choice] + list(delta.logprobs), len(delta.text_offsets)
+        entries, self._held[delta.choice] = held[:known], held[known:]
+        assert delta.finish_reason is None or len(entries) == len(held) == known, (
+            f"{known} offsets of {len(held)} tokens"
         )
+        return CompletionLogprobs(
+            tokens=[_text(entry) for entry in entries],
+            token_logprobs=[entry.logprob for entry in entries],
+            top_logprobs=[_alternatives(entry) for entry in entries],
+            text_offset=list(delta.text_offsets),
+        )
+
+
+def _alternatives(chosen: TokenText) -> dict[str, float]:
+    """By text, the chosen token first. Of two that read alike the later one is called `token_id:` and its id."""
+    found = {_text(chosen): chosen.logprob}
+    for top in chosen.top:
+        if top.token_id != chosen.token_id:
+            text = _text(top)
+            found[f"token_id:{top.token_id}" if text in found else text] = top.logprob
+    return found
 
 
 def _text(entry: TokenText) -> str:
@@ -194,22 +201,26 @@ def _reason(delta: Delta) -> str:
     return delta.finish_reason
 
 
-def _usage(usage: Usage) -> UsageBody:
+def _tokens(usage: Usage) -> UsageBody:
     return UsageBody(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
-        buddymoe=BuddyUsage(
-            mode=usage.mode,
-            requested_mode=usage.requested_mode,
-            budget=usage.budget,
-            hits=usage.hits,
-            peer=usage.peer,
-            fetched=usage.fetched,
-            standins=StandinsBody(**asdict(usage.standins)),
-            expected_rise=usage.expected_rise,
-            resumed=usage.resumed,
-            guard=usage.guard,
-            **({} if usage.record is None else {"record": usage.record}),
-        ),
     )
+
+
+def _usage(usage: Usage) -> UsageBody:
+    spent = BuddyUsage(
+        mode=usage.mode,
+        requested_mode=usage.requested_mode,
+        budget=usage.budget,
+        hits=usage.hits,
+        peer=usage.peer,
+        fetched=usage.fetched,
+        standins=StandinsBody(**asdict(usage.standins)),
+        expected_rise=usage.expected_rise,
+        resumed=usage.resumed,
+        guard=usage.guard,
+        **({} if usage.record is None else {"record": usage.record}),
+    )
+    return _tokens(usage).model_copy(update={"buddymoe": spent})

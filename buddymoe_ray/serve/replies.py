@@ -93,12 +93,15 @@ class BuddyUsage(_Reply):
 
 
 class UsageBody(_Reply):
-    """`usage`: tokens as OpenAI counts them (a prompt counts once, however many choices it has)."""
+    """`usage`: tokens as OpenAI counts them (a prompt counts once, however many choices it has).
+
+    `buddymoe` is not in what a stream's chunks say of the tokens so far.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    buddymoe: BuddyUsage
+    buddymoe: BuddyUsage | None = None
 
 
 class TopLogprobBody(_Reply):
@@ -181,7 +184,13 @@ class ChatChunk(_Reply):
 
 
 class CompletionLogprobs(_Reply):
-    """`logprobs` of a completion choice: four lists of one entry per token; offsets count characters."""
+    """`logprobs` of a completion choice: four lists of one entry per token.
+
+    `text_offset` is the character of the choice's text at which the token begins: of a token that continues a
+    character, where that one begins; of one that a stop string cut off, the text's end. A stream tells a token once its
+    place is settled. `top_logprobs` go by text, the chosen token's first; another that reads like one before it is
+    called `token_id:N`.
+    """
 
     tokens: list[str]
     token_logprobs: list[float]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from buddymoe_ray.serve.deltas import merge, total_usage
 from buddymoe_ray.serve.records import Batch, Delta, Refusal, Reply
 from buddymoe_ray.serve.refusals import envelope, failure, timed_out
 from buddymoe_ray.serve.render import Renderer
+from buddymoe_ray.types import Usage
 
 __all__ = ["Answer", "within"]
 
@@ -37,14 +38,19 @@ async def within(seconds: float, replies: AsyncGenerator[Reply, None]) -> AsyncG
 
 @dataclass(kw_only=True)
 class Answer:
-    """One call's answer in the making. `n` is the number of choices per prompt, `choices` of all together."""
+    """One call's answer in the making. `n` is the number of choices per prompt, `choices` of all together.
+
+    With `usage_so_far` every chunk tells the tokens used until then; the worker must be asked to report its prompts.
+    """
 
     replies: AsyncGenerator[Reply, None]
     renderer: Renderer
     n: int
     choices: int
     include_usage: bool = False
+    usage_so_far: bool = False
     _ended: list[Delta] = field(default_factory=list)
+    _used: Usage = field(default_factory=Usage)
 
     async def whole(self) -> bytes | Refusal:
         """The body of a reply that does not stream."""
@@ -99,11 +105,15 @@ class Answer:
         if isinstance(reply, Refusal):
             return reply, _event(envelope(reply))
         messages: list[bytes] = []
+        if reply.prompt_token_ids:
+            self._used = replace(self._used, prompt_tokens=sum(map(len, reply.prompt_token_ids)))
         for delta in reply.deltas:
             if _failed(delta):
                 refusal = failure(delta)
                 return refusal, b"".join([*messages, _event(envelope(refusal))])
-            messages.append(_event(self.renderer.chunk(delta)))
+            made = self._used.completion_tokens + len(delta.token_ids)
+            self._used = replace(self._used, completion_tokens=made)
+            messages.append(_event(self.renderer.chunk(delta, self._used if self.usage_so_far else None)))
             if delta.finish_reason is not None:
                 self._ended.append(delta)
         return None, b"".join(messages)

@@ -10,6 +10,7 @@ import json
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.serve.records import ChatMessage, Prompt, Terms, Work
@@ -25,10 +26,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (None, False),
     "function_call": (None, "none"),
     "functions": (None, []),
-    "logit_bias": (None, {}),
     "modalities": (None, ["text"]),
+    "moderation": (None,),
     "parallel_tool_calls": (None, True, False),
     "prediction": (None,),
+    "prompt_cache_options": (None, {}, {"mode": "implicit"}),
     "reasoning_effort": (None,),
     "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
@@ -36,13 +38,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": (None,),
     "tool_choice": (None, "none"),
     "tools": (None, []),
-    "verbosity": (None,),
+    "verbosity": (None, "medium"),
     "web_search_options": (None,),
 }
-# Standard fields that label a request and change nothing in its answer.
-NOTES = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "user"})
-# Message fields that clients copy from a reply; only their empty value is understood.
-EMPTY_MESSAGE_FIELDS = ("annotations", "audio", "function_call", "refusal", "tool_calls")
+# Standard fields that label a request, or say how long a cache may keep it at most; they change nothing in its answer.
+NOTES = frozenset({"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user"})
+# Sampling fields that go into SamplingParams under their own name.
+SAMPLING = ("temperature", "top_p", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 Model = TypeVar("Model", bound="_Sampled")
 
@@ -51,10 +53,26 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-class StreamOptions(_Body):
-    """`stream_options`."""
+def _unsupported(value: object) -> None:
+    if value not in (None, [], False):
+        raise PydanticCustomError("unsupported", "unsupported")
 
-    include_usage: bool = False
+
+Unsupported = Annotated[None, BeforeValidator(_unsupported)]  # a standard field whose empty value alone is understood
+
+
+class StreamOptions(_Body):
+    """`stream_options`. `continuous_usage_stats` (vLLM's) puts what was used so far into every chunk."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Unsupported = None
+
+    @model_validator(mode="after")
+    def _usage_so_far_is_usage(self) -> StreamOptions:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise ValueError("continuous_usage_stats is true, must come with include_usage true")
+        return self
 
 
 class BuddyOptions(_Body):
@@ -66,12 +84,12 @@ class BuddyOptions(_Body):
 
     mode: Mode | None = None
     budget: float | None = Field(default=None, ge=0, le=1)
-    record: bool = False
+    record: bool | None = None
     replay: str | None = None
 
     def terms(self) -> Terms:
         """For a worker."""
-        return Terms(mode=self.mode, budget=self.budget, record=self.record, replay=self.replay)
+        return Terms(mode=self.mode, budget=self.budget, record=bool(self.record), replay=self.replay)
 
 
 def _no_null(value: object) -> object:
@@ -109,33 +127,42 @@ def _ids(value: list[Any]) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _content_text(value: object) -> object:
-    """Message content in parts, joined; parts other than text are refused."""
-    if not isinstance(value, list):
+def _bias_by_id(value: dict[str, float] | None) -> dict[int, float] | None:
+    if value is None:
+        return None
+    for key in value:
+        if not (key.isascii() and key.isdigit() and str(int(key)) == key):
+            raise ValueError(f'the key {key!r} is no token id, must be digits such as "42"')
+    return {int(key): bias for key, bias in value.items()}
+
+
+def _content(value: object) -> object:
+    """Message content: a text, or typed parts as a tuple of their texts. Parts other than text are refused."""
+    if isinstance(value, str):
         return value
+    if not isinstance(value, list):
+        raise ValueError("must be a text, or a list of content parts")
     texts = []
     for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text" or set(part) != {"type", "text"}:
+        known = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        if not known or any(part[name] is not None for name in part.keys() - {"type", "text"}):
             raise ValueError('content parts must be {"type": "text", "text": ...}; images and audio are not supported')
-        if not isinstance(part["text"], str):
-            raise ValueError("the text of a content part must be a string")
         texts.append(part["text"])
-    return "".join(texts)
+    return tuple(texts)
 
 
 class Message(_Body):
-    """One chat message: text only."""
+    """One chat message: text only. Clients send replies back as they came, with fields that are empty here."""
 
     role: str
-    content: Annotated[str, BeforeValidator(_content_text)]
+    annotations: Unsupported = None
+    audio: Unsupported = None
+    function_call: Unsupported = None
+    refusal: Unsupported = None
+    tool_calls: Unsupported = None
+    tool_call_id: Unsupported = None
+    content: Annotated[str | tuple[str, ...], BeforeValidator(_content)]
     name: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty_fields(cls, value: object) -> object:
-        if not isinstance(value, dict):
-            return value
-        return {k: v for k, v in value.items() if not (k in EMPTY_MESSAGE_FIELDS and v in (None, []))}
 
     @model_validator(mode="after")
     def _role_is_known(self) -> Message:
@@ -156,6 +183,9 @@ class _Sampled(_Body):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, AfterValidator(_bias_by_id)] = (
+        None
+    )
     max_tokens: int | None = Field(default=None, ge=1)
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
@@ -167,11 +197,12 @@ class _Sampled(_Body):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_k: int | None = Field(default=None, ge=-1)
     top_p: float | None = Field(default=None, gt=0, le=1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
     buddymoe: Annotated[BuddyOptions, BeforeValidator(_no_null)] = BuddyOptions()
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> _Sampled:
-        if self.stream_options is not None and not self.stream:
+        if self.include_usage and not self.stream:
             raise ValueError("stream_options is given without stream, must come with stream true")
         return self
 
@@ -190,16 +221,33 @@ class _Sampled(_Body):
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def sampling(self, logprobs: int | None) -> SamplingParams:
-        """The sampling fields; those not given keep SamplingParams' defaults."""
-        names = ("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty")
-        given: dict[str, Any] = {name: getattr(self, name) for name in (*names, "ignore_eos")}
-        given["top_k"] = None if self.top_k is None else max(self.top_k, 0)  # vLLM writes -1 for "all"
-        given["stop"] = None if self.stop is None else tuple(self.stop)
-        given["stop_token_ids"] = None if self.stop_token_ids is None else tuple(self.stop_token_ids)
-        return SamplingParams(logprobs=logprobs, **{name: value for name, value in given.items() if value is not None})
+    @property
+    def usage_so_far(self) -> bool:
+        """Whether every chunk of a stream says what was used so far."""
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
+    def _work(self, *, flush_seconds: float, logprobs: int | None, **own: Any) -> Work:
+        """What both endpoints ask of a worker, and an endpoint's `own`."""
+        given = self._given()
+        return Work(
+            sampling=SamplingParams(logprobs=logprobs, **given),
+            given=frozenset(given),
+            n=self.n or 1,
+            terms=self.buddymoe.terms(),
+            flush_seconds=flush_seconds if self.stream else None,
+            report_prompts=self.usage_so_far,
+            **own,
+        )
+
+    def _given(self) -> dict[str, Any]:
+        """The sampling fields that the request names, as SamplingParams calls them."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in (*SAMPLING, "ignore_eos", "logit_bias")}
+        values["top_k"] = None if self.top_k is None else max(self.top_k, 0)  # vLLM writes -1 for "all"
+        values["stop"] = None if self.stop is None else tuple(self.stop)
+        values["stop_token_ids"] = None if self.stop_token_ids is None else tuple(self.stop_token_ids)
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class ChatRequest(_Sampled):
@@ -209,10 +257,11 @@ class ChatRequest(_Sampled):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is given without logprobs, must come with logprobs true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ, must be equal or only one be given")
@@ -220,14 +269,14 @@ class ChatRequest(_Sampled):
 
     def work(self, request_id: str, *, flush_seconds: float) -> Work:
         """What a worker is asked."""
-        return Work(
+        return self._work(
             request_id=request_id,
             messages=tuple(message.record() for message in self.messages),
-            sampling=self.sampling((self.top_logprobs or 0) if self.logprobs else None),
+            template_options=self.chat_template_kwargs or {},
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             max_tokens=self.max_completion_tokens or self.max_tokens,
-            n=self.n or 1,
-            terms=self.buddymoe.terms(),
-            flush_seconds=flush_seconds if self.stream else None,
+            limit_field="max_tokens" if self.max_completion_tokens is None else "max_completion_tokens",
+            flush_seconds=flush_seconds,
         )
 
 
@@ -253,14 +302,12 @@ class CompletionRequest(_Sampled):
 
     def work(self, request_id: str, *, flush_seconds: float) -> Work:
         """What a worker is asked."""
-        return Work(
+        return self._work(
             request_id=request_id,
             prompts=self.prompt,
-            sampling=self.sampling(self.logprobs),
+            logprobs=self.logprobs,
             max_tokens=self.max_tokens or SamplingParams.max_tokens,
-            n=self.n or 1,
-            terms=self.buddymoe.terms(),
-            flush_seconds=flush_seconds if self.stream else None,
+            flush_seconds=flush_seconds,
         )
 
 
@@ -288,9 +335,7 @@ def _parse(body: bytes, model: type[Model]) -> Model:
     for name in [name for name in fields if name in NOTES or (name in NEUTRAL and name not in model.model_fields)]:
         value = fields.pop(name)
         if name in NEUTRAL and not any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL[name]):
-            raise RequestError(
-                f"{name} is not supported by this service, must be left out. hint: remove it", param=name
-            )
+            raise _not_supported(name)
     try:
         return model.model_validate_json(json.dumps(fields))
     except ValidationError as error:
@@ -308,8 +353,14 @@ def _request_error(error: ValidationError) -> RequestError:
         return RequestError(
             f"{path} is not a field of this service, must be left out. hint: check its spelling", param=path
         )
+    if first["type"] == "unsupported":
+        return _not_supported(path)
     if first["type"] == "missing":
         return RequestError(f"{path} is missing, must be given. hint: add it", param=path)
     if not path:  # two fields that disagree: the message begins with the first one's name
         return RequestError(f"{message}. hint: see README, API", param=message.split(" ", 1)[0])
     return RequestError(f"{path} is not usable: {message}. hint: see OpenAI's API reference", param=path)
+
+
+def _not_supported(path: str) -> RequestError:
+    return RequestError(f"{path} is not supported by this service, must be left out. hint: remove it", param=path)

@@ -20,7 +20,7 @@ from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.serve.deltas import merge
 from buddymoe_ray.serve.prompts import check_terms, encode, output_limit, resumed_choices
 from buddymoe_ray.serve.records import Batch, Delta, Refusal, Reply, Work, WorkerInfo, WorkerReport
-from buddymoe_ray.serve.refusals import overloaded, refusal_of, unavailable
+from buddymoe_ray.serve.refusals import in_terms_of, overloaded, refusal_of, unavailable
 from buddymoe_ray.serve.token_text import TokenBytes
 from buddymoe_ray.types import GenerationRequest, TokenEvent
 
@@ -129,7 +129,9 @@ class Worker:
         prompts = planned.prompts if work.report_prompts else ()
         try:
             async for reply in self._replies(items, open_choices=len(tasks), flush_seconds=work.flush_seconds):
-                if prompts and isinstance(reply, Batch) and reply.deltas:  # the first one that is no beat
+                if isinstance(reply, Refusal):
+                    reply = in_terms_of(reply, work)
+                elif prompts and reply.deltas:  # the first one that is no beat
                     reply, prompts = replace(reply, prompt_token_ids=prompts), ()
                 yield reply
         finally:
@@ -243,6 +245,7 @@ class Worker:
             token_ids=event.token_ids,
             text=event.text,
             logprobs=tuple(self._bytes.describe(entry) for entry in event.logprobs),
+            text_offsets=event.text_offsets,
             finish_reason=event.finish_reason,
             usage=event.usage,
             error=event.error,

@@ -15,6 +15,21 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+NAMES = CHATML.replace("{{ m['role'] }}", "{{ m['role'] }}{% if m.name %} {{ m.name }}{% endif %}")
+TYPED = CHATML.replace(
+    "m['content'] + '<|im_end|>\n'",
+    "m['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('/') + '<|im_end|>\n'",
+)
+EITHER = CHATML.replace(
+    "{{ m['content'] + '<|im_end|>\n' }}",
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}({{ c.text }}){% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}",
+)
+SYSTEM_TEXT = (  # the system message is text, others are parts
+    "{% for m in messages %}{% if m.role == 'system' %}{{ 'S ' + m.content }}"
+    "{% else %}{{ m.role + ' ' + m.content[0]['text'] }}{% endif %}{% endfor %}"
+)
+WRITES_ALL = "{% for m in messages %}{{ m.content }}{% endfor %}"
 STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('the first must be user') }}{% endif %}" + CHATML
 
 
@@ -46,7 +61,7 @@ def test_a_conversation_is_rendered_and_ends_where_the_assistant_speaks() -> Non
 
 def test_messages_are_left_as_they_were() -> None:
     messages = [{"role": "user", "content": "x", "name": "ann"}]
-    encode_chat(tokenizer_with(CHATML), messages)
+    encode_chat(tokenizer_with(NAMES), messages)
     assert messages == [{"role": "user", "content": "x", "name": "ann"}]
 
 
@@ -100,6 +115,99 @@ def test_a_template_cannot_reach_outside_its_sandbox() -> None:
     spy = tokenizer_with("{{ messages.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(RequestError, match="do not fit the chat template"):
         encode_chat(spy, [{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "written"),
+    [
+        (CHATML, "ab", "ab"),
+        (CHATML, ("a", "b"), "ab"),
+        (TYPED, "ab", "ab"),
+        (TYPED, ("a", "b"), "a/b"),
+        (EITHER, "ab", "ab"),
+        (EITHER, ("a", "b"), "(a)(b)"),
+    ],
+    ids=["text", "parts to text", "text to parts", "parts", "either: text", "either: parts"],
+)
+def test_content_is_handed_over_in_the_form_the_template_reads(template: str, content: Any, written: str) -> None:
+    tokenizer = tokenizer_with(template)
+    text = tokenizer.decode(encode_chat(tokenizer, [{"role": "user", "content": content}]))
+    assert text == f"<|im_start|>user\n{written}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_form_is_found_for_each_role() -> None:
+    tokenizer = tokenizer_with(SYSTEM_TEXT)
+    messages = [{"role": "system", "content": ("be ", "brief")}, {"role": "user", "content": "hello"}]
+    assert tokenizer.decode(encode_chat(tokenizer, messages)) == "S be briefuser hello"
+
+
+def test_parts_are_not_written_out_as_data() -> None:
+    tokenizer = tokenizer_with(WRITES_ALL)
+    assert tokenizer.decode(encode_chat(tokenizer, [{"role": "user", "content": ("a", "b")}])) == "ab"
+
+
+def test_typed_parts_are_rendered_as_transformers_does() -> None:
+    for template in (TYPED, EITHER):
+        tokenizer = tokenizer_with(template)
+        parts = [{"type": "text", "text": "你好"}, {"type": "text", "text": " 'text': 'x'"}]
+        asked = [{"role": "user", "content": tuple(part["text"] for part in parts)}]
+        expected = tokenizer.apply_chat_template(
+            [{"role": "user", "content": parts}], add_generation_prompt=True, return_dict=False
+        )
+        assert encode_chat(tokenizer, asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "lost"),
+    [
+        ("{{ '' }}", [{"role": "user", "content": "x"}], "messages[0].content"),
+        (
+            "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+            [{"role": "system", "content": "user"}, {"role": "user", "content": "system user"}],
+            "messages[0].content",
+        ),
+        ("{{ messages[-1].content }}", [{"role": "user", "content": "x"}] * 2, "messages[0].content"),
+        ("{{ messages[0].content[0].text }}", [{"role": "user", "content": ("a", "a")}], "messages[0].content[1]"),
+        (CHATML, [{"role": "user", "content": "x", "name": "user"}], "messages[0].name"),
+    ],
+    ids=["all", "a role", "all but the last", "later parts", "a name"],
+)
+def test_what_a_template_would_lose_is_refused_by_name(template: str, messages: Any, lost: str) -> None:
+    if lost.endswith("[1]"):  # as one text it would have been read: no text has parts
+        template = template.replace("messages[0]", "(messages[0].content is string and messages[1] or messages[0])")
+    with pytest.raises(RequestError) as caught:
+        encode_chat(tokenizer_with(template), messages)
+    assert str(caught.value).startswith(f"{lost} is nowhere in what the model's chat template writes")
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        "raise_exception('no')",
+        "undefined_thing.x",
+        "1 // 0",
+        "'a' + 1",
+        "messages[0].pop('x')",
+        "[].index(3)",
+        "'a' * 10 ** 20",
+    ],
+)
+def test_whatever_a_template_raises_is_the_requests_error(trouble: str) -> None:
+    with pytest.raises(RequestError, match="do not fit the chat template") as caught:
+        encode_chat(tokenizer_with("{{ " + trouble + " }}" + CHATML), [{"role": "user", "content": "x"}])
+    assert caught.value.param == "messages"
+
+
+def test_template_options_have_their_effect_or_are_refused() -> None:
+    tokenizer = tokenizer_with(CHATML + "{% if think %}<think {{ think }}>{% endif %}")
+    hello = [{"role": "user", "content": "x"}]
+    assert tokenizer.decode(encode_chat(tokenizer, hello, {"think": "hard"})).endswith("assistant\n<think hard>")
+    assert tokenizer.decode(encode_chat(tokenizer, hello, {"add_generation_prompt": False})).endswith("<|im_end|>\n")
+    for name in ("thnk", "messages", "tokenize", "chat_template", "self"):
+        with pytest.raises(RequestError, match=rf"chat_template_kwargs\.{name} is given.*think") as caught:
+            encode_chat(tokenizer, hello, {name: 1})
+        assert caught.value.param == "chat_template_kwargs"
 
 
 def test_text_prompts() -> None:

@@ -235,3 +235,42 @@ def test_the_test_text_is_worth_testing() -> None:
     assert any(unicodedata.combining(c) for c in TEXT)
     assert max(len(encode(bpe(), c)) for c in "龘🜁𠀀") >= 3
     assert len(encode(byte_fallback(), "🙂")) >= 4
+
+
+@settings(max_examples=150, deadline=None)
+@example(prompt="a", text="naïve 🙂ü", noise=[], chunk_sizes=[1])
+@given(
+    prompt=texts,
+    text=texts,
+    noise=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 250)), max_size=4),
+    chunk_sizes=st.one_of(st.just([1]), sizes),
+)
+@pytest.mark.parametrize("make", [bpe, metaspace, byte_fallback])
+def test_tokens_begin_where_the_text_before_them_ends(
+    make: Any, prompt: str, text: str, noise: list[tuple[int, int]], chunk_sizes: list[int]
+) -> None:
+    tokenizer, before, ids = make(), encode(make(), prompt)[-6:], encode(make(), text)
+    for at, token in noise:  # special tokens, which give no text; of spelt bytes only those that break no character
+        ids.insert(at % (len(ids) + 1), token % (len(SPECIALS) + 1) if make is not bpe else token % len(SPECIALS))
+    detokenizer, pushed, at = IncrementalDetokenizer(tokenizer, before), "", 0
+    for turn in range(len(ids)):
+        size = chunk_sizes[turn % len(chunk_sizes)]
+        pushed += detokenizer.push(ids[at : at + size])
+        at += size
+    pushed += detokenizer.flush()
+    begins = list(detokenizer.begins)
+    assert len(begins) == len(ids) and begins == sorted(begins) and all(0 <= begin <= len(pushed) for begin in begins)
+    context = decode(tokenizer, before)
+    if BROKEN not in pushed and BROKEN not in context and decode(tokenizer, before + ids) == context + pushed:
+        whole = 0  # characters; a begun one may spoil finished ones before it, so the text can seem to shrink
+        for at, begin in enumerate(begins):
+            whole = max(whole, len(decode(tokenizer, before + ids[:at]).rstrip(BROKEN)) - len(context))
+            assert begin == whole, (at, tokenizer.convert_ids_to_tokens(ids))
+
+
+def test_real_broken_characters_take_their_place() -> None:
+    broken = [bpe().convert_tokens_to_ids("Ģ")] * 3  # a byte that begins no character
+    detokenizer = IncrementalDetokenizer(bpe(), encode(bpe(), "x"))
+    text = "".join(detokenizer.push([token]) for token in [*broken, *encode(bpe(), " the")])
+    assert text == BROKEN * 3 + " the"
+    assert list(detokenizer.begins)[:4] == [0, 1, 2, 3]

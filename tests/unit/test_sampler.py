@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -53,17 +54,22 @@ def draw(logits_V: Tensor, count: int, first_seed: int = 0, **how: Any) -> Count
 
 
 def reference(logits_V: Tensor, tokens: list[int], p: SamplingParams) -> Tensor:
-    """Probabilities by transformers' processors, in its own order."""
+    """Probabilities by transformers' processors, in vLLM's order: biases first, and min-p before top-p."""
     chain = LogitsProcessorList()
+    bias = torch.zeros_like(logits_V)
+    for token, added in p.logit_bias.items():
+        bias[token] = added
     if p.repetition_penalty != 1.0:
         chain.append(RepetitionPenaltyLogitsProcessor(p.repetition_penalty))
     if p.temperature != 1.0:
         chain.append(TemperatureLogitsWarper(p.temperature))
     if p.top_k:
         chain.append(TopKLogitsWarper(p.top_k))
+    if p.min_p:
+        chain.append(MinPLogitsWarper(p.min_p))
     if p.top_p < 1.0:
         chain.append(TopPLogitsWarper(p.top_p))
-    return chain(torch.tensor([tokens]), logits_V[None].clone())[0].double().softmax(-1)
+    return chain(torch.tensor([tokens]), logits_V[None] + bias)[0].double().softmax(-1)
 
 
 def far_from(seen: Counter[int], probs_V: Tensor) -> float:
@@ -130,6 +136,11 @@ PARAMS = [
     {"temperature": 1.3, "top_k": 12, "top_p": 0.9, "repetition_penalty": 1.4},
     {"repetition_penalty": 1.8},
     {"repetition_penalty": 0.5},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"min_p": 0.05, "temperature": 1.6, "top_k": 10, "top_p": 0.8},
+    {"logit_bias": {0: 3.0, 5: -2.5, V - 1: 0.5}},
+    {"logit_bias": {7: 2.0, 1: -1.0, 4: 4.0}, "repetition_penalty": 1.5, "min_p": 0.02, "temperature": 0.9},
 ]
 
 
@@ -153,11 +164,14 @@ def test_support_and_frequencies_are_those_of_transformers(how: dict[str, Any]) 
     top_k=st.integers(0, V + 3),
     top_p=st.floats(0.05, 1.0),
     penalty=st.floats(0.5, 2.0),
+    min_p=st.floats(0.0, 0.95),
+    bias=st.dictionaries(st.integers(0, V - 1), st.floats(-100, 100), max_size=4),
 )
 def test_nothing_outside_the_support_is_drawn(
-    logits_seed: int, temperature: float, top_k: int, top_p: float, penalty: float
+    logits_seed: int, temperature: float, top_k: int, top_p: float, penalty: float, min_p: float, bias: dict[int, float]
 ) -> None:
-    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": penalty}
+    how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": penalty}
+    how |= {"min_p": min_p, "logit_bias": bias}
     logits_V = random_logits(logits_seed)[0]
     probs_V = reference(logits_V, PROMPT, SamplingParams(**how))
     seen = draw(logits_V, 40, **how)
@@ -289,6 +303,26 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
         assert [p for _, p in got.top] == pytest.approx(values.tolist())
 
 
+def test_a_bias_bans_and_forces_and_leaves_the_reported_distribution_alone() -> None:
+    logits_BV = random_logits(14)
+    best = int(logits_BV.argmax())
+    banned = sample(logits_BV, [state(temperature=0.0, logit_bias={best: -100}, logprobs=1)])[0]
+    assert banned.token_id == int(logits_BV.index_fill(1, torch.tensor([best]), -math.inf).argmax())
+    assert banned.logprob == pytest.approx(logits_BV.log_softmax(-1)[0, banned.token_id].item())
+    for seed in range(20):
+        assert sample(logits_BV, [state(seed=seed, temperature=2.0, logit_bias={3: 100})])[0].token_id == 3
+
+
+def test_the_chosen_token_is_among_its_alternatives() -> None:
+    logits_BV = random_logits(15)
+    want_V = logits_BV.log_softmax(-1)[0]
+    worst = int(logits_BV.argmin())
+    got = sample(logits_BV, [state(temperature=0.0, logit_bias={worst: 100}, logprobs=3)])[0]
+    assert [t for t, _ in got.top] == [*want_V.topk(3).indices.tolist(), worst]
+    assert got.top[-1] == (worst, got.logprob) and got.logprob == pytest.approx(want_V[worst].item())
+    assert len({t for t, _ in sample(logits_BV, [state(temperature=0.0, logprobs=3)])[0].top}) == 3
+
+
 def test_how_many_alternatives() -> None:
     logits_BV = random_logits(9)
     want = int(logits_BV.argmax())
@@ -317,6 +351,7 @@ WRONG = [
     *[("repetition_penalty", v) for v in (0.0, -1.0, 1e-45, 1e9, NAN, INF)],
     *[("max_tokens", v) for v in (0, -3)],
     *[("logprobs", v) for v in (-1, 21)],
+    *[("min_p", v) for v in (-0.1, 1.1, NAN)],
 ]
 
 
@@ -346,6 +381,10 @@ def test_parameters_without_meaning_are_refused(name: str, value: float) -> None
         ("logprobs", 20),
         ("seed", -5),
         ("stop", ("x", " ")),
+        ("stop", "x"),
+        ("min_p", 1.0),
+        ("logit_bias", {0: -100.0, V - 1: 100.0}),
+        ("stop_token_ids", (0, V - 1)),
     ],
 )
 def test_the_edges_are_allowed_and_work(name: str, value: Any) -> None:
@@ -358,6 +397,23 @@ def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(RequestError, match="stop holds an empty string") as caught:
         validate(request(stop=("x", "")), vocab_size=V)
     assert caught.value.param == "stop"
+
+
+@pytest.mark.parametrize("bad", [-1, V, V + 100])
+def test_ids_past_the_vocabulary_would_have_no_effect_and_are_refused(bad: int) -> None:
+    for name, value in (("stop_token_ids", (0, bad)), ("logit_bias", {0: 1.0, bad: 1.0})):
+        with pytest.raises(RequestError, match=rf"{name} holds {bad}, must be in \[0, {V}\)") as caught:
+            validate(request(**{name: value}), vocab_size=V)
+        assert caught.value.param == name
+
+
+@pytest.mark.parametrize("bias", [100.5, -101.0, NAN, INF])
+def test_biases_are_bounded(bias: float) -> None:
+    with pytest.raises(
+        RequestError, match=r"logit_bias is .*must be a number of at least -100 and at most 100"
+    ) as caught:
+        validate(request(logit_bias={1: bias}), vocab_size=V)
+    assert caught.value.param == "logit_bias"
 
 
 @pytest.mark.parametrize("bad", [-1, V, V + 100])

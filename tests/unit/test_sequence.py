@@ -289,3 +289,47 @@ def test_seeds_of_requests_without_one() -> None:
     assert seed("a", 7) == seed("a", 7), "the same engine seed and id draw the same"
     assert len({seed("a", 7), seed("b", 7), seed("a", 8), seed("b", 8)}) == 4
     assert seed("a", None) != seed("a", None)
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_offsets_index_the_text_that_a_stop_string_left(size: int) -> None:
+    ids = encode(" jumps 世界 over the moon")
+    whole, stop = " jumps 世界 over the moon", "r the"
+    seq = make(stop=(stop,), logprobs=0)
+    events, told = [], 0
+    for token in ids[: size * len(ids)]:
+        events.append(seq.append(Sampled(token_id=token, logprob=-1.0)))
+        told += len(events[-1].text)
+        assert all(offset <= told for offset in events[-1].text_offsets), "an offset points at text that is not out"
+        if seq.finished:
+            break
+    offsets = [offset for event in events for offset in event.text_offsets]
+    text = text_of(events)
+    assert text == whole[: whole.index(stop)] and len(offsets) == seq.num_output
+    prompt = encode("The fox")
+    begun = [len(bpe().decode(prompt + ids[:at]).rstrip("\ufffd")) - len("The fox") for at in range(len(offsets))]
+    assert offsets == [min(begin, len(text)) for begin in begun]
+
+
+def test_offsets_of_silent_tokens_and_of_a_resumed_answer() -> None:
+    ids = [*encode(" 世"), bpe().convert_tokens_to_ids(SPECIALS[1]), *encode(" 界🙂 the fox"), EOS]
+
+    def offsets(resumed: int) -> list[int]:
+        params = SamplingParams(max_tokens=100, logprobs=0, stop=("the moon",))
+        prompt, had = tuple(encode("The fox")), tuple(ids[:resumed])
+        request = GenerationRequest(request_id="r", prompt_token_ids=prompt, sampling=params, resumed_token_ids=had)
+        seq = Sequence(request, tokenizer=bpe(), eos_token_ids=frozenset({EOS}), max_model_len=1000)
+        return [offset for event in feed(seq, ids[resumed:]) for offset in event.text_offsets]
+
+    whole = offsets(0)
+    assert len(whole) == len(ids) and whole[-1] == len(" 世 界🙂 the fox")
+    for resumed in range(1, len(ids)):
+        rest = offsets(resumed)
+        assert rest == whole[len(whole) - len(rest) :]  # nothing is told twice
+        assert len(ids) - resumed <= len(rest)  # and what was not settled is told now
+
+
+def test_a_model_without_text_has_offsets_of_nothing() -> None:
+    events = feed(make(tokenizer=None, max_tokens=3, logprobs=0), [5, 6, 7])
+    assert [event.text_offsets for event in events] == [(0,), (0,), (0,)]
+    assert [event.text_offsets for event in feed(make(max_tokens=2), [5, 6])] == [(), ()]

@@ -277,3 +277,25 @@ async def test_a_dead_step_thread_is_unwell(monkeypatch: pytest.MonkeyPatch) -> 
     opened.close()
     assert caught.value.status_code == 503
     assert health.status_code == 503 and "engine is stopped" in health.json()["problems"][0]
+
+
+@pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS[3]], ids=["ascii", "half characters"])
+async def test_offsets_index_the_text_streamed_or_not(worker: Worker, prompt: str) -> None:
+    asked: Any = {"model": "tiny", "prompt": prompt, "max_tokens": 16, "logprobs": 2, "n": 2, "seed": 3, "stop": "'"}
+    async with openai_over(worker) as client:
+        whole = await client.completions.create(**asked)
+        chunks = [chunk async for chunk in await client.completions.create(**asked, stream=True)]
+    for choice in whole.choices:
+        parts = [part for chunk in chunks for part in chunk.choices if part.index == choice.index]
+        text, logprobs = choice.text, choice.logprobs
+        assert logprobs is not None and "".join(part.text for part in parts) == text
+        streamed = [offset for part in parts for offset in (part.logprobs and part.logprobs.text_offset) or []]
+        assert streamed == logprobs.text_offset
+        assert [token for part in parts for token in (part.logprobs and part.logprobs.tokens) or []] == logprobs.tokens
+        assert logprobs.tokens and logprobs.token_logprobs and logprobs.top_logprobs
+        for at, token in enumerate(logprobs.tokens):
+            offset, value = streamed[at], logprobs.token_logprobs[at]
+            assert 0 <= offset <= len(text)
+            assert "\ufffd" in token or text[offset:].startswith(token[: len(text) - offset])
+            assert logprobs.top_logprobs[at][token] == value
+            assert len(logprobs.top_logprobs[at]) >= 2

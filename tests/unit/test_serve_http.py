@@ -264,6 +264,89 @@ async def test_key_guards_the_api_and_not_health(caplog: pytest.LogCaptureFixtur
     assert key not in repr(HttpSettings(model="m", api_key=key))
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Authorization": "bearer sk-k"}, 200),
+        ({"Authorization": "BEARER   sk-k"}, 200),
+        ({"X-Api-Key": "sk-k"}, 200),
+        ({"x-api-key": "sk-k", "Authorization": "Bearer none"}, 200),
+        ({"Authorization": "Bearer sk-K"}, 401),
+        ({"Authorization": "Bearersk-k"}, 401),
+        ({"Authorization": "Basic sk-k"}, 401),
+        ({"Authorization": "Bearer"}, 401),
+        ({"x-api-key": ""}, 401),
+        ({"x-api-key": "Bearer sk-k"}, 401),
+    ],
+)
+async def test_where_the_key_is_looked_for(headers: dict[str, str], status: int) -> None:
+    async with serving(api_key="sk-k") as client:
+        assert (await client.get("/v1/models", headers=headers)).status_code == status
+        assert (await client.post("/v1/completions", json=TEXT, headers=headers)).status_code == status
+
+
+async def test_head_is_answered_where_get_is() -> None:
+    async with serving(api_key="k") as client:
+        for path in ("/health", "/metrics", "/v1/models", "/v1/models/fake"):
+            got, head = [await client.request(method, path, headers={"x-api-key": "k"}) for method in ("GET", "HEAD")]
+            assert (head.status_code, head.headers["content-type"]) == (200, got.headers["content-type"])
+        assert (await client.head("/v1/models")).status_code == 401
+        assert (await client.head("/v1/models/else", headers={"x-api-key": "k"})).status_code == 404
+
+
+async def test_browsers_may_call_when_their_origin_is_listed() -> None:
+    origin = {"Origin": "https://chat.example"}
+    preflight = origin | {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    async with serving(api_key="k", cors_origins=("https://chat.example",)) as client:
+        asked = await client.options("/v1/chat/completions", headers=preflight)
+        assert asked.status_code == 200 and asked.headers["access-control-allow-origin"] == "https://chat.example"
+        assert "authorization" in asked.headers["access-control-allow-headers"]
+        refused = await client.post("/v1/completions", json=TEXT, headers=origin)
+        check_error(refused, 401, None, "invalid_api_key")
+        assert refused.headers["access-control-allow-origin"] == "https://chat.example"  # the page may read why
+        stream = await client.post(
+            "/v1/completions", json=TEXT | {"stream": True}, headers={**origin, "x-api-key": "k"}
+        )
+        assert stream.headers["access-control-allow-origin"] == "https://chat.example"
+        other = await client.get("/health", headers={"Origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+    async with serving() as client:
+        asked = await client.options("/v1/chat/completions", headers=preflight)
+        assert asked.status_code == 405 and "access-control-allow-origin" not in asked.headers
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_usage_so_far_grows_to_the_whole(path: str) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = (CHAT if "chat" in path else TEXT | {"prompt": ["hello", "you"]}) | {"n": 2, "stream": True}
+    async with serving(FakeEngine(delay=0.001)) as client:
+        response = await client.post(path, json=body | {"stream_options": options})
+    *messages, done = messages_of(response.text)
+    used = [json.loads(message)["usage"] for message in messages]
+    assert done == "[DONE]" and len(used) > 4
+    assert {tokens["prompt_tokens"] for tokens in used} == {7 if "chat" in path else 8}
+    made = [tokens["completion_tokens"] for tokens in used]
+    assert made == sorted(made) and made[0] == 1 and made[-2] == made[-1] == (12 if "chat" in path else 24)
+    assert all(tokens["total_tokens"] == tokens["prompt_tokens"] + tokens["completion_tokens"] for tokens in used)
+    assert ["buddymoe" in tokens for tokens in used] == [False] * (len(used) - 1) + [True]
+
+
+async def test_what_an_engine_says_of_a_prompt_is_said_of_the_callers_field() -> None:
+    async with serving(FakeEngine(limits=FakeLimits(max_model_len=16))) as client:
+        talk = CHAT | {"messages": [{"role": "user", "content": "\x01"}]}
+        refused = await client.post("/v1/chat/completions", json=talk)
+        assert check_error(refused, 400, "messages").startswith("messages holds byte 1")
+        for name in ("max_tokens", "max_completion_tokens"):
+            asked = {key: value for key, value in CHAT.items() if key != "max_tokens"} | {name: 99}
+            message = check_error(
+                await client.post("/v1/chat/completions", json=asked), 400, "messages", "context_length_exceeded"
+            )
+            assert f"messages and {name} are" in message and f"lower {name} to" in message
+
+
 async def test_sixteen_streams_at_once_are_each_their_own() -> None:
     async with serving(FakeEngine(delay=0.001)) as http:
         client = openai_client(http)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import openai.types.chat.completion_create_params as chat_types
+import openai.types.completion_create_params as completion_types
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -93,6 +95,8 @@ def test_every_sampling_field_arrives() -> None:
         "presence_penalty": 1,
         "frequency_penalty": -1.5,
         "repetition_penalty": 1.25,
+        "min_p": 0.25,
+        "logit_bias": {"5": -100, "0": 2.5},
         "stop": ["x", "yz"],
         "stop_token_ids": [3, 4],
         "ignore_eos": True,
@@ -105,10 +109,13 @@ def test_every_sampling_field_arrives() -> None:
         presence_penalty=1.0,
         frequency_penalty=-1.5,
         repetition_penalty=1.25,
+        min_p=0.25,
+        logit_bias={5: -100.0, 0: 2.5},
         stop=("x", "yz"),
         stop_token_ids=(3, 4),
         ignore_eos=True,
     )
+    assert chat(**given_fields).given == set(given_fields)
     assert chat(**given_fields).sampling == expected
     assert completion(**given_fields).sampling == expected
 
@@ -122,6 +129,62 @@ def test_stream_and_its_usage() -> None:
     request = parse_chat(json.dumps(body).encode())
     assert request.include_usage and request.work("r", flush_seconds=0.5).flush_seconds == 0.5
     assert refusal_of_chat(stream_options={"include_usage": True}).param == "stream_options"
+
+
+@pytest.mark.parametrize(
+    ("types", "parse", "body"),
+    [
+        (chat_types.CompletionCreateParamsBase, parse_chat, {"messages": HELLO}),
+        (completion_types.CompletionCreateParamsBase, parse_completion, {"prompt": "hi"}),
+    ],
+    ids=["chat", "completions"],
+)
+def test_null_of_every_field_that_openai_documents_is_not_given(types: Any, parse: Any, body: dict[str, Any]) -> None:
+    body = {"model": "m", **body}
+    for name in set(types.__annotations__) - set(body):
+        assert parse(json.dumps(body | {name: None}).encode()) == parse(json.dumps(body).encode()), name
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stream_options": {"include_obfuscation": False, "include_usage": None, "continuous_usage_stats": None}},
+        {"stream_options": {"include_usage": False}},
+        {"stream_options": {}},
+        {"logit_bias": {}},
+        {"stop": []},
+        {"tools": [], "tool_choice": "none", "parallel_tool_calls": True, "functions": [], "function_call": "none"},
+        {"response_format": {"type": "text"}, "modalities": ["text"], "verbosity": "medium", "service_tier": "auto"},
+        {"top_logprobs": 0, "logprobs": False, "store": False, "n": 1},
+        {"prompt_cache_options": {"mode": "implicit"}, "prompt_cache_retention": "24h", "prompt_cache_key": "k"},
+        {"min_p": 0, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "temperature": 1},
+        {"chat_template_kwargs": {}},
+        {"messages": [{**HELLO[0], "name": None, "tool_calls": [], "tool_call_id": None, "refusal": None}]},
+    ],
+)
+def test_values_that_ask_for_nothing_are_accepted(fields: dict[str, Any]) -> None:
+    work = chat(**fields)
+    assert (work.sampling, work.messages, work.n) == (SamplingParams(), chat().messages, 1)
+
+
+def test_usage_so_far_needs_usage_and_asks_for_the_prompts_length() -> None:
+    so_far = {"include_usage": True, "continuous_usage_stats": True}
+    assert chat(stream=True, stream_options=so_far).report_prompts
+    refused = refusal_of_chat(stream=True, stream_options={"continuous_usage_stats": True})
+    assert refused.param == "stream_options" and "include_usage true" in str(refused)
+
+
+def test_template_options_arrive() -> None:
+    assert chat(chat_template_kwargs={"enable_thinking": False}).template_options == {"enable_thinking": False}
+    assert refusal_of_completion(chat_template_kwargs={}).param == "chat_template_kwargs"
+
+
+def test_tool_calls_are_named_for_what_they_are() -> None:
+    for name in ("tool_calls", "function_call", "refusal", "audio", "tool_call_id"):
+        for content in ({}, {"content": None}, {"content": "x"}):
+            refused = refusal_of_chat(messages=[*HELLO, {"role": "assistant", name: [{"id": "1"}], **content}])
+            assert refused.param == f"messages[1].{name}"
+            assert f"messages[1].{name} is not supported" in str(refused)
 
 
 def test_token_limits_of_both_names() -> None:
@@ -185,7 +248,6 @@ def test_unbuilt_fields_are_refused_by_name_unless_they_ask_for_nothing(name: st
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("response_format", {"type": "json_schema", "json_schema": {}}),
-        ("logit_bias", {"5": 1}),
         ("echo", True),
         ("echo", 1),
         ("store", True),
@@ -202,7 +264,7 @@ def test_labels_are_accepted() -> None:
     assert chat(user="u", metadata={"a": "b"}, store=False) == chat()
 
 
-@pytest.mark.parametrize("name", ["tempreature", "min_p", "guided_json", "messages2", "best_of", "prompt"])
+@pytest.mark.parametrize("name", ["tempreature", "min_P", "guided_json", "messages2", "best_of", "prompt"])
 def test_unknown_fields_are_refused_by_name(name: str) -> None:
     refused = refusal_of_chat(**{name: 1})
     assert refused.param == name and name in str(refused)
@@ -224,6 +286,15 @@ def test_unknown_fields_are_refused_by_name(name: str) -> None:
         ({"stop": [1]}, "stop[0]"),
         ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
         ({"frequency_penalty": 3}, "frequency_penalty"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"07": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": "1"}}, "logit_bias.1"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs"),
         ({"buddymoe": {"mode": "quick"}}, "buddymoe.mode"),
         ({"buddymoe": {"budget": -0.1}}, "buddymoe.budget"),
         ({"buddymoe": {"budget": 1.1}}, "buddymoe.budget"),
@@ -266,11 +337,11 @@ def test_missing_fields_are_named() -> None:
     assert caught.value.param == "prompt"
 
 
-def test_text_parts_are_joined_and_developer_is_system() -> None:
+def test_text_parts_stay_parts_and_developer_is_system() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "developer", "content": parts}, {"role": "user", "content": "c", "name": "Ann"}]
     assert chat(messages=messages).messages == (
-        ChatMessage(role="system", content="ab"),
+        ChatMessage(role="system", content=("a", "b")),
         ChatMessage(role="user", content="c", name="Ann"),
     )
 
