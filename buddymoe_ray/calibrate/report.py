@@ -1,87 +1,215 @@
 """The calibration as a page to read: one HTML file that needs no network, no script and no other file.
 
-Arranges sections; says nothing that is not in the profile. Invariant: well-formed, whatever the model is called.
-Neighbours: `report_sections` draws what was measured of stand-ins, `report_routing` what was seen of the router.
+Numbers and plots for `templates/report.html`, which holds the words. Says nothing that is not in the profile; simulates
+nothing itself (`hit_rates` does). Invariant: well-formed, whatever the model is called.
+
+Legend: L layers, E experts, C cache sizes.
 """
 
 from __future__ import annotations
 
-import os
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from buddymoe_ray.calibrate.markup import Markup, element
-from buddymoe_ray.calibrate.report_routing import coactivation, residency, routing
-from buddymoe_ray.calibrate.report_sections import budgets, layers, provenance, standins, summary
+import numpy as np
+import numpy.typing as npt
+
+from buddymoe_ray.calibrate.charts import Line, bar_chart, embedded, line_chart, matrix, ramp, rendered, write_page
+from buddymoe_ray.calibrate.hit_rates import hit_rates
 from buddymoe_ray.errors import ProfileError
-from buddymoe_ray.models.profile import Profile
+from buddymoe_ray.models.profile import ComparisonRow, Profile
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["render_report", "write_report"]
 
-_SECTIONS = (
-    ("summary", "Summary", summary),
-    ("stand-ins", "Harm against memory, for every stand-in", standins),
-    ("budgets", "What a budget buys", budgets),
-    ("layers", "Where it hurts: sensitivity by layer", layers),
-    ("residency", "How often an expert is resident", residency),
-    ("routing", "How decided and how predictable the router is", routing),
-    ("coactivation", "Which experts are used together", coactivation),
-    ("provenance", "How this was made", provenance),
-)
-
-# nothing may be loaded from anywhere, which the browser then holds us to
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 58rem; margin: 2rem auto;
-  padding: 0 1.2rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin: 2.6rem 0 .4rem; }
-p { margin: .5rem 0; } .sub, figcaption, .none { color: #666; font-size: .9rem; }
-nav { margin: 1rem 0; font-size: .9rem; } nav a { margin-right: 1rem; color: #0072b2; white-space: nowrap; }
-.verdict { border-left: 4px solid #009e73; background: #f2faf7; padding: .7rem 1rem; font-size: 1.05rem; }
-.verdict.refused { border-color: #d55e00; background: #fdf4ee; }
-.wide { overflow-x: auto; } svg { width: 100%; height: auto; font: 12px system-ui, sans-serif; }
-table { border-collapse: collapse; font-size: .9rem; margin: .8rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
-th:first-child { text-align: left; } thead th { border-bottom: 2px solid #999; }
-tr.marked { background: #f2faf7; } tr.marked th::after { content: " ◀"; color: #009e73; }
-.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 1rem; }
-figure { margin: 0; } img { image-rendering: pixelated; border: 1px solid #ccc; width: 100%; height: auto; }
-.ramp { display: flex; align-items: center; gap: .6rem; font-size: .85rem; color: #666; margin: .6rem 0; }
-.ramp span { width: 14px; height: 14px; display: inline-block; margin: 0; } .ramp div { display: flex; }
-code { font-size: .85em; overflow-wrap: anywhere; }
-"""
+_RISE = "rise of perplexity, % (± 2 standard errors)"
+_MOST_PIXELS = 128
+_HIT_SHARES = (25.0, 50.0, 75.0)
 
 
 def render_report(profile: Profile) -> str:
     """The page as text."""
-    title = f"Calibration of {profile.model}"
-    sub = (
-        f"{profile.calibration_tokens:,} tokens, {profile.layers} MoE layers of {profile.experts} experts, "
-        f"{profile.top_k} per token"
-    )
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", title),
-        element("style", Markup(_STYLE)),
-    )
-    links = element("nav", *(element("a", heading, href=f"#{name}") for name, heading, _ in _SECTIONS[1:]))
-    body = [element("section", element("h2", heading), *draw(profile), id=name) for name, heading, draw in _SECTIONS]
-    top = element("header", element("h1", title), element("p", sub, class_="sub"), links)
-    return f"<!DOCTYPE html>\n{element('html', head, element('body', top, *body), lang='en')}\n"
+    hits = hit_lines(profile)
+    kinds = [kind for kind in sorted(profile.errors) if profile.errors[kind].any()]
+    values = {
+        "profile": profile,
+        "plus_minus": plus_minus,
+        "embedded": embedded,
+        "figures": figures(profile, hits),
+        "shares": {kind: error_shares(profile, kind) for kind in kinds},
+        "shown": shown_kind(profile),
+        "hits": {line.name: np.interp(_HIT_SHARES, line.x, line.y) for line in hits},
+        "busiest": busiest_quarter(profile),
+        "maps": lift_maps(profile),
+        "ramp": ramp(),
+        **compared(profile.comparison),
+    }
+    return rendered("report.html", values)
 
 
 def write_report(profile: Profile, path: Path) -> None:
     """Write the page atomically. Raises ProfileError when it cannot be written."""
-    temporary = path.with_name(path.name + ".part")
     try:
-        temporary.write_text(render_report(profile), encoding="utf-8")
-        os.replace(temporary, path)
+        write_page(render_report(profile), path)
     except OSError as error:
         raise ProfileError(
             f"report {path} cannot be written ({error.strerror}), must be. "
             "hint: choose another --out or free some space"
         ) from error
+
+
+def compared(rows: Sequence[ComparisonRow]) -> dict[str, Any]:
+    """`names` of stand-ins from least to most harm (by mean rank), `memories` falling, `best` rows, `found` by both."""
+    memories = sorted({row.memory_percent for row in rows}, reverse=True)
+    best: list[ComparisonRow] = []
+    ranks: dict[str, list[float]] = {}
+    for memory in memories:
+        here = sorted((row for row in rows if row.memory_percent == memory), key=lambda r: (r.dppl_percent, r.standin))
+        best.append(here[0])
+        for rank, row in enumerate(here):
+            ranks.setdefault(row.standin, []).append(rank / len(here))
+    names = sorted(ranks, key=lambda name: (sum(ranks[name]) / len(ranks[name]), name))
+    return {
+        "names": names,
+        "memories": memories,
+        "best": best,
+        "found": {(row.standin, row.memory_percent): row for row in rows},
+    }
+
+
+def figures(profile: Profile, hits: Sequence[Line]) -> dict[str, Figure | None]:
+    """All plots by name; None where nothing was measured."""
+    rows, points = profile.comparison, profile.budget_curve
+    budgets = sorted({100 * point.budget for point in points})
+    budget = Line(name="the budget", x=budgets, y=budgets, reference=True)
+    by_budget: dict[str, Any] = {"x": "budget, % of perplexity (100 × nats per token)", "xscale": "log"}
+    layers = [str(layer) for layer in range(profile.layers)]
+    shown, unit = shown_kind(profile), "nats per token" if profile.measured else "weighted squared error per token"
+    ticks = sorted({round(at) for at in np.linspace(0, profile.layers - 1, min(profile.layers, 12))})
+    return {
+        "standins": line_chart(
+            _standin_lines(profile),
+            x="memory for experts, % of their bytes",
+            y=_RISE,
+            yscale="symlog",
+            xticks=sorted({row.memory_percent for row in rows}),
+        ),
+        "rises": line_chart([*_budget_lines(profile, "dppl_percent"), budget], y=_RISE, yscale="symlog", **by_budget),
+        "fetches": line_chart(
+            _budget_lines(profile, "fetched_fraction"), y="misses answered by the real expert, %", **by_budget
+        ),
+        "sensitivity": bar_chart(profile.sensitivity_L, layers, x="MoE layer", y="nats per unit"),
+        "harms": bar_chart(harm_of_layers(profile, shown) if shown else [], layers, x="MoE layer", y=unit),
+        "hits": line_chart(hits, x="experts kept, % of each layer's", y="uses found resident, %", ylim=(0, 100)),
+        "routing": line_chart(_routing_lines(profile), x="MoE layer", y="share", ylim=(0, 1), xticks=ticks),
+    }
+
+
+def _standin_lines(profile: Profile) -> list[Line]:
+    lines = []
+    for name in compared(profile.comparison)["names"]:
+        own = sorted((r for r in profile.comparison if r.standin == name), key=lambda row: row.memory_percent)
+        rises, errors = [row.dppl_percent for row in own], [2 * row.dppl_se for row in own]
+        lines.append(Line(name=name, x=[row.memory_percent for row in own], y=rises, error=errors))
+    return lines
+
+
+def _budget_lines(profile: Profile, field: str) -> list[Line]:
+    lines = []
+    for memory in sorted({point.memory_percent for point in profile.budget_curve}, reverse=True):
+        own = sorted((p for p in profile.budget_curve if p.memory_percent == memory), key=lambda point: point.budget)
+        error = [2 * point.dppl_se for point in own] if field == "dppl_percent" else None
+        x, y = [100 * point.budget for point in own], [getattr(point, field) for point in own]
+        lines.append(Line(name=f"{memory:g} % memory", x=x, y=y, error=error))
+    return lines
+
+
+def _routing_lines(profile: Profile) -> list[Line]:
+    layers = range(profile.layers)
+    named = {
+        "entropy": profile.entropy_L,
+        "reuse by next token": profile.reuse_L,
+        "next layer foreseen": profile.next_layer_recall_L,
+    }
+    chance = [profile.top_k / profile.experts] * profile.layers
+    lines = [Line(name=name, x=layers, y=values_L) for name, values_L in named.items()]
+    return [*lines, Line(name="chance", x=layers, y=chance, reference=True)]
+
+
+def hit_lines(profile: Profile) -> list[Line]:
+    """Hit rate (%) of each rule by the share of experts kept (%), mean over layers."""
+    rates = hit_rates(profile.counts_LE, profile.routes_TLK)
+    named = {"null: any experts": rates.uniform_C, "static frequency": rates.static_LC.mean(axis=0)}
+    if rates.lru_LC is not None and rates.oracle_LC is not None:
+        named |= {"LRU": rates.lru_LC.mean(axis=0), "oracle": rates.oracle_LC.mean(axis=0)}
+    kept = [100 * size / rates.experts for size in rates.sizes]
+    return [Line(name=name, x=kept, y=100 * y, reference=name.startswith("null")) for name, y in named.items()]
+
+
+def shown_kind(profile: Profile) -> str | None:
+    """The kind whose harm is shown by layer: the recommended one, or the least harmful where that is a mix."""
+    kinds = [kind for kind in sorted(profile.errors) if profile.errors[kind].any()]
+    if profile.recommended in kinds:
+        return profile.recommended
+    return min(kinds, key=lambda kind: sum(harm_of_layers(profile, kind)), default=None)
+
+
+def harm_of_layers(profile: Profile, kind: str) -> list[float]:
+    """Expected harm per token of answering every use in a layer by `kind`."""
+    uses_LE = profile.counts_LE * profile.weight2_LE / profile.calibration_tokens
+    return [float(harm) for harm in (uses_LE * profile.harm_LE(kind)).sum(axis=1)]
+
+
+def error_shares(profile: Profile, kind: str) -> list[float]:
+    """Output error by layer, % of the experts' output energy."""
+    uses_LE = profile.counts_LE * profile.weight2_LE
+    energy_L, error_L = (uses_LE * profile.energy_LE).sum(axis=1), (uses_LE * profile.errors[kind]).sum(axis=1)
+    pairs = zip(error_L, energy_L, strict=True)
+    return [100 * float(error / energy) if energy > 0 else math.nan for error, energy in pairs]
+
+
+def busiest_quarter(profile: Profile) -> npt.NDArray[np.float64]:
+    """Share of a layer's uses (%) that go to its busiest quarter of experts `[L]`."""
+    busiest_LE = np.sort(profile.counts_LE, axis=1)[:, ::-1]
+    share_L: npt.NDArray[np.float64] = 100 * busiest_LE[:, : math.ceil(profile.experts / 4)].sum(axis=1)
+    return share_L / np.maximum(1, busiest_LE.sum(axis=1))
+
+
+def plus_minus(value: float, error: float) -> str:
+    """A measured number with its standard error."""
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:.{digits}f} ± {error:.{digits}f}" if math.isfinite(error) else f"{value:.{digits}f} ± ?"
+
+
+def lift_maps(profile: Profile) -> list[Any]:
+    """An image per layer; none where a token uses one expert."""
+    layers = range(profile.layers if min(profile.top_k, profile.experts) > 1 else 0)
+    return [matrix(lift_levels(profile, at), alt=f"co-activation of the experts of layer {at}") for at in layers]
+
+
+def lift_levels(profile: Profile, layer: int) -> npt.NDArray[np.uint8]:
+    """Levels 0 to 14 of log2(observed / expected) from -2 to 2, experts by falling frequency, at most 128 pixels wide.
+
+    Expected: the product of the two experts' frequencies, less what choosing without replacement takes from pairs.
+    """
+    E, K = profile.experts, profile.top_k
+    order = np.argsort(-profile.counts_LE[layer].astype(np.int64), kind="stable")
+    together_EE = profile.coactivation_LEE[layer].astype(np.float64)[np.ix_(order, order)]
+    counts_E = profile.counts_LE[layer].astype(np.float64)[order]
+    expected_EE = np.outer(counts_E, counts_E) / profile.calibration_tokens * (K - 1) * E / (K * (E - 1))
+    off_EE = 1.0 - np.eye(E)
+    factor = math.ceil(E / _MOST_PIXELS)
+    seen, chance = _pooled(together_EE * off_EE, factor), _pooled(expected_EE * off_EE, factor)
+    lift = np.log2((seen + 0.5) / (chance + 0.5))  # half a count keeps pairs that are hardly expected near chance
+    return (np.clip(lift, -2, 2) * 3.5 + 7).round().astype(np.uint8)
+
+
+def _pooled(values_EE: npt.NDArray[np.float64], factor: int) -> npt.NDArray[np.float64]:
+    """Sums over `factor` x `factor` squares; the last ones may be smaller."""
+    starts = np.arange(0, len(values_EE), factor)
+    summed: npt.NDArray[np.float64] = np.add.reduceat(np.add.reduceat(values_EE, starts, axis=0), starts, axis=1)
+    return summed

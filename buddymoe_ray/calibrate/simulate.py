@@ -10,15 +10,18 @@ Legend: W windows, L MoE layers, E experts, P pools (GPUs), N experts of all lay
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from buddymoe_ray.calibrate.baselines import eplb, oracle, round_robin, static
+from buddymoe_ray.calibrate.charts import Line, bar_chart, embedded, line_chart, rendered, write_page
 from buddymoe_ray.calibrate.workloads import Workload
+from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.policy import (
     RUNGS,
     NodeLinks,
@@ -31,7 +34,7 @@ from buddymoe_ray.policy import (
     solve,
 )
 
-__all__ = ["PLACEMENTS", "Cluster", "Outcome", "simulate"]
+__all__ = ["PLACEMENTS", "Cluster", "Outcome", "simulate", "write_plot"]
 
 Floats = npt.NDArray[np.float64]
 Progress = Callable[..., Iterable[Any]]
@@ -206,3 +209,26 @@ def _moved(
     done = int(done_P.sum())
     reached = publish(problem, held_PN, old, before=wanted.objective_before, after=wanted.objective_after)
     return reached, done, loads - done
+
+
+def write_plot(outcomes: Sequence[Outcome], cluster: Cluster, workload: Workload, path: Path, *, title: str) -> None:
+    """Write local hits by window and tokens/s as one HTML file. Raises ConfigError when it cannot be written."""
+    windows = range(1, len(workload.counts_WLE))
+    lines = []
+    for outcome in outcomes:
+        uses_WR = np.array(outcome.uses_WR)
+        local_W = 100 * uses_WR[:, 0] / np.maximum(uses_WR.sum(axis=1), 1e-300)
+        lines.append(Line(name=outcome.placement, x=windows, y=local_W))
+    speeds = [outcome.tokens_per_second(cluster, workload) for outcome in outcomes]
+    values = {
+        "title": title,
+        "embedded": embedded,
+        "hits": line_chart(lines, x="window", y="uses answered locally, %"),
+        "speeds": bar_chart(speeds, [o.placement for o in outcomes], x="placement", y="tokens/s"),
+    }
+    try:
+        write_page(rendered("simulation.html", values), path)
+    except OSError as error:
+        raise ConfigError(
+            f"--plot {path} cannot be written ({error.strerror}), must be. hint: choose another file"
+        ) from error

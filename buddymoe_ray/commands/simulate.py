@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     outcomes = simulate(cluster, workload, names, progress=progress)
     conditions = _conditions(args, cluster, workload)
     if args.plot is not None:
-        from buddymoe_ray.calibrate.simulate_plot import write_plot
+        from buddymoe_ray.calibrate.simulate import write_plot
 
         title = f"{conditions['workload']} on {args.gpus} GPUs, {args.memory} of the experts each"
         write_plot(outcomes, cluster, workload, args.plot, title=title)
