@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from buddymoe_ray.engine.kv import KVPool, KVShape, contiguous_start
+from buddymoe_ray.errors import CheckpointError, UnsupportedModel
 
 __all__ = ["NAME", "ChunkRows", "PagedAttention", "PackedPass", "attach", "register"]
 
@@ -85,6 +86,13 @@ def _tail(table: slice | Tensor, chunk: ChunkRows) -> Tensor:
     return flat[chunk.start : chunk.end]
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackedMask:
+    """What a family's mask comes to: causal, within `window` tokens (itself included) where there is one."""
+
+    window: int | None
+
+
 class PagedAttention:
     """Runs attention for every layer of a model. `current` is the pass in progress; None while probing shapes."""
 
@@ -106,6 +114,10 @@ class PagedAttention:
     ) -> Tensor:
         """`[Q, T, d], [H, T, d], [H, T, dv] -> [T, Q, dv]`. `window` is a sliding window in tokens, itself included."""
         if self.pool is None or self.current is None:
+            if window is not None and window < 1:
+                raise CheckpointError(
+                    f"sliding_window is {window} in a layer that slides, must be at least 1. hint: fix config.json"
+                )
             self.shapes[layer] = KVShape(heads=k_HTd.shape[0], key_dim=k_HTd.shape[2], value_dim=v_HTd.shape[2])
             return q_QTd.new_zeros(q_QTd.shape[1], q_QTd.shape[0], v_HTd.shape[2])
         self.pool.write(layer, k_HTd.transpose(0, 1), v_HTd.transpose(0, 1), self.current.slots_T)
@@ -192,29 +204,40 @@ def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: object,
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function transformers calls for every attention layer, with a batch of one packed sequence."""
     paged: PagedAttention = module.buddymoe_attention  # type: ignore[assignment]
+    if not isinstance(attention_mask, PackedMask):
+        raise UnsupportedModel(
+            f"{type(module).__name__} has a mask of its own, must have one of transformers' causal masks. "
+            "hint: set batching to solo"
+        )
     out_TQd = paged(
         int(module.layer_idx),  # type: ignore[arg-type]
         query[0],
         key[0],
         value[0],
         scale=scaling,
-        window=kwargs.get("sliding_window"),
+        window=attention_mask.window,  # families differ in whether the call names it too; the mask is what they mean
         sinks=kwargs.get("s_aux"),
     )
     return out_TQd.unsqueeze(0), None
 
 
+def _mask(*, local_size: int | None = None, **_: Any) -> PackedMask:
+    """The function transformers calls for every mask that a model builds; `local_size` is a sliding one's."""
+    return PackedMask(window=local_size)
+
+
 def register() -> None:
     """Make `buddymoe_paged` known to transformers; calling it again changes nothing."""
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _forward)
+    AttentionMaskInterface.register(NAME, _mask)
 
 
 def attach(model: nn.Module, paged: PagedAttention) -> None:

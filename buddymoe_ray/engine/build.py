@@ -17,7 +17,7 @@ from buddymoe_ray.engine import attention
 from buddymoe_ray.engine.guard import GuardWork
 from buddymoe_ray.engine.kv import KVPool
 from buddymoe_ray.engine.parts import EngineLimits, EngineParts
-from buddymoe_ray.engine.runner import PackedRunner, Runner, SoloRunner, probe_kv_shapes
+from buddymoe_ray.engine.runner import PackedRunner, Runner, SoloRunner, probe
 from buddymoe_ray.engine.scheduler import Scheduler
 from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.models.load import LoadedModel, load_model
@@ -111,11 +111,13 @@ class _KVSize:
                 "hint: drop it"
             )
         if not packed:
+            probe(loaded, step, use_cache=True)
             blocks = config.max_running * _blocks(wanted)
             return cls(blocks=blocks, max_model_len=wanted, runner=SoloRunner(loaded, step))
         paged = attention.PagedAttention()
         attention.attach(loaded.model, paged)
-        shapes = probe_kv_shapes(loaded, paged, step)
+        probe(loaded, step, use_cache=False)
+        shapes = dict(sorted(paged.shapes.items()))
         per_block = KVPool.bytes_per_token(shapes, loaded.compute_dtype) * BLOCK_SIZE
         fitting = _kv_budget(config, loaded.device) // per_block
         if fitting < 2:

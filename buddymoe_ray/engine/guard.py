@@ -65,7 +65,7 @@ class GuardWork:
     def reset(self) -> None:
         """Forget all samples, but not what they have told so far."""
         self._samples: dict[str, _Sample] = {}
-        self._waiting: deque[tuple[list[int], _Sample]] = deque()
+        self._waiting: deque[tuple[list[int], int, _Sample]] = deque()
         self._job: _Job | None = None
         self._waited = 0
 
@@ -102,7 +102,7 @@ class GuardWork:
         """A request ended: queue its sample, if it has one and there is room."""
         sample = self._samples.pop(seq.request_id, None)
         if sample is not None and sample.logprobs and len(self._waiting) < _MOST_WAITING:
-            self._waiting.append((seq.token_ids(0, max(sample.logprobs) + 1), sample))
+            self._waiting.append((seq.token_ids(0, max(sample.logprobs) + 1), seq.prompt_length, sample))
 
     def has_work(self) -> bool:
         """Whether there is something to recompute."""
@@ -135,12 +135,12 @@ class GuardWork:
         return zlib.crc32(seq.request_id.encode()) / 2**32 < self._share
 
     def _begin(self) -> bool:
-        ids, sample = self._waiting[0]
+        ids, prompt, sample = self._waiting[0]
         blocks = self._scheduler.borrow(len(ids))
         if blocks is None:
             return False
         self._waiting.popleft()
-        self._job = _Job(sample=sample, chunks=self._runner.score(ids, blocks), blocks=blocks)
+        self._job = _Job(sample=sample, chunks=self._runner.score(ids, blocks, prompt=prompt), blocks=blocks)
         return True
 
     def _compare(self, job: _Job, start: int, logits_nV: Tensor) -> None:

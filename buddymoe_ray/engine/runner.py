@@ -17,16 +17,18 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
-from buddymoe_ray.engine.kv import KVPool, KVShape
+from buddymoe_ray.engine.kv import KVPool
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.engine.sequence import Sequence
+from buddymoe_ray.errors import BuddyMoEError, CheckpointError
+from buddymoe_ray.models.hf_loading import recomputes_at_switch, switch_length
 from buddymoe_ray.models.load import LoadedModel
 from buddymoe_ray.moe import Phase, StepOutcome, StepState, StepTerms
 
 SCORED_CHUNK = 64
 """Tokens of one exact scoring pass: small, so that it holds up no decode step for long."""
 
-__all__ = ["PackedRunner", "Runner", "SoloRunner", "probe_kv_shapes"]
+__all__ = ["PackedRunner", "Runner", "SoloRunner", "probe"]
 
 
 class Runner(Protocol):
@@ -45,11 +47,11 @@ class Runner(Protocol):
         """Compute each sequence's newest token; float32 logits `[B, V]`, and what its expert uses came to."""
 
     def score(
-        self, token_ids: Rows[int], blocks: Rows[int], *, chunk: int = SCORED_CHUNK
+        self, token_ids: Rows[int], blocks: Rows[int], *, prompt: int | None = None, chunk: int = SCORED_CHUNK
     ) -> Iterator[tuple[int, Tensor]]:
         """Compute a whole text exactly, a chunk a time: `(start, float32 logits [chunk, V])` of consecutive chunks.
 
-        `blocks` are KV blocks for all of it, held by the caller.
+        `blocks` are KV blocks for all of it, held by the caller; `prompt` tokens of it (None: all) were not generated.
         """
 
     def release(self, sequence: Sequence | None) -> None:
@@ -87,7 +89,7 @@ class PackedRunner:
         return logits_BV, self._step.outcome
 
     def score(
-        self, token_ids: Rows[int], blocks: Rows[int], *, chunk: int = SCORED_CHUNK
+        self, token_ids: Rows[int], blocks: Rows[int], *, prompt: int | None = None, chunk: int = SCORED_CHUNK
     ) -> Iterator[tuple[int, Tensor]]:
         for start in range(0, len(token_ids), chunk):
             ids = list(token_ids[start : start + chunk])
@@ -125,31 +127,45 @@ class PackedRunner:
 
 
 class SoloRunner:
-    """One forward per sequence on the model's own cache; a prompt is computed whole."""
+    """One forward per sequence on the model's own cache, fed as `generate` feeds it; a prompt is computed whole."""
 
     packed = False
 
     def __init__(self, loaded: LoadedModel, step: StepState) -> None:
         self._model, self._device, self._step = loaded.model, loaded.device, step
+        self._vocab_size = loaded.vocab_size
+        self._switch = switch_length(loaded.model)
+        self._dynamic: list[Any] = [m for m in loaded.model.modules() if "dynamic" in str(getattr(m, "rope_type", ""))]
         self._caches: dict[str, Any] = {}
 
     def prefill(self, chunks: Rows[PrefillChunk]) -> Tensor:
+        """A prompt is computed once its last chunk is due: recurrent layers and rotary switches give other values for
+        one in pieces."""
         [chunk] = chunks
-        self._step.begin(Phase.PREFILL, chunk.end - chunk.start, isolate=True)
-        return self._one(chunk.seq, chunk.start, chunk.end)
+        seq, end = chunk.seq, chunk.end
+        if end < seq.prefill_length:
+            return torch.zeros(1, self._vocab_size, device=self._device)
+        start, cache = 0, None
+        for stop in [end] if recomputes_at_switch(self._model) else self._ends(seq.prompt_length, end):
+            logits_1V, cache = self._forward(seq.token_ids(0, stop), start, cache)
+            start = stop
+        self._caches[seq.request_id] = cache
+        return logits_1V[-1:]
 
     def decode(self, sequences: Rows[Sequence], terms: StepTerms) -> tuple[Tensor, StepOutcome]:
         [seq] = sequences
-        self._step.begin(Phase.DECODE, 1, terms, isolate=True)
-        return self._one(seq, seq.num_computed, seq.num_computed + 1), self._step.outcome
+        at, cache = seq.num_computed, self._caches.get(seq.request_id)
+        logits_1V, self._caches[seq.request_id] = self._forward(seq.token_ids(0, at + 1), at, cache, terms=terms)
+        return logits_1V[-1:], self._step.outcome
 
     def score(
-        self, token_ids: Rows[int], blocks: Rows[int], *, chunk: int = SCORED_CHUNK
+        self, token_ids: Rows[int], blocks: Rows[int], *, prompt: int | None = None, chunk: int = SCORED_CHUNK
     ) -> Iterator[tuple[int, Tensor]]:
-        self._step.begin(Phase.PREFILL, len(token_ids))
-        with torch.inference_mode():
-            out = self._model(input_ids=torch.tensor([list(token_ids)], device=self._device), use_cache=False)
-        yield 0, out.logits[0].float()
+        start, cache = 0, None
+        for end in self._ends(prompt or len(token_ids), len(token_ids)):
+            logits_nV, cache = self._forward(list(token_ids[:end]), start, cache, keep=0)
+            yield start, logits_nV[start - end :]
+            start = end
 
     def release(self, sequence: Sequence | None) -> None:
         if sequence is None:
@@ -157,22 +173,56 @@ class SoloRunner:
         else:
             self._caches.pop(sequence.request_id, None)
 
-    def _one(self, seq: Sequence, start: int, end: int) -> Tensor:
+    def _ends(self, prompt: int, end: int) -> Rows[int]:
+        """Where passes must end over a text whose first `prompt` tokens were computed in one and the others one by one,
+        to give the logits that they had."""
+        if self._switch is None or end <= self._switch:
+            return [end]
+        return range(max(prompt, self._switch), end + 1)
+
+    def _forward(
+        self, ids: list[int], start: int, cache: Any, *, keep: int = 1, terms: StepTerms | None = None
+    ) -> tuple[Tensor, Any]:
+        """Logits of the last `keep` tokens of `ids` (0: of all that are computed), and the cache that now holds them.
+
+        `cache` holds those before `start`; a family may drop it, then all are computed again, exactly.
+        """
+        for rotary in self._dynamic:  # or its frequencies would be those of the longest text so far
+            rotary.max_seq_len_cached, rotary.inv_freq = rotary.original_max_seq_len, rotary.original_inv_freq
+        model: Any = self._model
+        inputs = model.prepare_inputs_for_generation(
+            torch.tensor([ids], device=self._device),
+            next_sequence_length=len(ids) - start,
+            past_key_values=cache,
+            position_ids=torch.arange(len(ids), device=self._device)[None],
+            use_cache=True,
+            is_first_iteration=start == 0,
+            logits_to_keep=keep,
+        )
+        count = inputs["input_ids"].shape[1]
+        decode = terms is not None and count == 1
+        self._step.begin(Phase.DECODE if decode else Phase.PREFILL, count, terms if decode else None)
         with torch.inference_mode():
-            out = self._model(
-                input_ids=torch.tensor([seq.token_ids(start, end)], device=self._device),
-                past_key_values=self._caches.get(seq.request_id),
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        self._caches[seq.request_id] = out.past_key_values
-        return out.logits[0, -1:].float()
+            out = model(**inputs)
+        if terms is not None and not decode:
+            self._step.begin(Phase.DECODE, 1)  # the step cost what a prompt costs: nothing that is booked
+        return out.logits[0].float(), out.past_key_values
 
 
-def probe_kv_shapes(loaded: LoadedModel, paged: PagedAttention, step: StepState) -> dict[int, KVShape]:
-    """Learn every attention layer's KV shape from one token; no expert is loaded."""
+def probe(loaded: LoadedModel, step: StepState, *, use_cache: bool) -> None:
+    """Compute one token with no expert loaded: a config that cannot run is known before the first request.
+
+    Raises CheckpointError with what transformers said.
+    """
     step.begin(Phase.PROBE, 1)
-    with torch.inference_mode():
-        zero = torch.zeros(1, 1, dtype=torch.int64, device=loaded.device)
-        loaded.model(input_ids=zero, position_ids=zero, use_cache=False, logits_to_keep=1)
-    return dict(sorted(paged.shapes.items()))
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=loaded.device)
+    try:
+        with torch.inference_mode():
+            loaded.model(input_ids=zero, position_ids=zero, use_cache=use_cache, logits_to_keep=1)
+    except BuddyMoEError:
+        raise
+    except Exception as error:  # whatever a modeling file stumbles over
+        raise CheckpointError(
+            f"{loaded.folder / 'config.json'} describes a model that cannot run ({type(error).__name__}: {error}). "
+            "hint: compare it with the release's own config.json"
+        ) from error

@@ -12,7 +12,7 @@ from typing import Any
 
 from buddymoe_ray.errors import UnsupportedModel
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "WINDOWED", "Family", "family_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,9 @@ _PACKED = (
     "qwen2_moe",
     "qwen3_moe",
 )
+WINDOWED = frozenset({"dots1", "gpt_oss", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe"})
+"""Families that keep to the same sliding window in prompts and in decode steps."""
+
 _SOLO = ("jamba", "lfm2_moe", "minimax", "qwen3_next")
 
 FAMILIES: Mapping[str, Family] = {
@@ -57,6 +60,8 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     name = config.get("model_type")
     if config.get("is_encoder_decoder"):
         raise UnsupportedModel(f"{where} is an encoder-decoder ({name}), must be a decoder. hint: serve a causal model")
+    if config.get("is_causal") is False:
+        raise UnsupportedModel(f"{where} has is_causal false ({name}), must be true. hint: serve a causal model")
     if name not in FAMILIES:
         raise UnsupportedModel(
             f"{where} has model_type {name!r}, must be one of {', '.join(sorted(FAMILIES))}. "

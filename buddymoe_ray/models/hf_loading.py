@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -38,6 +38,7 @@ from transformers.utils.generic import ContextManagers
 from buddymoe_ray.errors import CheckpointError, ConfigError, UnsupportedModel
 from buddymoe_ray.models import experts_hook
 from buddymoe_ray.models.dense import LazyTensor
+from buddymoe_ray.models.families import WINDOWED
 from buddymoe_ray.models.index import TensorLocation
 
 __all__ = [
@@ -50,8 +51,9 @@ __all__ = [
     "load_dense",
     "plan_keys",
     "read_config",
-    "rope_depends_on_length",
+    "recomputes_at_switch",
     "stored_shapes",
+    "switch_length",
 ]
 
 
@@ -112,10 +114,29 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def rope_depends_on_length(model: nn.Module) -> bool:
-    """Whether rotary frequencies change with the longest position of a pass, so that rows may not share one."""
-    kinds = (getattr(m, "rope_type", "") for m in model.modules())
-    return any("dynamic" in kind or kind == "longrope" for kind in kinds if isinstance(kind, str))
+def switch_length(model: PreTrainedModel) -> int | None:
+    """Tokens beyond which logits depend on how a text was cut into passes; None: they never do.
+
+    There rotary frequencies become those of the longest position of a pass, or a sliding window ends that only prompts
+    or only decode steps keep. Rows may not share a pass then.
+    """
+    config = model.config
+    rope, window = getattr(config, "rope_parameters", None) or {}, getattr(config, "sliding_window", None)
+    kinds = {str(getattr(module, "rope_type", "")) for module in model.modules()}
+    lengths = []
+    if "dynamic" in kinds:
+        lengths.append(config.max_position_embeddings)
+    if "longrope" in kinds or "short_mscale" in rope:  # phimoe switches its mscale, whatever the kind
+        lengths.append(rope.get("original_max_position_embeddings", 0))
+    if window is not None and config.model_type not in WINDOWED:
+        lengths.append(window)
+    return min(lengths, default=None)
+
+
+def recomputes_at_switch(model: PreTrainedModel) -> bool:
+    """Whether `generate` drops the cache where the rotary frequencies change, so that no key of before is left."""
+    own: Any = type(model)
+    return own.prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
 
 
 def kept_in_float32(model: PreTrainedModel) -> set[str]:

@@ -23,7 +23,7 @@ from buddymoe_ray.models.hf_loading import (
     kept_in_float32,
     plan_keys,
     read_config,
-    rope_depends_on_length,
+    switch_length,
 )
 from buddymoe_ray.models.index import DTYPE_BYTES, TensorLocation, has_weights, read_index, read_json
 from buddymoe_ray.models.resolve import is_builtin
@@ -165,8 +165,10 @@ def eos_token_ids(folder: Path, config: PreTrainedConfig) -> frozenset[int]:
 
 
 def max_positions(config: PreTrainedConfig) -> int:
-    """Longest sequence the model was made for, in tokens."""
-    return int(config.max_position_embeddings)
+    """Longest sequence the model was made for, in tokens; `dynamic` rope stretches what it was trained on."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    stretch = rope.get("factor", 1.0) if rope.get("rope_type") == "dynamic" and not rope.get("alpha") else 1.0
+    return int(config.max_position_embeddings * stretch)
 
 
 def _shape(
@@ -202,8 +204,9 @@ def _shape(
 
 
 def _narrowed(family: Family, model: PreTrainedModel) -> Family:
-    """A packed family whose rotary frequencies follow the longest row of a pass must run solo after all."""
-    return replace(family, packed=False) if rope_depends_on_length(model) else family
+    """A packed family whose logits depend on how a text is cut into passes must run solo after all."""
+    switch = switch_length(model)
+    return family if switch is None or switch >= max_positions(model.config) else replace(family, packed=False)
 
 
 def _stored_dtype(locations: dict[str, TensorLocation]) -> str:
