@@ -6,17 +6,21 @@ matter to it. On the token path it stands beside the ingress: prompt → `Work` 
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import fields
 from typing import Any
 
-from buddymoe_ray.errors import BuddyMoEError, ConfigError, RequestError
+from buddymoe_ray.engine.validate import plain_tokens
+from buddymoe_ray.errors import BuddyMoEError, RequestError
 from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.serve.handles import APP_NAME, connect
+from buddymoe_ray.serve.prompts import usable
 from buddymoe_ray.serve.records import Batch, ChatMessage, Delta, Refusal, Reply, Terms, Work, WorkerInfo
 from buddymoe_ray.serve.refusals import error_of, failure
+from buddymoe_ray.serve.resume import ResumeLimits, resumable
 from buddymoe_ray.types import EngineResult, SamplingParams, TokenEvent, TokenLogprob, Usage
 
 __all__ = ["Client"]
@@ -63,45 +67,48 @@ class Client:
             RequestError: the request is not usable.
             CapacityError: the service is full, or workers died and no other took the request; retry later.
         """
-        work = _work(prompt, sampling, flush_seconds=None)
-        with closing(self._workers.generate_sync(work)) as replies:
+        work = usable(_work(prompt, sampling, flush_seconds=None))
+        with closing(_in_a_loop(self._answer(work))) as replies:
             return _result(work, replies)
 
     def chat(self, messages: Sequence[Message], **sampling: Any) -> EngineResult:
         """Answer a conversation: messages are `{"role": ..., "content": ...}`."""
-        work = _work(messages, sampling, flush_seconds=None)
-        with closing(self._workers.generate_sync(work)) as replies:
+        work = usable(_work(_conversation(messages), sampling, flush_seconds=None))
+        with closing(_in_a_loop(self._answer(work))) as replies:
             return _result(work, replies)
 
     def stream(
         self, prompt: str | Sequence[int] | Sequence[Message], **sampling: Any
     ) -> Generator[TokenEvent, None, None]:
         """Continue a prompt or a conversation, event by event. Closing the generator cancels the request."""
-        work = _work(prompt, sampling, flush_seconds=FLUSH_SECONDS)
-        with closing(self._workers.generate_sync(work)) as replies:
+        work = usable(_work(prompt, sampling, flush_seconds=FLUSH_SECONDS))
+        with closing(_in_a_loop(self._answer(work))) as replies:
             for reply in replies:
                 yield from _events(work, reply)
 
     async def agenerate(self, prompt: str | Sequence[int], **sampling: Any) -> EngineResult:
         """`generate` for asyncio; cancelling the task cancels the request."""
-        return await self._collect(_work(prompt, sampling, flush_seconds=None))
+        return await self._collect(usable(_work(prompt, sampling, flush_seconds=None)))
 
     async def achat(self, messages: Sequence[Message], **sampling: Any) -> EngineResult:
         """`chat` for asyncio."""
-        return await self._collect(_work(messages, sampling, flush_seconds=None))
+        return await self._collect(usable(_work(_conversation(messages), sampling, flush_seconds=None)))
 
     async def astream(
         self, prompt: str | Sequence[int] | Sequence[Message], **sampling: Any
     ) -> AsyncGenerator[TokenEvent, None]:
         """`stream` for asyncio."""
-        work = _work(prompt, sampling, flush_seconds=FLUSH_SECONDS)
-        async with aclosing(self._workers.generate(work)) as replies:
+        work = usable(_work(prompt, sampling, flush_seconds=FLUSH_SECONDS))
+        async with aclosing(self._answer(work)) as replies:
             async for reply in replies:
                 for event in _events(work, reply):
                     yield event
 
+    def _answer(self, work: Work) -> AsyncGenerator[Reply, None]:
+        return resumable(work, self._workers.generate, ResumeLimits())
+
     async def _collect(self, work: Work) -> EngineResult:
-        async with aclosing(self._workers.generate(work)) as replies:
+        async with aclosing(self._answer(work)) as replies:
             return _result(work, [reply async for reply in replies])
 
 
@@ -112,13 +119,16 @@ def _work(
     known = {f.name for f in fields(SamplingParams)} | terms
     unknown = sorted(set(options) - known)
     if unknown:
-        raise ConfigError(f"option is {unknown[0]!r}, must be one of {', '.join(sorted(known))}. hint: check spelling")
+        raise RequestError(
+            f"option is {unknown[0]!r}, must be one of {', '.join(sorted(known))}. hint: check spelling",
+            param=unknown[0],
+        )
     given = {name: value for name, value in options.items() if name not in terms}
-    conversation = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
+    conversation = isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
     limit = options.get("max_tokens", None if conversation else SamplingParams.max_tokens)
     return Work(
         request_id=f"client-{uuid.uuid4().hex}",
-        prompts=() if conversation else (prompt if isinstance(prompt, str) else _ids(prompt),),
+        prompts=() if conversation else (prompt if isinstance(prompt, str) else plain_tokens("prompt", prompt),),
         messages=tuple(_message(message) for message in prompt) if conversation else (),
         sampling=SamplingParams(**given),
         given=frozenset(given),
@@ -129,12 +139,33 @@ def _work(
     )
 
 
-def _ids(prompt: Sequence[Any]) -> tuple[int, ...]:
-    if not prompt or not all(isinstance(item, int) and not isinstance(item, bool) for item in prompt):
+def _in_a_loop(replies: AsyncGenerator[Reply, None]) -> Generator[Reply, None, None]:
+    """The same for callers without an event loop: they are given one of their own, which runs while a reply is awaited.
+
+    Raises RuntimeError where a loop runs already: it would stand still.
+    """
+    with asyncio.Runner() as runner:
+
+        async def following() -> Reply | None:
+            return await anext(replies, None)
+
+        async def close() -> None:
+            await replies.aclose()
+
+        try:
+            while (reply := runner.run(following())) is not None:
+                yield reply
+        finally:
+            runner.run(close())
+
+
+def _conversation(messages: object) -> Sequence[Message]:
+    if not isinstance(messages, list | tuple) or not messages or not isinstance(messages[0], Mapping):
         raise RequestError(
-            f"prompt is {prompt!r:.80}, must be text, token ids or messages. hint: call once per prompt", param="prompt"
+            'messages must be a list of {"role": ..., "content": ...}, at least one. hint: generate() takes text',
+            param="messages",
         )
-    return tuple(prompt)
+    return messages
 
 
 def _message(message: object) -> ChatMessage:

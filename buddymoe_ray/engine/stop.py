@@ -20,6 +20,8 @@ class StopChecker:
     def __init__(self, stops: Sequence[str]) -> None:
         assert all(stops), "a stop string is empty, must be text"
         self._stops = tuple(stops)
+        self._borders = [_borders(stop) for stop in self._stops]
+        self._sizes = [0] * len(self._stops)  # how much of each the text ends with
         self.held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
@@ -31,9 +33,20 @@ class StopChecker:
         if found:
             self.held = ""
             return window[: min(found)[1]], True
-        keep = max(_overlap(window, stop) for stop in self._stops)
+        keep = max(self._overlap(at, text) for at in range(len(self._stops)))
         self.held = window[len(window) - keep :]
         return window[: len(window) - keep], False
+
+    def _overlap(self, at: int, text: str) -> int:
+        """Length of the longest end of all text, `text` its last, that is a proper beginning of a stop string that is
+        not in it. Linear in `text`, whatever the two are (Knuth, Morris, Pratt)."""
+        stop, borders, size = self._stops[at], self._borders[at], self._sizes[at]
+        for char in text:
+            while size and stop[size] != char:
+                size = borders[size - 1]
+            size += stop[size] == char
+        self._sizes[at] = size
+        return size
 
     def flush(self) -> str:
         """The held text, when generation ends without a stop string."""
@@ -41,9 +54,12 @@ class StopChecker:
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `stop`."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
+def _borders(stop: str) -> list[int]:
+    """Of every beginning of `stop`, by its length less one: its longest proper end that is a beginning too."""
+    borders = [0]
+    for char in stop[1:]:
+        size = borders[-1]
+        while size and stop[size] != char:
+            size = borders[size - 1]
+        borders.append(size + (stop[size] == char))
+    return borders

@@ -7,6 +7,7 @@ integer (2.0 neither), no bool a number, no bytes a text. Knows neither engines 
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, get_args
@@ -22,7 +23,7 @@ _LARGEST = 2**63
 
 # least and largest value; those of the integers that may be None are last
 _INTEGERS = {"top_k": (0, _LARGEST), "max_tokens": (1, _LARGEST)}
-_OPTIONAL_INTEGERS = {"seed": (-_LARGEST, _LARGEST - 1), "logprobs": (0, MAX_LOGPROBS)}
+_OPTIONAL_INTEGERS = {"seed": (-_LARGEST, 2 * _LARGEST - 1), "logprobs": (0, MAX_LOGPROBS)}
 _NUMBERS = {
     "temperature": (0.0, 2.0),
     "presence_penalty": (-2.0, 2.0),
@@ -82,7 +83,7 @@ def checked_terms(
     mode: object, budget: object, record: object, replay: object
 ) -> tuple[Mode | None, float | None, bool, str | None]:
     """How missing experts are answered, in plain types. Raises RequestError naming the parameter."""
-    if mode is not None and mode not in get_args(Mode):
+    if mode is not None and (not isinstance(mode, str) or mode not in get_args(Mode)):
         raise _refused("mode", mode, " or ".join(get_args(Mode)), "leave it out for the service's own", "buddymoe.mode")
     return (
         mode,  # type: ignore[return-value]
@@ -103,7 +104,7 @@ def plain_tokens(name: str, ids: object, vocab_size: int = _LARGEST, *, least: i
     bad = next((item for item in plain if not _is_whole(item) or not 0 <= item < vocab_size), None)
     if bad is not None:
         raise RequestError(
-            f"{name} holds {'token id ' * (name == 'prompt')}{bad!r:.40}, must be in [0, {vocab_size}). "
+            f"{name} holds {'token id ' * (name == 'prompt')}{_shown(bad)}, must be in [0, {vocab_size}). "
             "hint: give integers",
             param=name,
         )
@@ -127,7 +128,7 @@ def whole(name: str, value: object, least: int, most: int = _LARGEST) -> int:
     if not _is_whole(value):
         raise _refused(name, value, "an integer", "write 2, not 2.0 or true")
     if not least <= value <= most:  # type: ignore[operator]
-        must = f"at least {least}" if most >= _LARGEST - 1 else f"in [{least}, {most}]"
+        must = f"at least {least}" if most == _LARGEST else f"in [{least}, {most}]"
         raise _refused(name, value, must, "see the API's range")
     return int(value)  # type: ignore[call-overload, no-any-return]
 
@@ -161,8 +162,8 @@ def _biases(given: object, vocab_size: int) -> dict[int, float]:
 
 def _number(name: str, value: object, low: float, high: float, param: str | None = None) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        lowest = "above 0" if 0 < low < 1e-300 else f"at least {low:g}"
-        raise _refused(name, value, f"a number of {lowest} and at most {high:g}", "see the API's range", param)
+        must = f"a number in (0, {high:g}]" if 0 < low < 1e-300 else f"a number from {low:g} to {high:g}"
+        raise _refused(name, value, must, "see the API's range", param)
     return float(value)
 
 
@@ -183,5 +184,11 @@ def _is_whole(value: object) -> bool:
 
 
 def _refused(name: str, value: object, must: str, hint: str, param: str | None = None) -> RequestError:
-    shown = repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
-    return RequestError(f"{name} is {shown:.80}, must be {must}. hint: {hint}", param=param or name)
+    return RequestError(f"{name} is {_shown(value)}, must be {must}. hint: {hint}", param=param or name)
+
+
+def _shown(value: object) -> str:
+    try:
+        return reprlib.repr(value)
+    except Exception:  # an integer of 5000 digits, say
+        return f"a {type(value).__name__}"

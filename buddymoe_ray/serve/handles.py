@@ -1,5 +1,4 @@
-"""Workers behind a Ray Serve deployment handle: streaming calls that survive a lost replica, and calls to every
-replica for health.
+"""Workers behind a Ray Serve deployment handle: streaming calls to one of them, and calls to every replica for health.
 
 The one place where ray's ways to fail become refusals or `WorkerLost`. Knows neither HTTP nor engines. Invariant:
 leaving `generate` early, for whatever reason, cancels the call in whichever replica runs it. Serve's router forgets a
@@ -8,9 +7,8 @@ replica when a call to it dies, so the next attempt meets another one.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import ray
@@ -23,7 +21,7 @@ from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.serve.records import Refusal, Reply, Work, WorkerInfo, WorkerReport
 from buddymoe_ray.serve.refusals import failure, overloaded, unavailable
-from buddymoe_ray.serve.resume import ResumeLimits, WorkerLost, resumable
+from buddymoe_ray.serve.resume import WorkerLost
 
 __all__ = ["APP_NAME", "WORKER_NAME", "ReplicaWorkers", "connect"]
 
@@ -36,39 +34,16 @@ LOST = (RayActorError, NodeDiedError, ObjectLostError, WorkerCrashedError)  # th
 
 
 class ReplicaWorkers:
-    """All replicas of the worker deployment behind `handle`. `limits` say how far a call is followed when one dies."""
+    """All replicas of the worker deployment behind `handle`. Clients that are refused are told to come back after
+    `retry_after_seconds`."""
 
-    def __init__(self, handle: DeploymentHandle[Any], *, limits: ResumeLimits | None = None) -> None:
+    def __init__(self, handle: DeploymentHandle[Any], *, retry_after_seconds: int = 2) -> None:
         self._handle = handle
         self._streaming = handle.options(stream=True)
-        self._limits = limits or ResumeLimits()
+        self._retry_after = retry_after_seconds
 
-    def generate(self, work: Work) -> AsyncGenerator[Reply, None]:
-        """Answer `work`, on another replica when the one that has it dies."""
-        return resumable(work, self._attempt, self._limits)
-
-    def generate_sync(self, work: Work) -> Generator[Reply, None, None]:
-        """The same for callers without an event loop: it is given one of its own, which runs while a reply is awaited.
-
-        Raises RuntimeError where a loop runs already: it would stand still.
-        """
-        with asyncio.Runner() as runner:
-            replies = self.generate(work)
-
-            async def following() -> Reply | None:
-                return await anext(replies, None)
-
-            async def close() -> None:
-                await replies.aclose()
-
-            try:
-                while (reply := runner.run(following())) is not None:
-                    yield reply
-            finally:
-                runner.run(close())
-
-    async def _attempt(self, work: Work) -> AsyncGenerator[Reply, None]:
-        """Answer `work` on one replica. Raises WorkerLost."""
+    async def generate(self, work: Work) -> AsyncGenerator[Reply, None]:
+        """Answer `work` on one replica: an attempt of `resume.resumable`. Raises WorkerLost."""
         response = self._streaming.generate.remote(work)
         assert isinstance(response, DeploymentResponseGenerator), f"a streaming handle answered {response!r}"
         try:
@@ -120,11 +95,10 @@ class ReplicaWorkers:
         return tuple(None if answer is None else _one_line(answer) for answer in answers) or ("no worker runs",)
 
     def _refusal(self, error: Exception) -> Refusal:
-        retry_after = self._limits.retry_after_seconds
         if isinstance(error, BackPressureError):
-            return overloaded(calls=error.args[0], retry_after_seconds=retry_after)
+            return overloaded(calls=error.args[0], retry_after_seconds=self._retry_after)
         if isinstance(error, DeploymentUnavailableError):
-            return unavailable("no worker is ready", retry_after_seconds=retry_after)
+            return unavailable("no worker is ready", retry_after_seconds=self._retry_after)
         log.error("a worker failed", exc_info=error)
         return failure()
 

@@ -6,13 +6,16 @@ Knows neither ray nor engines, so tests drive it in process. On the token path: 
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
+import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
@@ -25,7 +28,8 @@ from buddymoe_ray.serve.records import Refusal, Workers
 from buddymoe_ray.serve.refusals import envelope, failure, refusal_of
 from buddymoe_ray.serve.render import ChatRenderer, CompletionRenderer, Head, Renderer
 from buddymoe_ray.serve.replies import ModelCard, ModelList
-from buddymoe_ray.serve.streaming import Answer, within
+from buddymoe_ray.serve.resume import ResumeLimits, resumable
+from buddymoe_ray.serve.streaming import Answer
 from buddymoe_ray.serve.wire import ChatRequest, CompletionRequest, parse_chat, parse_completion
 
 __all__ = ["HttpSettings", "http_app"]
@@ -40,12 +44,15 @@ READ = ("GET", "HEAD")
 class HttpSettings:
     """What the routes need to know. `api_key` None serves everyone; it is never logged (repr hides it).
 
-    `cors_origins` are the origins whose pages may call the service from a browser; `*` is any.
+    `cors_origins` are the origins whose pages may call the service from a browser; `*` is any. What /health says may be
+    `health_seconds` old.
     """
 
     model: str
     flush_seconds: float = 0.025
     request_timeout_seconds: float = 600
+    limits: ResumeLimits = field(default_factory=ResumeLimits)
+    health_seconds: float = 1.0
     api_key: str | None = None
     cors_origins: tuple[str, ...] = ()
 
@@ -56,7 +63,7 @@ class HttpSettings:
 def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
     """The service's routes over `workers`."""
     app = FastAPI(title="buddymoe", openapi_url=None)
-    app.include_router(_public_routes(workers))
+    app.include_router(_public_routes(workers, settings))
     app.include_router(_metrics_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
     app.include_router(_openai_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
     app.add_exception_handler(_Refused, _on_refused)
@@ -74,17 +81,37 @@ def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
     return app
 
 
-def _public_routes(workers: Workers) -> APIRouter:
+def _public_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
     router = APIRouter()
+    check, last = _key_check(settings.api_key), _Health(workers, settings.health_seconds)
 
     @router.api_route("/health", methods=[*READ])
-    async def health() -> Response:
-        """200 when every worker is well, 503 naming what is not."""
-        problems = [problem for problem in await workers.health() if problem is not None]
-        body = {"status": "unhealthy" if problems else "ok", "problems": problems}
+    async def health(request: Request) -> Response:
+        """200 when every worker is well, else 503; what is not is named to those who may use the service."""
+        problems = await last.problems()
+        body: dict[str, object] = {"status": "unhealthy" if problems else "ok"}
+        with suppress(_Refused):
+            await check(request)
+            body["problems"] = problems
         return _json(json.dumps(body).encode(), status=503 if problems else 200)
 
     return router
+
+
+class _Health:
+    """Asks all workers at most once in so many seconds, however often it is asked: nobody needs a key for it."""
+
+    def __init__(self, workers: Workers, seconds: float) -> None:
+        self._workers, self._seconds = workers, seconds
+        self._asked = -math.inf
+        self._answer: asyncio.Future[tuple[str | None, ...]] | None = None
+
+    async def problems(self) -> list[str]:
+        """What is wrong with any worker."""
+        now = time.monotonic()
+        if self._answer is None or (self._answer.done() and now - self._asked >= self._seconds):
+            self._asked, self._answer = now, asyncio.ensure_future(self._workers.health())
+        return [problem for problem in await asyncio.shield(self._answer) if problem is not None]
 
 
 def _metrics_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
@@ -148,7 +175,7 @@ async def _answer(
         logprobs=logprobs,
     )
     answer = Answer(
-        replies=within(settings.request_timeout_seconds, workers.generate(work)),
+        replies=resumable(work, workers.generate, settings.limits, seconds=settings.request_timeout_seconds),
         renderer=make_renderer(head),
         n=work.n,
         choices=max(len(work.prompts), 1) * work.n,

@@ -28,11 +28,12 @@ class Ingress:
             wait_seconds=args.request_timeout_seconds,
             retry_after_seconds=args.retry_after_seconds,
         )
-        self._workers = ReplicaWorkers(workers, limits=limits)
+        self._workers = ReplicaWorkers(workers, retry_after_seconds=args.retry_after_seconds)
         self._settings = HttpSettings(
             model=args.served_name,
             flush_seconds=args.flush_ms / 1000,
             request_timeout_seconds=args.request_timeout_seconds,
+            limits=limits,
             api_key=args.api_key(),
             cors_origins=args.cors_origins,
         )

@@ -6,36 +6,58 @@ requests.
 
 from __future__ import annotations
 
-from typing import Any, get_args
+import json
+from dataclasses import asdict, replace
+from typing import Any
 
 from buddymoe_ray.engine.chat import encode_chat, encode_prompt
+from buddymoe_ray.engine.validate import checked_sampling, checked_terms, plain_text, plain_tokens, whole
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.serve.records import ChatMessage, Refusal, Terms, Work
 from buddymoe_ray.serve.refusals import over_long
-from buddymoe_ray.types import Mode
+from buddymoe_ray.types import SamplingParams
 
-__all__ = ["check_terms", "encode", "output_limit", "resumed_choices"]
+__all__ = ["encode", "hopeless", "longest_token", "output_limit", "resumed_choices", "usable"]
 
 
-def check_terms(terms: Terms) -> None:
-    """Raises RequestError for values that no engine knows.
+def usable(work: Work) -> Work:
+    """The same work in plain types. Raises RequestError naming the caller's field.
 
-    HTTP bodies are typed by `wire`; a Python client's keywords come here as they were given.
+    HTTP bodies are typed by `wire`; a Python client's arguments come here as they were given.
     """
-    modes = get_args(Mode)
-    if terms.mode is not None and terms.mode not in modes:
-        raise _unusable("mode", terms.mode, " or ".join(modes), "leave it out for the service's own")
-    budget = terms.budget
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 <= budget <= 1):
-        raise _unusable("budget", budget, "a number from 0 to 1 (nats per token)", ".003 is about .3 % of perplexity")
-    if not isinstance(terms.record, bool):
-        raise _unusable("record", terms.record, "true or false", "leave it out for no record")
-    if terms.replay is not None and not isinstance(terms.replay, str):
-        raise _unusable("replay", terms.replay, "text", "send back usage.record unchanged")
+    for message in work.messages:
+        plain_text("messages", json.dumps(asdict(message), ensure_ascii=False, default=str))
+    terms = work.terms
+    mode, budget, record, replay = checked_terms(terms.mode, terms.budget, terms.record, terms.replay)
+    return replace(
+        work,
+        prompts=tuple(
+            plain_text("prompt", prompt) if isinstance(prompt, str) else plain_tokens("prompt", prompt)
+            for prompt in work.prompts
+        ),
+        sampling=checked_sampling(replace(work.sampling, max_tokens=SamplingParams.max_tokens)),
+        max_tokens=None if work.max_tokens is None else whole("max_tokens", work.max_tokens, 1),
+        terms=Terms(mode=mode, budget=budget, record=record, replay=replay),
+    )
 
 
-def _unusable(name: str, value: object, must: str, hint: str) -> RequestError:
-    return RequestError(f"{name} is {value!r:.80}, must be {must}. hint: {hint}", param=f"buddymoe.{name}")
+def longest_token(tokenizer: Any | None) -> int:
+    """Characters of the longest token of a vocabulary; a prompt of more for each token it may have cannot fit."""
+    return 0 if tokenizer is None else max(map(len, tokenizer.get_vocab()), default=0)
+
+
+def hopeless(work: Work, *, most_tokens: int, token_characters: int) -> Refusal | None:
+    """Why a text cannot fit, whatever its tokens are: told before anybody takes the time to find out."""
+    texts = [len(prompt) for prompt in work.prompts if isinstance(prompt, str)]
+    texts.append(sum(len(str(message.content)) for message in work.messages))
+    most = most_tokens * token_characters
+    if not token_characters or max(texts) <= most:
+        return None
+    return over_long(
+        f"{work.prompt_field} is {max(texts)} characters, must be at most {most} for {most_tokens} tokens. "
+        "hint: shorten it",
+        param=work.prompt_field,
+    )
 
 
 def encode(tokenizer: Any | None, work: Work) -> tuple[tuple[int, ...], ...]:

@@ -12,6 +12,7 @@ from buddymoe_ray.serve.records import Delta, Refusal, Work
 from buddymoe_ray.serve.replies import ErrorBody, ErrorEnvelope
 
 __all__ = [
+    "WORKER_LOST",
     "envelope",
     "error_of",
     "failure",
@@ -21,7 +22,11 @@ __all__ = [
     "refusal_of",
     "timed_out",
     "unavailable",
+    "worker_lost",
 ]
+
+WORKER_LOST = "worker_lost"
+"""`code` of a worker that cannot answer any more; its callers move on."""
 
 
 def refusal_of(error: RequestError) -> Refusal:
@@ -44,7 +49,7 @@ def over_long(message: str, *, param: str) -> Refusal:
 
 
 def overloaded(*, calls: int, retry_after_seconds: int) -> Refusal:
-    """As many calls run and wait as may."""
+    """As many answers are computed and wait as may."""
     return Refusal(
         status=503,
         kind="overloaded_error",
@@ -63,6 +68,11 @@ def unavailable(reason: str, *, retry_after_seconds: int) -> Refusal:
         message=f"{reason}. hint: retry after {retry_after_seconds} s, or see /health",
         retry_after_seconds=retry_after_seconds,
     )
+
+
+def worker_lost(reason: str, *, retry_after_seconds: int) -> Refusal:
+    """This worker's engine is dead or closed: another one may answer."""
+    return replace(unavailable(reason, retry_after_seconds=retry_after_seconds), code=WORKER_LOST)
 
 
 def timed_out(seconds: float) -> Refusal:

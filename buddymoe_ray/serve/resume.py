@@ -4,21 +4,21 @@ Kept where the call is made (the ingress, or a Python client's process): the tok
 When the worker dies, the others are asked for the rest; they compute prompt and tokens anew and go on. A worker that is
 cut off dies for nobody, but falls silent: it says an empty batch when it has no tokens to tell. Invariant: the caller
 sees every token once, in order, and one end per choice. Knows neither ray nor engines; `handles` makes attempts.
-Not resumable: what runs through the ingress, the HTTP proxy or the head node when those die; a request that records or
-replays its uses, once it has begun to answer; and requests of a worker whose engine broke but whose process lives: it
-says so, and the next engine might break by them.
+A worker whose engine died says so, and its streams move like those of a killed one; Serve's health check replaces it.
+Not resumable: what runs through the ingress, the HTTP proxy or the head node when those die, and a request that records
+or replays its uses, once it has begun to answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from buddymoe_ray.serve.records import Batch, Refusal, Reply, ResumedChoice, Work
-from buddymoe_ray.serve.refusals import failure, unavailable
+from buddymoe_ray.serve.refusals import WORKER_LOST, failure, timed_out, unavailable
 
 __all__ = ["ResumeLimits", "Transcript", "WorkerLost", "resumable"]
 
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 Attempt = Callable[[Work], AsyncGenerator[Reply, None]]
 """One worker's answer to some work. Raises WorkerLost when the worker goes away; closing it cancels the work."""
 
+_SILENT = "the worker is silent"
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between two tries to find a worker
 
 
@@ -96,93 +97,76 @@ class Transcript:
         return None
 
 
-async def resumable(work: Work, attempt: Attempt, limits: ResumeLimits) -> AsyncGenerator[Reply, None]:
-    """Answer `work` by as many attempts as it takes. Closing the generator closes the attempt that runs.
+async def resumable(
+    work: Work, attempt: Attempt, limits: ResumeLimits, *, seconds: float = math.inf
+) -> AsyncGenerator[Reply, None]:
+    """Answer `work` by as many attempts as it takes, within `seconds` in all. Closing the generator closes the attempt
+    that runs.
 
-    Ends with a Refusal when the work cannot go on: it was moved too often, no worker took it in time, or it must not
-    move. Deadlines are the caller's: see `streaming.within`.
+    Ends with a Refusal when the work cannot go on: it took too long, it was moved too often, no worker took it in time,
+    or it must not move.
     """
-    moves = _Moves(Transcript(work), attempt, limits)
-    source: AsyncGenerator[Reply, None] | Refusal = attempt(work)
-    begun = False
-    while not isinstance(source, Refusal):
-        try:
-            async with aclosing(source), aclosing(_told(source, begun, limits.silence_seconds)) as replies:
-                async for reply in replies:
-                    if isinstance(reply, Batch):
-                        moves.transcript.note(reply)
-                    yield reply
-            return
-        except WorkerLost as error:
-            if moves.transcript.ended:
+    now = asyncio.get_running_loop().time
+    deadline, search_end, quiet = now() + seconds, math.inf, math.inf  # until when another worker is looked for
+    transcript, moves, pause = Transcript(work), limits.moves, FIRST_PAUSE
+    source, searching = attempt(work), False
+    try:
+        while True:
+            reply, lost = await _next(source, min(deadline, search_end, now() + quiet))
+            if lost == _SILENT and now() >= deadline:
+                yield timed_out(seconds)
                 return
-            log.warning("%s: %s after %d tokens", work.request_id, error, moves.transcript.tokens)
-        source, begun = await moves.next(), True
-    yield source
+            if not lost and not (searching and _full(reply)):
+                if not isinstance(reply, Batch):
+                    if reply is not None or searching:
+                        yield reply or failure()
+                    return
+                searching, search_end, quiet = False, math.inf, limits.silence_seconds
+                if reply.deltas:
+                    transcript.note(reply)
+                    yield reply
+                continue
+            await source.aclose()
+            if transcript.ended:
+                return
+            if not searching:
+                log.warning("%s: %s after %d tokens", work.request_id, lost, transcript.tokens)
+                search_end, pause, quiet = now() + limits.wait_seconds, FIRST_PAUSE, limits.silence_seconds
+            else:
+                await asyncio.sleep(max(0.0, min(pause, search_end - now(), deadline - now())))
+                pause = min(2 * pause, LONGEST_PAUSE)
+            counts = bool(lost) and not (searching and (lost == _SILENT or reply is not None))
+            reason = transcript.obstacle() or _exhausted(limits, moves=moves, counts=counts, over=now() >= search_end)
+            if reason is not None:
+                yield unavailable(reason, retry_after_seconds=limits.retry_after_seconds)
+                return
+            moves, searching = moves - counts, True
+            source = attempt(transcript.rest())
+    finally:
+        await source.aclose()
 
 
-async def _told(replies: AsyncGenerator[Reply, None], begun: bool, silence: float) -> AsyncGenerator[Reply, None]:
-    """What a worker says, without its beats. Raises WorkerLost when it falls silent (seconds) once it has begun."""
-    while True:
-        try:
-            async with asyncio.timeout(silence if begun else None) as limit:
-                reply = await anext(replies)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            if not limit.expired():  # somebody else's
-                raise
-            raise WorkerLost(f"the worker has been silent for {silence:g} s") from None
-        begun = True
-        if not isinstance(reply, Batch) or reply.deltas:
-            yield reply
+async def _next(source: AsyncGenerator[Reply, None], until: float) -> tuple[Reply | None, str]:
+    """What a worker says next, None at its end; and why it is lost, if it is: dead, or silent until then."""
+    try:
+        async with asyncio.timeout_at(None if until == math.inf else until) as limit:
+            reply = await anext(source, None)
+    except TimeoutError:
+        if not limit.expired():  # somebody else's
+            raise
+        return None, _SILENT
+    except WorkerLost as error:
+        return None, str(error)
+    if isinstance(reply, Refusal) and reply.code == WORKER_LOST:
+        return reply, reply.message
+    return reply, ""
 
 
-class _Moves:
-    """Finds the next worker, within the limits."""
+def _full(reply: Reply | None) -> bool:
+    return isinstance(reply, Refusal) and reply.status == 503  # or not there yet
 
-    def __init__(self, transcript: Transcript, attempt: Attempt, limits: ResumeLimits) -> None:
-        self.transcript = transcript
-        self._attempt, self._limits, self._left = attempt, limits, limits.moves
 
-    async def next(self) -> AsyncGenerator[Reply, None] | Refusal:
-        """A worker that has taken the rest of the work, or why there is none."""
-        obstacle = self.transcript.obstacle()
-        if obstacle is not None:
-            return self._refused(obstacle)
-        now = asyncio.get_running_loop().time
-        begin, pause = now(), FIRST_PAUSE
-        end, lost = begin + self._limits.wait_seconds, True
-        while now() < end:
-            if lost and self._left == 0:
-                return self._refused(f"the worker was lost and the request has moved {self._limits.moves} times")
-            self._left -= lost
-            found, lost = await self._try(end)
-            if found is not None:
-                log.info("%s moved in %.0f ms", self.transcript.rest().request_id, 1e3 * (now() - begin))
-                return found
-            await asyncio.sleep(max(0.0, min(pause, end - now())))
-            pause = min(2 * pause, LONGEST_PAUSE)
-        return self._refused(f"the worker was lost and no other took the request in {self._limits.wait_seconds:g} s")
-
-    async def _try(self, end: float) -> tuple[AsyncGenerator[Reply, None] | Refusal | None, bool]:
-        """An attempt that was taken or refused for good, or None; and whether its worker was lost."""
-        replies = self._attempt(self.transcript.rest())
-        try:
-            async with asyncio.timeout_at(min(end, asyncio.get_running_loop().time() + self._limits.silence_seconds)):
-                first = await anext(replies, None)
-        except TimeoutError:
-            await replies.aclose()
-            return None, False
-        except WorkerLost:
-            return None, True
-        if isinstance(first, Batch):
-            assert not first.deltas, "the first batch of resumed work says nothing, must be empty"
-            return replies, False
-        await replies.aclose()
-        if first is not None and first.status == 503:  # full, or not there yet
-            return None, False
-        return first or failure(), False
-
-    def _refused(self, reason: str) -> Refusal:
-        return unavailable(reason, retry_after_seconds=self._limits.retry_after_seconds)
+def _exhausted(limits: ResumeLimits, *, moves: int, counts: bool, over: bool) -> str | None:
+    if counts and not moves:
+        return f"the worker was lost and the request has moved {limits.moves} times"
+    return f"the worker was lost and no other took the request in {limits.wait_seconds:g} s" if over else None

@@ -6,34 +6,17 @@ cancelled, however the answer ends.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from buddymoe_ray.serve.deltas import merge, total_usage
 from buddymoe_ray.serve.records import Batch, Delta, Refusal, Reply
-from buddymoe_ray.serve.refusals import envelope, failure, timed_out
+from buddymoe_ray.serve.refusals import envelope, failure
 from buddymoe_ray.serve.render import Renderer
 from buddymoe_ray.types import Usage
 
-__all__ = ["Answer", "within"]
-
-
-async def within(seconds: float, replies: AsyncGenerator[Reply, None]) -> AsyncGenerator[Reply, None]:
-    """The same replies, ended by a refusal when they take longer than `seconds` in all."""
-    deadline = asyncio.get_running_loop().time() + seconds
-    async with aclosing(replies):
-        while True:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    reply = await anext(replies)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                yield timed_out(seconds)
-                return
-            yield reply
+__all__ = ["Answer"]
 
 
 @dataclass(kw_only=True)

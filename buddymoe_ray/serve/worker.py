@@ -18,9 +18,9 @@ from typing import Any, Protocol
 from buddymoe_ray.errors import BuddyMoEError, CapacityError, RequestError
 from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.serve.deltas import merge
-from buddymoe_ray.serve.prompts import check_terms, encode, output_limit, resumed_choices
+from buddymoe_ray.serve.prompts import encode, hopeless, longest_token, output_limit, resumed_choices, usable
 from buddymoe_ray.serve.records import Batch, Delta, Refusal, Reply, Work, WorkerInfo, WorkerReport
-from buddymoe_ray.serve.refusals import in_terms_of, overloaded, refusal_of, unavailable
+from buddymoe_ray.serve.refusals import failure, in_terms_of, overloaded, refusal_of, unavailable, worker_lost
 from buddymoe_ray.serve.token_text import TokenBytes
 from buddymoe_ray.types import GenerationRequest, TokenEvent
 
@@ -76,7 +76,8 @@ class Worker:
     Args:
         engine: owned by this worker from now on.
         default_max_tokens: output limit of work that names none.
-        max_queued_requests: calls that may wait beside those that run; the next one is refused.
+        max_queued_requests: answers (choices of calls) that may wait beside those that run; a call that would exceed
+            them is refused, but by a worker that has none.
         retry_after_seconds: what refused clients are told.
         name: what its metrics are labelled with.
         devices: ids of the GPUs it was given.
@@ -98,43 +99,45 @@ class Worker:
         self._name, self._devices = name, devices
         self._bytes = TokenBytes(engine.tokenizer)
         self._default_max_tokens = default_max_tokens
-        self._max_calls = engine.limits.max_running + max_queued_requests
-        self._calls = 0
+        self._token_characters = longest_token(engine.tokenizer)
+        self._most_answers = engine.limits.max_running + max_queued_requests
+        self._answers = 0
         self._running: dict[str, asyncio.Task[None]] = {}  # by the engine's request id
         self._retry_after = retry_after_seconds
 
     async def generate(self, work: Work) -> AsyncGenerator[Reply, None]:
         """Batches until every choice has ended, or one refusal. Closing the generator cancels every choice."""
-        if self._calls >= self._max_calls:
-            yield overloaded(calls=self._calls, retry_after_seconds=self._retry_after)
-            return
-        self._calls += 1
         try:
-            async with aclosing(self._answer(work)) as replies:
-                async for reply in replies:
-                    yield reply
-        finally:
-            self._calls -= 1
-
-    async def _answer(self, work: Work) -> AsyncGenerator[Reply, None]:
-        planned = await self._plan(work)
-        if isinstance(planned, Refusal):
-            yield planned
+            work, answers = usable(work), len(work.resume) or work.choices
+        except RequestError as error:
+            yield refusal_of(error)
             return
-        if work.resume:
-            yield Batch(deltas=())
-            await self._displace({request.request_id for request in planned.requests.values()})
-        items: asyncio.Queue[Delta | Refusal] = asyncio.Queue()
-        tasks = [self._start(choice, request, items) for choice, request in planned.requests.items()]
-        prompts = planned.prompts if work.report_prompts else ()
+        if self._answers and self._answers + answers > self._most_answers:
+            yield overloaded(calls=self._answers, retry_after_seconds=self._retry_after)
+            return
+        self._answers += answers
+        tasks: list[asyncio.Task[None]] = []
         try:
-            async for reply in self._replies(items, open_choices=len(tasks), flush_seconds=work.flush_seconds):
+            planned = await self._plan(work)
+            if isinstance(planned, Refusal):
+                yield planned
+                return
+            if work.resume:
+                yield Batch(deltas=())
+                await self._displace({request.request_id for request in planned.requests.values()})
+            items: asyncio.Queue[Delta | Refusal] = asyncio.Queue()
+            tasks += [self._start(choice, request, items) for choice, request in planned.requests.items()]
+            prompts = planned.prompts if work.report_prompts else ()
+            batches = _Batches(items, len(tasks), work.flush_seconds, self._beat_seconds)
+            while batches.open_choices:
+                reply = await batches.next()
                 if isinstance(reply, Refusal):
                     reply = in_terms_of(reply, work)
                 elif prompts and reply.deltas:  # the first one that is no beat
                     reply, prompts = replace(reply, prompt_token_ids=prompts), ()
                 yield reply
         finally:
+            self._answers -= answers
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -169,13 +172,19 @@ class Worker:
 
     async def _plan(self, work: Work) -> _Plan | Refusal:
         """One engine request per choice to answer, all checked before the first starts."""
+        limits = self._engine.limits
+        most = min(limits.max_model_len, limits.kv_tokens)
+        refused = hopeless(work, most_tokens=most, token_characters=self._token_characters)
+        if refused is not None:
+            return refused
         try:
-            check_terms(work.terms)
             chosen = resumed_choices(work)
             prompts = await asyncio.to_thread(encode, self._engine.tokenizer, work)  # a long one must not stop streams
         except RequestError as error:
             return refusal_of(error)
-        limits = self._engine.limits
+        except Exception:
+            log.exception("call %s could not be read", work.request_id)
+            return failure()
         requests: dict[int, GenerationRequest] = {}
         for at, prompt in enumerate(prompts):
             limit = output_limit(
@@ -229,7 +238,7 @@ class Worker:
         except RequestError as error:
             items.put_nowait(refusal_of(error))
         except CapacityError as error:
-            items.put_nowait(unavailable(str(error), retry_after_seconds=self._retry_after))
+            items.put_nowait(worker_lost(str(error), retry_after_seconds=self._retry_after))
         except asyncio.CancelledError:  # displaced, or nobody reads on
             items.put_nowait(unavailable("the request goes on elsewhere", retry_after_seconds=self._retry_after))
             raise
@@ -251,29 +260,41 @@ class Worker:
             error=event.error,
         )
 
-    async def _replies(
-        self, items: asyncio.Queue[Delta | Refusal], *, open_choices: int, flush_seconds: float | None
-    ) -> AsyncGenerator[Reply, None]:
-        """Batch what arrives: the first tokens at once, then at most every `flush_seconds`; None: all at the end."""
-        now = asyncio.get_running_loop().time
-        flush_at = now() if flush_seconds is not None else float("inf")
-        beat_at = now() + self._beat_seconds
-        while open_choices:
-            deltas: list[Delta] = []
-            while open_choices and (not deltas or now() < flush_at or not items.empty()):
-                if now() >= beat_at:
-                    yield Batch(deltas=())
-                    beat_at = now() + self._beat_seconds
-                item = await _next(items, (min(flush_at, beat_at) if deltas else beat_at) - now())
-                if item is None:
-                    continue
-                if isinstance(item, Refusal):
-                    yield item
-                    return
-                deltas.append(item)
-                open_choices -= item.finish_reason is not None
-            yield Batch(deltas=merge(deltas))
-            flush_at, beat_at = now() + (flush_seconds or 0), now() + self._beat_seconds
+
+class _Batches:
+    """What arrives, in batches: the first tokens at once, then at most every `flush_seconds`; None: all at the end."""
+
+    def __init__(
+        self,
+        items: asyncio.Queue[Delta | Refusal],
+        open_choices: int,
+        flush_seconds: float | None,
+        beat_seconds: float,
+    ) -> None:
+        self._items, self.open_choices = items, open_choices
+        self._now = asyncio.get_running_loop().time
+        self._flush_seconds, self._beat_seconds = flush_seconds, beat_seconds
+        self._flush_at = self._now() if flush_seconds is not None else float("inf")
+        self._beat_at = self._now() + beat_seconds
+        self._deltas: list[Delta] = []
+
+    async def next(self) -> Reply:
+        """The next batch, an empty one after `beat_seconds` without, or a refusal, which is the end."""
+        while self.open_choices and (not self._deltas or self._now() < self._flush_at or not self._items.empty()):
+            if self._now() >= self._beat_at:
+                self._beat_at = self._now() + self._beat_seconds
+                return Batch(deltas=())
+            until = min(self._flush_at, self._beat_at) if self._deltas else self._beat_at
+            item = await _next(self._items, until - self._now())
+            if isinstance(item, Refusal):
+                self.open_choices = 0
+                return item
+            if item is not None:
+                self._deltas.append(item)
+                self.open_choices -= item.finish_reason is not None
+        batch, self._deltas = Batch(deltas=merge(self._deltas)), []
+        self._flush_at, self._beat_at = self._now() + (self._flush_seconds or 0), self._now() + self._beat_seconds
+        return batch
 
 
 async def _next(items: asyncio.Queue[Delta | Refusal], seconds: float) -> Delta | Refusal | None:

@@ -24,7 +24,7 @@ from buddymoe_ray.client import Client
 from buddymoe_ray.errors import CapacityError
 from buddymoe_ray.serve.handles import WORKER_NAME, ReplicaWorkers
 from buddymoe_ray.serve.records import Batch, Work, WorkerReport
-from buddymoe_ray.serve.resume import ResumeLimits
+from buddymoe_ray.serve.resume import ResumeLimits, resumable
 from buddymoe_ray.types import GenerationRequest, SamplingParams, Usage
 
 STREAMS, TOKENS = 16, 120
@@ -89,10 +89,10 @@ async def by_handle(client: Client, watched: Watched, prompt: str, **asked: Any)
     assert event.usage is not None and event.usage.completion_tokens == asked["max_tokens"]
 
 
-async def by_workers(workers: ReplicaWorkers, watched: Watched, prompt: str, seed: int) -> None:
+async def by_workers(workers: ReplicaWorkers, limits: ResumeLimits, watched: Watched, prompt: str, seed: int) -> None:
     sampling = SamplingParams(seed=seed)
     asked = Work(request_id=uuid4().hex, prompts=(prompt,), sampling=sampling, max_tokens=TOKENS, flush_seconds=0.0)
-    async for reply in workers.generate(asked):
+    async for reply in resumable(asked, workers.generate, limits):
         assert isinstance(reply, Batch), reply
         for delta in reply.deltas:
             watched.add(delta.text)
@@ -156,14 +156,14 @@ async def test_sixteen_streams_outlive_a_killed_worker(mortals: str, record_prop
 async def test_streams_leave_a_worker_that_stands_still(mortals: str, record_property: Recorded) -> None:
     """Its process is stopped, not killed: nobody says that it is gone. When it goes on its streams have left."""
     limits = ResumeLimits(silence_seconds=5.0)
-    workers = ReplicaWorkers(serve.get_deployment_handle(WORKER_NAME, "mortals"), limits=limits)
+    workers = ReplicaWorkers(serve.get_deployment_handle(WORKER_NAME, "mortals"))
     client = await asyncio.to_thread(Client, "mortals")
     streams = [Watched() for _ in range(8)]
     stopped: list[int] = []
     try:
         async with asyncio.TaskGroup() as group:
             for seed, watched in enumerate(streams):
-                group.create_task(by_workers(workers, watched, f"stream {seed}", seed))
+                group.create_task(by_workers(workers, limits, watched, f"stream {seed}", seed))
             await begun(streams, 5)
             busiest = await asyncio.to_thread(the_busiest, "mortals")
             os.kill(busiest.pid, signal.SIGSTOP)

@@ -327,3 +327,34 @@ async def test_choices_that_are_not_there_are_refused(choices: tuple[int, ...]) 
     [reply] = [reply async for reply in Worker(engine).generate(asked)]
     assert isinstance(reply, Refusal) and reply.status == 400 and "must be different ones below 4" in reply.message
     assert engine.seen == []
+
+
+@pytest.mark.parametrize("stream", [0.0, None])
+async def test_streams_leave_a_worker_whose_engine_died(stream: float | None) -> None:
+    """Its process lives and says so; they go on elsewhere with the same tokens, as those of a killed one do."""
+    asked = work(n=2, flush_seconds=stream, max_tokens=30)
+    whole = await told(LocalWorkers(Worker(FakeEngine())), asked)
+    workers = Mortals(None, None, delay=0.002)
+    replies: list[Batch] = []
+    async for reply in workers.generate(asked):
+        assert isinstance(reply, Batch)
+        replies.append(reply)
+        workers.engines[0].die()
+    if stream is None:  # nothing is told before the end: it dies meanwhile
+        workers = Mortals(None, None, delay=0.002)
+        task = asyncio.create_task(told(workers, asked))
+        while workers.engines[0].steps < 4:
+            await asyncio.sleep(0.001)
+        workers.engines[0].die()
+        same(await task, whole)
+    else:
+        same(merge(delta for reply in replies for delta in reply.deltas), whole)
+    assert len(workers.asked) == 2
+
+
+async def test_who_comes_new_to_a_dead_engine_goes_elsewhere_too() -> None:
+    workers = Mortals(None, None, None)
+    for engine in workers.engines[:2]:
+        engine.die()
+    same(await told(workers, work()), await told(LocalWorkers(Worker(FakeEngine())), work()))
+    assert len(workers.asked) == 3

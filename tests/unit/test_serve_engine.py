@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -17,7 +18,8 @@ from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.async_engine import AsyncEngine
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.serve.app import open_async_engine
-from buddymoe_ray.serve.records import Batch, ChatMessage, Refusal, Terms, Work
+from buddymoe_ray.serve.records import Batch, ChatMessage, Delta, Refusal, Reply, Terms, Work
+from buddymoe_ray.serve.resume import ResumeLimits, resumable
 from buddymoe_ray.serve.worker import Worker
 from buddymoe_ray.types import EngineResult, SamplingParams
 
@@ -270,7 +272,8 @@ async def test_a_dead_step_thread_is_unwell(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(engine, "step", fail)
     opened = AsyncEngine(engine, model_id="tiny")
-    async with talking_to(LocalWorkers(Worker(opened)), model="tiny") as client:
+    limits = ResumeLimits(wait_seconds=0.2)
+    async with talking_to(LocalWorkers(Worker(opened)), model="tiny", limits=limits) as client:
         with pytest.raises(openai.InternalServerError) as caught:
             await openai_client(client).completions.create(model="tiny", prompt="x")
         health = await client.get("/health")
@@ -299,3 +302,29 @@ async def test_offsets_index_the_text_streamed_or_not(worker: Worker, prompt: st
             assert "\ufffd" in token or text[offset:].startswith(token[: len(text) - offset])
             assert logprobs.top_logprobs[at][token] == value
             assert len(logprobs.top_logprobs[at]) >= 2
+
+
+async def test_streams_of_a_dead_step_thread_go_on_at_another_worker() -> None:
+    """The real engine's thread dies in the middle of an answer; another worker ends it with the same tokens."""
+    config = EngineConfig(model="builtin:tiny", memory="25%", max_model_len=64)
+    engines = [Engine.from_config(config) for _ in range(2)]
+    workers = [Worker(AsyncEngine(engine, model_id="tiny")) for engine in engines]
+    sampling = SamplingParams(seed=3, ignore_eos=True)
+    asked = Work(request_id="r", prompts=("import os",), sampling=sampling, max_tokens=12, flush_seconds=0.0)
+    whole = [d for r in [r async for r in workers[1].generate(asked)] for d in r.deltas]
+    attempts = itertools.count()
+
+    def attempt(work: Work) -> AsyncGenerator[Reply, None]:
+        return workers[next(attempts)].generate(work)
+
+    told: list[Delta] = []
+    async for reply in resumable(asked, attempt, ResumeLimits(wait_seconds=30)):
+        assert isinstance(reply, Batch), reply
+        told += reply.deltas
+        if len(told) == 2:
+            engines[0]._scheduler.schedule = None  # type: ignore[method-assign, assignment]
+    for worker in workers:
+        worker.close()
+    assert "".join(d.text for d in told) == "".join(d.text for d in whole)
+    assert [t for d in told for t in d.token_ids] == [t for d in whole for t in d.token_ids]
+    assert next(attempts) == 2

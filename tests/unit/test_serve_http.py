@@ -9,10 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
-from asgi import CHAT, TEXT, check_error, messages_of, openai_client, serving
-from fakes import FakeEngine, FakeLimits, exact_usage
+from asgi import CHAT, TEXT, check_error, messages_of, openai_client, serving, talking_to
+from fakes import FakeEngine, FakeLimits, LocalWorkers, exact_usage
 
 from buddymoe_ray.serve.http import MAX_BODY_BYTES, HttpSettings
+from buddymoe_ray.serve.worker import Worker
 
 
 async def test_chat_reply_in_full() -> None:
@@ -236,13 +237,29 @@ async def test_malformed_bodies_and_paths() -> None:
 
 async def test_health_fails_when_an_engine_died() -> None:
     engines = (FakeEngine(), FakeEngine())
-    async with serving(*engines) as client:
+    async with serving(*engines, health_seconds=0.0) as client:
         well = await client.get("/health")
         assert (well.status_code, well.json()) == (200, {"status": "ok", "problems": []})
         engines[1].die()
         ill = await client.get("/health")
     assert (ill.status_code, ill.json()["status"]) == (503, "unhealthy")
     assert "engine is stopped" in ill.json()["problems"][0]
+
+
+async def test_health_asks_the_workers_once_however_often_it_is_asked() -> None:
+    class Counting(LocalWorkers):
+        asked = 0
+
+        async def health(self) -> tuple[str | None, ...]:
+            self.asked += 1
+            await asyncio.sleep(0.02)
+            return await super().health()
+
+    workers = Counting(Worker(FakeEngine()))
+    async with talking_to(workers) as client:
+        replies = await asyncio.gather(*(client.get("/health") for _ in range(20)))
+        replies += [await client.get("/health") for _ in range(20)]
+    assert {reply.status_code for reply in replies} == {200} and workers.asked == 1
 
 
 async def test_key_guards_the_api_and_not_health(caplog: pytest.LogCaptureFixture) -> None:
@@ -256,8 +273,9 @@ async def test_key_guards_the_api_and_not_health(caplog: pytest.LogCaptureFixtur
         check_error(await client.post("/v1/chat/completions", content=b"{"), 401, None, "invalid_api_key")
         check_error(await client.get("/v1/models"), 401, None, "invalid_api_key")
         check_error(await client.get("/metrics"), 401, None, "invalid_api_key")
-        assert (await client.get("/health")).status_code == 200
         right = {"Authorization": f"Bearer {key}".encode()}
+        assert (await client.get("/health")).json() == {"status": "ok"}, "strangers are told no more"
+        assert (await client.get("/health", headers=right)).json() == {"status": "ok", "problems": []}
         assert (await client.get("/v1/models", headers=right)).status_code == 200
         assert (await client.get("/metrics", headers=right)).status_code == 200
     assert key not in caplog.text

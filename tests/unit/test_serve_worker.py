@@ -7,7 +7,9 @@ import os
 import re
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 from fakes import FakeEngine, FakeLimits, byte_tokenizer, fake_token
 
@@ -248,6 +250,137 @@ async def test_more_calls_than_run_and_wait_are_refused_until_one_ends() -> None
     for stream in streams[1:]:
         await stream.aclose()
     assert engine.running == set()
+
+
+async def test_admission_counts_answers_and_not_calls() -> None:
+    engine = FakeEngine(delay=0.001, limits=FakeLimits(max_running=4))
+    worker = Worker(engine, max_queued_requests=4)
+    asked = work(n=6, max_tokens=100, flush_seconds=0.0)
+    async with aclosing(worker.generate(asked)) as replies:
+        await anext(replies)
+        full = await refusal(worker, replace(asked, request_id="second", n=3))
+        assert (full.status, full.code) == (503, "overloaded") and "6 requests run or wait" in full.message
+        async with aclosing(worker.generate(replace(asked, request_id="third", n=2))) as more:
+            await anext(more)
+    assert len(await whole(worker, work(n=9, max_tokens=2))) == 9, "an idle worker takes any call"
+
+
+async def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(FakeEngine())
+    monkeypatch.setattr("buddymoe_ray.serve.worker.encode", lambda *_: pytest.fail("it was tokenised"))
+    for asked in (
+        work("x" * 10_000),
+        work(prompts=("fine", "x" * 10_000)),
+        work(prompts=(), messages=(ChatMessage(role="user", content="x" * 6000),) * 2),
+    ):
+        refused = await refusal(worker, asked)
+        assert (refused.status, refused.code) == (400, "context_length_exceeded")
+        assert (
+            refused.param == asked.prompt_field and "characters, must be at most 1664 for 128 tokens" in refused.message
+        )
+
+
+class Odd:
+    def __repr__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"max_tokens": 2.0}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": 10**5000}, "max_tokens"),
+        ({"max_tokens": -(10**5000)}, "max_tokens"),
+        ({"prompts": ((1, True),)}, "prompt"),
+        ({"prompts": ((1, 2.0),)}, "prompt"),
+        ({"prompts": (b"bytes",)}, "prompt"),
+        ({"prompts": (iter([1]),)}, "prompt"),
+        ({"prompts": (np.ones((2, 2), int),)}, "prompt"),
+        ({"prompts": (np.ones(2),)}, "prompt"),
+        ({"prompts": ("\ud800",)}, "prompt"),
+        ({"prompts": (None,)}, "prompt"),
+        ({"prompts": (Odd(),)}, "prompt"),
+        ({"prompts": (), "messages": (ChatMessage(role="user", content="a\udfff"),)}, "messages"),
+        ({"terms": Terms(replay="\ud800")}, "buddymoe.replay"),
+        *[
+            ({"sampling": replace(GREEDY, **{name: value})}, name)
+            for name, value in (
+                ("seed", 1.5),
+                ("seed", "a"),
+                ("seed", True),
+                ("seed", 2**64),
+                ("seed", -(2**64)),
+                ("top_k", 2.5),
+                ("top_k", None),
+                ("temperature", "0.5"),
+                ("temperature", True),
+                ("temperature", None),
+                ("temperature", 10**400),
+                ("temperature", np.array([1.0, 2.0])),
+                ("top_p", 1j),
+                ("logprobs", True),
+                ("logprobs", 1.0),
+                ("stop", (1,)),
+                ("stop", 3),
+                ("stop", b"x"),
+                ("stop", iter("x")),
+                ("stop", ("\ud800",)),
+                ("stop", ("x",) * 65),
+                ("stop", ("x" * 1025,)),
+                ("stop", {"x": 1}),
+                ("stop_token_ids", (1.0,)),
+                ("stop_token_ids", ("a",)),
+                ("stop_token_ids", 5),
+                ("stop_token_ids", (-1,)),
+                ("stop_token_ids", range(5)),
+                ("stop_token_ids", (1,) * 5000),
+                ("ignore_eos", 1),
+                ("ignore_eos", "yes"),
+                ("presence_penalty", Odd()),
+            )
+        ],
+    ],
+)
+async def test_wrong_types_are_refused_for_that_call_alone(changes: dict[str, Any], param: str) -> None:
+    engine = FakeEngine()
+    refused = await refusal(Worker(engine), work(**changes))
+    assert (refused.status, refused.param) == (400, param), refused
+    assert "must " in refused.message and "hint:" in refused.message and len(refused.message) < 400
+    assert engine.seen == []
+
+
+async def test_numbers_and_lists_of_numpy_are_as_good_as_pythons() -> None:
+    engine = FakeEngine()
+    sampling = replace(
+        GREEDY,
+        temperature=np.float32(0.5),
+        seed=np.int64(7),
+        top_k=np.uint8(3),
+        logprobs=np.int32(2),
+        ignore_eos=np.bool_(True),
+        stop="never",
+        stop_token_ids=np.array([300]),
+    )
+    await whole(
+        Worker(engine),
+        work(prompts=(np.array([97, 98]), [99, np.int64(100)]), sampling=sampling, max_tokens=np.int64(3)),
+    )
+    first, second = engine.seen
+    assert (first.prompt_token_ids, second.prompt_token_ids) == ((97, 98), (99, 100))
+    got = first.sampling
+    assert (got.temperature, got.seed, got.top_k, got.logprobs, got.max_tokens) == (0.5, 7, 3, 2, 3)
+    assert {type(v) for v in vars(got).values()} <= {int, float, bool, tuple, dict}
+    assert (got.stop, got.stop_token_ids, got.ignore_eos) == (("never",), (300,), True)
+
+
+async def test_what_breaks_while_a_call_is_read_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a secret path")
+
+    monkeypatch.setattr("buddymoe_ray.serve.worker.encode", broken)
+    refused = await refusal(Worker(FakeEngine()), work())
+    assert refused.status == 500 and "secret" not in refused.message
 
 
 async def test_info_and_close() -> None:

@@ -104,3 +104,20 @@ def test_the_match_that_is_complete_first_wins() -> None:
 def test_an_empty_stop_string_is_a_mistake() -> None:
     with pytest.raises(AssertionError, match="empty"):
         StopChecker(["x", ""])
+
+
+def test_many_long_strings_cost_the_same_for_every_character() -> None:
+    """Held text as long as a stop string, met one character at a time, must not be compared anew each time."""
+
+    class Counted(str):
+        compared = 0
+
+        def __getitem__(self, at: object) -> str:
+            Counted.compared += 1
+            return super().__getitem__(at)  # type: ignore[index]
+
+    checker = StopChecker([Counted("a" * 1000 + "b")])
+    Counted.compared = 0
+    text = "a" * 4000
+    out = "".join(checker.push(char)[0] for char in text) + checker.flush()
+    assert out == text and Counted.compared <= 3 * len(text)
