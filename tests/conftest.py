@@ -1,0 +1,39 @@
+"""How a run's tests are spread over its processes: Ray's in one of them, for one Ray, and begun first.
+
+Ray's tests wait more than they compute, so the other processes work through all else beside them. Files that compute
+longest come next, lest one process is left with one of them at the end, then those of the most tests.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from xdist.scheduler import LoadFileScheduling
+
+OWN_RAY = "tests/ray/test_cluster_up.py"  # `ray up` is what it tests
+FIRST = ("ray", OWN_RAY, *(f"tests/unit/test_{name}.py" for name in ("exactness", "commands", "calibrate_run")))
+
+
+def group(test: str) -> str:
+    """What one process does as a whole: a file, or all that share Ray."""
+    file = test.split("::", 1)[0]
+    return "ray" if file.startswith("tests/ray/") and file != OWN_RAY else file
+
+
+class Groups(LoadFileScheduling):
+    """Hands out groups, in the order of the tests."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Groups:
+    return Groups(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    sizes = Counter(group(item.nodeid) for item in items)
+    ranks = {name: (FIRST.index(name) if name in FIRST else len(FIRST), -sizes[name], name) for name in sizes}
+    items.sort(key=lambda item: ranks[group(item.nodeid)])
