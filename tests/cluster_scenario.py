@@ -1,7 +1,7 @@
 """A service on a cluster of nodes that share this machine, through migration and the death of every kind of process.
 
-A program of its own, for a process has one ray instance: `python cluster_scenario.py --nodes 3 --workers 3 --kill`.
-Prints one JSON object per phase: streams that gave exactly the resident model's tokens, what the map did, how long
+A program (`python cluster_scenario.py --nodes 3 --workers 3 --kill`) on a cluster of its own, or on one that a test
+has. Tells a JSON object per phase: streams that gave exactly the resident model's tokens, what the map did, how long
 streams stood still.
 """
 
@@ -23,6 +23,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.cluster_utils import Cluster
+from ray.util import placement_group, remove_placement_group
 
 from buddymoe_ray.actors import placement_map, store_statuses
 from buddymoe_ray.actors.node import NAMESPACE, store_handles
@@ -76,15 +77,26 @@ async def sixteen(client: Client, count: int, after: Callable[[], None] | None) 
 
 
 class Scenario:
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    """`records` has what was told. Nodes join the head of a `cluster` that is given, which keeps its other CPUs back."""
+
+    def __init__(self, args: argparse.Namespace, cluster: Cluster | None = None) -> None:
+        self.args, self.records = args, list[dict[str, Any]]()
         with LLM("builtin:tiny", memory="100%") as llm:
             results = llm.generate(PROMPTS, max_tokens=args.tokens, temperature=0.0, ignore_eos=True)
         self.expected = [list(result.token_ids) for result in results]
         self.nodes: list[Any] = []
-        self.cluster = None if args.address else self.made_cluster()
-        ray.init(address=args.address or self.cluster.address, log_to_driver=False)
-        serve.start(proxy_location="Disabled")
+        self.kept_back: Any = None
+        if cluster is None:
+            self.cluster = None if args.address else Cluster(True, head_node_args=NODE | {"num_cpus": self.cpus(0)})
+            ray.init(address=args.address or self.cluster.address, log_to_driver=False)
+            serve.start(proxy_location="Disabled")
+        else:
+            self.cluster = cluster
+            spare = ray.cluster_resources()["CPU"] - self.cpus(0)
+            self.kept_back = placement_group([{"CPU": spare}])
+            assert self.kept_back.wait(60), f"{spare} CPUs are in use, must be free"
+        if self.cluster is not None:
+            self.nodes = [self.cluster.add_node(num_cpus=self.cpus(at), **NODE) for at in range(1, args.nodes)]
         options = ServeArgs(
             model="builtin:tiny",
             memory=args.memory,
@@ -100,11 +112,6 @@ class Scenario:
         )
         serve.run(build_app(options), name=APP, route_prefix=None)
         self.client = Client(APP)
-
-    def made_cluster(self) -> Any:
-        cluster = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": self.cpus(0)})
-        self.nodes = [cluster.add_node(num_cpus=self.cpus(at), **NODE) for at in range(1, self.args.nodes)]
-        return cluster
 
     def cpus(self, node: int) -> int:
         """Workers fill the nodes evenly."""
@@ -132,6 +139,10 @@ class Scenario:
                 for s in self.stores()
             ],
         }
+        self.tell(record)
+
+    def tell(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
         print(json.dumps(record), flush=True)
 
     def map(self, seconds: float = 60) -> Any:
@@ -168,7 +179,7 @@ class Scenario:
             seconds.append(self.whole_again(workers))
 
         self.phase(f"kill {name}", done)
-        print(json.dumps({"recovered": name, "seconds": seconds[0]}), flush=True)
+        self.tell({"recovered": name, "seconds": seconds[0]})
 
     def grow(self, workers: int, seconds: float = 180) -> None:
         """A node joins; load until Serve has started so many workers and each is in the map; then all streams once
@@ -184,7 +195,7 @@ class Scenario:
         grown = time.monotonic() - began
         self.phase("grown")
         placed = [sorted(found.workers[at]) for at in range(len(found.pools))]
-        print(json.dumps({"grown": workers, "seconds": round(grown, 1), "workers": [len(names) for names in placed]}))
+        self.tell({"grown": workers, "seconds": round(grown, 1), "workers": [len(names) for names in placed]})
 
     def kill_worker(self) -> None:
         os.kill(self.worker_pids()[0], signal.SIGKILL)
@@ -212,11 +223,47 @@ class Scenario:
                 print(f"not whole: {len(pids)} workers, must be {workers}; {kept=} {found=}", file=sys.stderr)
                 return -1.0
 
+    def run(self) -> None:
+        """The phases that were asked for; then nothing of the service runs."""
+        args = self.args
+        try:
+            self.phase("first")
+            self.phase("migrating")
+            if args.grow:
+                self.grow(args.grow)
+            if args.kill:
+                self.kill("worker", self.kill_worker, args.workers)
+                self.kill("store", self.kill_store, args.workers)
+                self.kill("placement", self.kill_placement, args.workers)
+                if args.nodes > 1:
+                    self.kill("node", self.kill_node, args.workers - 1)
+                self.phase("after")
+            if args.cut:
+                self.kill("network", lambda: subprocess.run(args.cut, shell=True, check=True), args.workers - 1)
+                self.phase("after")
+        finally:
+            self.close()
+        if not args.address:  # nodes that live on keep their stores for a while
+            self.tell({"leftovers": leftovers()})
+
     def close(self) -> None:
-        serve.shutdown()
-        ray.shutdown()
-        if self.cluster is not None:
-            self.cluster.shutdown()
+        if self.kept_back is None:
+            serve.shutdown()
+            ray.shutdown()
+            if self.cluster is not None:
+                self.cluster.shutdown()
+            return
+        serve.delete(APP)
+        end_stores()
+        for node in self.nodes:
+            self.cluster.remove_node(node)
+        remove_placement_group(self.kept_back)
+
+
+def end_stores() -> None:
+    """Those whose services are gone would stay for a minute, for the next service."""
+    for handle in store_handles():
+        ray.kill(handle)
 
 
 def leftovers(seconds: float = 60) -> list[str]:
@@ -227,7 +274,7 @@ def leftovers(seconds: float = 60) -> list[str]:
     return [path.name for path in SHM.glob(f"buddymoe-{os.geteuid()}-*")]
 
 
-def main() -> None:
+def options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
@@ -238,28 +285,8 @@ def main() -> None:
     parser.add_argument("--cut", help="shell command that takes a node off the network, done under load")
     parser.add_argument("--grow", type=int, help="a node joins, and Serve starts up to so many workers under load")
     parser.add_argument("--kill", action="store_true", help="end each kind of process, and a node, under load")
-    args = parser.parse_args()
-    scenario = Scenario(args)
-    try:
-        scenario.phase("first")
-        scenario.phase("migrating")
-        if args.grow:
-            scenario.grow(args.grow)
-        if args.kill:
-            scenario.kill("worker", scenario.kill_worker, args.workers)
-            scenario.kill("store", scenario.kill_store, args.workers)
-            scenario.kill("placement", scenario.kill_placement, args.workers)
-            if args.nodes > 1:
-                scenario.kill("node", scenario.kill_node, args.workers - 1)
-            scenario.phase("after")
-        if args.cut:
-            scenario.kill("network", lambda: subprocess.run(args.cut, shell=True, check=True), args.workers - 1)
-            scenario.phase("after")
-    finally:
-        scenario.close()
-    if not args.address:  # nodes that live on keep their stores for a while
-        print(json.dumps({"leftovers": leftovers()}), flush=True)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    Scenario(options(sys.argv[1:])).run()

@@ -13,7 +13,7 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 
 OWN_RAY = "tests/ray/test_cluster_up.py"  # `ray up` is what it tests
-FIRST = ("ray", OWN_RAY, *(f"tests/unit/test_{name}.py" for name in ("exactness", "commands", "calibrate_run")))
+FIRST = ("ray", *(f"tests/unit/test_{name}.py" for name in ("exactness", "commands", "calibrate_run")), OWN_RAY)
 
 
 def group(test: str) -> str:

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 
 from buddymoe_ray.client import Client
 
-__all__ = ["TEST_KEY", "TEST_KEY_VARIABLE", "Deploy", "alone", "eventually", "running"]
+__all__ = ["TEST_KEY", "TEST_KEY_VARIABLE", "Deploy", "eventually", "running"]
 
 TEST_KEY_VARIABLE = "BUDDYMOE_TEST_KEY"
 TEST_KEY = "sk-test-key"
 
 Deploy = Callable[..., str]  # (application name, open_engine=..., **fields of ServeArgs) -> base URL
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Programs that start clusters of their own take turns: side by side on two cores each would time out."""
-    with (Path(tempfile.gettempdir()) / f"buddymoe-tests-{os.geteuid()}.lock").open("w") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        yield
 
 
 def eventually(condition: Callable[[], bool], *, seconds: float = 60) -> None:

@@ -1,4 +1,7 @@
-"""One light ray instance with Serve for all tests here; each module deploys its own applications into it."""
+"""One light Ray with Serve for all tests here; each module deploys its own applications into it.
+
+It has two GPUs that are none. Nodes may join it and be killed; its head, where Serve's own processes are, stays.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 import ray
 from ray import serve
+from ray.cluster_utils import Cluster
 from serving import TEST_KEY, TEST_KEY_VARIABLE, Deploy
 
 from buddymoe_ray.serve.app import OpenEngine, application, build_app
@@ -25,22 +29,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def http_port() -> Iterator[int]:
-    """The port of a running Serve on this host; ray's processes inherit the test key and find `fakes`."""
+def cluster() -> Iterator[Cluster]:
+    """Ray's processes inherit the test key and find `fakes`."""
+    tests = Path(__file__).parents[1]
+    head = {"num_cpus": 8, "num_gpus": 2, "include_dashboard": False, "object_store_memory": 200 << 20}
+    with pytest.MonkeyPatch.context() as ours:
+        ours.setenv(TEST_KEY_VARIABLE, TEST_KEY)
+        ours.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # on a busy machine it takes longer than Ray's 5
+        ours.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]))
+        started = Cluster(initialize_head=True, head_node_args=head)
+        ray.init(address=started.address, log_to_driver=False)
+        yield started
+        ray.shutdown()
+        started.shutdown()
+
+
+@pytest.fixture(scope="session")
+def http_port(cluster: Cluster) -> Iterator[int]:
+    """The port of a running Serve on this host."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
-    tests = Path(__file__).parents[1]
-    ours = pytest.MonkeyPatch()
-    ours.setenv(TEST_KEY_VARIABLE, TEST_KEY)
-    ours.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]))
-    # "local": never the cluster that another test has started on this machine
-    ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     yield port
     serve.shutdown()
-    ray.shutdown()
-    ours.undo()
 
 
 @pytest.fixture(scope="module")

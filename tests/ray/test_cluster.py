@@ -1,46 +1,44 @@
-"""The service on clusters of its own: several nodes, fake GPUs. Each runs as a program, for it needs its own ray."""
+"""The service on several nodes, through the death of everything, and on GPUs that are none."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import cluster_scenario
+import httpx
 import pytest
-from serving import alone
+import yaml
+from ray import serve
+from ray.cluster_utils import Cluster
+from ray.serve.schema import ServeDeploySchema
+from serving import Deploy, eventually
 
-TESTS = Path(__file__).parents[1]
+from buddymoe_ray.actors import placement_map, store_statuses
+from buddymoe_ray.models.synth import synth_checkpoint
+from buddymoe_ray.serve.handles import WORKER_NAME
+
+ROOT = Path(__file__).parents[2]
 STREAMS = 16
-pytestmark = pytest.mark.timeout(600)  # the first test of a file waits for its program
+pytestmark = pytest.mark.timeout(600)  # the first test waits for the whole scenario
 
 
-def run(program: str, *arguments: str, seconds: float = 420) -> list[dict[str, Any]]:
-    """What the program prints; its stderr is in the failure."""
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    with alone():
-        done = subprocess.run(
-            [sys.executable, str(TESTS / program), *arguments],
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
-    sys.stderr.write(done.stderr[-4000:])
-    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.returncode == 0, f"{records}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return records
+@pytest.fixture(autouse=True, scope="module")
+def no_other_stores(cluster: Cluster) -> None:
+    """A store outlives its service for a minute."""
+    cluster_scenario.end_stores()
+    eventually(lambda: not store_statuses())
 
 
 @pytest.fixture(scope="module")
-def phases() -> dict[str, dict[str, Any]]:
+def phases(cluster: Cluster, http_port: int) -> dict[str, dict[str, Any]]:
     """Three nodes with a worker each, through the death of every kind of process and of a node."""
-    records = run("cluster_scenario.py", "--nodes", "3", "--workers", "3", "--kill", "--tokens", "32")
-    return {str(record.get("phase") or next(iter(record))): record for record in records} | {
-        f"recovered {record['recovered']}": record for record in records if "recovered" in record
+    shape = cluster_scenario.options(["--nodes", "3", "--workers", "3", "--kill", "--tokens", "32"])
+    scenario = cluster_scenario.Scenario(shape, cluster)
+    scenario.run()
+    return {str(record.get("phase") or next(iter(record))): record for record in scenario.records} | {
+        f"recovered {record['recovered']}": record for record in scenario.records if "recovered" in record
     }
 
 
@@ -67,12 +65,36 @@ def test_nothing_is_left_behind(phases: dict[str, dict[str, Any]]) -> None:
     assert phases["leftovers"]["leftovers"] == []
 
 
-def test_each_worker_has_its_own_device_and_shard() -> None:
-    """`deployments/mixtral.yaml` itself, on two GPUs that are none."""
-    [record] = run("fake_gpus.py", "--gpus", "2")
-    assert sorted(record["devices"]) == [["0"], ["1"]]
-    assert record["covered"] == record["experts"] == 16
-    pins = [tuple(pin) for shard in record["shards"] for pin in shard]
-    assert len(record["shards"]) == 2 and all(record["shards"])
+def test_each_worker_has_its_own_device_and_shard(deploy: Deploy, http_port: int, tmp_path: Path) -> None:
+    """`deployments/mixtral.yaml` itself, but for a random Mixtral of two layers, on two GPUs that are none."""
+    [service] = ServeDeploySchema(**yaml.safe_load((ROOT / "deployments/mixtral.yaml").read_text())).applications
+    model = synth_checkpoint("mixtral-tiny", tmp_path / "mixtral", layers=2)
+    config = json.loads((model / "config.json").read_text())  # with the real one's context, which the file expects
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32768}))
+    url = deploy("gpus", **(service.args | {"model": str(model)}))
+    assert [streamed(url, service.args["model_name"]) for _ in range(4)] == [8] * 4
+    handle: Any = serve.get_deployment_handle(WORKER_NAME, "gpus")
+    devices = [report.devices for report in handle.broadcast("report").results(timeout_s=60)]
+    assert sorted(devices) == [("0",), ("1",)]
+
+    def follow_the_map() -> bool:
+        found, stores = placement_map("gpus"), store_statuses()
+        return found is not None and any(len(s.workers) == 2 and s.epoch >= found.epoch for s in stores)
+
+    eventually(follow_the_map, seconds=90)
+    found, [store] = placement_map("gpus"), store_statuses()
+    assert found is not None and len(found.primary_N) == (found.primary_N >= 0).sum() == 16
+    pins = [pin for shard in store.shards for pin in shard]
+    assert len(store.shards) == 2 and all(store.shards)
     assert len(pins) == len(set(pins)) == 16
-    assert record["tokens"] == [8] * 4
+
+
+def streamed(url: str, model: str) -> int:
+    """Tokens of a streamed reply; fails when it does not end as it should."""
+    body = {"model": model, "prompt": [5, 6, 7, 8], "max_tokens": 8, "temperature": 0, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as reply:
+        lines = [line for line in reply.iter_lines() if line.startswith("data: ")]
+    assert lines[-1] == "data: [DONE]", lines
+    tokens: int = json.loads(lines[-2][6:])["usage"]["completion_tokens"]
+    return tokens

@@ -26,9 +26,8 @@ import httpx
 import pytest
 import ray
 import yaml
-from serving import alone, eventually
+from serving import eventually
 
-pytestmark = pytest.mark.timeout(600)  # the first test waits for its turn
 ROOT = Path(__file__).parents[2]
 CLUSTER = "cluster/aws.yaml"
 REGION, IMAGE = "us-west-2", "ami-0123456789abcdef0"
@@ -124,14 +123,7 @@ def answers(url: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def turn() -> Iterator[None]:
-    """No other test's cluster beside this one."""
-    with alone():
-        yield
-
-
-@pytest.fixture(scope="module")
-def cloud(tmp_path_factory: pytest.TempPathFactory, turn: None) -> Iterator[Cloud]:
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
     folder = tmp_path_factory.mktemp("aws")
     for name in ("log", "homes", "home", "tmp"):
         (folder / name).mkdir()
