@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import statistics
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,9 +53,15 @@ def layer_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def imports(path: Path) -> list[str]:
     names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -103,7 +110,7 @@ def test_no_import_cycles() -> None:
 def test_rooms_are_small(path: Path) -> None:
     text = path.read_text()
     assert text.count("\n") <= 400, f"{path} has {text.count(chr(10))} lines, must be at most 400"
-    tree = ast.parse(text)
+    tree = parsed(path)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             size = (node.end_lineno or 0) - node.lineno + 1
@@ -117,7 +124,7 @@ def test_the_median_room_is_small() -> None:
 
 def test_nothing_is_unpickled_or_trusted() -> None:
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Import):
                 assert not {"pickle", "marshal", "dill"} & {a.name for a in node.names}, f"{path} imports a pickler"
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
