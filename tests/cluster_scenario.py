@@ -77,7 +77,7 @@ async def sixteen(client: Client, count: int, after: Callable[[], None] | None) 
 
 
 class Scenario:
-    """`records` has what was told. Nodes join the head of a `cluster` that is given, which keeps its other CPUs back."""
+    """`records` has what was told. Nodes join the head of a given `cluster`, whose other CPUs are kept back."""
 
     def __init__(self, args: argparse.Namespace, cluster: Cluster | None = None) -> None:
         self.args, self.records = args, list[dict[str, Any]]()

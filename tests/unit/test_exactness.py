@@ -7,6 +7,8 @@ The oracle is `generate` of the stock model, one prompt at a time. 20 prompts of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,11 +29,15 @@ def token_prompts(vocab: int, count: int = 20) -> list[list[int]]:
     return [torch.randint(5, vocab, (3 + 2 * i,), generator=rng).tolist() for i in range(count)]
 
 
+Case = tuple[Path, list[list[int]], list[list[int]]]  # folder, prompts, the oracle's answers
+
+
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[list[int]], list[list[int]]]]:
-    """Folder, prompts and the oracle's answers, computed once per family."""
-    made = {}
-    for name in FAMILIES:
+def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    """A family's, made once."""
+
+    @cache
+    def made(name: str) -> Case:
         if name == "builtin:tiny":
             folder = resolve_model(name)
             prompts = held_out_prompts(folder)
@@ -39,7 +45,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
             folder = tmp_path_factory.mktemp(name)
             build_checkpoint(name, folder)
             prompts = token_prompts(160)
-        made[name] = (folder, prompts, reference_generate(folder, prompts, new_tokens=NEW))
+        return folder, prompts, reference_generate(folder, prompts, new_tokens=NEW)
+
     return made
 
 
@@ -54,8 +61,8 @@ def held_out_prompts(folder: Path) -> list[list[int]]:
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("memory", ["100%", "50%", "25%"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_greedy_tokens_are_those_of_generate(checkpoints, name: str, memory: str, batch: int) -> None:
-    folder, prompts, expected = checkpoints[name]
+def test_greedy_tokens_are_those_of_generate(case: Callable[[str], Case], name: str, memory: str, batch: int) -> None:
+    folder, prompts, expected = case(name)
     if batch == 1:
         prompts, expected = prompts[:5], expected[:5]
     with LLM(str(folder), memory=memory, dtype="float32", max_running=batch, prefill_chunk=24) as llm:
