@@ -83,7 +83,7 @@ def test_each_worker_has_its_own_device_and_shard(deploy: Deploy, http_port: int
 
     eventually(follow_the_map, seconds=90)
     found, [store] = placement_map("gpus"), store_statuses()
-    assert found is not None and len(found.primary_N) == (found.primary_N >= 0).sum() == 16
+    assert found is not None and found.held_PN.shape[1] == found.held_PN.any(axis=0).sum() == 16
     pins = [pin for shard in store.shards for pin in shard]
     assert len(store.shards) == 2 and all(store.shards)
     assert len(pins) == len(set(pins)) == 16
