@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.models.tiny import corpus, path
-from buddymoe_ray.models.tiny.evaluate import Evaluator, evaluate_texts, load_model, spans
+from buddymoe_ray.models.tiny.card import TrainingRecord, model_card
+from buddymoe_ray.models.tiny.evaluate import (
+    Evaluation,
+    Evaluator,
+    LayerBalance,
+    Score,
+    evaluate_texts,
+    load_model,
+    spans,
+)
 from buddymoe_ray.models.tiny.tokenizer import load_tokenizer
+from buddymoe_ray.models.tiny.trainer import TrainConfig
 
 SHIPPED_LIMIT_BYTES = 16 << 20
 
@@ -95,3 +106,18 @@ def test_spans_score_every_target_once_within_the_context(length: int, context: 
 def test_stride_beyond_the_context_is_a_clear_error() -> None:
     with pytest.raises(ConfigError, match=r"--stride is 9, must be 1 \.\.\. --context \(8\)"):
         Evaluator(load_model(path()), load_tokenizer(path()), context=8, stride=9)
+
+
+def test_the_shipped_card_is_what_its_record_says() -> None:
+    written = json.loads((path() / "training.json").read_text())
+
+    def evaluation(found: dict[str, Any]) -> Evaluation:
+        scores = {kind: Score(**score) for kind, score in found["scores"].items()}
+        balance = tuple(LayerBalance(**layer) for layer in found["router_balance"])
+        return Evaluation(**found | {"scores": scores, "total": Score(**found["total"]), "router_balance": balance})
+
+    for name in ("heldout", "shipped_text"):
+        written[name] = {context: evaluation(found) for context, found in written[name].items()}
+    record = TrainingRecord(**written | {"commands": tuple(written["commands"])})
+    card = model_card(record, TrainConfig(out=path()))
+    assert card == (path() / "README.md").read_text(encoding="utf-8")

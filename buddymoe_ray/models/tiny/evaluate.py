@@ -16,7 +16,7 @@ import json
 import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -31,26 +31,24 @@ from buddymoe_ray.models.tiny.tokenizer import END_OF_TEXT, load_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Held-out loss of one kind of text; `nats` is summed, the ratios are derived."""
+    """Held-out loss of one kind of text; `nats` is summed."""
 
     documents: int
     bytes: int
     tokens: int
     nats: float
-    nats_per_token: float = field(init=False)
-    bits_per_byte: float = field(init=False)
+    nats_per_token: float
+    bits_per_byte: float
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "nats_per_token", self.nats / self.tokens)
-        object.__setattr__(self, "bits_per_byte", self.nats / math.log(2) / self.bytes)
+    @classmethod
+    def of(cls, *, documents: int, bytes: int, tokens: int, nats: float) -> Score:
+        """A score with its ratios."""
+        ratios = {"nats_per_token": nats / tokens, "bits_per_byte": nats / math.log(2) / bytes}
+        return cls(documents=documents, bytes=bytes, tokens=tokens, nats=nats, **ratios)
 
     def __add__(self, other: Score) -> Score:
-        return Score(
-            documents=self.documents + other.documents,
-            bytes=self.bytes + other.bytes,
-            tokens=self.tokens + other.tokens,
-            nats=self.nats + other.nats,
-        )
+        names = ("documents", "bytes", "tokens", "nats")
+        return Score.of(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +105,7 @@ class Evaluator:
             logits_TV = output.logits[0, first - start :].float()
             nats += functional.cross_entropy(logits_TV, ids_N[first + 1 : end + 1], reduction="sum").item()
             self._count(output.router_logits, first - start)
-        return Score(documents=1, bytes=len(text.encode()), tokens=len(ids) - 1, nats=nats)
+        return Score.of(documents=1, bytes=len(text.encode()), tokens=len(ids) - 1, nats=nats)
 
     def _count(self, router_logits: Sequence[Tensor], first: int) -> None:
         top_k = self._model.config.num_experts_per_tok

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -45,10 +46,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def balance_loss(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
     """Mean over layers of E * sum_e(load share of e * mean router probability of e); 1.0 when balanced."""
-    losses = []
-    for logits_TE in router_logits:
-        probs_TE = logits_TE.float().softmax(dim=1)
-        chosen_TK = probs_TE.topk(top_k, dim=1).indices
-        load_E = torch.bincount(chosen_TK.flatten(), minlength=logits_TE.shape[1]).to(probs_TE) / chosen_TK.numel()
-        losses.append(logits_TE.shape[1] * (load_E * probs_TE.mean(dim=0)).sum())
-    return torch.stack(losses).mean()
+    # transformers counts every one of a token's K choices, and all layers as one
+    terms = (load_balancing_loss_func((logits_TE,), logits_TE.shape[1], top_k) for logits_TE in router_logits)
+    return torch.stack([torch.as_tensor(term) for term in terms]).mean() / top_k
