@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from buddymoe_ray.kernels.lowbit_format import LowbitFormat, scale_table
+from buddymoe_ray.kernels.lowbit_format import LowbitFormat, Matrix, Places, scale_table
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.kernels.rowwise import rowwise
 
@@ -53,32 +53,38 @@ def is_plain(math: ExpertMath, F: int) -> bool:
 def forward(x_RD: Tensor, tensors: Mapping[str, Tensor], fmt: LowbitFormat, math: ExpertMath) -> Tensor:
     """`lowbit.lowbit_forward` on this CPU."""
     x = x_RD.float().contiguous()
-    (R, D), F = x.shape, tensors["down_proj.codes"].shape[1] * 8 // fmt.bits
-    first, down = (tuple(_address(tensors[f"{name}.{part}"]) for part in PARTS) for name in (math.first, "down_proj"))
-    out = torch.empty_like(x)
-    if is_plain(math, F):
-        shape = (fmt.bits, D, F, 1, fmt.group_of(D), fmt.group_of(F))
+    R, out = len(x), torch.empty_like(x)
+    first, down = (_matrix(tensors, name, fmt) for name in (math.first, "down_proj"))
+    if is_plain(math, down.K):
         expert_R = np.zeros(R, dtype=np.int64)
-        experts_kernel()(
-            x.data_ptr(), expert_R, expert_R[:1], shape, 0, (*first, *down, 0, 1), out.data_ptr(), scale_steps()
-        )
+        places = Places(x.data_ptr(), 0, out.data_ptr())
+        experts_kernel()(places, expert_R, expert_R[:1], 1, first, down, scale_steps())
         return out.to(x_RD.dtype)
-    linear, N = linear_kernel(), tensors[f"{math.first}.codes"].shape[0]
-    both = x.new_empty(R, N)
-    linear(x.data_ptr(), R, first, N, (D, fmt.bits, fmt.group_of(D)), both.data_ptr(), scale_steps())
+    linear, both = linear_kernel(), x.new_empty(R, first.N)
+    linear(x.data_ptr(), R, first, both.data_ptr(), scale_steps())
     if math.bias:
         both += tensors[f"{math.first}_bias"]
     hidden = rowwise(math.activate, both)
-    linear(hidden.data_ptr(), R, down, D, (F, fmt.bits, fmt.group_of(F)), out.data_ptr(), scale_steps())
+    linear(hidden.data_ptr(), R, down, out.data_ptr(), scale_steps())
     if math.bias:
         out += tensors["down_proj_bias"]
     y_RD = out.to(x_RD.dtype)
     return y_RD if math.post_norm is None else rowwise(math.post_norm, y_RD)
 
 
-def _address(tensor: Tensor) -> int:
-    assert tensor.is_contiguous(), f"packed tensor has strides {tensor.stride()}, must be contiguous"
-    return tensor.data_ptr()
+def _matrix(tensors: Mapping[str, Tensor], name: str, fmt: LowbitFormat) -> Matrix:
+    codes, scales, base = (tensors[f"{name}.{part}"] for part in PARTS)
+    assert codes.is_contiguous() and scales.is_contiguous(), f"{name} must be contiguous"
+    K = codes.shape[1] * 8 // fmt.bits
+    return Matrix(
+        codes.data_ptr(),
+        scales.data_ptr(),
+        base.data_ptr(),
+        N=codes.shape[0],
+        K=K,
+        bits=fmt.bits,
+        group=fmt.group_of(K),
+    )
 
 
 @cache

@@ -19,16 +19,50 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from buddymoe_ray.types import SlotTensor
 
-__all__ = ["LowbitFormat", "PackedMatrix", "dequantise", "pack", "record_tensors", "scale_table", "unpack"]
+__all__ = [
+    "LowbitFormat",
+    "Matrix",
+    "PackedMatrix",
+    "Places",
+    "dequantise",
+    "pack",
+    "record_tensors",
+    "scale_table",
+    "unpack",
+]
 
 ALIGN = 64
 STEPS_PER_OCTAVE = 24
+
+
+class Matrix(NamedTuple):
+    """A packed matrix as kernels take it: where its codes, scales and base are (addresses, or bytes of a record), and
+    its sizes."""
+
+    codes: int
+    scales: int
+    base: int
+    N: int
+    K: int
+    bits: int
+    group: int
+
+
+class Places(NamedTuple):
+    """Addresses of rows, records and outputs; of every `shares` experts in turn the kernel computes the `share`-th."""
+
+    x: int
+    records: int
+    out: int
+    share: int = 0
+    shares: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +80,6 @@ class LowbitFormat:
     def levels(self) -> int:
         """Number of values a code can take."""
         return 1 << self.bits
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Code and scale bits of a weight where `group` divides K."""
-        return self.bits + 8 / self.group
 
     def row_bytes(self, K: int) -> int:
         """Bytes of a row's codes. K must be a multiple of 8."""

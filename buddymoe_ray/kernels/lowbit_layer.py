@@ -9,13 +9,13 @@ Legend: T tokens, K experts per token, N = T*K accesses, E experts, B bytes, D h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from buddymoe_ray.kernels.lowbit_cpu import PARTS, THREADED_WEIGHTS, experts_kernel, helpers, scale_steps
-from buddymoe_ray.kernels.lowbit_format import LowbitFormat
+from buddymoe_ray.kernels.lowbit_format import LowbitFormat, Matrix, Places
 from buddymoe_ray.types import SlotTensor
 
 __all__ = ["LowbitLayer"]
@@ -31,13 +31,9 @@ class LowbitLayer:
     def __init__(self, *, layout: Sequence[SlotTensor], fmt: LowbitFormat, threads: int = 1) -> None:
         assert threads >= 1, f"threads is {threads}, must be at least 1"
         named = {tensor.name: tensor for tensor in layout}
-        D, F = (named[f"{name}.codes"].shape[1] * 8 // fmt.bits for name in ("gate_up_proj", "down_proj"))
-        self._threads, self._weights = threads, 3 * D * F
+        self._first, self._down = (_matrix(named, name, fmt) for name in ("gate_up_proj", "down_proj"))
+        self._threads, self._weights = threads, 3 * self._first.K * self._down.K
         self._nbytes = max(tensor.offset + tensor.nbytes for tensor in layout)
-        self._offsets = tuple(
-            named[f"{name}.{part}"].offset for name in ("gate_up_proj", "down_proj") for part in PARTS
-        )
-        self._sizes, self._groups = (fmt.bits, D, F), (fmt.group_of(D), fmt.group_of(F))
         self._kernel, self._table = experts_kernel(), scale_steps()
 
     def __call__(self, x_TD: Tensor, records_B: Tensor, at_E: Tensor, expert_TK: Tensor, out_ND: Tensor) -> None:
@@ -51,19 +47,19 @@ class LowbitLayer:
         assert out_ND.shape == (T * K, D), f"out is {tuple(out_ND.shape)}, must be {(T * K, D)}"
         if T == 0:
             return
-        expert_N, places = expert_TK.reshape(-1).numpy(), at_E.contiguous().numpy()
-        most, last = expert_N.max(), places.max()
-        assert most < len(places), f"expert is {most}, must be below {len(places)}"
+        expert_N, begin_E = expert_TK.reshape(-1).numpy(), at_E.contiguous().numpy()
+        most, last = expert_N.max(), begin_E.max()
+        assert most < len(begin_E), f"expert is {most}, must be below {len(begin_E)}"
         assert last < 0 or last + self._nbytes <= records_B.shape[0], (
             f"the last record ends at byte {last + self._nbytes}, must be at most {records_B.shape[0]}"
         )
         wide = x_TD.dtype == torch.float32
         x, out = x_TD.float().contiguous(), out_ND if wide else out_ND.float()  # rows not ours go back as they came
         assert out.is_contiguous() and records_B.is_contiguous(), "outputs and records must be contiguous"
-        where = (x.data_ptr(), expert_N, places, (*self._sizes, K, *self._groups), records_B.data_ptr())
+        addresses = (x.data_ptr(), records_B.data_ptr(), out.data_ptr())
 
         def run(share: int, shares: int) -> None:
-            self._kernel(*where, (*self._offsets, share, shares), out.data_ptr(), self._table)
+            self._kernel(Places(*addresses, share, shares), expert_N, begin_E, K, self._first, self._down, self._table)
 
         threads = 1 if self._weights * len(expert_N) < THREADED_WEIGHTS else self._threads
         helping = [helpers(threads - 1).submit(run, share, threads) for share in range(1, threads)]
@@ -72,3 +68,10 @@ class LowbitLayer:
             helper.result()
         if not wide:
             out_ND.copy_(out)
+
+
+def _matrix(named: Mapping[str, SlotTensor], name: str, fmt: LowbitFormat) -> Matrix:
+    """Where a matrix is within a record."""
+    N, row_bytes = named[f"{name}.codes"].shape
+    K = row_bytes * 8 // fmt.bits
+    return Matrix(*(named[f"{name}.{part}"].offset for part in PARTS), N=N, K=K, bits=fmt.bits, group=fmt.group_of(K))

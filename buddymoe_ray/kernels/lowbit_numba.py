@@ -5,7 +5,8 @@ Works on raw addresses, knows no torch. Invariant: the bits of a row's output do
 sums are taken by `lowbit_vector.dot4` in one written order, everything else is elementwise.
 numba frees an array after the last statement that names it, and an address of it is no name: scratch that is reached by
 address belongs to a caller, whose name for it outlives the call, or to a loop that names it in every turn.
-Imports numba at the top: only `lowbit_cpu` may import this module, and late.
+Addresses and sizes come in named tuples of int64 (`lowbit_format`), which cost a kernel nothing. Imports numba at
+the top: only `lowbit_cpu` may import this module, and late.
 
 Legend: N outputs and K inputs of a matrix, P is K padded to LANES, R rows (at most CHUNK at once). In `_experts`: K
 experts per token, N uses (token, slot), E experts, D hidden, F ffn.
@@ -21,6 +22,7 @@ from zlib import crc32
 import numpy as np
 from numba import carray, float32, int32, njit, types
 
+from buddymoe_ray.kernels.lowbit_format import Matrix, Places
 from buddymoe_ray.kernels.lowbit_vector import (
     LANES,
     SLACK,
@@ -44,15 +46,16 @@ CHUNK = 64
 """Rows computed per unpacking: 64 rows of 2,048 floats stay in the second-level cache."""
 
 _TABLE = types.Array(types.float32, 1, "C", readonly=True)
+_MATRIX = types.NamedUniTuple(types.int64, len(Matrix._fields), Matrix)
+_PLACES = types.NamedUniTuple(types.int64, len(Places._fields), Places)
 
 
 @njit
-def _widen_row(codes: Any, q: Any, scales: Any, first: Any, table: Any, base: Any, shape: Any, w: Any) -> None:
-    """One row of codes into float32 weights. `codes`, `q` (scratch, K + SLACK bytes) and `w` are addresses.
-
-    `scales[first]` is the row's first scale code; `shape` is (K, bits, group).
+def _widen_row(codes: Any, q: Any, scales_G: Any, table: Any, base: Any, matrix: Any, w: Any) -> None:
+    """One row of codes into float32 weights. `codes`, `q` (scratch, K + SLACK bytes) and `w` are addresses; `scales_G`
+    are the scale codes of the row's groups.
     """
-    K, bits, group = shape
+    K, bits, group = matrix.K, matrix.bits, matrix.group
     if bits == 8:
         q = codes
     elif bits == 4:
@@ -63,7 +66,7 @@ def _widen_row(codes: Any, q: Any, scales: Any, first: Any, table: Any, base: An
         unpack2(codes, K, q)
     middle = float32(((1 << bits) - 1) / 2)
     for g in range(K // group):
-        scale = table[scales[first + g]] * base
+        scale = table[scales_G[g]] * base
         at = g * group
         if group == 32:
             widen32(q + at, w + 4 * at, middle, scale)
@@ -76,39 +79,38 @@ def _widen_row(codes: Any, q: Any, scales: Any, first: Any, table: Any, base: An
 
 
 @njit
-def _project(x_at: Any, R: Any, matrix: Any, N: Any, shape: Any, out: Any, out_at: Any, table: Any) -> None:
+def _project(x_at: Any, R: Any, matrix: Any, out: Any, out_at: Any, table: Any) -> None:
     """`out[out_at[r] + n] = sum over k of W[n, k] * x[r, k]`.
 
-    `x_at` [R] are addresses of rows padded to LANES, `matrix` those of codes, scales and base; `shape` is
-    (K, bits, group). N is a multiple of 4, being F, 2 F or D, which are the K of some matrix.
+    `x_at` [R] are addresses of rows padded to LANES. N is a multiple of 4, being F, 2 F or D, which are the K of some
+    matrix.
     """
-    K, bits, _ = shape
+    K, bits = matrix.K, matrix.bits
     P = (K + LANES - 1) // LANES * LANES
     spare = (np.zeros(K * bits // 8 + SLACK, np.uint8), np.empty(K + SLACK, np.uint8))
     floats = (np.zeros(4 * P, np.float32), np.empty(16, np.float32))
-    _project_with(x_at, R, matrix, N, shape, out, out_at, table, spare, floats)
+    _project_with(x_at, R, matrix, out, out_at, table, (spare[0], spare[1], floats[0], floats[1]))
 
 
 @njit
-def _project_with(
-    x_at: Any, R: Any, matrix: Any, N: Any, shape: Any, out: Any, out_at: Any, table: Any, spare: Any, floats: Any
-) -> None:
-    """`_project` with its scratch: `spare` for a row of codes packed and one to a byte, `floats` for 4 rows of weights
-    and 16 sums."""
-    (copy, q), (w, sums) = spare, floats
-    K, bits, group = shape
-    P, row_bytes, groups = len(w) // 4, K * bits // 8, K // group
-    base = carray(float_pointer(matrix[2]), (1,))[0]
-    codes, scales = carray(byte_pointer(matrix[0]), (N * row_bytes,)), carray(byte_pointer(matrix[1]), (N * groups,))
+def _project_with(x_at: Any, R: Any, matrix: Any, out: Any, out_at: Any, table: Any, scratch: Any) -> None:
+    """`_project` with its scratch: for a row of codes packed, and one to a byte; for 4 rows of weights, and 16 sums."""
+    copy, q, w, sums = scratch
+    N, P = matrix.N, len(w) // 4
+    row_bytes, groups = matrix.K * matrix.bits // 8, matrix.K // matrix.group
+    base = carray(float_pointer(matrix.base), (1,))[0]
+    codes = carray(byte_pointer(matrix.codes), (N * row_bytes,))
+    scales = carray(byte_pointer(matrix.scales), (N * groups,))
     copy_at, q_at, w_at, sums_at = copy.ctypes.data, q.ctypes.data, w.ctypes.data, sums.ctypes.data
     for n in range(0, N, 4):
         for m in range(4):
-            row = matrix[0] + (n + m) * row_bytes
+            row = matrix.codes + (n + m) * row_bytes
             if (N - 1 - n - m) * row_bytes < SLACK:  # what follows the last rows is not ours to read
                 row = copy_at
                 for i in range(row_bytes):
                     copy[i] = codes[(n + m) * row_bytes + i]
-            _widen_row(row, q_at, scales, (n + m) * groups, table, base, shape, w_at + 4 * m * P)
+            scales_G = scales[(n + m) * groups : (n + m + 1) * groups]
+            _widen_row(row, q_at, scales_G, table, base, matrix, w_at + 4 * m * P)
         r = 0
         while r + 4 <= R:
             dot4x4(x_at[r], x_at[r + 1], x_at[r + 2], x_at[r + 3], w_at, P, sums_at)
@@ -157,9 +159,9 @@ def _row_addresses(x: Any, x_at: Any, R: Any, K: Any, padded: Any, at: Any) -> N
 
 
 @njit
-def _linear(x_address: Any, R: Any, matrix: Any, N: Any, shape: Any, out_address: Any, table: Any) -> None:
-    """`out[R, N] = x[R, K] @ W.T`, both contiguous float32. `shape` is (K, bits, group)."""
-    K = shape[0]
+def _linear(x_address: Any, R: Any, matrix: Any, out_address: Any, table: Any) -> None:
+    """`out[R, N] = x[R, K] @ W.T`, both contiguous float32."""
+    K, N = matrix.K, matrix.N
     x, out = carray(float_pointer(x_address), (R * K,)), carray(float_pointer(out_address), (R * N,))
     padded, at = np.zeros(CHUNK * (K + LANES), np.float32), np.empty(CHUNK, np.int64)
     x_at, out_at = np.empty(CHUNK, np.int64), np.empty(CHUNK, np.int64)
@@ -168,7 +170,7 @@ def _linear(x_address: Any, R: Any, matrix: Any, N: Any, shape: Any, out_address
         for r in range(rows):
             x_at[r], out_at[r] = (start + r) * K, (start + r) * N
         _row_addresses(x, x_at, rows, K, padded, at)
-        _project(at, rows, matrix, N, shape, out, out_at, table)
+        _project(at, rows, matrix, out, out_at, table)
 
 
 @njit
@@ -191,18 +193,22 @@ def _group_uses(expert_N: Any, at_E: Any) -> Any:
 
 
 @njit
-def _experts(
-    x_address: Any, expert_N: Any, at_E: Any, shape: Any, records: Any, parts: Any, out_address: Any, table: Any
-) -> None:
+def _within(matrix: Any, record: Any) -> Any:
+    """A matrix whose places count from the begin of a record."""
+    codes, scales, base = record + matrix.codes, record + matrix.scales, record + matrix.base
+    return Matrix(codes, scales, base, matrix.N, matrix.K, matrix.bits, matrix.group)
+
+
+@njit
+def _experts(places: Any, expert_N: Any, at_E: Any, K: Any, first: Any, down: Any, table: Any) -> None:
     """`out[n] = expert expert_N[n] over x[n // K]` where it has a record; gated SiLU without biases.
 
-    `at_E` is the byte of each expert's record after the address `records`, negative for none. `shape` is (bits, D, F,
-    K, group of D, group of F); `parts` the offsets of codes, scales and base of both matrices in a record, and (i, n):
-    every n-th expert from the i-th.
+    `at_E` is the byte of each expert's record after `places.records`, negative for none. `first` and `down` say where
+    both matrices are within a record.
     """
-    bits, D, F, K, group_D, group_F = shape
+    D, F = first.K, down.K
     N, E, PF = expert_N.shape[0], at_E.shape[0], (F + LANES - 1) // LANES * LANES
-    x, out = carray(float_pointer(x_address), (N // K * D,)), carray(float_pointer(out_address), (N * D,))
+    x, out = carray(float_pointer(places.x), (N // K * D,)), carray(float_pointer(places.out), (N * D,))
     starts, order = _group_uses(expert_N, at_E)
     most = 1
     for e in range(E):
@@ -215,21 +221,19 @@ def _experts(
         if starts[e] == starts[e + 1]:
             continue
         turn += 1
-        if turn % parts[7] != parts[6]:
+        if turn % places.shares != places.share:
             continue
-        record = records + at_E[e]
-        first = (record + parts[0], record + parts[1], record + parts[2])
-        down = (record + parts[3], record + parts[4], record + parts[5])
+        record = places.records + at_E[e]
         for start in range(starts[e], starts[e + 1], CHUNK):
             R = min(CHUNK, starts[e + 1] - start)
             for r in range(R):
                 x_at[r], out_at[r] = order[start + r] // K * D, order[start + r] * D
             _row_addresses(x, x_at, R, D, padded, at)
-            _project(at, R, first, 2 * F, (D, bits, group_D), both, both_at, table)
+            _project(at, R, _within(first, record), both, both_at, table)
             for r in range(R):
                 _silu_times(both[r * 2 * F : (r + 1) * 2 * F], F, hidden[r * PF : r * PF + F])
                 at[r] = hidden.ctypes.data + 4 * r * PF
-            _project(at, R, down, D, (F, bits, group_F), out, out_at, table)
+            _project(at, R, _within(down, record), out, out_at, table)
 
 
 def compile_linear(*, cache: bool) -> Callable[..., None]:
@@ -237,27 +241,29 @@ def compile_linear(*, cache: bool) -> Callable[..., None]:
 
     Raises RuntimeError when `cache` is asked for and no folder for it can be written.
     """
-    stamp, i, three = _stamp(), types.int64, types.UniTuple(types.int64, 3)
+    stamp, i = _stamp(), types.int64
 
-    def linear(x: Any, R: Any, matrix: Any, N: Any, shape: Any, out: Any, table: Any) -> None:
+    def linear(x: Any, R: Any, matrix: Any, out: Any, table: Any) -> None:
         if stamp >= 0:
-            _linear(x, R, matrix, N, shape, out, table)
+            _linear(x, R, matrix, out, table)
 
-    return njit(types.void(i, i, three, i, three, i, _TABLE), cache=cache, nogil=True)(linear)  # type: ignore[no-any-return]
+    return njit(types.void(i, i, _MATRIX, i, _TABLE), cache=cache, nogil=True)(linear)  # type: ignore[no-any-return]
 
 
 def compile_experts(*, cache: bool) -> Callable[..., None]:
     """Machine code of `_experts`; `cache` as above."""
-    stamp, i, int64s = _stamp(), types.int64, types.Array(types.int64, 1, "C")
+    stamp, int64s = _stamp(), types.Array(types.int64, 1, "C")
 
-    def experts(x: Any, expert_N: Any, at_E: Any, shape: Any, records: Any, parts: Any, out: Any, table: Any) -> None:
+    def experts(places: Any, expert_N: Any, at_E: Any, K: Any, first: Any, down: Any, table: Any) -> None:
         if stamp >= 0:
-            _experts(x, expert_N, at_E, shape, records, parts, out, table)
+            _experts(places, expert_N, at_E, K, first, down, table)
 
-    signature = types.void(i, int64s, int64s, types.UniTuple(i, 6), i, types.UniTuple(i, 8), i, _TABLE)
+    signature = types.void(_PLACES, int64s, int64s, types.int64, _MATRIX, _MATRIX, _TABLE)
     return njit(signature, cache=cache, nogil=True)(experts)  # type: ignore[no-any-return]
 
 
 def _stamp() -> int:
     """Checksum of the sources. The disk cache knows the entry points' closures but not the code that they call."""
-    return crc32(b"".join(Path(__file__).with_name(f"lowbit_{name}.py").read_bytes() for name in ("numba", "vector")))
+    return crc32(
+        b"".join(Path(__file__).with_name(f"lowbit_{name}.py").read_bytes() for name in ("format", "numba", "vector"))
+    )

@@ -19,14 +19,15 @@ from torch import Tensor
 __all__ = ["UpcastScratch"]
 
 
-class UpcastScratch:
-    """Scratch for one expert. `shapes` maps parameter names to shapes; `stored` and `compute` are dtypes."""
+class UpcastScratch(Mapping[str, Tensor]):
+    """Scratch for one expert, read by name. `shapes` maps names to shapes; `stored` and `compute` are dtypes."""
 
     def __init__(
         self, shapes: Mapping[str, tuple[int, ...]], *, stored: torch.dtype, compute: torch.dtype, device: torch.device
     ) -> None:
         self.needed = stored != compute
         self._wide: dict[str, Tensor] = {}
+        self._stored: Mapping[str, Tensor] = {}
         if self.needed:
             shared = torch.empty(_largest_matrix(shapes), dtype=compute, device=device)
             for name, shape in shapes.items():
@@ -45,14 +46,10 @@ class UpcastScratch:
 
     def widen(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The same weights in the compute dtype; each matrix is valid until another one is asked for."""
-        return _Widened(weights, self._wide) if self.needed else weights
-
-
-class _Widened(Mapping[str, Tensor]):
-    """Widens a tensor at the moment it is looked up."""
-
-    def __init__(self, stored: Mapping[str, Tensor], wide: Mapping[str, Tensor]) -> None:
-        self._stored, self._wide = stored, wide
+        if not self.needed:
+            return weights
+        self._stored = weights
+        return self
 
     def __getitem__(self, name: str) -> Tensor:
         return self._wide[name].copy_(self._stored[name])

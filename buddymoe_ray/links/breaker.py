@@ -13,7 +13,7 @@ from typing import Literal
 
 __all__ = ["Breaker"]
 
-State = Literal["closed", "open", "half-open"]
+BreakerState = Literal["closed", "open", "half-open"]
 
 FIRST_SECONDS, CAP_SECONDS = 0.5, 30.0
 """The first and the longest wait of an open breaker."""
@@ -25,7 +25,7 @@ class Breaker:
     def __init__(self, *, clock: Callable[[], float], probe_seconds: float) -> None:
         self._clock, self._probe = clock, probe_seconds
         self._lock = threading.Lock()
-        self._state: State = "closed"
+        self._state: BreakerState = "closed"
         self._wait = FIRST_SECONDS
         self._until = 0.0  # open: next probe; half-open: when the probe has failed
         self._era = 0  # counts changes of state; a pass is worth something in its own era only
@@ -68,7 +68,7 @@ class Breaker:
             self._wait = min(CAP_SECONDS, 2 * self._wait)
         self._change("open", self._wait)
 
-    def _change(self, state: State, seconds: float) -> None:
+    def _change(self, state: BreakerState, seconds: float) -> None:
         self._state = state
         self._until = self._clock() + seconds
         self._era += 1

@@ -21,7 +21,7 @@ from buddymoe_ray.links.arrays import ArraySpec, gather
 from buddymoe_ray.links.auth import HANDSHAKE_LIMITS, check_secret, greet
 from buddymoe_ray.links.breaker import Breaker
 from buddymoe_ray.links.messages import CONTENTS, Computation
-from buddymoe_ray.links.session import Call, Outcome, Session
+from buddymoe_ray.links.session import Call, CallResult, Session
 from buddymoe_ray.links.stream import FrameStream
 from buddymoe_ray.links.wire import FrameLimits
 
@@ -70,7 +70,7 @@ class PeerLink:
             raise LinkError(f"the table of contents of {self.address} is another model's, must have {nbytes} bytes")
         return found_B, call.seconds
 
-    def wait(self, call: Call, session: Session, seconds: float) -> Outcome:
+    def wait(self, call: Call, session: Session, seconds: float) -> CallResult:
         """Wait for a call's outcome. Once the breaker has opened, what has not arrived is not waited for.
 
         Raises:

@@ -21,7 +21,7 @@ from buddymoe_ray.links.wire import Frame
 
 __all__ = ["Call", "Session"]
 
-Outcome = Mapping[int, Tensor] | Tensor
+CallResult = Mapping[int, Tensor] | Tensor
 
 
 class Call:
@@ -34,7 +34,7 @@ class Call:
 
     def __init__(self, ticket: int, asked: Sequence[ArraySpec] | None) -> None:
         self.ticket, self.asked = ticket, asked
-        self.outcome: Future[Outcome] = Future()
+        self.outcome: Future[CallResult] = Future()
         self.began = self.seconds = 0.0
         """`seconds`: from when it was sent until the answer had arrived, whenever somebody looked at it."""
 
@@ -86,7 +86,7 @@ class Session:
         if threading.current_thread() is not self._reader:
             self._reader.join()
 
-    def _settle(self, number: int, outcome: Outcome | LinkError) -> None:
+    def _settle(self, number: int, outcome: CallResult | LinkError) -> None:
         with self._lock:
             call = self._pending.pop(number, None)
         if call is None:
@@ -123,7 +123,7 @@ class Session:
         if call is not None:
             self._settle(number, self._outcome(call, frame))
 
-    def _outcome(self, call: Call, frame: Frame) -> Outcome | LinkError:
+    def _outcome(self, call: Call, frame: Frame) -> CallResult | LinkError:
         if frame.kind == "answer" and call.asked is not None:
             return check_answer(frame, call.asked)
         if frame.kind == "bytes" and call.asked is None:

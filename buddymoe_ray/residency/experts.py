@@ -27,7 +27,7 @@ from buddymoe_ray.models.router_hook import attach_router_scores
 from buddymoe_ray.moe import ExpertCompute, MoEBlock, Standins, StepState, record_computes
 from buddymoe_ray.policy import LRU, Staging, parse_memory, plan_staging, split_slots
 from buddymoe_ray.residency.sharing import Sharing, open_host, open_records, open_store
-from buddymoe_ray.residency.standin_setup import StandinSetup, prepare
+from buddymoe_ray.residency.standin_setup import NodeBudget, StandinSetup, prepare
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
 __all__ = ["STAGING_SHARE", "ExpertTier", "expert_math", "open_experts", "scratch_bytes"]
@@ -122,11 +122,12 @@ def _plan_memory(
             config,
             folder=loaded.folder,
             layout=layout,
-            device=loaded.device,
-            budget_bytes=workers * budget,
-            overhead_bytes=overhead,
-            workers=workers,
-            movable=node is not None and node.movable,
+            node=NodeBudget(
+                budget_bytes=workers * budget,
+                overhead_bytes=overhead,
+                workers=workers,
+                movable=node is not None and node.movable,
+            ),
         )
     plan = setup.plan if setup is not None else _exact_plan(layout, workers * budget, overhead, workers)
     return plan, setup, staging

@@ -22,7 +22,7 @@ from buddymoe_ray.policy import parse_memory, plan_staging, split_slots
 from buddymoe_ray.residency.devices import GpuInfo
 from buddymoe_ray.residency.experts import STAGING_SHARE
 from buddymoe_ray.residency.machine import available_memory_bytes, cgroup_limit_bytes, torch_dtype
-from buddymoe_ray.residency.standin_setup import StandinSetup, prepare
+from buddymoe_ray.residency.standin_setup import NodeBudget, StandinSetup, prepare
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
 __all__ = ["ASSUMED", "Plan", "make_plan"]
@@ -164,8 +164,8 @@ def _standins(config: EngineConfig, shape: ModelShape, folder: Path, budget: int
         experts_per_layer=shape.experts_per_layer,
         pieces={},
     )
-    cpu = torch.device("cpu")
-    return prepare(config, folder=folder, layout=layout, device=cpu, budget_bytes=budget, overhead_bytes=overhead)
+    node = NodeBudget(budget_bytes=budget, overhead_bytes=overhead)
+    return prepare(config, folder=folder, layout=layout, node=node)
 
 
 def _workspace(shape: ModelShape) -> int:

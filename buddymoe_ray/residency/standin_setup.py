@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.errors import BudgetError, ProfileError
@@ -26,7 +25,7 @@ from buddymoe_ray.policy import MissPolicy, Pricer, choose, split_movable
 from buddymoe_ray.residency.standin_policy import make_policy, wants_scores
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
-__all__ = ["StandinSetup", "find_profile", "prepare"]
+__all__ = ["NodeBudget", "StandinSetup", "find_profile", "prepare"]
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +72,19 @@ class StandinSetup:
     use_harm_LE: Floats | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class NodeBudget:
+    """What `workers` engines may take together for experts, `overhead_bytes` of it for staging and scratch.
+
+    With `movable` every expert has a record, so that any of them may be moved out later.
+    """
+
+    budget_bytes: int
+    overhead_bytes: int
+    workers: int = 1
+    movable: bool = False
+
+
 def find_profile(config: EngineConfig, folder: Path) -> Path | None:
     """The profile to use: the one named, else the one beside the checkpoint.
 
@@ -95,16 +107,9 @@ def prepare(
     *,
     folder: Path,
     layout: ExpertLayout,
-    device: torch.device,
-    budget_bytes: int,
-    overhead_bytes: int,
-    workers: int = 1,
-    movable: bool = False,
+    node: NodeBudget,
 ) -> StandinSetup | None:
     """Read the profile beside the checkpoint (or `config.profile`) and split the budget; None when there is none.
-
-    `workers` engines use the slots and the records together; the budget is that of all. With `movable` every expert
-    has a record, so that any of them may be moved out later.
 
     Raises ProfileError (missing, damaged, another model's), BudgetError (nothing fits, with the least that does).
     """
@@ -124,7 +129,7 @@ def prepare(
         )
     _same_shape(path, profile, layout)
     harms = {kind: profile.harm_LE(kind) for kind in (*layouts, "drop")}
-    split = _split(config, layout, profile, layouts, harms, budget_bytes, overhead_bytes, workers, movable)
+    split = _split(config, layout, profile, layouts, harms, node)
     layers = config.chosen_layers()
     kind_of = {} if split.plan.fully_resident else split.kind_of
     used_harm_LE = _harm_of_use(profile, harms, kind_of)
@@ -180,13 +185,10 @@ def _split(
     profile: Profile,
     layouts: Mapping[str, ExpertLayout],
     harms: Mapping[str, Floats],
-    budget: int,
-    overhead: int,
-    workers: int,
-    movable: bool,
+    node: NodeBudget,
 ) -> _Split:
     """Full slots and records under the budget: wave slots first, then the split of least expected harm."""
-    slot = layout.slot_bytes
+    slot, budget, overhead, workers = layout.slot_bytes, node.budget_bytes, node.overhead_bytes, node.workers
     if budget >= layout.total_bytes:
         return _Split(plan=_fully_resident(layout, budget), kind_of={}, harm=0.0)
     waves = max(_MIN_WAVES * workers, min(_MOST_WAVES * workers, round(_WAVE_SHARE * budget / slot)))
@@ -203,7 +205,7 @@ def _split(
             f"memory is {budget} bytes, must be at least {need} bytes ({100 * need / layout.total_bytes:.1f} %) for "
             f"standin {config.standin}. hint: raise --memory, profile with fewer bits, or use mode exact"
         )
-    split = split_movable if movable and layouts else choose
+    split = split_movable if node.movable and layouts else choose
     chosen = split(
         bytes_of=np.array(record_bytes, dtype=np.int64),
         harm_of=np.stack(harm_of),

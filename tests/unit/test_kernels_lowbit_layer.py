@@ -207,7 +207,7 @@ def test_machine_code_is_kept_on_disk_and_follows_its_sources(tmp_path: Path, mo
     pytest.importorskip("numba", reason="the kernel's cache is numba's")
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
     kernels = Path(lowbit_cpu.__file__).parent
-    for name in ("lowbit_numba.py", "lowbit_vector.py"):
+    for name in ("lowbit_format.py", "lowbit_numba.py", "lowbit_vector.py"):
         shutil.copy(kernels / name, tmp_path)
 
     def hits() -> int:
@@ -217,7 +217,7 @@ def test_machine_code_is_kept_on_disk_and_follows_its_sources(tmp_path: Path, mo
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, "copied_kernel", module)
         spec.loader.exec_module(module)
-        module._linear = module.njit(lambda x, R, matrix, N, shape, out, table: None)
+        module._linear = module.njit(lambda x, R, matrix, out, table: None)
         return sum(module.compile_linear(cache=True).stats.cache_hits.values())
 
     assert hits() == 0
