@@ -51,10 +51,11 @@ _PLACES = types.NamedUniTuple(types.int64, len(Places._fields), Places)
 
 
 @njit
-def _widen_row(codes: Any, q: Any, scales_G: Any, table: Any, base: Any, matrix: Any, w: Any) -> None:
-    """One row of codes into float32 weights. `codes`, `q` (scratch, K + SLACK bytes) and `w` are addresses; `scales_G`
-    are the scale codes of the row's groups.
+def _widen_row(row: Any, q: Any, scales: Any, table: Any, base: Any, matrix: Any, w: Any) -> None:
+    """One row of codes into float32 weights. `q` (scratch, K + SLACK bytes) and `w` are addresses; `row` is the address
+    of its codes and the place of its first scale in `scales` (a slice of them would cost 5 % of the kernel).
     """
+    codes, first = row
     K, bits, group = matrix.K, matrix.bits, matrix.group
     if bits == 8:
         q = codes
@@ -66,7 +67,7 @@ def _widen_row(codes: Any, q: Any, scales_G: Any, table: Any, base: Any, matrix:
         unpack2(codes, K, q)
     middle = float32(((1 << bits) - 1) / 2)
     for g in range(K // group):
-        scale = table[scales_G[g]] * base
+        scale = table[scales[first + g]] * base
         at = g * group
         if group == 32:
             widen32(q + at, w + 4 * at, middle, scale)
@@ -109,8 +110,7 @@ def _project_with(x_at: Any, R: Any, matrix: Any, out: Any, out_at: Any, table: 
                 row = copy_at
                 for i in range(row_bytes):
                     copy[i] = codes[(n + m) * row_bytes + i]
-            scales_G = scales[(n + m) * groups : (n + m + 1) * groups]
-            _widen_row(row, q_at, scales_G, table, base, matrix, w_at + 4 * m * P)
+            _widen_row((row, (n + m) * groups), q_at, scales, table, base, matrix, w_at + 4 * m * P)
         r = 0
         while r + 4 <= R:
             dot4x4(x_at[r], x_at[r + 1], x_at[r + 2], x_at[r + 3], w_at, P, sums_at)
