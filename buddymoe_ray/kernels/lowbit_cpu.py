@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from weakref import WeakKeyDictionary
 
@@ -23,13 +22,11 @@ from buddymoe_ray.kernels.lowbit_format import LowbitFormat, Matrix, Places, sca
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.kernels.rowwise import rowwise
 
-__all__ = ["PARTS", "experts_kernel", "forward", "helpers", "is_plain", "linear_kernel", "scale_steps"]
+__all__ = ["PARTS", "experts_kernel", "forward", "is_plain", "linear_kernel", "scale_steps"]
 
 log = logging.getLogger(__name__)
 
 PARTS = ("codes", "scales", "base")
-THREADED_WEIGHTS = 1 << 20
-"""Fewer weights than this (about .2 ms) are not worth waking a thread for."""
 
 _plain: WeakKeyDictionary[ExpertMath, bool] = WeakKeyDictionary()
 
@@ -93,12 +90,6 @@ def scale_steps() -> np.ndarray:
     table: np.ndarray = scale_table(torch.device("cpu")).numpy().copy()
     table.flags.writeable = False
     return table
-
-
-@cache
-def helpers(threads: int) -> ThreadPoolExecutor:
-    """Threads that share a layer's records."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="lowbit")
 
 
 @cache

@@ -10,15 +10,20 @@ Legend: T tokens, K experts per token, N = T*K accesses, E experts, B bytes, D h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from buddymoe_ray.kernels.lowbit_cpu import PARTS, THREADED_WEIGHTS, experts_kernel, helpers, scale_steps
+from buddymoe_ray.kernels.lowbit_cpu import PARTS, experts_kernel, scale_steps
 from buddymoe_ray.kernels.lowbit_format import LowbitFormat, Matrix, Places
 from buddymoe_ray.types import SlotTensor
 
 __all__ = ["LowbitLayer"]
+
+THREADED_WEIGHTS = 1 << 20
+"""Fewer weights than this (about .2 ms) are not worth waking a thread for."""
 
 
 class LowbitLayer:
@@ -62,7 +67,7 @@ class LowbitLayer:
             self._kernel(Places(*addresses, share, shares), expert_N, begin_E, K, self._first, self._down, self._table)
 
         threads = 1 if self._weights * len(expert_N) < THREADED_WEIGHTS else self._threads
-        helping = [helpers(threads - 1).submit(run, share, threads) for share in range(1, threads)]
+        helping = [_helpers(threads - 1).submit(run, share, threads) for share in range(1, threads)]
         run(0, threads)
         for helper in helping:
             helper.result()
@@ -75,3 +80,8 @@ def _matrix(named: Mapping[str, SlotTensor], name: str, fmt: LowbitFormat) -> Ma
     N, row_bytes = named[f"{name}.codes"].shape
     K = row_bytes * 8 // fmt.bits
     return Matrix(*(named[f"{name}.{part}"].offset for part in PARTS), N=N, K=K, bits=fmt.bits, group=fmt.group_of(K))
+
+
+@cache
+def _helpers(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="lowbit")

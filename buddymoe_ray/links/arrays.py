@@ -18,13 +18,7 @@ from buddymoe_ray.errors import LinkError
 
 __all__ = ["DTYPES", "ArraySpec", "cut", "gather", "parse_specs", "view_of"]
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "uint8": torch.uint8,
-    "int64": torch.int64,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "uint8", "int64")}
 """The dtypes that may travel."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
