@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from buddymoe_ray.engine.validate import plain_text
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.serve.records import ChatMessage, Prompt, Terms, Work
 from buddymoe_ray.types import Mode, SamplingParams
@@ -336,8 +337,11 @@ def _parse(body: bytes, model: type[Model]) -> Model:
         value = fields.pop(name)
         if name in NEUTRAL and not any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL[name]):
             raise _not_supported(name)
+    text = json.dumps(fields)
+    for name, value in fields.items() if "\\ud" in text else ():  # half characters may be among those
+        plain_text(plain_text("the body", name), json.dumps(value, ensure_ascii=False))
     try:
-        return model.model_validate_json(json.dumps(fields))
+        return model.model_validate_json(text)
     except ValidationError as error:
         raise _request_error(error) from None
 

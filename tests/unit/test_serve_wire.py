@@ -386,3 +386,12 @@ def test_any_object_is_parsed_or_refused_and_nothing_else(fields: dict[str, Any]
             assert "hint:" in str(error)
         else:
             assert request.work("r", flush_seconds=0.1).n >= 1
+
+
+@pytest.mark.parametrize("field", ["prompt", "stop", "model"])
+def test_half_characters_are_refused_by_field(field: str) -> None:
+    body = {"model": "m", "prompt": "a"} | {field: "x\ud800y"}
+    with pytest.raises(RequestError, match="must be whole characters") as caught:
+        parse_completion(json.dumps(body).encode())
+    assert caught.value.param == field
+    assert parse_completion(json.dumps({"model": "m", "prompt": "\U0001f600"}).encode()).prompt == ("\U0001f600",)
