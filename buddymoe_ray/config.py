@@ -7,7 +7,7 @@ written once. Environment variables are read in this file alone.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +18,8 @@ __all__ = ["EngineConfig", "api_key_from_environment", "cache_folder"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BATCHING = ("auto", "packed", "solo")
+GENERATION_CONFIGS = ("auto", "none")
+INEXACT = ("budget", "standin", "standin_layers", "policy", "profile", "guard_share")  # without effect in `exact`
 EXPERT_DTYPES = ("native", "bf16", "int8", "int4")
 POLICIES = ("ladder", "buddymoe")
 STANDINS = (
@@ -57,6 +59,8 @@ class EngineConfig:
         batching: `packed` (ragged rows over a paged KV cache), `solo` (transformers' own cache, a forward per sequence;
             for families with recurrent state), `auto` picks by family.
         seed: seeds the requests that bring none.
+        generation_config: what requests of a service leave open is sampled as the checkpoint's generation_config.json
+            says (`auto`), or as OpenAI's API does (`none`). `LLM.generate` is greedy where it is told nothing.
     """
 
     model: str = "builtin:tiny"
@@ -79,6 +83,7 @@ class EngineConfig:
     prefill_chunk: int = 512
     batching: str = "auto"
     seed: int = 0
+    generation_config: str = "auto"
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, get_args(Mode))
@@ -90,12 +95,29 @@ class EngineConfig:
         _between("guard_share", self.guard_share, 0.0, 1.0)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("batching", self.batching, BATCHING)
+        _one_of("generation_config", self.generation_config, GENERATION_CONFIGS)
         for name in ("threads", "max_running", "prefill_chunk"):
             _at_least(name, getattr(self, name), 1)
         if self.max_model_len is not None:
             _at_least("max_model_len", self.max_model_len, 2)
         if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
             raise ConfigError(f"device is {self.device!r}, must be auto, cpu, cuda or cuda:N. hint: leave it at auto")
+        if self.mode == "exact":
+            self._refuse_inexact()
+
+    def _refuse_inexact(self) -> None:
+        for name in INEXACT:
+            value = getattr(self, name)
+            if value != getattr(EngineConfig, name) and not (name == "guard_share" and value == 0):
+                raise ConfigError(
+                    f"{name} is {value!r}, must be left out in mode exact, where it has no effect. "
+                    "hint: set mode to bounded or fast"
+                )
+
+    def exactly(self, **changes: Any) -> EngineConfig:
+        """The same in mode `exact`, without what has no effect there."""
+        unused = {name: getattr(EngineConfig, name) for name in INEXACT}
+        return replace(self, **{"mode": "exact", **unused, **changes})
 
     def chosen_layers(self) -> frozenset[int] | None:
         """`standin_layers` as numbers, None for all. Raises ConfigError."""

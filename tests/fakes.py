@@ -90,6 +90,7 @@ class FakeEngine:
         self.model_id = model_id
         self.tokenizer: PreTrainedTokenizerFast | None = byte_tokenizer()
         self.limits = limits or FakeLimits()
+        self.sampling_defaults: Mapping[str, Any] = {}
         self.delay = delay
         self.running: set[str] = set()
         self.seen: list[GenerationRequest] = []

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def calibrate(options: CalibrationOptions, *, progress: Progress = lambda items,
     """
     folder = resolve_model(options.config.model)
     _check_writable(options.out)
-    config = replace(options.config, mode="exact", profile=None, guard_share=0.0)
+    config = options.config.exactly(guard_share=0.0)
     parts = build_parts(config, text=False)
     try:
         _check_ids(options.ids, parts.vocab_size)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ def record_routes(config: EngineConfig, ids: Sequence[int], *, tokens: int, prog
 
     Raises ConfigError when the corpus is shorter than a window.
     """
-    parts = build_parts(replace(config, mode="exact", profile=None, guard_share=0.0), text=False)
+    parts = build_parts(config.exactly(guard_share=0.0), text=False)
     try:
         window = min(_WINDOW, parts.limits.max_model_len - 1)
         count = min(len(ids), tokens) // window

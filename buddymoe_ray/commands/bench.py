@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     ids = _corpus_ids(args)
     rows = [
         (
-            engine_config(args, memory=memory, mode=mode, max_running=batch, guard_share=0.0),
+            _config(args, mode, memory=memory, max_running=batch, guard_share=0.0),
             _workload(args, batch),
             workers,
         )
@@ -66,6 +66,14 @@ def run(args: argparse.Namespace) -> int:
         shared = {"workers": workers, "shared": workers > 1 and not args.isolated}
         emit(_conditions(config) | workload | shared | _median(records), as_json=args.json)
     return 0
+
+
+def _config(args: argparse.Namespace, mode: str, **changes: Any) -> EngineConfig:
+    """Of a row in `mode`; beside other modes, one in exact is without what they alone are asked for."""
+    inexact = next((name for name in args.mode.split(",") if name != "exact"), None)
+    if mode != "exact" or inexact is None:
+        return engine_config(args, mode=mode, **changes)
+    return engine_config(args, mode=inexact, **changes).exactly(**changes)
 
 
 def _in_children(

@@ -48,6 +48,7 @@ class AsyncEngine:
         self.model_id = model_id or engine.config.model
         self.tokenizer: Any = engine.tokenizer
         self.limits: EngineLimits = engine.limits
+        self.sampling_defaults: Mapping[str, Any] = engine.sampling_defaults
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._door = threading.Lock()  # nothing is queued after the failure is known

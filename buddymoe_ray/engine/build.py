@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,16 +20,18 @@ from buddymoe_ray.engine.kv import KVPool
 from buddymoe_ray.engine.parts import EngineLimits, EngineParts
 from buddymoe_ray.engine.runner import PackedRunner, Runner, SoloRunner, probe
 from buddymoe_ray.engine.scheduler import Scheduler
-from buddymoe_ray.errors import BudgetError, ConfigError
+from buddymoe_ray.engine.validate import checked_sampling
+from buddymoe_ray.errors import BudgetError, CheckpointError, ConfigError, RequestError
 from buddymoe_ray.models.load import LoadedModel, load_model
 from buddymoe_ray.models.resolve import resolve_model
-from buddymoe_ray.models.shape import describe
+from buddymoe_ray.models.shape import describe, generation_defaults
 from buddymoe_ray.models.tokenizer import load_tokenizer
 from buddymoe_ray.moe import StepState
 from buddymoe_ray.policy import Guard, parse_memory
 from buddymoe_ray.residency.experts import ExpertTier, open_experts
 from buddymoe_ray.residency.machine import available_memory_bytes, pick_device, torch_dtype
 from buddymoe_ray.residency.sharing import Sharing
+from buddymoe_ray.types import SamplingParams
 
 __all__ = ["BLOCK_SIZE", "build_parts"]
 
@@ -73,11 +76,26 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
             vocab_size=loaded.vocab_size,
             loaded=loaded,
             eos_token_ids=loaded.eos_token_ids,
+            sampling_defaults=_sampling_defaults(config, folder),
             tokenizer=load_tokenizer(folder) if text else None,
         )
     except BaseException:
         experts.close()
         raise
+
+
+def _sampling_defaults(config: EngineConfig, folder: Path) -> dict[str, Any]:
+    """Sampling parameters of the checkpoint, for requests that leave them open. Raises CheckpointError."""
+    if config.generation_config == "none":
+        return {}
+    found = generation_defaults(folder)
+    try:
+        plain = vars(checked_sampling(SamplingParams(**found)))
+    except RequestError as error:
+        raise CheckpointError(
+            f"{folder / 'generation_config.json'} cannot be used: {error}; or set generation_config to none"
+        ) from error
+    return {name: plain[name] for name in found}
 
 
 def _guard(config: EngineConfig, experts: ExpertTier, runner: Runner, scheduler: Scheduler) -> GuardWork | None:

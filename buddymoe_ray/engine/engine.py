@@ -65,7 +65,7 @@ class Engine:
 
     def __init__(self, parts: EngineParts, chooser: Chooser | None = None) -> None:
         self.config, self.limits, self.tokenizer = parts.config, parts.limits, parts.tokenizer
-        self.vocab_size = parts.vocab_size
+        self.vocab_size, self.sampling_defaults = parts.vocab_size, parts.sampling_defaults
         self._experts, self._sharing = parts.experts, parts.sharing
         self._peering: Peering | None = None
         self.cache, self.standin_bytes = parts.experts.cache, parts.experts.standin_bytes

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -100,7 +100,7 @@ def evaluate_many(
     The configs must share model, dtype and expert_dtype: the reference is theirs, fully resident. A config whose memory
     cannot hold its stand-ins has its BudgetError in place of a result.
     """
-    exact = replace(configs[0], mode="exact", memory="100%", profile=None)
+    exact = configs[0].exactly(memory="100%")
     totals = [_Totals() for _ in configs]
     starts = range(0, len(windows), batch)
     with ExitStack() as stack:

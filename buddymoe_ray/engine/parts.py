@@ -5,6 +5,7 @@ Neighbours on the token path: none; read `engine` first.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,4 +45,5 @@ class EngineParts:
     vocab_size: int
     loaded: LoadedModel
     eos_token_ids: frozenset[int]
+    sampling_defaults: Mapping[str, Any]
     tokenizer: Any

@@ -18,7 +18,7 @@ from buddymoe_ray.engine.account import Account
 from buddymoe_ray.engine.detokenize import IncrementalDetokenizer
 from buddymoe_ray.engine.replay import Replay
 from buddymoe_ray.engine.sampler import Sampled, SamplingState
-from buddymoe_ray.engine.stop import StopChecker
+from buddymoe_ray.engine.stop import StopChecker, special_stops
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.types import FinishReason, GenerationRequest, TokenEvent, TokenLogprob, Usage
 
@@ -72,7 +72,8 @@ class Sequence:
         self.blocks: list[int] = []
         self.num_computed = 0
         self._ids = list(prompt)
-        self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
+        self._ends = frozenset(params.stop_token_ids) | special_stops(params.stop, tokenizer)
+        self._ends |= frozenset() if params.ignore_eos else eos_token_ids
         seed = params.seed if params.seed is not None else _drawn(default_seed, request.request_id)
         self.sampling_state = SamplingState(params=params, seed=seed, token_ids=self._ids, prompt_length=len(prompt))
         self._detokenizer = None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt)

@@ -1,14 +1,45 @@
 """Finds stop strings in streamed text, also when one is spread over many tokens.
 
 Holds back exactly the text that may still become a stop string; the held text is part of the state, so a resumed stream
-goes on where it stood. Knows text only.
+goes on where it stood. Knows text, and the special tokens that give none though their name is a stop string.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
-__all__ = ["StopChecker"]
+from buddymoe_ray.errors import RequestError
+
+__all__ = ["StopChecker", "special_stops"]
+
+
+def special_stops(stops: Sequence[str], tokenizer: Any) -> frozenset[int]:
+    """Ids of the special tokens that are a stop string: they give no text, so they end the output themselves.
+
+    Raises RequestError for a stop string that holds one beside other text: it would never be met.
+    """
+    if not stops:
+        return frozenset()
+    specials, inside = _specials(tokenizer)
+    mixed = next((found[0] for stop in stops if stop not in specials and (found := inside.search(stop))), None)
+    if mixed is not None:
+        raise RequestError(
+            f"stop holds {mixed!r} beside other text, must not: special tokens give no text. "
+            "hint: stop at the special token alone",
+            param="stop",
+        )
+    return frozenset(specials[stop] for stop in stops if stop in specials)
+
+
+@lru_cache(maxsize=8)
+def _specials(tokenizer: Any) -> tuple[dict[str, int], re.Pattern[str]]:
+    """Ids of a tokenizer's special tokens by content, and what finds one of them in a text."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    specials = {token.content: token_id for token_id, token in added.items() if token.special}
+    return specials, re.compile("|".join(map(re.escape, specials)) or "(?!)")
 
 
 class StopChecker:

@@ -36,6 +36,7 @@ __all__ = [
     "dense_bytes",
     "describe",
     "eos_token_ids",
+    "generation_defaults",
     "experts_per_token",
     "max_positions",
     "meta_model",
@@ -162,6 +163,16 @@ def eos_token_ids(folder: Path, config: PreTrainedConfig) -> frozenset[int]:
     if value is None:
         value = getattr(config, "eos_token_id", None)
     return frozenset() if value is None else frozenset(value if isinstance(value, list | tuple) else [value])
+
+
+def generation_defaults(folder: Path) -> dict[str, Any]:
+    """What generation_config.json says of sampling, by the names of SamplingParams; as in vLLM, `do_sample` is not
+    read."""
+    path = folder / "generation_config.json"
+    said = read_json(path) if path.exists() else {}
+    names = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+    names["max_new_tokens"] = "max_tokens"
+    return {ours: said[theirs] for theirs, ours in names.items() if said.get(theirs) is not None}
 
 
 def max_positions(config: PreTrainedConfig) -> int:

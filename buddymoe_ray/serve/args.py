@@ -79,6 +79,7 @@ class ServeArgs(BaseModel):
     prefill_chunk: int = EngineConfig.prefill_chunk
     batching: str = EngineConfig.batching
     seed: int = EngineConfig.seed
+    generation_config: str = EngineConfig.generation_config
 
     model_name: str | None = None
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = 1

@@ -131,8 +131,15 @@ def _openai_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
     started = int(time.time())
 
     async def card() -> ModelCard:
-        length = (await workers.info()).max_model_len
-        return ModelCard(id=settings.model, object="model", created=started, owned_by="buddymoe", max_model_len=length)
+        info = await workers.info()
+        return ModelCard(
+            id=settings.model,
+            object="model",
+            created=started,
+            owned_by="buddymoe",
+            max_model_len=info.max_model_len,
+            sampling_defaults=dict(info.sampling_defaults),
+        )
 
     @router.api_route("/models", methods=[*READ])
     async def models() -> Response:

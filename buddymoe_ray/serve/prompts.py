@@ -7,6 +7,7 @@ requests.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from buddymoe_ray.serve.records import ChatMessage, Refusal, Terms, Work
 from buddymoe_ray.serve.refusals import over_long
 from buddymoe_ray.types import SamplingParams
 
-__all__ = ["encode", "hopeless", "longest_token", "output_limit", "resumed_choices", "usable"]
+__all__ = ["encode", "hopeless", "longest_token", "output_limit", "resumed_choices", "sampling_of", "usable"]
 
 
 def usable(work: Work) -> Work:
@@ -49,7 +50,12 @@ def longest_token(tokenizer: Any | None) -> int:
 def hopeless(work: Work, *, most_tokens: int, token_characters: int) -> Refusal | None:
     """Why a text cannot fit, whatever its tokens are: told before anybody takes the time to find out."""
     texts = [len(prompt) for prompt in work.prompts if isinstance(prompt, str)]
-    texts.append(sum(len(str(message.content)) for message in work.messages))
+    texts.append(
+        sum(
+            len("".join(content) if isinstance(content, tuple) else str(content))
+            for content in (message.content for message in work.messages)
+        )
+    )
     most = most_tokens * token_characters
     if not token_characters or max(texts) <= most:
         return None
@@ -77,6 +83,12 @@ def encode(tokenizer: Any | None, work: Work) -> tuple[tuple[int, ...], ...]:
 def _template_fields(message: ChatMessage) -> dict[str, Any]:
     fields: dict[str, Any] = {"role": message.role, "content": message.content}
     return fields if message.name is None else fields | {"name": message.name}
+
+
+def sampling_of(work: Work, defaults: Mapping[str, Any]) -> SamplingParams:
+    """How the work's tokens are chosen: as it says, and where it says nothing by `defaults`, the checkpoint's own."""
+    open_ = {name: value for name, value in defaults.items() if name not in work.given and name != "max_tokens"}
+    return replace(work.sampling, **open_)
 
 
 def output_limit(

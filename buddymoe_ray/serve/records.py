@@ -158,12 +158,13 @@ Reply = Batch | Refusal
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerInfo:
-    """What a worker serves and how much of it fits."""
+    """What a worker serves, how much of it fits, and how what requests leave open is sampled."""
 
     model_id: str
     max_model_len: int
     max_running: int
     kv_tokens: int
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

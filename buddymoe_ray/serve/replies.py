@@ -219,13 +219,14 @@ class Completion(_Reply):
 
 
 class ModelCard(_Reply):
-    """One entry of /v1/models."""
+    """One entry of /v1/models. `sampling_defaults` are the checkpoint's, for what requests leave open."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     max_model_len: int
+    sampling_defaults: dict[str, float]
 
 
 class ModelList(_Reply):

@@ -18,7 +18,15 @@ from typing import Any, Protocol
 from buddymoe_ray.errors import BuddyMoEError, CapacityError, RequestError
 from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.serve.deltas import merge
-from buddymoe_ray.serve.prompts import encode, hopeless, longest_token, output_limit, resumed_choices, usable
+from buddymoe_ray.serve.prompts import (
+    encode,
+    hopeless,
+    longest_token,
+    output_limit,
+    resumed_choices,
+    sampling_of,
+    usable,
+)
 from buddymoe_ray.serve.records import Batch, Delta, Refusal, Reply, Work, WorkerInfo, WorkerReport
 from buddymoe_ray.serve.refusals import failure, in_terms_of, overloaded, refusal_of, unavailable, worker_lost
 from buddymoe_ray.serve.token_text import TokenBytes
@@ -49,6 +57,8 @@ class EngineSeam(Protocol):
     def tokenizer(self) -> Any: ...
     @property
     def limits(self) -> Limits: ...
+    @property
+    def sampling_defaults(self) -> Mapping[str, Any]: ...
     @property
     def link_address(self) -> str: ...
     def link(self) -> None: ...
@@ -104,6 +114,12 @@ class Worker:
         self._answers = 0
         self._running: dict[str, asyncio.Task[None]] = {}  # by the engine's request id
         self._retry_after = retry_after_seconds
+        if engine.sampling_defaults:
+            log.warning(
+                "what requests leave open is sampled as the checkpoint's generation_config.json says: %s. "
+                "hint: generation_config: none serves OpenAI's defaults",
+                engine.sampling_defaults,
+            )
 
     async def generate(self, work: Work) -> AsyncGenerator[Reply, None]:
         """Batches until every choice has ended, or one refusal. Closing the generator cancels every choice."""
@@ -150,6 +166,7 @@ class Worker:
             max_model_len=limits.max_model_len,
             max_running=limits.max_running,
             kv_tokens=limits.kv_tokens,
+            sampling_defaults=self._engine.sampling_defaults,
         )
 
     def snapshot(self) -> EngineSnapshot:
@@ -185,6 +202,7 @@ class Worker:
         except Exception:
             log.exception("call %s could not be read", work.request_id)
             return failure()
+        sampling = sampling_of(work, self._engine.sampling_defaults)
         requests: dict[int, GenerationRequest] = {}
         for at, prompt in enumerate(prompts):
             limit = output_limit(
@@ -192,16 +210,16 @@ class Worker:
                 work,
                 max_model_len=limits.max_model_len,
                 kv_tokens=limits.kv_tokens,
-                default_max_tokens=self._default_max_tokens,
+                default_max_tokens=self._engine.sampling_defaults.get("max_tokens", self._default_max_tokens),
             )
             if isinstance(limit, Refusal):
                 return limit
             for choice in sorted(chosen.keys() & range(at * work.n, (at + 1) * work.n)):
-                seed = None if work.sampling.seed is None else work.sampling.seed + choice % work.n
+                seed = None if sampling.seed is None else sampling.seed + choice % work.n
                 requests[choice] = GenerationRequest(
                     request_id=f"{work.request_id}-{choice}",
                     prompt_token_ids=prompt,
-                    sampling=replace(work.sampling, max_tokens=limit, seed=seed),
+                    sampling=replace(sampling, max_tokens=limit, seed=seed),
                     mode=work.terms.mode,
                     budget=work.terms.budget,
                     record=work.terms.record,

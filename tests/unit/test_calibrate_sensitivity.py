@@ -144,7 +144,7 @@ def test_engines_run_side_by_side_as_memory_allows() -> None:
 
 def test_what_does_not_fit_the_machine_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
     bench = bench_with(2 * GB)
-    variants = [EngineConfig(memory="75%", standin="lowbit3"), EngineConfig(memory="12%")]
+    variants = [EngineConfig(memory="75%", mode="fast", standin="lowbit3"), EngineConfig(memory="12%")]
     with caplog.at_level(logging.WARNING):
         assert bench._groups(variants) == [[1]]
     assert "lowbit3 at 75% takes 0.9 GB beside the exact engine, 0.4 are left: not measured. hint:" in caplog.text

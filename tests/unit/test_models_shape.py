@@ -9,6 +9,8 @@ import pytest
 import torch
 from families import TINY_CONFIGS, build_checkpoint, tiny_config
 
+from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.engine.build import _sampling_defaults
 from buddymoe_ray.errors import CheckpointError, UnsupportedModel
 from buddymoe_ray.models.load import load_model
 from buddymoe_ray.models.shape import ModelShape, describe, experts_per_token, meta_model
@@ -98,3 +100,26 @@ def test_experts_per_token_takes_the_largest_of_a_list() -> None:
     config = tiny_config("hunyuan_v1_moe")
     config.moe_topk = [1, 4, 2]
     assert experts_per_token(config) == 4
+
+
+def test_sampling_defaults_are_generation_configs(tmp_path: Path) -> None:
+    def found(text: str | None, option: str = "auto") -> dict[str, object]:
+        if text is not None:
+            (tmp_path / "generation_config.json").write_text(text)
+        return _sampling_defaults(EngineConfig(generation_config=option), tmp_path)
+
+    assert found(None) == found("{}") == {}
+    said = """{"do_sample": true, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0,
+              "repetition_penalty": 1.05, "max_new_tokens": 2048, "eos_token_id": [1, 2], "typical_p": null}"""
+    assert found(said) == {
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 20,
+        "min_p": 0.0,
+        "repetition_penalty": 1.05,
+        "max_tokens": 2048,
+    }
+    assert found(said, "none") == {}
+    with pytest.raises(CheckpointError, match=r"generation_config.json cannot be used: top_p is 2.*to none"):
+        found('{"top_p": 2}')
+    assert found('{"top_p": 2}', "none") == {}

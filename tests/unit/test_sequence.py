@@ -333,3 +333,12 @@ def test_a_model_without_text_has_offsets_of_nothing() -> None:
     events = feed(make(tokenizer=None, max_tokens=3, logprobs=0), [5, 6, 7])
     assert [event.text_offsets for event in events] == [(0,), (0,), (0,)]
     assert [event.text_offsets for event in feed(make(max_tokens=2), [5, 6])] == [(), ()]
+
+
+def test_a_stop_string_that_only_a_special_token_spells_stops() -> None:
+    ids = [*encode(" jumps"), bpe().convert_tokens_to_ids(SPECIALS[2]), *encode(" over")]
+    events = feed(make(stop=(SPECIALS[2],), ignore_eos=True), ids)
+    assert (text_of(events), events[-1].finish_reason) == (" jumps", "stop")
+    assert len(events) == len(encode(" jumps")) + 1
+    spelt = encode(" jumps <|im_") + encode("end|> over")  # as ordinary text it stops as ever
+    assert text_of(feed(make(stop=(SPECIALS[2],)), spelt)) == " jumps "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 from contextlib import aclosing
@@ -18,6 +19,7 @@ from buddymoe_ray.serve.deltas import merge, total_usage
 from buddymoe_ray.serve.prompts import output_limit
 from buddymoe_ray.serve.records import Batch, ChatMessage, Delta, Refusal, Reply, Terms, TokenText, Work, WorkerReport
 from buddymoe_ray.serve.token_text import TokenBytes
+from buddymoe_ray.serve.wire import parse_chat
 from buddymoe_ray.serve.worker import Worker
 from buddymoe_ray.types import GenerationRequest, SamplingParams, StandinUses, TokenLogprob, Usage
 
@@ -469,3 +471,29 @@ def test_fake_tokens_are_a_function_of_prompt_seed_and_position() -> None:
     request = GenerationRequest(request_id="a", prompt_token_ids=(1,), sampling=SamplingParams(seed=1))
     other = replace(request, request_id="b")
     assert [fake_token(request, i) for i in range(9)] == [fake_token(other, i) for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05, "max_tokens": 5}),
+        ({"temperature": 0.0, "top_k": 0}, {"temperature": 0.0, "top_k": 0, "repetition_penalty": 1.05}),
+        (
+            {"max_tokens": 7, "repetition_penalty": 1.0},
+            {"temperature": 0.6, "repetition_penalty": 1.0, "max_tokens": 7},
+        ),
+    ],
+)
+async def test_what_a_request_leaves_open_is_the_checkpoints(
+    asked: dict[str, Any], expected: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = FakeEngine()
+    engine.sampling_defaults = {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05, "max_tokens": 5}
+    worker = Worker(engine)
+    assert "generation_config.json" in caplog.text and "'top_k': 20" in caplog.text
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]} | asked
+    work = parse_chat(json.dumps(body).encode()).work("r", flush_seconds=0)
+    _ = [reply async for reply in worker.generate(work)]
+    [request] = engine.seen
+    assert {name: getattr(request.sampling, name) for name in expected} == expected
+    assert dict(worker.info().sampling_defaults) == engine.sampling_defaults

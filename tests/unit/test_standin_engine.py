@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from buddymoe_ray import LLM
+from buddymoe_ray.cli import main
 from buddymoe_ray.config import STANDINS, EngineConfig
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.errors import BudgetError, ConfigError, ProfileError, RequestError
 from buddymoe_ray.models.resolve import resolve_model
+from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.types import EngineResult, GenerationRequest, SamplingParams
 
 PROMPTS = ["def add(a, b):\n", "import os\nimport sys\n", "class Queue:\n    def __init__(self):\n", "The following"]
@@ -185,6 +188,32 @@ def test_bad_modes_and_budgets_are_refused() -> None:
         EngineConfig(budget=-1)
     with pytest.raises(ConfigError, match="standin_layers is 'a'"):
         EngineConfig(standin_layers="a")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("policy", "buddymoe"),
+        ("standin", "lowbit3"),
+        ("standin_layers", "0,2"),
+        ("profile", "x.profile"),
+        ("budget", 0.01),
+        ("guard_share", 0.5),
+    ],
+)
+def test_options_that_exact_would_ignore_are_refused(name: str, value: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    doors: list[Any] = [EngineConfig, EngineConfig.from_options, ServeArgs]
+    for make in doors:
+        with pytest.raises(ValueError, match=rf"{name} is {value!r}, must be left out in mode exact"):
+            make(**{name: value})
+        given = make(mode="bounded", **{name: value})
+        assert getattr(given, name) == value
+    inexact: Any = {"mode": "fast", name: value}
+    assert EngineConfig(**inexact).exactly(memory="100%") == EngineConfig(memory="100%")
+    if name != "guard_share":
+        assert main(["plan", "--mode", "exact", f"--{name.replace('_', '-')}", str(value)]) == 2
+        assert f"buddymoe plan: {name} is {value!r}, must be left out" in capsys.readouterr().err
+    assert EngineConfig(guard_share=0.0).mode == "exact"
 
 
 def test_profiles_that_cannot_be_used(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ from itertools import pairwise
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from small_tokenizers import SPECIALS, bpe
 
-from buddymoe_ray.engine.stop import StopChecker
+from buddymoe_ray.engine.stop import StopChecker, special_stops
+from buddymoe_ray.errors import RequestError
 
 letters = st.text(alphabet="abc", max_size=24)
 stops = st.lists(st.text(alphabet="abc", min_size=1, max_size=5), max_size=4)
@@ -121,3 +123,17 @@ def test_many_long_strings_cost_the_same_for_every_character() -> None:
     text = "a" * 4000
     out = "".join(checker.push(char)[0] for char in text) + checker.flush()
     assert out == text and Counted.compared <= 3 * len(text)
+
+
+def test_a_special_token_that_is_a_stop_string_ends_by_its_id() -> None:
+    end = bpe().convert_tokens_to_ids(SPECIALS[2])
+    assert special_stops(("x", SPECIALS[2]), bpe()) == {end}
+    assert special_stops(("im_end", "<|im_", " "), bpe()) == special_stops((), bpe()) == frozenset()
+    assert special_stops((SPECIALS[2],), None) == frozenset()
+
+
+@pytest.mark.parametrize("stop", [SPECIALS[2] + "\n", "a" + SPECIALS[0], SPECIALS[0] + SPECIALS[2]])
+def test_a_special_token_beside_other_text_could_never_stop_and_is_refused(stop: str) -> None:
+    with pytest.raises(RequestError, match=r"stop holds '<\|(im_)?end\|>' beside other text") as caught:
+        special_stops((stop,), bpe())
+    assert caught.value.param == "stop"
