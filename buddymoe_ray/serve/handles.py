@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from buddymoe_ray.errors import ConfigError
@@ -99,6 +99,8 @@ class ReplicaWorkers:
             return overloaded(calls=error.args[0], retry_after_seconds=self._retry_after)
         if isinstance(error, DeploymentUnavailableError):
             return unavailable("no worker is ready", retry_after_seconds=self._retry_after)
+        if isinstance(error, RequestCancelledError):  # its client left: Serve logs that
+            return unavailable("the request was cancelled", retry_after_seconds=self._retry_after)
         log.error("a worker failed", exc_info=error)
         return failure()
 

@@ -21,6 +21,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 
 from buddymoe_ray.errors import ModelNotFound, RequestError
 from buddymoe_ray.serve.metrics import exposition
@@ -69,6 +70,7 @@ def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
     app.add_exception_handler(_Refused, _on_refused)
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientDisconnect, _on_departure)
     app.add_exception_handler(Exception, _on_error)
     if settings.cors_origins:  # outermost, so that a preflight, which carries no key, is answered
         app.add_middleware(
@@ -270,6 +272,11 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     response = _refused(Refusal(status=error.status_code, message=message))
     response.headers.update(error.headers or {})
     return response
+
+
+async def _on_departure(request: Request, error: Exception) -> Response:
+    """The client left before its body was read: nobody reads this, and Serve logs the status."""
+    return Response(status_code=499)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

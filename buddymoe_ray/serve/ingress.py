@@ -9,14 +9,35 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
+from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.handles import ReplicaWorkers
 from buddymoe_ray.serve.http import HttpSettings, http_app
 from buddymoe_ray.serve.resume import ResumeLimits
 
-__all__ = ["Ingress"]
+__all__ = ["Departures", "Ingress"]
+
+
+class Departures:
+    """ASGI middleware: Serve raises one of ray's errors where a client left, which ASGI says by a message.
+
+    Untranslated it would be logged as a failure of the app, with its traceback.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def received() -> Message:
+            try:
+                return await receive()
+            except RayError:
+                return {"type": "http.disconnect"}
+
+        await self._app(scope, received, send)
 
 
 class Ingress:
@@ -39,4 +60,6 @@ class Ingress:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return http_app(self._workers, self._settings)
+        app = http_app(self._workers, self._settings)
+        app.add_middleware(Departures)
+        return app

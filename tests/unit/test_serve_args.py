@@ -65,6 +65,9 @@ def test_engine_options_arrive() -> None:
         ("max_queued_requests", -1),
         ("request_timeout_seconds", 0),
         ("api_key_env", ""),
+        ("cors_origins", ["chat.example"]),
+        ("cors_origins", ["https://chat.example/"]),
+        ("cors_origins", "*"),
     ],
 )
 def test_unusable_options_are_named(field: str, value: Any) -> None:

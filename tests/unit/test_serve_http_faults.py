@@ -11,8 +11,10 @@ import openai
 import pytest
 from asgi import TEXT, check_error, messages_of, openai_client, serving, talking_to
 from fakes import FakeEngine, LocalWorkers
+from ray.exceptions import TaskCancelledError
 
 from buddymoe_ray.serve.http import HttpSettings, http_app
+from buddymoe_ray.serve.ingress import Departures
 from buddymoe_ray.serve.records import Batch, Delta, Refusal, Reply, Work
 from buddymoe_ray.serve.refusals import overloaded
 from buddymoe_ray.serve.worker import Worker
@@ -147,3 +149,37 @@ async def test_leaving_a_stream_cancels_its_work() -> None:
             break
         await asyncio.sleep(0.001)
     assert (engine.running, engine.cancelled) == (set(), 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("body_came", [False, True])
+async def test_a_client_that_leaves_under_serve_is_no_failure(
+    stream: bool, body_came: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Serve raises TaskCancelledError where `receive` should say that the client left."""
+    engine = FakeEngine(delay=0.005)
+    app = http_app(LocalWorkers(Worker(engine)), HttpSettings(model="fake", flush_seconds=0.0))
+    app.add_middleware(Departures)
+    sent: list[Any] = []
+    body = json.dumps(TEXT | {"stream": stream, "max_tokens": 100}).encode()
+    messages = [{"type": "http.request", "body": body, "more_body": False}] if body_came else []
+
+    async def receive() -> Any:
+        if messages:
+            return messages.pop()
+        await asyncio.sleep(0.05)
+        raise TaskCancelledError
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
+    call = asyncio.create_task(app(scope, receive, send))
+    if body_came and not stream:  # nobody listens while an answer is made: Serve cancels the call itself
+        await asyncio.sleep(0.05)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+    else:
+        await call
+    assert not engine.running and caplog.text == ""
