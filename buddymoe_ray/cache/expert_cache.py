@@ -22,7 +22,7 @@ import torch
 
 from buddymoe_ray.cache.directory import Directory, Eviction
 from buddymoe_ray.cache.disk import DiskReader, Ticket
-from buddymoe_ray.cache.host import Host, HostTier
+from buddymoe_ray.cache.host import Host, HostTier, ReadLost
 from buddymoe_ray.cache.pool import Lease, SlotPool
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
@@ -30,6 +30,7 @@ from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 __all__ = ["CacheStats", "Eviction", "ExpertCache", "blame"]
 
 _GPU_STAGING_SLOTS = 4
+_POLL_SECONDS = 200e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +155,12 @@ class ExpertCache:
             yield from self._lend(resident)
             while missing or loads:
                 self._start(missing, loads, protect_residency)
-                assert loads, f"no slot of layer {layer} can be claimed and nothing is in flight"
-                yield from self._lend(self._arrived(loads))
+                if loads:
+                    yield from self._lend(self._arrived(loads, missing))
+                else:
+                    assert self._host is not None, f"no slot of layer {layer} can be claimed and nothing is in flight"
+                    self._stall += _POLL_SECONDS
+                    time.sleep(_POLL_SECONDS)  # other workers lease every slot of the node's host tier
         finally:
             self._directory.leased.difference_update(resident)
             try:
@@ -255,14 +260,19 @@ class ExpertCache:
             return None
         return _Load(key, slot, fetched[1], fetched[0])
 
-    def _arrived(self, loads: deque[_Load]) -> list[int]:
-        """Slots of the oldest load and of every other that is done; waits for the oldest."""
-        began = time.perf_counter()
+    def _arrived(self, loads: deque[_Load], missing: deque[ExpertKey]) -> list[int]:
+        """Slots of the oldest load and of every other that is done; waits for the oldest. What another worker should
+        have read and did not is missing again."""
+        slots, began = list[int](), time.perf_counter()
         try:
-            slots = [self._finish(loads, loads[0])]
+            for load in [loads[0], *(load for at, load in enumerate(loads) if at and load.ticket.done())]:
+                try:
+                    slots.append(self._finish(loads, load))
+                except ReadLost:
+                    missing.append(load.key)
         finally:
             self._stall += time.perf_counter() - began
-        return slots + [self._finish(loads, load) for load in list(loads) if load.ticket.done()]
+        return slots
 
     def _finish(self, loads: deque[_Load], load: _Load) -> int:
         """Wait for the bytes, copy them to the device if they passed through the host, make the expert resident."""

@@ -14,9 +14,14 @@ from torch import Tensor
 
 from buddymoe_ray.cache.disk import Bytes, DiskReader, ReadTicket, Ticket
 from buddymoe_ray.cache.pool import SlotPool
+from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout
 
-__all__ = ["Host", "HostPool", "HostTier"]
+__all__ = ["Host", "HostPool", "HostTier", "ReadLost"]
+
+
+class ReadLost(CacheError):
+    """Whoever was reading the expert failed or was killed: it is to be fetched again."""
 
 
 class HostPool(Protocol):

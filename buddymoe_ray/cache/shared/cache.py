@@ -30,7 +30,7 @@ from buddymoe_ray.types import ExpertKey
 __all__ = ["SharedExpertCache"]
 
 _ASSUMED_BYTES_PER_SECOND, _SMOOTHING = 500e6, 0.1
-_POLL_SECONDS, _LONGEST_POLL_SECONDS, _REAP_SECONDS = 50e-6, 2e-3, 0.2
+_POLL_SECONDS, _LONGEST_POLL_SECONDS = 50e-6, 2e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class _Call:
 
     missing: deque[ExpertKey]
     loads: deque[_Load]
-    waits: list[tuple[ExpertKey, int, int]]  # read by another worker: key, slot, the slot's generation
+    waits: list[tuple[ExpertKey, int]]  # read by another worker, and leased
     seen: set[ExpertKey]
     ready: list[tuple[ExpertKey, int]]  # leased and not lent yet
     pause: float = _POLL_SECONDS
@@ -71,7 +71,6 @@ class SharedExpertCache:
         self.fetch_seconds = self.layout.expert_bytes / _ASSUMED_BYTES_PER_SECOND
         self._held: tuple[int, dict[int, int]] | None = None
         self._stall = 0.0
-        self._reaped = time.monotonic()
 
     @property
     def device_bytes(self) -> int:
@@ -135,7 +134,10 @@ class SharedExpertCache:
             return
         with self._tables.locked():
             slots = self._tables.look_up(layer, experts)
-        if slots.min() >= 0 and (self._tables.state[slots] == READY).all():
+            ready = (slots >= 0) & (
+                self._tables.state[slots] == READY
+            )  # of these the lease keeps the bytes from now on
+        if ready.all():
             try:
                 yield self._hits(layer, experts, slots)
             finally:
@@ -144,7 +146,7 @@ class SharedExpertCache:
         protect = protect_residency or bool(self.plan.pinned)
         call = _Call(deque(), deque(), [], set(), [])
         try:
-            self._sort([ExpertKey(layer, e) for e in experts], slots.tolist(), call)
+            self._sort([ExpertKey(layer, e) for e in experts], slots.tolist(), ready.tolist(), call)
             self._start(call, protect)
             yield from self._lend(call)
             while call.missing or call.loads or call.waits:
@@ -212,15 +214,15 @@ class SharedExpertCache:
             for expert, slot, generation in zip(experts, slots.tolist(), generations, strict=True)
         )
 
-    def _sort(self, keys: Sequence[ExpertKey], slots: Sequence[int], call: _Call) -> None:
+    def _sort(self, keys: Sequence[ExpertKey], slots: Sequence[int], is_ready: Sequence[bool], call: _Call) -> None:
         """Sort the experts of a call: resident ones are ready, some are being read by others, some are missing."""
         tables = self._tables
         counters = tables.counters[tables.row]
-        for key, slot in zip(keys, slots, strict=True):
-            if slot >= 0 and tables.state[slot] == READY:
+        for key, slot, ready in zip(keys, slots, is_ready, strict=True):
+            if ready:
                 call.ready.append((key, slot))
             elif slot >= 0:
-                call.waits.append((key, slot, int(tables.generation[slot])))
+                call.waits.append((key, slot))
             else:
                 call.missing.append(key)
         self._kept_C[[slot for _, slot in call.ready]] = True
@@ -238,7 +240,7 @@ class SharedExpertCache:
                     slot = None
                     found = int(tables.slot_of[key.layer, key.expert])
                     tables.lease[tables.row, found] += 1
-                    call.waits.append((key, found, int(tables.generation[found])))
+                    call.waits.append((key, found))
                     tables.counters[tables.row, Counter.SHARED] += 1
                 else:
                     slot = tables.claim(key, protect=protect, kept=self._kept_C)
@@ -267,7 +269,7 @@ class SharedExpertCache:
                     continue
                 time.sleep(call.pause)
                 call.pause = min(2 * call.pause, _LONGEST_POLL_SECONDS)
-                self._reap_now_and_then()
+                self._tables.reap_now_and_then()
                 if call.missing:
                     return
         finally:
@@ -285,19 +287,19 @@ class SharedExpertCache:
         """Note what other workers filled for us, and what they failed at, which is missing again."""
         tables, changed = self._tables, False
         for wait in list(call.waits):
-            key, slot, generation = wait
-            failed = int(tables.generation[slot]) != generation
-            retired = tables.key_layer[slot] < 0  # it came, and already has to go: our lease keeps its bytes
-            if not failed and not retired and tables.state[slot] != READY:
+            key, slot = wait
+            with tables.locked():
+                arrived = tables.arrived(slot)
+            if arrived is None:
                 continue
             call.waits.remove(wait)
             changed = True
-            if failed:
-                tables.release([slot])
-                call.missing.append(key)
-            else:
+            if arrived:
                 call.ready.append((key, slot))
                 self._kept_C[slot] = True
+            else:
+                tables.release([slot])
+                call.missing.append(key)
         return changed
 
     def _finish(self, load: _Load) -> int:
@@ -335,7 +337,7 @@ class SharedExpertCache:
 
     def _settle(self, call: _Call) -> None:
         """After an end: keep what arrives, free what fails, let go of the rest."""
-        self._tables.release([slot for _, slot in call.ready] + [slot for _, slot, _ in call.waits])
+        self._tables.release([slot for _, slot in call.ready] + [slot for _, slot in call.waits])
         call.ready.clear()
         call.waits.clear()
         try:
@@ -345,10 +347,3 @@ class SharedExpertCache:
         finally:
             if call.loads:  # interrupted: the others must be settled all the same
                 self._settle(call)
-
-    def _reap_now_and_then(self) -> None:
-        """What a killed neighbour was loading would be waited for for ever."""
-        if time.monotonic() - self._reaped > _REAP_SECONDS:
-            self._reaped = time.monotonic()
-            with self._tables.locked():
-                self._tables.reap()

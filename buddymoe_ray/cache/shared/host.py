@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.cache.disk import DiskReader, ReadTicket, Ticket
+from buddymoe_ray.cache.host import ReadLost
 from buddymoe_ray.cache.shared.store import SharedStore
 from buddymoe_ray.cache.shared.tables import READY
 from buddymoe_ray.errors import BudgetError, CacheError
@@ -23,7 +24,7 @@ from buddymoe_ray.types import ExpertKey
 
 __all__ = ["SharedHostTier"]
 
-_POLL_SECONDS, _REAP_SECONDS = 200e-6, 0.2
+_POLL_SECONDS = 200e-6
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class SharedHostTier:
     def fetch(self, key: ExpertKey) -> tuple[int, Ticket] | None:
         """A slot that holds the expert once the ticket is done, leased until `release`; None when all are in use."""
         tables = self._tables
+        tables.reap_now_and_then()
         with tables.locked():
             slot = int(tables.look_up(key.layer, [key.expert])[0])
             found = slot >= 0
@@ -56,11 +58,11 @@ class SharedHostTier:
                 if claimed is None:
                     return None
                 slot = claimed
-            ready, generation = tables.state[slot] == READY, int(tables.generation[slot])
+            ready = bool(tables.state[slot] == READY)
         self._slots.setdefault(key, []).append(slot)
         if found:
             self.hits += 1
-            return slot, ReadTicket(()) if ready else _Awaited(self._store, slot, generation, key, self._poll)
+            return slot, ReadTicket(()) if ready else _Awaited(self._store, slot, key, self._poll)
         self.misses += 1
         try:
             ticket = self._reader.submit(self._store.layout.pieces[key], self._store.bytes_C[slot])
@@ -145,31 +147,26 @@ class _Awaited:
 
     store: SharedStore
     slot: int
-    generation: int
     key: ExpertKey
     poll: Callable[[], None]
 
     def done(self) -> bool:
-        tables = self.store.tables
-        return self._failed() or bool(tables.state[self.slot] == READY or tables.key_layer[self.slot] < 0)
+        return self._arrived() is not None
 
     def wait(self) -> None:
-        reaped = time.monotonic()
-        while not self.done():
+        while (arrived := self._arrived()) is None:
             self.poll()
             time.sleep(_POLL_SECONDS)
-            if time.monotonic() - reaped > _REAP_SECONDS:
-                reaped = time.monotonic()
-                with self.store.tables.locked():
-                    self.store.tables.reap()
-        if self._failed():
-            raise CacheError(f"{self.key} could not be read by another worker of this node. hint: see its log")
+            self.store.tables.reap_now_and_then()
+        if not arrived:
+            raise ReadLost(f"{self.key} was not read by the worker of this node that had begun to. hint: read it again")
 
     def settle(self) -> None:
         """Nothing of ours is in flight."""
 
-    def _failed(self) -> bool:
-        return int(self.store.tables.generation[self.slot]) != self.generation
+    def _arrived(self) -> bool | None:
+        with self.store.tables.locked():
+            return self.store.tables.arrived(self.slot)
 
 
 def _register(memory: Tensor) -> None:

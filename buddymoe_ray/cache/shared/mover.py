@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from buddymoe_ray.cache.disk import DiskReader
+from buddymoe_ray.cache.disk import DiskReader, ReadTicket
 from buddymoe_ray.cache.shared.store import SharedStore
 from buddymoe_ray.cache.shared.tables import FREE, READY, WAVE
 from buddymoe_ray.types import ExpertKey
@@ -88,9 +88,12 @@ class Mover:
                 return
             tables.take(slot, key)
             tables.partition[slot] = key.layer
+        ticket = ReadTicket(())
         try:
-            self._reader.submit(self._store.layout.pieces[key], self._store.bytes_C[slot]).wait()
+            ticket = self._reader.submit(self._store.layout.pieces[key], self._store.bytes_C[slot])
+            ticket.wait()
         except BaseException:
+            ticket.settle()
             with tables.locked():
                 tables.vacate(slot)
             tables.release([slot])
@@ -105,18 +108,20 @@ class Mover:
         """A slot that nobody uses any more, kept for this row; None when the expert is there or no slot can be had."""
         tables, load = self._tables, move.load
         with tables.locked():
-            now = int(tables.slot_of[load.layer, load.expert])
-            if now >= 0 and tables.partition[now] != WAVE:
-                return None
-            slot = self._chosen(move)
+            now, slot = int(tables.slot_of[load.layer, load.expert]), self._chosen(move)
             if slot is None:
+                return None
+            if now >= 0:
+                # in a wave slot: the two change roles and no byte moves, but not while somebody leases the slot: it may
+                # be one who waits for a wave slot
+                waves = tables.partition[now] == WAVE and tables.state[now] == READY
+                if waves and not tables.leased(np.array([slot]))[0]:
+                    tables.partition[slot] = WAVE  # first: killed in between there is one wave slot more, and not less
+                    tables.partition[now] = load.layer
                 return None
             if tables.state[slot] == FREE:
                 tables.reserve(slot)
                 return slot
-            if now >= 0 and tables.state[now] == READY:  # in a wave slot: the two change roles and no byte moves
-                tables.partition[now], tables.partition[slot] = load.layer, WAVE
-                return None
             gone = ExpertKey(int(tables.key_layer[slot]), int(tables.key_expert[slot]))
             tables.retire(slot)
         return self._drained(slot, gone)
@@ -129,9 +134,9 @@ class Mover:
             if slot >= 0 and tables.partition[slot] != WAVE and tables.state[slot] == READY:
                 return slot
         mine = np.flatnonzero(tables.partition == layer)
-        free = mine[tables.state[mine] == FREE]
-        if len(free):
-            return int(free[0])
+        free = tables.free_of(mine)
+        if free is not None:
+            return free
         mine = mine[tables.state[mine] == READY]
         mine = mine[tables.pinned[tables.key_layer[mine], tables.key_expert[mine]] == 0]
         return int(mine[tables.last_used[mine].argmin()]) if len(mine) else None

@@ -8,6 +8,7 @@ Legend: C slots, L layers, E experts of the widest layer, P rows (processes that
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ class StoreShape:
         """Where slot 0 begins."""
         at = _PAGE
         for dtype, shape in self.fields().values():
-            at = _aligned(at + np.dtype(dtype).itemsize * int(np.prod(shape)), 64)
+            at = _aligned(at + np.dtype(dtype).itemsize * prod(shape), 64)
         return _aligned(at, _PAGE)
 
     @property
@@ -95,7 +96,7 @@ class StoreShape:
         found: dict[str, npt.NDArray[Any]] = {}
         at = _PAGE
         for name, (dtype, shape) in self.fields().items():
-            nbytes = np.dtype(dtype).itemsize * int(np.prod(shape))
+            nbytes = np.dtype(dtype).itemsize * prod(shape)
             found[name] = memory[at : at + nbytes].view(dtype).reshape(shape)
             at = _aligned(at + nbytes, 64)
         return found

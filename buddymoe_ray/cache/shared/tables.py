@@ -13,6 +13,7 @@ Legend: C slots, L layers, E experts, P rows.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
@@ -31,6 +32,8 @@ __all__ = ["FREE", "LOADING", "READY", "WAVE", "Counter", "SharedTables"]
 FREE, LOADING, READY = 0, 1, 2
 WAVE = -1
 """The partition of slots that belong to no layer."""
+
+_REAP_SECONDS = 0.2
 
 Slots = npt.NDArray[np.int64]
 
@@ -57,7 +60,7 @@ class SharedTables:
         self.partition, self.loader, self.state = views["partition"], views["loader"], views["state"]
         self.slot_of, self.resident, self.pinned = views["slot_of"], views["resident"], views["pinned"]
         self.lease = views["lease"]
-        self.row = -1
+        self.row, self._reaped = -1, time.monotonic()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -117,6 +120,13 @@ class SharedTables:
             self._void(row)
         return len(dead)
 
+    def reap_now_and_then(self) -> None:
+        """`reap` while waiting: what a killed row loads or leases would be waited for for ever. Takes the lock."""
+        if time.monotonic() - self._reaped > _REAP_SECONDS:
+            self._reaped = time.monotonic()
+            with self.locked():
+                self.reap()
+
     def alive(self, row: int) -> bool:
         """Whether the process of a row lives."""
         return row == self.row or self._locks.held_elsewhere(ROW_BYTE + row)
@@ -158,17 +168,27 @@ class SharedTables:
         """
         layer = key.layer
         mine = np.flatnonzero(self.partition == layer)
-        slot = self._free_of(mine)
+        slot = self.free_of(mine)
         if slot is None and not protect:
             slot = self._victim(mine[~kept[mine] & ~self._is_pinned(mine)])
         if slot is None:
             waves = np.flatnonzero(self.partition == WAVE)
-            slot = self._free_of(waves)
+            slot = self.free_of(waves)
             if slot is None:
                 slot = self._victim(waves)
         if slot is not None:
             self.take(slot, key)
         return slot
+
+    def arrived(self, slot: int) -> bool | None:
+        """Whether the expert that another row was loading into `slot` when it was leased is there; False when that
+        failed, None when it is not known yet. The caller holds the lock.
+
+        A slot that was filled and has to go again is LOADING without an expert: the lease keeps its bytes.
+        """
+        if self.state[slot] == FREE:
+            return False
+        return True if self.state[slot] == READY or self.key_layer[slot] < 0 else None
 
     def take(self, slot: int, key: ExpertKey) -> None:
         """Make `slot` LOADING for `key`, whatever it held; the caller holds the lock and saw that nobody leases it."""
@@ -187,11 +207,11 @@ class SharedTables:
         """
         assert self.state[slot] == READY, f"slot {slot} is in state {self.state[slot]}, must be READY"
         layer, expert = self.key_layer[slot], self.key_expert[slot]
+        self.key_layer[slot] = self.key_expert[slot] = -1
         self.loader[slot] = self.row
         self.state[slot] = LOADING
         self.resident[layer, expert] = 0
         self.slot_of[layer, expert] = -1
-        self.key_layer[slot] = self.key_expert[slot] = -1
         self.head[Head.EVICTIONS] += 1
 
     def reserve(self, slot: int) -> None:
@@ -201,12 +221,13 @@ class SharedTables:
         self.state[slot] = LOADING
 
     def restore(self, slot: int, key: ExpertKey) -> None:
-        """Take back `retire`; where the expert came elsewhere meanwhile the slot stays retired. The caller holds the
-        lock."""
+        """Take back `retire`; where the expert came elsewhere meanwhile, free the slot. The caller holds the lock."""
         if self.slot_of[key.layer, key.expert] < 0:
             self.key_layer[slot], self.key_expert[slot] = key.layer, key.expert
             self.slot_of[key.layer, key.expert] = slot
             self.commit(slot)
+        else:
+            self.vacate(slot)
 
     def commit(self, slot: int) -> None:
         """The bytes are there; the caller holds the lock."""
@@ -216,7 +237,10 @@ class SharedTables:
         self.touch(np.array([slot]))
 
     def vacate(self, slot: int) -> None:
-        """The slot holds nothing any more; the caller holds the lock."""
+        """The slot holds nothing that anybody may find; the caller holds the lock.
+
+        Its generation stays, as its bytes do, until it is taken: which nobody may while it is leased.
+        """
         if self.state[slot] != FREE:
             layer, expert = self.key_layer[slot], self.key_expert[slot]
             if layer >= 0:
@@ -225,7 +249,6 @@ class SharedTables:
             if self.state[slot] == READY:
                 self.head[Head.EVICTIONS] += 1
             self.state[slot] = FREE
-            self.generation[slot] += 1
         self.loader[slot] = self.key_layer[slot] = self.key_expert[slot] = -1
 
     def leased(self, slots: Slots) -> npt.NDArray[np.bool_]:
@@ -253,9 +276,10 @@ class SharedTables:
                 home = int(self.partition[slot])
                 assert home in (WAVE, self.key_layer[slot]), f"slot {slot} of {home} holds layer {self.key_layer[slot]}"
 
-    def _free_of(self, slots: Slots) -> int | None:
+    def free_of(self, slots: Slots) -> int | None:
+        """A FREE one of the slots that nobody leases; the caller holds the lock."""
         free = slots[self.state[slots] == FREE]
-        free = free[~self.leased(free)]  # a retired slot whose mover was killed may still be computed with
+        free = free[~self.leased(free)]  # a retired slot whose mover was killed may still be in a computation
         return int(free[0]) if len(free) else None
 
     def _victim(self, slots: Slots) -> int | None:
@@ -285,11 +309,13 @@ class SharedTables:
         self.resident[...] = 0
         for slot in np.flatnonzero(self.state != FREE).tolist():
             layer, expert, row = int(self.key_layer[slot]), int(self.key_expert[slot]), int(self.loader[slot])
-            orphan = self.state[slot] == LOADING and (row < 0 or not self.alive(row))
-            if layer < 0 or expert < 0 or orphan or self.slot_of[layer, expert] >= 0:
+            held = self.state[slot] == LOADING and row >= 0 and self.alive(row)
+            if layer < 0 and held:  # a mover keeps it
+                continue
+            orphan = self.state[slot] == LOADING and not held
+            if orphan or layer < 0 or expert < 0 or self.slot_of[layer, expert] >= 0:
                 self.state[slot], self.loader[slot] = FREE, -1
                 self.key_layer[slot] = self.key_expert[slot] = -1
-                self.generation[slot] += 1
                 continue
             self.slot_of[layer, expert] = slot
             self.resident[layer, expert] = self.state[slot] == READY

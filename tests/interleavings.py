@@ -1,0 +1,746 @@
+"""Every interleaving of the shared store's own code: actors are production calls, stopped before each shared effect.
+
+An actor is a greenlet that runs production code. It stops at a *point* before every effect that others can see: a lock,
+a write to the tables (a read too, where no lock is held), a read from disk, a sleep, an unlink. Between two points one
+of the operations happens: an actor goes on to its next point (`A`), is killed as by SIGKILL (`!A`: no `finally` has an
+effect, its locks go, its reads stop), a read of its lands or fails (`A+0`, `A-0`), or, where nothing else can happen,
+time passes (`~`). All orders are tried, those with the fewest switches first; a state (tables, bytes, every actor's
+frames) that was seen before is not gone on from, so runs are bounded by states and not by their depth.
+What must hold is looked at all the time: the bytes of a lease are its expert's own, nobody waits for ever, a file that
+is attached is not unlinked, tables mirror each other, and in the end no slot, lease or role of a slot is lost.
+A violation is kept as a trace of segments, `A:lock#2` is "A goes on until it is about to lock for the second time", so
+that it can be played on code that has changed since.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import heapq
+import itertools
+import os
+import sys
+import time
+import types
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from greenlet import getcurrent, greenlet
+
+from buddymoe_ray.cache import expert_cache
+from buddymoe_ray.cache.pool import Lease
+from buddymoe_ray.cache.shared import SharedStore, cache, host, locks, mover, shape, tables
+from buddymoe_ray.errors import CacheError
+from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotPlan, SlotTensor
+
+__all__ = ["Actor", "Found", "Reader", "Violation", "World", "explore", "instrumented", "point", "replay"]
+
+SLOT, HALF = 64, 32
+DIGEST = b"d" * 32
+_TICK, _MOST_TICKS = 1.0, 12
+_FREE = ("read", "write", "compute")  # points from which an actor looks at, or changes, tables and bytes
+_LOOSE = {"counters", "uses", "last_used"}  # tables that decide nothing, or only by their order
+_IGNORED = {"reaped", "began", "pause", "end", "patience", "store", "stop", "progress", "pool"}
+
+Program = Callable[["Actor"], None]
+_world: World | None = None
+
+
+class Violation(Exception):
+    """Something that must hold does not."""
+
+
+class Killed(BaseException):
+    """Unwinds a killed actor; whatever it still does on the way has no effect."""
+
+
+@dataclass(eq=False)
+class Actor:
+    """A process. `stores` are its attachments, `fds` its open shared files."""
+
+    name: str
+    program: Program
+    stores: list[SharedStore] = field(default_factory=list)
+    fds: set[int] = field(default_factory=set)
+    label: str = "start"
+    enabled: Callable[[], bool] | None = None
+    in_lock: bool = False
+    state: str = "live"  # live, done or dead
+    seen: int = 0
+    passed: Counter[str] = field(default_factory=Counter)
+    reads: list[_Read] = field(default_factory=list)
+    thread: greenlet | None = None
+
+    def able(self) -> bool:
+        return self.state == "live" and (self.enabled is None or self.enabled())
+
+    def use(self, leases: Sequence[Lease]) -> None:
+        """Compute with leases: the bytes must be the experts' own as long as it takes."""
+        for lease in leases:
+            lease.tensors()
+        for _ in range(2):
+            for lease in leases:
+                found = set(self.stores[-1].bytes_C[lease.slot].tolist())
+                if found != {truth(lease.key)}:
+                    raise Violation(f"{self.name} computes with {found}, must be {truth(lease.key)} ({lease.key})")
+            point("compute")
+
+    def use_copies(self, leases: Sequence[Lease]) -> None:
+        """The same with leases of a private cache: what was copied must be the experts' own."""
+        for lease in leases:
+            found = set(lease.tensors()["w"].tolist())
+            if found != {truth(lease.key)}:
+                raise Violation(f"{self.name} copied {found}, must be {truth(lease.key)} ({lease.key})")
+
+
+@dataclass(eq=False)
+class _Read:
+    """A read in flight, as its own ticket."""
+
+    key: ExpertKey
+    into: np.ndarray[Any, Any]
+    landed: bool = False
+    failed: bool = False
+
+    def over(self) -> bool:
+        return self.failed or self.landed
+
+    def done(self) -> bool:
+        point("done?")
+        return self.over()
+
+    def wait(self) -> None:
+        point("wait", self.over)
+        if self.failed:
+            raise CacheError(f"{self.key} cannot be read. hint: a test")
+
+    def settle(self) -> None:
+        point("settle", self.over)
+
+
+class Reader:
+    """The disk of one actor."""
+
+    mode, bytes_read, bytes_requested = "direct", 0, 0
+
+    def submit(self, pieces: Sequence[ExpertPiece], destination: np.ndarray[Any, Any]) -> _Read:
+        point("submit")
+        assert _world is not None and _world.owner is not None
+        layer, expert = pieces[0].path.split(".")
+        read = _Read(ExpertKey(int(layer), int(expert)), destination)
+        _world.owner.reads.append(read)
+        return read
+
+    def close(self) -> None:
+        """Nothing is in flight any more."""
+
+
+def truth(key: ExpertKey) -> int:
+    """The byte that an expert consists of."""
+    return 1 + 16 * key.layer + key.expert
+
+
+def point(label: str, enabled: Callable[[], bool] | None = None) -> None:
+    """Before an effect that others see: whoever is chosen goes on."""
+    me = _world.current if _world else None
+    if me is None:
+        return
+    if me.state == "dead":
+        raise Killed
+    me.label, me.enabled = label, enabled
+    assert me.thread is not None and me.thread.parent is not None
+    me.thread.parent.switch()
+    if me.state == "dead":
+        raise Killed
+    me.enabled = None
+    me.passed[label] += 1
+
+
+class _Watched(np.ndarray[Any, Any]):
+    """A table: writes are points, and so are reads where no lock is held."""
+
+    label: str
+
+    def __array_finalize__(self, made_from: object) -> None:
+        self.label = getattr(made_from, "label", "")
+
+    def __getitem__(self, at: Any) -> Any:
+        _before_read(self)
+        found = np.asarray(self)[at]
+        if isinstance(found, np.ndarray) and found.base is not None and np.may_share_memory(found, self):
+            return _watched(found, self.label)
+        return found
+
+    def __setitem__(self, at: Any, value: Any) -> None:
+        if _world is None or _world.current is None:
+            np.asarray(self)[at] = value
+            return
+        plain = np.asarray(self)
+        before = plain[at]
+        before = before.copy() if isinstance(before, np.ndarray) else before
+        if np.array_equal(before, value) and _world.current.in_lock:
+            return
+        point(f"write-{self.label}")
+        plain[at] = value
+        if self.label != "head":
+            _world.wrote(_world.current)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        _before_read(self)
+        options.pop("out", None)
+        return getattr(ufunc, method)(*[np.asarray(x) if isinstance(x, _Watched) else x for x in inputs], **options)
+
+
+def _before_read(table: _Watched) -> None:
+    if _world is not None and _world.current is not None and not _world.current.in_lock:
+        point(f"read-{table.label}")
+
+
+def _watched_views(shape_: shape.StoreShape, memory: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    return {name: v if name in _LOOSE else _watched(v, name) for name, v in _views(shape_, memory).items()}
+
+
+def _watched(array: np.ndarray[Any, Any], label: str) -> _Watched:
+    table = array.view(_Watched)
+    table.label = label
+    return table
+
+
+class World:
+    """One node: a store's file in `folder`, actors, and what may happen next."""
+
+    def __init__(self, folder: Path, *, slots: int = 1, waves: int = 1, layers: int = 1, experts: int = 3) -> None:
+        self.path = folder / f"buddymoe-{os.geteuid()}-x.experts"
+        self.path.unlink(missing_ok=True)
+        self.layout = ExpertLayout(
+            tensors=(SlotTensor(name="w", shape=(SLOT,), dtype="uint8", offset=0, nbytes=SLOT),),
+            slot_bytes=SLOT,
+            expert_bytes=SLOT,
+            layers=layers,
+            experts_per_layer=(experts,) * layers,
+            pieces={
+                ExpertKey(la, e): (ExpertPiece(path=f"{la}.{e}", offset=0, nbytes=SLOT, slot_offset=0),)
+                for la in range(layers)
+                for e in range(experts)
+            },
+        )
+        self.plan = SlotPlan(
+            budget_bytes=1 << 20,
+            slot_bytes=SLOT,
+            overhead_bytes=0,
+            wave_slots=waves,
+            layer_slots=(slots,) * layers,
+            fully_resident=False,
+        )
+        self.actors: dict[str, Actor] = {}
+        self.current: Actor | None = None
+        self.owner: Actor | None = None  # whose files and reads are made now
+        self.now, self.ticks, self.failures, self.kills = 0.0, 0, 0, 0
+        self._writes: Counter[str] = Counter()
+        self._hub = getcurrent()
+        global _world
+        _world = self
+        self.victims: frozenset[str] = frozenset()
+        self.violation, self.unlinked = "", False
+
+    # ---- setting up
+
+    def actor(self, name: str, prepare: Callable[[Actor], Program]) -> Actor:
+        """Add an actor: `prepare` runs now and without points, what it returns is explored."""
+        actor = self.actors[name] = Actor(name, lambda _: None)
+        self.owner = actor
+        actor.program = prepare(actor)
+        actor.thread = greenlet(lambda: self._run(actor), self._hub)
+        self._switch(actor)
+        return actor
+
+    def attach(self, actor: Actor) -> SharedStore:
+        """A row of the actor's own."""
+        store = SharedStore(self.path, self.layout, self.plan, DIGEST)
+        actor.stores.append(store)
+        return store
+
+    def fill(self, *keys: ExpertKey) -> None:
+        """Make experts resident, before anything happens."""
+        store = next(iter(self.actors.values())).stores[0]
+        for key in keys:
+            with store.tables.locked():
+                slot = store.tables.claim(key, protect=True, kept=np.zeros(store.shape.slots, dtype=bool))
+                assert slot is not None, f"no slot for {key}"
+                store.tables.commit(slot)
+            store.tables.release([slot])
+            store.bytes_C[slot] = truth(key)
+
+    # ---- what may happen
+
+    def options(self, kills: int, failures: int) -> list[str]:
+        """All that may happen now and differs from what may happen later; who went on last comes first."""
+        last = self.owner if self.owner is not None and self.owner.state == "live" else None
+        able = [name for name, actor in self.actors.items() if actor.able()]
+        if last is not None and last.name in able:
+            able.remove(last.name)
+            able.insert(0, last.name)
+        killed = [f"!{last.name}"] if last is not None and self.kills < kills and last.name in self.victims else []
+        if last is not None and last.in_lock:  # only who looks without the lock can tell when it goes on
+            return [n for n in able if n == last.name or self.actors[n].label.startswith(_FREE)] + killed
+        flying = [
+            (name, at)
+            for name, actor in self.actors.items()
+            for at, read in enumerate(actor.reads)
+            if not read.over() and actor.state != "dead"
+        ]
+        found = able + [f"{name}+{at}" for name, at in flying]
+        if not found and any(actor.state == "live" for actor in self.actors.values()):
+            return ["~"]
+        if self.failures < failures:
+            found += [f"{name}-{at}" for name, at in flying]
+        return found + killed
+
+    def apply(self, op: str) -> None:
+        """Let it happen. Raises Violation."""
+        if op == "~":
+            self._tick()
+        elif op[0] == "!":
+            self._kill(self.actors[op[1:]])
+        elif "+" in op or "-" in op:
+            self._land(op)
+        else:
+            self.owner = self.actors[op]
+            self._switch(self.actors[op])
+        if self.violation:
+            raise Violation(self.violation)
+        if self.unlinked:
+            self._check_files()
+
+    def wrote(self, by: Actor | None) -> None:
+        """Somebody changed what others may wait for."""
+        self._writes[by.name if by else ""] += 1
+        self.ticks = 0
+
+    def finish(self) -> None:
+        """At the end: a fresh process finds everything in order. Raises Violation."""
+        if not self.path.exists():
+            return
+        store = SharedStore(self.path, self.layout, self.plan, DIGEST)
+        try:
+            mine = store.tables
+            with mine.locked():
+                mine.reap()
+            mine.check_integrity()
+            state, lease = np.asarray(mine.state), np.asarray(mine.lease)
+            waves = int((np.asarray(mine.partition) == tables.WAVE).sum())
+            if (state == tables.LOADING).any() or lease.any():
+                raise Violation(f"states are {state.tolist()} and {int(lease.sum())} leases are left, must be none")
+            if waves < self.plan.wave_slots:
+                raise Violation(f"wave slots are {waves}, must be {self.plan.wave_slots}")
+        except AssertionError as error:
+            raise Violation(f"in the end {error}") from error
+        finally:
+            store.close()
+
+    def key(self) -> int:
+        """Tells this state from others."""
+        actors = tuple(
+            (a.state, a.label, a.in_lock, a.able(), _frames(a), tuple((r.key, r.landed, r.failed) for r in a.reads))
+            for a in self.actors.values()
+        )
+        return hash((actors, self._memory(), self.kills, self.failures, self.ticks))
+
+    def dispose(self) -> None:
+        """End all actors without effect."""
+        for actor in self.actors.values():
+            if actor.state == "live":
+                self._end(actor)
+            self._close(actor)
+        self.path.unlink(missing_ok=True)
+
+    # ---- inside
+
+    def _switch(self, actor: Actor) -> None:
+        self.current = actor
+        assert actor.thread is not None
+        actor.thread.switch()
+        self.current = None
+
+    def _run(self, actor: Actor) -> None:
+        try:
+            point("start")
+            actor.program(actor)
+            self.current = None
+            self._check_leaks(actor)
+        except Killed:
+            return
+        except CacheError as error:
+            self.current = None
+            if not self.failures:
+                self.violation = f"{actor.name} fails, and no read has: {error}"
+            self._check_leaks(actor)
+        except BaseException as error:
+            self.violation = f"{actor.name}: {type(error).__name__} {error}"
+        finally:
+            if actor.state == "live":
+                actor.state = "done"
+            self.current = None
+
+    def _check_leaks(self, actor: Actor) -> None:
+        for store in actor.stores:
+            mine = store.tables
+            if mine.row < 0:
+                continue
+            leased = np.asarray(mine.lease)[mine.row].tolist()
+            loading = ((np.asarray(mine.state) == tables.LOADING) & (np.asarray(mine.loader) == mine.row)).tolist()
+            if any(leased) or any(loading):
+                self.violation = self.violation or f"{actor.name} ended, leases are {leased} and it loads {loading}"
+
+    def _tick(self) -> None:
+        sleeping = [
+            actor for actor in self.actors.values() if actor.state == "live" and actor.label in ("sleep", "long")
+        ]
+        self.ticks += 1
+        if not sleeping or self.ticks > _MOST_TICKS:
+            stuck = {a.name: a.label for a in self.actors.values() if a.state == "live"}
+            raise Violation(f"{stuck} wait for ever")
+        self.now += _TICK
+        self._writes["~"] += 1
+
+    def _land(self, op: str) -> None:
+        name, lands, at = op.partition("+") if "+" in op else op.partition("-")
+        read = self.actors[name].reads[int(at)]
+        read.into[:HALF] = truth(read.key)
+        if lands == "+":
+            read.into[HALF:] = truth(read.key)
+            read.landed = True
+        else:
+            read.failed = True
+            self.failures += 1
+        self.wrote(None)
+
+    def _kill(self, actor: Actor) -> None:
+        self.kills += 1
+        for read in actor.reads:
+            if not read.over():
+                read.into[:HALF] = truth(read.key)
+        self._end(actor)
+        self._close(actor)
+        self.wrote(None)
+
+    def _end(self, actor: Actor) -> None:
+        actor.state = "dead"
+        self.current = actor
+        assert actor.thread is not None
+        actor.thread.throw(Killed)
+        self.current = None
+
+    def _close(self, actor: Actor) -> None:
+        for fd in actor.fds:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, locks._flock(fcntl.F_UNLCK, 0, 0))
+            _close(fd)
+        actor.fds.clear()
+
+    def _check_files(self) -> None:
+        for actor in self.actors.values():
+            for store in actor.stores if actor.state != "dead" else ():
+                if store.tables.row >= 0 and not locks_same_file(self.path, store._fd):
+                    raise Violation(f"{actor.name} is attached to a file that was unlinked")
+
+    def _memory(self) -> tuple[Any, ...]:
+        found: list[Any] = []
+        known: set[int] = set()
+        for actor in self.actors.values():
+            for store in actor.stores if actor.state != "dead" else ():
+                if store._fd < 0 or (inode := os.fstat(store._fd).st_ino) in known:
+                    continue
+                known.add(inode)
+                views = vars(store).get("_views_of_test") or _views(store.shape, store._array)
+                vars(store)["_views_of_test"] = views
+                found += [views[name].tobytes() for name in views.keys() - _LOOSE]
+                found += [views["last_used"].argsort(kind="stable").tobytes(), store.bytes_C.tobytes()]
+                found.append(int(np.asarray(store.tables.head)[shape.Head.DIRTY]))
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.stat(self.path).st_size)
+        return tuple(found)
+
+
+# ---- states
+
+
+def _frames(actor: Actor) -> tuple[Any, ...]:
+    frame, found = actor.thread.gr_frame if actor.thread else None, []
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename != __file__:
+            found.append((id(code), frame.f_lasti, _locals(frame.f_locals)))
+        frame = frame.f_back
+    return tuple(found)
+
+
+def _locals(values: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple([_frozen(value) for name, value in values.items() if name not in _IGNORED])
+
+
+def _frozen(value: Any) -> Any:
+    """What of a value may decide what an actor does next."""
+    freeze = _FREEZERS.get(type(value))
+    if freeze is None:
+        freeze = _FREEZERS[type(value)] = _freezer(type(value))
+    return freeze(value)
+
+
+def _freezer(kind: type) -> Callable[[Any], Any]:
+    if issubclass(kind, np.generic):
+        return lambda value: value.item()
+    if is_dataclass(kind) and kind.__module__.startswith("buddymoe_ray.cache.shared.") and "_" in kind.__name__:
+        names = [f.name for f in fields(kind) if f.name not in _IGNORED]
+        return lambda value: tuple([_frozen(getattr(value, name)) for name in names])
+    return lambda _: None
+
+
+def _each(values: Any) -> tuple[Any, ...]:
+    return tuple([_frozen(value) for value in values])
+
+
+def _generator(value: Any) -> Any:
+    return None if value.gi_frame is None else (value.gi_frame.f_lasti, _locals(value.gi_frame.f_locals))
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+_FREEZERS: dict[type, Callable[[Any], Any]] = {
+    **dict.fromkeys((int, bool, str, type(None), ExpertKey), _itself),
+    **dict.fromkeys((list, tuple, deque), _each),
+    set: frozenset,
+    dict: lambda value: _each(value.items()),
+    np.ndarray: lambda value: value.tobytes() if value.size <= SLOT else None,
+    types.GeneratorType: _generator,
+    _Read: lambda value: (value.key, value.landed, value.failed),
+    cache.SharedExpertCache: lambda value: (_frozen(value._held), value._kept_C.tobytes()),
+    host.SharedHostTier: lambda value: (_frozen(value._slots), _frozen(value._reading)),
+    expert_cache.ExpertCache: lambda value: (_frozen(value._directory.key_of), frozenset(value._directory.leased)),
+    mover.Moved: lambda value: (value.moves, value.skipped),
+}
+
+
+# ---- the seams
+
+
+_views, _head = shape.StoreShape.views, shape.StoreShape.head
+_close, _unlink, _open = os.close, os.unlink, os.open
+
+
+def locks_same_file(path: Path, fd: int) -> bool:
+    try:
+        return os.stat(path).st_ino == os.fstat(fd).st_ino
+    except FileNotFoundError:
+        return False
+
+
+class _Locks(locks.FileLocks):
+    """Real locks; to wait for one is a point that is passed when it is free."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        if _world is not None and _world.owner is not None:
+            _world.owner.fds.add(fd)
+
+    def lock(self, at: int) -> None:
+        if _world is None or _world.current is None:
+            super().lock(at)
+            return
+        point("lock", lambda: not self.held_elsewhere(at))
+        assert super().try_lock(at), "a lock that was free is not"
+        _world.current.in_lock |= at == 0
+
+    def unlock(self, at: int) -> None:
+        point("unlock")
+        super().unlock(at)
+        if _world is not None and _world.current is not None:
+            if at == 0:
+                _world.current.in_lock = False
+            else:
+                _world.wrote(_world.current)
+
+    def try_lock(self, at: int) -> bool:
+        point("try_lock")
+        return super().try_lock(at)
+
+    def close(self) -> None:
+        point("close")
+        if _world is not None and _world.current is not None:
+            _world.current.in_lock = False
+            _world.wrote(_world.current)
+        super().close()
+
+
+def _closed(fd: int) -> None:
+    if _world is not None:
+        for actor in _world.actors.values():
+            actor.fds.discard(fd)
+    _close(fd)
+
+
+def _unlinked(path: Any, *args: Any, **options: Any) -> None:
+    point("unlink")
+    if _world is not None:
+        _world.unlinked = True
+    _unlink(path, *args, **options)
+
+
+def _opened(path: Any, *args: Any, **options: Any) -> int:
+    point("open")
+    return _open(path, *args, **options)
+
+
+@contextlib.contextmanager
+def instrumented() -> Iterator[None]:
+    """Production code runs with points inside the block."""
+    now = lambda: _world.now if _world else 0.0  # noqa: E731
+    clock = types.SimpleNamespace(sleep=_sleep, monotonic=now, perf_counter=now)
+    data_offset = functools.cache(shape.StoreShape.data_offset.fget)  # type: ignore[attr-defined]
+    changes: list[tuple[Any, str, Any]] = [
+        (shape.StoreShape, "views", _watched_views),
+        (shape.StoreShape, "head", lambda shape_, memory: _watched(_head(shape_, memory), "head")),
+        (shape.StoreShape, "data_offset", property(data_offset)),
+        (os, "close", _closed),
+        (os, "unlink", _unlinked),
+        (os, "open", _opened),
+    ]
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("buddymoe_ray.cache"):
+            if vars(module).get("FileLocks") is locks.FileLocks:
+                changes.append((module, "FileLocks", _Locks))
+            if vars(module).get("time") is time:
+                changes.append((module, "time", clock))
+    # a generator that a killed actor leaves behind is closed, and says that it was killed
+    quiet = lambda lost: None if isinstance(lost.exc_value, Killed) else sys.__unraisablehook__(lost)  # noqa: E731
+    changes.append((sys, "unraisablehook", quiet))
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def _sleep(_: float) -> None:
+    world, me = _world, _world.current if _world else None
+    if world is None or me is None:
+        return
+    others = lambda: sum(world._writes.values()) - world._writes[me.name]  # noqa: E731
+    point("sleep", lambda: others() != me.seen)
+    me.seen = others()
+
+
+# ---- exploring
+
+
+@dataclass(kw_only=True)
+class Found:
+    """What exploring came to. `trace` is the first violation's, empty where there is none."""
+
+    states: int = 0
+    runs: int = 0
+    steps: int = 0
+    complete: bool = False
+    violation: str = ""
+    trace: tuple[str, ...] = ()
+
+
+def explore(
+    make: Callable[[], World], *, kills: int = 0, failures: int = 0, most_states: int = 10**9, seconds: float = 1e9
+) -> Found:
+    """Try all orders of what `make`'s world can do, with at most so many kills and failed reads, until a violation."""
+    found, seen, number = Found(), set[int](), itertools.count()
+    waiting: list[tuple[int, int, tuple[str, ...]]] = [(0, 0, ())]
+    end = time.process_time() + seconds
+    while waiting and len(seen) < most_states and time.process_time() < end:
+        cost, _, prefix = heapq.heappop(waiting)
+        found.runs += 1
+        with _made(make) as world:
+            path: list[str] = []
+            try:
+                for op in prefix:
+                    path.append(op)
+                    world.apply(op)
+                while (key := world.key()) not in seen:
+                    seen.add(key)
+                    options = world.options(kills, failures)
+                    if not options:
+                        world.finish()
+                        break
+                    owner = world.owner.name if world.owner else ""
+                    for op in options[1:]:
+                        more = op[0] == "!" or "-" in op or (options[0] == owner != op and "+" not in op)
+                        heapq.heappush(waiting, (cost + more, next(number), (*path, op)))
+                    path.append(options[0])
+                    world.apply(options[0])
+            except Violation as error:
+                found.violation, found.trace = str(error), _trace(make, path)
+                break
+            finally:
+                found.steps += len(path)
+    found.states, found.complete = len(seen), not waiting and not found.violation
+    return found
+
+
+def replay(make: Callable[[], World], trace: Sequence[str]) -> str:
+    """Play a trace and let everybody end in turn; returns the violation, or nothing."""
+    with _made(make) as world:
+        try:
+            for segment in trace:
+                for op in _ops_of(world, segment):
+                    world.apply(op)
+            while options := world.options(0, 0):
+                world.apply(options[0])
+            world.finish()
+        except Violation as error:
+            return str(error)
+    return ""
+
+
+def _ops_of(world: World, segment: str) -> Iterator[str]:
+    name, _, until = segment.partition(":")
+    if not until:
+        known = world.options(9, 9)
+        yield from [segment] if segment in known else []
+        return
+    label, _, count = until.partition("#")
+    actor = world.actors[name]
+    while actor.able() and not (actor.label == label and actor.passed[label] + 1 >= int(count)):
+        yield name
+
+
+def _trace(make: Callable[[], World], path: Sequence[str]) -> tuple[str, ...]:
+    """A path as segments."""
+    trace: list[str] = []
+    with _made(make) as world, contextlib.suppress(Violation):
+        for at, op in enumerate(path):
+            actor = world.actors.get(op)
+            if actor is not None and at + 1 == len(path):
+                trace.append(f"{op}:end#1")
+            world.apply(op)
+            if actor is None:
+                trace.append(op)
+            elif at + 1 < len(path) and path[at + 1] != op:
+                trace.append(f"{op}:{actor.label}#{actor.passed[actor.label] + 1}")
+    return tuple(trace)
+
+
+@contextlib.contextmanager
+def _made(make: Callable[[], World]) -> Iterator[World]:
+    global _world
+    try:
+        _world = world = make()
+        yield world
+    finally:
+        if _world is not None:
+            _world.dispose()
+        _world = None

@@ -1,0 +1,197 @@
+"""Small nodes whose every interleaving is tried: who is there, and what each does with production calls."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from interleavings import Actor, Reader, World, explore, instrumented, point
+
+from buddymoe_ray.cache import ExpertCache
+from buddymoe_ray.cache.shared import Move, Mover, SharedExpertCache, SharedHostTier, SharedStore, sweep
+from buddymoe_ray.policy import LRU
+from buddymoe_ray.types import ExpertKey, SlotPlan
+
+__all__ = ["Scenario", "scenarios"]
+
+Prepare = Callable[[Actor], Callable[[Actor], None]]
+X, Y, Z = (ExpertKey(0, expert) for expert in range(3))
+
+
+def worker(world: World, *experts: int, held: tuple[int, ...] = (), seconds: float = 0.0) -> Prepare:
+    """Streams the experts once; inside a hold, and computing long, where asked."""
+
+    def prepare(me: Actor) -> Callable[[Actor], None]:
+        cache = SharedExpertCache(world.attach(me), reader=Reader())  # type: ignore[arg-type]
+
+        def program(me: Actor) -> None:
+            with cache.holding(0, list(held)) as able:
+                wanted = [*able, *(e for e in experts if e not in able)]
+                for leases in cache.stream(0, wanted, protect_residency=bool(held)):
+                    until = world.now + seconds
+                    me.use(leases)
+                    if seconds:
+                        point("long", lambda until=until: world.now >= until)
+                        me.use(leases)
+
+        return program
+
+    return prepare
+
+
+def keeper(world: World, *moves: Move) -> Prepare:
+    """Frees what the dead held, then moves experts, as a node's keeper does."""
+
+    def prepare(me: Actor) -> Callable[[Actor], None]:
+        store = world.attach(me)
+        mover = Mover(store, Reader(), bytes_per_second=1e12)  # type: ignore[arg-type]
+
+        def program(_: Actor) -> None:
+            with store.tables.locked():
+                store.tables.reap()
+            mover.run(moves)
+
+        return program
+
+    return prepare
+
+
+def reaper(world: World) -> Prepare:
+    """Holds the lock once, with changes: the one that is killed half-way."""
+
+    def prepare(me: Actor) -> Callable[[Actor], None]:
+        store = world.attach(me)
+
+        def program(_: Actor) -> None:
+            with store.tables.locked():
+                store.tables.reap()
+
+        return program
+
+    return prepare
+
+
+def device(world: World, *experts: int) -> Prepare:
+    """A GPU worker's cache over the node's host tier."""
+
+    def prepare(me: Actor) -> Callable[[Actor], None]:
+        reader = Reader()
+        host = SharedHostTier(world.attach(me), reader=reader, pinned=False)  # type: ignore[arg-type]
+        plan = SlotPlan(
+            budget_bytes=1 << 20,
+            slot_bytes=world.layout.slot_bytes,
+            overhead_bytes=0,
+            wave_slots=1,
+            layer_slots=(1,),
+            fully_resident=False,
+        )
+        cache = ExpertCache(world.layout, plan, eviction=LRU, reader=reader, host=host)  # type: ignore[arg-type]
+
+        def program(me: Actor) -> None:
+            for leases in cache.stream(0, list(experts), protect_residency=False):
+                me.use_copies(leases)
+
+        return program
+
+    return prepare
+
+
+def starter(world: World) -> Prepare:
+    """Attaches, and leaves."""
+
+    def prepare(_: Actor) -> Callable[[Actor], None]:
+        def program(me: Actor) -> None:
+            store = SharedStore(world.path, world.layout, world.plan, b"d" * 32)
+            me.stores.append(store)
+            point("attached")
+            store.close()
+
+        return program
+
+    return prepare
+
+
+def sweeper(world: World) -> Prepare:
+    """Removes what nobody uses."""
+    return lambda _: lambda _: sweep(world.path.parent) and None  # type: ignore[func-returns-value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """A world, and how much may go wrong in it: kills (of `victims`, else of anybody) and failed reads."""
+
+    make: Callable[[], World]
+    kills: int = 0
+    failures: int = 0
+
+
+def _scenario(
+    folder: Path,
+    actors: dict[str, Callable[[World], Prepare]],
+    *resident: ExpertKey,
+    kills: int = 0,
+    failures: int = 0,
+    victims: str = "",
+) -> Scenario:
+    def make() -> World:
+        world = World(folder)
+        world.victims = frozenset(victims or actors)
+        for name, prepare in actors.items():
+            world.actor(name, prepare(world))
+        if resident:
+            world.fill(*resident)
+        world.owner = None  # who begins is open
+        return world
+
+    return Scenario(make=make, kills=kills, failures=failures)
+
+
+def _worker(*experts: int, held: tuple[int, ...] = (), seconds: float = 0.0) -> Callable[[World], Prepare]:
+    return lambda world: worker(world, *experts, held=held, seconds=seconds)
+
+
+def _keeper(*moves: Move) -> Callable[[World], Prepare]:
+    return lambda world: keeper(world, *moves)
+
+
+def _device(*experts: int) -> Callable[[World], Prepare]:
+    return lambda world: device(world, *experts)
+
+
+def scenarios(folder: Path) -> dict[str, Scenario]:
+    """All of them, by name."""
+    swap = Move(load=Y, evict=X)
+    return {
+        "same": _scenario(folder, {"A": _worker(0), "B": _worker(0)}, failures=1),
+        "same, killed": _scenario(folder, {"A": _worker(0), "B": _worker(0)}, kills=1),
+        "evict": _scenario(folder, {"A": _worker(0), "B": _worker(1)}, X, kills=1),
+        "waves": _scenario(folder, {"A": _worker(0, 1, 2), "B": _worker(2, 1)}, failures=1),
+        "move": _scenario(folder, {"A": _worker(0), "M": _keeper(swap)}, X, kills=1),
+        "move, failed": _scenario(folder, {"A": _worker(0, 1), "M": _keeper(swap)}, X, failures=1),
+        "movers": _scenario(
+            folder, {"A": _worker(0), "M": _keeper(swap), "N": _keeper(Move(load=Z))}, X, kills=1, victims="M"
+        ),
+        "repair": _scenario(folder, {"M": _keeper(swap), "A": _worker(2), "K": reaper}, X, kills=1, victims="K"),
+        "long": _scenario(folder, {"A": _worker(0, seconds=7.0), "M": _keeper(swap), "B": _worker(0)}, X),
+        "roles": _scenario(folder, {"A": _worker(0, 2, held=(0,)), "M": _keeper(swap)}, X, Y, kills=1),
+        "start": _scenario(folder, {"A": starter, "B": starter}, kills=1),
+        "sweep": _scenario(folder, {"A": starter, "S": sweeper}, kills=1),
+        "devices": _scenario(folder, {"A": _device(0), "B": _device(1, 2)}, failures=1),
+        "devices, killed": _scenario(folder, {"A": _device(0), "B": _device(0, 1)}, kills=1),
+    }
+
+
+def main(seconds: float, *names: str) -> None:
+    """Explore the nodes so named (else all), each for so many seconds of this processor at most."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, instrumented():
+        for name, node in scenarios(Path(folder)).items():
+            if not names or name in names:
+                found = explore(node.make, kills=node.kills, failures=node.failures, seconds=seconds)
+                print(name, found, flush=True)
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), *sys.argv[2:])

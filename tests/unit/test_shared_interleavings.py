@@ -1,0 +1,64 @@
+"""The shared store under every interleaving that small nodes can have, and under those that once went wrong."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from interleavings import explore, instrumented, replay
+from store_scenarios import Scenario, scenarios
+
+STATES = 900  # of each node; `python tests/store_scenarios.py 60` goes on for a minute each
+
+TRACES = {
+    "a read that fails between look-up and wait": (
+        "same",
+        "A:settle#1 B:lock#1 A-0 B:read-state#1 A:write-lease#3 B:end#1",
+    ),
+    "a mover's read that fails while it is looked at": (
+        "move, failed",
+        "M:wait#1 A:read-generation#2 A+0 M-0 A:read-key_layer#1 M:write-lease#3 A:end#1",
+    ),
+    "a repair while a mover keeps a slot": (
+        "repair",
+        "M:read-lease#1 K:write-head#2 !K M:lock#3 A:settle#1 M:submit#1 A+0 M:wait#1 M+0 M:write-lease#3 A:end#1",
+    ),
+    "a mover is killed, another one takes the slot that is computed with": (
+        "movers",
+        "A:compute#1 M:read-lease#1 !M N:wait#1 N+0 N:end#1 A:end#1",
+    ),
+    "a mover is killed, its slot is freed, its lease is looked at": (
+        "movers",
+        "A:read-generation#2 M:read-lease#1 !M N:lock#2 A:end#1",
+    ),
+    "an expert that had to go came elsewhere": ("long", "A:long#1 M:sleep#1 B:settle#1 B+0 B:end#1"),
+    "a wave slot is exchanged for one that its only user holds": ("roles", "A:lock#2 M:end#1 A:end#1"),
+    "a start between another's tables and row": ("start", "B:lock#2 A:unlock#7 B:end#1"),
+    "a sweeper between tables and row": ("sweep", "A:lock#2 S:unlock#2 A:end#1"),
+    "every slot of the host tier is lent": ("devices", "B:wait#1 A:end#1"),
+    "whoever reads for us is killed": ("devices, killed", "B:unlock#1 !B A:sleep#2 ~ A:end#1"),
+}
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Scenario]]:
+    logging.getLogger("buddymoe_ray.cache.shared.store").disabled = True  # sweepers say what they removed
+    with instrumented():
+        yield scenarios(tmp_path_factory.mktemp("shm"))
+    logging.getLogger("buddymoe_ray.cache.shared.store").disabled = False
+
+
+@pytest.mark.parametrize("fault", TRACES)
+def test_what_once_went_wrong_goes_well(nodes: dict[str, Scenario], fault: str) -> None:
+    name, trace = TRACES[fault]
+    assert replay(nodes[name].make, trace.split()) == ""
+
+
+@pytest.mark.parametrize("name", list(scenarios(Path())))
+def test_no_order_of_steps_goes_wrong(nodes: dict[str, Scenario], name: str) -> None:
+    node = nodes[name]
+    found = explore(node.make, kills=node.kills, failures=node.failures, most_states=STATES)
+    assert not found.violation, f"{found.violation}, after {' '.join(found.trace)}"
+    assert found.states >= STATES or found.complete
