@@ -57,7 +57,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     Raises:
         UnsupportedModel: unknown family, quantised weights, or an encoder-decoder.
     """
-    name = config.get("model_type")
+    name = str(config.get("model_type"))
     if config.get("is_encoder_decoder"):
         raise UnsupportedModel(f"{where} is an encoder-decoder ({name}), must be a decoder. hint: serve a causal model")
     if config.get("is_causal") is False:
@@ -74,4 +74,4 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
             f"{where} is quantised ({method}), must be stored in bfloat16, float16 or float32. "
             "hint: use the checkpoint's unquantised release, or dequantise it with transformers' save_pretrained"
         )
-    return FAMILIES[str(name)]
+    return FAMILIES[name]

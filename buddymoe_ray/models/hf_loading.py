@@ -7,6 +7,7 @@ aside.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,9 +38,10 @@ from transformers.utils.generic import ContextManagers
 
 from buddymoe_ray.errors import CheckpointError, ConfigError, UnsupportedModel
 from buddymoe_ray.models import experts_hook
+from buddymoe_ray.models.config_check import check_config
 from buddymoe_ray.models.dense import LazyTensor
 from buddymoe_ray.models.families import WINDOWED
-from buddymoe_ray.models.index import TensorLocation
+from buddymoe_ray.models.index import TensorLocation, read_json
 
 __all__ = [
     "ExpertSource",
@@ -55,6 +57,9 @@ __all__ = [
     "stored_shapes",
     "switch_length",
 ]
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +87,14 @@ class KeyPlan:
 
 def read_config(folder: Path) -> PreTrainedConfig:
     """transformers' config of the folder; the caller has checked the family."""
+    where = folder / "config.json"
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # transformers raises many kinds for a bad field
-        where = folder / "config.json"
         raise CheckpointError(f"{where} is refused by transformers ({error}). hint: fix the field") from error
+    check_config(config, read_json(where), str(where))
     return config
 
 
@@ -100,7 +106,7 @@ def build_meta(config: PreTrainedConfig, *, dtype: torch.dtype, attn: str | None
     config._experts_implementation = experts_hook.NAME
     config._attn_implementation = attn
     contexts = model_class.get_init_context(dtype, False, False, None)
-    with ContextManagers(contexts), _refused_attention(config, attn):
+    with ContextManagers(contexts), _refused(config, attn):
         model: PreTrainedModel = model_class(config)
     _freeze(model)
     return model
@@ -198,7 +204,7 @@ def load_dense(
     """Load all dense weights, rebuild the buffers that are not stored, tie what is tied.
 
     Raises:
-        CheckpointError: a key is missing, unexpected, of the wrong shape, or not finite.
+        CheckpointError: a key is missing, of the wrong shape, or not finite. One too many is a warning.
     """
     experts = {f"{name}.{p}" for name, m in experts_modules(model).items() for p, _ in m.named_parameters()}
     dtype = _dtype(model)
@@ -245,10 +251,9 @@ def _causal_class(config: PreTrainedConfig) -> Any:
 
 
 def _raise_on_problems(model: PreTrainedModel, info: Any, dense: Mapping[str, TensorLocation]) -> None:
-    missing_tied = info.missing_keys & set(model.all_tied_weights_keys)
-    sources = {model.all_tied_weights_keys[name] for name in missing_tied}
     model._adjust_missing_and_unexpected_keys(info)
-    missing = (info.missing_keys - missing_tied) | (info.missing_keys & sources)
+    tied = model.all_tied_weights_keys  # either of two is enough
+    missing = info.missing_keys.difference(tied, (tied[name] for name in tied.keys() - info.missing_keys))
     files = sorted({place.path for place in dense.values()})
     where = files[0] if len(files) == 1 else f"{Path(files[0]).parent} ({len(files)} files)" if files else "no file"
     if info.conversion_errors:
@@ -266,24 +271,29 @@ def _raise_on_problems(model: PreTrainedModel, info: Any, dense: Mapping[str, Te
             "hint: finish the download, or check that config.json belongs to these weights"
         )
     if info.unexpected_keys:
-        key = min(info.unexpected_keys)
-        raise CheckpointError(
-            f"key {key!r} in {where} maps to no parameter of {type(model).__name__} "
-            f"({len(info.unexpected_keys)} do not), must map to one. "
-            "hint: config.json and weights are from different models"
+        named = sorted(info.unexpected_keys, key=dot_natural_key)
+        log.warning(
+            "%s: %d keys are no parameters of %s and left out, as transformers does: %s",
+            where,
+            len(named),
+            type(model).__name__,
+            ", ".join(named[:3]) + (", ..." if len(named) > 3 else ""),
         )
 
 
 @contextmanager
-def _refused_attention(config: PreTrainedConfig, attn: str | None) -> Iterator[None]:
+def _refused(config: PreTrainedConfig, attn: str | None) -> Iterator[None]:
     try:
         yield
-    except (ValueError, ImportError) as error:
-        if attn is None:
-            raise
-        raise ConfigError(
-            f"attention is {attn!r}, must be one that {config.model_type} supports ({error}). "
-            "hint: leave it to the default"
+    except Exception as error:  # transformers raises many kinds for a bad field
+        if attn is not None and isinstance(error, ValueError | ImportError):
+            raise ConfigError(
+                f"attention is {attn!r}, must be one that {config.model_type} supports ({error}). "
+                "hint: leave it to the default"
+            ) from error
+        raise CheckpointError(
+            f"config.json of {config.model_type} describes no model ({type(error).__name__}: {error}). "
+            "hint: compare it with the release's own"
         ) from error
 
 

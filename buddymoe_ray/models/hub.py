@@ -1,4 +1,4 @@
-"""Downloads a checkpoint from the hub: config and tokenizer first, then exactly the shards that its index names.
+"""Downloads a checkpoint from the hub: config and tokenizer first, then the weights that transformers would.
 
 No pickles and no code are downloaded. An unsupported family is refused before its weights are fetched. Honours
 HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE through huggingface_hub, which also resumes what was cut off.
@@ -24,7 +24,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 
 from buddymoe_ray.errors import CheckpointError
 from buddymoe_ray.models.families import family_of
-from buddymoe_ray.models.index import INDEX_NAME, SINGLE_NAME, read_json
+from buddymoe_ray.models.index import SINGLE_NAME, named_weights, read_json, shard_names, weights_name
 
 __all__ = ["SMALL_FILES", "download"]
 
@@ -45,19 +45,20 @@ def download(repo: str, *, cache_dir: Path | None = None, progress: bool = False
         if not (folder / "config.json").exists():
             raise CheckpointError(f"{repo} has no config.json, must have one. hint: is it a model repository?")
         family_of(read_json(folder / "config.json"), f"{repo}'s config.json")
-        names = _weight_files(folder)
-        _check_space(repo, folder.name, names, cache_dir)
-        snapshot_download(repo, revision=folder.name, cache_dir=cache_dir, allow_patterns=names)
+        for names in _weight_files(folder):
+            _check_space(repo, folder.name, names, cache_dir)
+            snapshot_download(repo, revision=folder.name, cache_dir=cache_dir, allow_patterns=names)
     if not any((folder / name).exists() for name in names):
         raise CheckpointError(f"{repo} has no {names[0]}, must have safetensors weights. hint: choose another release")
     return folder
 
 
-def _weight_files(folder: Path) -> list[str]:
-    index = folder / INDEX_NAME
-    if not index.exists():
-        return [SINGLE_NAME]
-    return sorted({str(name) for name in read_json(index).get("weight_map", {}).values()}) or [SINGLE_NAME]
+def _weight_files(folder: Path) -> Iterator[list[str]]:
+    """What to fetch, in transformers' order: the single file, where there is none the shards of the index."""
+    yield [named_weights(folder) or SINGLE_NAME]
+    name = weights_name(folder)
+    if name is not None and name.endswith(".json"):
+        yield shard_names(folder / name)
 
 
 def _check_space(repo: str, revision: str, names: list[str], cache_dir: Path | None) -> None:

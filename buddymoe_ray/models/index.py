@@ -10,14 +10,24 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from buddymoe_ray.errors import CheckpointError
 
-__all__ = ["DTYPE_BYTES", "INDEX_NAME", "SINGLE_NAME", "TensorLocation", "has_weights", "read_index", "read_json"]
+__all__ = [
+    "DTYPE_BYTES",
+    "INDEX_NAME",
+    "SINGLE_NAME",
+    "TensorLocation",
+    "has_weights",
+    "named_weights",
+    "read_index",
+    "read_json",
+    "shard_names",
+    "weights_name",
+]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -55,21 +65,62 @@ class TensorLocation:
 
 def has_weights(folder: Path) -> bool:
     """Whether the folder claims to hold safetensors weights (they may still be broken)."""
-    return (folder / INDEX_NAME).exists() or (folder / SINGLE_NAME).exists()
+    return weights_name(folder) is not None
+
+
+def weights_name(folder: Path) -> str | None:
+    """File that transformers would load or whose shards it would: what config.json names, else a single file, else an
+    index; a single file leaves an index beside it unread."""
+    named = named_weights(folder)
+    names = (SINGLE_NAME, INDEX_NAME) if named is None else (named,)
+    return next((name for name in names if (folder / name).is_file()), None)
+
+
+def named_weights(folder: Path) -> str | None:
+    """The weights file that config.json names (`transformers_weights`), if it does. Raises CheckpointError."""
+    config = folder / "config.json"
+    named = read_json(config).get("transformers_weights") if config.exists() else None
+    return None if named is None else _inside(config, named)
 
 
 def read_index(folder: Path) -> dict[str, TensorLocation]:
-    """Locate every tensor of the checkpoint in `folder`.
+    """Locate every tensor of the checkpoint in `folder`. An index only names the shards: what they hold counts; of a
+    key in several the last shard's, by name, as in transformers.
 
     Raises:
-        CheckpointError: a file is missing, truncated or not safetensors, or headers and index disagree.
+        CheckpointError: a file is missing, truncated or not safetensors.
     """
     folder = folder.resolve()
-    if (folder / INDEX_NAME).exists():
-        return _read_sharded(folder)
-    if (folder / SINGLE_NAME).exists():
-        return _read_header(folder / SINGLE_NAME)
-    raise CheckpointError(_no_weights_message(folder))
+    name = weights_name(folder)
+    if name is None:
+        raise CheckpointError(_no_weights_message(folder))
+    if not name.endswith(".json"):
+        return _read_header(folder / name)
+    names = shard_names(folder / name)
+    missing = [shard for shard in names if not (folder / shard).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder / missing[0]} is missing ({len(missing)} of {len(names)} shards are), must be there. "
+            "hint: finish the download"
+        )
+    found: dict[str, TensorLocation] = {}
+    for shard in names:
+        found |= _read_header(folder / shard)
+    return found
+
+
+def shard_names(index: Path) -> list[str]:
+    """Shards that an index names, sorted. Raises CheckpointError."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} has no usable weight_map, must map keys to files. hint: download it again")
+    return sorted({_inside(index, name) for name in weight_map.values()})
+
+
+def _inside(path: Path, name: object) -> str:
+    if not isinstance(name, str) or not name or Path(name).name != name:
+        raise CheckpointError(f"{path} names {name!r}, must be a name in the same folder. hint: download it again")
+    return name
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -83,51 +134,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is a JSON {type(value).__name__}, must be an object. hint: download it again")
     return value
-
-
-def _read_sharded(folder: Path) -> dict[str, TensorLocation]:
-    index = folder / INDEX_NAME
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{index} has no usable weight_map, must map keys to files. hint: download it again")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name:
-            raise CheckpointError(f"{index} names {name!r}, must be a name in the same folder. hint: fix the index")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{folder / missing[0]} is missing ({len(missing)} of {len(names)} shards are), must be there. "
-            "hint: finish the download"
-        )
-    found: dict[str, TensorLocation] = {}
-    for name in names:
-        _merge(found, _read_header(folder / name))
-    _check_map(index, weight_map, found)
-    return found
-
-
-def _merge(found: dict[str, TensorLocation], shard: Mapping[str, TensorLocation]) -> None:
-    for key, location in shard.items():
-        if key in found:
-            raise CheckpointError(
-                f"key {key!r} is in {found[key].path} and in {location.path}, must be in one file. "
-                "hint: remove the stale shard and its entry in the index"
-            )
-        found[key] = location
-
-
-def _check_map(index: Path, weight_map: Mapping[str, str], found: Mapping[str, TensorLocation]) -> None:
-    for key, name in weight_map.items():
-        if key not in found or Path(found[key].path).name != name:
-            raise CheckpointError(
-                f"{index.parent / name} has no key {key!r}, must have it as {index.name} says. hint: download it again"
-            )
-    for key, location in found.items():
-        if key not in weight_map:
-            raise CheckpointError(
-                f"{location.path} has key {key!r} that {index.name} lacks. hint: download the index again"
-            )
 
 
 def _read_header(path: Path) -> dict[str, TensorLocation]:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from buddymoe_ray.errors import CheckpointError
+from buddymoe_ray.models.config_check import EXPERTS_PER_TOKEN
 from buddymoe_ray.models.experts_index import expert_layout, slot_tensors
 from buddymoe_ray.models.families import Family, family_of
 from buddymoe_ray.models.hf_loading import (
@@ -148,21 +150,23 @@ def dense_bytes(model: PreTrainedModel) -> int:
 
 
 def experts_per_token(config: PreTrainedConfig) -> int:
-    """The router's K; families name it differently. The largest where layers differ."""
-    for name in ("num_experts_per_tok", "moe_k", "moe_topk"):
-        value = getattr(config, name, None)
-        if value is not None:
-            return max(value) if isinstance(value, list | tuple) else int(value)
-    raise AssertionError(f"{config.model_type} names no experts per token: teach experts_per_token its field")
+    """The router's K. The largest where layers differ."""
+    value = next(value for name in EXPERTS_PER_TOKEN if (value := getattr(config, name, None)) is not None)
+    return max(value) if isinstance(value, list | tuple) else int(value)
 
 
 def eos_token_ids(folder: Path, config: PreTrainedConfig) -> frozenset[int]:
-    """End tokens as `generate` knows them: generation_config.json first, then config.json."""
+    """End tokens as `generate` knows them: generation_config.json first, then config.json. Raises CheckpointError."""
     path = folder / "generation_config.json"
     value: Any = read_json(path).get("eos_token_id") if path.exists() else None
     if value is None:
-        value = getattr(config, "eos_token_id", None)
-    return frozenset() if value is None else frozenset(value if isinstance(value, list | tuple) else [value])
+        path, value = folder / "config.json", getattr(config, "eos_token_id", None)
+    ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise CheckpointError(
+            f"eos_token_id in {path} is {value!r}, must be a token id or a list of them. hint: fix the field"
+        )
+    return frozenset(ids)
 
 
 def generation_defaults(folder: Path) -> dict[str, Any]:

@@ -134,24 +134,35 @@ def test_key_twice_in_one_header_is_refused(tmp_path: Path) -> None:
         read_index(tmp_path)
 
 
-def test_key_in_two_shards_is_refused(tmp_path: Path) -> None:
+def test_of_a_key_in_two_shards_the_last_one_counts_as_in_transformers(tmp_path: Path) -> None:
     two_shards(tmp_path)
     save_file({"c": torch.zeros(4, dtype=torch.bfloat16), "a": torch.ones(1)}, tmp_path / "s2.safetensors")
-    with pytest.raises(CheckpointError, match=r"key 'a' is in .*s1.safetensors and in .*s2.safetensors"):
-        read_index(tmp_path)
+    assert Path(read_index(tmp_path)["a"].path).name == "s2.safetensors"
 
 
-def test_key_that_its_shard_lacks_is_refused(tmp_path: Path) -> None:
+def test_what_the_shards_hold_counts_not_what_the_index_says(tmp_path: Path) -> None:
     index = two_shards(tmp_path) / INDEX_NAME
     index.write_text(json.dumps({"weight_map": {**json.loads(index.read_text())["weight_map"], "d": "s2.safetensors"}}))
-    with pytest.raises(CheckpointError, match=r"s2\.safetensors has no key 'd'"):
-        read_index(tmp_path)
-
-
-def test_key_that_the_index_lacks_is_refused(tmp_path: Path) -> None:
-    two_shards(tmp_path)
     save_file({"c": torch.zeros(4), "extra": torch.ones(1)}, tmp_path / "s2.safetensors")
-    with pytest.raises(CheckpointError, match=r"key 'extra' that model.safetensors.index.json lacks"):
+    assert set(read_index(tmp_path)) == {"a", "b", "c", "extra"}
+
+
+def test_single_file_wins_over_an_index_beside_it(tmp_path: Path) -> None:
+    save_file({"new": torch.ones(2)}, two_shards(tmp_path) / SINGLE_NAME)
+    assert set(read_index(tmp_path)) == {"new"}
+    (tmp_path / "s1.safetensors").unlink()
+    assert set(read_index(tmp_path)) == {"new"}
+
+
+def test_file_that_the_config_names_wins_over_all(tmp_path: Path) -> None:
+    save_file({"named": torch.ones(2)}, two_shards(tmp_path) / "special.safetensors")
+    save_file({"new": torch.ones(2)}, tmp_path / SINGLE_NAME)
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": "special.safetensors"}))
+    assert set(read_index(tmp_path)) == {"named"}
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": INDEX_NAME}))
+    assert set(read_index(tmp_path)) == {"a", "b", "c"}
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": "../special.safetensors"}))
+    with pytest.raises(CheckpointError, match="must be a name in the same folder"):
         read_index(tmp_path)
 
 

@@ -14,9 +14,11 @@ import torch
 from families import build_checkpoint, stock_logits
 from hub_server import HubServer, hub_server
 from huggingface_hub import constants
+from safetensors.torch import save_file
 from slot_oracle import attach_oracle
 
 from buddymoe_ray.errors import CheckpointError, UnsupportedModel
+from buddymoe_ray.models.index import SINGLE_NAME, read_index
 from buddymoe_ray.models.load import load_model
 from buddymoe_ray.models.resolve import is_builtin, resolve_model
 from buddymoe_ray.models.tiny import path as tiny_path
@@ -175,3 +177,11 @@ def test_repository_without_safetensors_is_refused(hub: HubServer, tmp_path: Pat
         path.unlink()
     with pytest.raises(CheckpointError, match=r"must have safetensors"):
         resolve_model("someone/small-moe", cache_dir=tmp_path / "cache")
+
+
+def test_single_file_is_downloaded_rather_than_the_shards_of_an_index_beside_it(hub: HubServer, tmp_path: Path) -> None:
+    remote = hub.root / "someone" / "small-moe"
+    save_file({"new": torch.ones(2)}, remote / SINGLE_NAME)
+    folder = resolve_model("someone/small-moe", cache_dir=tmp_path / "cache")
+    assert {path.name for path in folder.glob("*.safetensors")} == {SINGLE_NAME}
+    assert set(read_index(folder)) == {"new"}

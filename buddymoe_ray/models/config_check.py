@@ -1,0 +1,66 @@
+"""Whether the numbers of a config.json can be those of a model, so that nonsense is named before anything is built.
+
+Knows what transformers' config classes call their fields, no family in particular. What it lets through may still be
+refused by weights that do not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from buddymoe_ray.errors import CheckpointError
+
+__all__ = ["EXPERTS_PER_TOKEN", "check_config"]
+
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_k", "moe_topk")
+_EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
+_COUNTS = (
+    *("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("max_position_embeddings", "intermediate_size", "moe_intermediate_size", "n_group", "topk_group"),
+)
+_ROPE_NUMBERS = ("rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor")
+
+
+def check_config(config: PreTrainedConfig, written: Mapping[str, Any], where: str) -> None:
+    """Raises CheckpointError naming the field that no model can have; `written` is the JSON of the file `where`."""
+    experts, per_token = (
+        next((name for name in names if name in written), names[0]) for names in (_EXPERTS, EXPERTS_PER_TOKEN)
+    )
+    count: Any = getattr(config, experts, None)
+    fields = {name: value for name in _COUNTS if (value := getattr(config, name, None)) is not None}
+    if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) is not None:
+        fields["sliding_window"] = config.sliding_window
+    for name, value in {**fields, experts: count, per_token: getattr(config, per_token, None)}.items():
+        for each in value if isinstance(value, list | tuple) and name == per_token else (value,):
+            if not isinstance(each, int) or isinstance(each, bool) or each < 1:
+                raise _refusal(where, name, value, "an integer of at least 1")
+            if name == per_token and each > count:
+                raise _refusal(where, name, value, f"at most {experts}, {count}")
+    groups = fields.get("n_group", 1)
+    if count % groups:
+        raise _refusal(where, "n_group", groups, f"a divisor of {experts}, {count}")
+    if fields.get("topk_group", 1) > groups:
+        raise _refusal(where, "topk_group", fields["topk_group"], f"at most n_group, {groups}")
+    _check_rope(getattr(config, "rope_parameters", None) or {}, where)
+    activation = getattr(config, "hidden_act", None)
+    if activation is not None and activation not in ACT2FN:
+        raise _refusal(where, "hidden_act", activation, "an activation that transformers knows")
+
+
+def _check_rope(rope: dict[str, Any], where: str) -> None:
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+        raise _refusal(where, "rope_type", kind, f"default or one of {', '.join(ROPE_INIT_FUNCTIONS)}")
+    for name in _ROPE_NUMBERS:
+        value = rope.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+            raise _refusal(where, name, value, "a number above 0")
+
+
+def _refusal(where: str, name: str, value: object, wanted: str) -> CheckpointError:
+    return CheckpointError(f"{name} in {where} is {value!r}, must be {wanted}. hint: fix the field")
