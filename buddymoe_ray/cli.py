@@ -1,4 +1,4 @@
-"""`buddymoe`: parse, dispatch, turn this package's errors into one line on stderr and an exit status.
+"""`buddymoe`: parse, dispatch, turn bad usage and this package's errors into one line on stderr and an exit status.
 
 0 is success, 1 a failure the user can read about, 2 bad usage. Commands are imported only when called, so `--help` is
 quick and needs no torch.
@@ -11,13 +11,18 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NoReturn
 
+from buddymoe_ray import __version__
+from buddymoe_ray.config import one_of, refuse_unknown
 from buddymoe_ray.errors import BuddyMoEError, ConfigError
 
 __all__ = ["build_parser", "main"]
 
 COMMANDS = {
+    "serve": "check a deployment and serve it: an OpenAI API on Ray Serve",
     "chat": "talk to a model in the terminal",
     "eval": "score a corpus step by step against the exact engine",
     "bench": "measure decode and prefill speed, latency, bytes and memory",
@@ -28,12 +33,53 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse whose refusals are one line in this package's form."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("type", int, partial(_number, int, "a whole number"))
+        self.register("type", float, partial(_number, float, "a number"))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None:
+            try:
+                one_of((*action.option_strings, action.dest)[0], value, action.choices)
+            except ConfigError as error:
+                self.error(str(error))
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("argument "):
+            message = message.removeprefix("argument ").replace(": ", " ", 1)
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}. usage: {self.prog} --help\n")
+
+
+class _CommandParser(_Parser):
+    """Looks at the names of options first: a misspelt one is named even where it leaves a needed one missing."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known = [text for action in self._actions for text in action.option_strings]
+        try:
+            refuse_unknown("option", (word.partition("=")[0] for word in args if word.startswith("--")), known)
+        except ConfigError as error:
+            self.error(str(error))
+        return super().parse_known_args(args, namespace)
+
+
+def _number(make: Callable[[str], float], wanted: str, text: str) -> float:
+    try:
+        return make(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"is {text!r}, must be {wanted}") from None
+
+
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     """The whole parser; with `only`, the options of that one command alone are filled in."""
-    parser = argparse.ArgumentParser(prog="buddymoe", description="Serve MoE models bigger than your memory.")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = _Parser(prog="buddymoe", description="Serve MoE models bigger than your memory.")
+    parser.add_argument("--version", action="version", version=f"buddymoe {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser)
     for name, summary in COMMANDS.items():
-        sub = subparsers.add_parser(name, help=summary, description=summary)
+        sub = subparsers.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         if only in (None, name):
             importlib.import_module(f"buddymoe_ray.commands.{name}").add_arguments(sub)
     return parser

@@ -6,7 +6,10 @@ written once. Environment variables are read in this file alone.
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +17,16 @@ from typing import Any, get_args
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.types import Mode
 
-__all__ = ["EngineConfig", "api_key_from_environment", "cache_folder"]
+__all__ = [
+    "EngineConfig",
+    "api_key_from_environment",
+    "cache_folder",
+    "near_miss",
+    "one_of",
+    "option_notes",
+    "parse_memory",
+    "refuse_unknown",
+]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BATCHING = ("auto", "packed", "solo")
@@ -51,10 +63,11 @@ class EngineConfig:
         guard_share: share of `bounded` and `fast` sequences recomputed exactly to check their cost; 0 is off.
         dtype: compute dtype; `auto` is float32 for `builtin:tiny` and float32 checkpoints, else the checkpoint's.
         device: `auto` (cuda when there is one, else cpu), `cpu`, `cuda`, `cuda:1`.
-        threads: CPU threads of the compute kernels.
+        threads: CPU threads of the compute kernels of one engine.
         max_model_len: most tokens of prompt and output; None is the model's own limit.
         max_running: most sequences that decode side by side.
-        kv_memory: bytes of the KV cache: `512MiB`, or `auto`.
+        kv_memory: bytes of the KV cache: `512MiB`, or `auto`: what `max_running` sequences of `max_model_len` need, as
+            far as the device has room beside dense weights and experts.
         prefill_chunk: most prompt tokens computed in one step.
         batching: `packed` (ragged rows over a paged KV cache), `solo` (transformers' own cache, a forward per sequence;
             for families with recurrent state), `auto` picks by family.
@@ -64,7 +77,7 @@ class EngineConfig:
     """
 
     model: str = "builtin:tiny"
-    memory: str = "25%"
+    memory: str = "50%"
     host_memory: str = "0"
     mode: Mode = "exact"
     budget: float = 0.003
@@ -86,21 +99,26 @@ class EngineConfig:
     generation_config: str = "auto"
 
     def __post_init__(self) -> None:
-        _one_of("mode", self.mode, get_args(Mode))
-        _one_of("standin", self.standin, STANDINS)
-        _one_of("policy", self.policy, POLICIES)
-        _one_of("expert_dtype", self.expert_dtype, EXPERT_DTYPES)
+        one_of("mode", self.mode, get_args(Mode))
+        one_of("standin", self.standin, STANDINS)
+        one_of("policy", self.policy, POLICIES)
+        one_of("expert_dtype", self.expert_dtype, EXPERT_DTYPES)
+        for name in ("memory", "host_memory", "kv_memory"):
+            if (name, getattr(self, name)) != ("kv_memory", "auto"):
+                parse_memory(getattr(self, name), total_expert_bytes=0, name=name)
+        if self.kv_memory.endswith("%"):
+            raise ConfigError(f"kv_memory is {self.kv_memory!r}, must be bytes or auto. hint: write 512MiB")
         self.chosen_layers()
         _between("budget", self.budget, 0.0, 1.0)
         _between("guard_share", self.guard_share, 0.0, 1.0)
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("batching", self.batching, BATCHING)
-        _one_of("generation_config", self.generation_config, GENERATION_CONFIGS)
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("batching", self.batching, BATCHING)
+        one_of("generation_config", self.generation_config, GENERATION_CONFIGS)
         for name in ("threads", "max_running", "prefill_chunk"):
             _at_least(name, getattr(self, name), 1)
         if self.max_model_len is not None:
             _at_least("max_model_len", self.max_model_len, 2)
-        if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
             raise ConfigError(f"device is {self.device!r}, must be auto, cpu, cuda or cuda:N. hint: leave it at auto")
         if self.mode == "exact":
             self._refuse_inexact()
@@ -139,12 +157,45 @@ class EngineConfig:
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
         """Build from keywords and refuse unknown names with the list of known ones."""
-        unknown = sorted(set(options) - set(cls.names()))
-        if unknown:
-            raise ConfigError(
-                f"option is {unknown[0]!r}, must be one of {', '.join(cls.names())}. hint: check spelling"
-            )
+        refuse_unknown("option", options, cls.names())
         return cls(**options)
+
+
+def option_notes(cls: type) -> dict[str, str]:
+    """What the docstring of an options class says of each, on one line."""
+    section = (cls.__doc__ or "").partition("Args:\n")[2].rstrip() + "\n"
+    found = re.findall(r"^        (\w+): (.+?)(?=^        \w+: |\Z)", section, re.M | re.S)
+    return {name: " ".join(note.split()).rstrip(".") for name, note in found}
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]*)\s*")
+
+
+def parse_memory(text: str, *, total_expert_bytes: int, name: str = "memory") -> int:
+    """Bytes of `50%` (of all routed experts as stored), `6GiB`, `300MB` or `1234`. Raises ConfigError."""
+    match = _MEMORY.fullmatch(text) if isinstance(text, str) else None
+    unit = match.group(2).lower() if match else ""
+    if match is None or (unit != "%" and unit not in _UNITS):
+        raise ConfigError(f"{name} is {text!r}, must be like 25% or 6GiB. hint: units are %, KiB, MiB, GiB, KB, MB, GB")
+    number = float(match.group(1))
+    return int(number * total_expert_bytes / 100) if unit == "%" else int(number * _UNITS[unit])
+
+
+def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ConfigError for the first word that is not known, with the one that looks most like it, or with all."""
+    known = tuple(known)
+    for word in given:
+        if word not in known:
+            hint = near_miss(word, known, otherwise=f"there are {', '.join(known)}")
+            raise ConfigError(f"{what} is {word!r}, must be one that is known. {hint}")
+
+
+def near_miss(word: object, known: Iterable[str], *, otherwise: str = "check spelling") -> str:
+    """The hint for a word that is not one of the known ones: the one that looks most like it."""
+    found = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"hint: did you mean {found[0]}?" if found else f"hint: {otherwise}"
 
 
 def cache_folder() -> Path:
@@ -157,16 +208,23 @@ def api_key_from_environment(variable: str = "BUDDYMOE_API_KEY") -> str | None:
     return os.environ.get(variable) or None
 
 
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Raise ConfigError unless `value` is one of the words allowed."""
+    allowed = tuple(allowed)
     if value not in allowed:
-        raise ConfigError(f"{name} is {value!r}, must be {' or '.join(allowed)}. hint: see EngineConfig")
+        hint = near_miss(value, allowed, otherwise="leave it out for the default")
+        raise ConfigError(f"{name} is {value!r}, must be {' or '.join(allowed)}. {hint}")
 
 
 def _between(name: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ConfigError(f"{name} is {value!r}, must be a number from {low:g} to {high:g}. hint: see EngineConfig")
+        raise ConfigError(
+            f"{name} is {value!r}, must be a number from {low:g} to {high:g}. hint: leave it out for the default"
+        )
 
 
 def _at_least(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} is {value!r}, must be an integer of at least {least}. hint: see EngineConfig")
+        raise ConfigError(
+            f"{name} is {value!r}, must be an integer of at least {least}. hint: leave it out for the default"
+        )

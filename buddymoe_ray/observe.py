@@ -5,11 +5,24 @@ Knows neither torch nor ray. `EngineSnapshot` is read by the service's health pa
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from buddymoe_ray.types import GuardState, StandinUses
 
-__all__ = ["EngineSnapshot", "GuardSnapshot", "peak_rss_bytes", "process_read_bytes", "shared_memory_bytes"]
+__all__ = [
+    "EngineSnapshot",
+    "GuardSnapshot",
+    "peak_rss_bytes",
+    "process_read_bytes",
+    "progress",
+    "shared_memory_bytes",
+]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +65,37 @@ class EngineSnapshot:
     expected_rise: float = 0.0
     residency: float = 0.0
     guard: GuardSnapshot = field(default_factory=GuardSnapshot)
+
+
+class _Bar:
+    """The process's one bar: what is open, and what earlier phases have counted."""
+
+    open: Any = None
+    done: int = 0
+
+
+def progress(items: Iterable[T], *, total: int, desc: str) -> Iterable[T]:
+    """The items, counted by one bar on stderr while a person watches; the phases of a command go on in the same bar."""
+    watched = sys.stderr.isatty() and multiprocessing.parent_process() is None
+    return _counted(items, total, desc) if watched else items
+
+
+def _counted(items: Iterable[T], total: int, desc: str) -> Iterator[T]:
+    from tqdm import tqdm  # late: nobody watches most processes
+
+    outer = _Bar.open
+    bar: Any = outer or tqdm(initial=_Bar.done, total=_Bar.done, leave=False, file=sys.stderr)
+    bar.total += total
+    bar.set_description(desc)
+    _Bar.open = bar
+    try:
+        for item in items:
+            yield item
+            bar.update()
+    finally:
+        if outer is None:
+            _Bar.done, _Bar.open = bar.n, None
+            bar.close()
 
 
 def peak_rss_bytes() -> int:

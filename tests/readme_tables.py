@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.config import EngineConfig, option_notes
+from buddymoe_ray.serve.args import ServeArgs
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -32,13 +33,20 @@ COLUMNS = {
 
 
 def config_table() -> str:
-    """Every EngineConfig field, its default, and the first sentence of its documentation."""
-    notes = dict(re.findall(r"^        (\w+): (.+?)(?=^        \w+: |\Z)", _args_section(), re.M | re.S))
+    """Every EngineConfig field, its default, and what its documentation says."""
+    return _options(EngineConfig, {field.name: field.default for field in dataclasses.fields(EngineConfig)})
+
+
+def service_table() -> str:
+    """The same of what ServeArgs adds."""
+    own = {name: field.default for name, field in ServeArgs.model_fields.items() if name not in EngineConfig.names()}
+    return _options(ServeArgs, own)
+
+
+def _options(cls: type, defaults: dict[str, Any]) -> str:
+    notes = option_notes(cls)
     rows = ["| option | default | meaning |", "|---|---|---|"]
-    for field in dataclasses.fields(EngineConfig):
-        note = " ".join(notes[field.name].split()).rstrip(".")
-        rows.append(f"| `{field.name}` | `{field.default}` | {note} |")
-    return "\n".join(rows)
+    return "\n".join([*rows, *(f"| `{name}` | `{default}` | {notes[name]} |" for name, default in defaults.items())])
 
 
 def records(name: str) -> list[dict[str, Any]]:
@@ -198,8 +206,8 @@ def figures_page(text: str) -> str:
 
 
 def options_page(text: str) -> str:
-    """`deployments/README.md` with its table made anew."""
-    return _filled(text, {"config": config_table()})
+    """`deployments/README.md` with its tables made anew."""
+    return _filled(text, {"config": config_table(), "service": service_table()})
 
 
 def _filled(text: str, tables: dict[str, str]) -> str:
@@ -218,11 +226,6 @@ def _rise(record: dict[str, Any] | None) -> str:
     shown = f"{rise:.0f} ± {error:.0f}" if rise >= 10 else f"{rise:.2f} ± {error:.2f}"
     fetched = record.get("policy") == "buddymoe"
     return f"{shown} ({record['fetched_fraction']:.0f}% fetched)" if fetched else shown
-
-
-def _args_section() -> str:
-    doc = EngineConfig.__doc__ or ""
-    return doc.split("Args:\n", 1)[1].rstrip() + "\n"
 
 
 def _cell(value: Any, form: Any) -> str:

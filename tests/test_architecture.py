@@ -28,7 +28,7 @@ BELOW = {
     "actors": WORDS | {"policy", "cache", "links", "residency"},
     "serve": WORDS | {"models", "residency", "engine", "actors", "policy"},
     "client": WORDS | {"serve", "engine", "models"},
-    "commands": WORDS | {"models", "residency", "engine", "calibrate", "policy", "commands"},
+    "commands": WORDS | {"serve", "models", "residency", "engine", "calibrate", "policy", "commands"},
     "device_check": WORDS | {"models", "residency", "engine", "commands"},
     "cli": WORDS | {"commands"},
     "__init__": WORDS | {"engine"},

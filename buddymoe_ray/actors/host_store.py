@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from buddymoe_ray.actors.words import Directive, NodeReport, StoreStatus
 from buddymoe_ray.cache import DiskReader
@@ -27,6 +25,7 @@ from buddymoe_ray.cache.shared import Move, Mover, SharedExpertCache, watch
 from buddymoe_ray.cache.shared.shape import Head
 from buddymoe_ray.cache.shared.tables import READY, WAVE
 from buddymoe_ray.errors import BuddyMoEError
+from buddymoe_ray.observe import progress
 from buddymoe_ray.residency.sharing import StoreSpec
 from buddymoe_ray.types import ExpertKey
 
@@ -94,7 +93,7 @@ class HostStore:
         self._pins: tuple[tuple[int, int], ...] = ()
         self._stop = threading.Event()
         # another keeper may be on its way out: its lock is gone when its process is
-        self._store = spec.open(lambda items, **options: tqdm(items, disable=not sys.stderr.isatty(), **options))
+        self._store = spec.open(progress)
         self._store.own()
         watch(spec.path.parent, spec.tag)
         self._tables = self._store.tables
@@ -157,7 +156,7 @@ class HostStore:
     def _run(self) -> None:
         try:
             began = time.monotonic()
-            self._cache.warm(lambda items, **options: tqdm(items, disable=not sys.stderr.isatty(), **options))
+            self._cache.warm(progress)
             self._note_speed(time.monotonic() - began)
             self._filled.set()
             self._keep()

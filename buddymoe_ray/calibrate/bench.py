@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.config import EngineConfig, parse_memory
 from buddymoe_ray.engine.evaluate import WINDOW, EvalResult, evaluate_many
 from buddymoe_ray.errors import BudgetError
-from buddymoe_ray.policy import parse_memory
 from buddymoe_ray.residency.machine import available_memory_bytes, pick_device
 
 __all__ = ["Bench", "Footprint"]

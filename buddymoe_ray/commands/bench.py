@@ -16,19 +16,30 @@ from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
-from buddymoe_ray.commands.common import add_engine_arguments, add_json_argument, emit, engine_config, progress
+from buddymoe_ray.commands.common import add_engine_arguments, add_json_argument, emit, engine_config, print_table
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.errors import BuddyMoEError, CapacityError, ConfigError
+from buddymoe_ray.observe import progress
 
 __all__ = ["add_arguments", "run"]
 
 _ADDED = ("decode_tok_s", "prefill_tok_s", "total_bytes_read", "process_read_bytes")
+_SHOWN = {
+    "decode tok/s": "{decode_tok_s:,.1f}",
+    "prefill tok/s": "{prefill_tok_s:,.1f}",
+    "first token ms": "{ttft_ms:,.1f}",
+    "p99 token ms": "{p99_itl_ms:,.1f}",
+    "hits %": "{hit_rate:.1f}",
+    "stand-ins %": "{standin_rate:.1f}",
+    "read/ token": "{bytes_read_per_token:bytes}",
+    "peak memory": "{peak_rss_bytes:bytes}",
+}
 _WORST = ("p99_itl_ms", "ttft_ms", "peak_rss_bytes", "load_seconds", "decode_tok_s_spread")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `bench`."""
-    add_engine_arguments(parser, many_modes=True)
+    add_engine_arguments(parser, without=("max_running", "guard_share", "seed"))
     add_json_argument(parser)
     parser.add_argument("--batch", default="1", help="sequences side by side; a list makes rows: 1,8")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="prompt length")
@@ -45,7 +56,6 @@ def run(args: argparse.Namespace) -> int:
     for name in ("prompt_tokens", "new_tokens", "reps", "rounds"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be at least 1. hint: drop it")
-    ids = _corpus_ids(args)
     rows = [
         (
             _config(args, mode, memory=memory, max_running=batch, guard_share=0.0),
@@ -57,14 +67,22 @@ def run(args: argparse.Namespace) -> int:
         for batch in _integers("--batch", args.batch)
         for workers in _integers("--workers", args.workers)
     ]
+    ids = _corpus_ids(args)
     rounds: list[list[dict[str, Any]]] = [[] for _ in rows]
     order = [at for _ in range(args.rounds) for at in range(len(rows))]
     for at in progress(order, total=len(order), desc="bench"):
         config, workload, workers = rows[at]
         rounds[at].append(_in_children(config, workload, ids, workers, args.isolated))
+    measured = []
     for (config, workload, workers), records in zip(rows, rounds, strict=True):
         shared = {"workers": workers, "shared": workers > 1 and not args.isolated}
-        emit(_conditions(config) | workload | shared | _median(records), as_json=args.json)
+        measured.append(_conditions(config) | workload | shared | _median(records))
+    if args.json:
+        for row in measured:
+            emit(row)
+    else:
+        told = ("model", "memory", "mode", "batch", "workers", "threads", "expert_dtype", "prompt_tokens", "new_tokens")
+        print_table(measured, _SHOWN, conditions={name.replace("_", " "): f"{{{name}}}" for name in told})
     return 0
 
 
@@ -142,14 +160,9 @@ def _workload(args: argparse.Namespace, batch: int) -> dict[str, int]:
 def _corpus_ids(args: argparse.Namespace) -> tuple[int, ...]:
     if args.corpus is None:
         return ()
-    from buddymoe_ray.commands.eval import encode_corpus
-    from buddymoe_ray.models.resolve import resolve_model
-    from buddymoe_ray.models.tokenizer import load_tokenizer
+    from buddymoe_ray.commands.eval import encode_corpus, tokenizer_of
 
-    tokenizer = load_tokenizer(resolve_model(args.model))
-    if tokenizer is None:
-        raise ConfigError(f"model {args.model} has no tokenizer, must have one for --corpus. hint: drop --corpus")
-    ids = tuple(encode_corpus(tokenizer, args.corpus))
+    ids = tuple(encode_corpus(tokenizer_of(args.model, "for --corpus. hint: drop --corpus"), args.corpus))
     if len(ids) <= args.prompt_tokens:
         raise ConfigError(f"--corpus is {len(ids)} tokens, must be over {args.prompt_tokens}. hint: give more text")
     return ids

@@ -1,86 +1,152 @@
 """`buddymoe chat`: talk to a model in the terminal, in this process, without Ray.
 
-A conversation is kept in memory and sent whole each turn. With `--json` (or a pipe) each line of stdin is one user
-message and each answer one line of stdout.
+A conversation is kept in memory and sent whole each turn; every answer says what it cost. With `--json` each line of
+stdin is one user message and each answer one line of stdout.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
-
-from rich.console import Console
+from typing import Any, cast, get_args
 
 from buddymoe_ray.commands.common import add_engine_arguments, add_json_argument, emit, engine_config
-from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent
+from buddymoe_ray.config import one_of, refuse_unknown
+from buddymoe_ray.errors import ConfigError, RequestError
+from buddymoe_ray.types import GenerationRequest, Mode, SamplingParams, TokenEvent, Usage
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `chat`."""
-    add_engine_arguments(parser)
+    add_engine_arguments(parser, without=("max_running", "guard_share"))
     add_json_argument(parser)
     parser.add_argument("--system", default=None, help="system message")
     parser.add_argument("--max-tokens", type=int, default=256, help="most tokens of an answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--seed", type=int, default=None, help="seed of the sampler")
 
 
 def run(args: argparse.Namespace) -> int:
     """Answer until end of input or /quit; exit status 0."""
-    from buddymoe_ray.engine.engine import Engine
+    config = engine_config(args)
+    sampling = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
+    from buddymoe_ray.engine.engine import Engine  # late: it imports torch
 
-    sampling = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
-    engine = Engine.from_config(engine_config(args))
+    engine = Engine.from_config(config)
     try:
-        _converse(engine, args, sampling)
+        _Chat(engine, args, sampling).run()
     finally:
         engine.close()
     return 0
 
 
-def _converse(engine: Any, args: argparse.Namespace, sampling: SamplingParams) -> None:
-    messages: list[dict[str, str]] = [{"role": "system", "content": args.system}] if args.system else []
-    console = Console(highlight=False)
-    for turn, said in enumerate(_lines(args.json)):
-        messages.append({"role": "user", "content": said})
-        events = list(_answer(engine, messages, sampling, turn, None if args.json else console))
-        text = "".join(event.text for event in events)
-        messages.append({"role": "assistant", "content": text})
-        if args.json:
-            usage = events[-1].usage
-            emit(
-                {"text": text, "finish_reason": events[-1].finish_reason, "usage": usage and asdict(usage)},
-                as_json=True,
+class _Chat:
+    """One conversation. `mode` is that of the next answers; None is the engine's own."""
+
+    def __init__(self, engine: Any, args: argparse.Namespace, sampling: SamplingParams) -> None:
+        self._engine, self._json, self._sampling = engine, args.json, sampling
+        self._first = [{"role": "system", "content": args.system}] if args.system else []
+        self._messages = list(self._first)
+        self._mode: Mode | None = None
+        self._turn = 0
+
+    def run(self) -> None:
+        """Until end of input or /quit."""
+        if not self._json:
+            config, residency = self._engine.config, self._engine.snapshot().residency
+            print(
+                f"{config.model} in mode {config.mode}, memory {config.memory}: {100 * residency:.0f} % of its experts"
             )
+            print("/help lists the commands, /quit ends")
+        for line in _lines(self._json):
+            if line == "/quit":
+                return
+            if line.startswith("/") and not self._json:
+                self._command(line)
+            else:
+                self._say(line)
+
+    def _command(self, line: str) -> None:
+        word, _, rest = line.partition(" ")
+        try:
+            refuse_unknown("command", [word], _COMMANDS)
+            if word == "/help":
+                print("\n".join(f"{name:<26}{what}" for name, what in _COMMANDS.values()))
+            elif word == "/mode":
+                one_of("mode", rest.strip(), get_args(Mode))
+                self._mode = cast(Mode, rest.strip())
+            else:
+                self._messages = list(self._first)
+        except ConfigError as error:
+            print(error)
+
+    def _say(self, said: str) -> None:
+        self._messages.append({"role": "user", "content": said})
+        begun = time.perf_counter()
+        try:
+            events = list(self._answer())
+        except RequestError as error:
+            del self._messages[-1]
+            if self._json:
+                raise
+            print(error)
+            return
+        text, usage = "".join(event.text for event in events), events[-1].usage
+        self._messages.append({"role": "assistant", "content": text})
+        if self._json:
+            emit({"text": text, "finish_reason": events[-1].finish_reason, "usage": usage and asdict(usage)})
+        elif usage is not None:
+            print("\n" + _cost(usage, time.perf_counter() - begun))
+
+    def _answer(self) -> Iterator[TokenEvent]:
+        ids = tuple(self._engine.encode_chat(self._messages))
+        self._turn += 1
+        name = f"chat-{self._turn}"
+        self._engine.add(
+            GenerationRequest(request_id=name, prompt_token_ids=ids, sampling=self._sampling, mode=self._mode)
+        )
+        try:
+            while self._engine.has_work():
+                for event in self._engine.step():
+                    if not self._json:
+                        print(event.text, end="", flush=True)
+                    yield event
+        except KeyboardInterrupt:  # ends the answer, not the conversation
+            self._engine.cancel(name)
+            yield from self._engine.drain()
 
 
-def _answer(
-    engine: Any, messages: list[dict[str, str]], sampling: SamplingParams, turn: int, console: Console | None
-) -> Iterator[TokenEvent]:
-    ids = tuple(engine.encode_chat(messages))
-    engine.add(GenerationRequest(request_id=f"chat-{turn}", prompt_token_ids=ids, sampling=sampling))
-    while engine.has_work():
-        for event in engine.step():
-            if console is not None:
-                console.print(event.text, end="", markup=False)
-            yield event
-    if console is not None:
-        console.print()
+def _cost(usage: Usage, seconds: float) -> str:
+    """What the answer's accesses were, and what that costs."""
+    uses = max(1, usage.hits + usage.peer + usage.fetched + usage.standins.total)
+    tokens = max(1, usage.completion_tokens)
+    parts = [
+        f"{usage.completion_tokens} tokens, {usage.completion_tokens / seconds:,.0f} tok/s",
+        f"{usage.mode}: {100 * usage.hits / uses:.0f} % hits, {100 * usage.standins.total / uses:.0f} % stand-ins, "
+        f"{100 * (usage.fetched + usage.peer) / uses:.0f} % fetched",
+        f"expected rise {100 * usage.expected_rise / tokens:.2f} %",
+    ]
+    return f"[{'; '.join(parts)}]"
+
+
+_COMMANDS = {
+    "/help": ("/help", "this list"),
+    "/mode": ("/mode exact|bounded|fast", "how missing experts are answered from now on"),
+    "/reset": ("/reset", "forget the conversation"),
+    "/quit": ("/quit", "end; so does the end of the input"),
+}
 
 
 def _lines(as_json: bool) -> Iterator[str]:
     asked = sys.stdin.isatty() and not as_json
     while True:
         try:
-            line = input("> " if asked else "")
+            line = input("> " if asked else "").strip()
         except EOFError:
             return
-        if line.strip() == "/quit":
-            return
-        if line.strip():
+        if line:
             yield line

@@ -1,26 +1,31 @@
-"""What the commands share: engine options, JSON lines on stdout, progress for a person on stderr.
+"""What the commands share: engine options, JSON lines and tables on stdout.
 
-Invariant: with `--json`, stdout holds nothing but one compact JSON object per line; progress bars are drawn only when
-stderr is a terminal.
+Invariant: with `--json`, stdout holds nothing but one compact JSON object per line. Without it there are tables of at
+most the terminal's width (80 columns in a pipe), in units a person reads.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, get_args
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
 
-from tqdm import tqdm
+from buddymoe_ray.config import EngineConfig, option_notes
 
-from buddymoe_ray.config import BATCHING, DTYPES, EXPERT_DTYPES, POLICIES, STANDINS, EngineConfig
-from buddymoe_ray.types import Mode
+__all__ = [
+    "add_engine_arguments",
+    "add_json_argument",
+    "add_option",
+    "emit",
+    "engine_config",
+    "print_facts",
+    "print_table",
+]
 
-__all__ = ["add_engine_arguments", "add_json_argument", "emit", "engine_config", "progress"]
-
-T = TypeVar("T")
-_DEFAULTS = EngineConfig()
+Record = Mapping[str, Any]
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
@@ -29,27 +34,23 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine_arguments(
-    parser: argparse.ArgumentParser, *, memory: str = _DEFAULTS.memory, many_modes: bool = False
+    parser: argparse.ArgumentParser, *, memory: str | None = None, without: Sequence[str] = ()
 ) -> None:
-    """Options of the engine that commands share; each default is EngineConfig's. `many_modes`: a list is allowed."""
-    parser.add_argument("--model", default=_DEFAULTS.model, help="builtin:tiny, a checkpoint folder, or a hub id")
-    parser.add_argument("--memory", default=memory, help="device budget for experts: 25%% or 6GiB")
-    parser.add_argument("--host-memory", default=_DEFAULTS.host_memory, help="host-tier budget behind the device")
-    modes = None if many_modes else get_args(Mode)
-    parser.add_argument("--mode", default=_DEFAULTS.mode, choices=modes, help="exact, bounded or fast")
-    parser.add_argument("--budget", type=float, default=_DEFAULTS.budget, help="nats per token that bounded may spend")
-    parser.add_argument("--standin", default=_DEFAULTS.standin, help=f"what stands in: {', '.join(STANDINS)}")
-    parser.add_argument("--standin-layers", default=None, help="MoE layers where stand-ins may answer, like 0,2")
-    parser.add_argument("--policy", default=_DEFAULTS.policy, choices=POLICIES, help="who decides about a miss")
-    parser.add_argument("--profile", default=None, help="calibration; default the one beside the checkpoint")
-    parser.add_argument(
-        "--expert-dtype", default=_DEFAULTS.expert_dtype, choices=EXPERT_DTYPES, help="precision experts are served in"
-    )
-    parser.add_argument("--dtype", default=_DEFAULTS.dtype, choices=DTYPES, help="compute dtype")
-    parser.add_argument("--device", default=_DEFAULTS.device, help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int, default=_DEFAULTS.threads, help="CPU threads of the kernels")
-    parser.add_argument("--batching", default=_DEFAULTS.batching, choices=BATCHING, help="packed, solo or by family")
-    parser.add_argument("--max-model-len", type=int, default=None, help="most tokens of prompt and output")
+    """A flag for every option of EngineConfig, with its default, but for those that a command decides itself."""
+    defaults = {} if memory is None else {"memory": memory}
+    for option in fields(EngineConfig):
+        if option.name not in without:
+            default = defaults.get(option.name, option.default)
+            add_option(parser, option.name, default, option_notes(EngineConfig)[option.name], kind=str(option.type))
+
+
+def add_option(parser: argparse.ArgumentParser, name: str, default: object, note: str, *, kind: str) -> None:
+    """One flag of an option as EngineConfig has it; `kind` is the annotation."""
+    number = next((make for make in (int, float) if kind.startswith(make.__name__)), str)
+    has_default = default is not None and default is not argparse.SUPPRESS
+    shown = (note + (f" (default {default})" if has_default else "")).replace("%", "%%")
+    word = "NUMBER" if number is not str else name.upper()
+    parser.add_argument(f"--{name.replace('_', '-')}", type=number, default=default, help=shown, metavar=word)
 
 
 def engine_config(args: argparse.Namespace, **changes: Any) -> EngineConfig:
@@ -58,21 +59,76 @@ def engine_config(args: argparse.Namespace, **changes: Any) -> EngineConfig:
     return EngineConfig.from_options(**{**options, **changes})
 
 
-def emit(record: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print one record: compact JSON, or `key  value` lines for a person."""
-    if as_json:
-        print(json.dumps(record, separators=(",", ":")), flush=True)
+def emit(record: Record) -> None:
+    """Print one record as compact JSON."""
+    print(json.dumps(record, separators=(",", ":")), flush=True)
+
+
+def print_facts(facts: Mapping[str, str], *, title: str = "") -> None:
+    """One fact a line, what it is beside what it says."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, fact in facts.items():
+        table.add_row(name, fact)
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+
+
+def print_table(
+    rows: Sequence[Record], columns: Mapping[str, str], *, title: str = "", conditions: Mapping[str, str] | None = None
+) -> None:
+    """A row per record, or a column where rows would be too wide.
+
+    Columns are titles and format strings over the record's keys; `:bytes` is a unit of its own. Of `conditions`, the
+    same, those that are equal in all rows stand once above the table.
+    """
+    from rich.console import Console
+
+    form = _Form()
+    given = {name: [form.format(text, **row) for row in rows] for name, text in (conditions or {}).items()}
+    same = [f"{name} {said[0]}" for name, said in given.items() if len(set(said)) == 1 and said[0] != _NOTHING]
+    cells = {name: said for name, said in given.items() if len(set(said)) > 1}
+    cells |= {name: [form.format(text, **row) for row in rows] for name, text in columns.items()}
+    console = Console(highlight=False, markup=False)
+    heading = f"{title}: {', '.join(same)}" if title and same else title or ", ".join(same)
+    if heading:
+        console.print(heading)
+    words = {name: max(map(len, name.split())) for name in cells}
+    lines = [tuple(cells), *zip(*cells.values(), strict=True)]
+    if sum(max(words[name], *map(len, said)) + 2 for name, said in cells.items()) <= console.width:
+        _print_lines(console, lines)
         return
-    width = max(len(key) for key in record)
-    for key, value in record.items():
-        print(f"{key:<{width}}  {_shown(value)}")
-    print(flush=True)
+    each = max(len(cell) for said in cells.values() for cell in said) + 2  # too wide: a column per record instead
+    some = max(1, (console.width - max(map(len, cells)) - 2) // each)
+    for at in range(1, len(lines), some):
+        _print_lines(console, list(zip(lines[0], *lines[at : at + some], strict=True)))
 
 
-def progress(items: Iterable[T], *, total: int | None, desc: str) -> Iterable[T]:
-    """A bar on stderr when a person watches, nothing in a pipe."""
-    return tqdm(items, total=total, desc=desc, disable=not sys.stderr.isatty(), file=sys.stderr)
+def _print_lines(console: Any, lines: Sequence[Sequence[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for at, name in enumerate(lines[0]):
+        table.add_column(name, justify="left" if at == 0 else "right", overflow="fold", min_width=len(name) * (at == 0))
+    for line in lines[1:]:
+        table.add_row(*line)
+    console.print(table)
 
 
-def _shown(value: object) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+_NOTHING = "–"
+
+
+class _Form(string.Formatter):
+    """`str.format` with bytes in their unit, and a dash where there is no value."""
+
+    def format_field(self, value: Any, spec: str) -> str:
+        from rich.filesize import decimal
+
+        if value is None:
+            return _NOTHING
+        return decimal(round(value)) if spec == "bytes" else str(super().format_field(value, spec))

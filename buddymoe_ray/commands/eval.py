@@ -11,16 +11,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from buddymoe_ray.commands.common import add_engine_arguments, add_json_argument, emit, engine_config, progress
+from buddymoe_ray.commands.common import add_engine_arguments, add_json_argument, emit, engine_config, print_table
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.errors import BudgetError, ConfigError
+from buddymoe_ray.observe import progress
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `eval`."""
-    add_engine_arguments(parser)
+    add_engine_arguments(parser, without=("max_running", "guard_share", "seed"))
     add_json_argument(parser)
     parser.add_argument(
         "--corpus", nargs="+", required=True, help="text files, or folders of .txt, .py, .rst, .md files"
@@ -37,31 +38,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a record per memory and stand-in; exit status 0."""
-    from buddymoe_ray.engine.evaluate import cut_windows, evaluate_many
-    from buddymoe_ray.models.resolve import resolve_model
-    from buddymoe_ray.models.tokenizer import load_tokenizer
-
     if args.batch < 1:
         raise ConfigError(f"--batch is {args.batch}, must be at least 1. hint: leave it at 32")
-    tokenizer = load_tokenizer(resolve_model(args.model))
-    if tokenizer is None:
-        raise ConfigError(
-            f"model {args.model} has no tokenizer, must have one for eval. hint: copy tokenizer.json there"
-        )
-    windows = cut_windows(encode_corpus(tokenizer, args.corpus), tokens=args.tokens)
     configs = [
         engine_config(args, memory=memory, standin=standin, max_running=args.batch, guard_share=0.0)
         for memory in args.memory.split(",")
         for standin in args.standin.split(",")
     ]
+    text = read_corpus(args.corpus)
+    tokenizer = tokenizer_of(args.model, "for eval. hint: copy tokenizer.json there")
+    from buddymoe_ray.engine.evaluate import cut_windows, evaluate_many  # late: they import torch
+
+    windows = cut_windows(tokenizer.encode(text, add_special_tokens=False, verbose=False), tokens=args.tokens)
     dynamic = args.placement == "dynamic"
     results = evaluate_many(configs, windows, batch=args.batch, movable=dynamic, progress=progress)
     if len(results) == 1 and isinstance(results[0], BudgetError):
         raise results[0]
-    for config, result in zip(configs, results, strict=True):
-        found = {"error": str(result)} if isinstance(result, BudgetError) else result.as_record()
-        emit(_conditions(config) | ({"placement": "dynamic"} if dynamic else {}) | found, as_json=args.json)
-    return 1 if any(isinstance(result, BudgetError) for result in results) else 0
+    records = [
+        _conditions(config)
+        | ({"placement": "dynamic"} if dynamic else {})
+        | ({"error": str(result)} if isinstance(result, BudgetError) else result.as_record())
+        for config, result in zip(configs, results, strict=True)
+    ]
+    if args.json:
+        for record in records:
+            emit(record)
+    else:
+        _print(records)
+    return 1 if any("error" in record for record in records) else 0
+
+
+def _print(records: list[dict[str, Any]]) -> None:
+    measured = [{"budget": None, "standin": None, "policy": None} | record for record in records]
+    told = ("model", "mode", "memory", "budget", "standin", "policy", "expert_dtype")
+    print_table(
+        [record for record in measured if "error" not in record],
+        {
+            "perplexity": "{ppl:.3f}",
+            "exact": "{ppl_exact:.3f}",
+            "rise %": "{dppl_percent:.2f} ± {dppl_se:.2f}",
+            "same top token %": "{top1_agreement:.1f}",
+            "misses %": "{miss_rate:.1f}",
+            "of them fetched %": "{fetched_fraction:.1f}",
+            "tokens": "{tokens:,}",
+        },
+        conditions={name.replace("_", " "): f"{{{name}}}" for name in told},
+    )
+    for record in measured:
+        if "error" in record:
+            print(f"memory {record['memory']}: {record['error']}")
 
 
 def _conditions(config: EngineConfig) -> dict[str, Any]:
@@ -69,6 +94,17 @@ def _conditions(config: EngineConfig) -> dict[str, Any]:
     names += ["budget"] if config.mode == "bounded" else []
     names += ["standin", "standin_layers", "policy"] if config.mode != "exact" else []
     return {name: getattr(config, name) for name in names}
+
+
+def tokenizer_of(model: str, wanted: str) -> Any:
+    """The model's tokenizer. Raises ConfigError, which ends with what it is `wanted` for, when there is none."""
+    from buddymoe_ray.models.resolve import resolve_model
+    from buddymoe_ray.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(resolve_model(model))
+    if tokenizer is None:
+        raise ConfigError(f"model {model} has no tokenizer, must have one {wanted}")
+    return tokenizer
 
 
 def encode_corpus(tokenizer: Any, names: list[str]) -> list[int]:

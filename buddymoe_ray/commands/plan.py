@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+from buddymoe_ray.commands.common import (
+    add_engine_arguments,
+    add_json_argument,
+    emit,
+    engine_config,
+    print_facts,
+    print_table,
+)
 
-from buddymoe_ray.commands.common import add_engine_arguments, add_json_argument, emit, engine_config
+if TYPE_CHECKING:
+    from buddymoe_ray.residency.plan import Plan
 
 __all__ = ["add_arguments", "run"]
 
@@ -21,37 +29,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the plan; exit status 0, or 1 with a hint when it cannot fit."""
     from buddymoe_ray.models.resolve import resolve_model
-    from buddymoe_ray.residency.devices import list_gpus
+
+    config = engine_config(args)
+    folder = resolve_model(args.model, progress=not args.json)
+    from buddymoe_ray.residency.devices import list_gpus  # late: what comes now imports torch
     from buddymoe_ray.residency.plan import make_plan
 
-    plan = make_plan(engine_config(args), resolve_model(args.model, progress=not args.json), gpus=list_gpus())
-    record = plan.as_record()
+    plan = make_plan(config, folder, gpus=list_gpus())
     if args.json:
-        emit(record, as_json=True)
-        return 0
-    devices = record.pop("devices")
-    emit({k: v for k, v in record.items() if k != "assumed"}, as_json=False)
-    table = Table(title="device tier")
-    columns = [
-        "device",
-        "name",
-        "available_bytes",
-        "dense_bytes",
-        "expert_budget_bytes",
-        "slots",
-        "resident_percent",
-        "link",
-    ]
-    for column in columns:
-        table.add_column(column)
-    for device in devices:
-        table.add_row(*(_shown(device[column]) for column in columns))
-    Console().print(table)
-    print(f"predictions assume {record['assumed']} and uniform routing")
+        emit(plan.as_record())
+    else:
+        _print(plan)
     return 0
 
 
-def _shown(value: object) -> str:
-    if isinstance(value, int) and value > 1 << 20:
-        return f"{value / 2**30:.2f} GiB"
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+def _print(plan: Plan) -> None:
+    from rich.filesize import decimal
+
+    first = plan.devices[0]
+    without = plan.moe_layers * plan.experts_per_layer - first.resident_experts - sum(plan.standins.values())
+    held = [f"{first.resident_experts} in full"]
+    held += [f"{count} as {kind}" for kind, count in sorted(plan.standins.items())]
+    held += [f"{without} on disk only"] * bool(without)
+    rise = plan.expected_rise_fast
+    facts = {
+        "model": f"{plan.path} ({plan.model_type})" + ("" if plan.has_weights else ", config alone"),
+        "layers": f"{plan.layers}, of them {plan.moe_layers} with {plan.experts_per_layer} experts, "
+        f"{plan.experts_per_token} a token",
+        "experts": f"{decimal(plan.total_expert_bytes)} in {plan.expert_dtype}, {decimal(plan.expert_bytes)} each",
+        "dense weights": f"{decimal(plan.dense_bytes)} in {plan.compute_dtype}",
+        "mode": plan.mode,
+        "of the experts": ", ".join(held),
+        "stand-ins": f"{decimal(plan.standin_bytes)}; {100 * rise:.2f} % of perplexity if nothing is fetched"
+        if rise is not None
+        else "none",
+        "KV cache": f"{first.kv_tokens:,} tokens at {decimal(plan.kv_bytes_per_token)}; {plan.max_running} sequences "
+        f"side by side, each up to {plan.max_model_len:,}",
+        "host memory": f"{decimal(plan.host_tier_bytes)} of experts between device and disk",
+        "predicted": f"{plan.predicted_hit_percent:.0f} % hits, {plan.predicted_standin_percent:.0f} % stand-ins, "
+        f"{decimal(round(plan.predicted_miss_bytes_per_token))} read a token, {plan.predicted_decode_tok_s:,.1f} tok/s",
+    }
+    print_facts(facts)
+    print_table(
+        [device.__dict__ for device in plan.devices],
+        {
+            "device": "{device}",
+            "name": "{name}",
+            "free": "{available_bytes:bytes}",
+            "dense": "{dense_bytes:bytes}",
+            "experts": "{expert_budget_bytes:bytes}",
+            "KV cache": "{kv_cache_bytes:bytes}",
+            "slots": "{slots}",
+            "resident": "{resident_percent:.0f}%",
+            "link": "{link}",
+        },
+        title="device tier",
+    )
+    speeds = ", ".join(f"{name.split('_')[0]} {decimal(round(speed))}/s" for name, speed in plan.assumed.items())
+    print(f"predicted for uniform routing and batch 1, with {speeds}")

@@ -9,19 +9,33 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from buddymoe_ray.commands.common import add_engine_arguments, add_json_argument, emit, engine_config, progress
+from buddymoe_ray.commands.common import (
+    add_engine_arguments,
+    add_json_argument,
+    emit,
+    engine_config,
+    print_facts,
+    print_table,
+)
 from buddymoe_ray.errors import ConfigError, ProfileError
+from buddymoe_ray.models.resolve import resolve_model
+from buddymoe_ray.observe import progress
+
+if TYPE_CHECKING:
+    from buddymoe_ray.models.profile import Profile
 
 __all__ = ["add_arguments", "run"]
 
+_DECIDED = ("mode", "budget", "standin", "standin_layers", "policy", "profile", "guard_share", "seed")
+"""Engine options that calibration decides itself."""
 _COMPENSATED = {"auto": None, "compensated": True, "plain": False}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `profile`."""
-    add_engine_arguments(parser, memory="100%")
+    add_engine_arguments(parser, memory="100%", without=_DECIDED)
     add_json_argument(parser)
     parser.add_argument("--corpus", nargs="+", required=True, help="text files or folders, or .npy files of token ids")
     parser.add_argument("--out", type=Path, default=None, help="P.profile; default beside the checkpoint")
@@ -45,17 +59,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate; exit status 0."""
-    from buddymoe_ray.calibrate.harm import HarmOptions
+    config = engine_config(args, guard_share=0.0, mode="exact", profile=None)
+    memories, budgets = _numbers("--at", args.at), _numbers("--budgets", args.budgets)
+    folder = resolve_model(args.model)
+    ids = _corpus_ids(args)
+    from buddymoe_ray.calibrate.harm import HarmOptions  # late: they import torch
     from buddymoe_ray.calibrate.report import write_report
     from buddymoe_ray.calibrate.run import KINDS, CalibrationOptions, calibrate
     from buddymoe_ray.models.profile import NAME
-    from buddymoe_ray.models.resolve import resolve_model
 
-    folder = resolve_model(args.model)
     out = args.out or folder / NAME
     options = CalibrationOptions(
-        config=engine_config(args, guard_share=0.0, mode="exact", profile=None),
-        ids=_corpus_ids(args, folder),
+        config=config,
+        ids=ids,
         out=out,
         kinds=KINDS if args.kinds is None else tuple(args.kinds.split(",")),
         tokens=args.tokens,
@@ -64,36 +80,63 @@ def run(args: argparse.Namespace) -> int:
         rounding_minutes=args.rounding_minutes,
         rank=args.rank,
         quick=args.quick,
-        harms=HarmOptions(
-            memories=_numbers("--at", args.at),
-            budgets=_numbers("--budgets", args.budgets),
-            tokens=args.harm_tokens,
-        ),
+        harms=HarmOptions(memories=memories, budgets=budgets, tokens=args.harm_tokens),
     )
     profile = calibrate(options, progress=progress)
     report = out.with_name(out.name.removesuffix(".profile") + ".html")
     write_report(profile, report)
-    for row in profile.comparison:
-        emit({"table": "comparison"} | asdict(row), as_json=args.json)
-    for point in profile.budget_curve:
-        emit({"table": "budgets"} | asdict(point), as_json=args.json)
-    emit(
-        {
-            "profile": str(out),
-            "report": str(report),
-            "calibration_tokens": profile.calibration_tokens,
-            "recommended": profile.recommended,
-            "reason": profile.reason,
-        },
-        as_json=args.json,
-    )
+    (_emit if args.json else _print)(profile, out, report)
     return 0
 
 
-def _corpus_ids(args: argparse.Namespace, folder: Path) -> list[int]:
+def _emit(profile: Profile, out: Path, report: Path) -> None:
+    for row in profile.comparison:
+        emit({"table": "comparison"} | asdict(row))
+    for point in profile.budget_curve:
+        emit({"table": "budgets"} | asdict(point))
+    last = {name: getattr(profile, name) for name in ("calibration_tokens", "recommended", "reason")}
+    emit({"profile": str(out), "report": str(report)} | last)
+
+
+def _print(profile: Profile, out: Path, report: Path) -> None:
+    if profile.comparison:
+        print_table(
+            [asdict(row) for row in profile.comparison],
+            {
+                "stand-in": "{standin}",
+                "memory": "{memory_percent:g}%",
+                "rise %": "{dppl_percent:.2f} ± {dppl_se:.2f}",
+                "KL (nats)": "{kl:.4f}",
+                "same top token %": "{top1_agreement:.1f}",
+                "misses %": "{miss_rate:.1f}",
+            },
+            title="Perplexity with nothing fetched",
+        )
+    if profile.budget_curve:
+        print_table(
+            [asdict(point) for point in profile.budget_curve],
+            {
+                "memory": "{memory_percent:g}%",
+                "budget (nats/token)": "{budget:g}",
+                "expected rise": "{expected_rise:.4f}",
+                "rise %": "{dppl_percent:.2f} ± {dppl_se:.2f}",
+                "misses fetched %": "{fetched_fraction:.1f}",
+            },
+            title="Mode bounded",
+        )
+    print_facts(
+        {
+            "profile": str(out),
+            "report": str(report),
+            "calibrated on": f"{profile.calibration_tokens:,} tokens",
+            "recommended": f"{profile.recommended or 'no stand-in'}: {profile.reason}",
+        }
+    )
+
+
+def _corpus_ids(args: argparse.Namespace) -> list[int]:
     """Token ids of text files through the model's tokenizer, or of .npy files as they are."""
-    from buddymoe_ray.commands.eval import encode_corpus
-    from buddymoe_ray.models.tokenizer import load_tokenizer
+    from buddymoe_ray.commands.eval import encode_corpus, tokenizer_of
 
     arrays = [name for name in args.corpus if name.endswith(".npy")]
     if arrays and len(arrays) < len(args.corpus):
@@ -102,12 +145,7 @@ def _corpus_ids(args: argparse.Namespace, folder: Path) -> list[int]:
         )
     if arrays:
         return [token for name in arrays for token in _read_ids(name)]
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        raise ConfigError(
-            f"model {args.model} has no tokenizer, must have one for a text corpus. hint: give .npy files of token ids"
-        )
-    return encode_corpus(tokenizer, args.corpus)
+    return encode_corpus(tokenizer_of(args.model, "for a text corpus. hint: give .npy files of token ids"), args.corpus)
 
 
 def _read_ids(name: str) -> list[int]:

@@ -10,8 +10,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from buddymoe_ray.commands.common import add_json_argument, emit, progress
+from buddymoe_ray.commands.common import add_json_argument, emit, print_facts, print_table
 from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.observe import progress
 
 if TYPE_CHECKING:
     from buddymoe_ray.calibrate.simulate import Cluster
@@ -93,10 +94,9 @@ def run(args: argparse.Namespace) -> int:
     rows = [outcome.as_record(cluster, workload) for outcome in outcomes]
     if args.json:
         for row in rows:
-            emit(conditions | row, as_json=True)
+            emit(conditions | row)
     else:
-        emit(conditions, as_json=False)
-        _print_table(rows)
+        _print([conditions | row for row in rows])
     return 0
 
 
@@ -145,7 +145,7 @@ def _workload(args: argparse.Namespace) -> Workload:
 
 def _cluster(args: argparse.Namespace, workload: Workload) -> Cluster:
     from buddymoe_ray.calibrate.simulate import Cluster
-    from buddymoe_ray.policy import parse_memory
+    from buddymoe_ray.config import parse_memory
 
     if "%" in args.expert_bytes:
         raise ConfigError(f"--expert-bytes is {args.expert_bytes}, must be bytes. hint: write 44MB")
@@ -185,42 +185,36 @@ def _conditions(args: argparse.Namespace, cluster: Cluster, workload: Workload) 
     }
 
 
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title="uses answered (%): here, by a peer of the node or far, by a stand-in, by a fetch; bytes; speed"
+def _print(rows: list[dict[str, Any]]) -> None:
+    print("{workload}: {gpus} GPUs of {slots_per_gpu} expert slots each".format(**rows[0]))
+    print("{layers} layers of {experts} experts, {top_k} a token; {windows} windows".format(**rows[0]))
+    print_table(
+        rows,
+        {
+            "placement": "{placement}",
+            "here %": "{local_percent:.1f}",
+            "same node %": "{same_node_percent:.1f}",
+            "other node %": "{other_node_percent:.1f}",
+            "stand-in %": "{standin_percent:.1f}",
+            "fetched %": "{fetch_percent:.1f}",
+            "tok/s": "{tokens_per_second:,.0f}",
+        },
+        title="Where accesses were answered",
     )
-    columns = {
-        "placement": "placement",
-        "local_percent": "local",
-        "same_node_percent": "node",
-        "other_node_percent": "far",
-        "standin_percent": "stand-in",
-        "fetch_percent": "fetch",
-        "same_node_bytes": "node GB",
-        "other_node_bytes": "far GB",
-        "fetch_bytes": "fetch GB",
-        "migration_bytes": "moved GB",
-        "late_loads": "late",
-        "tokens_per_second": "tok/s",
-        "solver_ms": "solver ms",
-    }
-    for title in columns.values():
-        table.add_column(title, justify="left" if title == "placement" else "right")
-    for row in rows:
-        table.add_row(*(_shown(key, row[key]) for key in columns))
-    console = Console()
-    console.width = max(console.width, 132)
-    console.print(table)
-    print("tok/s assumes one sequence per GPU, uses one after another, the stated link costs and no queues")
-
-
-def _shown(key: str, value: Any) -> str:
-    if key.endswith("_bytes"):
-        return f"{value / 1e9:,.1f}"
-    return f"{value:,.1f}" if isinstance(value, float) else str(value)
+    print_table(
+        rows,
+        {
+            "placement": "{placement}",
+            "in nodes": "{same_node_bytes:bytes}",
+            "between nodes": "{other_node_bytes:bytes}",
+            "fetched": "{fetch_bytes:bytes}",
+            "moved": "{migration_bytes:bytes}",
+            "late moves": "{late_loads}",
+            "solver ms": "{solver_ms:,.1f}",
+        },
+        title="Traffic",
+    )
+    print("tok/s: a sequence per GPU, one access after another, costs as given, no queues")
 
 
 def _record(args: argparse.Namespace) -> int:
@@ -228,23 +222,21 @@ def _record(args: argparse.Namespace) -> int:
         raise ConfigError("--record is given alone, must go with --corpus and --out. hint: --corpus F --out T")
     if args.tokens is not None and args.tokens < 1:
         raise ConfigError(f"--tokens is {args.tokens}, must be at least 1. hint: drop it")
+    from buddymoe_ray.commands.eval import encode_corpus, tokenizer_of
+    from buddymoe_ray.config import EngineConfig
+
+    tokenizer = tokenizer_of(args.record, "to record. hint: copy tokenizer.json there")
     from buddymoe_ray.calibrate.simulate_record import record_routes
     from buddymoe_ray.calibrate.workloads import save_routes
-    from buddymoe_ray.commands.eval import encode_corpus
-    from buddymoe_ray.config import EngineConfig
-    from buddymoe_ray.models.resolve import resolve_model
-    from buddymoe_ray.models.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(resolve_model(args.record))
-    if tokenizer is None:
-        raise ConfigError(
-            f"model {args.record} has no tokenizer, must have one to record. hint: copy tokenizer.json there"
-        )
     config = EngineConfig.from_options(model=args.record, memory="100%")
     routes = record_routes(
         config, encode_corpus(tokenizer, args.corpus), tokens=args.tokens or _RECORDED_TOKENS, progress=progress
     )
     save_routes(routes, args.out)
     T, L, K = routes.routes_TLK.shape
-    emit({"trace": str(args.out), "tokens": T, "layers": L, "top_k": K}, as_json=args.json)
+    if args.json:
+        emit({"trace": str(args.out), "tokens": T, "layers": L, "top_k": K})
+    else:
+        print_facts({"trace": str(args.out), "routes": f"{T:,} tokens, {L} layers, {K} experts a token"})
     return 0

@@ -6,10 +6,12 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+from rich.filesize import decimal
 from tqdm import tqdm
 
-from buddymoe_ray.commands.common import add_json_argument, emit
+from buddymoe_ray.commands.common import add_json_argument, emit, print_facts
 
 __all__ = ["add_arguments", "run"]
 
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             progress=show,
         )
     files = [path for path in args.out.iterdir() if path.is_file()]
-    record = {
+    record: dict[str, Any] = {
         "path": str(args.out.resolve()),
         "shape": args.shape,
         "layers": args.layers,
@@ -62,5 +64,9 @@ def run(args: argparse.Namespace) -> int:
         "bytes": sum(path.stat().st_size for path in files),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    emit(record, as_json=args.json)
+    if args.json:
+        emit(record)
+    else:
+        wrote = f"{decimal(record['bytes'])} in {record['files']} files, {record['seconds']} s"
+        print_facts({"checkpoint": record["path"], "shape": args.shape, "wrote": wrote})
     return 0

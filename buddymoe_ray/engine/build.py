@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.config import EngineConfig, parse_memory
 from buddymoe_ray.engine import attention
 from buddymoe_ray.engine.guard import GuardWork
 from buddymoe_ray.engine.kv import KVPool
@@ -27,7 +27,7 @@ from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.shape import describe, generation_defaults
 from buddymoe_ray.models.tokenizer import load_tokenizer
 from buddymoe_ray.moe import StepState
-from buddymoe_ray.policy import Guard, parse_memory
+from buddymoe_ray.policy import Guard, kv_cache_bytes
 from buddymoe_ray.residency.experts import ExpertTier, open_experts
 from buddymoe_ray.residency.machine import available_memory_bytes, pick_device, torch_dtype
 from buddymoe_ray.residency.sharing import Sharing
@@ -38,8 +38,6 @@ __all__ = ["BLOCK_SIZE", "build_parts"]
 log = logging.getLogger(__name__)
 
 BLOCK_SIZE = 16
-_KV_AUTO_CAP = 1 << 30
-_KV_AUTO_SHARE = 0.25
 
 
 def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | None = None) -> EngineParts:
@@ -55,7 +53,7 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
     step = StepState()
     experts = open_experts(config, loaded, step, sharing)
     try:
-        kv = _KVSize.choose(config, loaded, packed, step)
+        kv = _KVSize.choose(config, loaded, packed, step, 1 if sharing is None else sharing.workers)
         scheduler = Scheduler(
             num_blocks=kv.blocks,
             block_size=BLOCK_SIZE,
@@ -121,7 +119,7 @@ class _KVSize:
     runner: Runner
 
     @classmethod
-    def choose(cls, config: EngineConfig, loaded: LoadedModel, packed: bool, step: StepState) -> _KVSize:
+    def choose(cls, config: EngineConfig, loaded: LoadedModel, packed: bool, step: StepState, workers: int) -> _KVSize:
         wanted = min(config.max_model_len or loaded.max_positions, loaded.max_positions)
         if config.max_model_len is not None and config.max_model_len > loaded.max_positions:
             raise ConfigError(
@@ -137,13 +135,19 @@ class _KVSize:
         probe(loaded, step, use_cache=False)
         shapes = dict(sorted(paged.shapes.items()))
         per_block = KVPool.bytes_per_token(shapes, loaded.compute_dtype) * BLOCK_SIZE
-        fitting = _kv_budget(config, loaded.device) // per_block
+        promised = config.max_running * _blocks(wanted)
+        fitting = _kv_budget(config, promised * per_block, loaded.device, workers) // per_block
         if fitting < 2:
             raise BudgetError(
                 f"KV cache is {fitting} blocks of {per_block} bytes, must be at least 2. hint: raise kv_memory"
             )
-        blocks = min(fitting, config.max_running * _blocks(wanted))
+        blocks = min(fitting, promised)
         max_model_len = min(wanted, blocks * BLOCK_SIZE)
+        if config.max_model_len is not None and blocks < promised:
+            log.warning(
+                "the KV cache holds %d tokens, max_running %d of max_model_len %d are %d: some will wait",
+                *(blocks * BLOCK_SIZE, config.max_running, wanted, promised * BLOCK_SIZE),
+            )
         if max_model_len < wanted:
             log.warning("max_model_len is lowered from %d to %d: the KV cache holds no more", wanted, max_model_len)
         pool = KVPool(shapes, blocks=blocks, block_size=BLOCK_SIZE, dtype=loaded.compute_dtype, device=loaded.device)
@@ -154,8 +158,10 @@ def _blocks(tokens: int) -> int:
     return -(-tokens // BLOCK_SIZE)
 
 
-def _kv_budget(config: EngineConfig, device: torch.device) -> int:
+def _kv_budget(config: EngineConfig, promised: int, device: torch.device, workers: int) -> int:
+    """Bytes; workers of a node share its memory, on a GPU each has its own."""
     if config.kv_memory != "auto":
         return parse_memory(config.kv_memory, total_expert_bytes=0)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory_bytes()
-    return min(_KV_AUTO_CAP, int(free * _KV_AUTO_SHARE))
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else available_memory_bytes() // workers
+    return kv_cache_bytes(promised=promised, explicit=config.max_model_len is not None, free=free)

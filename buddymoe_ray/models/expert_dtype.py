@@ -27,7 +27,7 @@ from buddymoe_ray.models.fingerprint import model_hash
 from buddymoe_ray.models.standin_files import StandinWriter, standin_layouts
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotTensor
 
-__all__ = ["format_of", "recoded_layout"]
+__all__ = ["format_of", "recoded_layout", "recoded_tensors"]
 
 _BITS = {"int8": 8, "int4": 4}
 _RECIPE = "nearest 1"
@@ -56,7 +56,7 @@ def recoded_layout(
     """
     if expert_dtype == "native":
         return layout
-    recoder = _Recoder.make(layout, expert_dtype, transposed)
+    recoder = _Recoder.make(layout.tensors, expert_dtype, transposed)
     fingerprint = model_hash(folder)
     target = cache_folder() / "experts" / fingerprint[:24]
     writer = StandinWriter(
@@ -80,6 +80,14 @@ def recoded_layout(
     return standin_layouts(target, fingerprint, kinds=(expert_dtype,))[expert_dtype]
 
 
+def recoded_tensors(
+    stored: Sequence[SlotTensor], expert_dtype: str, *, transposed: bool
+) -> tuple[tuple[SlotTensor, ...], int]:
+    """How one expert lies in `expert_dtype` (not `native`), and its bytes. Makes nothing."""
+    recoder = _Recoder.make(stored, expert_dtype, transposed)
+    return recoder.tensors, recoder.nbytes
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Recoder:
     """How one expert's tensors become a record of `nbytes` bytes laid out as `tensors`."""
@@ -90,12 +98,12 @@ class _Recoder:
     transposed: bool
 
     @classmethod
-    def make(cls, layout: ExpertLayout, expert_dtype: str, transposed: bool) -> _Recoder:
+    def make(cls, stored: Sequence[SlotTensor], expert_dtype: str, transposed: bool) -> _Recoder:
         if expert_dtype == "bf16":
-            tensors, nbytes = _cast_layout(layout.tensors)
+            tensors, nbytes = _cast_layout(stored)
             return cls(tensors=tensors, nbytes=nbytes, fmt=None, transposed=transposed)
         fmt = LowbitFormat(bits=_BITS[expert_dtype])
-        shapes = {t.name: t.shape[::-1] if transposed and len(t.shape) == 2 else t.shape for t in layout.tensors}
+        shapes = {t.name: t.shape[::-1] if transposed and len(t.shape) == 2 else t.shape for t in stored}
         odd = [name for name, shape in shapes.items() if len(shape) == 2 and shape[1] % 8]
         if odd:
             raise UnsupportedModel(

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from buddymoe_ray.errors import CheckpointError
 from buddymoe_ray.models.config_check import EXPERTS_PER_TOKEN
+from buddymoe_ray.models.experts_hook import attach
 from buddymoe_ray.models.experts_index import expert_layout, slot_tensors
 from buddymoe_ray.models.families import Family, family_of
 from buddymoe_ray.models.hf_loading import (
@@ -62,6 +64,7 @@ class ModelShape:
     """What a checkpoint holds, in numbers. `dense_bytes` is what the dense weights take in the compute dtype.
 
     `expert_dtype` and `compute_dtype` are torch's names; `has_weights` is False for a folder with a config alone.
+    `transposed`: experts' matrices are stored `[in, out]`. `kv_bytes_per_token` is that of all attention layers.
     """
 
     model_type: str
@@ -81,6 +84,8 @@ class ModelShape:
     expert_dtype: str
     compute_dtype: str
     max_positions: int
+    transposed: bool
+    kv_bytes_per_token: int
 
 
 def auto_dtype(folder: Path) -> torch.dtype:
@@ -215,7 +220,31 @@ def _shape(
         expert_dtype=tensors[0].dtype,
         compute_dtype=str(config.dtype).removeprefix("torch."),
         max_positions=max_positions(config),
+        transposed=bool(next(iter(experts_modules(model).values())).is_transposed),
+        kv_bytes_per_token=_kv_bytes_per_token(model),
     )
+
+
+def _kv_bytes_per_token(model: PreTrainedModel) -> int:
+    """What one token's keys and values take in all attention layers: one token's pass on meta shows their shapes."""
+    seen: list[Tensor] = []
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        seen.extend((key, value))
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+    AttentionInterface.register(_SIZING, attend)
+    was = model.config._attn_implementation
+    model.set_attn_implementation(_SIZING)
+    attach(list(experts_modules(model).values()), lambda *_: lambda hidden_TD, *__: hidden_TD)
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device="meta")  # a mask of four dimensions is taken as it is
+    with torch.inference_mode():
+        model(input_ids=zero[0, 0], attention_mask=zero, use_cache=False, logits_to_keep=1)
+    model.set_attn_implementation(was)
+    return sum(tensor.nbytes for tensor in seen)
+
+
+_SIZING = "buddymoe_sizing"
 
 
 def _narrowed(family: Family, model: PreTrainedModel) -> Family:

@@ -11,7 +11,7 @@ from buddymoe_ray.policy.eviction import LRU
 from buddymoe_ray.policy.guard import Guard, GuardView
 from buddymoe_ray.policy.ladder import Ladder
 from buddymoe_ray.policy.ledger import Ledger, Pricer, price_for
-from buddymoe_ray.policy.memory import Staging, parse_memory, plan_staging, split_slots
+from buddymoe_ray.policy.memory import Staging, kv_cache_bytes, plan_staging, split_slots
 from buddymoe_ray.policy.misses import Action, Misses, MissPolicy, Reason, Resolution, RowBudgets
 from buddymoe_ray.policy.placement.map import PlacementMap, Step, migration_steps, previous_held, publish
 from buddymoe_ray.policy.placement.problem import RUNGS, NodeLinks, PlacementProblem, Pool, cost_of, rung_uses
@@ -59,9 +59,9 @@ __all__ = [
     "buddy_lists",
     "choose",
     "cost_of",
+    "kv_cache_bytes",
     "migration_steps",
     "normalised_entropy",
-    "parse_memory",
     "plan_staging",
     "prefix_blocks",
     "previous_held",

@@ -1,4 +1,4 @@
-"""Memory budgets: from what a user writes to slots per layer. Pure arithmetic.
+"""Memory budgets: from bytes to slots per layer. Pure arithmetic.
 
 Invariant: slots and overhead together never exceed the budget, except that a budget of all experts' bytes (`100%`)
 keeps every expert resident and then padding, staging and the scratch of the kernels come on top.
@@ -6,32 +6,19 @@ keeps every expert resident and then padding, staging and the scratch of the ker
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from buddymoe_ray.errors import BudgetError, ConfigError
+from buddymoe_ray.errors import BudgetError
 from buddymoe_ray.types import SlotPlan
 
-__all__ = ["MIN_SLOTS", "Staging", "parse_memory", "plan_staging", "split_slots"]
+__all__ = ["MIN_SLOTS", "Staging", "kv_cache_bytes", "plan_staging", "split_slots"]
 
 MIN_SLOTS = 2
 _WAVE_SHARE = 0.04
 _STAGING_SHARE = 0.06
+_KV_PROMISED, _KV_UNASKED = 0.9, 0.25
 _PAGE = 4096
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-_FORM = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]*)\s*$")
-
-
-def parse_memory(text: str, *, total_expert_bytes: int) -> int:
-    """Bytes of `50%` (of all routed experts as stored), `6GiB`, `300MB` or `1234`. Raises ConfigError."""
-    match = _FORM.match(text)
-    unit = match.group(2).lower() if match else ""
-    if match is None or (unit != "%" and unit not in _UNITS):
-        raise ConfigError(f"memory is {text!r}, must be like 25% or 6GiB. hint: units are %, KiB, MiB, GiB, KB, MB, GB")
-    number = float(match.group(1))
-    return int(number * total_expert_bytes / 100) if unit == "%" else int(number * _UNITS[unit])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +44,12 @@ def plan_staging(
         if count * whole <= allowed:
             return Staging(depth=count, buffer_bytes=whole)
     return Staging(depth=1, buffer_bytes=max(_PAGE, min(whole, allowed // _PAGE * _PAGE)))
+
+
+def kv_cache_bytes(*, promised: int, explicit: bool, free: int) -> int:
+    """Bytes of a KV cache that is sized by the device: what is promised (all sequences side by side, each as long as it
+    may be) as far as `free` bytes go; of a promise that nobody wrote down a quarter of them is enough."""
+    return min(promised, int(free * (_KV_PROMISED if explicit else _KV_UNASKED)))
 
 
 def split_slots(

@@ -7,30 +7,29 @@ The only place where the memory plan, the caches and the kernels meet. Decides n
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from buddymoe_ray.cache import DiskReader, ExpertCache, ExpertSource, StandinPool
 from buddymoe_ray.cache.shared import Room
-from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.config import EngineConfig, parse_memory
 from buddymoe_ray.kernels import ExpertMath, LowbitFormat, UpcastScratch, expert_forward, lowbit_forward
 from buddymoe_ray.models.expert_dtype import format_of, recoded_layout
 from buddymoe_ray.models.experts_hook import attach
 from buddymoe_ray.models.load import LoadedModel
 from buddymoe_ray.models.router_hook import attach_router_scores
 from buddymoe_ray.moe import ExpertCompute, MoEBlock, Standins, StepState, record_computes
-from buddymoe_ray.policy import LRU, Staging, parse_memory, plan_staging, split_slots
+from buddymoe_ray.observe import progress
+from buddymoe_ray.policy import LRU, Staging, plan_staging, split_slots
 from buddymoe_ray.residency.sharing import Sharing, open_host, open_records, open_store
 from buddymoe_ray.residency.standin_setup import NodeBudget, StandinSetup, prepare
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
-__all__ = ["STAGING_SHARE", "ExpertTier", "expert_math", "open_experts", "scratch_bytes"]
+__all__ = ["STAGING_SHARE", "ExpertTier", "expert_math", "open_experts", "plan_memory", "scratch_bytes"]
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +70,13 @@ def open_experts(
     maths = [expert_math(module) for module in loaded.experts]
     loaded = _recoded(config, loaded, maths)
     node = sharing if loaded.device.type == "cpu" else None  # a GPU's slots are its own; it shares the tier below
-    plan, setup, staging = _plan_memory(config, loaded, node)
+    plan, setup, staging = plan_memory(
+        config, loaded.layout, folder=loaded.folder, compute=loaded.compute_dtype, device=loaded.device, node=node
+    )
     cache = _open_cache(config, loaded, plan, staging, sharing, setup)
     room = None
     try:
-        cache.warm(progress=_progress)
+        cache.warm(progress=progress)
         pool = None
         if setup is not None:
             room, pool = _load_records(setup, loaded, staging, node)
@@ -104,23 +105,31 @@ def open_experts(
     )
 
 
-def _plan_memory(
-    config: EngineConfig, loaded: LoadedModel, node: Sharing | None
+def plan_memory(
+    config: EngineConfig,
+    layout: ExpertLayout,
+    *,
+    folder: Path,
+    compute: torch.dtype,
+    device: torch.device,
+    node: Sharing | None = None,
 ) -> tuple[SlotPlan, StandinSetup | None, Staging]:
-    """Cut the budget, the node's where it is shared: staging and scratch first, then records and slots."""
-    layout, on_gpu = loaded.layout, loaded.device.type != "cpu"
+    """Cut the budget, the node's where it is shared: staging and scratch first, then records and slots.
+
+    Reads headers only. Raises BudgetError, ProfileError.
+    """
     workers = 1 if node is None else node.workers
     budget = parse_memory(config.memory, total_expert_bytes=layout.total_bytes)
     staging = plan_staging(largest_piece=_largest_piece(layout), budget_bytes=budget, share=STAGING_SHARE[config.mode])
-    scratch = scratch_bytes(layout, loaded.compute_dtype)
+    scratch = scratch_bytes(layout, compute)
     if node is not None and node.linked:
         scratch *= 2  # peers are answered beside the engine's own steps
-    overhead = workers * (scratch + (0 if on_gpu else staging.nbytes))
+    overhead = workers * (scratch + (staging.nbytes if device.type == "cpu" else 0))
     setup = None
     if config.mode != "exact":
         setup = prepare(
             config,
-            folder=loaded.folder,
+            folder=folder,
             layout=layout,
             node=NodeBudget(
                 budget_bytes=workers * budget,
@@ -163,11 +172,11 @@ def _open_cache(
     reader = DiskReader(depth=staging.depth, buffer_bytes=staging.buffer_bytes)
     on_gpu = loaded.device.type != "cpu"
     if sharing is not None and not on_gpu:
-        return open_store(sharing, layout, setup, plan, reader, _progress)
+        return open_store(sharing, layout, setup, plan, reader, progress)
     host_bytes = parse_memory(config.host_memory, total_expert_bytes=layout.total_bytes)
     host = None
     if sharing is not None and host_bytes:
-        host = open_host(sharing, layout, host_bytes, reader, _progress)
+        host = open_host(sharing, layout, host_bytes, reader, progress)
     return ExpertCache(
         layout,
         plan,
@@ -187,7 +196,7 @@ def _load_records(
     def filled(pool: StandinPool) -> StandinPool:
         reader = DiskReader(depth=staging.depth, buffer_bytes=staging.buffer_bytes)
         try:
-            pool.load(reader, progress=_progress)
+            pool.load(reader, progress=progress)
         finally:
             reader.close()
         return pool
@@ -224,7 +233,7 @@ def _recoded(config: EngineConfig, loaded: LoadedModel, maths: list[ExpertMath])
         loaded.folder,
         config.expert_dtype,
         transposed=maths[0].transposed,
-        progress=_progress,
+        progress=progress,
     )
     return replace(loaded, layout=layout)
 
@@ -267,10 +276,6 @@ def _dense_compute(loaded: LoadedModel) -> Callable[[ExpertMath], ExpertCompute]
     return of_layer
 
 
-def _progress(items: Iterable[Any], **options: Any) -> Iterable[Any]:
-    return tqdm(items, disable=not sys.stderr.isatty(), file=sys.stderr, **options)
-
-
 def expert_math(module: nn.Module) -> ExpertMath:
     """How the experts of a transformers module compute."""
     gated = bool(module.has_gate)
@@ -293,4 +298,6 @@ def _stored(layout: ExpertLayout) -> torch.dtype:
 
 
 def _largest_piece(layout: ExpertLayout) -> int:
-    return max(piece.nbytes for pieces in layout.pieces.values() for piece in pieces)
+    """Of a layout that does not say where experts are, the largest matrix."""
+    pieces = (piece.nbytes for pieces in layout.pieces.values() for piece in pieces)
+    return max(pieces, default=max(tensor.nbytes for tensor in layout.tensors))

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.config import EngineConfig, parse_memory
 from buddymoe_ray.errors import BudgetError, ConfigError
-from buddymoe_ray.kernels import UpcastScratch
+from buddymoe_ray.models.expert_dtype import recoded_tensors
 from buddymoe_ray.models.shape import ModelShape, describe
-from buddymoe_ray.policy import parse_memory, plan_staging, split_slots
+from buddymoe_ray.policy import kv_cache_bytes
 from buddymoe_ray.residency.devices import GpuInfo
-from buddymoe_ray.residency.experts import STAGING_SHARE
+from buddymoe_ray.residency.experts import plan_memory
 from buddymoe_ray.residency.machine import available_memory_bytes, cgroup_limit_bytes, torch_dtype
-from buddymoe_ray.residency.standin_setup import NodeBudget, StandinSetup, prepare
+from buddymoe_ray.residency.standin_setup import StandinSetup
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
 __all__ = ["ASSUMED", "Plan", "make_plan"]
@@ -44,6 +44,8 @@ class DevicePlan:
     link_bytes_s: float
     dense_bytes: int
     expert_budget_bytes: int
+    kv_cache_bytes: int
+    kv_tokens: int
     slots: int
     wave_slots: int
     layer_slots: tuple[int, ...]
@@ -56,7 +58,8 @@ class Plan:
     """The whole plan. Bytes are exact from headers; `predicted_*` assume uniform routing and the links named.
 
     `standins` counts the experts answered by each kind of record, of `standin_bytes` in all (part of `overhead_bytes`);
-    `expected_rise_fast` is the calibrated loss (nats per token) if nothing is ever fetched.
+    `expected_rise_fast` is the calibrated loss (nats per token) if nothing is ever fetched. `kv_tokens` of a device are
+    those of all sequences together; `max_running` of `max_model_len` each are what the config promises.
     """
 
     path: str
@@ -78,11 +81,14 @@ class Plan:
     expected_rise_fast: float | None
     overhead_bytes: int
     max_model_len: int
+    max_running: int
+    kv_bytes_per_token: int
     devices: tuple[DevicePlan, ...]
     host_tier_bytes: int
     disk_tier_bytes: int
     memory_limit_bytes: int | None
     predicted_hit_percent: float
+    predicted_standin_percent: float
     predicted_miss_bytes_per_token: float
     predicted_decode_tok_s: float
     assumed: dict[str, float]
@@ -93,34 +99,30 @@ class Plan:
 
 
 def make_plan(config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo]) -> Plan:
-    """Plan one engine per device. Raises BudgetError, with a hint, when dense weights or budget cannot fit."""
-    if config.expert_dtype != "native":
+    """Plan one engine per device. Raises BudgetError, with numbers and a hint, when dense weights, experts or the
+    promised KV cache cannot fit."""
+    shape = _served(describe(folder, dtype=torch_dtype(config.dtype)), config.expert_dtype)
+    if config.max_model_len is not None and config.max_model_len > shape.max_positions:
         raise ConfigError(
-            f"expert_dtype is {config.expert_dtype!r}, must be native for a plan. "
-            "hint: int8 takes .52, int4 .27 of bfloat16's bytes"
+            f"max_model_len is {config.max_model_len}, must be at most {shape.max_positions} for this model. "
+            "hint: leave it out"
         )
-    shape = describe(folder, dtype=torch_dtype(config.dtype))
-    budget = parse_memory(config.memory, total_expert_bytes=shape.total_expert_bytes)
-    on_cpu = config.device == "cpu" or not gpus
-    largest, share = max(t.nbytes for t in shape.slot_tensors), STAGING_SHARE[config.mode]
-    staging = plan_staging(largest_piece=largest, budget_bytes=budget, share=share)
-    overhead = _workspace(shape) + (staging.nbytes if on_cpu else 0)
-    setup = _standins(config, shape, folder, budget, overhead)
-    slots = split_slots(
-        budget_bytes=budget,
-        slot_bytes=shape.slot_bytes,
-        expert_bytes=shape.expert_bytes,
-        experts_per_layer=shape.experts_per_layer,
-        overhead_bytes=overhead,
+    places = _places(config, gpus)
+    slots, setup, _ = plan_memory(
+        config if shape.has_weights else config.exactly(),  # no weights, nothing to bind a profile to
+        _layout(shape),
+        folder=folder,
+        compute=getattr(torch, shape.compute_dtype),
+        device=torch.device(places[0].device),
     )
-    slots = slots if setup is None else setup.plan
-    devices = _devices(config, shape, budget, slots, gpus)
+    length = min(config.max_model_len or shape.max_positions, shape.max_positions)
+    devices = tuple(_device(config, shape, length, slots, place) for place in places)
     hit = devices[0].resident_experts / sum(shape.experts_per_layer)
     active = shape.experts_per_token * shape.moe_layers * shape.expert_bytes
-    missed = (1 - hit) * active
-    slow_link = devices[0].link_bytes_s
+    stood_in = (1 - hit) * _stood_in(config, setup)
+    missed = (1 - hit - stood_in) * active
     host = parse_memory(config.host_memory, total_expert_bytes=shape.total_expert_bytes)
-    seconds = missed / slow_link + (active + shape.dense_bytes) / ASSUMED["ram_bytes_s"]
+    seconds = missed / devices[0].link_bytes_s + (active + shape.dense_bytes) / ASSUMED["ram_bytes_s"]
     return Plan(
         path=str(folder.resolve()),
         model_type=shape.model_type,
@@ -140,90 +142,138 @@ def make_plan(config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo]) ->
         standin_bytes=0 if setup is None else sum(setup.layouts[kind].slot_bytes for kind in setup.kind_of.values()),
         expected_rise_fast=None if setup is None or setup.refusal else setup.expected_harm,
         overhead_bytes=slots.overhead_bytes,
-        max_model_len=min(config.max_model_len or shape.max_positions, shape.max_positions),
+        max_model_len=length,
+        max_running=config.max_running,
+        kv_bytes_per_token=shape.kv_bytes_per_token,
         devices=devices,
         host_tier_bytes=min(host, shape.total_expert_bytes),
         disk_tier_bytes=shape.total_expert_bytes,
         memory_limit_bytes=cgroup_limit_bytes()[0],
         predicted_hit_percent=100 * hit,
+        predicted_standin_percent=100 * stood_in,
         predicted_miss_bytes_per_token=missed,
         predicted_decode_tok_s=1 / seconds,
         assumed=dict(ASSUMED),
     )
 
 
-def _standins(config: EngineConfig, shape: ModelShape, folder: Path, budget: int, overhead: int) -> StandinSetup | None:
-    """What would stand in; None in `exact`, without a profile, or without weights to bind one to."""
-    if config.mode == "exact" or not shape.has_weights:
-        return None
-    layout = ExpertLayout(
+def _layout(shape: ModelShape) -> ExpertLayout:
+    return ExpertLayout(
         tensors=shape.slot_tensors,
         slot_bytes=shape.slot_bytes,
         expert_bytes=shape.expert_bytes,
         layers=shape.moe_layers,
         experts_per_layer=shape.experts_per_layer,
-        pieces={},
+        pieces={},  # where they are on disk does not matter here
     )
-    node = NodeBudget(budget_bytes=budget, overhead_bytes=overhead)
-    return prepare(config, folder=folder, layout=layout, node=node)
 
 
-def _workspace(shape: ModelShape) -> int:
-    stored, compute = getattr(torch, shape.expert_dtype), getattr(torch, shape.compute_dtype)
-    return UpcastScratch.nbytes_for({t.name: t.shape for t in shape.slot_tensors}, stored=stored, compute=compute)
+def _stood_in(config: EngineConfig, setup: StandinSetup | None) -> float:
+    """Share of the misses that stand-ins answer: in `bounded` as many as the budget pays for, at their mean loss."""
+    if setup is None or (setup.refusal and config.mode == "bounded"):
+        return 0.0
+    worth = config.budget / setup.expected_harm if config.mode == "bounded" and setup.expected_harm > 0 else 1.0
+    return min(1.0, worth)
 
 
-def _devices(
-    config: EngineConfig, shape: ModelShape, budget: int, slots: SlotPlan, gpus: Sequence[GpuInfo]
-) -> tuple[DevicePlan, ...]:
-    if config.device == "cpu" or not gpus:
+def _served(shape: ModelShape, expert_dtype: str) -> ModelShape:
+    """The shape with its experts in the precision that they are served in."""
+    if expert_dtype == "native":
+        return shape
+    tensors, nbytes = recoded_tensors(shape.slot_tensors, expert_dtype, transposed=shape.transposed)
+    return replace(
+        shape,
+        slot_tensors=tensors,
+        slot_bytes=nbytes,
+        expert_bytes=nbytes,
+        total_expert_bytes=nbytes * sum(shape.experts_per_layer),
+        expert_dtype=expert_dtype,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where an engine would run; fields as in DevicePlan."""
+
+    device: str
+    name: str
+    total_bytes: int
+    available_bytes: int
+    numa_node: int | None
+    link: str
+    link_bytes_s: float
+
+
+def _places(config: EngineConfig, gpus: Sequence[GpuInfo]) -> list[_Place]:
+    if config.device == "cpu" or (config.device == "auto" and not gpus):
         free = available_memory_bytes()
-        return (
-            _device(shape, budget, slots, ("cpu", "host memory", free, free, None, "disk", ASSUMED["disk_bytes_s"])),
+        speed = ASSUMED["disk_bytes_s"]
+        cpu = _Place(
+            device="cpu",
+            name="host memory",
+            total_bytes=free,
+            available_bytes=free,
+            numa_node=None,
+            link="disk",
+            link_bytes_s=speed,
         )
+        return [cpu]
     wanted = [gpu for gpu in gpus if config.device in ("auto", "cuda", f"cuda:{gpu.index}")]
     if not wanted:
         raise ConfigError(f"device is {config.device!r}, must be one of {len(gpus)} GPUs. hint: use device auto")
-    facts = [
-        (
-            f"cuda:{g.index}",
-            g.name,
-            g.total_bytes,
-            g.free_bytes,
-            g.numa_node,
-            "pcie",
-            g.pcie_bytes_s or ASSUMED["ram_bytes_s"],
+    return [
+        _Place(
+            device=f"cuda:{gpu.index}",
+            name=gpu.name,
+            total_bytes=gpu.total_bytes,
+            available_bytes=gpu.free_bytes,
+            numa_node=gpu.numa_node,
+            link="pcie",
+            link_bytes_s=gpu.pcie_bytes_s or ASSUMED["ram_bytes_s"],
         )
-        for g in wanted
+        for gpu in wanted
     ]
-    return tuple(_device(shape, budget, slots, fact) for fact in facts)
 
 
-def _device(
-    shape: ModelShape, budget: int, slots: SlotPlan, facts: tuple[str, str, int, int, int | None, str, float]
-) -> DevicePlan:
-    device, name, total, free, numa, link, speed = facts
-    need = shape.dense_bytes + min(budget, shape.total_expert_bytes)
-    if need > free:
+def _device(config: EngineConfig, shape: ModelShape, length: int, slots: SlotPlan, place: _Place) -> DevicePlan:
+    experts = min(slots.budget_bytes, shape.total_expert_bytes)
+    free = place.available_bytes - shape.dense_bytes
+    if experts > free:
         raise BudgetError(
-            f"{device} needs {need / 2**30:.2f} GiB (dense {shape.dense_bytes / 2**30:.2f}, experts "
-            f"{(need - shape.dense_bytes) / 2**30:.2f}), must be at most the {free / 2**30:.2f} GiB available. "
-            f"hint: lower --memory to {max(0, free - shape.dense_bytes) / 2**30:.2f}GiB or less"
+            f"{place.device} needs {_gib(shape.dense_bytes + experts)} (dense {_gib(shape.dense_bytes)}, experts "
+            f"{_gib(experts)}), must be at most the {_gib(place.available_bytes)} available. "
+            f"hint: lower --memory to {max(0, free) / 2**30:.2f}GiB or less"
+        )
+    free -= experts
+    promised = config.max_running * length * shape.kv_bytes_per_token
+    explicit = config.max_model_len is not None
+    if config.kv_memory != "auto":
+        kv, wanted = parse_memory(config.kv_memory, total_expert_bytes=0), "kv_memory"
+    elif explicit:
+        kv, wanted = promised, f"max_running {config.max_running} × max_model_len {length}"
+    else:
+        kv, wanted = kv_cache_bytes(promised=promised, explicit=False, free=free), "the KV cache"
+    room = kv_cache_bytes(promised=kv, explicit=True, free=free)
+    if kv > room:
+        raise BudgetError(
+            f"{wanted} is {_gib(kv)} of KV cache at {shape.kv_bytes_per_token:,} bytes a token, must be at most the "
+            f"{_gib(room)} that {place.device} leaves beside dense weights ({_gib(shape.dense_bytes)}) and experts "
+            f"({_gib(experts)}). hint: lower --max-running, --max-model-len or --memory"
         )
     resident = sum(slots.layer_slots)
     return DevicePlan(
-        device=device,
-        name=name,
-        total_bytes=total,
-        available_bytes=free,
-        numa_node=numa,
-        link=link,
-        link_bytes_s=speed,
+        **asdict(place),
         dense_bytes=shape.dense_bytes,
-        expert_budget_bytes=budget,
+        expert_budget_bytes=slots.budget_bytes,
+        kv_cache_bytes=min(kv, promised),
+        kv_tokens=min(kv, promised) // shape.kv_bytes_per_token,
         slots=slots.slots_total,
         wave_slots=slots.wave_slots,
         layer_slots=slots.layer_slots,
         resident_experts=resident,
         resident_percent=100 * resident / sum(shape.experts_per_layer),
     )
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB"

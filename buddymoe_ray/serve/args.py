@@ -6,11 +6,13 @@ errors.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from buddymoe_ray.config import EngineConfig, api_key_from_environment
+from buddymoe_ray.config import EngineConfig, api_key_from_environment, near_miss, refuse_unknown
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.types import Mode
 
@@ -32,7 +34,7 @@ class ServeArgs(BaseModel):
     """The `args` of an application. Engine options first (see EngineConfig), then the service's.
 
     Args:
-        model_name: the name clients ask for; None is `model` as given.
+        model_name: the name clients ask for; None is `model`, of a folder its name alone.
         workers: engine replicas, each with its own weights and KV; those of a node share its experts. `auto` is as many
             as the cluster's GPUs allow when the service is deployed.
         max_workers: Serve starts more workers under load, up to so many, and ends them again; None keeps `workers`.
@@ -101,6 +103,27 @@ class ServeArgs(BaseModel):
     require_api_key: bool = False
     cors_origins: tuple[Origin, ...] = ()
 
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> ServeArgs:
+        """Build from the names and values of a YAML or a command line. Raises ConfigError, of one line."""
+        try:
+            return cls.model_validate(options)
+        except ValidationError as refused:
+            error = refused.errors()[0]
+        if isinstance(cause := error.get("ctx", {}).get("error"), ValueError):
+            raise ConfigError(str(cause))
+        name = ".".join(map(str, error["loc"][:1]))
+        wanted = error["msg"].replace("Input should be", "must be").replace("String should", "must")
+        hint = near_miss(error["input"], re.findall(r"'(\w+)'", wanted), otherwise="leave it out for the default")
+        raise ConfigError(f"{name or 'args'} is {error['input']!r:.80}, {wanted}. {hint}")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_are_known(cls, options: Any) -> Any:
+        if isinstance(options, dict):
+            refuse_unknown("option", options, cls.model_fields)
+        return options
+
     @model_validator(mode="after")
     def _engine_options_are_usable(self) -> ServeArgs:
         self.engine_config()
@@ -113,7 +136,9 @@ class ServeArgs(BaseModel):
     @property
     def served_name(self) -> str:
         """The model name of the API."""
-        return self.model_name or self.model
+        folder = Path(self.model).expanduser()
+        is_path = folder.is_dir() or self.model.startswith((".", "/", "~"))
+        return self.model_name or (folder.resolve().name if is_path else self.model)
 
     def engine_config(self) -> EngineConfig:
         """The engine's own options."""

@@ -7,7 +7,10 @@ replica when a call to it dies, so the next attempt meets another one.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -17,7 +20,7 @@ from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTas
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.errors import CapacityError, ConfigError
 from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.serve.records import Refusal, Reply, Work, WorkerInfo, WorkerReport
 from buddymoe_ray.serve.refusals import failure, overloaded, unavailable
@@ -30,6 +33,7 @@ log = logging.getLogger(__name__)
 APP_NAME = "buddymoe"
 WORKER_NAME = "worker"
 HEALTH_SECONDS = 5.0
+LOOK_SECONDS = 1.0  # whether a worker runs is asked so often at most, and only while requests come
 LOST = (RayActorError, NodeDiedError, ObjectLostError, WorkerCrashedError)  # the replica, or its node with its replies
 
 
@@ -37,13 +41,19 @@ class ReplicaWorkers:
     """All replicas of the worker deployment behind `handle`. Clients that are refused are told to come back after
     `retry_after_seconds`."""
 
-    def __init__(self, handle: DeploymentHandle[Any], *, retry_after_seconds: int = 2) -> None:
-        self._handle = handle
+    def __init__(self, handle: DeploymentHandle[Any], *, retry_after_seconds: int = 2, num_gpus: float = 0) -> None:
+        self._handle, self._num_gpus = handle, num_gpus
+        self._looked_at, self._absent = -math.inf, ""
         self._streaming = handle.options(stream=True)
         self._retry_after = retry_after_seconds
 
     async def generate(self, work: Work) -> AsyncGenerator[Reply, None]:
-        """Answer `work` on one replica: an attempt of `resume.resumable`. Raises WorkerLost."""
+        """Answer `work` on one replica: an attempt of `resume.resumable`. What moves waits for a replica, new work is
+        refused while none runs. Raises WorkerLost."""
+        absent = "" if work.resume else await self._why_absent()
+        if absent:
+            yield unavailable(absent, retry_after_seconds=self._retry_after)
+            return
         response = self._streaming.generate.remote(work)
         assert isinstance(response, DeploymentResponseGenerator), f"a streaming handle answered {response!r}"
         try:
@@ -57,12 +67,21 @@ class ReplicaWorkers:
             response.cancel()  # type: ignore[no-untyped-call]
 
     async def info(self) -> WorkerInfo:
-        """What is served, from any replica."""
-        info: WorkerInfo = await self._handle.info.remote()
+        """What is served, from any replica. Raises CapacityError while none runs."""
+        absent = await self._why_absent()
+        if absent:
+            raise CapacityError(f"{absent}. hint: retry later, or see /health")
+        try:
+            async with asyncio.timeout(HEALTH_SECONDS):
+                info: WorkerInfo = await self._handle.info.remote()
+        except (TimeoutError, RayServeException, *LOST) as error:
+            raise CapacityError(f"no worker answers ({type(error).__name__}). hint: retry later") from error
         return info
 
     def info_sync(self) -> WorkerInfo:
         """`info` for callers without an event loop."""
+        if absent := self._look():
+            raise CapacityError(f"{absent}. hint: retry later, or see /health")
         info: WorkerInfo = self._handle.info.remote().result()
         return info
 
@@ -93,6 +112,26 @@ class ReplicaWorkers:
         except (TimeoutError, RayServeException) as error:
             return (f"{type(error).__name__}: no worker answers",)
         return tuple(None if answer is None else _one_line(answer) for answer in answers) or ("no worker runs",)
+
+    async def _why_absent(self) -> str:
+        """Why no replica runs; empty when one does, as of a moment ago."""
+        now = time.monotonic()
+        if now - self._looked_at >= LOOK_SECONDS:
+            self._looked_at = now
+            self._absent = await asyncio.to_thread(self._look)
+        return self._absent
+
+    def _look(self) -> str:
+        found = serve.status().applications.get(self._handle.app_name)
+        deployment = found and found.deployments.get(self._handle.deployment_name)
+        if deployment is None or deployment.replica_states.get("RUNNING"):
+            return ""
+        gpus = ray.cluster_resources().get("GPU", 0)
+        if gpus < self._num_gpus:
+            return f"no worker runs: num_gpus is {self._num_gpus:g} and the cluster has {gpus:g} GPUs"
+        states = ", ".join(f"{count} {state.lower()}" for state, count in deployment.replica_states.items())
+        said = deployment.message.strip().splitlines()
+        return f"no worker runs yet ({states or 'none started'})" + (f": {said[-1][:300].rstrip('.')}" if said else "")
 
     def _refusal(self, error: Exception) -> Refusal:
         if isinstance(error, BackPressureError):

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from buddymoe_ray.errors import ModelNotFound, RequestError
+from buddymoe_ray.errors import CapacityError, ModelNotFound, RequestError
 from buddymoe_ray.serve.metrics import exposition
 from buddymoe_ray.serve.records import Refusal, Workers
 from buddymoe_ray.serve.refusals import envelope, failure, refusal_of
@@ -43,13 +43,15 @@ READ = ("GET", "HEAD")
 
 @dataclass(frozen=True, kw_only=True)
 class HttpSettings:
-    """What the routes need to know. `api_key` None serves everyone; it is never logged (repr hides it).
+    """What the routes need to know. `path` is the model as it was given, which clients may ask for too. `api_key` None
+    serves everyone; it is never logged (repr hides it).
 
     `cors_origins` are the origins whose pages may call the service from a browser; `*` is any. What /health says may be
     `health_seconds` old.
     """
 
     model: str
+    path: str = ""
     flush_seconds: float = 0.025
     request_timeout_seconds: float = 600
     limits: ResumeLimits = field(default_factory=ResumeLimits)
@@ -69,6 +71,7 @@ def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
     app.include_router(_openai_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
     app.add_exception_handler(_Refused, _on_refused)
     app.add_exception_handler(RequestError, _on_request_error)
+    app.add_exception_handler(CapacityError, _on_capacity_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnect, _on_departure)
     app.add_exception_handler(Exception, _on_error)
@@ -202,7 +205,7 @@ async def _answer(
 
 
 def _check_model(name: str, settings: HttpSettings) -> None:
-    if name != settings.model:
+    if name not in (settings.model, settings.path or settings.model):
         raise ModelNotFound(
             f"model is {name!r}, must be {settings.model!r}. hint: GET /v1/models lists what is served", param="model"
         )
@@ -263,6 +266,13 @@ async def _on_refused(request: Request, error: Exception) -> Response:
 async def _on_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError), f"handler of RequestError got {error!r}"
     return _refused(refusal_of(error))
+
+
+async def _on_capacity_error(request: Request, error: Exception) -> Response:
+    """No worker runs, or none answers."""
+    return _refused(
+        Refusal(status=503, kind="server_error", code="unavailable", message=str(error), retry_after_seconds=2)
+    )
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

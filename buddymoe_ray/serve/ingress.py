@@ -49,9 +49,10 @@ class Ingress:
             wait_seconds=args.request_timeout_seconds,
             retry_after_seconds=args.retry_after_seconds,
         )
-        self._workers = ReplicaWorkers(workers, retry_after_seconds=args.retry_after_seconds)
+        self._workers = ReplicaWorkers(workers, retry_after_seconds=args.retry_after_seconds, num_gpus=args.num_gpus)
         self._settings = HttpSettings(
             model=args.served_name,
+            path=args.model,
             flush_seconds=args.flush_ms / 1000,
             request_timeout_seconds=args.request_timeout_seconds,
             limits=limits,

@@ -168,8 +168,3 @@ def test_a_plan_names_the_stand_ins_that_the_engine_then_has() -> None:
     assert plan.expected_rise_fast is not None and 0.001 < plan.expected_rise_fast < 0.01
     exact = make_plan(EngineConfig(memory="25%"), folder, gpus=[])
     assert (exact.mode, exact.standins, exact.standin_bytes, exact.expected_rise_fast) == ("exact", {}, 0, None)
-
-
-def test_a_plan_of_recoded_experts_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"expert_dtype is 'int8', must be native.*hint:"):
-        make_plan(EngineConfig(expert_dtype="int8"), resolve_model("builtin:tiny"), gpus=[])

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from buddymoe_ray.config import parse_memory
 from buddymoe_ray.errors import BudgetError, ConfigError
-from buddymoe_ray.policy import LRU, parse_memory, plan_staging, split_slots
+from buddymoe_ray.policy import LRU, plan_staging, split_slots
 
 
 @pytest.mark.parametrize(

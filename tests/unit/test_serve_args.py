@@ -145,4 +145,4 @@ def test_describing_the_application_loads_no_torch() -> None:
 
 def test_the_embedded_default() -> None:
     args = ServeArgs.model_validate(args_of(next(path for path in DEPLOYMENTS if path.stem == "tiny-cpu")))
-    assert (args.model, args.memory, args.num_gpus) == ("builtin:tiny", "25%", 0)
+    assert (args.model, args.memory, args.num_gpus) == ("builtin:tiny", "50%", 0)
