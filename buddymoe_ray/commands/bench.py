@@ -39,7 +39,7 @@ _WORST = ("p99_itl_ms", "ttft_ms", "peak_rss_bytes", "load_seconds", "decode_tok
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `bench`."""
-    add_engine_arguments(parser, without=("max_running", "guard_share", "seed"))
+    add_engine_arguments(parser, without=("max_running", "guard_share", "seed", "generation_config"))
     add_json_argument(parser)
     parser.add_argument("--batch", default="1", help="sequences side by side; a list makes rows: 1,8")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="prompt length")

@@ -21,7 +21,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `eval`."""
-    add_engine_arguments(parser, without=("max_running", "guard_share", "seed"))
+    add_engine_arguments(parser, without=("max_running", "guard_share", "seed", "generation_config"))
     add_json_argument(parser)
     parser.add_argument(
         "--corpus", nargs="+", required=True, help="text files, or folders of .txt, .py, .rst, .md files"

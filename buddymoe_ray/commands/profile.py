@@ -28,7 +28,17 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
-_DECIDED = ("mode", "budget", "standin", "standin_layers", "policy", "profile", "guard_share", "seed")
+_DECIDED = (
+    "mode",
+    "budget",
+    "standin",
+    "standin_layers",
+    "policy",
+    "profile",
+    "guard_share",
+    "seed",
+    "generation_config",
+)
 """Engine options that calibration decides itself."""
 _COMPENSATED = {"auto": None, "compensated": True, "plain": False}
 

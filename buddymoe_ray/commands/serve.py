@@ -23,7 +23,6 @@ __all__ = ["add_arguments", "run"]
 _BUILDER = "buddymoe_ray.serve.app:build_app"
 _DEFAULTS: dict[str, Any] = {"name": "buddymoe", "route_prefix": "/", "import_path": _BUILDER, "args": {}}
 _HTTP: dict[str, Any] = {"host": "127.0.0.1", "port": 8000}
-_TOP = ("proxy_location", "http_options", "applications")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +81,7 @@ def _read(what: str) -> tuple[dict[str, Any], dict[str, Any]]:
         content = yaml.safe_load(Path(what).read_text())
         [application] = content["applications"]
         http, options = content.get("http_options") or {}, application.get("args") or {}
-        refuse_unknown("field", content, _TOP)
+        refuse_unknown("field", content, ("proxy_location", "http_options", "applications"))
         refuse_unknown("field of http_options", http, _HTTP)
         refuse_unknown("field of the application", application, _DEFAULTS)
         if application["import_path"] != _BUILDER or not isinstance(options, dict):
@@ -100,7 +99,7 @@ def _read(what: str) -> tuple[dict[str, Any], dict[str, Any]]:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"{what} holds no single application of {_BUILDER}, must hold one. hint: see deployments/tiny-cpu.yaml"
+            f"{what} holds no application of {_BUILDER}, must hold one. hint: see deployments/"
         ) from error
     return _HTTP | http, _DEFAULTS | application | {"args": options}
 
