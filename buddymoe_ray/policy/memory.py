@@ -15,9 +15,7 @@ from buddymoe_ray.types import SlotPlan
 __all__ = ["MIN_SLOTS", "Staging", "kv_cache_bytes", "plan_staging", "split_slots"]
 
 MIN_SLOTS = 2
-_WAVE_SHARE = 0.04
-_STAGING_SHARE = 0.06
-_KV_PROMISED, _KV_UNASKED = 0.9, 0.25
+_WAVE_SHARE, _STAGING_SHARE = 0.04, 0.06
 _PAGE = 4096
 
 
@@ -47,9 +45,8 @@ def plan_staging(
 
 
 def kv_cache_bytes(*, promised: int, explicit: bool, free: int) -> int:
-    """Bytes of a KV cache that is sized by the device: what is promised (all sequences side by side, each as long as it
-    may be) as far as `free` bytes go; of a promise that nobody wrote down a quarter of them is enough."""
-    return min(promised, int(free * (_KV_PROMISED if explicit else _KV_UNASKED)))
+    """Bytes of a KV cache: what is promised, within .9 of the free ones; within .25 if nobody wrote it down."""
+    return min(promised, int(free * (0.9 if explicit else 0.25)))
 
 
 def split_slots(
