@@ -39,7 +39,7 @@ ExpertCompute = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 Ints = npt.NDArray[np.int64]
 
-_OWN, _DROP = Action.OWN, Action.DROP  # an enum's members cost two frames a look on Python 3.11
+_OWN, _DROP, _FETCH = Action.OWN, Action.DROP, Action.FETCH  # an enum's members cost two frames a look on Python 3.11
 _PROBE, _DECODE = Phase.PROBE, Phase.DECODE
 _RUNS = np.array([action in (Action.HIT, Action.BUDDY) for action in Action])  # resident experts that run
 _FULL = {Action.HIT, Action.FETCH, Action.BUDDY}
@@ -77,7 +77,7 @@ class MoEBlock:
         if step.phase is _DECODE:
             weight_TK = self._decode(hidden_TD, ids, weight_TK, y_ND)
         else:
-            self._run_full(hidden_TD, group(ids, hidden_TD.device), y_ND, protect=True)
+            self._run_here(hidden_TD, group(ids, hidden_TD.device), y_ND, protect=True)
         return combine(y_ND.view(*ids_TK.shape, -1), weight_TK).to(hidden_TD.dtype)
 
     def _decode(self, hidden_TD: Tensor, ids_TK: Ints, weight_TK: Tensor, y_ND: Tensor) -> Tensor:
@@ -85,8 +85,9 @@ class MoEBlock:
         self._cache.count(self.layer, ids_TK)
         standins, step = self._standins, self._step
         if standins is None or not standins.may_answer(self.layer, step):
-            step.outcome.count_exact(self._cache.resident_mask(self.layer)[ids_TK])
-            self._run_full(hidden_TD, group(ids_TK, hidden_TD.device), y_ND, protect=False)
+            hit_TK = self._cache.resident_mask(self.layer)[ids_TK]
+            step.outcome.count_exact(hit_TK)
+            self._run_full(hidden_TD, group(ids_TK, hidden_TD.device), y_ND, set(ids_TK[~hit_TK].tolist()))
             return weight_TK
         resident_E = self._cache.resident_mask(self.layer).copy()
         while True:
@@ -111,17 +112,20 @@ class MoEBlock:
         if actions & _FULL:
             others = actions - _FULL
             full_TK = (action_TK != _OWN) & (action_TK != _DROP) if others else None
-            self._run_full(hidden_TD, group(expert_TK, hidden_TD.device, full_TK), y_ND, protect=False)
+            # without those that are another row's buddy too, as a replay may have it
+            fetched = set(expert_TK[action_TK == _FETCH].tolist()) - set(expert_TK[_RUNS[action_TK]].tolist())
+            self._run_full(hidden_TD, group(expert_TK, hidden_TD.device, full_TK), y_ND, fetched)
 
-    def _run_full(self, hidden_TD: Tensor, rows_of: Rows, y_ND: Tensor, *, protect: bool) -> None:
-        """Run the experts themselves: some at a peer while the others run here."""
-        asked = {} if protect or self.peers is None else self._for_peers(self.peers, rows_of)
-        if not asked:
-            self._run_here(hidden_TD, rows_of, y_ND, protect=protect)
+    def _run_full(self, hidden_TD: Tensor, rows_of: Rows, y_ND: Tensor, fetched: set[int]) -> None:
+        """Run the experts themselves: of those whose accesses were counted as fetched some at a peer, while the others
+        run here. What is resident is not looked at again: others change it meanwhile."""
+        able = self.peers.able(self.layer, sorted(fetched)) if self.peers is not None and fetched else ()
+        if self.peers is None or not able:
+            self._run_here(hidden_TD, rows_of, y_ND, protect=False)
             return
-        assert self.peers is not None, "experts are for peers, and there are none"
+        asked = {expert: rows_of[expert] for expert in able}
         answers = self.peers.ask(self.layer, {e: hidden_TD.index_select(0, asked[e][1]) for e in asked})
-        self._run_here(hidden_TD, {e: rows for e, rows in rows_of.items() if e not in asked}, y_ND, protect=protect)
+        self._run_here(hidden_TD, {e: rows for e, rows in rows_of.items() if e not in asked}, y_ND, protect=False)
         answered = answers.collect()
         uses_T = np.zeros(len(hidden_TD), np.int64)
         for expert, y_RD in answered.items():
@@ -130,13 +134,7 @@ class MoEBlock:
             uses_T += np.bincount(tokens_R.cpu().numpy(), minlength=len(uses_T))
         self._step.outcome.count_peer(uses_T)
         rest = {e: rows for e, rows in asked.items() if e not in answered}
-        self._run_here(hidden_TD, rest, y_ND, protect=protect)
-
-    def _for_peers(self, peers: Peers, rows_of: Rows) -> Rows:
-        """What is missing here and to be had from a peer sooner than from the tiers behind."""
-        resident_E = self._cache.resident_mask(self.layer)
-        missing = [expert for expert in rows_of if not resident_E[expert]]
-        return {expert: rows_of[expert] for expert in peers.able(self.layer, missing)} if missing else {}
+        self._run_here(hidden_TD, rest, y_ND, protect=False)
 
     def _run_here(self, hidden_TD: Tensor, rows_of: Rows, y_ND: Tensor, *, protect: bool) -> None:
         """Run experts as the cache lends them."""

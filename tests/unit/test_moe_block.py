@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from experts_on_disk import make_layout
@@ -12,6 +14,7 @@ from buddymoe_ray.cache import DiskReader, ExpertCache
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.kernels import ExpertMath, UpcastScratch, combine, expert_forward
 from buddymoe_ray.moe import MoEBlock, Phase, StepState
+from buddymoe_ray.moe.outcome import StepOutcome
 from buddymoe_ray.policy import LRU, split_slots
 from buddymoe_ray.types import ExpertLayout
 
@@ -95,6 +98,49 @@ def test_hits_are_counted_as_the_step_found_them(tmp_path: Path) -> None:
     opened.step.begin(Phase.DECODE, 4)
     opened.block(hidden, ids, weights)
     assert opened.step.outcome.hits_T.tolist() == [K] * 4
+    opened.cache.close()
+
+
+class Everything:
+    """Peers that have all experts; they note which are asked for, and answer nothing."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+
+    def able(self, layer: int, experts: Sequence[int]) -> Sequence[int]:
+        self.asked.append(list(experts))
+        return experts
+
+    def ask(self, layer: int, rows_of: Mapping[int, torch.Tensor]) -> Everything:
+        self.answers = {expert: torch.zeros_like(rows) for expert, rows in rows_of.items()}
+        return self
+
+    def collect(self) -> Mapping[int, torch.Tensor]:
+        return self.answers
+
+
+def test_a_hit_that_has_to_go_meanwhile_is_not_asked_for_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, _ = make_layout(tmp_path)
+    opened, peers = Opened(layout, 18), Everything()
+    opened.block.peers = peers
+    hidden, ids, weights = routing(4, seed=2)
+    ids[:] = torch.tensor([0, 1, 2])
+    for _ in opened.cache.stream(1, [0, 1], protect_residency=False):
+        pass
+    resident_E, counted = opened.cache.resident_mask(1), StepOutcome.count_exact
+
+    def count_and_lose(outcome: StepOutcome, hit_TK: np.ndarray) -> None:  # type: ignore[type-arg]
+        counted(outcome, hit_TK)
+        resident_E[:] = False  # as when another worker, or a mover, evicts them
+
+    monkeypatch.setattr(StepOutcome, "count_exact", count_and_lose)
+    opened.step.begin(Phase.DECODE, 4)
+    opened.block(hidden, ids, weights)
+    outcome = opened.step.outcome
+    assert peers.asked == [[2]]
+    assert (outcome.hits_T.tolist(), outcome.fetched_T.tolist(), outcome.peer_T.tolist()) == ([2] * 4, [0] * 4, [1] * 4)
     opened.cache.close()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,11 +11,13 @@ from pathlib import Path
 import pytest
 from link_proxy import DelayProxy
 
+from buddymoe_ray.cache import DiskReader
+from buddymoe_ray.cache.shared import Move, Mover, SharedExpertCache, SharedStore
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.residency.peers import RemoteExperts
 from buddymoe_ray.residency.sharing import Sharing
-from buddymoe_ray.types import GenerationRequest, Mode, SamplingParams, Usage
+from buddymoe_ray.types import ExpertKey, GenerationRequest, Mode, SamplingParams, Usage
 
 PROMPTS = [(5, 6, 7, 8, 9), (100, 200, 300), (44, 45)]
 SECRET = "a secret of this test's own nodes"
@@ -90,6 +94,46 @@ def test_a_peer_computes_what_is_missing_exactly(
     assert all(usage.hits + usage.fetched + usage.peer == 23 * 4 * 4 for usage in usages)
     assert here.snapshot().use_peer == sum(usage.peer for usage in usages)
     assert run(there, "b")[0] == expected  # the one that computed for it goes on
+
+
+def test_another_worker_and_a_mover_change_what_is_resident_while_peers_are_asked(
+    nodes: Callable[..., tuple[Engine, Engine]], expected: list[list[int]]
+) -> None:
+    """A layer is decided on one look: what it counted as hits is not asked for, whatever became of it since."""
+    here, there = nodes(here="40%", there="100%")
+    here.meet({"n2": there.link_address})
+    slow_disk(here)
+    acquainted(here)
+    cache = here.cache
+    assert isinstance(cache, SharedExpertCache)
+    spec, done = cache.store, threading.Event()
+    experts = [ExpertKey(la, e) for la, count in enumerate(cache.layout.experts_per_layer) for e in range(count)]
+
+    def disturb(seed: int) -> None:
+        rng = random.Random(seed)
+        store = SharedStore(spec.path, spec.layout, spec.plan, spec._digest)
+        other = SharedExpertCache(store, reader=DiskReader(depth=1))
+        mover = Mover(store, DiskReader(depth=1), bytes_per_second=1e12)
+        while not done.is_set():
+            key, evict = rng.sample(experts, 2)
+            mover.run([Move(load=key, evict=evict)])
+            for _ in other.stream(key.layer, [evict.expert], protect_residency=False):
+                pass
+        mover.close()
+        other.close()
+
+    threads = [threading.Thread(target=disturb, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        got, usages = run(here, "a", count=10)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join(30)
+    assert got == [tokens[:10] for tokens in expected] and sum(usage.peer for usage in usages)
+    assert all(usage.hits + usage.fetched + usage.peer == 9 * 4 * 4 for usage in usages)
+    cache.check_integrity()
 
 
 def test_a_dead_peer_costs_no_token(nodes: Callable[..., tuple[Engine, Engine]], expected: list[list[int]]) -> None:
