@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny_training import corpus
+from tiny_training.tokenizer import encode_documents, load_tokenizer, render
 
 from buddymoe_ray.errors import ConfigError
-from buddymoe_ray.models.tiny import corpus, path
-from buddymoe_ray.models.tiny.tokenizer import encode_documents, load_tokenizer, render
+from buddymoe_ray.models.tiny import path
 
 FUNCTION = '''class Box:
     def grow(self, by, *more, limit=3, **rest):

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_training import corpus, export
+from tiny_training.train import train
+from tiny_training.trainer import TrainConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from buddymoe_ray.models.tiny import corpus, export
-from buddymoe_ray.models.tiny.train import train
-from buddymoe_ray.models.tiny.trainer import TrainConfig
 
 
 def test_history_becomes_commands_and_kept_seconds(tmp_path: Path) -> None:
@@ -25,8 +24,8 @@ def test_history_becomes_commands_and_kept_seconds(tmp_path: Path) -> None:
     assert (config.steps, config.compile_norms, config.balance) == (7, True, TrainConfig(out=tmp_path).balance)
     assert seconds == 60.0 + 40.0
     assert commands == (
-        "python -m buddymoe_ray.models.tiny.train --out DIR --steps 9 --balance 0.5  # from step 0",
-        "python -m buddymoe_ray.models.tiny.train --out DIR --steps 7 --compile-norms  # from step 4",
+        "python -m tiny_training.train --out DIR --steps 9 --balance 0.5  # from step 0",
+        "python -m tiny_training.train --out DIR --steps 7 --compile-norms  # from step 4",
     )
 
 

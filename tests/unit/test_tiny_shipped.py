@@ -9,12 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from buddymoe_ray.errors import ConfigError
-from buddymoe_ray.models.tiny import corpus, path
-from buddymoe_ray.models.tiny.card import TrainingRecord, model_card
-from buddymoe_ray.models.tiny.evaluate import (
+from tiny_training import corpus
+from tiny_training.card import TrainingRecord, model_card
+from tiny_training.evaluate import (
     Evaluation,
     Evaluator,
     LayerBalance,
@@ -23,8 +20,12 @@ from buddymoe_ray.models.tiny.evaluate import (
     load_model,
     spans,
 )
-from buddymoe_ray.models.tiny.tokenizer import load_tokenizer
-from buddymoe_ray.models.tiny.trainer import TrainConfig
+from tiny_training.tokenizer import load_tokenizer
+from tiny_training.trainer import TrainConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.models.tiny import path
 
 SHIPPED_LIMIT_BYTES = 16 << 20
 

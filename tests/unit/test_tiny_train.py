@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_training import losses, moe_train
+from tiny_training.optim import Muon, newton_schulz
+from tiny_training.stream import TokenStream
+from tiny_training.train import parse, train
+from tiny_training.trainer import TrainConfig, Trainer, schedule
 from torch import Tensor
 from torch.nn import functional
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from buddymoe_ray.errors import ConfigError
-from buddymoe_ray.models.tiny import losses, moe_train
-from buddymoe_ray.models.tiny.optim import Muon, newton_schulz
-from buddymoe_ray.models.tiny.stream import TokenStream
-from buddymoe_ray.models.tiny.train import parse, train
-from buddymoe_ray.models.tiny.trainer import TrainConfig, Trainer, schedule
 
 
 def experts_and_routing(tokens: int, experts: int) -> tuple[Qwen3MoeExperts, Tensor, Tensor, Tensor]:

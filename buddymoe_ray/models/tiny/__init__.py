@@ -1,7 +1,6 @@
-"""builtin:tiny: a small, well trained Qwen3-MoE that ships with the package, and the code that trained it.
+"""builtin:tiny: a small, well trained Qwen3-MoE that ships with the package; importing this package imports no torch.
 
-`path()` is all that serving needs; importing this package imports no torch.
-Training: `python -m buddymoe_ray.models.tiny.train`, then `.evaluate` and `.export`.
+The code that trained it is not installed: `tests/tiny_training` of the repository.
 """
 
 from __future__ import annotations

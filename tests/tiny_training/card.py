@@ -11,9 +11,9 @@ from pathlib import Path
 
 from jinja2 import StrictUndefined, Template
 
-from buddymoe_ray.models.tiny.corpus import HELDOUT_PERMILLE
-from buddymoe_ray.models.tiny.evaluate import Evaluation
-from buddymoe_ray.models.tiny.trainer import TrainConfig
+from tiny_training.corpus import HELDOUT_PERMILLE
+from tiny_training.evaluate import Evaluation
+from tiny_training.trainer import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Judge a checkpoint of builtin:tiny on held-out text: nats a token, bits a byte, router balance.
 
-    python -m buddymoe_ray.models.tiny.evaluate [--model DIR] [--text FILE ...] [--context 512] [--stride 256]
+    python -m tiny_training.evaluate [--model DIR] [--text FILE ...] [--context 512] [--stride 256]
 
 Each document (or shipped file) is read with windows of `context` tokens, the first one opened by <|endoftext|>; every
 token is scored once, with at least `context - stride` tokens before it except at a document's start. Weights are used
@@ -25,8 +25,9 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from buddymoe_ray.errors import ConfigError
-from buddymoe_ray.models.tiny import moe_train, path
-from buddymoe_ray.models.tiny.tokenizer import END_OF_TEXT, load_tokenizer
+from buddymoe_ray.models.tiny import path
+from tiny_training import moe_train
+from tiny_training.tokenizer import END_OF_TEXT, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +147,7 @@ def evaluate_texts(evaluator: Evaluator, texts: Iterable[tuple[str, list[str]]])
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the scores of some text files as JSON."""
     parser = argparse.ArgumentParser(
-        prog="python -m buddymoe_ray.models.tiny.evaluate", description="Held-out loss of builtin:tiny."
+        prog="python -m tiny_training.evaluate", description="Held-out loss of builtin:tiny."
     )
     parser.add_argument("--model", type=Path, default=path())
     parser.add_argument("--text", type=Path, nargs="*", default=sorted((path() / "heldout").glob("*.txt")))

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
-from buddymoe_ray.models.tiny import corpus, losses, moe_train, tokenizer
-from buddymoe_ray.models.tiny.optim import Muon
-from buddymoe_ray.models.tiny.stream import TokenStream
+from tiny_training import corpus, losses, moe_train, tokenizer
+from tiny_training.optim import Muon
+from tiny_training.stream import TokenStream
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Turn a training run into the shipped folder: Hugging Face files, held-out text, training.json and model card.
 
-    python -m buddymoe_ray.models.tiny.export --run DIR [--checkpoint DIR/last.pt] [--to DIR] [--skip-eval]
+    python -m tiny_training.export --run DIR [--checkpoint DIR/last.pt] [--to DIR] [--skip-eval]
 
 Knows of the training loop only what it left in its folder. Invariant: the held-out files are files that were never
 trained on.
@@ -23,11 +23,12 @@ import torch
 from transformers import GenerationConfig
 from transformers import __version__ as transformers_version
 
-from buddymoe_ray.models.tiny import corpus, path
-from buddymoe_ray.models.tiny.card import TrainingRecord, model_card
-from buddymoe_ray.models.tiny.evaluate import Evaluation, Evaluator, evaluate_texts, load_model
-from buddymoe_ray.models.tiny.tokenizer import END_OF_TEXT, IM_END, load_tokenizer
-from buddymoe_ray.models.tiny.trainer import TrainConfig, build_model
+from buddymoe_ray.models.tiny import path
+from tiny_training import corpus
+from tiny_training.card import TrainingRecord, model_card
+from tiny_training.evaluate import Evaluation, Evaluator, evaluate_texts, load_model
+from tiny_training.tokenizer import END_OF_TEXT, IM_END, load_tokenizer
+from tiny_training.trainer import TrainConfig, build_model
 
 HELDOUT_BYTES: dict[corpus.Kind, int] = {"python": 200_000, "docs": 70_000}
 HELDOUT_LARGEST: dict[corpus.Kind, int] = {"python": 32_000, "docs": 20_000}
@@ -53,9 +54,7 @@ def read_history(run: Path) -> tuple[TrainConfig, float, tuple[str, ...]]:
             for name, value in entry["options"].items()
             if str(value) != str(getattr(default, name))
         ]
-        commands.append(
-            f"python -m buddymoe_ray.models.tiny.train --out DIR{''.join(options)}  # from step {entry['step']}"
-        )
+        commands.append(f"python -m tiny_training.train --out DIR{''.join(options)}  # from step {entry['step']}")
     return config, seconds + max(0.0, kept - started), tuple(commands)
 
 
@@ -112,7 +111,7 @@ def make_record(config: TrainConfig, step: int, target: Path, heldout: Sequence[
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Export, evaluate, record."""
-    parser = argparse.ArgumentParser(prog="python -m buddymoe_ray.models.tiny.export", description="Export a run.")
+    parser = argparse.ArgumentParser(prog="python -m tiny_training.export", description="Export a run.")
     parser.add_argument("--run", type=Path, required=True, help="the --out folder of the training run")
     parser.add_argument("--checkpoint", type=Path, help="default: last.pt of the run")
     parser.add_argument("--to", type=Path, default=path(), help="default: the folder inside the package")

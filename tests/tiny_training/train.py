@@ -1,6 +1,6 @@
 """Train builtin:tiny on two CPU cores: data-parallel ranks, Muon and AdamW, warmup-stable-decay schedule, resumable.
 
-    python -m buddymoe_ray.models.tiny.train --out DIR --steps N --decay-steps M --seed 0 --ranks 2
+    python -m tiny_training.train --out DIR --steps N --decay-steps M --seed 0 --ranks 2
 
 Start the same command again after a kill and the run goes on. Because the learning rate is flat until the decay,
 --steps may be decided late, by starting again with another value. Knows nothing of the model.
@@ -27,8 +27,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from buddymoe_ray.errors import ConfigError
-from buddymoe_ray.models.tiny import corpus, tokenizer
-from buddymoe_ray.models.tiny.trainer import TrainConfig, Trainer
+from tiny_training import corpus, tokenizer
+from tiny_training.trainer import TrainConfig, Trainer
 
 
 def prepare(config: TrainConfig) -> tuple[list[np.ndarray], PreTrainedTokenizerBase]:
@@ -149,7 +149,7 @@ def train(config: TrainConfig) -> None:
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     """Options from the fields of TrainConfig."""
-    parser = argparse.ArgumentParser(prog="python -m buddymoe_ray.models.tiny.train", description="Train builtin:tiny.")
+    parser = argparse.ArgumentParser(prog="python -m tiny_training.train", description="Train builtin:tiny.")
     kinds = {"int": int, "float": float, "Path": Path}
     for field in fields(TrainConfig):
         name = "--" + field.name.replace("_", "-")
