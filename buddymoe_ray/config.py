@@ -25,6 +25,7 @@ __all__ = [
     "one_of",
     "option_notes",
     "parse_memory",
+    "ray_address_from_environment",
     "refuse_unknown",
 ]
 
@@ -201,6 +202,11 @@ def near_miss(word: object, known: Iterable[str], *, otherwise: str = "check spe
 def cache_folder() -> Path:
     """Where what can be made again is kept: `$XDG_CACHE_HOME/buddymoe_ray`, by default under `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "buddymoe_ray"
+
+
+def ray_address_from_environment() -> str | None:
+    """The ray cluster to join, or None to start one."""
+    return os.environ.get("RAY_ADDRESS") or None
 
 
 def api_key_from_environment(variable: str = "BUDDYMOE_API_KEY") -> str | None:

@@ -7,12 +7,11 @@ folder, GPUs. Knows ray's options, not requests.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from buddymoe_ray.commands.common import add_json_argument, add_option, emit, print_facts
-from buddymoe_ray.config import EngineConfig, option_notes, refuse_unknown
+from buddymoe_ray.config import EngineConfig, option_notes, ray_address_from_environment, refuse_unknown
 from buddymoe_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         print_facts(facts)
         print("Ctrl-C ends the service", flush=True)
-    wait()
+    wait(application["name"])
     return 0
 
 
@@ -113,7 +112,7 @@ def _check(options: ServeArgs) -> None:
     if options.served_name != options.model or options.model.startswith("builtin:"):  # a hub id is the workers' to load
         resolve_model(options.model)
     gpus = len(list_gpus())
-    if options.num_gpus > gpus and "RAY_ADDRESS" not in os.environ:
+    if options.num_gpus > gpus and not ray_address_from_environment():
         raise ConfigError(
             f"num_gpus is {options.num_gpus:g}, must be at most the {gpus} GPUs of this machine. "
             "hint: --num-gpus 0 --device cpu computes on the CPU"

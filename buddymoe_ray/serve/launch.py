@@ -1,6 +1,7 @@
-"""Starts Ray Serve in this process with one application, as `serve run` does, and says why when it cannot start.
+"""Starts a ray of its own with Serve and one application, and says why when that cannot start.
 
-Knows ray's ways, neither files nor command lines: `commands/serve` checks those before.
+Only a cluster that `RAY_ADDRESS` names is joined: one that happens to run here is somebody else's, with its own port,
+and applications. Knows neither files nor command lines: `commands/serve` checks those before.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import ray
 from ray import serve
 
+from buddymoe_ray.config import ray_address_from_environment
 from buddymoe_ray.errors import BuddyMoEError
 from buddymoe_ray.serve.app import build_app
 from buddymoe_ray.serve.args import ServeArgs
@@ -21,7 +23,8 @@ __all__ = ["start", "wait"]
 def start(options: ServeArgs, *, name: str, route_prefix: str, http: dict[str, Any]) -> None:
     """Start Serve and wait for the workers. Raises BuddyMoEError, with the reason, when they cannot start."""
     if not ray.is_initialized():
-        ray.init(namespace="serve", log_to_driver=False, logging_level="warning")
+        address = ray_address_from_environment()
+        ray.init(address=address or "local", namespace="serve", log_to_driver=False, logging_level="warning")
     serve.start(proxy_location="HeadOnly", http_options=http)
     try:
         serve.run(build_app(options), name=name, route_prefix=route_prefix)
@@ -30,14 +33,23 @@ def start(options: ServeArgs, *, name: str, route_prefix: str, http: dict[str, A
         said = [] if found is None else [found.message, *(each.message for each in found.deployments.values())]
         lines = [line.strip() for line in "\n".join([str(error), *said]).splitlines() if line.strip()]
         reasons = [line.rpartition("Error: ")[2] for line in lines if "Error: " in line]
-        serve.shutdown()
+        _stop(name)
         raise BuddyMoEError((reasons or lines)[-1]) from error
 
 
-def wait() -> None:
-    """Until Ctrl-C; then running requests end and Serve stops."""
+def wait(name: str) -> None:
+    """Until Ctrl-C; then running requests end and the application stops."""
     try:
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
+        _stop(name)
+
+
+def _stop(name: str) -> None:
+    """The application alone where the cluster was joined; with a ray of its own everything."""
+    if ray_address_from_environment():
+        serve.delete(name)
+    else:
         serve.shutdown()
+        ray.shutdown()

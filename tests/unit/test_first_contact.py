@@ -129,7 +129,7 @@ def test_a_mistake_in_a_yaml_is_one_line(changes, said, tmp_path, monkeypatch, c
 
 def test_no_yaml_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "d.yaml").write_text("applications: [")
-    assert "is no YAML (" in refused(["serve", str(tmp_path / "d.yaml")], capsys)
+    assert "is no YAML in line 1 (" in refused(["serve", str(tmp_path / "d.yaml")], capsys)
 
 
 def test_from_python_too() -> None:
@@ -143,7 +143,7 @@ def test_serve_starts_what_was_typed(tmp_path, monkeypatch, capsys) -> None:
     """Flags win over the file; the URL, mode and memory are told."""
     seen: dict[str, Any] = {}
     monkeypatch.setattr(launch, "start", lambda options, **places: seen.update(places, options=options))
-    monkeypatch.setattr(launch, "wait", lambda: None)
+    monkeypatch.setattr(launch, "wait", lambda name: None)
     path = deployment(tmp_path, args_flush_ms=5)
     assert main(["serve", str(path), "--memory", "30%", "--workers", "2", "--port", "8123", "--cors-origins", "*"]) == 0
     options = seen["options"]
@@ -152,6 +152,24 @@ def test_serve_starts_what_was_typed(tmp_path, monkeypatch, capsys) -> None:
     assert (seen["name"], seen["route_prefix"], seen["http"]["port"]) == ("buddymoe", "/", 8123)
     said = capsys.readouterr().out
     assert "builtin:tiny at http://127.0.0.1:8123/v1" in said and "30%" in said and "bounded" in said
+
+
+@pytest.mark.parametrize("joined", ["", "10.0.0.1:6379"])
+def test_only_a_named_cluster_is_joined_and_left_as_it_was(joined: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ray that happens to run here is not touched; of a joined one the application alone ends."""
+    done: list[Any] = []
+    monkeypatch.setenv("RAY_ADDRESS", joined)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda address, **_: done.append(address))
+    monkeypatch.setattr("ray.shutdown", lambda: done.append("ray ends"))
+    for name in ("start", "run"):
+        monkeypatch.setattr(f"ray.serve.{name}", lambda *_, **__: None)
+    monkeypatch.setattr("ray.serve.delete", lambda name: done.append(f"{name} ends"))
+    monkeypatch.setattr("ray.serve.shutdown", lambda: done.append("serve ends"))
+    monkeypatch.setattr(launch.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    launch.start(ServeArgs(), name="mine", route_prefix="/", http={})
+    launch.wait("mine")
+    assert done == ([joined, "mine ends"] if joined else ["local", "serve ends", "ray ends"])
 
 
 async def test_a_models_id_is_its_folders_name(tmp_path: Path) -> None:
@@ -351,7 +369,7 @@ def test_readmes_own_model_path_as_typed(tmp_path, monkeypatch, capsys) -> None:
     seen: list[Any] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch, "start", lambda options, **_: seen.append(options))
-    monkeypatch.setattr(launch, "wait", lambda: None)
+    monkeypatch.setattr(launch, "wait", lambda name: None)
     lines = [shlex.split(line) for line in block.splitlines()]
     assert [words[:2] for words in lines] == [["buddymoe", "plan"], ["buddymoe", "profile"], ["buddymoe", "serve"]]
     for words in lines:
