@@ -35,10 +35,15 @@ GENERATION_CONFIGS = ("auto", "none")
 INEXACT = ("budget", "standin", "standin_layers", "policy", "profile", "guard_share")  # without effect in `exact`
 EXPERT_DTYPES = ("native", "bf16", "int8", "int4")
 POLICIES = ("ladder", "buddymoe")
-STANDINS = (
-    *("auto", "lowbit", "lowbit2", "lowbit3", "lowbit4", "lowbit8", "lowrank"),
-    *("buddy:coactivation", "buddy:router", "buddy:output", "mean", "drop", "random"),
-)
+LOWBIT = ("lowbit2", "lowbit3", "lowbit4", "lowbit8")
+RECORD_KINDS = (*LOWBIT, "lowrank", "mean")
+BUDDIES = ("buddy:router", "buddy:output", "buddy:coactivation", "random")
+STANDINS = {
+    **{"auto": RECORD_KINDS, "lowbit": LOWBIT},
+    **{kind: (kind,) for kind in RECORD_KINDS},
+    **dict.fromkeys((*BUDDIES, "drop"), ()),
+}
+"""Each `standin` with the kinds of record it may use; buddies and drop keep no bytes of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +106,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         one_of("mode", self.mode, get_args(Mode))
-        one_of("standin", self.standin, STANDINS)
+        one_of("standin", self.standin, tuple(STANDINS))
         one_of("policy", self.policy, POLICIES)
         one_of("expert_dtype", self.expert_dtype, EXPERT_DTYPES)
         for name in ("memory", "host_memory", "kv_memory"):

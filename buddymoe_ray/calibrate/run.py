@@ -23,7 +23,7 @@ from buddymoe_ray.calibrate.pace import compensated_seconds
 from buddymoe_ray.calibrate.records import PASSES
 from buddymoe_ray.calibrate.tables import make_tables
 from buddymoe_ray.calibrate.trace import record_trace
-from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.config import BUDDIES, LOWBIT, RECORD_KINDS, EngineConfig
 from buddymoe_ray.engine.build import build_parts
 from buddymoe_ray.engine.evaluate import WINDOW
 from buddymoe_ray.engine.parts import EngineParts
@@ -39,7 +39,7 @@ __all__ = ["KINDS", "CalibrationOptions", "calibrate"]
 
 log = logging.getLogger(__name__)
 
-KINDS = ("lowbit2", "lowbit3", "lowbit4", "lowbit8", "lowrank", "mean", "buddy")
+KINDS = (*RECORD_KINDS, "buddy")
 _HELD_SHARE, _LEAST_HELD = 0.15, 4
 _LEAST_TRACED = 4
 
@@ -272,9 +272,6 @@ def _split_corpus(options: CalibrationOptions, longest: int) -> tuple[list[tuple
 
 def _standins(options: CalibrationOptions) -> tuple[str, ...]:
     """Names of `EngineConfig.standin` that the chosen kinds allow to compare."""
-    lowbit = tuple(kind for kind in options.kinds if kind.startswith("lowbit"))
-    names = (("lowbit",) if len(lowbit) > 1 else ()) + lowbit
-    names += tuple(kind for kind in ("lowrank", "mean") if kind in options.kinds)
-    if "buddy" in options.kinds:
-        names += ("buddy:router", "buddy:output", "buddy:coactivation", "random")
-    return (*names, "drop")
+    mixed = ("lowbit",) if len(set(LOWBIT) & set(options.kinds)) > 1 else ()
+    own = sorted(set(RECORD_KINDS) & set(options.kinds), key=RECORD_KINDS.index)
+    return (*mixed, *own, *(BUDDIES if "buddy" in options.kinds else ()), "drop")

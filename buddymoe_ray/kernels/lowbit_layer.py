@@ -79,7 +79,8 @@ def _matrix(named: Mapping[str, SlotTensor], name: str, fmt: LowbitFormat) -> Ma
     """Where a matrix is within a record."""
     N, row_bytes = named[f"{name}.codes"].shape
     K = row_bytes * 8 // fmt.bits
-    return Matrix(*(named[f"{name}.{part}"].offset for part in PARTS), N=N, K=K, bits=fmt.bits, group=fmt.group_of(K))
+    codes, scales, base = (named[f"{name}.{part}"].offset for part in PARTS)
+    return Matrix(codes, scales, base, N=N, K=K, bits=fmt.bits, group=fmt.group_of(K))
 
 
 @cache

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.config import STANDINS, EngineConfig
 from buddymoe_ray.errors import BudgetError, ProfileError
 from buddymoe_ray.models.fingerprint import model_hash
 from buddymoe_ray.models.profile import Profile, default_profile_path, load_profile
@@ -34,17 +34,6 @@ Floats = npt.NDArray[np.float32]
 _VERIFIED_BYTES = 256 << 20  # above this, reading every record once more would cost minutes at start
 _MIN_WAVES, _MOST_WAVES, _WAVE_SHARE = 2, 8, 0.02
 _SEEN = 20  # uses that say something about an expert
-_RECORDS = {
-    "auto": ("lowbit2", "lowbit3", "lowbit4", "lowbit8", "lowrank", "mean"),
-    "lowbit": ("lowbit2", "lowbit3", "lowbit4", "lowbit8"),
-    "lowbit2": ("lowbit2",),
-    "lowbit3": ("lowbit3",),
-    "lowbit4": ("lowbit4",),
-    "lowbit8": ("lowbit8",),
-    "lowrank": ("lowrank",),
-    "mean": ("mean",),
-}
-"""Kinds of record that each `standin` may use; the others keep no bytes of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +107,7 @@ def prepare(
         return None
     fingerprint = model_hash(folder)
     profile = load_profile(path, model_hash=fingerprint)
-    kinds = _RECORDS.get(config.standin, ()) if config.policy == "ladder" else ()
+    kinds = STANDINS[config.standin] if config.policy == "ladder" else ()
     layouts = standin_layouts(standins_folder(path), fingerprint, kinds=kinds, layers=profile.layers)
     if sum(records.total_bytes for records in layouts.values()) <= _VERIFIED_BYTES:
         verify_standins(standins_folder(path))
