@@ -6,6 +6,7 @@ and applications. Knows neither files nor command lines: `commands/serve` checks
 
 from __future__ import annotations
 
+import signal
 import time
 from typing import Any
 
@@ -38,7 +39,9 @@ def start(options: ServeArgs, *, name: str, route_prefix: str, http: dict[str, A
 
 
 def wait(name: str) -> None:
-    """Until Ctrl-C; then running requests end and the application stops."""
+    """Until Ctrl-C or SIGTERM; then running requests end and the application stops."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         while True:
             time.sleep(3600)

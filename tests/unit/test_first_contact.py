@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -166,9 +167,14 @@ def test_only_a_named_cluster_is_joined_and_left_as_it_was(joined: str, monkeypa
         monkeypatch.setattr(f"ray.serve.{name}", lambda *_, **__: None)
     monkeypatch.setattr("ray.serve.delete", lambda name: done.append(f"{name} ends"))
     monkeypatch.setattr("ray.serve.shutdown", lambda: done.append("serve ends"))
-    monkeypatch.setattr(launch.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(launch.time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
     launch.start(ServeArgs(), name="mine", route_prefix="/", http={})
-    launch.wait("mine")
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        launch.wait("mine")
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
     assert done == ([joined, "mine ends"] if joined else ["local", "serve ends", "ray ends"])
 
 
