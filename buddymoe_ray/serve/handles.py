@@ -123,13 +123,14 @@ class ReplicaWorkers:
 
     def _look(self) -> str:
         found = serve.status().applications.get(self._handle.app_name)
-        deployment = found and found.deployments.get(self._handle.deployment_name)
-        if deployment is None or deployment.replica_states.get("RUNNING"):
+        deployment = None if found is None else found.deployments.get(self._handle.deployment_name)
+        counts = {} if deployment is None else {at.lower(): count for at, count in deployment.replica_states.items()}
+        if deployment is None or counts.get("running"):
             return ""
         gpus = ray.cluster_resources().get("GPU", 0)
         if gpus < self._num_gpus:
             return f"no worker runs: num_gpus is {self._num_gpus:g} and the cluster has {gpus:g} GPUs"
-        states = ", ".join(f"{count} {state.lower()}" for state, count in deployment.replica_states.items())
+        states = ", ".join(f"{count} {state}" for state, count in counts.items())
         said = deployment.message.strip().splitlines()
         return f"no worker runs yet ({states or 'none started'})" + (f": {said[-1][:300].rstrip('.')}" if said else "")
 

@@ -6,6 +6,7 @@ and applications. Knows neither files nor command lines: `commands/serve` checks
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from typing import Any
@@ -25,7 +26,7 @@ def start(options: ServeArgs, *, name: str, route_prefix: str, http: dict[str, A
     """Start Serve and wait for the workers. Raises BuddyMoEError, with the reason, when they cannot start."""
     if not ray.is_initialized():
         address = ray_address_from_environment()
-        ray.init(address=address or "local", namespace="serve", log_to_driver=False, logging_level="warning")
+        ray.init(address=address or "local", namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
     serve.start(proxy_location="HeadOnly", http_options=http)
     try:
         serve.run(build_app(options), name=name, route_prefix=route_prefix)
