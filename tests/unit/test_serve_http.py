@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ from fakes import FakeEngine, FakeLimits, LocalWorkers, exact_usage
 
 from buddymoe_ray.serve.http import MAX_BODY_BYTES, HttpSettings
 from buddymoe_ray.serve.worker import Worker
+from buddymoe_ray.types import GenerationRequest, TokenEvent, TokenLogprob
 
 
 async def test_chat_reply_in_full() -> None:
@@ -378,3 +380,29 @@ async def test_sixteen_streams_at_once_are_each_their_own() -> None:
         alone = [await text(f"prompt {i}") for i in range(16)]
         together = await asyncio.gather(*[text(f"prompt {i}") for i in range(16)])
     assert alone == together and len(set(alone)) == 16
+
+
+async def test_alternatives_that_read_alike_stay_apart() -> None:
+    """Half characters all read as U+FFFD; the chosen one keeps its own value, another is called by its id."""
+
+    class Halves(FakeEngine):
+        def _event(self, request: GenerationRequest, position: int, text: str) -> TokenEvent:
+            event = super()._event(request, position, text)
+            top = ((0xC4, -0.25), (0xC3, -1.5), (0x61, -2.0), (0xE2, -3.0))
+            return replace(event, logprobs=(TokenLogprob(token_id=0xC3, logprob=-1.5, top=top),))
+
+    async with serving(Halves()) as client:
+        text = (await client.post("/v1/completions", json=TEXT | {"logprobs": 4, "max_tokens": 1})).json()
+        asked = CHAT | {"logprobs": True, "top_logprobs": 4, "max_tokens": 1}
+        chat = (await client.post("/v1/chat/completions", json=asked)).json()
+    logprobs = text["choices"][0]["logprobs"]
+    assert (logprobs["tokens"], logprobs["token_logprobs"]) == (["\ufffd"], [-1.5])
+    assert logprobs["top_logprobs"] == [{"\ufffd": -1.5, "token_id:196": -0.25, "a": -2.0, "token_id:226": -3.0}]
+    [entry] = chat["choices"][0]["logprobs"]["content"]
+    assert (entry["token"], entry["logprob"], entry["bytes"]) == ("\ufffd", -1.5, [0xC3])
+    assert [(top["bytes"], top["logprob"]) for top in entry["top_logprobs"]] == [
+        ([0xC4], -0.25),
+        ([0xC3], -1.5),
+        ([0x61], -2.0),
+        ([0xE2], -3.0),
+    ]
