@@ -20,8 +20,7 @@ from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
 from buddymoe_ray.engine.kv import KVPool
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.engine.sequence import Sequence
-from buddymoe_ray.errors import BuddyMoEError, CheckpointError
-from buddymoe_ray.models.hf_loading import recomputes_at_switch, switch_length
+from buddymoe_ray.models.hf_loading import recomputes_at_switch, refusing, switch_length
 from buddymoe_ray.models.load import LoadedModel
 from buddymoe_ray.moe import Phase, StepOutcome, StepState, StepTerms
 
@@ -216,13 +215,5 @@ def probe(loaded: LoadedModel, step: StepState, *, use_cache: bool) -> None:
     """
     step.begin(Phase.PROBE, 1)
     zero = torch.zeros(1, 1, dtype=torch.int64, device=loaded.device)
-    try:
-        with torch.inference_mode():
-            loaded.model(input_ids=zero, position_ids=zero, use_cache=use_cache, logits_to_keep=1)
-    except BuddyMoEError:
-        raise
-    except Exception as error:  # whatever a modeling file stumbles over
-        raise CheckpointError(
-            f"{loaded.folder / 'config.json'} describes a model that cannot run ({type(error).__name__}: {error}). "
-            "hint: compare it with the release's own config.json"
-        ) from error
+    with refusing(loaded.config), torch.inference_mode():
+        loaded.model(input_ids=zero, position_ids=zero, use_cache=use_cache, logits_to_keep=1)

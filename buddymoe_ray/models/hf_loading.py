@@ -36,7 +36,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 from transformers.utils.generic import ContextManagers
 
-from buddymoe_ray.errors import CheckpointError, ConfigError, UnsupportedModel
+from buddymoe_ray.errors import BuddyMoEError, CheckpointError, ConfigError, UnsupportedModel
 from buddymoe_ray.models import experts_hook
 from buddymoe_ray.models.config_check import check_config
 from buddymoe_ray.models.dense import LazyTensor
@@ -54,6 +54,7 @@ __all__ = [
     "plan_keys",
     "read_config",
     "recomputes_at_switch",
+    "refusing",
     "stored_shapes",
     "switch_length",
 ]
@@ -106,7 +107,7 @@ def build_meta(config: PreTrainedConfig, *, dtype: torch.dtype, attn: str | None
     config._experts_implementation = experts_hook.NAME
     config._attn_implementation = attn
     contexts = model_class.get_init_context(dtype, False, False, None)
-    with ContextManagers(contexts), _refused(config, attn):
+    with ContextManagers(contexts), refusing(config, attn):
         model: PreTrainedModel = model_class(config)
     _freeze(model)
     return model
@@ -282,9 +283,12 @@ def _raise_on_problems(model: PreTrainedModel, info: Any, dense: Mapping[str, Te
 
 
 @contextmanager
-def _refused(config: PreTrainedConfig, attn: str | None) -> Iterator[None]:
+def refusing(config: PreTrainedConfig, attn: str | None = None) -> Iterator[None]:
+    """Turns whatever a modeling file stumbles over into a CheckpointError, or a ConfigError about `attn`."""
     try:
         yield
+    except BuddyMoEError:
+        raise
     except Exception as error:  # transformers raises many kinds for a bad field
         if attn is not None and isinstance(error, ValueError | ImportError):
             raise ConfigError(

@@ -27,6 +27,7 @@ from buddymoe_ray.models.hf_loading import (
     kept_in_float32,
     plan_keys,
     read_config,
+    refusing,
     switch_length,
 )
 from buddymoe_ray.models.index import DTYPE_BYTES, TensorLocation, has_weights, read_index, read_json
@@ -238,8 +239,14 @@ def _kv_bytes_per_token(model: PreTrainedModel) -> int:
     model.set_attn_implementation(_SIZING)
     attach(list(experts_modules(model).values()), lambda *_: lambda hidden_TD, *__: hidden_TD)
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device="meta")  # a mask of four dimensions is taken as it is
-    with torch.inference_mode():
+    rope = getattr(model.config, "rope_parameters", None)
+    model.config.rope_parameters = {**(rope or {}), "rope_type": "default"}
+    for module in model.modules():  # positions on meta have no length that frequencies could follow
+        if hasattr(module, "rope_type"):
+            setattr(module, "rope_type", "default")  # noqa: B010
+    with refusing(model.config), torch.inference_mode():
         model(input_ids=zero[0, 0], attention_mask=zero, use_cache=False, logits_to_keep=1)
+    model.config.rope_parameters = rope
     model.set_attn_implementation(was)
     return sum(tensor.nbytes for tensor in seen)
 
