@@ -18,14 +18,14 @@ from buddymoe_ray.errors import BuddyMoEError, RequestError
 from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.serve.handles import APP_NAME, connect
 from buddymoe_ray.serve.prompts import usable
-from buddymoe_ray.serve.records import Batch, ChatMessage, Delta, Refusal, Reply, Terms, Work, WorkerInfo
 from buddymoe_ray.serve.refusals import error_of, failure
 from buddymoe_ray.serve.resume import ResumeLimits, resumable
+from buddymoe_ray.serve.work import Batch, ChatMessage, Delta, Refusal, Reply, Terms, Work, WorkerInfo
 from buddymoe_ray.types import EngineResult, SamplingParams, TokenEvent, TokenLogprob, Usage
 
 __all__ = ["Client"]
 
-Message = Mapping[str, str]
+MessageDict = Mapping[str, str]
 FLUSH_SECONDS = 0.025
 
 
@@ -71,14 +71,14 @@ class Client:
         with closing(_in_a_loop(self._answer(work))) as replies:
             return _result(work, replies)
 
-    def chat(self, messages: Sequence[Message], **sampling: Any) -> EngineResult:
+    def chat(self, messages: Sequence[MessageDict], **sampling: Any) -> EngineResult:
         """Answer a conversation: messages are `{"role": ..., "content": ...}`."""
         work = usable(_work(_conversation(messages), sampling, flush_seconds=None))
         with closing(_in_a_loop(self._answer(work))) as replies:
             return _result(work, replies)
 
     def stream(
-        self, prompt: str | Sequence[int] | Sequence[Message], **sampling: Any
+        self, prompt: str | Sequence[int] | Sequence[MessageDict], **sampling: Any
     ) -> Generator[TokenEvent, None, None]:
         """Continue a prompt or a conversation, event by event. Closing the generator cancels the request."""
         work = usable(_work(prompt, sampling, flush_seconds=FLUSH_SECONDS))
@@ -90,12 +90,12 @@ class Client:
         """`generate` for asyncio; cancelling the task cancels the request."""
         return await self._collect(usable(_work(prompt, sampling, flush_seconds=None)))
 
-    async def achat(self, messages: Sequence[Message], **sampling: Any) -> EngineResult:
+    async def achat(self, messages: Sequence[MessageDict], **sampling: Any) -> EngineResult:
         """`chat` for asyncio."""
         return await self._collect(usable(_work(_conversation(messages), sampling, flush_seconds=None)))
 
     async def astream(
-        self, prompt: str | Sequence[int] | Sequence[Message], **sampling: Any
+        self, prompt: str | Sequence[int] | Sequence[MessageDict], **sampling: Any
     ) -> AsyncGenerator[TokenEvent, None]:
         """`stream` for asyncio."""
         work = usable(_work(prompt, sampling, flush_seconds=FLUSH_SECONDS))
@@ -113,7 +113,7 @@ class Client:
 
 
 def _work(
-    prompt: str | Sequence[int] | Sequence[Message], options: Mapping[str, Any], *, flush_seconds: float | None
+    prompt: str | Sequence[int] | Sequence[MessageDict], options: Mapping[str, Any], *, flush_seconds: float | None
 ) -> Work:
     terms = {f.name for f in fields(Terms)}
     known = {f.name for f in fields(SamplingParams)} | terms
@@ -159,7 +159,7 @@ def _in_a_loop(replies: AsyncGenerator[Reply, None]) -> Generator[Reply, None, N
             runner.run(close())
 
 
-def _conversation(messages: object) -> Sequence[Message]:
+def _conversation(messages: object) -> Sequence[MessageDict]:
     if not isinstance(messages, list | tuple) or not messages or not isinstance(messages[0], Mapping):
         raise RequestError(
             'messages must be a list of {"role": ..., "content": ...}, at least one. hint: generate() takes text',

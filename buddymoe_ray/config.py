@@ -63,7 +63,7 @@ class EngineConfig:
             `lowbit3`, `lowbit4`, `lowbit8`, `lowrank`, `buddy:coactivation`, `buddy:router`, `buddy:output`, `mean`,
             `drop`, `random`.
         standin_layers: MoE layers where stand-ins may answer, as `0,2,3`; None is all. Elsewhere misses are fetched.
-        policy: `ladder` (cheapest rung within the budget) or `buddymoe` (the paper whole, its gates fetch).
+        policy: `ladder` (cheapest option within the budget) or `buddymoe` (the paper whole, its gates fetch).
         profile: calibration file; None is the one beside the checkpoint.
         expert_dtype: precision the experts are served in: `native`, `bf16`, `int8`, `int4`.
         guard_share: share of `bounded` and `fast` sequences recomputed exactly to check their cost; 0 is off.

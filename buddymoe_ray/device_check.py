@@ -20,7 +20,7 @@ import torch
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.llm import LLM
-from buddymoe_ray.engine.measure import Workload, measure
+from buddymoe_ray.engine.measure import BenchLoad, measure
 from buddymoe_ray.models.reference import reference_generate
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.synth import synth_checkpoint
@@ -86,7 +86,7 @@ def table(device: str, *, layers: int, new_tokens: int, folder: Path) -> Iterato
         for memory in BUDGETS:
             for batch in (1, 8):
                 config = EngineConfig(model=model, memory=memory, device=device, max_running=batch, kv_memory="256MiB")
-                work = Workload(batch=batch, prompt_tokens=64, new_tokens=new_tokens, reps=2)
+                work = BenchLoad(batch=batch, prompt_tokens=64, new_tokens=new_tokens, reps=2)
                 record = measure(config, work).as_record()
                 yield {"table": label, "memory": memory, "batch": batch} | record
 

@@ -1,4 +1,4 @@
-"""Every error a user can meet, as one tree.
+"""Every error a user can see, as one tree.
 
     BuddyMoEError
     ├── ConfigError (ValueError)        an option, YAML field or request field is not usable

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from buddymoe_ray.types import GuardState, StandinUses
+from buddymoe_ray.types import GuardState, StandinAccesses
 
 __all__ = [
     "EngineSnapshot",
@@ -43,8 +43,8 @@ class EngineSnapshot:
     """State of one engine at one moment; counters are cumulative since start.
 
     `hits` and `misses` count (layer, expert) lookups of the cache, `bytes_read_disk` what the disk was asked for
-    (alignment included), `stall_seconds` the time the model waited for experts. `use_hits`, `use_peer`,
-    `use_fetched` and `standins` count (token, slot) uses of decode steps, `expected_rise` the nats charged for
+    (alignment included), `stall_seconds` the time the model waited for experts. `access_hits`, `access_peer`,
+    `access_fetched` and `standins` count (token, slot) accesses of decode steps, `expected_rise` the nats charged for
     stand-ins. `residency` is the share of the routed experts that are in device slots (the node's, where shared).
     """
 
@@ -58,10 +58,10 @@ class EngineSnapshot:
     bytes_loaded_device: int
     bytes_read_disk: int
     stall_seconds: float
-    use_hits: int = 0
-    use_peer: int = 0
-    use_fetched: int = 0
-    standins: StandinUses = field(default_factory=StandinUses)
+    access_hits: int = 0
+    access_peer: int = 0
+    access_fetched: int = 0
+    standins: StandinAccesses = field(default_factory=StandinAccesses)
     expected_rise: float = 0.0
     residency: float = 0.0
     guard: GuardSnapshot = field(default_factory=GuardSnapshot)

@@ -78,7 +78,8 @@ class GenerationRequest:
     """One sequence to generate. `prompt_token_ids` is never empty; `request_id` is unique within an engine.
 
     `mode` and `budget` (nats of expected extra loss per generated token, for `bounded`) are the engine's where None.
-    `record` asks for the request's expert uses with its last event; `replay` is such a record: every use is answered as
+    `record` asks for the request's expert accesses with its last event; `replay` is such a record: every access is
+    answered as
     it says, so the same tokens come out whatever is resident now.
     `resumed_token_ids` are output tokens that the caller already has, from another engine: this one goes on after them,
     and its events tell what is new. A request with `record` or `replay` cannot be resumed.
@@ -95,7 +96,7 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StandinUses:
+class StandinAccesses:
     """How many (token, slot) uses each kind of stand-in answered."""
 
     lowbit: int = 0
@@ -114,7 +115,7 @@ class StandinUses:
 class Usage:
     """What one request cost.
 
-    Expert uses are (token, slot) pairs of its decode steps: `hits` found their expert resident when the step began,
+    Expert accesses are (token, slot) pairs of its decode steps: `hits` found their expert resident when the step began,
     `peer` were computed exactly by another worker, `fetched` waited for the expert, `standins` were answered by
     something else at an `expected_rise` of loss (nats, summed over the completion). `completion_tokens` counts all
     tokens; `resumed` of them were made before the last move to another worker, and what those used and were charged is
@@ -132,7 +133,7 @@ class Usage:
     mode: Mode = "exact"
     requested_mode: Mode = "exact"
     budget: float | None = None
-    standins: StandinUses = StandinUses()
+    standins: StandinAccesses = StandinAccesses()
     expected_rise: float = 0.0
     guard: GuardState = "off"
     record: str | None = None
@@ -221,7 +222,7 @@ class ExpertLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class SlotPlan:
-    """How a device budget is cut into expert slots; decided by `policy.memory.split_slots`, obeyed by the cache.
+    """How a device budget is cut into expert slots; decided by `policy.memory.split_slots`, followed by the cache.
 
     `layer_slots[l]` slots belong to MoE layer l, `wave_slots` to whoever needs one for a moment. `overhead_bytes` is
     what staging, scratch and stand-ins take from the same budget. `fully_resident` plans hold every expert and need no

@@ -151,8 +151,8 @@ def check_shift(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 @dataclass
 class _Window:
     hits: int = 0
-    uses: int = 0
-    uses_LE: Any = None
+    accesses: int = 0
+    accesses_LE: Any = None
     gaps: list[float] = field(default_factory=list)
     moving: bool = False
 
@@ -177,7 +177,7 @@ def _shift(args: argparse.Namespace, rep: int, *, dynamic: bool) -> dict[str, An
     finally:
         engine.close()
         keeper.close()
-    rates = [100 * w.hits / max(1, w.uses) for w in after]
+    rates = [100 * w.hits / max(1, w.accesses) for w in after]
     back = next((at + 1 for at, rate in enumerate(rates) if rate >= oracle - 2), None)
     quiet = [gap for w in (*before[1:], *after) if not w.moving for gap in w.gaps]
     moving = [gap for w in after if w.moving for gap in w.gaps]
@@ -186,7 +186,7 @@ def _shift(args: argparse.Namespace, rep: int, *, dynamic: bool) -> dict[str, An
         "placement": "dynamic" if dynamic else "static",
         "rep": rep,
         "window_seconds": window,
-        "hit_before": round(statistics.median(100 * w.hits / max(1, w.uses) for w in before), 1),
+        "hit_before": round(statistics.median(100 * w.hits / max(1, w.accesses) for w in before), 1),
         "hit_after": [round(rate, 1) for rate in rates],
         "oracle_static": round(oracle, 1),
         "windows_to_recover": back,
@@ -202,7 +202,7 @@ def _shift(args: argparse.Namespace, rep: int, *, dynamic: bool) -> dict[str, An
 def _run_window(engine: Engine, keeper: _Keeper, seconds: float, batch: int) -> _Window:
     """Decode sequences for so long; the window says whether experts moved during it."""
     found, before, began = _Window(), engine.snapshot(), time.perf_counter()
-    moved, uses_LE = keeper.now().moves, _uses(engine)
+    moved, accesses_LE = keeper.now().moves, _accesses(engine)
     last = began
     while time.perf_counter() - began < seconds:
         if not engine.has_work():
@@ -215,9 +215,11 @@ def _run_window(engine: Engine, keeper: _Keeper, seconds: float, batch: int) -> 
         found.gaps.append(now - last)
         last = now
     after = engine.snapshot()
-    found.hits = after.use_hits - before.use_hits
-    found.uses = found.hits + after.standins.total - before.standins.total + after.use_fetched - before.use_fetched
-    found.uses_LE = _uses(engine) - uses_LE
+    found.hits = after.access_hits - before.access_hits
+    found.accesses = (
+        found.hits + after.standins.total - before.standins.total + after.access_fetched - before.access_fetched
+    )
+    found.accesses_LE = _accesses(engine) - accesses_LE
     found.moving = keeper.now().moves > moved
     return found
 
@@ -227,8 +229,8 @@ def _request(name: str, count: int) -> GenerationRequest:
     return GenerationRequest(request_id=name, prompt_token_ids=_PROMPT, sampling=sampling)
 
 
-def _uses(engine: Engine) -> Any:
-    return _store(engine).tables.uses.sum(axis=0).astype(np.int64)
+def _accesses(engine: Engine) -> Any:
+    return _store(engine).tables.accesses.sum(axis=0).astype(np.int64)
 
 
 def _store(engine: Engine) -> SharedStore:
@@ -240,7 +242,7 @@ def _oracle(engine: Engine, windows: list[_Window]) -> float:
     """Hits (%) of the best static choice of as many experts as are pinned: chosen by every second window and scored on
     the others, both ways, for a choice scored on its own sample flatters itself."""
     slots = sum(engine.cache.plan.layer_slots)
-    halves = [np.sum([w.uses_LE for w in windows[first::2]], axis=0).reshape(-1) for first in (0, 1)]
+    halves = [np.sum([w.accesses_LE for w in windows[first::2]], axis=0).reshape(-1) for first in (0, 1)]
     shares = []
     for known, scored in (halves, halves[::-1]):
         chosen = np.argsort(-known, kind="stable")[:slots]

@@ -32,7 +32,7 @@ from buddymoe_ray.engine.llm import LLM
 from buddymoe_ray.serve.app import build_app
 from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.handles import WORKER_NAME
-from buddymoe_ray.serve.records import WorkerReport
+from buddymoe_ray.serve.work import WorkerReport
 
 APP = "cluster"
 SHM = Path("/dev/shm")

@@ -91,10 +91,10 @@ def main() -> None:
         answered: dict[str, list[Usage]] = {name: [] for name in runs}
         for turn in range(args.rounds + 1):
             for name in runs:
-                engines[name].meet({"there": proxy.address})
+                engines[name].set_peers({"there": proxy.address})
                 time.sleep(CONTENTS_SECONDS)
                 gaps, usages = generate(engines[name], f"{turn}", args.tokens)
-                engines[name].meet({})  # the others' threads are not to be part of anyone's latency
+                engines[name].set_peers({})  # the others' threads are not to be part of anyone's latency
                 if turn:  # the first warms up
                     tails[name].append(p99(gaps))
                     middles[name].append(statistics.median(gaps))
@@ -104,7 +104,7 @@ def main() -> None:
         proxy.close()
     least = tails["no misses"]
     for name in runs:
-        uses = answered[name]
+        accesses = answered[name]
         ratios = [tail / other for tail, other in zip(tails[name], least, strict=True)]
         record = {
             "run": name,
@@ -117,12 +117,12 @@ def main() -> None:
             "median_itl_ms": round(1e3 * statistics.median(middles[name]), 2),
             "p99_ratio": round(statistics.median(ratios), 3),
             "p99_ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
-            "hits": sum(u.hits for u in uses),
-            "fetched": sum(u.fetched for u in uses),
-            "peer": sum(u.peer for u in uses),
-            "lowbit": sum(u.standins.lowbit for u in uses),
-            "buddy": sum(u.standins.buddy for u in uses),
-            "dropped": sum(u.standins.drop for u in uses),
+            "hits": sum(u.hits for u in accesses),
+            "fetched": sum(u.fetched for u in accesses),
+            "peer": sum(u.peer for u in accesses),
+            "lowbit": sum(u.standins.lowbit for u in accesses),
+            "buddy": sum(u.standins.buddy for u in accesses),
+            "dropped": sum(u.standins.drop for u in accesses),
         }
         print(json.dumps(record), flush=True)
 

@@ -80,7 +80,7 @@ def _costs(problem: PlacementProblem, now_PN: Bools) -> tuple[Floats, Floats]:
 
 
 def _rules(problem: PlacementProblem) -> tuple[object, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Sparse rows, their lower and upper bounds: slots, copies, each use answered once, by those who hold it."""
+    """Sparse rows, their lower and upper bounds: slots, copies, each access answered once, by those who hold it."""
     from scipy.sparse import block_diag, coo_array, eye_array, hstack, kron, vstack
 
     P, N = len(problem.pools), problem.experts
@@ -93,9 +93,9 @@ def _rules(problem: PlacementProblem) -> tuple[object, npt.NDArray[np.float64], 
     answered = kron(eye_array(P * N), ones((1, P + 1)))
     p, n, q = (index.ravel() for index in np.indices((P, N, P)))
     row = np.arange(P * N * P)
-    uses = coo_array((ones(len(row)), (row, (p * N + n) * (P + 1) + q)), shape=(len(row), y_count))
+    accesses = coo_array((ones(len(row)), (row, (p * N + n) * (P + 1) + q)), shape=(len(row), y_count))
     holds = coo_array((-ones(len(row)), (row, q * N + n)), shape=(len(row), P * N))
-    matrix = vstack([block_diag([holding, answered]), hstack([holds, uses])])
+    matrix = vstack([block_diag([holding, answered]), hstack([holds, accesses])])
     low = np.concatenate([np.zeros(P), least_N, ones(P * N), np.full(len(row), -np.inf)])
     high = np.concatenate([problem.slots_P, np.full(N, float(problem.replicas)), ones(P * N), np.zeros(len(row))])
     return matrix, low, high

@@ -21,9 +21,9 @@ from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.errors import CacheError, CapacityError, CheckpointError, RequestError
 from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.residency.sharing import Sharing
-from buddymoe_ray.serve.records import Reply, Work, WorkerInfo, WorkerReport
+from buddymoe_ray.serve.work import Reply, Work, WorkerInfo, WorkerReport
 from buddymoe_ray.serve.worker import Worker
-from buddymoe_ray.types import FinishReason, GenerationRequest, StandinUses, TokenEvent, TokenLogprob, Usage
+from buddymoe_ray.types import FinishReason, GenerationRequest, StandinAccesses, TokenEvent, TokenLogprob, Usage
 
 __all__ = [
     "FakeEngine",
@@ -72,7 +72,7 @@ class FakeEngine:
 
     A prompt may ask for trouble: one that holds byte 1 is refused by the engine, byte 2 fails after three tokens,
     byte 3 kills the engine as a dying step thread would, byte 4 raises what nobody foresaw. A `bounded` request fetches
-    one use per token and a `fast` one none; stand-ins answer the rest at .001 nats per token.
+    one access per token and a `fast` one none; stand-ins answer the rest at .001 nats per token.
     """
 
     link_address = ""
@@ -83,7 +83,7 @@ class FakeEngine:
     def link_seconds(self) -> Mapping[str, float]:
         return {}
 
-    def meet(self, peers: Mapping[str, str]) -> None:
+    def set_peers(self, peers: Mapping[str, str]) -> None:
         """It has no experts to share."""
 
     def __init__(self, *, model_id: str = "fake", delay: float = 0.0, limits: FakeLimits | None = None) -> None:
@@ -165,7 +165,7 @@ class FakeEngine:
             requested_mode=mode,
             budget=request.budget or 0.003 if mode == "bounded" else None,
             fetched=made if mode == "bounded" else 0,
-            standins=StandinUses(lowbit=2 * made, drop=1),
+            standins=StandinAccesses(lowbit=2 * made, drop=1),
             expected_rise=0.001 * made,
             guard="ok",
         )

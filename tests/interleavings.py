@@ -44,7 +44,7 @@ SLOT, HALF = 64, 32
 DIGEST = b"d" * 32
 _TICK, _MOST_TICKS = 1.0, 12
 _FREE = ("read", "write", "compute")  # points from which an actor looks at, or changes, tables and bytes
-_LOOSE = {"counters", "uses", "last_used"}  # tables that decide nothing, or only by their order
+_LOOSE = {"counters", "accesses", "last_used"}  # tables that decide nothing, or only by their order
 _IGNORED = {"reaped", "began", "pause", "end", "patience", "store", "stop", "progress", "pool"}
 
 Program = Callable[["Actor"], None]
@@ -79,7 +79,7 @@ class Actor:
     def able(self) -> bool:
         return self.state == "live" and (self.enabled is None or self.enabled())
 
-    def use(self, leases: Sequence[Lease]) -> None:
+    def access(self, leases: Sequence[Lease]) -> None:
         """Compute with leases: the bytes must be the experts' own as long as it takes."""
         for lease in leases:
             lease.tensors()

@@ -67,7 +67,7 @@ def simple(slots: tuple[int, ...], counts: Any, **changes: Any) -> PlacementProb
 
 
 def brute_cost(problem: PlacementProblem, held_PN: Any) -> float:
-    """Seconds per second of all uses, one use's cheapest way at a time."""
+    """Seconds per second of all accesses, one access's cheapest way at a time."""
     seconds, P = 0.0, len(problem.pools)
     for p in range(P):
         n = -1
@@ -79,11 +79,11 @@ def brute_cost(problem: PlacementProblem, held_PN: Any) -> float:
                     ways.append(float(problem.standin_cost_LE[layer, expert]))
                 ways += [_link(problem, p, q) for q in range(P) if held_PN[q, n]]
                 if problem.counts_PLE is not None:
-                    uses = float(problem.counts_PLE[p, layer, expert])
+                    accesses = float(problem.counts_PLE[p, layer, expert])
                 else:
                     assert problem.counts_LE is not None
-                    uses = float(problem.counts_LE[layer, expert]) / P
-                seconds += uses / problem.window_seconds * min(ways)
+                    accesses = float(problem.counts_LE[layer, expert]) / P
+                seconds += accesses / problem.window_seconds * min(ways)
     return seconds
 
 

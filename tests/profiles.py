@@ -23,8 +23,8 @@ def make_profile(
     race_TLE = rng.exponential(size=(tokens, layers, experts)) / popularity_LE
     routes_TLK = np.argsort(race_TLE, axis=2)[:, :, :top_k]
     raw_TLK = np.sort(rng.dirichlet(np.ones(top_k), size=(tokens, layers)))[:, :, ::-1]
-    uses_TLE = np.zeros((tokens, layers, experts), dtype=np.int64)
-    np.put_along_axis(uses_TLE, routes_TLK, 1, axis=2)
+    accesses_TLE = np.zeros((tokens, layers, experts), dtype=np.int64)
+    np.put_along_axis(accesses_TLE, routes_TLK, 1, axis=2)
     energy_LE = rng.uniform(0.5, 2.0, (layers, experts))
     pair_LEE = np.repeat(energy_LE[:, :, None], experts, axis=2) * rng.uniform(0.93, 0.98, (layers, experts, experts))
     recall_L = rng.uniform(0.5, 0.7, layers)
@@ -39,10 +39,10 @@ def make_profile(
         "experts": experts,
         "top_k": top_k,
         "norm_topk": True,
-        "counts_LE": uses_TLE.sum(axis=0),
+        "counts_LE": accesses_TLE.sum(axis=0),
         "weight2_LE": rng.uniform(0.02, 0.2, (layers, experts)),
         "energy_LE": energy_LE,
-        "coactivation_LEE": np.einsum("tle,tlf->lef", uses_TLE, uses_TLE),
+        "coactivation_LEE": np.einsum("tle,tlf->lef", accesses_TLE, accesses_TLE),
         "tae_LP": np.sort(rng.uniform(0, 1, (layers, 101))),
         "margin_LP": np.sort(rng.uniform(0, 1, (layers, 101))),
         "entropy_L": rng.uniform(0.4, 0.8, layers),

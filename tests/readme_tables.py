@@ -161,9 +161,9 @@ def delayed_table() -> str:
     ]
     for r in records("delayed"):
         low, high = r["p99_ratio_range"]
-        uses = " | ".join(str(r[key]) for key in ("hits", "fetched", "lowbit", "buddy"))
+        accesses = " | ".join(str(r[key]) for key in ("hits", "fetched", "lowbit", "buddy"))
         ratio = f"{r['p99_ratio']:.2f} ({low:.2f}–{high:.2f})"
-        rows.append(f"| {r['model']} | {r['run']} | {ratio} | {r['median_itl_ms']:.1f} | {uses} |")
+        rows.append(f"| {r['model']} | {r['run']} | {ratio} | {r['median_itl_ms']:.1f} | {accesses} |")
     return "\n".join(rows)
 
 

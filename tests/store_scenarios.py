@@ -32,10 +32,10 @@ def worker(world: World, *experts: int, held: tuple[int, ...] = (), seconds: flo
                 wanted = [*able, *(e for e in experts if e not in able)]
                 for leases in cache.stream(0, wanted, protect_residency=bool(held)):
                     until = world.now + seconds
-                    me.use(leases)
+                    me.access(leases)
                     if seconds:
                         point("long", lambda until=until: world.now >= until)
-                        me.use(leases)
+                        me.access(leases)
 
         return program
 

@@ -1,7 +1,8 @@
 """The keeper of one node's expert store: fills it, keeps it while workers come and go, moves experts by the map.
 
 Workers attach to the file themselves and never call this actor for an expert. What it does: own the file (so that a
-worker's restart finds it filled), free what killed workers held, count uses per window for the Placement actor, migrate
+worker's restart finds it filled), free what killed workers held, count accesses per window for the Placement actor,
+migrate
 in the background. Killed and restarted, it finds its file by the same spec and goes on. It ends itself, and the file
 with it, when nobody was attached for a while.
 All work on the store is done by one thread; the methods that ray calls only read.
@@ -22,7 +23,7 @@ import numpy as np
 from buddymoe_ray.actors.words import Directive, NodeReport, StoreStatus
 from buddymoe_ray.cache import DiskReader
 from buddymoe_ray.cache.shared import Move, Mover, SharedExpertCache, watch
-from buddymoe_ray.cache.shared.shape import Head
+from buddymoe_ray.cache.shared.shape import HeaderWord
 from buddymoe_ray.cache.shared.tables import READY, WAVE
 from buddymoe_ray.errors import BuddyMoEError
 from buddymoe_ray.observe import progress
@@ -53,7 +54,7 @@ class KeeperOptions:
     """How a node's store is kept.
 
     Args:
-        window_seconds: how often uses are reported and the map followed.
+        window_seconds: how often accesses are reported and the map followed.
         bytes_per_second: most that background migration reads.
         pin_share: share of the layers' slots that the map may pin; the rest follows demand.
         idle_seconds: how long the store outlives its last worker.
@@ -103,7 +104,7 @@ class HostStore:
             DiskReader(depth=1, buffer_bytes=_BUFFER_BYTES),
             bytes_per_second=self._options.bytes_per_second,
         )
-        self._uses_LE = self._tables.uses.sum(axis=0)
+        self._accesses_LE = self._tables.accesses.sum(axis=0)
         self._fetch_seconds = self._spec.layout.expert_bytes / _ASSUMED_BYTES_PER_SECOND
         self._thread = threading.Thread(target=self._run, name="host-store", daemon=True)
         self._thread.start()
@@ -137,7 +138,7 @@ class HostStore:
             resident=int((tables.state == READY).sum()),
             made=self._store.made,
             filled=self._filled.is_set(),
-            epoch=int(tables.head[Head.EPOCH]),
+            epoch=int(tables.head[HeaderWord.EPOCH]),
             pinned=int(tables.pinned.sum()),
             moves=self._moves,
             moved_bytes=self._moved_bytes,
@@ -202,10 +203,10 @@ class HostStore:
         if directive is None:
             return
         self._peers = directive.peers
-        if directive.epoch > int(self._tables.head[Head.EPOCH]):
+        if directive.epoch > int(self._tables.head[HeaderWord.EPOCH]):
             self._pins = directive.pins
             self._mover.pin([ExpertKey(*pin) for pin in directive.pins])
-            self._tables.head[Head.EPOCH] = directive.epoch
+            self._tables.head[HeaderWord.EPOCH] = directive.epoch
 
     def _move(self, *, until: float) -> None:
         """Bring pinned experts that are not here, as far as this window lasts; the next one goes on."""
@@ -217,8 +218,8 @@ class HostStore:
             self._skipped += moved.skipped
 
     def _report(self) -> NodeReport:
-        uses_LE = self._tables.uses.sum(axis=0)
-        counts_LE, self._uses_LE = (uses_LE - self._uses_LE).astype(np.float32), uses_LE
+        accesses_LE = self._tables.accesses.sum(axis=0)
+        counts_LE, self._accesses_LE = (accesses_LE - self._accesses_LE).astype(np.float32), accesses_LE
         plan, layer_slots = self._spec.plan, int((self._tables.partition != WAVE).sum())
         return NodeReport(
             node=self._node,
@@ -230,7 +231,7 @@ class HostStore:
             fetch_seconds=self._fetch_seconds,
             link_seconds=self._link_seconds(),
             standin_LE=self._spec.standin_LE,
-            epoch=int(self._tables.head[Head.EPOCH]),
+            epoch=int(self._tables.head[HeaderWord.EPOCH]),
             pins=tuple((int(la), int(e)) for la, e in np.argwhere(self._tables.pinned)),
         )
 

@@ -34,7 +34,7 @@ _CALL_SECONDS = 10.0
 _START_SECONDS = 300.0
 _BEAT_SECONDS = 1.0
 
-Peers = tuple[tuple[str, str], ...]
+PeerAddresses = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Linked(Protocol):
     def link_seconds(self) -> Mapping[str, float]:
         """How long each peer takes to answer."""
 
-    def meet(self, peers: Mapping[str, str]) -> None:
+    def set_peers(self, peers: Mapping[str, str]) -> None:
         """From now on these are the other nodes' workers: name to address."""
 
 
@@ -180,16 +180,16 @@ class NodeMemory:
         ray.get(self._store.status.remote(), timeout=_START_SECONDS)
 
     def _beat(self, worker: str, engine: Linked) -> None:
-        known: Peers | None = None
+        known: PeerAddresses | None = None
         while True:
             try:
                 if not engine.link_address and _nodes_alive() > 1:
                     engine.link()
                 said = (worker, os.getpid(), engine.link_address, tuple(engine.link_seconds().items()))
-                peers: Peers = _got(self._store.register.remote(*said))
+                peers: PeerAddresses = _got(self._store.register.remote(*said))
                 if peers != known:
                     known = peers
-                    engine.meet(dict(peers))
+                    engine.set_peers(dict(peers))
             except (RayError, GetTimeoutError) as error:
                 log.warning("no host store now (%s): the shared file stays in use", type(error).__name__)
             except BuddyMoEError as error:
@@ -226,7 +226,7 @@ def store_statuses() -> list[StoreStatus]:
 
 
 def _nodes_alive() -> int:
-    """Nodes of the cluster: a worker opens no door to the network while its own is the only one."""
+    """Nodes of the cluster: a worker does not listen on the network while its own is the only one."""
     return sum(entry["Alive"] for entry in ray.nodes())
 
 

@@ -42,7 +42,7 @@ class PlacementOptions:
             the noise of one window moves experts to no avail; history is dropped when a window contradicts it.
         horizon_windows: for how many windows a move must pay.
         bytes_per_second: what migration may read, on each node.
-        link_seconds: one use computed on another node, until its workers have measured how long that takes.
+        link_seconds: one access computed on another node, until its workers have measured how long that takes.
         forget_windows: a node that is silent for so many is gone.
     """
 
@@ -63,7 +63,7 @@ class _Node:
 
 
 def contradicts(history_LE: Floats, window_LE: Floats, pins: tuple[tuple[int, int], ...]) -> bool:
-    """Whether far fewer uses fall on the pinned experts than history predicts: the hot set has shifted.
+    """Whether far fewer accesses fall on the pinned experts than history predicts: the hot set has shifted.
 
     "Far" is five binomial standard errors and a third of the share. What is pinned was chosen by the same history, so
     its share is overestimated, the more so the shorter the history: a tighter test would drop it again every window.
@@ -170,7 +170,7 @@ class Placement:
         )
 
     def _links(self, nodes: list[_Node]) -> Floats:
-        """Seconds of one use of each row's node that each column's computes, as the row's workers measured it."""
+        """Seconds of one access of each row's node that each column's computes, as the row's workers measured it."""
         seconds_PP = np.full((len(nodes), len(nodes)), self._options.link_seconds, dtype=np.float32)
         at_of = {node.report.node: at for at, node in enumerate(nodes)}
         for asking, node in enumerate(nodes):

@@ -3,7 +3,7 @@ eviction orders are handed in."""
 
 from buddymoe_ray.cache.disk import DiskReader
 from buddymoe_ray.cache.expert_cache import CacheStats, Eviction, ExpertCache
-from buddymoe_ray.cache.experts import Experts, ExpertSource
+from buddymoe_ray.cache.interface import EngineCache, Experts
 from buddymoe_ray.cache.pool import Lease, slot_views
 from buddymoe_ray.cache.standin_pool import StandinPool
 
@@ -12,7 +12,7 @@ __all__ = [
     "DiskReader",
     "Eviction",
     "ExpertCache",
-    "ExpertSource",
+    "EngineCache",
     "Experts",
     "Lease",
     "StandinPool",

@@ -20,7 +20,7 @@ __all__ = ["Directory", "Eviction"]
 
 
 class Eviction(Protocol):
-    """The order in which a partition's slots give way; see `policy.eviction`."""
+    """The order in which a partition's slots are evicted; see `policy.eviction`."""
 
     def touch(self, slot: int) -> None: ...
     def forget(self, slot: int) -> None: ...
@@ -54,7 +54,7 @@ class Directory:
         """A slot for an expert of `layer` that is to be loaded, emptied; None when all are leased or being filled.
 
         The layer's own free slots come first; then, unless residency is protected, its least recently used expert that
-        the call in progress does not name gives way; then wave slots. So a call that names more experts than the layer
+        the call in progress does not name is evicted; then wave slots. So a call that names more experts than the layer
         has slots keeps what is resident and passes the rest through wave slots: plain LRU would push every expert out
         just before its turn comes again.
         """
@@ -87,7 +87,7 @@ class Directory:
         self._free[self._partition[slot]].append(slot)
 
     def touch(self, slot: int) -> None:
-        """Note a use of a resident expert."""
+        """Note an access of a resident expert."""
         self._orders[self._partition[slot]].touch(slot)
 
     def check_integrity(self) -> None:

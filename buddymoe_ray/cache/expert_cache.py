@@ -48,7 +48,7 @@ class CacheStats:
 
 
 @dataclass(frozen=True, slots=True)
-class _Load:
+class _DeviceLoad:
     """An expert on its way into a claimed device slot; `host_slot` is where it passes through, if it does."""
 
     key: ExpertKey
@@ -119,12 +119,12 @@ class ExpertCache:
         return self._directory.resident_E[layer]
 
     def holding(self, layer: int, experts: Sequence[int]) -> AbstractContextManager[Sequence[int]]:
-        """Those of the experts that are resident, for a block in which none gives way but by this thread's loads."""
+        """Those of the experts that are resident, for a block in which none is evicted but by this thread's loads."""
         resident_E = self.resident_mask(layer)
         return nullcontext([expert for expert in experts if resident_E[expert]])
 
     def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
-        """Note uses of experts for whoever places them: a cache of one engine has nobody to tell."""
+        """Note accesses of experts for whoever places them: a cache of one engine has nobody to tell."""
 
     def stream(
         self, layer: int, experts: Sequence[int], *, protect_residency: bool
@@ -132,7 +132,7 @@ class ExpertCache:
         """Lend every expert once, resident ones first, the others as they arrive.
 
         Leases end when the iterator advances or closes. With `protect_residency` (prefill) no resident expert of the
-        layer gives way: misses pass through wave slots; so it is in every phase when the plan pins experts.
+        layer is evicted: misses pass through wave slots; so it is in every phase when the plan pins experts.
 
         Raises:
             CacheError: an expert's bytes could not be read. Other loads of the call are finished and kept.
@@ -147,7 +147,7 @@ class ExpertCache:
         missing = deque(ExpertKey(layer, e) for e in experts if slots[e] < 0)
         assert len(set(missing)) == len(missing), f"experts are {list(experts)}, must each be named once"
         self._misses += len(missing)
-        loads: deque[_Load] = deque()
+        loads: deque[_DeviceLoad] = deque()
         self._directory.leased.update(resident)
         self._directory.kept.update(resident)
         try:
@@ -230,7 +230,7 @@ class ExpertCache:
         finally:
             leased.difference_update(slots)
 
-    def _start(self, missing: deque[ExpertKey], loads: deque[_Load], protect: bool) -> None:
+    def _start(self, missing: deque[ExpertKey], loads: deque[_DeviceLoad], protect: bool) -> None:
         """Start loads while there are experts missing and slots to be had."""
         while missing:
             slot = self._directory.claim(missing[0].layer, protect_residency=protect)
@@ -242,14 +242,14 @@ class ExpertCache:
             missing.popleft()
             loads.append(load)
 
-    def _begin(self, key: ExpertKey, slot: int) -> _Load | None:
+    def _begin(self, key: ExpertKey, slot: int) -> _DeviceLoad | None:
         """Start one load; None when the host tier is busy to the last slot."""
         self._pool.renew(slot)
         self._leases[slot] = None
         try:
             if self._host is None:
                 assert self._bytes is not None, "a device without host tier must be the CPU"
-                return _Load(key, slot, self._reader.submit(self.layout.pieces[key], self._bytes[slot]), None)
+                return _DeviceLoad(key, slot, self._reader.submit(self.layout.pieces[key], self._bytes[slot]), None)
             fetched = self._host.fetch(key)
         except BaseException as error:
             self._directory.abandon(slot)
@@ -258,9 +258,9 @@ class ExpertCache:
         if fetched is None:
             self._directory.abandon(slot)
             return None
-        return _Load(key, slot, fetched[1], fetched[0])
+        return _DeviceLoad(key, slot, fetched[1], fetched[0])
 
-    def _arrived(self, loads: deque[_Load], missing: deque[ExpertKey]) -> list[int]:
+    def _arrived(self, loads: deque[_DeviceLoad], missing: deque[ExpertKey]) -> list[int]:
         """Slots of the oldest load and of every other that is done; waits for the oldest. What another worker should
         have read and did not is missing again."""
         slots, began = list[int](), time.perf_counter()
@@ -274,7 +274,7 @@ class ExpertCache:
             self._stall += time.perf_counter() - began
         return slots
 
-    def _finish(self, loads: deque[_Load], load: _Load) -> int:
+    def _finish(self, loads: deque[_DeviceLoad], load: _DeviceLoad) -> int:
         """Wait for the bytes, copy them to the device if they passed through the host, make the expert resident."""
         try:
             load.ticket.wait()
@@ -300,7 +300,7 @@ class ExpertCache:
         self._leases[load.slot] = Lease(load.key, load.slot, self._pool.generation[load.slot], self._pool)
         return load.slot
 
-    def _settle(self, loads: deque[_Load]) -> None:
+    def _settle(self, loads: deque[_DeviceLoad]) -> None:
         """After an early end: keep what arrives, free what fails. Errors are met by whoever needs the expert."""
         try:
             while loads:

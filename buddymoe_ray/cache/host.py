@@ -1,6 +1,6 @@
 """The host tier: whole experts in host memory, between the disk and a device; pinned when the device is a GPU.
 
-Fixed slots, least recently used gives way. Does not know the device: the expert cache copies from its slots and says
+Fixed slots, least recently used is evicted. Does not know the device: the expert cache copies from its slots and says
 when a copy is done. Invariant: a slot in use (being filled or copied from) is never given to another expert.
 """
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from buddymoe_ray.types import ExpertKey, ExpertLayout
 
-__all__ = ["Lease", "SlotPool", "Slots", "slot_views"]
+__all__ = ["Lease", "SlotPool", "SlotMemory", "slot_views"]
 
 
-class Slots(Protocol):
+class SlotMemory(Protocol):
     """Where leased slots are: `SlotPool`, or a shared store."""
 
     @property
@@ -63,7 +63,7 @@ class Lease:
     key: ExpertKey
     slot: int
     generation: int
-    pool: Slots
+    pool: SlotMemory
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The expert's parameters by name, without their expert dimension."""

@@ -25,7 +25,7 @@ _MOST_STEPS = 32_768
 
 @dataclass(frozen=True, kw_only=True)
 class HitRates:
-    """Share of uses found resident, `[L, C]` per rule and `[C]` for the null; `sizes` in experts per layer.
+    """Share of accesses found resident, `[L, C]` per rule and `[C]` for the null; `sizes` in experts per layer.
 
     `lru_LC` and `oracle_LC` need a trace and are None without one.
     """
@@ -54,7 +54,7 @@ def hit_rates(counts_LE: npt.NDArray[Any], routes_TLK: npt.NDArray[Any]) -> HitR
 
 
 def static_hits(counts_LE: Ints, sizes: tuple[int, ...]) -> Floats:
-    """Share of uses that go to a layer's most frequent experts `[L, C]`."""
+    """Share of accesses that go to a layer's most frequent experts `[L, C]`."""
     mass_LE = np.sort(counts_LE, axis=1)[:, ::-1].cumsum(axis=1)
     return mass_LE[:, np.array(sizes) - 1] / np.maximum(mass_LE[:, -1:], 1)
 
@@ -62,13 +62,14 @@ def static_hits(counts_LE: Ints, sizes: tuple[int, ...]) -> Floats:
 def lru_hits(routes_TLK: Ints, counts_LE: Ints, sizes: tuple[int, ...]) -> Floats:
     """The same when the experts used last are resident `[L, C]`.
 
-    One pass serves all sizes, since a larger cache holds all that a smaller one does (Mattson et al. 1970): a use hits
-    when fewer than C experts were used after its expert's last use. Starts with the most frequent experts.
+    One pass serves all sizes, since a larger cache holds all that a smaller one does (Mattson et al. 1970): an access
+    hits
+    when fewer than C experts were used after its expert's last access. Starts with the most frequent experts.
     """
     T, L, K = routes_TLK.shape
     E = counts_LE.shape[1]
     last_LE = -1.0 - _popularity_rank(counts_LE)
-    depth_LE = np.zeros((L, E), dtype=np.int64)  # uses by their expert's place in the order of last use
+    depth_LE = np.zeros((L, E), dtype=np.int64)  # accesses by their expert's place in the order of last access
     rows_L1, slots_K = np.arange(L)[:, None], np.arange(K)
     for t in range(T):
         ids_LK = routes_TLK[t]
@@ -89,7 +90,7 @@ def oracle_hits(routes_TLK: Ints, counts_LE: Ints, sizes: tuple[int, ...]) -> Fl
     layer_N1 = np.repeat(np.arange(L), C)[:, None]
     rows_N1 = np.arange(L * C)[:, None]
     resident_NE = (_popularity_rank(counts_LE)[:, None, :] < np.array(sizes)[None, :, None]).reshape(L * C, E)
-    next_TLE = _next_uses(routes_TLK, E)
+    next_TLE = _next_accesses(routes_TLK, E)
     hits_N = np.zeros(L * C, dtype=np.int64)
     for t in range(T):
         ids_NK = routes_TLK[t][layer_N1[:, 0]]
@@ -109,7 +110,7 @@ def _popularity_rank(counts_LE: Ints) -> Ints:
     return np.argsort(np.argsort(-counts_LE, axis=1, kind="stable"), axis=1)
 
 
-def _next_uses(routes_TLK: Ints, E: int) -> npt.NDArray[np.int32]:
+def _next_accesses(routes_TLK: Ints, E: int) -> npt.NDArray[np.int32]:
     """`[T, L, E]`: the token after t that uses an expert next, T for never."""
     T, L, _ = routes_TLK.shape
     next_TLE = np.full((T, L, E), T, dtype=np.int32)

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from buddymoe_ray.calibrate.pairs import pair_errors
-from buddymoe_ray.calibrate.records import (
+from buddymoe_ray.calibrate.fitting import (
     ENOUGH,
     RecordMaker,
     energy_of,
@@ -27,6 +26,7 @@ from buddymoe_ray.calibrate.records import (
     record_bytes,
     record_views,
 )
+from buddymoe_ray.calibrate.pairs import pair_errors
 from buddymoe_ray.calibrate.samples import ExpertSample, walk_layer
 from buddymoe_ray.calibrate.trace import Trace
 from buddymoe_ray.engine.parts import EngineParts
@@ -34,7 +34,7 @@ from buddymoe_ray.errors import CheckpointError, ProfileError
 from buddymoe_ray.kernels import ExpertMath
 from buddymoe_ray.models.shard_writer import check_space
 from buddymoe_ray.models.standin_files import StandinWriter
-from buddymoe_ray.residency.experts import expert_math
+from buddymoe_ray.residency.tier import expert_math
 
 __all__ = ["LayerTables", "make_layers", "parameter_shapes"]
 
@@ -88,7 +88,7 @@ def make_layers(
     bar = iter(progress(units, total=len(units), desc="stand-ins"))
     for layer in range(L):
         math, reached_E = maths[layer], reached_LE[layer]
-        records = [_Layer(one, math, layer, counts[layer]) for one in files]
+        records = [_LayerRecords(one, math, layer, counts[layer]) for one in files]
         for sample in walk_layer(cache, trace, layer, math):
             next(bar, None)
             reached_E[sample.expert] = sample.own >= ENOUGH
@@ -120,7 +120,7 @@ class _Files:
         )
 
 
-class _Layer:
+class _LayerRecords:
     """Records of one kind and layer while they are made, or as an earlier run left them."""
 
     def __init__(self, files: _Files, math: ExpertMath, layer: int, E: int) -> None:

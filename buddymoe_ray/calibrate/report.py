@@ -63,7 +63,8 @@ def write_report(profile: Profile, path: Path) -> None:
 
 
 def compared(rows: Sequence[ComparisonRow]) -> dict[str, Any]:
-    """`names` of stand-ins from least to most harm (by mean rank), `memories` falling, `best` rows, `found` by both."""
+    """`names` of stand-ins from least to most expected loss (by mean rank), `memories` falling, `best` rows, `found` by
+    both."""
     memories = sorted({row.memory_percent for row in rows}, reverse=True)
     best: list[ComparisonRow] = []
     ranks: dict[str, list[float]] = {}
@@ -103,8 +104,8 @@ def figures(profile: Profile, hits: Sequence[Line]) -> dict[str, Figure | None]:
             _budget_lines(profile, "fetched_fraction"), y="misses answered by the real expert, %", **by_budget
         ),
         "sensitivity": bar_chart(profile.sensitivity_L, layers, x="MoE layer", y="nats per unit"),
-        "harms": bar_chart(harm_of_layers(profile, shown) if shown else [], layers, x="MoE layer", y=unit),
-        "hits": line_chart(hits, x="experts kept, % of each layer's", y="uses found resident, %", ylim=(0, 100)),
+        "losses": bar_chart(loss_of_layers(profile, shown) if shown else [], layers, x="MoE layer", y=unit),
+        "hits": line_chart(hits, x="experts kept, % of each layer's", y="accesses found resident, %", ylim=(0, 100)),
         "routing": line_chart(_routing_lines(profile), x="MoE layer", y="share", ylim=(0, 1), xticks=ticks),
     }
 
@@ -151,29 +152,29 @@ def hit_lines(profile: Profile) -> list[Line]:
 
 
 def shown_kind(profile: Profile) -> str | None:
-    """The kind whose harm is shown by layer: the recommended one, or the least harmful where that is a mix."""
+    """The kind whose expected loss is shown by layer: the recommended one, or the cheapest where that is a mix."""
     kinds = [kind for kind in sorted(profile.errors) if profile.errors[kind].any()]
     if profile.recommended in kinds:
         return profile.recommended
-    return min(kinds, key=lambda kind: sum(harm_of_layers(profile, kind)), default=None)
+    return min(kinds, key=lambda kind: sum(loss_of_layers(profile, kind)), default=None)
 
 
-def harm_of_layers(profile: Profile, kind: str) -> list[float]:
-    """Expected harm per token of answering every use in a layer by `kind`."""
-    uses_LE = profile.counts_LE * profile.weight2_LE / profile.calibration_tokens
-    return [float(harm) for harm in (uses_LE * profile.harm_LE(kind)).sum(axis=1)]
+def loss_of_layers(profile: Profile, kind: str) -> list[float]:
+    """Expected loss per token of answering every access in a layer by `kind`."""
+    accesses_LE = profile.counts_LE * profile.weight2_LE / profile.calibration_tokens
+    return [float(loss) for loss in (accesses_LE * profile.loss_LE(kind)).sum(axis=1)]
 
 
 def error_shares(profile: Profile, kind: str) -> list[float]:
     """Output error by layer, % of the experts' output energy."""
-    uses_LE = profile.counts_LE * profile.weight2_LE
-    energy_L, error_L = (uses_LE * profile.energy_LE).sum(axis=1), (uses_LE * profile.errors[kind]).sum(axis=1)
+    accesses_LE = profile.counts_LE * profile.weight2_LE
+    energy_L, error_L = (accesses_LE * profile.energy_LE).sum(axis=1), (accesses_LE * profile.errors[kind]).sum(axis=1)
     pairs = zip(error_L, energy_L, strict=True)
     return [100 * float(error / energy) if energy > 0 else math.nan for error, energy in pairs]
 
 
 def busiest_quarter(profile: Profile) -> npt.NDArray[np.float64]:
-    """Share of a layer's uses (%) that go to its busiest quarter of experts `[L]`."""
+    """Share of a layer's accesses (%) that go to its busiest quarter of experts `[L]`."""
     busiest_LE = np.sort(profile.counts_LE, axis=1)[:, ::-1]
     share_L: npt.NDArray[np.float64] = 100 * busiest_LE[:, : math.ceil(profile.experts / 4)].sum(axis=1)
     return share_L / np.maximum(1, busiest_LE.sum(axis=1))

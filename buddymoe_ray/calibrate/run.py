@@ -1,4 +1,4 @@
-"""The calibration from corpus to profile: trace, tables, records, measured harms, recommendation.
+"""The calibration from corpus to profile: trace, tables, records, measured expected losses, recommendation.
 
 Calls the other files of this package in order and knows nothing they do not. What was made is written as it is made, so
 an interrupted run goes on at the layer where it stopped.
@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from buddymoe_ray.calibrate.bench import Footprint
-from buddymoe_ray.calibrate.harm import HarmOptions, measure_harms
+from buddymoe_ray.calibrate.expected_loss import LossOptions, measure_losses
+from buddymoe_ray.calibrate.fitting import PASSES
 from buddymoe_ray.calibrate.layers import LayerTables, make_layers, parameter_shapes
 from buddymoe_ray.calibrate.pace import compensated_seconds
-from buddymoe_ray.calibrate.records import PASSES
 from buddymoe_ray.calibrate.tables import make_tables
 from buddymoe_ray.calibrate.trace import record_trace
 from buddymoe_ray.config import BUDDIES, LOWBIT, RECORD_KINDS, EngineConfig
@@ -33,7 +33,7 @@ from buddymoe_ray.models.profile import NAME, Profile, save_profile
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.router_hook import find_routers
 from buddymoe_ray.models.standin_files import standins_folder
-from buddymoe_ray.residency.experts import expert_math
+from buddymoe_ray.residency.tier import expert_math
 
 __all__ = ["KINDS", "CalibrationOptions", "calibrate"]
 
@@ -61,7 +61,7 @@ class CalibrationOptions:
             `rounding_minutes` here.
         rank: of low-rank maps.
         quick: leave out what needs the model to run with stand-ins: the profile then serves `fast` only.
-        harms: at which memories and budgets, and on how many held-out tokens, stand-ins are measured.
+        expected losses: at which memories and budgets, and on how many held-out tokens, stand-ins are measured.
     """
 
     config: EngineConfig
@@ -74,7 +74,7 @@ class CalibrationOptions:
     rounding_minutes: float = 30.0
     rank: int = 8
     quick: bool = False
-    harms: HarmOptions = field(default_factory=HarmOptions)
+    losses: LossOptions = field(default_factory=LossOptions)
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.kinds) - set(KINDS))
@@ -109,7 +109,7 @@ def calibrate(options: CalibrationOptions, *, progress: Progress = lambda items,
         _check_ids(options.ids, parts.vocab_size)
         if not options.quick and parts.limits.max_model_len < WINDOW:
             raise ProfileError(
-                f"model takes {parts.limits.max_model_len} tokens, must take {WINDOW} for harms to be measured. "
+                f"model takes {parts.limits.max_model_len} tokens, must take {WINDOW} to measure expected losses. "
                 "hint: --quick makes a profile for mode fast"
             )
         traced, held = _split_corpus(options, parts.limits.max_model_len)
@@ -119,14 +119,14 @@ def calibrate(options: CalibrationOptions, *, progress: Progress = lambda items,
         parts.experts.cache.close()
     save_profile(profile, options.out)
     if not options.quick:
-        profile = measure_harms(
+        profile = measure_losses(
             profile,
             options.config,
             options.out,
             footprint,
             held,
             _standins(options),
-            options.harms,
+            options.losses,
             progress,
         )
         save_profile(profile, options.out)
@@ -192,7 +192,7 @@ def _assemble(
         kind_scale={},
         routes_TLK=tables.routes_TLK,
         route_weights_TLK=tables.route_weights_TLK,
-        reason="made with --quick: harms were not measured" if options.quick else "not measured yet",
+        reason="made with --quick: expected losses were not measured" if options.quick else "not measured yet",
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from buddymoe_ray.cache import ExpertSource
+from buddymoe_ray.cache import EngineCache
 from buddymoe_ray.calibrate.trace import Trace
 from buddymoe_ray.kernels import ExpertMath, expert_forward
 
@@ -44,7 +44,7 @@ def plain_math(math: ExpertMath) -> ExpertMath:
     return replace(math, transposed=False)
 
 
-def walk_layer(cache: ExpertSource, trace: Trace, layer: int, math: ExpertMath) -> Iterator[ExpertSample]:
+def walk_layer(cache: EngineCache, trace: Trace, layer: int, math: ExpertMath) -> Iterator[ExpertSample]:
     """Every expert of a layer, in the order the cache lends them."""
     ids_TK, weight_TK = trace.ids(layer), trace.weights(layer)
     hidden_TD = trace.hidden(layer)

@@ -1,10 +1,10 @@
 """Replays a workload on a cluster that is only numbers: what each placement would hit, move and stall, by window.
 
-A window is placed with the counts of the windows before it (a moving average), then served with its own. Loads obey the
-movers' bandwidth, so that a map may be reached late. Times follow from stated link costs, without overlap or queues:
+A window is placed with the counts of the windows before it (a moving average), then served with its own. Loads keep to
+the movers' bandwidth, so a map may be reached late. Times follow from stated link costs, without overlap or queues:
 believe differences between placements more than tokens/s. Neighbours: `workloads`, `baselines`, `policy.placement`.
 
-Legend: W windows, L MoE layers, E experts, P pools (GPUs), N experts of all layers, R rungs (`RUNGS`).
+Legend: W windows, L MoE layers, E experts, P pools (GPUs), N experts of all layers, R options (`OPTIONS`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from buddymoe_ray.calibrate.charts import Line, bar_chart, embedded, line_chart,
 from buddymoe_ray.calibrate.workloads import Workload
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.policy import (
-    RUNGS,
+    OPTIONS,
     NodeLinks,
     PlacementMap,
     PlacementProblem,
     Pool,
     migration_steps,
+    option_accesses,
     publish,
-    rung_uses,
     solve,
 )
 
@@ -49,11 +49,12 @@ class Cluster:
 
     Args:
         gpus, gpus_per_node, pool_bytes: each GPU has `pool_bytes` for full experts.
-        expert_bytes, activation_bytes: one expert; what one use by a peer sends and gets back.
-        same_node, other_node, fetch: seconds of one use that a peer of this node or another computes, or whose weights
+        expert_bytes, activation_bytes: one expert; what one access by a peer sends and gets back.
+        same_node, other_node, fetch: seconds of one access that a peer of this node or another computes, or whose
+        weights
             are fetched.
         standin: seconds that a stand-in's answer is worth; inf for none.
-        token_seconds: one token's compute on its GPU when every use is local.
+        token_seconds: one token's compute on its GPU when every access is local.
         migrate_bytes_per_second: of each GPU's mover.
         window_seconds, horizon_seconds: see PlacementProblem.
         max_replicas: most holders of an expert; None is no limit.
@@ -103,12 +104,13 @@ class Cluster:
 class Outcome:
     """What one placement did over the windows after the first, which only warms up.
 
-    `uses_WR` are uses per second by rung, `stall_W` seconds per second waited, `loads_W` experts moved, `solver_W`
+    `accesses_WR` are accesses per second by option, `stall_W` seconds per second waited, `loads_W` experts moved,
+    `solver_W`
     seconds of solving, `late` loads that did not fit a window's bandwidth.
     """
 
     placement: str
-    uses_WR: list[Floats] = field(default_factory=list)
+    accesses_WR: list[Floats] = field(default_factory=list)
     stall_W: list[float] = field(default_factory=list)
     loads_W: list[int] = field(default_factory=list)
     solver_W: list[float] = field(default_factory=list)
@@ -117,12 +119,12 @@ class Outcome:
 
     def as_record(self, cluster: Cluster, workload: Workload) -> dict[str, Any]:
         """Fractions in per cent, bytes and milliseconds; bytes are of all measured windows."""
-        uses_R = np.sum(self.uses_WR, axis=0)
-        share_R = 100 * uses_R / max(float(uses_R.sum()), 1e-300)
-        count_R = dict(zip(RUNGS, uses_R * cluster.window_seconds, strict=True))
+        accesses_R = np.sum(self.accesses_WR, axis=0)
+        share_R = 100 * accesses_R / max(float(accesses_R.sum()), 1e-300)
+        count_R = dict(zip(OPTIONS, accesses_R * cluster.window_seconds, strict=True))
         return {
             "placement": self.placement,
-            **{f"{rung}_percent": round(float(share), 3) for rung, share in zip(RUNGS, share_R, strict=True)},
+            **{f"{option}_percent": round(float(share), 3) for option, share in zip(OPTIONS, share_R, strict=True)},
             "same_node_bytes": int(count_R["same_node"] * cluster.activation_bytes),
             "other_node_bytes": int(count_R["other_node"] * cluster.activation_bytes),
             "fetch_bytes": int(count_R["fetch"] * cluster.expert_bytes),
@@ -166,8 +168,8 @@ def simulate(
             wanted = _decide(name, told, long_run, placed[name])
             outcome.solver_W.append(time.perf_counter() - begun)
             placed[name], loads, late = _moved(cluster, told, placed[name], wanted, free=name == "oracle")
-            uses_R, stall = rung_uses(actual, placed[name].held_PN)
-            outcome.uses_WR.append(uses_R)
+            accesses_R, stall = option_accesses(actual, placed[name].held_PN)
+            outcome.accesses_WR.append(accesses_R)
             outcome.stall_W.append(stall)
             outcome.loads_W.append(loads)
             outcome.late += late
@@ -216,14 +218,14 @@ def write_plot(outcomes: Sequence[Outcome], cluster: Cluster, workload: Workload
     windows = range(1, len(workload.counts_WLE))
     lines = []
     for outcome in outcomes:
-        uses_WR = np.array(outcome.uses_WR)
-        local_W = 100 * uses_WR[:, 0] / np.maximum(uses_WR.sum(axis=1), 1e-300)
+        accesses_WR = np.array(outcome.accesses_WR)
+        local_W = 100 * accesses_WR[:, 0] / np.maximum(accesses_WR.sum(axis=1), 1e-300)
         lines.append(Line(name=outcome.placement, x=windows, y=local_W))
     speeds = [outcome.tokens_per_second(cluster, workload) for outcome in outcomes]
     values = {
         "title": title,
         "embedded": embedded,
-        "hits": line_chart(lines, x="window", y="uses answered locally, %"),
+        "hits": line_chart(lines, x="window", y="accesses answered locally, %"),
         "speeds": bar_chart(speeds, [o.placement for o in outcomes], x="placement", y="tokens/s"),
     }
     try:

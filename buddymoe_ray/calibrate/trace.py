@@ -30,7 +30,7 @@ Progress = Callable[..., Iterable[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Layer:
+class _LayerTrace:
     hidden_TD: Tensor
     ids_TK: Tensor
     weight_TK: Tensor
@@ -49,7 +49,7 @@ class Trace:
         check_space(folder, layers * tokens * row_bytes)
         self.tokens, self.window, self.top_k = tokens, window, top_k
         self._layers = [
-            _Layer(
+            _LayerTrace(
                 hidden_TD=_mapped(folder, (tokens, hidden), dtype),
                 ids_TK=_mapped(folder, (tokens, top_k), torch.int16),
                 weight_TK=_mapped(folder, (tokens, top_k), torch.float32),

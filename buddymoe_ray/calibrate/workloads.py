@@ -27,13 +27,14 @@ Floats = npt.NDArray[np.float64]
 
 KINDS = ("zipf", "drifting", "bursty")
 _MAGIC, _VERSION = "buddymoe-routes", 1
-_MOST_USES = 1 << 30
+_MOST_ACCESSES = 1 << 30
 _BURST, _BURST_SHARE, _BURST_CHANCE = 8.0, 1 / 32, 0.3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Workload:
-    """Uses `[W, L, E]` of `tokens` tokens per window; `transition_LEE`, where known: the chance that a token which used
+    """Accesses `[W, L, E]` of `tokens` tokens per window; `transition_LEE`, where known: the chance that a token which
+    used
     expert i of layer l uses expert j of layer l + 1 (a row adds up to K)."""
 
     counts_WLE: Floats
@@ -103,8 +104,8 @@ def replayed(routes: Routes, *, windows: int, tokens: int) -> Workload:
     edges, layer_1L1 = np.linspace(0, T, windows + 1).astype(int), np.arange(L)[None, :, None]
     counts_WLE = np.zeros((windows, L, E))
     for w, (a, b) in enumerate(pairwise(edges)):
-        uses = (layer_1L1 * E + routes.routes_TLK[a:b]).ravel()
-        counts_WLE[w] = np.bincount(uses, minlength=L * E).reshape(L, E) * (tokens / (b - a))
+        accesses = (layer_1L1 * E + routes.routes_TLK[a:b]).ravel()
+        counts_WLE[w] = np.bincount(accesses, minlength=L * E).reshape(L, E) * (tokens / (b - a))
     return Workload(
         counts_WLE=counts_WLE,
         tokens=tokens,
@@ -120,8 +121,8 @@ def _transitions(routes_TLK: npt.NDArray[np.int16], E: int) -> Floats:
     for layer in range(L - 1):
         here_TK, then_TK = routes_TLK[:, layer].astype(np.int64), routes_TLK[:, layer + 1].astype(np.int64)
         pairs = (here_TK[:, :, None] * E + then_TK[:, None, :]).ravel()
-        uses_E = np.bincount(here_TK.ravel(), minlength=E)
-        chance_LEE[layer] = np.bincount(pairs, minlength=E * E).reshape(E, E) / np.maximum(uses_E, 1)[:, None]
+        accesses_E = np.bincount(here_TK.ravel(), minlength=E)
+        chance_LEE[layer] = np.bincount(pairs, minlength=E * E).reshape(E, E) / np.maximum(accesses_E, 1)[:, None]
     return chance_LEE
 
 
@@ -165,7 +166,7 @@ def load_routes(path: Path) -> Routes:
 def _checked(whole: dict[str, Any]) -> Routes:
     T, L, K = (int(n) for n in whole["shape"])
     per_layer = tuple(int(n) for n in whole["experts_per_layer"])
-    if not (T >= 1 and K >= 1 and len(per_layer) == L >= 1 and min(per_layer) >= K and 2 * T * L * K <= _MOST_USES):
+    if not (T >= 1 and K >= 1 and len(per_layer) == L >= 1 and min(per_layer) >= K and 2 * T * L * K <= _MOST_ACCESSES):
         raise ValueError(f"shape {T, L, K} does not fit {per_layer} experts per layer")
     inflater = zlib.decompressobj()
     raw = inflater.decompress(whole["routes"], 2 * T * L * K + 1)

@@ -126,12 +126,12 @@ def _measure(
     config: EngineConfig, workload: dict[str, int], ids: tuple[int, ...], shared: int, gate: Barrier, sender: Connection
 ) -> None:
     """Runs in the child; the parent never imports torch, so the engine has the memory to itself."""
-    from buddymoe_ray.engine.measure import Workload, measure
+    from buddymoe_ray.engine.measure import BenchLoad, measure
     from buddymoe_ray.residency.sharing import Sharing
 
     sharing = Sharing(workers=shared, tag="bench") if shared else None
     try:
-        sender.send(measure(config, Workload(ids=ids, **workload), sharing=sharing, gate=gate.wait).as_record())
+        sender.send(measure(config, BenchLoad(ids=ids, **workload), sharing=sharing, gate=gate.wait).as_record())
     except BuddyMoEError as error:
         gate.abort()
         sender.send(error)

@@ -122,12 +122,13 @@ class _Chat:
 
 def _cost(usage: Usage, seconds: float) -> str:
     """What the answer's accesses were, and what that costs."""
-    uses = max(1, usage.hits + usage.peer + usage.fetched + usage.standins.total)
+    accesses = max(1, usage.hits + usage.peer + usage.fetched + usage.standins.total)
     tokens = max(1, usage.completion_tokens)
     parts = [
         f"{usage.completion_tokens} tokens, {usage.completion_tokens / seconds:,.0f} tok/s",
-        f"{usage.mode}: {100 * usage.hits / uses:.0f} % hits, {100 * usage.standins.total / uses:.0f} % stand-ins, "
-        f"{100 * (usage.fetched + usage.peer) / uses:.0f} % fetched",
+        f"{usage.mode}: {100 * usage.hits / accesses:.0f} % hits, "
+        f"{100 * usage.standins.total / accesses:.0f} % stand-ins, "
+        f"{100 * (usage.fetched + usage.peer) / accesses:.0f} % fetched",
         f"expected rise {100 * usage.expected_rise / tokens:.2f} %",
     ]
     return f"[{'; '.join(parts)}]"

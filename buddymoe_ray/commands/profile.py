@@ -61,10 +61,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounding-minutes", type=float, default=30.0, help="most that auto gives compensated rounding"
     )
     parser.add_argument("--rank", type=int, default=8, help="rank of low-rank maps")
-    parser.add_argument("--quick", action="store_true", help="measure no harms: the profile serves mode fast only")
+    parser.add_argument(
+        "--quick", action="store_true", help="measure no expected losses: the profile serves mode fast only"
+    )
     parser.add_argument("--at", default="75,50,25", help="memories (%%) at which stand-ins are compared")
     parser.add_argument("--budgets", default=".001,.003,.01,.03", help="budgets (nats) of the curve for bounded")
-    parser.add_argument("--harm-tokens", type=int, default=6144, help="most held-out tokens that harms are measured on")
+    parser.add_argument(
+        "--loss-tokens",
+        "--harm-tokens",
+        type=int,
+        default=6144,
+        help="most held-out tokens that expected losses are measured on",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     memories, budgets = _numbers("--at", args.at), _numbers("--budgets", args.budgets)
     folder = resolve_model(args.model)
     ids = _corpus_ids(args)
-    from buddymoe_ray.calibrate.harm import HarmOptions  # late: they import torch
+    from buddymoe_ray.calibrate.expected_loss import LossOptions  # late: they import torch
     from buddymoe_ray.calibrate.report import write_report
     from buddymoe_ray.calibrate.run import KINDS, CalibrationOptions, calibrate
     from buddymoe_ray.models.profile import NAME
@@ -90,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         rounding_minutes=args.rounding_minutes,
         rank=args.rank,
         quick=args.quick,
-        harms=HarmOptions(memories=memories, budgets=budgets, tokens=args.harm_tokens),
+        losses=LossOptions(memories=memories, budgets=budgets, tokens=args.loss_tokens),
     )
     profile = calibrate(options, progress=progress)
     report = out.with_name(out.name.removesuffix(".profile") + ".html")

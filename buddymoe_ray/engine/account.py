@@ -1,4 +1,4 @@
-"""What one request may spend on stand-ins, and what its expert uses came to.
+"""What one request may spend on stand-ins, and what its expert accesses came to.
 
 Wraps the ledger of a `bounded` request; knows nothing of tokens' text or of the model. Invariant: what a bounded
 request is charged never exceeds budget × generated tokens, also when it was moved here: what its resumed tokens were
@@ -16,7 +16,7 @@ from buddymoe_ray.errors import RequestError
 from buddymoe_ray.moe import STANDIN_KINDS, StepOutcome
 from buddymoe_ray.policy import Ledger
 from buddymoe_ray.residency.standin_setup import StandinSetup
-from buddymoe_ray.types import GenerationRequest, GuardState, Mode, StandinUses
+from buddymoe_ray.types import GenerationRequest, GuardState, Mode, StandinAccesses
 
 __all__ = ["Account", "StepTotals", "open_account"]
 
@@ -27,7 +27,7 @@ class Account:
     Args:
         mode: what the request asked for.
         budget: nats per generated token, for `bounded`.
-        price: largest harm (nats) of one use that is worth taking at this budget.
+        price: largest expected loss (nats) of one access that is worth taking at this budget.
         recorder: keeps every substitution; None where nobody asked.
         refused: stand-ins cannot keep any budget here, so the request gets `exact`.
     """
@@ -55,9 +55,9 @@ class Account:
         return None if self._ledger is None else self._ledger.budget
 
     @property
-    def standins(self) -> StandinUses:
+    def standins(self) -> StandinAccesses:
         """Uses answered by stand-ins, by kind."""
-        return StandinUses(**dict(zip(STANDIN_KINDS, self._standins, strict=True)))
+        return StandinAccesses(**dict(zip(STANDIN_KINDS, self._standins, strict=True)))
 
     @property
     def allowance(self) -> float:
@@ -69,7 +69,7 @@ class Account:
 
     @property
     def price(self) -> float:
-        """Largest harm of one use that the next step may take."""
+        """Largest expected loss of one access that the next step may take."""
         if self.mode == "bounded":
             assert self._ledger is not None, "a bounded request has no ledger"
             return self._price * self._ledger.generosity
@@ -83,22 +83,22 @@ class Account:
             self._ledger.accrue()
 
     def settle(self, outcome: StepOutcome, row: int) -> None:
-        """Add what the expert uses of one row of a decode step came to, and charge their harm (nats)."""
+        """Add what the expert accesses of one row of a decode step came to, and charge their expected loss (nats)."""
         self.hits += int(outcome.hits_T[row])
         self.peer += int(outcome.peer_T[row])
         self.fetched += int(outcome.fetched_T[row])
         self._standins = [a + b for a, b in zip(self._standins, outcome.standins_TS[row].tolist(), strict=True)]
-        harm = float(outcome.harm_T[row])
-        self.expected_rise += harm
+        loss = float(outcome.loss_T[row])
+        self.expected_rise += loss
         if self._ledger is not None and self.mode == "bounded":
-            self._ledger.charge(harm)
+            self._ledger.charge(loss)
         if self.recorder is not None:
             self.recorder.add(self.steps, outcome.substitutions.get(row, []))
         self.steps += 1
 
 
 class StepTotals:
-    """Expert uses of all requests since start."""
+    """Expert accesses of all requests since start."""
 
     def __init__(self) -> None:
         self.hits = self.peer = self.fetched = 0
@@ -106,16 +106,16 @@ class StepTotals:
         self._standins = [0] * len(STANDIN_KINDS)
 
     @property
-    def standins(self) -> StandinUses:
+    def standins(self) -> StandinAccesses:
         """Uses answered by stand-ins, by kind."""
-        return StandinUses(**dict(zip(STANDIN_KINDS, self._standins, strict=True)))
+        return StandinAccesses(**dict(zip(STANDIN_KINDS, self._standins, strict=True)))
 
     def add(self, outcome: StepOutcome) -> None:
         """Add one decode step."""
         self.hits += int(outcome.hits_T.sum())
         self.peer += int(outcome.peer_T.sum())
         self.fetched += int(outcome.fetched_T.sum())
-        self.expected_rise += float(outcome.harm_T.sum())
+        self.expected_rise += float(outcome.loss_T.sum())
         self._standins = [a + b for a, b in zip(self._standins, outcome.standins_TS.sum(axis=0).tolist(), strict=True)]
 
 

@@ -51,7 +51,7 @@ class AsyncEngine:
         self.sampling_defaults: Mapping[str, Any] = engine.sampling_defaults
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
-        self._door = threading.Lock()  # nothing is queued after the failure is known
+        self._inbox_lock = threading.Lock()  # nothing is queued after the failure is known
         self._failure: BuddyMoEError | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="engine-step", daemon=True)
@@ -93,16 +93,16 @@ class AsyncEngine:
         return self._engine.link_address
 
     def link(self) -> None:
-        """Open a door to other nodes' workers, once. From any thread. Raises LinkError, CacheError."""
+        """Listen for other nodes' workers, once. From any thread. Raises LinkError, CacheError."""
         self._engine.link()
 
     def link_seconds(self) -> dict[str, float]:
         """How long each peer takes to answer, by name."""
         return self._engine.link_seconds()
 
-    def meet(self, peers: Mapping[str, str]) -> None:
+    def set_peers(self, peers: Mapping[str, str]) -> None:
         """From now on these other nodes' workers, name to address, may be asked. From any thread."""
-        self._engine.meet(peers)
+        self._engine.set_peers(peers)
 
     async def check_health(self) -> None:
         """Raises CapacityError when the step thread is dead."""
@@ -120,12 +120,12 @@ class AsyncEngine:
             self._engine.close()
 
     def _submit(self, command: Callable[[], None]) -> None:
-        with self._door:
+        with self._inbox_lock:
             self._raise_if_dead()
             self._commands.put(command)
 
     def _submit_quietly(self, command: Callable[[], None]) -> None:
-        with self._door:
+        with self._inbox_lock:
             if self._failure is None:
                 self._commands.put(command)
 
@@ -148,14 +148,14 @@ class AsyncEngine:
 
     def _loop(self) -> None:
         try:
-            while self._obey():
+            while self._run_commands():
                 for event in self._engine.step():
                     self._deliver(event)
         except BaseException as error:  # the thread ends here; every waiting client must learn of it
             log.exception("the engine's step thread died")
             self._fail_all(CapacityError(f"engine is stopped by {error!r}, must be running. hint: restart the replica"))
 
-    def _obey(self) -> bool:
+    def _run_commands(self) -> bool:
         """Run queued commands; wait for one when there is no work. False asks the thread to end."""
         while True:
             try:
@@ -175,7 +175,7 @@ class AsyncEngine:
 
     def _fail_all(self, error: BuddyMoEError) -> None:
         """Refuse everything from now on and tell every waiting client, those still in the queue included."""
-        with self._door:
+        with self._inbox_lock:
             self._failure = self._failure or error
         while not self._commands.empty():
             command = self._commands.get()

@@ -28,9 +28,9 @@ from buddymoe_ray.models.shape import describe, generation_defaults
 from buddymoe_ray.models.tokenizer import load_tokenizer
 from buddymoe_ray.moe import StepState
 from buddymoe_ray.policy import Guard, kv_cache_bytes
-from buddymoe_ray.residency.experts import ExpertTier, open_experts
 from buddymoe_ray.residency.machine import available_memory_bytes, pick_device, torch_dtype
 from buddymoe_ray.residency.sharing import Sharing
+from buddymoe_ray.residency.tier import ExpertTier, open_experts
 from buddymoe_ray.types import SamplingParams
 
 __all__ = ["BLOCK_SIZE", "build_parts"]
@@ -99,7 +99,7 @@ def _sampling_defaults(config: EngineConfig, folder: Path) -> dict[str, Any]:
 def _guard(config: EngineConfig, experts: ExpertTier, runner: Runner, scheduler: Scheduler) -> GuardWork | None:
     if experts.setup is None or not config.guard_share:
         return None
-    limit = config.budget if config.mode == "bounded" else max(config.budget, 2 * experts.setup.expected_harm)
+    limit = config.budget if config.mode == "bounded" else max(config.budget, 2 * experts.setup.expected_loss)
     return GuardWork(guard=Guard(limit=limit), runner=runner, scheduler=scheduler, share=config.guard_share)
 
 

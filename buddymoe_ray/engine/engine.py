@@ -34,7 +34,7 @@ from buddymoe_ray.engine.validate import validate
 from buddymoe_ray.errors import BuddyMoEError, CacheError
 from buddymoe_ray.moe import StepOutcome
 from buddymoe_ray.observe import EngineSnapshot, GuardSnapshot
-from buddymoe_ray.residency.peers import Peering, open_peering
+from buddymoe_ray.residency.peering import Peering, open_peering
 from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.types import GenerationRequest, TokenEvent
 
@@ -180,9 +180,9 @@ class Engine:
             bytes_loaded_device=stats.bytes_loaded_device,
             bytes_read_disk=stats.bytes_read_disk,
             stall_seconds=stats.stall_seconds,
-            use_hits=self._spent.hits,
-            use_peer=self._spent.peer,
-            use_fetched=self._spent.fetched,
+            access_hits=self._spent.hits,
+            access_peer=self._spent.peer,
+            access_fetched=self._spent.fetched,
             standins=self._spent.standins,
             expected_rise=self._spent.expected_rise,
             residency=sum(int(self.cache.resident_mask(layer).sum()) for layer in range(len(counts))) / sum(counts),
@@ -195,7 +195,7 @@ class Engine:
         return "" if self._peering is None else self._peering.address
 
     def link(self) -> None:
-        """Open a door to other nodes' workers, where `sharing.linked` foresaw it; from now on `meet` has an effect.
+        """Listen for other nodes' workers, where `sharing.linked` foresaw it; from now on `set_peers` has an effect.
 
         From any thread, while the engine runs; a second call does nothing. Raises LinkError, CacheError.
         """
@@ -206,10 +206,10 @@ class Engine:
         """How long each peer takes to answer, by name."""
         return {} if self._peering is None else self._peering.seconds()
 
-    def meet(self, peers: Mapping[str, str]) -> None:
+    def set_peers(self, peers: Mapping[str, str]) -> None:
         """From now on these other nodes' workers, name to address, may be asked for experts. From any thread."""
         if self._peering is not None:
-            self._peering.meet(peers)
+            self._peering.set_peers(peers)
 
     def close(self) -> None:
         """Free the model's memory and close its files. Safe to call twice."""
@@ -269,7 +269,7 @@ class Engine:
                 if outcome is not None:
                     seq.account.settle(outcome, row)
                     if self._guard is not None:
-                        self._guard.watch(seq, logits_BV[row], float(outcome.harm_T[row]))
+                        self._guard.watch(seq, logits_BV[row], float(outcome.loss_T[row]))
                 if seq.prompt_computed:
                     ready.append(row)
 

@@ -39,7 +39,7 @@ class EvalResult:
     """One evaluation. `ppl*` per token, `*_percent`, `top1_agreement`, `*_rate`, `*_fraction` in per cent, `kl` in
     nats.
 
-    `miss_rate` is of (token, slot) uses in decode whose expert was not resident; `fetched_fraction` and
+    `miss_rate` is of (token, slot) accesses in decode whose expert was not resident; `fetched_fraction` and
     `standin_fraction` of those misses. `dppl_se` is the standard error of `dppl_percent` (paired differences, clustered
     by window), `expected_rise` what the ledger charged per token (nats).
     """
@@ -213,7 +213,7 @@ class _Totals:
         clusters = len(rises)
         error = math.sqrt(spread * clusters / max(1, clusters - 1)) / count
         misses = self.fetched + self.stood_in
-        uses = self.hits + misses
+        accesses = self.hits + misses
         return EvalResult(
             ppl_exact=math.exp(self.nll_exact / count),
             ppl=math.exp(self.nll / count),
@@ -221,7 +221,7 @@ class _Totals:
             dppl_se=100 * math.exp(mean) * error,
             kl=self.kl / count,
             top1_agreement=100 * self.agreed / count,
-            miss_rate=100 * misses / uses if uses else 0.0,
+            miss_rate=100 * misses / accesses if accesses else 0.0,
             fetched_fraction=100 * self.fetched / misses if misses else 0.0,
             standin_fraction=100 * self.stood_in / misses if misses else 0.0,
             expected_rise=self.expected_rise / count,

@@ -37,7 +37,8 @@ _PATIENCE = 256
 
 @dataclass(kw_only=True)
 class _Sample:
-    """Decode steps kept of one request: by position of the token whose KV was computed, log probabilities and harm."""
+    """Decode steps kept of one request: by position of the token whose KV was computed, log probabilities and expected
+    loss."""
 
     stride: int
     logprobs: dict[int, Tensor] = field(default_factory=dict)

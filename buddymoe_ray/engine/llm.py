@@ -1,4 +1,4 @@
-"""`LLM`: a model in this process, without Ray or HTTP. The offline door to the same Engine that serves.
+"""`LLM`: a model in this process, without Ray or HTTP. The offline entry to the same Engine that serves.
 
 Knows prompts and results, not scheduling. All prompts are handed over before the first step, so the batch composition,
 and with it every bit of a bfloat16 result, is a function of the arguments alone.

@@ -19,11 +19,11 @@ from buddymoe_ray.observe import EngineSnapshot, peak_rss_bytes, process_read_by
 from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.types import GenerationRequest, SamplingParams, Usage
 
-__all__ = ["Measurement", "Workload", "measure"]
+__all__ = ["Measurement", "BenchLoad", "measure"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
+class BenchLoad:
     """`batch` requests of `prompt_tokens` random or given ids, `new_tokens` each, `reps` times over."""
 
     batch: int
@@ -87,7 +87,7 @@ class _Rep:
 
 def measure(
     config: EngineConfig,
-    workload: Workload,
+    workload: BenchLoad,
     *,
     sharing: Sharing | None = None,
     gate: Callable[[], object] = lambda: None,
@@ -156,7 +156,7 @@ def _summarise(reps: list[_Rep], end: EngineSnapshot, load_seconds: float) -> Me
     usages = [usage for rep in reps for usage in rep.usages]
     hits, fetched = sum(u.hits for u in usages), sum(u.fetched + u.peer for u in usages)
     stood_in = sum(u.standins.total for u in usages)
-    uses = hits + fetched + stood_in
+    accesses = hits + fetched + stood_in
     median = statistics.median(speeds) if speeds else 0.0
     return Measurement(
         decode_tok_s=median,
@@ -169,8 +169,8 @@ def _summarise(reps: list[_Rep], end: EngineSnapshot, load_seconds: float) -> Me
         prefill_bytes_read=statistics.median(rep.prefill_bytes for rep in reps),
         total_bytes_read=end.bytes_read_disk,
         process_read_bytes=process_read_bytes(),
-        hit_rate=100 * hits / uses if uses else 100.0,
-        standin_rate=100 * stood_in / uses if uses else 0.0,
+        hit_rate=100 * hits / accesses if accesses else 100.0,
+        standin_rate=100 * stood_in / accesses if accesses else 0.0,
         expected_rise=sum(u.expected_rise for u in usages) / decoded,
         stall_ms_per_token=1e3 * sum(rep.stall_seconds for rep in reps) / decoded,
         load_seconds=load_seconds,

@@ -15,8 +15,8 @@ from buddymoe_ray.engine.runner import Runner
 from buddymoe_ray.engine.scheduler import Scheduler
 from buddymoe_ray.models.load import LoadedModel
 from buddymoe_ray.moe import StepState
-from buddymoe_ray.residency.experts import ExpertTier
 from buddymoe_ray.residency.sharing import Sharing
+from buddymoe_ray.residency.tier import ExpertTier
 
 __all__ = ["EngineLimits", "EngineParts"]
 

@@ -1,6 +1,6 @@
-"""A request's record: which uses stand-ins answered, so that the same tokens can be computed again.
+"""A request's record: which accesses stand-ins answered, so that the same tokens can be computed again.
 
-Only substitutions are kept: a use that is not named was answered by the expert itself. The text form is base64 of
+Only substitutions are kept: an access that is not named was answered by the expert itself. The text form is base64 of
 msgpack and carries what it is bound to. Never executes or unpickles anything.
 """
 
@@ -46,11 +46,11 @@ class Recorder:
         self._squeeze = zlib.compressobj()
         self._rows = bytearray()
 
-    def add(self, step: int, uses: Sequence[Substitution]) -> None:
+    def add(self, step: int, accesses: Sequence[Substitution]) -> None:
         """Note what stand-ins answered in a decode step (0 is the one after prefill)."""
         rows = [
             (step, u.layer, u.slot, u.action, u.expert, u.weight, self._kinds.setdefault(u.kind, len(self._kinds)))
-            for u in uses
+            for u in accesses
         ]
         self._rows += self._squeeze.compress(np.array(rows, _ROW).tobytes())
 

@@ -43,7 +43,7 @@ class Runner(Protocol):
         """Compute prompt chunks; float32 logits `[chunks, V]` of each chunk's last token."""
 
     def decode(self, sequences: Rows[Sequence], terms: StepTerms) -> tuple[Tensor, StepOutcome]:
-        """Compute each sequence's newest token; float32 logits `[B, V]`, and what its expert uses came to."""
+        """Compute each sequence's newest token; float32 logits `[B, V]`, and what its expert accesses came to."""
 
     def score(
         self, token_ids: Rows[int], blocks: Rows[int], *, prompt: int | None = None, chunk: int = SCORED_CHUNK

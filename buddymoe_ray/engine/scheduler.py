@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from buddymoe_ray.engine.blocks import BlockAllocator
-from buddymoe_ray.engine.sequence import Sequence, State
+from buddymoe_ray.engine.sequence import Sequence, SequenceState
 from buddymoe_ray.errors import RequestError
 
 __all__ = ["PrefillChunk", "Scheduler", "StepPlan"]
@@ -135,7 +135,7 @@ class Scheduler:
                 return
             del self._waiting[seq.request_id]
             seq.blocks = self._allocator.allocate(wanted)
-            seq.state = State.PREFILLING
+            seq.state = SequenceState.PREFILLING
             self._admitted[seq.request_id] = seq
 
     def _blocks_for(self, seq: Sequence) -> int:

@@ -22,10 +22,10 @@ from buddymoe_ray.engine.stop import StopChecker, special_stops
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.types import FinishReason, GenerationRequest, TokenEvent, TokenLogprob, Usage
 
-__all__ = ["Sequence", "State"]
+__all__ = ["Sequence", "SequenceState"]
 
 
-class State(Enum):
+class SequenceState(Enum):
     """Where a sequence stands; it only moves down this list."""
 
     WAITING = "waiting"
@@ -68,7 +68,7 @@ class Sequence:
         self.request, self.request_id = request, request.request_id
         self.prompt_length, self.num_resumed = len(prompt), len(request.resumed_token_ids)
         self.max_tokens = min(params.max_tokens, max_model_len - len(prompt))
-        self.state = State.WAITING
+        self.state = SequenceState.WAITING
         self.blocks: list[int] = []
         self.num_computed = 0
         self._ids = list(prompt)
@@ -113,7 +113,7 @@ class Sequence:
     @property
     def finished(self) -> bool:
         """Whether it ended."""
-        return self.state is State.FINISHED
+        return self.state is SequenceState.FINISHED
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """Tokens `[start, end)` of prompt and output."""
@@ -128,7 +128,7 @@ class Sequence:
     def append(self, sampled: Sampled) -> TokenEvent:
         """Take the next token; returns its event, which carries the finish reason when it is the last."""
         assert not self.finished, f"sequence {self.request_id} is finished, must be running to take a token"
-        self.state = State.RUNNING
+        self.state = SequenceState.RUNNING
         text, stopped, reason = self._take(sampled.token_id)
         if reason is not None and not stopped:
             rest, stopped = self._rest()
@@ -148,7 +148,7 @@ class Sequence:
         try:
             return self.finish("error", error=error)
         except Exception:
-            self.state = State.FINISHED
+            self.state = SequenceState.FINISHED
             return TokenEvent(
                 request_id=self.request_id, token_ids=(), text="", finish_reason="error", usage=Usage(), error=error
             )
@@ -228,7 +228,7 @@ class Sequence:
         error: str | None = None,
     ) -> TokenEvent:
         if reason is not None:
-            self.state = State.FINISHED
+            self.state = SequenceState.FINISHED
         offsets = self._offsets(text, ended=reason is not None)
         return TokenEvent(
             request_id=self.request_id,

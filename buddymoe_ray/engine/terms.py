@@ -44,16 +44,16 @@ def _overlays(sequences: Rows[Sequence]) -> dict[int, Overlay]:
     ]
     if not replayed:
         return {}
-    row_N = np.repeat([row for row, _ in replayed], [len(uses) for _, uses in replayed])
-    uses_N = np.concatenate([uses for _, uses in replayed])
+    row_N = np.repeat([row for row, _ in replayed], [len(accesses) for _, accesses in replayed])
+    accesses_N = np.concatenate([accesses for _, accesses in replayed])
     return {
         layer: Overlay(
             row_N=row_N[mine_N],
-            slot_N=uses_N["slot"][mine_N].astype(np.int64),
-            action_N=uses_N["action"][mine_N].astype(np.int8),
-            expert_N=uses_N["expert"][mine_N].astype(np.int64),
-            weight_N=uses_N["weight"][mine_N],
+            slot_N=accesses_N["slot"][mine_N].astype(np.int64),
+            action_N=accesses_N["action"][mine_N].astype(np.int8),
+            expert_N=accesses_N["expert"][mine_N].astype(np.int64),
+            weight_N=accesses_N["weight"][mine_N],
         )
-        for layer in np.unique(uses_N["layer"]).tolist()
-        for mine_N in [uses_N["layer"] == layer]
+        for layer in np.unique(accesses_N["layer"]).tolist()
+        for mine_N in [accesses_N["layer"] == layer]
     }

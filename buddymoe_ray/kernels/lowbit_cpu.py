@@ -3,7 +3,7 @@
 numba (about a second to import) is loaded at the first use. Machine code is cached on disk when a folder for it can be
 written, and made anew by every process when not. Does not know where records lie.
 
-Legend: T tokens, K experts per token, N = T*K uses, R rows of one expert, E experts, B bytes, D hidden, F ffn.
+Legend: T tokens, K experts per token, N = T*K accesses, R rows of one expert, E experts, B bytes, D hidden, F ffn.
 """
 
 from __future__ import annotations

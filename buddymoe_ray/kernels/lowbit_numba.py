@@ -9,7 +9,7 @@ Addresses and sizes come in named tuples of int64 (`lowbit_format`), which cost 
 the top: only `lowbit_cpu` may import this module, and late.
 
 Legend: N outputs and K inputs of a matrix, P is K padded to LANES, R rows (at most CHUNK at once). In `_experts`: K
-experts per token, N uses (token, slot), E experts, D hidden, F ffn.
+experts per token, N accesses (token, slot), E experts, D hidden, F ffn.
 """
 
 from __future__ import annotations
@@ -174,8 +174,9 @@ def _linear(x_address: Any, R: Any, matrix: Any, out_address: Any, table: Any) -
 
 
 @njit
-def _group_uses(expert_N: Any, at_E: Any) -> Any:
-    """Uses in order of expert (counting sort, stable): `starts[e] : starts[e + 1]` of `order` are those of expert e."""
+def _group_accesses(expert_N: Any, at_E: Any) -> Any:
+    """Accesses in order of expert (counting sort, stable): `starts[e] : starts[e + 1]` of `order` are those of expert
+    e."""
     E = at_E.shape[0]
     starts = np.zeros(E + 1, np.int64)
     for n in range(expert_N.shape[0]):
@@ -209,7 +210,7 @@ def _experts(places: Any, expert_N: Any, at_E: Any, K: Any, first: Any, down: An
     D, F = first.K, down.K
     N, E, PF = expert_N.shape[0], at_E.shape[0], (F + LANES - 1) // LANES * LANES
     x, out = carray(float_pointer(places.x), (N // K * D,)), carray(float_pointer(places.out), (N * D,))
-    starts, order = _group_uses(expert_N, at_E)
+    starts, order = _group_accesses(expert_N, at_E)
     most = 1
     for e in range(E):
         most = max(most, min(CHUNK, starts[e + 1] - starts[e]))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.errors import CheckpointError
-from buddymoe_ray.models.index import TensorLocation
+from buddymoe_ray.models.tensor_index import TensorLocation
 
 __all__ = ["LazyTensor"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from buddymoe_ray.errors import CheckpointError
-from buddymoe_ray.models.index import TensorLocation, read_index
+from buddymoe_ray.models.tensor_index import TensorLocation, read_index
 
 __all__ = ["model_hash"]
 

@@ -41,10 +41,10 @@ from buddymoe_ray.models import experts_hook
 from buddymoe_ray.models.config_check import check_config
 from buddymoe_ray.models.dense import LazyTensor
 from buddymoe_ray.models.families import WINDOWED
-from buddymoe_ray.models.index import TensorLocation, read_json
+from buddymoe_ray.models.tensor_index import TensorLocation, read_json
 
 __all__ = [
-    "ExpertSource",
+    "StoredExperts",
     "KeyPlan",
     "architecture",
     "build_meta",
@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertSource:
+class StoredExperts:
     """A stored tensor that is part of an experts parameter.
 
     `param` is the full parameter name. `expert` is None for a fused stack `[E, ...]`; else the tensor is one expert's
@@ -82,7 +82,7 @@ class ExpertSource:
 class KeyPlan:
     """What becomes of each stored key: part of an expert, or left to transformers' loader."""
 
-    experts: tuple[ExpertSource, ...]
+    experts: tuple[StoredExperts, ...]
     dense: tuple[str, ...]
 
 
@@ -167,7 +167,7 @@ def plan_keys(model: PreTrainedModel, keys: Iterable[str]) -> KeyPlan:
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     state = model.state_dict()
     expert_params = {f"{name}.{p}" for name, m in experts_modules(model).items() for p, _ in m.named_parameters()}
-    experts, dense = list[ExpertSource](), list[str]()
+    experts, dense = list[StoredExperts](), list[str]()
     for key in sorted(keys, key=dot_natural_key):
         target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if target not in state and key in state:
@@ -175,7 +175,7 @@ def plan_keys(model: PreTrainedModel, keys: Iterable[str]) -> KeyPlan:
         if target not in expert_params:
             dense.append(key)
         elif pattern is None:
-            experts.append(ExpertSource(key=key, param=target, expert=None, part=0, parts=1))
+            experts.append(StoredExperts(key=key, param=target, expert=None, part=0, parts=1))
         else:
             experts.append(_converted(key, target, pattern, by_pattern[pattern], renamings))
     return KeyPlan(experts=tuple(experts), dense=tuple(dense))
@@ -183,7 +183,7 @@ def plan_keys(model: PreTrainedModel, keys: Iterable[str]) -> KeyPlan:
 
 def _converted(
     key: str, target: str, pattern: str, converter: WeightConverter, renamings: list[WeightRenaming]
-) -> ExpertSource:
+) -> StoredExperts:
     for op in converter.operations:
         merges = isinstance(op, MergeModulelist) and op.dim == 0
         joins = isinstance(op, Concatenate) and op.dim == 1
@@ -196,7 +196,7 @@ def _converted(
     if number is None or not number.groups():
         raise UnsupportedModel(f"key {key!r} has no expert number at the star of {pattern!r}. hint: report this family")
     parts = converter.source_patterns
-    return ExpertSource(key=key, param=target, expert=int(number[1]), part=parts.index(pattern), parts=len(parts))
+    return StoredExperts(key=key, param=target, expert=int(number[1]), part=parts.index(pattern), parts=len(parts))
 
 
 def load_dense(

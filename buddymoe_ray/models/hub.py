@@ -24,7 +24,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 
 from buddymoe_ray.errors import CheckpointError
 from buddymoe_ray.models.families import family_of
-from buddymoe_ray.models.index import SINGLE_NAME, named_weights, read_json, shard_names, weights_name
+from buddymoe_ray.models.tensor_index import SINGLE_NAME, named_weights, read_json, shard_names, weights_name
 
 __all__ = ["SMALL_FILES", "download"]
 

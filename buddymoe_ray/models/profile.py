@@ -78,8 +78,8 @@ class Profile:
     Args:
         model_hash, model, corpus_sha, created_by: what it is of and from.
         calibration_tokens: tokens that the tables count.
-        counts_LE: uses of each expert.
-        weight2_LE: mean squared slot weight of a use.
+        counts_LE: accesses of each expert.
+        weight2_LE: mean squared slot weight of an access.
         energy_LE: mean squared norm of an expert's output over its uses.
         coactivation_LEE: tokens whose top-k holds both experts.
         tae_LP, margin_LP: percentiles of the top-k's normalised entropy and of p1 - p2.
@@ -176,11 +176,12 @@ class Profile:
 
     @property
     def measured(self) -> bool:
-        """Whether sensitivities were measured, so that harms are in nats."""
+        """Whether sensitivities were measured, so that expected losses are in nats."""
         return bool(np.isfinite(self.sensitivity_L).all())
 
-    def harm_LE(self, kind: str) -> npt.NDArray[np.float32]:
-        """Harm (nats) of one use per squared slot weight, of a kind of stand-in. Without measured sensitivities the
+    def loss_LE(self, kind: str) -> npt.NDArray[np.float32]:
+        """Expected loss (nats) of one access per squared slot weight, of a kind of stand-in. Without measured
+        sensitivities the
         unit is squared error: good for ranking, not for a budget. Raises ProfileError for a kind it does not know."""
         if kind not in self.errors:
             raise ProfileError(
@@ -189,7 +190,7 @@ class Profile:
             )
         return self._scaled(kind, self.errors[kind])
 
-    def pair_harm_LEE(self) -> npt.NDArray[np.float32]:
+    def pair_loss_LEE(self) -> npt.NDArray[np.float32]:
         """The same for buddies: column j answers for row i. Raises ProfileError when pairs were not measured."""
         if not self.pair_error_LEE.size:
             raise ProfileError("profile has no pair errors, must have them for buddies. hint: profile with buddy kinds")

@@ -22,7 +22,7 @@ from buddymoe_ray.errors import ProfileError
 __all__ = [
     "ARRAYS",
     "ERRORS",
-    "ArraySpec",
+    "FieldSpec",
     "canonical_array",
     "canonical_number",
     "canonical_row",
@@ -39,7 +39,7 @@ _KIND = re.compile(r"[a-z][a-z0-9]*(:[a-z]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArraySpec:
+class FieldSpec:
     """`axes` has a letter per dimension (see legend); `dtype` is numpy's, `ids` the smallest that counts to E.
 
     `signed` arrays may be below zero, `nan` ones may lack numbers, `optional` ones may be empty as a whole.
@@ -58,23 +58,23 @@ class ArraySpec:
         return np.dtype(self.dtype)
 
 
-ARRAYS: Mapping[str, ArraySpec] = {
-    "counts_LE": ArraySpec(axes="LE", dtype="<u4"),
-    "weight2_LE": ArraySpec(axes="LE"),
-    "energy_LE": ArraySpec(axes="LE"),
-    "coactivation_LEE": ArraySpec(axes="LEE", dtype="<u4"),
-    "tae_LP": ArraySpec(axes="LP"),
-    "margin_LP": ArraySpec(axes="LP"),
-    "entropy_L": ArraySpec(axes="L"),
-    "reuse_L": ArraySpec(axes="L"),
-    "next_layer_recall_L": ArraySpec(axes="L", nan=True),
-    "pair_error_LEE": ArraySpec(axes="LEE", optional=True),
-    "pair_scale_LEE": ArraySpec(axes="LEE", signed=True, optional=True),
-    "sensitivity_L": ArraySpec(axes="L", nan=True),
-    "routes_TLK": ArraySpec(axes="TLK", dtype="ids"),
-    "route_weights_TLK": ArraySpec(axes="TLK", dtype="<f2", signed=True),
+ARRAYS: Mapping[str, FieldSpec] = {
+    "counts_LE": FieldSpec(axes="LE", dtype="<u4"),
+    "weight2_LE": FieldSpec(axes="LE"),
+    "energy_LE": FieldSpec(axes="LE"),
+    "coactivation_LEE": FieldSpec(axes="LEE", dtype="<u4"),
+    "tae_LP": FieldSpec(axes="LP"),
+    "margin_LP": FieldSpec(axes="LP"),
+    "entropy_L": FieldSpec(axes="L"),
+    "reuse_L": FieldSpec(axes="L"),
+    "next_layer_recall_L": FieldSpec(axes="L", nan=True),
+    "pair_error_LEE": FieldSpec(axes="LEE", optional=True),
+    "pair_scale_LEE": FieldSpec(axes="LEE", signed=True, optional=True),
+    "sensitivity_L": FieldSpec(axes="L", nan=True),
+    "routes_TLK": FieldSpec(axes="TLK", dtype="ids"),
+    "route_weights_TLK": FieldSpec(axes="TLK", dtype="<f2", signed=True),
 }
-ERRORS = ArraySpec(axes="LE")
+ERRORS = FieldSpec(axes="LE")
 """Each table in `errors`."""
 
 
@@ -83,7 +83,7 @@ def wrong(name: str, found: object, wanted: object) -> ProfileError:
     return ProfileError(f"{name} is {found}, must be {wanted}. hint: run buddymoe profile again")
 
 
-def canonical_array(name: str, value: object, spec: ArraySpec, sizes: Mapping[str, int]) -> Array:
+def canonical_array(name: str, value: object, spec: FieldSpec, sizes: Mapping[str, int]) -> Array:
     """`value` in the dtype of `spec`, its shape and numbers checked. `sizes` gives L, E, K and T."""
     if not isinstance(value, np.ndarray):
         raise wrong(name, type(value).__name__, "an array")

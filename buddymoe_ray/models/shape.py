@@ -18,8 +18,8 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from buddymoe_ray.errors import CheckpointError
 from buddymoe_ray.models.config_check import EXPERTS_PER_TOKEN
+from buddymoe_ray.models.expert_layout import expert_layout, slot_tensors
 from buddymoe_ray.models.experts_hook import attach
-from buddymoe_ray.models.experts_index import expert_layout, slot_tensors
 from buddymoe_ray.models.families import Family, family_of
 from buddymoe_ray.models.hf_loading import (
     build_meta,
@@ -30,8 +30,8 @@ from buddymoe_ray.models.hf_loading import (
     refusing,
     switch_length,
 )
-from buddymoe_ray.models.index import DTYPE_BYTES, TensorLocation, has_weights, read_index, read_json
 from buddymoe_ray.models.resolve import is_builtin
+from buddymoe_ray.models.tensor_index import DTYPE_BYTES, TensorLocation, has_weights, read_index, read_json
 from buddymoe_ray.types import ExpertLayout, SlotTensor
 
 __all__ = [

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from buddymoe_ray.errors import CheckpointError
-from buddymoe_ray.models.index import INDEX_NAME
+from buddymoe_ray.models.tensor_index import INDEX_NAME
 
 __all__ = ["StoredTensor", "check_space", "write_shards"]
 

@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from buddymoe_ray.errors import CheckpointError, ProfileError
-from buddymoe_ray.models.index import DTYPE_BYTES
 from buddymoe_ray.models.shard_writer import check_space
+from buddymoe_ray.models.tensor_index import DTYPE_BYTES
 from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotTensor
 
 __all__ = ["StandinWriter", "standin_layouts", "standins_folder", "verify_standins"]

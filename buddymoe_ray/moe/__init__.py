@@ -2,7 +2,7 @@
 
 from buddymoe_ray.moe.block import ExpertCompute, MoEBlock
 from buddymoe_ray.moe.outcome import STANDIN_KINDS, StepOutcome, Substitution, standin_kind
-from buddymoe_ray.moe.records import record_computes
+from buddymoe_ray.moe.standin_compute import record_computes
 from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Observer, Overlay, Phase, StepState, StepTerms
 

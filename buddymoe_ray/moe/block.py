@@ -1,7 +1,7 @@
 """One MoE layer, from the router's choice to the summed output. The page to read first.
 
     route    the router named K experts per token (transformers computed ids and weights)
-    resolve  in decode, each use whose expert is not resident is answered by a fetch or by a stand-in
+    resolve  in decode, each access whose expert is not resident is answered by a fetch or by a stand-in
     group    rows of the same expert together
     ensure   the cache streams leases: resident experts first, missing ones as their bytes arrive
     matmul   each leased expert, and each stand-in record, runs over its rows
@@ -10,7 +10,7 @@
 Does not know files, tiers or requests. Invariant: outputs are kept per (token, slot) until all are there, so neither
 the order of arrival nor the number of waves changes a bit.
 
-Legend: T tokens, K experts per token, N = T*K uses, E experts, D hidden, R rows of one expert.
+Legend: T tokens, K experts per token, N = T*K accesses, E experts, D hidden, R rows of one expert.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from buddymoe_ray.cache import Experts
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.kernels import combine
-from buddymoe_ray.moe.peers import Peers
+from buddymoe_ray.moe.peers import PeerExperts
 from buddymoe_ray.moe.rows import Rows, group
 from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Phase, StepState
@@ -61,7 +61,7 @@ class MoEBlock:
         standins: Standins | None,
     ) -> None:
         self.layer = layer
-        self.peers: Peers | None = None
+        self.peers: PeerExperts | None = None
         self._cache, self._compute, self._step, self._standins = cache, compute, step, standins
 
     def __call__(self, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class MoEBlock:
             resident_E[list(runs.difference(held))] = False  # moved away since: decide again
 
     def _answer(self, standins: Standins, hidden_TD: Tensor, resolution: Resolution, y_ND: Tensor) -> None:
-        """Compute every use as it was decided."""
+        """Compute every access as it was decided."""
         action_TK, expert_TK = resolution.action_TK, resolution.expert_TK
         actions = set(action_TK.ravel().tolist())
         if _OWN in actions:
@@ -127,12 +127,12 @@ class MoEBlock:
         answers = self.peers.ask(self.layer, {e: hidden_TD.index_select(0, asked[e][1]) for e in asked})
         self._run_here(hidden_TD, {e: rows for e, rows in rows_of.items() if e not in asked}, y_ND, protect=False)
         answered = answers.collect()
-        uses_T = np.zeros(len(hidden_TD), np.int64)
+        accesses_T = np.zeros(len(hidden_TD), np.int64)
         for expert, y_RD in answered.items():
             rows_R, tokens_R = asked[expert]
             y_ND.index_copy_(0, rows_R, y_RD.to(y_ND))
-            uses_T += np.bincount(tokens_R.cpu().numpy(), minlength=len(uses_T))
-        self._step.outcome.count_peer(uses_T)
+            accesses_T += np.bincount(tokens_R.cpu().numpy(), minlength=len(accesses_T))
+        self._step.outcome.count_peer(accesses_T)
         rest = {e: rows for e, rows in asked.items() if e not in answered}
         self._run_here(hidden_TD, rest, y_ND, protect=False)
 

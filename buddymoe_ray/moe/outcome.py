@@ -1,4 +1,4 @@
-"""What became of the expert uses of one decode pass, per row: hits, peers, fetches, stand-ins and their charge.
+"""What became of the expert accesses of one decode pass, per row: hits, peers, fetches, stand-ins and their charge.
 
 Counts only. Knows neither requests nor the model.
 
@@ -39,7 +39,7 @@ def standin_kind(name: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Substitution:
-    """One use that a stand-in answered: `expert` is whose weights or record ran, `kind` the stand-in's full name."""
+    """One access that a stand-in answered: `expert` is whose weights or record ran, `kind` the stand-in's full name."""
 
     layer: int
     slot: int
@@ -51,70 +51,72 @@ class Substitution:
 
 @dataclass(kw_only=True)
 class StepOutcome:
-    """Sums over the layers of a pass. `harm_T` is in nats; `substitutions` has those of the rows in `record`."""
+    """Sums over the layers of a pass. `loss_T` is in nats; `substitutions` has those of the rows in `record`."""
 
-    uses_TA: Ints
-    harm_T: Floats
+    accesses_TA: Ints
+    loss_T: Floats
     record: frozenset[int] = frozenset()
     substitutions: dict[int, list[Substitution]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._begin_T1 = _ANSWERS * np.arange(len(self.uses_TA))[:, None]  # of each row, in the table end to end
+        self._begin_T1 = _ANSWERS * np.arange(len(self.accesses_TA))[:, None]  # of each row, in the table end to end
 
     @classmethod
     def empty(cls, rows: int, record: frozenset[int] = frozenset()) -> StepOutcome:
         """Nothing counted yet."""
-        return cls(uses_TA=np.zeros((rows, _ANSWERS), np.int64), harm_T=np.zeros(rows, np.float32), record=record)
+        return cls(accesses_TA=np.zeros((rows, _ANSWERS), np.int64), loss_T=np.zeros(rows, np.float32), record=record)
 
     @property
     def hits_T(self) -> Ints:
-        """Uses that the resident expert answered; a view, like the next three."""
-        return self.uses_TA[:, _HIT]
+        """Accesses that the resident expert answered; a view, like the next three."""
+        return self.accesses_TA[:, _HIT]
 
     @property
     def fetched_T(self) -> Ints:
-        """Uses that waited for the expert's bytes."""
-        return self.uses_TA[:, _FETCH]
+        """Accesses that waited for the expert's bytes."""
+        return self.accesses_TA[:, _FETCH]
 
     @property
     def peer_T(self) -> Ints:
-        """Uses that another worker computed."""
-        return self.uses_TA[:, _PEER]
+        """Accesses that another worker computed."""
+        return self.accesses_TA[:, _PEER]
 
     @property
     def standins_TS(self) -> Ints:
-        """Uses that stand-ins answered, by STANDIN_KINDS."""
-        return self.uses_TA[:, _STANDINS:]
+        """Accesses that stand-ins answered, by STANDIN_KINDS."""
+        return self.accesses_TA[:, _STANDINS:]
 
     def count_exact(self, hit_TK: npt.NDArray[np.bool_]) -> None:
         """Add a layer that stood in for nothing; `hit_TK` is True where the expert was resident at its begin."""
         hits_T = hit_TK.sum(axis=1)
-        self.uses_TA[:, _HIT] += hits_T
-        self.uses_TA[:, _FETCH] += hit_TK.shape[1] - hits_T
+        self.accesses_TA[:, _HIT] += hits_T
+        self.accesses_TA[:, _FETCH] += hit_TK.shape[1] - hits_T
 
-    def count_peer(self, uses_T: Ints) -> None:
-        """Say that `uses_T` of each row's fetched uses were computed exactly by another worker instead."""
-        fits = ((uses_T >= 0) & (uses_T <= self.fetched_T)).all()
-        assert fits, f"peer uses are {uses_T.tolist()}, must be at most the fetched {self.fetched_T.tolist()}"
-        self.uses_TA[:, _PEER] += uses_T
-        self.uses_TA[:, _FETCH] -= uses_T
+    def count_peer(self, accesses_T: Ints) -> None:
+        """Say that `accesses_T` of each row's fetched accesses were computed exactly by another worker instead."""
+        fits = ((accesses_T >= 0) & (accesses_T <= self.fetched_T)).all()
+        assert fits, f"peer accesses are {accesses_T.tolist()}, must be at most the fetched {self.fetched_T.tolist()}"
+        self.accesses_TA[:, _PEER] += accesses_T
+        self.accesses_TA[:, _FETCH] -= accesses_T
 
     def count(self, layer: int, resolution: Resolution, own_column_E: Ints, kind_of_E: Sequence[str]) -> Floats:
-        """Add a layer's resolution; returns the harm of each row.
+        """Add a layer's resolution; returns the expected loss of each row.
 
         Args:
             own_column_E: column of `standins_TS` that each expert's own record counts in.
             kind_of_E: full name of the kind of each expert's own record.
         """
-        answer_TK, T = _ANSWER_OF[resolution.action_TK], len(self.uses_TA)
+        answer_TK, T = _ANSWER_OF[resolution.action_TK], len(self.accesses_TA)
         if answer_TK.min() < 0:
             answer_TK = np.where(answer_TK < 0, own_column_E[resolution.expert_TK] + _STANDINS, answer_TK)
-        self.uses_TA += np.bincount((answer_TK + self._begin_T1).ravel(), minlength=T * _ANSWERS).reshape(T, _ANSWERS)
-        harm_T: Floats = resolution.harm_TK.sum(axis=1)
-        self.harm_T += harm_T
+        self.accesses_TA += np.bincount((answer_TK + self._begin_T1).ravel(), minlength=T * _ANSWERS).reshape(
+            T, _ANSWERS
+        )
+        loss_T: Floats = resolution.loss_TK.sum(axis=1)
+        self.loss_T += loss_T
         if self.record:
             self._keep(layer, resolution, kind_of_E)
-        return harm_T
+        return loss_T
 
     def _keep(self, layer: int, resolution: Resolution, kind_of_E: Sequence[str]) -> None:
         for row, slot in np.argwhere(resolution.action_TK >= Action.OWN).tolist():

@@ -1,6 +1,6 @@
 """The seam to other workers: experts that a peer has may be computed there, on our rows.
 
-Knows neither sockets nor who the peers are; `residency.peers` does. Invariant: an answer is exact or absent.
+Knows neither sockets nor who the peers are; `residency.peering` does. Invariant: an answer is exact or absent.
 
 Legend: R rows of one expert, D hidden.
 """
@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["PeerAnswers", "Peers"]
+__all__ = ["PeerAnswers", "PeerExperts"]
 
 
 class PeerAnswers(Protocol):
@@ -22,7 +22,7 @@ class PeerAnswers(Protocol):
         """`[R, D]` of every expert that was answered in time; waits no longer than the peer is worth."""
 
 
-class Peers(Protocol):
+class PeerExperts(Protocol):
     """Other workers' experts."""
 
     def able(self, layer: int, experts: Sequence[int]) -> Sequence[int]:

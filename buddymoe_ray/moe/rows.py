@@ -1,6 +1,6 @@
-"""Which rows each expert runs over: the uses of a layer, grouped by expert.
+"""Which rows each expert runs over: the accesses of a layer, grouped by expert.
 
-Legend: T tokens, K experts per token, N = T*K uses, R rows of one expert.
+Legend: T tokens, K experts per token, N = T*K accesses, R rows of one expert.
 """
 
 from __future__ import annotations

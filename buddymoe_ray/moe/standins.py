@@ -3,7 +3,7 @@
 Does not know budgets (the policy and the ledger do) nor where records come from. Invariant: a row that must be exact is
 never answered by a stand-in, except where a replay says so.
 
-Legend: T rows, K slots, N uses (T*K), E experts, B bytes of all records, D hidden.
+Legend: T rows, K slots, N accesses (T*K), E experts, B bytes of all records, D hidden.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from buddymoe_ray.cache import StandinPool
 from buddymoe_ray.moe.outcome import STANDIN_KINDS, standin_kind
-from buddymoe_ray.moe.records import RecordCompute
+from buddymoe_ray.moe.standin_compute import RecordCompute
 from buddymoe_ray.moe.step import Overlay, StepState
 from buddymoe_ray.policy import Action, Misses, MissPolicy, Resolution
 from buddymoe_ray.types import ExpertKey
@@ -65,7 +65,7 @@ class Standins:
         }
 
     def resolve(self, layer: int, ids_TK: Ints, weight_TK: Tensor, resident_E: Bools, step: StepState) -> Resolution:
-        """What is to answer each use of this layer."""
+        """What is to answer each access of this layer."""
         assert step.budgets is not None, "resolve was called for an exact pass"
         score_TE = step.scores.get(layer)
         misses = Misses(
@@ -99,7 +99,8 @@ class Standins:
 
 
 def _repeat(resolution: Resolution, overlay: Overlay) -> Resolution:
-    """Force the recorded uses upon a resolution; a replay is charged nothing, its harm was charged when recorded."""
+    """Force the recorded uses upon a resolution; a replay is charged nothing, its expected loss was charged when
+    recorded."""
     at = (overlay.row_N, overlay.slot_N)
     action_TK, expert_TK = resolution.action_TK.copy(), resolution.expert_TK.copy()
     weight_TK = resolution.weight_TK.copy()
@@ -109,6 +110,6 @@ def _repeat(resolution: Resolution, overlay: Overlay) -> Resolution:
         action_TK=action_TK,
         expert_TK=expert_TK,
         weight_TK=weight_TK,
-        harm_TK=resolution.harm_TK,
+        loss_TK=resolution.loss_TK,
         reason_TK=resolution.reason_TK,
     )

@@ -76,8 +76,8 @@ class StepState:
         self.budgets, self.overlays = terms.budgets, terms.overlays
         self.outcome = StepOutcome.empty(rows, terms.record)
 
-    def charge(self, harm_T: npt.NDArray[np.float32]) -> None:
-        """Take a layer's harm (nats) off what the rows may spend in the layers to come."""
+    def charge(self, loss_T: npt.NDArray[np.float32]) -> None:
+        """Take a layer's expected loss (nats) off what the rows may spend in the layers to come."""
         if self.budgets is not None:
-            with np.errstate(invalid="ignore"):  # a fast row's endless allowance less an endless harm
-                self.budgets = replace(self.budgets, allowance_T=self.budgets.allowance_T - harm_T)
+            with np.errstate(invalid="ignore"):  # a fast row's endless allowance less an endless expected loss
+                self.budgets = replace(self.budgets, allowance_T=self.budgets.allowance_T - loss_T)

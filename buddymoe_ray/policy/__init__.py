@@ -5,7 +5,6 @@ Each returns what was decided and why, for others to do.
 
 from __future__ import annotations
 
-from buddymoe_ray.policy.affinity import PrefixAffinity, RouteCandidate, RouteChoice, RouteReason, prefix_blocks
 from buddymoe_ray.policy.buddymoe import BuddyMoE, BuddyParams, buddy_lists, normalised_entropy
 from buddymoe_ray.policy.eviction import LRU
 from buddymoe_ray.policy.guard import Guard, GuardView
@@ -14,17 +13,18 @@ from buddymoe_ray.policy.ledger import Ledger, Pricer, price_for
 from buddymoe_ray.policy.memory import Staging, kv_cache_bytes, plan_staging, split_slots
 from buddymoe_ray.policy.misses import Action, Misses, MissPolicy, Reason, Resolution, RowBudgets
 from buddymoe_ray.policy.placement.map import PlacementMap, Step, migration_steps, previous_held, publish
-from buddymoe_ray.policy.placement.problem import RUNGS, NodeLinks, PlacementProblem, Pool, cost_of, rung_uses
+from buddymoe_ray.policy.placement.problem import OPTIONS, NodeLinks, PlacementProblem, Pool, cost_of, option_accesses
 from buddymoe_ray.policy.placement.segments import SegmentSplit, shard_segments
 from buddymoe_ray.policy.placement.solver import Effort, solve
+from buddymoe_ray.policy.prefix_affinity import PrefixAffinity, RouteCandidate, RouteChoice, RouteReason, prefix_blocks
 from buddymoe_ray.policy.split import Split, choose, split_movable
-from buddymoe_ray.policy.standins import Answers, Buddy, Drop, Own, RandomBuddy, RouterBuddy, Standin
+from buddymoe_ray.policy.standins import Buddy, Drop, Own, RandomBuddy, RouterBuddy, Standin, StandinAnswers
 
 __all__ = [
     "LRU",
-    "RUNGS",
+    "OPTIONS",
     "Action",
-    "Answers",
+    "StandinAnswers",
     "Buddy",
     "BuddyMoE",
     "BuddyParams",
@@ -67,7 +67,7 @@ __all__ = [
     "previous_held",
     "price_for",
     "publish",
-    "rung_uses",
+    "option_accesses",
     "shard_segments",
     "solve",
     "split_movable",

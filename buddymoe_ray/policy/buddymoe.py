@@ -84,7 +84,8 @@ class BuddyMoE:
         tau_L: TAE at or below which a token of the layer is not touched.
         params: the other knobs.
         hop_E: 0 where an expert is on this device, else the hops to it; None is all 0.
-        harm_LEE: harm of a use per squared slot weight, when column j answers for row i. The paper knows none: without
+        loss_LEE: expected loss of an access per squared slot weight, when column j answers for row i. The paper knows
+        none: without
             it nothing is charged, and `bounded` rows, which pay for what they take, are not touched.
     """
 
@@ -96,9 +97,9 @@ class BuddyMoE:
         tau_L: Floats,
         params: BuddyParams,
         hop_E: Ints | None = None,
-        harm_LEE: Floats | None = None,
+        loss_LEE: Floats | None = None,
     ) -> None:
-        self.params, self._harm_LEE = params, harm_LEE
+        self.params, self._loss_LEE = params, loss_LEE
         self._candidates_LEH, self._q_LEH = candidates_LEH[..., : params.search], q_LEH[..., : params.search]
         self._tau_L, self._hop_E = tau_L, hop_E
 
@@ -115,8 +116,8 @@ class BuddyMoE:
         take_TK = allowed_TK & found_TK
         over_TK = take_TK & (take_TK.cumsum(axis=1) > params.rho)
         within_TK = take_TK & ~over_TK
-        harm_TK = self._harm(misses, expert_TK)
-        cheap_TK, take_TK = within_budget(misses.rows, harm_TK, within_TK)
+        loss_TK = self._loss(misses, expert_TK)
+        cheap_TK, take_TK = within_budget(misses.rows, loss_TK, within_TK)
         reason_TK = np.broadcast_to(gate_T[:, None], ids_TK.shape).copy()
         reason_TK[within_TK & ~take_TK] = Reason.OVER_PRICE
         reason_TK[cheap_TK & ~take_TK] = Reason.OVER_ALLOWANCE
@@ -127,16 +128,16 @@ class BuddyMoE:
             action_TK=np.where(take_TK, np.int8(Action.BUDDY), (~resident_TK).view(np.int8)),  # 0 a hit, 1 a fetch
             expert_TK=np.where(take_TK, expert_TK, ids_TK),
             weight_TK=misses.weight_TK,
-            harm_TK=np.where(take_TK & ~np.isnan(harm_TK), harm_TK, np.float32(0)),
+            loss_TK=np.where(take_TK & ~np.isnan(loss_TK), loss_TK, np.float32(0)),
             reason_TK=reason_TK,
         )
 
-    def _harm(self, misses: Misses, expert_TK: Ints) -> Floats:
-        """Nats of each use; where no harms are known no number, which is within no price."""
-        if self._harm_LEE is None:
+    def _loss(self, misses: Misses, expert_TK: Ints) -> Floats:
+        """Nats of each access; where no expected losses are known no number, which is within no price."""
+        if self._loss_LEE is None:
             return np.full(misses.weight_TK.shape, math.nan, np.float32)
-        harm_TK: Floats = np.square(misses.weight_TK) * self._harm_LEE[misses.layer][misses.ids_TK, expert_TK]
-        return harm_TK
+        loss_TK: Floats = np.square(misses.weight_TK) * self._loss_LEE[misses.layer][misses.ids_TK, expert_TK]
+        return loss_TK
 
     def _gate(self, misses: Misses, resident_TK: Bools) -> Tiny:
         """Per row why it may not be touched, or SUBSTITUTED when it may."""
@@ -164,7 +165,8 @@ class BuddyMoE:
 
 
 def resolve_reference(policy: BuddyMoE, misses: Misses) -> list[list[tuple[Action, int, Reason]]]:
-    """`BuddyMoE.resolve` in plain loops: `(action, expert, reason)` of each use. Knows no prices: no `bounded` rows."""
+    """`BuddyMoE.resolve` in plain loops: `(action, expert, reason)` of each access. Knows no prices: no `bounded`
+    rows."""
     ids, resident = misses.ids_TK.tolist(), misses.resident_E.tolist()
     wanted = {e for row in ids for e in row}
     delta = sum(not resident[e] for e in wanted) / len(wanted)

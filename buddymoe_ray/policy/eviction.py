@@ -1,4 +1,4 @@
-"""Which resident expert gives way: least recently used, within one layer's slots.
+"""Which resident expert is evicted: least recently used, within one layer's slots.
 
 A token walks the layers in a cycle, so one list over all layers would evict exactly what is needed next; every layer
 has its own. Pure: knows slot numbers, no bytes.
@@ -13,13 +13,13 @@ __all__ = ["LRU"]
 
 
 class LRU:
-    """Slots in order of last use."""
+    """Slots in order of last access."""
 
     def __init__(self) -> None:
         self._order: OrderedDict[int, None] = OrderedDict()
 
     def touch(self, slot: int) -> None:
-        """Note a use; adds a slot that is new."""
+        """Note an access; adds a slot that is new."""
         self._order[slot] = None
         self._order.move_to_end(slot)
 

@@ -1,9 +1,10 @@
-"""The miss ladder: per use the cheapest rung in time that the row's remaining budget allows.
+"""The miss ladder: per access the cheapest option in time that the row's remaining budget allows.
 
-A resident expert runs; else a stand-in answers where its harm is within the row's price and allowance; else the expert
-is fetched. Pure; vectorised over all uses of a layer, with `resolve_reference` as its twin.
+A resident expert runs; else a stand-in answers where its expected loss is within the row's price and allowance; else
+the expert
+is fetched. Pure; vectorised over all accesses of a layer, with `resolve_reference` as its twin.
 Invariant: an exact row is never stood in for; a bounded row is never charged beyond its allowance; a fast row never
-asks for a fetch where there is a stand-in, even one of unknown harm.
+asks for a fetch where there is a stand-in, even one of unknown expected loss.
 
 Legend: T rows, K slots, E experts.
 """
@@ -15,7 +16,7 @@ import math
 import numpy as np
 
 from buddymoe_ray.policy.misses import Action, Bools, Floats, Ints, Misses, Reason, Resolution, RowBudgets
-from buddymoe_ray.policy.standins import Answers, Standin
+from buddymoe_ray.policy.standins import Standin, StandinAnswers
 
 __all__ = ["Ladder", "resolve_reference"]
 
@@ -34,7 +35,8 @@ class Ladder:
         self.standin, self._fallback = standin, fallback
 
     def resolve(self, misses: Misses) -> Resolution:
-        """Uses of a row are taken in rising order of harm until its allowance is spent. An expert that any row of the
+        """Accesses of a row are taken in rising order of expected loss until its allowance is spent. An expert that any
+        row of the
         step fetches answers every row."""
         ids_TK, rows = misses.ids_TK, misses.rows
         missing_TK = ~misses.resident_E[ids_TK]
@@ -45,7 +47,7 @@ class Ladder:
             return self._all_answered(misses, answers, missing_TK)
         wanted_TK = missing_TK & (rows.mode_T != _EXACT)[:, None]
         able_TK = wanted_TK & answers.found_TK
-        cheap_TK, take_TK = within_budget(rows, answers.harm_TK, able_TK)
+        cheap_TK, take_TK = within_budget(rows, answers.loss_TK, able_TK)
         shared_TK = take_TK & _fetched_anyway(ids_TK, missing_TK & ~take_TK, len(misses.resident_E))
         take_TK = take_TK & ~shared_TK
         reason_TK = np.zeros(ids_TK.shape, np.int8)
@@ -59,21 +61,21 @@ class Ladder:
             action_TK=np.where(take_TK, answers.action_TK, missing_TK.view(np.int8)),  # 0 a hit, 1 a fetch
             expert_TK=np.where(take_TK, answers.expert_TK, ids_TK),
             weight_TK=self.standin.weights(misses, answers, take_TK),
-            harm_TK=np.where(take_TK, answers.harm_TK, _ZERO),
+            loss_TK=np.where(take_TK, answers.loss_TK, _ZERO),
             reason_TK=reason_TK,
         )
 
-    def _all_answered(self, misses: Misses, answers: Answers, missing_TK: Bools) -> Resolution:
+    def _all_answered(self, misses: Misses, answers: StandinAnswers, missing_TK: Bools) -> Resolution:
         """Every miss is stood in for."""
         return Resolution(
             action_TK=answers.action_TK * missing_TK,
             expert_TK=answers.expert_TK,
             weight_TK=self.standin.weights(misses, answers, missing_TK),
-            harm_TK=np.where(missing_TK, answers.harm_TK, _ZERO),
+            loss_TK=np.where(missing_TK, answers.loss_TK, _ZERO),
             reason_TK=missing_TK * _SUBSTITUTED,
         )
 
-    def _answers(self, misses: Misses, missing_TK: Bools) -> Answers:
+    def _answers(self, misses: Misses, missing_TK: Bools) -> StandinAnswers:
         answers = self.standin.answer(misses)
         if self._fallback is None:
             return answers
@@ -81,13 +83,13 @@ class Ladder:
         if not (fast_T1 & ~answers.found_TK & missing_TK).any():
             return answers
         other = self._fallback.answer(misses)
-        use_TK = ~answers.found_TK & other.found_TK & fast_T1
-        return Answers(
-            action_TK=np.where(use_TK, other.action_TK, answers.action_TK),
-            expert_TK=np.where(use_TK, other.expert_TK, answers.expert_TK),
-            weight_TK=np.where(use_TK, other.weight_TK, answers.weight_TK),
-            harm_TK=np.where(use_TK, other.harm_TK, answers.harm_TK),
-            found_TK=answers.found_TK | use_TK,
+        access_TK = ~answers.found_TK & other.found_TK & fast_T1
+        return StandinAnswers(
+            action_TK=np.where(access_TK, other.action_TK, answers.action_TK),
+            expert_TK=np.where(access_TK, other.expert_TK, answers.expert_TK),
+            weight_TK=np.where(access_TK, other.weight_TK, answers.weight_TK),
+            loss_TK=np.where(access_TK, other.loss_TK, answers.loss_TK),
+            found_TK=answers.found_TK | access_TK,
         )
 
 
@@ -98,34 +100,34 @@ def all_resident(misses: Misses) -> Resolution:
         action_TK=zero_TK,
         expert_TK=misses.ids_TK,
         weight_TK=misses.weight_TK,
-        harm_TK=np.zeros(misses.ids_TK.shape, np.float32),
+        loss_TK=np.zeros(misses.ids_TK.shape, np.float32),
         reason_TK=zero_TK,
     )
 
 
-def _all_paid(rows: RowBudgets, answers: Answers, missing_TK: Bools) -> bool:
+def _all_paid(rows: RowBudgets, answers: StandinAnswers, missing_TK: Bools) -> bool:
     """Whether every miss has an answer that its row can pay: the usual case, and nothing else need be weighed."""
     if not (answers.found_TK | ~missing_TK).all():
         return False
     fast_T = rows.mode_T == _FAST
     if fast_T.all():
         return True
-    harm_TK = np.where(missing_TK, answers.harm_TK, _ZERO)
-    paid_T = (rows.mode_T == _BOUNDED) & (harm_TK.sum(axis=1, dtype=np.float64) <= rows.allowance_T)
-    paid_T &= (harm_TK <= rows.price_T[:, None]).all(axis=1)
+    loss_TK = np.where(missing_TK, answers.loss_TK, _ZERO)
+    paid_T = (rows.mode_T == _BOUNDED) & (loss_TK.sum(axis=1, dtype=np.float64) <= rows.allowance_T)
+    paid_T &= (loss_TK <= rows.price_T[:, None]).all(axis=1)
     return bool((fast_T | paid_T | ~missing_TK.any(axis=1)).all())
 
 
-def within_budget(rows: RowBudgets, harm_TK: Floats, able_TK: Bools) -> tuple[Bools, Bools]:
-    """Which of the uses that a stand-in could answer are within their row's price, and which of those it can pay.
+def within_budget(rows: RowBudgets, loss_TK: Floats, able_TK: Bools) -> tuple[Bools, Bools]:
+    """Which of the accesses that a stand-in could answer are within their row's price, and which of those it can pay.
 
-    A bounded row takes the least harmful first until its allowance is spent; a fast row takes all.
+    A bounded row takes the smallest expected loss first until its allowance is spent; a fast row takes all.
     """
     free_T1 = (rows.mode_T == _FAST)[:, None]
-    cheap_TK = able_TK & ((harm_TK <= rows.price_T[:, None]) | free_T1)
+    cheap_TK = able_TK & ((loss_TK <= rows.price_T[:, None]) | free_T1)
     if not (rows.mode_T == _BOUNDED).any():
         return cheap_TK, cheap_TK
-    offered_TK = np.where(cheap_TK, harm_TK, np.inf)
+    offered_TK = np.where(cheap_TK, loss_TK, np.inf)
     order_TK = offered_TK.argsort(axis=1, kind="stable")
     # sums in double: the row's own float32 sums may not be told that something fits which does not
     sums_TK = np.take_along_axis(offered_TK, order_TK, axis=1).cumsum(axis=1, dtype=np.float64)
@@ -142,30 +144,30 @@ def _fetched_anyway(ids_TK: Ints, fetch_TK: Bools, E: int) -> Bools:
 
 def resolve_reference(standin: Standin, misses: Misses) -> tuple[list[list[Action]], list[list[Reason]]]:
     """The ladder in plain loops: the spec of `Ladder.resolve`'s actions and reasons."""
-    answers: Answers = standin.answer(misses)
+    answers: StandinAnswers = standin.answer(misses)
     ids = misses.ids_TK.tolist()
     actions = [[Action.HIT for _ in row] for row in ids]
     reasons = [[Reason.RESIDENT for _ in row] for row in ids]
     fetched: set[int] = set()
     for t, row in enumerate(ids):
         left = float(misses.rows.allowance_T[t])
-        order = sorted(range(len(row)), key=lambda k, t=t: (float(answers.harm_TK[t, k]), k))  # type: ignore[misc]
+        order = sorted(range(len(row)), key=lambda k, t=t: (float(answers.loss_TK[t, k]), k))  # type: ignore[misc]
         for k in order:
             if bool(misses.resident_E[row[k]]):
                 continue
-            harm = float(answers.harm_TK[t, k])
+            loss = float(answers.loss_TK[t, k])
             if int(misses.rows.mode_T[t]) == _EXACT:
                 reasons[t][k] = Reason.WANTED_EXACT
             elif not bool(answers.found_TK[t, k]):
                 reasons[t][k] = Reason.NO_STANDIN
             elif int(misses.rows.mode_T[t]) == _FAST:
                 reasons[t][k] = Reason.SUBSTITUTED
-            elif not harm <= float(misses.rows.price_T[t]):
+            elif not loss <= float(misses.rows.price_T[t]):
                 reasons[t][k] = Reason.OVER_PRICE
-            elif harm > left:
+            elif loss > left:
                 reasons[t][k], left = Reason.OVER_ALLOWANCE, -math.inf
             else:
-                reasons[t][k], left = Reason.SUBSTITUTED, left - harm
+                reasons[t][k], left = Reason.SUBSTITUTED, left - loss
             taken = reasons[t][k] is Reason.SUBSTITUTED
             actions[t][k] = Action(int(answers.action_TK[t, k])) if taken else Action.FETCH
             if not taken:

@@ -1,12 +1,14 @@
-"""The quality budget of one request, and the price of a use that keeps it.
+"""The quality budget of one request, and the price of an access that keeps it.
 
-A bounded request earns `budget` nats per generated token and pays the calibrated harm of every stand-in use. Pure.
+A bounded request earns `budget` nats per generated token and pays the calibrated expected loss of every stand-in use.
+Pure.
 Invariant: what was spent never exceeds budget × tokens.
 
-The price is a threshold on the harm of one use: taking the first uses that fit would spend the allowance in the first
-layers; taking all uses below one price, the same in every layer, spends it where it buys most.
+The price is a threshold on the expected loss of one access: taking the first accesses that fit would spend the
+allowance in the first
+layers; taking all accesses below one price, the same in every layer, spends it where it buys most.
 
-Legend: T tokens, N uses of a token.
+Legend: T tokens, N accesses of a token.
 """
 
 from __future__ import annotations
@@ -43,38 +45,39 @@ class Ledger:
         """One more token is being generated."""
         self.tokens += 1
 
-    def charge(self, harm: float) -> None:
+    def charge(self, loss: float) -> None:
         """Pay for stand-in uses (nats)."""
-        self.spent += harm
+        self.spent += loss
         limit = self.budget * self.tokens
         assert self.spent <= limit * (1 + 1e-6), f"spent {self.spent} nats, must be at most {limit}"
 
 
 class Pricer:
-    """Prices from the harms of calibration tokens: sorted once, so that each request's price is one search.
+    """Prices from the expected losses of calibration tokens: sorted once, so that each request's price is one search.
 
     Args:
-        harm_TN: harms (nats) of the uses of calibration tokens; 0 where the expert is resident.
+        loss_TN: expected losses (nats) of the accesses of calibration tokens; 0 where the expert is resident.
     """
 
-    def __init__(self, harm_TN: npt.NDArray[np.floating]) -> None:
-        harms = np.asarray(harm_TN).ravel()
-        assert not (harms < 0).any(), f"harm is {harms.min()}, must not be negative"
-        self._known = len(harms) > 0
-        self._harms = np.sort(harms[harms != 0])
-        self._spend = np.cumsum(self._harms, dtype=np.float64) / max(1, len(harm_TN))
+    def __init__(self, loss_TN: npt.NDArray[np.floating]) -> None:
+        losses = np.asarray(loss_TN).ravel()
+        assert not (losses < 0).any(), f"expected loss is {losses.min()}, must not be negative"
+        self._known = len(losses) > 0
+        self._losses = np.sort(losses[losses != 0])
+        self._spend = np.cumsum(self._losses, dtype=np.float64) / max(1, len(loss_TN))
 
     def __call__(self, budget: float) -> float:
-        """The largest harm of one use such that taking all uses up to it costs a token `budget` nats on average (less
-        a tenth, for the spread between texts); inf when all do, 0 when no use is known."""
+        """The largest expected loss of one access such that taking all accesses up to it costs a token `budget` nats on
+        average (less
+        a tenth, for the spread between texts); inf when all do, 0 when no access is known."""
         within = int(np.searchsorted(self._spend, _SAFETY * budget, side="right"))
-        if within == len(self._harms):
+        if within == len(self._losses):
             return float("inf") if self._known else 0.0
-        # equal harms are taken together or not at all
-        first = int(np.searchsorted(self._harms, self._harms[within], side="left"))
-        return float(self._harms[first - 1]) if first else 0.0
+        # equal expected losses are taken together or not at all
+        first = int(np.searchsorted(self._losses, self._losses[within], side="left"))
+        return float(self._losses[first - 1]) if first else 0.0
 
 
-def price_for(budget: float, harm_TN: npt.NDArray[np.floating]) -> float:
-    """`Pricer(harm_TN)(budget)`, for a single price."""
-    return Pricer(harm_TN)(budget)
+def price_for(budget: float, loss_TN: npt.NDArray[np.floating]) -> float:
+    """`Pricer(loss_TN)(budget)`, for a single price."""
+    return Pricer(loss_TN)(budget)

@@ -65,7 +65,7 @@ def split_slots(
         slot_bytes, expert_bytes: one expert with and without alignment padding.
         experts_per_layer: E of every MoE layer; a layer gets no more slots than experts.
         overhead_bytes: staging and scratch that live in the same budget.
-        workers: engines that use the slots together.
+        workers: engines that access the slots together.
 
     Raises:
         BudgetError: fewer than 2 slots per worker fit; names the minimum.

@@ -1,7 +1,7 @@
-"""The words of a miss: what a layer knows when experts are missing, and what is decided for each use.
+"""The words of a miss: what a layer knows when experts are missing, and what is decided for each access.
 
-A use is one (token, slot) pair: the router named an expert for it and gave it a weight. Numpy arrays on the host: a
-decode step has few uses, and the experts are leased there anyway. Torch's calls cost 3 to 5 times as much: deciding
+An access is one (token, slot) pair: the router named an expert for it and gave it a weight. Numpy arrays on the host: a
+decode step has few accesses, and the experts are leased there anyway. Torch's calls cost 3 to 5 times as much: deciding
 about one token of builtin:tiny took .46 ms a layer with them.
 Knows no bytes and no model. Neighbours: `moe.standins` asks a `MissPolicy` and the block does what it says.
 
@@ -26,7 +26,7 @@ Bools = npt.NDArray[np.bool_]
 
 
 class Action(IntEnum):
-    """Who answers a use: the resident expert, the expert once fetched, its own stand-in record, another resident
+    """Who answers an access: the resident expert, the expert once fetched, its own stand-in record, another resident
     expert, or nobody."""
 
     HIT = 0
@@ -37,7 +37,7 @@ class Action(IntEnum):
 
 
 class Reason(IntEnum):
-    """Why a use is answered as it is."""
+    """Why an access is answered as it is."""
 
     RESIDENT = 0
     WANTED_EXACT = 1
@@ -58,7 +58,7 @@ class RowBudgets:
     """What each row may spend.
 
     `mode_T`: 0 exact, 1 bounded, 2 fast. `allowance_T`: nats left for this step; inf when fast, 0 when exact.
-    `price_T`: largest harm (nats) of one use that is worth taking.
+    `price_T`: largest expected loss (nats) of one access that is worth taking.
     """
 
     mode_T: Tiny
@@ -81,22 +81,22 @@ class Misses:
 
 @dataclass(frozen=True, kw_only=True)
 class Resolution:
-    """What is decided for each use, all `[T, K]`.
+    """What is decided for each access, all `[T, K]`.
 
     `action_TK` (`Action`), `expert_TK` (whose weights or record run: the router's own choice unless a buddy answers),
-    `weight_TK` (the weight its output is combined with; the very array of the misses where none changes), `harm_TK`
+    `weight_TK` (the weight its output is combined with; the very array of the misses where none changes), `loss_TK`
     (nats; 0 unless stood in for), `reason_TK` (`Reason`).
     """
 
     action_TK: Tiny
     expert_TK: Ints
     weight_TK: Floats
-    harm_TK: Floats
+    loss_TK: Floats
     reason_TK: Tiny
 
 
 class MissPolicy(Protocol):
-    """Decides each use of a layer in one decode step. Pure."""
+    """Decides each access of a layer in one decode step. Pure."""
 
     def resolve(self, misses: Misses) -> Resolution:
-        """One decision per use."""
+        """One decision per access."""

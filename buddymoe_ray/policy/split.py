@@ -1,7 +1,8 @@
 """Cuts a byte budget between full experts and stand-ins: which kind each expert of each layer gets.
 
 A multiple-choice knapsack: every expert takes one option (full, or a record of some kind) of certain bytes and
-expected harm. Solved by marginal harm per byte along each expert's convex hull, then a fill with what is left; within
+expected loss. Solved by marginal expected loss per byte along each expert's convex hull, then a fill with what
+is left; within
 one step of the optimum of the relaxation (a test holds it against an exact solver). MoEpic's configurator moves memory
 from the layer that loses least to the one that gains most until nothing improves; the greedy order reaches that fixed
 point in one pass. Pure numpy.
@@ -29,41 +30,41 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """`kind_LE` is the option of each expert (-1 beyond a layer's experts), `nbytes` and `harm` the totals.
+    """`kind_LE` is the option of each expert (-1 beyond a layer's experts), `nbytes` and `loss` the totals.
 
     `full_LE` says who is full beside having the option of `kind_LE`, where that is another question.
     """
 
     kind_LE: Ints
     nbytes: int
-    harm: float
+    loss: float
     full_LE: Bools | None = None
 
 
 def choose(
     *,
     bytes_of: Ints,
-    harm_of: npt.NDArray[np.floating],
+    loss_of: npt.NDArray[np.floating],
     budget_bytes: int,
     experts_per_layer: Sequence[int],
     allowed_of: Bools | None = None,
     least_full_L: Sequence[int] | None = None,
 ) -> Split:
-    """Options of least total harm within the budget.
+    """Options of least total expected loss within the budget.
 
     Args:
         bytes_of: `[O]` bytes of each option, or `[O, L, E]` where they differ by expert.
-        harm_of: `[O, L, E]` expected harm (nats per token) of each option for each expert.
+        loss_of: `[O, L, E]` expected loss (nats per token) of each option for each expert.
         budget_bytes: the hard limit; at least the cheapest allowed option for every expert.
         experts_per_layer: E of each layer; entries beyond are ignored.
         allowed_of: `[O, L, E]` which options an expert may take; None is all. One option alone is forced.
         least_full_L: experts of each layer that must get option 0 at least; None is none.
     """
-    _, L, E = harm_of.shape
+    _, L, E = loss_of.shape
     real_LE = np.arange(E) < np.asarray(experts_per_layer)[:, None]
-    bytes_OLE = np.broadcast_to(bytes_of if bytes_of.ndim == 3 else bytes_of[:, None, None], harm_of.shape)
-    allowed_ON = (np.ones(harm_of.shape, bool) if allowed_of is None else allowed_of)[:, real_LE]
-    options = _Options(bytes_ON=bytes_OLE[:, real_LE].astype(np.int64), harm_ON=harm_of[:, real_LE].astype(np.float64))
+    bytes_OLE = np.broadcast_to(bytes_of if bytes_of.ndim == 3 else bytes_of[:, None, None], loss_of.shape)
+    allowed_ON = (np.ones(loss_of.shape, bool) if allowed_of is None else allowed_of)[:, real_LE]
+    options = _Options(bytes_ON=bytes_OLE[:, real_LE].astype(np.int64), loss_ON=loss_of[:, real_LE].astype(np.float64))
     layer_N = np.nonzero(real_LE)[0]
     kind_N = options.solve(allowed_ON, budget_bytes)
     least_L = np.zeros(L, np.int64) if least_full_L is None else np.asarray(least_full_L)
@@ -71,19 +72,19 @@ def choose(
         kind_N = options.solve(options.with_full(allowed_ON, layer_N, least_L), budget_bytes)
     kind_LE = np.full((L, E), -1, dtype=np.int64)
     kind_LE[real_LE] = kind_N
-    nbytes, harm = options.of(kind_N)
-    return Split(kind_LE=kind_LE, nbytes=int(nbytes.sum()), harm=float(harm.sum()))
+    nbytes, loss = options.of(kind_N)
+    return Split(kind_LE=kind_LE, nbytes=int(nbytes.sum()), loss=float(loss.sum()))
 
 
 def split_movable(
-    *, bytes_of: Ints, harm_of: npt.NDArray[np.floating], budget_bytes: int, experts_per_layer: Sequence[int]
+    *, bytes_of: Ints, loss_of: npt.NDArray[np.floating], budget_bytes: int, experts_per_layer: Sequence[int]
 ) -> Split:
-    """A record for every expert and full slots (option 0) for the most harmful ones, so that any may be moved out.
+    """A record for every expert and full slots (option 0) for those of largest expected loss, so that any may move out.
 
     Arguments as for `choose`. The share of the budget that goes to full slots is searched on a grid of its own
-    sixteenths; harm is that of the experts outside.
+    sixteenths; expected loss is that of the experts outside.
     """
-    _, L, E = harm_of.shape
+    _, L, E = loss_of.shape
     real_LE = np.arange(E) < np.asarray(experts_per_layer)[:, None]
     least = int(bytes_of[1:].min()) * int(real_LE.sum())
     best: Split | None = None
@@ -91,39 +92,39 @@ def split_movable(
         count = int((budget_bytes - least) * share // 16 // int(bytes_of[FULL]))
         records = choose(
             bytes_of=bytes_of[1:],
-            harm_of=harm_of[1:],
+            loss_of=loss_of[1:],
             budget_bytes=budget_bytes - count * int(bytes_of[FULL]),
             experts_per_layer=experts_per_layer,
         )
         # what better records left over goes to full slots as well
         count = min((budget_bytes - records.nbytes) // int(bytes_of[FULL]), int(real_LE.sum()))
         kind_LE = np.where(real_LE, records.kind_LE + 1, -1)
-        harm_LE = np.where(real_LE, np.take_along_axis(harm_of, np.maximum(kind_LE, 0)[None], axis=0)[0], -np.inf)
+        loss_LE = np.where(real_LE, np.take_along_axis(loss_of, np.maximum(kind_LE, 0)[None], axis=0)[0], -np.inf)
         full_LE = np.zeros((L, E), dtype=bool)
-        full_LE.reshape(-1)[np.argsort(-harm_LE.reshape(-1), kind="stable")[:count]] = True
-        harm = float(harm_LE[real_LE & ~full_LE].sum())
-        if best is None or harm < best.harm:
+        full_LE.reshape(-1)[np.argsort(-loss_LE.reshape(-1), kind="stable")[:count]] = True
+        loss = float(loss_LE[real_LE & ~full_LE].sum())
+        if best is None or loss < best.loss:
             nbytes = records.nbytes + count * int(bytes_of[FULL])
-            best = Split(kind_LE=kind_LE, nbytes=nbytes, harm=harm, full_LE=full_LE)
+            best = Split(kind_LE=kind_LE, nbytes=nbytes, loss=loss, full_LE=full_LE)
     assert best is not None, "no share of the budget was tried"
     return best
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """What each option costs each expert, in bytes and in harm."""
+    """What each option costs each expert, in bytes and in expected loss."""
 
     bytes_ON: Ints
-    harm_ON: Floats
+    loss_ON: Floats
 
     def __post_init__(self) -> None:
-        assert np.isfinite(self.harm_ON).all(), "harms must be finite"
+        assert np.isfinite(self.loss_ON).all(), "expected losses must be finite"
         assert (self.bytes_ON >= 0).all(), "bytes must not be negative"
 
     def of(self, kind_N: Ints) -> tuple[Ints, Floats]:
-        """Bytes and harm `[N]` of a choice."""
+        """Bytes and expected loss `[N]` of a choice."""
         each_N = np.arange(len(kind_N))
-        return self.bytes_ON[kind_N, each_N], self.harm_ON[kind_N, each_N]
+        return self.bytes_ON[kind_N, each_N], self.loss_ON[kind_N, each_N]
 
     def solve(self, allowed_ON: Bools, budget: int) -> Ints:
         """The option of each expert."""
@@ -147,7 +148,7 @@ class _Options:
     def with_full(self, allowed_ON: Bools, layer_N: Ints, least_L: Ints) -> Bools:
         """Force option 0 on the experts of each layer that lose most without it."""
         base_N = self._cheapest(allowed_ON)
-        saved_N = np.where(allowed_ON[FULL], self.of(base_N)[1] - self.harm_ON[FULL], -np.inf)
+        saved_N = np.where(allowed_ON[FULL], self.of(base_N)[1] - self.loss_ON[FULL], -np.inf)
         forced_ON = allowed_ON.copy()
         for layer, least in enumerate(least_L.tolist()):
             mine_N = np.flatnonzero((layer_N == layer) & allowed_ON[FULL])
@@ -157,22 +158,23 @@ class _Options:
         return forced_ON
 
     def _cheapest(self, allowed_ON: Bools) -> Ints:
-        """The allowed option of fewest bytes; of several the least harmful."""
+        """The allowed option of fewest bytes; of several the one of least expected loss."""
         bytes_ON = np.where(allowed_ON, self.bytes_ON, np.iinfo(np.int64).max)
         first_ON = allowed_ON & (bytes_ON == bytes_ON.min(axis=0))
-        kind_N: Ints = np.where(first_ON, self.harm_ON, np.inf).argmin(axis=0)
+        kind_N: Ints = np.where(first_ON, self.loss_ON, np.inf).argmin(axis=0)
         return kind_N
 
     def _steps(self, allowed_ON: Bools, kind_N: Ints) -> tuple[Ints, Ints, Ints]:
-        """Steps along every expert's lower convex hull, the most harm saved per byte first: expert, option, bytes.
+        """Steps along every expert's lower convex hull, the most expected loss saved per byte first: expert, option,
+        bytes.
 
         Each round takes all experts one step further, to the option of steepest descent.
         """
         now_N, steepest_N = kind_N.copy(), np.full(len(kind_N), np.inf)
         rounds = []
         for _ in range(len(allowed_ON) - 1):
-            bytes_N, harm_N = self.of(now_N)
-            cost_ON, saved_ON = self.bytes_ON - bytes_N, harm_N - self.harm_ON
+            bytes_N, loss_N = self.of(now_N)
+            cost_ON, saved_ON = self.bytes_ON - bytes_N, loss_N - self.loss_ON
             open_ON = allowed_ON & (cost_ON > 0) & (saved_ON > 0)
             slope_ON = np.where(open_ON, saved_ON / np.maximum(cost_ON, 1), -np.inf)
             to_N = slope_ON.argmax(axis=0)
@@ -188,10 +190,10 @@ class _Options:
         return expert_S[order_S], to_S[order_S], cost_S[order_S]
 
     def _fill(self, allowed_ON: Bools, kind_N: Ints, left: int) -> None:
-        """Spend what is left on single upgrades, on the hull or off it, the most harm saved first."""
+        """Spend what is left on single upgrades, on the hull or off it, the most expected loss saved first."""
         while True:
-            bytes_N, harm_N = self.of(kind_N)
-            cost_ON, saved_ON = self.bytes_ON - bytes_N, harm_N - self.harm_ON
+            bytes_N, loss_N = self.of(kind_N)
+            cost_ON, saved_ON = self.bytes_ON - bytes_N, loss_N - self.loss_ON
             saved_ON = np.where(allowed_ON & (cost_ON <= left), saved_ON, 0.0)
             option, n = np.unravel_index(int(saved_ON.argmax()), saved_ON.shape)
             if saved_ON[option, n] <= 0:

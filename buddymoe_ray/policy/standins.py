@@ -1,4 +1,5 @@
-"""What can answer for a missing expert, behind one seam: each stand-in says who answers each use and at what harm.
+"""What can answer for a missing expert, behind one seam: each stand-in says who answers each access and at what
+expected loss.
 
 `Own`: the expert's own record (low-bit copy, low-rank map, mean vector). `Buddy`: another resident expert, chosen by
 co-activation, output error, live router score or at random. `Drop`: nobody. Pure; knows no budgets (`ladder`).
@@ -17,18 +18,18 @@ import numpy as np
 from buddymoe_ray.policy.misses import Action, Bools, Floats, Ints, Misses, Tiny
 from buddymoe_ray.policy.pick import first_free, pick_unique
 
-__all__ = ["Answers", "Buddy", "Drop", "Own", "RandomBuddy", "RouterBuddy", "Standin"]
+__all__ = ["StandinAnswers", "Buddy", "Drop", "Own", "RandomBuddy", "RouterBuddy", "Standin"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answers:
-    """What a stand-in offers for each use `[T, K]`; meaningful where the expert is missing and `found_TK`. Elsewhere
+class StandinAnswers:
+    """What a stand-in offers for each access `[T, K]`; meaningful where the expert is missing and `found_TK`. Elsewhere
     `expert_TK` is the router's own choice."""
 
     action_TK: Tiny
     expert_TK: Ints
     weight_TK: Floats
-    harm_TK: Floats
+    loss_TK: Floats
     found_TK: Bools
 
 
@@ -37,30 +38,31 @@ class Standin(Protocol):
 
     kind: str
 
-    def answer(self, misses: Misses) -> Answers:
+    def answer(self, misses: Misses) -> StandinAnswers:
         """Who would answer each missing use."""
 
-    def weights(self, misses: Misses, answers: Answers, take_TK: Bools) -> Floats:
-        """Slot weights `[T, K]` when the uses in `take_TK` are stood in for."""
+    def weights(self, misses: Misses, answers: StandinAnswers, take_TK: Bools) -> Floats:
+        """Slot weights `[T, K]` when the accesses in `take_TK` are stood in for."""
 
 
 class Own:
-    """The expert's own record. Harm of a use: squared slot weight × `harm_LE`; `has_LE` says who has a record."""
+    """The expert's own record. Expected loss of an access: squared slot weight × `loss_LE`; `has_LE` says who has a
+    record."""
 
-    def __init__(self, kind: str, *, harm_LE: Floats, has_LE: Bools) -> None:
-        self.kind, self._harm_LE, self._has_LE = kind, harm_LE, has_LE
+    def __init__(self, kind: str, *, loss_LE: Floats, has_LE: Bools) -> None:
+        self.kind, self._loss_LE, self._has_LE = kind, loss_LE, has_LE
 
-    def answer(self, misses: Misses) -> Answers:
+    def answer(self, misses: Misses) -> StandinAnswers:
         ids_TK = misses.ids_TK
-        return Answers(
+        return StandinAnswers(
             action_TK=np.full(ids_TK.shape, Action.OWN, np.int8),
             expert_TK=ids_TK,
             weight_TK=misses.weight_TK,
-            harm_TK=np.square(misses.weight_TK) * self._harm_LE[misses.layer][ids_TK],
+            loss_TK=np.square(misses.weight_TK) * self._loss_LE[misses.layer][ids_TK],
             found_TK=self._has_LE[misses.layer][ids_TK],
         )
 
-    def weights(self, misses: Misses, answers: Answers, take_TK: Bools) -> Floats:
+    def weights(self, misses: Misses, answers: StandinAnswers, take_TK: Bools) -> Floats:
         return misses.weight_TK
 
 
@@ -69,20 +71,20 @@ class Drop:
 
     kind = "drop"
 
-    def __init__(self, *, harm_LE: Floats, renormalise: bool) -> None:
-        self._harm_LE, self._renormalise = harm_LE, renormalise
+    def __init__(self, *, loss_LE: Floats, renormalise: bool) -> None:
+        self._loss_LE, self._renormalise = loss_LE, renormalise
 
-    def answer(self, misses: Misses) -> Answers:
+    def answer(self, misses: Misses) -> StandinAnswers:
         ids_TK = misses.ids_TK
-        return Answers(
+        return StandinAnswers(
             action_TK=np.full(ids_TK.shape, Action.DROP, np.int8),
             expert_TK=ids_TK,
             weight_TK=np.zeros_like(misses.weight_TK),
-            harm_TK=np.square(misses.weight_TK) * self._harm_LE[misses.layer][ids_TK],
+            loss_TK=np.square(misses.weight_TK) * self._loss_LE[misses.layer][ids_TK],
             found_TK=np.ones(ids_TK.shape, np.bool_),
         )
 
-    def weights(self, misses: Misses, answers: Answers, take_TK: Bools) -> Floats:
+    def weights(self, misses: Misses, answers: StandinAnswers, take_TK: Bools) -> Floats:
         kept_TK = np.where(take_TK, np.float32(0), misses.weight_TK)
         return _same_sum(misses, kept_TK, take_TK) if self._renormalise else kept_TK
 
@@ -92,24 +94,24 @@ class Buddy:
 
     Args:
         rank_LEH: candidates of each expert, best first, -1 beyond the last.
-        harm_LEE: harm of a use per squared slot weight, when column j answers for row i.
+        loss_LEE: expected loss of an access per squared slot weight, when column j answers for row i.
         scale_LEE: what j's output is multiplied with when it answers for i; None is 1 (the paper: original weight).
     """
 
-    def __init__(self, signal: str, *, rank_LEH: Ints, harm_LEE: Floats, scale_LEE: Floats | None = None) -> None:
+    def __init__(self, signal: str, *, rank_LEH: Ints, loss_LEE: Floats, scale_LEE: Floats | None = None) -> None:
         self.kind = f"buddy:{signal}"
         self._ranked_LE = [[[j for j in row if j >= 0] for row in rank_EH] for rank_EH in rank_LEH.tolist()]
-        self._harm_LEE, self._scale_LEE = harm_LEE, scale_LEE
+        self._loss_LEE, self._scale_LEE = loss_LEE, scale_LEE
 
-    def answer(self, misses: Misses) -> Answers:
+    def answer(self, misses: Misses) -> StandinAnswers:
         expert_TK, found_TK = first_free(misses, self._ranked_LE[misses.layer])
         weight_TK = misses.weight_TK
         if self._scale_LEE is not None:
             weight_TK = weight_TK * self._scale_LEE[misses.layer][misses.ids_TK, expert_TK]
-        harm_TK = np.square(misses.weight_TK) * self._harm_LEE[misses.layer][misses.ids_TK, expert_TK]
-        return _buddies(misses, expert_TK, weight_TK, harm_TK, found_TK)
+        loss_TK = np.square(misses.weight_TK) * self._loss_LEE[misses.layer][misses.ids_TK, expert_TK]
+        return _buddies(misses, expert_TK, weight_TK, loss_TK, found_TK)
 
-    def weights(self, misses: Misses, answers: Answers, take_TK: Bools) -> Floats:
+    def weights(self, misses: Misses, answers: StandinAnswers, take_TK: Bools) -> Floats:
         return np.where(take_TK, answers.weight_TK, misses.weight_TK)
 
 
@@ -122,10 +124,10 @@ class RouterBuddy:
 
     kind = "buddy:router"
 
-    def __init__(self, *, harm_LEE: Floats, renormalise: bool) -> None:
-        self._harm_LEE, self._renormalise = harm_LEE, renormalise
+    def __init__(self, *, loss_LEE: Floats, renormalise: bool) -> None:
+        self._loss_LEE, self._renormalise = loss_LEE, renormalise
 
-    def answer(self, misses: Misses) -> Answers:
+    def answer(self, misses: Misses) -> StandinAnswers:
         assert misses.score_TE is not None, (
             "buddy:router needs the router's scores: attach_router_scores was not called"
         )
@@ -140,10 +142,10 @@ class RouterBuddy:
         found_TK = missing_TK & (offered_TE[row_T1, expert_TK] > -np.inf)
         expert_TK = np.where(found_TK, expert_TK, ids_TK)
         weight_TK = score_TE[row_T1, expert_TK] * _per_score(misses.weight_TK, score_TE[row_T1, ids_TK])
-        harm_TK = np.square(misses.weight_TK) * self._harm_LEE[misses.layer][ids_TK, expert_TK]
-        return _buddies(misses, expert_TK, weight_TK, harm_TK, found_TK)
+        loss_TK = np.square(misses.weight_TK) * self._loss_LEE[misses.layer][ids_TK, expert_TK]
+        return _buddies(misses, expert_TK, weight_TK, loss_TK, found_TK)
 
-    def weights(self, misses: Misses, answers: Answers, take_TK: Bools) -> Floats:
+    def weights(self, misses: Misses, answers: StandinAnswers, take_TK: Bools) -> Floats:
         weight_TK = np.where(take_TK, answers.weight_TK, misses.weight_TK)
         return _same_sum(misses, weight_TK, take_TK) if self._renormalise else weight_TK
 
@@ -153,10 +155,10 @@ class RandomBuddy:
 
     kind = "random"
 
-    def __init__(self, *, harm_LEE: Floats, seed: int = 0) -> None:
-        self._harm_LEE, self._seed = harm_LEE, seed
+    def __init__(self, *, loss_LEE: Floats, seed: int = 0) -> None:
+        self._loss_LEE, self._seed = loss_LEE, seed
 
-    def answer(self, misses: Misses) -> Answers:
+    def answer(self, misses: Misses) -> StandinAnswers:
         T, K = misses.ids_TK.shape
         E = len(misses.resident_E)
         every_E = np.arange(E)
@@ -166,16 +168,18 @@ class RandomBuddy:
         mixed_TKE = (mixed_TKE + self._seed + misses.layer * 65537) * 2654435761 % 4294967291
         score_TKE = (mixed_TKE % 1000003).astype(np.float32)
         expert_TK, found_TK = pick_unique(misses, np.broadcast_to(every_E, (T, K, E)), score_TKE)
-        harm_TK = np.square(misses.weight_TK) * self._harm_LEE[misses.layer][misses.ids_TK, expert_TK]
-        return _buddies(misses, expert_TK, misses.weight_TK, harm_TK, found_TK)
+        loss_TK = np.square(misses.weight_TK) * self._loss_LEE[misses.layer][misses.ids_TK, expert_TK]
+        return _buddies(misses, expert_TK, misses.weight_TK, loss_TK, found_TK)
 
-    def weights(self, misses: Misses, answers: Answers, take_TK: Bools) -> Floats:
+    def weights(self, misses: Misses, answers: StandinAnswers, take_TK: Bools) -> Floats:
         return np.where(take_TK, answers.weight_TK, misses.weight_TK)
 
 
-def _buddies(misses: Misses, expert_TK: Ints, weight_TK: Floats, harm_TK: Floats, found_TK: Bools) -> Answers:
+def _buddies(misses: Misses, expert_TK: Ints, weight_TK: Floats, loss_TK: Floats, found_TK: Bools) -> StandinAnswers:
     action_TK = np.full(misses.ids_TK.shape, Action.BUDDY, np.int8)
-    return Answers(action_TK=action_TK, expert_TK=expert_TK, weight_TK=weight_TK, harm_TK=harm_TK, found_TK=found_TK)
+    return StandinAnswers(
+        action_TK=action_TK, expert_TK=expert_TK, weight_TK=weight_TK, loss_TK=loss_TK, found_TK=found_TK
+    )
 
 
 def _same_sum(misses: Misses, weight_TK: Floats, take_TK: Bools) -> Floats:

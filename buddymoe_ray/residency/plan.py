@@ -20,9 +20,9 @@ from buddymoe_ray.models.expert_dtype import recoded_tensors
 from buddymoe_ray.models.shape import ModelShape, describe
 from buddymoe_ray.policy import kv_cache_bytes
 from buddymoe_ray.residency.devices import GpuInfo
-from buddymoe_ray.residency.experts import plan_memory
 from buddymoe_ray.residency.machine import available_memory_bytes, cgroup_limit_bytes, torch_dtype
 from buddymoe_ray.residency.standin_setup import StandinSetup
+from buddymoe_ray.residency.tier import plan_memory
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
 __all__ = ["ASSUMED", "Plan", "make_plan"]
@@ -140,7 +140,7 @@ def make_plan(config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo]) ->
         mode=config.mode,
         standins={} if setup is None else dict(Counter(setup.kind_of.values())),
         standin_bytes=0 if setup is None else sum(setup.layouts[kind].slot_bytes for kind in setup.kind_of.values()),
-        expected_rise_fast=None if setup is None or setup.refusal else setup.expected_harm,
+        expected_rise_fast=None if setup is None or setup.refusal else setup.expected_loss,
         overhead_bytes=slots.overhead_bytes,
         max_model_len=length,
         max_running=config.max_running,
@@ -172,7 +172,7 @@ def _stood_in(config: EngineConfig, setup: StandinSetup | None) -> float:
     """Share of the misses that stand-ins answer: in `bounded` as many as the budget pays for, at their mean loss."""
     if setup is None or (setup.refusal and config.mode == "bounded"):
         return 0.0
-    worth = config.budget / setup.expected_harm if config.mode == "bounded" and setup.expected_harm > 0 else 1.0
+    worth = config.budget / setup.expected_loss if config.mode == "bounded" and setup.expected_loss > 0 else 1.0
     return min(1.0, worth)
 
 

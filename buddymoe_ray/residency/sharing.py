@@ -42,7 +42,7 @@ __all__ = ["Sharing", "StoreSpec", "open_host", "open_records", "open_store"]
 class StoreSpec:
     """All that another process needs to attach to a store and to keep it.
 
-    `standin_LE`, where every expert has a stand-in, is what one use of it costs, as a share of the costliest.
+    `standin_LE`, where every expert has a stand-in, is what one access of it costs, as a share of the costliest.
     """
 
     path: Path
@@ -112,7 +112,7 @@ def open_store(
     progress: Callable[..., Iterable[Any]],
 ) -> SharedExpertCache:
     """Attach to the node's store, made now if it is not there. Raises BudgetError, CacheError."""
-    spec = spec_of(sharing, layout, plan, None if setup is None or not sharing.movable else setup.use_harm_LE)
+    spec = spec_of(sharing, layout, plan, None if setup is None or not sharing.movable else setup.access_loss_LE)
     return SharedExpertCache(_attach(sharing, spec, progress), reader=reader)
 
 

@@ -45,40 +45,40 @@ def make_policy(
     config: EngineConfig,
     profile: Profile,
     *,
-    harm_LE: npt.NDArray[np.float32],
+    loss_LE: npt.NDArray[np.float32],
     has_record_LE: npt.NDArray[np.bool_],
 ) -> MissPolicy:
-    """The policy of one engine; `harm_LE` is that of each expert's own record. Raises ProfileError: no such table."""
+    """The policy of one engine; `loss_LE` is that of each expert's own record. Raises ProfileError: no such table."""
     if config.policy == "buddymoe":
         return _buddymoe(profile)
     if config.standin == "drop":
-        return Ladder(Drop(harm_LE=_floats(profile.harm_LE("drop")), renormalise=profile.norm_topk))
+        return Ladder(Drop(loss_LE=_floats(profile.loss_LE("drop")), renormalise=profile.norm_topk))
     if config.standin.startswith("buddy:") or config.standin == "random":
-        nobody = Drop(harm_LE=_floats(profile.harm_LE("drop")), renormalise=profile.norm_topk)
+        nobody = Drop(loss_LE=_floats(profile.loss_LE("drop")), renormalise=profile.norm_topk)
         return Ladder(_buddy(config.standin, profile), fallback=nobody)
-    return Ladder(Own(config.standin, harm_LE=_floats(harm_LE), has_LE=has_record_LE))
+    return Ladder(Own(config.standin, loss_LE=_floats(loss_LE), has_LE=has_record_LE))
 
 
 def _buddy(name: str, profile: Profile) -> Standin:
-    harm_LEE = _floats(profile.pair_harm_LEE())
+    loss_LEE = _floats(profile.pair_loss_LEE())
     if name == "random":
-        return RandomBuddy(harm_LEE=harm_LEE)
+        return RandomBuddy(loss_LEE=loss_LEE)
     if name == "buddy:router":
-        return RouterBuddy(harm_LEE=harm_LEE, renormalise=profile.norm_topk)
+        return RouterBuddy(loss_LEE=loss_LEE, renormalise=profile.norm_topk)
     if name == "buddy:coactivation":
         rank_LEH, _ = _coactive(profile, BuddyParams(alpha=1.1, k_max=profile.experts))
-        return Buddy("coactivation", rank_LEH=rank_LEH, harm_LEE=harm_LEE)
+        return Buddy("coactivation", rank_LEH=rank_LEH, loss_LEE=loss_LEE)
     itself = np.eye(profile.experts, dtype=bool)
     error_LEE = np.where(itself, np.inf, profile.pair_error_LEE.astype(np.float32))
     rank_LEH = error_LEE.argsort(axis=2)[:, :, :-1]
-    return Buddy("output", rank_LEH=rank_LEH, harm_LEE=harm_LEE, scale_LEE=_floats(profile.pair_scale_LEE))
+    return Buddy("output", rank_LEH=rank_LEH, loss_LEE=loss_LEE, scale_LEE=_floats(profile.pair_scale_LEE))
 
 
 def _buddymoe(profile: Profile) -> BuddyMoE:
     candidates_LEH, q_LEH = _coactive(profile, BUDDY_PARAMS)
     tau_L = _floats(profile.tae_LP[:, TAE_PERCENTILE])
-    harm_LEE = _floats(profile.pair_harm_LEE()) if profile.pair_error_LEE.size else None
-    return BuddyMoE(candidates_LEH=candidates_LEH, q_LEH=q_LEH, tau_L=tau_L, params=BUDDY_PARAMS, harm_LEE=harm_LEE)
+    loss_LEE = _floats(profile.pair_loss_LEE()) if profile.pair_error_LEE.size else None
+    return BuddyMoE(candidates_LEH=candidates_LEH, q_LEH=q_LEH, tau_L=tau_L, params=BUDDY_PARAMS, loss_LEE=loss_LEE)
 
 
 def _coactive(profile: Profile, params: BuddyParams) -> tuple[Ints, Floats]:

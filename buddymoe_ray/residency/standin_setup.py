@@ -33,7 +33,7 @@ Floats = npt.NDArray[np.float32]
 
 _VERIFIED_BYTES = 256 << 20  # above this, reading every record once more would cost minutes at start
 _MIN_WAVES, _MOST_WAVES, _WAVE_SHARE = 2, 8, 0.02
-_SEEN = 20  # uses that say something about an expert
+_SEEN = 20  # accesses that say something about an expert
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,8 @@ class StandinSetup:
     """What stands in on one engine, and where.
 
     `plan` pins the full experts, `kind_of` gives the others' records, `layouts` where those are on disk, `price_of` the
-    largest harm worth taking at a budget, `use_harm_LE` what one use of each expert's stand-in costs as a share of the
+    largest expected loss worth taking at a budget, `access_loss_LE` what one access of each expert's stand-in costs as
+    a share of the
     costliest (None where unknown). `binding` names model and stand-ins for replays. `refusal`, when there is
     one, says why `bounded` requests get `exact` here.
     """
@@ -55,10 +56,10 @@ class StandinSetup:
     price_of: Callable[[float], float]
     binding: str
     refusal: str
-    expected_harm: float
+    expected_loss: float
     experts: int
     top_k: int
-    use_harm_LE: Floats | None
+    access_loss_LE: Floats | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,39 +118,40 @@ def prepare(
             "hint: run buddymoe profile again with these kinds"
         )
     _same_shape(path, profile, layout)
-    harms = {kind: profile.harm_LE(kind) for kind in (*layouts, "drop")}
-    split = _split(config, layout, profile, layouts, harms, node)
+    losses = {kind: profile.loss_LE(kind) for kind in (*layouts, "drop")}
+    split = _split(config, layout, profile, layouts, losses, node)
     layers = config.chosen_layers()
     kind_of = {} if split.plan.fully_resident else split.kind_of
-    used_harm_LE = _harm_of_use(profile, harms, kind_of)
+    record_loss_LE = _loss_of_access(profile, losses, kind_of)
     return StandinSetup(
         plan=split.plan,
         kind_of=kind_of,
         layouts=layouts,
-        policy=make_policy(config, profile, harm_LE=used_harm_LE, has_record_LE=_has_record(profile, kind_of)),
+        policy=make_policy(config, profile, loss_LE=record_loss_LE, has_record_LE=_has_record(profile, kind_of)),
         layers=frozenset(range(profile.layers)) if layers is None else layers,
         wants_scores=wants_scores(config),
-        price_of=_pricer(profile, used_harm_LE, split.plan),
+        price_of=_pricer(profile, record_loss_LE, split.plan),
         binding=_binding(fingerprint, config, kind_of),
         refusal=_refusal(config, profile),
-        expected_harm=split.harm,
+        expected_loss=split.loss,
         experts=profile.experts,
         top_k=profile.top_k,
-        use_harm_LE=_share_of_worst(_usual_weight2(profile) * used_harm_LE),
+        access_loss_LE=_share_of_worst(_usual_weight2(profile) * record_loss_LE),
     )
 
 
 def _usual_weight2(profile: Profile) -> Floats:
-    """Mean squared weight of one use; of experts that calibration hardly saw their layer's: they may be hot one day."""
+    """Mean squared weight of one access; of experts that calibration hardly saw their layer's: they may be hot one
+    day."""
     counts_LE = profile.counts_LE
     layer_L1 = (counts_LE * profile.weight2_LE).sum(axis=1, keepdims=True) / counts_LE.sum(axis=1, keepdims=True)
     return np.where(counts_LE >= _SEEN, profile.weight2_LE, layer_L1).astype(np.float32)
 
 
-def _share_of_worst(harm_LE: Floats) -> Floats | None:
-    """Harm of one use as a share of the costliest expert's; None where no harm is known."""
-    worst = float(harm_LE.max())
-    return (harm_LE / worst).astype(np.float32) if np.isfinite(worst) and worst > 0 else None
+def _share_of_worst(loss_LE: Floats) -> Floats | None:
+    """Expected loss of one access as a share of the costliest expert's; None where no expected loss is known."""
+    worst = float(loss_LE.max())
+    return (loss_LE / worst).astype(np.float32) if np.isfinite(worst) and worst > 0 else None
 
 
 def _same_shape(path: Path, profile: Profile, layout: ExpertLayout) -> None:
@@ -162,10 +164,10 @@ def _same_shape(path: Path, profile: Profile, layout: ExpertLayout) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Split:
+class _Chosen:
     plan: SlotPlan
     kind_of: dict[ExpertKey, str]
-    harm: float
+    loss: float
 
 
 def _split(
@@ -173,20 +175,20 @@ def _split(
     layout: ExpertLayout,
     profile: Profile,
     layouts: Mapping[str, ExpertLayout],
-    harms: Mapping[str, Floats],
+    losses: Mapping[str, Floats],
     node: NodeBudget,
-) -> _Split:
-    """Full slots and records under the budget: wave slots first, then the split of least expected harm."""
+) -> _Chosen:
+    """Full slots and records under the budget: wave slots first, then the split of least expected loss."""
     slot, budget, overhead, workers = layout.slot_bytes, node.budget_bytes, node.overhead_bytes, node.workers
     if budget >= layout.total_bytes:
-        return _Split(plan=_fully_resident(layout, budget), kind_of={}, harm=0.0)
+        return _Chosen(plan=_fully_resident(layout, budget), kind_of={}, loss=0.0)
     waves = max(_MIN_WAVES * workers, min(_MOST_WAVES * workers, round(_WAVE_SHARE * budget / slot)))
     room = budget - overhead - waves * slot
-    uses_LE = profile.counts_LE * profile.weight2_LE / max(1, profile.calibration_tokens)
+    accesses_LE = profile.counts_LE * profile.weight2_LE / max(1, profile.calibration_tokens)
     names = ["full", *(list(layouts) or ["none"])]
     record_bytes = [slot, *((layouts[name].slot_bytes for name in names[1:]) if layouts else (0,))]
     # without records every layer needs residents to choose from, so slots go by use alone, not by a layer's energy
-    harm_of = [np.zeros_like(uses_LE), *(uses_LE * (harms[n] if layouts else 1.0) for n in names[1:])]
+    loss_of = [np.zeros_like(accesses_LE), *(accesses_LE * (losses[n] if layouts else 1.0) for n in names[1:])]
     least = min(record_bytes) * sum(layout.experts_per_layer)
     if room < least:
         need = least + overhead + waves * slot
@@ -197,7 +199,7 @@ def _split(
     split = split_movable if node.movable and layouts else choose
     chosen = split(
         bytes_of=np.array(record_bytes, dtype=np.int64),
-        harm_of=np.stack(harm_of),
+        loss_of=np.stack(loss_of),
         budget_bytes=room,
         experts_per_layer=layout.experts_per_layer,
     )
@@ -224,7 +226,7 @@ def _split(
     )
     used = plan.slots_total * slot + plan.overhead_bytes
     assert used <= budget, f"plan takes {used} bytes, must be at most {budget}"
-    return _Split(plan=plan, kind_of=kind_of, harm=float(chosen.harm))
+    return _Chosen(plan=plan, kind_of=kind_of, loss=float(chosen.loss))
 
 
 def _fully_resident(layout: ExpertLayout, budget: int) -> SlotPlan:
@@ -238,11 +240,12 @@ def _fully_resident(layout: ExpertLayout, budget: int) -> SlotPlan:
     )
 
 
-def _harm_of_use(profile: Profile, harms: Mapping[str, Floats], kind_of: Mapping[ExpertKey, str]) -> Floats:
-    """Harm of one use per squared slot weight, of the record each expert has; that of dropping it elsewhere."""
-    table_LE = harms["drop"].copy()
+def _loss_of_access(profile: Profile, losses: Mapping[str, Floats], kind_of: Mapping[ExpertKey, str]) -> Floats:
+    """Expected loss of one access per squared slot weight, of the record each expert has; that of dropping it
+    elsewhere."""
+    table_LE = losses["drop"].copy()
     for key, kind in kind_of.items():
-        table_LE[key.layer, key.expert] = harms[kind][key.layer, key.expert]
+        table_LE[key.layer, key.expert] = losses[kind][key.layer, key.expert]
     return table_LE
 
 
@@ -253,16 +256,16 @@ def _has_record(profile: Profile, kind_of: Mapping[ExpertKey, str]) -> npt.NDArr
     return has_LE
 
 
-def _pricer(profile: Profile, harm_LE: Floats, plan: SlotPlan) -> Callable[[float], float]:
-    """Harms of the calibration's own uses under this plan, and from them the price at a budget."""
+def _pricer(profile: Profile, loss_LE: Floats, plan: SlotPlan) -> Callable[[float], float]:
+    """Expected losses of the calibration's own accesses under this plan, and from them the price at a budget."""
     ids, weights = profile.routes_TLK.astype(np.int64), profile.route_weights_TLK.astype(np.float32)
     resident_LE = np.zeros((profile.layers, profile.experts), dtype=bool)
     for layer, named in enumerate(plan.pinned):
         resident_LE[layer, list(named)] = True
     layer_L1 = np.arange(profile.layers)[:, None]
-    harm_TLK = np.where(resident_LE[layer_L1, ids], 0.0, weights**2 * harm_LE[layer_L1, ids])
-    harm_TN = harm_TLK.reshape(len(ids), -1)
-    return Pricer(harm_TN)
+    loss_TLK = np.where(resident_LE[layer_L1, ids], 0.0, weights**2 * loss_LE[layer_L1, ids])
+    loss_TN = loss_TLK.reshape(len(ids), -1)
+    return Pricer(loss_TN)
 
 
 def _binding(fingerprint: str, config: EngineConfig, kind_of: Mapping[ExpertKey, str]) -> str:
@@ -275,7 +278,7 @@ def _binding(fingerprint: str, config: EngineConfig, kind_of: Mapping[ExpertKey,
 def _refusal(config: EngineConfig, profile: Profile) -> str:
     """Why `bounded` cannot be given here, or nothing."""
     if not np.isfinite(profile.sensitivity_L).all():
-        return "the profile was made with --quick and knows no harms; profile again without it"
+        return "the profile was made with --quick and knows no expected losses; profile again without it"
     if config.standin == "auto" and profile.recommended is None:
         return f"calibration found no stand-in within the budget ({profile.reason})"
     return ""

@@ -51,7 +51,7 @@ class ServeArgs(BaseModel):
             shortest; `pow2` is Ray's own choice of the shorter of two queues.
         placement: `dynamic` moves experts between nodes and tiers as their use shifts; `static` keeps what was resident
             at start.
-        placement_window_seconds: how often uses are counted and the map is renewed.
+        placement_window_seconds: how often accesses are counted and the map is renewed.
         migration_mb_per_second: most that moving experts reads from each node's disk, in 10^6 bytes.
         api_key_env: name of the environment variable that holds the API key; read where the ingress runs.
         require_api_key: refuse to start when that variable is unset.

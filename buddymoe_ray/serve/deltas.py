@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 from functools import reduce
 
-from buddymoe_ray.serve.records import Delta
-from buddymoe_ray.types import StandinUses, Usage
+from buddymoe_ray.serve.work import Delta
+from buddymoe_ray.types import StandinAccesses, Usage
 
 __all__ = ["merge", "total_usage"]
 
@@ -39,7 +39,7 @@ def _join(parts: list[Delta]) -> Delta:
 
 
 def total_usage(last_deltas: Iterable[Delta], *, n: int) -> Usage:
-    """The cost of a call: every choice's tokens and expert uses, and each prompt once for its `n` choices."""
+    """The cost of a call: every choice's tokens and expert accesses, and each prompt once for its `n` choices."""
     usages = []
     for delta in last_deltas:
         assert delta.usage is not None, f"choice {delta.choice} ended ({delta.finish_reason}) without usage"
@@ -51,7 +51,7 @@ def total_usage(last_deltas: Iterable[Delta], *, n: int) -> Usage:
 def _added(one: Usage, other: Usage) -> Usage:
     """The sum of two choices of one call; a tripped guard of either is told."""
     worse = one if one.guard == "tripped" else other
-    kinds = [field.name for field in fields(StandinUses)]
+    kinds = [field.name for field in fields(StandinAccesses)]
     return replace(
         worse,
         prompt_tokens=one.prompt_tokens + other.prompt_tokens,
@@ -60,6 +60,6 @@ def _added(one: Usage, other: Usage) -> Usage:
         hits=one.hits + other.hits,
         peer=one.peer + other.peer,
         fetched=one.fetched + other.fetched,
-        standins=StandinUses(**{k: getattr(one.standins, k) + getattr(other.standins, k) for k in kinds}),
+        standins=StandinAccesses(**{k: getattr(one.standins, k) + getattr(other.standins, k) for k in kinds}),
         expected_rise=one.expected_rise + other.expected_rise,
     )

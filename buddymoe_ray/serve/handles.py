@@ -22,9 +22,9 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from buddymoe_ray.errors import CapacityError, ConfigError
 from buddymoe_ray.observe import EngineSnapshot
-from buddymoe_ray.serve.records import Refusal, Reply, Work, WorkerInfo, WorkerReport
 from buddymoe_ray.serve.refusals import failure, overloaded, unavailable
 from buddymoe_ray.serve.resume import WorkerLost
+from buddymoe_ray.serve.work import Refusal, Reply, Work, WorkerInfo, WorkerReport
 
 __all__ = ["APP_NAME", "WORKER_NAME", "ReplicaWorkers", "connect"]
 

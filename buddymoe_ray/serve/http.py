@@ -25,13 +25,13 @@ from starlette.requests import ClientDisconnect
 
 from buddymoe_ray.errors import CapacityError, ModelNotFound, RequestError
 from buddymoe_ray.serve.metrics import exposition
-from buddymoe_ray.serve.records import Refusal, Workers
 from buddymoe_ray.serve.refusals import envelope, failure, refusal_of
-from buddymoe_ray.serve.render import ChatRenderer, CompletionRenderer, Head, Renderer
+from buddymoe_ray.serve.render import ChatRenderer, CompletionRenderer, Renderer, ReplyHead
 from buddymoe_ray.serve.replies import ModelCard, ModelList
 from buddymoe_ray.serve.resume import ResumeLimits, resumable
 from buddymoe_ray.serve.streaming import Answer
 from buddymoe_ray.serve.wire import ChatRequest, CompletionRequest, parse_chat, parse_completion
+from buddymoe_ray.serve.work import Refusal, Workers
 
 __all__ = ["HttpSettings", "http_app"]
 
@@ -171,7 +171,7 @@ def _openai_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
 async def _answer(
     body: ChatRequest | CompletionRequest,
     prefix: str,
-    make_renderer: Callable[[Head], Renderer],
+    make_renderer: Callable[[ReplyHead], Renderer],
     logprobs: bool,
     workers: Workers,
     settings: HttpSettings,
@@ -179,7 +179,7 @@ async def _answer(
     _check_model(body.model, settings)
     request_id = f"{prefix}-{uuid.uuid4().hex}"
     work = body.work(request_id, flush_seconds=settings.flush_seconds)
-    head = Head(
+    head = ReplyHead(
         id=request_id,
         created=int(time.time()),
         model=settings.model,

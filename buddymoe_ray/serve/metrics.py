@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from buddymoe_ray.observe import EngineSnapshot
-from buddymoe_ray.serve.records import WorkerReport
+from buddymoe_ray.serve.work import WorkerReport
 from buddymoe_ray.types import GuardState
 
 __all__ = ["METRICS", "Metric", "exposition"]
@@ -41,15 +41,19 @@ def _gauge(name: str, help_: str, read: Callable[[EngineSnapshot], float]) -> Me
 
 
 METRICS: tuple[Metric, ...] = (
-    _counter("buddymoe_hits", "Expert uses of decode steps whose expert was resident.", lambda s: s.use_hits),
+    _counter("buddymoe_hits", "Expert accesses of decode steps whose expert was resident.", lambda s: s.access_hits),
     _counter(
-        "buddymoe_peer", "Expert uses of decode steps that another worker answered exactly.", lambda s: s.use_peer
+        "buddymoe_peer",
+        "Expert accesses of decode steps that another worker answered exactly.",
+        lambda s: s.access_peer,
     ),
-    _counter("buddymoe_fetched", "Expert uses of decode steps that waited for their expert.", lambda s: s.use_fetched),
+    _counter(
+        "buddymoe_fetched", "Expert accesses of decode steps that waited for their expert.", lambda s: s.access_fetched
+    ),
     Metric(
         name="buddymoe_standin_uses",
         kind="counter",
-        help="Expert uses of decode steps that a stand-in answered, by its kind.",
+        help="Expert accesses of decode steps that a stand-in answered, by its kind.",
         read=lambda s: asdict(s.standins),
         label="kind",
     ),

@@ -14,8 +14,8 @@ from typing import Any
 from buddymoe_ray.engine.chat import encode_chat, encode_prompt
 from buddymoe_ray.engine.validate import checked_sampling, checked_terms, plain_text, plain_tokens, whole
 from buddymoe_ray.errors import RequestError
-from buddymoe_ray.serve.records import ChatMessage, Refusal, Terms, Work
 from buddymoe_ray.serve.refusals import over_long
+from buddymoe_ray.serve.work import ChatMessage, Refusal, Terms, Work
 from buddymoe_ray.types import SamplingParams
 
 __all__ = ["encode", "hopeless", "longest_token", "output_limit", "resumed_choices", "sampling_of", "usable"]

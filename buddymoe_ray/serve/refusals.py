@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from buddymoe_ray.errors import BuddyMoEError, CapacityError, ModelNotFound, RequestError
-from buddymoe_ray.serve.records import Delta, Refusal, Work
 from buddymoe_ray.serve.replies import ErrorBody, ErrorEnvelope
+from buddymoe_ray.serve.work import Delta, Refusal, Work
 
 __all__ = [
     "WORKER_LOST",

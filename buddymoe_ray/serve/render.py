@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from buddymoe_ray.serve.records import Delta, TokenText
 from buddymoe_ray.serve.replies import (
     BuddyUsage,
     ChatChoice,
@@ -29,13 +28,14 @@ from buddymoe_ray.serve.replies import (
     TopLogprobBody,
     UsageBody,
 )
+from buddymoe_ray.serve.work import Delta, TokenText
 from buddymoe_ray.types import Usage
 
-__all__ = ["ChatRenderer", "CompletionRenderer", "Head", "Renderer"]
+__all__ = ["ChatRenderer", "CompletionRenderer", "ReplyHead", "Renderer"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
+class ReplyHead:
     """What every message of one reply repeats."""
 
     id: str
@@ -64,7 +64,7 @@ class Renderer(Protocol):
 class ChatRenderer:
     """/v1/chat/completions."""
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: ReplyHead) -> None:
         self.head = head
         self._opened: set[int] = set()
 
@@ -133,7 +133,7 @@ class ChatRenderer:
 class CompletionRenderer:
     """/v1/completions."""
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: ReplyHead) -> None:
         self.head = head
         self._held: dict[int, list[TokenText]] = defaultdict(list)  # by choice: where they begin is not known yet
 

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-class _Reply(BaseModel):
+class _JsonBody(BaseModel):
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
     def to_json(self) -> bytes:
@@ -42,7 +42,7 @@ class _Reply(BaseModel):
         return self.model_dump_json(exclude_unset=True).encode()
 
 
-class ErrorBody(_Reply):
+class ErrorBody(_JsonBody):
     """`error` of an error reply."""
 
     message: str
@@ -51,14 +51,14 @@ class ErrorBody(_Reply):
     code: str | None
 
 
-class ErrorEnvelope(_Reply):
+class ErrorEnvelope(_JsonBody):
     """The body of every reply that is not 2xx, and the last message of a stream that failed."""
 
     error: ErrorBody
 
 
-class StandinsBody(_Reply):
-    """Expert uses that a stand-in answered, by its kind."""
+class StandinsBody(_JsonBody):
+    """Expert accesses that a stand-in answered, by its kind."""
 
     lowbit: int
     lowrank: int
@@ -67,8 +67,8 @@ class StandinsBody(_Reply):
     drop: int
 
 
-class BuddyUsage(_Reply):
-    """`usage.buddymoe`: what the answer cost, in expert uses (token, slot) of its decode steps.
+class BuddyUsage(_JsonBody):
+    """`usage.buddymoe`: what the answer cost, in expert accesses (token, slot) of its decode steps.
 
     `mode` is what the request got: not `requested_mode` once `guard` is `tripped`, or where no stand-in is within any
     budget. `budget` (nats per generated token) is null but for a `bounded` request. `hits` found their expert resident,
@@ -92,7 +92,7 @@ class BuddyUsage(_Reply):
     record: str | None = None
 
 
-class UsageBody(_Reply):
+class UsageBody(_JsonBody):
     """`usage`: tokens as OpenAI counts them (a prompt counts once, however many choices it has).
 
     `buddymoe` is not in what a stream's chunks say of the tokens so far.
@@ -104,7 +104,7 @@ class UsageBody(_Reply):
     buddymoe: BuddyUsage | None = None
 
 
-class TopLogprobBody(_Reply):
+class TopLogprobBody(_JsonBody):
     """One alternative at one position."""
 
     token: str
@@ -112,7 +112,7 @@ class TopLogprobBody(_Reply):
     bytes: list[int]
 
 
-class TokenLogprobBody(_Reply):
+class TokenLogprobBody(_JsonBody):
     """The chosen token at one position, with its alternatives."""
 
     token: str
@@ -121,14 +121,14 @@ class TokenLogprobBody(_Reply):
     top_logprobs: list[TopLogprobBody]
 
 
-class ChatLogprobs(_Reply):
+class ChatLogprobs(_JsonBody):
     """`logprobs` of a chat choice."""
 
     content: list[TokenLogprobBody]
     refusal: None
 
 
-class ChatReplyMessage(_Reply):
+class ChatReplyMessage(_JsonBody):
     """`message` of a chat choice."""
 
     role: Literal["assistant"]
@@ -136,7 +136,7 @@ class ChatReplyMessage(_Reply):
     refusal: None
 
 
-class ChatChoice(_Reply):
+class ChatChoice(_JsonBody):
     """One answer of a chat completion."""
 
     index: int
@@ -145,7 +145,7 @@ class ChatChoice(_Reply):
     finish_reason: str
 
 
-class ChatCompletion(_Reply):
+class ChatCompletion(_JsonBody):
     """Reply of /v1/chat/completions."""
 
     id: str
@@ -156,14 +156,14 @@ class ChatCompletion(_Reply):
     usage: UsageBody
 
 
-class ChatDelta(_Reply):
+class ChatDelta(_JsonBody):
     """What a chunk adds; `role` comes once per choice."""
 
     role: Literal["assistant"] = "assistant"
     content: str = ""
 
 
-class ChatChunkChoice(_Reply):
+class ChatChunkChoice(_JsonBody):
     """One choice of a chunk."""
 
     index: int
@@ -172,7 +172,7 @@ class ChatChunkChoice(_Reply):
     finish_reason: str | None
 
 
-class ChatChunk(_Reply):
+class ChatChunk(_JsonBody):
     """One message of a chat stream. `usage` is there only when it was asked for, and null before the last chunk."""
 
     id: str
@@ -183,7 +183,7 @@ class ChatChunk(_Reply):
     usage: UsageBody | None = None
 
 
-class CompletionLogprobs(_Reply):
+class CompletionLogprobs(_JsonBody):
     """`logprobs` of a completion choice: four lists of one entry per token.
 
     `text_offset` is the character of the choice's text at which the token begins: of a token that continues a
@@ -198,7 +198,7 @@ class CompletionLogprobs(_Reply):
     text_offset: list[int]
 
 
-class CompletionChoice(_Reply):
+class CompletionChoice(_JsonBody):
     """One answer of a completion, or what a chunk adds to it."""
 
     index: int
@@ -207,7 +207,7 @@ class CompletionChoice(_Reply):
     finish_reason: str | None
 
 
-class Completion(_Reply):
+class Completion(_JsonBody):
     """Reply of /v1/completions, and each message of its stream."""
 
     id: str
@@ -218,7 +218,7 @@ class Completion(_Reply):
     usage: UsageBody | None = None
 
 
-class ModelCard(_Reply):
+class ModelCard(_JsonBody):
     """One entry of /v1/models. `sampling_defaults` are the checkpoint's, for what requests leave open."""
 
     id: str
@@ -229,7 +229,7 @@ class ModelCard(_Reply):
     sampling_defaults: dict[str, float]
 
 
-class ModelList(_Reply):
+class ModelList(_JsonBody):
     """Reply of /v1/models."""
 
     object: Literal["list"]

@@ -17,8 +17,8 @@ import math
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 
-from buddymoe_ray.serve.records import Batch, Refusal, Reply, ResumedChoice, Work
 from buddymoe_ray.serve.refusals import WORKER_LOST, failure, timed_out, unavailable
+from buddymoe_ray.serve.work import Batch, Refusal, Reply, ResumedChoice, Work
 
 __all__ = ["ResumeLimits", "Transcript", "WorkerLost", "resumable"]
 

@@ -16,8 +16,8 @@ from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequ
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
-from buddymoe_ray.policy.affinity import PrefixAffinity, RouteCandidate, prefix_blocks
-from buddymoe_ray.serve.records import ChatMessage, Prompt, Work
+from buddymoe_ray.policy.prefix_affinity import PrefixAffinity, RouteCandidate, prefix_blocks
+from buddymoe_ray.serve.work import ChatMessage, Prompt, Work
 
 __all__ = ["AffinityRouter", "affinity_routing", "prompt_pieces"]
 

@@ -11,9 +11,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from buddymoe_ray.serve.deltas import merge, total_usage
-from buddymoe_ray.serve.records import Batch, Delta, Refusal, Reply
 from buddymoe_ray.serve.refusals import envelope, failure
 from buddymoe_ray.serve.render import Renderer
+from buddymoe_ray.serve.work import Batch, Delta, Refusal, Reply
 from buddymoe_ray.types import Usage
 
 __all__ = ["Answer"]

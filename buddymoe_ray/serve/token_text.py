@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from buddymoe_ray.serve.records import TokenText
+from buddymoe_ray.serve.work import TokenText
 from buddymoe_ray.types import TokenLogprob
 
 __all__ = ["TokenBytes"]

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from buddymoe_ray.engine.validate import plain_text
 from buddymoe_ray.errors import RequestError
-from buddymoe_ray.serve.records import ChatMessage, Prompt, Terms, Work
+from buddymoe_ray.serve.work import ChatMessage, Prompt, Terms, Work
 from buddymoe_ray.types import Mode, SamplingParams
 
 __all__ = ["ChatRequest", "CompletionRequest", "parse_chat", "parse_completion"]
@@ -47,7 +47,7 @@ NOTES = frozenset({"metadata", "prompt_cache_key", "prompt_cache_retention", "sa
 # Sampling fields that go into SamplingParams under their own name.
 SAMPLING = ("temperature", "top_p", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
-Model = TypeVar("Model", bound="_Sampled")
+Model = TypeVar("Model", bound="_SamplingFields")
 
 
 class _Body(BaseModel):
@@ -177,7 +177,7 @@ class Message(_Body):
         return ChatMessage(role=role, content=self.content, name=self.name)
 
 
-class _Sampled(_Body):
+class _SamplingFields(_Body):
     """What both endpoints share. None is "not given": the default is SamplingParams' own."""
 
     model: str
@@ -202,7 +202,7 @@ class _Sampled(_Body):
     buddymoe: Annotated[BuddyOptions, BeforeValidator(_no_null)] = BuddyOptions()
 
     @model_validator(mode="after")
-    def _stream_options_need_stream(self) -> _Sampled:
+    def _stream_options_need_stream(self) -> _SamplingFields:
         if self.include_usage and not self.stream:
             raise ValueError("stream_options is given without stream, must come with stream true")
         return self
@@ -213,7 +213,7 @@ class _Sampled(_Body):
         return self.n or 1
 
     @model_validator(mode="after")
-    def _a_record_is_of_one_answer(self) -> _Sampled:
+    def _a_record_is_of_one_answer(self) -> _SamplingFields:
         asked = "record" if self.buddymoe.record else "replay" if self.buddymoe.replay is not None else None
         if asked is not None and self.choices > 1:
             raise ValueError(f"buddymoe.{asked} is given for {self.choices} answers, must be for one prompt with n 1")
@@ -251,7 +251,7 @@ class _Sampled(_Body):
         return {name: value for name, value in values.items() if value is not None}
 
 
-class ChatRequest(_Sampled):
+class ChatRequest(_SamplingFields):
     """Body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
@@ -281,7 +281,7 @@ class ChatRequest(_Sampled):
         )
 
 
-class CompletionRequest(_Sampled):
+class CompletionRequest(_SamplingFields):
     """Body of POST /v1/completions."""
 
     prompt: Annotated[Any, AfterValidator(_prompts)]

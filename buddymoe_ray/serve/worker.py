@@ -27,9 +27,9 @@ from buddymoe_ray.serve.prompts import (
     sampling_of,
     usable,
 )
-from buddymoe_ray.serve.records import Batch, Delta, Refusal, Reply, Work, WorkerInfo, WorkerReport
 from buddymoe_ray.serve.refusals import failure, in_terms_of, overloaded, refusal_of, unavailable, worker_lost
 from buddymoe_ray.serve.token_text import TokenBytes
+from buddymoe_ray.serve.work import Batch, Delta, Refusal, Reply, Work, WorkerInfo, WorkerReport
 from buddymoe_ray.types import GenerationRequest, TokenEvent
 
 __all__ = ["EngineSeam", "Limits", "Worker"]
@@ -63,7 +63,7 @@ class EngineSeam(Protocol):
     def link_address(self) -> str: ...
     def link(self) -> None: ...
     def link_seconds(self) -> Mapping[str, float]: ...
-    def meet(self, peers: Mapping[str, str]) -> None: ...
+    def set_peers(self, peers: Mapping[str, str]) -> None: ...
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]: ...
     def snapshot(self) -> EngineSnapshot: ...
     async def check_health(self) -> None: ...
@@ -71,7 +71,7 @@ class EngineSeam(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
+class _WorkPlan:
     """Engine requests by choice, and the token ids of every prompt."""
 
     requests: dict[int, GenerationRequest]
@@ -187,7 +187,7 @@ class Worker:
         """Stop the engine."""
         self._engine.close()
 
-    async def _plan(self, work: Work) -> _Plan | Refusal:
+    async def _plan(self, work: Work) -> _WorkPlan | Refusal:
         """One engine request per choice to answer, all checked before the first starts."""
         limits = self._engine.limits
         most = min(limits.max_model_len, limits.kv_tokens)
@@ -226,7 +226,7 @@ class Worker:
                     replay=work.terms.replay,
                     resumed_token_ids=chosen[choice],
                 )
-        return _Plan(requests=requests, prompts=prompts)
+        return _WorkPlan(requests=requests, prompts=prompts)
 
     def _start(
         self, choice: int, request: GenerationRequest, items: asyncio.Queue[Delta | Refusal]

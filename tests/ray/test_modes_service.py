@@ -47,8 +47,8 @@ def test_charges_stay_within_budget_and_tokens(client: openai.OpenAI) -> None:
             assert spent["mode"] == spent["requested_mode"] == "bounded" and spent["guard"] == "ok"
             assert spent["budget"] == (budget or 0.003)
             assert 0 <= spent["expected_rise"] <= spent["budget"] * usage.completion_tokens
-            uses = spent["hits"] + spent["fetched"] + sum(spent["standins"].values())
-            assert uses == (usage.completion_tokens - 1) * 16, "every use of 4 layers and top-4 has one answer"
+            accesses = spent["hits"] + spent["fetched"] + sum(spent["standins"].values())
+            assert accesses == (usage.completion_tokens - 1) * 16, "every access of 4 layers and top-4 has one answer"
 
 
 @pytest.mark.parametrize("mode", ["bounded", "fast"])
@@ -137,7 +137,7 @@ def test_metrics_tell_what_the_engine_counted(url: str, client: openai.OpenAI) -
     text = httpx.get(f"{url}/metrics").text
     [replica] = set(re.findall(r'replica="([^"]+)"', text))
     who = f'{{model="builtin:tiny",replica="{replica}"'
-    assert f"buddymoe_hits_total{who}}} {snapshot.use_hits}\n" in text
+    assert f"buddymoe_hits_total{who}}} {snapshot.access_hits}\n" in text
     assert f'buddymoe_standin_uses_total{who},kind="lowbit"}} {snapshot.standins.lowbit}\n' in text
     assert f"buddymoe_expected_rise_nats_total{who}}} {snapshot.expected_rise}\n" in text
     assert f'buddymoe_guard_state{who},state="ok"}} 1.0\n' in text

@@ -23,8 +23,8 @@ from serving import Deploy, eventually, running
 from buddymoe_ray.client import Client
 from buddymoe_ray.errors import CapacityError
 from buddymoe_ray.serve.handles import WORKER_NAME, ReplicaWorkers
-from buddymoe_ray.serve.records import Batch, Work, WorkerReport
 from buddymoe_ray.serve.resume import ResumeLimits, resumable
+from buddymoe_ray.serve.work import Batch, Work, WorkerReport
 from buddymoe_ray.types import GenerationRequest, SamplingParams, Usage
 
 STREAMS, TOKENS = 16, 120

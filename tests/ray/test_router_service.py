@@ -21,8 +21,8 @@ from buddymoe_ray.client import Client
 from buddymoe_ray.serve.app import application
 from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.handles import WORKER_NAME
-from buddymoe_ray.serve.records import ResumedChoice, Work, WorkerReport
 from buddymoe_ray.serve.router import AffinityRouter
+from buddymoe_ray.serve.work import ResumedChoice, Work, WorkerReport
 from buddymoe_ray.types import SamplingParams
 
 WORKERS, SLACK = 3, 2

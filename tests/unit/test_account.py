@@ -10,11 +10,11 @@ import pytest
 
 from buddymoe_ray.engine.account import Account
 from buddymoe_ray.moe import StepOutcome
-from buddymoe_ray.types import Mode, StandinUses
+from buddymoe_ray.types import Mode, StandinAccesses
 
 
-def outcome(hits: int, fetched: int, standins: list[int], harm: float) -> StepOutcome:
-    return StepOutcome(uses_TA=np.array([[hits, fetched, 0, *standins]]), harm_T=np.array([harm]))
+def outcome(hits: int, fetched: int, standins: list[int], loss: float) -> StepOutcome:
+    return StepOutcome(accesses_TA=np.array([[hits, fetched, 0, *standins]]), loss_T=np.array([loss]))
 
 
 def account(mode: Mode, **changes: object) -> Account:
@@ -34,10 +34,10 @@ def test_bounded_never_spends_more_than_it_accrued() -> None:
     one = account("bounded")
     for token in range(1, 2000):
         one.begin("off")
-        harm = rng.random() * min(one.allowance, 0.03)
-        one.settle(outcome(1, 0, [1, 0, 0, 0, 0], harm), 0)
+        loss = rng.random() * min(one.allowance, 0.03)
+        one.settle(outcome(1, 0, [1, 0, 0, 0, 0], loss), 0)
         assert one.expected_rise <= 0.01 * token * (1 + 1e-9)
-    assert one.standins == StandinUses(lowbit=1999) and one.hits == 1999 and one.budget == 0.01
+    assert one.standins == StandinAccesses(lowbit=1999) and one.hits == 1999 and one.budget == 0.01
 
 
 def test_a_tripped_guard_makes_it_exact_and_says_so() -> None:

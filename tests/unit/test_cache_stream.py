@@ -27,7 +27,9 @@ def open_cache(layout: ExpertLayout, slots: int, *, host_slots: int = 0, direct:
     return ExpertCache(layout, plan, eviction=LRU, reader=reader, host_slots=host_slots)
 
 
-def use(cache: ExpertCache, truth: dict[ExpertKey, bytes], layer: int, experts: list[int], protect: bool) -> list[int]:
+def access(
+    cache: ExpertCache, truth: dict[ExpertKey, bytes], layer: int, experts: list[int], protect: bool
+) -> list[int]:
     """Stream the experts, compare every byte, return the order in which they were lent."""
     order = []
     for leases in cache.stream(layer, experts, protect_residency=protect):
@@ -58,7 +60,7 @@ def test_ten_thousand_random_operations(tmp_path: Path, slots: int, host_slots: 
                     next(stream, None)
                 stream.close()
             else:
-                use(cache, truth, layer, experts, protect)
+                access(cache, truth, layer, experts, protect)
                 hits = [e for e in experts if e in before]
                 assert cache.stats().hits >= len(hits)
             if protect:
@@ -82,7 +84,7 @@ def test_bytes_are_equal_through_every_tier(tmp_path: Path, direct: bool, host_s
     with open_cache(layout, 5, host_slots=host_slots, direct=direct) as cache:
         for _ in range(3):
             for layer in range(3):
-                use(cache, truth, layer, list(range(6)), False)
+                access(cache, truth, layer, list(range(6)), False)
         stats = cache.stats()
         assert stats.bytes_loaded_device == stats.misses * layout.expert_bytes
         if host_slots == 18:  # everything is in the host tier after the first round
@@ -94,7 +96,7 @@ def test_bytes_are_equal_through_every_tier(tmp_path: Path, direct: bool, host_s
 def test_resident_experts_are_lent_first_while_the_rest_is_read(tmp_path: Path) -> None:
     layout, truth = make_layout(tmp_path)
     with open_cache(layout, 14) as cache:
-        use(cache, truth, 0, [3, 4], False)
+        access(cache, truth, 0, [3, 4], False)
         waves = [
             [lease.key.expert for lease in leases] for leases in cache.stream(0, [0, 3, 4], protect_residency=False)
         ]
@@ -108,7 +110,7 @@ def test_a_full_budget_is_fully_resident_and_never_reads_again(tmp_path: Path) -
         read = cache.stats().bytes_read_disk
         assert cache.plan.fully_resident and all(len(cache.resident(layer)) == 6 for layer in range(3))
         for layer in range(3):
-            use(cache, truth, layer, list(range(6)), False)
+            access(cache, truth, layer, list(range(6)), False)
         assert cache.stats().bytes_read_disk == read and cache.stats().misses == 0
 
 
@@ -126,7 +128,7 @@ def test_a_lease_is_void_once_its_slot_has_another_expert(tmp_path: Path) -> Non
     layout, truth = make_layout(tmp_path)
     with open_cache(layout, 2) as cache:
         (kept,) = next(iter(cache.stream(0, [0], protect_residency=False)))
-        use(cache, truth, 1, [0, 1, 2], False)
+        access(cache, truth, 1, [0, 1, 2], False)
         with pytest.raises(AssertionError, match="generation"):
             kept.tensors()
 
@@ -135,8 +137,8 @@ def test_least_recently_used_gives_way(tmp_path: Path) -> None:
     layout, truth = make_layout(tmp_path, experts_per_layer=(8,))
     with open_cache(layout, 5) as cache:  # 3 of the layer, 2 waves
         for expert in (0, 1, 2, 0):
-            use(cache, truth, 0, [expert], False)
-        use(cache, truth, 0, [3], False)
+            access(cache, truth, 0, [expert], False)
+        access(cache, truth, 0, [3], False)
         assert cache.resident(0) == {0, 2, 3}
 
 
@@ -145,14 +147,14 @@ def test_a_truncated_file_fails_clearly_and_the_cache_goes_on(tmp_path: Path) ->
     path = Path(layout.pieces[ExpertKey(1, 0)][0].path)
     whole = path.read_bytes()
     with open_cache(layout, 5) as cache:
-        use(cache, truth, 1, [0, 1], False)
+        access(cache, truth, 1, [0, 1], False)
         path.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(CacheError, match=r"layer1\.bin"):
-            use(cache, truth, 1, [0, 1, 2, 3, 4, 5], False)
+            access(cache, truth, 1, [0, 1, 2, 3, 4, 5], False)
         cache.check_integrity()
-        use(cache, truth, 0, [0, 1, 2], False)  # other layers are unharmed
+        access(cache, truth, 0, [0, 1, 2], False)  # other layers are unharmed
         path.write_bytes(whole)
-        use(cache, truth, 1, list(range(6)), False)  # and a repaired file is read again
+        access(cache, truth, 1, list(range(6)), False)  # and a repaired file is read again
         cache.check_integrity()
 
 
@@ -162,9 +164,9 @@ def test_a_missing_file_names_itself(tmp_path: Path, host_slots: int) -> None:
     (tmp_path / "layer2.bin").unlink()
     with open_cache(layout, 5, host_slots=host_slots) as cache:
         with pytest.raises(CacheError, match=r"layer2\.bin"):
-            use(cache, truth, 2, [0, 1], False)
+            access(cache, truth, 2, [0, 1], False)
         cache.check_integrity()
-        use(cache, truth, 0, [0, 1], False)
+        access(cache, truth, 0, [0, 1], False)
 
 
 def test_a_closed_cache_says_so(tmp_path: Path) -> None:
@@ -173,7 +175,7 @@ def test_a_closed_cache_says_so(tmp_path: Path) -> None:
     cache.close()
     cache.close()
     with pytest.raises(CacheError, match="closed"):
-        use(cache, truth, 0, [0], False)
+        access(cache, truth, 0, [0], False)
     cache.check_integrity()
 
 
@@ -181,6 +183,6 @@ def test_resident_mask_follows_residency(tmp_path: Path) -> None:
     layout, truth = make_layout(tmp_path)
     with open_cache(layout, 8) as cache:
         mask = cache.resident_mask(0)
-        use(cache, truth, 0, [1, 5], False)
+        access(cache, truth, 0, [1, 5], False)
         assert mask.nonzero()[0].tolist() == [1, 5]
         assert np.array_equal(mask, cache.resident_mask(0))

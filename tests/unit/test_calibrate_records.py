@@ -20,7 +20,7 @@ from buddymoe_ray.kernels import LowbitFormat, lowbit_forward, lowrank_forward, 
 from buddymoe_ray.models import shard_writer
 from buddymoe_ray.models.reference import reference_model
 from buddymoe_ray.models.standin_files import standin_layouts, verify_standins
-from buddymoe_ray.residency.experts import expert_math
+from buddymoe_ray.residency.tier import expert_math
 from buddymoe_ray.types import ExpertKey, ExpertLayout
 
 WINDOW, TOKENS, HASH = 60, 480, "ab" * 32

@@ -13,7 +13,7 @@ import pytest
 from calibration_rig import random_ids, silent, write_checkpoint
 
 from buddymoe_ray.calibrate import run as calibration
-from buddymoe_ray.calibrate.harm import HarmOptions
+from buddymoe_ray.calibrate.expected_loss import LossOptions
 from buddymoe_ray.calibrate.pace import compensated_seconds
 from buddymoe_ray.calibrate.run import KINDS, CalibrationOptions, calibrate
 from buddymoe_ray.config import EngineConfig
@@ -69,12 +69,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Profile, Path]:
         kinds=("lowbit2", "mean"),
         window=128,
         compensated=False,
-        harms=HarmOptions(memories=(37.5,), budgets=(0.004,), tokens=384),
+        losses=LossOptions(memories=(37.5,), budgets=(0.004,), tokens=384),
     )
     return calibrate(options, progress=silent), out
 
 
-def test_the_whole_leaves_a_profile_with_harms_in_nats(whole: tuple[Profile, Path]) -> None:
+def test_the_whole_leaves_a_profile_with_expected_losses_in_nats(whole: tuple[Profile, Path]) -> None:
     profile, out = whole
     read = load_profile(out, model_hash=model_hash(resolve_model("builtin:tiny")))
     assert read.measured and read.reason == profile.reason and read.comparison == profile.comparison
@@ -100,7 +100,7 @@ def test_stand_ins_are_compared_at_equal_bytes(whole: tuple[Profile, Path]) -> N
 
 
 def test_scales_make_the_prediction_meet_the_measurement(whole: tuple[Profile, Path]) -> None:
-    """Harm summed over an engine's uses is the divergence measured when the scale was fitted."""
+    """Expected loss summed over an engine's uses is the divergence measured when the scale was fitted."""
     profile, out = whole
     held = tiny_ids()[20 * 128 :]
     config = EngineConfig(memory="37.5%", mode="fast", standin="mean", profile=str(out), guard_share=0.0)
@@ -126,9 +126,9 @@ def test_the_recommendation_says_why(whole: tuple[Profile, Path]) -> None:
 def test_buddies_of_every_signal_are_measured(tmp_path: Path) -> None:
     """A random model of two layers: no records at all, live router scores included."""
     folder = write_checkpoint("qwen3_moe", tmp_path / "model", num_hidden_layers=2)
-    harms = HarmOptions(memories=(70.0,), budgets=(1.0,), tokens=384)
+    losses = LossOptions(memories=(70.0,), budgets=(1.0,), tokens=384)
     options = options_of(
-        folder, tmp_path / "p.profile", kinds=("buddy",), ids=random_ids(3000), quick=False, harms=harms
+        folder, tmp_path / "p.profile", kinds=("buddy",), ids=random_ids(3000), quick=False, losses=losses
     )
     profile = calibrate(options)
     names = ["buddy:router", "buddy:output", "buddy:coactivation", "random", "drop"]
@@ -139,7 +139,7 @@ def test_buddies_of_every_signal_are_measured(tmp_path: Path) -> None:
     assert point.budget == 1.0 and point.fetched_fraction < 5
 
 
-def test_quick_profiles_know_no_harms_and_serve_fast_only(olmoe: Path, tmp_path: Path) -> None:
+def test_quick_profiles_know_no_losses_and_serve_fast_only(olmoe: Path, tmp_path: Path) -> None:
     out = tmp_path / "q.profile"
     profile = calibrate(options_of(olmoe, out, kinds=("lowbit4", "lowrank", "mean", "buddy")))
     assert not profile.measured and np.isnan(profile.sensitivity_L).all() and not profile.comparison
@@ -218,7 +218,7 @@ def test_the_smallest_corpus_that_does(olmoe: Path, tmp_path: Path) -> None:
     assert profile.calibration_tokens == 256, "four windows are kept apart"
 
 
-def test_a_context_too_short_to_measure_harms_is_said(olmoe: Path, tmp_path: Path) -> None:
+def test_a_context_too_short_to_measure_losses_is_said(olmoe: Path, tmp_path: Path) -> None:
     config = EngineConfig(model=str(olmoe), memory="100%", max_model_len=128)
     with pytest.raises(ProfileError, match=r"model takes 128 tokens, must take 256.*hint: --quick"):
         calibrate(options_of(olmoe, tmp_path / "p.profile", config=config, quick=False, ids=random_ids(4000)))
@@ -247,12 +247,12 @@ def test_bad_options_are_refused(olmoe: Path, tmp_path: Path, changes: dict[str,
         ({"memories": (50.0, 0.0)}, r"memories are \[50.0, 0.0\], must be .* above 0 and up to 100"),
         ({"memories": (math.nan,)}, "memories are"),
         ({"budgets": (2.0,)}, r"budgets are \[2.0\], must be .* up to 1"),
-        ({"tokens": 0}, "harm tokens are 0"),
+        ({"tokens": 0}, "expected loss tokens are 0"),
     ],
 )
 def test_bad_options_of_measuring_are_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        HarmOptions(**changes)
+        LossOptions(**changes)
 
 
 def test_an_output_that_cannot_be_written_is_said_before_the_work(olmoe: Path, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 from calibration_rig import random_ids, silent, write_checkpoint
 from profiles import make_profile
 
-from buddymoe_ray.calibrate import harm
+from buddymoe_ray.calibrate import expected_loss
 from buddymoe_ray.calibrate.bench import Bench, Footprint
-from buddymoe_ray.calibrate.harm import HarmOptions
+from buddymoe_ray.calibrate.expected_loss import LossOptions
 from buddymoe_ray.calibrate.run import CalibrationOptions, calibrate
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.evaluate import EvalResult, cut_windows
@@ -54,7 +54,7 @@ class Scripted(Bench):
 
 def test_sensitivity_is_measured_over_predicted_layer_by_layer() -> None:
     bench = Scripted(lambda v: result(0.01 * (1 + int(v["standin_layers"])), 2.0))
-    found_L = harm._sensitivity(bench, make_profile(layers=3), "lowbit", (75.0, 25.0, 50.0), 32)
+    found_L = expected_loss._sensitivity(bench, make_profile(layers=3), "lowbit", (75.0, 25.0, 50.0), 32)
     np.testing.assert_allclose(found_L, [0.005, 0.01, 0.015], rtol=1e-6)
     assert {v["memory"] for _, v, _ in bench.asked} == {"25.0%"} and {every for *_, every in bench.asked} == {1}
 
@@ -62,26 +62,28 @@ def test_sensitivity_is_measured_over_predicted_layer_by_layer() -> None:
 def test_a_layer_that_predicts_nothing_has_the_others_mean() -> None:
     """A layer whose experts were all resident has nothing to divide by."""
     bench = Scripted(lambda v: result(0.02, 0.0 if v["standin_layers"] == "1" else 2.0))
-    np.testing.assert_allclose(harm._sensitivity(bench, make_profile(layers=3), "mean", (50.0,), 32), 0.01, rtol=1e-6)
+    np.testing.assert_allclose(
+        expected_loss._sensitivity(bench, make_profile(layers=3), "mean", (50.0,), 32), 0.01, rtol=1e-6
+    )
 
 
 def test_the_least_memory_that_holds_the_probe_is_taken() -> None:
     bench = Scripted(lambda v: result(0.02, 2.0) if v["memory"] == "75.0%" else None)
-    assert np.isfinite(harm._sensitivity(bench, make_profile(layers=2), "lowbit4", (75.0, 25.0), 32)).all()
+    assert np.isfinite(expected_loss._sensitivity(bench, make_profile(layers=2), "lowbit4", (75.0, 25.0), 32)).all()
     nothing = Scripted(lambda v: None)
-    assert np.isnan(harm._sensitivity(nothing, make_profile(layers=2), "lowbit4", (75.0, 25.0), 32)).all()
+    assert np.isnan(expected_loss._sensitivity(nothing, make_profile(layers=2), "lowbit4", (75.0, 25.0), 32)).all()
 
 
 def test_without_memory_for_other_layers_all_layers_share_one_number() -> None:
     bench = Scripted(lambda v: result(0.02, 4.0), hosted=False)
-    np.testing.assert_allclose(harm._sensitivity(bench, make_profile(layers=3), "lowbit", (25.0,), 32), 0.005)
+    np.testing.assert_allclose(expected_loss._sensitivity(bench, make_profile(layers=3), "lowbit", (25.0,), 32), 0.005)
     assert [v for _, v, _ in bench.asked] == [{"standin": "lowbit", "memory": "25.0%"}]
 
 
 def test_deep_models_are_measured_on_fewer_windows() -> None:
     for windows, every in ((32, 4), (8, 1)):
         bench = Scripted(lambda v: result(0.02, 2.0))
-        harm._sensitivity(bench, make_profile(layers=12), "lowbit", (25.0,), windows)
+        expected_loss._sensitivity(bench, make_profile(layers=12), "lowbit", (25.0,), windows)
         assert {asked for *_, asked in bench.asked} == {every} and len(bench.asked) == 12
 
 
@@ -92,7 +94,7 @@ def test_scales_are_those_of_the_least_memory() -> None:
         ("lowbit3", 50.0, result(0.01, 0.01)),
         ("mean", 50.0, result(0.1, 0.0)),
     ]
-    assert harm._scales(found) == {"lowbit3": pytest.approx(1.5)}
+    assert expected_loss._scales(found) == {"lowbit3": pytest.approx(1.5)}
 
 
 def test_a_budget_that_fetches_nothing_settles_the_larger_ones() -> None:
@@ -103,8 +105,8 @@ def test_a_budget_that_fetches_nothing_settles_the_larger_ones() -> None:
         return result(0.001, variant["budget"], fetched=50 - 1000 * variant["budget"] if spends_all else 0.0)
 
     bench = Scripted(answer)
-    options = HarmOptions(memories=(75.0, 25.0, 12.0), budgets=(0.001, 0.01, 0.003))
-    curve = {(p.memory_percent, p.budget): p for p in harm._budget_curve(bench, "auto", options)}
+    options = LossOptions(memories=(75.0, 25.0, 12.0), budgets=(0.001, 0.01, 0.003))
+    curve = {(p.memory_percent, p.budget): p for p in expected_loss._budget_curve(bench, "auto", options)}
     assert set(curve) == {(m, b) for m in (75.0, 25.0) for b in (0.001, 0.003, 0.01)}
     assert len(bench.asked) == 3 + 2, "only 25 % had anything left to settle"
     assert all(curve[75.0, b].fetched_fraction == 0 for b in (0.001, 0.003, 0.01))
@@ -115,13 +117,16 @@ def test_a_budget_that_fetches_nothing_settles_the_larger_ones() -> None:
 def test_nothing_within_the_budget_is_not_recommended() -> None:
     from dataclasses import replace
 
-    rows = {name: harm._comparison(name, 50.0, result(kl, 1, dppl=d)) for name, kl, d in (("a", 0.1, 9), ("b", 0.2, 8))}
-    hopeless = harm._recommend(replace(make_profile(), comparison=tuple(rows.values())))
+    rows = {
+        name: expected_loss._comparison(name, 50.0, result(kl, 1, dppl=d))
+        for name, kl, d in (("a", 0.1, 9), ("b", 0.2, 8))
+    }
+    hopeless = expected_loss._recommend(replace(make_profile(), comparison=tuple(rows.values())))
     assert hopeless.recommended is None and hopeless.reason.startswith("a raises perplexity by 9.00 ± 0.01 % at 50 %")
-    good = harm._comparison("lowbit", 50.0, result(0.001, 1, dppl=0.2))
-    better = harm._recommend(replace(make_profile(), comparison=(*rows.values(), good)))
+    good = expected_loss._comparison("lowbit", 50.0, result(0.001, 1, dppl=0.2))
+    better = expected_loss._recommend(replace(make_profile(), comparison=(*rows.values(), good)))
     assert better.recommended == "lowbit" and "the least of 3" in better.reason
-    nothing = harm._recommend(replace(make_profile(), comparison=()))
+    nothing = expected_loss._recommend(replace(make_profile(), comparison=()))
     assert nothing.recommended is None and nothing.reason
 
 

@@ -41,7 +41,7 @@ def test_a_calibration_leaves_profile_records_and_report(model: Path, ids: Path,
     out = tmp_path / "deep" / "m.profile"
     arguments = ["profile", "--model", str(model), "--corpus", str(ids), "--out", str(out), "--kinds", "lowbit4,mean"]
     arguments += ["--window", "64", "--rounding", "plain", "--dtype", "float32", "--json"]
-    assert main([*arguments, "--at", "70", "--budgets", "1e-9,.5", "--harm-tokens", "384"]) == 0
+    assert main([*arguments, "--at", "70", "--budgets", "1e-9,.5", "--loss-tokens", "384"]) == 0
     *rows, last = records(capsys)
     compared = [row for row in rows if row["table"] == "comparison"]
     assert [row["standin"] for row in compared] == ["lowbit4", "mean", "drop"]
@@ -104,7 +104,7 @@ def test_for_a_person_it_is_readable(model: Path, ids: Path, tmp_path: Path, cap
         (["--at", "0"], 2, "memories are [0.0], must be some numbers above 0"),
         (["--budgets", "3"], 2, "budgets are [3.0]"),
         (["--tokens", "0"], 2, "must be at least 1"),
-        (["--harm-tokens", "0"], 2, "harm tokens are 0"),
+        (["--loss-tokens", "0"], 2, "expected loss tokens are 0"),
         (["--expert-dtype", "int8"], 2, "expert_dtype is int8, must be native"),
         (["--out", "{tmp}/a.txt/p.profile"], 1, "must be in a folder that can be written"),
         (["--out", "{tmp}"], 1, "a folder, must be a file"),

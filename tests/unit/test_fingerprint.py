@@ -15,8 +15,8 @@ from torch import Tensor
 from buddymoe_ray.errors import CheckpointError
 from buddymoe_ray.models import fingerprint
 from buddymoe_ray.models.fingerprint import model_hash
-from buddymoe_ray.models.index import INDEX_NAME, SINGLE_NAME
 from buddymoe_ray.models.resolve import resolve_model
+from buddymoe_ray.models.tensor_index import INDEX_NAME, SINGLE_NAME
 
 MIB = 1 << 20
 

@@ -31,7 +31,7 @@ from buddymoe_ray.residency.plan import make_plan
 from buddymoe_ray.serve import launch
 from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.handles import ReplicaWorkers
-from buddymoe_ray.serve.records import Refusal, Work
+from buddymoe_ray.serve.work import Refusal, Work
 from buddymoe_ray.types import SamplingParams
 
 ROOT = Path(__file__).parents[2]
@@ -312,8 +312,8 @@ def test_the_shipped_default_shows_residency_hits_and_stand_ins() -> None:
             "class Stack:\n    def __init__(self, items):\n        self.", stop=("\n",), mode="exact"
         )
         residency = llm.engine.snapshot().residency
-    uses = result.usage.hits + result.usage.standins.total + result.usage.fetched
-    assert residency > 0.2 and result.usage.hits > 0.1 * uses and result.usage.standins.total > 0.1 * uses
+    accesses = result.usage.hits + result.usage.standins.total + result.usage.fetched
+    assert residency > 0.2 and result.usage.hits > 0.1 * accesses and result.usage.standins.total > 0.1 * accesses
     assert result.text == exact.text == "items = items" and exact.usage.standins.total == 0
 
 

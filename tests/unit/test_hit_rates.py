@@ -103,7 +103,7 @@ def test_layers_do_not_mix() -> None:
 
 
 def test_a_cycle_defeats_lru_and_not_the_oracle() -> None:
-    """Experts 0..4 in turn over 4 places: LRU drops each just before its use, the oracle keeps four for good."""
+    """Experts 0..4 in turn over 4 places: LRU drops each just before its access, the oracle keeps four for good."""
     routes = np.tile(np.arange(5), 40)[:, None, None]
     counts = np.bincount(routes.ravel(), minlength=5)[None]
     assert lru_hits(routes, counts, (4,))[0, 0] < 0.05

@@ -25,7 +25,7 @@ from buddymoe_ray.kernels import (
 )
 from buddymoe_ray.kernels.lowbit import lowbit_forward_reference
 from buddymoe_ray.moe import record_computes
-from buddymoe_ray.moe.records import RecordCompute
+from buddymoe_ray.moe.standin_compute import RecordCompute
 from buddymoe_ray.types import ExpertLayout
 
 D, F, E, K = 96, 40, 6, 3
@@ -47,8 +47,8 @@ def general_layer_of(fmt: LowbitFormat, math: ExpertMath, shapes: Shapes) -> Rec
     return made
 
 
-def uses(T: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows and distinct experts per row, a third of the uses answered by others."""
+def accesses(T: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows and distinct experts per row, a third of the accesses answered by others."""
     rng = torch.Generator().manual_seed(seed)
     expert_TK = torch.stack([torch.randperm(E, generator=rng)[:K] for _ in range(T)])
     expert_TK[torch.rand(T, K, generator=rng) < 0.33] = -1
@@ -67,13 +67,13 @@ def places(records: Tensor, missing: tuple[int, ...] = ()) -> Tensor:
 def test_a_layer_is_its_experts_one_by_one(bits: int, T: int, dtype: torch.dtype) -> None:
     fmt = LowbitFormat(bits=bits)
     records, views = random_records(SHAPES, fmt, 1, E)
-    x_TD, expert_TK = uses(T, bits)
+    x_TD, expert_TK = accesses(T, bits)
     x_TD = x_TD.to(dtype)
     out_ND = torch.full((T * K, D), 7.0, dtype=dtype)
     layer_of(fmt)(x_TD, records, places(records, missing=(4,)), expert_TK, out_ND)
     for n, expert in enumerate(expert_TK.flatten().tolist()):
         if expert in (-1, 4):
-            assert bool((out_ND[n] == 7.0).all()), "a use that others answer was written"
+            assert bool((out_ND[n] == 7.0).all()), "an access that others answer was written"
         else:
             assert torch.equal(out_ND[n], lowbit_forward(x_TD[n // K][None], views[expert], fmt, SILU)[0])
 
@@ -90,7 +90,7 @@ def test_other_families_take_the_general_path(name: str) -> None:
     }[name]
     assert not lowbit_cpu.is_plain(math, F)
     records, views = random_records(shapes, fmt, 2, E)
-    x_TD, expert_TK = uses(5, 3)
+    x_TD, expert_TK = accesses(5, 3)
     out_ND = torch.zeros(5 * K, D)
     general_layer_of(fmt, math, shapes)(x_TD, records, places(records), expert_TK, out_ND)
     for n, expert in enumerate(expert_TK.flatten().tolist()):
@@ -107,7 +107,7 @@ def test_records_of_two_kinds_share_one_buffer() -> None:
     buffer = torch.cat([a, b])
     odd = torch.arange(E) % 2 == 1
     at_a, at_b = places(a).masked_fill(odd, -1), (places(b) + len(a)).masked_fill(~odd, -1)
-    x_TD, expert_TK = uses(8, 5)
+    x_TD, expert_TK = accesses(8, 5)
     out_ND = torch.zeros(8 * K, D)
     layer_of(three)(x_TD, buffer, at_a, expert_TK, out_ND)
     layer_of(four)(x_TD, buffer, at_b, expert_TK, out_ND)
@@ -122,7 +122,7 @@ def test_threads_do_not_change_bits(threads: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(lowbit_layer, "THREADED_WEIGHTS", 0)
     fmt = LowbitFormat(bits=4)
     records, _ = random_records(SHAPES, fmt, 6, E)
-    x_TD, expert_TK = uses(30, 7)
+    x_TD, expert_TK = accesses(30, 7)
     one, many = torch.zeros(2, 30 * K, D)
     layer_of(fmt)(x_TD, records, places(records), expert_TK, one)
     layer_of(fmt, threads=threads)(x_TD, records, places(records), expert_TK, many)
@@ -132,7 +132,7 @@ def test_threads_do_not_change_bits(threads: int, monkeypatch: pytest.MonkeyPatc
 def test_a_step_has_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     fmt = LowbitFormat(bits=3)
     records, _ = random_records(SHAPES, fmt, 15, E)
-    layer, (x_TD, expert_TK), out_ND = layer_of(fmt), uses(4, 16), torch.zeros(4 * K, D)
+    layer, (x_TD, expert_TK), out_ND = layer_of(fmt), accesses(4, 16), torch.zeros(4 * K, D)
     monkeypatch.setattr(lowbit_cpu, "_compiled", lambda compile: pytest.fail("compiled in a step"))
     layer(x_TD, records, places(records), expert_TK, out_ND)
     assert bool(out_ND.any())
@@ -150,7 +150,7 @@ def test_nothing_to_do_is_done() -> None:
 def test_what_would_read_or_write_past_an_end_is_refused() -> None:
     fmt = LowbitFormat(bits=3)
     records, _ = random_records(SHAPES, fmt, 9, E)
-    layer, (x_TD, expert_TK), out_ND = layer_of(fmt), uses(2, 10), torch.zeros(2 * K, D)
+    layer, (x_TD, expert_TK), out_ND = layer_of(fmt), accesses(2, 10), torch.zeros(2 * K, D)
     with pytest.raises(AssertionError, match=r"out is \(5, 96\), must be \(6, 96\)"):
         layer(x_TD, records, places(records), expert_TK, out_ND[:5])
     with pytest.raises(AssertionError, match="expert is 6, must be below 6"):

@@ -15,9 +15,9 @@ from transformers.core_model_loading import MergeModulelist, Transpose, WeightCo
 from buddymoe_ray.errors import CheckpointError, UnsupportedModel
 from buddymoe_ray.models import hf_loading
 from buddymoe_ray.models.dense import LazyTensor
-from buddymoe_ray.models.index import SINGLE_NAME, TensorLocation, read_index
 from buddymoe_ray.models.load import load_model
 from buddymoe_ray.models.shape import describe
+from buddymoe_ray.models.tensor_index import SINGLE_NAME, TensorLocation, read_index
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from slot_oracle import attach_oracle
 
 from buddymoe_ray.errors import CheckpointError, UnsupportedModel
-from buddymoe_ray.models.index import SINGLE_NAME, read_index
 from buddymoe_ray.models.load import load_model
 from buddymoe_ray.models.resolve import is_builtin, resolve_model
+from buddymoe_ray.models.tensor_index import SINGLE_NAME, read_index
 from buddymoe_ray.models.tiny import path as tiny_path
 
 

@@ -1,4 +1,4 @@
-"""A MoE layer in decode with stand-ins: who answers each use, what is counted, charged, recorded and repeated."""
+"""A MoE layer in decode with stand-ins: who answers each access, what is counted, charged, recorded and repeated."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ PINNED = ((0, 1), (0, 1), (0, 1))
 class Scripted:
     """A policy that answers as it is told: `action[expert]` for misses, `buddy[expert]` where a buddy answers."""
 
-    def __init__(self, action: dict[int, Action], buddy: dict[int, int] | None = None, harm: float = 0.25) -> None:
-        self.action, self.buddy, self.harm, self.seen = action, buddy or {}, harm, list[Misses]()
+    def __init__(self, action: dict[int, Action], buddy: dict[int, int] | None = None, loss: float = 0.25) -> None:
+        self.action, self.buddy, self.loss, self.seen = action, buddy or {}, loss, list[Misses]()
 
     def resolve(self, misses: Misses) -> Resolution:
         self.seen.append(misses)
@@ -43,10 +43,10 @@ class Scripted:
                     expert[t, k], weight[t, k] = self.buddy[e], weight[t, k] * 0.5
                 if action[t, k] == Action.DROP:
                     weight[t, k] = 0
-        harm = (action >= Action.OWN).astype(np.float32) * np.float32(self.harm)
+        loss = (action >= Action.OWN).astype(np.float32) * np.float32(self.loss)
         reason = np.full(action.shape, Reason.SUBSTITUTED, np.int8)
         return Resolution(
-            action_TK=action.astype(np.int8), expert_TK=expert, weight_TK=weight, harm_TK=harm, reason_TK=reason
+            action_TK=action.astype(np.int8), expert_TK=expert, weight_TK=weight, loss_TK=loss, reason_TK=reason
         )
 
 
@@ -141,7 +141,7 @@ def test_records_answer_what_is_missing_and_nothing_is_read(tmp_path: Path) -> N
     torch.testing.assert_close(got, combine(formula(opened, [[0, m[2], m[4]], [m[3], 1, m[5]]]), WEIGHTS))
     outcome = opened.step.outcome
     assert outcome.hits_T.tolist() == [1, 1] and outcome.fetched_T.tolist() == [0, 0]
-    assert outcome.standins_TS.tolist() == [[0, 0, 0, 2, 0]] * 2 and outcome.harm_T.tolist() == [0.5, 0.5]
+    assert outcome.standins_TS.tolist() == [[0, 0, 0, 2, 0]] * 2 and outcome.loss_T.tolist() == [0.5, 0.5]
     assert opened.step.budgets is not None and opened.step.budgets.allowance_T.tolist() == [9.5, 9.5]
     opened.cache.close()
 
@@ -193,23 +193,23 @@ def test_a_recorded_pass_repeats_elsewhere_to_the_bit(tmp_path: Path) -> None:
     opened = Opened(tmp_path, policy)
     opened.step.begin(Phase.DECODE, 2, terms([2, 2], record=frozenset({0, 1})))
     first = opened.block(HIDDEN, IDS, WEIGHTS)
-    uses = [(row, u) for row, of_row in opened.step.outcome.substitutions.items() for u in of_row]
-    assert [(row, u.slot, u.kind) for row, u in uses] == [
+    accesses = [(row, u) for row, of_row in opened.step.outcome.substitutions.items() for u in of_row]
+    assert [(row, u.slot, u.kind) for row, u in accesses] == [
         (0, 1, "buddy"),
         (0, 2, "mean"),
         (1, 0, "mean"),
         (1, 2, "drop"),
     ]
     overlay = Overlay(
-        row_N=np.array([row for row, _ in uses]),
-        slot_N=np.array([u.slot for _, u in uses]),
-        action_N=np.array([u.action for _, u in uses], np.int8),
-        expert_N=np.array([u.expert for _, u in uses]),
-        weight_N=np.array([u.weight for _, u in uses], np.float32),
+        row_N=np.array([row for row, _ in accesses]),
+        slot_N=np.array([u.slot for _, u in accesses]),
+        action_N=np.array([u.action for _, u in accesses], np.int8),
+        expert_N=np.array([u.expert for _, u in accesses]),
+        weight_N=np.array([u.weight for _, u in accesses], np.float32),
     )
     opened.step.begin(Phase.DECODE, 2, terms([0, 0], overlays={LAYER: overlay}))
     assert torch.equal(opened.block(HIDDEN, IDS, WEIGHTS), first)
-    assert opened.step.outcome.harm_T.tolist() == [0.0, 0.0], "a replay is charged nothing"
+    assert opened.step.outcome.loss_T.tolist() == [0.0, 0.0], "a replay is charged nothing"
     mine = overlay.row_N == 1
     alone = Overlay(**{f.name: getattr(overlay, f.name)[mine] for f in fields(Overlay)} | {"row_N": np.zeros(2, int)})
     opened.step.begin(Phase.DECODE, 1, terms([0], overlays={LAYER: alone}))
@@ -226,7 +226,7 @@ def test_rows_alone_come_to_the_same_outcome(tmp_path: Path) -> None:
         opened.step.begin(Phase.DECODE, 1, terms([2], record=frozenset({0} if row else ())))
         opened.block(HIDDEN[row : row + 1], IDS[row : row + 1], WEIGHTS[row : row + 1])
         alone = opened.step.outcome
-        for name in ("uses_TA", "harm_T"):
+        for name in ("accesses_TA", "loss_T"):
             assert np.array_equal(getattr(alone, name)[0], getattr(together, name)[row]), name
         assert alone.substitutions.get(0) == together.substitutions.get(row)
     opened.cache.close()
@@ -250,7 +250,7 @@ def test_what_moved_away_is_decided_again_and_counted_once(tmp_path: Path, monke
     weights = torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.0, 0.2]])
     torch.testing.assert_close(got, combine(formula(opened, [[0, m[2], m[4]], [m[3], 0, m[5]]]), weights))
     assert [bool(seen.resident_E[1]) for seen in policy.seen] == [True, False]
-    assert opened.step.outcome.hits_T.tolist() == [1, 0] and opened.step.outcome.harm_T.tolist() == [0.5, 0.75]
+    assert opened.step.outcome.hits_T.tolist() == [1, 0] and opened.step.outcome.loss_T.tolist() == [0.5, 0.75]
     opened.cache.close()
 
 

@@ -25,11 +25,11 @@ class Nodes:
         self.placement = Placement(PlacementOptions(window_seconds=1.0), clock=lambda: self.now)
         return self.placement
 
-    def window(self, popular_LE: np.ndarray, *, only: str | None = None, uses: int = 2000) -> dict[str, Directive]:
+    def window(self, popular_LE: np.ndarray, *, only: str | None = None, accesses: int = 2000) -> dict[str, Directive]:
         """One window of every node (or `only` one); returns what each was told."""
         told = {}
         for name in [only] if only else list(self.pins):
-            counts_LE = np.stack([self.rng.multinomial(uses, row / row.sum()) for row in popular_LE])
+            counts_LE = np.stack([self.rng.multinomial(accesses, row / row.sum()) for row in popular_LE])
             told[name] = self.placement.report(self.report(name, counts_LE.astype(np.float32)))
             if told[name].epoch > self.epochs[name]:
                 self.epochs[name], self.pins[name] = told[name].epoch, told[name].pins

@@ -115,7 +115,7 @@ def test_a_buddy_answers_with_the_slots_own_weight_and_is_used_once() -> None:
     assert resolution.expert_TK.tolist() == [[4, 1, 6, 3]]
     assert resolution.action_TK.tolist() == [[Action.BUDDY, Action.HIT, Action.BUDDY, Action.FETCH]]
     assert resolution.reason_TK.tolist()[0][3] == Reason.NO_BUDDY
-    assert resolution.weight_TK is misses.weight_TK and not resolution.harm_TK.any()
+    assert resolution.weight_TK is misses.weight_TK and not resolution.loss_TK.any()
 
 
 def test_a_peaked_token_is_not_touched() -> None:
@@ -207,14 +207,14 @@ def test_bounded_rows_are_not_touched_where_no_harm_is_known() -> None:
 
 
 def test_bounded_rows_pay_where_harms_are_known() -> None:
-    harm_LEE = np.ones((LAYERS, E, E), np.float32)
-    harm_LEE[:, 1] = 8.0
-    known = policy(harm_LEE=harm_LEE)
+    loss_LEE = np.ones((LAYERS, E, E), np.float32)
+    loss_LEE[:, 1] = 8.0
+    known = policy(loss_LEE=loss_LEE)
     rows = budgets([1, 2], allowance=0.0625, price=0.25)
     resolution = known.resolve(miss([[0, 1, 2, 3]] * 2, EVEN * 2, [4, 5, 6, 7], rows))
     paid, over, dear = Reason.SUBSTITUTED, Reason.OVER_ALLOWANCE, Reason.OVER_PRICE
     assert resolution.reason_TK.tolist() == [[paid, dear, over, Reason.OVER_RHO], [paid, paid, paid, Reason.OVER_RHO]]
-    assert resolution.harm_TK.tolist() == [[0.0625, 0, 0, 0], [0.0625, 0.5, 0.0625, 0]], "fast rows are told the cost"
+    assert resolution.loss_TK.tolist() == [[0.0625, 0, 0, 0], [0.0625, 0.5, 0.0625, 0]], "fast rows are told the cost"
 
 
 def drawn(dice: Dice, most: int, params: BuddyParams, tau: float) -> BuddyMoE:

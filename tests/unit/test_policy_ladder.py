@@ -33,25 +33,25 @@ STAND_INS = (Action.OWN, Action.BUDDY, Action.DROP)
 
 
 def standin(name: str, dice: Dice, E: int) -> Standin:
-    harm_LE, harm_LEE = dice.grid(LAYERS, E), dice.grid(LAYERS, E, E)
+    loss_LE, loss_LEE = dice.grid(LAYERS, E), dice.grid(LAYERS, E, E)
     if name == "own":
-        return Own("lowbit3", harm_LE=harm_LE, has_LE=dice.coin(LAYERS, E, share=0.8))
+        return Own("lowbit3", loss_LE=loss_LE, has_LE=dice.coin(LAYERS, E, share=0.8))
     if name == "buddy":
-        return Buddy("output", rank_LEH=dice.ranks(E, 5), harm_LEE=harm_LEE)
+        return Buddy("output", rank_LEH=dice.ranks(E, 5), loss_LEE=loss_LEE)
     if name == "router":
-        return RouterBuddy(harm_LEE=harm_LEE, renormalise=True)
-    return RandomBuddy(harm_LEE=harm_LEE) if name == "random" else Drop(harm_LE=harm_LE, renormalise=False)
+        return RouterBuddy(loss_LEE=loss_LEE, renormalise=True)
+    return RandomBuddy(loss_LEE=loss_LEE) if name == "random" else Drop(loss_LE=loss_LE, renormalise=False)
 
 
 def stood_in(resolution: Resolution) -> Bools:
     return resolution.action_TK >= Action.OWN
 
 
-def own(harms: list[float], has: list[bool] | None = None) -> Own:
-    """Records of 8 experts in every layer, with these harms."""
-    padded = floats(harms + [0.0] * (8 - len(harms)))
+def own(losses: list[float], has: list[bool] | None = None) -> Own:
+    """Records of 8 experts in every layer, with these expected losses."""
+    padded = floats(losses + [0.0] * (8 - len(losses)))
     has_E = np.array(has if has is not None else [True] * 8)
-    return Own("lowbit3", harm_LE=np.broadcast_to(padded, (LAYERS, 8)), has_LE=np.broadcast_to(has_E, (LAYERS, 8)))
+    return Own("lowbit3", loss_LE=np.broadcast_to(padded, (LAYERS, 8)), has_LE=np.broadcast_to(has_E, (LAYERS, 8)))
 
 
 @given(size=sizes(), name=st.sampled_from(KINDS))
@@ -74,12 +74,12 @@ def test_what_is_promised_to_each_row(size: Sizes, name: str) -> None:
     resident_TK, stood_TK = misses.resident_E[misses.ids_TK], stood_in(resolution)
     assert np.array_equal(resolution.action_TK == Action.HIT, resident_TK), "a resident expert runs, nobody else does"
     assert not bool(stood_TK[misses.rows.mode_T == 0].any()), "an exact row is never stood in for"
-    assert not bool((resolution.harm_TK != 0)[~stood_TK].any()), "hits and fetches are free"
+    assert not bool((resolution.loss_TK != 0)[~stood_TK].any()), "hits and fetches are free"
     bounded_T = misses.rows.mode_T == 1
-    spent_T = resolution.harm_TK.astype(np.float64).sum(axis=1)
+    spent_T = resolution.loss_TK.astype(np.float64).sum(axis=1)
     assert bool((spent_T[bounded_T] <= misses.rows.allowance_T[bounded_T]).all()), "a ledger never goes negative"
-    assert bool((resolution.harm_TK <= misses.rows.price_T[:, None])[bounded_T].all()), (
-        "no use is dearer than its price"
+    assert bool((resolution.loss_TK <= misses.rows.price_T[:, None])[bounded_T].all()), (
+        "no access is dearer than its price"
     )
     fetched = set(misses.ids_TK[resolution.action_TK == Action.FETCH].tolist())
     fast_T1 = (misses.rows.mode_T == 2)[:, None]
@@ -121,14 +121,16 @@ def test_the_least_harmful_are_taken_first() -> None:
     misses = miss([[0, 1, 2, 3]], [[1.0] * 4], [], budgets([1], allowance=0.875))
     resolution = Ladder(own([0.5, 0.25, 0.125, 0.5])).resolve(misses)
     assert resolution.action_TK.tolist() == [[Action.OWN, Action.OWN, Action.OWN, Action.FETCH]]
-    assert resolution.harm_TK.tolist() == [[0.5, 0.25, 0.125, 0.0]]
+    assert resolution.loss_TK.tolist() == [[0.5, 0.25, 0.125, 0.0]]
     assert resolution.reason_TK.tolist()[0][3] == Reason.OVER_ALLOWANCE
 
 
 def test_a_dear_use_is_fetched_though_there_is_money() -> None:
     misses = miss([[0, 1]], [[1.0, 0.5]], [], budgets([1], allowance=10.0, price=0.25))
     resolution = Ladder(own([0.5, 0.5])).resolve(misses)
-    assert resolution.reason_TK.tolist() == [[Reason.OVER_PRICE, Reason.SUBSTITUTED]], "harm goes with weight squared"
+    assert resolution.reason_TK.tolist() == [[Reason.OVER_PRICE, Reason.SUBSTITUTED]], (
+        "expected loss goes with weight squared"
+    )
 
 
 def test_one_rows_fetch_answers_every_row_and_costs_nothing() -> None:
@@ -136,22 +138,22 @@ def test_one_rows_fetch_answers_every_row_and_costs_nothing() -> None:
     resolution = Ladder(own([0.5, 0.5, 0.5])).resolve(misses)
     shared, taken, wanted = Reason.SHARED_FETCH, Reason.SUBSTITUTED, Reason.WANTED_EXACT
     assert resolution.reason_TK.tolist() == [[wanted, wanted], [shared, taken], [taken, shared]]
-    assert resolution.harm_TK.tolist() == [[0, 0], [0, 0.125], [0.125, 0]]
+    assert resolution.loss_TK.tolist() == [[0, 0], [0, 0.125], [0.125, 0]]
 
 
 def test_fast_takes_even_what_nobody_has_measured() -> None:
-    """Harms that are unknown or endless stop a bounded row, not a fast one, alone or together."""
-    for harm in (float("nan"), INF):
+    """Expected losses that are unknown or endless stop a bounded row, not a fast one, alone or together."""
+    for loss in (float("nan"), INF):
         for modes in ([2], [2, 1]):
             rows = budgets(modes, allowance=5.0)
             misses = miss([[0, 1], [2, 3]][: len(modes)], [[0.5, 0.5]] * len(modes), [], rows)
-            resolution = Ladder(own([harm, 0.25, harm, 0.25])).resolve(misses)
+            resolution = Ladder(own([loss, 0.25, loss, 0.25])).resolve(misses)
             expected = [[Action.OWN, Action.OWN], [Action.FETCH, Action.OWN]][: len(modes)]
-            assert resolution.action_TK.tolist() == expected, (harm, modes)
+            assert resolution.action_TK.tolist() == expected, (loss, modes)
 
 
 def test_fast_goes_on_when_its_allowance_is_no_number() -> None:
-    """Endless harm taken off an endless allowance in an earlier layer."""
+    """Endless expected loss taken off an endless allowance in an earlier layer."""
     rows = RowBudgets(
         mode_T=np.array([2, 1], np.int8),
         allowance_T=floats([INF - INF, 1.0]),
@@ -168,17 +170,17 @@ def test_nobody_to_stand_in_is_a_fetch() -> None:
 
 
 def test_a_fallback_serves_only_those_who_must_not_wait() -> None:
-    nobody = Buddy("output", rank_LEH=np.full((LAYERS, 8, 2), -1), harm_LEE=np.zeros((LAYERS, 8, 8), np.float32))
-    ladder = Ladder(nobody, fallback=Drop(harm_LE=np.ones((LAYERS, 8), np.float32), renormalise=False))
+    nobody = Buddy("output", rank_LEH=np.full((LAYERS, 8, 2), -1), loss_LEE=np.zeros((LAYERS, 8, 8), np.float32))
+    ladder = Ladder(nobody, fallback=Drop(loss_LE=np.ones((LAYERS, 8), np.float32), renormalise=False))
     misses = miss([[0], [1], [2]], [[0.5], [0.5], [0.5]], [3], budgets([0, 1, 2], allowance=9.0))
     resolution = ladder.resolve(misses)
     assert resolution.action_TK.tolist() == [[Action.FETCH], [Action.FETCH], [Action.DROP]]
-    assert resolution.weight_TK.tolist() == [[0.5], [0.5], [0.0]] and resolution.harm_TK.tolist() == [[0], [0], [0.25]]
+    assert resolution.weight_TK.tolist() == [[0.5], [0.5], [0.0]] and resolution.loss_TK.tolist() == [[0], [0], [0.25]]
 
 
 def test_the_stand_in_comes_before_the_fallback() -> None:
-    someone = Buddy("output", rank_LEH=np.full((LAYERS, 8, 1), 7), harm_LEE=np.ones((LAYERS, 8, 8), np.float32))
-    ladder = Ladder(someone, fallback=Drop(harm_LE=np.zeros((LAYERS, 8), np.float32), renormalise=False))
+    someone = Buddy("output", rank_LEH=np.full((LAYERS, 8, 1), 7), loss_LEE=np.ones((LAYERS, 8, 8), np.float32))
+    ladder = Ladder(someone, fallback=Drop(loss_LE=np.zeros((LAYERS, 8), np.float32), renormalise=False))
     resolution = ladder.resolve(miss([[0, 1]], [[0.75, 0.25]], [7], budgets([2])))
     assert resolution.action_TK.tolist() == [[Action.BUDDY, Action.DROP]]
     assert resolution.expert_TK.tolist() == [[7, 1]] and resolution.weight_TK.tolist() == [[0.75, 0.0]]
@@ -192,8 +194,8 @@ class Unasked(Own):
 
 
 def test_nothing_missing_asks_nobody() -> None:
-    harm_LE, has_LE = np.zeros((LAYERS, 8), np.float32), np.ones((LAYERS, 8), np.bool_)
-    ladder = Ladder(Unasked("lowbit3", harm_LE=harm_LE, has_LE=has_LE))
+    loss_LE, has_LE = np.zeros((LAYERS, 8), np.float32), np.ones((LAYERS, 8), np.bool_)
+    ladder = Ladder(Unasked("lowbit3", loss_LE=loss_LE, has_LE=has_LE))
     misses = miss([[0, 1]], [[0.5, 0.5]], [0, 1], budgets([1]))
     resolution = ladder.resolve(misses)
     assert resolution.weight_TK is misses.weight_TK and not resolution.action_TK.any()
@@ -208,7 +210,7 @@ def test_shapes_and_types(name: str) -> None:
     misses = dice.misses(6, 4, 12)
     resolution = Ladder(standin(name, dice, 12)).resolve(misses)
     assert resolution.action_TK.dtype == resolution.reason_TK.dtype == np.int8
-    assert resolution.expert_TK.dtype == np.int64 and resolution.harm_TK.dtype == np.float32
+    assert resolution.expert_TK.dtype == np.int64 and resolution.loss_TK.dtype == np.float32
     assert resolution.weight_TK.dtype == np.float32
     for tensor in vars(resolution).values():
         assert tensor.shape == (6, 4)
@@ -223,7 +225,7 @@ def test_layers_share_one_allowance() -> None:
         rows, spent_T = first.rows, np.zeros(4)
         for _ in range(12):
             layer = replace(dice.misses(4, 4, 16, modes=(1,), resident=0.2), rows=rows)
-            harm_T = ladder.resolve(layer).harm_TK.sum(axis=1)
-            rows = replace(rows, allowance_T=rows.allowance_T - harm_T)
-            spent_T += harm_T
+            loss_T = ladder.resolve(layer).loss_TK.sum(axis=1)
+            rows = replace(rows, allowance_T=rows.allowance_T - loss_T)
+            spent_T += loss_T
         assert bool((spent_T <= first.rows.allowance_T).all()) and bool((rows.allowance_T >= 0).all())

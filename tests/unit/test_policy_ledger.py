@@ -62,54 +62,54 @@ def test_generosity_grows_with_what_lies_unspent() -> None:
     assert ledger.generosity == 1.0
 
 
-def by_hand(budget: float, harm_TN: np.ndarray) -> float:  # type: ignore[type-arg]
-    """The largest harm that may be taken together with all that are not larger."""
+def by_hand(budget: float, loss_TN: np.ndarray) -> float:  # type: ignore[type-arg]
+    """The largest expected loss that may be taken together with all that are not larger."""
     price = 0.0
-    for candidate in sorted({float(h) for h in harm_TN.ravel()}):
-        cost = math.fsum(float(h) for h in harm_TN.ravel() if h <= candidate) / len(harm_TN)
+    for candidate in sorted({float(h) for h in loss_TN.ravel()}):
+        cost = math.fsum(float(h) for h in loss_TN.ravel() if h <= candidate) / len(loss_TN)
         if cost > SAFETY * budget:
             return price
         price = candidate
     return math.inf
 
 
-@given(seed=st.integers(0, 2**31), tokens=st.integers(1, 12), uses=st.integers(1, 6), budget=st.floats(0.001, 4))
-def test_price_is_what_a_search_by_hand_finds(seed: int, tokens: int, uses: int, budget: float) -> None:
-    """On a coarse grid, so that many harms are equal and sums are exact."""
-    harm_TN = np.random.default_rng(seed).integers(0, 9, (tokens, uses)) / 8
-    assert price_for(budget, harm_TN) == by_hand(budget, harm_TN)
+@given(seed=st.integers(0, 2**31), tokens=st.integers(1, 12), accesses=st.integers(1, 6), budget=st.floats(0.001, 4))
+def test_price_is_what_a_search_by_hand_finds(seed: int, tokens: int, accesses: int, budget: float) -> None:
+    """On a coarse grid, so that many expected losses are equal and sums are exact."""
+    loss_TN = np.random.default_rng(seed).integers(0, 9, (tokens, accesses)) / 8
+    assert price_for(budget, loss_TN) == by_hand(budget, loss_TN)
 
 
 def test_equal_harms_are_taken_together_or_not_at_all() -> None:
-    harm_TN = np.array([[0.25, 0.5, 0.5, 0.5]] * 10)
-    assert price_for(1.0, harm_TN) == 0.25
-    assert price_for(1.76 / SAFETY, harm_TN) == math.inf
+    loss_TN = np.array([[0.25, 0.5, 0.5, 0.5]] * 10)
+    assert price_for(1.0, loss_TN) == 0.25
+    assert price_for(1.76 / SAFETY, loss_TN) == math.inf
 
 
 def test_expected_spend_at_the_price_is_within_the_budget_and_near_it() -> None:
-    harm_TN = np.random.default_rng(0).gamma(0.3, 0.004, (4096, 16)) * (np.random.default_rng(1).random(16) < 0.8)
-    pricer = Pricer(harm_TN)
+    loss_TN = np.random.default_rng(0).gamma(0.3, 0.004, (4096, 16)) * (np.random.default_rng(1).random(16) < 0.8)
+    pricer = Pricer(loss_TN)
     prices = []
     for budget in (0.0005, 0.001, 0.003, 0.006):
         price = pricer(budget)
         prices.append(price)
-        spend = np.where(harm_TN <= price, harm_TN, 0).sum() / len(harm_TN)
+        spend = np.where(loss_TN <= price, loss_TN, 0).sum() / len(loss_TN)
         assert 0.98 * SAFETY * budget < spend <= SAFETY * budget
-        assert price_for(budget, harm_TN) == price
+        assert price_for(budget, loss_TN) == price
     assert prices == sorted(prices) and len(set(prices)) == 4, "a larger budget buys dearer uses"
 
 
 def test_prices_at_the_ends() -> None:
-    harm_TN = np.array([[0.5, 1.0]])
-    assert price_for(0.0, harm_TN) == 0.0 and price_for(0.1, harm_TN) == 0.0
-    assert price_for(100.0, harm_TN) == math.inf
+    loss_TN = np.array([[0.5, 1.0]])
+    assert price_for(0.0, loss_TN) == 0.0 and price_for(0.1, loss_TN) == 0.0
+    assert price_for(100.0, loss_TN) == math.inf
     assert price_for(0.1, np.zeros((4, 4))) == math.inf, "nothing was ever missing: take what comes"
     assert price_for(0.1, np.zeros((0, 4))) == 0.0 and price_for(0.1, np.zeros((4, 0))) == 0.0, "nothing is known"
 
 
 def test_unknown_harms_are_never_bought() -> None:
-    harm_TN = np.array([[0.25, math.nan], [0.25, math.inf]])
-    assert price_for(100.0, harm_TN) == 0.25
+    loss_TN = np.array([[0.25, math.nan], [0.25, math.inf]])
+    assert price_for(100.0, loss_TN) == 0.25
     with pytest.raises(AssertionError, match="must not be negative"):
         Pricer(np.array([[-0.5]]))
 
@@ -122,13 +122,13 @@ class Served:
 
     def __init__(self, budget: float, *, seed: int, free: float = 0.0) -> None:
         self.rng = np.random.default_rng(seed)
-        harm_LE = np.random.default_rng(9).gamma(0.5, 0.02, (L, E)).astype(np.float32)
-        self.ladder = Ladder(Own("lowbit3", harm_LE=harm_LE, has_LE=np.ones((L, E), np.bool_)))
-        self.ledger, self.free, self.uses, self.stood_in = Ledger(budget), free, 0, 0
+        loss_LE = np.random.default_rng(9).gamma(0.5, 0.02, (L, E)).astype(np.float32)
+        self.ladder = Ladder(Own("lowbit3", loss_LE=loss_LE, has_LE=np.ones((L, E), np.bool_)))
+        self.ledger, self.free, self.accesses, self.stood_in = Ledger(budget), free, 0, 0
         calibration = np.random.default_rng(8)
         ids, weights = (np.stack(part) for part in zip(*(self.route(calibration) for _ in range(512)), strict=True))
-        harm_TLK = weights**2 * harm_LE[np.arange(L)[:, None], ids]
-        self.price = price_for(budget, harm_TLK.reshape(len(ids), -1))
+        loss_TLK = weights**2 * loss_LE[np.arange(L)[:, None], ids]
+        self.price = price_for(budget, loss_TLK.reshape(len(ids), -1))
 
     @staticmethod
     def route(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
@@ -151,10 +151,10 @@ class Served:
                 rows=RowBudgets(mode_T=np.ones(1, np.int8), allowance_T=left, price_T=np.array([price], np.float32)),
             )
             resolution = self.ladder.resolve(misses)
-            harm = resolution.harm_TK.sum(axis=1)
-            left, spent = left - harm, spent + harm
+            loss = resolution.loss_TK.sum(axis=1)
+            left, spent = left - loss, spent + loss
             self.stood_in += int((resolution.action_TK == Action.OWN).sum())
-            self.uses += int((resolution.action_TK != Action.HIT).sum())
+            self.accesses += int((resolution.action_TK != Action.HIT).sum())
         self.ledger.charge(float(spent[0]))
         assert self.ledger.spent <= self.ledger.budget * self.ledger.tokens
 
@@ -171,7 +171,7 @@ def test_a_request_spends_its_budget_and_no_more(budget: float) -> None:
 
 
 def test_what_others_answer_for_free_is_spent_later() -> None:
-    """Half of the uses turn out to be resident; the price follows, so fewer of the rest are fetched."""
+    """Half of the accesses turn out to be resident; the price follows, so fewer of the rest are fetched."""
     runs = {}
     for generous in (False, True):
         served = Served(0.003, seed=2, free=0.5)
@@ -180,7 +180,7 @@ def test_what_others_answer_for_free_is_spent_later() -> None:
         runs[generous] = served
     plain, generous_run = (runs[generous].ledger.spent / (0.003 * 300) for generous in (False, True))
     assert plain < 0.6 < 0.8 < generous_run <= 1.0, f"spent {plain:.2f} and {generous_run:.2f} of the budget"
-    assert runs[True].stood_in / runs[True].uses > runs[False].stood_in / runs[False].uses
+    assert runs[True].stood_in / runs[True].accesses > runs[False].stood_in / runs[False].accesses
 
 
 def test_more_budget_stands_in_for_more() -> None:
@@ -189,5 +189,5 @@ def test_more_budget_stands_in_for_more() -> None:
         served = Served(budget, seed=3)
         for _ in range(60):
             served.token()
-        shares.append(served.stood_in / served.uses)
+        shares.append(served.stood_in / served.accesses)
     assert shares == sorted(shares) and shares[0] < 0.7 and shares[-1] == 1.0

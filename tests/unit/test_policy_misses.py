@@ -50,8 +50,8 @@ def test_nothing_missing_costs_and_changes_nothing() -> None:
     misses = Dice(0).misses(3, 2, 8, resident=1.0)
     done = all_resident(misses)
     assert done.expert_TK is misses.ids_TK and done.weight_TK is misses.weight_TK
-    assert done.action_TK.dtype == done.reason_TK.dtype == np.int8 and done.harm_TK.dtype == np.float32
-    for tensor in (done.action_TK, done.reason_TK, done.harm_TK):
+    assert done.action_TK.dtype == done.reason_TK.dtype == np.int8 and done.loss_TK.dtype == np.float32
+    for tensor in (done.action_TK, done.reason_TK, done.loss_TK):
         assert tensor.shape == (3, 2) and not tensor.any()
 
 
@@ -66,7 +66,7 @@ def test_both_policies_speak_the_protocol() -> None:
     buddymoe = policy.BuddyMoE(
         candidates_LEH=tables.astype(np.int64), q_LEH=tables, tau_L=np.zeros(1, np.float32), params=policy.BuddyParams()
     )
-    drop = policy.Drop(harm_LE=np.zeros((1, 2), np.float32), renormalise=False)
+    drop = policy.Drop(loss_LE=np.zeros((1, 2), np.float32), renormalise=False)
     speakers: list[MissPolicy] = [policy.Ladder(drop), buddymoe]
     assert all(callable(speaker.resolve) for speaker in speakers)
 

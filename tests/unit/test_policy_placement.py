@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from placement_cases import breaches, brute_cost, noisy, objective, random_problem, simple
 
 from buddymoe_ray.errors import ConfigError
-from buddymoe_ray.policy import RUNGS, Effort, NodeLinks, Pool, cost_of, rung_uses, solve
+from buddymoe_ray.policy import OPTIONS, Effort, NodeLinks, Pool, cost_of, option_accesses, solve
 from buddymoe_ray.policy.placement.problem import affinity_gain
 from buddymoe_ray.policy.placement.values import values_of
 
@@ -26,9 +26,9 @@ LARGE = Effort(fill_rounds=2, exchange_cells=0)
 def test_the_objective_is_the_cheapest_way_of_every_use(seed: int) -> None:
     problem = random_problem(seed)
     held_PN = np.random.default_rng(seed).random((len(problem.pools), problem.experts)) < 0.4
-    uses_R, seconds = rung_uses(problem, held_PN)
+    accesses_R, seconds = option_accesses(problem, held_PN)
     assert seconds == pytest.approx(brute_cost(problem, held_PN), rel=1e-9, abs=1e-15)
-    assert uses_R.sum() == pytest.approx(problem.total_N.sum(), rel=1e-6)
+    assert accesses_R.sum() == pytest.approx(problem.total_N.sum(), rel=1e-6)
 
 
 @given(seeds)
@@ -120,7 +120,7 @@ def test_an_expert_with_a_good_standin_stays_out() -> None:
 def test_all_uses_are_local_when_every_pool_holds_everything() -> None:
     problem = simple((9, 9), [[5, 3, 1, 2]])
     placed = solve(problem)
-    assert placed.held_PN.all() and rung_uses(problem, placed.held_PN)[0][0] == pytest.approx(11)
+    assert placed.held_PN.all() and option_accesses(problem, placed.held_PN)[0][0] == pytest.approx(11)
     assert placed.objective_after == pytest.approx(8 * problem.load_cost)
 
 
@@ -194,4 +194,4 @@ def test_links_and_margins_are_checked() -> None:
         NodeLinks(same_node=2.0, other_node=1.0)
     with pytest.raises(ConfigError, match="margin"):
         solve(simple((1,), [[1, 2]]), margin=-1.0)
-    assert len(RUNGS) == 5
+    assert len(OPTIONS) == 5

@@ -110,7 +110,7 @@ def test_the_hottest_gain_moves_first_and_a_last_copy_waits() -> None:
 
 
 def split_of(problem, **times):
-    return shard_segments(problem, solve(problem), **({"use_seconds": 0.1, "gather_seconds": 0.01} | times))
+    return shard_segments(problem, solve(problem), **({"access_seconds": 0.1, "gather_seconds": 0.01} | times))
 
 
 def test_an_expert_bigger_than_a_pool_is_cut() -> None:
@@ -129,16 +129,18 @@ def test_holders_that_cannot_keep_up_are_relieved() -> None:
     pools = simple((2, 1, 1, 1), counts).pools
     roomy = tuple(replace(p, bytes=p.bytes + 50) for p in pools)
     problem = simple((2, 1, 1, 1), counts, pools=roomy, max_replicas=1, links=np.zeros((4, 4)))
-    (split,) = split_of(problem, use_seconds=0.02, gather_seconds=0.0)
-    assert split.expert == 0 and split.gain == pytest.approx(1.0, abs=0.01), "100 uses of 20 ms: 1 s a second behind"
-    assert split_of(problem, use_seconds=0.005) == (), "a holder that keeps up is left alone"
+    (split,) = split_of(problem, access_seconds=0.02, gather_seconds=0.0)
+    assert split.expert == 0 and split.gain == pytest.approx(1.0, abs=0.01), (
+        "100 accesses of 20 ms: 1 s a second behind"
+    )
+    assert split_of(problem, access_seconds=0.005) == (), "a holder that keeps up is left alone"
 
 
 def test_free_whole_slots_are_not_cut() -> None:
     """A plain replica in the free bytes would be as good: a placement's matter, not a cut's."""
     problem = simple((2, 2), [[5, 5]])
     empty = replace(solve(problem), held_PN=np.zeros((2, 2), dtype=bool))
-    assert shard_segments(problem, empty, use_seconds=0.1, gather_seconds=0.1) == ()
+    assert shard_segments(problem, empty, access_seconds=0.1, gather_seconds=0.1) == ()
     assert split_of(problem) == ()
-    with pytest.raises(ConfigError, match="use_seconds"):
-        split_of(problem, use_seconds=-1.0)
+    with pytest.raises(ConfigError, match="access_seconds"):
+        split_of(problem, access_seconds=-1.0)

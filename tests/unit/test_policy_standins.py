@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given
 from policy_cases import LAYERS, Dice, budgets, floats, miss, sizes
 
-from buddymoe_ray.policy import Action, Answers, Buddy, Drop, Misses, Own, RandomBuddy, RouterBuddy, Standin, pick
+from buddymoe_ray.policy import (
+    Action,
+    Buddy,
+    Drop,
+    Misses,
+    Own,
+    RandomBuddy,
+    RouterBuddy,
+    Standin,
+    StandinAnswers,
+    pick,
+)
 from buddymoe_ray.policy.misses import Floats
 from buddymoe_ray.policy.pick import pick_unique
 
@@ -35,7 +46,7 @@ def first_free(misses: Misses, ranked: Callable[[int, int], list[int]]) -> list[
     return picked
 
 
-def found(misses: Misses, answers: Answers) -> list[list[int | None]]:
+def found(misses: Misses, answers: StandinAnswers) -> list[list[int | None]]:
     """What a stand-in found, where the expert is missing."""
     return [
         [
@@ -46,26 +57,26 @@ def found(misses: Misses, answers: Answers) -> list[list[int | None]]:
     ]
 
 
-def harm_of_pairs(misses: Misses, answers: Answers, harm_LEE: Floats) -> None:
+def loss_of_pairs(misses: Misses, answers: StandinAnswers, loss_LEE: Floats) -> None:
     for t, k in np.argwhere(answers.found_TK).tolist():
         i, j = int(misses.ids_TK[t, k]), int(answers.expert_TK[t, k])
-        expected = float(misses.weight_TK[t, k]) ** 2 * float(harm_LEE[misses.layer, i, j])
-        assert float(answers.harm_TK[t, k]) == expected
+        expected = float(misses.weight_TK[t, k]) ** 2 * float(loss_LEE[misses.layer, i, j])
+        assert float(answers.loss_TK[t, k]) == expected
 
 
 @given(size=sizes())
 def test_own_is_whoever_has_a_record(size: Sizes) -> None:
     seed, T, K, E, share = size
     dice = Dice(seed)
-    misses, harm_LE, has_LE = dice.misses(T, K, E, resident=share), dice.grid(LAYERS, E), dice.coin(LAYERS, E)
-    own = Own("lowbit3", harm_LE=harm_LE, has_LE=has_LE)
+    misses, loss_LE, has_LE = dice.misses(T, K, E, resident=share), dice.grid(LAYERS, E), dice.coin(LAYERS, E)
+    own = Own("lowbit3", loss_LE=loss_LE, has_LE=has_LE)
     answers = own.answer(misses)
     for t in range(T):
         for k in range(K):
             expert = int(misses.ids_TK[t, k])
             assert bool(answers.found_TK[t, k]) == bool(has_LE[misses.layer, expert])
-            expected = float(misses.weight_TK[t, k]) ** 2 * float(harm_LE[misses.layer, expert])
-            assert float(answers.harm_TK[t, k]) == expected
+            expected = float(misses.weight_TK[t, k]) ** 2 * float(loss_LE[misses.layer, expert])
+            assert float(answers.loss_TK[t, k]) == expected
     assert own.kind == "lowbit3" and set(answers.action_TK.ravel().tolist()) == {Action.OWN}
     assert np.array_equal(answers.expert_TK, misses.ids_TK)
     assert own.weights(misses, answers, answers.found_TK) is misses.weight_TK
@@ -76,11 +87,11 @@ def test_buddies_of_a_table_are_the_first_that_are_free(size: Sizes) -> None:
     seed, T, K, E, share = size
     dice = Dice(seed)
     misses = dice.misses(T, K, E, resident=share)
-    rank_LEH, harm_LEE, scale_LEE = dice.ranks(E, 6), dice.grid(LAYERS, E, E), dice.grid(LAYERS, E, E)
-    buddy = Buddy("output", rank_LEH=rank_LEH, harm_LEE=harm_LEE, scale_LEE=scale_LEE)
+    rank_LEH, loss_LEE, scale_LEE = dice.ranks(E, 6), dice.grid(LAYERS, E, E), dice.grid(LAYERS, E, E)
+    buddy = Buddy("output", rank_LEH=rank_LEH, loss_LEE=loss_LEE, scale_LEE=scale_LEE)
     answers = buddy.answer(misses)
     assert found(misses, answers) == first_free(misses, lambda _, e: rank_LEH[misses.layer, e].tolist())
-    harm_of_pairs(misses, answers, harm_LEE)
+    loss_of_pairs(misses, answers, loss_LEE)
     for t, k in np.argwhere(answers.found_TK).tolist():
         i, j = int(misses.ids_TK[t, k]), int(answers.expert_TK[t, k])
         scale = float(scale_LEE[misses.layer, i, j])
@@ -105,25 +116,25 @@ def test_the_first_that_is_free_has_the_best_of_falling_scores(size: Sizes) -> N
 def test_router_buddies_are_the_best_resident_by_live_score(size: Sizes) -> None:
     seed, T, K, E, share = size
     dice = Dice(seed)
-    misses, harm_LEE = dice.misses(T, K, E, resident=share), dice.grid(LAYERS, E, E)
-    answers = RouterBuddy(harm_LEE=harm_LEE, renormalise=False).answer(misses)
+    misses, loss_LEE = dice.misses(T, K, E, resident=share), dice.grid(LAYERS, E, E)
+    answers = RouterBuddy(loss_LEE=loss_LEE, renormalise=False).answer(misses)
     assert misses.score_TE is not None
     score_TE = misses.score_TE
     assert found(misses, answers) == first_free(
         misses, lambda t, _: sorted(range(E), key=lambda j: (-float(score_TE[t, j]), j))
     )
-    harm_of_pairs(misses, answers, harm_LEE)
+    loss_of_pairs(misses, answers, loss_LEE)
 
 
 @given(size=sizes())
 def test_no_stand_in_gives_a_token_one_expert_twice(size: Sizes) -> None:
     seed, T, K, E, share = size
     dice = Dice(seed)
-    misses, harm_LEE = dice.misses(T, K, E, resident=share), dice.grid(LAYERS, E, E)
+    misses, loss_LEE = dice.misses(T, K, E, resident=share), dice.grid(LAYERS, E, E)
     for standin in (
-        Buddy("coactivation", rank_LEH=dice.ranks(E, 6), harm_LEE=harm_LEE),
-        RouterBuddy(harm_LEE=harm_LEE, renormalise=True),
-        RandomBuddy(harm_LEE=harm_LEE, seed=seed % 1000),
+        Buddy("coactivation", rank_LEH=dice.ranks(E, 6), loss_LEE=loss_LEE),
+        RouterBuddy(loss_LEE=loss_LEE, renormalise=True),
+        RandomBuddy(loss_LEE=loss_LEE, seed=seed % 1000),
     ):
         answers = standin.answer(misses)
         for row in answers.expert_TK.tolist():
@@ -138,7 +149,7 @@ def test_every_buddy_that_could_be_found_is(size: Sizes) -> None:
     seed, T, K, E, share = size
     dice = Dice(seed)
     misses = dice.misses(T, K, E, resident=share)
-    answers = RandomBuddy(harm_LEE=dice.grid(LAYERS, E, E)).answer(misses)
+    answers = RandomBuddy(loss_LEE=dice.grid(LAYERS, E, E)).answer(misses)
     resident = int(misses.resident_E.sum())
     for t in range(T):
         hits = int(misses.resident_E[misses.ids_TK[t]].sum())
@@ -156,7 +167,7 @@ def test_slots_choose_in_order() -> None:
     """The heavier slot comes first and takes the buddy that both want."""
     misses = miss([[0, 1]], [[0.75, 0.25]], [2, 3], budgets([2]))
     both = np.broadcast_to([2, 3], (LAYERS, 8, 2))
-    answers = Buddy("coactivation", rank_LEH=both, harm_LEE=np.zeros((LAYERS, 8, 8), np.float32)).answer(misses)
+    answers = Buddy("coactivation", rank_LEH=both, loss_LEE=np.zeros((LAYERS, 8, 8), np.float32)).answer(misses)
     assert answers.expert_TK.tolist() == [[2, 3]]
     assert answers.weight_TK.tolist() == [[0.75, 0.25]], "without scales the slot keeps its weight"
 
@@ -165,24 +176,24 @@ def test_a_tables_end_is_an_end() -> None:
     """-1 is no expert, not the last one and not expert 0."""
     misses = miss([[1]], [[1.0]], [0, 7], budgets([2]))
     none_left = np.full((LAYERS, 8, 3), -1)
-    answers = Buddy("coactivation", rank_LEH=none_left, harm_LEE=np.zeros((LAYERS, 8, 8), np.float32)).answer(misses)
+    answers = Buddy("coactivation", rank_LEH=none_left, loss_LEE=np.zeros((LAYERS, 8, 8), np.float32)).answer(misses)
     assert answers.found_TK.tolist() == [[False]] and answers.expert_TK.tolist() == [[1]]
 
 
 def test_a_missing_score_is_said() -> None:
     misses = miss([[1]], [[1.0]], [0], budgets([2]))
     with pytest.raises(AssertionError, match="needs the router's scores"):
-        RouterBuddy(harm_LEE=np.zeros((LAYERS, 8, 8), np.float32), renormalise=True).answer(misses)
+        RouterBuddy(loss_LEE=np.zeros((LAYERS, 8, 8), np.float32), renormalise=True).answer(misses)
 
 
 def every(dice: Dice, E: int, *, renormalise: bool) -> list[Standin]:
-    harm_LEE = dice.grid(LAYERS, E, E)
+    loss_LEE = dice.grid(LAYERS, E, E)
     return [
-        Own("lowbit4", harm_LE=dice.grid(LAYERS, E), has_LE=dice.coin(LAYERS, E)),
-        Drop(harm_LE=dice.grid(LAYERS, E), renormalise=renormalise),
-        Buddy("output", rank_LEH=dice.ranks(E, 5), harm_LEE=harm_LEE, scale_LEE=dice.grid(LAYERS, E, E)),
-        RouterBuddy(harm_LEE=harm_LEE, renormalise=renormalise),
-        RandomBuddy(harm_LEE=harm_LEE),
+        Own("lowbit4", loss_LE=dice.grid(LAYERS, E), has_LE=dice.coin(LAYERS, E)),
+        Drop(loss_LE=dice.grid(LAYERS, E), renormalise=renormalise),
+        Buddy("output", rank_LEH=dice.ranks(E, 5), loss_LEE=loss_LEE, scale_LEE=dice.grid(LAYERS, E, E)),
+        RouterBuddy(loss_LEE=loss_LEE, renormalise=renormalise),
+        RandomBuddy(loss_LEE=loss_LEE),
     ]
 
 
@@ -210,16 +221,16 @@ def test_drop_follows_the_models_own_rule() -> None:
         (False, [[0.5, 0.0, 0.0], [0.5, 0.25, 0.0]]),
         (True, [[1.0, 0.0, 0.0], [0.5 * 0.875 / 0.75, 0.25 * 0.875 / 0.75, 0.0]]),
     ):
-        drop = Drop(harm_LE=np.ones((LAYERS, 8), np.float32), renormalise=renormalise)
+        drop = Drop(loss_LE=np.ones((LAYERS, 8), np.float32), renormalise=renormalise)
         answers = drop.answer(misses)
         np.testing.assert_allclose(drop.weights(misses, answers, take_TK), floats(expected))
-        assert answers.harm_TK.tolist() == np.square(misses.weight_TK).tolist() and bool(answers.found_TK.all())
+        assert answers.loss_TK.tolist() == np.square(misses.weight_TK).tolist() and bool(answers.found_TK.all())
         assert not answers.weight_TK.any()
 
 
 def test_a_token_without_survivors_is_zero() -> None:
     misses = miss([[0, 1]], [[0.5, 0.5]], [], budgets([2]))
-    drop = Drop(harm_LE=np.ones((LAYERS, 8), np.float32), renormalise=True)
+    drop = Drop(loss_LE=np.ones((LAYERS, 8), np.float32), renormalise=True)
     assert drop.weights(misses, drop.answer(misses), np.ones((1, 2), np.bool_)).tolist() == [[0.0, 0.0]]
 
 
@@ -229,11 +240,11 @@ def test_router_buddies_bring_their_own_score() -> None:
     score_TE = floats([[0.5, 0.25, 0.0, 0.0, 0.125, 0.0, 0.0, 0.125]])
     misses = replace(misses, score_TE=score_TE)
     take_TK = np.array([[False, True]])
-    plain = RouterBuddy(harm_LEE=np.zeros((LAYERS, 8, 8), np.float32), renormalise=False)
+    plain = RouterBuddy(loss_LEE=np.zeros((LAYERS, 8, 8), np.float32), renormalise=False)
     answers = plain.answer(misses)
     assert answers.expert_TK.tolist() == [[0, 4]]
     assert plain.weights(misses, answers, take_TK).tolist() == [[1.0, 0.25]], "weights are twice the scores"
-    same_sum = RouterBuddy(harm_LEE=np.zeros((LAYERS, 8, 8), np.float32), renormalise=True)
+    same_sum = RouterBuddy(loss_LEE=np.zeros((LAYERS, 8, 8), np.float32), renormalise=True)
     np.testing.assert_allclose(same_sum.weights(misses, answers, take_TK), floats([[1.2, 0.3]]))
 
 
@@ -242,12 +253,12 @@ def test_random_is_the_same_again_and_spreads() -> None:
     dice = Dice(3)
     E = 16
     misses = replace(dice.misses(4000, 2, E), resident_E=np.arange(E) % 2 == 0, layer=0)
-    null = RandomBuddy(harm_LEE=np.zeros((LAYERS, E, E), np.float32), seed=1)
+    null = RandomBuddy(loss_LEE=np.zeros((LAYERS, E, E), np.float32), seed=1)
     answers = null.answer(misses)
     assert np.array_equal(answers.expert_TK, null.answer(misses).expert_TK)
     drawn = np.bincount(answers.expert_TK[answers.found_TK], minlength=E)[::2]
     assert int(drawn.min()) > 0.6 * float(drawn.mean()), drawn.tolist()
-    other = RandomBuddy(harm_LEE=np.zeros((LAYERS, E, E), np.float32), seed=2).answer(misses)
+    other = RandomBuddy(loss_LEE=np.zeros((LAYERS, E, E), np.float32), seed=2).answer(misses)
     assert not np.array_equal(answers.expert_TK, other.expert_TK)
     elsewhere = null.answer(replace(misses, layer=2))
     assert not np.array_equal(answers.expert_TK, elsewhere.expert_TK)
@@ -256,7 +267,7 @@ def test_random_is_the_same_again_and_spreads() -> None:
 def test_random_does_not_depend_on_the_batch() -> None:
     dice = Dice(4)
     misses = dice.misses(6, 4, 12)
-    null = RandomBuddy(harm_LEE=np.zeros((LAYERS, 12, 12), np.float32))
+    null = RandomBuddy(loss_LEE=np.zeros((LAYERS, 12, 12), np.float32))
     whole = null.answer(misses).expert_TK
     alone = null.answer(replace(misses, ids_TK=misses.ids_TK[2:3], weight_TK=misses.weight_TK[2:3])).expert_TK
     assert np.array_equal(whole[2:3], alone)

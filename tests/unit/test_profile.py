@@ -122,30 +122,30 @@ def test_numbers_of_other_types_are_brought_to_form() -> None:
     assert [type(getattr(kept, f.name)) for f in fields(kept)] == [str, *[float] * 6, int]
 
 
-def test_harms_are_scaled_errors() -> None:
+def test_losses_are_scaled_errors() -> None:
     profile = make_profile()
-    harm_LE = profile.harm_LE("lowbit3")
+    loss_LE = profile.loss_LE("lowbit3")
     wanted = profile.errors["lowbit3"] * profile.sensitivity_L[:, None] * 1.1
-    assert profile.measured and harm_LE.dtype == np.float32 and np.allclose(harm_LE, wanted)
-    assert np.allclose(profile.harm_LE("mean"), profile.errors["mean"] * profile.sensitivity_L[:, None])
-    pair = profile.pair_harm_LEE()
+    assert profile.measured and loss_LE.dtype == np.float32 and np.allclose(loss_LE, wanted)
+    assert np.allclose(profile.loss_LE("mean"), profile.errors["mean"] * profile.sensitivity_L[:, None])
+    pair = profile.pair_loss_LEE()
     assert pair.shape == (4, 32, 32)
     assert np.allclose(pair, profile.pair_error_LEE * profile.sensitivity_L[:, None, None])
 
 
-def test_without_sensitivities_harms_are_errors() -> None:
+def test_without_sensitivities_losses_are_errors() -> None:
     profile = make_profile(sensitivity_L=np.full(4, np.nan))
     assert not profile.measured
-    assert np.allclose(profile.harm_LE("drop"), profile.errors["drop"] * 0.4)
+    assert np.allclose(profile.loss_LE("drop"), profile.errors["drop"] * 0.4)
     assert not make_profile(sensitivity_L=np.array([1, 1, np.nan, 1.0])).measured
 
 
 def test_a_kind_that_was_not_profiled_is_named() -> None:
     with pytest.raises(ProfileError, match=r"'lowbit8', must be one of drop, lowbit2.*hint: run buddymoe profile"):
-        make_profile().harm_LE("lowbit8")
+        make_profile().loss_LE("lowbit8")
     bare = make_profile(pair_error_LEE=np.zeros(0), pair_scale_LEE=np.zeros(0))
     with pytest.raises(ProfileError, match="no pair errors, must have them"):
-        bare.pair_harm_LEE()
+        bare.pair_loss_LEE()
 
 
 def test_routes_may_be_left_out(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from buddymoe_ray.cache import DiskReader
 from buddymoe_ray.cache.shared import Move, Mover, SharedExpertCache, SharedStore
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
-from buddymoe_ray.residency.peers import RemoteExperts
+from buddymoe_ray.residency.peering import RemoteExperts
 from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.types import ExpertKey, GenerationRequest, Mode, SamplingParams, Usage
 
@@ -53,7 +53,7 @@ def nodes(tmp_path: Path) -> Iterator[Callable[..., tuple[Engine, Engine]]]:
             sharing = Sharing(workers=1, tag=tag, folder=tmp_path / "shm", linked=True, secret=SECRET)
             config = EngineConfig(memory=memory, mode=mode, guard_share=0.0)
             opened.append(Engine.from_config(config, text=False, sharing=sharing))
-            assert opened[-1].link_address == "", "no door is open before there is anybody to come"
+            assert opened[-1].link_address == "", "nothing listens before there is anybody to come"
             opened[-1].link()
             opened[-1].link()
         return opened[0], opened[1]
@@ -85,14 +85,14 @@ def test_a_peer_computes_what_is_missing_exactly(
     nodes: Callable[..., tuple[Engine, Engine]], expected: list[list[int]]
 ) -> None:
     here, there = nodes()
-    here.meet({"n2": there.link_address})
+    here.set_peers({"n2": there.link_address})
     slow_disk(here)
     acquainted(here)
     got, usages = run(here, "a")
     assert got == expected
     assert sum(usage.peer for usage in usages) > 50, usages
     assert all(usage.hits + usage.fetched + usage.peer == 23 * 4 * 4 for usage in usages)
-    assert here.snapshot().use_peer == sum(usage.peer for usage in usages)
+    assert here.snapshot().access_peer == sum(usage.peer for usage in usages)
     assert run(there, "b")[0] == expected  # the one that computed for it goes on
 
 
@@ -101,7 +101,7 @@ def test_another_worker_and_a_mover_change_what_is_resident_while_peers_are_aske
 ) -> None:
     """A layer is decided on one look: what it counted as hits is not asked for, whatever became of it since."""
     here, there = nodes(here="40%", there="100%")
-    here.meet({"n2": there.link_address})
+    here.set_peers({"n2": there.link_address})
     slow_disk(here)
     acquainted(here)
     cache = here.cache
@@ -139,7 +139,7 @@ def test_another_worker_and_a_mover_change_what_is_resident_while_peers_are_aske
 def test_a_dead_peer_costs_no_token(nodes: Callable[..., tuple[Engine, Engine]], expected: list[list[int]]) -> None:
     here, there = nodes()
     proxy = DelayProxy(there.link_address)
-    here.meet({"n2": proxy.address})
+    here.set_peers({"n2": proxy.address})
     slow_disk(here, 0.2)
     acquainted(here)
     assert run(here, "a")[0] == expected
@@ -155,7 +155,7 @@ def test_a_slow_peer_is_not_asked(nodes: Callable[..., tuple[Engine, Engine]], e
     """The disk answers sooner: exact waits for it, not for a link of 50 ms."""
     here, there = nodes()
     proxy = DelayProxy(there.link_address, delay_seconds=0.05)
-    here.meet({"n2": proxy.address})
+    here.set_peers({"n2": proxy.address})
     acquainted(here)
     slow_disk(here, 0.01)
     got, usages = run(here, "a")
@@ -170,7 +170,7 @@ def test_a_wrong_secret_shares_nothing(
     stranger = Sharing(workers=1, tag="n3", folder=tmp_path / "shm", linked=True, secret="another secret altogether")
     other = Engine.from_config(EngineConfig(memory="60%"), text=False, sharing=stranger)
     other.link()
-    here.meet({"n3": other.link_address})
+    here.set_peers({"n3": other.link_address})
     slow_disk(here)
     time.sleep(1.0)
     assert not any(peer.contents_LE is not None for peer in remote(here)._peers.values())
@@ -183,7 +183,7 @@ def test_a_wrong_secret_shares_nothing(
 def test_stand_ins_answer_without_asking_anybody(nodes: Callable[..., tuple[Engine, Engine]], mode: Mode) -> None:
     here, there = nodes(mode=mode)
     proxy = DelayProxy(there.link_address, delay_seconds=0.05)
-    here.meet({"n2": proxy.address})
+    here.set_peers({"n2": proxy.address})
     slow_disk(here)
     acquainted(here)
     _, usages = run(here, "a")

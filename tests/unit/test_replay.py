@@ -17,20 +17,20 @@ from buddymoe_ray.moe import Substitution
 PROMPT = (5, 6, 7)
 
 
-def use(step: int = 0, **changes: object) -> tuple[int, Substitution]:
+def access(step: int = 0, **changes: object) -> tuple[int, Substitution]:
     fields = {"layer": 1, "slot": 2, "action": 2, "expert": 9, "weight": 0.25, "kind": "lowbit3"} | changes
     return step, Substitution(**fields)  # type: ignore[arg-type]
 
 
-def encode_record(uses: list[tuple[int, Substitution]], *, binding: str, prompt: tuple[int, ...]) -> str:
+def encode_record(accesses: list[tuple[int, Substitution]], *, binding: str, prompt: tuple[int, ...]) -> str:
     recorder = Recorder()
-    for step, one in uses:
+    for step, one in accesses:
         recorder.add(step, [one])
     return recorder.text(binding=binding, prompt=prompt)
 
 
 recorded = st.builds(
-    use,
+    access,
     step=st.integers(0, 2**31),
     layer=st.integers(0, 300),
     slot=st.integers(0, 63),
@@ -42,25 +42,25 @@ recorded = st.builds(
 
 
 @given(st.lists(recorded, max_size=30))
-def test_round_trip(uses: list[tuple[int, Substitution]]) -> None:
-    text = encode_record(uses, binding="model", prompt=PROMPT)
+def test_round_trip(accesses: list[tuple[int, Substitution]]) -> None:
+    text = encode_record(accesses, binding="model", prompt=PROMPT)
     rows, kinds = decode_record(text, binding="model", prompt=PROMPT)
     back = [(step, *rest, kinds[kind]) for step, *rest, kind in rows.tolist()]
-    assert back == [(step, u.layer, u.slot, u.action, u.expert, u.weight, u.kind) for step, u in uses]
+    assert back == [(step, u.layer, u.slot, u.action, u.expert, u.weight, u.kind) for step, u in accesses]
 
 
 @pytest.mark.parametrize(
     ("binding", "prompt", "said"), [("other", PROMPT, "another binding"), ("model", (5, 6), "another prompt")]
 )
 def test_it_is_bound(binding: str, prompt: tuple[int, ...], said: str) -> None:
-    text = encode_record([use()], binding="model", prompt=PROMPT)
+    text = encode_record([access()], binding="model", prompt=PROMPT)
     with pytest.raises(RequestError, match=said) as caught:
         decode_record(text, binding=binding, prompt=prompt)
     assert caught.value.param == "buddymoe.replay" and "hint:" in str(caught.value)
 
 
 def changed(**fields: object) -> str:
-    body = msgpack.unpackb(base64.b64decode(encode_record([use(), use(1)], binding="model", prompt=PROMPT)))
+    body = msgpack.unpackb(base64.b64decode(encode_record([access(), access(1)], binding="model", prompt=PROMPT)))
     return base64.b64encode(msgpack.packb(body | fields)).decode()
 
 

@@ -122,7 +122,7 @@ def test_the_summary_names_the_recommendation_and_why() -> None:
     verdict = next(p for p in found.iter("p") if "verdict" in (p.get("class") or ""))
     assert words(verdict) == "Recommended: lowbit3. rises perplexity by 1.10 % at 25 %, the least of all that fit."
     rows = cells(found)
-    assert rows[0][:3] == ["memory", "least harm", "rise of perplexity, %"]
+    assert rows[0][:3] == ["memory", "least expected loss", "rise of perplexity, %"]
     assert rows[1][:3] == ["75 %", "lowbit4", "0.09 ± 0.03"] and rows[3][0] == "25 %"
 
 
@@ -194,10 +194,10 @@ def test_the_budget_curve_says_whether_it_held() -> None:
 def test_layers_show_sensitivity_and_harm() -> None:
     profile = make_profile()
     found = section(render_report(profile), "layers")
-    wanted = (profile.counts_LE * profile.weight2_LE / profile.calibration_tokens * profile.harm_LE("lowbit3")).sum(
+    wanted = (profile.counts_LE * profile.weight2_LE / profile.calibration_tokens * profile.loss_LE("lowbit3")).sum(
         axis=1
     )
-    assert np.allclose([bar.get_height() for bar in drawn(profile, "harms").patches], wanted)
+    assert np.allclose([bar.get_height() for bar in drawn(profile, "losses").patches], wanted)
     assert np.allclose([bar.get_height() for bar in drawn(profile, "sensitivity").patches], profile.sensitivity_L)
     shares = {row[0]: row[1:] for row in cells(found)[1:]}
     assert shares["drop"] == ["100"] * 4 and shares["lowbit3"] == ["5"] * 4
@@ -206,7 +206,7 @@ def test_layers_show_sensitivity_and_harm() -> None:
 @pytest.mark.usefixtures("words_only")
 @pytest.mark.parametrize("recommended", ["lowbit", "buddy:router", None])
 def test_a_mix_shows_its_least_harmful_kind(recommended: str | None) -> None:
-    assert "Expected harm by layer: lowbit4" in render_report(make_profile(recommended=recommended))
+    assert "Expected loss by layer: lowbit4" in render_report(make_profile(recommended=recommended))
 
 
 @pytest.mark.usefixtures("words_only")
@@ -239,12 +239,12 @@ def planted(experts: int = 16, tokens: int = 4000) -> Profile:
     """Two experts per token: with expert 2i always comes 2i + 1."""
     chosen = np.random.default_rng(0).integers(0, experts // 2, tokens)
     ids = np.stack([2 * chosen, 2 * chosen + 1], axis=1)[:, None, :]
-    uses = np.zeros((tokens, 1, experts), int)
-    np.put_along_axis(uses, ids, 1, axis=2)
+    accesses = np.zeros((tokens, 1, experts), int)
+    np.put_along_axis(accesses, ids, 1, axis=2)
     return dataclasses.replace(
         make_profile(layers=1, experts=experts, top_k=2, tokens=tokens),
-        counts_LE=uses.sum(axis=0),
-        coactivation_LEE=np.einsum("tle,tlf->lef", uses, uses),
+        counts_LE=accesses.sum(axis=0),
+        coactivation_LEE=np.einsum("tle,tlf->lef", accesses, accesses),
     )
 
 
@@ -260,12 +260,12 @@ def test_pairs_that_work_together_stand_out() -> None:
 def test_independent_experts_are_near_white() -> None:
     rng = np.random.default_rng(0)
     ids = np.argsort(rng.random((20_000, 1, 12)), axis=2)[:, :, :4]
-    uses = np.zeros((20_000, 1, 12), int)
-    np.put_along_axis(uses, ids, 1, axis=2)
+    accesses = np.zeros((20_000, 1, 12), int)
+    np.put_along_axis(accesses, ids, 1, axis=2)
     profile = dataclasses.replace(
         make_profile(layers=1, experts=12, top_k=4, tokens=20_000),
-        counts_LE=uses.sum(axis=0),
-        coactivation_LEE=np.einsum("tle,tlf->lef", uses, uses),
+        counts_LE=accesses.sum(axis=0),
+        coactivation_LEE=np.einsum("tle,tlf->lef", accesses, accesses),
     )
     assert (lift_levels(profile, 0) == 7).all()
 

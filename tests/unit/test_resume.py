@@ -17,9 +17,9 @@ from fakes import FakeEngine, LocalWorkers
 
 from buddymoe_ray.serve.deltas import merge, total_usage
 from buddymoe_ray.serve.prompts import resumed_choices
-from buddymoe_ray.serve.records import Batch, Delta, Refusal, Reply, ResumedChoice, Terms, Work
 from buddymoe_ray.serve.refusals import failure, overloaded, unavailable
 from buddymoe_ray.serve.resume import ResumeLimits, WorkerLost, resumable
+from buddymoe_ray.serve.work import Batch, Delta, Refusal, Reply, ResumedChoice, Terms, Work
 from buddymoe_ray.serve.worker import Worker
 from buddymoe_ray.types import SamplingParams
 

@@ -21,8 +21,8 @@ from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.moe import StepOutcome
 from buddymoe_ray.serve.deltas import merge
-from buddymoe_ray.serve.records import Batch, Reply, Work
 from buddymoe_ray.serve.resume import ResumeLimits, WorkerLost, resumable
+from buddymoe_ray.serve.work import Batch, Reply, Work
 from buddymoe_ray.serve.worker import Worker
 from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent
 
@@ -289,5 +289,5 @@ def test_uses_that_a_peer_answered_were_fetched_before() -> None:
     outcome.count_exact(np.array([[True, False, False], [False, False, False]]))
     outcome.count_peer(np.array([1, 3]))
     assert (outcome.hits_T.tolist(), outcome.peer_T.tolist(), outcome.fetched_T.tolist()) == ([1, 0], [1, 3], [1, 0])
-    with pytest.raises(AssertionError, match=r"peer uses are \[2, 0\], must be at most the fetched \[1, 0\]"):
+    with pytest.raises(AssertionError, match=r"peer accesses are \[2, 0\], must be at most the fetched \[1, 0\]"):
         outcome.count_peer(np.array([2, 0]))

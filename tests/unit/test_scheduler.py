@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from buddymoe_ray.engine.sampler import Sampled
 from buddymoe_ray.engine.scheduler import Scheduler, StepPlan
-from buddymoe_ray.engine.sequence import Sequence, State
+from buddymoe_ray.engine.sequence import Sequence, SequenceState
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.types import GenerationRequest, SamplingParams
 
@@ -52,9 +52,9 @@ def carry_out(pool: Scheduler, plan: StepPlan) -> None:
 def test_a_request_goes_from_waiting_to_its_end() -> None:
     pool, seq = scheduler(chunk=4), make("a", prompt=6, max_tokens=3)
     pool.add(seq)
-    assert (pool.num_waiting, pool.num_running, seq.state) == (1, 0, State.WAITING)
+    assert (pool.num_waiting, pool.num_running, seq.state) == (1, 0, SequenceState.WAITING)
     plan = pool.schedule()
-    assert seq.state is State.PREFILLING
+    assert seq.state is SequenceState.PREFILLING
     assert (pool.num_waiting, pool.num_running) == (0, 1)
     assert len(seq.blocks) == 3  # 9 tokens of 4
     assert pool.free_blocks == 13
@@ -64,7 +64,7 @@ def test_a_request_goes_from_waiting_to_its_end() -> None:
     assert [(c.start, c.end) for c in plan.prefill] == [(4, 6)]
     assert plan.decode == ()
     carry_out(pool, plan)
-    assert seq.state is State.RUNNING
+    assert seq.state is SequenceState.RUNNING
     for _ in range(2):
         plan = pool.schedule()
         assert ids_of(plan) == ([], ["a"])
@@ -312,7 +312,7 @@ class Model:
         assert [(c.seq.request_id, c.start, c.end) for c in plan.prefill] == prefill
         assert sum(c.end - c.start for c in plan.prefill) <= self.chunk
         assert list(plan.decode) == [s for s in self.live if s.num_output > 0]
-        assert all(s.state is State.RUNNING for s in plan.decode)
+        assert all(s.state is SequenceState.RUNNING for s in plan.decode)
         assert plan.prefill or plan.decode or not self.pool.has_work(), "work stands still"
         carry_out(self.pool, plan)
         for seq in [s for s in self.live if s.finished]:

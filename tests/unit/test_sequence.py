@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small_tokenizers import SPECIALS, bpe
 
 from buddymoe_ray.engine.sampler import Sampled
-from buddymoe_ray.engine.sequence import Sequence, State
+from buddymoe_ray.engine.sequence import Sequence, SequenceState
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.moe import StepOutcome
 from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent, TokenLogprob, Usage
@@ -47,7 +47,7 @@ def text_of(events: list[TokenEvent]) -> str:
 
 def test_a_new_sequence_waits() -> None:
     seq = make("The fox", max_tokens=5)
-    assert seq.state is State.WAITING
+    assert seq.state is SequenceState.WAITING
     assert (seq.output_ids, seq.num_output, seq.num_computed, seq.blocks) == ([], 0, 0, [])
     assert seq.max_length == seq.prompt_length + 5
     assert not seq.finished
@@ -62,7 +62,7 @@ def test_length_ends_and_the_text_is_whole() -> None:
     assert [e.finish_reason for e in events] == [None] * (len(ids) - 1) + ["length"]
     assert [t for e in events for t in e.token_ids] == ids == seq.output_ids
     assert all(e.request_id == "r" and e.error is None for e in events)
-    assert seq.state is State.FINISHED
+    assert seq.state is SequenceState.FINISHED
 
 
 def test_the_end_token_ends_without_text() -> None:
@@ -212,7 +212,7 @@ def test_usage_comes_once_with_the_last_event() -> None:
     seq = make("The fox", max_tokens=3)
     events = []
     for token in encode(" a b c d"):
-        seq.account.settle(StepOutcome(uses_TA=np.array([[3, 1, 0, *[0] * 5]]), harm_T=np.zeros(1, np.float32)), 0)
+        seq.account.settle(StepOutcome(accesses_TA=np.array([[3, 1, 0, *[0] * 5]]), loss_T=np.zeros(1, np.float32)), 0)
         events += feed(seq, [token])
         if seq.finished:
             break
@@ -267,7 +267,7 @@ def test_advance_counts_what_is_computed() -> None:
     seq.append(Sampled(token_id=token))
     seq.advance(1)
     assert seq.token_ids(seq.prompt_length, seq.num_computed) == [token]
-    assert seq.state is State.RUNNING
+    assert seq.state is SequenceState.RUNNING
 
 
 def test_the_sampling_state_lives_with_the_tokens() -> None:

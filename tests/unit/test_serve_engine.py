@@ -18,8 +18,8 @@ from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.async_engine import AsyncEngine
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.serve.app import open_async_engine
-from buddymoe_ray.serve.records import Batch, ChatMessage, Delta, Refusal, Reply, Terms, Work
 from buddymoe_ray.serve.resume import ResumeLimits, resumable
+from buddymoe_ray.serve.work import Batch, ChatMessage, Delta, Refusal, Reply, Terms, Work
 from buddymoe_ray.serve.worker import Worker
 from buddymoe_ray.types import EngineResult, SamplingParams
 
@@ -208,7 +208,7 @@ async def test_charges_are_within_the_requests_own_budget(bounded: Worker) -> No
         assert spent["hits"] + spent["fetched"] + sum(spent["standins"].values()) == (tokens - 1) * 16
     after = bounded.snapshot()
     assert after.expected_rise - before.expected_rise == pytest.approx(sum(s["expected_rise"] for *_, s in answers))
-    assert after.use_fetched - before.use_fetched == sum(s["fetched"] for *_, s in answers)
+    assert after.access_fetched - before.access_fetched == sum(s["fetched"] for *_, s in answers)
     assert after.standins.total - before.standins.total == sum(sum(s["standins"].values()) for *_, s in answers) > 0
 
 
@@ -232,7 +232,7 @@ async def test_exact_requests_of_a_bounded_service_are_the_resident_models(
 async def test_a_record_replays_to_the_same_text_and_nothing_is_substituted_beside_it(
     bounded: Worker, mode: str
 ) -> None:
-    """The replay names no mode: a use that the record does not name was the expert's own, and must be again."""
+    """The replay names no mode: an access that the record does not name was the expert's own, and must be again."""
     async with openai_over(bounded) as client:
         first = await asyncio.gather(*[spend(client, prompt, mode=mode, record=True) for prompt in PROMPTS])
         again = [

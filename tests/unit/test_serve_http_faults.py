@@ -15,8 +15,8 @@ from ray.exceptions import TaskCancelledError
 
 from buddymoe_ray.serve.http import HttpSettings, http_app
 from buddymoe_ray.serve.ingress import Departures
-from buddymoe_ray.serve.records import Batch, Delta, Refusal, Reply, Work
 from buddymoe_ray.serve.refusals import overloaded
+from buddymoe_ray.serve.work import Batch, Delta, Refusal, Reply, Work
 from buddymoe_ray.serve.worker import Worker
 
 

@@ -14,8 +14,8 @@ from buddymoe_ray.observe import EngineSnapshot, GuardSnapshot
 from buddymoe_ray.serve import ray_metrics
 from buddymoe_ray.serve.metrics import METRICS, exposition
 from buddymoe_ray.serve.ray_metrics import RayMetrics
-from buddymoe_ray.serve.records import WorkerReport
-from buddymoe_ray.types import StandinUses
+from buddymoe_ray.serve.work import WorkerReport
+from buddymoe_ray.types import StandinAccesses
 
 SNAPSHOT = EngineSnapshot(
     running=1,
@@ -28,10 +28,10 @@ SNAPSHOT = EngineSnapshot(
     bytes_loaded_device=8,
     bytes_read_disk=9,
     stall_seconds=1.5,
-    use_hits=10,
-    use_peer=18,
-    use_fetched=11,
-    standins=StandinUses(lowbit=12, lowrank=13, buddy=14, mean=15, drop=16),
+    access_hits=10,
+    access_peer=18,
+    access_fetched=11,
+    standins=StandinAccesses(lowbit=12, lowrank=13, buddy=14, mean=15, drop=16),
     expected_rise=0.25,
     residency=0.75,
     guard=GuardSnapshot(state="tripped", measured_kl=0.5, measured_se=0.125, predicted=0.0625, sampled_tokens=17),
@@ -107,7 +107,7 @@ def test_labels_are_escaped() -> None:
 def test_series_are_few_whatever_is_served() -> None:
     assert sum(len(metric.read(SNAPSHOT)) for metric in METRICS) <= 32
     kinds = next(metric for metric in METRICS if metric.label == "kind")
-    assert set(kinds.read(SNAPSHOT)) == {field.name for field in fields(StandinUses)}
+    assert set(kinds.read(SNAPSHOT)) == {field.name for field in fields(StandinAccesses)}
     assert len({metric.name for metric in METRICS}) == len(METRICS)
     assert all(re.fullmatch(r"buddymoe(_[a-z]+)+", metric.name) and metric.help.endswith(".") for metric in METRICS)
 
@@ -139,8 +139,10 @@ def test_rays_counters_hold_what_the_last_snapshot_says(monkeypatch: pytest.Monk
     monkeypatch.setattr(ray_metrics, "Counter", RecordedCounter)
     monkeypatch.setattr(ray_metrics, "Gauge", RecordedGauge)
     exporter = RayMetrics(model="m", replica="r")
-    zero = replace(SNAPSHOT, use_hits=0, standins=StandinUses(), expected_rise=0.0, running=0, guard=GuardSnapshot())
-    later = replace(SNAPSHOT, use_hits=25, expected_rise=0.5, running=0)
+    zero = replace(
+        SNAPSHOT, access_hits=0, standins=StandinAccesses(), expected_rise=0.0, running=0, guard=GuardSnapshot()
+    )
+    later = replace(SNAPSHOT, access_hits=25, expected_rise=0.5, running=0)
     for snapshot in (zero, SNAPSHOT, SNAPSHOT, later):
         exporter.publish(snapshot)
         for metric in METRICS:

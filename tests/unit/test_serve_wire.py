@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from buddymoe_ray.errors import RequestError
-from buddymoe_ray.serve.records import ChatMessage, Terms, Work
 from buddymoe_ray.serve.wire import MAX_CHOICES, NEUTRAL, NOTES, parse_chat, parse_completion
+from buddymoe_ray.serve.work import ChatMessage, Terms, Work
 from buddymoe_ray.types import SamplingParams
 
 HELLO = [{"role": "user", "content": "hello"}]

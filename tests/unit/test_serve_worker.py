@@ -17,11 +17,11 @@ from fakes import FakeEngine, FakeLimits, byte_tokenizer, fake_token
 from buddymoe_ray.errors import CapacityError
 from buddymoe_ray.serve.deltas import merge, total_usage
 from buddymoe_ray.serve.prompts import output_limit
-from buddymoe_ray.serve.records import Batch, ChatMessage, Delta, Refusal, Reply, Terms, TokenText, Work, WorkerReport
 from buddymoe_ray.serve.token_text import TokenBytes
 from buddymoe_ray.serve.wire import parse_chat
+from buddymoe_ray.serve.work import Batch, ChatMessage, Delta, Refusal, Reply, Terms, TokenText, Work, WorkerReport
 from buddymoe_ray.serve.worker import Worker
-from buddymoe_ray.types import GenerationRequest, SamplingParams, StandinUses, TokenLogprob, Usage
+from buddymoe_ray.types import GenerationRequest, SamplingParams, StandinAccesses, TokenLogprob, Usage
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -124,7 +124,7 @@ async def test_terms_reach_the_engine_and_what_they_cost_comes_back() -> None:
     [delta] = await whole(Worker(engine), work(terms=terms))
     [request] = engine.seen
     assert (request.mode, request.budget, request.record, request.replay) == ("bounded", 0.01, True, "abc")
-    assert delta.usage is not None and delta.usage.standins == StandinUses(lowbit=10, drop=1)
+    assert delta.usage is not None and delta.usage.standins == StandinAccesses(lowbit=10, drop=1)
     assert (delta.usage.budget, delta.usage.record) == (0.01, "record of r-0")
 
 
@@ -154,7 +154,7 @@ async def test_terms_no_engine_knows_are_refused_before_one_sees_them(terms: Ter
 async def test_costs_of_choices_add_up_and_a_tripped_guard_is_told() -> None:
     deltas = await whole(Worker(FakeEngine()), work(n=2, terms=Terms(mode="fast")))
     total = total_usage(deltas, n=2)
-    assert total.standins == StandinUses(lowbit=20, drop=2) and total.standins.total == 22
+    assert total.standins == StandinAccesses(lowbit=20, drop=2) and total.standins.total == 22
     assert (total.hits, total.fetched, total.guard, total.mode) == (30, 0, "ok", "fast")
     assert total.expected_rise == pytest.approx(0.01)
     assert deltas[1].usage is not None

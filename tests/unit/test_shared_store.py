@@ -85,7 +85,7 @@ def node(tmp_path: Path) -> Iterator[Node]:
         cache.close()
 
 
-def use(
+def access(
     node: Node, cache: SharedExpertCache | ExpertCache, layer: int, experts: list[int], *, protect: bool = False
 ) -> None:
     """Stream the experts and hold every lease against the truth."""
@@ -99,8 +99,8 @@ def use(
 
 def test_what_one_loads_is_a_hit_for_the_other(node: Node) -> None:
     first, second = node.cache(), node.cache()
-    use(node, first, 0, [0, 1, 2])
-    use(node, second, 0, [2, 0, 1])
+    access(node, first, 0, [0, 1, 2])
+    access(node, second, 0, [2, 0, 1])
     assert (first.stats().misses, second.stats().hits, second.stats().misses) == (3, 3, 0)
     assert second.stats().bytes_read_disk == 0
     assert first.resident(0) == second.resident(0) == {0, 1, 2}
@@ -113,7 +113,7 @@ def test_random_use_by_two_attachments_is_right(node: Node) -> None:
     for step in range(600):
         cache = rng.choice(caches)
         experts = rng.sample(range(EXPERTS), rng.randint(1, EXPERTS))
-        use(node, cache, rng.randrange(LAYERS), experts, protect=rng.random() < 0.3)
+        access(node, cache, rng.randrange(LAYERS), experts, protect=rng.random() < 0.3)
         if step % 50 == 0:
             cache.check_integrity()
 
@@ -129,9 +129,9 @@ def test_threads_share_under_load(node: Node) -> None:
                 layer = rng.randrange(LAYERS)
                 if rng.random() < 0.3:
                     with cache.holding(layer, sorted(cache.resident(layer))) as held:
-                        use(node, cache, layer, held[:2])
+                        access(node, cache, layer, held[:2])
                 else:
-                    use(node, cache, layer, rng.sample(range(EXPERTS), rng.randint(1, EXPERTS)))
+                    access(node, cache, layer, rng.sample(range(EXPERTS), rng.randint(1, EXPERTS)))
         except BaseException as error:
             errors.append(error)
 
@@ -147,12 +147,12 @@ def test_threads_share_under_load(node: Node) -> None:
 
 def test_a_held_layer_does_not_give_way(node: Node) -> None:
     holder, other = node.cache(), node.cache()
-    use(node, holder, 0, [0, 1, 2])
+    access(node, holder, 0, [0, 1, 2])
     with holder.holding(0, [0, 1, 2, 3]) as held:
         assert held == [0, 1, 2]
-        use(node, other, 0, [3, 4, 5])
+        access(node, other, 0, [3, 4, 5])
         assert {0, 1, 2} <= other.resident(0)
-    use(node, other, 0, [3, 4, 5])
+    access(node, other, 0, [3, 4, 5])
 
 
 def _hold_and_hang(folder: Path, layout: ExpertLayout, plan: SlotPlan, ready: object) -> None:
@@ -194,32 +194,32 @@ def test_a_killed_neighbour_blocks_nobody(node: Node) -> None:
     mine = node.cache()
     _killed_child(node, _hold_and_hang)
     assert mine.store.tables.state[5] == LOADING
-    use(node, mine, 1, [4, 0, 1, 2, 3, 5])  # expert 4 is being loaded by the dead: it is reaped and read again
-    use(node, mine, 0, [1, 2, 3, 4, 5])
-    use(node, mine, 0, [0])
+    access(node, mine, 1, [4, 0, 1, 2, 3, 5])  # expert 4 is being loaded by the dead: it is reaped and read again
+    access(node, mine, 0, [1, 2, 3, 4, 5])
+    access(node, mine, 0, [0])
     mine.check_integrity()
     assert mine.store.attached == 1
 
 
 def test_a_lock_holder_killed_half_way_is_repaired(node: Node) -> None:
     mine = node.cache()
-    use(node, mine, 2, [0, 1])
+    access(node, mine, 2, [0, 1])
     _killed_child(node, _die_in_the_lock)
     mine.check_integrity()
     assert mine.resident(2) == {0, 1}
-    use(node, mine, 2, [2, 1])
-    use(node, mine, 1, [4])
+    access(node, mine, 2, [2, 1])
+    access(node, mine, 1, [4])
 
 
 def test_the_store_survives_its_workers_when_it_has_an_owner(node: Node) -> None:
     owner = node.store()
     assert owner.own() and not node.store().own()
     first = node.cache()
-    use(node, first, 0, [0, 1])
+    access(node, first, 0, [0, 1])
     first.close()
     again = node.cache()
     assert not again.store.made
-    use(node, again, 0, [0, 1])
+    access(node, again, 0, [0, 1])
     assert again.stats().hits == 2 and again.stats().bytes_read_disk == 0
     again.close()
     owner.close()
@@ -240,7 +240,7 @@ def test_leftovers_of_the_dead_are_swept_and_living_stores_are_not(node: Node) -
     assert sweep(node.folder) == [node.path]
     cache = node.cache()
     assert sweep(node.folder) == [] and node.path.exists()
-    use(node, cache, 0, [0])
+    access(node, cache, 0, [0])
 
 
 def test_a_sweeper_that_waits_for_a_starting_worker_leaves_its_file(node: Node) -> None:
@@ -273,7 +273,7 @@ def test_a_failed_attachment_leaves_neither_file_nor_lock(node: Node, monkeypatc
         open_room(node.folder / f"buddymoe-{os.geteuid()}-x.records", 10000, b"c" * 32, broken)
     assert not list(node.folder.iterdir())
     assert len(os.listdir("/proc/self/fd")) <= files + 2, "only the mappings that the tracebacks hold"
-    use(node, node.cache(), 0, [0])
+    access(node, node.cache(), 0, [0])
     del refused, failed
 
 
@@ -281,7 +281,7 @@ def test_a_survivor_of_a_crash_is_used_as_it_is(node: Node) -> None:
     _killed_child(node, _hold_and_hang)
     cache = node.cache()
     assert not cache.store.made
-    use(node, cache, 0, [0])
+    access(node, cache, 0, [0])
     assert cache.stats().hits == 1
 
 
@@ -314,21 +314,21 @@ def test_a_missing_file_fails_for_everybody_and_frees_the_slot(node: Node) -> No
     Path(next(iter(node.layout.pieces[ExpertKey(1, 0)])).path).unlink()
     for cache in (first, second):
         with pytest.raises(CacheError, match="layer1"):
-            use(node, cache, 1, [0, 1])
-    use(node, first, 0, [0, 1])
+            access(node, cache, 1, [0, 1])
+    access(node, first, 0, [0, 1])
     first.check_integrity()
     assert not first.store.tables.lease.any()
 
 
 def test_an_abandoned_stream_gives_everything_back(node: Node) -> None:
     cache = node.cache()
-    use(node, cache, 0, [0])
+    access(node, cache, 0, [0])
     stream = cache.stream(0, [0, 1, 2, 3, 4, 5], protect_residency=False)
     next(stream)
     stream.close()
     assert not cache.store.tables.lease.any()
     cache.check_integrity()
-    use(node, cache, 0, [0, 1, 2, 3, 4, 5])
+    access(node, cache, 0, [0, 1, 2, 3, 4, 5])
 
 
 def test_warm_is_shared_between_workers(node: Node) -> None:
@@ -349,7 +349,7 @@ def test_uses_are_counted_where_the_placement_can_read_them(node: Node) -> None:
 
     cache, other = node.cache(), node.cache()
     cache.count(1, torch.tensor([[0, 5], [5, 2]]))
-    assert other.store.tables.uses.sum(axis=0)[1].tolist() == [1, 0, 1, 0, 0, 2]
+    assert other.store.tables.accesses.sum(axis=0)[1].tolist() == [1, 0, 1, 0, 0, 2]
 
 
 def test_migration_under_load_keeps_bytes_right(node: Node) -> None:
@@ -379,8 +379,8 @@ def test_migration_under_load_keeps_bytes_right(node: Node) -> None:
     while not done.is_set():
         layer = rng.randrange(LAYERS)
         with cache.holding(layer, sorted(cache.resident(layer))) as held:
-            use(node, cache, layer, held)
-        use(node, cache, layer, rng.sample(range(EXPERTS), 2))
+            access(node, cache, layer, held)
+        access(node, cache, layer, rng.sample(range(EXPERTS), 2))
     thread.join(60)
     assert not errors, errors
     cache.check_integrity()
@@ -399,9 +399,9 @@ def test_a_move_swaps_residents_and_pins_follow(node: Node) -> None:
     mover.pin([ExpertKey(0, 0), ExpertKey(0, 2), ExpertKey(0, 4)])
     assert (moved.moves, moved.nbytes, moved.skipped) == (1, node.layout.expert_bytes, 0)
     assert cache.resident(0) == {0, 2, 4}
-    use(node, cache, 0, [0, 2, 4])
+    access(node, cache, 0, [0, 2, 4])
     assert cache.stats().misses == 0
-    use(node, cache, 1, [5])  # through a wave slot
+    access(node, cache, 1, [5])  # through a wave slot
     moved = mover.run([Move(load=ExpertKey(1, 5), evict=ExpertKey(1, 0))])
     assert moved.nbytes == 0 and 5 in cache.resident(1)
     across = mover.run([Move(load=ExpertKey(2, 5), evict=ExpertKey(0, 2))])  # a slot changes its layer
@@ -449,7 +449,7 @@ def test_two_devices_share_one_host_tier(node: Node) -> None:
     first, second = host_cache(node), host_cache(node)
     for cache in (first, second):
         for layer in range(LAYERS):
-            use(node, cache, layer, [0, 1, 2])
+            access(node, cache, layer, [0, 1, 2])
         cache.check_integrity()
     assert first.stats().bytes_requested_disk == LAYERS * 3 * node.layout.expert_bytes
     assert second.stats().bytes_requested_disk == 0 and second.stats().host_hits == LAYERS * 3
@@ -466,7 +466,7 @@ def test_devices_that_wait_for_each_others_reads_go_on(node: Node) -> None:
         rng = random.Random(seed)
         try:
             for _ in range(150):
-                use(node, cache, rng.randrange(LAYERS), rng.sample(range(EXPERTS), rng.randint(1, EXPERTS)))
+                access(node, cache, rng.randrange(LAYERS), rng.sample(range(EXPERTS), rng.randint(1, EXPERTS)))
         except BaseException as error:
             errors.append(error)
 
@@ -486,7 +486,7 @@ def test_a_failed_read_of_the_host_tier_frees_its_slot(node: Node) -> None:
     cache = host_cache(node)
     Path(next(iter(node.layout.pieces[ExpertKey(1, 0)])).path).unlink()
     with pytest.raises(CacheError, match="layer1"):
-        use(node, cache, 1, [0])
-    use(node, cache, 0, [0, 1])
+        access(node, cache, 1, [0])
+    access(node, cache, 0, [0, 1])
     cache.check_integrity()
     cache.close()

@@ -1,4 +1,4 @@
-"""`buddymoe simulate`: workloads are what they say, every use is counted once, rows and refusals as scripts meet."""
+"""`buddymoe simulate`: workloads are what they say, every access is counted once, rows and refusals as scripts meet."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def test_every_use_is_answered_and_speed_follows_from_the_stall() -> None:
     work, small = made_up("zipf", windows=5), cluster()
     for outcome in simulate(small, work, PLACEMENTS):
         row = outcome.as_record(small, work)
-        shares = [row[f"{rung}_percent"] for rung in ("local", "same_node", "other_node", "standin", "fetch")]
-        assert sum(shares) == pytest.approx(100, abs=0.01) and len(outcome.uses_WR) == 4
-        uses = work.counts_WLE[1:].sum()
-        assert np.sum(outcome.uses_WR) == pytest.approx(uses)
-        stall = uses * (row["same_node_percent"] * 25e-8 + row["other_node_percent"] * 80e-8) / 4 / 4000
+        shares = [row[f"{option}_percent"] for option in ("local", "same_node", "other_node", "standin", "fetch")]
+        assert sum(shares) == pytest.approx(100, abs=0.01) and len(outcome.accesses_WR) == 4
+        accesses = work.counts_WLE[1:].sum()
+        assert np.sum(outcome.accesses_WR) == pytest.approx(accesses)
+        stall = accesses * (row["same_node_percent"] * 25e-8 + row["other_node_percent"] * 80e-8) / 4 / 4000
         assert row["stall_ms_per_token"] == pytest.approx(1e3 * stall, rel=1e-3)
         assert row["tokens_per_second"] == pytest.approx(8 / (1e-3 + stall), rel=1e-3)
-        assert row["same_node_bytes"] == pytest.approx(8 * uses * row["same_node_percent"] / 100, rel=1e-3)
+        assert row["same_node_bytes"] == pytest.approx(8 * accesses * row["same_node_percent"] / 100, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

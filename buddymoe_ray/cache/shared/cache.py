@@ -2,7 +2,7 @@
 
 An expert that any worker of the node loaded is a hit for all; two that miss the same one read it once. Waiting is
 always for something that goes on without this worker (a read, or a lease that its holder is computing with), and while
-it waits it holds nothing that others need: so nobody waits in a circle. Does not know models, routing or policy.
+it waits it holds nothing that others need: so there is no deadlock. Does not know models, routing or policy.
 Invariants: those of `tables`; after a failed or interrupted load the slot is free.
 """
 
@@ -21,9 +21,9 @@ import torch
 from buddymoe_ray.cache.disk import DiskReader, ReadTicket
 from buddymoe_ray.cache.expert_cache import CacheStats, blame
 from buddymoe_ray.cache.pool import Lease
-from buddymoe_ray.cache.shared.shape import Head
+from buddymoe_ray.cache.shared.shape import HeaderWord
 from buddymoe_ray.cache.shared.store import SharedStore
-from buddymoe_ray.cache.shared.tables import READY, Counter, Slots
+from buddymoe_ray.cache.shared.tables import READY, Counter, SlotIds
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey
 
@@ -34,7 +34,7 @@ _POLL_SECONDS, _LONGEST_POLL_SECONDS = 50e-6, 2e-3
 
 
 @dataclass(frozen=True, slots=True)
-class _Load:
+class _OwnLoad:
     """An expert that this worker reads."""
 
     key: ExpertKey
@@ -44,11 +44,11 @@ class _Load:
 
 
 @dataclass(slots=True)
-class _Call:
+class _StreamState:
     """One `stream` in progress: what is still to come, and from where."""
 
     missing: deque[ExpertKey]
-    loads: deque[_Load]
+    loads: deque[_OwnLoad]
     waits: list[tuple[ExpertKey, int]]  # read by another worker, and leased
     seen: set[ExpertKey]
     ready: list[tuple[ExpertKey, int]]  # leased and not lent yet
@@ -97,7 +97,7 @@ class SharedExpertCache:
 
     @contextmanager
     def holding(self, layer: int, experts: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Those of the experts that are resident, none of which gives way inside the block."""
+        """Those of the experts that are resident, none of which is evicted inside the block."""
         assert self._held is None, f"layer {self._held} is held, must be none"
         if not experts:
             yield experts
@@ -112,9 +112,9 @@ class SharedExpertCache:
             self._tables.release(list(held.values()))
 
     def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
-        """Note uses of experts for whoever places them: ids of any shape."""
-        uses_E = self._tables.uses[self._tables.row, layer]
-        uses_E += np.bincount(ids.reshape(-1), minlength=len(uses_E)).astype(np.uint64)
+        """Note accesses of experts for whoever places them: ids of any shape."""
+        accesses_E = self._tables.accesses[self._tables.row, layer]
+        accesses_E += np.bincount(ids.reshape(-1), minlength=len(accesses_E)).astype(np.uint64)
 
     def stream(
         self, layer: int, experts: Sequence[int], *, protect_residency: bool
@@ -144,7 +144,7 @@ class SharedExpertCache:
                 self._tables.release(slots)
             return
         protect = protect_residency or bool(self.plan.pinned)
-        call = _Call(deque(), deque(), [], set(), [])
+        call = _StreamState(deque(), deque(), [], set(), [])
         try:
             self._sort([ExpertKey(layer, e) for e in experts], slots.tolist(), ready.tolist(), call)
             self._start(call, protect)
@@ -180,7 +180,7 @@ class SharedExpertCache:
             bytes_requested_disk=self._reader.bytes_requested,
             host_hits=int(counted[Counter.SHARED]),
             stall_seconds=self._stall,
-            evictions=int(self._tables.head[Head.EVICTIONS]),
+            evictions=int(self._tables.head[HeaderWord.EVICTIONS]),
         )
 
     def check_integrity(self) -> None:
@@ -204,7 +204,7 @@ class SharedExpertCache:
         wanted = pinned or range(min(count, int((tables.partition == layer).sum())))
         return [e for e in wanted if not tables.resident[layer, e]]
 
-    def _hits(self, layer: int, experts: Sequence[int], slots: Slots) -> tuple[Lease, ...]:
+    def _hits(self, layer: int, experts: Sequence[int], slots: SlotIds) -> tuple[Lease, ...]:
         """The leases of a call that misses nothing: the usual one, so it has a short way."""
         tables = self._tables
         tables.counters[tables.row, Counter.HITS] += len(slots)
@@ -214,7 +214,9 @@ class SharedExpertCache:
             for expert, slot, generation in zip(experts, slots.tolist(), generations, strict=True)
         )
 
-    def _sort(self, keys: Sequence[ExpertKey], slots: Sequence[int], is_ready: Sequence[bool], call: _Call) -> None:
+    def _sort(
+        self, keys: Sequence[ExpertKey], slots: Sequence[int], is_ready: Sequence[bool], call: _StreamState
+    ) -> None:
         """Sort the experts of a call: resident ones are ready, some are being read by others, some are missing."""
         tables = self._tables
         counters = tables.counters[tables.row]
@@ -230,7 +232,7 @@ class SharedExpertCache:
         counters[Counter.MISSES] += len(keys) - len(call.ready)
         counters[Counter.SHARED] += len(call.waits)
 
-    def _start(self, call: _Call, protect: bool) -> None:
+    def _start(self, call: _StreamState, protect: bool) -> None:
         """Start reads while there are experts missing and slots to be had."""
         tables = self._tables
         while call.missing:
@@ -250,16 +252,16 @@ class SharedExpertCache:
             if slot is not None:
                 call.loads.append(self._submit(key, slot))
 
-    def _submit(self, key: ExpertKey, slot: int) -> _Load:
+    def _submit(self, key: ExpertKey, slot: int) -> _OwnLoad:
         try:
             ticket = self._reader.submit(self.layout.pieces[key], self._store.bytes_C[slot])
-            return _Load(key, slot, ticket, time.perf_counter())
+            return _OwnLoad(key, slot, ticket, time.perf_counter())
         except BaseException as error:
             self._abandon(slot)
             blame(error, key)
             raise
 
-    def _await(self, call: _Call) -> None:
+    def _await(self, call: _StreamState) -> None:
         """Wait until something is ready, or may be had that could not before."""
         began = time.perf_counter()
         try:
@@ -275,7 +277,7 @@ class SharedExpertCache:
         finally:
             self._stall += time.perf_counter() - began
 
-    def _gather(self, call: _Call) -> bool:
+    def _gather(self, call: _StreamState) -> bool:
         """Move what has arrived to `ready`; whether anything changed."""
         before = len(call.ready)
         for load in [load for load in call.loads if load.ticket.done()]:
@@ -283,7 +285,7 @@ class SharedExpertCache:
             call.ready.append((load.key, self._finish(load)))
         return self._others(call) or len(call.ready) > before
 
-    def _others(self, call: _Call) -> bool:
+    def _others(self, call: _StreamState) -> bool:
         """Note what other workers filled for us, and what they failed at, which is missing again."""
         tables, changed = self._tables, False
         for wait in list(call.waits):
@@ -302,7 +304,7 @@ class SharedExpertCache:
                 call.missing.append(key)
         return changed
 
-    def _finish(self, load: _Load) -> int:
+    def _finish(self, load: _OwnLoad) -> int:
         """The expert is read: make it READY. Its lease stays."""
         try:
             load.ticket.wait()
@@ -324,7 +326,7 @@ class SharedExpertCache:
             self._tables.vacate(slot)
         self._tables.release([slot])
 
-    def _lend(self, call: _Call) -> Iterator[tuple[Lease, ...]]:
+    def _lend(self, call: _StreamState) -> Iterator[tuple[Lease, ...]]:
         """One wave of what is ready; its leases end when the iterator advances or closes."""
         if not call.ready:
             return
@@ -335,7 +337,7 @@ class SharedExpertCache:
         finally:
             tables.release([slot for _, slot in ready])
 
-    def _settle(self, call: _Call) -> None:
+    def _settle(self, call: _StreamState) -> None:
         """After an end: keep what arrives, free what fails, let go of the rest."""
         self._tables.release([slot for _, slot in call.ready] + [slot for _, slot in call.waits])
         call.ready.clear()

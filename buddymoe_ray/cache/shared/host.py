@@ -28,7 +28,7 @@ _POLL_SECONDS = 200e-6
 
 
 @dataclass(frozen=True)
-class _Pool:
+class _HostPool:
     bytes_C: Tensor
 
 
@@ -37,7 +37,7 @@ class SharedHostTier:
 
     def __init__(self, store: SharedStore, *, reader: DiskReader, pinned: bool) -> None:
         self._store, self._reader, self._tables = store, reader, store.tables
-        self.pool = _Pool(torch.from_numpy(store.bytes_C))
+        self.pool = _HostPool(torch.from_numpy(store.bytes_C))
         self._slots: dict[ExpertKey, list[int]] = {}
         self._reading: list[_Read] = []
         self._nothing_kept = np.zeros(store.shape.slots, dtype=bool)

@@ -1,7 +1,7 @@
 """Background migration in a shared store: experts come and go while workers compute, and nothing stops.
 
 An expert that has to go is first lent to nobody any more; its bytes stay until the last lease ends, then the new one is
-read into the slot. Reads keep to a bandwidth and give way to a worker that waits for an expert. Does not decide what
+read into the slot. Reads keep to a bandwidth and wait for a worker that waits for an expert. Does not decide what
 should move: `policy.placement` does. Used by whoever owns the store, on an attachment of its own.
 Invariant: interrupted anywhere, the store is whole and the moves made so far hold.
 """
@@ -60,13 +60,13 @@ class Mover:
             if stop():
                 break
             began = time.monotonic()
-            self._give_way(stop)
+            self._wait_for_demand(stop)
             moved.waited_seconds += time.monotonic() - began
             self._one(move, moved)
         return moved
 
     def pin(self, pins: Iterable[ExpertKey]) -> None:
-        """Say which experts keep their slots from now on; the others may give way."""
+        """Say which experts keep their slots from now on; the others may are evicted."""
         with self._tables.locked():
             self._tables.pinned[...] = 0
             for key in pins:
@@ -127,7 +127,7 @@ class Mover:
         return self._drained(slot, gone)
 
     def _chosen(self, move: Move) -> int | None:
-        """The slot that gives way; the caller holds the lock."""
+        """The slot that is evicted; the caller holds the lock."""
         tables, layer = self._tables, move.load.layer
         if move.evict is not None:
             slot = int(tables.slot_of[move.evict.layer, move.evict.expert])
@@ -154,7 +154,7 @@ class Mover:
                         return None
         return slot
 
-    def _give_way(self, stop: Callable[[], bool]) -> None:
+    def _wait_for_demand(self, stop: Callable[[], bool]) -> None:
         """Keep to the bandwidth, and let a worker that waits for an expert read first (not for ever)."""
         pause = self._next - time.monotonic()
         while pause > 0 and not stop():

@@ -17,13 +17,13 @@ import numpy.typing as npt
 from buddymoe_ray.cache.shared.locks import ROWS
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
-__all__ = ["Head", "StoreShape"]
+__all__ = ["HeaderWord", "StoreShape"]
 
 _PAGE = 4096
 _DIGEST_AT, _DIGEST_BYTES = 1024, 32
 
 
-class Head:
+class HeaderWord:
     """Positions in the header's 64-bit words."""
 
     MAGIC, VERSION, READY, CLOCK, DIRTY, EPOCH, EVICTIONS, SLOTS, SLOT_BYTES = range(9)
@@ -58,7 +58,7 @@ class StoreShape:
             "counters": (np.uint64, (P, 8)),
             "generation": (np.uint64, (C,)),
             "last_used": (np.uint64, (C,)),
-            "uses": (np.uint64, (P, *LE)),
+            "accesses": (np.uint64, (P, *LE)),
             "key_layer": (np.int32, (C,)),
             "key_expert": (np.int32, (C,)),
             "slot_of": (np.int32, LE),

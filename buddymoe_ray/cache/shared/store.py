@@ -32,7 +32,7 @@ from buddymoe_ray.cache.shared.locks import (
     remove_unused,
     same_file,
 )
-from buddymoe_ray.cache.shared.shape import Head, StoreShape
+from buddymoe_ray.cache.shared.shape import HeaderWord, StoreShape
 from buddymoe_ray.cache.shared.tables import SharedTables
 from buddymoe_ray.errors import BudgetError, CacheError
 from buddymoe_ray.types import ExpertLayout, SlotPlan
@@ -154,8 +154,11 @@ class SharedStore:
             with mmap.mmap(self._fd, self.shape.data_offset, prot=mmap.PROT_READ) as memory:
                 array = np.frombuffer(memory, dtype=np.uint8)
                 head, same = self.shape.head(array), bytes(self.shape.digest(array)) == self._digest
-                known = (int(head[Head.MAGIC]), int(head[Head.VERSION])) == (Head.MAGIC_WORD, Head.VERSION_WORD)
-                ready = bool(head[Head.READY])
+                known = (int(head[HeaderWord.MAGIC]), int(head[HeaderWord.VERSION])) == (
+                    HeaderWord.MAGIC_WORD,
+                    HeaderWord.VERSION_WORD,
+                )
+                ready = bool(head[HeaderWord.READY])
                 del array, head
             if known and ready and same:
                 return True
@@ -165,10 +168,10 @@ class SharedStore:
 
     def _write_head(self) -> None:
         head = self.tables.head
-        head[Head.SLOTS], head[Head.SLOT_BYTES] = self.shape.slots, self.shape.slot_bytes
-        head[Head.CLOCK] = head[Head.DIRTY] = head[Head.EPOCH] = head[Head.EVICTIONS] = 0
-        head[Head.MAGIC], head[Head.VERSION] = Head.MAGIC_WORD, Head.VERSION_WORD
-        head[Head.READY] = 1  # last: a file without it is made anew
+        head[HeaderWord.SLOTS], head[HeaderWord.SLOT_BYTES] = self.shape.slots, self.shape.slot_bytes
+        head[HeaderWord.CLOCK] = head[HeaderWord.DIRTY] = head[HeaderWord.EPOCH] = head[HeaderWord.EVICTIONS] = 0
+        head[HeaderWord.MAGIC], head[HeaderWord.VERSION] = HeaderWord.MAGIC_WORD, HeaderWord.VERSION_WORD
+        head[HeaderWord.READY] = 1  # last: a file without it is made anew
 
 
 def allocate(

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from buddymoe_ray.cache.shared.locks import ROW_BYTE, ROWS, TABLES_BYTE, FileLocks
-from buddymoe_ray.cache.shared.shape import Head, StoreShape
+from buddymoe_ray.cache.shared.shape import HeaderWord, StoreShape
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, SlotPlan
 
@@ -35,7 +35,7 @@ WAVE = -1
 
 _REAP_SECONDS = 0.2
 
-Slots = npt.NDArray[np.int64]
+SlotIds = npt.NDArray[np.int64]
 
 
 class Counter(IntEnum):
@@ -54,7 +54,7 @@ class SharedTables:
         self.shape, self._locks = shape, locks
         self.head = shape.head(memory)
         views: dict[str, npt.NDArray[Any]] = shape.views(memory)
-        self.pid, self.counters, self.uses = views["pid"], views["counters"], views["uses"]
+        self.pid, self.counters, self.accesses = views["pid"], views["counters"], views["accesses"]
         self.generation, self.last_used = views["generation"], views["last_used"]
         self.key_layer, self.key_expert = views["key_layer"], views["key_expert"]
         self.partition, self.loader, self.state = views["partition"], views["loader"], views["state"]
@@ -70,15 +70,23 @@ class SharedTables:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        if self.head[Head.DIRTY]:
+        if self.head[HeaderWord.DIRTY]:
             self._repair()
-        self.head[Head.DIRTY] = 1
+        self.head[HeaderWord.DIRTY] = 1
         yield
-        self.head[Head.DIRTY] = 0
+        self.head[HeaderWord.DIRTY] = 0
 
     def initialise(self, plan: SlotPlan) -> None:
         """Empty tables; the caller holds the lock and nobody is attached."""
-        for table in (self.pid, self.counters, self.uses, self.generation, self.last_used, self.state, self.resident):
+        for table in (
+            self.pid,
+            self.counters,
+            self.accesses,
+            self.generation,
+            self.last_used,
+            self.state,
+            self.resident,
+        ):
             table[...] = 0
         self.pinned[...] = 0
         self.lease[...] = 0
@@ -135,7 +143,7 @@ class SharedTables:
         """Lease what is READY of the experts in `layer`'s own slots; returns the slot of each such expert. The caller
         holds the lock.
 
-        Wave slots are left out: who holds one may need another next, and two that did would wait in a circle.
+        Wave slots are left out: who holds one may need another next, and two that did would deadlock.
         One by one: a step names few, and ten array operations took longer.
         """
         slot_of_E, held = self.slot_of[layer], dict[int, int]()
@@ -147,15 +155,15 @@ class SharedTables:
             self.lease[self.row, list(held.values())] += 1
         return held
 
-    def look_up(self, layer: int, experts: Sequence[int]) -> Slots:
+    def look_up(self, layer: int, experts: Sequence[int]) -> SlotIds:
         """The slot of each expert (-1: none), leased where there is one; the caller holds the lock."""
-        slots: Slots = self.slot_of[layer, list(experts)].astype(np.int64)
+        slots: SlotIds = self.slot_of[layer, list(experts)].astype(np.int64)
         found = slots[slots >= 0]
         self.lease[self.row, found] += 1
         self.touch(found)
         return slots
 
-    def release(self, slots: Sequence[int] | Slots) -> None:
+    def release(self, slots: Sequence[int] | SlotIds) -> None:
         """End leases; needs no lock, for the line is this row's own."""
         if len(slots):
             self.lease[self.row, slots] -= 1
@@ -212,7 +220,7 @@ class SharedTables:
         self.state[slot] = LOADING
         self.resident[layer, expert] = 0
         self.slot_of[layer, expert] = -1
-        self.head[Head.EVICTIONS] += 1
+        self.head[HeaderWord.EVICTIONS] += 1
 
     def reserve(self, slot: int) -> None:
         """Keep a FREE slot for this row, LOADING without an expert; the caller holds the lock."""
@@ -247,11 +255,11 @@ class SharedTables:
                 self.resident[layer, expert] = 0
                 self.slot_of[layer, expert] = -1
             if self.state[slot] == READY:
-                self.head[Head.EVICTIONS] += 1
+                self.head[HeaderWord.EVICTIONS] += 1
             self.state[slot] = FREE
         self.loader[slot] = self.key_layer[slot] = self.key_expert[slot] = -1
 
-    def leased(self, slots: Slots) -> npt.NDArray[np.bool_]:
+    def leased(self, slots: SlotIds) -> npt.NDArray[np.bool_]:
         """Which of the slots anybody leases."""
         found: npt.NDArray[np.bool_] = self.lease[:, slots].max(axis=0).astype(bool)
         return found
@@ -276,25 +284,25 @@ class SharedTables:
                 home = int(self.partition[slot])
                 assert home in (WAVE, self.key_layer[slot]), f"slot {slot} of {home} holds layer {self.key_layer[slot]}"
 
-    def free_of(self, slots: Slots) -> int | None:
+    def free_of(self, slots: SlotIds) -> int | None:
         """A FREE one of the slots that nobody leases; the caller holds the lock."""
         free = slots[self.state[slots] == FREE]
         free = free[~self.leased(free)]  # a retired slot whose mover was killed may still be in a computation
         return int(free[0]) if len(free) else None
 
-    def _victim(self, slots: Slots) -> int | None:
+    def _victim(self, slots: SlotIds) -> int | None:
         slots = slots[self.state[slots] == READY]
         slots = slots[~self.leased(slots)]
         return int(slots[self.last_used[slots].argmin()]) if len(slots) else None
 
-    def _is_pinned(self, slots: Slots) -> npt.NDArray[np.bool_]:
+    def _is_pinned(self, slots: SlotIds) -> npt.NDArray[np.bool_]:
         pinned_C: npt.NDArray[np.uint8] = self.pinned[self.key_layer[slots], self.key_expert[slots]]
         return pinned_C.astype(bool) & (self.state[slots] == READY)
 
-    def touch(self, slots: Slots) -> None:
-        """Note a use, for eviction; without the lock two uses may get one time, which does no harm."""
-        self.head[Head.CLOCK] += 1
-        self.last_used[slots] = self.head[Head.CLOCK]
+    def touch(self, slots: SlotIds) -> None:
+        """Note an access, for eviction; without the lock two accesses may get one time, which is harmless."""
+        self.head[HeaderWord.CLOCK] += 1
+        self.last_used[slots] = self.head[HeaderWord.CLOCK]
 
     def _void(self, row: int) -> None:
         """A row's leases end and what it was loading is free again."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from buddymoe_ray.policy.placement.problem import Bools, Floats, PlacementProblem, peer_uses
+from buddymoe_ray.policy.placement.problem import Bools, Floats, PlacementProblem, peer_accesses
 
 __all__ = ["Affinity"]
 
@@ -19,7 +19,7 @@ _NEIGHBOURS = 4
 
 
 class Affinity:
-    """Bonuses by pool content. `refresh` first: uses that peers answer change with the holders."""
+    """Bonuses by pool content. `refresh` first: accesses that peers answer change with the holders."""
 
     def __init__(self, problem: PlacementProblem) -> None:
         assert problem.transition_LEE is not None, "asked for with transitions only"
@@ -29,9 +29,9 @@ class Affinity:
         self._saved_N = np.zeros(problem.experts)
 
     def refresh(self, held_PN: Bools) -> None:
-        """Take the uses that peers answer now; while nobody holds anything, all uses."""
-        uses_N = peer_uses(self._problem, held_PN) if held_PN.any() else self._problem.total_N
-        self._saved_N = uses_N * self._problem.affinity_seconds
+        """Take the accesses that peers answer now; while nobody holds anything, all accesses."""
+        accesses_N = peer_accesses(self._problem, held_PN) if held_PN.any() else self._problem.total_N
+        self._saved_N = accesses_N * self._problem.affinity_seconds
 
     def bonus_N(self, own_N: Bools) -> Floats:
         """Seconds per second saved beside what the pool holds already, by expert."""

@@ -1,10 +1,12 @@
 """What is asked of a placement and what an answer costs: memories, demand, links, and the objective.
 
 Plain and not incremental: the solver keeps running sums of its own (`values`) and is tested against this. Knows no
-solver, no clock and no network. Invariants: a problem that was made has shapes and numbers that fit together; every use
+solver, no clock and no network. Invariants: a problem that was made has shapes and numbers that fit together; every
+access
 is answered exactly once.
 
-Legend: P pools, N experts of all MoE layers end to end, L MoE layers, E experts of the widest layer, M nodes, R rungs.
+Legend: P pools, N experts of all MoE layers end to end, L MoE layers, E experts of the widest layer, M nodes, R
+options.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import numpy.typing as npt
 
 from buddymoe_ray.errors import ConfigError
 
-__all__ = ["RUNGS", "NodeLinks", "PlacementProblem", "Pool", "affinity_gain", "answers", "cost_of", "rung_uses"]
+__all__ = ["OPTIONS", "NodeLinks", "PlacementProblem", "Pool", "affinity_gain", "answers", "cost_of", "option_accesses"]
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -40,7 +42,7 @@ class Pool:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeLinks:
-    """Seconds of one use that a peer computes, by where the peer is; infinite where there is no link.
+    """Seconds of one access that a peer computes, by where the peer is; infinite where there is no link.
 
     Raises ConfigError when the way to another node is cheaper than the way within one.
     """
@@ -64,14 +66,15 @@ class PlacementProblem:
         pools: memories, with names of their own.
         expert_bytes: one expert, as it lies in a pool.
         experts_per_layer: E of every MoE layer; tables over [L, E] are read up to it.
-        fetch_cost_P: seconds of one use whose weights come from host memory or disk.
-        links: `NodeLinks`, or `[P, P]` seconds of one use of row p computed at column q: 0 on the diagonal, inf is no
+        fetch_cost_P: seconds of one access whose weights come from host memory or disk.
+        links: `NodeLinks`, or `[P, P]` seconds of one access of row p computed at column q: 0 on the diagonal, inf is
+        no
             link. The matrix form takes P^2 N time and memory: meant for up to some hundred pools.
-        counts_PLE: uses per window that arise at each pool; or
-        counts_LE: uses per window in all, of which an equal share arises at each pool.
-        standin_cost_LE: seconds that one use answered by a resident stand-in is worth; inf where there is none.
+        counts_PLE: accesses per window that arise at each pool; or
+        counts_LE: accesses per window in all, of which an equal share arises at each pool.
+        standin_cost_LE: seconds that one access answered by a resident stand-in is worth; inf where there is none.
         transition_LEE: P(expert j of layer l + 1 | expert i of layer l); the last layer's table is not read.
-        affinity_seconds: saved per use whose expert and its successor are both answered by one peer (ExFlow).
+        affinity_seconds: saved per access whose expert and its successor are both answered by one peer (ExFlow).
         migrate_bytes_per_second: bandwidth that loading experts is given.
         horizon_seconds: for how long a placement is expected to stand.
         window_seconds: the time that counts were taken over.
@@ -171,7 +174,7 @@ class PlacementProblem:
 
     @cached_property
     def total_N(self) -> Floats:
-        """Uses per second in all."""
+        """Accesses per second in all."""
         if self.counts_LE is not None:
             return self.rate_N
         assert self.counts_PLE is not None, "counts were checked"
@@ -179,27 +182,27 @@ class PlacementProblem:
 
     @cached_property
     def rate_N(self) -> Floats:
-        """Uses per second of the shared counts, before they are shared out."""
+        """Accesses per second of the shared counts, before they are shared out."""
         assert self.counts_LE is not None, "asked for shared counts only"
         return self.flat(self.counts_LE) / self.window_seconds
 
     def demand_N(self, pool: int) -> Floats:
-        """Uses per second that arise at one pool."""
+        """Accesses per second that arise at one pool."""
         if self.counts_PLE is not None:
             return self.flat(self.counts_PLE[pool]) / self.window_seconds
         rate_N: Floats = self.rate_N / len(self.pools)
         return rate_N
 
     def demand_P(self, expert: int) -> Floats:
-        """Uses per second of one expert (its index in N) that arise at each pool."""
+        """Accesses per second of one expert (its index in N) that arise at each pool."""
         if self.counts_PLE is None:
             return np.full(len(self.pools), self.rate_N[expert] / len(self.pools))
         layer = int(np.searchsorted(self.offset_L, expert, side="right")) - 1
-        uses_P: Floats = self.counts_PLE[:, layer, expert - self.offset_L[layer]].astype(np.float64)
-        return uses_P / self.window_seconds
+        accesses_P: Floats = self.counts_PLE[:, layer, expert - self.offset_L[layer]].astype(np.float64)
+        return accesses_P / self.window_seconds
 
     def link_P(self, pool: int) -> Floats:
-        """Seconds of one use of this pool that each pool computes; 0 for itself."""
+        """Seconds of one access of this pool that each pool computes; 0 for itself."""
         if not isinstance(self.links, NodeLinks):
             row_P: Floats = self.links[pool].astype(np.float64)
             return row_P
@@ -240,20 +243,20 @@ def _table(name: str, table: Array | None, shape: tuple[int, ...], *, finite: bo
     _need(bool(low >= 0 and (high < np.inf or not finite)), name, f"from {low} to {high}", "numbers of at least 0")
 
 
-RUNGS = ("local", "same_node", "other_node", "standin", "fetch")
-"""How a use is answered: here, by a peer of this node, by one of another, by a stand-in, by weights that come."""
+OPTIONS = ("local", "same_node", "other_node", "standin", "fetch")
+"""How an access is answered: here, by a peer of this node, by one of another, by a stand-in, by weights that come."""
 
-_LOCAL, _SAME, _OTHER, _STANDIN, _FETCH = range(len(RUNGS))
+_LOCAL, _SAME, _OTHER, _STANDIN, _FETCH = range(len(OPTIONS))
 
 
 def answers(problem: PlacementProblem, held_PN: Bools) -> Iterator[tuple[Floats, npt.NDArray[np.int8]]]:
-    """For each pool, seconds of one use of every expert and the rung (index into `RUNGS`) that answers it."""
+    """For each pool, seconds of one access of every expert and the option (index into `OPTIONS`) that answers it."""
     same_node = _nearest_of_nodes if isinstance(problem.links, NodeLinks) else _nearest_of_matrix
-    for pool, (peer_N, rung_N) in enumerate(same_node(problem, held_PN)):
+    for pool, (peer_N, option_N) in enumerate(same_node(problem, held_PN)):
         fetch = float(problem.fetch_cost_P[pool])
         cost_N = np.full(problem.experts, fetch)
         kind_N = np.full(problem.experts, _FETCH, dtype=np.int8)
-        for offer_N, offered in ((problem.standin_N, np.int8(_STANDIN)), (peer_N, rung_N)):
+        for offer_N, offered in ((problem.standin_N, np.int8(_STANDIN)), (peer_N, option_N)):
             better_N = offer_N <= cost_N  # at equal price a real expert answers rather than a stand-in
             np.copyto(cost_N, offer_N, where=better_N)
             np.copyto(kind_N, offered, where=better_N)
@@ -283,24 +286,24 @@ def _nearest_of_matrix(problem: PlacementProblem, held_PN: Bools) -> Iterator[tu
         yield cost_PN.min(axis=0), np.where(near_N, _SAME, _OTHER).astype(np.int8)
 
 
-def rung_uses(problem: PlacementProblem, held_PN: Bools) -> tuple[Floats, float]:
-    """Uses per second answered by each rung `[R]`, and the seconds per second that they cost together."""
-    uses_R, seconds = np.zeros(len(RUNGS)), 0.0
-    for pool, (cost_N, rung_N) in enumerate(answers(problem, held_PN)):
+def option_accesses(problem: PlacementProblem, held_PN: Bools) -> tuple[Floats, float]:
+    """Accesses per second answered by each option `[R]`, and the seconds per second that they cost together."""
+    accesses_R, seconds = np.zeros(len(OPTIONS)), 0.0
+    for pool, (cost_N, option_N) in enumerate(answers(problem, held_PN)):
         demand_N = problem.demand_N(pool)
-        uses_R += np.bincount(rung_N, weights=demand_N, minlength=len(RUNGS))
+        accesses_R += np.bincount(option_N, weights=demand_N, minlength=len(OPTIONS))
         seconds += float(demand_N @ cost_N)
-    return uses_R, seconds
+    return accesses_R, seconds
 
 
 def affinity_gain(problem: PlacementProblem, held_PN: Bools) -> float:
-    """Seconds per second saved where one pool answers a use and the next layer's use after it (ExFlow, 2401.08383).
+    """Seconds per second saved where one pool answers accesses of two layers in a row (ExFlow, 2401.08383).
 
-    Sum over transitions of (uses that peers answer) x P(successor) x (some pool holds both) x `affinity_seconds`.
+    Sum over transitions of (accesses that peers answer) x P(successor) x (some pool holds both) x `affinity_seconds`.
     """
     if problem.transition_LEE is None or not problem.affinity_seconds:
         return 0.0
-    peer_N, gain, at = peer_uses(problem, held_PN), 0.0, problem.offset_L
+    peer_N, gain, at = peer_accesses(problem, held_PN), 0.0, problem.offset_L
     for layer in range(len(problem.experts_per_layer) - 1):
         here, then = slice(at[layer], at[layer + 1]), slice(at[layer + 1], at[layer + 2])
         together_EE = held_PN[:, here].T.astype(np.float32) @ held_PN[:, then].astype(np.float32) > 0
@@ -309,15 +312,15 @@ def affinity_gain(problem: PlacementProblem, held_PN: Bools) -> float:
     return gain * problem.affinity_seconds
 
 
-def peer_uses(problem: PlacementProblem, held_PN: Bools) -> Floats:
-    """Uses per second of each expert that peers answer `[N]`."""
-    uses_N = np.zeros(problem.experts)
-    for pool, (_, rung_N) in enumerate(answers(problem, held_PN)):
-        uses_N += problem.demand_N(pool) * ((rung_N == _SAME) | (rung_N == _OTHER))
-    return uses_N
+def peer_accesses(problem: PlacementProblem, held_PN: Bools) -> Floats:
+    """Accesses per second of each expert that peers answer `[N]`."""
+    accesses_N = np.zeros(problem.experts)
+    for pool, (_, option_N) in enumerate(answers(problem, held_PN)):
+        accesses_N += problem.demand_N(pool) * ((option_N == _SAME) | (option_N == _OTHER))
+    return accesses_N
 
 
 def cost_of(problem: PlacementProblem, held_PN: Bools, *, loads: int = 0) -> float:
     """Seconds per second that the holders `[P, N]` cost, with `loads` experts to bring first."""
-    _, seconds = rung_uses(problem, held_PN)
+    _, seconds = option_accesses(problem, held_PN)
     return seconds - affinity_gain(problem, held_PN) + loads * problem.load_cost

@@ -35,7 +35,7 @@ class Values(Protocol):
         ...
 
     def cost(self) -> float:
-        """Seconds per second of all uses: `problem.rung_uses` says the same, more slowly."""
+        """Seconds per second of all accesses: `problem.option_accesses` says the same, more slowly."""
         ...
 
 
@@ -47,7 +47,8 @@ def values_of(problem: PlacementProblem, held_PN: Bools) -> Values:
 
 
 class _NodeValues:
-    """Links by node. With S, O, F the cost of a use when its node, another node, nobody holds the expert (each at most
+    """Links by node. With S, O, F the cost of an access when its node, another node, nobody holds the expert (each at
+    most
     the fallback F), a copy at p saves demand(p) S at p itself, `node_MN` = sum over the node of demand (O - S) when it
     is the node's first, and `first_N` = sum over all of demand (F - O) when it is the very first."""
 
@@ -76,12 +77,12 @@ class _NodeValues:
             self._add(node, rate_N * (pools / len(fetch_P)), fetch)
 
     def _add(self, node: int, demand_N: Floats, fetch: float) -> None:
-        same_N, other_N, fall_N = self._rungs(fetch)
+        same_N, other_N, fall_N = self._option_costs(fetch)
         self._node_MN[node] += demand_N * (other_N - same_N)
         self._first_N += demand_N * (fall_N - other_N)
         self._fall += float(demand_N @ fall_N)
 
-    def _rungs(self, fetch: float) -> tuple[Floats, Floats, Floats]:
+    def _option_costs(self, fetch: float) -> tuple[Floats, Floats, Floats]:
         fall_N = np.minimum(self._problem.standin_N, fetch)
         other_N = np.minimum(fall_N, self._links.other_node)
         return np.minimum(other_N, self._links.same_node), other_N, fall_N
@@ -91,7 +92,7 @@ class _NodeValues:
         fetch = float(self._problem.fetch_cost_P[pool])
         shared = self._problem.counts_PLE is None
         if fetch not in self._near:
-            self._near[fetch] = self._rungs(fetch)[0] * (self._problem.rate_N if shared else 1.0)
+            self._near[fetch] = self._option_costs(fetch)[0] * (self._problem.rate_N if shared else 1.0)
         at_pool = 1 / len(self._node_P) if shared else self._problem.demand_N(pool)
         local_N: Floats = self._near[fetch] * at_pool
         return local_N

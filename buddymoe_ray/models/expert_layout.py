@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from buddymoe_ray.errors import CheckpointError, UnsupportedModel
-from buddymoe_ray.models.hf_loading import ExpertSource, experts_modules
-from buddymoe_ray.models.index import DTYPE_BYTES, TensorLocation
+from buddymoe_ray.models.hf_loading import StoredExperts, experts_modules
+from buddymoe_ray.models.tensor_index import DTYPE_BYTES, TensorLocation
 from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotTensor
 
 __all__ = ["ALIGNMENT", "EXPERT_DTYPES", "expert_layout", "slot_tensors"]
@@ -36,7 +36,7 @@ def slot_tensors(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str
 
 
 def expert_layout(
-    model: PreTrainedModel, sources: Sequence[ExpertSource], locations: Mapping[str, TensorLocation]
+    model: PreTrainedModel, sources: Sequence[StoredExperts], locations: Mapping[str, TensorLocation]
 ) -> ExpertLayout:
     """Map every byte of every routed expert of `model` to its file.
 
@@ -45,7 +45,7 @@ def expert_layout(
         UnsupportedModel: experts of different layers differ in shape or dtype, or are stored quantised.
     """
     modules = experts_modules(model)
-    by_param: dict[str, list[ExpertSource]] = {}
+    by_param: dict[str, list[StoredExperts]] = {}
     for source in sources:
         by_param.setdefault(source.param, []).append(source)
     shapes = _common_shapes(modules)
@@ -96,7 +96,7 @@ def _common_shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...
 
 def _common_dtypes(
     modules: Mapping[str, nn.Module],
-    by_param: Mapping[str, list[ExpertSource]],
+    by_param: Mapping[str, list[StoredExperts]],
     locations: Mapping[str, TensorLocation],
 ) -> dict[str, str]:
     """Stored dtype of each parameter, equal for every expert of every layer."""
@@ -134,7 +134,7 @@ def _place_stack(per_expert: list[list[ExpertPiece]], tensor: SlotTensor, place:
 def _place_parts(
     per_expert: list[list[ExpertPiece]],
     tensor: SlotTensor,
-    sources: Sequence[ExpertSource],
+    sources: Sequence[StoredExperts],
     locations: Mapping[str, TensorLocation],
 ) -> None:
     """One stored tensor per expert and part; the parts follow each other along dimension 0 of the expert."""
@@ -167,7 +167,7 @@ def _place_parts(
             )
 
 
-def _check_unique(sources: Sequence[ExpertSource]) -> None:
+def _check_unique(sources: Sequence[StoredExperts]) -> None:
     """No two stored tensors may fill the same bytes."""
     first: dict[tuple[int | None, int], str] = {}
     stack = next((source.key for source in sources if source.expert is None), None)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from buddymoe_ray.errors import CheckpointError
-from buddymoe_ray.models.index import INDEX_NAME, SINGLE_NAME, has_weights, read_index, read_json
+from buddymoe_ray.models.tensor_index import INDEX_NAME, SINGLE_NAME, has_weights, read_index, read_json
 
 
 def write_raw(path: Path, header: object, data: bytes = b"") -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from buddymoe_ray.cache import DiskReader, ExpertCache, ExpertSource, StandinPool
+from buddymoe_ray.cache import DiskReader, EngineCache, ExpertCache, StandinPool
 from buddymoe_ray.cache.shared import Room
 from buddymoe_ray.config import EngineConfig, parse_memory
 from buddymoe_ray.kernels import ExpertMath, LowbitFormat, UpcastScratch, expert_forward, lowbit_forward
@@ -44,7 +44,7 @@ class ExpertTier:
     `new_compute` makes the experts' arithmetic once more, for another thread.
     """
 
-    cache: ExpertSource
+    cache: EngineCache
     setup: StandinSetup | None
     standin_bytes: int
     room: Room | None
@@ -167,7 +167,7 @@ def _open_cache(
     staging: Staging,
     sharing: Sharing | None,
     setup: StandinSetup | None,
-) -> ExpertSource:
+) -> EngineCache:
     layout = loaded.layout
     reader = DiskReader(depth=staging.depth, buffer_bytes=staging.buffer_bytes)
     on_gpu = loaded.device.type != "cpu"
@@ -240,7 +240,7 @@ def _recoded(config: EngineConfig, loaded: LoadedModel, maths: list[ExpertMath])
 
 def _attach(
     loaded: LoadedModel,
-    cache: ExpertSource,
+    cache: EngineCache,
     maths: list[ExpertMath],
     step: StepState,
     standins: Standins | None,

@@ -13,7 +13,7 @@ from buddymoe_ray.cache.expert_cache import CacheStats
 from buddymoe_ray.cache.pool import Lease
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
-__all__ = ["Experts", "ExpertSource"]
+__all__ = ["Experts", "EngineCache"]
 
 
 Bools = npt.NDArray[np.bool_]
@@ -31,7 +31,7 @@ class Experts(Protocol):
     ) -> Generator[tuple[Lease, ...], None, None]: ...
 
 
-class ExpertSource(Experts, Protocol):
+class EngineCache(Experts, Protocol):
     """The same with what an engine asks for."""
 
     @property

@@ -1,6 +1,7 @@
-"""Measures what stand-ins cost on text that nothing was fitted on, and fits the harm model to it.
+"""Measures what stand-ins cost on text that nothing was fitted on, and fits the expected loss model to it.
 
-    harm of a use = squared slot weight × squared output error × sensitivity of the layer × scale of the kind   (nats)
+    expected loss of an access = squared slot weight × squared output error × sensitivity of the layer × scale of the
+    kind   (nats)
 
 Sensitivity: divergence with stand-ins in one layer only, over the summed weight² × error² of its uses there. Scale:
 divergence with the kind in all layers, over what the sensitivities predict. Divergence is KL(exact || served) per
@@ -26,7 +27,7 @@ from buddymoe_ray.engine.evaluate import EvalResult, cut_windows
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.models.profile import BudgetPoint, ComparisonRow, Profile, save_profile
 
-__all__ = ["HarmOptions", "measure_harms"]
+__all__ = ["LossOptions", "measure_losses"]
 
 _FEWER_WINDOWS, _DEEP = 4, 8
 """Sensitivities of models with more layers than this are measured on one of so many windows."""
@@ -35,7 +36,7 @@ _PREDICTS_NOTHING = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
-class HarmOptions:
+class LossOptions:
     """What is measured: `memories` in per cent, `budgets` in nats per token, at most `tokens` held-out tokens."""
 
     memories: tuple[float, ...] = (75.0, 50.0, 25.0)
@@ -49,17 +50,19 @@ class HarmOptions:
                     f"{name} are {list(values)}, must be some numbers above 0 and up to {most:g}. hint: leave them out"
                 )
         if self.tokens < 1:
-            raise ConfigError(f"harm tokens are {self.tokens}, must be at least 1. hint: leave --harm-tokens out")
+            raise ConfigError(
+                f"expected loss tokens are {self.tokens}, must be at least 1. hint: leave --loss-tokens out"
+            )
 
 
-def measure_harms(
+def measure_losses(
     profile: Profile,
     config: EngineConfig,
     path: Path,
     footprint: Footprint,
     held: Sequence[int],
     standins: tuple[str, ...],
-    options: HarmOptions,
+    options: LossOptions,
     progress: Callable[..., Iterable[Any]],
 ) -> Profile:
     """A profile with sensitivities, scales, comparison, budget curve and recommendation.
@@ -109,7 +112,7 @@ def _sensitivity(
     return np.full(profile.layers, np.nan, dtype=np.float32)
 
 
-def _budget_curve(bench: Bench, standin: str, options: HarmOptions) -> tuple[BudgetPoint, ...]:
+def _budget_curve(bench: Bench, standin: str, options: LossOptions) -> tuple[BudgetPoint, ...]:
     """`bounded` with one stand-in at every memory and budget. Where the least budget already fetches nothing, larger
     ones change nothing and are not run.
     """
@@ -133,7 +136,7 @@ def _budget_curve(bench: Bench, standin: str, options: HarmOptions) -> tuple[Bud
 def _scales(found: Sequence[tuple[str, float, EvalResult]]) -> dict[str, float]:
     """Measured over predicted divergence of each stand-in, at the least memory it was run at.
 
-    `lowbit` is a mix: its kinds get their own scale from the rows that use them alone, else the mix's.
+    `lowbit` is a mix: its kinds get their own scale from the rows that access them alone, else the mix's.
     """
     scales: dict[str, float] = {}
     for standin, _, row in sorted(found, key=lambda item: -item[1]):  # the least memory comes last and stays

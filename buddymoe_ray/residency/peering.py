@@ -24,8 +24,8 @@ from buddymoe_ray.cache.shared import SharedExpertCache
 from buddymoe_ray.errors import LinkError
 from buddymoe_ray.links import LinkServer, PeerLinks, PendingAnswer, derive_secret
 from buddymoe_ray.moe import ExpertCompute
-from buddymoe_ray.residency.experts import ExpertTier
 from buddymoe_ray.residency.sharing import Sharing, spec_of
+from buddymoe_ray.residency.tier import ExpertTier
 
 __all__ = ["PeerService", "Peering", "RemoteExperts", "open_peering"]
 
@@ -61,7 +61,7 @@ class PeerService:
         return np.packbits(self._cache.store.tables.resident.astype(bool)).tobytes()
 
 
-class _Answers:
+class _PendingAnswers:
     """Questions under way at some peers."""
 
     def __init__(self, pending: list[tuple[_Peer, PendingAnswer]], patience: float) -> None:
@@ -109,7 +109,7 @@ class RemoteExperts:
         """Which of the experts some peer has and would answer before the disk does."""
         return [expert for expert in experts if self._best(layer, expert) is not None]
 
-    def ask(self, layer: int, rows_of: Mapping[int, Tensor]) -> _Answers:
+    def ask(self, layer: int, rows_of: Mapping[int, Tensor]) -> _PendingAnswers:
         """One question per peer; a peer that cannot be reached any more is left out."""
         by_peer: dict[str, dict[int, Tensor]] = {}
         for expert, rows in rows_of.items():
@@ -122,7 +122,7 @@ class RemoteExperts:
                 pending.append((self._peers[name], self._links.get(name).submit(layer, asked)))
             except (KeyError, LinkError):
                 continue
-        return _Answers(pending, _PATIENCE * self._fetch_seconds())
+        return _PendingAnswers(pending, _PATIENCE * self._fetch_seconds())
 
     def seconds(self) -> dict[str, float]:
         """How long each peer takes to answer, lately; one that does not answer takes the whole timeout."""
@@ -192,7 +192,7 @@ class Peering:
         """Where peers reach this worker."""
         return self._server.address
 
-    def meet(self, peers: Mapping[str, str]) -> None:
+    def set_peers(self, peers: Mapping[str, str]) -> None:
         """From now on these are the peers: name to address. Raises LinkError for an address that is none."""
         self._links.update(peers)
 
