@@ -22,7 +22,7 @@ from tqdm import tqdm
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.validate import checked_sampling, plain_text, plain_tokens
-from buddymoe_ray.errors import RequestError
+from buddymoe_ray.errors import ConfigError, RequestError
 from buddymoe_ray.types import EngineResult, GenerationRequest, Mode, SamplingParams, TokenEvent, TokenLogprob, Usage
 
 __all__ = ["LLM"]
@@ -45,6 +45,11 @@ class LLM:
     """
 
     def __init__(self, model: str = "builtin:tiny", **options: Any) -> None:
+        if "generation_config" in options:
+            raise ConfigError(
+                "generation_config is given to LLM, must be left out: generate() is greedy where it is not told else. "
+                "hint: pass SamplingParams"
+            )
         self._engine = Engine.from_config(EngineConfig.from_options(model=model, **options))
         self._ids = itertools.count()
 

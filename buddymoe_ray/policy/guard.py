@@ -2,7 +2,7 @@
 
 Measured tokens come in from sampled requests. The guard trips when their mean divergence is above the limit by more
 than two standard errors (clustered by request), and re-arms after a cooldown counted in generated tokens, twice as
-long at each trip. Neighbours: `engine.guard` recomputes requests and feeds it.
+long at each trip. `engine.guard` feeds it.
 """
 
 from __future__ import annotations

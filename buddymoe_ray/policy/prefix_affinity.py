@@ -116,7 +116,3 @@ class PrefixAffinity:
     def keep(self, names: Collection[Hashable]) -> None:
         """These are there; all others are gone and forgotten."""
         self._served = {name: served for name, served in self._served.items() if name in names}
-
-    def remembered(self) -> dict[Hashable, int]:
-        """Blocks that each worker is known to have served."""
-        return {name: len(served) for name, served in self._served.items()}

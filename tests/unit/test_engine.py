@@ -140,6 +140,7 @@ def test_sampling_with_a_seed_does_not_depend_on_the_batch(folder: Path) -> None
         ({"device": "cuda:7"}, ConfigError, "CUDA devices"),
         ({"mode": "quick"}, ConfigError, "must be exact"),
         ({"threads": 0}, ConfigError, "threads is 0"),
+        ({"generation_config": "none"}, ConfigError, "must be left out: generate"),
         ({"kv_memory": "1KiB"}, BudgetError, "raise kv_memory"),
     ],
 )

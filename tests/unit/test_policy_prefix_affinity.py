@@ -75,7 +75,8 @@ def test_memory_is_bounded_and_holds_no_block_without_those_before_it(
     past: list[tuple[str, list[bytes]]], capacity: int
 ) -> None:
     affinity = after(past, capacity=capacity)
-    for name, held in affinity.remembered().items():
+    for name, served in affinity._served.items():
+        held = len(served)
         assert 0 <= held <= capacity
         mine = [blocks(*prompt) for at, prompt in past if at == name]
         reachable = {block for prompt in mine for block in prompt[: affinity.matched(name, prompt)]}
@@ -86,7 +87,7 @@ def test_memory_is_bounded_and_holds_no_block_without_those_before_it(
 def test_who_is_gone_is_forgotten(past: list[tuple[str, list[bytes]]], there: set[str]) -> None:
     affinity = after(past)
     affinity.keep(there)
-    assert affinity.remembered().keys() == {name for name, _ in past} & there
+    assert affinity._served.keys() == {name for name, _ in past} & there
     for name, prompt in past:
         assert affinity.matched(name, blocks(*prompt)) == (len(blocks(*prompt)) if name in there else 0)
 
