@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-OWN_RAY = "tests/ray/test_cluster_up.py"  # `ray up` is what it tests
-FIRST = ("ray", *(f"tests/unit/test_{name}.py" for name in ("exactness", "commands", "calibrate_run")), OWN_RAY)
+OWN_RAY = "tests/ray/test_cluster_up.py"  # `ray up` starts one on fixed ports: before the others' is there
+FIRST = ("ray", *(f"tests/unit/test_{name}.py" for name in ("exactness", "commands", "calibrate_run")))
 
 
 def group(test: str) -> str:
-    """What one process does as a whole: a file, or all that share Ray."""
+    """What one process does as a whole: a file, or all that start Ray."""
     file = test.split("::", 1)[0]
-    return "ray" if file.startswith("tests/ray/") and file != OWN_RAY else file
+    return "ray" if file.startswith("tests/ray/") else file
 
 
 class Groups(LoadFileScheduling):
@@ -36,4 +36,4 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Groups:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     sizes = Counter(group(item.nodeid) for item in items)
     ranks = {name: (FIRST.index(name) if name in FIRST else len(FIRST), -sizes[name], name) for name in sizes}
-    items.sort(key=lambda item: ranks[group(item.nodeid)])
+    items.sort(key=lambda item: (ranks[group(item.nodeid)], not item.nodeid.startswith(OWN_RAY)))
