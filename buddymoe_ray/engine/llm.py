@@ -45,7 +45,7 @@ class LLM:
     """
 
     def __init__(self, model: str = "builtin:tiny", **options: Any) -> None:
-        if "generation_config" in options:
+        if options.get("generation_config", EngineConfig.generation_config) != EngineConfig.generation_config:
             raise ConfigError(
                 "generation_config is given to LLM, must be left out: generate() is greedy where it is not told else. "
                 "hint: pass SamplingParams"
