@@ -460,7 +460,7 @@ class World:
                 vars(store)["_views_of_test"] = views
                 found += [views[name].tobytes() for name in views.keys() - _LOOSE]
                 found += [views["last_used"].argsort(kind="stable").tobytes(), store.bytes_C.tobytes()]
-                found.append(int(np.asarray(store.tables.head)[shape.Head.DIRTY]))
+                found.append(int(np.asarray(store.tables.head)[shape.HeaderWord.DIRTY]))
         with contextlib.suppress(FileNotFoundError):
             found.append(os.stat(self.path).st_size)
         return tuple(found)

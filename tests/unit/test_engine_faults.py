@@ -41,7 +41,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM("builtin:tiny", **OPTIONS, mode="exact") as made:
+    with LLM("builtin:tiny", **(OPTIONS | {"guard_share": 0.0}), mode="exact") as made:
         yield made
 
 
