@@ -42,8 +42,8 @@ __all__ = ["Actor", "Found", "Reader", "Violation", "World", "explore", "instrum
 
 SLOT, HALF = 64, 32
 DIGEST = b"d" * 32
-_TICK, _MOST_TICKS = 1.0, 12
-_FREE = ("read", "write", "compute")  # points from which an actor looks at, or changes, tables and bytes
+_TICK, _MOST_STEPS = 1.0, 2000
+_FREE = ("read", "write", "compute", "open", "unlink")  # from these an actor looks at tables, bytes or files
 _LOOSE = {"counters", "accesses", "last_used"}  # tables that decide nothing, or only by their order
 _IGNORED = {"reaped", "began", "pause", "end", "patience", "store", "stop", "progress", "pool"}
 
@@ -246,7 +246,8 @@ class World:
         global _world
         _world = self
         self.victims: frozenset[str] = frozenset()
-        self.violation, self.unlinked = "", False
+        self.patience = 3  # most ticks in which nothing happens: somebody waits for ever then
+        self.violation, self.unlinked, self.steps = "", False, 0
 
     # ---- setting up
 
@@ -303,6 +304,9 @@ class World:
 
     def apply(self, op: str) -> None:
         """Let it happen. Raises Violation."""
+        self.steps += 1
+        if self.steps > _MOST_STEPS:
+            raise Violation("somebody goes round for ever")
         if op == "~":
             self._tick()
         elif op[0] == "!":
@@ -321,6 +325,10 @@ class World:
         """Somebody changed what others may wait for."""
         self._writes[by.name if by else ""] += 1
         self.ticks = 0
+
+    def written(self, actor: Actor) -> int:
+        """How often others wrote, or time went on: a sleeper looks again when it is more."""
+        return sum(self._writes.values()) - self._writes[actor.name]
 
     def finish(self) -> None:
         """At the end: a fresh process finds everything in order. Raises Violation."""
@@ -346,7 +354,11 @@ class World:
     def key(self) -> int:
         """Tells this state from others."""
         actors = tuple(
-            (a.state, a.label, a.in_lock, a.able(), _frames(a), tuple((r.key, r.landed, r.failed) for r in a.reads))
+            (
+                (a.state, a.label, a.in_lock, a.able(), self.written(a) != a.seen),
+                _frames(a),
+                tuple((r.key, r.landed, r.failed) for r in a.reads),
+            )
             for a in self.actors.values()
         )
         return hash((actors, self._memory(), self.kills, self.failures, self.ticks))
@@ -402,7 +414,7 @@ class World:
             actor for actor in self.actors.values() if actor.state == "live" and actor.label in ("sleep", "long")
         ]
         self.ticks += 1
-        if not sleeping or self.ticks > _MOST_TICKS:
+        if not sleeping or self.ticks > self.patience:
             stuck = {a.name: a.label for a in self.actors.values() if a.state == "live"}
             raise Violation(f"{stuck} wait for ever")
         self.now += _TICK
@@ -472,9 +484,7 @@ class World:
 def _frames(actor: Actor) -> tuple[Any, ...]:
     frame, found = actor.thread.gr_frame if actor.thread else None, []
     while frame is not None:
-        code = frame.f_code
-        if code.co_filename != __file__:
-            found.append((id(code), frame.f_lasti, _locals(frame.f_locals)))
+        found.append((id(frame.f_code), frame.f_lasti, _locals(frame.f_locals)))
         frame = frame.f_back
     return tuple(found)
 
@@ -634,9 +644,8 @@ def _sleep(_: float) -> None:
     world, me = _world, _world.current if _world else None
     if world is None or me is None:
         return
-    others = lambda: sum(world._writes.values()) - world._writes[me.name]  # noqa: E731
-    point("sleep", lambda: others() != me.seen)
-    me.seen = others()
+    point("sleep", lambda: world.written(me) != me.seen)
+    me.seen = world.written(me)
 
 
 # ---- exploring
@@ -678,7 +687,7 @@ def explore(
                         break
                     owner = world.owner.name if world.owner else ""
                     for op in options[1:]:
-                        more = op[0] == "!" or "-" in op or (options[0] == owner != op and "+" not in op)
+                        more = op[0] == "!" or "-" in op or options[0] == owner
                         heapq.heappush(waiting, (cost + more, next(number), (*path, op)))
                     path.append(options[0])
                     world.apply(options[0])

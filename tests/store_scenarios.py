@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from interleavings import Actor, Reader, World, explore, instrumented, point
 
@@ -21,13 +23,17 @@ Prepare = Callable[[Actor], Callable[[Actor], None]]
 X, Y, Z = (ExpertKey(0, expert) for expert in range(3))
 
 
-def worker(world: World, *experts: int, held: tuple[int, ...] = (), seconds: float = 0.0) -> Prepare:
-    """Streams the experts once; inside a hold, and computing long, where asked."""
+def worker(
+    world: World, *experts: int, held: tuple[int, ...] = (), seconds: float = 0.0, after: float = 0.0
+) -> Prepare:
+    """Streams the experts once; inside a hold, computing long, or only after a while, where asked."""
 
     def prepare(me: Actor) -> Callable[[Actor], None]:
         cache = SharedExpertCache(world.attach(me), reader=Reader())  # type: ignore[arg-type]
 
         def program(me: Actor) -> None:
+            if after:
+                point("long", lambda: world.now >= after)
             with cache.holding(0, list(held)) as able:
                 wanted = [*able, *(e for e in experts if e not in able)]
                 for leases in cache.stream(0, wanted, protect_residency=bool(held)):
@@ -135,10 +141,11 @@ def _scenario(
     kills: int = 0,
     failures: int = 0,
     victims: str = "",
+    patience: int = 3,
 ) -> Scenario:
     def make() -> World:
         world = World(folder)
-        world.victims = frozenset(victims or actors)
+        world.victims, world.patience = frozenset(victims or actors), patience
         for name, prepare in actors.items():
             world.actor(name, prepare(world))
         if resident:
@@ -149,8 +156,8 @@ def _scenario(
     return Scenario(make=make, kills=kills, failures=failures)
 
 
-def _worker(*experts: int, held: tuple[int, ...] = (), seconds: float = 0.0) -> Callable[[World], Prepare]:
-    return lambda world: worker(world, *experts, held=held, seconds=seconds)
+def _worker(*experts: int, **options: Any) -> Callable[[World], Prepare]:
+    return lambda world: worker(world, *experts, **options)
 
 
 def _keeper(*moves: Move) -> Callable[[World], Prepare]:
@@ -167,7 +174,7 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
     return {
         "same": _scenario(folder, {"A": _worker(0), "B": _worker(0)}, failures=1),
         "same, killed": _scenario(folder, {"A": _worker(0), "B": _worker(0)}, kills=1),
-        "evict": _scenario(folder, {"A": _worker(0), "B": _worker(1)}, X, kills=1),
+        "evict": _scenario(folder, {"A": _worker(0, 1), "B": _worker(2)}, X, Y, kills=1),
         "waves": _scenario(folder, {"A": _worker(0, 1, 2), "B": _worker(2, 1)}, failures=1),
         "move": _scenario(folder, {"A": _worker(0), "M": _keeper(swap)}, X, kills=1),
         "move, failed": _scenario(folder, {"A": _worker(0, 1), "M": _keeper(swap)}, X, failures=1),
@@ -175,8 +182,24 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
             folder, {"A": _worker(0), "M": _keeper(swap), "N": _keeper(Move(load=Z))}, X, kills=1, victims="M"
         ),
         "repair": _scenario(folder, {"M": _keeper(swap), "A": _worker(2), "K": reaper}, X, kills=1, victims="K"),
-        "long": _scenario(folder, {"A": _worker(0, seconds=7.0), "M": _keeper(swap), "B": _worker(0)}, X),
+        "long": _scenario(folder, {"A": _worker(0, seconds=7.0), "M": _keeper(swap), "B": _worker(0)}, X, patience=12),
         "roles": _scenario(folder, {"A": _worker(0, 2, held=(0,)), "M": _keeper(swap)}, X, Y, kills=1),
+        "wait, move": _scenario(folder, {"A": _worker(0), "B": _worker(0), "M": _keeper(swap)}),
+        "hold a wave": _scenario(folder, {"A": _worker(1, 2, held=(1,))}, X, Y),
+        "one, another": _scenario(folder, {"A": _worker(0), "B": _worker(1)}, X, kills=1),
+        "hold": _scenario(folder, {"A": _worker(0, held=(0,)), "M": _keeper(swap)}, X),
+        "failed, killed": _scenario(folder, {"A": _worker(0), "B": _worker(0)}, kills=1, failures=1, victims="A"),
+        "moves, failed, killed": _scenario(
+            folder, {"M": _keeper(swap), "B": _worker(1)}, X, kills=1, failures=1, victims="M"
+        ),
+        "failed, repaired": _scenario(
+            folder, {"A": _worker(0), "B": _worker(0), "K": reaper}, kills=1, failures=1, victims="K"
+        ),
+        "move, killed": _scenario(folder, {"M": _keeper(swap), "B": _worker(1)}, X, kills=1, victims="M"),
+        "long, late": _scenario(
+            folder, {"A": _worker(0, seconds=7.0), "M": _keeper(swap), "B": _worker(0, after=6.0)}, X, patience=12
+        ),
+        "devices, failed": _scenario(folder, {"A": _device(0), "B": _device(0)}, failures=1),
         "start": _scenario(folder, {"A": starter, "B": starter}, kills=1),
         "sweep": _scenario(folder, {"A": starter, "S": sweeper}, kills=1),
         "devices": _scenario(folder, {"A": _device(0), "B": _device(1, 2)}, failures=1),
@@ -186,6 +209,7 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
 
 def main(seconds: float, *names: str) -> None:
     """Explore the nodes so named (else all), each for so many seconds of this processor at most."""
+    logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, instrumented():
         for name, node in scenarios(Path(folder)).items():
             if not names or name in names:

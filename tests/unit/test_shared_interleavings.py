@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from interleavings import explore, instrumented, replay
+from store_mutations import MUTATIONS, Mutation
 from store_scenarios import Scenario, scenarios
 
 STATES = 900  # of each node; `python tests/store_scenarios.py 60` goes on for a minute each
@@ -54,6 +55,14 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Scenar
 def test_what_once_went_wrong_goes_well(nodes: dict[str, Scenario], fault: str) -> None:
     name, trace = TRACES[fault]
     assert replay(nodes[name].make, trace.split()) == ""
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.function}-{m.old[:30]}")
+def test_no_lock_and_no_check_is_for_nothing(nodes: dict[str, Scenario], mutation: Mutation) -> None:
+    node = nodes[mutation.node]
+    assert replay(node.make, mutation.trace.split()) == ""
+    with mutation.made():
+        assert replay(node.make, mutation.trace.split()) != "", f"without {mutation.old} nothing goes wrong"
 
 
 @pytest.mark.parametrize("name", list(scenarios(Path())))

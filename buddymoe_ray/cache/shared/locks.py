@@ -69,8 +69,11 @@ class FileLocks:
             self.unlock(at)
 
 
-def remove_unused(paths: Iterable[Path], *, dry: bool = False) -> list[Path]:
-    """Unlink those of the files that no living process uses, and return them; with `dry` only say which they are."""
+def remove_unused(paths: Iterable[Path], *, dry: bool = False, empty: bool = True) -> list[Path]:
+    """Unlink those of the files that no living process uses, and return them; with `dry` only say which they are.
+
+    Without `empty` an empty file stays: somebody may have made it just now, and be about to lock it.
+    """
     unused = []
     for path in paths:
         try:
@@ -81,11 +84,8 @@ def remove_unused(paths: Iterable[Path], *, dry: bool = False) -> list[Path]:
         try:
             if not dry:
                 locks.lock(TABLES_BYTE)  # whoever makes or attaches holds it meanwhile
-            if (
-                same_file(path, fd)
-                and not locks.held_elsewhere(OWNER_BYTE)
-                and not locks.held_elsewhere(ROW_BYTE, ROWS)
-            ):
+            used = locks.held_elsewhere(OWNER_BYTE) or locks.held_elsewhere(ROW_BYTE, ROWS)
+            if not used and same_file(path, fd) and (empty or os.fstat(fd).st_size):
                 unused.append(path)
                 if not dry:
                     os.unlink(path)

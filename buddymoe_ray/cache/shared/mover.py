@@ -146,9 +146,9 @@ class Mover:
         tables, end = self._tables, time.monotonic() + _LONGEST_DRAIN
         while tables.leased(np.array([slot]))[0]:
             time.sleep(_POLL_SECONDS)
+            tables.reap_now_and_then()
             if time.monotonic() > end:
                 with tables.locked():
-                    tables.reap()
                     if tables.leased(np.array([slot]))[0]:
                         tables.restore(slot, gone)
                         return None

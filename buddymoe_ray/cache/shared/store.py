@@ -198,7 +198,7 @@ def allocate(
 def sweep(folder: Path = FOLDER) -> list[Path]:
     """Remove this user's files that no living process uses, left by killed ones; returns what was removed."""
     mine = sorted(folder.glob(f"buddymoe-{os.geteuid()}-*"))
-    removed = remove_unused(path for path in mine if path.suffix in (".experts", ".records"))
+    removed = remove_unused((path for path in mine if path.suffix in (".experts", ".records")), empty=False)
     if removed:
         log.warning("removed %d shared files that a killed process left behind", len(removed))
     return removed

@@ -274,7 +274,7 @@ class SharedTables:
             held = np.flatnonzero((self.state != FREE) & (self.key_layer >= 0)).tolist()  # without retired ones
             forward = {(la, e): int(self.slot_of[la, e]) for la, e in np.argwhere(self.slot_of >= 0).tolist()}
             backward = {(int(self.key_layer[s]), int(self.key_expert[s])): s for s in held}
-            assert forward == backward, f"experts say {forward}, slots say {backward}"
+            assert forward == backward and len(held) == len(backward), f"experts say {forward}, slots say {backward}"
             ready = {(int(self.key_layer[s]), int(self.key_expert[s])) for s in held if self.state[s] == READY}
             flags = {(la, e) for la, e in np.argwhere(self.resident).tolist()}
             assert flags == ready, f"flags say {flags}, slots say {ready}"

@@ -1,0 +1,296 @@
+"""The shared store without one of its locks or checks: each such change must be found by exploring small nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from interleavings import explore, instrumented
+from store_scenarios import scenarios
+
+from buddymoe_ray.cache import expert_cache
+from buddymoe_ray.cache.shared import cache, host, locks, mover, store, tables
+
+__all__ = ["MUTATIONS", "Mutation"]
+
+Cache, Tables, Mover = cache.SharedExpertCache, tables.SharedTables, mover.Mover
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """In `function` of `owner` the text `old`, the `nth` one, becomes `new`; `node` is where that shows, and `trace`
+    how."""
+
+    owner: Any
+    function: str
+    old: str
+    new: str
+    node: str
+    trace: str
+    nth: int = 0
+
+    @contextlib.contextmanager
+    def made(self) -> Iterator[None]:
+        """The code is changed inside the block."""
+        before = inspect.getattr_static(self.owner, self.function)
+        text = textwrap.dedent(inspect.getsource(before.fget if isinstance(before, property) else before))
+        parts = text.split(self.old)
+        assert len(parts) > self.nth + 1, f"{self.function} has no {self.old!r} number {self.nth}"
+        text = self.old.join(parts[: self.nth + 1]) + self.new + self.old.join(parts[self.nth + 1 :])
+        module = sys.modules[self.owner.__module__] if isinstance(self.owner, type) else self.owner
+        names = vars(module) | {"nullcontext": contextlib.nullcontext}
+        exec(compile("from __future__ import annotations\n" + text, "mutated", "exec"), names)
+        users = [m for n, m in sys.modules.items() if n.startswith("buddymoe_ray.cache")]
+        places = [self.owner, *(m for m in users if vars(m).get(self.function) is before)]
+        try:
+            for place in places:
+                setattr(place, self.function, names[self.function])
+            yield
+        finally:
+            for place in places:
+                setattr(place, self.function, before)
+
+
+LOCKED, MINE, UNLOCKED = "with tables.locked():", "with self._tables.locked():", "with nullcontext():"
+MUTATIONS = [
+    Mutation(
+        Cache,
+        "stream",
+        MINE,
+        UNLOCKED,
+        "one, another",
+        "A:read-lease#1 B:settle#1 A:sleep#2 B+0 A:sleep#3 B:write-lease#4 A:end#1",
+    ),
+    Mutation(Cache, "holding", MINE, UNLOCKED, "hold", "A:read-state#1 M:wait#1 M+0 M:write-lease#3 A:end#1"),
+    Mutation(
+        Cache,
+        "_start",
+        LOCKED,
+        UNLOCKED,
+        "same",
+        "A:read-partition#1 B:settle#1 A:settle#1 A+0 A:write-lease#3 B+0 B:end#1",
+    ),
+    Mutation(
+        Cache, "_others", LOCKED, UNLOCKED, "same", "A:settle#1 B:lock#1 A-0 B:read-state#4 A:write-lease#3 B:end#1"
+    ),
+    Mutation(
+        Cache,
+        "_finish",
+        LOCKED,
+        UNLOCKED,
+        "same, killed",
+        "A:settle#1 B:sleep#2 A+0 B:sleep#3 A:write-state#2 !A B:sleep#4",
+    ),
+    Mutation(
+        Cache,
+        "_abandon",
+        MINE,
+        UNLOCKED,
+        "failed, repaired",
+        "A:settle#1 A-0 A:write-state#2 K:write-head#2 !K B:lock#2 A:end#1 B:end#1",
+    ),
+    Mutation(Mover, "_empty_slot", LOCKED, UNLOCKED, "move", "A:write-lease#3 M:write-key_expert#1 !M"),
+    Mutation(
+        Mover,
+        "_one",
+        LOCKED,
+        UNLOCKED,
+        "move",
+        "A:lock#1 M:write-loader#2 A:settle#1 M:wait#1 A+0 A:write-lease#3 M+0 M:end#1",
+    ),
+    Mutation(
+        Mover,
+        "_one",
+        LOCKED,
+        UNLOCKED,
+        "moves, failed, killed",
+        "M:wait#1 M-0 M:read-state#3 !M B:settle#1 B+0 B:end#1",
+        nth=1,
+    ),
+    Mutation(
+        Mover,
+        "_one",
+        LOCKED,
+        UNLOCKED,
+        "move, killed",
+        "M:wait#1 B:sleep#2 M+0 B:sleep#3 M:write-state#4 !M B:sleep#4",
+        nth=2,
+    ),
+    Mutation(
+        Mover,
+        "_drained",
+        LOCKED,
+        UNLOCKED,
+        "long, late",
+        "A:long#1 M:sleep#2 B:long#1 ~ M:sleep#3 ~ M:sleep#4 ~ M:sleep#5 ~ M:sleep#6 ~ M:sleep#7 ~ M:write-key_layer#2 "
+        "B:settle#1 M:read-resident#2 B+0 B:write-lease#3 ~ A:end#1",
+    ),
+    Mutation(
+        host.SharedHostTier,
+        "fetch",
+        LOCKED,
+        UNLOCKED,
+        "devices",
+        "A:write-loader#1 B:wait#1 A:wait#1 A+0 A:write-lease#4 B+0 B:wait#2 B+1 B:end#1",
+    ),
+    Mutation(
+        host._Read,
+        "conclude",
+        LOCKED,
+        UNLOCKED,
+        "devices, killed",
+        "A:wait#1 B:sleep#2 A+0 B:sleep#3 A:write-state#2 !A B:sleep#4 B+0 B:sleep#5",
+    ),
+    Mutation(
+        host._Awaited,
+        "_arrived",
+        "with self.store.tables.locked():",
+        UNLOCKED,
+        "devices, failed",
+        "A:wait#1 B:read-state#3 A-0 B:read-state#4 A:write-lease#3 B:end#1",
+    ),
+    Mutation(store, "open_locked", "locks.lock(TABLES_BYTE)", "pass", "start", "A:write-pid#1 B:end#1"),
+    Mutation(store, "open_locked", "if same_file(path, fd):", "if True:", "start", "A:lock#1 B:close#3 A:end#1"),
+    Mutation(locks, "remove_unused", "locks.lock(TABLES_BYTE)", "pass", "sweep", "A:unlink#1 S:close#2 A:end#1"),
+    Mutation(locks, "remove_unused", "not used and ", "", "sweep", "A:attached#1 S:end#1"),
+    Mutation(locks, "remove_unused", " and same_file(path, fd)", "", "start", "A:lock#3 B:close#3 A:end#1"),
+    Mutation(
+        Tables,
+        "free_of",
+        "~self.leased(free)",
+        "self.state[free] == FREE",
+        "movers",
+        "A:compute#1 M:read-lease#1 !M N:wait#1 N+0 N:end#1 A:end#1",
+    ),
+    Mutation(
+        Tables,
+        "_victim",
+        "~self.leased(slots)",
+        "self.state[slots] == READY",
+        "evict",
+        "A:read-generation#2 B:settle#1 A:end#1",
+    ),
+    Mutation(
+        Tables,
+        "arrived",
+        "if self.state[slot] == FREE:",
+        "if False:",
+        "same",
+        "A:settle#1 B:lock#1 A-0 B:sleep#2 A:write-lease#3 B:end#1",
+    ),
+    Mutation(
+        Tables,
+        "arrived",
+        " or self.key_layer[slot] < 0",
+        "",
+        "wait, move",
+        "A:settle#1 B:sleep#2 A+0 A:end#1 M:sleep#1 B:end#1",
+    ),
+    Mutation(
+        Tables,
+        "_repair",
+        "if layer < 0 and held:",
+        "if False:",
+        "repair",
+        "M:read-lease#1 K:write-head#2 !K M:lock#3 A:settle#1 M:submit#1 A+0 M:wait#1 M+0 M:write-lease#3 A:end#1",
+    ),
+    Mutation(
+        Tables,
+        "_repair",
+        "orphan or ",
+        "",
+        "same, killed",
+        "A:settle#1 B:sleep#2 A+0 B:sleep#3 A:write-state#2 !A B:sleep#4",
+    ),
+    Mutation(
+        Tables,
+        "_changing",
+        "if self.head[HeaderWord.DIRTY]:",
+        "if False:",
+        "same, killed",
+        "A:write-slot_of#1 !A B:settle#1 B+0 B:end#1",
+    ),
+    Mutation(Tables, "reap", "if not self.alive(row)", "if row != self.row", "move", "A:write-head#2 !A M:sleep#2"),
+    Mutation(Tables, "alive", "row == self.row or ", "", "same, killed", "A:unlock#2 !A B:sleep#2"),
+    Mutation(
+        Cache,
+        "_start",
+        "if tables.slot_of[key.layer, key.expert] >= 0:",
+        "if False:",
+        "same",
+        "A:lock#2 B:settle#1 A:settle#1 A+0 A:write-lease#3 B+0 B:end#1",
+    ),
+    Mutation(
+        Mover,
+        "_one",
+        "if tables.slot_of[key.layer, key.expert] >= 0:",
+        "if False:",
+        "move, failed",
+        "A:lock#2 M:sleep#2 A:settle#1 M:wait#1 A+0 A:write-lease#5 M+0 M:end#1",
+    ),
+    Mutation(
+        Mover,
+        "_empty_slot",
+        " and not tables.leased(np.array([slot]))[0]",
+        "",
+        "roles",
+        "A:lock#2 M:read-resident#2 A:sleep#2",
+    ),
+    Mutation(
+        Mover,
+        "_drained",
+        "while tables.leased(np.array([slot]))[0]:",
+        "while False:",
+        "move",
+        "A:read-generation#2 M:wait#1 A:end#1",
+    ),
+    Mutation(
+        Tables,
+        "restore",
+        "if self.slot_of[key.layer, key.expert] < 0:",
+        "if True:",
+        "long",
+        "A:long#1 M:sleep#2 B:settle#1 M:sleep#3 B+0 M:sleep#4 B:write-lease#3 M:sleep#5",
+    ),
+    Mutation(
+        Tables,
+        "restore",
+        "self.vacate(slot)",
+        "pass",
+        "long",
+        "A:long#1 M:sleep#2 B:settle#1 M:sleep#3 B+0 M:sleep#4 B:write-lease#3 M:sleep#5",
+    ),
+    Mutation(Tables, "hold", " and self.partition[slot] == layer", "", "hold a wave", "A:sleep#1"),
+    Mutation(Tables, "_void", "self.lease[row] = 0", "pass", "evict", "A:write-head#2 !A B:sleep#2"),
+    Mutation(Tables, "reap_now_and_then", "self.reap()", "pass", "same, killed", "A:unlock#2 !A B:sleep#2"),
+    Mutation(
+        expert_cache.ExpertCache,
+        "_arrived",
+        "missing.append(load.key)",
+        "raise",
+        "devices, killed",
+        "A:unlock#1 !A B:sleep#2 B+0 B:sleep#3",
+    ),
+]
+
+
+def main(seconds: float) -> None:
+    """Explore every mutation until it shows."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, instrumented():
+        nodes = scenarios(Path(folder))
+        for mutation in MUTATIONS:
+            node = nodes[mutation.node]
+            with mutation.made():
+                found = explore(node.make, kills=node.kills, failures=node.failures, seconds=seconds)
+            print(mutation.function, repr(mutation.old), mutation.node, found, flush=True)
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]))
