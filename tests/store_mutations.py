@@ -230,7 +230,7 @@ MUTATIONS = [
     Mutation(
         Mover,
         "_one",
-        "if tables.slot_of[key.layer, key.expert] >= 0:",
+        "if (now := int(tables.slot_of[key.layer, key.expert])) >= 0:",
         "if False:",
         "move, failed",
         "A:lock#2 M:sleep#2 A:settle#1 M:wait#1 A+0 A:write-lease#5 M+0 M:end#1",

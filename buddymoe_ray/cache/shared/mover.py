@@ -83,8 +83,9 @@ class Mover:
             moved.skipped += not tables.resident[key.layer, key.expert]
             return
         with tables.locked():
-            if tables.slot_of[key.layer, key.expert] >= 0:  # came by demand meanwhile
+            if (now := int(tables.slot_of[key.layer, key.expert])) >= 0:  # came by demand meanwhile
                 tables.vacate(slot)
+                self._exchange(now, slot)
                 return
             tables.take(slot, key)
             tables.partition[slot] = key.layer
@@ -112,12 +113,9 @@ class Mover:
             if slot is None:
                 return None
             if now >= 0:
-                # in a wave slot: the two change roles and no byte moves, but not while somebody leases the slot: it may
-                # be one who waits for a wave slot
-                waves = tables.partition[now] == WAVE and tables.state[now] == READY
-                if waves and not tables.leased(np.array([slot]))[0]:
-                    tables.partition[slot] = WAVE  # first: killed in between there is one wave slot more, and not less
-                    tables.partition[now] = load.layer
+                # no byte moves; but one who holds the slot may wait for a wave slot
+                if tables.state[now] == READY and not tables.leased(np.array([slot]))[0]:
+                    self._exchange(now, slot)
                 return None
             if tables.state[slot] == FREE:
                 tables.reserve(slot)
@@ -125,6 +123,13 @@ class Mover:
             gone = ExpertKey(int(tables.key_layer[slot]), int(tables.key_expert[slot]))
             tables.retire(slot)
         return self._drained(slot, gone)
+
+    def _exchange(self, now: int, slot: int) -> None:
+        """Give the expert in wave slot `now`, if it is one, the role of `slot`; the caller holds the lock."""
+        tables = self._tables
+        if tables.partition[now] == WAVE:
+            tables.partition[slot] = WAVE  # first: killed in between there is one wave slot more, and not less
+            tables.partition[now] = tables.key_layer[now]
 
     def _chosen(self, move: Move) -> int | None:
         """The slot that is evicted; the caller holds the lock."""
