@@ -79,10 +79,9 @@ class GenerationRequest:
 
     `mode` and `budget` (nats of expected extra loss per generated token, for `bounded`) are the engine's where None.
     `record` asks for the request's expert accesses with its last event; `replay` is such a record: every access is
-    answered as
-    it says, so the same tokens come out whatever is resident now.
-    `resumed_token_ids` are output tokens that the caller already has, from another engine: this one goes on after them,
-    and its events tell what is new. A request with `record` or `replay` cannot be resumed.
+    answered as it says, so the same tokens come out whatever is resident now. `resumed_token_ids` are output tokens
+    that the caller already has, from another engine: this one goes on after them, and its events tell what is new. A
+    request with `record` or `replay` cannot be resumed.
     """
 
     request_id: str

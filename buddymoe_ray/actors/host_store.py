@@ -2,10 +2,9 @@
 
 Workers attach to the file themselves and never call this actor for an expert. What it does: own the file (so that a
 worker's restart finds it filled), free what killed workers held, count accesses per window for the Placement actor,
-migrate
-in the background. Killed and restarted, it finds its file by the same spec and goes on. It ends itself, and the file
-with it, when nobody was attached for a while.
-All work on the store is done by one thread; the methods that ray calls only read.
+migrate in the background. Killed and restarted, it finds its file by the same spec and goes on. It ends itself, and the
+file with it, when nobody was attached for a while. All work on the store is done by one thread; the methods that ray
+calls only read.
 """
 
 from __future__ import annotations

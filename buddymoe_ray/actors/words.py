@@ -18,10 +18,9 @@ class NodeReport:
     """One node's last window.
 
     `counts_LE` are accesses (token, slot) since the last report, `pin_slots` how many experts the map may pin here,
-    `links`
-    where its workers answer peers, `pins` what is pinned now under map `epoch` (a restarted Placement starts from it).
-    `fetch_seconds` is one expert from this node's disk, `link_seconds` how long each worker of other nodes takes to
-    answer, by its name in `Directive.peers`. `standin_LE`, where every expert has a stand-in, says what one
+    `links` where its workers answer peers, `pins` what is pinned now under map `epoch` (a restarted Placement starts
+    from it). `fetch_seconds` is one expert from this node's disk, `link_seconds` how long each worker of other nodes
+    takes to answer, by its name in `Directive.peers`. `standin_LE`, where every expert has a stand-in, says what one
     access of it costs as a share (0 to 1) of that.
     """
 

@@ -1,7 +1,7 @@
 """Runs variants of one engine over held-out windows beside the exact engine, as many at once as memory allows.
 
 Knows sizes, not what variants mean. What does not fit in this machine beside the fully resident reference is left out,
-and said. Neighbour: expected loss.py asks for variants and reads the results.
+and said. Neighbour: expected_loss.py asks for variants and reads the results.
 """
 
 from __future__ import annotations

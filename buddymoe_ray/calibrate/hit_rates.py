@@ -63,8 +63,7 @@ def lru_hits(routes_TLK: Ints, counts_LE: Ints, sizes: tuple[int, ...]) -> Float
     """The same when the experts used last are resident `[L, C]`.
 
     One pass serves all sizes, since a larger cache holds all that a smaller one does (Mattson et al. 1970): an access
-    hits
-    when fewer than C experts were used after its expert's last access. Starts with the most frequent experts.
+    hits when fewer than C experts were used after its expert's last access. Starts with the most frequent experts.
     """
     T, L, K = routes_TLK.shape
     E = counts_LE.shape[1]

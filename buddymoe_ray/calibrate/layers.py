@@ -1,6 +1,6 @@
 """Every layer's stand-ins: makes the records, writes them, measures their errors, and the errors of buddies.
 
-One expert is in memory at a time beside the layer's rows. Neighbours: samples.py lends the experts, records.py makes a
+One expert is in memory at a time beside the layer's rows. Neighbours: samples.py lends the experts, fitting.py makes a
 record, run.py assembles the profile.
 
 Legend: L layers, E experts, B bytes of a record.

@@ -61,7 +61,7 @@ class CalibrationOptions:
             `rounding_minutes` here.
         rank: of low-rank maps.
         quick: leave out what needs the model to run with stand-ins: the profile then serves `fast` only.
-        expected losses: at which memories and budgets, and on how many held-out tokens, stand-ins are measured.
+        losses: at which memories and budgets, and on how many held-out tokens, stand-ins are measured.
     """
 
     config: EngineConfig

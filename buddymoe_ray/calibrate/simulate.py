@@ -105,8 +105,7 @@ class Outcome:
     """What one placement did over the windows after the first, which only warms up.
 
     `accesses_WR` are accesses per second by option, `stall_W` seconds per second waited, `loads_W` experts moved,
-    `solver_W`
-    seconds of solving, `late` loads that did not fit a window's bandwidth.
+    `solver_W` seconds of solving, `late` loads that did not fit a window's bandwidth.
     """
 
     placement: str

@@ -34,8 +34,7 @@ _BURST, _BURST_SHARE, _BURST_CHANCE = 8.0, 1 / 32, 0.3
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Workload:
     """Accesses `[W, L, E]` of `tokens` tokens per window; `transition_LEE`, where known: the chance that a token which
-    used
-    expert i of layer l uses expert j of layer l + 1 (a row adds up to K)."""
+    used expert i of layer l uses expert j of layer l + 1 (a row adds up to K)."""
 
     counts_WLE: Floats
     tokens: int

@@ -68,7 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budgets", default=".001,.003,.01,.03", help="budgets (nats) of the curve for bounded")
     parser.add_argument(
         "--loss-tokens",
-        "--harm-tokens",
         type=int,
         default=6144,
         help="most held-out tokens that expected losses are measured on",

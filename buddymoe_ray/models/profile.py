@@ -181,8 +181,8 @@ class Profile:
 
     def loss_LE(self, kind: str) -> npt.NDArray[np.float32]:
         """Expected loss (nats) of one access per squared slot weight, of a kind of stand-in. Without measured
-        sensitivities the
-        unit is squared error: good for ranking, not for a budget. Raises ProfileError for a kind it does not know."""
+        sensitivities the unit is squared error: good for ranking, not for a budget. Raises ProfileError for a kind it
+        does not know."""
         if kind not in self.errors:
             raise ProfileError(
                 f"stand-in is {kind!r}, must be one of {', '.join(sorted(self.errors))} in this profile. "

@@ -1,10 +1,9 @@
 """The miss ladder: per access the cheapest option in time that the row's remaining budget allows.
 
 A resident expert runs; else a stand-in answers where its expected loss is within the row's price and allowance; else
-the expert
-is fetched. Pure; vectorised over all accesses of a layer, with `resolve_reference` as its twin.
-Invariant: an exact row is never stood in for; a bounded row is never charged beyond its allowance; a fast row never
-asks for a fetch where there is a stand-in, even one of unknown expected loss.
+the expert is fetched. Pure; vectorised over all accesses of a layer, with `resolve_reference` as its twin. Invariant:
+an exact row is never stood in for; a bounded row is never charged beyond its allowance; a fast row never asks for a
+fetch where there is a stand-in, even one of unknown expected loss.
 
 Legend: T rows, K slots, E experts.
 """
@@ -36,8 +35,7 @@ class Ladder:
 
     def resolve(self, misses: Misses) -> Resolution:
         """Accesses of a row are taken in rising order of expected loss until its allowance is spent. An expert that any
-        row of the
-        step fetches answers every row."""
+        row of the step fetches answers every row."""
         ids_TK, rows = misses.ids_TK, misses.rows
         missing_TK = ~misses.resident_E[ids_TK]
         if not missing_TK.any():

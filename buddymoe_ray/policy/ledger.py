@@ -5,8 +5,8 @@ Pure.
 Invariant: what was spent never exceeds budget × tokens.
 
 The price is a threshold on the expected loss of one access: taking the first accesses that fit would spend the
-allowance in the first
-layers; taking all accesses below one price, the same in every layer, spends it where it buys most.
+allowance in the first layers; taking all accesses below one price, the same in every layer, spends it where it buys
+most.
 
 Legend: T tokens, N accesses of a token.
 """
@@ -68,8 +68,7 @@ class Pricer:
 
     def __call__(self, budget: float) -> float:
         """The largest expected loss of one access such that taking all accesses up to it costs a token `budget` nats on
-        average (less
-        a tenth, for the spread between texts); inf when all do, 0 when no access is known."""
+        average (less a tenth, for the spread between texts); inf when all do, 0 when no access is known."""
         within = int(np.searchsorted(self._spend, _SAFETY * budget, side="right"))
         if within == len(self._losses):
             return float("inf") if self._known else 0.0

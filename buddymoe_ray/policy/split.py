@@ -1,11 +1,10 @@
 """Cuts a byte budget between full experts and stand-ins: which kind each expert of each layer gets.
 
 A multiple-choice knapsack: every expert takes one option (full, or a record of some kind) of certain bytes and
-expected loss. Solved by marginal expected loss per byte along each expert's convex hull, then a fill with what
-is left; within
-one step of the optimum of the relaxation (a test holds it against an exact solver). MoEpic's configurator moves memory
-from the layer that loses least to the one that gains most until nothing improves; the greedy order reaches that fixed
-point in one pass. Pure numpy.
+expected loss. Solved by marginal expected loss per byte along each expert's convex hull, then a fill with what is left;
+within one step of the optimum of the relaxation (a test holds it against an exact solver). MoEpic's configurator moves
+memory from the layer that loses least to the one that gains most until nothing improves; the greedy order reaches that
+fixed point in one pass. Pure numpy.
 
 Legend: L layers, E experts, O options, N experts of all layers, S steps along all hulls.
 """

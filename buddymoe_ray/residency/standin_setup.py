@@ -42,9 +42,8 @@ class StandinSetup:
 
     `plan` pins the full experts, `kind_of` gives the others' records, `layouts` where those are on disk, `price_of` the
     largest expected loss worth taking at a budget, `access_loss_LE` what one access of each expert's stand-in costs as
-    a share of the
-    costliest (None where unknown). `binding` names model and stand-ins for replays. `refusal`, when there is
-    one, says why `bounded` requests get `exact` here.
+    a share of the costliest (None where unknown). `binding` names model and stand-ins for replays. `refusal`, when
+    there is one, says why `bounded` requests get `exact` here.
     """
 
     plan: SlotPlan

@@ -2,8 +2,7 @@
 
 Plain and not incremental: the solver keeps running sums of its own (`values`) and is tested against this. Knows no
 solver, no clock and no network. Invariants: a problem that was made has shapes and numbers that fit together; every
-access
-is answered exactly once.
+access is answered exactly once.
 
 Legend: P pools, N experts of all MoE layers end to end, L MoE layers, E experts of the widest layer, M nodes, R
 options.

@@ -46,10 +46,8 @@ def shard_segments(
     """Splits worth making beside `placed`, hottest expert first, each predicted with those before it made.
 
     An access of S segments costs the slowest of S links and `gather_seconds` for each part after the first, and saves
-    the
-    share (S - 1) / S of `access_seconds`, the time that one pool takes to compute an access of the whole expert. A
-    holder
-    whose accesses take over a second per second is behind; what it is behind is what a split can take over.
+    the share (S - 1) / S of `access_seconds`, the time that one pool takes to compute an access of the whole expert. A
+    holder whose accesses take over a second per second is behind; what it is behind is what a split can take over.
 
     Raises:
         ConfigError: a time is below 0, or fewer than 2 segments are allowed.

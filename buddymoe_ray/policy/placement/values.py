@@ -48,9 +48,8 @@ def values_of(problem: PlacementProblem, held_PN: Bools) -> Values:
 
 class _NodeValues:
     """Links by node. With S, O, F the cost of an access when its node, another node, nobody holds the expert (each at
-    most
-    the fallback F), a copy at p saves demand(p) S at p itself, `node_MN` = sum over the node of demand (O - S) when it
-    is the node's first, and `first_N` = sum over all of demand (F - O) when it is the very first."""
+    most the fallback F), a copy at p saves demand(p) S at p itself, `node_MN` = sum over the node of demand (O - S)
+    when it is the node's first, and `first_N` = sum over all of demand (F - O) when it is the very first."""
 
     def __init__(self, problem: PlacementProblem, links: NodeLinks, held_PN: Bools) -> None:
         self._problem, self._links, self._node_P = problem, links, problem.node_P
