@@ -115,6 +115,9 @@ def test_rooms_are_small(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             size = (node.end_lineno or 0) - node.lineno + 1
             assert size <= 60, f"{path}:{node.lineno} {node.name} has {size} lines, must be at most 60"
+            named = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            count = len({*named} - {"self", "cls", "typing"})  # numba gives an intrinsic a typing context
+            assert count <= 7, f"{path}:{node.lineno} {node.name} takes {count} parameters, must take at most 7"
     assert ast.get_docstring(tree), f"{path} has no header saying what it does"
 
 

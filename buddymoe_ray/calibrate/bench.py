@@ -52,7 +52,7 @@ class Bench:
         *,
         free: int | None = None,
     ) -> None:
-        self._windows, self._footprint, self._progress = windows, footprint, progress
+        self.path, self.windows, self._footprint, self._progress = path, windows, footprint, progress
         reference = footprint.experts + footprint.dense + _ENGINE_BYTES
         self._room = int(_USABLE * (_free_bytes(config.device) if free is None else free)) - reference
         self.hosted = self._room >= 2 * reference
@@ -72,7 +72,7 @@ class Bench:
 
         `every` takes one of so many windows.
         """
-        windows = self._windows[::every]
+        windows = self.windows[::every]
         configs = [replace(self._config, max_running=min(64, len(windows)), **variant) for variant in variants]
         found: dict[int, EvalResult | None] = dict.fromkeys(range(len(configs)))
         groups = self._groups(configs)

@@ -13,17 +13,14 @@ Legend: L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from buddymoe_ray.calibrate.bench import Bench, Footprint
-from buddymoe_ray.config import EngineConfig
-from buddymoe_ray.engine.evaluate import EvalResult, cut_windows
+from buddymoe_ray.calibrate.bench import Bench
+from buddymoe_ray.engine.evaluate import EvalResult
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.models.profile import BudgetPoint, ComparisonRow, Profile, save_profile
 
@@ -55,24 +52,13 @@ class LossOptions:
             )
 
 
-def measure_losses(
-    profile: Profile,
-    config: EngineConfig,
-    path: Path,
-    footprint: Footprint,
-    held: Sequence[int],
-    standins: tuple[str, ...],
-    options: LossOptions,
-    progress: Callable[..., Iterable[Any]],
-) -> Profile:
+def measure_losses(profile: Profile, bench: Bench, standins: tuple[str, ...], options: LossOptions) -> Profile:
     """A profile with sensitivities, scales, comparison, budget curve and recommendation.
 
-    `path` is where the profile is: engines read it from there, so it is written after each stage.
+    The engines of `bench` read it from the disk, so it is written after each stage, the last one too.
     """
-    windows = cut_windows(held, tokens=options.tokens)
-    bench = Bench(config, path, windows, footprint, progress)
-    profile = replace(profile, sensitivity_L=_sensitivity(bench, profile, standins[0], options.memories, len(windows)))
-    save_profile(profile, path)
+    profile = replace(profile, sensitivity_L=_sensitivity(bench, profile, standins[0], options.memories))
+    save_profile(profile, bench.path)
     wanted = [(standin, memory) for memory in options.memories for standin in standins]
     rows = bench.run([{"standin": standin, "memory": f"{memory}%"} for standin, memory in wanted], "comparison")
     found = [(standin, memory, row) for (standin, memory), row in zip(wanted, rows, strict=True) if row is not None]
@@ -82,23 +68,21 @@ def measure_losses(
         comparison=tuple(_comparison(standin, memory, row) for standin, memory, row in found),
     )
     profile = _recommend(profile)
-    save_profile(profile, path)
+    save_profile(profile, bench.path)
     ranked = sorted(profile.comparison, key=lambda row: row.kl)
     best = "auto" if profile.record_bytes or not ranked else ranked[0].standin
     profile = replace(profile, budget_curve=_budget_curve(bench, best, options))
-    save_profile(profile, path)
+    save_profile(profile, bench.path)
     return profile
 
 
-def _sensitivity(
-    bench: Bench, profile: Profile, probe: str, memories: Sequence[float], windows: int
-) -> npt.NDArray[np.float32]:
+def _sensitivity(bench: Bench, profile: Profile, probe: str, memories: Sequence[float]) -> npt.NDArray[np.float32]:
     """Measured over predicted divergence with `probe` in one layer at a time, at the least memory that holds it.
 
     Where there is no memory for the other layers' experts, one number for all layers, from `probe` in all of them. NaN
     when it cannot be run at all.
     """
-    every = _FEWER_WINDOWS if profile.layers > _DEEP and windows > 2 * _FEWER_WINDOWS else 1
+    every = _FEWER_WINDOWS if profile.layers > _DEEP and len(bench.windows) > 2 * _FEWER_WINDOWS else 1
     changes = [{"standin_layers": str(layer)} for layer in range(profile.layers)] if bench.hosted else [{}]
     for memory in sorted(memories):
         rows = bench.run(

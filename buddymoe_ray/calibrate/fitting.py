@@ -24,7 +24,17 @@ from buddymoe_ray.kernels import ExpertMath, LowbitFormat, expert_forward, lowra
 from buddymoe_ray.kernels.lowbit import PackedMatrix, dequantise
 from buddymoe_ray.types import SlotTensor
 
-__all__ = ["ENOUGH", "PASSES", "RecordMaker", "energy_of", "error_of", "fit_and_error", "record_bytes", "record_views"]
+__all__ = [
+    "ENOUGH",
+    "PASSES",
+    "Fitting",
+    "RecordMaker",
+    "energy_of",
+    "error_of",
+    "fit_and_error",
+    "record_bytes",
+    "record_views",
+]
 
 PASSES = 2
 """Of refitting after the error feedback."""
@@ -34,18 +44,23 @@ _MOST_ERROR_ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordMaker:
-    """Makes records of one kind: `lowbit2`, `lowbit3`, `lowbit4`, `lowbit8`, `lowrank` or `mean`.
-
-    `compensated` chooses error-compensated over plain rounding, `rank` is that of a low-rank map, `fitted_on` names
-    the text that records are fitted on.
+class Fitting:
+    """How records are fitted: `compensated` chooses error-compensated over plain rounding, `rank` is that of a low-rank
+    map, `fitted_on` names the text.
     """
 
-    kind: str
-    math: ExpertMath
     compensated: bool = True
     rank: int = 8
     fitted_on: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordMaker:
+    """Makes records of one kind: `lowbit2`, `lowbit3`, `lowbit4`, `lowbit8`, `lowrank` or `mean`."""
+
+    kind: str
+    math: ExpertMath
+    fitting: Fitting = Fitting()
 
     @property
     def recipe(self) -> str:
@@ -53,7 +68,7 @@ class RecordMaker:
         if self._plain:
             return "plain"  # needs no text
         how = "compensated" if self.kind.startswith("lowbit") else "mean"
-        return f"{f'rank {self.rank}' if self.kind == 'lowrank' else how} on {self.fitted_on}"
+        return f"{f'rank {self.fitting.rank}' if self.kind == 'lowrank' else how} on {self.fitting.fitted_on}"
 
     def layout(self, shapes: Mapping[str, tuple[int, ...]], hidden: int) -> tuple[tuple[SlotTensor, ...], int]:
         """Tensors of a record and its bytes. `shapes` are the expert's parameters, matrices `[out, in]`.
@@ -70,7 +85,7 @@ class RecordMaker:
             return record_tensors(shapes, self._format)
         named: dict[str, tuple[int, ...]] = {"bias": (hidden,)}
         if self.kind == "lowrank":
-            named = {"down": (self.rank, hidden), "up": (hidden, self.rank), **named}
+            named = {"down": (self.fitting.rank, hidden), "up": (hidden, self.fitting.rank), **named}
         return _plain_layout(named)
 
     def make(self, sample: ExpertSample) -> dict[str, Tensor]:
@@ -82,7 +97,7 @@ class RecordMaker:
             x_RD, weight_R = sample.x_RD[fit], sample.weight_R[fit]
             return quantise_expert(sample.weights, x_RD, weight_R, self._format, plain_math(self.math), passes=PASSES)
         made = fit_lowrank(
-            sample.x_RD[fit], sample.y_RD[fit], sample.weight_R[fit], self.rank if self.kind == "lowrank" else 0
+            sample.x_RD[fit], sample.y_RD[fit], sample.weight_R[fit], self.fitting.rank if self.kind == "lowrank" else 0
         )
         return made if self.kind == "lowrank" else {"bias": made["bias"]}
 
@@ -100,7 +115,7 @@ class RecordMaker:
     @property
     def _plain(self) -> bool:
         """8 bits err so little that compensation gains nothing that can be measured."""
-        return self.kind.startswith("lowbit") and (not self.compensated or self._format.bits >= 8)
+        return self.kind.startswith("lowbit") and (not self.fitting.compensated or self._format.bits >= 8)
 
     @property
     def _format(self) -> LowbitFormat:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from buddymoe_ray.calibrate.fitting import (
     ENOUGH,
+    Fitting,
     RecordMaker,
     energy_of,
     error_of,
@@ -64,12 +65,10 @@ def make_layers(
     kinds: tuple[str, ...],
     folder: Path,
     model_hash: str,
-    compensated: bool,
-    rank: int,
-    fitted_on: str,
+    fitting: Fitting,
     progress: Callable[..., Iterable[Any]],
 ) -> LayerTables:
-    """Make and measure all stand-ins. Layers of an earlier run with the same recipe on the same text (`fitted_on`) are
+    """Make and measure all stand-ins. Layers of an earlier run by the same recipe are
     kept and only measured. Raises ProfileError when records cannot be written.
     """
     cache, loaded = parts.experts.cache, parts.loaded
@@ -80,8 +79,7 @@ def make_layers(
     if "buddy" in kinds:
         tables.pair_error_LEE, tables.pair_scale_LEE = np.zeros((L, E, E), np.float32), np.zeros((L, E, E), np.float32)
     maths = [expert_math(module) for module in loaded.experts]
-    options: dict[str, Any] = {"compensated": compensated, "rank": rank, "fitted_on": fitted_on}
-    files = [_Files(RecordMaker(kind=kind, math=maths[0], **options), parts, folder, model_hash) for kind in own]
+    files = [_Files(RecordMaker(kind=kind, math=maths[0], fitting=fitting), parts, folder, model_hash) for kind in own]
     _check_room(folder, files, counts)
     reached_LE = np.zeros((L, E), dtype=bool)
     units = [layer for layer in range(L) for _ in range(counts[layer])]

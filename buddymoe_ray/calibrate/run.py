@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from buddymoe_ray.calibrate.bench import Footprint
+from buddymoe_ray.calibrate.bench import Bench, Footprint
 from buddymoe_ray.calibrate.expected_loss import LossOptions, measure_losses
-from buddymoe_ray.calibrate.fitting import PASSES
+from buddymoe_ray.calibrate.fitting import PASSES, Fitting
 from buddymoe_ray.calibrate.layers import LayerTables, make_layers, parameter_shapes
 from buddymoe_ray.calibrate.pace import compensated_seconds
 from buddymoe_ray.calibrate.tables import make_tables
 from buddymoe_ray.calibrate.trace import record_trace
 from buddymoe_ray.config import BUDDIES, LOWBIT, RECORD_KINDS, EngineConfig
 from buddymoe_ray.engine.build import build_parts
-from buddymoe_ray.engine.evaluate import WINDOW
+from buddymoe_ray.engine.evaluate import WINDOW, cut_windows
 from buddymoe_ray.engine.parts import EngineParts
 from buddymoe_ray.errors import ConfigError, ProfileError
 from buddymoe_ray.models.fingerprint import model_hash
@@ -119,17 +119,9 @@ def calibrate(options: CalibrationOptions, *, progress: Progress = lambda items,
         parts.experts.cache.close()
     save_profile(profile, options.out)
     if not options.quick:
-        profile = measure_losses(
-            profile,
-            options.config,
-            options.out,
-            footprint,
-            held,
-            _standins(options),
-            options.losses,
-            progress,
-        )
-        save_profile(profile, options.out)
+        windows = cut_windows(held, tokens=options.losses.tokens)
+        bench = Bench(options.config, options.out, windows, footprint, progress)
+        profile = measure_losses(profile, bench, _standins(options), options.losses)
     return profile
 
 
@@ -150,9 +142,11 @@ def _profile(
             kinds=options.kinds,
             folder=standins_folder(options.out),
             model_hash=fingerprint,
-            compensated=_compensated(options, parts, trace.tokens),
-            rank=options.rank,
-            fitted_on=_digest(windows)[:16],
+            fitting=Fitting(
+                compensated=_compensated(options, parts, trace.tokens),
+                rank=options.rank,
+                fitted_on=_digest(windows)[:16],
+            ),
             progress=progress,
         )
         tokens = trace.tokens
@@ -175,23 +169,10 @@ def _assemble(
         experts=max(parts.experts.cache.layout.experts_per_layer),
         top_k=parts.loaded.experts_per_token,
         norm_topk=bool(getattr(parts.loaded.config, "norm_topk_prob", parts.loaded.family.model_type == "mixtral")),
-        counts_LE=tables.counts_LE,
-        weight2_LE=tables.weight2_LE,
-        energy_LE=layers.energy_LE,
-        coactivation_LEE=tables.coactivation_LEE,
-        tae_LP=tables.tae_LP,
-        margin_LP=tables.margin_LP,
-        entropy_L=tables.entropy_L,
-        reuse_L=tables.reuse_L,
-        next_layer_recall_L=tables.next_layer_recall_L,
-        errors={**layers.errors, "drop": layers.energy_LE},
-        pair_error_LEE=layers.pair_error_LEE,
-        pair_scale_LEE=layers.pair_scale_LEE,
-        record_bytes=layers.record_bytes,
+        **vars(tables),
+        **(vars(layers) | {"errors": {**layers.errors, "drop": layers.energy_LE}}),
         sensitivity_L=np.full(count, np.nan, dtype=np.float32),
         kind_scale={},
-        routes_TLK=tables.routes_TLK,
-        route_weights_TLK=tables.route_weights_TLK,
         reason="made with --quick: expected losses were not measured" if options.quick else "not measured yet",
     )
 

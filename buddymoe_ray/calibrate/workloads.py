@@ -52,14 +52,14 @@ class Routes:
 
 
 def synthetic(
-    kind: str, *, layers: int, experts: int, top_k: int, windows: int, tokens: int, skew: float, seed: int
+    kind: str, *, experts_per_layer: tuple[int, ...], top_k: int, windows: int, tokens: int, skew: float, seed: int
 ) -> Workload:
-    """A made-up workload: popularity falls as rank^-skew, in an order of each layer's own.
+    """A made-up workload: popularity falls as rank^-skew, in an order of each layer's own; layers are of one size.
 
     `zipf` keeps that order; `drifting` slides to another order in the middle third of the run; in `bursty` a few
     experts become eight times as popular for one to three windows at a time.
     """
-    rng = np.random.default_rng(seed)
+    rng, layers, experts = np.random.default_rng(seed), len(experts_per_layer), max(experts_per_layer)
     rank_E = np.arange(1, experts + 1, dtype=np.float64) ** -skew
     now_LE, then_LE = (np.stack([rng.permutation(rank_E) for _ in range(layers)]) for _ in range(2))
     boost_LE, left = np.ones_like(now_LE), 0
@@ -74,7 +74,7 @@ def synthetic(
                 boost_LE, left = np.where(hot_LE & begins, _BURST, 1.0), int(rng.integers(1, 4)) if begins else 1
         weight_LE = (now_LE * (1 - share) + then_LE * share) * boost_LE
         counts_WLE[w] = rng.binomial(tokens, _inclusion(weight_LE, top_k))
-    return Workload(counts_WLE=counts_WLE, tokens=tokens, top_k=top_k, experts_per_layer=(experts,) * layers)
+    return Workload(counts_WLE=counts_WLE, tokens=tokens, top_k=top_k, experts_per_layer=experts_per_layer)
 
 
 def _inclusion(weight_LE: Floats, top_k: int) -> Floats:

@@ -140,7 +140,8 @@ def _workload(args: argparse.Namespace) -> Workload:
     }
     if shape["top_k"] > shape["experts"]:
         raise ConfigError(f"--top-k is {shape['top_k']}, must be at most --experts {shape['experts']}. hint: lower it")
-    return synthetic(args.workload or "zipf", windows=args.windows, tokens=tokens, **shape)
+    sizes = (shape.pop("experts"),) * shape.pop("layers")
+    return synthetic(args.workload or "zipf", experts_per_layer=sizes, windows=args.windows, tokens=tokens, **shape)
 
 
 def _cluster(args: argparse.Namespace, workload: Workload) -> Cluster:

@@ -8,7 +8,6 @@ charged is unknown here, so they bring no allowance.
 from __future__ import annotations
 
 import math
-from typing import get_args
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.replay import Recorder, open_recorder
@@ -122,16 +121,12 @@ class StepTotals:
 def open_account(
     request: GenerationRequest, config: EngineConfig, setup: StandinSetup | None, max_model_len: int
 ) -> Account:
-    """The account of a new request: its own mode and budget, else the engine's. Raises RequestError.
+    """The account of a new request that `validate` let pass: its own mode and budget, else the engine's. Raises
+    RequestError.
 
     A replay runs as `exact`: what its record does not name was the expert itself, whatever is resident now.
     """
     mode: Mode = request.mode or config.mode if request.replay is None else "exact"
-    if mode not in get_args(Mode):
-        raise RequestError(
-            f"mode is {mode!r}, must be {' or '.join(get_args(Mode))}. hint: leave it out for the service's own",
-            param="buddymoe.mode",
-        )
     unknown = setup is None and mode == config.mode == "bounded"  # no profile: every budget is kept by being exact
     if mode != "exact" and setup is None and not unknown:
         raise RequestError(
@@ -144,12 +139,6 @@ def open_account(
             param="buddymoe.budget",
         )
     budget = config.budget if request.budget is None else request.budget
-    number = isinstance(budget, int | float) and not isinstance(budget, bool)
-    if mode == "bounded" and not (number and 0 <= budget <= 1):
-        raise RequestError(
-            f"budget is {budget!r}, must be a number from 0 to 1 nats. hint: .003 is about .3 % of perplexity",
-            param="buddymoe.budget",
-        )
     refused = unknown or (mode == "bounded" and setup is not None and bool(setup.refusal))
     price = setup.price_of(budget) if mode == "bounded" and setup is not None and not refused else 0.0
     tokens = min(request.sampling.max_tokens, max_model_len - len(request.prompt_token_ids))

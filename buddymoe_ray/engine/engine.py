@@ -120,7 +120,6 @@ class Engine:
             default_seed=self.config.seed,
             account=open_account(request, self.config, self._setup, self.limits.max_model_len),
             replay=open_replay(request, self._setup),
-            binding="" if self._setup is None else self._setup.binding,
         )
 
     def admit(self, seq: Sequence) -> None:

@@ -39,9 +39,13 @@ Replay = Mapping[int, npt.NDArray[np.void]]
 
 
 class Recorder:
-    """A request's record while it grows: compressed as it comes, so that it is small and no step waits for its end."""
+    """A request's record while it grows: compressed as it comes, so that it is small and no step waits for its end.
 
-    def __init__(self) -> None:
+    `binding` names the model and its stand-ins, `prompt` are the request's tokens.
+    """
+
+    def __init__(self, *, binding: str, prompt: Sequence[int]) -> None:
+        self._head = {"version": _VERSION, "binding": binding, "prompt": _digest(prompt)}
         self._kinds: dict[str, int] = {}
         self._squeeze = zlib.compressobj()
         self._rows = bytearray()
@@ -54,15 +58,9 @@ class Recorder:
         ]
         self._rows += self._squeeze.compress(np.array(rows, _ROW).tobytes())
 
-    def text(self, *, binding: str, prompt: Sequence[int]) -> str:
-        """The record; it ends here. `binding` names the model and its stand-ins."""
-        body = {
-            "version": _VERSION,
-            "binding": binding,
-            "prompt": _digest(prompt),
-            "kinds": list(self._kinds),
-            "rows": bytes(self._rows) + self._squeeze.flush(),
-        }
+    def text(self) -> str:
+        """The record; it ends here."""
+        body = self._head | {"kinds": list(self._kinds), "rows": bytes(self._rows) + self._squeeze.flush()}
         return base64.b64encode(msgpack.packb(body)).decode("ascii")
 
 
@@ -77,7 +75,7 @@ def open_recorder(request: GenerationRequest, setup: StandinSetup | None, tokens
             f"hint: lower max_tokens to {MAX_RECORDED // each}",
             param="buddymoe.record",
         )
-    return Recorder()
+    return Recorder(binding="" if setup is None else setup.binding, prompt=request.prompt_token_ids)
 
 
 def decode_record(text: str, *, binding: str, prompt: Sequence[int]) -> tuple[npt.NDArray[np.void], list[str]]:

@@ -52,7 +52,6 @@ class Sequence:
         default_seed: int | None = None,
         account: Account | None = None,
         replay: Replay | None = None,
-        binding: str = "",
     ) -> None:
         prompt, params = request.prompt_token_ids, request.sampling
         if len(prompt) >= max_model_len:
@@ -82,7 +81,6 @@ class Sequence:
         self._stop = StopChecker(params.stop)
         self.account = account or Account(mode="exact", budget=0.0, price=0.0)
         self.replay: Replay = replay or {}
-        self._binding = binding
         self._resume(request.resumed_token_ids)
 
     @property
@@ -168,7 +166,7 @@ class Sequence:
             standins=self.account.standins,
             expected_rise=self.account.expected_rise,
             guard=self.account.guard,
-            record=self._record() if self.finished else None,
+            record=self.account.recorder.text() if self.account.recorder is not None and self.finished else None,
         )
 
     def _take(self, token_id: int) -> tuple[str, bool, FinishReason | None]:
@@ -240,12 +238,6 @@ class Sequence:
             usage=self.usage() if reason is not None else None,
             error=error,
         )
-
-    def _record(self) -> str | None:
-        recorder = self.account.recorder
-        if recorder is None:
-            return None
-        return recorder.text(binding=self._binding, prompt=self.request.prompt_token_ids)
 
 
 def _drawn(default_seed: int | None, request_id: str) -> int:

@@ -50,7 +50,6 @@ def write_shards(
     tensors: Iterable[StoredTensor],
     content: Callable[[StoredTensor], Iterable[memoryview]],
     *,
-    shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
     """Write `tensors` in order; `content` yields each one's bytes in pieces.
@@ -58,7 +57,7 @@ def write_shards(
     Raises:
         CheckpointError: the disk is full; the shards written so far are removed.
     """
-    shards = _split(tensors, shard_bytes)
+    shards = _split(tensors)
     total, done = sum(t.nbytes for shard in shards for t in shard), 0
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     try:
@@ -87,11 +86,11 @@ def write_shards(
         ) from error
 
 
-def _split(tensors: Iterable[StoredTensor], shard_bytes: int) -> list[list[StoredTensor]]:
+def _split(tensors: Iterable[StoredTensor]) -> list[list[StoredTensor]]:
     shards: list[list[StoredTensor]] = [[]]
     held = 0
     for tensor in tensors:
-        if shards[-1] and held + tensor.nbytes > shard_bytes:
+        if shards[-1] and held + tensor.nbytes > SHARD_BYTES:
             shards.append([])
             held = 0
         shards[-1].append(tensor)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.models.hf_loading import architecture, stored_shapes
-from buddymoe_ray.models.shard_writer import SHARD_BYTES, Progress, StoredTensor, check_space, write_shards
+from buddymoe_ray.models.shard_writer import Progress, StoredTensor, check_space, write_shards
 from buddymoe_ray.models.synth_shapes import SHAPES
 from buddymoe_ray.models.synth_weights import SynthWeights, popularity_ranks
 
@@ -30,7 +30,6 @@ def synth_checkpoint(
     progress: Progress | None = None,
     *,
     hot_sets: int = 1,
-    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write a bfloat16 checkpoint of `shape` (a name in SHAPES) into the folder `out`, which must be new or empty.
 
@@ -65,7 +64,7 @@ def synth_checkpoint(
         tiny=total < 1 << 28,
         hot_sets=hot_sets,
     )
-    write_shards(out, tensors, weights, shard_bytes=shard_bytes, progress=progress)
+    write_shards(out, tensors, weights, progress=progress)
     config.save_pretrained(out)
     return out
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from calibration_rig import Seen, opened, random_ids, silent, stock_trace, traced, write_checkpoint
 from torch import Tensor
 
+from buddymoe_ray.calibrate.fitting import Fitting
 from buddymoe_ray.calibrate.layers import LayerTables, make_layers
 from buddymoe_ray.calibrate.samples import walk_layer
 from buddymoe_ray.engine.parts import EngineParts
@@ -50,10 +51,26 @@ class Case:
         return seen.hidden_TD[tokens], seen.weight_TK[tokens, slots].float()
 
 
-def make(parts: EngineParts, case: Case, out: Path, **options: Any) -> LayerTables:
-    chosen: dict[str, Any] = {"kinds": ALL, "compensated": True, "rank": 4, "fitted_on": "text", "progress": silent}
+def make(
+    parts: EngineParts,
+    case: Case,
+    out: Path,
+    *,
+    kinds: tuple[str, ...] = ALL,
+    progress: Callable[..., Iterable[Any]] = silent,
+    **options: Any,
+) -> LayerTables:
+    fitting = Fitting(**({"rank": 4, "fitted_on": "text"} | options))
     with traced(parts, case.ids, WINDOW, out) as trace:
-        return make_layers(parts, trace, folder=out / "p.standins", model_hash=HASH, **(chosen | options))
+        return make_layers(
+            parts,
+            trace,
+            kinds=kinds,
+            folder=out / "p.standins",
+            model_hash=HASH,
+            fitting=fitting,
+            progress=progress,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -286,9 +303,7 @@ def test_a_disk_that_cannot_take_all_records_is_refused_at_once(
                 kinds=("lowbit4",),
                 folder=tmp_path / "p.standins",
                 model_hash=HASH,
-                compensated=False,
-                rank=4,
-                fitted_on="text",
+                fitting=Fitting(compensated=False),
                 progress=silent,
             )
     assert not list(tmp_path.glob("p.standins/*")), "one layer would have fitted, all three do not"
@@ -301,10 +316,10 @@ def test_matrices_that_cannot_be_packed_are_refused_with_a_way_out(tmp_path: Pat
         options: dict[str, Any] = {
             "folder": tmp_path / "p.standins",
             "model_hash": HASH,
-            "compensated": False,
-            "rank": 4,
+            "fitting": Fitting(compensated=False, rank=4),
+            "progress": silent,
         }
         with pytest.raises(ProfileError, match=r"down_proj has 20 inputs, must be a multiple of 8.*hint: .*--kinds"):
-            make_layers(parts, trace, kinds=("lowbit4",), fitted_on="", progress=silent, **options)
-        tables = make_layers(parts, trace, kinds=("mean", "lowrank"), fitted_on="", progress=silent, **options)
+            make_layers(parts, trace, kinds=("lowbit4",), **options)
+        tables = make_layers(parts, trace, kinds=("mean", "lowrank"), **options)
     assert set(tables.errors) == {"mean", "lowrank"}

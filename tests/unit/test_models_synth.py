@@ -148,8 +148,10 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:
     assert first == second != third
 
 
-def test_shards_are_split_and_whole(tmp_path: Path) -> None:
-    folder = synth_checkpoint("mixtral-tiny", tmp_path / "m", shard_bytes=300_000)
+def test_shards_are_split_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as small:
+        small.setattr(shard_writer, "SHARD_BYTES", 300_000)
+        folder = synth_checkpoint("mixtral-tiny", tmp_path / "m")
     shards = sorted(folder.glob("*.safetensors"))
     assert len(shards) > 5 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
     one = synth_checkpoint("mixtral-tiny", tmp_path / "one")

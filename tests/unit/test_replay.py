@@ -23,10 +23,10 @@ def access(step: int = 0, **changes: object) -> tuple[int, Substitution]:
 
 
 def encode_record(accesses: list[tuple[int, Substitution]], *, binding: str, prompt: tuple[int, ...]) -> str:
-    recorder = Recorder()
+    recorder = Recorder(binding=binding, prompt=prompt)
     for step, one in accesses:
         recorder.add(step, [one])
-    return recorder.text(binding=binding, prompt=prompt)
+    return recorder.text()
 
 
 recorded = st.builds(

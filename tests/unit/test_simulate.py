@@ -20,7 +20,7 @@ SMALL = ["simulate", "--gpus", "8", "--gpus-per-node", "4", "--layers", "3", "--
 
 
 def made_up(kind: str, *, seed: int = 0, windows: int = 12, tokens: int = 4000) -> Any:
-    return synthetic(kind, layers=3, experts=32, top_k=4, windows=windows, tokens=tokens, skew=1.0, seed=seed)
+    return synthetic(kind, experts_per_layer=(32, 32, 32), top_k=4, windows=windows, tokens=tokens, skew=1.0, seed=seed)
 
 
 def cluster(**changes: Any) -> Cluster:
