@@ -72,13 +72,12 @@ def synth_checkpoint(
 def _config(shape: str, layers: int | None) -> PreTrainedConfig:
     if shape not in SHAPES:
         raise ConfigError(f"shape is {shape!r}, must be one of {', '.join(SHAPES)}. hint: check spelling")
-    fields = dict(SHAPES[shape])
-    least, most = fields.get("first_k_dense_replace", 0) + 1, fields["num_hidden_layers"]
+    config = AutoConfig.for_model(**SHAPES[shape])
+    least, most = getattr(config, "first_k_dense_replace", 0) + 1, config.num_hidden_layers
     if layers is not None:
         if not least <= layers <= most:
             raise ConfigError(f"layers is {layers}, must be {least} to {most} for {shape}. hint: leave it out for all")
-        fields["num_hidden_layers"] = layers
-    config = AutoConfig.for_model(**fields)
+        config = AutoConfig.for_model(**SHAPES[shape] | {"num_hidden_layers": layers})
     config.dtype = torch.bfloat16
     config.architectures = [architecture(config)]
     return config

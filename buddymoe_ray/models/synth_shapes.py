@@ -1,6 +1,7 @@
 """The shapes that `synth` can write: real models' configurations, and a tiny one of each family for tests and demos.
 
-Pure data. Field names are transformers'; weights are bfloat16 and nothing here is trained.
+Pure data. Field names are transformers', and what is not named is its default, which is the family's first model.
+Weights are bfloat16 and nothing here is trained.
 """
 
 from __future__ import annotations
@@ -12,85 +13,32 @@ __all__ = ["SHAPES"]
 
 Shape = Mapping[str, Any]
 
-_OLMOE: Shape = {
-    "model_type": "olmoe",
-    "vocab_size": 50304,
-    "hidden_size": 2048,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "num_experts": 64,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": False,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "pad_token_id": 1,
-    "eos_token_id": 50279,
-}
-_MIXTRAL: Shape = {
-    "model_type": "mixtral",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+_OLMOE: Shape = {"model_type": "olmoe", "intermediate_size": 1024}
+_MIXTRAL: Shape = {"model_type": "mixtral", "max_position_embeddings": 32768}
 _QWEN3: Shape = {
     "model_type": "qwen3_moe",
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
     "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
     "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
     "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
     "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
     "bos_token_id": 151643,
     "eos_token_id": 151645,
 }
 _DEEPSEEK_V2: Shape = {
     "model_type": "deepseek_v2",
-    "vocab_size": 102400,
     "hidden_size": 2048,
     "intermediate_size": 10944,
     "moe_intermediate_size": 1408,
     "num_hidden_layers": 27,
     "num_attention_heads": 16,
     "num_key_value_heads": 16,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
     "num_experts_per_tok": 6,
     "first_k_dense_replace": 1,
-    "kv_lora_rank": 512,
     "q_lora_rank": None,
-    "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 128,
-    "v_head_dim": 128,
-    "topk_method": "greedy",
     "n_group": 1,
     "topk_group": 1,
-    "routed_scaling_factor": 1.0,
-    "norm_topk_prob": False,
     "max_position_embeddings": 163840,
-    "rms_norm_eps": 1e-6,
     "rope_parameters": {
         "rope_type": "yarn",
         "rope_theta": 10000.0,
@@ -106,27 +54,8 @@ _DEEPSEEK_V2: Shape = {
 }
 _GPT_OSS: Shape = {
     "model_type": "gpt_oss",
-    "vocab_size": 201088,
-    "hidden_size": 2880,
-    "intermediate_size": 2880,
     "num_hidden_layers": 24,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
     "num_local_experts": 32,
-    "num_experts_per_tok": 4,
-    "sliding_window": 128,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 150000.0,
-        "factor": 32.0,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "truncate": False,
-        "original_max_position_embeddings": 4096,
-    },
     "pad_token_id": 199999,
     "eos_token_id": 200002,
 }
@@ -141,6 +70,7 @@ _TINY: Shape = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_TINY_HEADS: Shape = {"num_key_value_heads": 2, "head_dim": 32}
 
 SHAPES: Mapping[str, Shape] = {
     "olmoe-1b-7b": _OLMOE,
@@ -148,21 +78,17 @@ SHAPES: Mapping[str, Shape] = {
     "qwen3-30b-a3b": _QWEN3,
     "deepseek-v2-lite": _DEEPSEEK_V2,
     "gpt-oss-20b": _GPT_OSS,
-    "olmoe-tiny": {**_OLMOE, **_TINY, "intermediate_size": 64, "num_key_value_heads": 4, "num_experts": 32},
+    "olmoe-tiny": {**_OLMOE, **_TINY, "intermediate_size": 64, "num_experts": 32},
     "mixtral-tiny": {**_MIXTRAL, **_TINY, "intermediate_size": 192, "num_key_value_heads": 2},
     "qwen3-tiny": {
-        **_QWEN3,
-        **_TINY,
+        **{**_QWEN3, **_TINY, **_TINY_HEADS},
         "intermediate_size": 192,
         "moe_intermediate_size": 48,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
         "num_experts": 32,
         "num_experts_per_tok": 4,
     },
     "deepseek-v2-tiny": {
-        **_DEEPSEEK_V2,
-        **_TINY,
+        **{**_DEEPSEEK_V2, **_TINY},
         "intermediate_size": 192,
         "moe_intermediate_size": 48,
         "num_key_value_heads": 4,
@@ -174,11 +100,8 @@ SHAPES: Mapping[str, Shape] = {
         "v_head_dim": 32,
     },
     "gpt-oss-tiny": {
-        **_GPT_OSS,
-        **_TINY,
+        **{**_GPT_OSS, **_TINY, **_TINY_HEADS},
         "intermediate_size": 64,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
         "num_local_experts": 16,
         "sliding_window": 32,
     },
