@@ -70,9 +70,10 @@ class FakeLimits:
 class FakeEngine:
     """Generates letters; `delay` seconds per token.
 
-    A prompt may ask for trouble: one that holds byte 1 is refused by the engine, byte 2 fails after three tokens,
-    byte 3 kills the engine as a dying step thread would, byte 4 raises what nobody foresaw. A `bounded` request fetches
-    one access per token and a `fast` one none; stand-ins answer the rest at .001 nats per token.
+    A prompt may ask for trouble: one that holds byte 1 is refused by the engine, byte 2 fails after three tokens, byte
+    3 kills the engine as a dying step thread would (not the next one, where the request goes on), byte 4 raises what
+    nobody foresaw. A `bounded` request fetches one access per token and a `fast` one none; stand-ins answer the rest at
+    .001 nats per token.
     """
 
     link_address = ""
@@ -174,7 +175,7 @@ class FakeEngine:
         self._raise_if_dead()
         if position == 3 and 2 in request.prompt_token_ids:
             raise CacheError("an expert could not be read. hint: check the disk")
-        if position == 3 and 3 in request.prompt_token_ids:
+        if position == 3 and 3 in request.prompt_token_ids and not request.resumed_token_ids:
             self.die()
             self._raise_if_dead()
         if position == 3 and 4 in request.prompt_token_ids:

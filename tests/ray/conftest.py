@@ -62,11 +62,22 @@ def deploy(http_port: int) -> Iterator[Deploy]:
 
     def run(name: str, *, open_engine: OpenEngine | None = None, **args: Any) -> str:
         names.append(name)
-        options = ServeArgs(**args)
-        app = build_app(options) if open_engine is None else application(options, open_engine=open_engine)
-        serve.run(app, name=name, route_prefix=f"/{name}", _local_testing_mode=False)
-        return f"http://127.0.0.1:{http_port}/{name}"
+        return _deployed(http_port, name, open_engine, ServeArgs(**args))
 
     yield run
     for name in names:
         serve.delete(name)
+
+
+@pytest.fixture(scope="session")
+def tiny(http_port: int) -> str:
+    """The base URL of `tiny`: two workers that serve `builtin:tiny` exactly at a quarter of its experts."""
+    return _deployed(
+        http_port, "tiny", None, ServeArgs(model="builtin:tiny", memory="25%", workers=2, num_cpus=1, seed=3)
+    )
+
+
+def _deployed(port: int, name: str, open_engine: OpenEngine | None, args: ServeArgs) -> str:
+    app = build_app(args) if open_engine is None else application(args, open_engine=open_engine)
+    serve.run(app, name=name, route_prefix=f"/{name}", _local_testing_mode=False)
+    return f"http://127.0.0.1:{port}/{name}"

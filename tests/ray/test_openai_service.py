@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving import Deploy, eventually, running
+from serving import eventually, running
 
 from buddymoe_ray import LLM
 from buddymoe_ray.client import Client
@@ -21,8 +21,8 @@ CHAT: Any = [{"role": "user", "content": "What does list.append do?"}]
 
 
 @pytest.fixture(scope="module")
-def url(deploy: Deploy) -> str:
-    return deploy("tiny", model="builtin:tiny", memory="25%", num_cpus=1)
+def url(tiny: str) -> str:
+    return tiny
 
 
 @pytest.fixture(scope="module")

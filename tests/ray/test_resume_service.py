@@ -204,6 +204,23 @@ def test_leaving_a_moved_stream_frees_its_slot(mortals: str) -> None:
     eventually(lambda: running(client) == 0, seconds=20)  # the request alone would run for 80 s
 
 
+def test_streams_leave_an_engine_that_died_and_it_is_replaced(mortals: str) -> None:
+    """Its process lives: only its step thread is gone."""
+    client = Client("mortals")
+    eventually(lambda: len(client.snapshots()) == 2)
+    assert httpx.get(f"{mortals}/health").json() == {"status": "ok", "problems": []}
+    stream = client.stream("\x03", max_tokens=60, seed=1)
+    text = "".join(next(stream).text for _ in range(6))  # the fourth token cost the engine its life
+    ill = httpx.get(f"{mortals}/health")
+    assert (ill.status_code, ill.json()["status"], len(ill.json()["problems"])) == (503, "unhealthy", 1)
+    for event in stream:
+        text += event.text
+    assert text == expected("\x03", 1, 60)
+    assert event.usage is not None and event.usage.resumed == 3
+    eventually(lambda: httpx.get(f"{mortals}/health").status_code == 200 and len(client.snapshots()) == 2)
+    assert client.generate("hello", max_tokens=8).usage.completion_tokens == 8
+
+
 def test_with_one_worker_a_stream_waits_for_its_replacement(deploy: Deploy, record_property: Recorded) -> None:
     deploy("alone", open_engine=open_fake_engine, model_name="fake", num_cpus=0)
     client, watched = Client("alone"), Watched()
@@ -223,11 +240,8 @@ def test_with_one_worker_a_stream_waits_for_its_replacement(deploy: Deploy, reco
     eventually(lambda: running(client) == 0)
 
 
-async def test_real_streams_outlive_a_killed_worker(deploy: Deploy, record_property: Recorded) -> None:
+async def test_real_streams_outlive_a_killed_worker(tiny: str, record_property: Recorded) -> None:
     """`builtin:tiny` at a quarter of its experts: greedy and sampled, with and without stop strings, to the token."""
-    url = await asyncio.to_thread(
-        deploy, "tinies", model="builtin:tiny", memory="25%", mode="exact", workers=2, num_cpus=1, seed=3
-    )
     prompts = ["def add(a, b):\n    return", "import os\n", "class Stack:\n    def __init__(self", "naïve = 'ü☃"]
     bodies: list[dict[str, Any]] = [
         {"prompt": prompt, "max_tokens": 96, "extra_body": {"ignore_eos": True}, "stop": ["\n\n\n\n# never"]}
@@ -235,13 +249,13 @@ async def test_real_streams_outlive_a_killed_worker(deploy: Deploy, record_prope
         for at, prompt in enumerate(prompts)
     ]
     streams = [Watched() for _ in bodies]
-    async with openai_client(url) as http:
+    async with openai_client(tiny) as http:
         asked = [http.completions.create(model="builtin:tiny", **body) for body in bodies]
         whole = [reply.choices[0].text for reply in await asyncio.gather(*asked)]
         async with asyncio.TaskGroup() as group:
             for watched, body in zip(streams, bodies, strict=True):
                 group.create_task(over_http(http, watched, model="builtin:tiny", **body))
             await begun(streams, 3)
-            ridden = await asyncio.to_thread(kill_the_busiest, "tinies")
+            ridden = await asyncio.to_thread(kill_the_busiest, "tiny")
     assert [watched.text for watched in streams] == whole
     report(record_property, streams, ridden)

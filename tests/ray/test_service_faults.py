@@ -124,8 +124,10 @@ def test_info(client: Client, url: str) -> None:
     assert httpx.get(f"{url}/v1/models").json()["data"][0]["max_model_len"] == 4096
 
 
-def test_a_full_service_is_503_and_goes_on(deploy: Deploy) -> None:
-    url = deploy(
+@pytest.fixture(scope="module")
+def small(deploy: Deploy) -> str:
+    """A service with room for two answers, and a key."""
+    return deploy(
         "small",
         open_engine=open_fake_engine,
         model_name="fake",
@@ -133,67 +135,34 @@ def test_a_full_service_is_503_and_goes_on(deploy: Deploy) -> None:
         max_running=1,
         max_queued_requests=1,
         retry_after_seconds=9,
+        api_key_env=TEST_KEY_VARIABLE,
+        require_api_key=True,
     )
-    client = Client("small")
+
+
+def test_a_full_service_is_503_and_goes_on(small: str) -> None:
+    client, key = Client("small"), {"Authorization": f"Bearer {TEST_KEY}"}
     running_stream, waiting_stream = (client.stream("hello", max_tokens=4000) for _ in range(2))
     next(running_stream)
     next(waiting_stream)
     for body in (TEXT, TEXT | {"stream": True}):
-        refused = httpx.post(f"{url}/v1/completions", json=body)
+        refused = httpx.post(f"{small}/v1/completions", json=body, headers=key)
         error = refused.json()["error"]
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "9")
         assert (error["type"], error["code"]) == ("overloaded_error", "overloaded")
     with pytest.raises(CapacityError, match="full"):
         client.generate("x")
-    assert httpx.get(f"{url}/health").status_code == 200
+    assert httpx.get(f"{small}/health").status_code == 200
     waiting_stream.close()
-    eventually(lambda: httpx.post(f"{url}/v1/completions", json=TEXT).status_code == 200)
+    eventually(lambda: httpx.post(f"{small}/v1/completions", json=TEXT, headers=key).status_code == 200)
     assert len(next(running_stream).text) >= 1
     running_stream.close()
 
 
-def test_a_dead_engine_fails_health_and_is_replaced(deploy: Deploy) -> None:
-    url = deploy("mortal", open_engine=open_fake_engine, model_name="fake", num_cpus=0, workers=2)
-    client = Client("mortal")
-    assert len(client.snapshots()) == 2
-    assert httpx.get(f"{url}/health").json() == {"status": "ok", "problems": []}
-    with pytest.raises(openai.APIError, match="engine is stopped"):
-        for _ in openai.OpenAI(api_key="none", base_url=f"{url}/v1", max_retries=0).completions.create(
-            model="fake", prompt="\x03", stream=True
-        ):
-            pass
-    ill = httpx.get(f"{url}/health")  # asks every worker, so it sees the dead one until it is replaced
-    assert (ill.status_code, ill.json()["status"], len(ill.json()["problems"])) == (503, "unhealthy", 1)
-    eventually(lambda: httpx.get(f"{url}/health").status_code == 200 and len(client.snapshots()) == 2)
-    assert httpx.post(f"{url}/v1/completions", json=TEXT).status_code == 200
-
-
-def test_a_stopping_service_lets_running_requests_end(deploy: Deploy) -> None:
-    url = deploy("leaving", open_engine=open_fake_engine, model_name="fake", num_cpus=0)
-    body = TEXT | {"max_tokens": 150, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
-        lines: Iterator[str] = (line.removeprefix("data: ") for line in response.iter_lines() if line)
-        first = next(lines)
-        deleting = threading.Thread(target=serve.delete, args=("leaving",))
-        deleting.start()
-        *rest, done = list(lines)
-    deleting.join()
-    text = "".join(json.loads(line)["choices"][0]["text"] for line in [first, *rest])
-    assert (len(text), done) == (150, "[DONE]")
-
-
-def test_the_key_comes_from_the_environment_of_the_ingress(deploy: Deploy) -> None:
-    url = deploy(
-        "locked",
-        open_engine=open_fake_engine,
-        model_name="fake",
-        num_cpus=0,
-        api_key_env=TEST_KEY_VARIABLE,
-        require_api_key=True,
-    )
-    assert httpx.post(f"{url}/v1/completions", json=TEXT).status_code == 401
+def test_the_key_comes_from_the_environment_of_the_ingress(small: str) -> None:
+    assert httpx.post(f"{small}/v1/completions", json=TEXT).status_code == 401
     for key, ok in ((TEST_KEY, True), ("wrong", False)):
-        client = openai.OpenAI(api_key=key, base_url=f"{url}/v1", max_retries=0)
+        client = openai.OpenAI(api_key=key, base_url=f"{small}/v1", max_retries=0)
         if ok:
             assert [model.id for model in client.models.list()] == ["fake"]
         else:
@@ -207,3 +176,16 @@ def test_a_model_that_cannot_be_served_fails_the_deployment_with_its_reason(depl
     worker = serve.status().applications["broken"].deployments["worker"]
     assert worker.status == "DEPLOY_FAILED"
     assert "builtin:tiny is truncated, must be whole. hint: download it again" in worker.message
+
+
+def test_a_stopping_service_lets_running_requests_end(url: str) -> None:
+    body = TEXT | {"max_tokens": 150, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+        lines: Iterator[str] = (line.removeprefix("data: ") for line in response.iter_lines() if line)
+        first = next(lines)
+        deleting = threading.Thread(target=serve.delete, args=("fake",))
+        deleting.start()
+        *rest, done = list(lines)
+    deleting.join()
+    text = "".join(json.loads(line)["choices"][0]["text"] for line in [first, *rest])
+    assert (len(text), done) == (150, "[DONE]")
