@@ -43,8 +43,8 @@ def result(kl: float, predicted: float, *, fetched: float = 0.0, dppl: float = 0
 class Scripted(Bench):
     """Answers variants from a function instead of running engines; keeps what it was asked."""
 
-    def __init__(self, answer: Any, *, hosted: bool = True) -> None:
-        self._answer, self.hosted = answer, hosted
+    def __init__(self, answer: Any, *, hosted: bool = True, windows: int = 32) -> None:
+        self._answer, self.hosted, self.windows = answer, hosted, [()] * windows
         self.asked: list[tuple[str, dict[str, Any], int]] = []
 
     def run(self, variants: Sequence[Mapping[str, Any]], what: str, *, every: int = 1) -> list[EvalResult | None]:
@@ -54,7 +54,7 @@ class Scripted(Bench):
 
 def test_sensitivity_is_measured_over_predicted_layer_by_layer() -> None:
     bench = Scripted(lambda v: result(0.01 * (1 + int(v["standin_layers"])), 2.0))
-    found_L = expected_loss._sensitivity(bench, make_profile(layers=3), "lowbit", (75.0, 25.0, 50.0), 32)
+    found_L = expected_loss._sensitivity(bench, make_profile(layers=3), "lowbit", (75.0, 25.0, 50.0))
     np.testing.assert_allclose(found_L, [0.005, 0.01, 0.015], rtol=1e-6)
     assert {v["memory"] for _, v, _ in bench.asked} == {"25.0%"} and {every for *_, every in bench.asked} == {1}
 
@@ -63,27 +63,27 @@ def test_a_layer_that_predicts_nothing_has_the_others_mean() -> None:
     """A layer whose experts were all resident has nothing to divide by."""
     bench = Scripted(lambda v: result(0.02, 0.0 if v["standin_layers"] == "1" else 2.0))
     np.testing.assert_allclose(
-        expected_loss._sensitivity(bench, make_profile(layers=3), "mean", (50.0,), 32), 0.01, rtol=1e-6
+        expected_loss._sensitivity(bench, make_profile(layers=3), "mean", (50.0,)), 0.01, rtol=1e-6
     )
 
 
 def test_the_least_memory_that_holds_the_probe_is_taken() -> None:
     bench = Scripted(lambda v: result(0.02, 2.0) if v["memory"] == "75.0%" else None)
-    assert np.isfinite(expected_loss._sensitivity(bench, make_profile(layers=2), "lowbit4", (75.0, 25.0), 32)).all()
+    assert np.isfinite(expected_loss._sensitivity(bench, make_profile(layers=2), "lowbit4", (75.0, 25.0))).all()
     nothing = Scripted(lambda v: None)
-    assert np.isnan(expected_loss._sensitivity(nothing, make_profile(layers=2), "lowbit4", (75.0, 25.0), 32)).all()
+    assert np.isnan(expected_loss._sensitivity(nothing, make_profile(layers=2), "lowbit4", (75.0, 25.0))).all()
 
 
 def test_without_memory_for_other_layers_all_layers_share_one_number() -> None:
     bench = Scripted(lambda v: result(0.02, 4.0), hosted=False)
-    np.testing.assert_allclose(expected_loss._sensitivity(bench, make_profile(layers=3), "lowbit", (25.0,), 32), 0.005)
+    np.testing.assert_allclose(expected_loss._sensitivity(bench, make_profile(layers=3), "lowbit", (25.0,)), 0.005)
     assert [v for _, v, _ in bench.asked] == [{"standin": "lowbit", "memory": "25.0%"}]
 
 
 def test_deep_models_are_measured_on_fewer_windows() -> None:
     for windows, every in ((32, 4), (8, 1)):
-        bench = Scripted(lambda v: result(0.02, 2.0))
-        expected_loss._sensitivity(bench, make_profile(layers=12), "lowbit", (25.0,), windows)
+        bench = Scripted(lambda v: result(0.02, 2.0), windows=windows)
+        expected_loss._sensitivity(bench, make_profile(layers=12), "lowbit", (25.0,))
         assert {asked for *_, asked in bench.asked} == {every} and len(bench.asked) == 12
 
 

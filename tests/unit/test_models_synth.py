@@ -215,7 +215,8 @@ def test_too_small_a_disk_is_refused_before_the_first_byte(tmp_path: Path, monke
     assert not (tmp_path / "m").exists()
 
 
-def test_disk_that_fills_up_on_the_way_leaves_no_shards(tmp_path: Path) -> None:
+def test_disk_that_fills_up_on_the_way_leaves_no_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_writer, "SHARD_BYTES", 20)
     tensors = [shard_writer.StoredTensor(key=f"t{i}", shape=(10,), nbytes=20) for i in range(4)]
 
     def content(tensor: shard_writer.StoredTensor) -> list[memoryview]:
@@ -224,7 +225,7 @@ def test_disk_that_fills_up_on_the_way_leaves_no_shards(tmp_path: Path) -> None:
         return [memoryview(bytes(20))]
 
     with pytest.raises(CheckpointError, match="is full after 40 bytes, must take 80"):
-        shard_writer.write_shards(tmp_path, tensors, content, shard_bytes=20)
+        shard_writer.write_shards(tmp_path, tensors, content)
     assert list(tmp_path.iterdir()) == []
 
 
