@@ -9,37 +9,60 @@ Legend: T tokens, K experts per token, N = T*K accesses, E experts, B bytes, D h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from buddymoe_ray.kernels.lowbit_cpu import PARTS, experts_kernel, scale_steps
-from buddymoe_ray.kernels.lowbit_format import LowbitFormat, Matrix, Places
+from buddymoe_ray.kernels.lowbit_calls import Call, Expert, Product
+from buddymoe_ray.kernels.lowbit_cpu import activation_of, experts_kernel, product_of
+from buddymoe_ray.kernels.lowbit_format import LowbitFormat, matrix_at
+from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.types import SlotTensor
 
 __all__ = ["LowbitLayer"]
 
 THREADED_WEIGHTS = 1 << 20
-"""Fewer weights than this (about .2 ms) are not worth waking a thread for."""
+"""Fewer weights than this (about .1 ms) are not worth waking a thread for."""
+BIAS_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 class LowbitLayer:
-    """Computes plain experts (`is_plain`) on a CPU from records laid out by `record_tensors`; serves every layer.
+    """Computes experts on a CPU from records laid out by `record_tensors`.
 
-    `threads` share the records of a call; the bits do not depend on it. Machine code is made here (seconds at the first
-    time on a machine, then .5 s), not in the first step.
+    Args:
+        math: the experts' arithmetic; one that `covers` says yes to.
+        dtype: of activations. float32 ones are multiplied as they are, others as 16-bit integers (error 4e-5).
+        threads: share the records of a call; the bits do not depend on it.
+
+    Machine code is made here (seconds at the first time on a machine, then .5 s), not in the first step.
+    Raises ValueError for records that are not packed as this version packs.
     """
 
-    def __init__(self, *, layout: Sequence[SlotTensor], fmt: LowbitFormat, threads: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        layout: Sequence[SlotTensor],
+        fmt: LowbitFormat,
+        math: ExpertMath,
+        dtype: torch.dtype = torch.float32,
+        threads: int = 1,
+    ) -> None:
         assert threads >= 1, f"threads is {threads}, must be at least 1"
-        named = {tensor.name: tensor for tensor in layout}
-        self._first, self._down = (_matrix(named, name, fmt) for name in ("gate_up_proj", "down_proj"))
-        self._threads, self._weights = threads, 3 * self._first.K * self._down.K
-        self._nbytes = max(tensor.offset + tensor.nbytes for tensor in layout)
-        self._kernel, self._table = experts_kernel(), scale_steps()
+        self._first, self._down = (_product(layout, name, fmt, math, dtype) for name in (math.first, "down_proj"))
+        activation = activation_of(math, self._down.K)
+        assert activation is not None, "experts compute what the kernel does not, must be as `covers` says"
+        nbytes = max(tensor.offset + tensor.nbytes for tensor in layout)
+        self._expert, self._kernel = Expert(activation, nbytes), experts_kernel()
+        self._threads, self._dtype = threads, dtype
+        self._weights = self._first.N * self._first.K + self._down.N * self._down.K
+
+    @staticmethod
+    def covers(math: ExpertMath, F: int) -> bool:
+        """Whether a call can compute such experts."""
+        return activation_of(math, F) is not None
 
     def __call__(self, x_TD: Tensor, records_B: Tensor, at_E: Tensor, expert_TK: Tensor, out_ND: Tensor) -> None:
         """Write `out_ND[n] = expert expert_TK.flat[n] over x_TD[n // K]` where the expert has a record.
@@ -50,37 +73,45 @@ class LowbitLayer:
         """
         (T, K), D = expert_TK.shape, x_TD.shape[1]
         assert out_ND.shape == (T * K, D), f"out is {tuple(out_ND.shape)}, must be {(T * K, D)}"
+        assert x_TD.shape == (T, self._first.K), f"x is {tuple(x_TD.shape)}, must be {(T, self._first.K)}"
+        assert x_TD.dtype == out_ND.dtype == self._dtype, f"x is {x_TD.dtype}, out {out_ND.dtype}, not {self._dtype}"
         if T == 0:
             return
-        expert_N, begin_E = expert_TK.reshape(-1).numpy(), at_E.contiguous().numpy()
-        most, last = expert_N.max(), begin_E.max()
-        assert most < len(begin_E), f"expert is {most}, must be below {len(begin_E)}"
-        assert last < 0 or last + self._nbytes <= records_B.shape[0], (
-            f"the last record ends at byte {last + self._nbytes}, must be at most {records_B.shape[0]}"
-        )
-        wide = x_TD.dtype == torch.float32
-        x, out = x_TD.float().contiguous(), out_ND if wide else out_ND.float()  # rows not ours go back as they came
+        plain = self._dtype == torch.float32
+        x, out = x_TD.float().contiguous(), out_ND if plain else out_ND.float()  # rows not ours go back as they came
+        expert_TK, at_E = expert_TK.contiguous(), at_E.contiguous()
         assert out.is_contiguous() and records_B.is_contiguous(), "outputs and records must be contiguous"
-        addresses = (x.data_ptr(), records_B.data_ptr(), out.data_ptr())
-
-        def run(share: int, shares: int) -> None:
-            self._kernel(Places(*addresses, share, shares), expert_N, begin_E, K, self._first, self._down, self._table)
-
-        threads = 1 if self._weights * len(expert_N) < THREADED_WEIGHTS else self._threads
-        helping = [_helpers(threads - 1).submit(run, share, threads) for share in range(1, threads)]
-        run(0, threads)
+        call = Call(
+            *(x.data_ptr(), out.data_ptr(), records_B.data_ptr(), records_B.shape[0]),
+            *(expert_TK.data_ptr(), at_E.data_ptr()),
+            *(T * K, K, at_E.shape[0]),
+        )
+        threads = 1 if self._weights * T * K < THREADED_WEIGHTS else self._threads
+        shares = [call._replace(share=share, shares=threads) for share in range(1, threads)]
+        helping = [_helpers(threads - 1).submit(self._run, share) for share in shares]
+        fault = self._run(call._replace(shares=threads) if shares else call)
         for helper in helping:
             helper.result()
-        if not wide:
+        assert fault != 1, f"expert is {int(expert_TK.max())}, must be below {len(at_E)}"
+        assert fault != 2, (
+            f"the last record ends at byte {int(at_E.max()) + self._expert.nbytes}, must be at most {len(records_B)}"
+        )
+        if not plain:
             out_ND.copy_(out)
 
+    def _run(self, call: Call) -> int:
+        return self._kernel(call, self._expert, self._first, self._down)
 
-def _matrix(named: Mapping[str, SlotTensor], name: str, fmt: LowbitFormat) -> Matrix:
-    """Where a matrix is within a record."""
-    N, row_bytes = named[f"{name}.codes"].shape
-    K = row_bytes * 8 // fmt.bits
-    codes, scales, base = (named[f"{name}.{part}"].offset for part in PARTS)
-    return Matrix(codes, scales, base, N=N, K=K, bits=fmt.bits, group=fmt.group_of(K))
+
+def _product(
+    layout: Sequence[SlotTensor], name: str, fmt: LowbitFormat, math: ExpertMath, dtype: torch.dtype
+) -> Product:
+    """A matrix within a record, with its bias."""
+    bias = next((tensor for tensor in layout if tensor.name == f"{name}_bias"), None) if math.bias else None
+    if math.bias and (bias is None or bias.dtype not in BIAS_BYTES):
+        raise ValueError(f"{name}_bias is {bias and bias.dtype}, must be one of {', '.join(BIAS_BYTES)}")
+    place = (0, 0) if bias is None else (bias.offset, BIAS_BYTES[bias.dtype])
+    return product_of(matrix_at(layout, name, fmt), fmt, dtype, place)
 
 
 @cache
