@@ -1,6 +1,8 @@
-"""What goes into a call of the low-bit machine code: named tuples of int64, which cost a kernel nothing.
+"""What goes into a call of the low-bit machine code: tuples of int64, which cost a kernel nothing.
 
-Knows neither torch nor numba: both sides of the call import it.
+What stays the same from call to call lies in an array (`plan_of`) that is handed over by its address, and `Call` goes
+as a plain tuple: named ones are ten times as long on their way into numba. Knows neither torch nor numba: both sides of
+the call import it.
 
 Legend: N outputs and K inputs of a matrix; in `Call` N accesses (rows), K experts per token, E experts.
 """
@@ -9,7 +11,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["Call", "Expert", "Product"]
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Call", "Expert", "Product", "plan_of"]
 
 
 class Product(NamedTuple):
@@ -39,6 +44,7 @@ class Expert(NamedTuple):
 class Call(NamedTuple):
     """Addresses of rows, outputs and records, of which expert each access is of, and of where its record begins.
 
+    Rows and outputs are float32 (`item_bytes` 4) or bfloat16 (2).
     Of every `shares` experts in turn the kernel computes the `share`-th.
     """
 
@@ -46,6 +52,7 @@ class Call(NamedTuple):
     out: int
     records: int
     records_bytes: int
+    item_bytes: int
     expert_N: int = 0
     at_E: int = 0
     N: int = 0
@@ -53,3 +60,8 @@ class Call(NamedTuple):
     E: int = 0
     share: int = 0
     shares: int = 1
+
+
+def plan_of(expert: Expert, first: Product, down: Product) -> npt.NDArray[np.int64]:
+    """What is the same in all calls. Its owner must outlive a call that has its address."""
+    return np.array((*expert, *first, *down), dtype=np.int64)

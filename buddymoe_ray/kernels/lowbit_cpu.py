@@ -16,14 +16,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from buddymoe_ray.kernels.lowbit_calls import Call, Expert, Product
+from buddymoe_ray.kernels.lowbit_calls import Call, Expert, Product, plan_of
 from buddymoe_ray.kernels.lowbit_format import LowbitFormat, Matrix, packed_parts
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.kernels.rowwise import rowwise
 
-__all__ = ["FORMULAS", "activation_of", "experts_kernel", "forward", "linear_kernel", "prepare", "product_of"]
+__all__ = [
+    "FORMULAS",
+    "activation_of",
+    "as_read",
+    "experts_kernel",
+    "forward",
+    "linear_kernel",
+    "prepare",
+    "product_of",
+]
 
 ANYWHERE = 1 << 62
+FIRST_AT = len(Expert._fields)
+DOWN_AT = FIRST_AT + len(Product._fields)
+"""Where a plan has its products."""
 
 
 def _gated(activate: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -79,24 +91,32 @@ def product_of(matrix: Matrix, fmt: LowbitFormat, dtype: torch.dtype, bias: tupl
     return Product(codes, scales, base, *bias, N, K, native["project"], native.get("quantise", 0))
 
 
+def as_read(x: Tensor) -> Tensor:
+    """In a dtype that the machine code reads and writes: float32 or bfloat16."""
+    return x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+
+
 def forward(x_RD: Tensor, tensors: Mapping[str, Tensor], fmt: LowbitFormat, math: ExpertMath) -> Tensor:
     """`lowbit.lowbit_forward` on this CPU."""
-    x = x_RD.float().contiguous()
-    R, out = len(x), torch.empty_like(x)
+    R, x = len(x_RD), as_read(x_RD).contiguous()
     first, down = (_product(tensors, name, fmt, x_RD.dtype, math.bias) for name in (math.first, "down_proj"))
     activation = activation_of(math, down.K)
+    plan = plan_of(Expert(activation or 0, 0), first, down)
+    plan_at = plan.ctypes.data
     if activation is not None:
+        out = torch.empty_like(x)
         expert_R = torch.zeros(R + 1, dtype=torch.int64)  # one more zero, for where the one record begins
         places = (expert_R.data_ptr(), expert_R[R:].data_ptr())
-        call = Call(x.data_ptr(), out.data_ptr(), 0, ANYWHERE, *places, N=R, E=1)
-        fault = experts_kernel()(call, Expert(activation, 0), first, down)
+        call = Call(x.data_ptr(), out.data_ptr(), 0, ANYWHERE, x.itemsize, *places, N=R, E=1)
+        fault = experts_kernel()(tuple(call), plan_at)
         assert fault == 0, f"fault is {fault}, must be 0"
         return out.to(x_RD.dtype)
-    linear, both = linear_kernel(), x.new_empty(R, first.N)
-    linear(Call(x.data_ptr(), both.data_ptr(), 0, ANYWHERE, N=R), first)
+    linear, x = linear_kernel(), x.float()
+    both, y = x.new_empty(R, first.N), x.new_empty(R, down.N)
+    linear(tuple(Call(x.data_ptr(), both.data_ptr(), 0, ANYWHERE, 4, N=R)), plan_at, FIRST_AT)
     hidden = rowwise(math.activate, both).contiguous()
-    linear(Call(hidden.data_ptr(), out.data_ptr(), 0, ANYWHERE, N=R), down)
-    y_RD = out.to(x_RD.dtype)
+    linear(tuple(Call(hidden.data_ptr(), y.data_ptr(), 0, ANYWHERE, 4, N=R)), plan_at, DOWN_AT)
+    y_RD = y.to(x_RD.dtype)
     return y_RD if math.post_norm is None else rowwise(math.post_norm, y_RD)
 
 

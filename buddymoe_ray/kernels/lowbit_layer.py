@@ -16,8 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from buddymoe_ray.kernels.lowbit_calls import Call, Expert, Product
-from buddymoe_ray.kernels.lowbit_cpu import activation_of, experts_kernel, product_of
+from buddymoe_ray.kernels.lowbit_calls import Expert, Product, plan_of
+from buddymoe_ray.kernels.lowbit_cpu import activation_of, as_read, experts_kernel, product_of
 from buddymoe_ray.kernels.lowbit_format import LowbitFormat, matrix_at
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.types import SlotTensor
@@ -51,13 +51,14 @@ class LowbitLayer:
         threads: int = 1,
     ) -> None:
         assert threads >= 1, f"threads is {threads}, must be at least 1"
-        self._first, self._down = (_product(layout, name, fmt, math, dtype) for name in (math.first, "down_proj"))
-        activation = activation_of(math, self._down.K)
+        first, down = (_product(layout, name, fmt, math, dtype) for name in (math.first, "down_proj"))
+        activation = activation_of(math, down.K)
         assert activation is not None, "experts compute what the kernel does not, must be as `covers` says"
-        nbytes = max(tensor.offset + tensor.nbytes for tensor in layout)
-        self._expert, self._kernel = Expert(activation, nbytes), experts_kernel()
+        self._nbytes = max(tensor.offset + tensor.nbytes for tensor in layout)
+        self._plan, self._kernel = plan_of(Expert(activation, self._nbytes), first, down), experts_kernel()
+        self._plan_at, self._hidden = self._plan.ctypes.data, first.K
         self._threads, self._dtype = threads, dtype
-        self._weights = self._first.N * self._first.K + self._down.N * self._down.K
+        self._weights = first.N * first.K + down.N * down.K
 
     @staticmethod
     def covers(math: ExpertMath, F: int) -> bool:
@@ -71,36 +72,31 @@ class LowbitLayer:
         negative: no record of this layout). `expert_TK` int64 is negative for accesses that others answer. Rows of
         `out_ND` (dtype of `x_TD`) that have no record are left alone.
         """
-        (T, K), D = expert_TK.shape, x_TD.shape[1]
-        assert out_ND.shape == (T * K, D), f"out is {tuple(out_ND.shape)}, must be {(T * K, D)}"
-        assert x_TD.shape == (T, self._first.K), f"x is {tuple(x_TD.shape)}, must be {(T, self._first.K)}"
+        (T, K), D, N = expert_TK.shape, self._hidden, expert_TK.numel()
+        assert out_ND.shape == (N, D), f"out is {tuple(out_ND.shape)}, must be {(N, D)}"
+        assert x_TD.shape == (T, D), f"x is {tuple(x_TD.shape)}, must be {(T, D)}"
         assert x_TD.dtype == out_ND.dtype == self._dtype, f"x is {x_TD.dtype}, out {out_ND.dtype}, not {self._dtype}"
         if T == 0:
             return
-        plain = self._dtype == torch.float32
-        x, out = x_TD.float().contiguous(), out_ND if plain else out_ND.float()  # rows not ours go back as they came
-        expert_TK, at_E = expert_TK.contiguous(), at_E.contiguous()
+        x, out = as_read(x_TD), as_read(out_ND)
+        x, expert_TK, at_E = x.contiguous(), expert_TK.contiguous(), at_E.contiguous()
         assert out.is_contiguous() and records_B.is_contiguous(), "outputs and records must be contiguous"
-        call = Call(
-            *(x.data_ptr(), out.data_ptr(), records_B.data_ptr(), records_B.shape[0]),
-            *(expert_TK.data_ptr(), at_E.data_ptr()),
-            *(T * K, K, at_E.shape[0]),
+        call = (
+            *(x.data_ptr(), out.data_ptr(), records_B.data_ptr(), records_B.numel(), x.itemsize),
+            *(expert_TK.data_ptr(), at_E.data_ptr(), N, K, at_E.numel()),
         )
-        threads = 1 if self._weights * T * K < THREADED_WEIGHTS else self._threads
-        shares = [call._replace(share=share, shares=threads) for share in range(1, threads)]
-        helping = [_helpers(threads - 1).submit(self._run, share) for share in shares]
-        fault = self._run(call._replace(shares=threads) if shares else call)
+        threads = 1 if self._weights * N < THREADED_WEIGHTS else self._threads
+        run, plan_at = self._kernel, self._plan_at
+        helping = [_helpers(threads - 1).submit(run, (*call, share, threads), plan_at) for share in range(1, threads)]
+        fault = run((*call, 0, threads), plan_at)
         for helper in helping:
             helper.result()
         assert fault != 1, f"expert is {int(expert_TK.max())}, must be below {len(at_E)}"
         assert fault != 2, (
-            f"the last record ends at byte {int(at_E.max()) + self._expert.nbytes}, must be at most {len(records_B)}"
+            f"the last record ends at byte {int(at_E.max()) + self._nbytes}, must be at most {len(records_B)}"
         )
-        if not plain:
-            out_ND.copy_(out)
-
-    def _run(self, call: Call) -> int:
-        return self._kernel(call, self._expert, self._first, self._down)
+        if out is not out_ND:
+            out_ND.copy_(out)  # rows of others go back as they came
 
 
 def _product(

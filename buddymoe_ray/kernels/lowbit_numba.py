@@ -103,21 +103,24 @@ def _stride(K: Any) -> Any:
 
 
 @njit
-def _multiply(product: Any, record: Any, R: Any, scratch: Any, out: Any) -> None:
-    """`out[r] = W @ x[r] + bias` of the rows at addresses `scratch.x_at`; rows of `out` are padded to blocks of 16."""
+def _multiply(product: Any, record: Any, rows_of: Any, scratch: Any, out: Any) -> None:
+    """`out[r] = W @ x[r] + bias` of rows at addresses `scratch.x_at`; rows of `out` are padded to blocks of 16.
+
+    `rows_of` are how many there are and the bytes of their items.
+    """
+    R, item_bytes = rows_of
     K, G = product.K, _groups(product.K)
     blocks, stride = (product.N + 15) // 16, _stride(K)
     row, rows, row_at, out_at = scratch.row, scratch.rows.ctypes.data, scratch.row.ctypes.data, out.ctypes.data
-    for i in range(K, G * GROUP):
-        row[i] = float32(0.0)
+    row[K:] = float32(0.0)
     for r in range(R):
-        x, place = carray(_floats_at(scratch.x_at[r]), (K,)), rows + r * stride
+        place = rows + r * stride
         if product.quantise != 0:
-            row[:K] = x
+            _read(scratch.x_at[r], item_bytes, row[:K])
             _native(product.quantise, (row_at, G, place))
         else:
             copy = carray(_floats_at(place), (G * GROUP,))
-            copy[:K] = x
+            _read(scratch.x_at[r], item_bytes, copy[:K])
             copy[K:] = float32(0.0)
         scratch.pairs[r, 0], scratch.pairs[r, 1] = place, out_at + 64 * r * blocks
     codes, scales, base = record + product.codes, record + product.scales, record + product.base
@@ -128,17 +131,50 @@ def _multiply(product: Any, record: Any, R: Any, scratch: Any, out: Any) -> None
 
 
 @njit
-def _add_bias(out: Any, bias: Any, item_bytes: Any) -> None:
-    """Of bfloat16 (2 bytes) or float32."""
-    N = out.shape[0]
+def _widened(half: Any) -> Any:
+    """A bfloat16 is the upper half of a float32."""
+    return _from_bits(int32(uint32(half) << uint32(16)))
+
+
+@njit
+def _read(address: Any, item_bytes: Any, out: Any) -> None:
+    """float32 or bfloat16 (2 bytes) into float32."""
+    n = out.shape[0]
     if item_bytes == 4:
-        wide = carray(_floats_at(bias), (N,))
-        for n in range(N):
-            out[n] += wide[n]
+        out[:] = carray(_floats_at(address), (n,))
     else:
-        upper = carray(_halves_at(bias), (N,))
-        for n in range(N):
-            out[n] += _from_bits(int32(uint32(uint16(upper[n])) << uint32(16)))
+        halves = carray(_halves_at(address), (n,))
+        for i in range(n):
+            out[i] = _widened(halves[i])
+
+
+@njit
+def _write(x: Any, address: Any, item_bytes: Any) -> None:
+    """float32 into float32, or into the nearest bfloat16."""
+    n = x.shape[0]
+    if item_bytes == 4:
+        out = carray(_floats_at(address), (n,))
+        out[:] = x
+    else:
+        halves = carray(_halves_at(address), (n,))
+        for i in range(n):
+            bits = uint32(_float_bits(x[i]))
+            even = uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))
+            rounded = uint32(0x7FC0) if x[i] != x[i] else (bits + even) >> uint32(16)
+            halves[i] = uint16(rounded)
+
+
+@njit
+def _add_bias(out: Any, bias: Any, item_bytes: Any) -> None:
+    n = out.shape[0]
+    if item_bytes == 4:
+        floats = carray(_floats_at(bias), (n,))
+        for i in range(n):
+            out[i] += floats[i]
+    else:
+        halves = carray(_halves_at(bias), (n,))
+        for i in range(n):
+            out[i] += _widened(halves[i])
 
 
 @njit
@@ -215,8 +251,20 @@ def _fault(expert_N: Any, at_E: Any, room: Any) -> Any:
 
 
 @njit
-def _experts(call: Any, expert: Any, first: Any, down: Any) -> Any:
-    """`out[n] = expert expert_N[n] over x[n // K]` where it has a record; rows of others are left alone."""
+def _product_at(plan: Any, i: Any) -> Any:
+    p = plan[i : i + 9]
+    return Product(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8])
+
+
+@njit
+def _experts(c: Any, plan_at: Any) -> Any:
+    """`out[n] = expert expert_N[n] over x[n // K]` where it has a record; rows of others are left alone.
+
+    `c` are the fields of a `Call`, `plan_at` is the address of a plan.
+    """
+    call = Call(c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], c[11])
+    plan = carray(_ints_at(plan_at), (20,))
+    expert, first, down = Expert(plan[0], plan[1]), _product_at(plan, 2), _product_at(plan, 11)
     expert_N, at_E = carray(_ints_at(call.expert_N), (call.N,)), carray(_ints_at(call.at_E), (call.E,))
     fault = _fault(expert_N, at_E, call.records_bytes - expert.nbytes)
     if fault != OK:
@@ -255,21 +303,23 @@ def _expert(call: Any, record: Any, order: Any, expert: Any, scratch: Any) -> No
     D, F, R = first.K, down.K, order.shape[0]
     both_row, out_row = (first.N + 15) // 16 * 16, (D + 15) // 16 * 16
     for r in range(R):
-        scratch.x_at[r] = call.x + 4 * (order[r] // call.K * D)
-    _multiply(first, record, R, scratch, scratch.both)
+        scratch.x_at[r] = call.x + call.item_bytes * (order[r] // call.K * D)
+    _multiply(first, record, (R, call.item_bytes), scratch, scratch.both)
     for r in range(R):
         hidden = scratch.hidden[r * F : (r + 1) * F]
         _activate(activation, scratch.both[r * both_row : r * both_row + first.N], F, hidden)
         scratch.x_at[r] = scratch.hidden.ctypes.data + 4 * r * F
-    _multiply(down, record, R, scratch, scratch.out)
+    _multiply(down, record, (R, 4), scratch, scratch.out)
     for r in range(R):
-        out = carray(_floats_at(call.out + 4 * order[r] * D), (D,))
-        out[:] = scratch.out[r * out_row : r * out_row + D]
+        out = scratch.out[r * out_row : r * out_row + D]
+        _write(out, call.out + call.item_bytes * order[r] * D, call.item_bytes)
 
 
 @njit
-def _linear(call: Any, product: Any) -> None:
-    """`out[call.N, N] = x[call.N, K] @ W.T + bias`, both contiguous float32."""
+def _linear(c: Any, plan_at: Any, i: Any) -> None:
+    """`out[call.N, N] = x[call.N, K] @ W.T + bias`, both contiguous float32, with the product at `plan[i]`."""
+    call = Call(c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], c[11])
+    product = _product_at(carray(_ints_at(plan_at), (20,)), i)
     K, row = product.K, (product.N + 15) // 16 * 16
     most, none = min(CHUNK, call.N), np.empty(0, np.float32)
     scratch = _Scratch(
@@ -290,38 +340,36 @@ def _linear_rows(call: Any, product: Any, start: Any, R: Any, scratch: Any) -> N
     K, N, row = product.K, product.N, (product.N + 15) // 16 * 16
     for r in range(R):
         scratch.x_at[r] = call.x + 4 * (start + r) * K
-    _multiply(product, call.records, R, scratch, scratch.both)
+    _multiply(product, call.records, (R, 4), scratch, scratch.both)
     for r in range(R):
         out = carray(_floats_at(call.out + 4 * (start + r) * N), (N,))
         out[:] = scratch.both[r * row : r * row + N]
 
 
-_CALL, _EXPERT, _PRODUCT = (
-    types.NamedUniTuple(types.int64, len(kind._fields), kind) for kind in (Call, Expert, Product)
-)
+_CALL = types.UniTuple(types.int64, len(Call._fields))
 
 
 def compile_experts(folder: Path | None) -> Callable[..., int]:
     """Machine code of `_experts`, from `folder` when an earlier process left it there; None keeps none."""
     stamp = _stamp()
 
-    def experts(call: Any, expert: Any, first: Any, down: Any) -> Any:
+    def experts(call: Any, plan_at: Any) -> Any:
         if stamp >= 0:
-            return _experts(call, expert, first, down)
+            return _experts(call, plan_at)
         return OK
 
-    return _compiled(types.int64(_CALL, _EXPERT, _PRODUCT, _PRODUCT), experts, folder)
+    return _compiled(types.int64(_CALL, types.int64), experts, folder)
 
 
 def compile_linear(folder: Path | None) -> Callable[..., None]:
     """Machine code of `_linear`; `folder` as above."""
     stamp = _stamp()
 
-    def linear(call: Any, product: Any) -> None:
+    def linear(call: Any, plan_at: Any, i: Any) -> None:
         if stamp >= 0:
-            _linear(call, product)
+            _linear(call, plan_at, i)
 
-    return _compiled(types.void(_CALL, _PRODUCT), linear, folder)
+    return _compiled(types.void(_CALL, types.int64, types.int64), linear, folder)
 
 
 def _compiled(signature: Any, function: Callable[..., Any], folder: Path | None) -> Any:

@@ -52,10 +52,10 @@ def test_machine_code_is_kept_and_follows_its_sources(tmp_path: Path) -> None:
         shutil.copy(PACKAGE / name, package / name)
     (package / "__init__.py").write_text("")
     numba = package / "kernels" / "lowbit_numba.py"
-    begin, calls = numba.read_text().split("_CALL, _EXPERT", 1)
+    begin, calls = numba.read_text().split("_CALL =", 1)
     numba.write_text(
-        begin + "\n_experts = njit(lambda call, expert, first, down: 0)\n_linear = njit(lambda call, product: None)\n"
-        "_CALL, _EXPERT" + calls
+        begin + "\n_experts = njit(lambda call, plan_at: 0)\n_linear = njit(lambda call, plan_at, i: None)\n"
+        "_CALL =" + calls
     )
     cache = tmp_path / "cache"
     assert hits(tmp_path, cache) == 0

@@ -154,7 +154,7 @@ def test_layouts_of_others_are_told() -> None:
 
 @pytest.mark.parametrize("forward", [lowbit_forward, lowbit_forward_reference])
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activate", [silu_gate, gpt_oss_gate])
 def test_rows_do_not_see_each_other(forward, bits: int, dtype: torch.dtype, activate) -> None:
     """The same row has the same bits alone, in any batch and at any place in it."""
@@ -167,6 +167,22 @@ def test_rows_do_not_see_each_other(forward, bits: int, dtype: torch.dtype, acti
     for R in (1, 2, 3, 4, 5, 8, 17, 32, 65):
         assert torch.equal(forward(x_RD[70 - R :], views, fmt, math), whole[70 - R :]), f"{R} rows"
         assert torch.equal(forward(x_RD[:R].flip(0), views, fmt, math).flip(0), whole[:R]), f"{R} rows reversed"
+
+
+def test_bfloat16_is_read_and_rounded_as_torch_does() -> None:
+    """With a norm that does nothing torch converts the rows, without it the kernel does: nothing else differs."""
+    fmt = LowbitFormat(bits=4)
+    _, (views,) = random_records({"up_proj": (96, 64), "down_proj": (64, 96)}, fmt, 10)
+    x_RD = torch.randn(40, 64, generator=torch.Generator().manual_seed(11)) * torch.logspace(-12, 12, 40)[:, None]
+    x_RD = x_RD.bfloat16()
+    x_RD[7, 3], x_RD[9, 0] = float("nan"), float("inf")
+    by_kernel, by_torch = (
+        lowbit_forward(x_RD, views, fmt, ExpertMath(activate=relu2, gated=False, post_norm=norm))
+        for norm in (None, lambda y: y)
+    )
+    assert by_kernel.dtype is torch.bfloat16
+    torch.testing.assert_close(by_kernel, by_torch, rtol=0, atol=0, equal_nan=True)
+    assert by_kernel.isnan().all(dim=1).nonzero().flatten().tolist() == [7, 9] and int(by_kernel.isnan().sum()) == 128
 
 
 @pytest.mark.parametrize("forward", [lowbit_forward, lowbit_forward_reference])
