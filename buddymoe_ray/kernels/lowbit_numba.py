@@ -245,7 +245,7 @@ def _fault(expert_N: Any, at_E: Any, room: Any) -> Any:
         if expert_N[n] >= at_E.shape[0]:
             return NO_SUCH_EXPERT
     for e in range(at_E.shape[0]):
-        if at_E[e] > room:
+        if at_E[e] >= 0 and at_E[e] > room:
             return NO_SUCH_RECORD
     return OK
 

@@ -16,9 +16,10 @@ row: not on the rows beside it, nor on the instruction set. Rows go in blocks, a
 Reads codes, scales and rows to their last byte and no further; prefetches beyond never fault. Does not know records,
 experts or who compiles the text. Neighbours: machine_code.py compiles it, lowbit_numba.py calls it.
 
-Tried and dropped: 8-bit activations (2 to 4 times the rate from 8 rows on; error 5e-3); no prefetch (2.7 times as long
-at 8 rows); blocks of 8 rows without AVX-512 (16 registers do not hold them); byte products (`vpmaddubsw`) on AVX2 (as
-fast as 16-bit ones, and saturate at 8 bits); fp16 scales (a call into libgcc where F16C is missing).
+Tried and dropped: 8-bit activations (up to 1.8 times the rate from 8 rows on; error 5e-3); no prefetch (2.7 times as
+long at 8 rows); with 16 registers, all 16 outputs at once or unrolled vectors (what does not fit goes by the stack: 1.6
+times as long at 8 rows); byte products (`vpmaddubsw`) on AVX2 (as fast as 16-bit ones, and saturate at 8 bits); fp16
+scales (a call into libgcc where F16C is missing).
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class _Tiles:
 
     def __init__(self, fmt: LowbitFormat, level: Level, wide: bool) -> None:
         self.module = ir.Module(name="lowbit")
-        self._fmt, self._level, self._wide = fmt, level, wide
+        self._fmt, self._level, self._wide, self._unrolled = fmt, level, wide, False
         self._bytes, self._words, self._ints, self._floats = (
             vec(kind, level.lanes * count) for kind, count in ((I8, 4), (I16, 2), (I32, 1), (F32, 1))
         )
@@ -128,6 +129,8 @@ class _Tiles:
         tile.linkage = "internal"
         tile.attributes.add("noinline")
         codes, scales, base_at, G, pairs, column = tile.args
+        # with few registers the vectors are a loop, for LLVM's scheduler would hold all of them at once
+        self._unrolled = self._level.lanes == 16 or (rows == 1 and not self._wide)
         b = ir.IRBuilder(tile.append_basic_block())
         x = [load(b, pairs, I64, 16 * r) for r in range(rows)]
         y = [b.add(load(b, pairs, I64, 16 * r + 8), column) for r in range(rows)]
@@ -173,14 +176,11 @@ class _Tiles:
             b.store(self._fma(b, value, b.fmul(scale, step), b.load(row.total)), row.total)
 
     def _quads(self, b: Any, tile: Any, part: int = 0, parts: int = 1) -> Iterator[tuple[Any, Any]]:
-        """The codes of a tile, or of one part of its inputs, a byte each: `(j, quad j)`, vector by vector.
-
-        With few registers the vectors are a loop of the code, for LLVM's scheduler would hold all of them at once.
-        """
+        """The codes of a tile, or of one part of its inputs, a byte each: `(j, quad j)`, vector by vector."""
         bits = self._fmt.bits
         width = 2 if bits == 3 else bits
         begin, count = part * width // parts, width // parts
-        if self._level.lanes == 16:
+        if self._unrolled:
             for first in range(begin, begin + count):
                 yield from self._vector(b, tile, I64(first), width)
         else:

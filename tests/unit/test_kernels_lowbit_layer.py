@@ -164,6 +164,8 @@ def test_nothing_to_do_is_done() -> None:
     layer(torch.randn(2, D), records, places(records), torch.full((2, K), -1), out_ND)
     assert bool((out_ND == 1).all())
     layer(torch.randn(0, D), records, places(records), torch.zeros(0, K, dtype=torch.int64), torch.ones(0, D))
+    layer(torch.randn(2, D), records[:0], torch.full((E,), -1), torch.zeros(2, K, dtype=torch.int64), out_ND)
+    assert bool((out_ND == 1).all()), "nobody has a record, nor is there room for one"
 
 
 def test_what_would_read_or_write_past_an_end_is_refused() -> None:
