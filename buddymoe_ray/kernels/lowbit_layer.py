@@ -1,4 +1,4 @@
-"""All low-bit experts of one layer and step in one call.
+"""All low-bit experts of one layer and step in one call, or one of them over its rows.
 
 At decode a step has a few rows for each of many experts: one call per expert would spend more on calling than on
 arithmetic. Does not know which accesses a policy gave to stand-ins, nor the router's weights. Invariant: an output is
@@ -9,7 +9,7 @@ Legend: T tokens, K experts per token, N = T*K accesses, E experts, B bytes, D h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -58,7 +58,23 @@ class LowbitLayer:
         self._plan, self._kernel = plan_of(Expert(activation, self._nbytes), first, down), experts_kernel()
         self._plan_at, self._hidden = self._plan.ctypes.data, first.K
         self._threads, self._dtype = threads, dtype
+        self._begin = next((tensor.name, tensor.offset) for tensor in layout if tensor.name == f"{math.first}.codes")
         self._weights = first.N * first.K + down.N * down.K
+
+    def expert(self, x_RD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """One expert over its rows, as `lowbit_forward`; `tensors` are the views of its record.
+
+        Where they lie is not asked one by one: they must be views of one record, as `cache.slot_views` makes them.
+        """
+        R, x = len(x_RD), as_read(x_RD).contiguous()
+        assert x_RD.dtype == self._dtype, f"x is {x_RD.dtype}, must be {self._dtype}"
+        name, offset = self._begin
+        out, zeros = torch.empty_like(x), _zeros(max(6, R.bit_length())).data_ptr()
+        record = tensors[name].data_ptr() - offset
+        call = (x.data_ptr(), out.data_ptr(), record, self._nbytes, x.itemsize, zeros, zeros, R, 1, 1, 0, 1)
+        fault = self._kernel(call, self._plan_at)
+        assert fault == 0, f"fault is {fault}, must be 0"
+        return out if out.dtype == x_RD.dtype else out.to(x_RD.dtype)
 
     @staticmethod
     def covers(math: ExpertMath, F: int) -> bool:
@@ -108,6 +124,12 @@ def _product(
         raise ValueError(f"{name}_bias is {bias and bias.dtype}, must be one of {', '.join(BIAS_BYTES)}")
     place = (0, 0) if bias is None else (bias.offset, BIAS_BYTES[bias.dtype])
     return product_of(matrix_at(layout, name, fmt), fmt, dtype, place)
+
+
+@cache
+def _zeros(power: int) -> Tensor:
+    """`2 ** power` int64 zeros: every row is of expert 0, whose record begins at byte 0."""
+    return torch.zeros(1 << power, dtype=torch.int64)
 
 
 @cache

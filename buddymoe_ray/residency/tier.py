@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from buddymoe_ray.cache import DiskReader, EngineCache, ExpertCache, StandinPool
 from buddymoe_ray.cache.shared import Room
 from buddymoe_ray.config import EngineConfig, parse_memory
-from buddymoe_ray.kernels import ExpertMath, LowbitFormat, UpcastScratch, expert_forward, lowbit_forward, prepare_lowbit
+from buddymoe_ray.kernels import (
+    ExpertMath,
+    LowbitFormat,
+    LowbitLayer,
+    UpcastScratch,
+    expert_forward,
+    lowbit_forward,
+    matrix_at,
+    prepare_lowbit,
+)
 from buddymoe_ray.models.expert_dtype import format_of, recoded_layout
 from buddymoe_ray.models.experts_hook import attach
 from buddymoe_ray.models.load import LoadedModel
@@ -264,9 +273,17 @@ def _computes(loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat
 
 
 def _packed_compute(fmt: LowbitFormat, loaded: LoadedModel) -> Callable[[ExpertMath], ExpertCompute]:
-    if loaded.device.type == "cpu":
-        prepare_lowbit(fmt, loaded.compute_dtype)  # here, not in the first step
-    return lambda math: lambda x_RD, tensors: lowbit_forward(x_RD, tensors, fmt, math)
+    """Packed experts; on a CPU machine code is made here, not in the first step."""
+    on_cpu, stored = loaded.device.type == "cpu", loaded.layout.tensors
+
+    def of_layer(math: ExpertMath) -> ExpertCompute:
+        if on_cpu and LowbitLayer.covers(math, matrix_at(stored, "down_proj", fmt).K):
+            return LowbitLayer(layout=stored, fmt=fmt, math=math, dtype=loaded.compute_dtype).expert
+        if on_cpu:
+            prepare_lowbit(fmt, loaded.compute_dtype)
+        return lambda x_RD, tensors: lowbit_forward(x_RD, tensors, fmt, math)
+
+    return of_layer
 
 
 def _dense_compute(loaded: LoadedModel) -> Callable[[ExpertMath], ExpertCompute]:

@@ -74,6 +74,19 @@ def test_a_layer_is_its_experts_one_by_one(bits: int, T: int, dtype: torch.dtype
             assert torch.equal(out_ND[n], lowbit_forward(x_TD[n // K][None], views[expert], fmt, SILU)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("R", [0, 1, 5, 70])
+def test_one_expert_from_the_views_of_its_record(R: int, dtype: torch.dtype) -> None:
+    fmt, shapes = LowbitFormat(bits=4), SHAPES | {"gate_up_proj_bias": (2 * F,), "down_proj_bias": (D,)}
+    _, views = random_records(shapes, fmt, 17, 3)
+    math = ExpertMath(activate=gpt_oss_gate, bias=True)
+    layer = LowbitLayer(layout=record_tensors(shapes, fmt)[0], fmt=fmt, math=math, dtype=dtype)
+    x_RD = torch.randn(R, 2 * D, generator=torch.Generator().manual_seed(18)).to(dtype)[:, ::2]
+    for tensors in views:
+        got = layer.expert(x_RD, tensors)
+        assert got.dtype is dtype and torch.equal(got, lowbit_forward(x_RD, tensors, fmt, math))
+
+
 KINDS: dict[str, tuple[ExpertMath, bool]] = {  # with whether the layer's kernel knows them
     "bias": (ExpertMath(activate=silu_gate, bias=True), True),
     "gpt_oss": (ExpertMath(activate=gpt_oss_gate, bias=True), True),
