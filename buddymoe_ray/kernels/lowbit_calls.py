@@ -14,7 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Call", "Expert", "Product", "plan_of"]
+__all__ = ["NO_SUCH_EXPERT", "NO_SUCH_RECORD", "OK", "Call", "Expert", "Product", "plan_of"]
+
+OK, NO_SUCH_EXPERT, NO_SUCH_RECORD = 0, 1, 2
+"""What a call answers: when it is not OK, nothing was computed."""
 
 
 class Product(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from buddymoe_ray.kernels.lowbit_calls import Call, Expert, Product, plan_of
+from buddymoe_ray.kernels.lowbit_calls import OK, Call, Expert, Product, plan_of
 from buddymoe_ray.kernels.lowbit_format import LowbitFormat, Matrix, packed_parts
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.kernels.rowwise import rowwise
@@ -109,7 +109,7 @@ def forward(x_RD: Tensor, tensors: Mapping[str, Tensor], fmt: LowbitFormat, math
         places = (expert_R.data_ptr(), expert_R[R:].data_ptr())
         call = Call(x.data_ptr(), out.data_ptr(), 0, ANYWHERE, x.itemsize, *places, N=R, E=1)
         fault = experts_kernel()(tuple(call), plan_at)
-        assert fault == 0, f"fault is {fault}, must be 0"
+        assert fault == OK, f"fault is {fault}, must be {OK}"
         return out.to(x_RD.dtype)
     linear, x = linear_kernel(), x.float()
     both, y = x.new_empty(R, first.N), x.new_empty(R, down.N)

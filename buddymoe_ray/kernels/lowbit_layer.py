@@ -1,8 +1,8 @@
 """All low-bit experts of one layer and step in one call, or one of them over its rows.
 
 At decode a step has a few rows for each of many experts: one call per expert would spend more on calling than on
-arithmetic. Does not know which accesses a policy gave to stand-ins, nor the router's weights. Invariant: an output is
-bit for bit that of `lowbit_forward` on its row alone.
+arithmetic. Knows where things lie in a record, but not which accesses a policy gave to stand-ins, nor the router's
+weights. Invariant: an output is bit for bit that of `lowbit_forward` on its row alone.
 
 Legend: T tokens, K experts per token, N = T*K accesses, E experts, B bytes, D hidden, F ffn.
 """
@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from buddymoe_ray.kernels.lowbit_calls import Expert, Product, plan_of
+from buddymoe_ray.kernels.lowbit_calls import NO_SUCH_EXPERT, NO_SUCH_RECORD, OK, Expert, Product, plan_of
 from buddymoe_ray.kernels.lowbit_cpu import activation_of, as_read, experts_kernel, product_of
 from buddymoe_ray.kernels.lowbit_format import LowbitFormat, matrix_at
 from buddymoe_ray.kernels.reference import ExpertMath
@@ -73,7 +73,7 @@ class LowbitLayer:
         record = tensors[name].data_ptr() - offset
         call = (x.data_ptr(), out.data_ptr(), record, self._nbytes, x.itemsize, zeros, zeros, R, 1, 1, 0, 1)
         fault = self._kernel(call, self._plan_at)
-        assert fault == 0, f"fault is {fault}, must be 0"
+        assert fault == OK, f"fault is {fault}, must be {OK}"
         return out if out.dtype == x_RD.dtype else out.to(x_RD.dtype)
 
     @staticmethod
@@ -107,8 +107,8 @@ class LowbitLayer:
         fault = run((*call, 0, threads), plan_at)
         for helper in helping:
             helper.result()
-        assert fault != 1, f"expert is {int(expert_TK.max())}, must be below {len(at_E)}"
-        assert fault != 2, (
+        assert fault != NO_SUCH_EXPERT, f"expert is {int(expert_TK.max())}, must be below {len(at_E)}"
+        assert fault != NO_SUCH_RECORD, (
             f"the last record ends at byte {int(at_E.max()) + self._nbytes}, must be at most {len(records_B)}"
         )
         if out is not out_ND:

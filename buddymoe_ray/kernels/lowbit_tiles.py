@@ -20,6 +20,8 @@ Tried and dropped: 8-bit activations (up to 1.8 times the rate from 8 rows on; e
 long at 8 rows); with 16 registers, all 16 outputs at once or unrolled vectors (what does not fit goes by the stack: 1.6
 times as long at 8 rows); byte products (`vpmaddubsw`) on AVX2 (as fast as 16-bit ones, and saturate at 8 bits); fp16
 scales (a call into libgcc where F16C is missing).
+
+Legend: A blocks of 16 outputs, G groups of 32 inputs, R rows, b an `ir.IRBuilder`.
 """
 
 from __future__ import annotations
