@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from buddymoe_ray.kernels import LowbitFormat, PackedMatrix, dequantise, pack, record_tensors
+from buddymoe_ray.kernels import LowbitFormat, dequantise, pack, packed_parts, record_tensors
+from buddymoe_ray.kernels.lowbit_format import groups_of
 from buddymoe_ray.types import SlotTensor
 
 Shapes = dict[str, tuple[int, ...]]
@@ -17,6 +18,15 @@ def silu_gate(x: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
+def gelu_gate(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return functional.gelu(gate, approximate="tanh") * up
+
+
+def relu2(x: Tensor) -> Tensor:
+    return functional.relu(x).square()
+
+
 def gpt_oss_gate(x: Tensor) -> Tensor:
     gate, up = x[..., ::2].clamp(max=7.0), x[..., 1::2].clamp(min=-7.0, max=7.0)
     return (up + 1) * gate * torch.sigmoid(gate * 1.702)
@@ -24,7 +34,7 @@ def gpt_oss_gate(x: Tensor) -> Tensor:
 
 def random_codes(N: int, K: int, fmt: LowbitFormat, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     q_NK = torch.randint(0, fmt.levels, (N, K), generator=rng).to(torch.uint8)
-    return q_NK, torch.randint(0, 90, (N, K // fmt.group_of(K)), generator=rng).to(torch.uint8)
+    return q_NK, torch.randint(0, 90, (N, groups_of(K)), generator=rng).to(torch.uint8)
 
 
 def views_of(record: Tensor, layout: tuple[SlotTensor, ...]) -> dict[str, Tensor]:
@@ -45,16 +55,15 @@ def random_records(
                 tensors[name].copy_(torch.randn(shape, generator=rng) * 0.1)
                 continue
             packed = pack(*random_codes(*shape, fmt, rng), 0.5 / fmt.levels, fmt)
-            for part in ("codes", "scales", "base"):
-                tensors[f"{name}.{part}"].copy_(getattr(packed, part))
+            for part, tensor in packed.named(name).items():
+                tensors[part].copy_(tensor)
     return records, views
 
 
 def weights_of(tensors: dict[str, Tensor], shapes: Shapes, fmt: LowbitFormat) -> dict[str, Tensor]:
     """The same expert in float32, for the reference."""
 
-    def matrix(name: str) -> Tensor:
-        packed = PackedMatrix(**{part: tensors[f"{name}.{part}"] for part in ("codes", "scales", "base")})
-        return dequantise(packed, fmt)
-
-    return {name: matrix(name) if len(shape) == 2 else tensors[name].float() for name, shape in shapes.items()}
+    return {
+        name: dequantise(packed_parts(tensors, name), fmt) if len(shape) == 2 else tensors[name].float()
+        for name, shape in shapes.items()
+    }

@@ -19,9 +19,16 @@ from torch import Tensor
 from buddymoe_ray.calibrate.lowrank import fit_lowrank
 from buddymoe_ray.calibrate.rounding import quantise_expert, quantise_expert_plain
 from buddymoe_ray.calibrate.samples import ExpertSample, plain_math
-from buddymoe_ray.errors import ProfileError
-from buddymoe_ray.kernels import ExpertMath, LowbitFormat, expert_forward, lowrank_forward, mean_forward, record_tensors
-from buddymoe_ray.kernels.lowbit import PackedMatrix, dequantise
+from buddymoe_ray.kernels import (
+    ExpertMath,
+    LowbitFormat,
+    dequantise,
+    expert_forward,
+    lowrank_forward,
+    mean_forward,
+    packed_parts,
+    record_tensors,
+)
 from buddymoe_ray.types import SlotTensor
 
 __all__ = [
@@ -71,17 +78,8 @@ class RecordMaker:
         return f"{f'rank {self.fitting.rank}' if self.kind == 'lowrank' else how} on {self.fitting.fitted_on}"
 
     def layout(self, shapes: Mapping[str, tuple[int, ...]], hidden: int) -> tuple[tuple[SlotTensor, ...], int]:
-        """Tensors of a record and its bytes. `shapes` are the expert's parameters, matrices `[out, in]`.
-
-        Raises ProfileError for shapes that cannot be packed.
-        """
+        """Tensors of a record and its bytes. `shapes` are the expert's parameters, matrices `[out, in]`."""
         if self.kind.startswith("lowbit"):
-            for name, shape in shapes.items():
-                if len(shape) == 2 and shape[1] % 8:
-                    raise ProfileError(
-                        f"{name} has {shape[1]} inputs, must be a multiple of 8 for {self.kind}. "
-                        "hint: --kinds lowrank,mean,buddy"
-                    )
             return record_tensors(shapes, self._format)
         named: dict[str, tuple[int, ...]] = {"bias": (hidden,)}
         if self.kind == "lowrank":
@@ -124,8 +122,7 @@ class RecordMaker:
 
 def dequantised(record: Mapping[str, Tensor], name: str, fmt: LowbitFormat) -> Tensor:
     """One matrix of a record as float32 `[out, in]`."""
-    parts = {part: record[f"{name}.{part}"] for part in ("codes", "scales", "base")}
-    return dequantise(PackedMatrix(**parts), fmt)
+    return dequantise(packed_parts(record, name), fmt)
 
 
 def fit_and_error(maker: RecordMaker, sample: ExpertSample) -> tuple[dict[str, Tensor], float]:

@@ -106,6 +106,5 @@ def packed_tensors(
         if name not in rounded:
             made[name] = weight
             continue
-        packed = pack(*rounded[name], fmt)
-        made |= {f"{name}.codes": packed.codes, f"{name}.scales": packed.scales, f"{name}.base": packed.base}
+        made |= pack(*rounded[name], fmt).named(name)
     return made

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from buddymoe_ray.kernels.lowbit import LowbitFormat
+from buddymoe_ray.kernels.lowbit_format import GROUP, LowbitFormat
 from buddymoe_ray.kernels.rounding import (
     FINE_SHARES,
     Rounded,
@@ -61,30 +62,40 @@ def round_compensated(
     """
     W = W_NK.float()
     H = H_KK.float()
-    mean = float(H.diagonal().mean())
+    K, mean = len(H), float(H.diagonal().mean())
     if not (bool(torch.isfinite(H).all()) and mean > 0):
         return round_plain(W, fmt)
-    H = H + damping * mean * torch.eye(len(H), device=H.device)
+    H = H + damping * mean * torch.eye(K, device=H.device)
+    unweighted = round_plain(W, fmt)
+    if K % GROUP:
+        unweighted = unweighted._replace(q=pad(unweighted.q, (0, -K % GROUP), value=fmt.levels // 2))
+        W, H = _filled_up(W, H, 1e-6 * mean)
     plain = round_plain(W, fmt, importance_K=H.diagonal())
-    order = _order(H, fmt, by_activity)
+    order = _order(H, by_activity)
     factor = _inverse_factor(H[order][:, order])
     if factor is None:
-        return plain
-    starts = [plain, round_plain(W, fmt), _feedback(W, factor, order, fmt, plain.base * 2**0.25)]
+        return plain._replace(q=plain.q[:, :K].contiguous())
+    starts = [plain, unweighted, _feedback(W, factor, order, fmt, plain.base * 2**0.25)]
     best = min(reversed(starts), key=lambda start: float(_row_errors(W, start, H, fmt).sum()))
     for _ in range(passes):
         best = _descend(W, _refit(W, best, H, fmt), H, fmt)
-    return best
+    return best._replace(q=best.q[:, :K].contiguous())
 
 
-def _order(H: Tensor, fmt: LowbitFormat, by_activity: bool) -> Tensor:
+def _filled_up(W: Tensor, H: Tensor, moment: float) -> tuple[Tensor, Tensor]:
+    """With inputs that are hardly ever there and have no weight, up to whole groups."""
+    more = -len(H) % GROUP
+    filled = pad(H, (0, more, 0, more))
+    filled.diagonal()[-more:] = moment
+    return pad(W, (0, more)), filled
+
+
+def _order(H: Tensor, by_activity: bool) -> Tensor:
     """Inputs group by group, the most active group first and the most active input of a group first: int64 [K]."""
-    K = H.shape[0]
-    size = fmt.group_of(K)
-    inputs_GS = torch.arange(K, device=H.device).view(-1, size)
+    inputs_GS = torch.arange(len(H), device=H.device).view(-1, GROUP)
     if not by_activity:
         return inputs_GS.flatten()
-    active_GS = H.diagonal().view(-1, size)
+    active_GS = H.diagonal().view(-1, GROUP)
     inputs_GS = inputs_GS.gather(1, active_GS.argsort(dim=1, descending=True, stable=True))
     return inputs_GS[active_GS.sum(dim=1).argsort(descending=True, stable=True)].flatten()
 
@@ -103,8 +114,7 @@ def _inverse_factor(H: Tensor) -> Tensor | None:
 
 def _feedback(W: Tensor, U_KK: Tensor, order: Tensor, fmt: LowbitFormat, base: float) -> Rounded:
     """GPTQ in blocks of one group: round an input, spread its error over the inputs still to come."""
-    N, K = W.shape
-    size = fmt.group_of(K)
+    (N, K), size = W.shape, GROUP
     left_KN = W.T[order].contiguous()  # inputs first: the loop runs over contiguous rows
     codes_KN = torch.empty_like(left_KN)
     code_NG = torch.empty(N, K // size, dtype=torch.uint8, device=W.device)
@@ -166,8 +176,7 @@ def _refit(W: Tensor, rounded: Rounded, H: Tensor, fmt: LowbitFormat) -> Rounded
 
 def _descend(W: Tensor, rounded: Rounded, H: Tensor, fmt: LowbitFormat) -> Rounded:
     """Each code in turn to its best value with all others held: the error never rises. Blocked like `_feedback`."""
-    K = W.shape[1]
-    size = K // rounded.code.shape[1]
+    K, size = W.shape[1], GROUP
     value_KN = dequantise_rounded(rounded, fmt).T.contiguous()
     scale_GN = scale_of(rounded.code, rounded.base).T.contiguous()
     codes_KN = torch.empty_like(value_KN)

@@ -9,9 +9,12 @@ from buddymoe_ray.kernels.lowbit import (
     dequantise,
     lowbit_forward,
     pack,
+    packed_parts,
     record_tensors,
     unpack,
 )
+from buddymoe_ray.kernels.lowbit_cpu import prepare as prepare_lowbit
+from buddymoe_ray.kernels.lowbit_format import matrix_at
 from buddymoe_ray.kernels.lowbit_layer import LowbitLayer
 from buddymoe_ray.kernels.lowrank import lowrank_forward, mean_forward
 from buddymoe_ray.kernels.reference import ExpertMath, combine, expert_forward
@@ -29,8 +32,11 @@ __all__ = [
     "expert_forward",
     "lowbit_forward",
     "lowrank_forward",
+    "matrix_at",
     "mean_forward",
     "pack",
+    "packed_parts",
+    "prepare_lowbit",
     "record_tensors",
     "round_plain",
     "unpack",

@@ -1,117 +1,165 @@
-"""Torch's side of the numba kernel: hands it raw addresses, once per expert or once per layer and step.
+"""Torch's side of the low-bit machine code: makes it, hands it raw addresses, runs one expert at a time.
 
-numba (about a second to import) is loaded at the first use. Machine code is cached on disk when a folder for it can be
-written, and made anew by every process when not. Does not know where records lie.
+numba (about a second to import) is loaded at the first use, so machine code is made, or read from the user's folder,
+when `prepare` or an engine asks for it. Does not know where records lie.
 
-Legend: T tokens, K experts per token, N = T*K accesses, R rows of one expert, E experts, B bytes, D hidden, F ffn.
+Legend: R rows of one expert, D hidden, F ffn.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from functools import cache
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from buddymoe_ray.kernels.lowbit_format import LowbitFormat, Matrix, Places, scale_table
+from buddymoe_ray.kernels.lowbit_calls import OK, Call, Expert, Product, plan_of
+from buddymoe_ray.kernels.lowbit_format import LowbitFormat, Matrix, packed_parts
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.kernels.rowwise import rowwise
 
-__all__ = ["PARTS", "experts_kernel", "forward", "is_plain", "linear_kernel", "scale_steps"]
+__all__ = [
+    "FORMULAS",
+    "activation_of",
+    "as_read",
+    "experts_kernel",
+    "forward",
+    "linear_kernel",
+    "prepare",
+    "product_of",
+]
 
-log = logging.getLogger(__name__)
+ANYWHERE = 1 << 62
+FIRST_AT = len(Expert._fields)
+DOWN_AT = FIRST_AT + len(Product._fields)
+"""Where a plan has its products."""
 
-PARTS = ("codes", "scales", "base")
 
-_plain: WeakKeyDictionary[ExpertMath, bool] = WeakKeyDictionary()
+def _gated(activate: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def formula(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return activate(gate) * up
+
+    return formula
 
 
-def is_plain(math: ExpertMath, F: int) -> bool:
-    """Whether experts are `down(silu(gate) * up)` without biases, which the kernel computes in one call.
+def _clamped(x: Tensor) -> Tensor:
+    gate, up = x[..., ::2].clamp(max=7.0), x[..., 1::2].clamp(min=-7.0, max=7.0)
+    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
 
-    `activate` is a callable, so it is asked: its answer to a probe must be that of the formula.
+
+FORMULAS: tuple[tuple[bool, Callable[[Tensor], Tensor]], ...] = (
+    (True, _gated(functional.silu)),
+    (True, _gated(lambda gate: functional.gelu(gate, approximate="tanh"))),
+    (True, _clamped),  # gpt-oss: gates and ups interleaved
+    (False, lambda x: functional.relu(x).square()),
+)
+"""What the kernel computes between an expert's products, with whether it is gated."""
+
+_known: WeakKeyDictionary[ExpertMath, int | None] = WeakKeyDictionary()
+
+
+def activation_of(math: ExpertMath, F: int) -> int | None:
+    """The index in FORMULAS of what these experts compute, None when a layer's kernel cannot.
+
+    `activate` is a callable, so it is asked: its answer to a probe must be that of a formula.
     """
-    if not math.gated or math.bias or math.post_norm is not None:
-        return False
-    known = _plain.get(math)
-    if known is None:
-        probe = torch.randn(3, 2 * F, generator=torch.Generator().manual_seed(0)) * 20
-        gate, up = probe.chunk(2, dim=-1)
-        known = bool(torch.allclose(math.activate(probe), functional.silu(gate) * up, rtol=1e-5, atol=1e-5))
-        _plain[math] = known
-    return known
+    if math not in _known:
+        rng = torch.Generator().manual_seed(0)
+        probe = torch.randn(8, 2 * F if math.gated else F, generator=rng) * torch.tensor([[1.0], [20.0]]).repeat(4, 1)
+        answer = None if math.post_norm is not None else math.activate(probe)
+        _known[math] = next(
+            (
+                i
+                for i, (gated, formula) in enumerate(FORMULAS)
+                if answer is not None
+                and gated == math.gated
+                and torch.allclose(answer, formula(probe), rtol=1e-5, atol=1e-5)
+            ),
+            None,
+        )
+    return _known[math]
+
+
+def product_of(matrix: Matrix, fmt: LowbitFormat, dtype: torch.dtype, bias: tuple[int, int] = (0, 0)) -> Product:
+    """A matrix and its machine code for activations of `dtype`; `bias` is a place and the bytes of an item."""
+    native = _tiles(fmt, dtype != torch.float32)
+    codes, scales, base, N, K = matrix
+    return Product(codes, scales, base, *bias, N, K, native["project"], native.get("quantise", 0))
+
+
+def as_read(x: Tensor) -> Tensor:
+    """In a dtype that the machine code reads and writes: float32 or bfloat16."""
+    return x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
 
 
 def forward(x_RD: Tensor, tensors: Mapping[str, Tensor], fmt: LowbitFormat, math: ExpertMath) -> Tensor:
     """`lowbit.lowbit_forward` on this CPU."""
-    x = x_RD.float().contiguous()
-    R, out = len(x), torch.empty_like(x)
-    first, down = (_matrix(tensors, name, fmt) for name in (math.first, "down_proj"))
-    if is_plain(math, down.K):
-        expert_R = np.zeros(R, dtype=np.int64)
-        places = Places(x.data_ptr(), 0, out.data_ptr())
-        experts_kernel()(places, expert_R, expert_R[:1], 1, first, down, scale_steps())
+    R, x = len(x_RD), as_read(x_RD).contiguous()
+    first, down = (_product(tensors, name, fmt, x_RD.dtype, math.bias) for name in (math.first, "down_proj"))
+    activation = activation_of(math, down.K)
+    plan = plan_of(Expert(activation or 0, 0), first, down)
+    plan_at = plan.ctypes.data
+    if activation is not None:
+        out = torch.empty_like(x)
+        expert_R = torch.zeros(R + 1, dtype=torch.int64)  # one more zero, for where the one record begins
+        places = (expert_R.data_ptr(), expert_R[R:].data_ptr())
+        call = Call(x.data_ptr(), out.data_ptr(), 0, ANYWHERE, x.itemsize, *places, N=R, E=1)
+        fault = experts_kernel()(tuple(call), plan_at)
+        assert fault == OK, f"fault is {fault}, must be {OK}"
         return out.to(x_RD.dtype)
-    linear, both = linear_kernel(), x.new_empty(R, first.N)
-    linear(x.data_ptr(), R, first, both.data_ptr(), scale_steps())
-    if math.bias:
-        both += tensors[f"{math.first}_bias"]
-    hidden = rowwise(math.activate, both)
-    linear(hidden.data_ptr(), R, down, out.data_ptr(), scale_steps())
-    if math.bias:
-        out += tensors["down_proj_bias"]
-    y_RD = out.to(x_RD.dtype)
+    linear, x = linear_kernel(), x.float()
+    both, y = x.new_empty(R, first.N), x.new_empty(R, down.N)
+    linear(tuple(Call(x.data_ptr(), both.data_ptr(), 0, ANYWHERE, 4, N=R)), plan_at, FIRST_AT)
+    hidden = rowwise(math.activate, both).contiguous()
+    linear(tuple(Call(hidden.data_ptr(), y.data_ptr(), 0, ANYWHERE, 4, N=R)), plan_at, DOWN_AT)
+    y_RD = y.to(x_RD.dtype)
     return y_RD if math.post_norm is None else rowwise(math.post_norm, y_RD)
 
 
-def _matrix(tensors: Mapping[str, Tensor], name: str, fmt: LowbitFormat) -> Matrix:
-    codes, scales, base = (tensors[f"{name}.{part}"] for part in PARTS)
-    assert codes.is_contiguous() and scales.is_contiguous(), f"{name} must be contiguous"
-    K = codes.shape[1] * 8 // fmt.bits
-    return Matrix(
-        codes.data_ptr(),
-        scales.data_ptr(),
-        base.data_ptr(),
-        N=codes.shape[0],
-        K=K,
-        bits=fmt.bits,
-        group=fmt.group_of(K),
-    )
+def _product(tensors: Mapping[str, Tensor], name: str, fmt: LowbitFormat, dtype: torch.dtype, biased: bool) -> Product:
+    packed = packed_parts(tensors, name)
+    for part in (packed.codes, packed.scales):
+        assert part.is_contiguous(), f"{name} must be contiguous"
+    bias = tensors[f"{name}_bias"] if biased else None
+    assert bias is None or bias.dtype in (torch.bfloat16, torch.float32), f"{name}_bias is {bias.dtype}, must be bf16"
+    N, K = packed.sizes.shape[:2]
+    matrix = Matrix(packed.codes.data_ptr(), packed.scales.data_ptr(), packed.base.data_ptr(), N=N, K=K)
+    return product_of(matrix, fmt, dtype, (0, 0) if bias is None else (bias.data_ptr(), bias.itemsize))
+
+
+def prepare(fmt: LowbitFormat, dtype: torch.dtype) -> None:
+    """Make what `forward` needs, so that no step does (seconds at the first time on a machine, then .5 s)."""
+    _tiles(fmt, dtype != torch.float32)
+    experts_kernel()
+    linear_kernel()
 
 
 @cache
-def scale_steps() -> np.ndarray:
-    """What a stored scale means, for the kernels."""
-    table: np.ndarray = scale_table(torch.device("cpu")).numpy().copy()
-    table.flags.writeable = False
-    return table
+def _tiles(fmt: LowbitFormat, wide: bool) -> Mapping[str, int]:
+    from buddymoe_ray.kernels.lowbit_tiles import host_level, module_text
+    from buddymoe_ray.kernels.machine_code import native_functions
+
+    names = ("project", "quantise") if wide else ("project",)
+    return native_functions(module_text(fmt, wide=wide, level=host_level()), names)
 
 
 @cache
-def experts_kernel() -> Callable[..., None]:
-    """Machine code for many rows of many plain experts; made, or loaded, by the first call."""
+def experts_kernel() -> Callable[..., int]:
+    """Machine code for many rows of many experts; made, or loaded, by the first call."""
     from buddymoe_ray.kernels.lowbit_numba import compile_experts
+    from buddymoe_ray.kernels.machine_code import code_folder
 
-    return _compiled(compile_experts)
+    return compile_experts(code_folder())
 
 
 @cache
 def linear_kernel() -> Callable[..., None]:
     """Machine code for one packed matrix."""
     from buddymoe_ray.kernels.lowbit_numba import compile_linear
+    from buddymoe_ray.kernels.machine_code import code_folder
 
-    return _compiled(compile_linear)
-
-
-def _compiled(compile: Callable[..., Callable[..., None]]) -> Callable[..., None]:
-    """With the disk cache, or without it where it cannot be used (read-only install, no home, full or broken disk)."""
-    try:
-        return compile(cache=True)
-    except Exception as error:  # whatever is wrong with the cache, the code can be made without it
-        log.info("machine code of low-bit experts is not cached: %s", error)
-        return compile(cache=False)
+    return compile_linear(code_folder())

@@ -1,21 +1,25 @@
 """The packed low-bit format of a matrix, and how an expert's packed matrices lie in one record.
 
-    value[n, k] = scale[n, k // group] * (q[n, k] - (2**bits - 1) / 2)      q in 0 .. 2**bits - 1 (mid-rise, symmetric)
-    scale[n, g] = base * 2 ** (-code[n, g] / 24)                            code uint8, base one float32 per matrix
+    value[n, k] = scale[n, k // 32] * (q[n, k] - (2**bits - 1) / 2)     q in 0 .. 2**bits - 1 (mid-rise, symmetric)
+    scale[n, g] = base * 2 ** (-code[n, g] / 24)                        code uint8, base one float32 per matrix
+
+A matrix lies as the kernels read it: in tiles of 16 outputs and 32 inputs (one group), those of 16 outputs one behind
+the other. Quad j of a tile is its inputs 4j .. 4j + 3, a byte to a code: byte 4n + i is that of output n, input 4j + i.
+The 64 * bits bytes of a tile are `bits` vectors of 64:
+    8 bit  vector j = quad j
+    4 bit  vector j = quad j | quad j+4 << 4
+    2 bit  vector j = quads j, j+2, j+4, j+6 at bits 0, 2, 4, 6
+    3 bit  the low two bits as in 2 bit, then one vector whose bit j is the high bit of quad j
+Matrices are padded to whole tiles with code 0: the inputs there are zeros, the outputs are nobody's.
 
 Does not know how codes are chosen (calibrate) nor who reads records. Invariant: `unpack` inverts `pack`.
-Codes are planar per row, so that unpacking runs over contiguous bytes:
-    8 bit  K bytes
-    4 bit  K/2 bytes, byte i = q[i] | q[i + K/2] << 4
-    2 bit  K/4 bytes, byte i = sum over j < 4 of q[i + j K/4] << 2j
-    3 bit  the low two bits as in 2 bit, then K/8 bytes, byte i bit j = high bit of q[i + j K/8]
 
-Legend: N outputs, K inputs of a matrix (always stored [out, in]), G groups of a row.
+Legend: N outputs, K inputs of a matrix (always stored [out, in]), G groups of a row, A tiles of 16 outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -23,16 +27,22 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from buddymoe_ray.types import SlotTensor
 
 __all__ = [
+    "BLOCK",
+    "GROUP",
+    "PARTS",
     "LowbitFormat",
     "Matrix",
     "PackedMatrix",
-    "Places",
     "dequantise",
+    "groups_of",
+    "matrix_at",
     "pack",
+    "packed_parts",
     "record_tensors",
     "scale_table",
     "unpack",
@@ -40,97 +50,109 @@ __all__ = [
 
 ALIGN = 64
 STEPS_PER_OCTAVE = 24
+GROUP = 32
+"""Inputs that share a scale."""
+BLOCK = 16
+"""Outputs of a tile."""
+PARTS = ("codes", "scales", "base", "sizes")
+"""What a matrix `m` is in a record: `m.codes`, `m.scales`, …"""
 
 
 class Matrix(NamedTuple):
     """A packed matrix as kernels take it: where its codes, scales and base are (addresses, or bytes of a record), and
-    its sizes."""
+    its sizes without padding."""
 
     codes: int
     scales: int
     base: int
     N: int
     K: int
-    bits: int
-    group: int
-
-
-class Places(NamedTuple):
-    """Addresses of rows, records and outputs; of every `shares` experts in turn the kernel computes the `share`-th."""
-
-    x: int
-    records: int
-    out: int
-    share: int = 0
-    shares: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class LowbitFormat:
-    """Bits of a code (2, 3, 4 or 8) and the inputs that share a scale (`group`, see `group_of`)."""
+    """Bits of a code: 2, 3, 4 or 8."""
 
     bits: int
-    group: int = 32
 
     def __post_init__(self) -> None:
         assert self.bits in (2, 3, 4, 8), f"bits is {self.bits}, must be 2, 3, 4 or 8"
-        assert self.group >= 1, f"group is {self.group}, must be at least 1"
 
     @property
     def levels(self) -> int:
         """Number of values a code can take."""
         return 1 << self.bits
 
-    def row_bytes(self, K: int) -> int:
-        """Bytes of a row's codes. K must be a multiple of 8."""
-        assert K > 0 and K % 8 == 0, f"K is {K}, must be a positive multiple of 8"
-        return K * self.bits // 8
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of a tile's codes."""
+        return BLOCK * GROUP * self.bits // 8
 
-    def group_of(self, K: int) -> int:
-        """Inputs per scale in a row of K: `group` where it divides K, else K's largest divisor below it."""
-        return next(size for size in range(min(self.group, K), 0, -1) if K % size == 0)
+
+def groups_of(K: int) -> int:
+    """Scales of a row of K inputs; the last group may be short."""
+    return -(-K // GROUP)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedMatrix:
-    """`codes` uint8 [N, row_bytes(K)], `scales` uint8 [N, G], `base` float32 [1]."""
+    """`codes` uint8 [A, G, tile bytes], `scales` uint8 [A, G, 16], `base` float32 [1].
+
+    `sizes` uint8 [N, K, 0] is empty and takes no bytes: its shape is the matrix's, which padding hides.
+    """
 
     codes: Tensor
     scales: Tensor
     base: Tensor
+    sizes: Tensor
+
+    def named(self, name: str) -> dict[str, Tensor]:
+        """The parts under the names they have in a record."""
+        return {f"{name}.{part}": getattr(self, part) for part in PARTS}
+
+
+def packed_parts(tensors: Mapping[str, Tensor], name: str) -> PackedMatrix:
+    """Matrix `name` of a record's tensors."""
+    return PackedMatrix(**{part: tensors[f"{name}.{part}"] for part in PARTS})
 
 
 def pack(q_NK: Tensor, code_NG: Tensor, base: float, fmt: LowbitFormat) -> PackedMatrix:
     """Pack codes (uint8, each below `fmt.levels`) and scale codes (uint8) of one matrix."""
     N, K = q_NK.shape
-    groups = K // fmt.group_of(K)
+    G = groups_of(K)
     assert q_NK.dtype == code_NG.dtype == torch.uint8, f"codes are {q_NK.dtype}, {code_NG.dtype}, must be uint8"
-    assert code_NG.shape == (N, groups), f"scale codes are {tuple(code_NG.shape)}, must be {(N, groups)}"
+    assert code_NG.shape == (N, G), f"scale codes are {tuple(code_NG.shape)}, must be {(N, G)}"
     assert int(q_NK.max()) < fmt.levels, f"largest code is {int(q_NK.max())}, must be below {fmt.levels}"
-    planes = [(q_NK & 3, 2), (q_NK >> 2, 1)] if fmt.bits == 3 else [(q_NK, fmt.bits)]
-    codes = torch.cat([_to_plane(part, width) for part, width in planes], dim=1)
-    assert codes.shape[1] == fmt.row_bytes(K)
+    q = pad(q_NK, (0, -K % GROUP, 0, -N % BLOCK))
+    quads = q.view(-1, BLOCK, G, 8, 4).permute(0, 2, 3, 1, 4).reshape(-1, G, 8, 64)
+    codes = torch.cat([_fold(part, width) for part, width in _planes(quads, fmt.bits)], dim=2)
+    scales = pad(code_NG, (0, 0, 0, -N % BLOCK)).view(-1, BLOCK, G).transpose(1, 2).contiguous()
     return PackedMatrix(
-        codes=codes, scales=code_NG.clone(), base=torch.tensor([base], dtype=torch.float32, device=q_NK.device)
+        codes=codes.flatten(2),
+        scales=scales,
+        base=torch.tensor([base], dtype=torch.float32, device=q.device),
+        sizes=q.new_empty(N, K, 0),
     )
 
 
 def unpack(packed: PackedMatrix, fmt: LowbitFormat) -> tuple[Tensor, Tensor]:
     """`(q uint8 [N, K], code uint8 [N, G])` of a packed matrix."""
-    codes = packed.codes
-    if fmt.bits != 3:
-        return _from_plane(codes, fmt.bits), packed.scales.clone()
-    low, high = codes.tensor_split([codes.shape[1] * 2 // 3], dim=1)
-    return _from_plane(low, 2) | _from_plane(high, 1) << 2, packed.scales.clone()
+    (A, G, _), (N, K, _) = packed.codes.shape, packed.sizes.shape
+    vectors = packed.codes.view(A, G, fmt.bits, 64)
+    if fmt.bits == 3:
+        quads = _unfold(vectors[:, :, :2], 2) | _unfold(vectors[:, :, 2:], 1) << 2
+    else:
+        quads = _unfold(vectors, fmt.bits)
+    q = quads.view(A, G, 8, BLOCK, 4).permute(0, 3, 1, 2, 4).reshape(A * BLOCK, G * GROUP)
+    code = packed.scales.transpose(1, 2).reshape(A * BLOCK, G)
+    return q[:N, :K].contiguous(), code[:N].contiguous()
 
 
 def dequantise(packed: PackedMatrix, fmt: LowbitFormat) -> Tensor:
     """The matrix as float32 [N, K]: the spec that every kernel is tested against."""
     q_NK, code_NG = unpack(packed, fmt)
-    N, K = q_NK.shape
     scale_NG = packed.base * scale_table(packed.base.device)[code_NG.long()]
-    centred = q_NK.float() - (fmt.levels - 1) / 2
-    return (centred.view(N, code_NG.shape[1], -1) * scale_NG.unsqueeze(-1)).view(N, K)
+    return (q_NK.float() - (fmt.levels - 1) / 2) * scale_NG.repeat_interleave(GROUP, dim=1)[:, : q_NK.shape[1]]
 
 
 @cache
@@ -146,7 +168,7 @@ def record_tensors(
     """The layout of one expert's record and its bytes (a multiple of 64).
 
     `shapes` maps parameter names to shapes as computed with (`[out, in]`, transposed families untransposed). A matrix
-    `m` becomes `m.codes`, `m.scales`, `m.base`; a vector keeps its name and is stored in `bias_dtype`.
+    `m` becomes `m.codes`, `m.scales`, `m.base`, `m.sizes`; a vector keeps its name and is stored in `bias_dtype`.
     """
     made: list[SlotTensor] = []
     at = 0
@@ -163,23 +185,53 @@ def record_tensors(
         if len(shape) == 1:
             add(name, shape, bias_dtype)
             continue
-        N, K = shape
-        add(f"{name}.codes", (N, fmt.row_bytes(K)), torch.uint8)
-        add(f"{name}.scales", (N, K // fmt.group_of(K)), torch.uint8)
-        add(f"{name}.base", (1,), torch.float32)
+        for part, (sized, dtype) in _part_shapes(shape[0], shape[1], fmt).items():
+            add(f"{name}.{part}", sized, dtype)
     return tuple(made), at
 
 
-def _to_plane(q_NK: Tensor, width: int) -> Tensor:
-    """`width`-bit codes into bytes: byte i holds code `i + j * K * width / 8` at bit `j * width`."""
-    per_byte = 8 // width
-    parts = q_NK.reshape(q_NK.shape[0], per_byte, -1)
-    byte = parts[:, 0].clone()
-    for j in range(1, per_byte):
-        byte |= parts[:, j] << j * width
-    return byte
+def matrix_at(layout: Sequence[SlotTensor], name: str, fmt: LowbitFormat) -> Matrix:
+    """Where matrix `name` lies in records of this layout. Raises ValueError when it is not packed as `pack` does."""
+    named = {tensor.name: tensor for tensor in layout}
+    sizes = named.get(f"{name}.sizes")
+    if sizes is None or len(sizes.shape) != 3 or min(sizes.shape[:2]) < 1:
+        raise ValueError(f"{name}.sizes is {None if sizes is None else sizes.shape}, must be [outputs, inputs, 0]")
+    N, K = sizes.shape[:2]
+    for part, (shape, dtype) in _part_shapes(N, K, fmt).items():
+        tensor = named.get(f"{name}.{part}")
+        found = None if tensor is None else (tensor.dtype, tensor.shape)
+        wanted = (str(dtype).removeprefix("torch."), shape)
+        if found != wanted:
+            raise ValueError(f"{name}.{part} is {found}, must be {wanted}")
+    codes, scales, base = (named[f"{name}.{part}"].offset for part in PARTS[:3])
+    return Matrix(codes, scales, base, N, K)
 
 
-def _from_plane(bytes_NB: Tensor, width: int) -> Tensor:
+def _part_shapes(N: int, K: int, fmt: LowbitFormat) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    A, G = -(-N // BLOCK), groups_of(K)
+    return {
+        "codes": ((A, G, fmt.tile_bytes), torch.uint8),
+        "scales": ((A, G, BLOCK), torch.uint8),
+        "base": ((1,), torch.float32),
+        "sizes": ((N, K, 0), torch.uint8),
+    }
+
+
+def _planes(quads: Tensor, bits: int) -> list[tuple[Tensor, int]]:
+    """Codes as parts whose width divides 8, with the widths."""
+    return [(quads & 3, 2), (quads >> 2, 1)] if bits == 3 else [(quads, bits)]
+
+
+def _fold(quads: Tensor, width: int) -> Tensor:
+    """`[A, G, 8, 64]` codes of `width` bits into `[A, G, width, 64]` bytes: vector j holds quad `j + i * width` at bit
+    `i * width`."""
+    parts = quads.view(*quads.shape[:2], 8 // width, width, 64)
+    vectors = parts[:, :, 0].clone()
+    for i in range(1, 8 // width):
+        vectors |= parts[:, :, i] << i * width
+    return vectors
+
+
+def _unfold(vectors: Tensor, width: int) -> Tensor:
     mask = (1 << width) - 1
-    return torch.cat([bytes_NB >> j * width & mask for j in range(8 // width)], dim=1)
+    return torch.cat([vectors >> i * width & mask for i in range(8 // width)], dim=2)

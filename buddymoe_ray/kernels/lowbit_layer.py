@@ -1,8 +1,8 @@
-"""All low-bit experts of one layer and step in one call.
+"""All low-bit experts of one layer and step in one call, or one of them over its rows.
 
 At decode a step has a few rows for each of many experts: one call per expert would spend more on calling than on
-arithmetic. Does not know which accesses a policy gave to stand-ins, nor the router's weights. Invariant: an output is
-bit for bit that of `lowbit_forward` on its row alone.
+arithmetic. Knows where things lie in a record, but not which accesses a policy gave to stand-ins, nor the router's
+weights. Invariant: an output is bit for bit that of `lowbit_forward` on its row alone.
 
 Legend: T tokens, K experts per token, N = T*K accesses, E experts, B bytes, D hidden, F ffn.
 """
@@ -16,30 +16,70 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from buddymoe_ray.kernels.lowbit_cpu import PARTS, experts_kernel, scale_steps
-from buddymoe_ray.kernels.lowbit_format import LowbitFormat, Matrix, Places
+from buddymoe_ray.kernels.lowbit_calls import NO_SUCH_EXPERT, NO_SUCH_RECORD, OK, Expert, Product, plan_of
+from buddymoe_ray.kernels.lowbit_cpu import activation_of, as_read, experts_kernel, product_of
+from buddymoe_ray.kernels.lowbit_format import LowbitFormat, matrix_at
+from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.types import SlotTensor
 
 __all__ = ["LowbitLayer"]
 
 THREADED_WEIGHTS = 1 << 20
-"""Fewer weights than this (about .2 ms) are not worth waking a thread for."""
+"""Fewer weights than this (about .1 ms) are not worth waking a thread for."""
+BIAS_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 class LowbitLayer:
-    """Computes plain experts (`is_plain`) on a CPU from records laid out by `record_tensors`; serves every layer.
+    """Computes experts on a CPU from records laid out by `record_tensors`.
 
-    `threads` share the records of a call; the bits do not depend on it. Machine code is made here (seconds at the first
-    time on a machine, then .5 s), not in the first step.
+    Args:
+        math: the experts' arithmetic; one that `covers` says yes to.
+        dtype: of activations. float32 ones are multiplied as they are, others as 16-bit integers (error 4e-5).
+        threads: share the records of a call; the bits do not depend on it.
+
+    Machine code is made here (seconds at the first time on a machine, then .5 s), not in the first step.
+    Raises ValueError for records that are not packed as this version packs.
     """
 
-    def __init__(self, *, layout: Sequence[SlotTensor], fmt: LowbitFormat, threads: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        layout: Sequence[SlotTensor],
+        fmt: LowbitFormat,
+        math: ExpertMath,
+        dtype: torch.dtype = torch.float32,
+        threads: int = 1,
+    ) -> None:
         assert threads >= 1, f"threads is {threads}, must be at least 1"
-        named = {tensor.name: tensor for tensor in layout}
-        self._first, self._down = (_matrix(named, name, fmt) for name in ("gate_up_proj", "down_proj"))
-        self._threads, self._weights = threads, 3 * self._first.K * self._down.K
+        first, down = (_product(layout, name, fmt, math, dtype) for name in (math.first, "down_proj"))
+        activation = activation_of(math, down.K)
+        assert activation is not None, "experts compute what the kernel does not, must be as `covers` says"
         self._nbytes = max(tensor.offset + tensor.nbytes for tensor in layout)
-        self._kernel, self._table = experts_kernel(), scale_steps()
+        self._plan, self._kernel = plan_of(Expert(activation, self._nbytes), first, down), experts_kernel()
+        self._plan_at, self._hidden = self._plan.ctypes.data, first.K
+        self._threads, self._dtype = threads, dtype
+        self._begin = next((tensor.name, tensor.offset) for tensor in layout if tensor.name == f"{math.first}.codes")
+        self._weights = first.N * first.K + down.N * down.K
+
+    def expert(self, x_RD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """One expert over its rows, as `lowbit_forward`; `tensors` are the views of its record.
+
+        Where they lie is not asked one by one: they must be views of one record, as `cache.slot_views` makes them.
+        """
+        R, x = len(x_RD), as_read(x_RD).contiguous()
+        assert x_RD.dtype == self._dtype, f"x is {x_RD.dtype}, must be {self._dtype}"
+        name, offset = self._begin
+        out, zeros = torch.empty_like(x), _zeros(max(6, R.bit_length())).data_ptr()
+        record = tensors[name].data_ptr() - offset
+        call = (x.data_ptr(), out.data_ptr(), record, self._nbytes, x.itemsize, zeros, zeros, R, 1, 1, 0, 1)
+        fault = self._kernel(call, self._plan_at)
+        assert fault == OK, f"fault is {fault}, must be {OK}"
+        return out if out.dtype == x_RD.dtype else out.to(x_RD.dtype)
+
+    @staticmethod
+    def covers(math: ExpertMath, F: int) -> bool:
+        """Whether a call can compute such experts."""
+        return activation_of(math, F) is not None
 
     def __call__(self, x_TD: Tensor, records_B: Tensor, at_E: Tensor, expert_TK: Tensor, out_ND: Tensor) -> None:
         """Write `out_ND[n] = expert expert_TK.flat[n] over x_TD[n // K]` where the expert has a record.
@@ -48,39 +88,48 @@ class LowbitLayer:
         negative: no record of this layout). `expert_TK` int64 is negative for accesses that others answer. Rows of
         `out_ND` (dtype of `x_TD`) that have no record are left alone.
         """
-        (T, K), D = expert_TK.shape, x_TD.shape[1]
-        assert out_ND.shape == (T * K, D), f"out is {tuple(out_ND.shape)}, must be {(T * K, D)}"
+        (T, K), D, N = expert_TK.shape, self._hidden, expert_TK.numel()
+        assert out_ND.shape == (N, D), f"out is {tuple(out_ND.shape)}, must be {(N, D)}"
+        assert x_TD.shape == (T, D), f"x is {tuple(x_TD.shape)}, must be {(T, D)}"
+        assert x_TD.dtype == out_ND.dtype == self._dtype, f"x is {x_TD.dtype}, out {out_ND.dtype}, not {self._dtype}"
         if T == 0:
             return
-        expert_N, begin_E = expert_TK.reshape(-1).numpy(), at_E.contiguous().numpy()
-        most, last = expert_N.max(), begin_E.max()
-        assert most < len(begin_E), f"expert is {most}, must be below {len(begin_E)}"
-        assert last < 0 or last + self._nbytes <= records_B.shape[0], (
-            f"the last record ends at byte {last + self._nbytes}, must be at most {records_B.shape[0]}"
-        )
-        wide = x_TD.dtype == torch.float32
-        x, out = x_TD.float().contiguous(), out_ND if wide else out_ND.float()  # rows not ours go back as they came
+        x, out = as_read(x_TD), as_read(out_ND)
+        x, expert_TK, at_E = x.contiguous(), expert_TK.contiguous(), at_E.contiguous()
         assert out.is_contiguous() and records_B.is_contiguous(), "outputs and records must be contiguous"
-        addresses = (x.data_ptr(), records_B.data_ptr(), out.data_ptr())
-
-        def run(share: int, shares: int) -> None:
-            self._kernel(Places(*addresses, share, shares), expert_N, begin_E, K, self._first, self._down, self._table)
-
-        threads = 1 if self._weights * len(expert_N) < THREADED_WEIGHTS else self._threads
-        helping = [_helpers(threads - 1).submit(run, share, threads) for share in range(1, threads)]
-        run(0, threads)
+        call = (
+            *(x.data_ptr(), out.data_ptr(), records_B.data_ptr(), records_B.numel(), x.itemsize),
+            *(expert_TK.data_ptr(), at_E.data_ptr(), N, K, at_E.numel()),
+        )
+        threads = 1 if self._weights * N < THREADED_WEIGHTS else self._threads
+        run, plan_at = self._kernel, self._plan_at
+        helping = [_helpers(threads - 1).submit(run, (*call, share, threads), plan_at) for share in range(1, threads)]
+        fault = run((*call, 0, threads), plan_at)
         for helper in helping:
             helper.result()
-        if not wide:
-            out_ND.copy_(out)
+        assert fault != NO_SUCH_EXPERT, f"expert is {int(expert_TK.max())}, must be below {len(at_E)}"
+        assert fault != NO_SUCH_RECORD, (
+            f"the last record ends at byte {int(at_E.max()) + self._nbytes}, must be at most {len(records_B)}"
+        )
+        if out is not out_ND:
+            out_ND.copy_(out)  # rows of others go back as they came
 
 
-def _matrix(named: Mapping[str, SlotTensor], name: str, fmt: LowbitFormat) -> Matrix:
-    """Where a matrix is within a record."""
-    N, row_bytes = named[f"{name}.codes"].shape
-    K = row_bytes * 8 // fmt.bits
-    codes, scales, base = (named[f"{name}.{part}"].offset for part in PARTS)
-    return Matrix(codes, scales, base, N=N, K=K, bits=fmt.bits, group=fmt.group_of(K))
+def _product(
+    layout: Sequence[SlotTensor], name: str, fmt: LowbitFormat, math: ExpertMath, dtype: torch.dtype
+) -> Product:
+    """A matrix within a record, with its bias."""
+    bias = next((tensor for tensor in layout if tensor.name == f"{name}_bias"), None) if math.bias else None
+    if math.bias and (bias is None or bias.dtype not in BIAS_BYTES):
+        raise ValueError(f"{name}_bias is {bias and bias.dtype}, must be one of {', '.join(BIAS_BYTES)}")
+    place = (0, 0) if bias is None else (bias.offset, BIAS_BYTES[bias.dtype])
+    return product_of(matrix_at(layout, name, fmt), fmt, dtype, place)
+
+
+@cache
+def _zeros(power: int) -> Tensor:
+    """`2 ** power` int64 zeros: every row is of expert 0, whose record begins at byte 0."""
+    return torch.zeros(1 << power, dtype=torch.int64)
 
 
 @cache

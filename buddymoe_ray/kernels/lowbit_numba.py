@@ -1,14 +1,14 @@
-"""The low-bit expert as machine code: packed codes are unpacked row by row into the first-level cache.
+"""The low-bit expert around its matrix products: which rows, which record, what comes between.
 
-No float matrix is ever made: four rows of weights at a time are widened to float32 and multiplied with every x row.
-Works on raw addresses, knows no torch. Invariant: the bits of a row's output do not depend on the rows beside it: its
-sums are taken by `lowbit_vector.dot4` in one written order, everything else is elementwise.
+`experts` computes all accesses of a layer's step in one call, `linear` one matrix; both without the GIL. Works on raw
+addresses, knows no torch: the products themselves are native functions whose addresses come in (lowbit_tiles.py), and
+lowbit_rows.py does the rest of the arithmetic. Invariant: the bits of an access depend on its row and its record alone.
+Rows of at most CHUNK accesses of an expert go together, so scratch is bounded.
 numba frees an array after the last statement that names it, and an address of it is no name: scratch that is reached by
-address belongs to a caller, whose name for it outlives the call, or to a loop that names it in every turn.
-Addresses and sizes come in named tuples of int64 (`lowbit_format`), which cost a kernel nothing. Imports numba at
-the top: only `lowbit_cpu` may import this module, and late.
+address belongs to the caller of the function that does so. Imports numba at the top: only `lowbit_cpu` may import this
+module, and late.
 
-Legend: N outputs and K inputs of a matrix, P is K padded to LANES, R rows (at most CHUNK at once). In `_experts`: K
+Legend: N outputs and K inputs of a matrix, G groups of 32 inputs, R rows (at most CHUNK at once). In `experts`: K
 experts per token, N accesses (token, slot), E experts, D hidden, F ffn.
 """
 
@@ -16,161 +16,97 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
-from numba import carray, float32, int32, njit, types
+from llvmlite import ir
+from numba import carray, float32, njit, types
+from numba.core import config as numba_config
+from numba.extending import intrinsic
 
-from buddymoe_ray.kernels.lowbit_format import Matrix, Places
-from buddymoe_ray.kernels.lowbit_vector import (
-    LANES,
-    SLACK,
-    byte_pointer,
-    dot4,
-    dot4x4,
-    float_bits,
-    float_pointer,
-    from_bits,
-    unpack2,
-    unpack3,
-    unpack4,
-    widen1,
-    widen8,
-    widen32,
-)
+from buddymoe_ray.kernels.lowbit_calls import NO_SUCH_EXPERT, NO_SUCH_RECORD, OK, Call, Expert, Product
+from buddymoe_ray.kernels.lowbit_format import BLOCK, GROUP
+from buddymoe_ray.kernels.lowbit_rows import activate, add_bias, floats_at, ints_at, read_row, write_row
+from buddymoe_ray.kernels.vector_ir import I64, VOID
 
 __all__ = ["compile_experts", "compile_linear"]
 
 CHUNK = 64
-"""Rows computed per unpacking: 64 rows of 2,048 floats stay in the second-level cache."""
+"""Rows computed at once: 64 rows of 2,048 inputs stay in the second-level cache."""
 
-_TABLE = types.Array(types.float32, 1, "C", readonly=True)
-_MATRIX = types.NamedUniTuple(types.int64, len(Matrix._fields), Matrix)
-_PLACES = types.NamedUniTuple(types.int64, len(Places._fields), Places)
+
+class _Scratch(NamedTuple):
+    """One row as read, rows as multiplied, their and their outputs' addresses, outputs and inputs of the activation."""
+
+    row: Any
+    rows: Any
+    pairs: Any
+    x_at: Any
+    both: Any
+    hidden: Any
+    out: Any
+
+
+@intrinsic
+def _call_native(typing: Any, address: Any, arguments: Any) -> Any:
+    """Call a native function of int64s that returns nothing."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values = [builder.extract_value(args[1], i) for i in range(arguments.count)]
+        kind = ir.FunctionType(VOID, [I64] * arguments.count)
+        builder.call(builder.inttoptr(args[0], ir.PointerType(kind)), values)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, arguments), emit
+
+
+_native: Any = _call_native
 
 
 @njit
-def _widen_row(row: Any, q: Any, scales: Any, table: Any, base: Any, matrix: Any, w: Any) -> None:
-    """One row of codes into float32 weights. `q` (scratch, K + SLACK bytes) and `w` are addresses; `row` is the address
-    of its codes and the place of its first scale in `scales` (a slice of them would cost 5 % of the kernel).
+def _groups(K: Any) -> Any:
+    return (K + GROUP - 1) // GROUP
+
+
+@njit
+def _whole(N: Any) -> Any:
+    """Outputs with padding."""
+    return (N + BLOCK - 1) // BLOCK * BLOCK
+
+
+@njit
+def _stride(K: Any) -> Any:
+    """Bytes from one row as multiplied to the next; 64 more than a row, so that rows do not share cache sets."""
+    return (_groups(K) * 4 * GROUP + 127) // 64 * 64
+
+
+@njit
+def _multiply(product: Any, record: Any, rows_of: Any, scratch: Any, out: Any) -> None:
+    """`out[r] = W @ x[r] + bias` of rows at addresses `scratch.x_at`; rows of `out` are padded to whole blocks.
+
+    `rows_of` are how many there are and the bytes of their items.
     """
-    codes, first = row
-    K, bits, group = matrix.K, matrix.bits, matrix.group
-    if bits == 8:
-        q = codes
-    elif bits == 4:
-        unpack4(codes, K, q)
-    elif bits == 3:
-        unpack3(codes, K, q)
-    else:
-        unpack2(codes, K, q)
-    middle = float32(((1 << bits) - 1) / 2)
-    for g in range(K // group):
-        scale = table[scales[first + g]] * base
-        at = g * group
-        if group == 32:
-            widen32(q + at, w + 4 * at, middle, scale)
-        elif group % 8 == 0:
-            for i in range(at, at + group, 8):
-                widen8(q + i, w + 4 * i, middle, scale)
-        else:
-            for i in range(at, at + group):
-                widen1(q + i, w + 4 * i, middle, scale)
-
-
-@njit
-def _project(x_at: Any, R: Any, matrix: Any, out: Any, out_at: Any, table: Any) -> None:
-    """`out[out_at[r] + n] = sum over k of W[n, k] * x[r, k]`.
-
-    `x_at` [R] are addresses of rows padded to LANES. N is a multiple of 4, being F, 2 F or D, which are the K of some
-    matrix.
-    """
-    K, bits = matrix.K, matrix.bits
-    P = (K + LANES - 1) // LANES * LANES
-    spare = (np.zeros(K * bits // 8 + SLACK, np.uint8), np.empty(K + SLACK, np.uint8))
-    floats = (np.zeros(4 * P, np.float32), np.empty(16, np.float32))
-    _project_with(x_at, R, matrix, out, out_at, table, (spare[0], spare[1], floats[0], floats[1]))
-
-
-@njit
-def _project_with(x_at: Any, R: Any, matrix: Any, out: Any, out_at: Any, table: Any, scratch: Any) -> None:
-    """`_project` with its scratch: for a row of codes packed, and one to a byte; for 4 rows of weights, and 16 sums."""
-    copy, q, w, sums = scratch
-    N, P = matrix.N, len(w) // 4
-    row_bytes, groups = matrix.K * matrix.bits // 8, matrix.K // matrix.group
-    base = carray(float_pointer(matrix.base), (1,))[0]
-    codes = carray(byte_pointer(matrix.codes), (N * row_bytes,))
-    scales = carray(byte_pointer(matrix.scales), (N * groups,))
-    copy_at, q_at, w_at, sums_at = copy.ctypes.data, q.ctypes.data, w.ctypes.data, sums.ctypes.data
-    for n in range(0, N, 4):
-        for m in range(4):
-            row = matrix.codes + (n + m) * row_bytes
-            if (N - 1 - n - m) * row_bytes < SLACK:  # what follows the last rows is not ours to read
-                row = copy_at
-                for i in range(row_bytes):
-                    copy[i] = codes[(n + m) * row_bytes + i]
-            _widen_row((row, (n + m) * groups), q_at, scales, table, base, matrix, w_at + 4 * m * P)
-        r = 0
-        while r + 4 <= R:
-            dot4x4(x_at[r], x_at[r + 1], x_at[r + 2], x_at[r + 3], w_at, P, sums_at)
-            for i in range(4):
-                for m in range(4):
-                    out[out_at[r + i] + n + m] = sums[4 * i + m]
-            r += 4
-        while r < R:
-            dot4(x_at[r], w_at, P, sums_at)
-            for m in range(4):
-                out[out_at[r] + n + m] = sums[m]
-            r += 1
-
-
-@njit
-def _silu_times(both: Any, F: Any, hidden: Any) -> None:
-    """`hidden[i] = silu(both[i]) * both[F + i]`; exp as in Cephes' expf (2 ulp), so that it vectorises."""
-    gates, ups = both[:F], both[F:]
-    for i in range(F):
-        gate = gates[i]
-        x = min(max(-gate, float32(-87.0)), float32(87.0))
-        shifted = x * float32(1.44269504088896341) + float32(12582912.0)  # rounds to an integer in the low bits
-        n = shifted - float32(12582912.0)
-        r = (x - n * float32(0.693359375)) + n * float32(2.12194440e-4)
-        p = float32(1.9875691500e-4)
-        p = p * r + float32(1.3981999507e-3)
-        p = p * r + float32(8.3334519073e-3)
-        p = p * r + float32(4.1665795894e-2)
-        p = p * r + float32(1.6666665459e-1)
-        p = p * r + float32(5.0000001201e-1)
-        power = from_bits((float_bits(shifted) - int32(0x4B400000) + int32(127)) << int32(23))
-        e = (p * r * r + r + float32(1.0)) * power
-        hidden[i] = gate / (float32(1.0) + e) * ups[i]
-
-
-@njit
-def _row_addresses(x: Any, x_at: Any, R: Any, K: Any, padded: Any, at: Any) -> None:
-    """Addresses of rows `x[x_at[r] : x_at[r] + K]`; copied into `padded` when K is no multiple of LANES."""
-    P = (K + LANES - 1) // LANES * LANES
+    R, item_bytes = rows_of
+    K, G = product.K, _groups(product.K)
+    width, stride = _whole(product.N), _stride(K)
+    row, rows, row_at, out_at = scratch.row, scratch.rows.ctypes.data, scratch.row.ctypes.data, out.ctypes.data
+    row[K:] = float32(0.0)
     for r in range(R):
-        at[r] = x.ctypes.data + 4 * x_at[r]
-        if P != K:
-            at[r] = padded.ctypes.data + 4 * r * P
-            for k in range(K):
-                padded[r * P + k] = x[x_at[r] + k]
-
-
-@njit
-def _linear(x_address: Any, R: Any, matrix: Any, out_address: Any, table: Any) -> None:
-    """`out[R, N] = x[R, K] @ W.T`, both contiguous float32."""
-    K, N = matrix.K, matrix.N
-    x, out = carray(float_pointer(x_address), (R * K,)), carray(float_pointer(out_address), (R * N,))
-    padded, at = np.zeros(CHUNK * (K + LANES), np.float32), np.empty(CHUNK, np.int64)
-    x_at, out_at = np.empty(CHUNK, np.int64), np.empty(CHUNK, np.int64)
-    for start in range(0, R, CHUNK):
-        rows = min(CHUNK, R - start)
-        for r in range(rows):
-            x_at[r], out_at[r] = (start + r) * K, (start + r) * N
-        _row_addresses(x, x_at, rows, K, padded, at)
-        _project(at, rows, matrix, out, out_at, table)
+        place = rows + r * stride
+        if product.quantise != 0:
+            read_row(scratch.x_at[r], item_bytes, row[:K])
+            _native(product.quantise, (row_at, G, place))
+        else:
+            copy = carray(floats_at(place), (G * GROUP,))
+            read_row(scratch.x_at[r], item_bytes, copy[:K])
+            copy[K:] = float32(0.0)
+        scratch.pairs[r, 0], scratch.pairs[r, 1] = place, out_at + 4 * r * width
+    codes, scales, base = record + product.codes, record + product.scales, record + product.base
+    _native(product.project, (codes, scales, base, G, width // BLOCK, scratch.pairs.ctypes.data, R))
+    if product.bias_bytes:
+        for r in range(R):
+            add_bias(out[r * width : r * width + product.N], record + product.bias, product.bias_bytes)
 
 
 @njit
@@ -194,77 +130,151 @@ def _group_accesses(expert_N: Any, at_E: Any) -> Any:
 
 
 @njit
-def _within(matrix: Any, record: Any) -> Any:
-    """A matrix whose places count from the begin of a record."""
-    codes, scales, base = record + matrix.codes, record + matrix.scales, record + matrix.base
-    return Matrix(codes, scales, base, matrix.N, matrix.K, matrix.bits, matrix.group)
+def _fault(expert_N: Any, at_E: Any, room: Any) -> Any:
+    """What would be read past an end."""
+    for n in range(expert_N.shape[0]):
+        if expert_N[n] >= at_E.shape[0]:
+            return NO_SUCH_EXPERT
+    for e in range(at_E.shape[0]):
+        if at_E[e] >= 0 and at_E[e] > room:
+            return NO_SUCH_RECORD
+    return OK
 
 
 @njit
-def _experts(places: Any, expert_N: Any, at_E: Any, K: Any, first: Any, down: Any, table: Any) -> None:
-    """`out[n] = expert expert_N[n] over x[n // K]` where it has a record; gated SiLU without biases.
+def _product_at(plan: Any, i: Any) -> Any:
+    p = plan[i : i + 9]
+    return Product(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8])
 
-    `at_E` is the byte of each expert's record after `places.records`, negative for none. `first` and `down` say where
-    both matrices are within a record.
+
+@njit
+def _experts(c: Any, plan_at: Any) -> Any:
+    """`out[n] = expert expert_N[n] over x[n // K]` where it has a record; rows of others are left alone.
+
+    `c` are the fields of a `Call`, `plan_at` is the address of a plan.
     """
-    D, F = first.K, down.K
-    N, E, PF = expert_N.shape[0], at_E.shape[0], (F + LANES - 1) // LANES * LANES
-    x, out = carray(float_pointer(places.x), (N // K * D,)), carray(float_pointer(places.out), (N * D,))
+    call = Call(c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], c[11])
+    plan = carray(ints_at(plan_at), (20,))
+    expert, first, down = Expert(plan[0], plan[1]), _product_at(plan, 2), _product_at(plan, 11)
+    expert_N, at_E = carray(ints_at(call.expert_N), (call.N,)), carray(ints_at(call.at_E), (call.E,))
+    fault = _fault(expert_N, at_E, call.records_bytes - expert.nbytes)
+    if fault != OK:
+        return fault
     starts, order = _group_accesses(expert_N, at_E)
     most = 1
-    for e in range(E):
+    for e in range(call.E):
         most = max(most, min(CHUNK, starts[e + 1] - starts[e]))
-    padded, at = np.zeros(most * (D + LANES), np.float32), np.empty(most, np.int64)
-    both, hidden = np.empty(most * 2 * F, np.float32), np.zeros(most * PF, np.float32)
-    x_at, out_at, both_at = np.empty(most, np.int64), np.empty(most, np.int64), np.arange(most) * (2 * F)
+    D, F = first.K, down.K
+    scratch = _Scratch(
+        np.empty(max(_groups(D), _groups(F)) * GROUP, np.float32),
+        np.empty(most * max(_stride(D), _stride(F)), np.uint8),
+        np.empty((most, 2), np.int64),
+        np.empty(most, np.int64),
+        np.empty(most * _whole(first.N), np.float32),
+        np.empty(most * F, np.float32),
+        np.empty(most * _whole(D), np.float32),
+    )
     turn = 0
-    for e in range(E):
+    for e in range(call.E):
         if starts[e] == starts[e + 1]:
             continue
         turn += 1
-        if turn % places.shares != places.share:
+        if turn % call.shares != call.share:
             continue
-        record = places.records + at_E[e]
         for start in range(starts[e], starts[e + 1], CHUNK):
-            R = min(CHUNK, starts[e + 1] - start)
-            for r in range(R):
-                x_at[r], out_at[r] = order[start + r] // K * D, order[start + r] * D
-            _row_addresses(x, x_at, R, D, padded, at)
-            _project(at, R, _within(first, record), both, both_at, table)
-            for r in range(R):
-                _silu_times(both[r * 2 * F : (r + 1) * 2 * F], F, hidden[r * PF : r * PF + F])
-                at[r] = hidden.ctypes.data + 4 * r * PF
-            _project(at, R, _within(down, record), out, out_at, table)
+            some = order[start : min(start + CHUNK, starts[e + 1])]
+            _expert(call, call.records + at_E[e], some, (expert.activation, first, down), scratch)
+    return OK
 
 
-def compile_linear(*, cache: bool) -> Callable[..., None]:
-    """Machine code of `_linear`; with `cache` from disk when an earlier process left it there.
+@njit
+def _expert(call: Any, record: Any, order: Any, expert: Any, scratch: Any) -> None:
+    """Accesses `order` (at most CHUNK) of one expert."""
+    activation, first, down = expert
+    D, F, R = first.K, down.K, order.shape[0]
+    both_row, out_row = _whole(first.N), _whole(D)
+    for r in range(R):
+        scratch.x_at[r] = call.x + call.item_bytes * (order[r] // call.K * D)
+    _multiply(first, record, (R, call.item_bytes), scratch, scratch.both)
+    for r in range(R):
+        hidden = scratch.hidden[r * F : (r + 1) * F]
+        activate(activation, scratch.both[r * both_row : r * both_row + first.N], F, hidden)
+        scratch.x_at[r] = scratch.hidden.ctypes.data + 4 * r * F
+    _multiply(down, record, (R, 4), scratch, scratch.out)
+    for r in range(R):
+        out = scratch.out[r * out_row : r * out_row + D]
+        write_row(out, call.out + call.item_bytes * order[r] * D, call.item_bytes)
 
-    Raises RuntimeError when `cache` is asked for and no folder for it can be written.
-    """
-    stamp, i = _stamp(), types.int64
 
-    def linear(x: Any, R: Any, matrix: Any, out: Any, table: Any) -> None:
+@njit
+def _linear(c: Any, plan_at: Any, i: Any) -> None:
+    """`out[call.N, N] = x[call.N, K] @ W.T + bias`, both contiguous float32, with the product at `plan[i]`."""
+    call = Call(c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], c[11])
+    product = _product_at(carray(ints_at(plan_at), (20,)), i)
+    K, row = product.K, _whole(product.N)
+    most, none = min(CHUNK, call.N), np.empty(0, np.float32)
+    scratch = _Scratch(
+        np.empty(_groups(K) * GROUP, np.float32),
+        np.empty(most * _stride(K), np.uint8),
+        np.empty((most, 2), np.int64),
+        np.empty(most, np.int64),
+        np.empty(most * row, np.float32),
+        none,
+        none,
+    )
+    for start in range(0, call.N, CHUNK):
+        _linear_rows(call, product, start, min(CHUNK, call.N - start), scratch)
+
+
+@njit
+def _linear_rows(call: Any, product: Any, start: Any, R: Any, scratch: Any) -> None:
+    K, N, row = product.K, product.N, _whole(product.N)
+    for r in range(R):
+        scratch.x_at[r] = call.x + 4 * (start + r) * K
+    _multiply(product, call.records, (R, 4), scratch, scratch.both)
+    for r in range(R):
+        out = carray(floats_at(call.out + 4 * (start + r) * N), (N,))
+        out[:] = scratch.both[r * row : r * row + N]
+
+
+_CALL = types.UniTuple(types.int64, len(Call._fields))
+
+
+def compile_experts(folder: Path | None) -> Callable[..., int]:
+    """Machine code of `_experts`, from `folder` when an earlier process left it there; None keeps none."""
+    stamp = _stamp()
+
+    def experts(call: Any, plan_at: Any) -> Any:
         if stamp >= 0:
-            _linear(x, R, matrix, out, table)
+            return _experts(call, plan_at)
+        return OK
 
-    return njit(types.void(i, i, _MATRIX, i, _TABLE), cache=cache, nogil=True)(linear)  # type: ignore[no-any-return]
+    return _compiled(types.int64(_CALL, types.int64), experts, folder)
 
 
-def compile_experts(*, cache: bool) -> Callable[..., None]:
-    """Machine code of `_experts`; `cache` as above."""
-    stamp, int64s = _stamp(), types.Array(types.int64, 1, "C")
+def compile_linear(folder: Path | None) -> Callable[..., None]:
+    """Machine code of `_linear`; `folder` as above."""
+    stamp = _stamp()
 
-    def experts(places: Any, expert_N: Any, at_E: Any, K: Any, first: Any, down: Any, table: Any) -> None:
+    def linear(call: Any, plan_at: Any, i: Any) -> None:
         if stamp >= 0:
-            _experts(places, expert_N, at_E, K, first, down, table)
+            _linear(call, plan_at, i)
 
-    signature = types.void(_PLACES, int64s, int64s, types.int64, _MATRIX, _MATRIX, _TABLE)
-    return njit(signature, cache=cache, nogil=True)(experts)  # type: ignore[no-any-return]
+    return _compiled(types.void(_CALL, types.int64, types.int64), linear, folder)
+
+
+def _compiled(signature: Any, function: Callable[..., Any], folder: Path | None) -> Any:
+    """numba's own cache, in our folder. It is told of the folder in a variable of its module, read while decorating."""
+    config: Any = numba_config
+    before = config.CACHE_DIR
+    config.CACHE_DIR = "" if folder is None else str(folder)
+    try:
+        return njit(signature, cache=folder is not None, nogil=True)(function)
+    finally:
+        config.CACHE_DIR = before
 
 
 def _stamp() -> int:
-    """Checksum of the sources. The disk cache knows the entry points' closures but not the code that they call."""
-    return crc32(
-        b"".join(Path(__file__).with_name(f"lowbit_{name}.py").read_bytes() for name in ("format", "numba", "vector"))
-    )
+    """Checksum of the sources. numba's cache knows the entry points' closures but not the code that they call."""
+    names = ("lowbit_calls", "lowbit_format", "lowbit_numba", "lowbit_rows", "vector_ir")
+    return crc32(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in names))

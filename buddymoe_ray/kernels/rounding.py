@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from buddymoe_ray.kernels.lowbit import LowbitFormat
+from buddymoe_ray.kernels.lowbit_format import GROUP, LowbitFormat
 
 __all__ = ["FINE_SHARES", "Rounded", "dequantise_rounded", "nearest_code", "round_plain", "scale_of", "search_scale"]
 
@@ -35,19 +36,23 @@ class Rounded(NamedTuple):
 
 def dequantise_rounded(rounded: Rounded, fmt: LowbitFormat) -> Tensor:
     """float32 [N, K] of unpacked codes."""
-    N, K = rounded.q.shape
-    centred = rounded.q.view(N, rounded.code.shape[1], -1).float() - (fmt.levels - 1) / 2
-    return (centred * scale_of(rounded.code, rounded.base).unsqueeze(-1)).view(N, K)
+    scale_NK = scale_of(rounded.code, rounded.base).repeat_interleave(GROUP, dim=1)[:, : rounded.q.shape[1]]
+    return (rounded.q.float() - (fmt.levels - 1) / 2) * scale_NK
 
 
 def round_plain(W_NK: Tensor, fmt: LowbitFormat, *, importance_K: Tensor | None = None) -> Rounded:
     """Nearest codes under a searched scale per group; `importance_K` weights the squared errors of the inputs.
 
     Scales are tried at a few shares of the group's largest value and refitted by least squares. One pass over chunks
-    of rows, so memory is bounded by one chunk beside the answer.
+    of rows, so memory is bounded by one chunk beside the answer. Where K is no multiple of 32 the last group is filled
+    up with inputs of no importance.
     """
     N, K = W_NK.shape
-    size = fmt.group_of(K)
+    if K % GROUP:
+        importance = torch.ones(K, device=W_NK.device) if importance_K is None else importance_K
+        whole = round_plain(pad(W_NK, (0, -K % GROUP)), fmt, importance_K=pad(importance, (0, -K % GROUP)))
+        return whole._replace(q=whole.q[:, :K].contiguous())
+    size = GROUP
     rows = max(1, CHUNK // K)
     shares = PLAIN_SHARES[fmt.bits] if importance_K is None else FINE_SHARES
     scale_NG = W_NK.new_empty(N, K // size, dtype=torch.float32)

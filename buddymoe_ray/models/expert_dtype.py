@@ -21,7 +21,6 @@ from torch import Tensor
 
 from buddymoe_ray.cache import DiskReader, slot_views
 from buddymoe_ray.config import cache_folder
-from buddymoe_ray.errors import UnsupportedModel
 from buddymoe_ray.kernels import LowbitFormat, pack, record_tensors, round_plain
 from buddymoe_ray.models.fingerprint import model_hash
 from buddymoe_ray.models.standin_files import StandinWriter, standin_layouts
@@ -52,7 +51,7 @@ def recoded_layout(
         layout: experts as stored in the checkpoint in `folder`.
         transposed: whether matrices are stored `[in, out]`; packed ones are always `[out, in]`.
 
-    Raises ProfileError when the copy cannot be written, UnsupportedModel for shapes that cannot be packed.
+    Raises ProfileError when the copy cannot be written.
     """
     if expert_dtype == "native":
         return layout
@@ -104,12 +103,6 @@ class _Recoder:
             return cls(tensors=tensors, nbytes=nbytes, fmt=None, transposed=transposed)
         fmt = LowbitFormat(bits=_BITS[expert_dtype])
         shapes = {t.name: t.shape[::-1] if transposed and len(t.shape) == 2 else t.shape for t in stored}
-        odd = [name for name, shape in shapes.items() if len(shape) == 2 and shape[1] % 8]
-        if odd:
-            raise UnsupportedModel(
-                f"{odd[0]} has {shapes[odd[0]][1]} inputs, must be a multiple of 8 for {expert_dtype} experts. "
-                "hint: serve with --expert-dtype native"
-            )
         tensors, nbytes = record_tensors(shapes, fmt)
         return cls(tensors=tensors, nbytes=nbytes, fmt=fmt, transposed=transposed)
 
@@ -121,7 +114,7 @@ class _Recoder:
                 made[name] = weight
                 continue
             packed = pack(*round_plain(weight.T.contiguous() if self.transposed else weight, self.fmt), self.fmt)
-            made |= {f"{name}.codes": packed.codes, f"{name}.scales": packed.scales, f"{name}.base": packed.base}
+            made |= packed.named(name)
         record = torch.zeros(self.nbytes, dtype=torch.uint8)
         for tensor in self.tensors:
             part = made[tensor.name].to(getattr(torch, tensor.dtype)).contiguous()

@@ -1,6 +1,7 @@
 """Computes with stand-in records, a whole layer and step at a time.
 
-Low-bit records of plain experts on a CPU go to the kernel that takes a layer at once; all others run expert by expert.
+Low-bit records on a CPU go to the kernel that takes a layer at once, where it knows the experts' arithmetic; all others
+run expert by expert.
 Does not know which accesses a policy gave to stand-ins.
 
 Legend: T tokens, K experts per token, N = T*K accesses, E experts, B bytes of all records, D hidden, R rows of one.
@@ -17,8 +18,16 @@ from torch import Tensor
 
 from buddymoe_ray.cache import slot_views
 from buddymoe_ray.errors import ProfileError
-from buddymoe_ray.kernels import ExpertMath, LowbitFormat, LowbitLayer, lowbit_forward, lowrank_forward, mean_forward
-from buddymoe_ray.kernels.lowbit_cpu import is_plain
+from buddymoe_ray.kernels import (
+    ExpertMath,
+    LowbitFormat,
+    LowbitLayer,
+    lowbit_forward,
+    lowrank_forward,
+    matrix_at,
+    mean_forward,
+    prepare_lowbit,
+)
 from buddymoe_ray.types import ExpertLayout
 
 __all__ = ["RecordCompute", "record_computes"]
@@ -37,18 +46,33 @@ class RecordCompute(Protocol):
 
 
 def record_computes(
-    kind: str, layout: ExpertLayout, maths: Sequence[ExpertMath], threads: int, device: torch.device
+    kind: str,
+    layout: ExpertLayout,
+    maths: Sequence[ExpertMath],
+    *,
+    threads: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> list[RecordCompute]:
-    """The arithmetic of records of `kind` in each layer, whose experts' own is `maths`. Raises ProfileError for an
-    unknown kind."""
+    """The arithmetic of records of `kind` in each layer, whose experts' own is `maths`, over rows of `dtype`.
+
+    Raises ProfileError for an unknown kind, or records that another version packed.
+    """
     if kind in _SIMPLE:
         return [_OneByOne(_SIMPLE[kind], layout)] * len(maths)
     if not kind.startswith("lowbit"):
         raise ProfileError(f"record kind is {kind!r}, must be lowbitN, lowrank or mean. hint: profile the model again")
     fmt = LowbitFormat(bits=int(kind.removeprefix("lowbit")))
-    down = next(tensor for tensor in layout.tensors if tensor.name == "down_proj.codes")
-    if device.type == "cpu" and all(is_plain(math, down.shape[1] * 8 // fmt.bits) for math in maths):
-        return [LowbitLayer(layout=layout.tensors, fmt=fmt, threads=threads)] * len(maths)
+    try:
+        ffn = [matrix_at(layout.tensors, name, fmt).K for name in (maths[0].first, "down_proj")][1]
+    except ValueError as error:
+        raise ProfileError(
+            f"{kind} record's {error}, as this version packs. hint: run buddymoe profile again"
+        ) from error
+    if device.type == "cpu" and all(LowbitLayer.covers(math, ffn) for math in maths):
+        return [LowbitLayer(layout=layout.tensors, fmt=fmt, math=math, dtype=dtype, threads=threads) for math in maths]
+    if device.type == "cpu":
+        prepare_lowbit(fmt, dtype)
     return [_OneByOne(partial(lowbit_forward, fmt=fmt, math=math), layout) for math in maths]
 
 

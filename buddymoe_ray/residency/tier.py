@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from buddymoe_ray.cache import DiskReader, EngineCache, ExpertCache, StandinPool
 from buddymoe_ray.cache.shared import Room
 from buddymoe_ray.config import EngineConfig, parse_memory
-from buddymoe_ray.kernels import ExpertMath, LowbitFormat, UpcastScratch, expert_forward, lowbit_forward
+from buddymoe_ray.kernels import (
+    ExpertMath,
+    LowbitFormat,
+    LowbitLayer,
+    UpcastScratch,
+    expert_forward,
+    lowbit_forward,
+    matrix_at,
+    prepare_lowbit,
+)
 from buddymoe_ray.models.expert_dtype import format_of, recoded_layout
 from buddymoe_ray.models.experts_hook import attach
 from buddymoe_ray.models.load import LoadedModel
@@ -218,7 +227,9 @@ def _standins(
         policy=setup.policy,
         pool=pool,
         compute={
-            kind: record_computes(kind, setup.layouts[kind], maths, threads, loaded.device)
+            kind: record_computes(
+                kind, setup.layouts[kind], maths, threads=threads, device=loaded.device, dtype=loaded.compute_dtype
+            )
             for kind in sorted(set(setup.kind_of.values()))
         },
         experts_per_layer=loaded.layout.experts_per_layer,
@@ -257,12 +268,22 @@ def _attach(
 
 def _computes(loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None) -> list[ExpertCompute]:
     """The arithmetic of every layer's experts, for one thread: all layers share one scratch."""
-    compute_of = _dense_compute(loaded) if packed is None else _packed_compute(packed)
+    compute_of = _dense_compute(loaded) if packed is None else _packed_compute(packed, loaded)
     return [compute_of(math) for math in maths]
 
 
-def _packed_compute(fmt: LowbitFormat) -> Callable[[ExpertMath], ExpertCompute]:
-    return lambda math: lambda x_RD, tensors: lowbit_forward(x_RD, tensors, fmt, math)
+def _packed_compute(fmt: LowbitFormat, loaded: LoadedModel) -> Callable[[ExpertMath], ExpertCompute]:
+    """Packed experts; on a CPU machine code is made here, not in the first step."""
+    on_cpu, stored = loaded.device.type == "cpu", loaded.layout.tensors
+
+    def of_layer(math: ExpertMath) -> ExpertCompute:
+        if on_cpu and LowbitLayer.covers(math, matrix_at(stored, "down_proj", fmt).K):
+            return LowbitLayer(layout=stored, fmt=fmt, math=math, dtype=loaded.compute_dtype).expert
+        if on_cpu:
+            prepare_lowbit(fmt, loaded.compute_dtype)
+        return lambda x_RD, tensors: lowbit_forward(x_RD, tensors, fmt, math)
+
+    return of_layer
 
 
 def _dense_compute(loaded: LoadedModel) -> Callable[[ExpertMath], ExpertCompute]:

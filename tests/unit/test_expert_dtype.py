@@ -91,8 +91,7 @@ def test_formats_by_name() -> None:
 
 def test_records_hold_what_was_rounded(tmp_path: Path) -> None:
     from buddymoe_ray.cache import DiskReader, slot_views
-    from buddymoe_ray.kernels import dequantise
-    from buddymoe_ray.kernels.lowbit import PackedMatrix
+    from buddymoe_ray.kernels import dequantise, packed_parts
     from buddymoe_ray.models.resolve import resolve_model
     from buddymoe_ray.types import ExpertKey
 
@@ -107,8 +106,7 @@ def test_records_hold_what_was_rounded(tmp_path: Path) -> None:
         views.append(slot_views(slot, layout))
     reader.close()
     for name in ("gate_up_proj", "down_proj"):
-        parts = {part: views[1][f"{name}.{part}"] for part in ("codes", "scales", "base")}
         wide = views[0][name].float()
-        error = (dequantise(PackedMatrix(**parts), LowbitFormat(bits=8)) - wide).abs()
+        error = (dequantise(packed_parts(views[1], name), LowbitFormat(bits=8)) - wide).abs()
         assert 0 < float(error.max()) < 0.02 * float(wide.abs().max()), "clipping and half a step at most"
         assert float(error.mean()) < 0.01 * float(wide.abs().mean())

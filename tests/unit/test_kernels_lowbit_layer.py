@@ -1,19 +1,14 @@
-"""One call for a layer's experts gives the bits of one call per expert; the kernel's cache is optional."""
+"""One call for a layer's experts gives the bits of one call per expert, whatever their arithmetic."""
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import shutil
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from lowbit_records import Shapes, gpt_oss_gate, random_records, silu_gate
+from lowbit_records import Shapes, gelu_gate, gpt_oss_gate, random_records, relu2, silu_gate
 from torch import Tensor
 from torch.nn import functional
 
+from buddymoe_ray.errors import ProfileError
 from buddymoe_ray.kernels import (
     ExpertMath,
     LowbitFormat,
@@ -26,24 +21,25 @@ from buddymoe_ray.kernels import (
 from buddymoe_ray.kernels.lowbit import lowbit_forward_reference
 from buddymoe_ray.moe import record_computes
 from buddymoe_ray.moe.standin_compute import RecordCompute
-from buddymoe_ray.types import ExpertLayout
+from buddymoe_ray.types import ExpertLayout, SlotTensor
 
 D, F, E, K = 96, 40, 6, 3
 SHAPES: Shapes = {"gate_up_proj": (2 * F, D), "down_proj": (D, F)}
 SILU = ExpertMath(activate=silu_gate)
 
 
-def layer_of(fmt: LowbitFormat, threads: int = 1) -> LowbitLayer:
-    return LowbitLayer(layout=record_tensors(SHAPES, fmt)[0], fmt=fmt, threads=threads)
+def layer_of(fmt: LowbitFormat, threads: int = 1, dtype: torch.dtype = torch.float32) -> LowbitLayer:
+    return LowbitLayer(layout=record_tensors(SHAPES, fmt)[0], fmt=fmt, math=SILU, dtype=dtype, threads=threads)
 
 
-def general_layer_of(fmt: LowbitFormat, math: ExpertMath, shapes: Shapes) -> RecordCompute:
+def any_layer_of(fmt: LowbitFormat, math: ExpertMath, shapes: Shapes) -> RecordCompute:
     tensors, nbytes = record_tensors(shapes, fmt)
     layout = ExpertLayout(
         tensors=tensors, slot_bytes=nbytes, expert_bytes=nbytes, layers=1, experts_per_layer=(E,), pieces={}
     )
-    (made,) = record_computes(f"lowbit{fmt.bits}", layout, [math], 1, torch.device("cpu"))
-    assert not isinstance(made, LowbitLayer)
+    (made,) = record_computes(
+        f"lowbit{fmt.bits}", layout, [math], threads=1, device=torch.device("cpu"), dtype=torch.float32
+    )
     return made
 
 
@@ -63,14 +59,14 @@ def places(records: Tensor, missing: tuple[int, ...] = ()) -> Tensor:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("T", [1, 2, 9, 80])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_layer_is_its_experts_one_by_one(bits: int, T: int, dtype: torch.dtype) -> None:
     fmt = LowbitFormat(bits=bits)
     records, views = random_records(SHAPES, fmt, 1, E)
     x_TD, expert_TK = accesses(T, bits)
     x_TD = x_TD.to(dtype)
     out_ND = torch.full((T * K, D), 7.0, dtype=dtype)
-    layer_of(fmt)(x_TD, records, places(records, missing=(4,)), expert_TK, out_ND)
+    layer_of(fmt, dtype=dtype)(x_TD, records, places(records, missing=(4,)), expert_TK, out_ND)
     for n, expert in enumerate(expert_TK.flatten().tolist()):
         if expert in (-1, 4):
             assert bool((out_ND[n] == 7.0).all()), "an access that others answer was written"
@@ -78,26 +74,60 @@ def test_a_layer_is_its_experts_one_by_one(bits: int, T: int, dtype: torch.dtype
             assert torch.equal(out_ND[n], lowbit_forward(x_TD[n // K][None], views[expert], fmt, SILU)[0])
 
 
-@pytest.mark.parametrize("name", ["bias", "gpt_oss", "post_norm", "gelu"])
-def test_other_families_take_the_general_path(name: str) -> None:
-    fmt, bias = LowbitFormat(bits=3), name == "bias"
-    shapes = SHAPES | ({"gate_up_proj_bias": (2 * F,), "down_proj_bias": (D,)} if bias else {})
-    math = {
-        "bias": ExpertMath(activate=silu_gate, bias=True),
-        "gpt_oss": ExpertMath(activate=gpt_oss_gate),
-        "post_norm": ExpertMath(activate=silu_gate, post_norm=lambda y: functional.rms_norm(y, (D,))),
-        "gelu": ExpertMath(activate=lambda x: functional.gelu(x[..., :F]) * x[..., F:]),
-    }[name]
-    assert not lowbit_cpu.is_plain(math, F)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("R", [0, 1, 5, 70])
+def test_one_expert_from_the_views_of_its_record(R: int, dtype: torch.dtype) -> None:
+    fmt, shapes = LowbitFormat(bits=4), SHAPES | {"gate_up_proj_bias": (2 * F,), "down_proj_bias": (D,)}
+    _, views = random_records(shapes, fmt, 17, 3)
+    math = ExpertMath(activate=gpt_oss_gate, bias=True)
+    layer = LowbitLayer(layout=record_tensors(shapes, fmt)[0], fmt=fmt, math=math, dtype=dtype)
+    x_RD = torch.randn(R, 2 * D, generator=torch.Generator().manual_seed(18)).to(dtype)[:, ::2]
+    for tensors in views:
+        got = layer.expert(x_RD, tensors)
+        assert got.dtype is dtype and torch.equal(got, lowbit_forward(x_RD, tensors, fmt, math))
+
+
+KINDS: dict[str, tuple[ExpertMath, bool]] = {  # with whether the layer's kernel knows them
+    "bias": (ExpertMath(activate=silu_gate, bias=True), True),
+    "gpt_oss": (ExpertMath(activate=gpt_oss_gate, bias=True), True),
+    "gelu": (ExpertMath(activate=gelu_gate), True),
+    "relu2": (ExpertMath(activate=relu2, gated=False), True),
+    "post_norm": (ExpertMath(activate=silu_gate, post_norm=lambda y: functional.rms_norm(y, (D,))), False),
+    "erf": (ExpertMath(activate=lambda x: functional.gelu(x[..., :F]) * x[..., F:]), False),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("bits", [3, 8])
+def test_every_family_is_computed_in_one_call_or_one_by_one(name: str, bits: int) -> None:
+    fmt, (math, known) = LowbitFormat(bits=bits), KINDS[name]
+    shapes: Shapes = {math.first: (2 * F if math.gated else F, D), "down_proj": (D, F)}
+    if math.bias:
+        shapes |= {f"{math.first}_bias": (2 * F,), "down_proj_bias": (D,)}
+    made = any_layer_of(fmt, math, shapes)
+    assert isinstance(made, LowbitLayer) is known
     records, views = random_records(shapes, fmt, 2, E)
     x_TD, expert_TK = accesses(5, 3)
     out_ND = torch.zeros(5 * K, D)
-    general_layer_of(fmt, math, shapes)(x_TD, records, places(records), expert_TK, out_ND)
+    made(x_TD, records, places(records), expert_TK, out_ND)
     for n, expert in enumerate(expert_TK.flatten().tolist()):
         expected = torch.zeros(D)
         if expert >= 0:
             expected = lowbit_forward_reference(x_TD[n // K][None], views[expert], fmt, math)[0]
         torch.testing.assert_close(out_ND[n], expected, rtol=1e-5, atol=1e-5 * max(1.0, expected.abs().max().item()))
+
+
+def test_records_that_another_version_packed_are_refused() -> None:
+    """The layout of old files: rows of planar codes."""
+    old = (
+        SlotTensor(name="gate_up_proj.codes", shape=(80, 36), dtype="uint8", offset=0, nbytes=2880),
+        SlotTensor(name="gate_up_proj.scales", shape=(80, 3), dtype="uint8", offset=2880, nbytes=240),
+        SlotTensor(name="gate_up_proj.base", shape=(1,), dtype="float32", offset=3136, nbytes=4),
+    )
+    layout = ExpertLayout(tensors=old, slot_bytes=3200, expert_bytes=3200, layers=1, experts_per_layer=(E,), pieces={})
+    how = {"threads": 1, "device": torch.device("cpu"), "dtype": torch.float32}
+    with pytest.raises(ProfileError, match=r"lowbit3 .*gate_up_proj.sizes is None, must be .* hint: run buddymoe prof"):
+        record_computes("lowbit3", layout, [SILU], **how)
 
 
 def test_records_of_two_kinds_share_one_buffer() -> None:
@@ -118,14 +148,15 @@ def test_records_of_two_kinds_share_one_buffer() -> None:
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads_do_not_change_bits(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_bits(threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowbit_layer, "THREADED_WEIGHTS", 0)
     fmt = LowbitFormat(bits=4)
     records, _ = random_records(SHAPES, fmt, 6, E)
     x_TD, expert_TK = accesses(30, 7)
-    one, many = torch.zeros(2, 30 * K, D)
-    layer_of(fmt)(x_TD, records, places(records), expert_TK, one)
-    layer_of(fmt, threads=threads)(x_TD, records, places(records), expert_TK, many)
+    one, many = torch.zeros(2, 30 * K, D, dtype=dtype)
+    layer_of(fmt, 1, dtype)(x_TD.to(dtype), records, places(records), expert_TK, one)
+    layer_of(fmt, threads, dtype)(x_TD.to(dtype), records, places(records), expert_TK, many)
     assert torch.equal(one, many) and bool(one.any())
 
 
@@ -133,7 +164,8 @@ def test_a_step_has_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     fmt = LowbitFormat(bits=3)
     records, _ = random_records(SHAPES, fmt, 15, E)
     layer, (x_TD, expert_TK), out_ND = layer_of(fmt), accesses(4, 16), torch.zeros(4 * K, D)
-    monkeypatch.setattr(lowbit_cpu, "_compiled", lambda compile: pytest.fail("compiled in a step"))
+    for name in ("experts_kernel", "_tiles"):
+        monkeypatch.setattr(lowbit_cpu, name, lambda *_: pytest.fail("compiled in a step"))
     layer(x_TD, records, places(records), expert_TK, out_ND)
     assert bool(out_ND.any())
 
@@ -145,6 +177,8 @@ def test_nothing_to_do_is_done() -> None:
     layer(torch.randn(2, D), records, places(records), torch.full((2, K), -1), out_ND)
     assert bool((out_ND == 1).all())
     layer(torch.randn(0, D), records, places(records), torch.zeros(0, K, dtype=torch.int64), torch.ones(0, D))
+    layer(torch.randn(2, D), records[:0], torch.full((E,), -1), torch.zeros(2, K, dtype=torch.int64), out_ND)
+    assert bool((out_ND == 1).all()), "nobody has a record, nor is there room for one"
 
 
 def test_what_would_read_or_write_past_an_end_is_refused() -> None:
@@ -155,6 +189,10 @@ def test_what_would_read_or_write_past_an_end_is_refused() -> None:
         layer(x_TD, records, places(records), expert_TK, out_ND[:5])
     with pytest.raises(AssertionError, match="expert is 6, must be below 6"):
         layer(x_TD, records, places(records), torch.full((2, K), E), out_ND)
+    with pytest.raises(AssertionError, match=r"x is \(1, 96\), must be \(2, 96\)"):
+        layer(x_TD[:1], records, places(records), expert_TK, out_ND)
+    with pytest.raises(AssertionError, match=r"x is torch\.bfloat16, out torch\.float32, not torch\.float32"):
+        layer(x_TD.bfloat16(), records, places(records), expert_TK, out_ND)
     with pytest.raises(AssertionError, match="the last record ends at byte"):
         layer(x_TD, records[:-64], places(records), expert_TK, out_ND)
     with pytest.raises(AssertionError, match="threads is 0, must be at least 1"):
@@ -162,18 +200,28 @@ def test_what_would_read_or_write_past_an_end_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("activate", "plain"),
+    ("activate", "known"),
     [
-        (silu_gate, True),
-        (lambda x: functional.silu(x[..., :F]) * x[..., F:], True),
-        (lambda x: functional.silu(x[..., F:]) * x[..., :F], False),
-        (lambda x: functional.silu(x[..., ::2]) * x[..., 1::2], False),
-        (lambda x: functional.silu(x[..., :F].clamp(max=7.0)) * x[..., F:], False),
-        (gpt_oss_gate, False),
+        (silu_gate, 0),
+        (lambda x: functional.silu(x[..., :F]) * x[..., F:], 0),
+        (lambda x: functional.silu(x[..., F:]) * x[..., :F], None),
+        (lambda x: functional.silu(x[..., ::2]) * x[..., 1::2], None),
+        (lambda x: functional.silu(x[..., :F].clamp(max=7.0)) * x[..., F:], None),
+        (gelu_gate, 1),
+        (lambda x: functional.gelu(x[..., :F]) * x[..., F:], None),
+        (gpt_oss_gate, 2),
+        (relu2, None),
     ],
 )
-def test_plain_experts_are_told_from_others_by_what_they_answer(activate, plain: bool) -> None:
-    assert lowbit_cpu.is_plain(ExpertMath(activate=activate), F) is plain
+def test_experts_are_told_apart_by_what_they_answer(activate, known: int | None) -> None:
+    math = ExpertMath(activate=activate if activate is not relu2 else lambda x: relu2(x[..., :F]))
+    assert lowbit_cpu.activation_of(math, F) == known and LowbitLayer.covers(math, F) is (known is not None)
+    assert lowbit_cpu.activation_of(ExpertMath(activate=activate, post_norm=lambda y: y), F) is None
+
+
+def test_ungated_experts_are_known_too() -> None:
+    assert lowbit_cpu.activation_of(ExpertMath(activate=relu2, gated=False), F) == 3
+    assert lowbit_cpu.activation_of(ExpertMath(activate=functional.relu, gated=False), F) is None
 
 
 def test_large_gates_saturate_as_silu_does() -> None:
@@ -186,43 +234,3 @@ def test_large_gates_saturate_as_silu_does() -> None:
         torch.testing.assert_close(got[row], expected[row], rtol=1e-5, atol=1e-5 * expected[row].abs().max().item())
     x_RD[2, 5] = float("nan")
     assert lowbit_forward(x_RD, views, fmt, SILU).isnan().all(dim=1).tolist() == [False, False, True, False]
-
-
-def test_a_cache_that_cannot_be_used_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
-    asked = []
-
-    def compile(*, cache: bool):
-        asked.append(cache)
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return print
-
-    with caplog.at_level(logging.INFO):
-        assert lowbit_cpu._compiled(compile) is print
-    assert asked == [True, False] and "no locator available" in caplog.text
-
-
-def test_machine_code_is_kept_on_disk_and_follows_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A changed source is not answered by machine code that an earlier process left on the disk."""
-    pytest.importorskip("numba", reason="the kernel's cache is numba's")
-    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
-    kernels = Path(lowbit_cpu.__file__).parent
-    for name in ("lowbit_format.py", "lowbit_numba.py", "lowbit_vector.py"):
-        shutil.copy(kernels / name, tmp_path)
-
-    def hits() -> int:
-        """Compile as a new process would, with an empty body in place of the slow one."""
-        spec = importlib.util.spec_from_file_location("copied_kernel", tmp_path / "lowbit_numba.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, "copied_kernel", module)
-        spec.loader.exec_module(module)
-        module._linear = module.njit(lambda x, R, matrix, out, table: None)
-        return sum(module.compile_linear(cache=True).stats.cache_hits.values())
-
-    assert hits() == 0
-    assert list(tmp_path.rglob("*.nbc"))
-    assert hits() == 1
-    vector = tmp_path / "lowbit_vector.py"
-    vector.write_text(vector.read_text() + "\n# changed\n")
-    assert hits() == 0

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotPlan, S
 
 D, E, K, LAYER = 20, 6, 3, 1
 MATH = ExpertMath(activate=torch.relu)
+HOW: dict[str, Any] = {"threads": 1, "device": torch.device("cpu"), "dtype": torch.float32}
 PINNED = ((0, 1), (0, 1), (0, 1))
 
 
@@ -73,7 +75,7 @@ class Opened:
         pool.load(reader)
         reader.close()
         self.step = StepState()
-        compute = {"mean": record_computes("mean", records, [MATH] * 3, 1, torch.device("cpu"))}
+        compute = {"mean": record_computes("mean", records, [MATH] * 3, **HOW)}
         standins = Standins(policy=policy, pool=pool, compute=compute, experts_per_layer=(E, E, E), layers=layers)
         shapes = {t.name: t.shape for t in self.layout.tensors}
         scratch = UpcastScratch(shapes, stored=torch.bfloat16, compute=torch.float32, device=torch.device("cpu"))
@@ -258,4 +260,4 @@ def test_an_unknown_record_kind_is_refused() -> None:
     from buddymoe_ray.errors import ProfileError
 
     with pytest.raises(ProfileError, match="record kind is 'fourier'"):
-        record_computes("fourier", None, [], 1, torch.device("cpu"))  # type: ignore[arg-type]
+        record_computes("fourier", None, [], **HOW)  # type: ignore[arg-type]

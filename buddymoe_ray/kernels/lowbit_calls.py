@@ -1,0 +1,70 @@
+"""What goes into a call of the low-bit machine code: tuples of int64, which cost a kernel nothing.
+
+What stays the same from call to call lies in an array (`plan_of`) that is handed over by its address, and `Call` goes
+as a plain tuple: named ones are ten times as long on their way into numba. Knows neither torch nor numba: both sides of
+the call import it.
+
+Legend: N outputs and K inputs of a matrix; in `Call` N accesses (rows), K experts per token, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["NO_SUCH_EXPERT", "NO_SUCH_RECORD", "OK", "Call", "Expert", "Product", "plan_of"]
+
+OK, NO_SUCH_EXPERT, NO_SUCH_RECORD = 0, 1, 2
+"""What a call answers: when it is not OK, nothing was computed."""
+
+
+class Product(NamedTuple):
+    """A matrix in a record, bytes from the record's begin, and the native functions that multiply with it.
+
+    `quantise` is 0 where activations stay float32, `bias_bytes` those of an item of the bias, 0 for none.
+    """
+
+    codes: int
+    scales: int
+    base: int
+    bias: int
+    bias_bytes: int
+    N: int
+    K: int
+    project: int
+    quantise: int
+
+
+class Expert(NamedTuple):
+    """What an expert does between its products (an index of `FORMULAS`), and the bytes of its record."""
+
+    activation: int
+    nbytes: int
+
+
+class Call(NamedTuple):
+    """Addresses of rows, outputs and records, of which expert each access is of, and of where its record begins.
+
+    Rows and outputs are float32 (`item_bytes` 4) or bfloat16 (2).
+    Of every `shares` experts in turn the kernel computes the `share`-th.
+    """
+
+    x: int
+    out: int
+    records: int
+    records_bytes: int
+    item_bytes: int
+    expert_N: int = 0
+    at_E: int = 0
+    N: int = 0
+    K: int = 1
+    E: int = 0
+    share: int = 0
+    shares: int = 1
+
+
+def plan_of(expert: Expert, first: Product, down: Product) -> npt.NDArray[np.int64]:
+    """What is the same in all calls. Its owner must outlive a call that has its address."""
+    return np.array((*expert, *first, *down), dtype=np.int64)

@@ -1,0 +1,336 @@
+"""The low-bit matrix product as LLVM IR: tiles of packed codes times rows of activations.
+
+`module_text` writes one module for a width of codes, a kind of activations and an instruction set:
+
+    project(codes, scales, base, G, A, rows, R)   rows are R pairs (address of a row, address of its outputs)
+    quantise(x, G, row)                           float32 x [32 G] into a row of 16-bit activations, if `wide`
+
+all int64 addresses or counts: A blocks of 16 outputs, G groups of 32 inputs. Row kinds:
+    float32  32 G floats; weights are dequantised in registers and multiplied with fused multiply-add
+    wide     32 G 16-bit integers, 64 bytes to a group, then G pairs (float32 step, int32 correction). A group's dot
+             product, less the codes' midpoint, is an exact integer: rounded once when it becomes a float, and rounded
+             again by the one multiply-add that adds it to the output. Error 4e-5 of the output's norm.
+Either way groups are added in rising order, one lane to an output, so that the bits of a row depend on nothing but the
+row: not on the rows beside it, nor on the instruction set. Rows go in blocks, a tile being unpacked once for a block.
+
+Reads codes, scales and rows to their last byte and no further; prefetches beyond never fault. Does not know records,
+experts or who compiles the text. Neighbours: machine_code.py compiles it, lowbit_numba.py calls it.
+
+Tried and dropped: 8-bit activations (up to 1.8 times the rate from 8 rows on; error 5e-3); no prefetch (2.7 times as
+long at 8 rows); with 16 registers, all 16 outputs at once or unrolled vectors (what does not fit goes by the stack: 1.6
+times as long at 8 rows); byte products (`vpmaddubsw`) on AVX2 (as fast as 16-bit ones, and saturate at 8 bits); fp16
+scales (a call into libgcc where F16C is missing).
+
+Legend: A blocks of 16 outputs, G groups of 32 inputs, R rows, b an `ir.IRBuilder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, NamedTuple
+
+import llvmlite.binding as llvm
+import torch
+from llvmlite import ir
+
+from buddymoe_ray.kernels.lowbit_format import BLOCK, GROUP, STEPS_PER_OCTAVE, LowbitFormat, scale_table
+from buddymoe_ray.kernels.vector_ir import F32, I8, I16, I32, I64, VOID, at, call, const, load, loop, splat, vec
+
+__all__ = ["LEVELS", "Level", "host_level", "module_text", "wide_row_bytes"]
+
+QUADS = GROUP // 4
+ROW_BLOCKS = (8, 4, 2, 1)
+AHEAD = 8192
+"""Bytes that the codes' prefetch runs ahead."""
+TOP = 16256
+"""The largest 16-bit activation: 127 * 128, whose upper part is a signed byte and whose lower part 7 bits."""
+MAGIC, MAGIC_BITS = 12582912.0, 0x4B400000  # 1.5 * 2**23: adding it rounds to an integer, which the low bits then are
+
+
+class Level(NamedTuple):
+    """An instruction set: lanes of a vector of float32 (tiles are computed in parts of as many outputs), whether dot
+    products are taken by vpdpbusd (`vnni`), else by AVX2's vpmaddwd, or in plain IR."""
+
+    lanes: int
+    vnni: bool
+    avx2: bool
+
+
+LEVELS = {
+    "avx512vnni": Level(lanes=16, vnni=True, avx2=True),
+    "avxvnni": Level(lanes=8, vnni=True, avx2=True),
+    "avx2": Level(lanes=8, vnni=False, avx2=True),
+    "plain": Level(lanes=8, vnni=False, avx2=False),
+}
+
+
+def host_level() -> str:
+    """The best level of this CPU."""
+    has = llvm.get_host_cpu_features()
+    if has.get("avx512vnni") and has.get("avx512vl") and has.get("avx512bw"):
+        return "avx512vnni"
+    if not (has.get("avx2") and has.get("fma")):
+        return "plain"
+    return "avxvnni" if has.get("avxvnni") else "avx2"
+
+
+def wide_row_bytes(groups: int) -> int:
+    """Bytes of a row of 16-bit activations."""
+    return groups * (2 * GROUP + 8)
+
+
+def module_text(fmt: LowbitFormat, *, wide: bool, level: str) -> str:
+    """The module's IR."""
+    made = _Tiles(fmt, LEVELS[level], wide)
+    made.project()
+    if wide:
+        made.quantise()
+    return str(made.module)
+
+
+class _Row(NamedTuple):
+    """One row of activations in a tile: its address, and the places of a group's sum and of the outputs' totals."""
+
+    x: Any
+    sum: Any
+    total: Any
+
+
+class _Tiles:
+    """Emits one module."""
+
+    def __init__(self, fmt: LowbitFormat, level: Level, wide: bool) -> None:
+        self.module = ir.Module(name="lowbit")
+        self._fmt, self._level, self._wide, self._unrolled = fmt, level, wide, False
+        self._bytes, self._words, self._ints, self._floats = (
+            vec(kind, level.lanes * count) for kind, count in ((I8, 4), (I16, 2), (I32, 1), (F32, 1))
+        )
+
+    def project(self) -> None:
+        """Every block of outputs times every block of rows."""
+        tiles = {rows: self._tile(rows) for rows in ROW_BLOCKS}
+        kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 7), "project")
+        codes, scales, base, G, A, rows, R = kernel.args
+        b = ir.IRBuilder(kernel.append_basic_block())
+        code_stride, scale_stride = b.mul(G, I64(self._fmt.tile_bytes)), b.mul(G, I64(BLOCK))
+        with loop(b, A) as block:
+            places = [b.add(codes, b.mul(block, code_stride)), b.add(scales, b.mul(block, scale_stride)), base, G]
+            column, done = b.mul(block, I64(4 * BLOCK)), I64(0)
+            for size, tile in tiles.items():
+                times = b.sdiv(b.sub(R, done), I64(size))
+                with loop(b, times) as turn:
+                    row = b.add(done, b.mul(turn, I64(size)))
+                    b.call(tile, [*places, b.add(rows, b.mul(row, I64(16))), column])
+                done = b.add(done, b.mul(times, I64(size)))
+        b.ret_void()
+
+    def _tile(self, rows: int) -> Any:
+        """16 outputs of `rows` rows, over all groups."""
+        tile = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 6), f"tile{rows}")
+        tile.linkage = "internal"
+        tile.attributes.add("noinline")
+        codes, scales, base_at, G, pairs, column = tile.args
+        # with few registers the vectors are a loop, for LLVM's scheduler would hold all of them at once
+        self._unrolled = self._level.lanes == 16 or (rows == 1 and not self._wide)
+        b = ir.IRBuilder(tile.append_basic_block())
+        x = [load(b, pairs, I64, 16 * r) for r in range(rows)]
+        y = [b.add(load(b, pairs, I64, 16 * r + 8), column) for r in range(rows)]
+        base, lanes = splat(b, load(b, base_at, F32), self._level.lanes), self._level.lanes
+        totals = {first: [b.alloca(self._floats) for _ in x] for first in range(0, BLOCK, lanes)}
+        sums = [b.alloca(self._ints if self._wide else self._floats) for _ in x]
+        for total in chain(*totals.values()):
+            b.store(const(self._floats, 0.0), total)
+        with loop(b, G) as g:
+            place = b.add(codes, b.mul(g, I64(self._fmt.tile_bytes)))
+            for line in range(self._fmt.bits):
+                ahead = at(b, place, I8, AHEAD + 64 * line)
+                call(b, "llvm.prefetch.p0", VOID, [ahead, I32(0), I32(3), I32(1)])
+            for first, part in totals.items():
+                codes_at = b.add(place, I64(4 * first))
+                scales_at = b.add(scales, b.add(b.mul(g, I64(BLOCK)), I64(first)))
+                rows_at = [_Row(*row) for row in zip(x, sums, part, strict=True)]
+                self._add_group(b, (codes_at, scales_at, base), rows_at, (g, G))
+        for first, part in totals.items():
+            for total, out in zip(part, y, strict=True):
+                b.store(b.load(total), at(b, out, self._floats, 4 * first), align=4)
+        b.ret_void()
+        return tile
+
+    def _add_group(self, b: Any, part: tuple[Any, Any, Any], rows: list[_Row], at_g: tuple[Any, Any]) -> None:
+        """`total += scale * (codes - midpoint) . x` of one group and a part of its outputs."""
+        (codes_at, scales_at, base), (g, G) = part, at_g
+        group_bytes = (2 if self._wide else 4) * GROUP
+        here = [row._replace(x=b.add(row.x, b.mul(g, I64(group_bytes)))) for row in rows]
+        if not self._wide:
+            self._add_floats(b, codes_at, self._scales(b, scales_at, base), here)
+            return
+        for row in here:
+            b.store(const(self._ints, 0), row.sum)
+        (self._dots_of_bytes if self._level.vnni else self._dots_of_words)(b, codes_at, here)
+        scale = self._scales(b, scales_at, base)
+        tail = b.add(b.mul(G, I64(2 * GROUP)), b.mul(g, I64(8)))
+        for row in rows:
+            step = splat(b, load(b, row.x, F32, tail), self._level.lanes)
+            centre = splat(b, load(b, row.x, I32, b.add(tail, I64(4))), self._level.lanes)
+            dot = b.load(row.sum)
+            value = b.sitofp(b.add(b.add(dot, dot), centre), self._floats)  # twice: the midpoint is a half
+            b.store(self._fma(b, value, b.fmul(scale, step), b.load(row.total)), row.total)
+
+    def _quads(self, b: Any, tile: Any, part: int = 0, parts: int = 1) -> Iterator[tuple[Any, Any]]:
+        """The codes of a tile, or of one part of its inputs, a byte each: `(j, quad j)`, vector by vector."""
+        bits = self._fmt.bits
+        width = 2 if bits == 3 else bits
+        begin, count = part * width // parts, width // parts
+        if self._unrolled:
+            for first in range(begin, begin + count):
+                yield from self._vector(b, tile, I64(first), width)
+        else:
+            with loop(b, I64(count)) as turn:
+                yield from self._vector(b, tile, b.add(turn, I64(begin)), width)
+
+    def _vector(self, b: Any, tile: Any, first: Any, width: int) -> Iterator[tuple[Any, Any]]:
+        """The quads of a vector: `first`, `first + width`, …"""
+        vector = load(b, tile, self._bytes, b.mul(first, I64(64)))
+        high = None
+        if self._fmt.bits == 3:
+            high = load(b, tile, self._bytes, 128)
+            high = b.lshr(high, splat(b, b.trunc(first, I8), 4 * self._level.lanes))
+        for i in range(0, QUADS, width):
+            quad = _field(b, vector, i, width)
+            if high is not None:
+                quad = b.or_(quad, b.shl(_field(b, high, i, 1), const(self._bytes, 2)))
+            yield b.add(first, I64(i)), quad
+
+    def _scales(self, b: Any, place: Any, base: Any) -> Any:
+        """`base * 2 ** (-code / 24)`: the octave's part is taken off the exponent, the rest looked up."""
+        code = b.zext(load(b, place, vec(I8, self._level.lanes)), self._ints)
+        octave = b.lshr(b.mul(code, const(self._ints, 2731)), const(self._ints, 16))  # code // 24 for every byte
+        rest = b.sub(code, b.mul(octave, const(self._ints, STEPS_PER_OCTAVE)))
+        steps = scale_table(torch.device("cpu"))[:STEPS_PER_OCTAVE].tolist()
+        if self._level.lanes == 16:
+            lower, upper = const(self._floats, steps[:16]), const(self._floats, steps[16:] + [0.0] * 8)
+            found = call(b, "llvm.x86.avx512.vpermi2var.ps.512", self._floats, [lower, rest, upper])
+        else:
+            found = (self._look_up_8 if self._level.avx2 else self._look_up)(b, rest, steps)
+        scale = b.bitcast(b.sub(b.bitcast(found, self._ints), b.shl(octave, const(self._ints, 23))), self._floats)
+        return b.fmul(scale, base)
+
+    def _look_up_8(self, b: Any, index: Any, steps: list[float]) -> Any:
+        """From a table of 24, by three permutes of 8."""
+        tables = [const(self._floats, steps[i : i + 8]) for i in (0, 8, 16)]
+        parts = [call(b, "llvm.x86.avx2.permps", self._floats, [table, index]) for table in tables]
+        upper = b.select(b.icmp_signed(">", index, const(self._ints, 15)), parts[2], parts[1])
+        return b.select(b.icmp_signed(">", index, const(self._ints, 7)), upper, parts[0])
+
+    def _look_up(self, b: Any, index: Any, steps: list[float]) -> Any:
+        """Lane by lane from memory."""
+        kind = ir.ArrayType(F32, len(steps))
+        table = self.module.globals.get("steps")
+        if table is None:
+            table = ir.GlobalVariable(self.module, kind, "steps")
+            table.global_constant, table.linkage, table.initializer = True, "internal", ir.Constant(kind, steps)
+        found = const(self._floats, 0.0)
+        for lane in range(self._level.lanes):
+            place = b.gep(table, [I32(0), b.extract_element(index, I32(lane))])
+            found = b.insert_element(found, b.load(place), I32(lane))
+        return found
+
+    def _dots_of_bytes(self, b: Any, codes: Any, rows: list[_Row]) -> None:
+        """By vpdpbusd: the upper bytes of the activations first, then the lower 7 bits."""
+        # the operands are the older ones, int32 throughout: LLVM takes them for the newer when it reads the text
+        name = f"llvm.x86.avx512.vpdpbusd.{32 * self._level.lanes}"
+        for part in (0, GROUP):
+            if part:
+                for row in rows:
+                    b.store(b.shl(b.load(row.sum), const(self._ints, 7)), row.sum)
+            for j, quad in self._quads(b, codes):
+                for row in rows:
+                    four = load(b, row.x, I32, b.add(b.mul(j, I64(4)), I64(part)))
+                    operands = [b.load(row.sum), b.bitcast(quad, self._ints), splat(b, four, self._level.lanes)]
+                    b.store(call(b, name, self._ints, operands), row.sum)
+
+    def _dots_of_words(self, b: Any, codes: Any, rows: list[_Row]) -> None:
+        """By 16-bit products of even and of odd inputs, which `quantise` has put side by side."""
+        for j, quad in self._quads(b, codes):
+            pairs = b.bitcast(quad, self._words)
+            for odd in (0, 1):
+                words = b.lshr(pairs, const(self._words, 8)) if odd else b.and_(pairs, const(self._words, 255))
+                for row in rows:
+                    two = splat(b, load(b, row.x, I32, b.add(b.mul(j, I64(8)), I64(4 * odd))), self._level.lanes)
+                    dot = self._dot_words(b, words, b.bitcast(two, self._words))
+                    b.store(b.add(b.load(row.sum), dot), row.sum)
+
+    def _dot_words(self, b: Any, words: Any, x: Any) -> Any:
+        if self._level.avx2:
+            return call(b, "llvm.x86.avx2.pmadd.wd", self._ints, [words, x])
+        products = []
+        for odd in (0, 1):
+            lanes = const(self._ints, range(odd, 2 * self._level.lanes, 2))
+            products.append(b.mul(*(b.sext(b.shuffle_vector(v, v, lanes), self._ints) for v in (words, x))))
+        return b.add(*products)
+
+    def _add_floats(self, b: Any, codes: Any, scale: Any, rows: list[_Row]) -> None:
+        """In two sums of 16 inputs, so that neither is a long chain."""
+        middle, lanes = const(self._floats, (self._fmt.levels - 1) / 2), self._level.lanes
+        for part in (0, 1):
+            for row in rows:
+                b.store(const(self._floats, 0.0), row.sum)
+            for j, quad in self._quads(b, codes, part, 2):
+                for i in range(4):
+                    code = b.and_(b.lshr(b.bitcast(quad, self._ints), const(self._ints, 8 * i)), const(self._ints, 255))
+                    weight = b.fsub(b.sitofp(code, self._floats), middle)
+                    for row in rows:
+                        x = splat(b, load(b, row.x, F32, b.add(b.mul(j, I64(16)), I64(4 * i))), lanes)
+                        b.store(self._fma(b, weight, x, b.load(row.sum)), row.sum)
+            for row in rows:
+                b.store(self._fma(b, b.load(row.sum), scale, b.load(row.total)), row.total)
+
+    def _fma(self, b: Any, x: Any, y: Any, z: Any) -> Any:
+        return call(b, f"llvm.fma.v{self._level.lanes}f32", self._floats, [x, y, z])
+
+    def quantise(self) -> None:
+        """One row to 16 bits. A group that holds an inf or a nan makes all of the row's outputs nan."""
+        kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 3), "quantise")
+        x, G, row = kernel.args
+        b = ir.IRBuilder(kernel.append_basic_block())
+        floats, ints = vec(F32, GROUP), vec(I32, GROUP)
+        tail = b.add(row, b.mul(G, I64(2 * GROUP)))
+        with loop(b, G) as g:
+            value = load(b, x, floats, b.mul(g, I64(4 * GROUP)))
+            sizes = b.and_(b.bitcast(value, ints), const(ints, 0x7FFFFFFF))  # in integers nan > inf > all else
+            largest = call(b, "llvm.vector.reduce.smax.v32i32", I32, [sizes])
+            finite = b.icmp_signed("<", largest, I32(0x7F800000))
+            top = b.select(finite, b.bitcast(largest, F32), F32(float("nan")))
+            counts = b.fcmp_ordered(">", top, F32(1e-30))  # smaller groups count as zeros
+            inverse = b.select(counts, b.fdiv(F32(float(TOP)), top), F32(0.0))
+            shifted = b.fadd(b.fmul(value, splat(b, inverse, GROUP)), const(floats, MAGIC))
+            q = b.sub(b.bitcast(shifted, ints), const(ints, MAGIC_BITS))
+            self._store_row(b, q, b.add(row, b.mul(g, I64(2 * GROUP))))
+            total = call(b, "llvm.vector.reduce.add.v32i32", I32, [q])
+            pair = b.mul(g, I64(8))
+            b.store(b.fmul(top, F32(_float32(0.5 / TOP))), at(b, tail, F32, pair))
+            b.store(b.mul(total, I32(1 - self._fmt.levels)), at(b, tail, I32, b.add(pair, I64(4))))
+        b.ret_void()
+
+    def _store_row(self, b: Any, q: Any, place: Any) -> None:
+        kind = q.type
+        if self._level.vnni:
+            parts = [b.ashr(q, const(kind, 7)), b.and_(q, const(kind, 127))]
+            for i, part in enumerate(parts):
+                b.store(b.trunc(part, vec(I8, GROUP)), at(b, place, vec(I8, GROUP), GROUP * i), align=1)
+            return
+        order = [4 * j + i for j in range(QUADS) for i in (0, 2, 1, 3)]
+        mixed = b.shuffle_vector(q, q, const(vec(I32, GROUP), order))
+        b.store(b.trunc(mixed, vec(I16, GROUP)), at(b, place, vec(I16, GROUP)), align=1)
+
+
+def _field(b: Any, vector: Any, shift: int, width: int) -> Any:
+    if width == 8:
+        return vector
+    moved = b.lshr(vector, const(vector.type, shift)) if shift else vector
+    return b.and_(moved, const(vector.type, (1 << width) - 1))
+
+
+def _float32(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float32))

@@ -1,0 +1,108 @@
+"""Compiles LLVM IR to machine code and keeps the code in a folder that belongs to the user alone.
+
+Machine code that is read is run: the folder must be the user's, and nobody else may write to it, or it is not used and
+every process compiles anew. A file's name is the hash of its IR, the CPU and LLVM's version, so code never answers for
+another source. Knows no kernels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+
+from buddymoe_ray.config import cache_folder
+
+__all__ = ["code_folder", "native_functions"]
+
+log = logging.getLogger(__name__)
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_alive: list[Any] = []
+"""Engines own their code: one that is collected takes it along."""
+
+
+@cache
+def _initialised() -> llvm.Target:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm.Target.from_default_triple()
+
+
+def code_folder() -> Path | None:
+    """The folder for machine code, made at the first call; None where it cannot be made or could be others' work."""
+    folder = cache_folder() / "machine-code"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        log.info("machine code is not kept: %s", error)
+        return None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
+        log.warning(
+            "%s is of user %d with mode %o, must be a folder of user %d that nobody else can write to. "
+            "hint: delete it; until then machine code is compiled by every process",
+            *(folder, found.st_uid, stat.S_IMODE(found.st_mode), os.getuid()),
+        )
+        return None
+    return folder
+
+
+def native_functions(text: str, names: tuple[str, ...], *, baseline: bool = False) -> Mapping[str, int]:
+    """Addresses of functions of a module, compiled for this CPU (`baseline`: for any of its architecture)."""
+    cpu = "generic" if baseline else llvm.get_host_cpu_name()
+    features = "" if baseline else llvm.get_host_cpu_features().flatten()
+    key = hashlib.sha256("\0".join((text, cpu, features, str(llvm.llvm_version_info))).encode()).hexdigest()
+    folder = code_folder()
+    kept = None if folder is None else folder / f"{key}.o"
+    code = None if kept is None else _read(kept)
+    target = _initialised().create_target_machine(
+        cpu=cpu, features=features, opt=3, reloc="pic", codemodel="jitdefault"
+    )
+    if code is None:
+        code = _compiled(text, target)
+        if kept is not None:
+            _write(kept, code)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _alive.append(engine)
+    return {name: engine.get_function_address(name) for name in names}
+
+
+def _compiled(text: str, target: Any) -> bytes:
+    module = llvm.parse_assembly(text)
+    module.verify()
+    tuning = llvm.create_pipeline_tuning_options(speed_level=3)
+    tuning.loop_unrolling = tuning.slp_vectorization = tuning.loop_vectorization = False  # the text is written as meant
+    passes = llvm.create_pass_builder(target, tuning)
+    passes.getModulePassManager().run(module, passes)
+    code: bytes = target.emit_object(module)
+    return code
+
+
+def _read(path: Path) -> bytes | None:
+    """The code, None when there is none or it is not whole."""
+    try:
+        found = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = found[:_DIGEST_BYTES], found[_DIGEST_BYTES:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(hashlib.sha256(code).digest() + code)
+        os.replace(file.name, path)
+    except OSError as error:
+        log.info("machine code is not kept: %s", error)

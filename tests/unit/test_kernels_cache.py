@@ -1,0 +1,110 @@
+"""Machine code on the disk: a second process finds it, a changed source does not, and nobody else's is run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import buddymoe_ray
+from buddymoe_ray.kernels.machine_code import code_folder
+
+PACKAGE = Path(buddymoe_ray.__file__).parent
+MAKE = """
+from buddymoe_ray.kernels.lowbit_numba import compile_experts, compile_linear
+from buddymoe_ray.kernels.machine_code import code_folder, native_functions
+native_functions("define void @nothing() { ret void }", ("nothing",))
+kernels = (compile_experts(code_folder()), compile_linear(code_folder()))
+print(sum(sum(kernel.stats.cache_hits.values()) for kernel in kernels))
+"""
+"""Says how many of numba's two functions came from the disk."""
+
+
+def hits(where: Path, cache: Path) -> int:
+    done = subprocess.run(
+        [sys.executable, "-c", MAKE],
+        cwd=where,
+        env=os.environ | {"PYTHONPATH": str(where), "XDG_CACHE_HOME": str(cache), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def files(cache: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in (cache / "buddymoe_ray").rglob("*") if path.is_file()}
+
+
+def test_machine_code_is_kept_and_follows_its_sources(tmp_path: Path) -> None:
+    """In a copy of the package, whose kernels' bodies are emptied: what they say does not matter here."""
+    package = tmp_path / "buddymoe_ray"
+    shutil.copytree(PACKAGE / "kernels", package / "kernels")
+    (package / "kernels" / "__init__.py").write_text("")
+    (package / "kernels" / "lowbit_format.py").write_text("BLOCK, GROUP = 16, 32\n")  # without torch, which is slow
+    for name in ("types.py", "errors.py", "config.py"):
+        shutil.copy(PACKAGE / name, package / name)
+    (package / "__init__.py").write_text("")
+    numba = package / "kernels" / "lowbit_numba.py"
+    begin, calls = numba.read_text().split("_CALL =", 1)
+    numba.write_text(
+        begin + "\n_experts = njit(lambda call, plan_at: 0)\n_linear = njit(lambda call, plan_at, i: None)\n"
+        "_CALL =" + calls
+    )
+    cache = tmp_path / "cache"
+    assert hits(tmp_path, cache) == 0
+    folder, made = cache / "buddymoe_ray" / "machine-code", files(cache)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert sorted(Path(name).suffix for name in made) == [".nbc", ".nbc", ".nbi", ".nbi", ".o"]
+    assert hits(tmp_path, cache) == 2 and files(cache) == made
+    for name in ("vector_ir", "lowbit_rows"):  # not the module that numba looks at
+        source = numba.with_name(f"{name}.py")
+        source.write_text(source.read_text() + "\n# changed\n")
+        assert hits(tmp_path, cache) == 0
+
+
+def test_a_folder_that_others_can_write_to_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "buddymoe_ray" / "machine-code"
+    assert code_folder() == folder and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    for mode in (0o770, 0o702, 0o777):
+        folder.chmod(mode)
+        assert code_folder() is None
+    assert "must be a folder of user" in caplog.text and "hint: delete it" in caplog.text
+    folder.chmod(0o755)  # what others can read does no harm
+    assert code_folder() == folder
+
+
+def test_a_folder_of_another_user_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert code_folder() is not None
+    mine = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: mine + 1)
+    assert code_folder() is None
+
+
+def test_a_link_to_elsewhere_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "buddymoe_ray").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "buddymoe_ray" / "machine-code").symlink_to(tmp_path / "elsewhere")
+    assert code_folder() is None
+
+
+def test_no_folder_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with caplog.at_level(logging.INFO):
+        assert code_folder() is None
+    assert "machine code is not kept" in caplog.text
