@@ -34,6 +34,7 @@ BATCHING = ("auto", "packed", "solo")
 GENERATION_CONFIGS = ("auto", "none")
 INEXACT = ("budget", "standin", "standin_layers", "policy", "profile", "guard_share")  # without effect in `exact`
 EXPERT_DTYPES = ("native", "bf16", "int8", "int4")
+DENSE_DTYPES = ("native", "int8", "int4")
 POLICIES = ("ladder", "buddymoe")
 LOWBIT = ("lowbit2", "lowbit3", "lowbit4", "lowbit8")
 RECORD_KINDS = (*LOWBIT, "lowrank", "mean")
@@ -66,6 +67,8 @@ class EngineConfig:
         policy: `ladder` (cheapest option within the budget) or `buddymoe` (the paper whole, its gates fetch).
         profile: calibration file; None is the one beside the checkpoint.
         expert_dtype: precision the experts are served in: `native`, `bf16`, `int8`, `int4`.
+        dense_dtype: precision of attention, shared experts and output head: `native`, `int8`, `int4` (CPU only). Mode
+            `exact` is exact to it.
         guard_share: share of `bounded` and `fast` sequences recomputed exactly to check their cost; 0 is off.
         dtype: compute dtype; `auto` is float32 for `builtin:tiny` and float32 checkpoints, else the checkpoint's.
         device: `auto` (cuda when there is one, else cpu), `cpu`, `cuda`, `cuda:1`.
@@ -92,6 +95,7 @@ class EngineConfig:
     policy: str = "ladder"
     profile: str | None = None
     expert_dtype: str = "native"
+    dense_dtype: str = "native"
     guard_share: float = 0.02
     dtype: str = "auto"
     device: str = "auto"
@@ -109,6 +113,7 @@ class EngineConfig:
         one_of("standin", self.standin, tuple(STANDINS))
         one_of("policy", self.policy, POLICIES)
         one_of("expert_dtype", self.expert_dtype, EXPERT_DTYPES)
+        one_of("dense_dtype", self.dense_dtype, DENSE_DTYPES)
         for name in ("memory", "host_memory", "kv_memory"):
             if (name, getattr(self, name)) != ("kv_memory", "auto"):
                 parse_memory(getattr(self, name), total_expert_bytes=0, name=name)

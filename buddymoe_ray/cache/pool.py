@@ -30,6 +30,9 @@ class SlotMemory(Protocol):
     def tensors(self, slot: int) -> Mapping[str, Tensor]:
         """The slot's parameters by name."""
 
+    def address(self, slot: int) -> int:
+        """Where the slot's bytes begin in this process."""
+
 
 class SlotPool:
     """`count` slots on `device`, laid out as `layout` says. `pinned` host memory speeds copies to a GPU."""
@@ -38,6 +41,7 @@ class SlotPool:
         assert layout.slot_bytes % 64 == 0, f"slot_bytes is {layout.slot_bytes}, must be a multiple of 64"
         self.count, self.device = count, device
         self.bytes_C = torch.empty(count, layout.slot_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+        self._begin = self.bytes_C.data_ptr()
         self.generation = [0] * count
         self._views = [slot_views(self.bytes_C[slot], layout) for slot in range(count)]
 
@@ -49,6 +53,10 @@ class SlotPool:
     def tensors(self, slot: int) -> Mapping[str, Tensor]:
         """The slot's parameters by name, as views in their stored dtype."""
         return self._views[slot]
+
+    def address(self, slot: int) -> int:
+        """Where the slot's bytes begin."""
+        return self._begin + slot * self.bytes_C.shape[1]
 
     def renew(self, slot: int) -> int:
         """Void every lease of the slot; returns the new generation."""
@@ -67,9 +75,17 @@ class Lease:
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The expert's parameters by name, without their expert dimension."""
+        self._check()
+        return self.pool.tensors(self.slot)
+
+    def address(self) -> int:
+        """Where the expert's bytes begin, for as long as the lease holds."""
+        self._check()
+        return self.pool.address(self.slot)
+
+    def _check(self) -> None:
         now = self.pool.generation[self.slot]
         assert now == self.generation, f"lease {self.key} is of generation {self.generation}, slot {self.slot} of {now}"
-        return self.pool.tensors(self.slot)
 
 
 def slot_views(slot_bytes: Tensor, layout: ExpertLayout) -> dict[str, Tensor]:

@@ -88,11 +88,12 @@ class CalibrationOptions:
             raise ConfigError(f"rounding_minutes is {self.rounding_minutes}, must be at least 0. hint: leave it out")
         if self.window is not None and self.window < 2:
             raise ConfigError(f"window is {self.window}, must be at least 2. hint: leave --window out")
-        if self.config.expert_dtype != "native":
-            raise ConfigError(
-                f"expert_dtype is {self.config.expert_dtype}, must be native to calibrate. "
-                "hint: one profile serves experts of every dtype"
-            )
+        for name in ("expert_dtype", "dense_dtype"):
+            if getattr(self.config, name) != "native":
+                raise ConfigError(
+                    f"{name} is {getattr(self.config, name)}, must be native to calibrate. "
+                    "hint: one profile serves weights of every dtype"
+                )
 
 
 def calibrate(options: CalibrationOptions, *, progress: Progress = lambda items, **_: items) -> Profile:

@@ -81,7 +81,18 @@ def run(args: argparse.Namespace) -> int:
         for row in measured:
             emit(row)
     else:
-        told = ("model", "memory", "mode", "batch", "workers", "threads", "expert_dtype", "prompt_tokens", "new_tokens")
+        told = (
+            "model",
+            "memory",
+            "mode",
+            "batch",
+            "workers",
+            "threads",
+            "expert_dtype",
+            "dense_dtype",
+            "prompt_tokens",
+            "new_tokens",
+        )
         print_table(measured, _SHOWN, conditions={name.replace("_", " "): f"{{{name}}}" for name in told})
     return 0
 
@@ -169,7 +180,18 @@ def _corpus_ids(args: argparse.Namespace) -> tuple[int, ...]:
 
 
 def _conditions(config: EngineConfig) -> dict[str, Any]:
-    names = ("model", "memory", "host_memory", "mode", "standin", "expert_dtype", "dtype", "device", "threads")
+    names = (
+        "model",
+        "memory",
+        "host_memory",
+        "mode",
+        "standin",
+        "expert_dtype",
+        "dense_dtype",
+        "dtype",
+        "device",
+        "threads",
+    )
     return {name: getattr(config, name) for name in names} | {"machine": platform.machine(), "cores": os.cpu_count()}
 
 

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(records: list[dict[str, Any]]) -> None:
     measured = [{"budget": None, "standin": None, "policy": None} | record for record in records]
-    told = ("model", "mode", "memory", "budget", "standin", "policy", "expert_dtype")
+    told = ("model", "mode", "memory", "budget", "standin", "policy", "expert_dtype", "dense_dtype")
     print_table(
         [record for record in measured if "error" not in record],
         {
@@ -90,7 +90,7 @@ def _print(records: list[dict[str, Any]]) -> None:
 
 
 def _conditions(config: EngineConfig) -> dict[str, Any]:
-    names = ["model", "memory", "expert_dtype", "mode"]
+    names = ["model", "memory", "expert_dtype", "dense_dtype", "mode"]
     names += ["budget"] if config.mode == "bounded" else []
     names += ["standin", "standin_layers", "policy"] if config.mode != "exact" else []
     return {name: getattr(config, name) for name in names}

@@ -43,6 +43,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _dense(plan: Plan) -> str:
+    return plan.compute_dtype if plan.dense_dtype == "native" else f"{plan.dense_dtype}, the rest {plan.compute_dtype}"
+
+
 def _print(plan: Plan) -> None:
     from rich.filesize import decimal
 
@@ -57,7 +61,7 @@ def _print(plan: Plan) -> None:
         "layers": f"{plan.layers}, of them {plan.moe_layers} with {plan.experts_per_layer} experts, "
         f"{plan.experts_per_token} a token",
         "experts": f"{decimal(plan.total_expert_bytes)} in {plan.expert_dtype}, {decimal(plan.expert_bytes)} each",
-        "dense weights": f"{decimal(plan.dense_bytes)} in {plan.compute_dtype}",
+        "dense weights": f"{decimal(plan.dense_bytes)} in {_dense(plan)}",
         "mode": plan.mode,
         "of the experts": ", ".join(held),
         "stand-ins": f"{decimal(plan.standin_bytes)}; {100 * rise:.2f} % of perplexity if nothing is fetched"

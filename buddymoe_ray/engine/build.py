@@ -27,6 +27,7 @@ from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.shape import describe, generation_defaults
 from buddymoe_ray.models.tokenizer import load_tokenizer
 from buddymoe_ray.moe import StepState
+from buddymoe_ray.observe import progress
 from buddymoe_ray.policy import Guard, kv_cache_bytes
 from buddymoe_ray.residency.machine import available_memory_bytes, pick_device, torch_dtype
 from buddymoe_ray.residency.sharing import Sharing
@@ -49,7 +50,16 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
     packed = _packed(config, folder)
     attention.register()
     name = attention.NAME if packed else None
-    loaded = load_model(folder, dtype=torch_dtype(config.dtype), device=device, attn=name)
+    if config.dense_dtype != "native" and device.type != "cpu":
+        raise ConfigError(f"dense_dtype is {config.dense_dtype!r}, must be native on {device.type}. hint: --device cpu")
+    loaded = load_model(
+        folder,
+        dtype=torch_dtype(config.dtype),
+        device=device,
+        attn=name,
+        dense_dtype=config.dense_dtype,
+        progress=progress,
+    )
     step = StepState()
     experts = open_experts(config, loaded, step, sharing)
     try:

@@ -97,10 +97,10 @@ def evaluate_many(
 
     `movable` keeps a stand-in for every expert, as a service with dynamic placement does, so that any may move; without
     what a service sets aside to compute for other nodes.
-    The configs must share model, dtype and expert_dtype: the reference is theirs, fully resident. A config whose memory
-    cannot hold its stand-ins has its BudgetError in place of a result.
+    The configs must share model, dtype and expert_dtype: the reference is theirs, fully resident, with dense weights as
+    stored. A config whose memory cannot hold its stand-ins has its BudgetError in place of a result.
     """
-    exact = configs[0].exactly(memory="100%")
+    exact = configs[0].exactly(memory="100%", dense_dtype="native")
     totals = [_Totals() for _ in configs]
     starts = range(0, len(windows), batch)
     with ExitStack() as stack:

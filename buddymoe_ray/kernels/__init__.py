@@ -13,8 +13,9 @@ from buddymoe_ray.kernels.lowbit import (
     record_tensors,
     unpack,
 )
+from buddymoe_ray.kernels.lowbit_cpu import LowbitLinear
 from buddymoe_ray.kernels.lowbit_cpu import prepare as prepare_lowbit
-from buddymoe_ray.kernels.lowbit_format import matrix_at
+from buddymoe_ray.kernels.lowbit_format import BLOCK, matrix_at, packed_shapes
 from buddymoe_ray.kernels.lowbit_layer import LowbitLayer
 from buddymoe_ray.kernels.lowrank import lowrank_forward, mean_forward
 from buddymoe_ray.kernels.reference import ExpertMath, combine, expert_forward
@@ -22,9 +23,11 @@ from buddymoe_ray.kernels.rounding import round_plain
 from buddymoe_ray.kernels.upcast import UpcastScratch
 
 __all__ = [
+    "BLOCK",
     "ExpertMath",
     "LowbitFormat",
     "LowbitLayer",
+    "LowbitLinear",
     "PackedMatrix",
     "UpcastScratch",
     "combine",
@@ -36,6 +39,7 @@ __all__ = [
     "mean_forward",
     "pack",
     "packed_parts",
+    "packed_shapes",
     "prepare_lowbit",
     "record_tensors",
     "round_plain",

@@ -3,7 +3,7 @@
 numba (about a second to import) is loaded at the first use, so machine code is made, or read from the user's folder,
 when `prepare` or an engine asks for it. Does not know where records lie.
 
-Legend: R rows of one expert, D hidden, F ffn.
+Legend: R rows of one expert or matrix, D hidden, F ffn, N outputs and K inputs of a matrix.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from buddymoe_ray.kernels.lowbit_calls import OK, Call, Expert, Product, plan_of
-from buddymoe_ray.kernels.lowbit_format import LowbitFormat, Matrix, packed_parts
+from buddymoe_ray.kernels.lowbit_format import LowbitFormat, Matrix, PackedMatrix, packed_parts
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.kernels.rowwise import rowwise
 
 __all__ = [
+    "ANYWHERE",
     "FORMULAS",
+    "LowbitLinear",
     "activation_of",
     "as_read",
     "experts_kernel",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 ANYWHERE = 1 << 62
+"""Bytes of the records of a call that gives addresses."""
 FIRST_AT = len(Expert._fields)
 DOWN_AT = FIRST_AT + len(Product._fields)
 """Where a plan has its products."""
@@ -118,6 +121,31 @@ def forward(x_RD: Tensor, tensors: Mapping[str, Tensor], fmt: LowbitFormat, math
     linear(tuple(Call(hidden.data_ptr(), y.data_ptr(), 0, ANYWHERE, 4, N=R)), plan_at, DOWN_AT)
     y_RD = y.to(x_RD.dtype)
     return y_RD if math.post_norm is None else rowwise(math.post_norm, y_RD)
+
+
+class LowbitLinear:
+    """`y = x W^T + bias` from a packed matrix, for rows of `dtype`; the bias is float32. Rows do not see each other.
+
+    float32 rows are multiplied as they are, others as 16-bit integers (error 4e-5). Machine code is made here (seconds
+    at the first time on a machine), not in the first call.
+    """
+
+    def __init__(self, packed: PackedMatrix, fmt: LowbitFormat, dtype: torch.dtype, bias_N: Tensor | None) -> None:
+        self._held, self._dtype = (packed, bias_N), dtype
+        self._N, self._K = packed.sizes.shape[:2]
+        matrix = Matrix(packed.codes.data_ptr(), packed.scales.data_ptr(), packed.base.data_ptr(), self._N, self._K)
+        bias = (0, 0) if bias_N is None else (bias_N.data_ptr(), bias_N.itemsize)
+        product = product_of(matrix, fmt, dtype, bias)
+        self._plan, self._kernel = plan_of(Expert(0, 0), product, product), linear_kernel()
+
+    def __call__(self, x_RK: Tensor) -> Tensor:
+        """`[R, K] -> [R, N]` in the dtype of the rows."""
+        assert x_RK.dtype == self._dtype and x_RK.shape[1] == self._K, f"x is {x_RK.dtype} {tuple(x_RK.shape)}"
+        x = as_read(x_RK).contiguous()
+        out = x.new_empty(len(x), self._N)
+        call = Call(x.data_ptr(), out.data_ptr(), 0, ANYWHERE, x.itemsize, N=len(x))
+        self._kernel(tuple(call), self._plan.ctypes.data, FIRST_AT)
+        return out.to(self._dtype)
 
 
 def _product(tensors: Mapping[str, Tensor], name: str, fmt: LowbitFormat, dtype: torch.dtype, biased: bool) -> Product:

@@ -43,6 +43,7 @@ __all__ = [
     "matrix_at",
     "pack",
     "packed_parts",
+    "packed_shapes",
     "record_tensors",
     "scale_table",
     "unpack",
@@ -185,7 +186,7 @@ def record_tensors(
         if len(shape) == 1:
             add(name, shape, bias_dtype)
             continue
-        for part, (sized, dtype) in _part_shapes(shape[0], shape[1], fmt).items():
+        for part, (sized, dtype) in packed_shapes(shape[0], shape[1], fmt).items():
             add(f"{name}.{part}", sized, dtype)
     return tuple(made), at
 
@@ -197,7 +198,7 @@ def matrix_at(layout: Sequence[SlotTensor], name: str, fmt: LowbitFormat) -> Mat
     if sizes is None or len(sizes.shape) != 3 or min(sizes.shape[:2]) < 1:
         raise ValueError(f"{name}.sizes is {None if sizes is None else sizes.shape}, must be [outputs, inputs, 0]")
     N, K = sizes.shape[:2]
-    for part, (shape, dtype) in _part_shapes(N, K, fmt).items():
+    for part, (shape, dtype) in packed_shapes(N, K, fmt).items():
         tensor = named.get(f"{name}.{part}")
         found = None if tensor is None else (tensor.dtype, tensor.shape)
         wanted = (str(dtype).removeprefix("torch."), shape)
@@ -207,7 +208,8 @@ def matrix_at(layout: Sequence[SlotTensor], name: str, fmt: LowbitFormat) -> Mat
     return Matrix(codes, scales, base, N, K)
 
 
-def _part_shapes(N: int, K: int, fmt: LowbitFormat) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def packed_shapes(N: int, K: int, fmt: LowbitFormat) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each part of a packed matrix."""
     A, G = -(-N // BLOCK), groups_of(K)
     return {
         "codes": ((A, G, fmt.tile_bytes), torch.uint8),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.kernels.lowbit_calls import NO_SUCH_EXPERT, NO_SUCH_RECORD, OK, Expert, Product, plan_of
-from buddymoe_ray.kernels.lowbit_cpu import activation_of, as_read, experts_kernel, product_of
+from buddymoe_ray.kernels.lowbit_cpu import ANYWHERE, activation_of, as_read, experts_kernel, product_of
 from buddymoe_ray.kernels.lowbit_format import LowbitFormat, matrix_at
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.types import SlotTensor
@@ -81,12 +81,13 @@ class LowbitLayer:
         """Whether a call can compute such experts."""
         return activation_of(math, F) is not None
 
-    def __call__(self, x_TD: Tensor, records_B: Tensor, at_E: Tensor, expert_TK: Tensor, out_ND: Tensor) -> None:
+    def __call__(self, x_TD: Tensor, records_B: Tensor | None, at_E: Tensor, expert_TK: Tensor, out_ND: Tensor) -> None:
         """Write `out_ND[n] = expert expert_TK.flat[n] over x_TD[n // K]` where the expert has a record.
 
         `records_B` uint8 holds records at any multiples of 4 bytes; that of expert e begins at byte `at_E[e]` (int64,
-        negative: no record of this layout). `expert_TK` int64 is negative for accesses that others answer. Rows of
-        `out_ND` (dtype of `x_TD`) that have no record are left alone.
+        negative: no record of this layout). None: `at_E` are addresses, of records that stay where they are meanwhile.
+        `expert_TK` int64 is negative for accesses that others answer. Rows of `out_ND` (dtype of `x_TD`) that have no
+        record are left alone.
         """
         (T, K), D, N = expert_TK.shape, self._hidden, expert_TK.numel()
         assert out_ND.shape == (N, D), f"out is {tuple(out_ND.shape)}, must be {(N, D)}"
@@ -96,9 +97,13 @@ class LowbitLayer:
             return
         x, out = as_read(x_TD), as_read(out_ND)
         x, expert_TK, at_E = x.contiguous(), expert_TK.contiguous(), at_E.contiguous()
-        assert out.is_contiguous() and records_B.is_contiguous(), "outputs and records must be contiguous"
+        assert out.is_contiguous(), "outputs must be contiguous"
+        begin, room = 0, ANYWHERE
+        if records_B is not None:
+            assert records_B.is_contiguous(), "records must be contiguous"
+            begin, room = records_B.data_ptr(), records_B.numel()
         call = (
-            *(x.data_ptr(), out.data_ptr(), records_B.data_ptr(), records_B.numel(), x.itemsize),
+            *(x.data_ptr(), out.data_ptr(), begin, room, x.itemsize),
             *(expert_TK.data_ptr(), at_E.data_ptr(), N, K, at_E.numel()),
         )
         threads = 1 if self._weights * N < THREADED_WEIGHTS else self._threads
@@ -109,7 +114,7 @@ class LowbitLayer:
             helper.result()
         assert fault != NO_SUCH_EXPERT, f"expert is {int(expert_TK.max())}, must be below {len(at_E)}"
         assert fault != NO_SUCH_RECORD, (
-            f"the last record ends at byte {int(at_E.max()) + self._nbytes}, must be at most {len(records_B)}"
+            f"the last record ends at byte {int(at_E.max()) + self._nbytes}, must be at most {room}"
         )
         if out is not out_ND:
             out_ND.copy_(out)  # rows of others go back as they came

@@ -208,7 +208,7 @@ def _expert(call: Any, record: Any, order: Any, expert: Any, scratch: Any) -> No
 
 @njit
 def _linear(c: Any, plan_at: Any, i: Any) -> None:
-    """`out[call.N, N] = x[call.N, K] @ W.T + bias`, both contiguous float32, with the product at `plan[i]`."""
+    """`out[call.N, N] = x[call.N, K] @ W.T + bias`, both contiguous, with the product at `plan[i]`."""
     call = Call(c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], c[11])
     product = _product_at(carray(ints_at(plan_at), (20,)), i)
     K, row = product.K, _whole(product.N)
@@ -230,11 +230,11 @@ def _linear(c: Any, plan_at: Any, i: Any) -> None:
 def _linear_rows(call: Any, product: Any, start: Any, R: Any, scratch: Any) -> None:
     K, N, row = product.K, product.N, _whole(product.N)
     for r in range(R):
-        scratch.x_at[r] = call.x + 4 * (start + r) * K
-    _multiply(product, call.records, (R, 4), scratch, scratch.both)
+        scratch.x_at[r] = call.x + call.item_bytes * (start + r) * K
+    _multiply(product, call.records, (R, call.item_bytes), scratch, scratch.both)
     for r in range(R):
-        out = carray(floats_at(call.out + 4 * (start + r) * N), (N,))
-        out[:] = scratch.both[r * row : r * row + N]
+        place = call.out + call.item_bytes * (start + r) * N
+        write_row(scratch.both[r * row : r * row + N], place, call.item_bytes)
 
 
 _CALL = types.UniTuple(types.int64, len(Call._fields))

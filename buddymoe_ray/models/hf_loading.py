@@ -199,9 +199,7 @@ def _converted(
     return StoredExperts(key=key, param=target, expert=int(number[1]), part=parts.index(pattern), parts=len(parts))
 
 
-def load_dense(
-    model: PreTrainedModel, dense: Mapping[str, TensorLocation], *, device: torch.device, progress: bool = False
-) -> None:
+def load_dense(model: PreTrainedModel, dense: Mapping[str, TensorLocation], *, device: torch.device) -> None:
     """Load all dense weights, rebuild the buffers that are not stored, tie what is tied.
 
     Raises:
@@ -217,7 +215,7 @@ def load_dense(
         weight_mapping=mapping,
     )
     lazy: dict[str, Any] = {key: LazyTensor(place) for key, place in dense.items()}
-    with _progress_bar(progress):
+    with _no_progress_bar():
         info, _ = convert_and_load_state_dict_in_model(model, lazy, load_config)
     info.missing_keys -= experts
     for name in experts:  # or transformers would draw random weights for them
@@ -302,9 +300,9 @@ def refusing(config: PreTrainedConfig, attn: str | None = None) -> Iterator[None
 
 
 @contextmanager
-def _progress_bar(wanted: bool) -> Iterator[None]:
+def _no_progress_bar() -> Iterator[None]:
     bars: Any = hf_logging
-    hide = bars.is_progress_bar_enabled() and not wanted
+    hide = bars.is_progress_bar_enabled()
     if hide:
         bars.disable_progress_bar()
     try:

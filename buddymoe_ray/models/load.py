@@ -6,13 +6,16 @@ Neighbours: `shape.meta_model` finds the weights, `hf_loading` loads them, the e
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from buddymoe_ray.models.dense_dtype import pack_dense
 from buddymoe_ray.models.families import Family
 from buddymoe_ray.models.hf_loading import experts_modules, load_dense
 from buddymoe_ray.models.shape import (
@@ -59,7 +62,8 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     attn: str | None = None,
-    progress: bool = False,
+    dense_dtype: str = "native",
+    progress: Callable[..., Iterable[Any]] = lambda items, **_: items,
 ) -> LoadedModel:
     """Load the dense weights of the checkpoint in `folder`.
 
@@ -67,7 +71,8 @@ def load_model(
         dtype: compute dtype; None is `auto_dtype(folder)`.
         device: where dense weights go; None is the CPU.
         attn: name in transformers' AttentionInterface; None is transformers' default.
-        progress: draw transformers' progress bar on stderr.
+        dense_dtype: precision of the dense weights, see `models.dense_dtype`.
+        progress: shows how far packing them is.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged or does not fit its config.
@@ -76,7 +81,8 @@ def load_model(
     device = device or torch.device("cpu")
     folder = folder.resolve()
     meta = meta_model(folder, dtype=dtype, attn=attn)
-    load_dense(meta.model, meta.dense, device=device, progress=progress)
+    load_dense(meta.model, meta.dense, device=device)
+    pack_dense(meta.model, dense_dtype, progress=progress)
     return LoadedModel(
         model=meta.model,
         config=meta.config,

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from buddymoe_ray.errors import CheckpointError
 from buddymoe_ray.models.config_check import EXPERTS_PER_TOKEN
+from buddymoe_ray.models.dense_dtype import pack_dense
 from buddymoe_ray.models.expert_layout import expert_layout, slot_tensors
 from buddymoe_ray.models.experts_hook import attach
 from buddymoe_ray.models.families import Family, family_of
@@ -124,17 +125,19 @@ def meta_model(folder: Path, *, dtype: torch.dtype | None = None, attn: str | No
     )
 
 
-def describe(folder: Path, *, dtype: torch.dtype | None = None) -> ModelShape:
+def describe(folder: Path, *, dtype: torch.dtype | None = None, dense_dtype: str = "native") -> ModelShape:
     """Sizes of the checkpoint in `folder`, which may hold a config.json and nothing else."""
     if has_weights(folder):
         meta = meta_model(folder, dtype=dtype)
         layout = meta.layout
+        pack_dense(meta.model, dense_dtype)
         return _shape(
             meta.model, meta.family, layout.tensors, layout.slot_bytes, layout.experts_per_layer, weights=True
         )
     config_path = folder / "config.json"
     family = family_of(read_json(config_path), str(config_path))
     model = build_meta(read_config(folder), dtype=dtype or auto_dtype(folder), attn=None)
+    pack_dense(model, dense_dtype)
     modules = list(experts_modules(model).values())
     stored = _config_dtype(folder)
     params = dict(modules[0].named_parameters())

@@ -77,7 +77,7 @@ def _config(shape: str, layers: int | None) -> PreTrainedConfig:
     if layers is not None:
         if not least <= layers <= most:
             raise ConfigError(f"layers is {layers}, must be {least} to {most} for {shape}. hint: leave it out for all")
-        config = AutoConfig.for_model(**SHAPES[shape] | {"num_hidden_layers": layers})
+        config = AutoConfig.for_model(**{**SHAPES[shape], "num_hidden_layers": layers})
     config.dtype = torch.bfloat16
     config.architectures = [architecture(config)]
     return config

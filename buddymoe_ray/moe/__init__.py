@@ -1,23 +1,27 @@
 """The MoE layer as it runs here: route, resolve, ensure, matmul, combine. Start reading in `block`."""
 
-from buddymoe_ray.moe.block import ExpertCompute, MoEBlock
+from buddymoe_ray.moe.block import MoEBlock
 from buddymoe_ray.moe.outcome import STANDIN_KINDS, StepOutcome, Substitution, standin_kind
 from buddymoe_ray.moe.standin_compute import record_computes
 from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Observer, Overlay, Phase, StepState, StepTerms
+from buddymoe_ray.moe.waves import ExpertCompute, OneByOne, PackedWave, WaveCompute
 
 __all__ = [
     "STANDIN_KINDS",
     "ExpertCompute",
     "MoEBlock",
     "Observer",
+    "OneByOne",
     "Overlay",
+    "PackedWave",
     "Phase",
     "Standins",
     "StepOutcome",
     "StepState",
     "StepTerms",
     "Substitution",
+    "WaveCompute",
     "record_computes",
     "standin_kind",
 ]

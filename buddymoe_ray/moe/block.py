@@ -2,9 +2,8 @@
 
     route    the router named K experts per token (transformers computed ids and weights)
     resolve  in decode, each access whose expert is not resident is answered by a fetch or by a stand-in
-    group    rows of the same expert together
     ensure   the cache streams leases: resident experts first, missing ones as their bytes arrive
-    matmul   each leased expert, and each stand-in record, runs over its rows
+    matmul   the leased experts of a wave, and the stand-in records, run over their rows
     combine  per-slot outputs are weighted and summed in slot order
 
 Does not know files, tiers or requests. Invariant: outputs are kept per (token, slot) until all are there, so neither
@@ -15,7 +14,7 @@ Legend: T tokens, K experts per token, N = T*K accesses, E experts, D hidden, R 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from contextlib import closing
 
 import numpy as np
@@ -27,15 +26,13 @@ from buddymoe_ray.cache import Experts
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.kernels import combine
 from buddymoe_ray.moe.peers import PeerExperts
-from buddymoe_ray.moe.rows import Rows, group
+from buddymoe_ray.moe.rows import Accesses
 from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Phase, StepState
+from buddymoe_ray.moe.waves import WaveCompute
 from buddymoe_ray.policy import Action, Resolution
 
-__all__ = ["ExpertCompute", "MoEBlock"]
-
-ExpertCompute = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
-"""`compute(x_RD, a slot's tensors) -> y_RD`, before the router weight."""
+__all__ = ["MoEBlock"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -56,7 +53,7 @@ class MoEBlock:
         *,
         layer: int,
         cache: Experts,
-        compute: ExpertCompute,
+        compute: WaveCompute,
         step: StepState,
         standins: Standins | None,
     ) -> None:
@@ -77,7 +74,8 @@ class MoEBlock:
         if step.phase is _DECODE:
             weight_TK = self._decode(hidden_TD, ids, weight_TK, y_ND)
         else:
-            self._run_here(hidden_TD, group(ids, hidden_TD.device), y_ND, protect=True)
+            accesses = Accesses(ids, hidden_TD.device)
+            self._run_here(hidden_TD, accesses, accesses.experts, y_ND, protect=True)
         return combine(y_ND.view(*ids_TK.shape, -1), weight_TK).to(hidden_TD.dtype)
 
     def _decode(self, hidden_TD: Tensor, ids_TK: Ints, weight_TK: Tensor, y_ND: Tensor) -> Tensor:
@@ -87,7 +85,7 @@ class MoEBlock:
         if standins is None or not standins.may_answer(self.layer, step):
             hit_TK = self._cache.resident_mask(self.layer)[ids_TK]
             step.outcome.count_exact(hit_TK)
-            self._run_full(hidden_TD, group(ids_TK, hidden_TD.device), y_ND, set(ids_TK[~hit_TK].tolist()))
+            self._run_full(hidden_TD, Accesses(ids_TK, hidden_TD.device), y_ND, set(ids_TK[~hit_TK].tolist()))
             return weight_TK
         resident_E = self._cache.resident_mask(self.layer).copy()
         while True:
@@ -110,22 +108,22 @@ class MoEBlock:
         if _DROP in actions:
             y_ND[torch.from_numpy((action_TK == _DROP).reshape(-1))] = 0
         if actions & _FULL:
-            others = actions - _FULL
-            full_TK = (action_TK != _OWN) & (action_TK != _DROP) if others else None
+            others_TK = (action_TK == _OWN) | (action_TK == _DROP)
             # without those that are another row's buddy too, as a replay may have it
             fetched = set(expert_TK[action_TK == _FETCH].tolist()) - set(expert_TK[_RUNS[action_TK]].tolist())
-            self._run_full(hidden_TD, group(expert_TK, hidden_TD.device, full_TK), y_ND, fetched)
+            accesses = Accesses(np.where(others_TK, -1, expert_TK) if actions - _FULL else expert_TK, hidden_TD.device)
+            self._run_full(hidden_TD, accesses, y_ND, fetched)
 
-    def _run_full(self, hidden_TD: Tensor, rows_of: Rows, y_ND: Tensor, fetched: set[int]) -> None:
+    def _run_full(self, hidden_TD: Tensor, accesses: Accesses, y_ND: Tensor, fetched: set[int]) -> None:
         """Run the experts themselves: of those whose accesses were counted as fetched some at a peer, while the others
         run here. What is resident is not looked at again: others change it meanwhile."""
         able = self.peers.able(self.layer, sorted(fetched)) if self.peers is not None and fetched else ()
         if self.peers is None or not able:
-            self._run_here(hidden_TD, rows_of, y_ND, protect=False)
+            self._run_here(hidden_TD, accesses, accesses.experts, y_ND, protect=False)
             return
-        asked = {expert: rows_of[expert] for expert in able}
+        asked = {expert: accesses.rows[expert] for expert in able}
         answers = self.peers.ask(self.layer, {e: hidden_TD.index_select(0, asked[e][1]) for e in asked})
-        self._run_here(hidden_TD, {e: rows for e, rows in rows_of.items() if e not in asked}, y_ND, protect=False)
+        self._run_here(hidden_TD, accesses, [e for e in accesses.experts if e not in asked], y_ND, protect=False)
         answered = answers.collect()
         accesses_T = np.zeros(len(hidden_TD), np.int64)
         for expert, y_RD in answered.items():
@@ -133,33 +131,30 @@ class MoEBlock:
             y_ND.index_copy_(0, rows_R, y_RD.to(y_ND))
             accesses_T += np.bincount(tokens_R.cpu().numpy(), minlength=len(accesses_T))
         self._step.outcome.count_peer(accesses_T)
-        rest = {e: rows for e, rows in asked.items() if e not in answered}
-        self._run_here(hidden_TD, rest, y_ND, protect=False)
+        self._run_here(hidden_TD, accesses, [e for e in asked if e not in answered], y_ND, protect=False)
 
-    def _run_here(self, hidden_TD: Tensor, rows_of: Rows, y_ND: Tensor, *, protect: bool) -> None:
+    def _run_here(
+        self, hidden_TD: Tensor, accesses: Accesses, experts: Sequence[int], y_ND: Tensor, *, protect: bool
+    ) -> None:
         """Run experts as the cache lends them."""
-        rest = dict(rows_of)
+        if not experts:
+            return
+        rest = dict.fromkeys(experts)
         try:
-            if rest:
-                self._run_waves(hidden_TD, rest, y_ND, protect=protect)
+            with closing(self._cache.stream(self.layer, experts, protect_residency=protect)) as waves:
+                for leases in waves:
+                    self._compute(hidden_TD, accesses, leases, y_ND)
+                    for lease in leases:
+                        del rest[lease.key.expert]
         except CacheError as error:
             if self._step.failed is None:
                 raise
             if error.expert not in rest and len(rest) > 1:  # nobody knows which one it is
-                for expert, rows in rest.items():
-                    self._run_here(hidden_TD, {expert: rows}, y_ND, protect=protect)
+                for expert in rest:
+                    self._run_here(hidden_TD, accesses, [expert], y_ND, protect=protect)
                 return
-            rows_R, tokens_R = rest.pop(error.expert) if error.expert in rest else rest.popitem()[1]
+            lost = error.expert if error.expert in rest else next(iter(rest))
+            rows_R, tokens_R = accesses.rows[lost]
             y_ND[rows_R] = 0
             self._step.failed |= dict.fromkeys(tokens_R.tolist(), str(error))
-            self._run_here(hidden_TD, rest, y_ND, protect=protect)
-
-    def _run_waves(self, hidden_TD: Tensor, rest: Rows, y_ND: Tensor, *, protect: bool) -> None:
-        """Run experts as they are lent, and take each out of `rest`."""
-        with closing(self._cache.stream(self.layer, list(rest), protect_residency=protect)) as waves:
-            for leases in waves:
-                for lease in leases:
-                    rows_R, tokens_R = rest[lease.key.expert]
-                    x_RD = hidden_TD.index_select(0, tokens_R)
-                    y_ND.index_copy_(0, rows_R, self._compute(x_RD, lease.tensors()))
-                    del rest[lease.key.expert]
+            self._run_here(hidden_TD, accesses, [e for e in rest if e != lost], y_ND, protect=protect)

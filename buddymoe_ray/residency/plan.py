@@ -74,6 +74,7 @@ class Plan:
     total_expert_bytes: int
     expert_dtype: str
     compute_dtype: str
+    dense_dtype: str
     dense_bytes: int
     mode: str
     standins: dict[str, int]
@@ -101,7 +102,9 @@ class Plan:
 def make_plan(config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo]) -> Plan:
     """Plan one engine per device. Raises BudgetError, with numbers and a hint, when dense weights, experts or the
     promised KV cache cannot fit."""
-    shape = _served(describe(folder, dtype=torch_dtype(config.dtype)), config.expert_dtype)
+    shape = _served(
+        describe(folder, dtype=torch_dtype(config.dtype), dense_dtype=config.dense_dtype), config.expert_dtype
+    )
     if config.max_model_len is not None and config.max_model_len > shape.max_positions:
         raise ConfigError(
             f"max_model_len is {config.max_model_len}, must be at most {shape.max_positions} for this model. "
@@ -136,6 +139,7 @@ def make_plan(config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo]) ->
         total_expert_bytes=shape.total_expert_bytes,
         expert_dtype=shape.expert_dtype,
         compute_dtype=shape.compute_dtype,
+        dense_dtype=config.dense_dtype,
         dense_bytes=shape.dense_bytes,
         mode=config.mode,
         standins={} if setup is None else dict(Counter(setup.kind_of.values())),

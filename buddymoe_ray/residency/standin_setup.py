@@ -271,7 +271,7 @@ def _binding(fingerprint: str, config: EngineConfig, kind_of: Mapping[ExpertKey,
     import hashlib
 
     text = "|".join(f"{k.layer}.{k.expert}={kind}" for k, kind in sorted(kind_of.items()))
-    return hashlib.sha256(f"{fingerprint}|{config.expert_dtype}|{text}".encode()).hexdigest()
+    return hashlib.sha256(f"{fingerprint}|{config.expert_dtype}|{config.dense_dtype}|{text}".encode()).hexdigest()
 
 
 def _refusal(config: EngineConfig, profile: Profile) -> str:

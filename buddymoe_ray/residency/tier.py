@@ -31,7 +31,16 @@ from buddymoe_ray.models.expert_dtype import format_of, recoded_layout
 from buddymoe_ray.models.experts_hook import attach
 from buddymoe_ray.models.load import LoadedModel
 from buddymoe_ray.models.router_hook import attach_router_scores
-from buddymoe_ray.moe import ExpertCompute, MoEBlock, Standins, StepState, record_computes
+from buddymoe_ray.moe import (
+    ExpertCompute,
+    MoEBlock,
+    OneByOne,
+    PackedWave,
+    Standins,
+    StepState,
+    WaveCompute,
+    record_computes,
+)
 from buddymoe_ray.observe import progress
 from buddymoe_ray.policy import LRU, Staging, plan_staging, split_slots
 from buddymoe_ray.residency.sharing import Sharing, open_host, open_records, open_store
@@ -90,7 +99,7 @@ def open_experts(
         if setup is not None:
             room, pool = _load_records(setup, loaded, staging, node)
         standins = None if setup is None or pool is None else _standins(setup, loaded, maths, pool, config.threads)
-        blocks = _attach(loaded, cache, maths, step, standins, format_of(config.expert_dtype))
+        blocks = _attach(loaded, cache, maths, step, standins, format_of(config.expert_dtype), config.threads)
     except BaseException:
         cache.close()
         if room is not None:
@@ -256,14 +265,26 @@ def _attach(
     step: StepState,
     standins: Standins | None,
     packed: LowbitFormat | None,
+    threads: int,
 ) -> tuple[MoEBlock, ...]:
-    computes = _computes(loaded, maths, packed)
+    waves = _waves(loaded, maths, packed, threads)
     blocks = tuple(
         MoEBlock(layer=layer, cache=cache, compute=compute, step=step, standins=standins)
-        for layer, compute in enumerate(computes)
+        for layer, compute in enumerate(waves)
     )
     attach(loaded.experts, lambda layer, _module: blocks[layer])
     return blocks
+
+
+def _waves(
+    loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None, threads: int
+) -> list[WaveCompute]:
+    """The arithmetic of every layer's waves: packed experts on a CPU in one call, others one after the other."""
+    waves: list[WaveCompute] = []
+    for math, compute, E in zip(maths, _computes(loaded, maths, packed), loaded.layout.experts_per_layer, strict=True):
+        layer = None if packed is None else _packed_layer(packed, loaded, math, threads)
+        waves.append(OneByOne(compute) if layer is None else PackedWave(layer, E))
+    return waves
 
 
 def _computes(loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None) -> list[ExpertCompute]:
@@ -273,17 +294,23 @@ def _computes(loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat
 
 
 def _packed_compute(fmt: LowbitFormat, loaded: LoadedModel) -> Callable[[ExpertMath], ExpertCompute]:
-    """Packed experts; on a CPU machine code is made here, not in the first step."""
-    on_cpu, stored = loaded.device.type == "cpu", loaded.layout.tensors
-
     def of_layer(math: ExpertMath) -> ExpertCompute:
-        if on_cpu and LowbitLayer.covers(math, matrix_at(stored, "down_proj", fmt).K):
-            return LowbitLayer(layout=stored, fmt=fmt, math=math, dtype=loaded.compute_dtype).expert
-        if on_cpu:
-            prepare_lowbit(fmt, loaded.compute_dtype)
-        return lambda x_RD, tensors: lowbit_forward(x_RD, tensors, fmt, math)
+        layer = _packed_layer(fmt, loaded, math)
+        return (lambda x_RD, tensors: lowbit_forward(x_RD, tensors, fmt, math)) if layer is None else layer.expert
 
     return of_layer
+
+
+def _packed_layer(fmt: LowbitFormat, loaded: LoadedModel, math: ExpertMath, threads: int = 1) -> LowbitLayer | None:
+    """A layer's packed experts in machine code, made here and not in the first step; None where it does not know what
+    they compute."""
+    if loaded.device.type != "cpu":
+        return None
+    stored = loaded.layout.tensors
+    if LowbitLayer.covers(math, matrix_at(stored, "down_proj", fmt).K):
+        return LowbitLayer(layout=stored, fmt=fmt, math=math, dtype=loaded.compute_dtype, threads=threads)
+    prepare_lowbit(fmt, loaded.compute_dtype)
+    return None
 
 
 def _dense_compute(loaded: LoadedModel) -> Callable[[ExpertMath], ExpertCompute]:

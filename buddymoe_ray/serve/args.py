@@ -71,6 +71,7 @@ class ServeArgs(BaseModel):
     policy: str = EngineConfig.policy
     profile: str | None = EngineConfig.profile
     expert_dtype: str = EngineConfig.expert_dtype
+    dense_dtype: str = EngineConfig.dense_dtype
     guard_share: float = EngineConfig.guard_share
     dtype: str = EngineConfig.dtype
     device: str = EngineConfig.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from families import build_checkpoint
 
 from buddymoe_ray import LLM
-from buddymoe_ray.config import cache_folder
+from buddymoe_ray.config import EngineConfig, cache_folder
+from buddymoe_ray.engine.build import build_parts
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.kernels import LowbitFormat
 from buddymoe_ray.models.expert_dtype import format_of, recoded_layout
 from buddymoe_ray.models.load import load_model
+from buddymoe_ray.moe import OneByOne, PackedWave, Phase
 
 PROMPTS = ["def add(a, b):\n", "import os\n", "The following example"]
 
@@ -110,3 +113,19 @@ def test_records_hold_what_was_rounded(tmp_path: Path) -> None:
         error = (dequantise(packed_parts(views[1], name), LowbitFormat(bits=8)) - wide).abs()
         assert 0 < float(error.max()) < 0.02 * float(wide.abs().max()), "clipping and half a step at most"
         assert float(error.mean()) < 0.01 * float(wide.abs().mean())
+
+
+def test_a_wave_in_one_call_is_its_experts_one_by_one() -> None:
+    """The same bits, in float32, whoever else is in the wave."""
+    rng = torch.Generator().manual_seed(0)
+    parts = build_parts(EngineConfig(memory="40%", expert_dtype="int4"), text=False)
+    with closing(parts.experts) as tier:
+        block = tier.blocks[1]
+        assert isinstance(block._compute, PackedWave)
+        hidden = torch.randn(7, parts.loaded.hidden_size, generator=rng)
+        ids = torch.stack([torch.randperm(32, generator=rng)[:4] for _ in hidden])
+        weights = torch.rand(7, 4, generator=rng)
+        parts.step.begin(Phase.PREFILL, 7)
+        together = block(hidden, ids, weights)
+        block._compute = OneByOne(tier.new_compute()[1])
+        assert torch.equal(block(hidden, ids, weights), together)

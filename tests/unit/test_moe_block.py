@@ -13,7 +13,7 @@ from experts_on_disk import make_layout
 from buddymoe_ray.cache import DiskReader, ExpertCache
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.kernels import ExpertMath, UpcastScratch, combine, expert_forward
-from buddymoe_ray.moe import MoEBlock, Phase, StepState
+from buddymoe_ray.moe import MoEBlock, OneByOne, Phase, StepState
 from buddymoe_ray.moe.outcome import StepOutcome
 from buddymoe_ray.policy import LRU, split_slots
 from buddymoe_ray.types import ExpertLayout
@@ -41,7 +41,7 @@ class Opened:
         self.block = MoEBlock(
             layer=1,
             cache=self.cache,
-            compute=lambda x, tensors: expert_forward(x, scratch.widen(tensors), MATH),
+            compute=OneByOne(lambda x, tensors: expert_forward(x, scratch.widen(tensors), MATH)),
             step=self.step,
             standins=None,
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from buddymoe_ray.cache import DiskReader, ExpertCache, StandinPool
 from buddymoe_ray.kernels import ExpertMath, UpcastScratch, combine, expert_forward
-from buddymoe_ray.moe import MoEBlock, Overlay, Phase, Standins, StepState, StepTerms, record_computes
+from buddymoe_ray.moe import MoEBlock, OneByOne, Overlay, Phase, Standins, StepState, StepTerms, record_computes
 from buddymoe_ray.policy import LRU, Action, Misses, Reason, Resolution, RowBudgets
 from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotPlan, SlotTensor
 
@@ -82,7 +82,7 @@ class Opened:
         self.block = MoEBlock(
             layer=LAYER,
             cache=self.cache,
-            compute=lambda x, tensors: expert_forward(x, scratch.widen(tensors), MATH),
+            compute=OneByOne(lambda x, tensors: expert_forward(x, scratch.widen(tensors), MATH)),
             step=self.step,
             standins=standins,
         )

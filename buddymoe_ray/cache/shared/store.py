@@ -111,6 +111,7 @@ class SharedStore:
         self._locks.unlock(TABLES_BYTE)
         self.bytes_C = self.shape.slot_bytes_of(self._array)
         self._tensor = torch.from_numpy(self.bytes_C)
+        self._begin = self._tensor.data_ptr()
         self._views: list[Mapping[str, Tensor] | None] = [None] * self.shape.slots
 
     @property
@@ -134,6 +135,10 @@ class SharedStore:
         if views is None:
             views = self._views[slot] = slot_views(self._tensor[slot], self.layout)
         return views
+
+    def address(self, slot: int) -> int:
+        """Where the slot's bytes begin in this process."""
+        return self._begin + slot * self.shape.slot_bytes
 
     def own(self) -> bool:
         """Become the store's owner, who keeps the file while no worker is attached; False when there is one."""

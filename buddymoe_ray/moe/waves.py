@@ -1,0 +1,59 @@
+"""How a wave of leased experts is computed: one after the other, or packed ones in a single call.
+
+Knows neither residency nor why these experts run. Invariant: the bits of an access depend on its row and its expert
+alone, whichever way it is computed and whatever is in its wave.
+
+Legend: T tokens, K experts per token, N = T*K accesses, E experts, R rows of one expert, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from buddymoe_ray.cache import Lease
+from buddymoe_ray.kernels import LowbitLayer
+from buddymoe_ray.moe.rows import Accesses
+
+__all__ = ["ExpertCompute", "OneByOne", "PackedWave", "WaveCompute"]
+
+ExpertCompute = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+"""`compute(x_RD, a slot's tensors) -> y_RD`, before the router weight."""
+
+
+class WaveCompute(Protocol):
+    """The arithmetic of one layer's experts."""
+
+    def __call__(self, hidden_TD: Tensor, accesses: Accesses, leases: Sequence[Lease], y_ND: Tensor) -> None:
+        """Write the rows of `y_ND` whose expert is leased, before the router weight."""
+
+
+class OneByOne:
+    """Expert by expert."""
+
+    def __init__(self, compute: ExpertCompute) -> None:
+        self._compute = compute
+
+    def __call__(self, hidden_TD: Tensor, accesses: Accesses, leases: Sequence[Lease], y_ND: Tensor) -> None:
+        """See WaveCompute."""
+        for lease in leases:
+            rows_R, tokens_R = accesses.rows[lease.key.expert]
+            y_ND.index_copy_(0, rows_R, self._compute(hidden_TD.index_select(0, tokens_R), lease.tensors()))
+
+
+class PackedWave:
+    """All experts of a wave in one call of the low-bit kernel, read where they lie in their slots. CPU only."""
+
+    def __init__(self, layer: LowbitLayer, experts: int) -> None:
+        self._layer, self._experts = layer, experts
+
+    def __call__(self, hidden_TD: Tensor, accesses: Accesses, leases: Sequence[Lease], y_ND: Tensor) -> None:
+        """See WaveCompute."""
+        at_E = torch.full((self._experts,), -1, dtype=torch.int64)
+        at = at_E.numpy()
+        for lease in leases:
+            at[lease.key.expert] = lease.address()
+        self._layer(hidden_TD, None, at_E, torch.from_numpy(accesses.expert_TK), y_ND)
