@@ -123,6 +123,27 @@ def workers_table() -> str:
     return "\n".join(rows)
 
 
+def peers_table() -> str:
+    """Rounds of llama.cpp (`decode_tps`, `prefill_tps`) and `buddymoe bench`, taking turns."""
+    rounds = records("peers")
+    theirs, ours = ([r for r in rounds if r["engine"] == name] for name in ("llama.cpp", "buddymoe_ray"))
+    rows = ["| | llama.cpp tok/s | ours tok/s | ratio |", "|---|---|---|---|"]
+    for what in ("decode", "prefill"):
+        pairs = [(r[f"{what}_tok_s"], o[f"{what}_tok_s"]) for r, o in zip(theirs, ours, strict=True)]
+        cells = [[pair[0] for pair in pairs], [pair[1] for pair in pairs], [own / other for other, own in pairs]]
+        rows.append(f"| {what} | " + " | ".join(f"{median(c):.3g} ({min(c):.3g}–{max(c):.3g})" for c in cells) + " |")
+    return "\n".join(rows)
+
+
+def dense_table() -> str:
+    """Rows of `buddymoe eval --mode exact --dense-dtype X --json`."""
+    rows = ["| dense weights | rise % | KL×1000 | top-1 |", "|---|---|---|---|"]
+    for r in records("dense"):
+        rise = f"{r['dppl_percent']:.2f} ± {r['dppl_se']:.2f}"
+        rows.append(f"| {r['dense_dtype']} | {rise} | {1000 * r['kl']:.3g} | {r['top1_agreement']:.1f} |")
+    return "\n".join(rows)
+
+
 def memory_table() -> str:
     """Rows of `tests/cluster_check.py --check memory`."""
     rows = ["| workers | store MB | PSS MB | copies |", "|---|---|---|---|"]
@@ -195,6 +216,8 @@ def figures_page(text: str) -> str:
         "bounded": bounded_table(),
         "placement": placement_table(),
         "speed": speed_table(),
+        "peers": peers_table(),
+        "dense": dense_table(),
         "workers": workers_table(),
         "memory": memory_table(),
         "shift": shift_table(),
