@@ -3,7 +3,7 @@
     expected loss of an access = squared slot weight × squared output error × sensitivity of the layer × scale of the
     kind   (nats)
 
-Sensitivity: divergence with stand-ins in one layer only, over the summed weight² × error² of its uses there. Scale:
+Sensitivity: divergence with stand-ins in one layer only, over the summed weight² × error² of its accesses there. Scale:
 divergence with the kind in all layers, over what the sensitivities predict. Divergence is KL(exact || served) per
 token: an upper estimate of the rise of the loss, with far less spread. Everything is scored step by step through the
 engine that serves (bench.py).
@@ -14,7 +14,8 @@ Legend: L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -130,28 +131,16 @@ def _scales(found: Sequence[tuple[str, float, EvalResult]]) -> dict[str, float]:
 
 
 def _comparison(standin: str, memory: float, row: EvalResult) -> ComparisonRow:
-    return ComparisonRow(
-        standin=standin,
-        memory_percent=memory,
-        dppl_percent=row.dppl_percent,
-        dppl_se=row.dppl_se,
-        kl=row.kl,
-        top1_agreement=row.top1_agreement,
-        miss_rate=row.miss_rate,
-        tokens=row.tokens,
-    )
+    return ComparisonRow(standin=standin, memory_percent=memory, **_measured(ComparisonRow, row))
 
 
 def _point(memory: float, budget: float, row: EvalResult) -> BudgetPoint:
-    return BudgetPoint(
-        memory_percent=memory,
-        budget=budget,
-        dppl_percent=row.dppl_percent,
-        dppl_se=row.dppl_se,
-        fetched_fraction=row.fetched_fraction,
-        expected_rise=row.expected_rise,
-        tokens=row.tokens,
-    )
+    return BudgetPoint(memory_percent=memory, budget=budget, **_measured(BudgetPoint, row))
+
+
+def _measured(kind: type[ComparisonRow] | type[BudgetPoint], row: EvalResult) -> dict[str, Any]:
+    """What a row of the profile takes over from a result, under the same names."""
+    return {field.name: getattr(row, field.name) for field in fields(kind) if hasattr(row, field.name)}
 
 
 def _recommend(profile: Profile) -> Profile:

@@ -141,7 +141,7 @@ class Outcome:
         return float(np.mean(self.stall_W)) * cluster.window_seconds / workload.tokens
 
     def tokens_per_second(self, cluster: Cluster, workload: Workload) -> float:
-        """Of all GPUs with one sequence each, uses one after another."""
+        """Of all GPUs with one sequence each, accesses one after another."""
         return cluster.gpus / (cluster.token_seconds + self.stall_per_token(cluster, workload))
 
 

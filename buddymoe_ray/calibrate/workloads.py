@@ -1,4 +1,4 @@
-"""Expert uses over time, to replay placements on: made up (zipf, drifting, bursty) or counted from recorded routes.
+"""Expert accesses over time, to replay placements on: made up (zipf, drifting, bursty) or counted from recorded routes.
 
 A routes file is msgpack: magic, version, experts_per_layer, top_k, and int16 routes [T, L, K] compressed; nothing is
 unpickled. Knows no placement. Invariant: equal arguments give equal counts; no expert is used more than once per token.

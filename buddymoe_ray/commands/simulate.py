@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `simulate`."""
     add = parser.add_argument
     add_json_argument(parser)
-    add("--workload", default=None, choices=["zipf", "drifting", "bursty"], help="made-up uses; default zipf")
+    add("--workload", default=None, choices=["zipf", "drifting", "bursty"], help="made-up accesses; default zipf")
     add("--trace", type=Path, default=None, help="recorded routes to replay instead")
     add("--placements", default=None, help="some of ours,static,round-robin,eplb,oracle; default all")
     add("--gpus", type=int, default=64, help="GPUs of the cluster, a worker each")

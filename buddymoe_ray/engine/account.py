@@ -21,7 +21,7 @@ __all__ = ["Account", "StepTotals", "open_account"]
 
 
 class Account:
-    """One request's terms and its uses.
+    """One request's terms and its accesses.
 
     Args:
         mode: what the request asked for.

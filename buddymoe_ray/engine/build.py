@@ -29,7 +29,7 @@ from buddymoe_ray.models.tokenizer import load_tokenizer
 from buddymoe_ray.moe import StepState
 from buddymoe_ray.observe import progress
 from buddymoe_ray.policy import Guard, kv_cache_bytes
-from buddymoe_ray.residency.machine import available_memory_bytes, pick_device, torch_dtype
+from buddymoe_ray.residency.machine import available_memory_bytes, pick_device, refuse_dense_dtype, torch_dtype
 from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.residency.tier import ExpertTier, open_experts
 from buddymoe_ray.types import SamplingParams
@@ -50,14 +50,14 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
     packed = _packed(config, folder)
     attention.register()
     name = attention.NAME if packed else None
-    if config.dense_dtype != "native" and device.type != "cpu":
-        raise ConfigError(f"dense_dtype is {config.dense_dtype!r}, must be native on {device.type}. hint: --device cpu")
+    refuse_dense_dtype(config, device)
     loaded = load_model(
         folder,
         dtype=torch_dtype(config.dtype),
         device=device,
         attn=name,
         dense_dtype=config.dense_dtype,
+        threads=config.threads,
         progress=progress,
     )
     step = StepState()

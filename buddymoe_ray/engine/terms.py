@@ -2,7 +2,7 @@
 
 Knows accounts and replays, not the model. Neighbours: the engine calls it around `Runner.decode`.
 
-Legend: T rows (one per sequence), N recorded uses.
+Legend: T rows (one per sequence), N recorded accesses.
 """
 
 from __future__ import annotations

@@ -9,15 +9,19 @@ Legend: R rows of one expert or matrix, D hidden, F ffn, N outputs and K inputs 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from weakref import WeakKeyDictionary
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from buddymoe_ray.kernels.lowbit_calls import OK, Call, Expert, Product, plan_of
-from buddymoe_ray.kernels.lowbit_format import LowbitFormat, Matrix, PackedMatrix, packed_parts
+from buddymoe_ray.kernels.lowbit_format import BLOCK, LowbitFormat, Matrix, PackedMatrix, packed_parts
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.kernels.rowwise import rowwise
 
@@ -25,10 +29,12 @@ __all__ = [
     "ANYWHERE",
     "FORMULAS",
     "LowbitLinear",
+    "THREADED_WEIGHTS",
     "activation_of",
     "as_read",
     "experts_kernel",
     "forward",
+    "helpers",
     "linear_kernel",
     "prepare",
     "product_of",
@@ -36,6 +42,8 @@ __all__ = [
 
 ANYWHERE = 1 << 62
 """Bytes of the records of a call that gives addresses."""
+THREADED_WEIGHTS = 1 << 20
+"""Fewer weights times rows than this (about .1 ms) are not worth waking a thread for."""
 FIRST_AT = len(Expert._fields)
 DOWN_AT = FIRST_AT + len(Product._fields)
 """Where a plan has its products."""
@@ -126,26 +134,51 @@ def forward(x_RD: Tensor, tensors: Mapping[str, Tensor], fmt: LowbitFormat, math
 class LowbitLinear:
     """`y = x W^T + bias` from a packed matrix, for rows of `dtype`; the bias is float32. Rows do not see each other.
 
-    float32 rows are multiplied as they are, others as 16-bit integers (error 4e-5). Machine code is made here (seconds
-    at the first time on a machine), not in the first call.
+    float32 rows are multiplied as they are, others as 16-bit integers (error 4e-5). `threads` share the outputs; the
+    bits do not depend on it. Machine code is made here (seconds at the first time on a machine), not in the first call.
     """
 
-    def __init__(self, packed: PackedMatrix, fmt: LowbitFormat, dtype: torch.dtype, bias_N: Tensor | None) -> None:
-        self._held, self._dtype = (packed, bias_N), dtype
-        self._N, self._K = packed.sizes.shape[:2]
-        matrix = Matrix(packed.codes.data_ptr(), packed.scales.data_ptr(), packed.base.data_ptr(), self._N, self._K)
-        bias = (0, 0) if bias_N is None else (bias_N.data_ptr(), bias_N.itemsize)
-        product = product_of(matrix, fmt, dtype, bias)
-        self._plan, self._kernel = plan_of(Expert(0, 0), product, product), linear_kernel()
+    def __init__(
+        self, packed: PackedMatrix, fmt: LowbitFormat, dtype: torch.dtype, bias_N: Tensor | None, *, threads: int = 1
+    ) -> None:
+        self._held, self._dtype, self._kernel = (packed, bias_N), dtype, linear_kernel()
+        N, self._K = packed.sizes.shape[:2]
+        self._weights, A = N * self._K, len(packed.codes)
+
+        def part(first: int, last: int) -> tuple[npt.NDArray[np.int64], int]:
+            """The plan of some blocks of outputs, and how many outputs they are."""
+            count, bias = min(N, last * BLOCK) - first * BLOCK, (0, 0)
+            if bias_N is not None:
+                bias = (bias_N[first * BLOCK :].data_ptr(), bias_N.itemsize)
+            places = (packed.codes[first].data_ptr(), packed.scales[first].data_ptr(), packed.base.data_ptr())
+            product = product_of(Matrix(*places, N=count, K=self._K), fmt, dtype, bias)
+            return plan_of(Expert(0, 0), product, product), count
+
+        cuts = sorted({A * at // threads for at in range(threads + 1)})
+        self._whole, self._parts = [part(0, A)], [part(*ends) for ends in pairwise(cuts)]
 
     def __call__(self, x_RK: Tensor) -> Tensor:
         """`[R, K] -> [R, N]` in the dtype of the rows."""
         assert x_RK.dtype == self._dtype and x_RK.shape[1] == self._K, f"x is {x_RK.dtype} {tuple(x_RK.shape)}"
         x = as_read(x_RK).contiguous()
-        out = x.new_empty(len(x), self._N)
-        call = Call(x.data_ptr(), out.data_ptr(), 0, ANYWHERE, x.itemsize, N=len(x))
-        self._kernel(tuple(call), self._plan.ctypes.data, FIRST_AT)
-        return out.to(self._dtype)
+        parts = self._whole if self._weights * len(x) < THREADED_WEIGHTS else self._parts
+        outs = [x.new_empty(len(x), count) for _, count in parts]
+        run, shares = self._run, list(zip(parts, outs, strict=True))
+        helping = [helpers(len(parts) - 1).submit(run, x, plan, out) for (plan, _), out in shares[1:]]
+        run(x, parts[0][0], outs[0])
+        for helper in helping:
+            helper.result()
+        return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)).to(self._dtype)
+
+    def _run(self, x: Tensor, plan: npt.NDArray[np.int64], out: Tensor) -> None:
+        call = (x.data_ptr(), out.data_ptr(), 0, ANYWHERE, x.itemsize, 0, 0, len(x), 1, 0, 0, 1)
+        self._kernel(call, plan.ctypes.data, FIRST_AT)
+
+
+@cache
+def helpers(threads: int) -> ThreadPoolExecutor:
+    """Threads that share a call's work, made once."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="lowbit")
 
 
 def _product(tensors: Mapping[str, Tensor], name: str, fmt: LowbitFormat, dtype: torch.dtype, biased: bool) -> Product:

@@ -10,22 +10,27 @@ Legend: T tokens, K experts per token, N = T*K accesses, E experts, B bytes, D h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from buddymoe_ray.kernels.lowbit_calls import NO_SUCH_EXPERT, NO_SUCH_RECORD, OK, Expert, Product, plan_of
-from buddymoe_ray.kernels.lowbit_cpu import ANYWHERE, activation_of, as_read, experts_kernel, product_of
+from buddymoe_ray.kernels.lowbit_cpu import (
+    ANYWHERE,
+    THREADED_WEIGHTS,
+    activation_of,
+    as_read,
+    experts_kernel,
+    helpers,
+    product_of,
+)
 from buddymoe_ray.kernels.lowbit_format import LowbitFormat, matrix_at
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.types import SlotTensor
 
 __all__ = ["LowbitLayer"]
 
-THREADED_WEIGHTS = 1 << 20
-"""Fewer weights than this (about .1 ms) are not worth waking a thread for."""
 BIAS_BYTES = {"bfloat16": 2, "float32": 4}
 
 
@@ -93,6 +98,9 @@ class LowbitLayer:
         assert out_ND.shape == (N, D), f"out is {tuple(out_ND.shape)}, must be {(N, D)}"
         assert x_TD.shape == (T, D), f"x is {tuple(x_TD.shape)}, must be {(T, D)}"
         assert x_TD.dtype == out_ND.dtype == self._dtype, f"x is {x_TD.dtype}, out {out_ND.dtype}, not {self._dtype}"
+        assert expert_TK.dtype == at_E.dtype == torch.int64, (
+            f"experts are {expert_TK.dtype}, {at_E.dtype}, must be int64"
+        )
         if T == 0:
             return
         x, out = as_read(x_TD), as_read(out_ND)
@@ -108,7 +116,7 @@ class LowbitLayer:
         )
         threads = 1 if self._weights * N < THREADED_WEIGHTS else self._threads
         run, plan_at = self._kernel, self._plan_at
-        helping = [_helpers(threads - 1).submit(run, (*call, share, threads), plan_at) for share in range(1, threads)]
+        helping = [helpers(threads - 1).submit(run, (*call, share, threads), plan_at) for share in range(1, threads)]
         fault = run((*call, 0, threads), plan_at)
         for helper in helping:
             helper.result()
@@ -135,8 +143,3 @@ def _product(
 def _zeros(power: int) -> Tensor:
     """`2 ** power` int64 zeros: every row is of expert 0, whose record begins at byte 0."""
     return torch.zeros(1 << power, dtype=torch.int64)
-
-
-@cache
-def _helpers(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="lowbit")

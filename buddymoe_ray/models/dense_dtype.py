@@ -2,7 +2,7 @@
 
 `int8` and `int4` are the packed low-bit format by nearest rounding, made anew at every load. Attention, dense
 feed-forwards, shared experts and the output head are packed; embeddings, norms, routers and what has fewer than 16
-inputs or outputs stay as they are. Knows no experts and no budgets. Invariant: a model on meta and a loaded one are
+inputs or outputs stay as they are. Knows no budgets. Invariant: a model on meta and a loaded one are
 packed alike, so a plan counts the bytes that will be there.
 """
 
@@ -25,16 +25,20 @@ _BITS = {"int8": 8, "int4": 4}
 
 
 def pack_dense(
-    model: PreTrainedModel, dense_dtype: str, *, progress: Callable[..., Iterable[Any]] = lambda items, **_: items
+    model: PreTrainedModel,
+    dense_dtype: str,
+    *,
+    threads: int = 1,
+    progress: Callable[..., Iterable[Any]] = lambda items, **_: items,
 ) -> None:
-    """Replace the model's linear layers by packed ones, in place; `native` leaves it alone. Memory beyond both is that
-    of one layer."""
+    """Replace the model's linear layers by packed ones that compute with `threads`, in place; `native` leaves it alone.
+    One layer at a time is there in both forms."""
     if dense_dtype == "native":
         return
     fmt, chosen = LowbitFormat(bits=_BITS[dense_dtype]), _linears(model)
     for name in progress(list(chosen), total=len(chosen), desc=f"dense weights to {dense_dtype}"):
         parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, PackedLinear(chosen.pop(name), fmt))
+        setattr(model.get_submodule(parent), own, PackedLinear(chosen.pop(name), fmt, threads))
 
 
 def _linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -53,7 +57,7 @@ def _linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
 class PackedLinear(nn.Module):
     """`y = x W^T + b` from packed codes; rows do not see each other. On meta it has the shapes alone."""
 
-    def __init__(self, linear: nn.Linear, fmt: LowbitFormat) -> None:
+    def __init__(self, linear: nn.Linear, fmt: LowbitFormat, threads: int) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._compute: LowbitLinear | None = None
@@ -65,7 +69,7 @@ class PackedLinear(nn.Module):
         else:
             packed = pack(*round_plain(weight, fmt), fmt)
             parts = vars(packed)
-            self._compute = LowbitLinear(packed, fmt, weight.dtype, bias)
+            self._compute = LowbitLinear(packed, fmt, weight.dtype, bias, threads=threads)
         for name, part in {**parts, "bias": bias}.items():  # so that whoever counts the model's bytes finds them
             self.register_buffer(name, part, persistent=False)
 

@@ -63,6 +63,7 @@ def load_model(
     device: torch.device | None = None,
     attn: str | None = None,
     dense_dtype: str = "native",
+    threads: int = 1,
     progress: Callable[..., Iterable[Any]] = lambda items, **_: items,
 ) -> LoadedModel:
     """Load the dense weights of the checkpoint in `folder`.
@@ -72,6 +73,7 @@ def load_model(
         device: where dense weights go; None is the CPU.
         attn: name in transformers' AttentionInterface; None is transformers' default.
         dense_dtype: precision of the dense weights, see `models.dense_dtype`.
+        threads: that packed dense weights are computed with.
         progress: shows how far packing them is.
 
     Raises:
@@ -82,7 +84,7 @@ def load_model(
     folder = folder.resolve()
     meta = meta_model(folder, dtype=dtype, attn=attn)
     load_dense(meta.model, meta.dense, device=device)
-    pack_dense(meta.model, dense_dtype, progress=progress)
+    pack_dense(meta.model, dense_dtype, threads=threads, progress=progress)
     return LoadedModel(
         model=meta.model,
         config=meta.config,

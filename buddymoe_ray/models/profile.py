@@ -80,7 +80,7 @@ class Profile:
         calibration_tokens: tokens that the tables count.
         counts_LE: accesses of each expert.
         weight2_LE: mean squared slot weight of an access.
-        energy_LE: mean squared norm of an expert's output over its uses.
+        energy_LE: mean squared norm of an expert's output over its accesses.
         coactivation_LEE: tokens whose top-k holds both experts.
         tae_LP, margin_LP: percentiles of the top-k's normalised entropy and of p1 - p2.
         entropy_L: mean entropy of the router's whole distribution over ln E, where known, else of the top-k.

@@ -87,7 +87,7 @@ class Standins:
         step.charge(step.outcome.count(layer, resolution, self._columns[layer], self._kinds[layer]))
 
     def answer(self, layer: int, x_TD: Tensor, named_TK: Ints, out_ND: Tensor) -> None:
-        """Fill the rows of `out_ND` whose use a record answers; `named_TK` is negative for all other uses."""
+        """Fill the rows of `out_ND` that a record answers; `named_TK` is negative for all other accesses."""
         expert_TK = torch.from_numpy(named_TK).to(x_TD.device)
         kinds = {self._kinds[layer][expert] for expert in named_TK.ravel().tolist() if expert >= 0}
         for kind in kinds & self._compute.keys():
@@ -99,7 +99,7 @@ class Standins:
 
 
 def _repeat(resolution: Resolution, overlay: Overlay) -> Resolution:
-    """Force the recorded uses upon a resolution; a replay is charged nothing, its expected loss was charged when
+    """Force the recorded accesses upon a resolution; a replay is charged nothing, its expected loss was charged when
     recorded."""
     at = (overlay.row_N, overlay.slot_N)
     action_TK, expert_TK = resolution.action_TK.copy(), resolution.expert_TK.copy()

@@ -1,8 +1,8 @@
-"""What the MoE blocks of one forward pass share: the phase, what each row may spend, and what became of its uses.
+"""What the MoE blocks of one forward pass share: the phase, what each row may spend, and what became of its accesses.
 
 Written by the runner before a pass, read after it. Knows neither requests nor the model.
 
-Legend: T rows of the pass, K slots of a token, E experts, D hidden, N recorded uses.
+Legend: T rows of the pass, K slots of a token, E experts, D hidden, N recorded accesses.
 """
 
 from __future__ import annotations

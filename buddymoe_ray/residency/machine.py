@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.errors import ConfigError
 
-__all__ = ["available_memory_bytes", "cgroup_limit_bytes", "pick_device", "torch_dtype"]
+__all__ = ["available_memory_bytes", "cgroup_limit_bytes", "pick_device", "refuse_dense_dtype", "torch_dtype"]
 
 _UNLIMITED = 1 << 60
 
@@ -48,6 +49,12 @@ def pick_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise ConfigError(f"device is {name!r}, must be one of {count} CUDA devices or cpu. hint: use device auto")
     return device
+
+
+def refuse_dense_dtype(config: EngineConfig, device: torch.device) -> None:
+    """Raise ConfigError where packed dense weights have no kernel."""
+    if config.dense_dtype != "native" and device.type != "cpu":
+        raise ConfigError(f"dense_dtype is {config.dense_dtype!r}, must be native on {device.type}. hint: --device cpu")
 
 
 def torch_dtype(name: str) -> torch.dtype | None:

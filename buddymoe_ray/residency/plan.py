@@ -20,7 +20,7 @@ from buddymoe_ray.models.expert_dtype import recoded_tensors
 from buddymoe_ray.models.shape import ModelShape, describe
 from buddymoe_ray.policy import kv_cache_bytes
 from buddymoe_ray.residency.devices import GpuInfo
-from buddymoe_ray.residency.machine import available_memory_bytes, cgroup_limit_bytes, torch_dtype
+from buddymoe_ray.residency.machine import available_memory_bytes, cgroup_limit_bytes, refuse_dense_dtype, torch_dtype
 from buddymoe_ray.residency.standin_setup import StandinSetup
 from buddymoe_ray.residency.tier import plan_memory
 from buddymoe_ray.types import ExpertLayout, SlotPlan
@@ -32,8 +32,8 @@ ASSUMED = {"disk_bytes_s": 1.0e9, "ram_bytes_s": 10.0e9}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DevicePlan:
-    """One device tier: what it is, what it offers, what would be resident there."""
+class _Place:
+    """Where an engine would run."""
 
     device: str
     name: str
@@ -42,6 +42,12 @@ class DevicePlan:
     numa_node: int | None
     link: str
     link_bytes_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DevicePlan(_Place):
+    """One device tier: what it is, what it offers, what would be resident there."""
+
     dense_bytes: int
     expert_budget_bytes: int
     kv_cache_bytes: int
@@ -195,19 +201,6 @@ def _served(shape: ModelShape, expert_dtype: str) -> ModelShape:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Where an engine would run; fields as in DevicePlan."""
-
-    device: str
-    name: str
-    total_bytes: int
-    available_bytes: int
-    numa_node: int | None
-    link: str
-    link_bytes_s: float
-
-
 def _places(config: EngineConfig, gpus: Sequence[GpuInfo]) -> list[_Place]:
     if config.device == "cpu" or (config.device == "auto" and not gpus):
         free = available_memory_bytes()
@@ -225,6 +218,7 @@ def _places(config: EngineConfig, gpus: Sequence[GpuInfo]) -> list[_Place]:
     wanted = [gpu for gpu in gpus if config.device in ("auto", "cuda", f"cuda:{gpu.index}")]
     if not wanted:
         raise ConfigError(f"device is {config.device!r}, must be one of {len(gpus)} GPUs. hint: use device auto")
+    refuse_dense_dtype(config, torch.device("cuda"))
     return [
         _Place(
             device=f"cuda:{gpu.index}",

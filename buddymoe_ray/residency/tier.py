@@ -280,25 +280,24 @@ def _waves(
     loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None, threads: int
 ) -> list[WaveCompute]:
     """The arithmetic of every layer's waves: packed experts on a CPU in one call, others one after the other."""
+    if packed is None:
+        return [OneByOne(compute) for compute in _computes(loaded, maths, packed)]
     waves: list[WaveCompute] = []
-    for math, compute, E in zip(maths, _computes(loaded, maths, packed), loaded.layout.experts_per_layer, strict=True):
-        layer = None if packed is None else _packed_layer(packed, loaded, math, threads)
-        waves.append(OneByOne(compute) if layer is None else PackedWave(layer, E))
+    for math, E in zip(maths, loaded.layout.experts_per_layer, strict=True):
+        layer = _packed_layer(packed, loaded, math, threads)
+        waves.append(OneByOne(_packed_compute(packed, math, None)) if layer is None else PackedWave(layer, E))
     return waves
 
 
 def _computes(loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None) -> list[ExpertCompute]:
     """The arithmetic of every layer's experts, for one thread: all layers share one scratch."""
-    compute_of = _dense_compute(loaded) if packed is None else _packed_compute(packed, loaded)
-    return [compute_of(math) for math in maths]
+    if packed is None:
+        return list(map(_dense_compute(loaded), maths))
+    return [_packed_compute(packed, math, _packed_layer(packed, loaded, math)) for math in maths]
 
 
-def _packed_compute(fmt: LowbitFormat, loaded: LoadedModel) -> Callable[[ExpertMath], ExpertCompute]:
-    def of_layer(math: ExpertMath) -> ExpertCompute:
-        layer = _packed_layer(fmt, loaded, math)
-        return (lambda x_RD, tensors: lowbit_forward(x_RD, tensors, fmt, math)) if layer is None else layer.expert
-
-    return of_layer
+def _packed_compute(fmt: LowbitFormat, math: ExpertMath, layer: LowbitLayer | None) -> ExpertCompute:
+    return (lambda x_RD, tensors: lowbit_forward(x_RD, tensors, fmt, math)) if layer is None else layer.expert
 
 
 def _packed_layer(fmt: LowbitFormat, loaded: LoadedModel, math: ExpertMath, threads: int = 1) -> LowbitLayer | None:

@@ -6,7 +6,7 @@ cut off dies for nobody, but falls silent: it says an empty batch when it has no
 sees every token once, in order, and one end per choice. Knows neither ray nor engines; `handles` makes attempts.
 A worker whose engine died says so, and its streams move like those of a killed one; Serve's health check replaces it.
 Not resumable: what runs through the ingress, the HTTP proxy or the head node when those die, and a request that records
-or replays its uses, once it has begun to answer.
+or replays its stand-ins, once it has begun to answer.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from buddymoe_ray.models.hf_loading import experts_modules
 from buddymoe_ray.models.load import load_model
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.router_hook import find_routers
+from buddymoe_ray.residency.devices import GpuInfo
 from buddymoe_ray.residency.plan import make_plan
 
 PROMPTS = ["def add(a, b):\n", "import os\n", "The following example"]
@@ -52,6 +53,18 @@ def test_a_packed_matrix_is_the_spec_and_rows_do_not_see_each_other(
     for count in (1, 2, 5):
         assert torch.equal(linear(x[:count]), found[:count])
     assert torch.equal(linear(x.flip(0)).flip(0), found)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_threads_change_no_bit(rows: int) -> None:
+    """Of outputs that are no whole blocks, in parts that are not equal."""
+    rng = torch.Generator().manual_seed(rows)
+    fmt, (N, K) = LowbitFormat(bits=4), (1127, 1024)
+    packed = pack(*round_plain(torch.randn(N, K, generator=rng), fmt), fmt)
+    bias, x = torch.randn(N, generator=rng), torch.randn(rows, K, generator=rng)
+    alone = LowbitLinear(packed, fmt, torch.float32, bias)(x)
+    for threads in (2, 3, 200):
+        assert torch.equal(LowbitLinear(packed, fmt, torch.float32, bias, threads=threads)(x), alone)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,3 +115,11 @@ def test_the_plan_counts_what_will_be_there() -> None:
 def test_other_words_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"dense_dtype is 'int5', must be native or int8 or int4. hint: did you mean"):
         EngineConfig(dense_dtype="int5")
+
+
+def test_a_gpu_has_no_kernel_for_it() -> None:
+    gpu = GpuInfo(
+        index=0, name="H200", total_bytes=1 << 37, free_bytes=1 << 37, pcie_bytes_s=6e10, nvlinks=0, numa_node=None
+    )
+    with pytest.raises(ConfigError, match=r"dense_dtype is 'int8', must be native on cuda. hint: --device cpu"):
+        make_plan(EngineConfig(dense_dtype="int8"), resolve_model("builtin:tiny"), gpus=(gpu,))
