@@ -17,8 +17,8 @@ Reads codes, scales and rows to their last byte and no further; prefetches beyon
 experts or who compiles the text. Neighbours: machine_code.py compiles it, lowbit_numba.py calls it.
 
 Tried and dropped: 8-bit activations (up to 1.8 times the rate from 8 rows on; error 5e-3); no prefetch (2.7 times as
-long at 8 rows); with 16 registers, all 16 outputs at once or unrolled vectors (what does not fit goes by the stack: 1.6
-times as long at 8 rows); byte products (`vpmaddubsw`) on AVX2 (as fast as 16-bit ones, and saturate at 8 bits); fp16
+long at 8 rows); with 16 registers and 8 rows, all 16 outputs at once or unrolled vectors (what does not fit goes by the
+stack: 1.6 times as long); byte products (`vpmaddubsw`) on AVX2 (as fast as 16-bit ones, and saturate at 8 bits); fp16
 scales (a call into libgcc where F16C is missing).
 
 Legend: A blocks of 16 outputs, G groups of 32 inputs, R rows, b an `ir.IRBuilder`.
@@ -41,6 +41,8 @@ __all__ = ["LEVELS", "Level", "host_level", "module_text", "wide_row_bytes"]
 
 QUADS = GROUP // 4
 ROW_BLOCKS = (8, 4, 2, 1)
+TOGETHER = 2
+"""Up to so many rows all 16 outputs are computed at once where a vector has 8: more would not fit into 16 registers."""
 AHEAD = 8192
 """Bytes that the codes' prefetch runs ahead."""
 TOP = 16256
@@ -90,11 +92,12 @@ def module_text(fmt: LowbitFormat, *, wide: bool, level: str) -> str:
 
 
 class _Row(NamedTuple):
-    """One row of activations in a tile: its address, and the places of a group's sum and of the outputs' totals."""
+    """One row of activations in a tile: its address, and for each part of the outputs that is computed with the others
+    the places of a group's sums and of the totals."""
 
     x: Any
-    sum: Any
-    total: Any
+    sums: list[Any]
+    totals: list[Any]
 
 
 class _Tiles:
@@ -131,63 +134,73 @@ class _Tiles:
         tile.linkage = "internal"
         tile.attributes.add("noinline")
         codes, scales, base_at, G, pairs, column = tile.args
-        # with few registers the vectors are a loop, for LLVM's scheduler would hold all of them at once
-        self._unrolled = self._level.lanes == 16 or (rows == 1 and not self._wide)
+        # with few registers and many rows the vectors are a loop, for LLVM's scheduler would hold all of them at once
+        self._unrolled = self._level.lanes == 16 or rows == 1
         b = ir.IRBuilder(tile.append_basic_block())
         x = [load(b, pairs, I64, 16 * r) for r in range(rows)]
         y = [b.add(load(b, pairs, I64, 16 * r + 8), column) for r in range(rows)]
         base, lanes = splat(b, load(b, base_at, F32), self._level.lanes), self._level.lanes
-        totals = {first: [b.alloca(self._floats) for _ in x] for first in range(0, BLOCK, lanes)}
-        sums = [b.alloca(self._ints if self._wide else self._floats) for _ in x]
-        for total in chain(*totals.values()):
+        firsts = range(0, BLOCK, lanes)
+        totals = [[b.alloca(self._floats) for _ in firsts] for _ in x]
+        together = [list(firsts)] if self._wide and rows <= TOGETHER else [[first] for first in firsts]
+        sums = [[b.alloca(self._ints if self._wide else self._floats) for _ in together[0]] for _ in x]
+        for total in chain(*totals):
             b.store(const(self._floats, 0.0), total)
         with loop(b, G) as g:
             place = b.add(codes, b.mul(g, I64(self._fmt.tile_bytes)))
             for line in range(self._fmt.bits):
                 ahead = at(b, place, I8, AHEAD + 64 * line)
                 call(b, "llvm.prefetch.p0", VOID, [ahead, I32(0), I32(3), I32(1)])
-            for first, part in totals.items():
-                codes_at = b.add(place, I64(4 * first))
-                scales_at = b.add(scales, b.add(b.mul(g, I64(BLOCK)), I64(first)))
-                rows_at = [_Row(*row) for row in zip(x, sums, part, strict=True)]
+            for some in together:
+                codes_at = [b.add(place, I64(4 * first)) for first in some]
+                scales_at = [b.add(scales, b.add(b.mul(g, I64(BLOCK)), I64(first))) for first in some]
+                theirs = [[row[first // lanes] for first in some] for row in totals]
+                rows_at = [_Row(*row) for row in zip(x, sums, theirs, strict=True)]
                 self._add_group(b, (codes_at, scales_at, base), rows_at, (g, G))
-        for first, part in totals.items():
-            for total, out in zip(part, y, strict=True):
+        for row, out in zip(totals, y, strict=True):
+            for first, total in zip(firsts, row, strict=True):
                 b.store(b.load(total), at(b, out, self._floats, 4 * first), align=4)
         b.ret_void()
         return tile
 
-    def _add_group(self, b: Any, part: tuple[Any, Any, Any], rows: list[_Row], at_g: tuple[Any, Any]) -> None:
-        """`total += scale * (codes - midpoint) . x` of one group and a part of its outputs."""
-        (codes_at, scales_at, base), (g, G) = part, at_g
+    def _add_group(self, b: Any, parts: tuple[Any, Any, Any], rows: list[_Row], at_g: tuple[Any, Any]) -> None:
+        """`total += scale * (codes - midpoint) . x` of one group and some parts of its outputs."""
+        (codes_at, scales_at, base), (g, G) = parts, at_g
         group_bytes = (2 if self._wide else 4) * GROUP
         here = [row._replace(x=b.add(row.x, b.mul(g, I64(group_bytes)))) for row in rows]
         if not self._wide:
-            self._add_floats(b, codes_at, self._scales(b, scales_at, base), here)
+            [codes], [place] = codes_at, scales_at
+            self._add_floats(b, codes, self._scales(b, place, base), here)
             return
-        for row in here:
-            b.store(const(self._ints, 0), row.sum)
+        for place in chain(*(row.sums for row in here)):
+            b.store(const(self._ints, 0), place)
         (self._dots_of_bytes if self._level.vnni else self._dots_of_words)(b, codes_at, here)
-        scale = self._scales(b, scales_at, base)
+        scales = [self._scales(b, place, base) for place in scales_at]
         tail = b.add(b.mul(G, I64(2 * GROUP)), b.mul(g, I64(8)))
         for row in rows:
             step = splat(b, load(b, row.x, F32, tail), self._level.lanes)
             centre = splat(b, load(b, row.x, I32, b.add(tail, I64(4))), self._level.lanes)
-            dot = b.load(row.sum)
-            value = b.sitofp(b.add(b.add(dot, dot), centre), self._floats)  # twice: the midpoint is a half
-            b.store(self._fma(b, value, b.fmul(scale, step), b.load(row.total)), row.total)
+            for scale, dot_at, total in zip(scales, row.sums, row.totals, strict=True):
+                dot = b.load(dot_at)
+                value = b.sitofp(b.add(b.add(dot, dot), centre), self._floats)  # twice: the midpoint is a half
+                b.store(self._fma(b, value, b.fmul(scale, step), b.load(total)), total)
 
-    def _quads(self, b: Any, tile: Any, part: int = 0, parts: int = 1) -> Iterator[tuple[Any, Any]]:
-        """The codes of a tile, or of one part of its inputs, a byte each: `(j, quad j)`, vector by vector."""
+    def _quads(self, b: Any, tiles: list[Any], part: int = 0, parts: int = 1) -> Iterator[tuple[Any, list[Any]]]:
+        """The codes of tiles, or of one part of their inputs, a byte each: `(j, every tile's quad j)`, vector by
+        vector."""
         bits = self._fmt.bits
         width = 2 if bits == 3 else bits
         begin, count = part * width // parts, width // parts
         if self._unrolled:
             for first in range(begin, begin + count):
-                yield from self._vector(b, tile, I64(first), width)
+                yield from self._vectors(b, tiles, I64(first), width)
         else:
             with loop(b, I64(count)) as turn:
-                yield from self._vector(b, tile, b.add(turn, I64(begin)), width)
+                yield from self._vectors(b, tiles, b.add(turn, I64(begin)), width)
+
+    def _vectors(self, b: Any, tiles: list[Any], first: Any, width: int) -> Iterator[tuple[Any, list[Any]]]:
+        for same in zip(*(self._vector(b, tile, first, width) for tile in tiles), strict=True):
+            yield same[0][0], [quad for _, quad in same]
 
     def _vector(self, b: Any, tile: Any, first: Any, width: int) -> Iterator[tuple[Any, Any]]:
         """The quads of a vector: `first`, `first + width`, …"""
@@ -236,30 +249,34 @@ class _Tiles:
             found = b.insert_element(found, b.load(place), I32(lane))
         return found
 
-    def _dots_of_bytes(self, b: Any, codes: Any, rows: list[_Row]) -> None:
+    def _dots_of_bytes(self, b: Any, codes: list[Any], rows: list[_Row]) -> None:
         """By vpdpbusd: the upper bytes of the activations first, then the lower 7 bits."""
         # the operands are the older ones, int32 throughout: LLVM takes them for the newer when it reads the text
         name = f"llvm.x86.avx512.vpdpbusd.{32 * self._level.lanes}"
         for part in (0, GROUP):
             if part:
-                for row in rows:
-                    b.store(b.shl(b.load(row.sum), const(self._ints, 7)), row.sum)
-            for j, quad in self._quads(b, codes):
+                for place in chain(*(row.sums for row in rows)):
+                    b.store(b.shl(b.load(place), const(self._ints, 7)), place)
+            for j, quads in self._quads(b, codes):
                 for row in rows:
                     four = load(b, row.x, I32, b.add(b.mul(j, I64(4)), I64(part)))
-                    operands = [b.load(row.sum), b.bitcast(quad, self._ints), splat(b, four, self._level.lanes)]
-                    b.store(call(b, name, self._ints, operands), row.sum)
+                    x = splat(b, four, self._level.lanes)
+                    for quad, place in zip(quads, row.sums, strict=True):
+                        operands = [b.load(place), b.bitcast(quad, self._ints), x]
+                        b.store(call(b, name, self._ints, operands), place)
 
-    def _dots_of_words(self, b: Any, codes: Any, rows: list[_Row]) -> None:
+    def _dots_of_words(self, b: Any, codes: list[Any], rows: list[_Row]) -> None:
         """By 16-bit products of even and of odd inputs, which `quantise` has put side by side."""
-        for j, quad in self._quads(b, codes):
-            pairs = b.bitcast(quad, self._words)
+        for j, quads in self._quads(b, codes):
+            pairs = [b.bitcast(quad, self._words) for quad in quads]
             for odd in (0, 1):
-                words = b.lshr(pairs, const(self._words, 8)) if odd else b.and_(pairs, const(self._words, 255))
+                shift, mask = const(self._words, 8), const(self._words, 255)
+                words = [b.lshr(pair, shift) if odd else b.and_(pair, mask) for pair in pairs]
                 for row in rows:
                     two = splat(b, load(b, row.x, I32, b.add(b.mul(j, I64(8)), I64(4 * odd))), self._level.lanes)
-                    dot = self._dot_words(b, words, b.bitcast(two, self._words))
-                    b.store(b.add(b.load(row.sum), dot), row.sum)
+                    x = b.bitcast(two, self._words)
+                    for word, place in zip(words, row.sums, strict=True):
+                        b.store(b.add(b.load(place), self._dot_words(b, word, x)), place)
 
     def _dot_words(self, b: Any, words: Any, x: Any) -> Any:
         if self._level.avx2:
@@ -275,16 +292,16 @@ class _Tiles:
         middle, lanes = const(self._floats, (self._fmt.levels - 1) / 2), self._level.lanes
         for part in (0, 1):
             for row in rows:
-                b.store(const(self._floats, 0.0), row.sum)
-            for j, quad in self._quads(b, codes, part, 2):
+                b.store(const(self._floats, 0.0), row.sums[0])
+            for j, [quad] in self._quads(b, [codes], part, 2):
                 for i in range(4):
                     code = b.and_(b.lshr(b.bitcast(quad, self._ints), const(self._ints, 8 * i)), const(self._ints, 255))
                     weight = b.fsub(b.sitofp(code, self._floats), middle)
                     for row in rows:
                         x = splat(b, load(b, row.x, F32, b.add(b.mul(j, I64(16)), I64(4 * i))), lanes)
-                        b.store(self._fma(b, weight, x, b.load(row.sum)), row.sum)
+                        b.store(self._fma(b, weight, x, b.load(row.sums[0])), row.sums[0])
             for row in rows:
-                b.store(self._fma(b, b.load(row.sum), scale, b.load(row.total)), row.total)
+                b.store(self._fma(b, b.load(row.sums[0]), scale, b.load(row.totals[0])), row.totals[0])
 
     def _fma(self, b: Any, x: Any, y: Any, z: Any) -> Any:
         return call(b, f"llvm.fma.v{self._level.lanes}f32", self._floats, [x, y, z])
