@@ -33,9 +33,9 @@ from buddymoe_ray.calibrate.trace import Trace
 from buddymoe_ray.engine.parts import EngineParts
 from buddymoe_ray.errors import CheckpointError, ProfileError
 from buddymoe_ray.kernels import ExpertMath
+from buddymoe_ray.models.expert_math import expert_math
 from buddymoe_ray.models.shard_writer import check_space
 from buddymoe_ray.models.standin_files import StandinWriter
-from buddymoe_ray.residency.tier import expert_math
 
 __all__ = ["LayerTables", "make_layers", "parameter_shapes"]
 

@@ -28,12 +28,12 @@ from buddymoe_ray.engine.build import build_parts
 from buddymoe_ray.engine.evaluate import WINDOW, cut_windows
 from buddymoe_ray.engine.parts import EngineParts
 from buddymoe_ray.errors import ConfigError, ProfileError
+from buddymoe_ray.models.expert_math import expert_math
 from buddymoe_ray.models.fingerprint import model_hash
 from buddymoe_ray.models.profile import NAME, Profile, save_profile
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.router_hook import find_routers
 from buddymoe_ray.models.standin_files import standins_folder
-from buddymoe_ray.residency.tier import expert_math
 
 __all__ = ["KINDS", "CalibrationOptions", "calibrate"]
 

@@ -22,7 +22,7 @@ from buddymoe_ray.engine.runner import PackedRunner, Runner, SoloRunner, probe
 from buddymoe_ray.engine.scheduler import Scheduler
 from buddymoe_ray.engine.validate import checked_sampling
 from buddymoe_ray.errors import BudgetError, CheckpointError, ConfigError, RequestError
-from buddymoe_ray.models.load import LoadedModel, load_model
+from buddymoe_ray.models.load import LoadedModel, load_model, on_kernels
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.shape import describe, generation_defaults
 from buddymoe_ray.models.tokenizer import load_tokenizer
@@ -51,15 +51,8 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
     attention.register()
     name = attention.NAME if packed else None
     refuse_dense_dtype(config, device)
-    loaded = load_model(
-        folder,
-        dtype=torch_dtype(config.dtype),
-        device=device,
-        attn=name,
-        dense_dtype=config.dense_dtype,
-        threads=config.threads,
-        progress=progress,
-    )
+    loaded = load_model(folder, dtype=torch_dtype(config.dtype), device=device, attn=name)
+    loaded = on_kernels(loaded, config.dense_dtype, threads=config.threads, progress=progress)
     step = StepState()
     experts = open_experts(config, loaded, step, sharing)
     try:

@@ -3,6 +3,9 @@
 Knows nothing of residency, slots or models: it gets tensors and returns tensors. `reference` is the spec.
 """
 
+from buddymoe_ray.kernels.cpu import CpuLinear, widens
+from buddymoe_ray.kernels.cpu import prepare as prepare_lowbit
+from buddymoe_ray.kernels.expert_layer import ExpertLayer
 from buddymoe_ray.kernels.lowbit import (
     LowbitFormat,
     PackedMatrix,
@@ -13,10 +16,7 @@ from buddymoe_ray.kernels.lowbit import (
     record_tensors,
     unpack,
 )
-from buddymoe_ray.kernels.lowbit_cpu import LowbitLinear
-from buddymoe_ray.kernels.lowbit_cpu import prepare as prepare_lowbit
 from buddymoe_ray.kernels.lowbit_format import BLOCK, matrix_at, packed_shapes
-from buddymoe_ray.kernels.lowbit_layer import LowbitLayer
 from buddymoe_ray.kernels.lowrank import lowrank_forward, mean_forward
 from buddymoe_ray.kernels.reference import ExpertMath, combine, expert_forward
 from buddymoe_ray.kernels.rounding import round_plain
@@ -26,8 +26,8 @@ __all__ = [
     "BLOCK",
     "ExpertMath",
     "LowbitFormat",
-    "LowbitLayer",
-    "LowbitLinear",
+    "ExpertLayer",
+    "CpuLinear",
     "PackedMatrix",
     "UpcastScratch",
     "combine",
@@ -44,4 +44,5 @@ __all__ = [
     "record_tensors",
     "round_plain",
     "unpack",
+    "widens",
 ]

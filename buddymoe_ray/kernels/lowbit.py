@@ -1,6 +1,6 @@
 """One expert's feed-forward straight from its packed low-bit record.
 
-`lowbit_forward` picks the machine code of lowbit_cpu on CPUs and else the torch reference below, which is the spec.
+`lowbit_forward` picks the machine code of cpu.py on CPUs and else the torch reference below, which is the spec.
 Does not know where records lie. Invariant: the same row gives the same bits however many rows are beside it.
 
 Legend: R rows routed to one expert, D hidden, F ffn.
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from buddymoe_ray.kernels.lowbit_cpu import forward
+from buddymoe_ray.kernels.cpu import forward
 from buddymoe_ray.kernels.lowbit_format import (
     LowbitFormat,
     PackedMatrix,

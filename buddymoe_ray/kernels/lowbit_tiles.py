@@ -2,10 +2,10 @@
 
 `module_text` writes one module for a width of codes, a kind of activations and an instruction set:
 
-    project(codes, scales, base, G, A, rows, R)   rows are R pairs (address of a row, address of its outputs)
+    project(codes, scales, base, K, N, rows, R)   rows are R pairs (address of a row, address of its outputs)
     quantise(x, G, row)                           float32 x [32 G] into a row of 16-bit activations, if `wide`
 
-all int64 addresses or counts: A blocks of 16 outputs, G groups of 32 inputs. Row kinds:
+all int64 addresses or counts. Rows and outputs are padded: to G groups of 32 inputs, A blocks of 16 outputs. Row kinds:
     float32  32 G floats; weights are dequantised in registers and multiplied with fused multiply-add
     wide     32 G 16-bit integers, 64 bytes to a group, then G pairs (float32 step, int32 correction). A group's dot
              product, less the codes' midpoint, is an exact integer: rounded once when it becomes a float, and rounded
@@ -14,7 +14,7 @@ Either way groups are added in rising order, one lane to an output, so that the 
 row: not on the rows beside it, nor on the instruction set. Rows go in blocks, a tile being unpacked once for a block.
 
 Reads codes, scales and rows to their last byte and no further; prefetches beyond never fault. Does not know records,
-experts or who compiles the text. Neighbours: machine_code.py compiles it, lowbit_numba.py calls it.
+experts or who compiles the text. Neighbours: machine_code.py compiles it, expert_numba.py calls it.
 
 Tried and dropped: 8-bit activations (up to 1.8 times the rate from 8 rows on; error 5e-3); no prefetch (2.7 times as
 long at 8 rows); with 16 registers and 8 rows, all 16 outputs at once or unrolled vectors (what does not fit goes by the
@@ -114,8 +114,9 @@ class _Tiles:
         """Every block of outputs times every block of rows."""
         tiles = {rows: self._tile(rows) for rows in ROW_BLOCKS}
         kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 7), "project")
-        codes, scales, base, G, A, rows, R = kernel.args
+        codes, scales, base, K, N, rows, R = kernel.args
         b = ir.IRBuilder(kernel.append_basic_block())
+        G, A = (b.sdiv(b.add(size, I64(whole - 1)), I64(whole)) for size, whole in ((K, GROUP), (N, BLOCK)))
         code_stride, scale_stride = b.mul(G, I64(self._fmt.tile_bytes)), b.mul(G, I64(BLOCK))
         with loop(b, A) as block:
             places = [b.add(codes, b.mul(block, code_stride)), b.add(scales, b.mul(block, scale_stride)), base, G]

@@ -1,4 +1,4 @@
-"""Words for writing vector code as LLVM IR: what the low-bit kernels need beyond llvmlite's builder.
+"""Words for writing vector code as LLVM IR: what the kernels need beyond llvmlite's builder.
 
 Every function takes the builder first and emits instructions; nothing here computes. Addresses are int64 and become
 pointers where they are used. Knows no kernels.

@@ -1,5 +1,7 @@
-"""Dense weights in another precision than the checkpoint's: linear layers that compute from packed codes.
+"""Dense linear layers by the kernels of the experts: as stored, or in another precision than the checkpoint's.
 
+`native` on a CPU multiplies with the weights where they are, every linear layer of the model: in the bits of a row no
+other row counts, and bfloat16 is several times as fast as by torch where the CPU has no instructions for it.
 `int8` and `int4` are the packed low-bit format by nearest rounding, made anew at every load. Attention, dense
 feed-forwards, shared experts and the output head are packed; embeddings, norms, routers and what has fewer than 16
 inputs or outputs stay as they are. Knows no budgets. Invariant: a model on meta and a loaded one are
@@ -15,30 +17,42 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from buddymoe_ray.kernels import BLOCK, LowbitFormat, LowbitLinear, pack, packed_shapes, round_plain
+from buddymoe_ray.kernels import BLOCK, CpuLinear, LowbitFormat, pack, packed_shapes, round_plain, widens
 from buddymoe_ray.models.hf_loading import experts_modules
 from buddymoe_ray.models.router_hook import find_routers
 
-__all__ = ["PackedLinear", "pack_dense"]
+__all__ = ["PackedLinear", "StoredLinear", "keep_dense", "pack_dense"]
 
 _BITS = {"int8": 8, "int4": 4}
 
 
-def pack_dense(
-    model: PreTrainedModel,
-    dense_dtype: str,
-    *,
-    threads: int = 1,
-    progress: Callable[..., Iterable[Any]] = lambda items, **_: items,
-) -> None:
+Progress = Callable[..., Iterable[Any]]
+
+
+def _silent(items: Iterable[Any], **_: Any) -> Iterable[Any]:
+    return items
+
+
+def keep_dense(model: PreTrainedModel, *, threads: int = 1) -> None:
+    """Replace linear layers by ones that compute with `threads` from the same weights, where this CPU has a kernel."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and StoredLinear.covers(module):
+            _replace(model, name, StoredLinear(module, threads))
+
+
+def pack_dense(model: PreTrainedModel, dense_dtype: str, *, threads: int = 1, progress: Progress = _silent) -> None:
     """Replace the model's linear layers by packed ones that compute with `threads`, in place; `native` leaves it alone.
     One layer at a time is there in both forms."""
     if dense_dtype == "native":
         return
     fmt, chosen = LowbitFormat(bits=_BITS[dense_dtype]), _linears(model)
     for name in progress(list(chosen), total=len(chosen), desc=f"dense weights to {dense_dtype}"):
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, PackedLinear(chosen.pop(name), fmt, threads))
+        _replace(model, name, PackedLinear(chosen.pop(name), fmt, threads))
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)
 
 
 def _linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -54,13 +68,36 @@ def _linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     }
 
 
+class StoredLinear(nn.Module):
+    """`y = x W^T + b` from the weights of a linear layer where they are; rows do not see each other."""
+
+    def __init__(self, linear: nn.Linear, threads: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        bias = None if linear.bias is None else linear.bias.detach()
+        if bias is not None and bias.dtype == torch.float16:
+            bias = bias.float()
+        self._compute = CpuLinear(linear.weight.detach(), None, linear.weight.dtype, bias, threads=threads)
+
+    @staticmethod
+    def covers(linear: nn.Linear) -> bool:
+        """Whether this CPU has a kernel for the layer's weights."""
+        weight = linear.weight
+        return weight.device.type == "cpu" and weight.is_contiguous() and widens(str(weight.dtype)[len("torch.") :])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., K] -> [..., N]` in the dtype of `x`, which is the weight's."""
+        return self._compute(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+
+
 class PackedLinear(nn.Module):
     """`y = x W^T + b` from packed codes; rows do not see each other. On meta it has the shapes alone."""
 
     def __init__(self, linear: nn.Linear, fmt: LowbitFormat, threads: int) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._compute: LowbitLinear | None = None
+        self._compute: CpuLinear | None = None
         weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach().float()
         parts: dict[str, Tensor]
         if weight.is_meta:
@@ -69,7 +106,7 @@ class PackedLinear(nn.Module):
         else:
             packed = pack(*round_plain(weight, fmt), fmt)
             parts = vars(packed)
-            self._compute = LowbitLinear(packed, fmt, weight.dtype, bias, threads=threads)
+            self._compute = CpuLinear(packed, fmt, weight.dtype, bias, threads=threads)
         for name, part in {**parts, "bias": bias}.items():  # so that whoever counts the model's bytes finds them
             self.register_buffer(name, part, persistent=False)
 

@@ -1,13 +1,14 @@
 """A checkpoint folder -> `LoadedModel`: dense weights on the device, experts on meta with the map to their bytes.
 
 Does not know how experts are served: attach blocks with `experts_hook.attach(loaded.experts, factory)` first.
-Neighbours: `shape.meta_model` finds the weights, `hf_loading` loads them, the engine runs the model.
+Neighbours: `shape.meta_model` finds the weights, `hf_loading` loads them, `dense_dtype` has them computed by our
+kernels, the engine runs the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from buddymoe_ray.models.dense_dtype import pack_dense
+from buddymoe_ray.models.dense_dtype import keep_dense, pack_dense
 from buddymoe_ray.models.families import Family
 from buddymoe_ray.models.hf_loading import experts_modules, load_dense
 from buddymoe_ray.models.shape import (
@@ -28,7 +29,7 @@ from buddymoe_ray.models.shape import (
 )
 from buddymoe_ray.types import ExpertLayout
 
-__all__ = ["LoadedModel", "auto_dtype", "load_model"]
+__all__ = ["LoadedModel", "auto_dtype", "load_model", "on_kernels"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +63,6 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     attn: str | None = None,
-    dense_dtype: str = "native",
-    threads: int = 1,
-    progress: Callable[..., Iterable[Any]] = lambda items, **_: items,
 ) -> LoadedModel:
     """Load the dense weights of the checkpoint in `folder`.
 
@@ -72,9 +70,6 @@ def load_model(
         dtype: compute dtype; None is `auto_dtype(folder)`.
         device: where dense weights go; None is the CPU.
         attn: name in transformers' AttentionInterface; None is transformers' default.
-        dense_dtype: precision of the dense weights, see `models.dense_dtype`.
-        threads: that packed dense weights are computed with.
-        progress: shows how far packing them is.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged or does not fit its config.
@@ -84,7 +79,6 @@ def load_model(
     folder = folder.resolve()
     meta = meta_model(folder, dtype=dtype, attn=attn)
     load_dense(meta.model, meta.dense, device=device)
-    pack_dense(meta.model, dense_dtype, threads=threads, progress=progress)
     return LoadedModel(
         model=meta.model,
         config=meta.config,
@@ -101,3 +95,17 @@ def load_model(
         device=device,
         dense_bytes=dense_bytes(meta.model),
     )
+
+
+def on_kernels(
+    loaded: LoadedModel,
+    dense_dtype: str,
+    *,
+    threads: int = 1,
+    progress: Callable[..., Iterable[Any]] = lambda items, **_: items,
+) -> LoadedModel:
+    """The loaded model, in place, with its dense linear layers in `dense_dtype` (see `models.dense_dtype`) and computed
+    by our kernels with `threads`, where this CPU has them. `progress` shows how far packing is."""
+    pack_dense(loaded.model, dense_dtype, threads=threads, progress=progress)
+    keep_dense(loaded.model, threads=threads)
+    return replace(loaded, dense_bytes=dense_bytes(loaded.model))

@@ -20,6 +20,7 @@ from buddymoe_ray.errors import CheckpointError
 from buddymoe_ray.models.config_check import EXPERTS_PER_TOKEN
 from buddymoe_ray.models.dense_dtype import pack_dense
 from buddymoe_ray.models.expert_layout import expert_layout, slot_tensors
+from buddymoe_ray.models.expert_math import read_as_stored
 from buddymoe_ray.models.experts_hook import attach
 from buddymoe_ray.models.families import Family, family_of
 from buddymoe_ray.models.hf_loading import (
@@ -66,7 +67,8 @@ class ModelShape:
     """What a checkpoint holds, in numbers. `dense_bytes` is what the dense weights take in the compute dtype.
 
     `expert_dtype` and `compute_dtype` are torch's names; `has_weights` is False for a folder with a config alone.
-    `transposed`: experts' matrices are stored `[in, out]`. `kv_bytes_per_token` is that of all attention layers.
+    `transposed`: experts' matrices are stored `[in, out]`; `as_stored`: a CPU computes with their bytes as they are.
+    `kv_bytes_per_token` is that of all attention layers.
     """
 
     model_type: str
@@ -87,6 +89,7 @@ class ModelShape:
     compute_dtype: str
     max_positions: int
     transposed: bool
+    as_stored: bool
     kv_bytes_per_token: int
 
 
@@ -225,6 +228,7 @@ def _shape(
         compute_dtype=str(config.dtype).removeprefix("torch."),
         max_positions=max_positions(config),
         transposed=bool(next(iter(experts_modules(model).values())).is_transposed),
+        as_stored=read_as_stored(experts_modules(model).values(), tensors),
         kv_bytes_per_token=_kv_bytes_per_token(model),
     )
 

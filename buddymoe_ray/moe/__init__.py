@@ -5,7 +5,7 @@ from buddymoe_ray.moe.outcome import STANDIN_KINDS, StepOutcome, Substitution, s
 from buddymoe_ray.moe.standin_compute import record_computes
 from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Observer, Overlay, Phase, StepState, StepTerms
-from buddymoe_ray.moe.waves import ExpertCompute, OneByOne, PackedWave, WaveCompute
+from buddymoe_ray.moe.waves import ExpertCompute, OneByOne, OneCall, WaveCompute
 
 __all__ = [
     "STANDIN_KINDS",
@@ -14,7 +14,7 @@ __all__ = [
     "Observer",
     "OneByOne",
     "Overlay",
-    "PackedWave",
+    "OneCall",
     "Phase",
     "Standins",
     "StepOutcome",

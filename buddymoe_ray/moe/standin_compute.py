@@ -19,9 +19,9 @@ from torch import Tensor
 from buddymoe_ray.cache import slot_views
 from buddymoe_ray.errors import ProfileError
 from buddymoe_ray.kernels import (
+    ExpertLayer,
     ExpertMath,
     LowbitFormat,
-    LowbitLayer,
     lowbit_forward,
     lowrank_forward,
     matrix_at,
@@ -64,13 +64,14 @@ def record_computes(
         raise ProfileError(f"record kind is {kind!r}, must be lowbitN, lowrank or mean. hint: profile the model again")
     fmt = LowbitFormat(bits=int(kind.removeprefix("lowbit")))
     try:
-        ffn = [matrix_at(layout.tensors, name, fmt).K for name in (maths[0].first, "down_proj")][1]
+        for name in (maths[0].first, "down_proj"):
+            matrix_at(layout.tensors, name, fmt)
     except ValueError as error:
         raise ProfileError(
             f"{kind} record's {error}, as this version packs. hint: run buddymoe profile again"
         ) from error
-    if device.type == "cpu" and all(LowbitLayer.covers(math, ffn) for math in maths):
-        return [LowbitLayer(layout=layout.tensors, fmt=fmt, math=math, dtype=dtype, threads=threads) for math in maths]
+    if device.type == "cpu" and all(ExpertLayer.covers(layout.tensors, fmt, math) for math in maths):
+        return [ExpertLayer(layout=layout.tensors, fmt=fmt, math=math, dtype=dtype, threads=threads) for math in maths]
     if device.type == "cpu":
         prepare_lowbit(fmt, dtype)
     return [_OneByOne(partial(lowbit_forward, fmt=fmt, math=math), layout) for math in maths]

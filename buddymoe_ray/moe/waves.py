@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.cache import Lease
-from buddymoe_ray.kernels import LowbitLayer
+from buddymoe_ray.kernels import ExpertLayer
 from buddymoe_ray.moe.rows import Accesses
 
-__all__ = ["ExpertCompute", "OneByOne", "PackedWave", "WaveCompute"]
+__all__ = ["ExpertCompute", "OneByOne", "OneCall", "WaveCompute"]
 
 ExpertCompute = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 """`compute(x_RD, a slot's tensors) -> y_RD`, before the router weight."""
@@ -44,10 +44,10 @@ class OneByOne:
             y_ND.index_copy_(0, rows_R, self._compute(hidden_TD.index_select(0, tokens_R), lease.tensors()))
 
 
-class PackedWave:
+class OneCall:
     """All experts of a wave in one call of the low-bit kernel, read where they lie in their slots. CPU only."""
 
-    def __init__(self, layer: LowbitLayer, experts: int) -> None:
+    def __init__(self, layer: ExpertLayer, experts: int) -> None:
         self._layer, self._experts = layer, experts
 
     def __call__(self, hidden_TD: Tensor, accesses: Accesses, leases: Sequence[Lease], y_ND: Tensor) -> None:

@@ -22,7 +22,7 @@ from buddymoe_ray.policy import kv_cache_bytes
 from buddymoe_ray.residency.devices import GpuInfo
 from buddymoe_ray.residency.machine import available_memory_bytes, cgroup_limit_bytes, refuse_dense_dtype, torch_dtype
 from buddymoe_ray.residency.standin_setup import StandinSetup
-from buddymoe_ray.residency.tier import plan_memory
+from buddymoe_ray.residency.tier import plan_memory, scratch_bytes
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
 __all__ = ["ASSUMED", "Plan", "make_plan"]
@@ -117,13 +117,10 @@ def make_plan(config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo]) ->
             "hint: leave it out"
         )
     places = _places(config, gpus)
-    slots, setup, _ = plan_memory(
-        config if shape.has_weights else config.exactly(),  # no weights, nothing to bind a profile to
-        _layout(shape),
-        folder=folder,
-        compute=getattr(torch, shape.compute_dtype),
-        device=torch.device(places[0].device),
-    )
+    layout, device = _layout(shape), torch.device(places[0].device)
+    scratch = scratch_bytes(layout, getattr(torch, shape.compute_dtype), device, as_stored=shape.as_stored)
+    planned = config if shape.has_weights else config.exactly()  # no weights, nothing to bind a profile to
+    slots, setup, _ = plan_memory(planned, layout, folder=folder, device=device, scratch=scratch)
     length = min(config.max_model_len or shape.max_positions, shape.max_positions)
     devices = tuple(_device(config, shape, length, slots, place) for place in places)
     hit = devices[0].resident_experts / sum(shape.experts_per_layer)

@@ -9,25 +9,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from buddymoe_ray.cache import DiskReader, EngineCache, ExpertCache, StandinPool
 from buddymoe_ray.cache.shared import Room
 from buddymoe_ray.config import EngineConfig, parse_memory
 from buddymoe_ray.kernels import (
+    ExpertLayer,
     ExpertMath,
     LowbitFormat,
-    LowbitLayer,
     UpcastScratch,
     expert_forward,
     lowbit_forward,
-    matrix_at,
     prepare_lowbit,
 )
 from buddymoe_ray.models.expert_dtype import format_of, recoded_layout
+from buddymoe_ray.models.expert_math import expert_math, read_as_stored
 from buddymoe_ray.models.experts_hook import attach
 from buddymoe_ray.models.load import LoadedModel
 from buddymoe_ray.models.router_hook import attach_router_scores
@@ -35,7 +36,7 @@ from buddymoe_ray.moe import (
     ExpertCompute,
     MoEBlock,
     OneByOne,
-    PackedWave,
+    OneCall,
     Standins,
     StepState,
     WaveCompute,
@@ -47,7 +48,7 @@ from buddymoe_ray.residency.sharing import Sharing, open_host, open_records, ope
 from buddymoe_ray.residency.standin_setup import NodeBudget, StandinSetup, prepare
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
-__all__ = ["STAGING_SHARE", "ExpertTier", "expert_math", "open_experts", "plan_memory", "scratch_bytes"]
+__all__ = ["STAGING_SHARE", "ExpertTier", "open_experts", "plan_memory", "scratch_bytes"]
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +89,14 @@ def open_experts(
     maths = [expert_math(module) for module in loaded.experts]
     loaded = _recoded(config, loaded, maths)
     node = sharing if loaded.device.type == "cpu" else None  # a GPU's slots are its own; it shares the tier below
+    as_stored = format_of(config.expert_dtype) is None and read_as_stored(loaded.experts, loaded.layout.tensors)
     plan, setup, staging = plan_memory(
-        config, loaded.layout, folder=loaded.folder, compute=loaded.compute_dtype, device=loaded.device, node=node
+        config,
+        loaded.layout,
+        folder=loaded.folder,
+        device=loaded.device,
+        scratch=scratch_bytes(loaded.layout, loaded.compute_dtype, loaded.device, as_stored=as_stored),
+        node=node,
     )
     cache = _open_cache(config, loaded, plan, staging, sharing, setup)
     room = None
@@ -128,18 +135,17 @@ def plan_memory(
     layout: ExpertLayout,
     *,
     folder: Path,
-    compute: torch.dtype,
     device: torch.device,
+    scratch: int,
     node: Sharing | None = None,
 ) -> tuple[SlotPlan, StandinSetup | None, Staging]:
-    """Cut the budget, the node's where it is shared: staging and scratch first, then records and slots.
+    """Cut the budget, the node's where it is shared: staging and `scratch` bytes first, then records and slots.
 
     Reads headers only. Raises BudgetError, ProfileError.
     """
     workers = 1 if node is None else node.workers
     budget = parse_memory(config.memory, total_expert_bytes=layout.total_bytes)
     staging = plan_staging(largest_piece=_largest_piece(layout), budget_bytes=budget, share=STAGING_SHARE[config.mode])
-    scratch = scratch_bytes(layout, compute)
     if node is not None and node.linked:
         scratch *= 2  # peers are answered beside the engine's own steps
     overhead = workers * (scratch + (staging.nbytes if device.type == "cpu" else 0))
@@ -160,9 +166,10 @@ def plan_memory(
     return plan, setup, staging
 
 
-def scratch_bytes(layout: ExpertLayout, compute: torch.dtype) -> int:
-    """Bytes of the upcast scratch, which count against the expert budget; packed experts need none."""
-    if _stored(layout) == torch.uint8:
+def scratch_bytes(layout: ExpertLayout, compute: torch.dtype, device: torch.device, *, as_stored: bool) -> int:
+    """Bytes of the upcast scratch, which count against the expert budget; packed experts need none, nor do those that a
+    CPU's kernels read `as_stored`."""
+    if _stored(layout) == torch.uint8 or (device.type == "cpu" and as_stored):
         return 0
     return UpcastScratch.nbytes_for(_shapes(layout), stored=_stored(layout), compute=compute)
 
@@ -279,61 +286,46 @@ def _attach(
 def _waves(
     loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None, threads: int
 ) -> list[WaveCompute]:
-    """The arithmetic of every layer's waves: packed experts on a CPU in one call, others one after the other."""
-    if packed is None:
-        return [OneByOne(compute) for compute in _computes(loaded, maths, packed)]
-    waves: list[WaveCompute] = []
-    for math, E in zip(maths, loaded.layout.experts_per_layer, strict=True):
-        layer = _packed_layer(packed, loaded, math, threads)
-        waves.append(OneByOne(_packed_compute(packed, math, None)) if layer is None else PackedWave(layer, E))
-    return waves
+    """The arithmetic of every layer's waves: on a CPU in one call where the kernels know it, else one after the
+    other."""
+    layers, counts = _layers(loaded, maths, packed, threads), loaded.layout.experts_per_layer
+    if layers is not None:
+        return [OneCall(layer, experts) for layer, experts in zip(layers, counts, strict=True)]
+    return [OneByOne(compute) for compute in _by_expert(loaded, maths, packed)]
 
 
 def _computes(loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None) -> list[ExpertCompute]:
     """The arithmetic of every layer's experts, for one thread: all layers share one scratch."""
-    if packed is None:
-        return list(map(_dense_compute(loaded), maths))
-    return [_packed_compute(packed, math, _packed_layer(packed, loaded, math)) for math in maths]
+    layers = _layers(loaded, maths, packed, 1)
+    return _by_expert(loaded, maths, packed) if layers is None else [layer.expert for layer in layers]
 
 
-def _packed_compute(fmt: LowbitFormat, math: ExpertMath, layer: LowbitLayer | None) -> ExpertCompute:
-    return (lambda x_RD, tensors: lowbit_forward(x_RD, tensors, fmt, math)) if layer is None else layer.expert
-
-
-def _packed_layer(fmt: LowbitFormat, loaded: LoadedModel, math: ExpertMath, threads: int = 1) -> LowbitLayer | None:
-    """A layer's packed experts in machine code, made here and not in the first step; None where it does not know what
+def _layers(
+    loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None, threads: int
+) -> list[ExpertLayer] | None:
+    """Every layer's experts in machine code, made here and not in the first step; None where that does not know what
     they compute."""
-    if loaded.device.type != "cpu":
-        return None
     stored = loaded.layout.tensors
-    if LowbitLayer.covers(math, matrix_at(stored, "down_proj", fmt).K):
-        return LowbitLayer(layout=stored, fmt=fmt, math=math, dtype=loaded.compute_dtype, threads=threads)
-    prepare_lowbit(fmt, loaded.compute_dtype)
-    return None
+    if loaded.device.type != "cpu" or not all(ExpertLayer.covers(stored, packed, math) for math in maths):
+        return None
+    return [
+        ExpertLayer(layout=stored, fmt=packed, math=math, dtype=loaded.compute_dtype, threads=threads) for math in maths
+    ]
 
 
-def _dense_compute(loaded: LoadedModel) -> Callable[[ExpertMath], ExpertCompute]:
-    """Plain weights, widened to the compute dtype one matrix at a time; all layers share the scratch."""
-    layout = loaded.layout
-    scratch = UpcastScratch(_shapes(layout), stored=_stored(layout), compute=loaded.compute_dtype, device=loaded.device)
+def _by_expert(loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None) -> list[ExpertCompute]:
+    """Packed experts, or plain ones widened to the compute dtype one matrix at a time."""
+    if packed is not None:
+        if loaded.device.type == "cpu":
+            prepare_lowbit(packed, loaded.compute_dtype)
+        return [partial(lowbit_forward, fmt=packed, math=math) for math in maths]
+    shapes, stored = _shapes(loaded.layout), _stored(loaded.layout)
+    scratch = UpcastScratch(shapes, stored=stored, compute=loaded.compute_dtype, device=loaded.device)
 
-    def of_layer(math: ExpertMath) -> ExpertCompute:
+    def widened(math: ExpertMath) -> ExpertCompute:
         return lambda x_RD, tensors: expert_forward(x_RD, scratch.widen(tensors), math)
 
-    return of_layer
-
-
-def expert_math(module: nn.Module) -> ExpertMath:
-    """How the experts of a transformers module compute."""
-    gated = bool(module.has_gate)
-    post_norm = bool(getattr(module, "has_post_expert_norm", False))
-    return ExpertMath(
-        activate=module._apply_gate if gated else module.act_fn,  # type: ignore[arg-type]
-        gated=gated,
-        bias=bool(module.has_bias),
-        transposed=bool(module.is_transposed),
-        post_norm=module.post_expert_norm if post_norm else None,  # type: ignore[arg-type]
-    )
+    return list(map(widened, maths))
 
 
 def _shapes(layout: ExpertLayout) -> dict[str, tuple[int, ...]]:

@@ -19,9 +19,9 @@ from buddymoe_ray.engine.parts import EngineParts
 from buddymoe_ray.errors import BuddyMoEError
 from buddymoe_ray.kernels import LowbitFormat, lowbit_forward, lowrank_forward, mean_forward
 from buddymoe_ray.models import shard_writer
+from buddymoe_ray.models.expert_math import expert_math
 from buddymoe_ray.models.reference import reference_model
 from buddymoe_ray.models.standin_files import standin_layouts, verify_standins
-from buddymoe_ray.residency.tier import expert_math
 from buddymoe_ray.types import ExpertKey, ExpertLayout
 
 WINDOW, TOKENS, HASH = 60, 480, "ab" * 32

@@ -94,9 +94,8 @@ def test_stand_ins_are_compared_at_equal_bytes(whole: tuple[Profile, Path]) -> N
         assert (row.memory_percent, row.tokens) == (37.5, 384) and row.dppl_se > 0 and row.miss_rate > 0
     assert rows["lowbit2"].kl < rows["mean"].kl < rows["drop"].kl
     assert rows["lowbit2"].top1_agreement > rows["drop"].top1_agreement
-    assert rows["lowbit2"].miss_rate > rows["mean"].miss_rate > rows["drop"].miss_rate, (
-        "records take room of full experts"
-    )
+    for small in ("mean", "drop"):  # all means together are smaller than an expert
+        assert rows["lowbit2"].miss_rate > rows[small].miss_rate, "records take room of full experts"
 
 
 def test_scales_make_the_prediction_meet_the_measurement(whole: tuple[Profile, Path]) -> None:

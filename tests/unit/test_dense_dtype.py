@@ -11,11 +11,11 @@ from families import build_checkpoint
 from buddymoe_ray import LLM
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.errors import ConfigError
-from buddymoe_ray.kernels import LowbitFormat, LowbitLinear, pack, round_plain
+from buddymoe_ray.kernels import CpuLinear, LowbitFormat, pack, round_plain
 from buddymoe_ray.kernels.lowbit import lowbit_linear_reference
 from buddymoe_ray.models.dense_dtype import PackedLinear
 from buddymoe_ray.models.hf_loading import experts_modules
-from buddymoe_ray.models.load import load_model
+from buddymoe_ray.models.load import load_model, on_kernels
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.router_hook import find_routers
 from buddymoe_ray.residency.devices import GpuInfo
@@ -45,7 +45,7 @@ def test_a_packed_matrix_is_the_spec_and_rows_do_not_see_each_other(
     packed = pack(*round_plain(torch.randn(N, K, generator=rng), fmt), fmt)
     bias = torch.randn(N, generator=rng)
     x = torch.randn(9, K, generator=rng).to(dtype)
-    linear = LowbitLinear(packed, fmt, dtype, bias)
+    linear = CpuLinear(packed, fmt, dtype, bias)
     found = linear(x)
     expected = lowbit_linear_reference(x.float(), packed, fmt, bias)
     error = (found.float() - expected).norm() / expected.norm()
@@ -62,9 +62,9 @@ def test_threads_change_no_bit(rows: int) -> None:
     fmt, (N, K) = LowbitFormat(bits=4), (1127, 1024)
     packed = pack(*round_plain(torch.randn(N, K, generator=rng), fmt), fmt)
     bias, x = torch.randn(N, generator=rng), torch.randn(rows, K, generator=rng)
-    alone = LowbitLinear(packed, fmt, torch.float32, bias)(x)
+    alone = CpuLinear(packed, fmt, torch.float32, bias)(x)
     for threads in (2, 3, 200):
-        assert torch.equal(LowbitLinear(packed, fmt, torch.float32, bias, threads=threads)(x), alone)
+        assert torch.equal(CpuLinear(packed, fmt, torch.float32, bias, threads=threads)(x), alone)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,7 +79,7 @@ def test_every_family_runs_and_hardly_differs(family: str, tmp_path: Path) -> No
             seen.append(dict(result.logprobs[0].top))
     both = seen[0].keys() & seen[1].keys()
     assert len(both) >= 15 and max(abs(seen[0][token] - seen[1][token]) for token in both) < 0.25
-    model = load_model(tmp_path, dense_dtype="int8").model
+    model = on_kernels(load_model(tmp_path), "int8").model
     packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     experts = experts_modules(model)
     assert any(name.endswith("lm_head") for name in packed)
@@ -102,7 +102,7 @@ def test_the_plan_counts_what_will_be_there() -> None:
     folder, taken = resolve_model("builtin:tiny"), []
     for dense_dtype in ("native", "int8", "int4"):
         plan = make_plan(EngineConfig(dense_dtype=dense_dtype), folder, gpus=())
-        assert plan.dense_bytes == load_model(folder, dense_dtype=dense_dtype).dense_bytes
+        assert plan.dense_bytes == on_kernels(load_model(folder), dense_dtype).dense_bytes
         assert plan.dense_dtype == dense_dtype
         taken.append(plan.dense_bytes)
     native, int8, int4 = taken

@@ -16,7 +16,7 @@ from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.kernels import LowbitFormat
 from buddymoe_ray.models.expert_dtype import format_of, recoded_layout
 from buddymoe_ray.models.load import load_model
-from buddymoe_ray.moe import OneByOne, PackedWave, Phase
+from buddymoe_ray.moe import OneByOne, OneCall, Phase
 
 PROMPTS = ["def add(a, b):\n", "import os\n", "The following example"]
 
@@ -121,7 +121,7 @@ def test_a_wave_in_one_call_is_its_experts_one_by_one() -> None:
     parts = build_parts(EngineConfig(memory="40%", expert_dtype="int4"), text=False)
     with closing(parts.experts) as tier:
         block = tier.blocks[1]
-        assert isinstance(block._compute, PackedWave)
+        assert isinstance(block._compute, OneCall)
         hidden = torch.randn(7, parts.loaded.hidden_size, generator=rng)
         ids = torch.stack([torch.randperm(32, generator=rng)[:4] for _ in hidden])
         weights = torch.rand(7, 4, generator=rng)

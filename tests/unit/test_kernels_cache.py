@@ -17,7 +17,7 @@ from buddymoe_ray.kernels.machine_code import code_folder
 
 PACKAGE = Path(buddymoe_ray.__file__).parent
 MAKE = """
-from buddymoe_ray.kernels.lowbit_numba import compile_experts, compile_linear
+from buddymoe_ray.kernels.expert_numba import compile_experts, compile_linear
 from buddymoe_ray.kernels.machine_code import code_folder, native_functions
 native_functions("define void @nothing() { ret void }", ("nothing",))
 kernels = (compile_experts(code_folder()), compile_linear(code_folder()))
@@ -52,7 +52,7 @@ def test_machine_code_is_kept_and_follows_its_sources(tmp_path: Path) -> None:
     for name in ("types.py", "errors.py", "config.py"):
         shutil.copy(PACKAGE / name, package / name)
     (package / "__init__.py").write_text("")
-    numba = package / "kernels" / "lowbit_numba.py"
+    numba = package / "kernels" / "expert_numba.py"
     begin, calls = numba.read_text().split("_CALL =", 1)
     numba.write_text(
         begin + "\n_experts = njit(lambda call, plan_at: 0)\n_linear = njit(lambda call, plan_at, i: None)\n"
@@ -64,7 +64,7 @@ def test_machine_code_is_kept_and_follows_its_sources(tmp_path: Path) -> None:
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert sorted(Path(name).suffix for name in made) == [".nbc", ".nbc", ".nbi", ".nbi", ".o"]
     assert hits(tmp_path, cache) == 2 and files(cache) == made
-    for name in ("vector_ir", "lowbit_rows"):  # not the module that numba looks at
+    for name in ("vector_ir", "expert_rows"):  # not the module that numba looks at
         source = numba.with_name(f"{name}.py")
         source.write_text(source.read_text() + "\n# changed\n")
         assert hits(tmp_path, cache) == 0

@@ -96,7 +96,7 @@ def product(packed: PackedMatrix, x_RK: Tensor, bits: int, wide: bool, level: st
             row.copy_(x.view(torch.uint8))
     pairs = torch.tensor([[row.data_ptr(), y.data_ptr()] for row, y in zip(rows, out, strict=True)])
     places = (packed.codes.data_ptr(), packed.scales.data_ptr(), packed.base.data_ptr())
-    native(made["project"], *places, G, A, pairs.data_ptr(), len(x_RK))
+    native(made["project"], *places, x_RK.shape[1], 16 * A, pairs.data_ptr(), len(x_RK))
     return out
 
 

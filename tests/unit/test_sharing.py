@@ -141,4 +141,4 @@ def test_workers_must_be_counted() -> None:
 
 def test_a_budget_too_small_for_all_workers_says_so(folder: Path) -> None:
     with pytest.raises(BudgetError, match=r"hint: use --memory"):
-        opened(folder, 4, memory="2%")
+        opened(folder, 4, memory="1%")

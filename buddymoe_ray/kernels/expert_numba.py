@@ -1,11 +1,12 @@
-"""The low-bit expert around its matrix products: which rows, which record, what comes between.
+"""An expert around its matrix products: which rows, which record, what comes between.
 
 `experts` computes all accesses of a layer's step in one call, `linear` one matrix; both without the GIL. Works on raw
-addresses, knows no torch: the products themselves are native functions whose addresses come in (lowbit_tiles.py), and
-lowbit_rows.py does the rest of the arithmetic. Invariant: the bits of an access depend on its row and its record alone.
+addresses, knows no torch: the products themselves are native functions whose addresses come in (lowbit_tiles.py,
+stored_tiles.py), and expert_rows.py does the rest of the arithmetic.
+Invariant: the bits of an access depend on its row and its record alone.
 Rows of at most CHUNK accesses of an expert go together, so scratch is bounded.
 numba frees an array after the last statement that names it, and an address of it is no name: scratch that is reached by
-address belongs to the caller of the function that does so. Imports numba at the top: only `lowbit_cpu` may import this
+address belongs to the caller of the function that does so. Imports numba at the top: only `cpu` may import this
 module, and late.
 
 Legend: N outputs and K inputs of a matrix, G groups of 32 inputs, R rows (at most CHUNK at once). In `experts`: K
@@ -25,9 +26,9 @@ from numba import carray, float32, njit, types
 from numba.core import config as numba_config
 from numba.extending import intrinsic
 
-from buddymoe_ray.kernels.lowbit_calls import NO_SUCH_EXPERT, NO_SUCH_RECORD, OK, Call, Expert, Product
+from buddymoe_ray.kernels.expert_calls import NO_SUCH_EXPERT, NO_SUCH_RECORD, OK, Call, Expert, Product
+from buddymoe_ray.kernels.expert_rows import activate, add_bias, floats_at, ints_at, read_row, write_row
 from buddymoe_ray.kernels.lowbit_format import BLOCK, GROUP
-from buddymoe_ray.kernels.lowbit_rows import activate, add_bias, floats_at, ints_at, read_row, write_row
 from buddymoe_ray.kernels.vector_ir import I64, VOID
 
 __all__ = ["compile_experts", "compile_linear"]
@@ -103,7 +104,7 @@ def _multiply(product: Any, record: Any, rows_of: Any, scratch: Any, out: Any) -
             copy[K:] = float32(0.0)
         scratch.pairs[r, 0], scratch.pairs[r, 1] = place, out_at + 4 * r * width
     codes, scales, base = record + product.codes, record + product.scales, record + product.base
-    _native(product.project, (codes, scales, base, G, width // BLOCK, scratch.pairs.ctypes.data, R))
+    _native(product.project, (codes, scales, base, K, product.N, scratch.pairs.ctypes.data, R))
     if product.bias_bytes:
         for r in range(R):
             add_bias(out[r * width : r * width + product.N], record + product.bias, product.bias_bytes)
@@ -276,5 +277,5 @@ def _compiled(signature: Any, function: Callable[..., Any], folder: Path | None)
 
 def _stamp() -> int:
     """Checksum of the sources. numba's cache knows the entry points' closures but not the code that they call."""
-    names = ("lowbit_calls", "lowbit_format", "lowbit_numba", "lowbit_rows", "vector_ir")
+    names = ("expert_calls", "lowbit_format", "expert_numba", "expert_rows", "vector_ir")
     return crc32(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in names))

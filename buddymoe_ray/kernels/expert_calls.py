@@ -1,4 +1,4 @@
-"""What goes into a call of the low-bit machine code: tuples of int64, which cost a kernel nothing.
+"""What goes into a call of the experts' machine code: tuples of int64, which cost a kernel nothing.
 
 What stays the same from call to call lies in an array (`plan_of`) that is handed over by its address, and `Call` goes
 as a plain tuple: named ones are ten times as long on their way into numba. Knows neither torch nor numba: both sides of
@@ -14,16 +14,19 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["NO_SUCH_EXPERT", "NO_SUCH_RECORD", "OK", "Call", "Expert", "Product", "plan_of"]
+__all__ = ["ITEM_BYTES", "NO_SUCH_EXPERT", "NO_SUCH_RECORD", "OK", "Call", "Expert", "Product", "plan_of"]
 
 OK, NO_SUCH_EXPERT, NO_SUCH_RECORD = 0, 1, 2
 """What a call answers: when it is not OK, nothing was computed."""
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Dtypes of weights that can be read as stored, by torch's names."""
 
 
 class Product(NamedTuple):
     """A matrix in a record, bytes from the record's begin, and the native functions that multiply with it.
 
-    `quantise` is 0 where activations stay float32, `bias_bytes` those of an item of the bias, 0 for none.
+    One as stored has neither scales nor base. `quantise` turns a row into what `project` reads, 0 where that is float32
+    as it is; `bias_bytes` are those of an item of the bias, 0 for none.
     """
 
     codes: int

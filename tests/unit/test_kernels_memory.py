@@ -1,4 +1,4 @@
-"""The kernel touches its own memory only: scratch as long as it lives, inputs up to their last byte.
+"""The kernels touch their own memory only: scratch as long as it lives, inputs up to their last byte.
 
 Both are told by the processor: in a process of its own, freed scratch and what follows an input are pages that are not
 there.
@@ -20,7 +20,7 @@ import torch
 from lowbit_records import random_records, silu_gate
 from torch.nn import functional
 
-from buddymoe_ray.kernels import ExpertMath, LowbitFormat, lowbit_forward
+from buddymoe_ray.kernels import CpuLinear, ExpertMath, LowbitFormat, lowbit_forward
 
 ONE_CALL, TWO_CALLS = silu_gate, lambda x: functional.gelu(x.chunk(2, -1)[0])  # for an expert, or one per matrix
 """
@@ -34,7 +34,7 @@ for activate in (ONE_CALL, TWO_CALLS):
                 assert lowbit_forward(torch.randn(rows, D).to(dtype), views[0], fmt, math).isfinite().all()
 print("whole")
 """
-INPUTS = """
+PLACED = """
 PAGE, kept = mmap.PAGESIZE, []
 
 def at_the_end(tensor):
@@ -44,7 +44,10 @@ def at_the_end(tensor):
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + pages), PAGE, 0) == 0
     moved = torch.frombuffer(kept[-1], dtype=tensor.dtype, count=tensor.numel(), offset=pages - tensor.nbytes)
     return moved.view(tensor.shape).copy_(tensor)
-
+"""
+INPUTS = (
+    PLACED
+    + """
 for bits in (2, 3, 4, 8):
     for D, F in ((64, 96), (41, 71)):
         for activate in (ONE_CALL, TWO_CALLS):
@@ -58,6 +61,21 @@ for bits in (2, 3, 4, 8):
                     assert torch.equal(lowbit_forward(at_the_end(x_RD), record, fmt, math), expected)
 print("whole")
 """
+)
+STORED = (
+    PLACED
+    + """
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for N, K in ((64, 96), (1, 32), (7, 33), (30, 31), (5, 1), (3, 65)):
+        weight, bias = torch.randn(N, K).to(dtype), torch.randn(N)
+        for rows in (1, 2, 5, 70):
+            x = torch.randn(rows, K).to(torch.bfloat16)
+            expected = CpuLinear(weight, None, torch.bfloat16, bias)(x)
+            assert expected.isfinite().all()
+            assert torch.equal(CpuLinear(at_the_end(weight), None, x.dtype, at_the_end(bias))(at_the_end(x)), expected)
+print("whole")
+"""
+)
 
 
 def run(program: str, **environment: str) -> None:
@@ -79,3 +97,7 @@ def test_scratch_is_not_freed_while_it_is_used() -> None:
 
 def test_nothing_behind_an_input_is_read() -> None:
     run(INPUTS)
+
+
+def test_nothing_behind_stored_weights_is_read() -> None:
+    run(STORED)

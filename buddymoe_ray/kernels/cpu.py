@@ -1,4 +1,4 @@
-"""Torch's side of the low-bit machine code: makes it, hands it raw addresses, runs one expert at a time.
+"""Torch's side of the CPU's machine code: makes it, hands it raw addresses, runs one matrix or one expert at a time.
 
 numba (about a second to import) is loaded at the first use, so machine code is made, or read from the user's folder,
 when `prepare` or an engine asks for it. Does not know where records lie.
@@ -8,6 +8,7 @@ Legend: R rows of one expert or matrix, D hidden, F ffn, N outputs and K inputs 
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from buddymoe_ray.kernels.lowbit_calls import OK, Call, Expert, Product, plan_of
+from buddymoe_ray.kernels.expert_calls import ITEM_BYTES, OK, Call, Expert, Product, plan_of
 from buddymoe_ray.kernels.lowbit_format import BLOCK, LowbitFormat, Matrix, PackedMatrix, packed_parts
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.kernels.rowwise import rowwise
@@ -28,9 +29,10 @@ from buddymoe_ray.kernels.rowwise import rowwise
 __all__ = [
     "ANYWHERE",
     "FORMULAS",
-    "LowbitLinear",
+    "CpuLinear",
     "THREADED_WEIGHTS",
     "activation_of",
+    "bias_bytes",
     "as_read",
     "experts_kernel",
     "forward",
@@ -38,6 +40,8 @@ __all__ = [
     "linear_kernel",
     "prepare",
     "product_of",
+    "stored_product",
+    "widens",
 ]
 
 ANYWHERE = 1 << 62
@@ -102,6 +106,28 @@ def product_of(matrix: Matrix, fmt: LowbitFormat, dtype: torch.dtype, bias: tupl
     return Product(codes, scales, base, *bias, N, K, native["project"], native.get("quantise", 0))
 
 
+def stored_product(place: int, shape: tuple[int, int], weights: str, bias: tuple[int, int] = (0, 0)) -> Product:
+    """A matrix [N, K] as it is stored, in the dtype named `weights`, for float32 rows; see `product_of`."""
+    native = _stored_tiles(weights)
+    return Product(place, 0, 0, *bias, *shape, native["project"], native.get("spread", 0))
+
+
+def bias_bytes(dtype: str) -> int | None:
+    """Of an item of a bias that the machine code reads, None for one that it does not."""
+    return None if dtype == "float16" else ITEM_BYTES.get(dtype)
+
+
+@cache
+def widens(weights: str) -> bool:
+    """Whether this CPU multiplies weights stored in the dtype named `weights` in machine code."""
+    import llvmlite.binding as llvm
+
+    if platform.machine() in ("aarch64", "arm64"):
+        return weights in ITEM_BYTES
+    has = llvm.get_host_cpu_features()
+    return weights in ITEM_BYTES and bool(has.get("fma")) and (weights != "float16" or bool(has.get("f16c")))
+
+
 def as_read(x: Tensor) -> Tensor:
     """In a dtype that the machine code reads and writes: float32 or bfloat16."""
     return x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
@@ -131,29 +157,42 @@ def forward(x_RD: Tensor, tensors: Mapping[str, Tensor], fmt: LowbitFormat, math
     return y_RD if math.post_norm is None else rowwise(math.post_norm, y_RD)
 
 
-class LowbitLinear:
-    """`y = x W^T + bias` from a packed matrix, for rows of `dtype`; the bias is float32. Rows do not see each other.
+class CpuLinear:
+    """`y = x W^T + bias` for rows of `dtype`, from a packed matrix or one as stored. Rows do not see each other.
 
-    float32 rows are multiplied as they are, others as 16-bit integers (error 4e-5). `threads` share the outputs; the
-    bits do not depend on it. Machine code is made here (seconds at the first time on a machine), not in the first call.
+    Rows are multiplied in float32; with packed weights those of another dtype as 16-bit integers (error 4e-5).
+    `threads` share the outputs; the bits do not depend on it. The bias is bfloat16 or float32.
+    Machine code is made here (seconds at the first time on a machine), not in the first call.
     """
 
     def __init__(
-        self, packed: PackedMatrix, fmt: LowbitFormat, dtype: torch.dtype, bias_N: Tensor | None, *, threads: int = 1
+        self,
+        weight: PackedMatrix | Tensor,
+        fmt: LowbitFormat | None,
+        dtype: torch.dtype,
+        bias_N: Tensor | None,
+        *,
+        threads: int = 1,
     ) -> None:
-        self._held, self._dtype, self._kernel = (packed, bias_N), dtype, linear_kernel()
-        N, self._K = packed.sizes.shape[:2]
-        self._weights, A = N * self._K, len(packed.codes)
+        self._held, self._dtype, self._kernel = (weight, bias_N), dtype, linear_kernel()
+        N, self._K = (weight if isinstance(weight, Tensor) else weight.sizes).shape[:2]
+        self._weights, A = N * self._K, -(-N // BLOCK)
 
         def part(first: int, last: int) -> tuple[npt.NDArray[np.int64], int]:
             """The plan of some blocks of outputs, and how many outputs they are."""
-            count, bias = min(N, last * BLOCK) - first * BLOCK, (0, 0)
+            begin, count, bias = first * BLOCK, min(N, last * BLOCK) - first * BLOCK, (0, 0)
             if bias_N is not None:
-                bias = (bias_N[first * BLOCK :].data_ptr(), bias_N.itemsize)
-            places = (packed.codes[first].data_ptr(), packed.scales[first].data_ptr(), packed.base.data_ptr())
-            product = product_of(Matrix(*places, N=count, K=self._K), fmt, dtype, bias)
+                bias = (bias_N[begin:].data_ptr(), bias_N.itemsize)
+            if isinstance(weight, Tensor):
+                place, stored = weight[begin:].data_ptr(), str(weight.dtype).removeprefix("torch.")
+                product = stored_product(place, (count, self._K), stored, bias)
+            else:
+                assert fmt is not None, "packed weights have a format"
+                places = (weight.codes[first].data_ptr(), weight.scales[first].data_ptr(), weight.base.data_ptr())
+                product = product_of(Matrix(*places, N=count, K=self._K), fmt, dtype, bias)
             return plan_of(Expert(0, 0), product, product), count
 
+        assert not isinstance(weight, Tensor) or weight.is_contiguous(), "weights must be contiguous"
         cuts = sorted({A * at // threads for at in range(threads + 1)})
         self._whole, self._parts = [part(0, A)], [part(*ends) for ends in pairwise(cuts)]
 
@@ -178,7 +217,7 @@ class LowbitLinear:
 @cache
 def helpers(threads: int) -> ThreadPoolExecutor:
     """Threads that share a call's work, made once."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="lowbit")
+    return ThreadPoolExecutor(threads, thread_name_prefix="kernels")
 
 
 def _product(tensors: Mapping[str, Tensor], name: str, fmt: LowbitFormat, dtype: torch.dtype, biased: bool) -> Product:
@@ -200,6 +239,15 @@ def prepare(fmt: LowbitFormat, dtype: torch.dtype) -> None:
 
 
 @cache
+def _stored_tiles(weights: str) -> Mapping[str, int]:
+    from buddymoe_ray.kernels.machine_code import native_functions
+    from buddymoe_ray.kernels.stored_tiles import stored_module_text
+
+    names = ("project", "spread") if weights == "bfloat16" else ("project",)
+    return native_functions(stored_module_text(weights), names)
+
+
+@cache
 def _tiles(fmt: LowbitFormat, wide: bool) -> Mapping[str, int]:
     from buddymoe_ray.kernels.lowbit_tiles import host_level, module_text
     from buddymoe_ray.kernels.machine_code import native_functions
@@ -211,7 +259,7 @@ def _tiles(fmt: LowbitFormat, wide: bool) -> Mapping[str, int]:
 @cache
 def experts_kernel() -> Callable[..., int]:
     """Machine code for many rows of many experts; made, or loaded, by the first call."""
-    from buddymoe_ray.kernels.lowbit_numba import compile_experts
+    from buddymoe_ray.kernels.expert_numba import compile_experts
     from buddymoe_ray.kernels.machine_code import code_folder
 
     return compile_experts(code_folder())
@@ -220,7 +268,7 @@ def experts_kernel() -> Callable[..., int]:
 @cache
 def linear_kernel() -> Callable[..., None]:
     """Machine code for one packed matrix."""
-    from buddymoe_ray.kernels.lowbit_numba import compile_linear
+    from buddymoe_ray.kernels.expert_numba import compile_linear
     from buddymoe_ray.kernels.machine_code import code_folder
 
     return compile_linear(code_folder())

@@ -1,8 +1,9 @@
-"""All low-bit experts of one layer and step in one call, or one of them over its rows.
+"""All experts of one layer and step in one call, packed or as stored, or one of them over its rows.
 
 At decode a step has a few rows for each of many experts: one call per expert would spend more on calling than on
 arithmetic. Knows where things lie in a record, but not which accesses a policy gave to stand-ins, nor the router's
-weights. Invariant: an output is bit for bit that of `lowbit_forward` on its row alone.
+weights. Invariant: an output's bits depend on its row and its expert alone; of a packed one they are those of
+`lowbit_forward`.
 
 Legend: T tokens, K experts per token, N = T*K accesses, E experts, B bytes, D hidden, F ffn.
 """
@@ -15,31 +16,32 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from buddymoe_ray.kernels.lowbit_calls import NO_SUCH_EXPERT, NO_SUCH_RECORD, OK, Expert, Product, plan_of
-from buddymoe_ray.kernels.lowbit_cpu import (
+from buddymoe_ray.kernels.cpu import (
     ANYWHERE,
     THREADED_WEIGHTS,
     activation_of,
     as_read,
+    bias_bytes,
     experts_kernel,
     helpers,
     product_of,
+    stored_product,
+    widens,
 )
+from buddymoe_ray.kernels.expert_calls import NO_SUCH_EXPERT, NO_SUCH_RECORD, OK, Expert, Product, plan_of
 from buddymoe_ray.kernels.lowbit_format import LowbitFormat, matrix_at
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.types import SlotTensor
 
-__all__ = ["LowbitLayer"]
-
-BIAS_BYTES = {"bfloat16": 2, "float32": 4}
+__all__ = ["ExpertLayer"]
 
 
-class LowbitLayer:
+class ExpertLayer:
     """Computes experts on a CPU from records laid out by `record_tensors`.
 
     Args:
-        math: the experts' arithmetic; one that `covers` says yes to.
-        dtype: of activations. float32 ones are multiplied as they are, others as 16-bit integers (error 4e-5).
+        layout, fmt, math: experts that `covers` says yes to; `fmt` is None for weights as stored.
+        dtype: of activations. With packed weights all but float32 ones are multiplied as 16-bit integers (error 4e-5).
         threads: share the records of a call; the bits do not depend on it.
 
     Machine code is made here (seconds at the first time on a machine, then .5 s), not in the first step.
@@ -50,7 +52,7 @@ class LowbitLayer:
         self,
         *,
         layout: Sequence[SlotTensor],
-        fmt: LowbitFormat,
+        fmt: LowbitFormat | None,
         math: ExpertMath,
         dtype: torch.dtype = torch.float32,
         threads: int = 1,
@@ -63,7 +65,7 @@ class LowbitLayer:
         self._plan, self._kernel = plan_of(Expert(activation, self._nbytes), first, down), experts_kernel()
         self._plan_at, self._hidden = self._plan.ctypes.data, first.K
         self._threads, self._dtype = threads, dtype
-        self._begin = next((tensor.name, tensor.offset) for tensor in layout if tensor.name == f"{math.first}.codes")
+        self._begin = layout[0].name, layout[0].offset
         self._weights = first.N * first.K + down.N * down.K
 
     def expert(self, x_RD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -82,9 +84,18 @@ class LowbitLayer:
         return out if out.dtype == x_RD.dtype else out.to(x_RD.dtype)
 
     @staticmethod
-    def covers(math: ExpertMath, F: int) -> bool:
-        """Whether a call can compute such experts."""
-        return activation_of(math, F) is not None
+    def covers(layout: Sequence[SlotTensor], fmt: LowbitFormat | None, math: ExpertMath) -> bool:
+        """Whether a call can compute such experts. Raises ValueError for another version's packing."""
+        if fmt is not None:
+            return activation_of(math, matrix_at(layout, "down_proj", fmt).K) is not None
+        stored = {tensor.name: tensor for tensor in layout}
+        biases = [stored[f"{name}_bias"].dtype for name in (math.first, "down_proj") if math.bias]
+        return (
+            not math.transposed
+            and all(widens(stored[name].dtype) for name in (math.first, "down_proj"))
+            and all(bias_bytes(dtype) for dtype in biases)
+            and activation_of(math, stored["down_proj"].shape[1]) is not None
+        )
 
     def __call__(self, x_TD: Tensor, records_B: Tensor | None, at_E: Tensor, expert_TK: Tensor, out_ND: Tensor) -> None:
         """Write `out_ND[n] = expert expert_TK.flat[n] over x_TD[n // K]` where the expert has a record.
@@ -129,13 +140,19 @@ class LowbitLayer:
 
 
 def _product(
-    layout: Sequence[SlotTensor], name: str, fmt: LowbitFormat, math: ExpertMath, dtype: torch.dtype
+    layout: Sequence[SlotTensor], name: str, fmt: LowbitFormat | None, math: ExpertMath, dtype: torch.dtype
 ) -> Product:
     """A matrix within a record, with its bias."""
-    bias = next((tensor for tensor in layout if tensor.name == f"{name}_bias"), None) if math.bias else None
-    if math.bias and (bias is None or bias.dtype not in BIAS_BYTES):
-        raise ValueError(f"{name}_bias is {bias and bias.dtype}, must be one of {', '.join(BIAS_BYTES)}")
-    place = (0, 0) if bias is None else (bias.offset, BIAS_BYTES[bias.dtype])
+    place, tensors = (0, 0), {tensor.name: tensor for tensor in layout}
+    if math.bias:
+        bias = tensors.get(f"{name}_bias")
+        size = None if bias is None else bias_bytes(bias.dtype)
+        if bias is None or size is None:
+            raise ValueError(f"{name}_bias is {bias and bias.dtype}, must be bfloat16 or float32")
+        place = (bias.offset, size)
+    if fmt is None:
+        N, K = tensors[name].shape
+        return stored_product(tensors[name].offset, (N, K), tensors[name].dtype, place)
     return product_of(matrix_at(layout, name, fmt), fmt, dtype, place)
 
 

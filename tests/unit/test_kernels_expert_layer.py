@@ -10,12 +10,12 @@ from torch.nn import functional
 
 from buddymoe_ray.errors import ProfileError
 from buddymoe_ray.kernels import (
+    ExpertLayer,
     ExpertMath,
     LowbitFormat,
-    LowbitLayer,
-    lowbit_cpu,
+    cpu,
+    expert_layer,
     lowbit_forward,
-    lowbit_layer,
     record_tensors,
 )
 from buddymoe_ray.kernels.lowbit import lowbit_forward_reference
@@ -26,10 +26,12 @@ from buddymoe_ray.types import ExpertLayout, SlotTensor
 D, F, E, K = 96, 40, 6, 3
 SHAPES: Shapes = {"gate_up_proj": (2 * F, D), "down_proj": (D, F)}
 SILU = ExpertMath(activate=silu_gate)
+FMT = LowbitFormat(bits=4)
+LAYOUT = record_tensors(SHAPES, FMT)[0]
 
 
-def layer_of(fmt: LowbitFormat, threads: int = 1, dtype: torch.dtype = torch.float32) -> LowbitLayer:
-    return LowbitLayer(layout=record_tensors(SHAPES, fmt)[0], fmt=fmt, math=SILU, dtype=dtype, threads=threads)
+def layer_of(fmt: LowbitFormat, threads: int = 1, dtype: torch.dtype = torch.float32) -> ExpertLayer:
+    return ExpertLayer(layout=record_tensors(SHAPES, fmt)[0], fmt=fmt, math=SILU, dtype=dtype, threads=threads)
 
 
 def any_layer_of(fmt: LowbitFormat, math: ExpertMath, shapes: Shapes) -> RecordCompute:
@@ -80,7 +82,7 @@ def test_one_expert_from_the_views_of_its_record(R: int, dtype: torch.dtype) -> 
     fmt, shapes = LowbitFormat(bits=4), SHAPES | {"gate_up_proj_bias": (2 * F,), "down_proj_bias": (D,)}
     _, views = random_records(shapes, fmt, 17, 3)
     math = ExpertMath(activate=gpt_oss_gate, bias=True)
-    layer = LowbitLayer(layout=record_tensors(shapes, fmt)[0], fmt=fmt, math=math, dtype=dtype)
+    layer = ExpertLayer(layout=record_tensors(shapes, fmt)[0], fmt=fmt, math=math, dtype=dtype)
     x_RD = torch.randn(R, 2 * D, generator=torch.Generator().manual_seed(18)).to(dtype)[:, ::2]
     for tensors in views:
         got = layer.expert(x_RD, tensors)
@@ -105,7 +107,7 @@ def test_every_family_is_computed_in_one_call_or_one_by_one(name: str, bits: int
     if math.bias:
         shapes |= {f"{math.first}_bias": (2 * F,), "down_proj_bias": (D,)}
     made = any_layer_of(fmt, math, shapes)
-    assert isinstance(made, LowbitLayer) is known
+    assert isinstance(made, ExpertLayer) is known
     records, views = random_records(shapes, fmt, 2, E)
     x_TD, expert_TK = accesses(5, 3)
     out_ND = torch.zeros(5 * K, D)
@@ -150,7 +152,7 @@ def test_records_of_two_kinds_share_one_buffer() -> None:
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_do_not_change_bits(threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowbit_layer, "THREADED_WEIGHTS", 0)
+    monkeypatch.setattr(expert_layer, "THREADED_WEIGHTS", 0)
     fmt = LowbitFormat(bits=4)
     records, _ = random_records(SHAPES, fmt, 6, E)
     x_TD, expert_TK = accesses(30, 7)
@@ -165,7 +167,7 @@ def test_a_step_has_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     records, _ = random_records(SHAPES, fmt, 15, E)
     layer, (x_TD, expert_TK), out_ND = layer_of(fmt), accesses(4, 16), torch.zeros(4 * K, D)
     for name in ("experts_kernel", "_tiles"):
-        monkeypatch.setattr(lowbit_cpu, name, lambda *_: pytest.fail("compiled in a step"))
+        monkeypatch.setattr(cpu, name, lambda *_: pytest.fail("compiled in a step"))
     layer(x_TD, records, places(records), expert_TK, out_ND)
     assert bool(out_ND.any())
 
@@ -215,13 +217,13 @@ def test_what_would_read_or_write_past_an_end_is_refused() -> None:
 )
 def test_experts_are_told_apart_by_what_they_answer(activate, known: int | None) -> None:
     math = ExpertMath(activate=activate if activate is not relu2 else lambda x: relu2(x[..., :F]))
-    assert lowbit_cpu.activation_of(math, F) == known and LowbitLayer.covers(math, F) is (known is not None)
-    assert lowbit_cpu.activation_of(ExpertMath(activate=activate, post_norm=lambda y: y), F) is None
+    assert cpu.activation_of(math, F) == known and ExpertLayer.covers(LAYOUT, FMT, math) is (known is not None)
+    assert cpu.activation_of(ExpertMath(activate=activate, post_norm=lambda y: y), F) is None
 
 
 def test_ungated_experts_are_known_too() -> None:
-    assert lowbit_cpu.activation_of(ExpertMath(activate=relu2, gated=False), F) == 3
-    assert lowbit_cpu.activation_of(ExpertMath(activate=functional.relu, gated=False), F) is None
+    assert cpu.activation_of(ExpertMath(activate=relu2, gated=False), F) == 3
+    assert cpu.activation_of(ExpertMath(activate=functional.relu, gated=False), F) is None
 
 
 def test_large_gates_saturate_as_silu_does() -> None:

@@ -1,8 +1,8 @@
-"""What the low-bit machine code does to one row at a time: reads and writes it, adds a bias, activates.
+"""What an expert's machine code does to one row at a time: reads and writes it, adds a bias, activates.
 
 Elementwise throughout, with operations that are rounded once each in a written order, so that the bits do not depend on
 how LLVM vectorises. Knows addresses and types of items, neither records nor experts. Imports numba at the top: only
-`lowbit_numba` may import this module.
+`expert_numba` may import this module.
 
 Legend: n items of a row, F ffn.
 """
@@ -18,7 +18,7 @@ from buddymoe_ray.kernels.vector_ir import F32, I32
 
 __all__ = ["activate", "add_bias", "floats_at", "ints_at", "read_row", "write_row"]
 
-SILU, GELU, CLAMPED = 0, 1, 2  # places in `lowbit_cpu.FORMULAS`; what is left is the last
+SILU, GELU, CLAMPED = 0, 1, 2  # places in `cpu.FORMULAS`; what is left is the last
 
 
 def _pointer_to(item: Any) -> Any:
@@ -114,7 +114,7 @@ def _sigmoid(z: Any) -> Any:
 
 @njit
 def activate(kind: Any, both: Any, F: Any, hidden: Any) -> None:
-    """`hidden` [F] of the first product's outputs, as `lowbit_cpu.FORMULAS` says."""
+    """`hidden` [F] of the first product's outputs, as `cpu.FORMULAS` says."""
     gates, ups = both[:F], both[F:]
     if kind == SILU:
         for i in range(F):

@@ -1,0 +1,171 @@
+"""The product with a matrix as a checkpoint stores it, [N, K] in bfloat16, float16 or float32, as LLVM IR.
+
+`stored_module_text` writes one module for a dtype of weights:
+
+    project(weights, 0, 0, K, N, rows, R)   rows are R pairs (address of a row, address of its outputs), as lowbit_tiles
+    spread(x, G, row)                       bfloat16 only: float32 x [32 G] with the even inputs of a group before the
+                                            odd ones, for one shift or mask widens every other weight of a vector
+
+Rows are float32, padded with zeros to whole groups of 32. Products are exact or rounded once by a fused multiply-add,
+16 sums to an output, which are added in a fixed tree: the bits of an output depend on its row and its weights alone,
+not on the rows or outputs beside it, nor on the width of the CPU's vectors.
+
+Reads weights to their last byte and no further: a last group that is not whole is copied first.
+
+Tried and dropped: no prefetch of the next outputs' weights (1.1 times as long at one row of bfloat16); 6 outputs at
+once for one row, 4 rows at once (do not fit into 16 registers).
+
+Legend: N outputs and K inputs of the matrix, G groups of 32 inputs, R rows, b an `ir.IRBuilder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import ir
+
+from buddymoe_ray.kernels.expert_calls import ITEM_BYTES
+from buddymoe_ray.kernels.lowbit_format import GROUP
+from buddymoe_ray.kernels.vector_ir import F32, I8, I32, I64, VOID, at, call, const, load, loop, vec
+
+__all__ = ["stored_module_text"]
+
+LANES = 16
+FLOATS, INTS = vec(F32, LANES), vec(I32, LANES)
+LINE = 64
+ONE_ROW, MANY_ROWS = ((4, (1,)), (1, (1,))), ((2, (3, 2, 1)), (1, (3, 2, 1)))
+"""Outputs at once, each with the numbers of rows at once."""
+
+
+def stored_module_text(dtype: str) -> str:
+    """The module's IR for weights of `dtype`."""
+    made = _Stored(dtype)
+    made.project()
+    if dtype == "bfloat16":
+        made.spread()
+    return str(made.module)
+
+
+class _Stored:
+    """Emits one module."""
+
+    def __init__(self, dtype: str) -> None:
+        self.module = ir.Module(name=f"stored-{dtype}")
+        self._dtype, self._bytes = dtype, ITEM_BYTES[dtype]
+
+    def project(self) -> None:
+        """Every block of outputs times every block of rows."""
+        shapes = (ONE_ROW, MANY_ROWS)
+        tiles = {
+            (outputs, rows): self._tile(outputs, rows)
+            for outputs, rows in sorted({(o, r) for shape in shapes for o, several in shape for r in several})
+        }
+        kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 7), "project")
+        weights, _, _, K, N, rows, R = kernel.args
+        b = ir.IRBuilder(kernel.append_basic_block())
+        with b.if_else(b.icmp_signed("==", R, I64(1))) as branches:
+            for branch, shape in zip(branches, shapes, strict=True):
+                with branch:
+                    first = I64(0)
+                    for outputs, several in shape:
+                        blocks = b.sdiv(b.sub(N, first), I64(outputs))
+                        with loop(b, blocks) as block:
+                            n = b.add(first, b.mul(block, I64(outputs)))
+                            self._rows(b, {r: tiles[outputs, r] for r in several}, (weights, K, n), (rows, R))
+                        first = b.add(first, b.mul(blocks, I64(outputs)))
+        b.ret_void()
+
+    def _rows(self, b: Any, tiles: dict[int, Any], outputs: tuple[Any, Any, Any], rows_of: tuple[Any, Any]) -> None:
+        """All rows of a block of outputs."""
+        (weights, K, n), (rows, R) = outputs, rows_of
+        place, done = b.add(weights, b.mul(n, b.mul(K, I64(self._bytes)))), I64(0)
+        for size, tile in tiles.items():
+            times = b.sdiv(b.sub(R, done), I64(size))
+            with loop(b, times) as turn:
+                row = b.add(done, b.mul(turn, I64(size)))
+                b.call(tile, [place, K, b.add(rows, b.mul(row, I64(16))), b.mul(n, I64(4))])
+            done = b.add(done, b.mul(times, I64(size)))
+
+    def _tile(self, outputs: int, rows: int) -> Any:
+        """Some outputs of some rows, over all inputs."""
+        tile = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 4), f"tile{outputs}x{rows}")
+        tile.linkage = "internal"
+        tile.attributes.add("noinline")
+        weights, K, pairs, column = tile.args
+        b = ir.IRBuilder(tile.append_basic_block())
+        stride, ahead = b.mul(K, I64(self._bytes)), b.mul(K, I64(self._bytes * outputs))
+        w = [b.add(weights, b.mul(stride, I64(n))) for n in range(outputs)]
+        x = [load(b, pairs, I64, 16 * r) for r in range(rows)]
+        y = [b.add(load(b, pairs, I64, 16 * r + 8), column) for r in range(rows)]
+        sums = [[b.alloca(FLOATS) for _ in w] for _ in x]
+        part = [b.alloca(ir.ArrayType(I8, GROUP * self._bytes)) for _ in w]
+        for place in (place for row in sums for place in row):
+            b.store(const(FLOATS, 0.0), place)
+        whole, rest = b.sdiv(K, I64(GROUP)), b.srem(K, I64(GROUP))
+        with loop(b, whole) as g:
+            offset = b.mul(g, I64(GROUP * self._bytes))
+            here = [b.add(place, offset) for place in w]
+            for place in here:
+                for line in range(0, GROUP * self._bytes, LINE):
+                    next_one = at(b, b.add(place, ahead), I8, line)
+                    call(b, "llvm.prefetch.p0", VOID, [next_one, I32(0), I32(3), I32(1)])
+            self._add_group(b, here, [b.add(place, b.mul(g, I64(4 * GROUP))) for place in x], sums)
+        with b.if_then(b.icmp_signed(">", rest, I64(0))):
+            offset = b.mul(whole, I64(GROUP * self._bytes))
+            copies = [b.ptrtoint(copy, I64) for copy in part]
+            for copy, place in zip(copies, w, strict=True):
+                self._copy(b, b.add(place, offset), copy, b.mul(rest, I64(self._bytes)))
+            self._add_group(b, copies, [b.add(place, b.mul(whole, I64(4 * GROUP))) for place in x], sums)
+        for out, row in zip(y, sums, strict=True):
+            for n, place in enumerate(row):
+                b.store(_sum(b, b.load(place)), at(b, out, F32, 4 * n), align=4)
+        b.ret_void()
+        return tile
+
+    def _copy(self, b: Any, source: Any, target: Any, count: Any) -> None:
+        """`count` bytes and zeros behind them, to a whole group."""
+        with loop(b, I64(GROUP * self._bytes)) as i:
+            b.store(I8(0), at(b, target, I8, i))
+        with loop(b, count) as i:
+            b.store(load(b, source, I8, i), at(b, target, I8, i))
+
+    def _add_group(self, b: Any, weights: Sequence[Any], rows: Sequence[Any], sums: list[list[Any]]) -> None:
+        """`sums[r][n] += weights[n] * rows[r]`, 16 products at a time."""
+        for half in (0, 1):
+            wide = [self._widened(b, place, half) for place in weights]
+            for row, places in zip(rows, sums, strict=True):
+                x = load(b, row, FLOATS, 4 * LANES * half)
+                for weight, place in zip(wide, places, strict=True):
+                    b.store(call(b, f"llvm.fma.v{LANES}f32", FLOATS, [weight, x, b.load(place)]), place)
+
+    def _widened(self, b: Any, place: Any, half: int) -> Any:
+        """Half of a group as float32: in bfloat16 its even or its odd weights."""
+        if self._dtype == "float32":
+            return load(b, place, FLOATS, 4 * LANES * half)
+        if self._dtype == "float16":
+            return b.fpext(load(b, place, vec(ir.HalfType(), LANES), 2 * LANES * half), FLOATS)
+        pairs = load(b, place, INTS)
+        bits = b.and_(pairs, const(INTS, -0x10000)) if half else b.shl(pairs, const(INTS, 16))
+        return b.bitcast(bits, FLOATS)
+
+    def spread(self) -> None:
+        """One row."""
+        kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 3), "spread")
+        x, G, row = kernel.args
+        b, group = ir.IRBuilder(kernel.append_basic_block()), vec(F32, GROUP)
+        order = const(vec(I32, GROUP), [*range(0, GROUP, 2), *range(1, GROUP, 2)])
+        with loop(b, G) as g:
+            value, offset = load(b, x, group, b.mul(g, I64(4 * GROUP))), b.mul(g, I64(4 * GROUP))
+            b.store(b.shuffle_vector(value, value, order), at(b, row, group, offset), align=1)
+        b.ret_void()
+
+
+def _sum(b: Any, vector: Any) -> Any:
+    """Of all lanes, in halves."""
+    lanes = vector.type.count
+    while lanes > 1:
+        lanes //= 2
+        halves = (const(vec(I32, lanes), range(first, first + lanes)) for first in (0, lanes))
+        vector = b.fadd(*(b.shuffle_vector(vector, vector, half) for half in halves))
+    return b.extract_element(vector, I32(0))

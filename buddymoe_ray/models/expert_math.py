@@ -1,0 +1,33 @@
+"""How the experts of a transformers module compute, in the kernels' words. Reads no weights.
+
+Legend: E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from buddymoe_ray.kernels import ExpertLayer, ExpertMath
+from buddymoe_ray.types import SlotTensor
+
+__all__ = ["expert_math", "read_as_stored"]
+
+
+def expert_math(module: nn.Module) -> ExpertMath:
+    """The arithmetic of an experts module, which may be on meta."""
+    gated = bool(module.has_gate)
+    post_norm = bool(getattr(module, "has_post_expert_norm", False))
+    return ExpertMath(
+        activate=module._apply_gate if gated else module.act_fn,  # type: ignore[arg-type]
+        gated=gated,
+        bias=bool(module.has_bias),
+        transposed=bool(module.is_transposed),
+        post_norm=module.post_expert_norm if post_norm else None,  # type: ignore[arg-type]
+    )
+
+
+def read_as_stored(modules: Iterable[nn.Module], tensors: Sequence[SlotTensor]) -> bool:
+    """Whether a CPU's kernels compute these experts from the bytes in their slots, whatever the compute dtype."""
+    return all(ExpertLayer.covers(tensors, None, expert_math(module)) for module in modules)
