@@ -23,7 +23,7 @@ BELOW = {
     "moe": WORDS | {"policy", "kernels", "cache"},
     "models": WORDS | {"policy", "kernels", "cache", "moe"},
     "residency": WORDS | {"policy", "kernels", "cache", "links", "moe", "models"},
-    "engine": WORDS | {"policy", "cache", "moe", "models", "residency"},
+    "engine": WORDS | {"policy", "kernels", "cache", "moe", "models", "residency"},
     "calibrate": WORDS | {"policy", "kernels", "cache", "moe", "models", "residency", "engine"},
     "actors": WORDS | {"policy", "cache", "links", "residency"},
     "serve": WORDS | {"models", "residency", "engine", "actors", "policy"},

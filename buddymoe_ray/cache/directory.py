@@ -29,12 +29,18 @@ class Eviction(Protocol):
 
 
 class Directory:
-    """Tables of a slot plan. `new_eviction` makes one order per partition."""
+    """Tables of a slot plan. `new_eviction` makes one order per partition; `at_E` is the `address` of every expert's
+    slot, -1 where it has none."""
 
     def __init__(
-        self, plan: SlotPlan, experts_per_layer: tuple[int, ...], new_eviction: Callable[[], Eviction]
+        self,
+        plan: SlotPlan,
+        experts_per_layer: tuple[int, ...],
+        new_eviction: Callable[[], Eviction],
+        address: Callable[[int], int] = int,
     ) -> None:
-        self.plan = plan
+        self.plan, self._address = plan, address
+        self.at_E = [np.full(count, -1, np.int64) for count in experts_per_layer]
         self.key_of: list[ExpertKey | None] = [None] * plan.slots_total
         self.slot_of: list[list[int]] = [[-1] * count for count in experts_per_layer]
         self.resident_E = [np.zeros(count, np.bool_) for count in experts_per_layer]
@@ -79,6 +85,7 @@ class Directory:
         self.key_of[slot] = key
         self.slot_of[key.layer][key.expert] = slot
         self.resident_E[key.layer][key.expert] = True
+        self.at_E[key.layer][key.expert] = self._address(slot)
         self._orders[self._partition[slot]].touch(slot)
 
     def abandon(self, slot: int) -> None:
@@ -97,6 +104,8 @@ class Directory:
         assert forward == backward, f"experts say {forward}, slots say {backward}"
         flags = {(la, e) for la, row in enumerate(self.resident_E) for e in row.nonzero()[0].tolist()}
         assert flags == set(forward), f"flags say {flags}, tables say {set(forward)}"
+        places = {(la, e): int(row[e]) for la, row in enumerate(self.at_E) for e in (row >= 0).nonzero()[0].tolist()}
+        assert places == {k: self._address(s) for k, s in forward.items()}, f"addresses {places}, tables {forward}"
         free = [slot for slots in self._free for slot in slots]
         held = [slot for slot, key in enumerate(self.key_of) if key is not None]
         every = sorted([*free, *held, *self._claimed])
@@ -123,5 +132,6 @@ class Directory:
         self.key_of[slot] = None
         self.slot_of[key.layer][key.expert] = -1
         self.resident_E[key.layer][key.expert] = False
+        self.at_E[key.layer][key.expert] = -1
         self.evictions += 1
         return slot

@@ -94,7 +94,7 @@ class ExpertCache:
         if host is None and host_slots:
             self._host = HostTier(layout, slots=host_slots, reader=reader, pinned=on_gpu)
         self._bytes = None if on_gpu else self._pool.bytes_C.numpy()
-        self._directory = Directory(plan, layout.experts_per_layer, eviction)
+        self._directory = Directory(plan, layout.experts_per_layer, eviction, self._pool.address)
         self._leases: list[Lease | None] = [None] * plan.slots_total
         self._hits = self._misses = self._loaded = 0
         self._stall = 0.0
@@ -122,6 +122,18 @@ class ExpertCache:
         """Those of the experts that are resident, for a block in which none is evicted but by this thread's loads."""
         resident_E = self.resident_mask(layer)
         return nullcontext([expert for expert in experts if resident_E[expert]])
+
+    def addresses(self, layer: int) -> npt.NDArray[np.int64]:
+        """`[E]`, where each expert's slot is, -1 for those without; a live view. What is there stays until this thread
+        streams."""
+        return self._directory.at_E[layer]
+
+    def hit(self, layer: int, experts: Iterable[int]) -> None:
+        """Note that resident experts were used where they are."""
+        slots, touch = self._directory.slot_of[layer], self._directory.touch
+        for expert in experts:
+            touch(slots[expert])
+            self._hits += 1
 
     def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
         """Note accesses of experts for whoever places them: a cache of one engine has nobody to tell."""

@@ -1,7 +1,8 @@
 """Attention over the paged KV cache, registered with transformers under the name `buddymoe_paged`.
 
-All rows of a pass lie in one packed sequence `[1, heads, T, d]`; `PackedPass` says which rows belong to whom. Decode
-rows of all sequences share one padded attention call; every prefill chunk has its own. Does not know the scheduler.
+All rows of a pass lie in one packed sequence `[1, heads, T, d]`; `PackedPass` says which rows belong to whom. On a CPU
+one call of `kernels.PagedLayer` computes them all where keys and values are. Elsewhere it is torch: decode rows of all
+sequences share one padded attention call, every prefill chunk has its own. Does not know the scheduler.
 
 Legend: T rows, B sequences, Q query heads, H key-value heads, G = Q / H, d head size, L context length.
 """
@@ -9,7 +10,9 @@ Legend: T rows, B sequences, Q query heads, H key-value heads, G = Q / H, d head
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from torch.nn import functional
 
 from buddymoe_ray.engine.kv import KVPool, KVShape, contiguous_start
 from buddymoe_ray.errors import CheckpointError, UnsupportedModel
+from buddymoe_ray.kernels import PagedLayer
 
 __all__ = ["NAME", "ChunkRows", "PagedAttention", "PackedPass", "attach", "register"]
 
@@ -39,38 +43,65 @@ class ChunkRows:
         return self.start + self.count
 
 
-@dataclass(kw_only=True)
 class PackedPass:
-    """The rows of one forward pass and the pool positions they write and read; masks are built once per pass."""
+    """The rows of one forward pass, and where they are written and read in whichever form their attention wants.
 
-    chunks: tuple[ChunkRows, ...]
-    decode: bool
-    slots_T: Tensor
-    where: tuple[slice | Tensor, ...]
-    padded_BL: Tensor | None = None
-    lengths_B: Tensor | None = None
-    masks: dict[Any, Tensor | None] = field(default_factory=dict)
+    `decode` passes have one row per chunk. Masks are built once per pass.
+    """
 
-    @classmethod
-    def build(cls, chunks: Sequence[ChunkRows], *, decode: bool, block_size: int, device: torch.device) -> PackedPass:
-        """Lay out a pass. `decode` passes have one row per chunk."""
-        tables = [_positions(chunk, block_size) for chunk in chunks]
-        written = [_tail(table, chunk) for table, chunk in zip(tables, chunks, strict=True)]
-        slots_T = torch.cat(written).to(device)
-        where = tuple(t if isinstance(t, slice) else t.to(device) for t in tables)
-        built = cls(chunks=tuple(chunks), decode=decode, slots_T=slots_T, where=where)
-        if decode and len(chunks) > 1:
-            built._pad(tables, device)
-        return built
+    def __init__(self, chunks: Sequence[ChunkRows], *, decode: bool, block_size: int, device: torch.device) -> None:
+        self.chunks, self.decode = tuple(chunks), decode
+        self.masks: dict[Any, Tensor | None] = {}
+        self._block_size, self._device = block_size, device
 
-    def _pad(self, tables: list[slice | Tensor], device: torch.device) -> None:
-        longest = max(chunk.end for chunk in self.chunks)
-        padded_BL = torch.zeros(len(tables), longest, dtype=torch.int64)
-        for row, table in enumerate(tables):
+    @cached_property
+    def spans_S4(self) -> Tensor:
+        """See `PagedLayer`."""
+        begins = accumulate((len(chunk.blocks) for chunk in self.chunks), initial=0)
+        return torch.tensor(
+            [(chunk.row, chunk.count, chunk.start, at) for chunk, at in zip(self.chunks, begins, strict=False)]
+        )
+
+    @cached_property
+    def blocks(self) -> Tensor:
+        """The block tables of all chunks, one behind the other."""
+        return torch.tensor([block for chunk in self.chunks for block in chunk.blocks])
+
+    @cached_property
+    def longest(self) -> int:
+        """The largest context after the pass."""
+        return max(chunk.end for chunk in self.chunks)
+
+    @cached_property
+    def _tables(self) -> list[slice | Tensor]:
+        return [_positions(chunk, self._block_size) for chunk in self.chunks]
+
+    @cached_property
+    def slots_T(self) -> Tensor:
+        """The pool position of every row."""
+        written = [_tail(table, chunk) for table, chunk in zip(self._tables, self.chunks, strict=True)]
+        return torch.cat(written).to(self._device)
+
+    @cached_property
+    def where(self) -> tuple[slice | Tensor, ...]:
+        """The pool positions that each chunk reads."""
+        return tuple(t if isinstance(t, slice) else t.to(self._device) for t in self._tables)
+
+    @cached_property
+    def lengths_B(self) -> Tensor:
+        """Of a decode pass."""
+        return torch.tensor([chunk.end for chunk in self.chunks], device=self._device)
+
+    @cached_property
+    def padded_BL(self) -> Tensor | None:
+        """The positions that the rows of a decode pass read, None where there are not several rows."""
+        if not self.decode or len(self.chunks) == 1:
+            return None
+        padded_BL = torch.zeros(len(self.chunks), self.longest, dtype=torch.int64)
+        for row, table in enumerate(self._tables):
             flat = torch.arange(table.start, table.stop) if isinstance(table, slice) else table
             padded_BL[row, : len(flat)] = flat
-        self.padded_BL = padded_BL.to(device)
-        self.lengths_B = torch.tensor([chunk.end for chunk in self.chunks], device=device)
+        return padded_BL.to(self._device)
 
 
 def _positions(chunk: ChunkRows, block_size: int) -> slice | Tensor:
@@ -100,6 +131,17 @@ class PagedAttention:
         self.pool: KVPool | None = None
         self.current: PackedPass | None = None
         self.shapes: dict[int, KVShape] = {}
+        self._threads: int | None = None
+        self._layers: dict[int, PagedLayer] = {}
+
+    def open(self, pool: KVPool, *, threads: int = 1) -> None:
+        """From now on keys and values are in `pool`. On a CPU the kernels read them, with `threads`; they are made
+        here and not in the first step."""
+        self.pool, self._layers = pool, {}
+        if all(PagedLayer.covers(keys.dtype, keys.device) for keys in pool.keys_NHd.values()):
+            self._threads = threads
+            for dtype in {keys.dtype for keys in pool.keys_NHd.values()}:
+                PagedLayer.prepare(dtype)
 
     def __call__(
         self,
@@ -120,10 +162,23 @@ class PagedAttention:
                 )
             self.shapes[layer] = KVShape(heads=k_HTd.shape[0], key_dim=k_HTd.shape[2], value_dim=v_HTd.shape[2])
             return q_QTd.new_zeros(q_QTd.shape[1], q_QTd.shape[0], v_HTd.shape[2])
+        if self._threads is not None:
+            current = self.current
+            attend = self._layers.get(layer) or self._layer(layer, len(q_QTd), scale, window, sinks)
+            return attend((q_QTd, k_HTd, v_HTd), current.spans_S4, current.blocks, current.longest)
         self.pool.write(layer, k_HTd.transpose(0, 1), v_HTd.transpose(0, 1), self.current.slots_T)
         if self.current.padded_BL is not None:
             return self._decode(layer, q_QTd, scale, window, sinks)
         return self._chunks(layer, q_QTd, scale, window, sinks)
+
+    def _layer(self, layer: int, queries: int, scale: float, window: int | None, sinks: Tensor | None) -> PagedLayer:
+        """A layer's kernel: what the first call says holds for all."""
+        assert self.pool is not None and self._threads is not None
+        made = PagedLayer(
+            self.pool.of(layer), queries=queries, scale=scale, window=window, sinks_Q=sinks, threads=self._threads
+        )
+        self._layers[layer] = made
+        return made
 
     def _decode(self, layer: int, q_QTd: Tensor, scale: float, window: int | None, sinks: Tensor | None) -> Tensor:
         assert self.pool is not None and self.current is not None and self.current.padded_BL is not None
@@ -135,7 +190,7 @@ class PagedAttention:
         return out_BHGd.reshape(B, -1, out_BHGd.shape[-1])
 
     def _decode_mask(self, window: int | None) -> Tensor:
-        assert self.current is not None and self.current.padded_BL is not None and self.current.lengths_B is not None
+        assert self.current is not None and self.current.padded_BL is not None
         key = ("decode", window)
         mask = self.current.masks.get(key)
         if mask is None:

@@ -154,6 +154,7 @@ class _KVSize:
         if max_model_len < wanted:
             log.warning("max_model_len is lowered from %d to %d: the KV cache holds no more", wanted, max_model_len)
         pool = KVPool(shapes, blocks=blocks, block_size=BLOCK_SIZE, dtype=loaded.compute_dtype, device=loaded.device)
+        paged.open(pool, threads=config.threads)
         return cls(blocks=blocks, max_model_len=max_model_len, runner=PackedRunner(loaded, paged, pool, step))
 
 

@@ -45,6 +45,10 @@ class KVPool:
             layer: torch.empty(tokens, s.heads, s.value_dim, dtype=dtype, device=device) for layer, s in shapes.items()
         }
 
+    def of(self, layer: int) -> tuple[Tensor, Tensor, int]:
+        """A layer's pools of keys and of values, and the tokens of a block."""
+        return self.keys_NHd[layer], self.values_NHd[layer], self.block_size
+
     @staticmethod
     def bytes_per_token(shapes: dict[int, KVShape], dtype: torch.dtype) -> int:
         """Bytes one token takes over all layers."""

@@ -65,7 +65,6 @@ class PackedRunner:
     def __init__(self, loaded: LoadedModel, paged: PagedAttention, pool: KVPool, step: StepState) -> None:
         self._model, self._device = loaded.model, loaded.device
         self._paged, self._pool, self._step = paged, pool, step
-        paged.pool = pool
 
     def prefill(self, chunks: Rows[PrefillChunk]) -> Tensor:
         rows, ids, positions = [], list[int](), list[int]()
@@ -112,9 +111,7 @@ class PackedRunner:
     ) -> Tensor:
         self._step.begin(phase, len(ids), terms, isolate=isolate)
         decode = phase is Phase.DECODE
-        self._paged.current = PackedPass.build(
-            rows, decode=decode, block_size=self._pool.block_size, device=self._device
-        )
+        self._paged.current = PackedPass(rows, decode=decode, block_size=self._pool.block_size, device=self._device)
         with torch.inference_mode():
             out = self._model(
                 input_ids=torch.tensor([ids], device=self._device),

@@ -3,7 +3,7 @@
 Knows nothing of residency, slots or models: it gets tensors and returns tensors. `reference` is the spec.
 """
 
-from buddymoe_ray.kernels.cpu import CpuLinear, widens
+from buddymoe_ray.kernels.cpu import CpuLinear, combine, linear_rows, widens
 from buddymoe_ray.kernels.cpu import prepare as prepare_lowbit
 from buddymoe_ray.kernels.expert_layer import ExpertLayer
 from buddymoe_ray.kernels.lowbit import (
@@ -18,7 +18,9 @@ from buddymoe_ray.kernels.lowbit import (
 )
 from buddymoe_ray.kernels.lowbit_format import BLOCK, matrix_at, packed_shapes
 from buddymoe_ray.kernels.lowrank import lowrank_forward, mean_forward
-from buddymoe_ray.kernels.reference import ExpertMath, combine, expert_forward
+from buddymoe_ray.kernels.norm import CpuNorm
+from buddymoe_ray.kernels.paged_attention import PagedLayer
+from buddymoe_ray.kernels.reference import ExpertMath, expert_forward
 from buddymoe_ray.kernels.rounding import round_plain
 from buddymoe_ray.kernels.upcast import UpcastScratch
 
@@ -28,11 +30,14 @@ __all__ = [
     "LowbitFormat",
     "ExpertLayer",
     "CpuLinear",
+    "CpuNorm",
     "PackedMatrix",
+    "PagedLayer",
     "UpcastScratch",
     "combine",
     "dequantise",
     "expert_forward",
+    "linear_rows",
     "lowbit_forward",
     "lowrank_forward",
     "matrix_at",

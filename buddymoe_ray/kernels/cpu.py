@@ -24,6 +24,7 @@ from torch.nn import functional
 from buddymoe_ray.kernels.expert_calls import ITEM_BYTES, OK, Call, Expert, Product, plan_of
 from buddymoe_ray.kernels.lowbit_format import BLOCK, LowbitFormat, Matrix, PackedMatrix, packed_parts
 from buddymoe_ray.kernels.reference import ExpertMath
+from buddymoe_ray.kernels.reference import combine as combine_reference
 from buddymoe_ray.kernels.rowwise import rowwise
 
 __all__ = [
@@ -34,12 +35,15 @@ __all__ = [
     "activation_of",
     "bias_bytes",
     "as_read",
+    "combine",
     "experts_kernel",
     "forward",
     "helpers",
+    "linear_rows",
     "linear_kernel",
     "prepare",
     "product_of",
+    "stored_functions",
     "stored_product",
     "widens",
 ]
@@ -108,7 +112,7 @@ def product_of(matrix: Matrix, fmt: LowbitFormat, dtype: torch.dtype, bias: tupl
 
 def stored_product(place: int, shape: tuple[int, int], weights: str, bias: tuple[int, int] = (0, 0)) -> Product:
     """A matrix [N, K] as it is stored, in the dtype named `weights`, for float32 rows; see `product_of`."""
-    native = _stored_tiles(weights)
+    native = stored_functions(weights)
     return Product(place, 0, 0, *bias, *shape, native["project"], native.get("spread", 0))
 
 
@@ -194,24 +198,56 @@ class CpuLinear:
 
         assert not isinstance(weight, Tensor) or weight.is_contiguous(), "weights must be contiguous"
         cuts = sorted({A * at // threads for at in range(threads + 1)})
-        self._whole, self._parts = [part(0, A)], [part(*ends) for ends in pairwise(cuts)]
+        self._all, self._N = part(0, A)[0], N
+        self._all_at = self._all.ctypes.data
+        self._parts = [part(*ends) for ends in pairwise(cuts)] if threads > 1 else []
 
-    def __call__(self, x_RK: Tensor) -> Tensor:
-        """`[R, K] -> [R, N]` in the dtype of the rows."""
-        assert x_RK.dtype == self._dtype and x_RK.shape[1] == self._K, f"x is {x_RK.dtype} {tuple(x_RK.shape)}"
-        x = as_read(x_RK).contiguous()
-        parts = self._whole if self._weights * len(x) < THREADED_WEIGHTS else self._parts
-        outs = [x.new_empty(len(x), count) for _, count in parts]
-        run, shares = self._run, list(zip(parts, outs, strict=True))
-        helping = [helpers(len(parts) - 1).submit(run, x, plan, out) for (plan, _), out in shares[1:]]
-        run(x, parts[0][0], outs[0])
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[..., K] -> [..., N]` in the dtype of the rows."""
+        assert x.dtype is self._dtype and x.shape[-1] == self._K, f"x is {x.dtype} {tuple(x.shape)}"
+        rows = x.numel() // self._K
+        x = as_read(x).contiguous()
+        if not self._parts or self._weights * rows < THREADED_WEIGHTS:
+            out = x.new_empty((*x.shape[:-1], self._N))
+            call = (x.data_ptr(), out.data_ptr(), 0, ANYWHERE, x.itemsize, 0, 0, rows, 1, 0, 0, 1)
+            self._kernel(call, self._all_at, FIRST_AT)
+        else:
+            out = self._shared(x, rows)
+        return out if out.dtype is self._dtype else out.to(self._dtype)
+
+    def _shared(self, x: Tensor, rows: int) -> Tensor:
+        """By several threads, each with outputs of its own."""
+        outs = [x.new_empty((*x.shape[:-1], count)) for _, count in self._parts]
+
+        def run(plan: npt.NDArray[np.int64], out: Tensor) -> None:
+            call = (x.data_ptr(), out.data_ptr(), 0, ANYWHERE, x.itemsize, 0, 0, rows, 1, 0, 0, 1)
+            self._kernel(call, plan.ctypes.data, FIRST_AT)
+
+        shares = [(plan, out) for (plan, _), out in zip(self._parts, outs, strict=True)]
+        helping = [helpers(len(shares) - 1).submit(run, *share) for share in shares[1:]]
+        run(*shares[0])
         for helper in helping:
             helper.result()
-        return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)).to(self._dtype)
+        return torch.cat(outs, dim=-1)
 
-    def _run(self, x: Tensor, plan: npt.NDArray[np.int64], out: Tensor) -> None:
-        call = (x.data_ptr(), out.data_ptr(), 0, ANYWHERE, x.itemsize, 0, 0, len(x), 1, 0, 0, 1)
-        self._kernel(call, plan.ctypes.data, FIRST_AT)
+
+def linear_rows(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` from weights as stored, whose rows do not see each other; what `widens` says yes
+    to, on this CPU, with any weights."""
+    bias = None if bias_N is None else bias_N.float()
+    return CpuLinear(weight_NK.detach().contiguous(), None, x.dtype, bias)(x)
+
+
+def combine(y_TKD: Tensor, weight_TK: Tensor) -> Tensor:
+    """`reference.combine`; on a CPU in slot order, so that the bits of a token are the same whatever tokens are beside
+    it."""
+    if y_TKD.device.type != "cpu":
+        return combine_reference(y_TKD, weight_TK)
+    (T, K, D), y, weight = y_TKD.shape, as_read(y_TKD).contiguous(), as_read(weight_TK).contiguous()
+    out = y.new_empty(T, D)
+    sizes = (T, K, D, y.itemsize, weight.itemsize)
+    combine_kernel()(y.data_ptr(), weight.data_ptr(), out.data_ptr(), sizes)
+    return out if out.dtype is y_TKD.dtype else out.to(y_TKD.dtype)
 
 
 @cache
@@ -239,11 +275,12 @@ def prepare(fmt: LowbitFormat, dtype: torch.dtype) -> None:
 
 
 @cache
-def _stored_tiles(weights: str) -> Mapping[str, int]:
+def stored_functions(weights: str) -> Mapping[str, int]:
+    """Addresses of what stored_tiles.py writes for weights of that dtype."""
     from buddymoe_ray.kernels.machine_code import native_functions
     from buddymoe_ray.kernels.stored_tiles import stored_module_text
 
-    names = ("project", "spread") if weights == "bfloat16" else ("project",)
+    names = ("project", "project_strided", "blend") + (("spread",) if weights == "bfloat16" else ())
     return native_functions(stored_module_text(weights), names)
 
 
@@ -254,6 +291,15 @@ def _tiles(fmt: LowbitFormat, wide: bool) -> Mapping[str, int]:
 
     names = ("project", "quantise") if wide else ("project",)
     return native_functions(module_text(fmt, wide=wide, level=host_level()), names)
+
+
+@cache
+def combine_kernel() -> Callable[..., None]:
+    """Machine code for the weighted sum of a token's experts."""
+    from buddymoe_ray.kernels.expert_numba import compile_combine
+    from buddymoe_ray.kernels.machine_code import code_folder
+
+    return compile_combine(code_folder())
 
 
 @cache

@@ -31,7 +31,7 @@ from buddymoe_ray.kernels.expert_rows import activate, add_bias, floats_at, ints
 from buddymoe_ray.kernels.lowbit_format import BLOCK, GROUP
 from buddymoe_ray.kernels.vector_ir import I64, VOID
 
-__all__ = ["compile_experts", "compile_linear"]
+__all__ = ["call_native", "compile_combine", "compile_experts", "compile_linear", "compiled", "stamp_of"]
 
 CHUNK = 64
 """Rows computed at once: 64 rows of 2,048 inputs stay in the second-level cache."""
@@ -50,7 +50,7 @@ class _Scratch(NamedTuple):
 
 
 @intrinsic
-def _call_native(typing: Any, address: Any, arguments: Any) -> Any:
+def call_native(typing: Any, address: Any, arguments: Any) -> Any:
     """Call a native function of int64s that returns nothing."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -62,7 +62,7 @@ def _call_native(typing: Any, address: Any, arguments: Any) -> Any:
     return types.void(types.int64, arguments), emit
 
 
-_native: Any = _call_native
+_native: Any = call_native
 
 
 @njit
@@ -238,33 +238,62 @@ def _linear_rows(call: Any, product: Any, start: Any, R: Any, scratch: Any) -> N
         write_row(scratch.both[r * row : r * row + N], place, call.item_bytes)
 
 
+@njit
+def _combine(y: Any, weight: Any, out: Any, sizes: Any) -> None:
+    """`out[t] = sum over k of weight[t, k] * y[t, k]`, in rising order of k. Items of y and out, and of weights, have
+    `item_bytes` and `weight_bytes`."""
+    T, K, D, item_bytes, weight_bytes = sizes
+    row, total, weights = np.empty(D, np.float32), np.empty(D, np.float32), np.empty(K, np.float32)
+    for t in range(T):
+        read_row(weight + weight_bytes * t * K, weight_bytes, weights)
+        total[:] = float32(0.0)
+        for k in range(K):
+            read_row(y + item_bytes * (t * K + k) * D, item_bytes, row)
+            share = weights[k]
+            for i in range(D):
+                total[i] += share * row[i]
+        write_row(total, out + item_bytes * t * D, item_bytes)
+
+
 _CALL = types.UniTuple(types.int64, len(Call._fields))
 
 
 def compile_experts(folder: Path | None) -> Callable[..., int]:
     """Machine code of `_experts`, from `folder` when an earlier process left it there; None keeps none."""
-    stamp = _stamp()
+    stamp = stamp_of()
 
     def experts(call: Any, plan_at: Any) -> Any:
         if stamp >= 0:
             return _experts(call, plan_at)
         return OK
 
-    return _compiled(types.int64(_CALL, types.int64), experts, folder)
+    return compiled(types.int64(_CALL, types.int64), experts, folder)
 
 
 def compile_linear(folder: Path | None) -> Callable[..., None]:
     """Machine code of `_linear`; `folder` as above."""
-    stamp = _stamp()
+    stamp = stamp_of()
 
     def linear(call: Any, plan_at: Any, i: Any) -> None:
         if stamp >= 0:
             _linear(call, plan_at, i)
 
-    return _compiled(types.void(_CALL, types.int64, types.int64), linear, folder)
+    return compiled(types.void(_CALL, types.int64, types.int64), linear, folder)
 
 
-def _compiled(signature: Any, function: Callable[..., Any], folder: Path | None) -> Any:
+def compile_combine(folder: Path | None) -> Callable[..., None]:
+    """Machine code of `_combine`; `folder` as above."""
+    stamp = stamp_of()
+
+    def combine(y: Any, weight: Any, out: Any, sizes: Any) -> None:
+        if stamp >= 0:
+            _combine(y, weight, out, sizes)
+
+    i64 = types.int64
+    return compiled(types.void(i64, i64, i64, types.UniTuple(i64, 5)), combine, folder)
+
+
+def compiled(signature: Any, function: Callable[..., Any], folder: Path | None) -> Any:
     """numba's own cache, in our folder. It is told of the folder in a variable of its module, read while decorating."""
     config: Any = numba_config
     before = config.CACHE_DIR
@@ -275,7 +304,8 @@ def _compiled(signature: Any, function: Callable[..., Any], folder: Path | None)
         config.CACHE_DIR = before
 
 
-def _stamp() -> int:
-    """Checksum of the sources. numba's cache knows the entry points' closures but not the code that they call."""
-    names = ("expert_calls", "lowbit_format", "expert_numba", "expert_rows", "vector_ir")
-    return crc32(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in names))
+def stamp_of(*names: str) -> int:
+    """Checksum of the sources of some modules here. numba's cache knows the entry points' closures but not the code
+    that they call."""
+    common = ("expert_calls", "expert_numba", "expert_rows", "lowbit_format", "vector_ir")
+    return crc32(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in (*common, *names)))

@@ -16,7 +16,18 @@ from numba.extending import intrinsic
 
 from buddymoe_ray.kernels.vector_ir import F32, I32
 
-__all__ = ["activate", "add_bias", "floats_at", "ints_at", "read_row", "write_row"]
+__all__ = [
+    "activate",
+    "add_bias",
+    "copy_items",
+    "exponential",
+    "floats_at",
+    "from_bits",
+    "ints_at",
+    "read_row",
+    "rounded_row",
+    "write_row",
+]
 
 SILU, GELU, CLAMPED = 0, 1, 2  # places in `cpu.FORMULAS`; what is left is the last
 
@@ -43,14 +54,16 @@ def _bitcast(source: Any, target: Any, code: Any) -> Any:
     return bitcast
 
 
-floats_at, ints_at, halves_at = (_pointer_to(item) for item in (types.float32, types.int64, types.uint16))
-_float_bits, _from_bits = _bitcast(types.float32, types.int32, I32), _bitcast(types.int32, types.float32, F32)
+floats_at, ints_at, halves_at, words_at = (
+    _pointer_to(item) for item in (types.float32, types.int64, types.uint16, types.uint32)
+)
+_float_bits, from_bits = _bitcast(types.float32, types.int32, I32), _bitcast(types.int32, types.float32, F32)
 
 
 @njit
 def _widened(half: Any) -> Any:
     """A bfloat16 is the upper half of a float32."""
-    return _from_bits(int32(uint32(half) << uint32(16)))
+    return from_bits(int32(uint32(half) << uint32(16)))
 
 
 @njit
@@ -75,10 +88,33 @@ def write_row(x: Any, address: Any, item_bytes: Any) -> None:
     else:
         halves = carray(halves_at(address), (n,))
         for i in range(n):
-            bits = uint32(_float_bits(x[i]))
-            even = uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))
-            rounded = uint32(0x7FC0) if x[i] != x[i] else (bits + even) >> uint32(16)
-            halves[i] = uint16(rounded)
+            halves[i] = uint16(_nearest(x[i]))
+
+
+@njit
+def _nearest(x: Any) -> Any:
+    """The bits of the nearest bfloat16."""
+    bits = uint32(_float_bits(x))
+    even = uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))
+    return uint32(0x7FC0) if x != x else (bits + even) >> uint32(16)
+
+
+@njit
+def rounded_row(x: Any) -> None:
+    """float32 to the nearest bfloat16, in place."""
+    for i in range(x.shape[0]):
+        x[i] = _widened(_nearest(x[i]))
+
+
+@njit
+def copy_items(source: Any, target: Any, n: Any, item_bytes: Any) -> None:
+    """Items of 2 or 4 bytes as they are."""
+    if item_bytes == 4:
+        wide = carray(words_at(target), (n,))
+        wide[:] = carray(words_at(source), (n,))
+    else:
+        halves = carray(halves_at(target), (n,))
+        halves[:] = carray(halves_at(source), (n,))
 
 
 @njit
@@ -95,9 +131,9 @@ def add_bias(out: Any, bias: Any, item_bytes: Any) -> None:
 
 
 @njit
-def _sigmoid(z: Any) -> Any:
-    """exp as in Cephes' expf (2 ulp), so that it vectorises."""
-    x = min(max(-z, float32(-87.0)), float32(87.0))
+def exponential(x: Any) -> Any:
+    """As Cephes' expf (2 ulp) between -87 and 87, which it does not leave; it vectorises."""
+    x = min(max(x, float32(-87.0)), float32(87.0))
     shifted = x * float32(1.44269504088896341) + float32(12582912.0)  # rounds to an integer in the low bits
     n = shifted - float32(12582912.0)
     r = (x - n * float32(0.693359375)) + n * float32(2.12194440e-4)
@@ -107,9 +143,13 @@ def _sigmoid(z: Any) -> Any:
     p = p * r + float32(4.1665795894e-2)
     p = p * r + float32(1.6666665459e-1)
     p = p * r + float32(5.0000001201e-1)
-    power = _from_bits((_float_bits(shifted) - int32(0x4B400000) + int32(127)) << int32(23))
-    e = (p * r * r + r + float32(1.0)) * power
-    return float32(1.0) / (float32(1.0) + e)
+    power = from_bits((_float_bits(shifted) - int32(0x4B400000) + int32(127)) << int32(23))
+    return (p * r * r + r + float32(1.0)) * power
+
+
+@njit
+def _sigmoid(z: Any) -> Any:
+    return float32(1.0) / (float32(1.0) + exponential(-z))
 
 
 @njit

@@ -54,8 +54,8 @@ def _project(x: Tensor, weights: Mapping[str, Tensor], name: str, math: ExpertMa
 
 
 def combine(y_TKD: Tensor, weight_TK: Tensor) -> Tensor:
-    """Weight each expert's output and sum them in slot order: `[T, K, D], [T, K] -> [T, D]`.
+    """Weight each expert's output and sum them in float32: `[T, K, D], [T, K] -> [T, D]` in the dtype of `y_TKD`.
 
     The order is that of the router's ids, never that of arrival, so waves and residency leave the bits alone.
     """
-    return (y_TKD * weight_TK.unsqueeze(-1).to(y_TKD.dtype)).sum(dim=1)
+    return (y_TKD.float() * weight_TK.float().unsqueeze(-1)).sum(dim=1).to(y_TKD.dtype)

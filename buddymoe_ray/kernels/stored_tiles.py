@@ -2,13 +2,17 @@
 
 `stored_module_text` writes one module for a dtype of weights:
 
-    project(weights, 0, 0, K, N, rows, R)   rows are R pairs (address of a row, address of its outputs), as lowbit_tiles
-    spread(x, G, row)                       bfloat16 only: float32 x [32 G] with the even inputs of a group before the
-                                            odd ones, for one shift or mask widens every other weight of a vector
+    project(weights, 0, 0, K, N, rows, R)            rows are R pairs (address of a row, address of its outputs)
+    project_strided(weights, stride, K, N, rows, R)  the same where the inputs of an output are `stride` bytes behind
+                                                     those of the one before
+    blend(weights, stride, K, N, rows, R)            the transposed product, added: a row of N numbers times the matrix,
+                                                     in rising order of n, to an output of whole groups
+    spread(x, G, row)    bfloat16 only: float32 x [32 G] with the even inputs of a group before the odd ones, for one
+                         shift or mask widens every other weight of a vector; `blend` leaves its outputs so
 
-Rows are float32, padded with zeros to whole groups of 32. Products are exact or rounded once by a fused multiply-add,
-16 sums to an output, which are added in a fixed tree: the bits of an output depend on its row and its weights alone,
-not on the rows or outputs beside it, nor on the width of the CPU's vectors.
+Rows are float32; those over inputs are padded with zeros to whole groups of 32. Products are exact or rounded once by a
+fused multiply-add, 16 sums to an output of `project`, which are added in a fixed tree: the bits of an output depend on
+its row and its weights alone, not on the rows or outputs beside it, nor on the width of the CPU's vectors.
 
 Reads weights to their last byte and no further: a last group that is not whole is copied first.
 
@@ -27,13 +31,15 @@ from llvmlite import ir
 
 from buddymoe_ray.kernels.expert_calls import ITEM_BYTES
 from buddymoe_ray.kernels.lowbit_format import GROUP
-from buddymoe_ray.kernels.vector_ir import F32, I8, I32, I64, VOID, at, call, const, load, loop, vec
+from buddymoe_ray.kernels.vector_ir import F32, I8, I32, I64, VOID, at, call, const, load, loop, splat, vec
 
 __all__ = ["stored_module_text"]
 
 LANES = 16
 FLOATS, INTS = vec(F32, LANES), vec(I32, LANES)
 LINE = 64
+NEAR, BLEND_ROWS = 16, (2, 1)
+"""Rows of the matrix that `blend` goes over at once, for so many rows at once."""
 ONE_ROW, MANY_ROWS = ((4, (1,)), (1, (1,))), ((2, (3, 2, 1)), (1, (3, 2, 1)))
 """Outputs at once, each with the numbers of rows at once."""
 
@@ -42,6 +48,7 @@ def stored_module_text(dtype: str) -> str:
     """The module's IR for weights of `dtype`."""
     made = _Stored(dtype)
     made.project()
+    made.blend()
     if dtype == "bfloat16":
         made.spread()
     return str(made.module)
@@ -61,8 +68,8 @@ class _Stored:
             (outputs, rows): self._tile(outputs, rows)
             for outputs, rows in sorted({(o, r) for shape in shapes for o, several in shape for r in several})
         }
-        kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 7), "project")
-        weights, _, _, K, N, rows, R = kernel.args
+        kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 6), "project_strided")
+        weights, stride, K, N, rows, R = kernel.args
         b = ir.IRBuilder(kernel.append_basic_block())
         with b.if_else(b.icmp_signed("==", R, I64(1))) as branches:
             for branch, shape in zip(branches, shapes, strict=True):
@@ -72,34 +79,40 @@ class _Stored:
                         blocks = b.sdiv(b.sub(N, first), I64(outputs))
                         with loop(b, blocks) as block:
                             n = b.add(first, b.mul(block, I64(outputs)))
-                            self._rows(b, {r: tiles[outputs, r] for r in several}, (weights, K, n), (rows, R))
+                            place = b.add(weights, b.mul(n, stride))
+                            self._rows(b, {r: tiles[outputs, r] for r in several}, (place, stride, K, n), (rows, R))
                         first = b.add(first, b.mul(blocks, I64(outputs)))
         b.ret_void()
+        plain = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 7), "project")
+        weights, _, _, K, N, rows, R = plain.args
+        b = ir.IRBuilder(plain.append_basic_block())
+        b.call(kernel, [weights, b.mul(K, I64(self._bytes)), K, N, rows, R])
+        b.ret_void()
 
-    def _rows(self, b: Any, tiles: dict[int, Any], outputs: tuple[Any, Any, Any], rows_of: tuple[Any, Any]) -> None:
+    def _rows(self, b: Any, tiles: dict[int, Any], outputs: tuple[Any, ...], rows_of: tuple[Any, Any]) -> None:
         """All rows of a block of outputs."""
-        (weights, K, n), (rows, R) = outputs, rows_of
-        place, done = b.add(weights, b.mul(n, b.mul(K, I64(self._bytes)))), I64(0)
+        (place, stride, K, n), (rows, R) = outputs, rows_of
+        done = I64(0)
         for size, tile in tiles.items():
             times = b.sdiv(b.sub(R, done), I64(size))
             with loop(b, times) as turn:
                 row = b.add(done, b.mul(turn, I64(size)))
-                b.call(tile, [place, K, b.add(rows, b.mul(row, I64(16))), b.mul(n, I64(4))])
+                b.call(tile, [place, stride, K, b.add(rows, b.mul(row, I64(16))), b.mul(n, I64(4))])
             done = b.add(done, b.mul(times, I64(size)))
 
     def _tile(self, outputs: int, rows: int) -> Any:
         """Some outputs of some rows, over all inputs."""
-        tile = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 4), f"tile{outputs}x{rows}")
+        tile = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 5), f"tile{outputs}x{rows}")
         tile.linkage = "internal"
         tile.attributes.add("noinline")
-        weights, K, pairs, column = tile.args
+        weights, stride, K, pairs, column = tile.args
         b = ir.IRBuilder(tile.append_basic_block())
-        stride, ahead = b.mul(K, I64(self._bytes)), b.mul(K, I64(self._bytes * outputs))
+        ahead = b.mul(stride, I64(outputs))
         w = [b.add(weights, b.mul(stride, I64(n))) for n in range(outputs)]
         x = [load(b, pairs, I64, 16 * r) for r in range(rows)]
         y = [b.add(load(b, pairs, I64, 16 * r + 8), column) for r in range(rows)]
         sums = [[b.alloca(FLOATS) for _ in w] for _ in x]
-        part = [b.alloca(ir.ArrayType(I8, GROUP * self._bytes)) for _ in w]
+        part = [self._room(b) for _ in w]
         for place in (place for row in sums for place in row):
             b.store(const(FLOATS, 0.0), place)
         whole, rest = b.sdiv(K, I64(GROUP)), b.srem(K, I64(GROUP))
@@ -113,15 +126,18 @@ class _Stored:
             self._add_group(b, here, [b.add(place, b.mul(g, I64(4 * GROUP))) for place in x], sums)
         with b.if_then(b.icmp_signed(">", rest, I64(0))):
             offset = b.mul(whole, I64(GROUP * self._bytes))
-            copies = [b.ptrtoint(copy, I64) for copy in part]
-            for copy, place in zip(copies, w, strict=True):
+            for copy, place in zip(part, w, strict=True):
                 self._copy(b, b.add(place, offset), copy, b.mul(rest, I64(self._bytes)))
-            self._add_group(b, copies, [b.add(place, b.mul(whole, I64(4 * GROUP))) for place in x], sums)
+            self._add_group(b, part, [b.add(place, b.mul(whole, I64(4 * GROUP))) for place in x], sums)
         for out, row in zip(y, sums, strict=True):
             for n, place in enumerate(row):
                 b.store(_sum(b, b.load(place)), at(b, out, F32, 4 * n), align=4)
         b.ret_void()
         return tile
+
+    def _room(self, b: Any) -> Any:
+        """The address of room for a group's weights."""
+        return b.ptrtoint(b.alloca(ir.ArrayType(I8, GROUP * self._bytes)), I64)
 
     def _copy(self, b: Any, source: Any, target: Any, count: Any) -> None:
         """`count` bytes and zeros behind them, to a whole group."""
@@ -148,6 +164,65 @@ class _Stored:
         pairs = load(b, place, INTS)
         bits = b.and_(pairs, const(INTS, -0x10000)) if half else b.shl(pairs, const(INTS, 16))
         return b.bitcast(bits, FLOATS)
+
+    def blend(self) -> None:
+        """Some rows of the matrix after the other, each group of their inputs for all rows at once."""
+        tiles = {rows: self._blend_tile(rows) for rows in BLEND_ROWS}
+        kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 6), "blend")
+        weights, stride, K, N, rows, R = kernel.args
+        b = ir.IRBuilder(kernel.append_basic_block())
+        groups = b.sdiv(b.add(K, I64(GROUP - 1)), I64(GROUP))
+        with loop(b, b.sdiv(b.add(N, I64(NEAR - 1)), I64(NEAR))) as block:
+            first = b.mul(block, I64(NEAR))
+            left = b.sub(N, first)
+            count = b.select(b.icmp_signed("<", left, I64(NEAR)), left, I64(NEAR))
+            with loop(b, groups) as g:
+                done = I64(0)
+                place = b.add(b.add(weights, b.mul(first, stride)), b.mul(g, I64(GROUP * self._bytes)))
+                inputs = b.sub(K, b.mul(g, I64(GROUP)))
+                for size, tile in tiles.items():
+                    times = b.sdiv(b.sub(R, done), I64(size))
+                    with loop(b, times) as turn:
+                        pairs = b.add(rows, b.mul(b.add(done, b.mul(turn, I64(size))), I64(16)))
+                        b.call(tile, [place, stride, inputs, count, pairs, b.mul(first, I64(4)), b.mul(g, I64(128))])
+                    done = b.add(done, b.mul(times, I64(size)))
+        b.ret_void()
+
+    def _blend_tile(self, rows: int) -> Any:
+        """One group of outputs of some rows, over `count` rows of the matrix; `inputs` of the group are there."""
+        tile = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 7), f"blend{rows}")
+        tile.linkage = "internal"
+        tile.attributes.add("noinline")
+        weights, stride, inputs, count, pairs, skipped, column = tile.args
+        b = ir.IRBuilder(tile.append_basic_block())
+        shares = [b.add(load(b, pairs, I64, 16 * r), skipped) for r in range(rows)]
+        outs = [b.add(load(b, pairs, I64, 16 * r + 8), column) for r in range(rows)]
+        sums = [[b.alloca(FLOATS) for _ in (0, 1)] for _ in outs]
+        part, is_whole = self._room(b), b.icmp_signed(">=", inputs, I64(GROUP))
+        for out, halves in zip(outs, sums, strict=True):
+            for half, place in enumerate(halves):
+                b.store(load(b, out, FLOATS, 64 * half), place)
+        with b.if_else(is_whole) as branches:
+            for branch, copied in zip(branches, (False, True), strict=True):
+                with branch, loop(b, count) as n:
+                    place = b.add(weights, b.mul(n, stride))
+                    if copied:
+                        self._copy(b, place, part, b.mul(inputs, I64(self._bytes)))
+                        place = part
+                    self._blend_row(b, place, n, shares, sums)
+        for out, halves in zip(outs, sums, strict=True):
+            for half, place in enumerate(halves):
+                b.store(b.load(place), at(b, out, FLOATS, 64 * half), align=4)
+        b.ret_void()
+        return tile
+
+    def _blend_row(self, b: Any, place: Any, n: Any, shares: list[Any], sums: list[list[Any]]) -> None:
+        for half in (0, 1):
+            weight = self._widened(b, place, half)
+            for share, halves in zip(shares, sums, strict=True):
+                x = splat(b, load(b, share, F32, b.mul(n, I64(4))), LANES)
+                total = call(b, f"llvm.fma.v{LANES}f32", FLOATS, [weight, x, b.load(halves[half])])
+                b.store(total, halves[half])
 
     def spread(self) -> None:
         """One row."""

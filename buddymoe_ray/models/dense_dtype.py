@@ -88,7 +88,7 @@ class StoredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K] -> [..., N]` in the dtype of `x`, which is the weight's."""
-        return self._compute(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        return self._compute(x)
 
 
 class PackedLinear(nn.Module):
@@ -114,4 +114,4 @@ class PackedLinear(nn.Module):
         """`[..., K] -> [..., N]` in the dtype of `x`, which is the weight's."""
         if self._compute is None:
             return x.new_empty(*x.shape[:-1], self.out_features)
-        return self._compute(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        return self._compute(x)

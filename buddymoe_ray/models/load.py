@@ -19,6 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from buddymoe_ray.models.dense_dtype import keep_dense, pack_dense
 from buddymoe_ray.models.families import Family
 from buddymoe_ray.models.hf_loading import experts_modules, load_dense
+from buddymoe_ray.models.router_hook import find_routers
+from buddymoe_ray.models.row_kernels import rows_apart
 from buddymoe_ray.models.shape import (
     auto_dtype,
     dense_bytes,
@@ -105,7 +107,10 @@ def on_kernels(
     progress: Callable[..., Iterable[Any]] = lambda items, **_: items,
 ) -> LoadedModel:
     """The loaded model, in place, with its dense linear layers in `dense_dtype` (see `models.dense_dtype`) and computed
-    by our kernels with `threads`, where this CPU has them. `progress` shows how far packing is."""
+    by our kernels with `threads`, as its norms and routers, where this CPU has them. `progress` shows how far packing
+    is."""
     pack_dense(loaded.model, dense_dtype, threads=threads, progress=progress)
     keep_dense(loaded.model, threads=threads)
+    counts = loaded.layout.experts_per_layer
+    rows_apart(loaded.model, find_routers(loaded.model, loaded.experts, counts))
     return replace(loaded, dense_bytes=dense_bytes(loaded.model))

@@ -92,6 +92,10 @@ class StepOutcome:
         self.accesses_TA[:, _HIT] += hits_T
         self.accesses_TA[:, _FETCH] += hit_TK.shape[1] - hits_T
 
+    def count_hits(self, per_row: int) -> None:
+        """Add a layer whose every access was resident."""
+        self.accesses_TA[:, _HIT] += per_row
+
     def count_peer(self, accesses_T: Ints) -> None:
         """Say that `accesses_T` of each row's fetched accesses were computed exactly by another worker instead."""
         fits = ((accesses_T >= 0) & (accesses_T <= self.fetched_T)).all()

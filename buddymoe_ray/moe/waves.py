@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from buddymoe_ray.moe.rows import Accesses
 
 __all__ = ["ExpertCompute", "OneByOne", "OneCall", "WaveCompute"]
 
+Ints = npt.NDArray[np.int64]
 ExpertCompute = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 """`compute(x_RD, a slot's tensors) -> y_RD`, before the router weight."""
 
@@ -29,6 +32,10 @@ class WaveCompute(Protocol):
 
     def __call__(self, hidden_TD: Tensor, accesses: Accesses, leases: Sequence[Lease], y_ND: Tensor) -> None:
         """Write the rows of `y_ND` whose expert is leased, before the router weight."""
+
+    def resident(self, hidden_TD: Tensor, ids_TK: Ints, at_E: Ints, y_ND: Tensor) -> bool:
+        """Write all rows of `y_ND` from experts that are where `at_E` says; False, with nothing done, where that cannot
+        be."""
 
 
 class OneByOne:
@@ -42,6 +49,10 @@ class OneByOne:
         for lease in leases:
             rows_R, tokens_R = accesses.rows[lease.key.expert]
             y_ND.index_copy_(0, rows_R, self._compute(hidden_TD.index_select(0, tokens_R), lease.tensors()))
+
+    def resident(self, hidden_TD: Tensor, ids_TK: Ints, at_E: Ints, y_ND: Tensor) -> bool:
+        """Not by address."""
+        return False
 
 
 class OneCall:
@@ -57,3 +68,8 @@ class OneCall:
         for lease in leases:
             at[lease.key.expert] = lease.address()
         self._layer(hidden_TD, None, at_E, torch.from_numpy(accesses.expert_TK), y_ND)
+
+    def resident(self, hidden_TD: Tensor, ids_TK: Ints, at_E: Ints, y_ND: Tensor) -> bool:
+        """See WaveCompute."""
+        self._layer(hidden_TD, None, torch.from_numpy(at_E), torch.from_numpy(ids_TK), y_ND)
+        return True

@@ -5,8 +5,14 @@ import torch
 
 from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
 from buddymoe_ray.engine.kv import KVPool, KVShape, contiguous_start
+from buddymoe_ray.kernels import paged_attention
 
 BLOCK = 4
+
+
+def pool_of(H: int, d: int, dv: int, dtype: torch.dtype, blocks: int = 10) -> KVPool:
+    shapes, cpu = {0: KVShape(heads=H, key_dim=d, value_dim=dv)}, torch.device("cpu")
+    return KVPool(shapes, blocks=blocks, block_size=BLOCK, dtype=dtype, device=cpu)
 
 
 def dense(q, k, v, scale, window, sinks):
@@ -23,30 +29,29 @@ def dense(q, k, v, scale, window, sinks):
     return ((p[..., :-1] if sinks is not None else p) @ v).transpose(0, 1)
 
 
+@pytest.mark.parametrize("by_kernel", [True, False])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize(("Q", "H", "d", "dv"), [(4, 2, 8, 8), (4, 4, 12, 8), (6, 1, 8, 8)])
-def test_chunked_prefill_and_batched_decode_equal_dense(window, with_sinks, Q, H, d, dv) -> None:
+def test_chunked_prefill_and_batched_decode_equal_dense(by_kernel, window, with_sinks, Q, H, d, dv) -> None:
     rng = torch.Generator().manual_seed(0)
     lengths, cut = [11, 4, 17], [6, 2, 9]
     blocks = [[5, 2, 9], [0], [1, 3, 4, 6, 7]]  # scattered, single, scattered
     sinks = torch.randn(Q, generator=rng) if with_sinks else None
     data = [tuple(torch.randn(n, L, w, generator=rng) for n, w in ((Q, d), (H, d), (H, dv))) for L in lengths]
     paged = PagedAttention()
-    paged.pool = KVPool(
-        {0: KVShape(heads=H, key_dim=d, value_dim=dv)},
-        blocks=10,
-        block_size=BLOCK,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+    pool = pool_of(H, d, dv, torch.float32)
+    if by_kernel:
+        paged.open(pool)
+    else:
+        paged.pool = pool
 
     def run(spans, decode):
         rows, at = [], 0
         for (start, end), table in zip(spans, blocks, strict=True):
             rows.append(ChunkRows(row=at, count=end - start, start=start, blocks=tuple(table)))
             at += end - start
-        paged.current = PackedPass.build(rows, decode=decode, block_size=BLOCK, device=torch.device("cpu"))
+        paged.current = PackedPass(rows, decode=decode, block_size=BLOCK, device=torch.device("cpu"))
         packed = [torch.cat([t[i][:, a:b] for t, (a, b) in zip(data, spans, strict=True)], dim=1) for i in range(3)]
         out = paged(0, *packed, scale=0.3, window=window, sinks=sinks)
         return out.split([b - a for a, b in spans])
@@ -63,7 +68,7 @@ def test_chunked_prefill_and_batched_decode_equal_dense(window, with_sinks, Q, H
 
 def test_single_sequence_decode_reads_without_a_copy() -> None:
     chunk = ChunkRows(row=0, count=1, start=9, blocks=(3, 4, 5))
-    built = PackedPass.build([chunk], decode=True, block_size=BLOCK, device=torch.device("cpu"))
+    built = PackedPass([chunk], decode=True, block_size=BLOCK, device=torch.device("cpu"))
     assert built.where == (slice(12, 22),) and built.padded_BL is None
     assert built.slots_T.tolist() == [21]
 
@@ -78,3 +83,44 @@ def test_contiguous_start(blocks, start) -> None:
 def test_kv_bytes_per_token() -> None:
     shapes = {0: KVShape(heads=2, key_dim=8, value_dim=4), 1: KVShape(heads=1, key_dim=8, value_dim=8)}
     assert KVPool.bytes_per_token(shapes, torch.bfloat16) == (2 * 12 + 16) * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 21])
+@pytest.mark.parametrize(("Q", "H", "d", "dv"), [(4, 4, 64, 64), (8, 1, 40, 24)])
+def test_a_rows_bits_do_not_depend_on_how_it_comes_to_be_computed(
+    dtype, window, Q, H, d, dv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text of 70 tokens in one chunk, in chunks of odd sizes, token by token, with others beside it, in scattered
+    blocks and on several threads."""
+    monkeypatch.setattr(paged_attention, "THREADED_ITEMS", 0)
+    rng = torch.Generator().manual_seed(3)
+    L, sinks = 70, torch.randn(Q, generator=rng)
+    texts = [[torch.randn(n, L, w, generator=rng).to(dtype) for n, w in ((Q, d), (H, d), (H, dv))] for _ in range(2)]
+
+    def computed(ends: list[int], *, tables: list[list[int]], threads: int = 1) -> torch.Tensor:
+        """Of the first text; the second is computed beside it where it has a table."""
+        paged, got, begin = PagedAttention(), [], 0
+        pool = pool_of(H, d, dv, dtype, blocks=40)
+        for tensors in (pool.keys_NHd, pool.values_NHd):
+            tensors[0].fill_(float("nan"))  # what nobody wrote is read by nobody
+        paged.open(pool, threads=threads)
+        for end in ends:
+            chunks = [
+                ChunkRows(row=i * (end - begin), count=end - begin, start=begin, blocks=tuple(table))
+                for i, table in enumerate(tables)
+            ]
+            paged.current = PackedPass(chunks, decode=end == begin + 1, block_size=BLOCK, device=torch.device("cpu"))
+            rows = [torch.cat([text[i][:, begin:end] for text in texts[: len(tables)]], dim=1) for i in range(3)]
+            got.append(paged(0, *rows, scale=0.2, window=window, sinks=sinks)[: end - begin])
+            begin = end
+        return torch.cat(got)
+
+    straight = list(range(18))
+    whole = computed([L], tables=[straight])
+    assert bool(whole.isfinite().all())
+    assert torch.equal(computed([1, 14, 33, 34, 69, L], tables=[straight]), whole)
+    assert torch.equal(computed(list(range(1, L + 1)), tables=[straight[::-1]]), whole)
+    scattered = torch.randperm(40, generator=rng).tolist()
+    assert torch.equal(computed([50, *range(51, L + 1)], tables=[scattered[:18], scattered[18:36]]), whole)
+    assert torch.equal(computed([30, 31, L], tables=[straight], threads=3), whole)

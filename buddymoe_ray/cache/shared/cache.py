@@ -111,6 +111,13 @@ class SharedExpertCache:
             self._held = None
             self._tables.release(list(held.values()))
 
+    def addresses(self, layer: int) -> None:
+        """Other workers move experts: an address holds no longer than a lease."""
+
+    def hit(self, layer: int, experts: Iterable[int]) -> None:
+        """Nothing is used without a lease."""
+        raise AssertionError(f"experts {list(experts)} of layer {layer} are used, must be leased")
+
     def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
         """Note accesses of experts for whoever places them: ids of any shape."""
         accesses_E = self._tables.accesses[self._tables.row, layer]
