@@ -38,7 +38,7 @@ from buddymoe_ray.cache.shared import SharedStore, cache, host, locks, mover, sh
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotPlan, SlotTensor
 
-__all__ = ["Actor", "Found", "Reader", "Violation", "World", "explore", "instrumented", "point", "replay"]
+__all__ = ["Actor", "Found", "Reader", "Violation", "World", "explore", "instrumented", "point", "replay", "truth"]
 
 SLOT, HALF = 64, 32
 DIGEST = b"d" * 32
@@ -89,6 +89,10 @@ class Actor:
                 if found != {truth(lease.key)}:
                     raise Violation(f"{self.name} computes with {found}, must be {truth(lease.key)} ({lease.key})")
             point("compute")
+
+    def look(self, slot: int) -> set[int]:
+        """The bytes of a slot, whoever may write them."""
+        return set(self.stores[-1].bytes_C[slot].tolist())
 
     def use_copies(self, leases: Sequence[Lease]) -> None:
         """The same with leases of a private cache: what was copied must be the experts' own."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interleavings import Actor, Reader, World, explore, instrumented, point
+import numpy as np
+from interleavings import Actor, Reader, Violation, World, explore, instrumented, point, truth
 
 from buddymoe_ray.cache import ExpertCache
 from buddymoe_ray.cache.shared import Move, Mover, SharedExpertCache, SharedHostTier, SharedStore, sweep
@@ -42,6 +43,29 @@ def worker(
                     if seconds:
                         point("long", lambda until=until: world.now >= until)
                         me.access(leases)
+
+        return program
+
+    return prepare
+
+
+def glancer(world: World, *experts: int) -> Prepare:
+    """Computes with experts that are READY and holds nothing; what it computed counts if nothing changed meanwhile."""
+
+    def prepare(me: Actor) -> Callable[[Actor], None]:
+        tables, ids = world.attach(me).tables, np.array([experts])
+
+        def program(me: Actor) -> None:
+            seen = tables.glance(0, ids)
+            if seen is None:
+                return
+            found = [me.look(slot) for slot in seen[0].ravel().tolist()]
+            point("compute")
+            found += [me.look(slot) for slot in seen[0].ravel().tolist()]
+            point("computed")
+            wanted = 2 * [{truth(ExpertKey(0, expert))} for expert in experts]
+            if tables.unchanged(seen) and found != wanted:
+                raise Violation(f"{me.name} takes {found} for {wanted}")
 
         return program
 
@@ -160,6 +184,10 @@ def _worker(*experts: int, **options: Any) -> Callable[[World], Prepare]:
     return lambda world: worker(world, *experts, **options)
 
 
+def _glancer(*experts: int) -> Callable[[World], Prepare]:
+    return lambda world: glancer(world, *experts)
+
+
 def _keeper(*moves: Move) -> Callable[[World], Prepare]:
     return lambda world: keeper(world, *moves)
 
@@ -200,6 +228,9 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
             folder, {"A": _worker(0, seconds=7.0), "M": _keeper(swap), "B": _worker(0, after=6.0)}, X, patience=12
         ),
         "devices, failed": _scenario(folder, {"A": _device(0), "B": _device(0)}, failures=1),
+        "glance": _scenario(folder, {"A": _glancer(0), "B": _worker(1)}, X, kills=1, failures=1),
+        "glance, move": _scenario(folder, {"A": _glancer(0), "M": _keeper(swap)}, X, kills=1),
+        "glance, arrive": _scenario(folder, {"A": _glancer(0), "B": _worker(0)}, kills=1),
         "start": _scenario(folder, {"A": starter, "B": starter}, kills=1),
         "sweep": _scenario(folder, {"A": starter, "S": sweeper}, kills=1),
         "devices": _scenario(folder, {"A": _device(0), "B": _device(1, 2)}, failures=1),

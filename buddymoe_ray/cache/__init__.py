@@ -4,7 +4,7 @@ eviction orders are handed in."""
 from buddymoe_ray.cache.disk import DiskReader
 from buddymoe_ray.cache.expert_cache import CacheStats, Eviction, ExpertCache
 from buddymoe_ray.cache.interface import EngineCache, Experts
-from buddymoe_ray.cache.pool import Lease, slot_views
+from buddymoe_ray.cache.pool import Glance, Lease, slot_views
 from buddymoe_ray.cache.standin_pool import StandinPool
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "ExpertCache",
     "EngineCache",
     "Experts",
+    "Glance",
     "Lease",
     "StandinPool",
     "slot_views",

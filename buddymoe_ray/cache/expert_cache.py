@@ -23,7 +23,7 @@ import torch
 from buddymoe_ray.cache.directory import Directory, Eviction
 from buddymoe_ray.cache.disk import DiskReader, Ticket
 from buddymoe_ray.cache.host import Host, HostTier, ReadLost
-from buddymoe_ray.cache.pool import Lease, SlotPool
+from buddymoe_ray.cache.pool import Glance, Lease, SlotPool
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
@@ -123,17 +123,21 @@ class ExpertCache:
         resident_E = self.resident_mask(layer)
         return nullcontext([expert for expert in experts if resident_E[expert]])
 
-    def addresses(self, layer: int) -> npt.NDArray[np.int64]:
-        """`[E]`, where each expert's slot is, -1 for those without; a live view. What is there stays until this thread
-        streams."""
-        return self._directory.at_E[layer]
+    def glance(self, layer: int, ids: npt.NDArray[np.int64]) -> Glance | None:
+        """Where the experts `ids` are; None unless all are resident. They stay until this thread streams."""
+        at_E = self._directory.at_E[layer]
+        if (at_E[ids] < 0).any():
+            return None
 
-    def hit(self, layer: int, experts: Iterable[int]) -> None:
-        """Note that resident experts were used where they are."""
-        slots, touch = self._directory.slot_of[layer], self._directory.touch
-        for expert in experts:
-            touch(slots[expert])
-            self._hits += 1
+        def holds() -> bool:
+            slots, touch = self._directory.slot_of[layer], self._directory.touch
+            used = set(ids.ravel().tolist())
+            for expert in used:
+                touch(slots[expert])
+            self._hits += len(used)
+            return True
+
+        return Glance(at_E, holds)
 
     def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
         """Note accesses of experts for whoever places them: a cache of one engine has nobody to tell."""

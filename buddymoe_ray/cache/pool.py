@@ -8,16 +8,18 @@ Legend: C slots.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from buddymoe_ray.types import ExpertKey, ExpertLayout
 
-__all__ = ["Lease", "SlotPool", "SlotMemory", "slot_views"]
+__all__ = ["Glance", "Lease", "SlotPool", "SlotMemory", "slot_views"]
 
 
 class SlotMemory(Protocol):
@@ -86,6 +88,20 @@ class Lease:
     def _check(self) -> None:
         now = self.pool.generation[self.slot]
         assert now == self.generation, f"lease {self.key} is of generation {self.generation}, slot {self.slot} of {now}"
+
+
+class Glance:
+    """Where experts of a layer are, for a computation that begins now and holds nothing: `at_E` has their addresses.
+
+    What is computed is worth something only if `holds` says so afterwards; until then nothing may depend on it.
+    """
+
+    def __init__(self, at_E: npt.NDArray[np.int64], holds: Callable[[], bool]) -> None:
+        self.at_E, self._holds = at_E, holds
+
+    def holds(self) -> bool:
+        """Whether every expert was there the whole time; if so, that it was used is noted."""
+        return self._holds()
 
 
 def slot_views(slot_bytes: Tensor, layout: ExpertLayout) -> dict[str, Tensor]:

@@ -1,6 +1,9 @@
-"""Norms and routers of a model by kernels whose rows do not see each other. On CPUs; a model elsewhere is left alone.
+"""What a model computes beside its linear layers, so that rows do not see each other. On CPUs; a model elsewhere is
+left alone.
 
-A norm is told by what it answers to a probe, not by its class. Knows neither experts nor the cache.
+Norms and routers' linears go to our kernels; a norm is told by what it answers to a probe, not by its class.
+Elementwise functions stay torch's, which computes what is left over after whole vectors in another way: rows whose
+width is no multiple of 64 are padded, so that nothing is left over. Knows neither experts nor the cache.
 
 Legend: T tokens, E experts, n items of a row.
 """
@@ -14,21 +17,51 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from transformers.activations import ACT2CLS
 
 from buddymoe_ray.kernels import CpuLinear, CpuNorm, linear_rows, widens
 
-__all__ = ["RowNorm", "rows_apart"]
+__all__ = ["RowNorm", "WholeVectors", "rows_apart"]
+
+_VECTORS = 64
+"""Items that torch takes at once, at most: two vectors of 512 bits of bfloat16."""
+_ACTIVATIONS = {kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values()}
+_SIGMOIDS = {torch.sigmoid, Tensor.sigmoid}
 
 
 def rows_apart(model: nn.Module, routers: Iterable[nn.Module | None]) -> None:
-    """Replace the model's root-mean-square norms, and have its routers' linears computed row by row."""
+    """Replace the model's root-mean-square norms and activations, and have its routers' linears computed row by row."""
+    if model.device.type != "cpu":
+        return
     for name, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm") and (made := _row_norm(module)) is not None:
+        made: nn.Module | None = None
+        if type(module).__name__.endswith("RMSNorm"):
+            made = _row_norm(module)
+        elif type(module) in _ACTIVATIONS and not any(module.parameters()):
+            made = WholeVectors(module)
+        if made is not None:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, made)
     for router in routers:
-        if router is not None and next(router.parameters()).device.type == "cpu":
+        if router is not None:
             router.forward = _by_rows(router)  # type: ignore[method-assign]
+
+
+class WholeVectors(nn.Module):
+    """An elementwise function of rows that are padded to whole vectors."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of any shape, in the dtype of `x`."""
+        return _padded(self.function, x)
+
+
+def _padded(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    width = x.shape[-1]
+    return function(x) if width % _VECTORS == 0 else function(functional.pad(x, (0, -width % _VECTORS)))[..., :width]
 
 
 class RowNorm(nn.Module):
@@ -64,7 +97,8 @@ def _row_norm(module: nn.Module) -> RowNorm | None:
 
 
 class _LinearsByRows(TorchFunctionMode):
-    """While it is on, linears are computed by the kernels: by `made` for weights in it (by id), else anew each time."""
+    """While it is on, linears are computed by the kernels: by `made` for weights in it (by id), else anew each time.
+    Sigmoids see whole vectors."""
 
     def __init__(self, made: Mapping[int, CpuLinear]) -> None:
         super().__init__()
@@ -73,6 +107,8 @@ class _LinearsByRows(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func in _SIGMOIDS and not kwargs:
+            return _padded(func, args[0])
         if func is not functional.linear or kwargs:
             return func(*args, **(kwargs or {}))
         made = self._made.get(id(args[1])) if len(args) == 2 else None

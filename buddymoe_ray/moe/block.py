@@ -82,11 +82,11 @@ class MoEBlock:
         """Fill `y_ND`; returns the weights to combine it with."""
         self._cache.count(self.layer, ids_TK)
         standins, step = self._standins, self._step
+        if self.layer not in step.overlays and self._all_resident(hidden_TD, ids_TK, y_ND):
+            step.outcome.count_hits(ids_TK.shape[1])
+            return weight_TK
         if standins is None or not standins.may_answer(self.layer, step):
             hit_TK = self._cache.resident_mask(self.layer)[ids_TK]
-            if hit_TK.all() and self._all_resident(hidden_TD, ids_TK, y_ND):
-                step.outcome.count_hits(ids_TK.shape[1])
-                return weight_TK
             step.outcome.count_exact(hit_TK)
             self._run_full(hidden_TD, Accesses(ids_TK, hidden_TD.device), y_ND, set(ids_TK[~hit_TK].tolist()))
             return weight_TK
@@ -104,11 +104,8 @@ class MoEBlock:
 
     def _all_resident(self, hidden_TD: Tensor, ids_TK: Ints, y_ND: Tensor) -> bool:
         """The short way of a layer that misses nothing: whether it could be gone."""
-        at_E = self._cache.addresses(self.layer)
-        if at_E is None or not self._compute.resident(hidden_TD, ids_TK, at_E, y_ND):
-            return False
-        self._cache.hit(self.layer, set(ids_TK.ravel().tolist()))
-        return True
+        glance = self._cache.glance(self.layer, ids_TK)
+        return glance is not None and self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND) and glance.holds()
 
     def _answer(self, standins: Standins, hidden_TD: Tensor, resolution: Resolution, y_ND: Tensor) -> None:
         """Compute every access as it was decided."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from experts_on_disk import make_layout
 
-from buddymoe_ray.cache import DiskReader, ExpertCache
+from buddymoe_ray.cache import DiskReader, ExpertCache, Glance
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.kernels import ExpertMath, UpcastScratch, combine, expert_forward
 from buddymoe_ray.moe import MoEBlock, OneByOne, Phase, StepState
@@ -85,6 +85,29 @@ def test_it_is_the_formula(tmp_path: Path) -> None:
         ]
     )
     torch.testing.assert_close(got, combine(y, weights))
+    opened.cache.close()
+
+
+def test_what_moved_while_it_was_computed_is_computed_again(tmp_path: Path) -> None:
+    """The first try of every layer is spoilt: its rows are garbage, and the cache says that they do not count."""
+    layout, _ = make_layout(tmp_path)
+    opened = Opened(layout, 18)
+    hidden, ids, weights = routing(4, seed=5)
+    opened.step.begin(Phase.DECODE, 4)
+    expected = opened.block(hidden, ids, weights)
+    tried = []
+
+    class Spoilt(OneByOne):
+        def resident(self, hidden_TD, ids_TK, at_E, y_ND):  # type: ignore[no-untyped-def]
+            tried.append(at_E[ids_TK])
+            y_ND.fill_(float("nan"))
+            return True
+
+    opened.block._compute = Spoilt(opened.block._compute._compute)
+    opened.cache.glance = lambda *_: Glance(np.arange(E), lambda: False)  # type: ignore[method-assign]
+    opened.step.begin(Phase.DECODE, 4)
+    assert torch.equal(opened.block(hidden, ids, weights), expected)
+    assert len(tried) == 1 and opened.step.outcome.hits_T.tolist() == [K] * 4
     opened.cache.close()
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import random
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from experts_on_disk import expert_bytes_of, make_layout
 
-from buddymoe_ray.cache import DiskReader, ExpertCache
+from buddymoe_ray.cache import DiskReader, ExpertCache, slot_views
 from buddymoe_ray.cache.shared import (
     Move,
     Mover,
@@ -345,8 +349,6 @@ def test_warm_is_shared_between_workers(node: Node) -> None:
 
 
 def test_uses_are_counted_where_the_placement_can_read_them(node: Node) -> None:
-    import torch
-
     cache, other = node.cache(), node.cache()
     cache.count(1, torch.tensor([[0, 5], [5, 2]]))
     assert other.store.tables.accesses.sum(axis=0)[1].tolist() == [1, 0, 1, 0, 0, 2]
@@ -389,6 +391,63 @@ def test_migration_under_load_keeps_bytes_right(node: Node) -> None:
     base.close()
 
 
+def glanced(node: Node, cache: SharedExpertCache, layer: int, experts: list[int]) -> bool | None:
+    """Copy experts without a lease: None when not all were there, else whether the copies count, and then they must be
+    right."""
+    glance = cache.glance(layer, np.array([experts]))
+    if glance is None:
+        return None
+    size = node.layout.slot_bytes
+    copies = {e: ctypes.string_at(int(glance.at_E[e]), size) for e in experts}
+    if not glance.holds():
+        return False
+    for expert, raw in copies.items():
+        views = slot_views(torch.frombuffer(bytearray(raw), dtype=torch.uint8), node.layout)
+        assert expert_bytes_of(views) == node.truth[ExpertKey(layer, expert)], f"{layer}.{expert} has wrong bytes"
+    return True
+
+
+def test_what_is_read_without_a_lease_counts_only_where_nothing_moved(node: Node) -> None:
+    cache, other = node.cache(), node.cache()
+    assert glanced(node, cache, 0, [1]) is None
+    access(node, other, 0, [0, 1, 2])
+    assert glanced(node, cache, 0, [2, 0]) is True and cache.stats().hits == 2
+    assert glanced(node, cache, 0, [2, 3]) is None
+    glance = cache.glance(0, np.array([[0, 1]]))
+    access(node, other, 0, [3, 4])  # room for them is made in the layer
+    access(node, other, 0, [1, 0])
+    assert glance is not None and not glance.holds(), "they came back, elsewhere"
+    assert not cache.store.tables.lease.any()
+
+
+def test_glances_under_load_are_right(node: Node) -> None:
+    cache, others = node.cache(), [node.cache(), node.cache()]
+    done, errors, seen = threading.Event(), list[BaseException](), Counter[bool | None]()
+
+    def work(other: SharedExpertCache, seed: int) -> None:
+        rng = random.Random(seed)
+        try:
+            for _ in range(300):
+                access(node, other, rng.randrange(LAYERS), rng.sample(range(EXPERTS), 2))
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            done.set()
+
+    threads = [threading.Thread(target=work, args=(other, at)) for at, other in enumerate(others)]
+    for thread in threads:
+        thread.start()
+    rng = random.Random(9)
+    while not done.is_set():
+        layer = rng.randrange(LAYERS)
+        there = sorted(cache.resident(layer))
+        seen[glanced(node, cache, layer, rng.sample(there, min(2, len(there))) or [0])] += 1
+    for thread in threads:
+        thread.join(60)
+    assert not errors, errors
+    assert seen[True] > 20, seen
+
+
 def test_a_move_swaps_residents_and_pins_follow(node: Node) -> None:
     node.plan = make_plan(node.layout, pinned=((0, 1, 2),) * LAYERS)
     cache, base = node.cache(), node.store()
@@ -412,8 +471,6 @@ def test_a_move_swaps_residents_and_pins_follow(node: Node) -> None:
 
 
 def test_a_room_is_filled_once(tmp_path: Path) -> None:
-    import torch
-
     path, filled = tmp_path / "buddymoe-0-x.records", []
 
     def fill(target: torch.Tensor) -> None:

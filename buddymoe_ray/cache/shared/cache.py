@@ -8,6 +8,7 @@ Invariants: those of `tables`; after a failed or interrupted load the slot is fr
 
 from __future__ import annotations
 
+import platform
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ import torch
 
 from buddymoe_ray.cache.disk import DiskReader, ReadTicket
 from buddymoe_ray.cache.expert_cache import CacheStats, blame
-from buddymoe_ray.cache.pool import Lease
+from buddymoe_ray.cache.pool import Glance, Lease
 from buddymoe_ray.cache.shared.shape import HeaderWord
 from buddymoe_ray.cache.shared.store import SharedStore
 from buddymoe_ray.cache.shared.tables import READY, Counter, SlotIds
@@ -31,6 +32,8 @@ __all__ = ["SharedExpertCache"]
 
 _ASSUMED_BYTES_PER_SECOND, _SMOOTHING = 500e6, 0.1
 _POLL_SECONDS, _LONGEST_POLL_SECONDS = 50e-6, 2e-3
+_LOADS_IN_ORDER = platform.machine() in ("x86_64", "AMD64")
+"""Whether a generation that is looked at after an expert's bytes is read after them: elsewhere leases are taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +114,27 @@ class SharedExpertCache:
             self._held = None
             self._tables.release(list(held.values()))
 
-    def addresses(self, layer: int) -> None:
-        """Other workers move experts: an address holds no longer than a lease."""
+    def glance(self, layer: int, ids: npt.NDArray[np.int64]) -> Glance | None:
+        """Where the experts `ids` are; None unless all are READY. Takes no lock and no lease: others may evict them
+        meanwhile, which `Glance.holds` finds out."""
+        if not _LOADS_IN_ORDER:
+            return None
+        seen = self._tables.glance(layer, ids)
+        if seen is None:
+            return None
+        slots, _ = seen
+        at_E = np.full(self.layout.experts_per_layer[layer], -1, np.int64)
+        at_E[ids] = self._store.address(0) + slots * self._store.shape.slot_bytes
 
-    def hit(self, layer: int, experts: Iterable[int]) -> None:
-        """Nothing is used without a lease."""
-        raise AssertionError(f"experts {list(experts)} of layer {layer} are used, must be leased")
+        def holds() -> bool:
+            if not self._tables.unchanged(seen):
+                return False
+            self._tables.touch(slots)
+            used = slots.size if len(ids) == 1 else len(np.unique(slots))
+            self._tables.counters[self._tables.row, Counter.HITS] += used
+            return True
+
+        return Glance(at_E, holds)
 
     def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
         """Note accesses of experts for whoever places them: ids of any shape."""

@@ -4,8 +4,11 @@ A slot is FREE, LOADING (one row reads into it) or READY. A row is one attached 
 it computes with in a line of its own, so that giving back needs no lock. Everything else changes under one lock, held
 for microseconds. The slot's own entries are the truth and the tables by expert are derived: whoever takes the lock
 after its holder was killed half-way (`dirty`) derives them again.
-Invariants: a slot that anyone leases, or that is LOADING, is never claimed; bytes of a slot are read only between a
-lease and its release, or before READY by the loader itself; a dead row's leases and loads are void.
+A reader that only wants what is READY need not lease: it looks at generations before and after (`glance`,
+`unchanged`), so that nobody waits for it, stopped or killed, and it computes again where a slot was taken meanwhile.
+Invariants: a slot that anyone leases, or that is LOADING, is never claimed; bytes of a slot are used only if they were
+read between a lease and its release, under an unchanged generation, or before READY by the loader itself; a dead row's
+leases and loads are void.
 
 Legend: C slots, L layers, E experts, P rows.
 """
@@ -36,6 +39,7 @@ WAVE = -1
 _REAP_SECONDS = 0.2
 
 SlotIds = npt.NDArray[np.int64]
+Glimpse = tuple[SlotIds, npt.NDArray[Any]]
 
 
 class Counter(IntEnum):
@@ -154,6 +158,28 @@ class SharedTables:
         if held:
             self.lease[self.row, list(held.values())] += 1
         return held
+
+    def glance(self, layer: int, ids: SlotIds) -> Glimpse | None:
+        """The slot of each expert with its generation, None unless all are READY; needs no lock.
+
+        The order counts: a slot that is taken after its generation was read fails `unchanged`, one that was taken
+        before is no longer its expert's when `slot_of` is read again.
+        """
+        slots: SlotIds = self.slot_of[layer, ids].astype(np.int64)
+        if (slots < 0).any():
+            return None
+        generations = self.generation[slots]
+        if (self.state[slots] != READY).any() or (self.slot_of[layer, ids] != slots).any():
+            return None
+        return slots, generations
+
+    def unchanged(self, seen: Glimpse) -> bool:
+        """Whether the bytes of slots that `glance` saw were the same ever since; needs no lock.
+
+        `take` moves a generation on before a byte is written.
+        """
+        slots, generations = seen
+        return bool((self.generation[slots] == generations).all())
 
     def look_up(self, layer: int, experts: Sequence[int]) -> SlotIds:
         """The slot of each expert (-1: none), leased where there is one; the caller holds the lock."""
