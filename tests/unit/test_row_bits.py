@@ -20,7 +20,9 @@ FORMS = {
     "int8": {"dtype": "bfloat16", "expert_dtype": "int8", "dense_dtype": "int8"},
     "int4": {"dtype": "float32", "expert_dtype": "int4", "dense_dtype": "int4"},
 }
-FAMILIES = ["builtin:tiny", "mixtral", "olmoe", "deepseek_v3", "granitemoe"]
+CASES = [("builtin:tiny", form) for form in FORMS] + [
+    (family, form) for family in ("mixtral", "olmoe", "deepseek_v3", "granitemoe") for form in ("bfloat16", "int4")
+]
 NEW = 12
 
 Bits = list[tuple[int, float]]
@@ -32,8 +34,7 @@ def bits(result: EngineResult) -> Bits:
     return [(item.token_id, item.logprob) for item in result.logprobs]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "form"), CASES)
 def test_a_text_is_computed_to_the_same_bits_in_any_company(family: str, form: str, tmp_path: Path) -> None:
     model = family
     if family != "builtin:tiny":
@@ -46,9 +47,9 @@ def test_a_text_is_computed_to_the_same_bits_in_any_company(family: str, form: s
         with LLM(model, **sizes, **FORMS[form]) as llm:
             return [bits(result) for result in llm.generate(wanted, max_tokens=NEW, logprobs=0)]
 
-    alone = [computed([prompt], running=1)[0] for prompt in prompts[:3]]
-    assert computed(prompts)[:3] == alone, "in a batch of 7"
-    assert computed(prompts, chunk=5, running=3)[:3] == alone, "in chunks of 5"
-    assert computed(prompts, memory="40%", chunk=16)[:3] == alone, "where experts are evicted"
+    alone = [computed([prompt], running=1)[0] for prompt in prompts[:2]]
+    assert computed(prompts)[:2] == alone, "in a batch of 7"
+    assert computed(prompts, chunk=5, running=3)[:2] == alone, "in chunks of 5"
+    assert computed(prompts, memory="40%", chunk=16)[:2] == alone, "where experts are evicted"
     begun = [prompt + [token for token, _ in text[:6]] for prompt, text in zip(prompts, alone, strict=False)]
     assert [text[: NEW - 6] for text in computed(begun)] == [text[6:] for text in alone], "continued"
