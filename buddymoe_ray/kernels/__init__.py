@@ -3,7 +3,7 @@
 Knows nothing of residency, slots or models: it gets tensors and returns tensors. `reference` is the spec.
 """
 
-from buddymoe_ray.kernels.cpu import CpuLinear, combine, linear_rows, widens
+from buddymoe_ray.kernels.cpu import CpuLinear, combine, combine_kernel, linear_rows, widens
 from buddymoe_ray.kernels.cpu import prepare as prepare_lowbit
 from buddymoe_ray.kernels.expert_layer import ExpertLayer
 from buddymoe_ray.kernels.lowbit import (
@@ -35,6 +35,7 @@ __all__ = [
     "PagedLayer",
     "UpcastScratch",
     "combine",
+    "combine_kernel",
     "dequantise",
     "expert_forward",
     "linear_rows",

@@ -182,12 +182,12 @@ def _attend(call: Any, plan: Any, blocks: Any, block: Any, scratch: Any) -> None
             sink = carray(floats_at(plan.sinks), (plan.Q,))[block.head * G + r % G]
         sums[r] = _softmax(scratch.scores[r, :used], seen[0] - begin, seen[1] - begin, sink)
     scratch.outputs[:] = float32(0.0)
-    all_from, all_to = _seen(plan, block, n - 1)[0], _seen(plan, block, 0)[1]  # what all rows see, if there is any
-    all_to = max(all_from, all_to)
+    all_from = _seen(plan, block, n - 1)[0]  # what all rows see, if there is any
+    all_to = max(all_from, _seen(plan, block, 0)[1])
     for t in range(n):
         low, high = _seen(plan, block, t)
         _blend(plan, blocks, block, scratch, (begin, low, min(all_from, high), t * G, (t + 1) * G))
-    _blend(plan, blocks, block, scratch, (begin, all_from, _seen(plan, block, 0)[1], 0, n * G))
+    _blend(plan, blocks, block, scratch, (begin, all_from, all_to, 0, n * G))
     for t in range(n):
         low, high = _seen(plan, block, t)
         _blend(plan, blocks, block, scratch, (begin, max(all_to, low), high, t * G, (t + 1) * G))

@@ -9,10 +9,11 @@ Legend: R rows of one expert or matrix, D hidden, F ffn, N outputs and K inputs 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -36,9 +37,10 @@ __all__ = [
     "bias_bytes",
     "as_read",
     "combine",
+    "combine_kernel",
     "experts_kernel",
     "forward",
-    "helpers",
+    "in_threads",
     "linear_rows",
     "linear_kernel",
     "prepare",
@@ -48,6 +50,7 @@ __all__ = [
     "widens",
 ]
 
+T = TypeVar("T")
 ANYWHERE = 1 << 62
 """Bytes of the records of a call that gives addresses."""
 THREADED_WEIGHTS = 1 << 20
@@ -110,8 +113,10 @@ def product_of(matrix: Matrix, fmt: LowbitFormat, dtype: torch.dtype, bias: tupl
     return Product(codes, scales, base, *bias, N, K, native["project"], native.get("quantise", 0))
 
 
-def stored_product(place: int, shape: tuple[int, int], weights: str, bias: tuple[int, int] = (0, 0)) -> Product:
-    """A matrix [N, K] as it is stored, in the dtype named `weights`, for float32 rows; see `product_of`."""
+def stored_product(
+    place: int, shape: tuple[int, int], weights: str | torch.dtype, bias: tuple[int, int] = (0, 0)
+) -> Product:
+    """A matrix [N, K] as it is stored, in the dtype `weights`, for float32 rows; see `product_of`."""
     native = stored_functions(weights)
     return Product(place, 0, 0, *bias, *shape, native["project"], native.get("spread", 0))
 
@@ -122,14 +127,19 @@ def bias_bytes(dtype: str) -> int | None:
 
 
 @cache
-def widens(weights: str) -> bool:
-    """Whether this CPU multiplies weights stored in the dtype named `weights` in machine code."""
+def widens(weights: str | torch.dtype) -> bool:
+    """Whether this CPU multiplies weights stored in a dtype in machine code."""
     import llvmlite.binding as llvm
 
+    name = _name(weights)
     if platform.machine() in ("aarch64", "arm64"):
-        return weights in ITEM_BYTES
+        return name in ITEM_BYTES
     has = llvm.get_host_cpu_features()
-    return weights in ITEM_BYTES and bool(has.get("fma")) and (weights != "float16" or bool(has.get("f16c")))
+    return name in ITEM_BYTES and bool(has.get("fma")) and (name != "float16" or bool(has.get("f16c")))
+
+
+def _name(dtype: str | torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def as_read(x: Tensor) -> Tensor:
@@ -188,8 +198,7 @@ class CpuLinear:
             if bias_N is not None:
                 bias = (bias_N[begin:].data_ptr(), bias_N.itemsize)
             if isinstance(weight, Tensor):
-                place, stored = weight[begin:].data_ptr(), str(weight.dtype).removeprefix("torch.")
-                product = stored_product(place, (count, self._K), stored, bias)
+                product = stored_product(weight[begin:].data_ptr(), (count, self._K), weight.dtype, bias)
             else:
                 assert fmt is not None, "packed weights have a format"
                 places = (weight.codes[first].data_ptr(), weight.scales[first].data_ptr(), weight.base.data_ptr())
@@ -223,11 +232,7 @@ class CpuLinear:
             call = (x.data_ptr(), out.data_ptr(), 0, ANYWHERE, x.itemsize, 0, 0, rows, 1, 0, 0, 1)
             self._kernel(call, plan.ctypes.data, FIRST_AT)
 
-        shares = [(plan, out) for (plan, _), out in zip(self._parts, outs, strict=True)]
-        helping = [helpers(len(shares) - 1).submit(run, *share) for share in shares[1:]]
-        run(*shares[0])
-        for helper in helping:
-            helper.result()
+        in_threads(run, [(plan, out) for (plan, _), out in zip(self._parts, outs, strict=True)])
         return torch.cat(outs, dim=-1)
 
 
@@ -250,9 +255,19 @@ def combine(y_TKD: Tensor, weight_TK: Tensor) -> Tensor:
     return out if out.dtype is y_TKD.dtype else out.to(y_TKD.dtype)
 
 
+def in_threads(run: Callable[..., T], shares: Sequence[tuple[Any, ...]]) -> T:
+    """Call `run` with each share, the first in this thread, and wait for all; returns what the first came to."""
+    helping = [_helpers(len(shares) - 1).submit(run, *share) for share in shares[1:]]
+    try:
+        return run(*shares[0])
+    finally:
+        for helper in helping:
+            helper.result()
+
+
 @cache
-def helpers(threads: int) -> ThreadPoolExecutor:
-    """Threads that share a call's work, made once."""
+def _helpers(threads: int) -> ThreadPoolExecutor:
+    """Made once."""
     return ThreadPoolExecutor(threads, thread_name_prefix="kernels")
 
 
@@ -274,14 +289,18 @@ def prepare(fmt: LowbitFormat, dtype: torch.dtype) -> None:
     linear_kernel()
 
 
+def stored_functions(weights: str | torch.dtype) -> Mapping[str, int]:
+    """Addresses of what stored_tiles.py writes for weights of that dtype; made, or loaded, by the first call."""
+    return _stored_functions(_name(weights))
+
+
 @cache
-def stored_functions(weights: str) -> Mapping[str, int]:
-    """Addresses of what stored_tiles.py writes for weights of that dtype."""
+def _stored_functions(name: str) -> Mapping[str, int]:
     from buddymoe_ray.kernels.machine_code import native_functions
     from buddymoe_ray.kernels.stored_tiles import stored_module_text
 
-    names = ("project", "project_strided", "blend") + (("spread",) if weights == "bfloat16" else ())
-    return native_functions(stored_module_text(weights), names)
+    names = ("project", "project_strided", "blend") + (("spread",) if name == "bfloat16" else ())
+    return native_functions(stored_module_text(name), names)
 
 
 @cache
@@ -313,7 +332,7 @@ def experts_kernel() -> Callable[..., int]:
 
 @cache
 def linear_kernel() -> Callable[..., None]:
-    """Machine code for one packed matrix."""
+    """Machine code for one matrix."""
     from buddymoe_ray.kernels.expert_numba import compile_linear
     from buddymoe_ray.kernels.machine_code import code_folder
 

@@ -23,7 +23,7 @@ from buddymoe_ray.kernels.cpu import (
     as_read,
     bias_bytes,
     experts_kernel,
-    helpers,
+    in_threads,
     product_of,
     stored_product,
     widens,
@@ -37,7 +37,7 @@ __all__ = ["ExpertLayer"]
 
 
 class ExpertLayer:
-    """Computes experts on a CPU from records laid out by `record_tensors`.
+    """Computes experts on a CPU from records laid out by `record_tensors`, or from slots.
 
     Args:
         layout, fmt, math: experts that `covers` says yes to; `fmt` is None for weights as stored.
@@ -126,11 +126,11 @@ class ExpertLayer:
             *(expert_TK.data_ptr(), at_E.data_ptr(), N, K, at_E.numel()),
         )
         threads = 1 if self._weights * N < THREADED_WEIGHTS else self._threads
-        run, plan_at = self._kernel, self._plan_at
-        helping = [helpers(threads - 1).submit(run, (*call, share, threads), plan_at) for share in range(1, threads)]
-        fault = run((*call, 0, threads), plan_at)
-        for helper in helping:
-            helper.result()
+        if threads == 1:
+            fault = self._kernel((*call, 0, 1), self._plan_at)
+        else:
+            shares = [((*call, share, threads), self._plan_at) for share in range(threads)]
+            fault = in_threads(self._kernel, shares)
         assert fault != NO_SUCH_EXPERT, f"expert is {int(expert_TK.max())}, must be below {len(at_E)}"
         assert fault != NO_SUCH_RECORD, (
             f"the last record ends at byte {int(at_E.max()) + self._nbytes}, must be at most {room}"

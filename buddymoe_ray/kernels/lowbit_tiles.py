@@ -35,7 +35,24 @@ import torch
 from llvmlite import ir
 
 from buddymoe_ray.kernels.lowbit_format import BLOCK, GROUP, STEPS_PER_OCTAVE, LowbitFormat, scale_table
-from buddymoe_ray.kernels.vector_ir import F32, I8, I16, I32, I64, VOID, at, call, const, load, loop, splat, vec
+from buddymoe_ray.kernels.vector_ir import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    VOID,
+    at,
+    blocks,
+    call,
+    const,
+    internal,
+    load,
+    loop,
+    prefetch,
+    splat,
+    vec,
+)
 
 __all__ = ["LEVELS", "Level", "host_level", "module_text", "wide_row_bytes"]
 
@@ -120,20 +137,14 @@ class _Tiles:
         code_stride, scale_stride = b.mul(G, I64(self._fmt.tile_bytes)), b.mul(G, I64(BLOCK))
         with loop(b, A) as block:
             places = [b.add(codes, b.mul(block, code_stride)), b.add(scales, b.mul(block, scale_stride)), base, G]
-            column, done = b.mul(block, I64(4 * BLOCK)), I64(0)
-            for size, tile in tiles.items():
-                times = b.sdiv(b.sub(R, done), I64(size))
-                with loop(b, times) as turn:
-                    row = b.add(done, b.mul(turn, I64(size)))
-                    b.call(tile, [*places, b.add(rows, b.mul(row, I64(16))), column])
-                done = b.add(done, b.mul(times, I64(size)))
+            column = b.mul(block, I64(4 * BLOCK))
+            for size, row in blocks(b, R, tiles):
+                b.call(tiles[size], [*places, b.add(rows, b.mul(row, I64(16))), column])
         b.ret_void()
 
     def _tile(self, rows: int) -> Any:
         """16 outputs of `rows` rows, over all groups."""
-        tile = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 6), f"tile{rows}")
-        tile.linkage = "internal"
-        tile.attributes.add("noinline")
+        tile = internal(self.module, f"tile{rows}", 6)
         codes, scales, base_at, G, pairs, column = tile.args
         # with few registers and many rows the vectors are a loop, for LLVM's scheduler would hold all of them at once
         self._unrolled = self._level.lanes == 16 or rows == 1
@@ -150,8 +161,7 @@ class _Tiles:
         with loop(b, G) as g:
             place = b.add(codes, b.mul(g, I64(self._fmt.tile_bytes)))
             for line in range(self._fmt.bits):
-                ahead = at(b, place, I8, AHEAD + 64 * line)
-                call(b, "llvm.prefetch.p0", VOID, [ahead, I32(0), I32(3), I32(1)])
+                prefetch(b, place, AHEAD + 64 * line)
             for some in together:
                 codes_at = [b.add(place, I64(4 * first)) for first in some]
                 scales_at = [b.add(scales, b.add(b.mul(g, I64(BLOCK)), I64(first))) for first in some]

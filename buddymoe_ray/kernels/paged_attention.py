@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.kernels.attention_calls import AttentionPlan
-from buddymoe_ray.kernels.cpu import helpers, stored_functions, widens
+from buddymoe_ray.kernels.cpu import in_threads, stored_functions, widens
 
 __all__ = ["PagedLayer"]
 
@@ -47,7 +47,7 @@ class PagedLayer:
         sinks = None if sinks_Q is None else sinks_Q.detach().float().contiguous()
         self._held, self._dtype, self._threads = (pools, sinks), keys_NHd.dtype, min(threads, H)
         self._queries, self._value_dim, self._items = queries, values_NHd.shape[2], H * d
-        native = stored_functions(str(keys_NHd.dtype).removeprefix("torch."))
+        native = stored_functions(keys_NHd.dtype)
         plan = AttentionPlan(
             keys=keys_NHd.data_ptr(),
             values=values_NHd.data_ptr(),
@@ -70,13 +70,12 @@ class PagedLayer:
     @staticmethod
     def covers(dtype: torch.dtype, device: torch.device) -> bool:
         """Whether this machine has a kernel for pools of `dtype` on `device`."""
-        known = dtype in (torch.bfloat16, torch.float32)
-        return known and device.type == "cpu" and widens(str(dtype).removeprefix("torch."))
+        return dtype in (torch.bfloat16, torch.float32) and device.type == "cpu" and widens(dtype)
 
     @staticmethod
     def prepare(dtype: torch.dtype) -> None:
         """Make the machine code, or read it from the user's folder (seconds at the first time on a machine)."""
-        stored_functions(str(dtype).removeprefix("torch."))
+        stored_functions(dtype)
         _kernel()
 
     def __call__(self, rows: tuple[Tensor, Tensor, Tensor], spans_S4: Tensor, blocks: Tensor, longest: int) -> Tensor:
@@ -95,11 +94,10 @@ class PagedLayer:
             *(spans_S4.data_ptr(), blocks.data_ptr(), len(spans_S4)),
         )
         threads = self._threads if T * longest * self._items >= THREADED_ITEMS else 1
-        run, plan_at = self._kernel, self._plan_at
-        helping = [helpers(threads - 1).submit(run, (*call, share, threads), plan_at) for share in range(1, threads)]
-        run((*call, 0, threads), plan_at)
-        for helper in helping:
-            helper.result()
+        if threads == 1:
+            self._kernel((*call, 0, 1), self._plan_at)
+        else:
+            in_threads(self._kernel, [((*call, share, threads), self._plan_at) for share in range(threads)])
         return out
 
 

@@ -31,7 +31,23 @@ from llvmlite import ir
 
 from buddymoe_ray.kernels.expert_calls import ITEM_BYTES
 from buddymoe_ray.kernels.lowbit_format import GROUP
-from buddymoe_ray.kernels.vector_ir import F32, I8, I32, I64, VOID, at, call, const, load, loop, splat, vec
+from buddymoe_ray.kernels.vector_ir import (
+    F32,
+    I8,
+    I32,
+    I64,
+    VOID,
+    at,
+    blocks,
+    call,
+    const,
+    internal,
+    load,
+    loop,
+    prefetch,
+    splat,
+    vec,
+)
 
 __all__ = ["stored_module_text"]
 
@@ -40,7 +56,9 @@ FLOATS, INTS = vec(F32, LANES), vec(I32, LANES)
 LINE = 64
 NEAR, BLEND_ROWS = 16, (2, 1)
 """Rows of the matrix that `blend` goes over at once, for so many rows at once."""
-ONE_ROW, MANY_ROWS = ((4, (1,)), (1, (1,))), ((2, (3, 2, 1)), (1, (3, 2, 1)))
+Shape = dict[int, tuple[int, ...]]
+ONE_ROW: Shape = {4: (1,), 1: (1,)}
+MANY_ROWS: Shape = {2: (3, 2, 1), 1: (3, 2, 1)}
 """Outputs at once, each with the numbers of rows at once."""
 
 
@@ -66,7 +84,7 @@ class _Stored:
         shapes = (ONE_ROW, MANY_ROWS)
         tiles = {
             (outputs, rows): self._tile(outputs, rows)
-            for outputs, rows in sorted({(o, r) for shape in shapes for o, several in shape for r in several})
+            for outputs, rows in sorted({(o, r) for shape in shapes for o, several in shape.items() for r in several})
         }
         kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 6), "project_strided")
         weights, stride, K, N, rows, R = kernel.args
@@ -74,14 +92,11 @@ class _Stored:
         with b.if_else(b.icmp_signed("==", R, I64(1))) as branches:
             for branch, shape in zip(branches, shapes, strict=True):
                 with branch:
-                    first = I64(0)
-                    for outputs, several in shape:
-                        blocks = b.sdiv(b.sub(N, first), I64(outputs))
-                        with loop(b, blocks) as block:
-                            n = b.add(first, b.mul(block, I64(outputs)))
-                            place = b.add(weights, b.mul(n, stride))
-                            self._rows(b, {r: tiles[outputs, r] for r in several}, (place, stride, K, n), (rows, R))
-                        first = b.add(first, b.mul(blocks, I64(outputs)))
+                    for outputs, n in blocks(b, N, shape):
+                        place, column = b.add(weights, b.mul(n, stride)), b.mul(n, I64(4))
+                        for size, row in blocks(b, R, shape[outputs]):
+                            pairs = b.add(rows, b.mul(row, I64(16)))
+                            b.call(tiles[outputs, size], [place, stride, K, pairs, column])
         b.ret_void()
         plain = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 7), "project")
         weights, _, _, K, N, rows, R = plain.args
@@ -89,22 +104,9 @@ class _Stored:
         b.call(kernel, [weights, b.mul(K, I64(self._bytes)), K, N, rows, R])
         b.ret_void()
 
-    def _rows(self, b: Any, tiles: dict[int, Any], outputs: tuple[Any, ...], rows_of: tuple[Any, Any]) -> None:
-        """All rows of a block of outputs."""
-        (place, stride, K, n), (rows, R) = outputs, rows_of
-        done = I64(0)
-        for size, tile in tiles.items():
-            times = b.sdiv(b.sub(R, done), I64(size))
-            with loop(b, times) as turn:
-                row = b.add(done, b.mul(turn, I64(size)))
-                b.call(tile, [place, stride, K, b.add(rows, b.mul(row, I64(16))), b.mul(n, I64(4))])
-            done = b.add(done, b.mul(times, I64(size)))
-
     def _tile(self, outputs: int, rows: int) -> Any:
         """Some outputs of some rows, over all inputs."""
-        tile = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 5), f"tile{outputs}x{rows}")
-        tile.linkage = "internal"
-        tile.attributes.add("noinline")
+        tile = internal(self.module, f"tile{outputs}x{rows}", 5)
         weights, stride, K, pairs, column = tile.args
         b = ir.IRBuilder(tile.append_basic_block())
         ahead = b.mul(stride, I64(outputs))
@@ -121,8 +123,7 @@ class _Stored:
             here = [b.add(place, offset) for place in w]
             for place in here:
                 for line in range(0, GROUP * self._bytes, LINE):
-                    next_one = at(b, b.add(place, ahead), I8, line)
-                    call(b, "llvm.prefetch.p0", VOID, [next_one, I32(0), I32(3), I32(1)])
+                    prefetch(b, b.add(place, ahead), line)
             self._add_group(b, here, [b.add(place, b.mul(g, I64(4 * GROUP))) for place in x], sums)
         with b.if_then(b.icmp_signed(">", rest, I64(0))):
             offset = b.mul(whole, I64(GROUP * self._bytes))
@@ -177,22 +178,16 @@ class _Stored:
             left = b.sub(N, first)
             count = b.select(b.icmp_signed("<", left, I64(NEAR)), left, I64(NEAR))
             with loop(b, groups) as g:
-                done = I64(0)
                 place = b.add(b.add(weights, b.mul(first, stride)), b.mul(g, I64(GROUP * self._bytes)))
                 inputs = b.sub(K, b.mul(g, I64(GROUP)))
-                for size, tile in tiles.items():
-                    times = b.sdiv(b.sub(R, done), I64(size))
-                    with loop(b, times) as turn:
-                        pairs = b.add(rows, b.mul(b.add(done, b.mul(turn, I64(size))), I64(16)))
-                        b.call(tile, [place, stride, inputs, count, pairs, b.mul(first, I64(4)), b.mul(g, I64(128))])
-                    done = b.add(done, b.mul(times, I64(size)))
+                for size, row in blocks(b, R, tiles):
+                    places = [b.add(rows, b.mul(row, I64(16))), b.mul(first, I64(4)), b.mul(g, I64(4 * GROUP))]
+                    b.call(tiles[size], [place, stride, inputs, count, *places])
         b.ret_void()
 
     def _blend_tile(self, rows: int) -> Any:
         """One group of outputs of some rows, over `count` rows of the matrix; `inputs` of the group are there."""
-        tile = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 7), f"blend{rows}")
-        tile.linkage = "internal"
-        tile.attributes.add("noinline")
+        tile = internal(self.module, f"blend{rows}", 7)
         weights, stride, inputs, count, pairs, skipped, column = tile.args
         b = ir.IRBuilder(tile.append_basic_block())
         shares = [b.add(load(b, pairs, I64, 16 * r), skipped) for r in range(rows)]

@@ -8,13 +8,30 @@ Legend: b an `ir.IRBuilder`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
 
-__all__ = ["F32", "I8", "I16", "I32", "I64", "VOID", "at", "call", "const", "load", "loop", "splat", "vec"]
+__all__ = [
+    "F32",
+    "I8",
+    "I16",
+    "I32",
+    "I64",
+    "VOID",
+    "at",
+    "blocks",
+    "call",
+    "const",
+    "internal",
+    "load",
+    "loop",
+    "prefetch",
+    "splat",
+    "vec",
+]
 
 VOID = ir.VoidType()
 F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -54,6 +71,30 @@ def call(b: Any, name: str, result: Any, args: Sequence[Any]) -> Any:
     if found is None:
         found = ir.Function(b.module, ir.FunctionType(result, [arg.type for arg in args]), name)
     return b.call(found, args)
+
+
+def prefetch(b: Any, address: Any, offset: int = 0) -> None:
+    """Bring a line into the nearest cache; never faults."""
+    call(b, "llvm.prefetch.p0", VOID, [at(b, address, I8, offset), I32(0), I32(3), I32(1)])
+
+
+def internal(module: Any, name: str, arguments: int) -> Any:
+    """A function of int64s for this module alone, which stays a function."""
+    made = ir.Function(module, ir.FunctionType(VOID, [I64] * arguments), name)
+    made.linkage = "internal"
+    made.attributes.add("noinline")
+    return made
+
+
+def blocks(b: Any, count: Any, sizes: Iterable[int]) -> Iterator[tuple[int, Any]]:
+    """Emit loops that cover 0 .. count - 1 in blocks of falling sizes, the last of which is 1: yields each size with
+    the first index of its block."""
+    done = I64(0)
+    for size in sizes:
+        times = b.sdiv(b.sub(count, done), I64(size))
+        with loop(b, times) as turn:
+            yield size, b.add(done, b.mul(turn, I64(size)))
+        done = b.add(done, b.mul(times, I64(size)))
 
 
 @contextmanager

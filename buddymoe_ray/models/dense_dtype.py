@@ -84,7 +84,7 @@ class StoredLinear(nn.Module):
     def covers(linear: nn.Linear) -> bool:
         """Whether this CPU has a kernel for the layer's weights."""
         weight = linear.weight
-        return weight.device.type == "cpu" and weight.is_contiguous() and widens(str(weight.dtype)[len("torch.") :])
+        return weight.device.type == "cpu" and weight.is_contiguous() and widens(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K] -> [..., N]` in the dtype of `x`, which is the weight's."""

@@ -28,6 +28,6 @@ def expert_math(module: nn.Module) -> ExpertMath:
     )
 
 
-def read_as_stored(modules: Iterable[nn.Module], tensors: Sequence[SlotTensor]) -> bool:
-    """Whether a CPU's kernels compute these experts from the bytes in their slots, whatever the compute dtype."""
-    return all(ExpertLayer.covers(tensors, None, expert_math(module)) for module in modules)
+def read_as_stored(maths: Iterable[ExpertMath], tensors: Sequence[SlotTensor]) -> bool:
+    """Whether a CPU's kernels compute such experts from the bytes in their slots, whatever the compute dtype."""
+    return all(ExpertLayer.covers(tensors, None, math) for math in maths)

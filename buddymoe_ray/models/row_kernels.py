@@ -1,7 +1,7 @@
 """What a model computes beside its linear layers, so that rows do not see each other. On CPUs; a model elsewhere is
 left alone.
 
-Norms and routers' linears go to our kernels; a norm is told by what it answers to a probe, not by its class.
+Norms and routers' own linears go to our kernels; a norm is told by what it answers to a probe, not by its class.
 Elementwise functions stay torch's, which computes what is left over after whole vectors in another way: rows whose
 width is no multiple of 64 are padded, so that nothing is left over. Knows neither experts nor the cache.
 
@@ -39,6 +39,8 @@ def rows_apart(model: nn.Module, routers: Iterable[nn.Module | None]) -> None:
             made = _row_norm(module)
         elif type(module) in _ACTIVATIONS and not any(module.parameters()):
             made = WholeVectors(module)
+        elif hasattr(module, "shared_expert_gate"):
+            module.forward = _by_rows(module)  # type: ignore[method-assign]  # the sigmoid of one number a row
         if made is not None:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, made)
@@ -114,18 +116,15 @@ class _LinearsByRows(TorchFunctionMode):
         made = self._made.get(id(args[1])) if len(args) == 2 else None
         if made is not None:
             return made(args[0])
-        return (linear_rows if _widens(args[1]) else func)(*args)
+        return (linear_rows if widens(args[1].dtype) else func)(*args)
 
 
-def _widens(weight: Tensor) -> bool:
-    return widens(str(weight.dtype).removeprefix("torch."))
-
-
-def _by_rows(router: nn.Module) -> Callable[..., Any]:
-    """A router's forward with its linears computed row by row."""
-    weights = [weight for weight in router.parameters() if weight.ndim == 2 and _widens(weight)]
+def _by_rows(module: nn.Module) -> Callable[..., Any]:
+    """The forward of a router, or of what has more of the kind, with linears and sigmoids computed row by row."""
+    own = module.parameters(recurse=False)
+    weights = [weight for weight in own if weight.ndim == 2 and widens(weight.dtype)]
     made = {id(weight): CpuLinear(weight.detach(), None, weight.dtype, None) for weight in weights}
-    forward, mode = router.forward, _LinearsByRows(made)
+    forward, mode = module.forward, _LinearsByRows(made)
 
     def by_rows(*args: Any, **kwargs: Any) -> Any:
         with mode:

@@ -20,7 +20,7 @@ from buddymoe_ray.errors import CheckpointError
 from buddymoe_ray.models.config_check import EXPERTS_PER_TOKEN
 from buddymoe_ray.models.dense_dtype import pack_dense
 from buddymoe_ray.models.expert_layout import expert_layout, slot_tensors
-from buddymoe_ray.models.expert_math import read_as_stored
+from buddymoe_ray.models.expert_math import expert_math, read_as_stored
 from buddymoe_ray.models.experts_hook import attach
 from buddymoe_ray.models.families import Family, family_of
 from buddymoe_ray.models.hf_loading import (
@@ -228,7 +228,7 @@ def _shape(
         compute_dtype=str(config.dtype).removeprefix("torch."),
         max_positions=max_positions(config),
         transposed=bool(next(iter(experts_modules(model).values())).is_transposed),
-        as_stored=read_as_stored(experts_modules(model).values(), tensors),
+        as_stored=read_as_stored(map(expert_math, experts_modules(model).values()), tensors),
         kv_bytes_per_token=_kv_bytes_per_token(model),
     )
 

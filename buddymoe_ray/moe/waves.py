@@ -1,4 +1,4 @@
-"""How a wave of leased experts is computed: one after the other, or packed ones in a single call.
+"""How a wave of leased experts is computed: one after the other, or all in a single call.
 
 Knows neither residency nor why these experts run. Invariant: the bits of an access depend on its row and its expert
 alone, whichever way it is computed and whatever is in its wave.
@@ -56,7 +56,7 @@ class OneByOne:
 
 
 class OneCall:
-    """All experts of a wave in one call of the low-bit kernel, read where they lie in their slots. CPU only."""
+    """All experts of a wave in one call of the kernel, read where they lie in their slots. CPU only."""
 
     def __init__(self, layer: ExpertLayer, experts: int) -> None:
         self._layer, self._experts = layer, experts

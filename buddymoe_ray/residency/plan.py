@@ -118,7 +118,8 @@ def make_plan(config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo]) ->
         )
     places = _places(config, gpus)
     layout, device = _layout(shape), torch.device(places[0].device)
-    scratch = scratch_bytes(layout, getattr(torch, shape.compute_dtype), device, as_stored=shape.as_stored)
+    as_stored = device.type == "cpu" and shape.as_stored
+    scratch = scratch_bytes(layout, getattr(torch, shape.compute_dtype), as_stored=as_stored)
     planned = config if shape.has_weights else config.exactly()  # no weights, nothing to bind a profile to
     slots, setup, _ = plan_memory(planned, layout, folder=folder, device=device, scratch=scratch)
     length = min(config.max_model_len or shape.max_positions, shape.max_positions)

@@ -23,6 +23,7 @@ from buddymoe_ray.kernels import (
     ExpertMath,
     LowbitFormat,
     UpcastScratch,
+    combine_kernel,
     expert_forward,
     lowbit_forward,
     prepare_lowbit,
@@ -88,14 +89,15 @@ def open_experts(
     """
     maths = [expert_math(module) for module in loaded.experts]
     loaded = _recoded(config, loaded, maths)
-    node = sharing if loaded.device.type == "cpu" else None  # a GPU's slots are its own; it shares the tier below
-    as_stored = format_of(config.expert_dtype) is None and read_as_stored(loaded.experts, loaded.layout.tensors)
+    packed, on_cpu = format_of(config.expert_dtype), loaded.device.type == "cpu"
+    node = sharing if on_cpu else None  # a GPU's slots are its own; it shares the tier below
+    as_stored = on_cpu and packed is None and read_as_stored(maths, loaded.layout.tensors)
     plan, setup, staging = plan_memory(
         config,
         loaded.layout,
         folder=loaded.folder,
         device=loaded.device,
-        scratch=scratch_bytes(loaded.layout, loaded.compute_dtype, loaded.device, as_stored=as_stored),
+        scratch=scratch_bytes(loaded.layout, loaded.compute_dtype, as_stored=as_stored),
         node=node,
     )
     cache = _open_cache(config, loaded, plan, staging, sharing, setup)
@@ -106,7 +108,7 @@ def open_experts(
         if setup is not None:
             room, pool = _load_records(setup, loaded, staging, node)
         standins = None if setup is None or pool is None else _standins(setup, loaded, maths, pool, config.threads)
-        blocks = _attach(loaded, cache, maths, step, standins, format_of(config.expert_dtype), config.threads)
+        blocks = _attach(loaded, cache, maths, step, standins, packed, config.threads)
     except BaseException:
         cache.close()
         if room is not None:
@@ -126,7 +128,7 @@ def open_experts(
         standin_bytes=0 if standins is None else standins.pool.nbytes,
         room=room,
         blocks=blocks,
-        new_compute=lambda: _computes(loaded, maths, format_of(config.expert_dtype)),
+        new_compute=lambda: _computes(loaded, maths, packed),
     )
 
 
@@ -166,10 +168,10 @@ def plan_memory(
     return plan, setup, staging
 
 
-def scratch_bytes(layout: ExpertLayout, compute: torch.dtype, device: torch.device, *, as_stored: bool) -> int:
-    """Bytes of the upcast scratch, which count against the expert budget; packed experts need none, nor do those that a
-    CPU's kernels read `as_stored`."""
-    if _stored(layout) == torch.uint8 or (device.type == "cpu" and as_stored):
+def scratch_bytes(layout: ExpertLayout, compute: torch.dtype, *, as_stored: bool) -> int:
+    """Bytes of the upcast scratch, which count against the expert budget; packed experts need none, nor do those that
+    kernels read `as_stored`."""
+    if _stored(layout) == torch.uint8 or as_stored:
         return 0
     return UpcastScratch.nbytes_for(_shapes(layout), stored=_stored(layout), compute=compute)
 
@@ -275,6 +277,8 @@ def _attach(
     threads: int,
 ) -> tuple[MoEBlock, ...]:
     waves = _waves(loaded, maths, packed, threads)
+    if loaded.device.type == "cpu":
+        combine_kernel()  # now, and not in the first step
     blocks = tuple(
         MoEBlock(layer=layer, cache=cache, compute=compute, step=step, standins=standins)
         for layer, compute in enumerate(waves)

@@ -124,3 +124,21 @@ def test_a_rows_bits_do_not_depend_on_how_it_comes_to_be_computed(
     scattered = torch.randperm(40, generator=rng).tolist()
     assert torch.equal(computed([50, *range(51, L + 1)], tables=[scattered[:18], scattered[18:36]]), whole)
     assert torch.equal(computed([30, 31, L], tables=[straight], threads=3), whole)
+
+
+@pytest.mark.parametrize("what", ["query", "key", "value"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_number_that_is_none_is_not_hidden(what: str, number: float) -> None:
+    """It shows in the rows that see it, of its head, and nowhere else."""
+    L, rng, paged = 20, torch.Generator().manual_seed(5), PagedAttention()
+    rows = {name: torch.randn(2, L, 8, generator=rng) for name in ("query", "key", "value")}
+    rows[what][0, 9, 0] = number
+    paged.open(pool_of(2, 8, 8, torch.float32))
+    chunk = ChunkRows(row=0, count=L, start=0, blocks=(4, 2, 1, 7, 3))
+    paged.current = PackedPass([chunk], decode=False, block_size=BLOCK, device=torch.device("cpu"))
+    out_TQd = paged(0, *rows.values(), scale=0.3, window=None, sinks=None)
+    shows_TQ = ~out_TQd.isfinite().all(dim=-1)
+    assert not shows_TQ[:, 1].any() and not shows_TQ[:9].any()
+    expected = [at == 9 for at in range(9, L)] if what == "query" else [True] * (L - 9)
+    if what != "key" or number != float("inf"):  # an infinite key leaves out rows whose score it makes -inf
+        assert shows_TQ[9:, 0].tolist() == expected

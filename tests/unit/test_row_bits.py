@@ -12,6 +12,7 @@ import pytest
 from families import build_checkpoint
 
 from buddymoe_ray import LLM
+from buddymoe_ray.models.families import FAMILIES
 from buddymoe_ray.types import EngineResult
 
 FORMS = {
@@ -20,8 +21,10 @@ FORMS = {
     "int8": {"dtype": "bfloat16", "expert_dtype": "int8", "dense_dtype": "int8"},
     "int4": {"dtype": "float32", "expert_dtype": "int4", "dense_dtype": "int4"},
 }
-CASES = [("builtin:tiny", form) for form in FORMS] + [
-    (family, form) for family in ("mixtral", "olmoe", "deepseek_v3", "granitemoe") for form in ("bfloat16", "int4")
+CASES = [
+    *(("builtin:tiny", form) for form in FORMS),
+    *((name, "float32") for name, family in sorted(FAMILIES.items()) if family.packed and name != "gpt_oss"),
+    *(("deepseek_v3", form) for form in ("bfloat16", "int4")),
 ]
 NEW = 12
 
@@ -47,7 +50,7 @@ def test_a_text_is_computed_to_the_same_bits_in_any_company(family: str, form: s
         with LLM(model, **sizes, **FORMS[form]) as llm:
             return [bits(result) for result in llm.generate(wanted, max_tokens=NEW, logprobs=0)]
 
-    alone = [computed([prompt], running=1)[0] for prompt in prompts[:2]]
+    alone = computed(prompts[:2], running=1)
     assert computed(prompts)[:2] == alone, "in a batch of 7"
     assert computed(prompts, chunk=5, running=3)[:2] == alone, "in chunks of 5"
     assert computed(prompts, memory="40%", chunk=16)[:2] == alone, "where experts are evicted"

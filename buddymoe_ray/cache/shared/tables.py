@@ -39,7 +39,7 @@ WAVE = -1
 _REAP_SECONDS = 0.2
 
 SlotIds = npt.NDArray[np.int64]
-Glimpse = tuple[SlotIds, npt.NDArray[Any]]
+SlotsSeen = tuple[SlotIds, npt.NDArray[Any]]
 
 
 class Counter(IntEnum):
@@ -159,7 +159,7 @@ class SharedTables:
             self.lease[self.row, list(held.values())] += 1
         return held
 
-    def glance(self, layer: int, ids: SlotIds) -> Glimpse | None:
+    def glance(self, layer: int, ids: SlotIds) -> SlotsSeen | None:
         """The slot of each expert with its generation, None unless all are READY; needs no lock.
 
         The order counts: a slot that is taken after its generation was read fails `unchanged`, one that was taken
@@ -173,7 +173,7 @@ class SharedTables:
             return None
         return slots, generations
 
-    def unchanged(self, seen: Glimpse) -> bool:
+    def unchanged(self, seen: SlotsSeen) -> bool:
         """Whether the bytes of slots that `glance` saw were the same ever since; needs no lock.
 
         `take` moves a generation on before a byte is written.
