@@ -278,12 +278,12 @@ MUTATIONS = [
     Mutation(
         Tables,
         "glance",
-        " or (self.slot_of[layer, ids] != slots).any()",
+        " & (self.slot_of[layer] == slots_E)",
         "",
         "glance",
         "A:read-generation#1 B:settle#1 B+0 B:write-lease#3 A:end#1",
     ),
-    Mutation(Tables, "glance", "(self.state[slots] != READY).any() or ", "", "glance, arrive", "B:settle#1 A:end#1"),
+    Mutation(Tables, "glance", " & (self.state[slots_E] == READY)", "", "glance, arrive", "B:settle#1 A:end#1"),
     Mutation(
         Tables,
         "take",

@@ -53,18 +53,18 @@ def glancer(world: World, *experts: int) -> Prepare:
     """Computes with experts that are READY and holds nothing; what it computed counts if nothing changed meanwhile."""
 
     def prepare(me: Actor) -> Callable[[Actor], None]:
-        tables, ids = world.attach(me).tables, np.array([experts])
+        tables, ids = world.attach(me).tables, np.array(experts)
 
         def program(me: Actor) -> None:
-            seen = tables.glance(0, ids)
-            if seen is None:
+            slots, generations = (of_E[ids] for of_E in tables.glance(0))
+            if (slots < 0).any():
                 return
-            found = [me.look(slot) for slot in seen[0].ravel().tolist()]
+            found = [me.look(slot) for slot in slots.tolist()]
             point("compute")
-            found += [me.look(slot) for slot in seen[0].ravel().tolist()]
+            found += [me.look(slot) for slot in slots.tolist()]
             point("computed")
             wanted = 2 * [{truth(ExpertKey(0, expert))} for expert in experts]
-            if tables.unchanged(seen) and found != wanted:
+            if tables.unchanged(slots, generations) and found != wanted:
                 raise Violation(f"{me.name} takes {found} for {wanted}")
 
         return program

@@ -123,13 +123,10 @@ class ExpertCache:
         resident_E = self.resident_mask(layer)
         return nullcontext([expert for expert in experts if resident_E[expert]])
 
-    def glance(self, layer: int, ids: npt.NDArray[np.int64]) -> Glance | None:
-        """Where the experts `ids` are; None unless all are resident. They stay until this thread streams."""
-        at_E = self._directory.at_E[layer]
-        if (at_E[ids] < 0).any():
-            return None
+    def glance(self, layer: int) -> Glance:
+        """Where the layer's experts are; they stay until this thread streams."""
 
-        def holds() -> bool:
+        def holds(ids: npt.NDArray[np.int64]) -> bool:
             slots, touch = self._directory.slot_of[layer], self._directory.touch
             used = set(ids.ravel().tolist())
             for expert in used:
@@ -137,7 +134,7 @@ class ExpertCache:
             self._hits += len(used)
             return True
 
-        return Glance(at_E, holds)
+        return Glance(self._directory.at_E[layer], holds)
 
     def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
         """Note accesses of experts for whoever places them: a cache of one engine has nobody to tell."""

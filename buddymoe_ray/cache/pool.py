@@ -19,6 +19,8 @@ from torch import Tensor
 
 from buddymoe_ray.types import ExpertKey, ExpertLayout
 
+Ints = npt.NDArray[np.int64]
+
 __all__ = ["Glance", "Lease", "SlotPool", "SlotMemory", "slot_views"]
 
 
@@ -91,17 +93,18 @@ class Lease:
 
 
 class Glance:
-    """Where experts of a layer are, for a computation that begins now and holds nothing: `at_E` has their addresses.
+    """Where experts of a layer are, for a computation that begins now and holds nothing: `at_E` has their addresses,
+    negative ones of those that are not there.
 
     What is computed is worth something only if `holds` says so afterwards; until then nothing may depend on it.
     """
 
-    def __init__(self, at_E: npt.NDArray[np.int64], holds: Callable[[], bool]) -> None:
+    def __init__(self, at_E: Ints, holds: Callable[[Ints], bool]) -> None:
         self.at_E, self._holds = at_E, holds
 
-    def holds(self) -> bool:
-        """Whether every expert was there the whole time; if so, that it was used is noted."""
-        return self._holds()
+    def holds(self, ids: Ints) -> bool:
+        """Whether each of these experts was there the whole time; if so, that they were used is noted."""
+        return self._holds(ids)
 
 
 def slot_views(slot_bytes: Tensor, layout: ExpertLayout) -> dict[str, Tensor]:

@@ -143,6 +143,21 @@ class PagedAttention:
             for dtype in {keys.dtype for keys in pool.keys_NHd.values()}:
                 PagedLayer.prepare(dtype)
 
+    @property
+    def one_thread(self) -> bool:
+        """Whether the kernels attend, with one thread."""
+        return self._threads == 1
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block of the pool."""
+        assert self.pool is not None, "the pool is open"
+        return self.pool.block_size
+
+    def layer(self, layer: int) -> PagedLayer | None:
+        """A layer's kernel, once it has run."""
+        return self._layers.get(layer)
+
     def __call__(
         self,
         layer: int,

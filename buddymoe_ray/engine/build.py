@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from buddymoe_ray.config import EngineConfig, parse_memory
-from buddymoe_ray.engine import attention
+from buddymoe_ray.engine import attention, one_call
 from buddymoe_ray.engine.guard import GuardWork
 from buddymoe_ray.engine.kv import KVPool
 from buddymoe_ray.engine.parts import EngineLimits, EngineParts
@@ -56,7 +56,7 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
     step = StepState()
     experts = open_experts(config, loaded, step, sharing)
     try:
-        kv = _KVSize.choose(config, loaded, packed, step, 1 if sharing is None else sharing.workers)
+        kv = _KVSize.choose(config, loaded, experts, step, 1 if sharing is None else sharing.workers, packed=packed)
         scheduler = Scheduler(
             num_blocks=kv.blocks,
             block_size=BLOCK_SIZE,
@@ -122,7 +122,16 @@ class _KVSize:
     runner: Runner
 
     @classmethod
-    def choose(cls, config: EngineConfig, loaded: LoadedModel, packed: bool, step: StepState, workers: int) -> _KVSize:
+    def choose(
+        cls,
+        config: EngineConfig,
+        loaded: LoadedModel,
+        experts: ExpertTier,
+        step: StepState,
+        workers: int,
+        *,
+        packed: bool,
+    ) -> _KVSize:
         wanted = min(config.max_model_len or loaded.max_positions, loaded.max_positions)
         if config.max_model_len is not None and config.max_model_len > loaded.max_positions:
             raise ConfigError(
@@ -155,6 +164,7 @@ class _KVSize:
             log.warning("max_model_len is lowered from %d to %d: the KV cache holds no more", wanted, max_model_len)
         pool = KVPool(shapes, blocks=blocks, block_size=BLOCK_SIZE, dtype=loaded.compute_dtype, device=loaded.device)
         paged.open(pool, threads=config.threads)
+        one_call.attach(loaded, experts.blocks, paged, step)
         return cls(blocks=blocks, max_model_len=max_model_len, runner=PackedRunner(loaded, paged, pool, step))
 
 

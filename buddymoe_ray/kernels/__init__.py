@@ -5,6 +5,7 @@ Knows nothing of residency, slots or models: it gets tensors and returns tensors
 
 from buddymoe_ray.kernels.cpu import CpuLinear, combine, combine_kernel, linear_rows, widens
 from buddymoe_ray.kernels.cpu import prepare as prepare_lowbit
+from buddymoe_ray.kernels.decoder import DecoderLayer, DecoderParts, Routed
 from buddymoe_ray.kernels.expert_layer import ExpertLayer
 from buddymoe_ray.kernels.lowbit import (
     LowbitFormat,
@@ -22,17 +23,22 @@ from buddymoe_ray.kernels.norm import CpuNorm
 from buddymoe_ray.kernels.paged_attention import PagedLayer
 from buddymoe_ray.kernels.reference import ExpertMath, expert_forward
 from buddymoe_ray.kernels.rounding import round_plain
+from buddymoe_ray.kernels.router import CpuRouter
 from buddymoe_ray.kernels.upcast import UpcastScratch
 
 __all__ = [
     "BLOCK",
     "ExpertMath",
     "LowbitFormat",
+    "DecoderLayer",
+    "DecoderParts",
     "ExpertLayer",
     "CpuLinear",
     "CpuNorm",
+    "CpuRouter",
     "PackedMatrix",
     "PagedLayer",
+    "Routed",
     "UpcastScratch",
     "combine",
     "combine_kernel",

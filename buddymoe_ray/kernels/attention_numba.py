@@ -12,17 +12,16 @@ times G.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import carray, float32, int32, njit, types
+from numba import carray, float32, int32, njit
 
 from buddymoe_ray.kernels.attention_calls import AttentionCall, AttentionPlan
-from buddymoe_ray.kernels.expert_numba import call_native, compiled, stamp_of
 from buddymoe_ray.kernels.expert_rows import copy_items, exponential, floats_at, from_bits, ints_at, read_row, write_row
 from buddymoe_ray.kernels.lowbit_format import GROUP
+from buddymoe_ray.kernels.numba_calls import call_native, compiled, items, stamp_of
 
 __all__ = ["compile_attention"]
 
@@ -31,6 +30,7 @@ PAIRS = 12
 LANES = 16
 
 _native: Any = call_native
+CALL, PLAN = (0,) * len(AttentionCall._fields), (0,) * len(AttentionPlan._fields)
 
 
 class _Block(NamedTuple):
@@ -213,10 +213,8 @@ def _write(call: Any, plan: Any, block: Any, scratch: Any, r: Any, total: Any) -
 
 
 @njit
-def _attention(c: Any, plan_at: Any) -> None:
-    p = carray(ints_at(plan_at), (14,))
-    plan = AttentionPlan(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13])
-    call = AttentionCall(c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], c[11], c[12], c[13], c[14])
+def attention(call_at: Any, plan_at: Any) -> Any:
+    call, plan = AttentionCall(*items(call_at, CALL)), AttentionPlan(*items(plan_at, PLAN))
     spans = carray(ints_at(call.spans), (call.S, 4))
     G, longest, most = plan.Q // plan.H, 0, 1
     rows = max(1, PAIRS // G)
@@ -238,17 +236,14 @@ def _attention(c: Any, plan_at: Any) -> None:
             for t in range(0, count, rows):
                 block = _Block(head, row + t, min(rows, count - t), start + t, table)
                 _attend(call, plan, blocks, block, scratch)
+    return 0
 
 
-_CALL = types.UniTuple(types.int64, len(AttentionCall._fields))
-
-
-def compile_attention(folder: Path | None) -> Callable[..., None]:
-    """Machine code of a pass, from `folder` when an earlier process left it there; None keeps none."""
+def compile_attention(folder: Path | None) -> int:
+    """The address of `attention`, from `folder` when an earlier process left it there; None keeps none."""
     stamp = stamp_of("attention_calls", "attention_numba")
 
-    def attention(call: Any, plan_at: Any) -> None:
-        if stamp >= 0:
-            _attention(call, plan_at)
+    def kernel(call_at: Any, plan_at: Any) -> Any:
+        return attention(call_at, plan_at) if stamp >= 0 else 0
 
-    return compiled(types.void(_CALL, types.int64), attention, folder)
+    return compiled(kernel, folder)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from buddymoe_ray.kernels.expert_calls import ITEM_BYTES, OK, Call, Expert, Product, plan_of
+from buddymoe_ray.kernels.expert_calls import ITEM_BYTES, OK, Call, CombineCall, Expert, Product, plan_of
 from buddymoe_ray.kernels.lowbit_format import BLOCK, LowbitFormat, Matrix, PackedMatrix, packed_parts
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.kernels.reference import combine as combine_reference
@@ -51,13 +51,15 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+Kernel = partial[int]
+"""`kernel(call, plan_at) -> status`, without the GIL; the first of its `args` is its address."""
 ANYWHERE = 1 << 62
 """Bytes of the records of a call that gives addresses."""
 THREADED_WEIGHTS = 1 << 20
 """Fewer weights times rows than this (about .1 ms) are not worth waking a thread for."""
-FIRST_AT = len(Expert._fields)
-DOWN_AT = FIRST_AT + len(Product._fields)
-"""Where a plan has its products."""
+FIRST_AT = 8 * len(Expert._fields)
+DOWN_AT = FIRST_AT + 8 * len(Product._fields)
+"""Where a plan has its products, in bytes."""
 
 
 def _gated(activate: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -164,9 +166,9 @@ def forward(x_RD: Tensor, tensors: Mapping[str, Tensor], fmt: LowbitFormat, math
         return out.to(x_RD.dtype)
     linear, x = linear_kernel(), x.float()
     both, y = x.new_empty(R, first.N), x.new_empty(R, down.N)
-    linear(tuple(Call(x.data_ptr(), both.data_ptr(), 0, ANYWHERE, 4, N=R)), plan_at, FIRST_AT)
+    linear(tuple(Call(x.data_ptr(), both.data_ptr(), 0, ANYWHERE, 4, N=R)), plan_at + FIRST_AT)
     hidden = rowwise(math.activate, both).contiguous()
-    linear(tuple(Call(hidden.data_ptr(), y.data_ptr(), 0, ANYWHERE, 4, N=R)), plan_at, DOWN_AT)
+    linear(tuple(Call(hidden.data_ptr(), y.data_ptr(), 0, ANYWHERE, 4, N=R)), plan_at + DOWN_AT)
     y_RD = y.to(x_RD.dtype)
     return y_RD if math.post_norm is None else rowwise(math.post_norm, y_RD)
 
@@ -208,7 +210,7 @@ class CpuLinear:
         assert not isinstance(weight, Tensor) or weight.is_contiguous(), "weights must be contiguous"
         cuts = sorted({A * at // threads for at in range(threads + 1)})
         self._all, self._N = part(0, A)[0], N
-        self._all_at = self._all.ctypes.data
+        self.plan_at = self._all.ctypes.data + FIRST_AT
         self._parts = [part(*ends) for ends in pairwise(cuts)] if threads > 1 else []
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -219,7 +221,7 @@ class CpuLinear:
         if not self._parts or self._weights * rows < THREADED_WEIGHTS:
             out = x.new_empty((*x.shape[:-1], self._N))
             call = (x.data_ptr(), out.data_ptr(), 0, ANYWHERE, x.itemsize, 0, 0, rows, 1, 0, 0, 1)
-            self._kernel(call, self._all_at, FIRST_AT)
+            self._kernel(call, self.plan_at)
         else:
             out = self._shared(x, rows)
         return out if out.dtype is self._dtype else out.to(self._dtype)
@@ -230,7 +232,7 @@ class CpuLinear:
 
         def run(plan: npt.NDArray[np.int64], out: Tensor) -> None:
             call = (x.data_ptr(), out.data_ptr(), 0, ANYWHERE, x.itemsize, 0, 0, rows, 1, 0, 0, 1)
-            self._kernel(call, plan.ctypes.data, FIRST_AT)
+            self._kernel(call, plan.ctypes.data + FIRST_AT)
 
         in_threads(run, [(plan, out) for (plan, _), out in zip(self._parts, outs, strict=True)])
         return torch.cat(outs, dim=-1)
@@ -250,8 +252,8 @@ def combine(y_TKD: Tensor, weight_TK: Tensor) -> Tensor:
         return combine_reference(y_TKD, weight_TK)
     (T, K, D), y, weight = y_TKD.shape, as_read(y_TKD).contiguous(), as_read(weight_TK).contiguous()
     out = y.new_empty(T, D)
-    sizes = (T, K, D, y.itemsize, weight.itemsize)
-    combine_kernel()(y.data_ptr(), weight.data_ptr(), out.data_ptr(), sizes)
+    call = (y.data_ptr(), weight.data_ptr(), out.data_ptr(), T, K, D, y.itemsize, weight.itemsize)
+    combine_kernel()(call, 0)
     return out if out.dtype is y_TKD.dtype else out.to(y_TKD.dtype)
 
 
@@ -313,27 +315,27 @@ def _tiles(fmt: LowbitFormat, wide: bool) -> Mapping[str, int]:
 
 
 @cache
-def combine_kernel() -> Callable[..., None]:
-    """Machine code for the weighted sum of a token's experts."""
+def combine_kernel() -> Kernel:
+    """The weighted sum of a token's experts."""
     from buddymoe_ray.kernels.expert_numba import compile_combine
-    from buddymoe_ray.kernels.machine_code import code_folder
+    from buddymoe_ray.kernels.numba_calls import kernel
 
-    return compile_combine(code_folder())
+    return kernel(compile_combine, len(CombineCall._fields))
 
 
 @cache
-def experts_kernel() -> Callable[..., int]:
-    """Machine code for many rows of many experts; made, or loaded, by the first call."""
+def experts_kernel() -> Kernel:
+    """Many rows of many experts; made, or loaded, by the first call."""
     from buddymoe_ray.kernels.expert_numba import compile_experts
-    from buddymoe_ray.kernels.machine_code import code_folder
+    from buddymoe_ray.kernels.numba_calls import kernel
 
-    return compile_experts(code_folder())
+    return kernel(compile_experts, len(Call._fields))
 
 
 @cache
-def linear_kernel() -> Callable[..., None]:
-    """Machine code for one matrix."""
+def linear_kernel() -> Kernel:
+    """One matrix."""
     from buddymoe_ray.kernels.expert_numba import compile_linear
-    from buddymoe_ray.kernels.machine_code import code_folder
+    from buddymoe_ray.kernels.numba_calls import kernel
 
-    return compile_linear(code_folder())
+    return kernel(compile_linear, len(Call._fields))

@@ -14,7 +14,17 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ITEM_BYTES", "NO_SUCH_EXPERT", "NO_SUCH_RECORD", "OK", "Call", "Expert", "Product", "plan_of"]
+__all__ = [
+    "ITEM_BYTES",
+    "NO_SUCH_EXPERT",
+    "NO_SUCH_RECORD",
+    "OK",
+    "Call",
+    "CombineCall",
+    "Expert",
+    "Product",
+    "plan_of",
+]
 
 OK, NO_SUCH_EXPERT, NO_SUCH_RECORD = 0, 1, 2
 """What a call answers: when it is not OK, nothing was computed."""
@@ -66,6 +76,20 @@ class Call(NamedTuple):
     E: int = 0
     share: int = 0
     shares: int = 1
+
+
+class CombineCall(NamedTuple):
+    """Addresses of T times K rows of D items, of their weights, and of T rows to write; the bytes of an item of rows
+    and of weights."""
+
+    y: int
+    weight: int
+    out: int
+    T: int
+    K: int
+    D: int
+    item_bytes: int
+    weight_bytes: int
 
 
 def plan_of(expert: Expert, first: Product, down: Product) -> npt.NDArray[np.int64]:

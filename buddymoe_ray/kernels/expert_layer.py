@@ -63,7 +63,7 @@ class ExpertLayer:
         assert activation is not None, "experts compute what the kernel does not, must be as `covers` says"
         self._nbytes = max(tensor.offset + tensor.nbytes for tensor in layout)
         self._plan, self._kernel = plan_of(Expert(activation, self._nbytes), first, down), experts_kernel()
-        self._plan_at, self._hidden = self._plan.ctypes.data, first.K
+        self.plan_at, self._hidden = self._plan.ctypes.data, first.K
         self._threads, self._dtype = threads, dtype
         self._begin = layout[0].name, layout[0].offset
         self._weights = first.N * first.K + down.N * down.K
@@ -79,7 +79,7 @@ class ExpertLayer:
         out, zeros = torch.empty_like(x), _zeros(max(6, R.bit_length())).data_ptr()
         record = tensors[name].data_ptr() - offset
         call = (x.data_ptr(), out.data_ptr(), record, self._nbytes, x.itemsize, zeros, zeros, R, 1, 1, 0, 1)
-        fault = self._kernel(call, self._plan_at)
+        fault = self._kernel(call, self.plan_at)
         assert fault == OK, f"fault is {fault}, must be {OK}"
         return out if out.dtype == x_RD.dtype else out.to(x_RD.dtype)
 
@@ -127,9 +127,9 @@ class ExpertLayer:
         )
         threads = 1 if self._weights * N < THREADED_WEIGHTS else self._threads
         if threads == 1:
-            fault = self._kernel((*call, 0, 1), self._plan_at)
+            fault = self._kernel((*call, 0, 1), self.plan_at)
         else:
-            shares = [((*call, share, threads), self._plan_at) for share in range(threads)]
+            shares = [((*call, share, threads), self.plan_at) for share in range(threads)]
             fault = in_threads(self._kernel, shares)
         assert fault != NO_SUCH_EXPERT, f"expert is {int(expert_TK.max())}, must be below {len(at_E)}"
         assert fault != NO_SUCH_RECORD, (

@@ -15,23 +15,18 @@ experts per token, N accesses (token, slot), E experts, D hidden, F ffn.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from zlib import crc32
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, float32, njit, types
-from numba.core import config as numba_config
-from numba.extending import intrinsic
+from numba import carray, float32, njit
 
-from buddymoe_ray.kernels.expert_calls import NO_SUCH_EXPERT, NO_SUCH_RECORD, OK, Call, Expert, Product
+from buddymoe_ray.kernels.expert_calls import NO_SUCH_EXPERT, NO_SUCH_RECORD, OK, Call, CombineCall, Expert, Product
 from buddymoe_ray.kernels.expert_rows import activate, add_bias, floats_at, ints_at, read_row, write_row
 from buddymoe_ray.kernels.lowbit_format import BLOCK, GROUP
-from buddymoe_ray.kernels.vector_ir import I64, VOID
+from buddymoe_ray.kernels.numba_calls import call_native, compiled, items, stamp_of
 
-__all__ = ["call_native", "compile_combine", "compile_experts", "compile_linear", "compiled", "stamp_of"]
+__all__ = ["compile_combine", "compile_experts", "compile_linear"]
 
 CHUNK = 64
 """Rows computed at once: 64 rows of 2,048 inputs stay in the second-level cache."""
@@ -49,20 +44,9 @@ class _Scratch(NamedTuple):
     out: Any
 
 
-@intrinsic
-def call_native(typing: Any, address: Any, arguments: Any) -> Any:
-    """Call a native function of int64s that returns nothing."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        values = [builder.extract_value(args[1], i) for i in range(arguments.count)]
-        kind = ir.FunctionType(VOID, [I64] * arguments.count)
-        builder.call(builder.inttoptr(args[0], ir.PointerType(kind)), values)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, arguments), emit
-
-
 _native: Any = call_native
+CALL, COMBINE, PRODUCT = ((0,) * len(kind._fields) for kind in (Call, CombineCall, Product))
+PLAN = (0,) * len((*Expert._fields, *Product._fields, *Product._fields))
 
 
 @njit
@@ -143,20 +127,13 @@ def _fault(expert_N: Any, at_E: Any, room: Any) -> Any:
 
 
 @njit
-def _product_at(plan: Any, i: Any) -> Any:
-    p = plan[i : i + 9]
-    return Product(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8])
-
-
-@njit
-def _experts(c: Any, plan_at: Any) -> Any:
+def experts(call_at: Any, plan_at: Any) -> Any:
     """`out[n] = expert expert_N[n] over x[n // K]` where it has a record; rows of others are left alone.
 
-    `c` are the fields of a `Call`, `plan_at` is the address of a plan.
+    At `call_at` are the fields of a `Call`, at `plan_at` is a plan.
     """
-    call = Call(c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], c[11])
-    plan = carray(ints_at(plan_at), (20,))
-    expert, first, down = Expert(plan[0], plan[1]), _product_at(plan, 2), _product_at(plan, 11)
+    call, plan = Call(*items(call_at, CALL)), items(plan_at, PLAN)
+    expert, first, down = Expert(*plan[:2]), Product(*plan[2:11]), Product(*plan[11:])
     expert_N, at_E = carray(ints_at(call.expert_N), (call.N,)), carray(ints_at(call.at_E), (call.E,))
     fault = _fault(expert_N, at_E, call.records_bytes - expert.nbytes)
     if fault != OK:
@@ -208,10 +185,9 @@ def _expert(call: Any, record: Any, order: Any, expert: Any, scratch: Any) -> No
 
 
 @njit
-def _linear(c: Any, plan_at: Any, i: Any) -> None:
-    """`out[call.N, N] = x[call.N, K] @ W.T + bias`, both contiguous, with the product at `plan[i]`."""
-    call = Call(c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], c[11])
-    product = _product_at(carray(ints_at(plan_at), (20,)), i)
+def linear(call_at: Any, product_at: Any) -> Any:
+    """`out[call.N, N] = x[call.N, K] @ W.T + bias`, both contiguous, with the product at an address within a plan."""
+    call, product = Call(*items(call_at, CALL)), Product(*items(product_at, PRODUCT))
     K, row = product.K, _whole(product.N)
     most, none = min(CHUNK, call.N), np.empty(0, np.float32)
     scratch = _Scratch(
@@ -225,6 +201,7 @@ def _linear(c: Any, plan_at: Any, i: Any) -> None:
     )
     for start in range(0, call.N, CHUNK):
         _linear_rows(call, product, start, min(CHUNK, call.N - start), scratch)
+    return OK
 
 
 @njit
@@ -239,73 +216,51 @@ def _linear_rows(call: Any, product: Any, start: Any, R: Any, scratch: Any) -> N
 
 
 @njit
-def _combine(y: Any, weight: Any, out: Any, sizes: Any) -> None:
-    """`out[t] = sum over k of weight[t, k] * y[t, k]`, in rising order of k. Items of y and out, and of weights, have
-    `item_bytes` and `weight_bytes`."""
-    T, K, D, item_bytes, weight_bytes = sizes
+def combine(call_at: Any, _: Any) -> Any:
+    """`out[t] = sum over k of weight[t, k] * y[t, k]`, in rising order of k: see `CombineCall`."""
+    call = CombineCall(*items(call_at, COMBINE))
+    K, D = call.K, call.D
     row, total, weights = np.empty(D, np.float32), np.empty(D, np.float32), np.empty(K, np.float32)
-    for t in range(T):
-        read_row(weight + weight_bytes * t * K, weight_bytes, weights)
+    for t in range(call.T):
+        read_row(call.weight + call.weight_bytes * t * K, call.weight_bytes, weights)
         total[:] = float32(0.0)
         for k in range(K):
-            read_row(y + item_bytes * (t * K + k) * D, item_bytes, row)
+            read_row(call.y + call.item_bytes * (t * K + k) * D, call.item_bytes, row)
             share = weights[k]
             for i in range(D):
                 total[i] += share * row[i]
-        write_row(total, out + item_bytes * t * D, item_bytes)
+        write_row(total, call.out + call.item_bytes * t * D, call.item_bytes)
+    return OK
 
 
-_CALL = types.UniTuple(types.int64, len(Call._fields))
+_SOURCES = ("expert_calls", "expert_numba")
 
 
-def compile_experts(folder: Path | None) -> Callable[..., int]:
-    """Machine code of `_experts`, from `folder` when an earlier process left it there; None keeps none."""
-    stamp = stamp_of()
+def compile_experts(folder: Path | None) -> int:
+    """The address of `experts`, from `folder` when an earlier process left it there; None keeps none."""
+    stamp = stamp_of(*_SOURCES)
 
-    def experts(call: Any, plan_at: Any) -> Any:
-        if stamp >= 0:
-            return _experts(call, plan_at)
-        return OK
+    def kernel(call_at: Any, plan_at: Any) -> Any:
+        return experts(call_at, plan_at) if stamp >= 0 else OK
 
-    return compiled(types.int64(_CALL, types.int64), experts, folder)
+    return compiled(kernel, folder)
 
 
-def compile_linear(folder: Path | None) -> Callable[..., None]:
-    """Machine code of `_linear`; `folder` as above."""
-    stamp = stamp_of()
+def compile_linear(folder: Path | None) -> int:
+    """The address of `linear`; `folder` as above."""
+    stamp = stamp_of(*_SOURCES)
 
-    def linear(call: Any, plan_at: Any, i: Any) -> None:
-        if stamp >= 0:
-            _linear(call, plan_at, i)
+    def kernel(call_at: Any, plan_at: Any) -> Any:
+        return linear(call_at, plan_at) if stamp >= 0 else OK
 
-    return compiled(types.void(_CALL, types.int64, types.int64), linear, folder)
-
-
-def compile_combine(folder: Path | None) -> Callable[..., None]:
-    """Machine code of `_combine`; `folder` as above."""
-    stamp = stamp_of()
-
-    def combine(y: Any, weight: Any, out: Any, sizes: Any) -> None:
-        if stamp >= 0:
-            _combine(y, weight, out, sizes)
-
-    i64 = types.int64
-    return compiled(types.void(i64, i64, i64, types.UniTuple(i64, 5)), combine, folder)
+    return compiled(kernel, folder)
 
 
-def compiled(signature: Any, function: Callable[..., Any], folder: Path | None) -> Any:
-    """numba's own cache, in our folder. It is told of the folder in a variable of its module, read while decorating."""
-    config: Any = numba_config
-    before = config.CACHE_DIR
-    config.CACHE_DIR = "" if folder is None else str(folder)
-    try:
-        return njit(signature, cache=folder is not None, nogil=True)(function)
-    finally:
-        config.CACHE_DIR = before
+def compile_combine(folder: Path | None) -> int:
+    """The address of `combine`; `folder` as above."""
+    stamp = stamp_of(*_SOURCES)
 
+    def kernel(call_at: Any, plan_at: Any) -> Any:
+        return combine(call_at, plan_at) if stamp >= 0 else OK
 
-def stamp_of(*names: str) -> int:
-    """Checksum of the sources of some modules here. numba's cache knows the entry points' closures but not the code
-    that they call."""
-    common = ("expert_calls", "expert_numba", "expert_rows", "lowbit_format", "vector_ir")
-    return crc32(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in (*common, *names)))
+    return compiled(kernel, folder)

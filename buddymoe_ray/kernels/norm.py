@@ -5,12 +5,13 @@ Legend: R rows, n items of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from buddymoe_ray.kernels.cpu import Kernel
 
 __all__ = ["CpuNorm"]
 
@@ -23,8 +24,9 @@ class CpuNorm:
 
     def __init__(self, weight_n: Tensor, eps: float) -> None:
         self._weight = weight_n.detach().float().contiguous()
-        self._at, self._n = self._weight.data_ptr(), len(self._weight)
-        self._eps_bits, self._kernel = int(np.float32(eps).view(np.int32)), _kernel()
+        self.n, self._kernel = len(self._weight), norm_kernel()
+        self._plan = np.array((self._weight.data_ptr(), self.n, int(np.float32(eps).view(np.int32))), np.int64)
+        self.plan_at = self._plan.ctypes.data
 
     @staticmethod
     def covers(x: Tensor) -> bool:
@@ -34,17 +36,17 @@ class CpuNorm:
     def __call__(self, x: Tensor) -> Tensor:
         """`[..., n]` of what `covers` says yes to."""
         x = x.contiguous()
-        assert x.shape[-1] == self._n, f"rows have {x.shape[-1]} items, must have {self._n}"
+        assert x.shape[-1] == self.n, f"rows have {x.shape[-1]} items, must have {self.n}"
         out = torch.empty_like(x)
-        self._kernel(
-            x.data_ptr(), self._at, out.data_ptr(), (x.numel() // self._n, self._n, x.itemsize), self._eps_bits
-        )
+        self._kernel((x.data_ptr(), out.data_ptr(), x.numel() // self.n, x.itemsize), self.plan_at)
         return out
 
 
 @cache
-def _kernel() -> Callable[..., None]:
-    from buddymoe_ray.kernels.machine_code import code_folder
+def norm_kernel() -> Kernel:
+    """Addresses of rows and of what becomes of them, how many, the bytes of an item; a plan has the address of the
+    weights (float32), how many, and the bits of the float32 epsilon."""
     from buddymoe_ray.kernels.norm_numba import compile_norm
+    from buddymoe_ray.kernels.numba_calls import kernel
 
-    return compile_norm(code_folder())
+    return kernel(compile_norm, 4)

@@ -6,15 +6,14 @@ Legend: R rows, n items of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import carray, float32, int32, njit, types
+from numba import carray, float32, int32, njit
 
-from buddymoe_ray.kernels.expert_numba import compiled, stamp_of
-from buddymoe_ray.kernels.expert_rows import floats_at, from_bits, read_row, rounded_row, write_row
+from buddymoe_ray.kernels.expert_rows import floats_at, from_bits, ints_at, read_row, rounded_row, write_row
+from buddymoe_ray.kernels.numba_calls import compiled, stamp_of
 
 __all__ = ["compile_norm"]
 
@@ -22,11 +21,13 @@ LANES = 16
 
 
 @njit
-def _norm(x: Any, weight: Any, out: Any, sizes: Any, eps_bits: Any) -> None:
-    """`out = x / sqrt(mean(x ** 2) + eps)`, in the dtype of x, times `weight` [n] float32."""
-    R, n, item_bytes = sizes
+def norm(call_at: Any, plan_at: Any) -> Any:
+    """`out = x / sqrt(mean(x ** 2) + eps)`, in the dtype of x, times the weights; see `norm_kernel`. In place too."""
+    c, p = carray(ints_at(call_at), (4,)), carray(ints_at(plan_at), (3,))
+    x, out, R, item_bytes = c[0], c[1], c[2], c[3]
+    n, eps = p[1], from_bits(int32(p[2]))
     scale, row, sums = (
-        carray(floats_at(weight), (n,)),
+        carray(floats_at(p[0]), (n,)),
         np.zeros((n + 15) // LANES * LANES, np.float32),
         np.empty(LANES, np.float32),
     )
@@ -41,7 +42,7 @@ def _norm(x: Any, weight: Any, out: Any, sizes: Any, eps_bits: Any) -> None:
             for lane in range(width):
                 sums[lane] += sums[lane + width]
             width //= 2
-        inverse = float32(1.0) / np.sqrt(sums[0] / float32(n) + from_bits(int32(eps_bits)))
+        inverse = float32(1.0) / np.sqrt(sums[0] / float32(n) + eps)
         for i in range(n):
             row[i] *= inverse
         if item_bytes == 2:
@@ -49,15 +50,14 @@ def _norm(x: Any, weight: Any, out: Any, sizes: Any, eps_bits: Any) -> None:
         for i in range(n):
             row[i] *= scale[i]
         write_row(row[:n], out + r * n * item_bytes, item_bytes)
+    return 0
 
 
-def compile_norm(folder: Path | None) -> Callable[..., None]:
-    """Machine code of `_norm`, from `folder` when an earlier process left it there; None keeps none."""
+def compile_norm(folder: Path | None) -> int:
+    """The address of `norm`, from `folder` when an earlier process left it there; None keeps none."""
     stamp = stamp_of("norm_numba")
 
-    def norm(x: Any, weight: Any, out: Any, sizes: Any, eps_bits: Any) -> None:
-        if stamp >= 0:
-            _norm(x, weight, out, sizes, eps_bits)
+    def kernel(call_at: Any, plan_at: Any) -> Any:
+        return norm(call_at, plan_at) if stamp >= 0 else 0
 
-    i64 = types.int64
-    return compiled(types.void(i64, i64, i64, types.UniTuple(i64, 3), i64), norm, folder)
+    return compiled(kernel, folder)

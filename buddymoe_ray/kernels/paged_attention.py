@@ -5,15 +5,14 @@ Legend: T rows, Q query heads, H key-value heads, d key size, dv value size, N t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from buddymoe_ray.kernels.attention_calls import AttentionPlan
-from buddymoe_ray.kernels.cpu import in_threads, stored_functions, widens
+from buddymoe_ray.kernels.attention_calls import AttentionCall, AttentionPlan
+from buddymoe_ray.kernels.cpu import Kernel, in_threads, stored_functions, widens
 
 __all__ = ["PagedLayer"]
 
@@ -30,6 +29,8 @@ class PagedLayer:
         scale: of the scores. window: tokens that a row sees, itself included; None for all.
         sinks_Q: logits that take part in each head's softmax without a value.
         threads: share the key-value heads; the bits do not depend on it.
+
+    `heads` are Q, H, d and dv, `plan_at` is what the machine code reads.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class PagedLayer:
         sinks = None if sinks_Q is None else sinks_Q.detach().float().contiguous()
         self._held, self._dtype, self._threads = (pools, sinks), keys_NHd.dtype, min(threads, H)
         self._queries, self._value_dim, self._items = queries, values_NHd.shape[2], H * d
+        self.heads = (queries, H, d, self._value_dim)
         native = stored_functions(keys_NHd.dtype)
         plan = AttentionPlan(
             keys=keys_NHd.data_ptr(),
@@ -65,7 +67,7 @@ class PagedLayer:
             spread=native.get("spread", 0),
         )
         self._plan = np.array(plan, dtype=np.int64)
-        self._plan_at, self._kernel = self._plan.ctypes.data, _kernel()
+        self.plan_at, self._kernel = self._plan.ctypes.data, attention_kernel()
 
     @staticmethod
     def covers(dtype: torch.dtype, device: torch.device) -> bool:
@@ -76,7 +78,7 @@ class PagedLayer:
     def prepare(dtype: torch.dtype) -> None:
         """Make the machine code, or read it from the user's folder (seconds at the first time on a machine)."""
         stored_functions(dtype)
-        _kernel()
+        attention_kernel()
 
     def __call__(self, rows: tuple[Tensor, Tensor, Tensor], spans_S4: Tensor, blocks: Tensor, longest: int) -> Tensor:
         """`[Q, T, d], [H, T, d], [H, T, dv] -> [T, Q, dv]`: stores the rows' keys and values and attends.
@@ -95,15 +97,16 @@ class PagedLayer:
         )
         threads = self._threads if T * longest * self._items >= THREADED_ITEMS else 1
         if threads == 1:
-            self._kernel((*call, 0, 1), self._plan_at)
+            self._kernel((*call, 0, 1), self.plan_at)
         else:
-            in_threads(self._kernel, [((*call, share, threads), self._plan_at) for share in range(threads)])
+            in_threads(self._kernel, [((*call, share, threads), self.plan_at) for share in range(threads)])
         return out
 
 
 @cache
-def _kernel() -> Callable[..., None]:
+def attention_kernel() -> Kernel:
+    """All rows of a pass."""
     from buddymoe_ray.kernels.attention_numba import compile_attention
-    from buddymoe_ray.kernels.machine_code import code_folder
+    from buddymoe_ray.kernels.numba_calls import kernel
 
-    return compile_attention(code_folder())
+    return kernel(compile_attention, len(AttentionCall._fields))

@@ -78,7 +78,7 @@ class StoredLinear(nn.Module):
         bias = None if linear.bias is None else linear.bias.detach()
         if bias is not None and bias.dtype == torch.float16:
             bias = bias.float()
-        self._compute = CpuLinear(linear.weight.detach(), None, linear.weight.dtype, bias, threads=threads)
+        self.compute = CpuLinear(linear.weight.detach(), None, linear.weight.dtype, bias, threads=threads)
 
     @staticmethod
     def covers(linear: nn.Linear) -> bool:
@@ -88,7 +88,7 @@ class StoredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K] -> [..., N]` in the dtype of `x`, which is the weight's."""
-        return self._compute(x)
+        return self.compute(x)
 
 
 class PackedLinear(nn.Module):
@@ -97,7 +97,7 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, fmt: LowbitFormat, threads: int) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._compute: CpuLinear | None = None
+        self.compute: CpuLinear | None = None
         weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach().float()
         parts: dict[str, Tensor]
         if weight.is_meta:
@@ -106,12 +106,12 @@ class PackedLinear(nn.Module):
         else:
             packed = pack(*round_plain(weight, fmt), fmt)
             parts = vars(packed)
-            self._compute = CpuLinear(packed, fmt, weight.dtype, bias, threads=threads)
+            self.compute = CpuLinear(packed, fmt, weight.dtype, bias, threads=threads)
         for name, part in {**parts, "bias": bias}.items():  # so that whoever counts the model's bytes finds them
             self.register_buffer(name, part, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K] -> [..., N]` in the dtype of `x`, which is the weight's."""
-        if self._compute is None:
+        if self.compute is None:
             return x.new_empty(*x.shape[:-1], self.out_features)
-        return self._compute(x)
+        return self.compute(x)

@@ -11,6 +11,7 @@ Legend: T tokens, E experts, n items of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers.activations import ACT2CLS
 
-from buddymoe_ray.kernels import CpuLinear, CpuNorm, linear_rows, widens
+from buddymoe_ray.kernels import CpuLinear, CpuNorm, CpuRouter, linear_rows, widens
 
-__all__ = ["RowNorm", "WholeVectors", "rows_apart"]
+__all__ = ["RowNorm", "SoftmaxRouter", "WholeVectors", "rows_apart"]
 
 _VECTORS = 64
 """Items that torch takes at once, at most: two vectors of 512 bits of bfloat16."""
@@ -46,7 +47,7 @@ def rows_apart(model: nn.Module, routers: Iterable[nn.Module | None]) -> None:
             setattr(model.get_submodule(parent), own, made)
     for router in routers:
         if router is not None:
-            router.forward = _by_rows(router)  # type: ignore[method-assign]
+            router.forward = _softmax_router(router) or _by_rows(router)  # type: ignore[method-assign]
 
 
 class WholeVectors(nn.Module):
@@ -72,11 +73,11 @@ class RowNorm(nn.Module):
     def __init__(self, weight: nn.Parameter, compute: CpuNorm, otherwise: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.weight = weight
-        self._compute, self._otherwise = compute, otherwise
+        self.compute, self._otherwise = compute, otherwise
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., n] -> [..., n]`."""
-        return self._compute(x) if CpuNorm.covers(x) else self._otherwise(x)
+        return self.compute(x) if CpuNorm.covers(x) else self._otherwise(x)
 
 
 def _row_norm(module: nn.Module) -> RowNorm | None:
@@ -95,6 +96,46 @@ def _row_norm(module: nn.Module) -> RowNorm | None:
             made = CpuNorm(scale, eps)
             if torch.allclose(made(probe), answer, rtol=tolerance, atol=tolerance):
                 return RowNorm(weight, made, module.forward)  # type: ignore[arg-type]
+    return None
+
+
+class SoftmaxRouter:
+    """In the place of a router's `forward`, whose logits were of `logits_dtype`: any rows, `[T, E], [T, K], [T, K]`."""
+
+    def __init__(self, compute: CpuRouter, logits_dtype: torch.dtype) -> None:
+        self.compute, self._logits_dtype = compute, logits_dtype
+
+    def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits_TE, weight_TK, ids_TK = self.compute(hidden_states.reshape(-1, hidden_states.shape[-1]))
+        return logits_TE.to(self._logits_dtype), weight_TK, ids_TK
+
+
+def _softmax_router(module: nn.Module) -> SoftmaxRouter | None:
+    """None for what is no softmax's top-k by one matrix: a router is told by its answers, not by its class."""
+    state, takes = {**dict(module.named_parameters()), **dict(module.named_buffers())}, signature(module.forward)
+    weight = state.get("weight")
+    if len(state) != 1 or weight is None or weight.ndim != 2 or len(takes.parameters) != 1:
+        return None
+    if not CpuNorm.covers(weight.detach()) or not widens(weight.dtype):
+        return None
+    rows = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    with torch.inference_mode():
+        answer = module(rows)
+        if not isinstance(answer, tuple) or [getattr(part, "ndim", 0) for part in answer] != [2, 2, 2]:
+            return None
+        _, weight_TK, ids_TK = answer
+        if ids_TK.dtype is not torch.int64 or weight_TK.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        for normalised in (True, False):
+            sizes: dict[str, Any] = {"normalised": normalised, "weight_dtype": weight_TK.dtype}
+            made = CpuRouter(weight.detach(), ids_TK.shape[1], **sizes)
+            logits_TE, *mine = made(rows)
+            tolerance = 1e-5 if weight.dtype is weight_TK.dtype is torch.float32 else 2e-2
+            alike = torch.allclose(mine[0].float(), weight_TK.float(), rtol=tolerance, atol=0)
+            first, second = (logits_TE.float().gather(1, ids) for ids in (mine[1], ids_TK))
+            # near ties may be chosen in another order: their logits are alike
+            if alike and torch.allclose(first, second, rtol=tolerance, atol=tolerance):
+                return SoftmaxRouter(made, answer[0].dtype)
     return None
 
 

@@ -22,9 +22,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from buddymoe_ray.cache import Experts
+from buddymoe_ray.cache import Experts, Glance
 from buddymoe_ray.errors import CacheError
-from buddymoe_ray.kernels import combine
+from buddymoe_ray.kernels import ExpertLayer, combine
 from buddymoe_ray.moe.peers import PeerExperts
 from buddymoe_ray.moe.rows import Accesses
 from buddymoe_ray.moe.standins import Standins
@@ -80,11 +80,10 @@ class MoEBlock:
 
     def _decode(self, hidden_TD: Tensor, ids_TK: Ints, weight_TK: Tensor, y_ND: Tensor) -> Tensor:
         """Fill `y_ND`; returns the weights to combine it with."""
+        if self._all_resident(hidden_TD, ids_TK, y_ND):
+            return weight_TK
         self._cache.count(self.layer, ids_TK)
         standins, step = self._standins, self._step
-        if self.layer not in step.overlays and self._all_resident(hidden_TD, ids_TK, y_ND):
-            step.outcome.count_hits(ids_TK.shape[1])
-            return weight_TK
         if standins is None or not standins.may_answer(self.layer, step):
             hit_TK = self._cache.resident_mask(self.layer)[ids_TK]
             step.outcome.count_exact(hit_TK)
@@ -104,8 +103,31 @@ class MoEBlock:
 
     def _all_resident(self, hidden_TD: Tensor, ids_TK: Ints, y_ND: Tensor) -> bool:
         """The short way of a layer that misses nothing: whether it could be gone."""
-        glance = self._cache.glance(self.layer, ids_TK)
-        return glance is not None and self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND) and glance.holds()
+        glance = self.glance()
+        if glance is None or (glance.at_E[ids_TK] < 0).any():
+            return False
+        return self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND) and self.settle(glance, ids_TK)
+
+    @property
+    def kernel(self) -> ExpertLayer | None:
+        """What computes all experts of the layer in one call, where there is such a thing."""
+        return self._compute.kernel
+
+    def glance(self) -> Glance | None:
+        """Where the experts are, for whoever can compute all accesses of a layer that misses nothing; None where what
+        runs is not for the router alone to say. What was computed counts if `settle` says so."""
+        step = self._step
+        if step.phase is not _DECODE or step.observer is not None or self.layer in step.overlays:
+            return None
+        return self._cache.glance(self.layer)
+
+    def settle(self, glance: Glance, ids_TK: Ints) -> bool:
+        """Whether every expert was there the whole time; if so the accesses are accounted for."""
+        if not glance.holds(ids_TK):
+            return False
+        self._cache.count(self.layer, ids_TK)
+        self._step.outcome.count_hits(ids_TK.shape[1])
+        return True
 
     def _answer(self, standins: Standins, hidden_TD: Tensor, resolution: Resolution, y_ND: Tensor) -> None:
         """Compute every access as it was decided."""

@@ -28,7 +28,10 @@ ExpertCompute = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 
 class WaveCompute(Protocol):
-    """The arithmetic of one layer's experts."""
+    """The arithmetic of one layer's experts; `kernel` is that of all in one call, if that is how they are computed."""
+
+    @property
+    def kernel(self) -> ExpertLayer | None: ...
 
     def __call__(self, hidden_TD: Tensor, accesses: Accesses, leases: Sequence[Lease], y_ND: Tensor) -> None:
         """Write the rows of `y_ND` whose expert is leased, before the router weight."""
@@ -40,6 +43,8 @@ class WaveCompute(Protocol):
 
 class OneByOne:
     """Expert by expert."""
+
+    kernel = None
 
     def __init__(self, compute: ExpertCompute) -> None:
         self._compute = compute
@@ -59,7 +64,8 @@ class OneCall:
     """All experts of a wave in one call of the kernel, read where they lie in their slots. CPU only."""
 
     def __init__(self, layer: ExpertLayer, experts: int) -> None:
-        self._layer, self._experts = layer, experts
+        self.kernel: ExpertLayer = layer
+        self._experts = experts
 
     def __call__(self, hidden_TD: Tensor, accesses: Accesses, leases: Sequence[Lease], y_ND: Tensor) -> None:
         """See WaveCompute."""
@@ -67,9 +73,9 @@ class OneCall:
         at = at_E.numpy()
         for lease in leases:
             at[lease.key.expert] = lease.address()
-        self._layer(hidden_TD, None, at_E, torch.from_numpy(accesses.expert_TK), y_ND)
+        self.kernel(hidden_TD, None, at_E, torch.from_numpy(accesses.expert_TK), y_ND)
 
     def resident(self, hidden_TD: Tensor, ids_TK: Ints, at_E: Ints, y_ND: Tensor) -> bool:
         """See WaveCompute."""
-        self._layer(hidden_TD, None, torch.from_numpy(at_E), torch.from_numpy(ids_TK), y_ND)
+        self.kernel(hidden_TD, None, torch.from_numpy(at_E), torch.from_numpy(ids_TK), y_ND)
         return True

@@ -18,10 +18,11 @@ from buddymoe_ray.kernels.machine_code import code_folder
 PACKAGE = Path(buddymoe_ray.__file__).parent
 MAKE = """
 from buddymoe_ray.kernels.expert_numba import compile_experts, compile_linear
+from buddymoe_ray.kernels import numba_calls
 from buddymoe_ray.kernels.machine_code import code_folder, native_functions
 native_functions("define void @nothing() { ret void }", ("nothing",))
-kernels = (compile_experts(code_folder()), compile_linear(code_folder()))
-print(sum(sum(kernel.stats.cache_hits.values()) for kernel in kernels))
+compile_experts(code_folder()), compile_linear(code_folder())
+print(sum(made.cache_hits for made in numba_calls._alive))
 """
 """Says how many of numba's two functions came from the disk."""
 
@@ -53,11 +54,9 @@ def test_machine_code_is_kept_and_follows_its_sources(tmp_path: Path) -> None:
         shutil.copy(PACKAGE / name, package / name)
     (package / "__init__.py").write_text("")
     numba = package / "kernels" / "expert_numba.py"
-    begin, calls = numba.read_text().split("_CALL =", 1)
-    numba.write_text(
-        begin + "\n_experts = njit(lambda call, plan_at: 0)\n_linear = njit(lambda call, plan_at, i: None)\n"
-        "_CALL =" + calls
-    )
+    begin, calls = numba.read_text().split("_SOURCES =", 1)
+    nothing = "njit(lambda call_at, plan_at: 0)"
+    numba.write_text(f"{begin}\nexperts = {nothing}\nlinear = {nothing}\n_SOURCES ={calls}")
     cache = tmp_path / "cache"
     assert hits(tmp_path, cache) == 0
     folder, made = cache / "buddymoe_ray" / "machine-code", files(cache)

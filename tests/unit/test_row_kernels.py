@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from buddymoe_ray import LLM
-from buddymoe_ray.kernels import CpuNorm, cpu, expert_numba, machine_code, norm, paged_attention
+from buddymoe_ray.kernels import CpuNorm, cpu, decoder, machine_code, norm, numba_calls, paged_attention
 from buddymoe_ray.models.row_kernels import RowNorm, WholeVectors, rows_apart
 
 
@@ -114,10 +114,10 @@ def test_no_step_has_machine_code_to_make(family: str, tmp_path: Path, monkeypat
     """What an engine needs is there when it is: one router multiplies in float32, one family has experts by torch."""
     build_checkpoint(family, tmp_path, dtype=torch.bfloat16)
     makers = (cpu.combine_kernel, cpu.experts_kernel, cpu.linear_kernel, cpu._stored_functions, cpu._tiles)
-    for maker in (*makers, norm._kernel, paged_attention._kernel):
+    for maker in (*makers, norm.norm_kernel, paged_attention.attention_kernel, decoder.decoder_kernel):
         maker.cache_clear()
     with LLM(str(tmp_path), memory="60%", max_model_len=64) as llm:
-        for module in (machine_code, expert_numba):
+        for module in (machine_code, numba_calls):
             for name in ("native_functions", "compiled"):
                 if hasattr(module, name):
                     monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("made in a step"))

@@ -114,20 +114,17 @@ class SharedExpertCache:
             self._held = None
             self._tables.release(list(held.values()))
 
-    def glance(self, layer: int, ids: npt.NDArray[np.int64]) -> Glance | None:
-        """Where the experts `ids` are; None unless all are READY. Takes no lock and no lease: others may evict them
-        meanwhile, which `Glance.holds` finds out."""
+    def glance(self, layer: int) -> Glance | None:
+        """Where the layer's experts are that are READY; None where a glance is not safe. Takes no lock and no lease:
+        others may evict them meanwhile, which `Glance.holds` finds out."""
         if not _LOADS_IN_ORDER:
             return None
-        seen = self._tables.glance(layer, ids)
-        if seen is None:
-            return None
-        slots, _ = seen
-        at_E = np.full(self.layout.experts_per_layer[layer], -1, np.int64)
-        at_E[ids] = self._store.address(0) + slots * self._store.shape.slot_bytes
+        slots_E, generations_E = self._tables.glance(layer)
+        at_E = np.where(slots_E >= 0, self._store.address(0) + slots_E * self._store.shape.slot_bytes, -1)
 
-        def holds() -> bool:
-            if not self._tables.unchanged(seen):
+        def holds(ids: npt.NDArray[np.int64]) -> bool:
+            slots = slots_E[ids.ravel()]
+            if not self._tables.unchanged(slots, generations_E[ids.ravel()]):
                 return False
             self._tables.touch(slots)
             used = slots.size if len(ids) == 1 else len(np.unique(slots))

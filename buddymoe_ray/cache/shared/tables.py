@@ -39,7 +39,6 @@ WAVE = -1
 _REAP_SECONDS = 0.2
 
 SlotIds = npt.NDArray[np.int64]
-SlotsSeen = tuple[SlotIds, npt.NDArray[Any]]
 
 
 class Counter(IntEnum):
@@ -159,26 +158,22 @@ class SharedTables:
             self.lease[self.row, list(held.values())] += 1
         return held
 
-    def glance(self, layer: int, ids: SlotIds) -> SlotsSeen | None:
-        """The slot of each expert with its generation, None unless all are READY; needs no lock.
+    def glance(self, layer: int) -> tuple[SlotIds, npt.NDArray[np.uint64]]:
+        """The slot of each expert, -1 where it is not READY, and that slot's generation; needs no lock.
 
-        The order counts: a slot that is taken after its generation was read fails `unchanged`, one that was taken
+        The order counts: a slot that is taken after its generation was read is not `unchanged`, one that was taken
         before is no longer its expert's when `slot_of` is read again.
         """
-        slots: SlotIds = self.slot_of[layer, ids].astype(np.int64)
-        if (slots < 0).any():
-            return None
-        generations = self.generation[slots]
-        if (self.state[slots] != READY).any() or (self.slot_of[layer, ids] != slots).any():
-            return None
-        return slots, generations
+        slots_E: SlotIds = self.slot_of[layer].astype(np.int64)
+        generations_E = self.generation[slots_E]
+        there_E = (slots_E >= 0) & (self.state[slots_E] == READY) & (self.slot_of[layer] == slots_E)
+        return np.where(there_E, slots_E, -1), generations_E
 
-    def unchanged(self, seen: SlotsSeen) -> bool:
+    def unchanged(self, slots: SlotIds, generations: npt.NDArray[np.uint64]) -> bool:
         """Whether the bytes of slots that `glance` saw were the same ever since; needs no lock.
 
         `take` moves a generation on before a byte is written.
         """
-        slots, generations = seen
         return bool((self.generation[slots] == generations).all())
 
     def look_up(self, layer: int, experts: Sequence[int]) -> SlotIds:

@@ -1,0 +1,146 @@
+"""A decoder layer on a CPU in one call: attention, residuals, norms, router, and its experts where all are resident.
+
+It is made of the kernels that the layer's modules call one by one, and answers the same bits. Knows addresses, neither
+modules nor the cache.
+
+Legend: T rows of a pass, D hidden, Q query heads, H key-value heads, d key size, dv value size, E experts, K experts
+per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from buddymoe_ray.kernels.cpu import CpuLinear, Kernel, combine_kernel, experts_kernel, linear_kernel
+from buddymoe_ray.kernels.decoder_calls import DONE, DecoderCall, DecoderPlan
+from buddymoe_ray.kernels.expert_layer import ExpertLayer
+from buddymoe_ray.kernels.norm import CpuNorm, norm_kernel
+from buddymoe_ray.kernels.paged_attention import PagedLayer, attention_kernel
+from buddymoe_ray.kernels.router import CpuRouter, router_kernel
+
+__all__ = ["DecoderLayer", "DecoderParts", "Routed"]
+
+
+@dataclass(frozen=True)
+class DecoderParts:
+    """What a layer computes with. Norms of queries and keys are over each head or over all of them; `experts` are
+    computed here only behind a `router`."""
+
+    norm_before: CpuNorm
+    norm_after: CpuNorm
+    q_norm: CpuNorm | None
+    k_norm: CpuNorm | None
+    q: CpuLinear
+    k: CpuLinear
+    v: CpuLinear
+    o: CpuLinear
+    attention: PagedLayer
+    router: CpuRouter | None = None
+    experts: ExpertLayer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """How far a call came: `out` [T, D] is the layer's output, None where the feed-forward is the caller's. Then that
+    is what reads `normed` [T, D], to be added to `attended` [T, D]. `ids` [T, K] int64 and `weights` are the router's
+    choice, of a layer with a router."""
+
+    attended: Tensor
+    normed: Tensor
+    ids: Tensor
+    weights: Tensor
+    out: Tensor | None
+
+
+class DecoderLayer:
+    """One layer over rows of `dtype`, float32 or bfloat16, with one thread."""
+
+    def __init__(self, parts: DecoderParts, dtype: torch.dtype) -> None:
+        assert dtype in (torch.float32, torch.bfloat16), f"dtype is {dtype}, must be float32 or bfloat16"
+        self._parts, self._dtype, self._kernel = parts, dtype, decoder_kernel()
+        (Q, H, d, dv), router = parts.attention.heads, parts.router
+        self._D = parts.norm_before.n
+        plan = DecoderPlan(
+            D=self._D,
+            item_bytes=dtype.itemsize,
+            Q=Q,
+            H=H,
+            d=d,
+            dv=dv,
+            norm=norm_kernel().args[0],
+            linear=linear_kernel().args[0],
+            attention=attention_kernel().args[0],
+            choose=router_kernel().args[0],
+            experts=experts_kernel().args[0],
+            combine=combine_kernel().args[0],
+            norm_before=parts.norm_before.plan_at,
+            norm_after=parts.norm_after.plan_at,
+            q_norm=0 if parts.q_norm is None else parts.q_norm.plan_at,
+            q_norm_n=1 if parts.q_norm is None else parts.q_norm.n,
+            k_norm=0 if parts.k_norm is None else parts.k_norm.plan_at,
+            k_norm_n=1 if parts.k_norm is None else parts.k_norm.n,
+            q=parts.q.plan_at,
+            k=parts.k.plan_at,
+            v=parts.v.plan_at,
+            o=parts.o.plan_at,
+            attends=parts.attention.plan_at,
+        )
+        self._K, self._weight_dtype = 0, dtype
+        if router is not None:
+            self._K, self._weight_dtype = router.K, router.weight_dtype
+            plan = plan._replace(
+                router=router.linear.plan_at,
+                chooses=router.plan_at,
+                computes=0 if parts.experts is None else parts.experts.plan_at,
+                E=router.E,
+                K=router.K,
+                weight_bytes=router.weight_dtype.itemsize,
+            )
+        self._plan = np.array(plan, dtype=np.int64)
+        self._plan_at = self._plan.ctypes.data
+
+    def __call__(
+        self,
+        hidden_TD: Tensor,
+        turn: tuple[Tensor, Tensor],
+        spans_S4: Tensor,
+        blocks: Tensor,
+        at_E: npt.NDArray[np.int64] | None,
+    ) -> Routed:
+        """Store the rows' keys and values, and compute as far as can be.
+
+        `turn` are cosines and sines `[T, rotated]` of the rotary embedding in the dtype of the rows; `spans_S4` and
+        `blocks` are as in `PagedLayer`. `at_E` int64 are addresses of experts, negative where one is not resident;
+        None leaves the experts to the caller.
+        """
+        T, cos, sin = len(hidden_TD), turn[0].contiguous(), turn[1].contiguous()
+        hidden = hidden_TD.contiguous()
+        assert hidden.dtype is cos.dtype is sin.dtype is self._dtype, f"rows are {hidden.dtype}, must be {self._dtype}"
+        assert hidden.shape[1] == self._D and len(cos) == len(sin) == T, f"{hidden.shape}, {cos.shape}, {sin.shape}"
+        attended, normed, out = torch.empty((3, T, self._D), dtype=self._dtype)
+        ids = torch.empty((T, self._K), dtype=torch.int64)
+        weights = torch.empty((T, self._K), dtype=self._weight_dtype)
+        call = (
+            *(hidden.data_ptr(), attended.data_ptr(), normed.data_ptr()),
+            *(ids.data_ptr(), weights.data_ptr(), out.data_ptr()),
+            *(cos.data_ptr(), sin.data_ptr(), cos.shape[1], T),
+            *(spans_S4.data_ptr(), blocks.data_ptr(), len(spans_S4)),
+            0 if at_E is None else at_E.ctypes.data,
+        )
+        done = self._kernel(call, self._plan_at) == DONE
+        return Routed(attended, normed, ids, weights, out if done else None)
+
+
+@cache
+def decoder_kernel() -> Kernel:
+    """A decoder layer; made, or loaded, by the first call."""
+    from buddymoe_ray.kernels.decoder_numba import compile_decoder
+    from buddymoe_ray.kernels.numba_calls import kernel
+
+    return kernel(compile_decoder, len(DecoderCall._fields))

@@ -1,0 +1,152 @@
+"""Decoder layers in one call: which are, that it changes no bit, and that what computes otherwise is left alone."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build_checkpoint
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
+
+from buddymoe_ray import LLM
+from buddymoe_ray.engine import one_call
+from buddymoe_ray.kernels import CpuRouter
+from buddymoe_ray.models.row_kernels import SoftmaxRouter, rows_apart
+
+WHOLE = ("mixtral", "olmoe", "qwen3_moe")
+"""Families whose router and experts are in the call."""
+HALF = ("dots1", "glm4_moe", "minimax_m2", "qwen2_moe")
+"""Families whose feed-forward stays a module: shared experts, or another router."""
+NEITHER = ("deepseek_v3", "ernie4_5_moe", "flex_olmo", "gpt_oss", "granitemoe", "hunyuan_v1_moe", "phimoe")
+PROMPTS = [[5 + (7 * i + 3 * j) % 90 for j in range(n)] for i, n in enumerate((23, 3, 17))]
+
+Bits = list[list[tuple[int, float]]]
+
+
+def bits(model: str | Path, **options: Any) -> Bits:
+    with LLM(str(model), **{"memory": "100%", "max_model_len": 64, **options}) as llm:
+        results = llm.generate(PROMPTS, max_tokens=8, logprobs=0)
+    return [[(item.token_id, item.logprob) for item in result.logprobs] for result in results]
+
+
+def layers_in_one_call(model: Path, caplog: pytest.LogCaptureFixture, **options: Any) -> tuple[int, int]:
+    """How many, and how many of them with router and experts, as the log says."""
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger=one_call.__name__):
+        LLM(str(model), memory="100%", max_model_len=64, **options).close()
+    [said] = [record for record in caplog.records if record.name == one_call.__name__]
+    return said.args  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", [*WHOLE, *HALF, *NEITHER])
+def test_layers_that_compute_what_the_kernel_does(
+    family: str, dtype: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build_checkpoint(family, tmp_path, dtype=dtype)
+    count, whole = layers_in_one_call(tmp_path, caplog)
+    assert (count > 0, whole) == (family in WHOLE + HALF, count if family in WHOLE else 0)
+
+
+@pytest.mark.parametrize("memory", ["100%", "40%"])
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [
+        *((family, {"dtype": dtype}) for family in ("olmoe", "glm4_moe") for dtype in ("float32", "bfloat16")),
+        ("qwen3_moe", {"expert_dtype": "int4", "dense_dtype": "int8"}),
+        ("qwen2_moe", {"dtype": "bfloat16", "expert_dtype": "int8"}),
+        ("mixtral", {"dtype": "bfloat16", "dense_dtype": "int4"}),
+        ("minimax_m2", {}),
+    ],
+)
+def test_one_call_gives_the_bits_of_the_modules(
+    family: str, form: dict[str, str], memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_checkpoint(family, tmp_path)
+    once = bits(tmp_path, memory=memory, **form)
+    monkeypatch.setattr(one_call, "attach", lambda *_: 0)
+    assert bits(tmp_path, memory=memory, **form) == once
+
+
+@pytest.mark.parametrize("family", ["olmoe", "dots1"])
+def test_two_threads_give_the_bits_of_one(family: str, tmp_path: Path) -> None:
+    build_checkpoint(family, tmp_path)
+    assert bits(tmp_path, threads=2) == bits(tmp_path, threads=1)
+
+
+def test_layers_that_do_something_else_keep_their_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a class whose others are in one call: what comes behind is told by its answer, not by its name."""
+    build_checkpoint("mixtral", tmp_path)
+    forward = MixtralDecoderLayer.forward
+
+    def louder(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return forward(self, hidden_states, **kwargs) * (1.01 if self.self_attn.layer_idx == 1 else 1.0)
+
+    monkeypatch.setattr(MixtralDecoderLayer, "forward", louder)
+    count, whole = layers_in_one_call(tmp_path, caplog)
+    assert count == whole == 2
+    expected = bits(tmp_path)
+    monkeypatch.setattr(one_call, "attach", lambda *_: 0)
+    assert bits(tmp_path) == expected
+
+
+def test_clipped_queries_keep_their_modules(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Which no trial need reach."""
+    build_checkpoint("olmoe", tmp_path, clip_qkv=1e6)
+    assert layers_in_one_call(tmp_path, caplog) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("E", "K", "normalised"), [(8, 2, True), (64, 8, False), (60, 4, True), (5, 5, False)])
+def test_the_router_chooses_as_torch(E: int, K: int, normalised: bool, dtype: torch.dtype) -> None:
+    rng = torch.Generator().manual_seed(E)
+    weight_ED = torch.randn(E, 32, generator=rng).to(dtype)
+    router = CpuRouter(weight_ED, K, normalised=normalised, weight_dtype=torch.float32)
+    logits_TE, weight_TK, ids_TK = router(torch.randn(40, 32, generator=rng).to(dtype))
+    shares_TE = logits_TE.float().softmax(dim=-1)
+    expected_TK, _ = shares_TE.topk(K)
+    torch.testing.assert_close(shares_TE.gather(1, ids_TK), expected_TK)
+    assert all(len({*row}) == K for row in ids_TK.tolist())
+    if normalised:
+        expected_TK = expected_TK / expected_TK.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(weight_TK, expected_TK)
+
+
+def test_of_equal_logits_the_first_experts_are_chosen_and_nonsense_chooses_experts() -> None:
+    router = CpuRouter(torch.ones(6, 4), 3, normalised=True, weight_dtype=torch.bfloat16)
+    x_TD = torch.tensor([[1.0, 2.0, 3.0, 4.0], [float("nan"), 0.0, 0.0, 0.0], [float("inf"), 0.0, 0.0, 0.0]])
+    _, weight_TK, ids_TK = router(x_TD)
+    assert ids_TK[0].tolist() == [0, 1, 2] and torch.allclose(weight_TK[0].float(), torch.tensor(1 / 3), rtol=4e-3)
+    assert ids_TK.min() >= 0 and ids_TK.max() < 6 and weight_TK[1].isnan().all()
+
+
+class Router(torch.nn.Module):
+    """As transformers' routers; what it makes of the logits is asked."""
+
+    def __init__(self, choose: Any) -> None:
+        super().__init__()
+        rng = torch.Generator().manual_seed(2)
+        self.weight, self.choose = torch.nn.Parameter(torch.randn(8, 64, generator=rng)), choose
+
+    def forward(self, hidden_states: torch.Tensor) -> Any:
+        logits_TE = torch.nn.functional.linear(hidden_states, self.weight)
+        return (logits_TE, *self.choose(logits_TE).topk(2))
+
+
+def test_only_a_softmaxs_top_k_is_taken_for_one() -> None:
+    cases = {
+        "softmax": (lambda logits_TE: logits_TE.softmax(dim=-1), True),
+        "sigmoid": (lambda logits_TE: logits_TE.sigmoid(), False),
+        "tempered": (lambda logits_TE: (logits_TE / 2).softmax(dim=-1), False),
+        "the last expert never": (lambda logits_TE: logits_TE.softmax(dim=-1) * (torch.arange(8) < 7), False),
+    }
+    for name, (choose, taken) in cases.items():
+        model = torch.nn.Module()
+        model.gate, model.device = Router(choose), torch.device("cpu")
+        rows_apart(model, [model.gate])
+        assert isinstance(model.gate.forward, SoftmaxRouter) == taken, name
