@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -128,21 +127,21 @@ def peers_table() -> str:
     """Rounds of llama.cpp and `buddymoe bench`, taking turns."""
     rounds = records("peers")
     rows = [
-        "| experts in memory | | llama.cpp tok/s | ours tok/s | ratio | MB read a token, theirs / ours |",
-        "|---|---|---|---|---|---|",
+        "| skew | experts in memory | | llama.cpp tok/s | ours tok/s | ratio | MB read a token, theirs / ours |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for memory, what in product(("100%", "50%", "25%"), ("decode", "prefill")):
+    for model, memory in dict.fromkeys((r["model"], r["memory"]) for r in rounds):
         theirs, ours = (
-            [r for r in rounds if r["engine"] == name and r["memory"] == memory]
+            [r for r in rounds if (r["engine"], r["model"], r["memory"]) == (name, model, memory)]
             for name in ("llama.cpp", "buddymoe_ray")
         )
-        pairs = [(r[f"{what}_tok_s"], o[f"{what}_tok_s"]) for r, o in zip(theirs, ours, strict=True)]
-        cells = [[pair[0] for pair in pairs], [pair[1] for pair in pairs], [own / other for other, own in pairs]]
-        shown = " | ".join(f"{median(c):.3g} ({min(c):.3g}–{max(c):.3g})" for c in cells)
         read = (median(r.get("bytes_read_per_token", 0.0) for r in side) / 1e6 for side in (theirs, ours))
-        rows.append(
-            f"| {memory} | {what} | {shown} | {' / '.join(f'{r:.3g}' for r in read) if what == 'decode' else ''} |"
-        )
+        shares = {"decode": " / ".join(f"{share:.3g}" for share in read), "prefill": ""}
+        for what, share in shares.items():
+            pairs = [(r[f"{what}_tok_s"], o[f"{what}_tok_s"]) for r, o in zip(theirs, ours, strict=True)]
+            cells = [[pair[0] for pair in pairs], [pair[1] for pair in pairs], [own / other for other, own in pairs]]
+            shown = " | ".join(f"{median(c):.3g} ({min(c):.3g}–{max(c):.3g})" for c in cells)
+            rows.append(f"| {model.rpartition(' ')[2]} | {memory} | {what} | {shown} | {share} |")
     return "\n".join(rows)
 
 

@@ -24,7 +24,7 @@ from buddymoe_ray.engine.validate import checked_sampling
 from buddymoe_ray.errors import BudgetError, CheckpointError, ConfigError, RequestError
 from buddymoe_ray.models.load import LoadedModel, load_model, on_kernels
 from buddymoe_ray.models.resolve import resolve_model
-from buddymoe_ray.models.shape import describe, generation_defaults
+from buddymoe_ray.models.shape import generation_defaults, meta_model
 from buddymoe_ray.models.tokenizer import load_tokenizer
 from buddymoe_ray.moe import StepState
 from buddymoe_ray.observe import progress
@@ -107,7 +107,7 @@ def _guard(config: EngineConfig, experts: ExpertTier, runner: Runner, scheduler:
 
 
 def _packed(config: EngineConfig, folder: Path) -> bool:
-    family = describe(folder)
+    family = meta_model(folder).family
     if config.batching == "packed" and not family.packed:
         raise ConfigError(f"batching is 'packed', must be 'solo' for {family.model_type}. hint: leave it at auto")
     return family.packed and config.batching != "solo"
