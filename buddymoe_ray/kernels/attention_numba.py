@@ -19,6 +19,7 @@ import numpy as np
 from numba import carray, float32, int32, njit
 
 from buddymoe_ray.kernels.attention_calls import AttentionCall, AttentionPlan
+from buddymoe_ray.kernels.expert_calls import OK
 from buddymoe_ray.kernels.expert_rows import copy_items, exponential, floats_at, from_bits, ints_at, read_row, write_row
 from buddymoe_ray.kernels.lowbit_format import GROUP
 from buddymoe_ray.kernels.numba_calls import call_native, compiled, items, stamp_of
@@ -236,7 +237,7 @@ def attention(call_at: Any, plan_at: Any) -> Any:
             for t in range(0, count, rows):
                 block = _Block(head, row + t, min(rows, count - t), start + t, table)
                 _attend(call, plan, blocks, block, scratch)
-    return 0
+    return OK
 
 
 def compile_attention(folder: Path | None) -> int:
@@ -244,6 +245,6 @@ def compile_attention(folder: Path | None) -> int:
     stamp = stamp_of("attention_calls", "attention_numba")
 
     def kernel(call_at: Any, plan_at: Any) -> Any:
-        return attention(call_at, plan_at) if stamp >= 0 else 0
+        return attention(call_at, plan_at) if stamp >= 0 else OK
 
     return compiled(kernel, folder)

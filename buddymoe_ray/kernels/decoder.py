@@ -133,8 +133,8 @@ class DecoderLayer:
             *(spans_S4.data_ptr(), blocks.data_ptr(), len(spans_S4)),
             0 if at_E is None else at_E.ctypes.data,
         )
-        done = self._kernel(call, self._plan_at) == DONE
-        return Routed(attended, normed, ids, weights, out if done else None)
+        status = self._kernel(call, self._plan_at)
+        return Routed(attended, normed, ids, weights, out if status == DONE else None)
 
 
 @cache

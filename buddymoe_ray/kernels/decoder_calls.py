@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 __all__ = ["DONE", "ROUTED", "DecoderCall", "DecoderPlan"]
 
-DONE, ROUTED = 0, 1
+DONE, ROUTED = 1, 2
 """What a call comes to: the layer's output; or as far as its feed-forward, which is left to the caller."""
 
 

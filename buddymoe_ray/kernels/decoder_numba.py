@@ -20,7 +20,7 @@ from numba import carray, int64, njit, uint8
 from buddymoe_ray.kernels.decoder_calls import DONE, ROUTED, DecoderCall, DecoderPlan
 from buddymoe_ray.kernels.expert_calls import OK
 from buddymoe_ray.kernels.expert_rows import ints_at, read_row, rounded_row, write_row
-from buddymoe_ray.kernels.numba_calls import ask_native, compiled, items, stamp_of
+from buddymoe_ray.kernels.numba_calls import answered, ask_native, compiled, items, stamp_of
 
 __all__ = ["compile_decoder"]
 
@@ -56,7 +56,7 @@ def _call(kernel: Any, ints: Any, plan_at: Any, args: Any) -> Any:
     """Call a kernel with these int64s; `args` has room for them and belongs to the caller of the caller."""
     for i in range(len(ints)):
         args[i] = ints[i]
-    return _ask(kernel, (args.ctypes.data, plan_at))
+    return answered(_ask(kernel, (args.ctypes.data, plan_at)))
 
 
 @njit
@@ -148,14 +148,15 @@ def _route(call: Any, plan: Any, scratch: Any) -> Any:
 
 
 @njit
-def _run_experts(call: Any, plan: Any, scratch: Any) -> None:
+def _run_experts(call: Any, plan: Any, scratch: Any) -> Any:
     T, D, K, item_bytes = call.T, plan.D, plan.K, plan.item_bytes
     y, total = _place(scratch.y), _place(scratch.total)
     rows = (call.normed, y, 0, ANYWHERE, item_bytes, call.ids, call.at_E, T * K, K, plan.E, 0, 1)
-    fault = _call(plan.experts, rows, plan.computes, scratch.args)
-    assert fault == OK
+    if _call(plan.experts, rows, plan.computes, scratch.args) != OK:
+        return ROUTED  # whoever computes it will say what is wrong
     _call(plan.combine, (y, call.weights, total, T, K, D, item_bytes, plan.weight_bytes), 0, scratch.args)
     _add(call.attended, total, call.out, (T, D, item_bytes), scratch.rows)
+    return DONE
 
 
 @njit
@@ -163,8 +164,7 @@ def _run(call: Any, plan: Any, scratch: Any) -> Any:
     _attend(call, plan, scratch)
     if plan.router == 0 or not _route(call, plan, scratch) or plan.computes == 0:
         return ROUTED
-    _run_experts(call, plan, scratch)
-    return DONE
+    return _run_experts(call, plan, scratch)
 
 
 @njit

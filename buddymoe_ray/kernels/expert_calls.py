@@ -26,8 +26,8 @@ __all__ = [
     "plan_of",
 ]
 
-OK, NO_SUCH_EXPERT, NO_SUCH_RECORD = 0, 1, 2
-"""What a call answers: when it is not OK, nothing was computed."""
+OK, NO_SUCH_EXPERT, NO_SUCH_RECORD = 1, 2, 3
+"""What a call answers: when it is not OK, nothing was computed. 0 is no answer, see numba_calls.py."""
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Dtypes of weights that can be read as stored, by torch's names."""
 

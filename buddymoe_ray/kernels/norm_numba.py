@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numba import carray, float32, int32, njit
 
+from buddymoe_ray.kernels.expert_calls import OK
 from buddymoe_ray.kernels.expert_rows import floats_at, from_bits, ints_at, read_row, rounded_row, write_row
 from buddymoe_ray.kernels.numba_calls import compiled, stamp_of
 
@@ -50,7 +51,7 @@ def norm(call_at: Any, plan_at: Any) -> Any:
         for i in range(n):
             row[i] *= scale[i]
         write_row(row[:n], out + r * n * item_bytes, item_bytes)
-    return 0
+    return OK
 
 
 def compile_norm(folder: Path | None) -> int:
@@ -58,6 +59,6 @@ def compile_norm(folder: Path | None) -> int:
     stamp = stamp_of("norm_numba")
 
     def kernel(call_at: Any, plan_at: Any) -> Any:
-        return norm(call_at, plan_at) if stamp >= 0 else 0
+        return norm(call_at, plan_at) if stamp >= 0 else OK
 
     return compiled(kernel, folder)

@@ -1,10 +1,10 @@
 """How machine code calls machine code, and how Python does.
 
 What numba compiles here has one shape, `kernel(call_at, plan_at) -> status`: addresses of int64s that say what one call
-is about, and of those that are the same in all calls. So a kernel is compiled once and anybody can call it by its
-address: Python, through `kernel`, and other kernels, which LLVM would otherwise make copies of (a decoder layer took
-47 seconds to compile, and 6 this way). Imports numba at the top: only modules that are imported late may import this
-one.
+is about, and of those that are the same in all calls; the status is never 0. So a kernel is compiled once and anybody
+can call it by its address: Python, through `kernel`, and other kernels, which LLVM would otherwise make copies of (a
+decoder layer took 47 CPU-seconds to compile, and 9 this way). Imports numba at the top: only modules that are imported
+late may import this one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from buddymoe_ray.kernels.expert_rows import ints_at
 from buddymoe_ray.kernels.machine_code import code_folder
 from buddymoe_ray.kernels.vector_ir import I64, VOID
 
-__all__ = ["ask_native", "call_native", "compiled", "items", "kernel", "stamp_of"]
+__all__ = ["answered", "ask_native", "call_native", "compiled", "items", "kernel", "stamp_of"]
 
 _alive: list[Any] = []
 """Compiled functions own their code."""
@@ -51,6 +51,15 @@ def _caller(returns: bool) -> Any:
 call_native, ask_native = _caller(returns=False), _caller(returns=True)
 _ask: Any = ask_native
 _with: Any = tuple_setitem
+
+
+@njit
+def answered(status: Any) -> Any:
+    """What a kernel answered. One in which something is raised, which is where memory ends, answers 0 and goes on
+    nowhere, so it is raised here."""
+    if status == 0:
+        raise MemoryError("a kernel has no memory for its rows. hint: lower prefill_chunk or max_running")
+    return status
 
 
 @njit
@@ -91,7 +100,7 @@ def _entry(ints: int, folder: Path | None) -> Callable[[int, tuple[int, ...], in
         at = np.empty(ints, np.int64)
         for i in range(ints):
             at[i] = call[i]
-        status = _ask(address, (at.ctypes.data, plan_at))
+        status = answered(_ask(address, (at.ctypes.data, plan_at)))
         return status + at[0] - call[0]  # names the array, so that it lives until the kernel is done
 
     signature = types.int64(types.int64, types.UniTuple(types.int64, ints), types.int64)

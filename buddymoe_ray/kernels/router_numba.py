@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numba import carray, float32, njit
 
+from buddymoe_ray.kernels.expert_calls import OK
 from buddymoe_ray.kernels.expert_rows import exponential, ints_at, read_row, write_row
 from buddymoe_ray.kernels.numba_calls import compiled, items, stamp_of
 from buddymoe_ray.kernels.router_calls import RouterCall, RouterPlan
@@ -56,7 +57,7 @@ def choose(call_at: Any, plan_at: Any) -> Any:
         read_row(call.logits + call.item_bytes * t * plan.E, call.item_bytes, scores)
         _choose(scores, carray(ints_at(call.ids + 8 * t * plan.K), (plan.K,)), weights, plan.normalised)
         write_row(weights, call.weights + plan.weight_bytes * t * plan.K, plan.weight_bytes)
-    return 0
+    return OK
 
 
 def compile_router(folder: Path | None) -> int:
@@ -64,6 +65,6 @@ def compile_router(folder: Path | None) -> int:
     stamp = stamp_of("router_calls", "router_numba")
 
     def kernel(call_at: Any, plan_at: Any) -> Any:
-        return choose(call_at, plan_at) if stamp >= 0 else 0
+        return choose(call_at, plan_at) if stamp >= 0 else OK
 
     return compiled(kernel, folder)

@@ -273,12 +273,16 @@ def test_a_ctrl_c_waits_for_the_step_and_a_second_one_does_not(llm: LLM, monkeyp
 
     monkeypatch.setattr(type(llm.engine._runner), "decode", interrupted)
     presses = [0]
-    for presses[0], through in ((1, 1), (2, 0)):
-        ended.clear()
-        with pytest.raises(KeyboardInterrupt):
-            generate(llm)
-        assert len(ended) == through and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        clean(llm.engine)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins with it ignored
+    try:
+        for presses[0], through in ((1, 1), (2, 0)):
+            ended.clear()
+            with pytest.raises(KeyboardInterrupt):
+                generate(llm)
+            assert len(ended) == through and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            clean(llm.engine)
+    finally:
+        signal.signal(signal.SIGINT, before)
     monkeypatch.undo()
     assert generate(llm) == whole
 

@@ -9,10 +9,12 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import buddymoe_ray
+from buddymoe_ray.kernels import numba_calls
 from buddymoe_ray.kernels.machine_code import code_folder
 
 PACKAGE = Path(buddymoe_ray.__file__).parent
@@ -55,7 +57,7 @@ def test_machine_code_is_kept_and_follows_its_sources(tmp_path: Path) -> None:
     (package / "__init__.py").write_text("")
     numba = package / "kernels" / "expert_numba.py"
     begin, calls = numba.read_text().split("_SOURCES =", 1)
-    nothing = "njit(lambda call_at, plan_at: 0)"
+    nothing = "njit(lambda call_at, plan_at: OK)"
     numba.write_text(f"{begin}\nexperts = {nothing}\nlinear = {nothing}\n_SOURCES ={calls}")
     cache = tmp_path / "cache"
     assert hits(tmp_path, cache) == 0
@@ -107,3 +109,18 @@ def test_no_folder_is_no_error(
     with caplog.at_level(logging.INFO):
         assert code_folder() is None
     assert "machine code is not kept" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_kernel_in_which_something_is_raised_raises_in_python() -> None:
+    """numba prints what a callback raises and answers 0."""
+
+    def kernel(call_at: Any, plan_at: Any) -> Any:
+        if plan_at == 7:
+            raise ValueError("as where memory ends")
+        return 5
+
+    run = numba_calls.kernel(lambda folder: numba_calls.compiled(kernel, None), 2)
+    assert run((1, 2), 3) == 5
+    with pytest.raises(MemoryError, match="has no memory for its rows"):
+        run((1, 2), 7)
