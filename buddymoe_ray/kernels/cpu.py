@@ -178,7 +178,8 @@ class CpuLinear:
 
     Rows are multiplied in float32; with packed weights those of another dtype as 16-bit integers (error 4e-5).
     `threads` share the outputs; the bits do not depend on it. The bias is bfloat16 or float32.
-    Machine code is made here (seconds at the first time on a machine), not in the first call.
+    Machine code is made here (seconds at the first time on a machine), not in the first call. `plan_at` is what it
+    reads, with all outputs in one thread, for as long as the layer lives.
     """
 
     def __init__(

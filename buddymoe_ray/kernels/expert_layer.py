@@ -44,7 +44,8 @@ class ExpertLayer:
         dtype: of activations. With packed weights all but float32 ones are multiplied as 16-bit integers (error 4e-5).
         threads: share the records of a call; the bits do not depend on it.
 
-    Machine code is made here (seconds at the first time on a machine, then .5 s), not in the first step.
+    Machine code is made here (seconds at the first time on a machine, then .5 s), not in the first step. `plan_at` is
+    what it reads, for as long as the layer lives.
     Raises ValueError for records that are not packed as this version packs.
     """
 

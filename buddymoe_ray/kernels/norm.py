@@ -19,7 +19,8 @@ __all__ = ["CpuNorm"]
 class CpuNorm:
     """`y = w x / sqrt(mean(x ** 2) + eps)` of rows in float32 or bfloat16, which do not see each other.
 
-    Sums are float32; what is multiplied with `weight_n` is rounded to the rows' dtype first, as Llama has it.
+    Sums are float32; what is multiplied with `weight_n` is rounded to the rows' dtype first, as Llama has it. `plan_at`
+    is what the machine code reads, for as long as the norm lives.
     """
 
     def __init__(self, weight_n: Tensor, eps: float) -> None:

@@ -21,7 +21,8 @@ class CpuRouter:
     """Logits, weights and ids of rows that do not see each other, in the dtype of `weight_ED`: float32 or bfloat16.
 
     With `normalised` the weights of a row sum to 1. They are of `weight_dtype`, float32 or bfloat16, in falling order;
-    of equal logits the first expert's is taken.
+    of equal logits the first expert's is taken. `plan_at` is what the machine code reads, for as long as the router
+    lives.
     """
 
     def __init__(self, weight_ED: Tensor, K: int, *, normalised: bool, weight_dtype: torch.dtype) -> None:
