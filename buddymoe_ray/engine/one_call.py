@@ -58,7 +58,8 @@ class OneCallLayer:
         elif routed.out is not None and glance is not None and block.settle(glance, routed.ids.numpy()):
             return routed.out[None]
         else:
-            y_TD = block(routed.normed, routed.ids, routed.weights)
+            glanced = glance is not None and self._compute.runs_experts
+            y_TD = block(routed.normed, routed.ids, routed.weights, glanced=glanced)
         return (routed.attended + y_TD)[None]
 
 
@@ -85,7 +86,7 @@ def attach(loaded: LoadedModel, blocks: Sequence[MoEBlock], paged: PagedAttentio
     finally:
         paged.current = None
         for trial in trials:
-            trial.layer.forward = trial.forward
+            del trial.layer.forward  # what the class has; a layer that held its own method would not be freed
     for trial in trials:
         if trial.made is not None:
             trial.layer.forward = trial.made  # type: ignore[assignment]
@@ -127,7 +128,7 @@ class _Trial:
         turn: Any = kwargs.get("position_embeddings")
         with self._watched() as watch:
             expected = self.forward(x, *args, **kwargs)
-        pool, layer = self._paged.pool, self.layer.self_attn.layer_idx
+        pool, layer = self._paged.pool, getattr(self.layer.self_attn, "layer_idx", -1)
         assert pool is not None, "the cache is open"
         parts = _parts(self.layer, self._paged.layer(layer))
         if parts is not None and not args and _turns(turn, x, parts) and watch.noise is not None:

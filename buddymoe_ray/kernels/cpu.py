@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from buddymoe_ray.kernels.expert_calls import ITEM_BYTES, OK, Call, CombineCall, Expert, Product, plan_of
+from buddymoe_ray.kernels.expert_calls import ANYWHERE, ITEM_BYTES, OK, Call, CombineCall, Expert, Product, plan_of
 from buddymoe_ray.kernels.lowbit_format import BLOCK, LowbitFormat, Matrix, PackedMatrix, packed_parts
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.kernels.reference import combine as combine_reference
 from buddymoe_ray.kernels.rowwise import rowwise
 
 __all__ = [
-    "ANYWHERE",
     "FORMULAS",
     "CpuLinear",
     "THREADED_WEIGHTS",
@@ -53,8 +52,6 @@ __all__ = [
 T = TypeVar("T")
 Kernel = partial[int]
 """`kernel(call, plan_at) -> status`, without the GIL; the first of its `args` is its address."""
-ANYWHERE = 1 << 62
-"""Bytes of the records of a call that gives addresses."""
 THREADED_WEIGHTS = 1 << 20
 """Fewer weights times rows than this (about .1 ms) are not worth waking a thread for."""
 FIRST_AT = 8 * len(Expert._fields)

@@ -59,7 +59,7 @@ class Routed:
 
 
 class DecoderLayer:
-    """One layer over rows of `dtype`, float32 or bfloat16, with one thread."""
+    """One layer over rows of `dtype`, float32 or bfloat16, with one thread. `runs_experts` says whether it can."""
 
     def __init__(self, parts: DecoderParts, dtype: torch.dtype) -> None:
         assert dtype in (torch.float32, torch.bfloat16), f"dtype is {dtype}, must be float32 or bfloat16"
@@ -91,6 +91,7 @@ class DecoderLayer:
             o=parts.o.plan_at,
             attends=parts.attention.plan_at,
         )
+        self.runs_experts = router is not None and parts.experts is not None
         self._K, self._weight_dtype = 0, dtype
         if router is not None:
             self._K, self._weight_dtype = router.K, router.weight_dtype

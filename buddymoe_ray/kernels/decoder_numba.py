@@ -18,13 +18,12 @@ import numpy as np
 from numba import carray, int64, njit, uint8
 
 from buddymoe_ray.kernels.decoder_calls import DONE, ROUTED, DecoderCall, DecoderPlan
-from buddymoe_ray.kernels.expert_calls import OK
+from buddymoe_ray.kernels.expert_calls import ANYWHERE, OK
 from buddymoe_ray.kernels.expert_rows import ints_at, read_row, rounded_row, write_row
 from buddymoe_ray.kernels.numba_calls import answered, ask_native, compiled, items, stamp_of
 
 __all__ = ["compile_decoder"]
 
-ANYWHERE = 1 << 62
 _ask: Any = ask_native
 CALL, PLAN = (0,) * len(DecoderCall._fields), (0,) * len(DecoderPlan._fields)
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "ANYWHERE",
     "ITEM_BYTES",
     "NO_SUCH_EXPERT",
     "NO_SUCH_RECORD",
@@ -28,6 +29,8 @@ __all__ = [
 
 OK, NO_SUCH_EXPERT, NO_SUCH_RECORD = 1, 2, 3
 """What a call answers: when it is not OK, nothing was computed. 0 is no answer, see numba_calls.py."""
+ANYWHERE = 1 << 62
+"""Bytes of the records of a call that gives addresses."""
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Dtypes of weights that can be read as stored, by torch's names."""
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.kernels.cpu import (
-    ANYWHERE,
     THREADED_WEIGHTS,
     activation_of,
     as_read,
@@ -28,7 +27,7 @@ from buddymoe_ray.kernels.cpu import (
     stored_product,
     widens,
 )
-from buddymoe_ray.kernels.expert_calls import NO_SUCH_EXPERT, NO_SUCH_RECORD, OK, Expert, Product, plan_of
+from buddymoe_ray.kernels.expert_calls import ANYWHERE, NO_SUCH_EXPERT, NO_SUCH_RECORD, OK, Expert, Product, plan_of
 from buddymoe_ray.kernels.lowbit_format import LowbitFormat, matrix_at
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.types import SlotTensor

@@ -233,7 +233,7 @@ def combine(call_at: Any, _: Any) -> Any:
     return OK
 
 
-_SOURCES = ("expert_calls", "expert_numba")
+_SOURCES = ("expert_numba",)
 
 
 def compile_experts(folder: Path | None) -> int:

@@ -55,10 +55,10 @@ _with: Any = tuple_setitem
 
 @njit
 def answered(status: Any) -> Any:
-    """What a kernel answered. One in which something is raised, which is where memory ends, answers 0 and goes on
-    nowhere, so it is raised here."""
+    """What a kernel answered. numba prints what is raised in one, which is where memory ends, and answers 0 for it: it
+    is raised here."""
     if status == 0:
-        raise MemoryError("a kernel has no memory for its rows. hint: lower prefill_chunk or max_running")
+        raise MemoryError("a kernel failed, must have memory for its rows. hint: lower prefill_chunk or max_running")
     return status
 
 
@@ -81,7 +81,7 @@ def compiled(function: Callable[[Any, Any], Any], folder: Path | None) -> int:
 def stamp_of(*names: str) -> int:
     """Checksum of the sources of some modules here. numba's cache knows a kernel's closure but not the code that it
     calls: a kernel that is kept must have its stamp in its closure."""
-    common = ("expert_rows", "lowbit_format", "numba_calls", "vector_ir")
+    common = ("expert_calls", "expert_rows", "lowbit_format", "numba_calls", "vector_ir")
     return crc32(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in (*common, *names)))
 
 

@@ -1,7 +1,8 @@
 """What a model computes beside its linear layers, so that rows do not see each other. On CPUs; a model elsewhere is
 left alone.
 
-Norms and routers' own linears go to our kernels; a norm is told by what it answers to a probe, not by its class.
+Norms and routers' own linears go to our kernels; norms, and routers of a softmax, are told by what they answer to a
+probe, not by their class.
 Elementwise functions stay torch's, which computes what is left over after whole vectors in another way: rows whose
 width is no multiple of 64 are padded, so that nothing is left over. Knows neither experts nor the cache.
 
@@ -11,6 +12,7 @@ Legend: T tokens, E experts, n items of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from inspect import signature
 from typing import Any
 
@@ -118,25 +120,27 @@ def _softmax_router(module: nn.Module) -> SoftmaxRouter | None:
         return None
     if not CpuNorm.covers(weight.detach()) or not widens(weight.dtype):
         return None
-    rows = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    rows = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        answer = module(rows)
-        if not isinstance(answer, tuple) or [getattr(part, "ndim", 0) for part in answer] != [2, 2, 2]:
-            return None
-        _, weight_TK, ids_TK = answer
-        if ids_TK.dtype is not torch.int64 or weight_TK.dtype not in (torch.float32, torch.bfloat16):
+        answer, sharp = module(rows.to(weight.dtype)), deepcopy(module).float()(rows)  # bfloat16 would hide a per cent
+        for parts in (answer, sharp):
+            if not isinstance(parts, tuple) or [getattr(part, "ndim", 0) for part in parts] != [2, 2, 2]:
+                return None
+        if answer[2].dtype is not torch.int64 or answer[1].dtype not in (torch.float32, torch.bfloat16):
             return None
         for normalised in (True, False):
-            sizes: dict[str, Any] = {"normalised": normalised, "weight_dtype": weight_TK.dtype}
-            made = CpuRouter(weight.detach(), ids_TK.shape[1], **sizes)
-            logits_TE, *mine = made(rows)
-            tolerance = 1e-5 if weight.dtype is weight_TK.dtype is torch.float32 else 2e-2
-            alike = torch.allclose(mine[0].float(), weight_TK.float(), rtol=tolerance, atol=0)
-            first, second = (logits_TE.float().gather(1, ids) for ids in (mine[1], ids_TK))
-            # near ties may be chosen in another order: their logits are alike
-            if alike and torch.allclose(first, second, rtol=tolerance, atol=tolerance):
+            K = answer[2].shape[1]
+            exact = CpuRouter(weight.detach().float(), K, normalised=normalised, weight_dtype=torch.float32)
+            if _chooses_as(exact(rows), sharp):
+                made = CpuRouter(weight.detach(), K, normalised=normalised, weight_dtype=answer[1].dtype)
                 return SoftmaxRouter(made, answer[0].dtype)
     return None
+
+
+def _chooses_as(mine: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
+    """Whether two choices, `[T, E], [T, K], [T, K]`, are alike; of near ties either may come first."""
+    first, second = (mine[0].gather(1, choice[2]) for choice in (mine, other))
+    return torch.allclose(mine[1], other[1].float(), rtol=1e-4, atol=0) and torch.allclose(first, second, atol=1e-5)
 
 
 class _LinearsByRows(TorchFunctionMode):

@@ -61,9 +61,9 @@ class MoEBlock:
         self.peers: PeerExperts | None = None
         self._cache, self._compute, self._step, self._standins = cache, compute, step, standins
 
-    def __call__(self, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    def __call__(self, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, *, glanced: bool = False) -> Tensor:
         """An expert whose bytes cannot be read costs the rows that need it (`StepState.failed`), or raises CacheError;
-        the cache stays usable."""
+        the cache stays usable. `glanced`: the caller tried what needs no leases, and it could not be."""
         step = self._step
         if step.phase is _PROBE:
             return torch.zeros_like(hidden_TD)
@@ -72,15 +72,15 @@ class MoEBlock:
         y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
         ids = ids_TK.cpu().numpy()
         if step.phase is _DECODE:
-            weight_TK = self._decode(hidden_TD, ids, weight_TK, y_ND)
+            weight_TK = self._decode(hidden_TD, ids, weight_TK, y_ND, glanced=glanced)
         else:
             accesses = Accesses(ids, hidden_TD.device)
             self._run_here(hidden_TD, accesses, accesses.experts, y_ND, protect=True)
         return combine(y_ND.view(*ids_TK.shape, -1), weight_TK).to(hidden_TD.dtype)
 
-    def _decode(self, hidden_TD: Tensor, ids_TK: Ints, weight_TK: Tensor, y_ND: Tensor) -> Tensor:
+    def _decode(self, hidden_TD: Tensor, ids_TK: Ints, weight_TK: Tensor, y_ND: Tensor, *, glanced: bool) -> Tensor:
         """Fill `y_ND`; returns the weights to combine it with."""
-        if self._all_resident(hidden_TD, ids_TK, y_ND):
+        if not glanced and self._all_resident(hidden_TD, ids_TK, y_ND):
             return weight_TK
         self._cache.count(self.layer, ids_TK)
         standins, step = self._standins, self._step

@@ -122,5 +122,5 @@ def test_a_kernel_in_which_something_is_raised_raises_in_python() -> None:
 
     run = numba_calls.kernel(lambda folder: numba_calls.compiled(kernel, None), 2)
     assert run((1, 2), 3) == 5
-    with pytest.raises(MemoryError, match="has no memory for its rows"):
+    with pytest.raises(MemoryError, match="must have memory for its rows"):
         run((1, 2), 7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 from buddymoe_ray import LLM
 from buddymoe_ray.engine import one_call
-from buddymoe_ray.kernels import CpuRouter
+from buddymoe_ray.kernels import CpuRouter, cpu, expert_layer, paged_attention
 from buddymoe_ray.models.row_kernels import SoftmaxRouter, rows_apart
 
 WHOLE = ("mixtral", "olmoe", "qwen3_moe")
@@ -71,10 +72,32 @@ def test_one_call_gives_the_bits_of_the_modules(
     assert bits(tmp_path, memory=memory, **form) == once
 
 
-@pytest.mark.parametrize("family", ["olmoe", "dots1"])
-def test_two_threads_give_the_bits_of_one(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [
+        ("olmoe", {}),
+        ("dots1", {"dtype": "bfloat16"}),
+        ("qwen3_moe", {"expert_dtype": "int4", "dense_dtype": "int4"}),
+    ],
+)
+def test_two_threads_give_the_bits_of_one(
+    family: str, form: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However little there is to share."""
     build_checkpoint(family, tmp_path)
-    assert bits(tmp_path, threads=2) == bits(tmp_path, threads=1)
+    one, shared = bits(tmp_path, threads=1, **form), set[str]()
+    monkeypatch.setattr(paged_attention, "THREADED_ITEMS", 0)
+    for module in (cpu, expert_layer):
+        monkeypatch.setattr(module, "THREADED_WEIGHTS", 0)
+    for module in (cpu, expert_layer, paged_attention):
+
+        def counted(run: Any, shares: Any, name: str = module.__name__, in_threads: Any = module.in_threads) -> Any:
+            shared.add(name)
+            return in_threads(run, shares)
+
+        monkeypatch.setattr(module, "in_threads", counted)
+    assert bits(tmp_path, threads=2, **form) == one
+    assert len(shared) == 3, "linears, experts and attention are shared"
 
 
 def test_layers_that_do_something_else_keep_their_modules(
@@ -143,10 +166,11 @@ def test_only_a_softmaxs_top_k_is_taken_for_one() -> None:
         "softmax": (lambda logits_TE: logits_TE.softmax(dim=-1), True),
         "sigmoid": (lambda logits_TE: logits_TE.sigmoid(), False),
         "tempered": (lambda logits_TE: (logits_TE / 2).softmax(dim=-1), False),
+        "a half per cent more": (lambda logits_TE: logits_TE.softmax(dim=-1) * 1.005, False),
         "the last expert never": (lambda logits_TE: logits_TE.softmax(dim=-1) * (torch.arange(8) < 7), False),
     }
-    for name, (choose, taken) in cases.items():
+    for (name, (choose, taken)), dtype in product(cases.items(), (torch.float32, torch.bfloat16)):
         model = torch.nn.Module()
-        model.gate, model.device = Router(choose), torch.device("cpu")
+        model.gate, model.device = Router(choose).to(dtype), torch.device("cpu")
         rows_apart(model, [model.gate])
-        assert isinstance(model.gate.forward, SoftmaxRouter) == taken, name
+        assert isinstance(model.gate.forward, SoftmaxRouter) == taken, f"{name} in {dtype}"
