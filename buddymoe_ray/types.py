@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Mode = Literal["exact", "bounded", "fast"]
+EXACT, BOUNDED, FAST = 0, 1, 2
+"""Modes as arrays of rows have them."""
 GuardState = Literal["off", "ok", "tripped"]
 
 

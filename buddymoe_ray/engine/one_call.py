@@ -52,10 +52,11 @@ class OneCallLayer:
             current.spans_S4,
             current.blocks,
             None if glance is None else glance.at_E,
+            None if block is None else block.allowed,
         )
         if block is None:
             y_TD = self._mlp(routed.normed[None])[0]
-        elif routed.out is not None and glance is not None and block.settle(glance, routed.ids.numpy()):
+        elif routed.out is not None and glance is not None and block.settle(glance, routed.ids.numpy(), routed.stood_in):
             return routed.out[None]
         else:
             glanced = glance is not None and self._compute.runs_experts
@@ -166,7 +167,7 @@ class _Trial:
         if experts is None or router is None or {*mlp.children()} != {experts, router} or router._forward_hooks:
             return None
         block, chosen = self._block_of[id(experts)], cast(SoftmaxRouter, router.forward).compute
-        compute = DecoderLayer(replace(parts, router=chosen, experts=block.kernel), x.dtype)
+        compute = DecoderLayer(replace(parts, router=chosen, experts=block.kernel, standins=block.records), x.dtype)
         made = self._run(compute, x, turn)
         found = _choice(mlp, experts, made.normed)
         if found is None or not all(torch.equal(*pair) for pair in zip((made.ids, made.weights), found, strict=True)):

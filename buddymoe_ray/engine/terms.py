@@ -14,10 +14,11 @@ import numpy as np
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.moe import Overlay, StepTerms
 from buddymoe_ray.policy import RowBudgets
+from buddymoe_ray.types import BOUNDED, EXACT, FAST
 
 __all__ = ["terms_of"]
 
-_MODES = {"exact": 0, "bounded": 1, "fast": 2}
+_MODES = {"exact": EXACT, "bounded": BOUNDED, "fast": FAST}
 
 
 def terms_of(sequences: Rows[Sequence]) -> StepTerms:

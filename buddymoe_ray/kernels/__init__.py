@@ -5,7 +5,7 @@ Knows nothing of residency, slots or models: it gets tensors and returns tensors
 
 from buddymoe_ray.kernels.cpu import CpuLinear, combine, combine_kernel, linear_rows, widens
 from buddymoe_ray.kernels.cpu import prepare as prepare_lowbit
-from buddymoe_ray.kernels.decoder import DecoderLayer, DecoderParts, Routed
+from buddymoe_ray.kernels.decoder import Allowances, DecoderLayer, DecoderParts, Routed, StandinRecords, StoodIn
 from buddymoe_ray.kernels.expert_layer import ExpertLayer
 from buddymoe_ray.kernels.lowbit import (
     LowbitFormat,
@@ -28,6 +28,7 @@ from buddymoe_ray.kernels.upcast import UpcastScratch
 
 __all__ = [
     "BLOCK",
+    "Allowances",
     "ExpertMath",
     "LowbitFormat",
     "DecoderLayer",
@@ -39,6 +40,8 @@ __all__ = [
     "PackedMatrix",
     "PagedLayer",
     "Routed",
+    "StandinRecords",
+    "StoodIn",
     "UpcastScratch",
     "combine",
     "combine_kernel",

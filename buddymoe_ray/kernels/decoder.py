@@ -1,4 +1,5 @@
-"""A decoder layer on a CPU in one call: attention, residuals, norms, router, and its experts where all are resident.
+"""A decoder layer on a CPU in one call: attention, residuals, norms, router, and its experts where all are resident or
+answered by records that the rows can pay.
 
 It is made of the kernels that the layer's modules call one by one, and answers the same bits. Knows addresses, neither
 modules nor the cache.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,19 +20,54 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.kernels.cpu import CpuLinear, Kernel, combine_kernel, experts_kernel, linear_kernel
-from buddymoe_ray.kernels.decoder_calls import DONE, DecoderCall, DecoderPlan
+from buddymoe_ray.kernels.decoder_calls import DONE, STOOD_IN, DecoderCall, DecoderPlan, StandinPlan
 from buddymoe_ray.kernels.expert_layer import ExpertLayer
 from buddymoe_ray.kernels.norm import CpuNorm, norm_kernel
 from buddymoe_ray.kernels.paged_attention import PagedLayer, attention_kernel
 from buddymoe_ray.kernels.router import CpuRouter, router_kernel
 
-__all__ = ["DecoderLayer", "DecoderParts", "Routed"]
+__all__ = ["Allowances", "DecoderLayer", "DecoderParts", "Routed", "StandinRecords", "StoodIn"]
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+class Allowances(Protocol):
+    """What each row may spend on stand-ins: see `policy.RowBudgets`."""
+
+    mode_T: npt.NDArray[np.int8]
+    allowance_T: Floats
+    price_T: Floats
+
+
+@dataclass(frozen=True)
+class StandinRecords:
+    """Who answers for a missing expert of a layer.
+
+    `kind_E` int64 is the index in `computes` of the arithmetic of each expert's record (-1: none that is known here),
+    `at_E` int64 where the record begins, `loss_E` float32 the expected loss of an access per squared router weight,
+    `column_E` int64 what an access counts as. Records stay where they are.
+    """
+
+    computes: tuple[ExpertLayer, ...]
+    kind_E: Ints
+    at_E: Ints
+    loss_E: Floats
+    column_E: Ints
+
+    def plan(self) -> tuple[npt.NDArray[np.int64], tuple[Any, ...]]:
+        """The kernel's view, and what must outlive it."""
+        computes = np.array([compute.plan_at for compute in self.computes], np.int64)
+        tables = (self.kind_E, self.at_E, self.loss_E, self.column_E, computes)
+        assert all(table.flags.c_contiguous for table in tables), "tables must be contiguous"
+        addresses = (table.ctypes.data for table in tables)
+        return np.array(StandinPlan(*addresses, count=len(computes)), np.int64), tables
 
 
 @dataclass(frozen=True)
 class DecoderParts:
     """What a layer computes with. Norms of queries and keys are over each head or over all of them; `experts` are
-    computed here only behind a `router`."""
+    computed here only behind a `router`, and `standins` answer for them."""
 
     norm_before: CpuNorm
     norm_after: CpuNorm
@@ -43,23 +80,35 @@ class DecoderParts:
     attention: PagedLayer
     router: CpuRouter | None = None
     experts: ExpertLayer | None = None
+    standins: StandinRecords | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoodIn:
+    """What answered the accesses of a layer `[T, K]`: 0 where the expert did, else the column of its record; and the
+    expected loss (nats) of each."""
+
+    answer_TK: Ints
+    loss_TK: Floats
 
 
 @dataclass(frozen=True, slots=True)
 class Routed:
     """How far a call came: `out` [T, D] is the layer's output, None where the feed-forward is the caller's. Then that
     is what reads `normed` [T, D], to be added to `attended` [T, D]. `ids` [T, K] int64 and `weights` are the router's
-    choice, of a layer with a router."""
+    choice, of a layer with a router. `stood_in` says who answered, where it was not the experts alone."""
 
     attended: Tensor
     normed: Tensor
     ids: Tensor
     weights: Tensor
     out: Tensor | None
+    stood_in: StoodIn | None = None
 
 
 class DecoderLayer:
-    """One layer over rows of `dtype`, float32 or bfloat16, with one thread. `runs_experts` says whether it can."""
+    """One layer over rows of `dtype`, float32 or bfloat16, with one thread. `runs_experts` and `stands_in` say whether
+    it can."""
 
     def __init__(self, parts: DecoderParts, dtype: torch.dtype) -> None:
         assert dtype in (torch.float32, torch.bfloat16), f"dtype is {dtype}, must be float32 or bfloat16"
@@ -103,6 +152,10 @@ class DecoderLayer:
                 K=router.K,
                 weight_bytes=router.weight_dtype.itemsize,
             )
+        self.stands_in = self.runs_experts and parts.standins is not None
+        if parts.standins is not None:
+            self._standins, self._tables = parts.standins.plan()
+            plan = plan._replace(standins=self._standins.ctypes.data)
         self._plan = np.array(plan, dtype=np.int64)
         self._plan_at = self._plan.ctypes.data
 
@@ -113,12 +166,13 @@ class DecoderLayer:
         spans_S4: Tensor,
         blocks: Tensor,
         at_E: npt.NDArray[np.int64] | None,
+        allowed: Allowances | None = None,
     ) -> Routed:
         """Store the rows' keys and values, and compute as far as can be.
 
         `turn` are cosines and sines `[T, rotated]` of the rotary embedding in the dtype of the rows; `spans_S4` and
         `blocks` are as in `PagedLayer`. `at_E` int64 are addresses of experts, negative where one is not resident;
-        None leaves the experts to the caller.
+        None leaves the experts to the caller. `allowed` is what rows may spend on stand-ins, None where none may answer.
         """
         T, cos, sin = len(hidden_TD), turn[0].contiguous(), turn[1].contiguous()
         hidden = hidden_TD.contiguous()
@@ -134,7 +188,15 @@ class DecoderLayer:
             *(spans_S4.data_ptr(), blocks.data_ptr(), len(spans_S4)),
             0 if at_E is None else at_E.ctypes.data,
         )
-        status = self._kernel(call, self._plan_at)
+        if allowed is None or not self.stands_in:
+            status = self._kernel((*call, 0, 0, 0, 0, 0), self._plan_at)
+            return Routed(attended, normed, ids, weights, out if status == DONE else None)
+        stood_in = StoodIn(np.empty((T, self._K), np.int64), np.empty((T, self._K), np.float32))
+        spend = (allowed.mode_T, allowed.allowance_T, allowed.price_T, stood_in.answer_TK, stood_in.loss_TK)
+        assert len(allowed.mode_T) == T and allowed.mode_T.dtype == np.int8, f"modes are {allowed.mode_T}, of {T} rows"
+        status = self._kernel((*call, *(array.ctypes.data for array in spend)), self._plan_at)
+        if status == STOOD_IN:
+            return Routed(attended, normed, ids, weights, out, stood_in)
         return Routed(attended, normed, ids, weights, out if status == DONE else None)
 
 

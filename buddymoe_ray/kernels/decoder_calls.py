@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["DONE", "ROUTED", "DecoderCall", "DecoderPlan"]
+__all__ = ["DONE", "ROUTED", "STOOD_IN", "DecoderCall", "DecoderPlan", "StandinPlan"]
 
-DONE, ROUTED = 1, 2
-"""What a call comes to: the layer's output; or as far as its feed-forward, which is left to the caller."""
+DONE, ROUTED, STOOD_IN = 1, 2, 3
+"""What a call comes to: the layer's output; as far as its feed-forward, which is left to the caller; or the output, for
+which stand-ins answered."""
 
 
 class DecoderPlan(NamedTuple):
@@ -20,7 +21,7 @@ class DecoderPlan(NamedTuple):
     `norm` to `combine` are addresses of kernels, those behind them up to `computes` of plans: norms, of which those of
     queries and keys (0: none) go over `.._norm_n` items at once; linear layers, `router` with them (0: not known);
     `attends` of `PagedLayer`, `chooses` of `CpuRouter`, `computes` of `ExpertLayer` (0: the caller computes). Weights
-    of the router have `weight_bytes`.
+    of the router have `weight_bytes`. `standins` is the address of a `StandinPlan` (0: no stand-in answers here).
     """
 
     D: int
@@ -52,6 +53,23 @@ class DecoderPlan(NamedTuple):
     E: int = 0
     K: int = 0
     weight_bytes: int = 4
+    standins: int = 0
+
+
+class StandinPlan(NamedTuple):
+    """Addresses of what may answer for the experts of a layer.
+
+    By expert: `kinds` int64 (the number of its record's kind, -1: none), `records` int64 (where the record begins),
+    `losses` float32 (expected loss of an access per squared weight), `columns` int64 (what an access counts as); and
+    `computes`, int64 addresses of an `ExpertLayer`'s plan for each of the `count` kinds.
+    """
+
+    kinds: int
+    records: int
+    losses: int
+    columns: int
+    computes: int
+    count: int
 
 
 class DecoderCall(NamedTuple):
@@ -61,6 +79,8 @@ class DecoderCall(NamedTuple):
     the router's choice, `out` the layer's output where it comes to that. `cos` and `sin` are [T, rotated] with items
     of rows. `spans` and `blocks` are as in `AttentionCall`. `at_E` are the addresses of resident experts (negative:
     none), 0 where the caller computes the experts.
+    `modes` int8 [T], `allowances` and `prices` float32 [T] are what rows may spend on stand-ins, `modes` 0 where none may
+    answer; `answers` int64 [T, K] and `losses` float32 [T, K] are written where they did.
     """
 
     hidden: int
@@ -77,3 +97,8 @@ class DecoderCall(NamedTuple):
     blocks: int
     S: int
     at_E: int
+    modes: int
+    allowances: int
+    prices: int
+    answers: int
+    losses: int

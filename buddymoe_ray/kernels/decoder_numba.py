@@ -1,4 +1,5 @@
-"""A decoder layer without the GIL: norm, attention, residual, norm, router, and its experts where all are resident.
+"""A decoder layer without the GIL: norm, attention, residual, norm, router, and its experts where all are resident or
+answered by records that the rows can pay.
 
 The parts are the kernels that the layer's modules call one by one, called by their addresses in the same order, with
 the same roundings between them, so the bits are the same. Scratch that is reached by address belongs to the
@@ -15,22 +16,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import carray, int64, njit, uint8
+from numba import carray, float32, float64, int64, njit, uint8
 
-from buddymoe_ray.kernels.decoder_calls import DONE, ROUTED, DecoderCall, DecoderPlan
+from buddymoe_ray.kernels.decoder_calls import DONE, ROUTED, STOOD_IN, DecoderCall, DecoderPlan, StandinPlan
 from buddymoe_ray.kernels.expert_calls import ANYWHERE, OK
-from buddymoe_ray.kernels.expert_rows import ints_at, read_row, rounded_row, write_row
+from buddymoe_ray.kernels.expert_rows import floats_at, ints_at, read_row, rounded_row, tinies_at, write_row
 from buddymoe_ray.kernels.numba_calls import answered, ask_native, compiled, items, stamp_of
+from buddymoe_ray.types import BOUNDED, EXACT, FAST
 
 __all__ = ["compile_decoder"]
 
 _ask: Any = ask_native
-CALL, PLAN = (0,) * len(DecoderCall._fields), (0,) * len(DecoderPlan._fields)
+CALL, PLAN, STANDINS = ((0,) * len(kind._fields) for kind in (DecoderCall, DecoderPlan, StandinPlan))
 
 
 class _Scratch(NamedTuple):
     """Rows as bytes: normed, queries, keys, values, what attention answers, router logits, experts' outputs, their
-    sum; float32 rows; room for a call."""
+    sum; float32 rows, router weights of one; where records are; room for a call."""
 
     x: Any
     q: Any
@@ -41,6 +43,8 @@ class _Scratch(NamedTuple):
     y: Any
     total: Any
     rows: Any
+    weights: Any
+    record_E: Any
     args: Any
 
 
@@ -147,23 +151,78 @@ def _route(call: Any, plan: Any, scratch: Any) -> Any:
 
 
 @njit
+def _row_is_paid(t: Any, call: Any, plan: Any, standins: Any, weights: Any) -> Any:
+    """Whether stand-ins may answer every miss of a row: as `Ladder.resolve`, where it finds that all can be paid."""
+    K, E = plan.K, plan.E
+    at_E, ids = carray(ints_at(call.at_E), (E,)), carray(ints_at(call.ids + 8 * t * K), (K,))
+    kinds, columns = carray(ints_at(standins.kinds), (E,)), carray(ints_at(standins.columns), (E,))
+    losses = carray(floats_at(standins.losses), (E,))
+    answers, loss = carray(ints_at(call.answers + 8 * t * K), (K,)), carray(floats_at(call.losses + 4 * t * K), (K,))
+    mode, price = carray(tinies_at(call.modes + t), (1,))[0], carray(floats_at(call.prices + 4 * t), (1,))[0]
+    read_row(call.weights + plan.weight_bytes * t * K, plan.weight_bytes, weights)
+    spent = float64(0.0)
+    for k in range(K):
+        e = ids[k]
+        answers[k], loss[k] = 0, float32(0.0)
+        if at_E[e] >= 0:
+            continue
+        answers[k], loss[k] = columns[e], weights[k] * weights[k] * losses[e]
+        if mode == EXACT or kinds[e] < 0 or not (mode == FAST or loss[k] <= price):
+            return False
+        spent += loss[k]
+    return mode != BOUNDED or spent <= carray(floats_at(call.allowances + 4 * t), (1,))[0]
+
+
+@njit
+def _stand_in(call: Any, plan: Any, standins: Any, scratch: Any) -> Any:
+    """The records' answers to all misses; False, with nothing done, where rows cannot pay them."""
+    for t in range(call.T):
+        if not _row_is_paid(t, call, plan, standins, scratch.weights):
+            return False
+    N, K, E = call.T * plan.K, plan.K, plan.E
+    at_E, ids, record_E = carray(ints_at(call.at_E), (E,)), carray(ints_at(call.ids), (N,)), scratch.record_E
+    kinds, records = carray(ints_at(standins.kinds), (E,)), carray(ints_at(standins.records), (E,))
+    computes, y = carray(ints_at(standins.computes), (standins.count,)), _place(scratch.y)
+    for kind in range(standins.count):
+        count = 0
+        record_E[:] = -1
+        for n in range(N):
+            if at_E[ids[n]] < 0 and kinds[ids[n]] == kind:
+                record_E[ids[n]] = records[ids[n]]
+                count += 1
+        if count:
+            rows = (call.normed, y, 0, ANYWHERE, plan.item_bytes, call.ids, _place(record_E), N, K, E, 0, 1)
+            if _call(plan.experts, rows, computes[kind], scratch.args) != OK:
+                return False
+    return True
+
+
+@njit
 def _run_experts(call: Any, plan: Any, scratch: Any) -> Any:
+    """Those that are resident, and the sum over all."""
     T, D, K, item_bytes = call.T, plan.D, plan.K, plan.item_bytes
     y, total = _place(scratch.y), _place(scratch.total)
     rows = (call.normed, y, 0, ANYWHERE, item_bytes, call.ids, call.at_E, T * K, K, plan.E, 0, 1)
     if _call(plan.experts, rows, plan.computes, scratch.args) != OK:
-        return ROUTED  # whoever computes it will say what is wrong
+        return False  # whoever computes it will say what is wrong
     _call(plan.combine, (y, call.weights, total, T, K, D, item_bytes, plan.weight_bytes), 0, scratch.args)
     _add(call.attended, total, call.out, (T, D, item_bytes), scratch.rows)
-    return DONE
+    return True
 
 
 @njit
 def _run(call: Any, plan: Any, scratch: Any) -> Any:
     _attend(call, plan, scratch)
-    if plan.router == 0 or not _route(call, plan, scratch) or plan.computes == 0:
+    if plan.router == 0:
         return ROUTED
-    return _run_experts(call, plan, scratch)
+    status = DONE
+    if not _route(call, plan, scratch):
+        if call.at_E == 0 or plan.standins == 0 or call.modes == 0 or plan.computes == 0:
+            return ROUTED
+        if not _stand_in(call, plan, StandinPlan(*items(plan.standins, STANDINS)), scratch):
+            return ROUTED
+        status = STOOD_IN
+    return status if plan.computes and _run_experts(call, plan, scratch) else ROUTED
 
 
 @njit
@@ -181,6 +240,8 @@ def _layer(call_at: Any, plan_at: Any) -> Any:
         np.empty(y_rows * plan.K * plan.D * item_bytes, uint8),
         np.empty(y_rows * plan.D * item_bytes, uint8),
         np.empty((5, max(plan.D, plan.d)), np.float32),
+        np.empty(plan.K, np.float32),
+        np.empty(plan.E if plan.standins else 0, np.int64),
         np.empty(16, np.int64),
     )
     return _run(call, plan, scratch)

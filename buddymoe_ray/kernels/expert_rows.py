@@ -26,6 +26,7 @@ __all__ = [
     "ints_at",
     "read_row",
     "rounded_row",
+    "tinies_at",
     "write_row",
 ]
 
@@ -54,8 +55,8 @@ def _bitcast(source: Any, target: Any, code: Any) -> Any:
     return bitcast
 
 
-floats_at, ints_at, halves_at, words_at = (
-    _pointer_to(item) for item in (types.float32, types.int64, types.uint16, types.uint32)
+floats_at, ints_at, halves_at, words_at, tinies_at = (
+    _pointer_to(item) for item in (types.float32, types.int64, types.uint16, types.uint32, types.int8)
 )
 _float_bits, from_bits = _bitcast(types.float32, types.int32, I32), _bitcast(types.int32, types.float32, F32)
 

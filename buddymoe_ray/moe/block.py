@@ -24,13 +24,13 @@ from torch import Tensor
 
 from buddymoe_ray.cache import Experts, Glance
 from buddymoe_ray.errors import CacheError
-from buddymoe_ray.kernels import ExpertLayer, combine
+from buddymoe_ray.kernels import ExpertLayer, StandinRecords, StoodIn, combine
 from buddymoe_ray.moe.peers import PeerExperts
 from buddymoe_ray.moe.rows import Accesses
 from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Phase, StepState
 from buddymoe_ray.moe.waves import WaveCompute
-from buddymoe_ray.policy import Action, Resolution
+from buddymoe_ray.policy import Action, Resolution, RowBudgets
 
 __all__ = ["MoEBlock"]
 
@@ -121,12 +121,29 @@ class MoEBlock:
             return None
         return self._cache.glance(self.layer)
 
-    def settle(self, glance: Glance, ids_TK: Ints) -> bool:
-        """Whether every expert was there the whole time; if so the accesses are accounted for."""
-        if not glance.holds(ids_TK):
+    @property
+    def records(self) -> StandinRecords | None:
+        """The stand-ins that whoever computes the layer in one call can use; None where there are none."""
+        return None if self._standins is None else self._standins.records(self.layer)
+
+    @property
+    def allowed(self) -> RowBudgets | None:
+        """What the rows of the pass may spend on `records` in this layer; None where none may answer, or each answer is
+        to be recorded."""
+        step, standins = self._step, self._standins
+        if standins is None or step.outcome.record or not standins.may_answer(self.layer, step):
+            return None
+        return step.budgets
+
+    def settle(self, glance: Glance, ids_TK: Ints, stood_in: StoodIn | None = None) -> bool:
+        """Whether every expert that answered was there the whole time; if so the accesses are accounted for."""
+        if not glance.holds(ids_TK if stood_in is None else ids_TK[stood_in.answer_TK == 0]):
             return False
         self._cache.count(self.layer, ids_TK)
-        self._step.outcome.count_hits(ids_TK.shape[1])
+        if stood_in is None or self._standins is None:
+            self._step.outcome.count_hits(ids_TK.shape[1])
+        else:
+            self._standins.book_stood_in(stood_in, self._step)
         return True
 
     def _answer(self, standins: Standins, hidden_TD: Tensor, resolution: Resolution, y_ND: Tensor) -> None:

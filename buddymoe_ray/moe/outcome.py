@@ -16,19 +16,19 @@ import numpy.typing as npt
 
 from buddymoe_ray.policy import Action, Resolution
 
-__all__ = ["STANDIN_KINDS", "StepOutcome", "Substitution", "standin_kind"]
+__all__ = ["ANSWER_STANDINS", "STANDIN_KINDS", "StepOutcome", "Substitution", "standin_kind"]
 
 STANDIN_KINDS = ("lowbit", "lowrank", "buddy", "mean", "drop")
 """Columns of `StepOutcome.standins_TS`, and the fields of `types.StandinUses`."""
 
-_HIT, _FETCH, _PEER, _STANDINS = 0, 1, 2, 3
-_ANSWERS = _STANDINS + len(STANDIN_KINDS)
+_HIT, _FETCH, _PEER, ANSWER_STANDINS = 0, 1, 2, 3
+_ANSWERS = ANSWER_STANDINS + len(STANDIN_KINDS)
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 # what an action counts as, by `Action`; OWN is looked up by the expert's record
-_BUDDY, _DROP = (_STANDINS + STANDIN_KINDS.index(kind) for kind in ("buddy", "drop"))
+_BUDDY, _DROP = (ANSWER_STANDINS + STANDIN_KINDS.index(kind) for kind in ("buddy", "drop"))
 _ANSWER_OF = np.array([_HIT, _FETCH, -1, _BUDDY, _DROP])
 
 
@@ -84,7 +84,7 @@ class StepOutcome:
     @property
     def standins_TS(self) -> Ints:
         """Accesses that stand-ins answered, by STANDIN_KINDS."""
-        return self.accesses_TA[:, _STANDINS:]
+        return self.accesses_TA[:, ANSWER_STANDINS:]
 
     def count_exact(self, hit_TK: npt.NDArray[np.bool_]) -> None:
         """Add a layer that stood in for nothing; `hit_TK` is True where the expert was resident at its begin."""
@@ -110,16 +110,21 @@ class StepOutcome:
             own_column_E: column of `standins_TS` that each expert's own record counts in.
             kind_of_E: full name of the kind of each expert's own record.
         """
-        answer_TK, T = _ANSWER_OF[resolution.action_TK], len(self.accesses_TA)
+        answer_TK = _ANSWER_OF[resolution.action_TK]
         if answer_TK.min() < 0:
-            answer_TK = np.where(answer_TK < 0, own_column_E[resolution.expert_TK] + _STANDINS, answer_TK)
-        self.accesses_TA += np.bincount((answer_TK + self._begin_T1).ravel(), minlength=T * _ANSWERS).reshape(
-            T, _ANSWERS
-        )
-        loss_T: Floats = resolution.loss_TK.sum(axis=1)
-        self.loss_T += loss_T
+            answer_TK = np.where(answer_TK < 0, own_column_E[resolution.expert_TK] + ANSWER_STANDINS, answer_TK)
         if self.record:
             self._keep(layer, resolution, kind_of_E)
+        return self.add(answer_TK, resolution.loss_TK)
+
+    def add(self, answer_TK: Ints, loss_TK: Floats) -> Floats:
+        """Add a layer whose accesses were answered by columns of `accesses_TA`; returns the expected loss of each
+        row."""
+        T = len(self.accesses_TA)
+        counts = np.bincount((answer_TK + self._begin_T1).ravel(), minlength=T * _ANSWERS)
+        self.accesses_TA += counts.reshape(T, _ANSWERS)
+        loss_T: Floats = loss_TK.sum(axis=1)
+        self.loss_T += loss_T
         return loss_T
 
     def _keep(self, layer: int, resolution: Resolution, kind_of_E: Sequence[str]) -> None:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.cache import StandinPool
-from buddymoe_ray.moe.outcome import STANDIN_KINDS, standin_kind
+from buddymoe_ray.kernels import ExpertLayer, StandinRecords, StoodIn
+from buddymoe_ray.moe.outcome import ANSWER_STANDINS, STANDIN_KINDS, standin_kind
 from buddymoe_ray.moe.standin_compute import RecordCompute
 from buddymoe_ray.moe.step import Overlay, StepState
-from buddymoe_ray.policy import Action, Misses, MissPolicy, Resolution
+from buddymoe_ray.policy import Action, Ladder, Misses, MissPolicy, Resolution
 from buddymoe_ray.types import ExpertKey
 
 __all__ = ["Standins"]
@@ -85,6 +86,31 @@ class Standins:
     def book(self, layer: int, resolution: Resolution, step: StepState) -> None:
         """It will be done: count and charge it in `step`."""
         step.charge(step.outcome.count(layer, resolution, self._columns[layer], self._kinds[layer]))
+
+    def records(self, layer: int) -> StandinRecords | None:
+        """What answers for the layer's experts, where that is their own records alone and kernels know some of them."""
+        own = self._policy.own if isinstance(self._policy, Ladder) else None
+        computes = {kind: self._compute[kind][layer] for kind in self._compute}
+        known = {kind: compute for kind, compute in computes.items() if isinstance(compute, ExpertLayer)}
+        if own is None or not known or layer not in self._layers or self.pool.bytes.device.type != "cpu":
+            return None
+        numbers, has_E = {kind: number for number, kind in enumerate(known)}, own.has_LE[layer]
+        kinds = [numbers.get(kind, -1) if has_E[e] else -1 for e, kind in enumerate(self._kinds[layer])]
+        at_E = np.full(len(kinds), -1, np.int64)
+        for kind in known:
+            offset_E = self._at[kind][layer].numpy()
+            at_E[offset_E >= 0] = offset_E[offset_E >= 0] + self.pool.bytes.data_ptr()
+        return StandinRecords(
+            computes=tuple(known.values()),
+            kind_E=np.array(kinds, np.int64),
+            at_E=at_E,
+            loss_E=np.ascontiguousarray(own.loss_LE[layer], np.float32),
+            column_E=self._columns[layer].astype(np.int64) + ANSWER_STANDINS,
+        )
+
+    def book_stood_in(self, stood_in: StoodIn, step: StepState) -> None:
+        """As `book`, of what a kernel did."""
+        step.charge(step.outcome.add(stood_in.answer_TK, stood_in.loss_TK))
 
     def answer(self, layer: int, x_TD: Tensor, named_TK: Ints, out_ND: Tensor) -> None:
         """Fill the rows of `out_ND` that a record answers; `named_TK` is negative for all other accesses."""

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from buddymoe_ray.policy.ladder import all_resident, within_budget
 from buddymoe_ray.policy.misses import Action, Bools, Floats, Ints, Misses, Reason, Resolution, Tiny
 from buddymoe_ray.policy.pick import pick_unique
+from buddymoe_ray.types import EXACT
 
 __all__ = ["BuddyMoE", "BuddyParams", "buddy_lists", "normalised_entropy"]
 
@@ -150,7 +151,7 @@ class BuddyMoE:
         gate_T = np.full(T, Reason.GATED_DELTA if untouched else Reason.SUBSTITUTED, np.int8)
         gate_T[margin_T >= params.gamma] = Reason.GATED_MARGIN
         gate_T[normalised_entropy(misses.weight_TK) <= self._tau_L[misses.layer]] = Reason.GATED_TAE
-        gate_T[misses.rows.mode_T == 0] = Reason.WANTED_EXACT
+        gate_T[misses.rows.mode_T == EXACT] = Reason.WANTED_EXACT
         return gate_T
 
     def _psi(self, misses: Misses, candidates_TKH: Ints) -> Floats:
@@ -198,7 +199,7 @@ def _gate_reference(policy: BuddyMoE, misses: Misses, t: int, delta: float) -> R
     weights = misses.weight_TK[t].tolist()
     p = sorted((w / sum(weights) for w in weights), reverse=True)
     entropy = -sum(v * math.log(max(v, 1e-20)) for v in p) / math.log(max(2, len(p)))
-    if int(misses.rows.mode_T[t]) == 0:
+    if int(misses.rows.mode_T[t]) == EXACT:
         return Reason.WANTED_EXACT
     if entropy <= float(policy._tau_L[misses.layer]):
         return Reason.GATED_TAE

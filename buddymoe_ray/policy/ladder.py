@@ -15,11 +15,11 @@ import math
 import numpy as np
 
 from buddymoe_ray.policy.misses import Action, Bools, Floats, Ints, Misses, Reason, Resolution, RowBudgets
-from buddymoe_ray.policy.standins import Standin, StandinAnswers
+from buddymoe_ray.policy.standins import Own, Standin, StandinAnswers
+from buddymoe_ray.types import BOUNDED, EXACT, FAST
 
 __all__ = ["Ladder", "resolve_reference"]
 
-_EXACT, _BOUNDED, _FAST = 0, 1, 2
 _ZERO = np.float32(0)
 _SUBSTITUTED = np.int8(Reason.SUBSTITUTED)
 
@@ -33,6 +33,11 @@ class Ladder:
     def __init__(self, standin: Standin, *, fallback: Standin | None = None) -> None:
         self.standin, self._fallback = standin, fallback
 
+    @property
+    def own(self) -> Own | None:
+        """The stand-in, where nobody but an expert's own record answers for it."""
+        return self.standin if isinstance(self.standin, Own) and self._fallback is None else None
+
     def resolve(self, misses: Misses) -> Resolution:
         """Accesses of a row are taken in rising order of expected loss until its allowance is spent. An expert that any
         row of the step fetches answers every row."""
@@ -43,7 +48,7 @@ class Ladder:
         answers = self._answers(misses, missing_TK)
         if _all_paid(rows, answers, missing_TK):
             return self._all_answered(misses, answers, missing_TK)
-        wanted_TK = missing_TK & (rows.mode_T != _EXACT)[:, None]
+        wanted_TK = missing_TK & (rows.mode_T != EXACT)[:, None]
         able_TK = wanted_TK & answers.found_TK
         cheap_TK, take_TK = within_budget(rows, answers.loss_TK, able_TK)
         shared_TK = take_TK & _fetched_anyway(ids_TK, missing_TK & ~take_TK, len(misses.resident_E))
@@ -77,7 +82,7 @@ class Ladder:
         answers = self.standin.answer(misses)
         if self._fallback is None:
             return answers
-        fast_T1 = (misses.rows.mode_T == _FAST)[:, None]
+        fast_T1 = (misses.rows.mode_T == FAST)[:, None]
         if not (fast_T1 & ~answers.found_TK & missing_TK).any():
             return answers
         other = self._fallback.answer(misses)
@@ -107,11 +112,11 @@ def _all_paid(rows: RowBudgets, answers: StandinAnswers, missing_TK: Bools) -> b
     """Whether every miss has an answer that its row can pay: the usual case, and nothing else need be weighed."""
     if not (answers.found_TK | ~missing_TK).all():
         return False
-    fast_T = rows.mode_T == _FAST
+    fast_T = rows.mode_T == FAST
     if fast_T.all():
         return True
     loss_TK = np.where(missing_TK, answers.loss_TK, _ZERO)
-    paid_T = (rows.mode_T == _BOUNDED) & (loss_TK.sum(axis=1, dtype=np.float64) <= rows.allowance_T)
+    paid_T = (rows.mode_T == BOUNDED) & (loss_TK.sum(axis=1, dtype=np.float64) <= rows.allowance_T)
     paid_T &= (loss_TK <= rows.price_T[:, None]).all(axis=1)
     return bool((fast_T | paid_T | ~missing_TK.any(axis=1)).all())
 
@@ -121,9 +126,9 @@ def within_budget(rows: RowBudgets, loss_TK: Floats, able_TK: Bools) -> tuple[Bo
 
     A bounded row takes the smallest expected loss first until its allowance is spent; a fast row takes all.
     """
-    free_T1 = (rows.mode_T == _FAST)[:, None]
+    free_T1 = (rows.mode_T == FAST)[:, None]
     cheap_TK = able_TK & ((loss_TK <= rows.price_T[:, None]) | free_T1)
-    if not (rows.mode_T == _BOUNDED).any():
+    if not (rows.mode_T == BOUNDED).any():
         return cheap_TK, cheap_TK
     offered_TK = np.where(cheap_TK, loss_TK, np.inf)
     order_TK = offered_TK.argsort(axis=1, kind="stable")
@@ -154,11 +159,11 @@ def resolve_reference(standin: Standin, misses: Misses) -> tuple[list[list[Actio
             if bool(misses.resident_E[row[k]]):
                 continue
             loss = float(answers.loss_TK[t, k])
-            if int(misses.rows.mode_T[t]) == _EXACT:
+            if int(misses.rows.mode_T[t]) == EXACT:
                 reasons[t][k] = Reason.WANTED_EXACT
             elif not bool(answers.found_TK[t, k]):
                 reasons[t][k] = Reason.NO_STANDIN
-            elif int(misses.rows.mode_T[t]) == _FAST:
+            elif int(misses.rows.mode_T[t]) == FAST:
                 reasons[t][k] = Reason.SUBSTITUTED
             elif not loss <= float(misses.rows.price_T[t]):
                 reasons[t][k] = Reason.OVER_PRICE

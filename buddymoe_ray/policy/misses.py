@@ -57,7 +57,7 @@ class Reason(IntEnum):
 class RowBudgets:
     """What each row may spend.
 
-    `mode_T`: 0 exact, 1 bounded, 2 fast. `allowance_T`: nats left for this step; inf when fast, 0 when exact.
+    `mode_T`: EXACT, BOUNDED or FAST of `types`. `allowance_T`: nats left for this step; inf when fast, 0 when exact.
     `price_T`: largest expected loss (nats) of one access that is worth taking.
     """
 

@@ -50,7 +50,7 @@ class Own:
     record."""
 
     def __init__(self, kind: str, *, loss_LE: Floats, has_LE: Bools) -> None:
-        self.kind, self._loss_LE, self._has_LE = kind, loss_LE, has_LE
+        self.kind, self.loss_LE, self.has_LE = kind, loss_LE, has_LE
 
     def answer(self, misses: Misses) -> StandinAnswers:
         ids_TK = misses.ids_TK
@@ -58,8 +58,8 @@ class Own:
             action_TK=np.full(ids_TK.shape, Action.OWN, np.int8),
             expert_TK=ids_TK,
             weight_TK=misses.weight_TK,
-            loss_TK=np.square(misses.weight_TK) * self._loss_LE[misses.layer][ids_TK],
-            found_TK=self._has_LE[misses.layer][ids_TK],
+            loss_TK=np.square(misses.weight_TK) * self.loss_LE[misses.layer][ids_TK],
+            found_TK=self.has_LE[misses.layer][ids_TK],
         )
 
     def weights(self, misses: Misses, answers: StandinAnswers, take_TK: Bools) -> Floats:
