@@ -56,7 +56,9 @@ class OneCallLayer:
         )
         if block is None:
             y_TD = self._mlp(routed.normed[None])[0]
-        elif routed.out is not None and glance is not None and block.settle(glance, routed.ids.numpy(), routed.stood_in):
+        elif (
+            routed.out is not None and glance is not None and block.settle(glance, routed.ids.numpy(), routed.stood_in)
+        ):
             return routed.out[None]
         else:
             glanced = glance is not None and self._compute.runs_experts

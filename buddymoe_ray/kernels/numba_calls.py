@@ -23,7 +23,7 @@ from numba.cpython.unsafe.tuple import tuple_setitem
 from numba.extending import intrinsic
 
 from buddymoe_ray.kernels.expert_rows import ints_at
-from buddymoe_ray.kernels.machine_code import code_folder
+from buddymoe_ray.kernels.machine_code import code_folder, made_once
 from buddymoe_ray.kernels.vector_ir import I64, VOID
 
 __all__ = ["answered", "ask_native", "call_native", "compiled", "items", "kernel", "stamp_of"]
@@ -113,6 +113,7 @@ def _cached(compiler: Any, signature: Any, function: Callable[..., Any], folder:
     before = config.CACHE_DIR
     config.CACHE_DIR = "" if folder is None else str(folder)
     try:
-        return compiler(signature, cache=folder is not None)(function)
+        with made_once(folder):
+            return compiler(signature, cache=folder is not None)(function)
     finally:
         config.CACHE_DIR = before

@@ -234,7 +234,7 @@ def test_streams_leave_an_engine_that_died_and_it_is_replaced(mortals: str) -> N
     for event in stream:
         text += event.text
     assert text == expected("\x03", 1, 60)
-    assert event.usage is not None and event.usage.resumed == 3
+    assert event.usage is not None and 0 < event.usage.resumed <= 3  # what was under way at its death is lost
     eventually(lambda: httpx.get(f"{mortals}/health").status_code == 200 and len(client.snapshots()) == 2)
     assert client.generate("hello", max_tokens=8).usage.completion_tokens == 8
 
