@@ -1,7 +1,7 @@
 """Expert bytes and where they are: disk, host, device, and one node's shared memory. Decides nothing: plans and
 eviction orders are handed in."""
 
-from buddymoe_ray.cache.disk import DiskReader
+from buddymoe_ray.cache.disk import DiskReader, largest_read
 from buddymoe_ray.cache.expert_cache import CacheStats, Eviction, ExpertCache
 from buddymoe_ray.cache.interface import EngineCache, Experts
 from buddymoe_ray.cache.pool import Glance, Lease, slot_views
@@ -17,5 +17,6 @@ __all__ = [
     "Glance",
     "Lease",
     "StandinPool",
+    "largest_read",
     "slot_views",
 ]

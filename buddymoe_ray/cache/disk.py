@@ -15,20 +15,24 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from buddymoe_ray.errors import CacheError
-from buddymoe_ray.types import ExpertPiece
+from buddymoe_ray.types import ExpertLayout, ExpertPiece
 
-__all__ = ["DiskReader", "ReadTicket", "Ticket"]
+__all__ = ["DiskReader", "ReadTicket", "Ticket", "largest_read"]
 
 log = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
 _PAGE = 4096
+_CLOSED = "disk reader is closed, must be open. hint: the engine was closed"
+_SMALL = 128 << 10
+"""Up to so many bytes of an expert are read on the spot, end to end what lies so in a file: to hand a read to a thread
+and to be woken by it takes longer. With it and fewer reads a miss of builtin:tiny takes .42 ms instead of .86."""
 
 
 class Ticket(Protocol):
@@ -42,6 +46,14 @@ class Ticket(Protocol):
 
     def settle(self) -> None:
         """Block until nothing is in flight, whatever came of it: only then may the destination be used again."""
+
+
+class _Read(NamedTuple):
+    """Bytes of a file from `offset` on, to fill `targets` one after the other."""
+
+    path: str
+    offset: int
+    targets: tuple[Bytes, ...]
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,7 @@ class DiskReader:
         view = memoryview(self._memory)
         for at in range(depth):
             self._buffers.put(view[at * buffer_bytes : (at + 1) * buffer_bytes])
+        self._closed = False
         self._pool = ThreadPoolExecutor(max_workers=depth, thread_name_prefix="disk")
 
     @property
@@ -95,16 +108,23 @@ class DiskReader:
         return "direct" if self._direct and not self._refused else "buffered"
 
     def submit(self, pieces: Sequence[ExpertPiece], destination: Bytes) -> ReadTicket:
-        """Start reading all pieces into `destination` (a slot's bytes, uint8)."""
+        """Start reading all pieces into `destination` (a slot's bytes, uint8); few bytes are there when it returns.
+
+        Raises CacheError when the reader is closed; all else that goes wrong is told by the ticket.
+        """
+        if self._closed:
+            raise CacheError(_CLOSED)
+        if sum(piece.nbytes for piece in pieces) <= _SMALL:
+            return ReadTicket((self._now(pieces, destination),))
         # one page of slack at either end lets any offset be read in whole pages
-        most = max(_PAGE, self.buffer_bytes - 2 * _PAGE) if self.buffer_bytes > 2 * _PAGE else self.buffer_bytes // 2
+        most = max(_PAGE, self.buffer_bytes - 2 * _PAGE)
         parts = list[Future[None]]()
         try:
             for piece in pieces:
                 for start in range(0, piece.nbytes, most):
-                    count = min(most, piece.nbytes - start)
-                    target = destination[piece.slot_offset + start : piece.slot_offset + start + count]
-                    parts.append(self._start(piece.path, piece.offset + start, target))
+                    at, count = piece.slot_offset + start, min(most, piece.nbytes - start)
+                    read = _Read(piece.path, piece.offset + start, (destination[at : at + count],))
+                    parts.append(self._start(read))
         except BaseException:
             wait(parts)  # nothing may land in a slot that has a new owner
             raise
@@ -112,48 +132,61 @@ class DiskReader:
 
     def close(self) -> None:
         """Finish what is in flight and close all files. Safe to call twice."""
+        self._closed = True
         self._pool.shutdown(wait=True)
         with self._lock:
             files, self._files = self._files, {}
         for fd, _ in files.values():
             os.close(fd)
 
-    def _start(self, path: str, offset: int, target: Bytes) -> Future[None]:
+    def _now(self, pieces: Sequence[ExpertPiece], destination: Bytes) -> Future[None]:
+        """Read here, end to end what lies so."""
+        done = Future[None]()
         try:
-            return self._pool.submit(self._read, path, offset, target)
-        except RuntimeError as error:  # the pool was shut down
-            raise CacheError("disk reader is closed, must be open. hint: the engine was closed") from error
+            for run in _runs(pieces):
+                targets = (destination[piece.slot_offset : piece.slot_offset + piece.nbytes] for piece in run)
+                self._run(_Read(run[0].path, run[0].offset, tuple(targets)))
+        except CacheError as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+        return done
 
-    def _read(self, path: str, offset: int, target: Bytes) -> None:
+    def _start(self, read: _Read) -> Future[None]:
+        try:
+            return self._pool.submit(self._run, read)
+        except RuntimeError as error:  # the pool was shut down
+            raise CacheError(_CLOSED) from error
+
+    def _run(self, read: _Read) -> None:
         buffer = self._buffers.get()
         try:
-            self._read_through(buffer, path, offset, target)
+            self._read_through(buffer, *read)
         except OSError as error:
             raise CacheError(
-                f"{path} at byte {offset}: {error.strerror or error}. hint: check the disk and the checkpoint"
+                f"{read.path} at byte {read.offset}: {error.strerror or error}. hint: check the disk and the checkpoint"
             ) from error
         finally:
             self._buffers.put(buffer)
 
-    def _read_through(self, buffer: memoryview, path: str, offset: int, target: Bytes) -> None:
+    def _read_through(self, buffer: memoryview, path: str, offset: int, targets: Sequence[Bytes]) -> None:
         fd, direct = self._open(path)
-        done = 0
-        while done < target.nbytes:
+        done, nbytes = 0, sum(target.nbytes for target in targets)
+        while done < nbytes:
             at = offset + done
             begin = at // _PAGE * _PAGE
-            span = min(len(buffer), -(-(at - begin + target.nbytes - done) // _PAGE) * _PAGE)
+            span = min(len(buffer), -(-(at - begin + nbytes - done) // _PAGE) * _PAGE)
             got = os.preadv(fd, [buffer[:span]], begin)
-            useful = min(got - (at - begin), target.nbytes - done)
+            useful = min(got - (at - begin), nbytes - done)
             if useful <= 0:
-                end = offset + target.nbytes
-                raise CacheError(f"{path} ends before byte {at + 1}, must hold {end}. hint: copy it again")
-            np.copyto(target[done : done + useful], np.frombuffer(buffer, np.uint8)[at - begin : at - begin + useful])
+                raise CacheError(f"{path} ends before byte {at + 1}, must hold {offset + nbytes}. hint: copy it again")
+            _scatter(np.frombuffer(buffer, np.uint8)[at - begin : at - begin + useful], targets, done)
             done += useful
             with self._lock:
                 self.bytes_requested += useful
                 self.bytes_read += got
         if not direct:
-            os.posix_fadvise(fd, offset, target.nbytes, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def _open(self, path: str) -> tuple[int, bool]:
         with self._lock:
@@ -173,6 +206,39 @@ class DiskReader:
             log.warning("%s cannot be read with O_DIRECT: reading buffered, dropping pages after use", path)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         return fd, False
+
+
+def largest_read(layout: ExpertLayout) -> int:
+    """Bytes of the longest read that an expert is made of; of a layout that does not say where experts are, those of
+    the largest matrix."""
+    reads = (
+        sum(piece.nbytes for piece in run)
+        for pieces in layout.pieces.values()
+        for run in (_runs(pieces) if sum(piece.nbytes for piece in pieces) <= _SMALL else ([p] for p in pieces))
+    )
+    return max(reads, default=max(tensor.nbytes for tensor in layout.tensors))
+
+
+def _runs(pieces: Sequence[ExpertPiece]) -> list[list[ExpertPiece]]:
+    """Pieces in the order of their files, those together that lie end to end."""
+    runs = list[list[ExpertPiece]]()
+    for piece in sorted(pieces, key=lambda piece: (piece.path, piece.offset)):
+        last = runs[-1][-1] if runs else None
+        if last is not None and (last.path, last.offset + last.nbytes) == (piece.path, piece.offset):
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    return runs
+
+
+def _scatter(source: Bytes, targets: Sequence[Bytes], done: int) -> None:
+    """Copy what comes after `done` bytes to where it belongs."""
+    for target in targets:
+        count = min(target.nbytes - done, source.nbytes)
+        if count > 0:
+            np.copyto(target[done : done + count], source[:count])
+            source = source[count:]
+        done = max(0, done - target.nbytes)
 
 
 def _open_direct(path: str) -> int | None:

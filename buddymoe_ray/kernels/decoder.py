@@ -35,9 +35,14 @@ Floats = npt.NDArray[np.float32]
 class Allowances(Protocol):
     """What each row may spend on stand-ins: see `policy.RowBudgets`."""
 
-    mode_T: npt.NDArray[np.int8]
-    allowance_T: Floats
-    price_T: Floats
+    @property
+    def mode_T(self) -> npt.NDArray[np.int8]: ...
+
+    @property
+    def allowance_T(self) -> Floats: ...
+
+    @property
+    def price_T(self) -> Floats: ...
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,15 @@ class StandinRecords:
         computes = np.array([compute.plan_at for compute in self.computes], np.int64)
         tables = (self.kind_E, self.at_E, self.loss_E, self.column_E, computes)
         assert all(table.flags.c_contiguous for table in tables), "tables must be contiguous"
-        addresses = (table.ctypes.data for table in tables)
-        return np.array(StandinPlan(*addresses, count=len(computes)), np.int64), tables
+        plan = StandinPlan(
+            kinds=self.kind_E.ctypes.data,
+            records=self.at_E.ctypes.data,
+            losses=self.loss_E.ctypes.data,
+            columns=self.column_E.ctypes.data,
+            computes=computes.ctypes.data,
+            kind_count=len(computes),
+        )
+        return np.array(plan, np.int64), tables
 
 
 @dataclass(frozen=True)
@@ -172,7 +184,7 @@ class DecoderLayer:
 
         `turn` are cosines and sines `[T, rotated]` of the rotary embedding in the dtype of the rows; `spans_S4` and
         `blocks` are as in `PagedLayer`. `at_E` int64 are addresses of experts, negative where one is not resident;
-        None leaves the experts to the caller. `allowed` is what rows may spend on stand-ins, None where none may answer.
+        None leaves the experts to the caller. `allowed` is what rows may spend on stand-ins; None: none may answer.
         """
         T, cos, sin = len(hidden_TD), turn[0].contiguous(), turn[1].contiguous()
         hidden = hidden_TD.contiguous()

@@ -61,7 +61,7 @@ class StandinPlan(NamedTuple):
 
     By expert: `kinds` int64 (the number of its record's kind, -1: none), `records` int64 (where the record begins),
     `losses` float32 (expected loss of an access per squared weight), `columns` int64 (what an access counts as); and
-    `computes`, int64 addresses of an `ExpertLayer`'s plan for each of the `count` kinds.
+    `computes`, int64 addresses of an `ExpertLayer`'s plan for each of the `kind_count` kinds.
     """
 
     kinds: int
@@ -69,7 +69,7 @@ class StandinPlan(NamedTuple):
     losses: int
     columns: int
     computes: int
-    count: int
+    kind_count: int
 
 
 class DecoderCall(NamedTuple):
@@ -79,8 +79,8 @@ class DecoderCall(NamedTuple):
     the router's choice, `out` the layer's output where it comes to that. `cos` and `sin` are [T, rotated] with items
     of rows. `spans` and `blocks` are as in `AttentionCall`. `at_E` are the addresses of resident experts (negative:
     none), 0 where the caller computes the experts.
-    `modes` int8 [T], `allowances` and `prices` float32 [T] are what rows may spend on stand-ins, `modes` 0 where none may
-    answer; `answers` int64 [T, K] and `losses` float32 [T, K] are written where they did.
+    `modes` int8 [T], `allowances` and `prices` float32 [T] are what rows may spend on stand-ins, `modes` 0 where none
+    may answer; `answers` int64 [T, K] and `losses` float32 [T, K] are written where they did.
     """
 
     hidden: int

@@ -182,8 +182,8 @@ def _stand_in(call: Any, plan: Any, standins: Any, scratch: Any) -> Any:
     N, K, E = call.T * plan.K, plan.K, plan.E
     at_E, ids, record_E = carray(ints_at(call.at_E), (E,)), carray(ints_at(call.ids), (N,)), scratch.record_E
     kinds, records = carray(ints_at(standins.kinds), (E,)), carray(ints_at(standins.records), (E,))
-    computes, y = carray(ints_at(standins.computes), (standins.count,)), _place(scratch.y)
-    for kind in range(standins.count):
+    computes, y = carray(ints_at(standins.computes), (standins.kind_count,)), _place(scratch.y)
+    for kind in range(standins.kind_count):
         count = 0
         record_E[:] = -1
         for n in range(N):

@@ -33,10 +33,10 @@ class Staging:
 
 
 def plan_staging(
-    *, largest_piece: int, budget_bytes: int, depth: int = 4, most: int = 2 << 20, share: float = _STAGING_SHARE
+    *, largest_read: int, budget_bytes: int, depth: int = 4, most: int = 2 << 20, share: float = _STAGING_SHARE
 ) -> Staging:
-    """Buffers that hold a piece with its alignment, as deep as a `share` of the budget allows (at least a page)."""
-    whole = _pages(min(largest_piece, most) + 2 * _PAGE)
+    """Buffers that hold a read with its alignment, as deep as a `share` of the budget allows (at least a page)."""
+    whole = _pages(min(largest_read, most) + 2 * _PAGE)
     allowed = int(share * budget_bytes)
     for count in range(depth, 0, -1):
         if count * whole <= allowed:

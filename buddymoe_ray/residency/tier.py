@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from buddymoe_ray.cache import DiskReader, EngineCache, ExpertCache, StandinPool
+from buddymoe_ray.cache import DiskReader, EngineCache, ExpertCache, StandinPool, largest_read
 from buddymoe_ray.cache.shared import Room
 from buddymoe_ray.config import EngineConfig, parse_memory
 from buddymoe_ray.kernels import (
@@ -147,7 +147,7 @@ def plan_memory(
     """
     workers = 1 if node is None else node.workers
     budget = parse_memory(config.memory, total_expert_bytes=layout.total_bytes)
-    staging = plan_staging(largest_piece=_largest_piece(layout), budget_bytes=budget, share=STAGING_SHARE[config.mode])
+    staging = plan_staging(largest_read=largest_read(layout), budget_bytes=budget, share=STAGING_SHARE[config.mode])
     if node is not None and node.linked:
         scratch *= 2  # peers are answered beside the engine's own steps
     overhead = workers * (scratch + (staging.nbytes if device.type == "cpu" else 0))
@@ -338,9 +338,3 @@ def _shapes(layout: ExpertLayout) -> dict[str, tuple[int, ...]]:
 
 def _stored(layout: ExpertLayout) -> torch.dtype:
     return getattr(torch, layout.tensors[0].dtype)
-
-
-def _largest_piece(layout: ExpertLayout) -> int:
-    """Of a layout that does not say where experts are, the largest matrix."""
-    pieces = (piece.nbytes for pieces in layout.pieces.values() for piece in pieces)
-    return max(pieces, default=max(tensor.nbytes for tensor in layout.tensors))

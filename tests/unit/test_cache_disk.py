@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from buddymoe_ray.cache import DiskReader
+from buddymoe_ray.cache import DiskReader, largest_read
 from buddymoe_ray.errors import CacheError
-from buddymoe_ray.types import ExpertPiece
+from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotTensor
 
 PAGE = 4096
 
@@ -57,13 +58,57 @@ def test_any_span_is_read_exactly(blob, direct: bool, buffer_bytes: int, offset:
 def test_many_reads_in_flight_do_not_mix(blob) -> None:
     path, data = blob
     reader = DiskReader(depth=4, buffer_bytes=2 * PAGE)
-    outs = [np.zeros(5000, np.uint8) for _ in range(50)]
-    tickets = [reader.submit([piece(path, 997 * i, 5000)], out) for i, out in enumerate(outs)]
+    large = (128 << 10) + 1  # smaller ones are there at once
+    outs = [np.zeros(large if i % 5 else 5000, np.uint8) for i in range(50)]
+    tickets = [reader.submit([piece(path, 997 * i, out.size)], out) for i, out in enumerate(outs)]
     for i, (ticket, out) in enumerate(zip(tickets, outs, strict=True)):
         ticket.wait()
-        assert ticket.done() and out.tobytes() == data[997 * i : 997 * i + 5000]
+        assert ticket.done() and out.tobytes() == data[997 * i : 997 * i + out.size]
     assert reader.staging_bytes == 4 * 2 * PAGE
     reader.close()
+
+
+@pytest.mark.parametrize("buffer_bytes", [PAGE, 16 * PAGE])
+def test_what_lies_end_to_end_is_read_at_once(blob, buffer_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of an expert that are neighbours in the file, in any order of the slot; others by themselves."""
+    path, data = blob
+    pieces = [
+        piece(path, 20_000, 9_000),
+        piece(path, 29_000, 1, slot_offset=9_100),
+        piece(path, 12_345, 7_655, slot_offset=10_000),
+        piece(path, 100_000, 300, slot_offset=20_000),
+    ]
+    reads, preadv = list[int](), os.preadv
+
+    def counted(fd: int, buffers: list[memoryview], at: int) -> int:
+        reads.append(len(buffers[0]))
+        return preadv(fd, buffers, at)
+
+    reader = DiskReader(depth=2, buffer_bytes=buffer_bytes)
+    reader.submit([piece(path, 0, 1)], np.zeros(1, np.uint8)).wait()  # opens the file
+    monkeypatch.setattr(os, "preadv", counted)
+    out = np.zeros(20_400, np.uint8)
+    reader.submit(pieces, out).wait()
+    for one in pieces:
+        expected = data[one.offset : one.offset + one.nbytes]
+        assert out[one.slot_offset : one.slot_offset + one.nbytes].tobytes() == expected
+    assert not out[9_000:9_100].any() and not out[20_300:].any()
+    pages = 5  # from byte 12,288 to 32,768
+    assert reads == ([PAGE] * (pages + 1) if buffer_bytes == PAGE else [pages * PAGE, PAGE])
+    assert largest_read(make_layout_of(pieces)) == 16_656
+    reader.close()
+
+
+def make_layout_of(pieces: list[ExpertPiece]) -> ExpertLayout:
+    tensor = SlotTensor(name="x", shape=(20_400,), dtype="uint8", offset=0, nbytes=20_400)
+    return ExpertLayout(
+        tensors=(tensor,),
+        slot_bytes=20_416,
+        expert_bytes=20_400,
+        layers=1,
+        experts_per_layer=(1,),
+        pieces={ExpertKey(0, 0): tuple(pieces)},
+    )
 
 
 def test_a_read_past_the_end_names_file_and_byte(blob) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -20,7 +20,6 @@ from buddymoe_ray.engine.engine import Engine, SamplingChooser
 from buddymoe_ray.engine.guard import GuardWork
 from buddymoe_ray.engine.replay import Recorder
 from buddymoe_ray.engine.sequence import Sequence
-from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import GenerationRequest, TokenEvent
 
 PROMPTS = {"first": (5, 6, 7), "victim": (8, 9, 10, 11), "last": (12, 13)}
@@ -193,16 +192,14 @@ def test_an_unreadable_expert_ends_those_that_need_it(engine: Engine, monkeypatc
     own = needed["victim"] - needed["first"] - needed["last"]
     whole = run(engine, mode="exact")
     pieces = [piece for key, pieces in engine.cache.layout.pieces.items() if key[:2] in own for piece in pieces]
-    bad, start = {(piece.path, piece.offset) for piece in pieces}, DiskReader._start
+    bad, read = {(piece.path, piece.offset) for piece in pieces}, DiskReader._read_through
 
-    def failing(self: DiskReader, path: str, offset: int, target: Any) -> Future[None]:
-        if (path, offset) not in bad:
-            return start(self, path, offset, target)
-        future: Future[None] = Future()
-        future.set_exception(CacheError("input/output error. hint: check the disk"))
-        return future
+    def failing(self: DiskReader, buffer: Any, path: str, offset: int, targets: Any) -> None:
+        if (path, offset) in bad:
+            raise OSError(errno.EIO, "input/output error")
+        read(self, buffer, path, offset, targets)
 
-    monkeypatch.setattr(DiskReader, "_start", failing)
+    monkeypatch.setattr(DiskReader, "_read_through", failing)
     after = run(engine, mode="exact")
     assert own and after["victim"][0] == "error"
     assert {n: after[n] for n in ("first", "last")} == {n: whole[n] for n in ("first", "last")}

@@ -77,7 +77,7 @@ def test_the_minimum_it_names_is_enough() -> None:
 
 @given(piece=st.integers(1, 50 << 20), budget=st.integers(20_000, 1 << 33))
 def test_staging_is_a_few_per_cent(piece: int, budget: int) -> None:
-    staging = plan_staging(largest_piece=piece, budget_bytes=budget)
+    staging = plan_staging(largest_read=piece, budget_bytes=budget)
     assert staging.buffer_bytes % 4096 == 0 and 1 <= staging.depth <= 4
     assert staging.nbytes <= max(4096, 0.06 * budget)
     if budget > 1 << 30:
