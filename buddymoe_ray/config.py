@@ -31,6 +31,7 @@ __all__ = [
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BATCHING = ("auto", "packed", "solo")
+PREFIX_CACHES = ("auto", "on", "off")
 GENERATION_CONFIGS = ("auto", "none")
 INEXACT = ("budget", "standin", "standin_layers", "policy", "profile", "guard_share")  # without effect in `exact`
 EXPERT_DTYPES = ("native", "bf16", "int8", "int4")
@@ -78,6 +79,9 @@ class EngineConfig:
         kv_memory: bytes of the KV cache: `512MiB`, or `auto`: what `max_running` sequences of `max_model_len` need, as
             far as the device has room beside dense weights and experts.
         prefill_chunk: most prompt tokens computed in one step.
+        prefix_cache: whether what was computed of a text serves later ones with the same beginning, as long as the KV
+            cache has room: `auto` where it changes no bit (on CPU, in most families), `on` wherever rows share a pass,
+            `off`. What a stand-in had a part in is never shared.
         batching: `packed` (ragged rows over a paged KV cache), `solo` (transformers' own cache, a forward per sequence;
             for families with recurrent state), `auto` picks by family.
         seed: seeds the requests that bring none.
@@ -104,6 +108,7 @@ class EngineConfig:
     max_running: int = 32
     kv_memory: str = "auto"
     prefill_chunk: int = 512
+    prefix_cache: str = "auto"
     batching: str = "auto"
     seed: int = 0
     generation_config: str = "auto"
@@ -124,6 +129,7 @@ class EngineConfig:
         _between("guard_share", self.guard_share, 0.0, 1.0)
         one_of("dtype", self.dtype, DTYPES)
         one_of("batching", self.batching, BATCHING)
+        one_of("prefix_cache", self.prefix_cache, PREFIX_CACHES)
         one_of("generation_config", self.generation_config, GENERATION_CONFIGS)
         for name in ("threads", "max_running", "prefill_chunk"):
             _at_least(name, getattr(self, name), 1)

@@ -83,7 +83,8 @@ class GenerationRequest:
     `record` asks for the request's expert accesses with its last event; `replay` is such a record: every access is
     answered as it says, so the same tokens come out whatever is resident now. `resumed_token_ids` are output tokens
     that the caller already has, from another engine: this one goes on after them, and its events tell what is new. A
-    request with `record` or `replay` cannot be resumed.
+    request with `record` or `replay` cannot be resumed. Requests share what was computed of a common beginning only if
+    their `cache_salt` is the same.
     """
 
     request_id: str
@@ -94,6 +95,7 @@ class GenerationRequest:
     record: bool = False
     replay: str | None = None
     resumed_token_ids: tuple[int, ...] = ()
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,8 @@ class Usage:
     tokens; `resumed` of them were made before the last move to another worker, and what those used and were charged is
     not counted here (of a `bounded` request at most `budget` each). `mode` is what the request got, `requested_mode`
     what it asked for: they differ when `guard` is `tripped`. `budget` is the allowance per generated token of a
-    `bounded` request. `record` is there for a request that asked for it.
+    `bounded` request. `record` is there for a request that asked for it. `cached_tokens` of the prompt were not
+    computed: another request had the same beginning.
     """
 
     prompt_tokens: int = 0
@@ -138,6 +141,7 @@ class Usage:
     expected_rise: float = 0.0
     guard: GuardState = "off"
     record: str | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,8 @@ _SHOWN = {
     "read/ token": "{bytes_read_per_token:bytes}",
     "peak memory": "{peak_rss_bytes:bytes}",
 }
-_WORST = ("p99_itl_ms", "ttft_ms", "peak_rss_bytes", "load_seconds", "decode_tok_s_spread")
+_SECOND = {"second turn ms": "{ttft_second_turn_ms:,.1f}", "cached tokens": "{cached_tokens:,.0f}"}
+_WORST = ("p99_itl_ms", "ttft_ms", "ttft_second_turn_ms", "peak_rss_bytes", "load_seconds", "decode_tok_s_spread")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", default="1", help="sequences side by side; a list makes rows: 1,8")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="prompt length")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens generated per sequence")
+    parser.add_argument(
+        "--turns", type=int, default=1, choices=(1, 2), help="2: every prompt again, its answer appended"
+    )
     parser.add_argument("--reps", type=int, default=3, help="repetitions within an engine")
     parser.add_argument("--rounds", type=int, default=1, help="times each row is run, alternating")
     parser.add_argument("--workers", default="1", help="engines side by side on this node; a list makes rows: 1,2")
@@ -93,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
             "prompt_tokens",
             "new_tokens",
         )
-        print_table(measured, _SHOWN, conditions={name.replace("_", " "): f"{{{name}}}" for name in told})
+        shown = _SHOWN | (_SECOND if args.turns > 1 else {})
+        print_table(measured, shown, conditions={name.replace("_", " "): f"{{{name}}}" for name in told})
     return 0
 
 
@@ -165,7 +170,7 @@ def _together(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _workload(args: argparse.Namespace, batch: int) -> dict[str, int]:
-    return {"batch": batch} | {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "reps")}
+    return {"batch": batch} | {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "reps", "turns")}
 
 
 def _corpus_ids(args: argparse.Namespace) -> tuple[int, ...]:

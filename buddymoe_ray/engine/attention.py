@@ -144,6 +144,11 @@ class PagedAttention:
                 PagedLayer.prepare(dtype)
 
     @property
+    def by_kernel(self) -> bool:
+        """Whether the kernels attend, so that a row's bits depend on that row alone."""
+        return self._threads is not None
+
+    @property
     def one_thread(self) -> bool:
         """Whether the kernels attend, with one thread."""
         return self._threads == 1

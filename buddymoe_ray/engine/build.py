@@ -62,6 +62,8 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
             block_size=BLOCK_SIZE,
             max_running=config.max_running,
             prefill_chunk=config.prefill_chunk if packed else kv.max_model_len,
+            grows=kv.runner.repeatable,
+            reuses=_reuses(config, kv.runner),
         )
         return EngineParts(
             config=config,
@@ -104,6 +106,13 @@ def _guard(config: EngineConfig, experts: ExpertTier, runner: Runner, scheduler:
         return None
     limit = config.budget if config.mode == "bounded" else max(config.budget, 2 * experts.setup.expected_loss)
     return GuardWork(guard=Guard(limit=limit), runner=runner, scheduler=scheduler, share=config.guard_share)
+
+
+def _reuses(config: EngineConfig, runner: Runner) -> bool:
+    """Whether texts share KV blocks. Raises ConfigError where they cannot."""
+    if config.prefix_cache == "on" and not runner.packed:
+        raise ConfigError("prefix_cache is 'on', must be auto or off where batching is solo. hint: leave it at auto")
+    return config.prefix_cache == "on" or (config.prefix_cache == "auto" and runner.repeatable)
 
 
 def _packed(config: EngineConfig, folder: Path) -> bool:
@@ -162,10 +171,18 @@ class _KVSize:
             )
         if max_model_len < wanted:
             log.warning("max_model_len is lowered from %d to %d: the KV cache holds no more", wanted, max_model_len)
-        pool = KVPool(shapes, blocks=blocks, block_size=BLOCK_SIZE, dtype=loaded.compute_dtype, device=loaded.device)
+        # one more, for a token of the engine's own
+        pool = KVPool(
+            shapes, blocks=blocks + 1, block_size=BLOCK_SIZE, dtype=loaded.compute_dtype, device=loaded.device
+        )
         paged.open(pool, threads=config.threads)
         one_call.attach(loaded, experts.blocks, paged, step)
-        return cls(blocks=blocks, max_model_len=max_model_len, runner=PackedRunner(loaded, paged, pool, step))
+        repeatable = paged.by_kernel and all(block.kernel is not None for block in experts.blocks)
+        return cls(
+            blocks=blocks,
+            max_model_len=max_model_len,
+            runner=PackedRunner(loaded, paged, pool, step, repeatable=repeatable),
+        )
 
 
 def _blocks(tokens: int) -> int:

@@ -173,6 +173,9 @@ class Engine:
             waiting=self._scheduler.num_waiting,
             free_kv_blocks=self._scheduler.free_blocks,
             total_kv_blocks=self._scheduler.num_blocks,
+            preemptions=self._scheduler.preemptions,
+            prompt_tokens=self._scheduler.prompt_tokens,
+            cached_tokens=self._scheduler.cached_tokens,
             steps=self._steps,
             hits=stats.hits,
             misses=stats.misses,
@@ -264,7 +267,8 @@ class Engine:
             with self._blame(seq):
                 if row in lost:
                     raise CacheError(lost[row])
-                seq.advance(counts[row])
+                seq.advance(counts[row], exact=outcome is None or self._decodes_exactly(seq))
+                self._scheduler.remember(seq)
                 if outcome is not None:
                     seq.account.settle(outcome, row)
                     if self._guard is not None:
@@ -280,6 +284,10 @@ class Engine:
             for row, chosen in zip(rows, choices, strict=True):
                 with self._blame(sequences[row]):
                     self._tell(sequences[row], sequences[row].append(chosen))
+
+    def _decodes_exactly(self, seq: Sequence) -> bool:
+        """Whether its decode steps leave the KV that a prompt would have."""
+        return self._runner.repeatable and seq.account.mode == "exact"
 
     def _recompute(self, guard: GuardWork, *, idle: bool) -> None:
         """Let the guard work; an error costs it the sample, nobody else anything."""
@@ -317,10 +325,10 @@ class Engine:
             return []
 
     def _probe(self, broken: Sequence) -> Sequence:
-        """A sequence of one token, on a block of one that will end."""
+        """A sequence of one token, on the block that is nobody's."""
         request = GenerationRequest(request_id="probe", prompt_token_ids=(0,))
         seq = Sequence(request, max_model_len=self.limits.max_model_len)
-        seq.blocks = broken.blocks[:1]
+        seq.blocks = [self._scheduler.num_blocks]
         return seq
 
     @contextmanager

@@ -24,7 +24,8 @@ __all__ = ["Measurement", "BenchLoad", "measure"]
 
 @dataclass(frozen=True, kw_only=True)
 class BenchLoad:
-    """`batch` requests of `prompt_tokens` random or given ids, `new_tokens` each, `reps` times over."""
+    """`batch` requests of `prompt_tokens` random or given ids, `new_tokens` each, `reps` times over. With 2 `turns`
+    every prompt comes once more, with its answer appended, for one token."""
 
     batch: int
     prompt_tokens: int
@@ -32,6 +33,7 @@ class BenchLoad:
     reps: int
     ids: tuple[int, ...] = ()
     seed: int = 0
+    turns: int = 1
 
     def prompts(self, rep: int, vocab_size: int) -> list[tuple[int, ...]]:
         """Different prompts for every repetition, the same for every engine."""
@@ -47,7 +49,8 @@ class Measurement:
     """Medians over repetitions; `decode_tok_s_spread` is (max - min) / median.
 
     `bytes_read_per_token` counts what decode steps asked of the disk (alignment included); `process_read_bytes` is the
-    kernel's count for the whole process, loading included.
+    kernel's count for the whole process, loading included. `ttft_second_turn_ms` and `cached_tokens` (of a prompt, the
+    mean) are of the second turn, None without one.
     """
 
     decode_tok_s: float
@@ -65,6 +68,8 @@ class Measurement:
     expected_rise: float
     stall_ms_per_token: float
     load_seconds: float
+    ttft_second_turn_ms: float | None
+    cached_tokens: float | None
 
     def as_record(self) -> dict[str, Any]:
         """For JSON."""
@@ -83,6 +88,7 @@ class _Rep:
     decode_bytes: int
     stall_seconds: float
     usages: list[Usage]
+    answered: list[tuple[int, ...]]  # prompts with their answers
 
 
 def measure(
@@ -102,13 +108,15 @@ def measure(
     load_seconds = time.perf_counter() - started
     try:
         _run(engine, workload.prompts(-1, engine.vocab_size), new_tokens=2, tag="warm")
-        reps = []
+        reps, seconds = list[_Rep](), list[_Rep]()
         for r in range(workload.reps):
             gate()
             prompts = workload.prompts(r, engine.vocab_size)
             reps.append(_run(engine, prompts, new_tokens=workload.new_tokens, tag=f"r{r}"))
+            if workload.turns > 1:
+                seconds.append(_run(engine, reps[-1].answered, new_tokens=1, tag=f"r{r}-again"))
         gate()
-        return _summarise(reps, engine.snapshot(), load_seconds)
+        return _summarise(reps, seconds, engine.snapshot(), load_seconds)
     finally:
         engine.close()
 
@@ -119,6 +127,7 @@ def _run(engine: Engine, prompts: Sequence[tuple[int, ...]], *, new_tokens: int,
         engine.add(GenerationRequest(request_id=f"{tag}-{at}", prompt_token_ids=prompt, sampling=sampling))
     begin, before = time.perf_counter(), engine.snapshot()
     last: dict[str, float] = {}
+    texts = {f"{tag}-{at}": list(prompt) for at, prompt in enumerate(prompts)}
     ttfts, gaps, usages = list[float](), list[float](), list[Usage]()
     boundary: tuple[float, EngineSnapshot, int] | None = None
     tokens = 0
@@ -127,6 +136,7 @@ def _run(engine: Engine, prompts: Sequence[tuple[int, ...]], *, new_tokens: int,
         now = time.perf_counter()
         for event in events:
             tokens += len(event.token_ids)
+            texts[event.request_id] += event.token_ids
             (gaps if event.request_id in last else ttfts).append(now - last.get(event.request_id, begin))
             last[event.request_id] = now
             if event.usage is not None:
@@ -146,10 +156,11 @@ def _run(engine: Engine, prompts: Sequence[tuple[int, ...]], *, new_tokens: int,
         decode_bytes=after.bytes_read_disk - boundary[1].bytes_read_disk,
         stall_seconds=after.stall_seconds - boundary[1].stall_seconds,
         usages=usages,
+        answered=[tuple(text) for text in texts.values()],
     )
 
 
-def _summarise(reps: list[_Rep], end: EngineSnapshot, load_seconds: float) -> Measurement:
+def _summarise(reps: list[_Rep], seconds: list[_Rep], end: EngineSnapshot, load_seconds: float) -> Measurement:
     speeds = [rep.decoded / rep.decode_seconds for rep in reps if rep.decoded]
     gaps = sorted(gap for rep in reps for gap in rep.gaps)
     decoded = max(1, sum(rep.decoded for rep in reps))
@@ -174,4 +185,6 @@ def _summarise(reps: list[_Rep], end: EngineSnapshot, load_seconds: float) -> Me
         expected_rise=sum(u.expected_rise for u in usages) / decoded,
         stall_ms_per_token=1e3 * sum(rep.stall_seconds for rep in reps) / decoded,
         load_seconds=load_seconds,
+        ttft_second_turn_ms=1e3 * statistics.median(t for r in seconds for t in r.ttfts) if seconds else None,
+        cached_tokens=statistics.fmean(u.cached_tokens for r in seconds for u in r.usages) if seconds else None,
     )

@@ -33,11 +33,13 @@ __all__ = ["PackedRunner", "Runner", "SoloRunner", "probe"]
 class Runner(Protocol):
     """What the engine asks of a model.
 
-    `packed`: a pass may have several sequences, and one that failed may be computed again. A row whose expert could not
+    `packed`: a pass may have several sequences, and one that failed may be computed again. `repeatable`: a token's KV
+    has the same bits whenever it is computed, and in whatever pass. A row whose expert could not
     be had is in the step's `failed`, by its number in the pass; the others are worth what they always are.
     """
 
     packed: bool
+    repeatable: bool
 
     def prefill(self, chunks: Rows[PrefillChunk]) -> Tensor:
         """Compute prompt chunks; float32 logits `[chunks, V]` of each chunk's last token."""
@@ -58,13 +60,16 @@ class Runner(Protocol):
 
 
 class PackedRunner:
-    """Ragged rows of all sequences in one pass. `block_size` is that of the pool."""
+    """Ragged rows of all sequences in one pass. `repeatable` if kernels compute all of it."""
 
     packed = True
 
-    def __init__(self, loaded: LoadedModel, paged: PagedAttention, pool: KVPool, step: StepState) -> None:
+    def __init__(
+        self, loaded: LoadedModel, paged: PagedAttention, pool: KVPool, step: StepState, *, repeatable: bool = False
+    ) -> None:
         self._model, self._device = loaded.model, loaded.device
         self._paged, self._pool, self._step = paged, pool, step
+        self.repeatable = repeatable
 
     def prefill(self, chunks: Rows[PrefillChunk]) -> Tensor:
         rows, ids, positions = [], list[int](), list[int]()
@@ -125,7 +130,7 @@ class PackedRunner:
 class SoloRunner:
     """One forward per sequence on the model's own cache, fed as `generate` feeds it; a prompt is computed whole."""
 
-    packed = False
+    packed = repeatable = False
 
     def __init__(self, loaded: LoadedModel, step: StepState) -> None:
         self._model, self._device, self._step = loaded.model, loaded.device, step

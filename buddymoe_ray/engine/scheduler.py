@@ -1,7 +1,10 @@
 """Continuous batching: which sequences prefill and which decode in the next step. Touches no tensor and no clock.
 
-First come, first served. A sequence is admitted only when blocks for all it may ever need are free, so no running
-sequence is ever pushed out. Invariant: blocks held by sequences and free blocks make up the pool (`check_integrity`).
+First come, first served. With `grows` a sequence takes blocks as its text grows, and where none is left the youngest
+gives up its own and waits at the head of the queue, to be computed again: for runners that do so to the same bits.
+Without, a sequence is admitted only when blocks for all it may ever need are free. With `reuses` it begins with the
+blocks that hold the same beginning. Invariant: blocks held by sequences and free blocks make up the pool
+(`check_integrity`).
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from buddymoe_ray.engine.blocks import BlockAllocator
-from buddymoe_ray.engine.sequence import Sequence, SequenceState
+from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.errors import RequestError
 
 __all__ = ["PrefillChunk", "Scheduler", "StepPlan"]
@@ -35,8 +38,19 @@ class StepPlan:
 class Scheduler:
     """`prefill_chunk` bounds the prompt tokens of a step, `max_running` the sequences admitted at once."""
 
-    def __init__(self, *, num_blocks: int, block_size: int, max_running: int, prefill_chunk: int) -> None:
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_running: int,
+        prefill_chunk: int,
+        grows: bool = False,
+        reuses: bool = False,
+    ) -> None:
         assert min(num_blocks, block_size, max_running, prefill_chunk) > 0, "sizes must be positive"
+        self._grows, self._reuses = grows, reuses
+        self.preemptions = self.cached_tokens = self.prompt_tokens = 0
         self.num_blocks, self._block_size = num_blocks, block_size
         self._max_running, self._prefill_chunk = max_running, prefill_chunk
         self.reset()
@@ -67,7 +81,7 @@ class Scheduler:
         """Queue a sequence. Raises RequestError when it could never be admitted, or its id is taken."""
         if seq.request_id in self._admitted or seq.request_id in self._waiting:
             raise RequestError(f"request_id is {seq.request_id!r}, must be unique. hint: wait until that request ends")
-        if self._blocks_for(seq) > self.num_blocks:
+        if self._blocks_for(seq.max_length) > self.num_blocks:
             limit = self.num_blocks * self._block_size
             raise RequestError(
                 f"prompt and max_tokens are {seq.max_length} tokens, must be at most {limit}, the KV cache. "
@@ -85,7 +99,9 @@ class Scheduler:
         return bool(self._waiting or self._admitted)
 
     def schedule(self) -> StepPlan:
-        """Admit what fits, then plan one step."""
+        """Give running sequences their blocks, admit what fits, then plan one step."""
+        if self._grows:
+            self._grow()
         self._admit()
         room = self._prefill_chunk
         prefill = []
@@ -105,10 +121,17 @@ class Scheduler:
         self._allocator.release(seq.blocks)
         seq.blocks = []
 
+    def remember(self, seq: Sequence) -> None:
+        """Let others find the blocks of a sequence that are full by now."""
+        full = seq.exact_blocks(self._block_size) if self._reuses else 0
+        for at in range(seq.num_remembered, full):
+            self._allocator.remember(seq.blocks[at], seq.digests(full, self._block_size)[at])
+        seq.num_remembered = max(full, seq.num_remembered)
+
     def borrow(self, tokens: int) -> list[int] | None:
         """Blocks for `tokens` tokens of work beside the requests, to be given back; None when they are not free."""
-        wanted = -(-tokens // self._block_size)
-        if not self._allocator.can_allocate(wanted):
+        wanted = self._blocks_for(tokens)
+        if not self._allocator.can_allocate(wanted + self._spare):
             return None
         blocks = self._allocator.allocate(wanted)
         self._lent.update(blocks)
@@ -122,21 +145,60 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Blocks held by admitted sequences are exactly those the allocator gave out."""
         self._allocator.check_integrity()
-        held = sorted([*self._lent, *(block for seq in self._admitted.values() for block in seq.blocks)])
-        assert len(held) == len(set(held)), f"a block is held twice: {held}"
+        held = {*self._lent, *(block for seq in self._admitted.values() for block in seq.blocks)}
         assert len(held) + self._allocator.free == self.num_blocks, f"{len(held)} held, {self._allocator.free} free"
+        own = [block for seq in self._admitted.values() for block in seq.blocks[seq.num_remembered :]]
+        assert len(own) == len({*own}), f"a block is written by two: {sorted(own)}"
+        assert not self._lent.intersection(own), f"lent blocks {self._lent} are written by a sequence"
         assert all(not seq.blocks for seq in self._waiting.values()), "a waiting sequence holds blocks"
+
+    @property
+    def _spare(self) -> int:
+        """Blocks that running sequences will want next."""
+        return len(self._admitted) if self._grows else 0
 
     def _admit(self) -> None:
         while self._waiting and len(self._admitted) < self._max_running:
             seq = next(iter(self._waiting.values()))
-            wanted = self._blocks_for(seq)
-            if not self._allocator.can_allocate(wanted):
+            found = self._found(seq)
+            wanted = self._first_blocks(seq) - len(found)
+            if not self._allocator.can_allocate(wanted + self._allocator.idle(found) + self._spare):
                 return
             del self._waiting[seq.request_id]
-            seq.blocks = self._allocator.allocate(wanted)
-            seq.state = SequenceState.PREFILLING
+            self._allocator.share(found)
+            seq.begin(found + self._allocator.allocate(wanted), len(found) * self._block_size)
+            seq.num_remembered = len(found)
+            self.cached_tokens += len(found) * self._block_size
+            self.prompt_tokens += seq.prefill_length
             self._admitted[seq.request_id] = seq
 
-    def _blocks_for(self, seq: Sequence) -> int:
-        return -(-seq.max_length // self._block_size)
+    def _found(self, seq: Sequence) -> list[int]:
+        """Blocks that hold the beginning of a waiting sequence; its last token is computed, for what comes next."""
+        if not self._reuses:
+            return []
+        return self._allocator.find(seq.digests((seq.prefill_length - 1) // self._block_size, self._block_size))
+
+    def _first_blocks(self, seq: Sequence) -> int:
+        """Blocks that a sequence is admitted with: of one that grows, for what is known and a token more."""
+        if self._grows and not seq.repeats:
+            return self._blocks_for(min(seq.prefill_length + 1, seq.max_length))
+        return self._blocks_for(seq.max_length)
+
+    def _grow(self) -> None:
+        """A block for every sequence whose next token has none, the oldest first."""
+        for seq in list(self._admitted.values()):
+            while seq.request_id in self._admitted and len(seq.blocks) * self._block_size <= seq.num_computed:
+                if self._allocator.can_allocate(1):
+                    seq.blocks += self._allocator.allocate(1)
+                else:
+                    self._preempt(next(s for s in reversed(self._admitted.values()) if s is seq or not s.repeats))
+
+    def _preempt(self, seq: Sequence) -> None:
+        del self._admitted[seq.request_id]
+        self._allocator.release(seq.blocks)
+        seq.preempt()
+        self._waiting = {seq.request_id: seq, **self._waiting}
+        self.preemptions += 1
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self._block_size)

@@ -26,7 +26,7 @@ __all__ = ["Sequence", "SequenceState"]
 
 
 class SequenceState(Enum):
-    """Where a sequence stands; it only moves down this list."""
+    """Where a sequence stands; it moves down this list, or back to its top when its blocks are taken from it."""
 
     WAITING = "waiting"
     PREFILLING = "prefilling"
@@ -38,8 +38,9 @@ class Sequence:
     """Made by the engine from a request. Raises RequestError when prompt and model limit leave no room for output, or
     when the resumed tokens have already ended.
 
-    `num_computed` tokens have their KV computed; `blocks` is the sequence's block table while it is admitted. `account`
-    is what the request may spend on stand-ins and has spent, `replay` the substitutions it must repeat, by decode step.
+    `num_computed` tokens have their KV computed; `blocks` is the sequence's block table while it is admitted, of which
+    the first `num_remembered` can be found by others. `account` is what the request may spend on stand-ins and has
+    spent, `replay` the substitutions it must repeat, by decode step. Of its prompt `cached_tokens` were not computed.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class Sequence:
         self.max_tokens = min(params.max_tokens, max_model_len - len(prompt))
         self.state = SequenceState.WAITING
         self.blocks: list[int] = []
-        self.num_computed = 0
+        self.num_computed = self.num_remembered = self.cached_tokens = 0
+        self._exact = self._again = 0  # tokens whose KV no stand-in touched; tokens to compute again
+        self._digests: list[bytes] = []
         self._ids = list(prompt)
         self._ends = frozenset(params.stop_token_ids) | special_stops(params.stop, tokenizer)
         self._ends |= frozenset() if params.ignore_eos else eos_token_ids
@@ -105,8 +108,9 @@ class Sequence:
 
     @property
     def prefill_length(self) -> int:
-        """Tokens that are computed before the first new one is chosen: the prompt and what was resumed."""
-        return self.prompt_length + self.num_resumed
+        """Tokens that are computed before the next one is chosen: the prompt and what was resumed, or all there were
+        when its blocks were taken away."""
+        return max(self.prompt_length + self.num_resumed, self._again)
 
     @property
     def finished(self) -> bool:
@@ -117,11 +121,43 @@ class Sequence:
         """Tokens `[start, end)` of prompt and output."""
         return self._ids[start:end]
 
-    def advance(self, count: int) -> None:
-        """Note that `count` more tokens have their KV."""
+    @property
+    def repeats(self) -> bool:
+        """Whether it keeps, or follows, an account by decode step: then no token may be computed another way."""
+        return bool(self.replay) or self.account.recorder is not None
+
+    def advance(self, count: int, *, exact: bool = True) -> None:
+        """Note that `count` more tokens have their KV; `exact` if no stand-in could have answered."""
         computed = self.num_computed + count
         assert computed <= len(self._ids), f"computed {computed} of {len(self._ids)} tokens"
+        if exact and self._exact == self.num_computed:
+            self._exact = computed
         self.num_computed = computed
+
+    def exact_blocks(self, block_size: int) -> int:
+        """Full blocks from the beginning whose KV no stand-in touched."""
+        return self._exact // block_size
+
+    def digests(self, count: int, block_size: int) -> list[bytes]:
+        """What the first `count` full blocks hold, and everything before: SHA-256, so that nobody finds another's."""
+        while len(self._digests) < count:
+            at = len(self._digests) * block_size
+            before = self._digests[-1] if self._digests else hashlib.sha256(self.request.cache_salt.encode()).digest()
+            text = b"".join(token_id.to_bytes(8, "little") for token_id in self._ids[at : at + block_size])
+            self._digests.append(hashlib.sha256(before + text).digest())
+        return self._digests[:count]
+
+    def begin(self, blocks: list[int], found: int) -> None:
+        """It is admitted with these blocks, whose first `found` tokens have their KV already."""
+        if self.state is SequenceState.WAITING and not self._again:
+            self.cached_tokens = min(found, self.prompt_length)
+        self.blocks, self.state = blocks, SequenceState.PREFILLING
+        self.num_computed = self._exact = found
+
+    def preempt(self) -> None:
+        """Its blocks are another's now: all its tokens will be computed again."""
+        self.state, self.blocks, self._again = SequenceState.WAITING, [], len(self._ids)
+        self.num_computed = self.num_remembered = self._exact = 0
 
     def append(self, sampled: Sampled) -> TokenEvent:
         """Take the next token; returns its event, which carries the finish reason when it is the last."""
@@ -167,6 +203,7 @@ class Sequence:
             expected_rise=self.account.expected_rise,
             guard=self.account.guard,
             record=self.account.recorder.text() if self.account.recorder is not None and self.finished else None,
+            cached_tokens=self.cached_tokens,
         )
 
     def _take(self, token_id: int) -> tuple[str, bool, FinishReason | None]:

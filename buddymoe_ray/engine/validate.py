@@ -55,6 +55,7 @@ def validate(request: GenerationRequest, *, vocab_size: int) -> GenerationReques
         record=record,
         replay=replay,
         resumed_token_ids=resumed,
+        cache_salt=plain_text("cache_salt", request.cache_salt),
     )
 
 

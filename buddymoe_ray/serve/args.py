@@ -80,6 +80,7 @@ class ServeArgs(BaseModel):
     max_running: int = EngineConfig.max_running
     kv_memory: MemoryText = EngineConfig.kv_memory
     prefill_chunk: int = EngineConfig.prefill_chunk
+    prefix_cache: str = EngineConfig.prefix_cache
     batching: str = EngineConfig.batching
     seed: int = EngineConfig.seed
     generation_config: str = EngineConfig.generation_config

@@ -44,7 +44,7 @@ def total_usage(last_deltas: Iterable[Delta], *, n: int) -> Usage:
     for delta in last_deltas:
         assert delta.usage is not None, f"choice {delta.choice} ended ({delta.finish_reason}) without usage"
         shared = delta.choice % n != 0  # the prompt was counted with its first choice
-        usages.append(replace(delta.usage, prompt_tokens=0) if shared else delta.usage)
+        usages.append(replace(delta.usage, prompt_tokens=0, cached_tokens=0) if shared else delta.usage)
     return reduce(_added, usages) if usages else Usage()
 
 
@@ -55,6 +55,7 @@ def _added(one: Usage, other: Usage) -> Usage:
     return replace(
         worse,
         prompt_tokens=one.prompt_tokens + other.prompt_tokens,
+        cached_tokens=one.cached_tokens + other.cached_tokens,
         completion_tokens=one.completion_tokens + other.completion_tokens,
         resumed=one.resumed + other.resumed,
         hits=one.hits + other.hits,

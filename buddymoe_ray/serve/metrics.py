@@ -68,6 +68,9 @@ METRICS: tuple[Metric, ...] = (
     _gauge("buddymoe_running", "Requests being computed.", lambda s: s.running),
     _gauge("buddymoe_waiting", "Requests admitted and not yet begun.", lambda s: s.waiting),
     _gauge("buddymoe_free_kv_blocks", "KV blocks that no request holds.", lambda s: s.free_kv_blocks),
+    _counter("buddymoe_preemptions", "Requests whose KV blocks went to an older one.", lambda s: s.preemptions),
+    _counter("buddymoe_prompt_tokens", "Prompt tokens of requests begun.", lambda s: s.prompt_tokens),
+    _counter("buddymoe_cached_tokens", "Of these, those that were not computed again.", lambda s: s.cached_tokens),
     Metric(
         name="buddymoe_guard_state",
         kind="gauge",

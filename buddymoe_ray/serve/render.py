@@ -23,6 +23,7 @@ from buddymoe_ray.serve.replies import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    PromptTokensBody,
     StandinsBody,
     TokenLogprobBody,
     TopLogprobBody,
@@ -223,4 +224,5 @@ def _usage(usage: Usage) -> UsageBody:
         guard=usage.guard,
         **({} if usage.record is None else {"record": usage.record}),
     )
-    return _tokens(usage).model_copy(update={"buddymoe": spent})
+    details = PromptTokensBody(cached_tokens=usage.cached_tokens)
+    return _tokens(usage).model_copy(update={"prompt_tokens_details": details, "buddymoe": spent})

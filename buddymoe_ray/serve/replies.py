@@ -92,6 +92,12 @@ class BuddyUsage(_JsonBody):
     record: str | None = None
 
 
+class PromptTokensBody(_JsonBody):
+    """`prompt_tokens_details`: how many tokens of the prompt were not computed, an earlier request having had them."""
+
+    cached_tokens: int
+
+
 class UsageBody(_JsonBody):
     """`usage`: tokens as OpenAI counts them (a prompt counts once, however many choices it has).
 
@@ -101,6 +107,7 @@ class UsageBody(_JsonBody):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensBody | None = None
     buddymoe: BuddyUsage | None = None
 
 

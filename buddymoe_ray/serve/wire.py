@@ -199,6 +199,7 @@ class _SamplingFields(_Body):
     top_k: int | None = Field(default=None, ge=-1)
     top_p: float | None = Field(default=None, gt=0, le=1)
     min_p: float | None = Field(default=None, ge=0, le=1)
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
     buddymoe: Annotated[BuddyOptions, BeforeValidator(_no_null)] = BuddyOptions()
 
     @model_validator(mode="after")
@@ -239,6 +240,7 @@ class _SamplingFields(_Body):
             terms=self.buddymoe.terms(),
             flush_seconds=flush_seconds if self.stream else None,
             report_prompts=self.usage_so_far,
+            cache_salt=self.cache_salt or "",
             **own,
         )
 

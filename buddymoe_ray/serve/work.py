@@ -76,6 +76,7 @@ class Work:
             `limit_field`, as the caller did.
         flush_seconds: tokens of this much time share a batch; None is one batch with everything at the end.
         report_prompts: send the prompts' token ids with the first batch.
+        cache_salt: only calls with the same share what was computed of a common beginning.
         resume: the choices to answer, when the work moved here from another worker; empty is all, from their start.
             The first batch is then empty and says that the worker has the work.
     """
@@ -92,6 +93,7 @@ class Work:
     terms: Terms = Terms()
     flush_seconds: float | None = None
     report_prompts: bool = False
+    cache_salt: str = ""
     resume: tuple[ResumedChoice, ...] = ()
 
     @property

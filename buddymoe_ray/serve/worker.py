@@ -225,6 +225,7 @@ class Worker:
                     record=work.terms.record,
                     replay=work.terms.replay,
                     resumed_token_ids=chosen[choice],
+                    cache_salt=work.cache_salt,
                 )
         return _WorkPlan(requests=requests, prompts=prompts)
 

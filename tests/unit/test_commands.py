@@ -63,8 +63,9 @@ def test_eval_exact_costs_nothing_and_is_what_transformers_computes(corpus: Path
 def test_bench_prints_a_row_per_memory_and_batch(tmp_path: Path, capsys) -> None:
     build_checkpoint("olmoe", tmp_path)
     arguments = ["bench", "--model", str(tmp_path), "--memory", "50%,100%", "--prompt-tokens", "8"]
-    assert main([*arguments, "--new-tokens", "6", "--reps", "2", "--dtype", "float32", "--json"]) == 0
+    assert main([*arguments, "--new-tokens", "10", "--reps", "2", "--dtype", "float32", "--turns", "2", "--json"]) == 0
     half, full = records(capsys)
+    assert half["cached_tokens"] == full["cached_tokens"] == 16 and full["ttft_second_turn_ms"] > 0
     assert (half["memory"], full["memory"]) == ("50%", "100%") and half["batch"] == full["batch"] == 1
     assert full["bytes_read_per_token"] == 0 and full["hit_rate"] == 100 and full["stall_ms_per_token"] == 0
     assert half["bytes_read_per_token"] > 0 and half["hit_rate"] < 100

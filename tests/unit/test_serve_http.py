@@ -40,6 +40,7 @@ async def test_chat_reply_in_full() -> None:
             "prompt_tokens": 7,  # <|user|>, five bytes, <|assistant|>
             "completion_tokens": 6,
             "total_tokens": 13,
+            "prompt_tokens_details": {"cached_tokens": 0},
             "buddymoe": exact_usage(hits=18, fetched=6),
         },
     }
@@ -58,6 +59,7 @@ async def test_completion_reply_in_full() -> None:
             "prompt_tokens": 5,
             "completion_tokens": 6,
             "total_tokens": 11,
+            "prompt_tokens_details": {"cached_tokens": 0},
             "buddymoe": exact_usage(hits=18, fetched=6),
         },
     }

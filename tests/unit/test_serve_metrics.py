@@ -34,6 +34,9 @@ SNAPSHOT = EngineSnapshot(
     standins=StandinAccesses(lowbit=12, lowrank=13, buddy=14, mean=15, drop=16),
     expected_rise=0.25,
     residency=0.75,
+    preemptions=19,
+    prompt_tokens=21,
+    cached_tokens=20,
     guard=GuardSnapshot(state="tripped", measured_kl=0.5, measured_se=0.125, predicted=0.0625, sampled_tokens=17),
 )
 LINE = re.compile(r'^(\w+)\{((?:\w+="(?:[^"\\]|\\.)*",?)*)\} (\S+)$')
@@ -77,6 +80,9 @@ def test_every_count_of_a_worker_is_written_under_its_name() -> None:
         ("buddymoe_running", who): 1,
         ("buddymoe_waiting", who): 2,
         ("buddymoe_free_kv_blocks", who): 3,
+        ("buddymoe_preemptions_total", who): 19,
+        ("buddymoe_prompt_tokens_total", who): 21,
+        ("buddymoe_cached_tokens_total", who): 20,
         ("buddymoe_guard_state", f'{who},state="off"'): 0,
         ("buddymoe_guard_state", f'{who},state="ok"'): 0,
         ("buddymoe_guard_state", f'{who},state="tripped"'): 1,
