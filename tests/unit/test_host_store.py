@@ -201,7 +201,7 @@ def _hold_and_be_killed(folder: Path, tag: str, paths: list[Path]) -> None:
 
     from buddymoe_ray.cache.shared.locks import ROW_BYTE, FileLocks
 
-    watch(folder, tag)
+    watch(folder, tag, grace=1.5)
     fd = os.open(paths[0], os.O_RDWR | os.O_CREAT)
     FileLocks(fd).lock(ROW_BYTE)
     paths[1].write_bytes(b"x")

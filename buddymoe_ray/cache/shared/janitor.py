@@ -3,7 +3,7 @@
 A killed machine's worth of processes (kill -9 of all, a cluster that is torn down) has nobody to unlink its files, and
 memory in /dev/shm belongs to no process. `watch` starts a small process, a child of init, that sleeps until its starter
 is gone and then removes files that no living process has locked. Standard library alone: it must be small.
-Invariant: a file that a living process uses stays; an unused one stays for `_GRACE_SECONDS`, for a restart to find.
+Invariant: a file that a living process uses stays; an unused one stays for `GRACE_SECONDS`, for a restart to find.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from pathlib import Path
 
 __all__ = ["watch"]
 
-_GRACE_SECONDS, _POLL_SECONDS = 10.0, 0.5
+GRACE_SECONDS, _POLL_SECONDS = 10.0, 0.5
 
 
-def watch(folder: Path, tag: str) -> None:
-    """Have the files of this user and `tag` under `folder` removed once this process and all their users are gone."""
+def watch(folder: Path, tag: str, grace: float = GRACE_SECONDS) -> None:
+    """Have the files of this user and `tag` under `folder` removed once this process and all their users are gone for
+    `grace` seconds."""
     reader, writer = os.pipe()  # nobody writes: it ends when this process does
     os.set_inheritable(reader, True)
     starter = subprocess.Popen(
-        [sys.executable, "-I", "-S", __file__, str(reader), str(folder), tag],
+        [sys.executable, "-I", "-S", __file__, str(reader), str(folder), tag, str(grace)],
         pass_fds=(reader,),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -39,7 +40,7 @@ def watch(folder: Path, tag: str) -> None:
 _OPEN: list[int] = []  # kept open for the life of this process
 
 
-def main(reader: int, folder: Path, tag: str) -> None:
+def main(reader: int, folder: Path, tag: str, grace: float) -> None:
     """Sleep until the pipe ends, then remove what stays unused."""
     if os.fork():
         os._exit(0)
@@ -50,7 +51,7 @@ def main(reader: int, folder: Path, tag: str) -> None:
     while files := list(folder.glob(f"buddymoe-{os.geteuid()}-*-{tag}.*")):
         now = time.monotonic()
         unused_since = {path: unused_since.get(path, now) for path in remove_unused(files, dry=True)}
-        remove_unused(path for path, since in unused_since.items() if now - since > _GRACE_SECONDS)
+        remove_unused(path for path, since in unused_since.items() if now - since > grace)
         time.sleep(_POLL_SECONDS)
 
 
@@ -66,4 +67,4 @@ def _remove_unused():  # type: ignore[no-untyped-def]
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], float(sys.argv[4]))
