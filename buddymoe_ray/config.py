@@ -78,7 +78,8 @@ class EngineConfig:
         max_running: most sequences that decode side by side.
         kv_memory: bytes of the KV cache: `512MiB`, or `auto`: what `max_running` sequences of `max_model_len` need, as
             far as the device has room beside dense weights and experts.
-        prefill_chunk: most prompt tokens computed in one step.
+        prefill_chunk: most prompt tokens computed in one step; None is 512, or, where experts are missing and nobody
+            decodes, as many as 256 MiB of activations hold: so a prompt reads each expert once.
         prefix_cache: whether what was computed of a text serves later ones with the same beginning, as long as the KV
             cache has room: `auto` where it changes no bit (on CPU, in most families), `on` wherever rows share a pass,
             `off`. What a stand-in had a part in is never shared.
@@ -107,7 +108,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_running: int = 32
     kv_memory: str = "auto"
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
     prefix_cache: str = "auto"
     batching: str = "auto"
     seed: int = 0
@@ -131,8 +132,10 @@ class EngineConfig:
         one_of("batching", self.batching, BATCHING)
         one_of("prefix_cache", self.prefix_cache, PREFIX_CACHES)
         one_of("generation_config", self.generation_config, GENERATION_CONFIGS)
-        for name in ("threads", "max_running", "prefill_chunk"):
+        for name in ("threads", "max_running"):
             _at_least(name, getattr(self, name), 1)
+        if self.prefill_chunk is not None:
+            _at_least("prefill_chunk", self.prefill_chunk, 1)
         if self.max_model_len is not None:
             _at_least("max_model_len", self.max_model_len, 2)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):

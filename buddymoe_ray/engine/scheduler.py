@@ -36,7 +36,8 @@ class StepPlan:
 
 
 class Scheduler:
-    """`prefill_chunk` bounds the prompt tokens of a step, `max_running` the sequences admitted at once."""
+    """`prefill_chunk` bounds the prompt tokens of a step, `prefill_alone` those of one in which no sequence decodes
+    (None: the same), `max_running` the sequences admitted at once."""
 
     def __init__(
         self,
@@ -45,6 +46,7 @@ class Scheduler:
         block_size: int,
         max_running: int,
         prefill_chunk: int,
+        prefill_alone: int | None = None,
         grows: bool = False,
         reuses: bool = False,
     ) -> None:
@@ -53,6 +55,7 @@ class Scheduler:
         self.preemptions = self.cached_tokens = self.prompt_tokens = 0
         self.num_blocks, self._block_size = num_blocks, block_size
         self._max_running, self._prefill_chunk = max_running, prefill_chunk
+        self._prefill_alone = prefill_alone or prefill_chunk
         self.reset()
 
     def reset(self) -> None:
@@ -103,14 +106,14 @@ class Scheduler:
         if self._grows:
             self._grow()
         self._admit()
-        room = self._prefill_chunk
+        decode = tuple(seq for seq in self._admitted.values() if seq.prompt_computed)
+        room = self._prefill_chunk if decode else self._prefill_alone
         prefill = []
         for seq in self._admitted.values():
             if room > 0 and not seq.prompt_computed:
                 end = min(seq.prefill_length, seq.num_computed + room)
                 prefill.append(PrefillChunk(seq=seq, start=seq.num_computed, end=end))
                 room -= end - seq.num_computed
-        decode = tuple(seq for seq in self._admitted.values() if seq.prompt_computed)
         return StepPlan(prefill=tuple(prefill), decode=decode)
 
     def finish(self, seq: Sequence) -> None:

@@ -10,7 +10,14 @@ from buddymoe_ray.policy.eviction import LRU
 from buddymoe_ray.policy.guard import Guard, GuardView
 from buddymoe_ray.policy.ladder import Ladder
 from buddymoe_ray.policy.ledger import Ledger, Pricer, price_for
-from buddymoe_ray.policy.memory import Staging, kv_cache_bytes, plan_staging, split_slots
+from buddymoe_ray.policy.memory import (
+    PREFILL_CHUNK,
+    Staging,
+    kv_cache_bytes,
+    longest_prefill,
+    plan_staging,
+    split_slots,
+)
 from buddymoe_ray.policy.misses import Action, Misses, MissPolicy, Reason, Resolution, RowBudgets
 from buddymoe_ray.policy.placement.map import PlacementMap, Step, migration_steps, previous_held, publish
 from buddymoe_ray.policy.placement.problem import OPTIONS, NodeLinks, PlacementProblem, Pool, cost_of, option_accesses
@@ -62,6 +69,8 @@ __all__ = [
     "kv_cache_bytes",
     "migration_steps",
     "normalised_entropy",
+    "PREFILL_CHUNK",
+    "longest_prefill",
     "plan_staging",
     "prefix_blocks",
     "previous_held",

@@ -12,9 +12,20 @@ from dataclasses import dataclass
 from buddymoe_ray.errors import BudgetError
 from buddymoe_ray.types import SlotPlan
 
-__all__ = ["MIN_SLOTS", "Staging", "kv_cache_bytes", "plan_staging", "split_slots"]
+__all__ = [
+    "MIN_SLOTS",
+    "PREFILL_CHUNK",
+    "Staging",
+    "kv_cache_bytes",
+    "longest_prefill",
+    "plan_staging",
+    "split_slots",
+]
 
 MIN_SLOTS = 2
+PREFILL_CHUNK = 512
+"""Prompt tokens that are computed beside sequences that decode, which wait for them."""
+_PREFILL_BYTES = 256 << 20
 _WAVE_SHARE, _STAGING_SHARE = 0.04, 0.06
 _PAGE = 4096
 
@@ -47,6 +58,14 @@ def plan_staging(
 def kv_cache_bytes(*, promised: int, explicit: bool, free: int) -> int:
     """Bytes of a KV cache: what is promised, within .9 of the free ones; within .25 if nobody wrote it down."""
     return min(promised, int(free * (0.9 if explicit else 0.25)))
+
+
+def longest_prefill(*, hidden: int, experts_per_token: int, item_bytes: int, fully_resident: bool) -> int:
+    """Prompt tokens of a pass while nobody decodes. Every pass reads the missing experts once more, so it takes as many
+    as 256 MiB hold of what experts answer (per access, and the kernel's copy), attention and norms; where none is
+    missing there is nothing to gain."""
+    row_bytes = (2 * experts_per_token + 12) * hidden * item_bytes
+    return PREFILL_CHUNK if fully_resident else max(PREFILL_CHUNK, _PREFILL_BYTES // row_bytes)
 
 
 def split_slots(

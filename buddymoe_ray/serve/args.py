@@ -79,7 +79,7 @@ class ServeArgs(BaseModel):
     max_model_len: int | None = EngineConfig.max_model_len
     max_running: int = EngineConfig.max_running
     kv_memory: MemoryText = EngineConfig.kv_memory
-    prefill_chunk: int = EngineConfig.prefill_chunk
+    prefill_chunk: int | None = EngineConfig.prefill_chunk
     prefix_cache: str = EngineConfig.prefix_cache
     batching: str = EngineConfig.batching
     seed: int = EngineConfig.seed

@@ -176,3 +176,14 @@ def test_device_bytes_never_exceed_the_budget(folder: Path) -> None:
             cache = llm.engine.cache
             held = cache.device_bytes + cache.plan.overhead_bytes
             assert held <= cache.plan.budget_bytes, f"{memory}: {held} of {cache.plan.budget_bytes}"
+
+
+def test_a_long_prompt_reads_each_missing_expert_once() -> None:
+    """However many chunks it would be beside others."""
+    with LLM("builtin:tiny", memory="25%") as llm:
+        layout, cache = llm.engine.cache.layout, llm.engine.cache
+        resident = sum(len(cache.resident(layer)) for layer in range(len(layout.experts_per_layer)))
+        missing = (sum(layout.experts_per_layer) - resident) * layout.expert_bytes
+        before = cache.stats().bytes_read_disk
+        llm.generate([[5 + at % 900 for at in range(1000)]], max_tokens=1)
+        assert cache.stats().bytes_read_disk - before <= 1.1 * missing

@@ -104,6 +104,19 @@ def test_prefill_goes_in_order_of_arrival_and_shares_the_chunk() -> None:
     assert [s.request_id for s in plan.decode] == ["a", "b"]
 
 
+def test_a_prompt_alone_is_computed_in_larger_parts_than_beside_others() -> None:
+    pool = Scheduler(num_blocks=100, block_size=4, max_running=8, prefill_chunk=4, prefill_alone=20)
+    for name, prompt in (("a", 9), ("b", 30)):
+        pool.add(make(name, prompt, 4))
+    plan = pool.schedule()
+    assert [(c.seq.request_id, c.start, c.end) for c in plan.prefill] == [("a", 0, 9), ("b", 0, 11)]
+    carry_out(pool, plan)
+    plan = pool.schedule()
+    assert ids_of(plan) == (["b"], ["a"]) and [(c.start, c.end) for c in plan.prefill] == [(11, 15)]
+    pool.finish(_live(pool, "a"))
+    assert [(c.start, c.end) for c in pool.schedule().prefill] == [(11, 30)]
+
+
 def test_no_more_than_max_running_are_admitted() -> None:
     pool = scheduler(max_running=3, blocks=100, chunk=100)
     for n in range(5):
