@@ -145,6 +145,34 @@ def peers_table() -> str:
     return "\n".join(rows)
 
 
+def prompts_table() -> str:
+    """Rows of `buddymoe bench --turns 2 --json`, with the `prefill_chunk` that was given."""
+    rows = [
+        "| model | memory | tokens | most a pass | first token ms | MB read | second turn ms | cached tokens |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in records("prompts"):
+        told = (r["model"], r["memory"], r["prompt_tokens"], r["prefill_chunk"] or "as fits")
+        first, read = f"{r['ttft_ms']:,.0f}", f"{r['prefill_bytes_read'] / 1e6:,.0f}"
+        again = (f"{r['ttft_second_turn_ms']:,.0f}", f"{r['cached_tokens']:,.0f}")
+        rows.append("| " + " | ".join(map(str, (*told, first, read, *again))) + " |")
+    return "\n".join(rows)
+
+
+def lowbit_table() -> str:
+    """Rounds of `buddymoe bench --memory 50%,100% --mode fast --standin lowbit --rounds 1 --json`."""
+    rows = ["| memory | tok/s | stand-ins % | of resident |", "|---|---|---|---|"]
+    rounds = records("lowbit")
+    resident = [r["decode_tok_s"] for r in rounds if r["memory"] == "100%"]
+    for memory in dict.fromkeys(r["memory"] for r in rounds):
+        mine = [r for r in rounds if r["memory"] == memory]
+        speeds, share = [r["decode_tok_s"] for r in mine], mine[0]["standin_rate"]
+        ratios = [own / full for own, full in zip(speeds, resident, strict=True)]
+        shown = (f"{median(c):.3g} ({min(c):.3g}–{max(c):.3g})" for c in (speeds, ratios))
+        rows.append(f"| {memory} | {f' | {share:.1f} | '.join(shown)} |")
+    return "\n".join(rows)
+
+
 def dense_table() -> str:
     """Rows of `buddymoe eval --mode exact --dense-dtype X --json`."""
     rows = ["| dense weights | rise % | KL×1000 | top-1 |", "|---|---|---|---|"]
@@ -227,6 +255,8 @@ def figures_page(text: str) -> str:
         "placement": placement_table(),
         "speed": speed_table(),
         "peers": peers_table(),
+        "prompts": prompts_table(),
+        "lowbit": lowbit_table(),
         "dense": dense_table(),
         "workers": workers_table(),
         "memory": memory_table(),

@@ -28,7 +28,7 @@ from buddymoe_ray.models.shape import generation_defaults, meta_model
 from buddymoe_ray.models.tokenizer import load_tokenizer
 from buddymoe_ray.moe import StepState
 from buddymoe_ray.observe import progress
-from buddymoe_ray.policy import PREFILL_CHUNK, Guard, kv_cache_bytes, longest_prefill
+from buddymoe_ray.policy import Guard, Prefill, kv_cache_bytes, plan_prefill
 from buddymoe_ray.residency.machine import available_memory_bytes, pick_device, refuse_dense_dtype, torch_dtype
 from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.residency.tier import ExpertTier, open_experts
@@ -61,8 +61,9 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
             num_blocks=kv.blocks,
             block_size=BLOCK_SIZE,
             max_running=config.max_running,
-            prefill_chunk=(config.prefill_chunk or PREFILL_CHUNK) if packed else kv.max_model_len,
-            prefill_alone=config.prefill_chunk or _longest_prefill(loaded, experts) if packed else None,
+            prefill=_prefill(config, loaded, experts)
+            if packed
+            else Prefill(beside=kv.max_model_len, alone=kv.max_model_len),
             grows=kv.runner.repeatable,
             reuses=_reuses(config, kv.runner),
         )
@@ -109,8 +110,9 @@ def _guard(config: EngineConfig, experts: ExpertTier, runner: Runner, scheduler:
     return GuardWork(guard=Guard(limit=limit), runner=runner, scheduler=scheduler, share=config.guard_share)
 
 
-def _longest_prefill(loaded: LoadedModel, experts: ExpertTier) -> int:
-    return longest_prefill(
+def _prefill(config: EngineConfig, loaded: LoadedModel, experts: ExpertTier) -> Prefill:
+    return plan_prefill(
+        config.prefill_chunk,
         hidden=loaded.hidden_size,
         experts_per_token=loaded.experts_per_token,
         item_bytes=loaded.compute_dtype.itemsize,

@@ -287,7 +287,7 @@ class Engine:
 
     def _decodes_exactly(self, seq: Sequence) -> bool:
         """Whether its decode steps leave the KV that a prompt would have."""
-        return self._runner.repeatable and seq.account.mode == "exact"
+        return self._runner.repeatable and seq.account.mode == "exact" and not seq.replay
 
     def _recompute(self, guard: GuardWork, *, idle: bool) -> None:
         """Let the guard work; an error costs it the sample, nobody else anything."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from buddymoe_ray.engine.blocks import BlockAllocator
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.errors import RequestError
+from buddymoe_ray.policy import Prefill
 
 __all__ = ["PrefillChunk", "Scheduler", "StepPlan"]
 
@@ -36,8 +37,7 @@ class StepPlan:
 
 
 class Scheduler:
-    """`prefill_chunk` bounds the prompt tokens of a step, `prefill_alone` those of one in which no sequence decodes
-    (None: the same), `max_running` the sequences admitted at once."""
+    """`prefill` bounds the prompt tokens of a step, `max_running` the sequences admitted at once."""
 
     def __init__(
         self,
@@ -45,17 +45,15 @@ class Scheduler:
         num_blocks: int,
         block_size: int,
         max_running: int,
-        prefill_chunk: int,
-        prefill_alone: int | None = None,
+        prefill: Prefill,
         grows: bool = False,
         reuses: bool = False,
     ) -> None:
-        assert min(num_blocks, block_size, max_running, prefill_chunk) > 0, "sizes must be positive"
+        assert min(num_blocks, block_size, max_running, prefill.beside, prefill.alone) > 0, "sizes must be positive"
         self._grows, self._reuses = grows, reuses
         self.preemptions = self.cached_tokens = self.prompt_tokens = 0
         self.num_blocks, self._block_size = num_blocks, block_size
-        self._max_running, self._prefill_chunk = max_running, prefill_chunk
-        self._prefill_alone = prefill_alone or prefill_chunk
+        self._max_running, self._prefill = max_running, prefill
         self.reset()
 
     def reset(self) -> None:
@@ -107,7 +105,7 @@ class Scheduler:
             self._grow()
         self._admit()
         decode = tuple(seq for seq in self._admitted.values() if seq.prompt_computed)
-        room = self._prefill_chunk if decode else self._prefill_alone
+        room = self._prefill.beside if decode else self._prefill.alone
         prefill = []
         for seq in self._admitted.values():
             if room > 0 and not seq.prompt_computed:

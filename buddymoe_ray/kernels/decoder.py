@@ -205,7 +205,8 @@ class DecoderLayer:
             return Routed(attended, normed, ids, weights, out if status == DONE else None)
         stood_in = StoodIn(np.empty((T, self._K), np.int64), np.empty((T, self._K), np.float32))
         spend = (allowed.mode_T, allowed.allowance_T, allowed.price_T, stood_in.answer_TK, stood_in.loss_TK)
-        assert len(allowed.mode_T) == T and allowed.mode_T.dtype == np.int8, f"modes are {allowed.mode_T}, of {T} rows"
+        dtypes = [array.dtype.name for array in spend[:3]]
+        assert len(allowed.mode_T) == T and dtypes == ["int8", "float32", "float32"], f"{allowed} of {T} rows"
         status = self._kernel((*call, *(array.ctypes.data for array in spend)), self._plan_at)
         if status == STOOD_IN:
             return Routed(attended, normed, ids, weights, out, stood_in)

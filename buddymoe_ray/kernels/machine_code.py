@@ -13,6 +13,7 @@ import logging
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -27,6 +28,7 @@ __all__ = ["code_folder", "made_once", "native_functions"]
 
 log = logging.getLogger(__name__)
 
+_LONGEST_WAIT_SECONDS = 60.0  # four times what the longest kernel takes
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _alive: list[Any] = []
 """Engines own their code: one that is collected takes it along."""
@@ -59,22 +61,39 @@ def code_folder() -> Path | None:
 
 
 @contextmanager
-def made_once(folder: Path | None) -> Iterator[None]:
-    """Whoever else makes code for the folder waits, to find it there: workers that started together on a new machine
-    compiled the same kernels at the same time, two on two cores for 82 seconds instead of 41."""
-    if folder is None:
+def made_once(folder: Path | None, name: str) -> Iterator[None]:
+    """Whoever else makes code of this name for the folder waits, to find it there: workers that started together on a
+    new machine compiled the same kernels at the same time, two on two cores for 82 seconds instead of 41.
+
+    Nobody waits for ever: of one that stands still the code is made again. One lock for all names starved whoever
+    waited beside a process that makes many.
+    """
+    fd = None if folder is None else _open_lock(folder / f"{name}.lock")
+    if fd is None:
         yield
         return
     try:
-        fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError:
-        yield
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)  # goes with a process that is killed
+        end = time.monotonic() + _LONGEST_WAIT_SECONDS
+        while not _locked(fd) and time.monotonic() < end:
+            time.sleep(0.05)
         yield
     finally:
         os.close(fd)
+
+
+def _open_lock(path: Path) -> int | None:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return None
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with a process that is killed
+    except BlockingIOError:
+        return False
+    return True
 
 
 def native_functions(text: str, names: tuple[str, ...], *, baseline: bool = False) -> Mapping[str, int]:
@@ -89,7 +108,7 @@ def native_functions(text: str, names: tuple[str, ...], *, baseline: bool = Fals
     )
     code = None if kept is None else _read(kept)
     if code is None:
-        with made_once(folder):
+        with made_once(folder, key):
             code = (None if kept is None else _read(kept)) or _compiled(text, target)
             if kept is not None:
                 _write(kept, code)

@@ -113,7 +113,7 @@ def _cached(compiler: Any, signature: Any, function: Callable[..., Any], folder:
     before = config.CACHE_DIR
     config.CACHE_DIR = "" if folder is None else str(folder)
     try:
-        with made_once(folder):
+        with made_once(folder, f"{function.__module__}.{function.__qualname__}.{signature}".replace("/", "-")):
             return compiler(signature, cache=folder is not None)(function)
     finally:
         config.CACHE_DIR = before

@@ -11,10 +11,10 @@ from buddymoe_ray.policy.guard import Guard, GuardView
 from buddymoe_ray.policy.ladder import Ladder
 from buddymoe_ray.policy.ledger import Ledger, Pricer, price_for
 from buddymoe_ray.policy.memory import (
-    PREFILL_CHUNK,
+    Prefill,
     Staging,
     kv_cache_bytes,
-    longest_prefill,
+    plan_prefill,
     plan_staging,
     split_slots,
 )
@@ -69,8 +69,8 @@ __all__ = [
     "kv_cache_bytes",
     "migration_steps",
     "normalised_entropy",
-    "PREFILL_CHUNK",
-    "longest_prefill",
+    "Prefill",
+    "plan_prefill",
     "plan_staging",
     "prefix_blocks",
     "previous_held",

@@ -14,17 +14,16 @@ from buddymoe_ray.types import SlotPlan
 
 __all__ = [
     "MIN_SLOTS",
-    "PREFILL_CHUNK",
+    "Prefill",
     "Staging",
     "kv_cache_bytes",
-    "longest_prefill",
+    "plan_prefill",
     "plan_staging",
     "split_slots",
 ]
 
 MIN_SLOTS = 2
-PREFILL_CHUNK = 512
-"""Prompt tokens that are computed beside sequences that decode, which wait for them."""
+_PREFILL_BESIDE = 512
 _PREFILL_BYTES = 256 << 20
 _WAVE_SHARE, _STAGING_SHARE = 0.04, 0.06
 _PAGE = 4096
@@ -60,12 +59,24 @@ def kv_cache_bytes(*, promised: int, explicit: bool, free: int) -> int:
     return min(promised, int(free * (0.9 if explicit else 0.25)))
 
 
-def longest_prefill(*, hidden: int, experts_per_token: int, item_bytes: int, fully_resident: bool) -> int:
-    """Prompt tokens of a pass while nobody decodes. Every pass reads the missing experts once more, so it takes as many
-    as 256 MiB hold of what experts answer (per access, and the kernel's copy), attention and norms; where none is
-    missing there is nothing to gain."""
+@dataclass(frozen=True, kw_only=True)
+class Prefill:
+    """Most prompt tokens of a step: `beside` sequences that decode, which wait for them, and `alone`."""
+
+    beside: int
+    alone: int
+
+
+def plan_prefill(
+    asked: int | None, *, hidden: int, experts_per_token: int, item_bytes: int, fully_resident: bool
+) -> Prefill:
+    """What was `asked` for, else 512 tokens. Every pass reads the missing experts once more, so one alone then takes as
+    many tokens as 256 MiB hold of what experts answer (per access, and the kernel's copy), attention and norms."""
+    beside = asked or _PREFILL_BESIDE
+    if asked is not None or fully_resident:
+        return Prefill(beside=beside, alone=beside)
     row_bytes = (2 * experts_per_token + 12) * hidden * item_bytes
-    return PREFILL_CHUNK if fully_resident else max(PREFILL_CHUNK, _PREFILL_BYTES // row_bytes)
+    return Prefill(beside=beside, alone=max(beside, _PREFILL_BYTES // row_bytes))
 
 
 def split_slots(

@@ -16,6 +16,7 @@ from buddymoe_ray.engine.sampler import Sampled
 from buddymoe_ray.engine.scheduler import Scheduler
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.errors import ConfigError, RequestError
+from buddymoe_ray.policy import Prefill
 from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent
 
 Bits = list[list[tuple[int, float]]]
@@ -51,7 +52,12 @@ def test_everybody_reads_the_own_text_and_ends(seed: int, reuses: bool) -> None:
     rng = random.Random(seed)
     blocks, size = rng.choice([(7, 4), (12, 2), (30, 4)])
     pool = Scheduler(
-        num_blocks=blocks, block_size=size, max_running=6, prefill_chunk=rng.choice([3, 16]), grows=True, reuses=reuses
+        num_blocks=blocks,
+        block_size=size,
+        max_running=6,
+        prefill=Prefill(beside=rng.choice([3, 16]), alone=16),
+        grows=True,
+        reuses=reuses,
     )
     memory, live, ended, begun = Memory(pool, size), dict[str, Sequence](), 0, 0
     for _ in range(4000):
@@ -87,7 +93,7 @@ def test_everybody_reads_the_own_text_and_ends(seed: int, reuses: bool) -> None:
 
 
 def test_the_youngest_gives_way_and_comes_back_first() -> None:
-    pool = Scheduler(num_blocks=6, block_size=2, max_running=8, prefill_chunk=64, grows=True)
+    pool = Scheduler(num_blocks=6, block_size=2, max_running=8, prefill=Prefill(beside=64, alone=64), grows=True)
     memory = Memory(pool, 2)
     old, young, later = (
         Sequence(
@@ -201,7 +207,11 @@ def test_exact_requests_never_see_what_a_stand_in_touched() -> None:
         text = PROMPTS[0] * 6 + fast.text
         [exact] = llm.generate([text], max_tokens=20, mode="exact")
         [again] = llm.generate([text], max_tokens=20, mode="fast")
+        [recorded] = llm.generate([PROMPTS[1] * 6], max_tokens=60, ignore_eos=True, record=True)
+        llm.generate([PROMPTS[1] * 6], max_tokens=60, ignore_eos=True, replay=recorded.usage.record)
+        [after] = llm.generate([PROMPTS[1] * 6 + recorded.text], max_tokens=20, mode="exact")
     assert 0 < exact.usage.cached_tokens <= fast.usage.prompt_tokens
+    assert 0 < after.usage.cached_tokens <= recorded.usage.prompt_tokens, "a replay runs as exact, and is not"
     assert again.usage.cached_tokens > fast.usage.prompt_tokens, "its prompt was computed exactly for the other"
     with LLM("builtin:tiny", memory="25%") as llm:
         [alone] = llm.generate([text], max_tokens=20)

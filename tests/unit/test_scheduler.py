@@ -12,6 +12,7 @@ from buddymoe_ray.engine.sampler import Sampled
 from buddymoe_ray.engine.scheduler import Scheduler, StepPlan
 from buddymoe_ray.engine.sequence import Sequence, SequenceState
 from buddymoe_ray.errors import RequestError
+from buddymoe_ray.policy import Prefill
 from buddymoe_ray.types import GenerationRequest, SamplingParams
 
 MAX_LEN = 10_000
@@ -25,7 +26,9 @@ def make(request_id: str, prompt: int, max_tokens: int) -> Sequence:
 
 
 def scheduler(*, blocks: int = 16, block_size: int = 4, max_running: int = 8, chunk: int = 8) -> Scheduler:
-    return Scheduler(num_blocks=blocks, block_size=block_size, max_running=max_running, prefill_chunk=chunk)
+    return Scheduler(
+        num_blocks=blocks, block_size=block_size, max_running=max_running, prefill=Prefill(beside=chunk, alone=chunk)
+    )
 
 
 def ids_of(plan: StepPlan) -> tuple[list[str], list[str]]:
@@ -105,7 +108,7 @@ def test_prefill_goes_in_order_of_arrival_and_shares_the_chunk() -> None:
 
 
 def test_a_prompt_alone_is_computed_in_larger_parts_than_beside_others() -> None:
-    pool = Scheduler(num_blocks=100, block_size=4, max_running=8, prefill_chunk=4, prefill_alone=20)
+    pool = Scheduler(num_blocks=100, block_size=4, max_running=8, prefill=Prefill(beside=4, alone=20))
     for name, prompt in (("a", 9), ("b", 30)):
         pool.add(make(name, prompt, 4))
     plan = pool.schedule()
