@@ -35,6 +35,7 @@ def cluster() -> Iterator[Cluster]:
     head = {"num_cpus": 8, "num_gpus": 2, "include_dashboard": False, "object_store_memory": 200 << 20}
     with pytest.MonkeyPatch.context() as ours:
         ours.setenv(TEST_KEY_VARIABLE, TEST_KEY)
+        ours.setenv("RAY_worker_niceness", "0")  # Ray's 15 starves its workers beside tests that compute
         ours.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # on a busy machine it takes longer than Ray's 5
         ours.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]))
         started = Cluster(initialize_head=True, head_node_args=head)
