@@ -46,8 +46,8 @@ class EngineSnapshot:
     (alignment included), `stall_seconds` the time the model waited for experts. `access_hits`, `access_peer`,
     `access_fetched` and `standins` count (token, slot) accesses of decode steps, `expected_rise` the nats charged for
     stand-ins. `residency` is the share of the routed experts that are in device slots (the node's, where shared).
-    Of the `prompt_tokens` of requests begun, `cached_tokens` were not computed; `preemptions` counts requests whose KV
-    blocks went to an older one, for them to be computed again.
+    Of the `prompt_tokens` of requests begun, `cached_tokens` were found, not computed; `preemptions` counts how often a
+    request's KV blocks went to an older one, for it to be computed again.
     """
 
     running: int

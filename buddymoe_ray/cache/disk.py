@@ -114,7 +114,7 @@ class DiskReader:
         """
         if self._closed:
             raise CacheError(_CLOSED)
-        if sum(piece.nbytes for piece in pieces) <= _SMALL:
+        if _is_small(pieces):
             return ReadTicket((self._now(pieces, destination),))
         # one page of slack at either end lets any offset be read in whole pages
         most = max(_PAGE, self.buffer_bytes - 2 * _PAGE)
@@ -214,9 +214,13 @@ def largest_read(layout: ExpertLayout) -> int:
     reads = (
         sum(piece.nbytes for piece in run)
         for pieces in layout.pieces.values()
-        for run in (_runs(pieces) if sum(piece.nbytes for piece in pieces) <= _SMALL else ([p] for p in pieces))
+        for run in (_runs(pieces) if _is_small(pieces) else ([piece] for piece in pieces))
     )
     return max(reads, default=max(tensor.nbytes for tensor in layout.tensors))
+
+
+def _is_small(pieces: Sequence[ExpertPiece]) -> bool:
+    return sum(piece.nbytes for piece in pieces) <= _SMALL
 
 
 def _runs(pieces: Sequence[ExpertPiece]) -> list[list[ExpertPiece]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 
 __all__ = ["BlockAllocator"]
 
@@ -38,8 +39,8 @@ class BlockAllocator:
     def allocate(self, wanted: int) -> list[int]:
         """Take `wanted` blocks, in one run of neighbours when there is one."""
         assert self.can_allocate(wanted), f"wanted {wanted} blocks, must be at most the {self.free} free"
-        while len(self._free) < wanted:
-            self._forget_oldest()
+        if len(self._free) < wanted:
+            self._forget(wanted - len(self._free))
         at = self._run_of(wanted)
         taken = self._free[at : at + wanted]
         del self._free[at : at + wanted]
@@ -98,12 +99,13 @@ class BlockAllocator:
         assert self._idle.keys() <= self._digest_of.keys(), f"idle {[*self._idle]}, known {sorted(self._digest_of)}"
         assert min(self._held.values(), default=1) > 0, f"holders are {dict(self._held)}, must be at least 1"
 
-    def _forget_oldest(self) -> None:
-        block = next(iter(self._idle))
-        del self._idle[block]
-        del self._block_of[self._digest_of.pop(block)]
-        self._free.append(block)
-        self._free.sort()
+    def _forget(self, count: int) -> None:
+        """The least recently used ones: what they hold is not found any more."""
+        oldest = list(islice(self._idle, count))
+        for block in oldest:
+            del self._idle[block]
+            del self._block_of[self._digest_of.pop(block)]
+        self._free = sorted(self._free + oldest)
 
     def _run_of(self, wanted: int) -> int:
         free, start = self._free, 0

@@ -125,9 +125,11 @@ class Scheduler:
     def remember(self, seq: Sequence) -> None:
         """Let others find the blocks of a sequence that are full by now."""
         full = seq.exact_blocks(self._block_size) if self._reuses else 0
-        for at in range(seq.num_remembered, full):
-            self._allocator.remember(seq.blocks[at], seq.digests(full, self._block_size)[at])
-        seq.num_remembered = max(full, seq.num_remembered)
+        if full > seq.num_remembered:
+            new = slice(seq.num_remembered, full)
+            for block, digest in zip(seq.blocks[new], seq.digests(full, self._block_size)[new], strict=True):
+                self._allocator.remember(block, digest)
+            seq.num_remembered = full
 
     def borrow(self, tokens: int) -> list[int] | None:
         """Blocks for `tokens` tokens of work beside the requests, to be given back; None when they are not free."""
@@ -167,10 +169,10 @@ class Scheduler:
                 return
             del self._waiting[seq.request_id]
             self._allocator.share(found)
-            seq.begin(found + self._allocator.allocate(wanted), len(found) * self._block_size)
-            seq.num_remembered = len(found)
-            self.cached_tokens += len(found) * self._block_size
-            self.prompt_tokens += seq.prefill_length
+            if not seq.preempted:
+                self.prompt_tokens += seq.prompt_length
+                self.cached_tokens += min(seq.prompt_length, len(found) * self._block_size)
+            seq.begin(found + self._allocator.allocate(wanted), len(found), self._block_size)
             self._admitted[seq.request_id] = seq
 
     def _found(self, seq: Sequence) -> list[int]:

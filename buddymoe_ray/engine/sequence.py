@@ -147,12 +147,18 @@ class Sequence:
             self._digests.append(hashlib.sha256(before + text).digest())
         return self._digests[:count]
 
-    def begin(self, blocks: list[int], found: int) -> None:
-        """It is admitted with these blocks, whose first `found` tokens have their KV already."""
-        if self.state is SequenceState.WAITING and not self._again:
-            self.cached_tokens = min(found, self.prompt_length)
-        self.blocks, self.state = blocks, SequenceState.PREFILLING
-        self.num_computed = self._exact = found
+    @property
+    def preempted(self) -> bool:
+        """Whether its blocks were taken from it before."""
+        return self._again > 0
+
+    def begin(self, blocks: list[int], found: int, block_size: int) -> None:
+        """It is admitted with these blocks, of which the first `found` hold their tokens' KV already."""
+        tokens = found * block_size
+        if not self.preempted:
+            self.cached_tokens = min(tokens, self.prompt_length)
+        self.blocks, self.num_remembered, self.state = blocks, found, SequenceState.PREFILLING
+        self.num_computed = self._exact = tokens
 
     def preempt(self) -> None:
         """Its blocks are another's now: all its tokens will be computed again."""

@@ -114,8 +114,8 @@ class MoEBlock:
         return self._compute.kernel
 
     def glance(self) -> Glance | None:
-        """Where the experts are, for whoever can compute all accesses of a layer that misses nothing; None where what
-        runs is not for the router alone to say. What was computed counts if `settle` says so."""
+        """Where the experts are, for whoever can compute all accesses of a layer from them and from `records`; None
+        where what runs is not for the router alone to say. What was computed counts if `settle` says so."""
         step = self._step
         if step.phase is not _DECODE or step.observer is not None or self.layer in step.overlays:
             return None

@@ -190,7 +190,10 @@ def test_conversations_in_a_third_of_the_cache_they_need(prefix_cache: str) -> N
         with LLM("builtin:tiny", memory="100%", max_running=16, kv_memory=kv_memory, prefix_cache=prefix_cache) as llm:
             results = llm.generate(PROMPTS, max_tokens=60, temperature=0.0, ignore_eos=True)
             llm.engine._scheduler.check_integrity()
-            return [result.token_ids for result in results], llm.engine.snapshot()
+            seen, usages = llm.engine.snapshot(), [result.usage for result in results]
+            assert seen.prompt_tokens == sum(usage.prompt_tokens for usage in usages), "each counts once"
+            assert seen.cached_tokens == sum(usage.cached_tokens for usage in usages)
+            return [result.token_ids for result in results], seen
 
     roomy, unhurried = tokens("auto")
     assert unhurried.preemptions == 0
