@@ -1,4 +1,4 @@
-"""Arithmetic on deltas: joining those of one choice, and adding up what a call cost.
+"""Deltas: from an engine's events, those of one choice joined, and what a call cost added up.
 
 Pure; knows neither HTTP nor engines. Used by the worker (to batch) and by whoever collects a whole answer.
 """
@@ -9,10 +9,25 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 from functools import reduce
 
+from buddymoe_ray.serve.token_text import TokenBytes
 from buddymoe_ray.serve.work import Delta
-from buddymoe_ray.types import StandinAccesses, Usage
+from buddymoe_ray.types import StandinAccesses, TokenEvent, Usage
 
-__all__ = ["merge", "total_usage"]
+__all__ = ["delta_of", "merge", "total_usage"]
+
+
+def delta_of(choice: int, event: TokenEvent, token_bytes: TokenBytes) -> Delta:
+    """What an event adds to the choice that its request answers."""
+    return Delta(
+        choice=choice,
+        token_ids=event.token_ids,
+        text=event.text,
+        logprobs=tuple(token_bytes.describe(entry) for entry in event.logprobs),
+        text_offsets=event.text_offsets,
+        finish_reason=event.finish_reason,
+        usage=event.usage,
+        error=event.error,
+    )
 
 
 def merge(deltas: Iterable[Delta]) -> tuple[Delta, ...]:

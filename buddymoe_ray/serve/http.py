@@ -1,6 +1,6 @@
 """The HTTP side: OpenAI's routes as a FastAPI app over `Workers`, with OpenAI's error envelope for every failure.
 
-Knows neither ray nor engines, so tests drive it in process. On the token path: bytes → `wire` → `Workers` →
+Knows neither ray nor engines, so tests drive it in process. On the token path: bytes → `calls` → `Workers` →
 `streaming`.
 """
 
@@ -23,21 +23,19 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from buddymoe_ray.errors import CapacityError, ModelNotFound, RequestError
+from buddymoe_ray.errors import CapacityError, RequestError
+from buddymoe_ray.serve.calls import CHAT, COMPLETIONS, MAX_BODY_BYTES, Endpoint, ModelNames, open_call, too_long
 from buddymoe_ray.serve.metrics import exposition
 from buddymoe_ray.serve.refusals import envelope, failure, refusal_of
-from buddymoe_ray.serve.render import ChatRenderer, CompletionRenderer, Renderer, ReplyHead
 from buddymoe_ray.serve.replies import ModelCard, ModelList
 from buddymoe_ray.serve.resume import ResumeLimits, resumable
 from buddymoe_ray.serve.streaming import Answer
-from buddymoe_ray.serve.wire import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from buddymoe_ray.serve.work import Refusal, Workers
 
 __all__ = ["HttpSettings", "http_app"]
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 16 << 20
 READ = ("GET", "HEAD")
 
 
@@ -58,6 +56,11 @@ class HttpSettings:
     health_seconds: float = 1.0
     api_key: str | None = None
     cors_origins: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> ModelNames:
+        """What clients may call the model."""
+        return ModelNames(model=self.model, path=self.path)
 
     def __repr__(self) -> str:
         return f"HttpSettings(model={self.model!r}, api_key={'set' if self.api_key else None})"
@@ -152,49 +155,38 @@ def _openai_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
 
     @router.api_route("/models/{name:path}", methods=[*READ])
     async def model(name: str) -> Response:
-        _check_model(name, settings)
+        settings.names.check(name)
         return _json((await card()).to_json())
 
     @router.post("/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        body = parse_chat(await _body(request))
-        return await _answer(body, "chatcmpl", ChatRenderer, bool(body.logprobs), workers, settings)
+        return await _answer(CHAT, await _body(request), workers, settings)
 
     @router.post("/completions")
     async def completions(request: Request) -> Response:
-        body = parse_completion(await _body(request))
-        return await _answer(body, "cmpl", CompletionRenderer, body.logprobs is not None, workers, settings)
+        return await _answer(COMPLETIONS, await _body(request), workers, settings)
 
     return router
 
 
-async def _answer(
-    body: ChatRequest | CompletionRequest,
-    prefix: str,
-    make_renderer: Callable[[ReplyHead], Renderer],
-    logprobs: bool,
-    workers: Workers,
-    settings: HttpSettings,
-) -> Response:
-    _check_model(body.model, settings)
-    request_id = f"{prefix}-{uuid.uuid4().hex}"
-    work = body.work(request_id, flush_seconds=settings.flush_seconds)
-    head = ReplyHead(
-        id=request_id,
+async def _answer(endpoint: Endpoint, body: bytes, workers: Workers, settings: HttpSettings) -> Response:
+    call = open_call(
+        endpoint,
+        body,
+        settings.names,
+        unique=uuid.uuid4().hex,
         created=int(time.time()),
-        model=settings.model,
-        include_usage=body.include_usage,
-        logprobs=logprobs,
+        flush_seconds=settings.flush_seconds,
     )
     answer = Answer(
-        replies=resumable(work, workers.generate, settings.limits, seconds=settings.request_timeout_seconds),
-        renderer=make_renderer(head),
-        n=work.n,
-        choices=max(len(work.prompts), 1) * work.n,
-        include_usage=body.include_usage,
-        usage_so_far=body.usage_so_far,
+        replies=resumable(call.work, workers.generate, settings.limits, seconds=settings.request_timeout_seconds),
+        renderer=call.renderer,
+        n=call.work.n,
+        choices=call.work.choices,
+        include_usage=call.body.include_usage,
+        usage_so_far=call.body.usage_so_far,
     )
-    if body.stream:
+    if call.body.stream:
         events = await answer.events()
         if isinstance(events, Refusal):
             return _refused(events)
@@ -204,13 +196,6 @@ async def _answer(
     return _refused(whole) if isinstance(whole, Refusal) else _json(whole)
 
 
-def _check_model(name: str, settings: HttpSettings) -> None:
-    if name not in (settings.model, settings.path or settings.model):
-        raise ModelNotFound(
-            f"model is {name!r}, must be {settings.model!r}. hint: GET /v1/models lists what is served", param="model"
-        )
-
-
 async def _body(request: Request) -> bytes:
     """The request's body, refused while it is read when it is too long."""
     chunks: list[bytes] = []
@@ -218,7 +203,7 @@ async def _body(request: Request) -> bytes:
     async for chunk in request.stream():
         size += len(chunk)
         if size > MAX_BODY_BYTES:
-            raise _Refused(Refusal(status=413, message=f"the body is too long, must be at most {MAX_BODY_BYTES} bytes"))
+            raise _Refused(too_long())
         chunks.append(chunk)
     return b"".join(chunks)
 

@@ -6,7 +6,7 @@ cancelled, however the answer ends.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
@@ -16,7 +16,18 @@ from buddymoe_ray.serve.render import Renderer
 from buddymoe_ray.serve.work import Batch, Delta, Refusal, Reply
 from buddymoe_ray.types import Usage
 
-__all__ = ["Answer"]
+__all__ = ["Answer", "whole_reply"]
+
+
+def whole_reply(deltas: Iterable[Delta], renderer: Renderer, *, n: int, choices: int) -> bytes | Refusal:
+    """The body of a reply that does not stream, of all its deltas; a choice that failed fails the call."""
+    merged = merge(deltas)
+    failed = next((delta for delta in merged if _failed(delta)), None)
+    if failed is not None:
+        return failure(failed)
+    if len(merged) != choices or any(delta.finish_reason is None for delta in merged):
+        return failure()
+    return renderer.whole(merged, total_usage(merged, n=n))
 
 
 @dataclass(kw_only=True)
@@ -43,13 +54,7 @@ class Answer:
                 if isinstance(reply, Refusal):
                     return reply
                 deltas.extend(reply.deltas)
-        merged = merge(deltas)
-        failed = next((delta for delta in merged if _failed(delta)), None)
-        if failed is not None:
-            return failure(failed)
-        if len(merged) != self.choices or any(delta.finish_reason is None for delta in merged):
-            return failure()
-        return self.renderer.whole(merged, total_usage(merged, n=self.n))
+        return whole_reply(deltas, self.renderer, n=self.n, choices=self.choices)
 
     async def events(self) -> AsyncIterator[bytes] | Refusal:
         """Server-sent events, or a refusal when that is the first thing the worker says.

@@ -270,6 +270,11 @@ class ChatRequest(_SamplingFields):
             raise ValueError("max_tokens and max_completion_tokens differ, must be equal or only one be given")
         return self
 
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the reply tells log probabilities."""
+        return bool(self.logprobs)
+
     def work(self, request_id: str, *, flush_seconds: float) -> Work:
         """What a worker is asked."""
         return self._work(
@@ -302,6 +307,11 @@ class CompletionRequest(_SamplingFields):
     def choices(self) -> int:
         """Answers asked for in all: `n` for each prompt."""
         return len(self.prompt) * (self.n or 1)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the reply tells log probabilities; `logprobs: 0` does, without alternatives."""
+        return self.logprobs is not None
 
     def work(self, request_id: str, *, flush_seconds: float) -> Work:
         """What a worker is asked."""

@@ -12,40 +12,22 @@ import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 from buddymoe_ray.errors import BuddyMoEError, CapacityError, RequestError
 from buddymoe_ray.observe import EngineSnapshot
-from buddymoe_ray.serve.deltas import merge
-from buddymoe_ray.serve.prompts import (
-    encode,
-    hopeless,
-    longest_token,
-    output_limit,
-    resumed_choices,
-    sampling_of,
-    usable,
-)
-from buddymoe_ray.serve.refusals import failure, in_terms_of, overloaded, refusal_of, unavailable, worker_lost
+from buddymoe_ray.serve.deltas import delta_of, merge
+from buddymoe_ray.serve.prompts import usable
+from buddymoe_ray.serve.refusals import in_terms_of, overloaded, refusal_of, unavailable, worker_lost
 from buddymoe_ray.serve.token_text import TokenBytes
 from buddymoe_ray.serve.work import Batch, Delta, Refusal, Reply, Work, WorkerInfo, WorkerReport
+from buddymoe_ray.serve.work_plan import Intake, Limits, WorkPlan
 from buddymoe_ray.types import GenerationRequest, TokenEvent
 
 __all__ = ["EngineSeam", "Limits", "Worker"]
 
 log = logging.getLogger(__name__)
-
-
-class Limits(Protocol):
-    """How much of a model fits an engine."""
-
-    @property
-    def max_model_len(self) -> int: ...
-    @property
-    def max_running(self) -> int: ...
-    @property
-    def kv_tokens(self) -> int: ...
 
 
 class EngineSeam(Protocol):
@@ -68,14 +50,6 @@ class EngineSeam(Protocol):
     def snapshot(self) -> EngineSnapshot: ...
     async def check_health(self) -> None: ...
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class _WorkPlan:
-    """Engine requests by choice, and the token ids of every prompt."""
-
-    requests: dict[int, GenerationRequest]
-    prompts: tuple[tuple[int, ...], ...]
 
 
 class Worker:
@@ -108,8 +82,7 @@ class Worker:
         self._engine, self._beat_seconds = engine, beat_seconds
         self._name, self._devices = name, devices
         self._bytes = TokenBytes(engine.tokenizer)
-        self._default_max_tokens = default_max_tokens
-        self._token_characters = longest_token(engine.tokenizer)
+        self._intake = Intake(engine, default_max_tokens=default_max_tokens)
         self._most_answers = engine.limits.max_running + max_queued_requests
         self._answers = 0
         self._running: dict[str, asyncio.Task[None]] = {}  # by the engine's request id
@@ -187,47 +160,12 @@ class Worker:
         """Stop the engine."""
         self._engine.close()
 
-    async def _plan(self, work: Work) -> _WorkPlan | Refusal:
+    async def _plan(self, work: Work) -> WorkPlan | Refusal:
         """One engine request per choice to answer, all checked before the first starts."""
-        limits = self._engine.limits
-        most = min(limits.max_model_len, limits.kv_tokens)
-        refused = hopeless(work, most_tokens=most, token_characters=self._token_characters)
+        refused = self._intake.hopeless(work)
         if refused is not None:
             return refused
-        try:
-            chosen = resumed_choices(work)
-            prompts = await asyncio.to_thread(encode, self._engine.tokenizer, work)  # a long one must not stop streams
-        except RequestError as error:
-            return refusal_of(error)
-        except Exception:
-            log.exception("call %s could not be read", work.request_id)
-            return failure()
-        sampling = sampling_of(work, self._engine.sampling_defaults)
-        requests: dict[int, GenerationRequest] = {}
-        for at, prompt in enumerate(prompts):
-            limit = output_limit(
-                len(prompt),
-                work,
-                max_model_len=limits.max_model_len,
-                kv_tokens=limits.kv_tokens,
-                default_max_tokens=self._engine.sampling_defaults.get("max_tokens", self._default_max_tokens),
-            )
-            if isinstance(limit, Refusal):
-                return limit
-            for choice in sorted(chosen.keys() & range(at * work.n, (at + 1) * work.n)):
-                seed = None if sampling.seed is None else sampling.seed + choice % work.n
-                requests[choice] = GenerationRequest(
-                    request_id=f"{work.request_id}-{choice}",
-                    prompt_token_ids=prompt,
-                    sampling=replace(sampling, max_tokens=limit, seed=seed),
-                    mode=work.terms.mode,
-                    budget=work.terms.budget,
-                    record=work.terms.record,
-                    replay=work.terms.replay,
-                    resumed_token_ids=chosen[choice],
-                    cache_salt=work.cache_salt,
-                )
-        return _WorkPlan(requests=requests, prompts=prompts)
+        return await asyncio.to_thread(self._intake.plan, work)  # a long one must not stop streams
 
     def _start(
         self, choice: int, request: GenerationRequest, items: asyncio.Queue[Delta | Refusal]
@@ -253,7 +191,7 @@ class Worker:
         try:
             async with aclosing(self._engine.generate(request)) as events:  # type: ignore[type-var]
                 async for event in events:
-                    items.put_nowait(self._delta(choice, event))
+                    items.put_nowait(delta_of(choice, event, self._bytes))
         except RequestError as error:
             items.put_nowait(refusal_of(error))
         except CapacityError as error:
@@ -266,18 +204,6 @@ class Worker:
         except Exception:  # the client gets an answer whatever happened; the log says what
             log.exception("sequence %s failed", request.request_id)
             items.put_nowait(Delta(choice=choice, finish_reason="error", error="internal error. hint: see the log"))
-
-    def _delta(self, choice: int, event: TokenEvent) -> Delta:
-        return Delta(
-            choice=choice,
-            token_ids=event.token_ids,
-            text=event.text,
-            logprobs=tuple(self._bytes.describe(entry) for entry in event.logprobs),
-            text_offsets=event.text_offsets,
-            finish_reason=event.finish_reason,
-            usage=event.usage,
-            error=event.error,
-        )
 
 
 class _Batches:

@@ -269,7 +269,7 @@ async def test_admission_counts_answers_and_not_calls() -> None:
 
 async def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker(FakeEngine())
-    monkeypatch.setattr("buddymoe_ray.serve.worker.encode", lambda *_: pytest.fail("it was tokenised"))
+    monkeypatch.setattr("buddymoe_ray.serve.work_plan.encode", lambda *_: pytest.fail("it was tokenised"))
     for asked in (
         work("x" * 10_000),
         work(prompts=("fine", "x" * 10_000)),
@@ -380,7 +380,7 @@ async def test_what_breaks_while_a_call_is_read_is_told(monkeypatch: pytest.Monk
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a secret path")
 
-    monkeypatch.setattr("buddymoe_ray.serve.worker.encode", broken)
+    monkeypatch.setattr("buddymoe_ray.serve.work_plan.encode", broken)
     refused = await refusal(Worker(FakeEngine()), work())
     assert refused.status == 500 and "secret" not in refused.message
 
