@@ -24,6 +24,7 @@ __all__ = ["build_parser", "main"]
 COMMANDS = {
     "serve": "check a deployment and serve it: an OpenAI API on Ray Serve",
     "chat": "talk to a model in the terminal",
+    "batch": "answer a file of requests, as many side by side as memory allows",
     "eval": "score a corpus step by step against the exact engine",
     "bench": "measure decode and prefill speed, latency, bytes and memory",
     "plan": "show what would live where, before anything loads",

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import itertools
 import numbers
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields, replace
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 from tqdm import tqdm
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
+from buddymoe_ray.engine.interrupts import interrupts_wait
 from buddymoe_ray.engine.validate import checked_sampling, plain_text, plain_tokens
 from buddymoe_ray.errors import ConfigError, RequestError
 from buddymoe_ray.types import EngineResult, GenerationRequest, Mode, SamplingParams, TokenEvent, TokenLogprob, Usage
@@ -117,7 +115,7 @@ class LLM:
         parts: dict[str, list[TokenEvent]] = {request.request_id: [] for request in requests}
         with tqdm(total=len(requests), desc="generate", disable=not progress, file=sys.stderr) as bar:
             while self._engine.has_work():
-                with _interrupts_wait():
+                with interrupts_wait():
                     events = self._engine.step()
                 for event in events:
                     parts[event.request_id].append(event)
@@ -156,29 +154,6 @@ def _sampling(sampling: SamplingParams | None, changes: dict[str, Any]) -> Sampl
             f"option is {unknown[0]!r}, must be a field of SamplingParams. hint: check spelling", param=unknown[0]
         )
     return replace(checked_sampling(sampling or SamplingParams(temperature=0.0)), **changes)
-
-
-@contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C comes through at the end of the block; a second one at once."""
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    came: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if came:
-            signal.default_int_handler(number, frame)
-        came.append(number)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if came:
-        raise KeyboardInterrupt
 
 
 def _result(request: GenerationRequest, events: list[TokenEvent]) -> EngineResult:
