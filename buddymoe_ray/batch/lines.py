@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,15 +58,14 @@ class BatchInput:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for somebody to write
+                raise ConfigError(f"{path} is no plain file, must be one: it is read twice. hint: save it first")
             self._file = open(path, "rb")  # noqa: SIM115
-            found = os.fstat(self._file.fileno())
         except OSError as error:
             raise ConfigError(
                 f"{path} cannot be read ({error.strerror}), must be a file. hint: check the path"
             ) from error
-        if not os.path.isfile(path):
-            self._file.close()
-            raise ConfigError(f"{path} is no plain file, must be one: it is read twice. hint: save it first")
         self._state = (found.st_size, found.st_mtime_ns)
         self._starts, self._numbers, self._ids = array("Q"), array("Q"), array("Q")
         self.choices = 0

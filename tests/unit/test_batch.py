@@ -27,10 +27,11 @@ from buddymoe_ray.cli import main
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.async_engine import AsyncEngine
 from buddymoe_ray.engine.engine import Engine
-from buddymoe_ray.errors import BuddyMoEError, ConfigError
+from buddymoe_ray.engine.sequence import Sequence
+from buddymoe_ray.errors import BuddyMoEError, CacheError, ConfigError, RequestError
 from buddymoe_ray.serve.calls import MAX_BODY_BYTES
 from buddymoe_ray.serve.worker import Worker
-from buddymoe_ray.types import SamplingParams
+from buddymoe_ray.types import GenerationRequest, SamplingParams
 
 TINY = "builtin:tiny"
 ROWS = 6
@@ -127,7 +128,7 @@ def test_answers_are_those_of_generate_in_the_order_of_the_input(shared, residen
     assert said["tok_s"] > 0 and said["bytes_read_per_token"] > 0 and said["expected_rise_percent"] == 0
 
 
-async def test_bodies_are_what_http_answers(shared, tmp_path: Path) -> None:
+async def test_bodies_are_what_http_answers(shared, tmp_path: Path, monkeypatch) -> None:
     """Replies and refusals alike; but for ids, the time, and what happened to be resident."""
     messages = [{"role": "user", "content": "What is a list?"}]
     lines = [
@@ -143,6 +144,7 @@ async def test_bodies_are_what_http_answers(shared, tmp_path: Path) -> None:
         line("bounded", prompt="import", buddymoe={"mode": "bounded", "budget": 0.01}),
         line("vocabulary", prompt=[10**6]),
     ]
+    monkeypatch.setattr("buddymoe_ray.batch.run._MANY_DELTAS", 3)  # a long answer's are joined on the way
     answers = run(written(tmp_path, lines))
     own = AsyncEngine(shared, model_id=TINY)
     try:
@@ -221,6 +223,40 @@ def test_seeds_are_honoured_and_without_one_a_file_draws_the_same_again(shared, 
     params = SamplingParams(temperature=1.0, max_tokens=12, seed=3)
     assert texts(first)[0] == resident.generate("x = ", params)[0].text
     assert texts(run(source, "--restart")) == texts(first) and len({*texts(first)}) == 3
+
+
+def test_what_fails_in_the_engine_ends_that_line_alone(shared, tmp_path: Path, monkeypatch) -> None:
+    """Before it is begun, at the second of its choices, and in the midst of its tokens."""
+    prepare, admit, append = shared.prepare, shared.admit, Sequence.append
+    lines = [*text_lines(8), *(line(name, prompt=[at] * 9, n=2) for at, name in enumerate(("early", "half", "late")))]
+
+    def failing(request: GenerationRequest) -> Sequence:
+        if request.prompt_token_ids[0] == 0:
+            raise ValueError("nobody foresaw this")
+        return prepare(request)
+
+    def admitting(seq: Sequence) -> None:
+        if seq.request.prompt_token_ids[0] == 1 and seq.request_id.endswith("-1"):
+            raise RequestError("prompt is odd, must be even. hint: change it", param="prompt")
+        admit(seq)
+
+    def appending(self: Sequence, sampled: Any) -> Any:
+        if self.request.prompt_token_ids[0] == 2 and self.request_id.endswith("-1") and self.num_output == 2:
+            raise CacheError("an expert is gone. hint: check the disk")
+        return append(self, sampled)
+
+    wanted = run(written(tmp_path, lines))
+    assert [each["response"]["status_code"] for each in wanted] == [200] * 11
+    monkeypatch.setattr(shared, "prepare", failing)
+    monkeypatch.setattr(shared, "admit", admitting)
+    monkeypatch.setattr(Sequence, "append", appending)
+    answers = run(written(tmp_path, lines), "--restart")
+    early, half, late = [each["response"] for each in answers[8:]]
+    assert lasting(answers[:8]) == lasting(wanted[:8])
+    assert early["status_code"] == 500 and "internal error" in early["body"]["error"]["message"]
+    assert half["status_code"] == 400 and half["body"]["error"]["param"] == "prompt"
+    assert late["status_code"] == 500 and "an expert is gone" in late["body"]["error"]["message"]
+    assert not shared.has_work() or not shared.step(), "nothing is left in the engine"
 
 
 class Killer:
@@ -498,7 +534,8 @@ def test_an_input_that_cannot_be_used_is_refused(shared, tmp_path: Path, monkeyp
     assert main(["batch", str(source), str(source), "--restart"]) == 2
     assert main(["batch", str(source), str(tmp_path)]) == 2
     os.mkfifo(tmp_path / "pipe")
-    assert capsys.readouterr().err.count("hint: ") == 3
+    run(tmp_path / "pipe", status=2)
+    assert capsys.readouterr().err.count("hint: ") == 4
     assert run(written(tmp_path, ["", " "]), "--restart") == []
     source, real = written(tmp_path, text_lines(9)), shared.step
 
