@@ -247,6 +247,8 @@ def test_what_fails_in_the_engine_ends_that_line_alone(shared, tmp_path: Path, m
 
     wanted = run(written(tmp_path, lines))
     assert [each["response"]["status_code"] for each in wanted] == [200] * 11
+    cancel, cancelled = shared.cancel, list[str]()
+    monkeypatch.setattr(shared, "cancel", lambda name: (cancelled.append(name), cancel(name))[1])
     monkeypatch.setattr(shared, "prepare", failing)
     monkeypatch.setattr(shared, "admit", admitting)
     monkeypatch.setattr(Sequence, "append", appending)
@@ -256,7 +258,8 @@ def test_what_fails_in_the_engine_ends_that_line_alone(shared, tmp_path: Path, m
     assert early["status_code"] == 500 and "internal error" in early["body"]["error"]["message"]
     assert half["status_code"] == 400 and half["body"]["error"]["param"] == "prompt"
     assert late["status_code"] == 500 and "an expert is gone" in late["body"]["error"]["message"]
-    assert not shared.has_work() or not shared.step(), "nothing is left in the engine"
+    [ended] = cancelled
+    assert ended.endswith("-0") and not shared.has_work(), "nothing of a line that was refused goes on"
 
 
 class Killer:
