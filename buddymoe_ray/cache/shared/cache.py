@@ -130,7 +130,7 @@ class SharedExpertCache:
         return Glance(at_E, holds)
 
     def read_ahead(self, layer: int, experts: Sequence[int]) -> None:
-        """See `ExpertCache.read_ahead`. Nobody sees an expert before its reader looks again: end with `settle_ahead`."""
+        """See `ExpertCache.read_ahead`. Nobody sees an expert before its reader looks again: so `settle_ahead`."""
         self._ahead.land()
         slot_of_E, kept_C = self._tables.slot_of[layer], np.zeros_like(self._kept_C)
         kept_C[[slot for slot in slot_of_E[list(experts)].tolist() if slot >= 0]] = True
