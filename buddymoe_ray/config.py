@@ -31,6 +31,7 @@ __all__ = [
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BATCHING = ("auto", "packed", "solo")
+READ_AHEADS = ("auto", "off")
 PREFIX_CACHES = ("auto", "on", "off")
 GENERATION_CONFIGS = ("auto", "none")
 INEXACT = ("budget", "standin", "standin_layers", "policy", "profile", "guard_share")  # without effect in `exact`
@@ -83,6 +84,8 @@ class EngineConfig:
         prefix_cache: whether what was computed of a text serves later ones with the same beginning, as long as the KV
             cache has room: `auto` where it changes no bit (on CPU, in most families), `on` wherever rows share a pass,
             `off`. What a stand-in had a part in is never shared.
+        read_ahead: whether a decode step begins to read what the next layer will probably ask for: `auto` where that is
+            measured to pay (CPU), `off`.
         batching: `packed` (ragged rows over a paged KV cache), `solo` (transformers' own cache, a forward per sequence;
             for families with recurrent state), `auto` picks by family.
         seed: seeds the requests that bring none.
@@ -110,6 +113,7 @@ class EngineConfig:
     kv_memory: str = "auto"
     prefill_chunk: int | None = None
     prefix_cache: str = "auto"
+    read_ahead: str = "auto"
     batching: str = "auto"
     seed: int = 0
     generation_config: str = "auto"
@@ -131,6 +135,7 @@ class EngineConfig:
         one_of("dtype", self.dtype, DTYPES)
         one_of("batching", self.batching, BATCHING)
         one_of("prefix_cache", self.prefix_cache, PREFIX_CACHES)
+        one_of("read_ahead", self.read_ahead, READ_AHEADS)
         one_of("generation_config", self.generation_config, GENERATION_CONFIGS)
         for name in ("threads", "max_running"):
             _at_least(name, getattr(self, name), 1)

@@ -46,8 +46,9 @@ class EngineSnapshot:
     (alignment included), `stall_seconds` the time the model waited for experts. `access_hits`, `access_peer`,
     `access_fetched` and `standins` count (token, slot) accesses of decode steps, `expected_rise` the nats charged for
     stand-ins. `residency` is the share of the routed experts that are in device slots (the node's, where shared).
-    Of the `prompt_tokens` of requests begun, `cached_tokens` were found, not computed; `preemptions` counts how often a
-    request's KV blocks went to an older one, for it to be computed again.
+    `read_ahead_useful_bytes` and `.._wasted_bytes` are of experts whose reading was begun on a guess that turned out
+    right, or not. Of the `prompt_tokens` of requests begun, `cached_tokens` were found, not computed; `preemptions`
+    counts how often a request's KV blocks went to an older one, for it to be computed again.
     """
 
     running: int
@@ -69,6 +70,8 @@ class EngineSnapshot:
     preemptions: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    read_ahead_useful_bytes: int = 0
+    read_ahead_wasted_bytes: int = 0
     guard: GuardSnapshot = field(default_factory=GuardSnapshot)
 
 

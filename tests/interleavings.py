@@ -110,6 +110,7 @@ class _Read:
     into: np.ndarray[Any, Any]
     landed: bool = False
     failed: bool = False
+    cancelled: bool = False  # of its parts some, others are under way
 
     def over(self) -> bool:
         return self.failed or self.landed
@@ -120,11 +121,16 @@ class _Read:
 
     def wait(self) -> None:
         point("wait", self.over)
-        if self.failed:
+        if self.failed or self.cancelled:
             raise CacheError(f"{self.key} cannot be read. hint: a test")
 
     def settle(self) -> None:
         point("settle", self.over)
+
+    def cancel(self) -> bool:
+        point("cancel")
+        self.cancelled = not self.over()
+        return self.cancelled
 
 
 class Reader:
@@ -361,7 +367,7 @@ class World:
             (
                 (a.state, a.label, a.in_lock, a.able(), self.written(a) != a.seen),
                 _frames(a),
-                tuple((r.key, r.landed, r.failed) for r in a.reads),
+                tuple((r.key, r.landed, r.failed, r.cancelled) for r in a.reads),
             )
             for a in self.actors.values()
         )

@@ -15,12 +15,12 @@ from typing import Any
 from interleavings import explore, instrumented
 from store_scenarios import scenarios
 
-from buddymoe_ray.cache import expert_cache
+from buddymoe_ray.cache import ahead, expert_cache
 from buddymoe_ray.cache.shared import cache, host, locks, mover, store, tables
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-Cache, Tables, Mover = cache.SharedExpertCache, tables.SharedTables, mover.Mover
+Cache, Tables, Mover, Ahead = cache.SharedExpertCache, tables.SharedTables, mover.Mover, ahead.ReadsAhead
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,48 @@ MUTATIONS = [
         UNLOCKED,
         "devices, failed",
         "A:wait#1 B:read-state#3 A-0 B:read-state#4 A:write-lease#3 B:end#1",
+    ),
+    Mutation(
+        Cache,
+        "_gather",
+        "self._ahead.land()",
+        "pass",
+        "ahead, for each other",
+        "A:submit#1 B:sleep#2 A:sleep#2 B:sleep#3 A+0 B:sleep#4 A:sleep#3 B+0 A:sleep#4 B:sleep#5 ~ B:sleep#6 "
+        "A:sleep#5 ~ A:sleep#6 B:sleep#7 ~ B:sleep#8 A:sleep#7",
+    ),
+    Mutation(
+        Cache,
+        "read_ahead",
+        MINE,
+        UNLOCKED,
+        "ahead",
+        "A:write-loader#1 B:settle#1 A:settle#1 A+0 A:write-lease#5 B+0 B:end#1",
+    ),
+    Mutation(
+        Cache,
+        "_sort",
+        "tables.release([slot])",
+        "pass",
+        "ahead",
+        "A:settle#1 B:sleep#2 A+0 B:sleep#3 A:settle#2 B:sleep#4 A+1 B:sleep#5 A:end#1",
+    ),
+    Mutation(Ahead, "settle", "load.ticket.settle()", "pass", "ahead", "A:settle#1 B:sleep#2 A+0 B:sleep#3 A:end#1"),
+    Mutation(
+        Ahead,
+        "settle",
+        "self.land()",
+        "pass",
+        "ahead",
+        "A:settle#1 B:sleep#2 A+0 B:sleep#3 A:settle#2 B:sleep#4 A+1 B:sleep#5 A:end#1",
+    ),
+    Mutation(
+        Ahead,
+        "give_up",
+        "self._cancelled.append(self._loads.pop(key))",
+        "self._loads.pop(key)",
+        "ahead",
+        "A:settle#1 B:sleep#2 A+0 B:sleep#3 A:end#1",
     ),
     Mutation(store, "open_locked", "locks.lock(TABLES_BYTE)", "pass", "start", "A:write-pid#1 B:end#1"),
     Mutation(store, "open_locked", "if same_file(path, fd):", "if True:", "start", "A:lock#1 B:close#3 A:end#1"),

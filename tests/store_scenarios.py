@@ -25,9 +25,15 @@ X, Y, Z = (ExpertKey(0, expert) for expert in range(3))
 
 
 def worker(
-    world: World, *experts: int, held: tuple[int, ...] = (), seconds: float = 0.0, after: float = 0.0
+    world: World,
+    *experts: int,
+    held: tuple[int, ...] = (),
+    ahead: tuple[int, ...] = (),
+    seconds: float = 0.0,
+    after: float = 0.0,
 ) -> Prepare:
-    """Streams the experts once; inside a hold, computing long, or only after a while, where asked."""
+    """Streams the experts once; inside a hold, after reading some ahead, computing long, or only after a while, where
+    asked."""
 
     def prepare(me: Actor) -> Callable[[Actor], None]:
         cache = SharedExpertCache(world.attach(me), reader=Reader())  # type: ignore[arg-type]
@@ -35,6 +41,14 @@ def worker(
         def program(me: Actor) -> None:
             if after:
                 point("long", lambda: world.now >= after)
+            try:
+                if ahead:
+                    cache.read_ahead(0, ahead)
+                use(me)
+            finally:
+                cache.settle_ahead()
+
+        def use(me: Actor) -> None:
             with cache.holding(0, list(held)) as able:
                 wanted = [*able, *(e for e in experts if e not in able)]
                 for leases in cache.stream(0, wanted, protect_residency=bool(held)):
@@ -166,9 +180,10 @@ def _scenario(
     failures: int = 0,
     victims: str = "",
     patience: int = 3,
+    slots: int = 1,
 ) -> Scenario:
     def make() -> World:
-        world = World(folder)
+        world = World(folder, slots=slots)
         world.victims, world.patience = frozenset(victims or actors), patience
         for name, prepare in actors.items():
             world.actor(name, prepare(world))
@@ -231,6 +246,11 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
         "glance": _scenario(folder, {"A": _glancer(0), "B": _worker(1)}, X, kills=1, failures=1),
         "glance, move": _scenario(folder, {"A": _glancer(0), "M": _keeper(swap)}, X, kills=1),
         "glance, arrive": _scenario(folder, {"A": _glancer(0), "B": _worker(0)}, kills=1),
+        "ahead": _scenario(folder, {"A": _worker(0, ahead=(0, 1)), "B": _worker(1)}, kills=1, failures=1, slots=2),
+        "ahead, for each other": _scenario(
+            folder, {"A": _worker(1, ahead=(0,)), "B": _worker(0, ahead=(1,))}, kills=1, slots=2
+        ),
+        "ahead, evicting": _scenario(folder, {"A": _worker(2, ahead=(2, 0)), "B": _worker(0, 1)}, X, Y, failures=1),
         "start": _scenario(folder, {"A": starter, "B": starter}, kills=1),
         "sweep": _scenario(folder, {"A": starter, "S": sweeper}, kills=1),
         "devices": _scenario(folder, {"A": _device(0), "B": _device(1, 2)}, failures=1),

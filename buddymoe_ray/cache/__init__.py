@@ -1,13 +1,14 @@
 """Expert bytes and where they are: disk, host, device, and one node's shared memory. Decides nothing: plans and
 eviction orders are handed in."""
 
-from buddymoe_ray.cache.disk import DiskReader, largest_read
+from buddymoe_ray.cache.disk import READ_ON_THE_SPOT, DiskReader, largest_read
 from buddymoe_ray.cache.expert_cache import CacheStats, Eviction, ExpertCache
 from buddymoe_ray.cache.interface import EngineCache, Experts
 from buddymoe_ray.cache.pool import Glance, Lease, slot_views
 from buddymoe_ray.cache.standin_pool import StandinPool
 
 __all__ = [
+    "READ_ON_THE_SPOT",
     "CacheStats",
     "DiskReader",
     "Eviction",

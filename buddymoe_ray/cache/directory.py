@@ -23,6 +23,7 @@ class Eviction(Protocol):
     """The order in which a partition's slots are evicted; see `policy.eviction`."""
 
     def touch(self, slot: int) -> None: ...
+    def demote(self, slot: int) -> None: ...
     def forget(self, slot: int) -> None: ...
     def victim(self, allowed: Callable[[int], bool]) -> int | None: ...
     def __contains__(self, slot: object) -> bool: ...
@@ -76,6 +77,15 @@ class Directory:
             self._claimed.add(slot)
         return slot
 
+    def claim_ahead(self, layer: int, staying: set[int]) -> int | None:
+        """One of the layer's own slots for an expert that was not asked for yet; none of `staying` is evicted."""
+        slot = self._take_free(layer)
+        if slot is None:
+            slot = self._evict(layer, self.leased | self.kept | staying)
+        if slot is not None:
+            self._claimed.add(slot)
+        return slot
+
     def commit(self, key: ExpertKey, slot: int) -> None:
         """The claimed slot now holds `key`."""
         assert slot in self._claimed, f"slot {slot} is committed, must be claimed"
@@ -87,6 +97,10 @@ class Directory:
         self.resident_E[key.layer][key.expert] = True
         self.at_E[key.layer][key.expert] = self._address(slot)
         self._orders[self._partition[slot]].touch(slot)
+
+    def demote(self, slot: int) -> None:
+        """Nobody has asked for what the slot holds: it goes first, unless somebody does."""
+        self._orders[self._partition[slot]].demote(slot)
 
     def abandon(self, slot: int) -> None:
         """The claimed slot could not be filled; it is free again."""

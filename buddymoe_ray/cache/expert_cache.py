@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from buddymoe_ray.cache.ahead import ReadsAhead
 from buddymoe_ray.cache.directory import Directory, Eviction
 from buddymoe_ray.cache.disk import DiskReader, Ticket
 from buddymoe_ray.cache.host import Host, HostTier, ReadLost
@@ -96,8 +97,9 @@ class ExpertCache:
         self._bytes = None if on_gpu else self._pool.bytes_C.numpy()
         self._directory = Directory(plan, layout.experts_per_layer, eviction, self._pool.address)
         self._leases: list[Lease | None] = [None] * plan.slots_total
+        self._ahead = ReadsAhead[_DeviceLoad](lambda load: self._directory.demote(self._finish(self._ahead, load)))
         self._hits = self._misses = self._loaded = 0
-        self._stall = 0.0
+        self.stall_seconds = 0.0  # waited for bytes
         self._closed = False
 
     @property
@@ -109,6 +111,11 @@ class ExpertCache:
     def read_mode(self) -> str:
         """How the disk is read: `direct` or `buffered`."""
         return self._reader.mode
+
+    @property
+    def read_seconds(self) -> float:
+        """What the disk takes for an expert, of what it has read so far; 0 before."""
+        return self._reader.seconds(self.layout.expert_bytes)
 
     def resident(self, layer: int) -> frozenset[int]:
         """Experts of a layer that are in device slots."""
@@ -123,8 +130,35 @@ class ExpertCache:
         resident_E = self.resident_mask(layer)
         return nullcontext([expert for expert in experts if resident_E[expert]])
 
+    def read_ahead(self, layer: int, experts: Sequence[int]) -> None:
+        """Begin to read those of the experts that are missing, as far as the layer has slots that hold none of them.
+
+        The next `stream` takes over what it asks for and gives up the rest, as far as it was not begun; what was is
+        kept. An error is met by whoever asks for the expert.
+        """
+        self._ahead.land()
+        slots = self._directory.slot_of[layer]
+        staying = {slots[expert] for expert in experts}
+        for expert in experts:
+            key = ExpertKey(layer, expert)
+            if slots[expert] >= 0 or key in self._ahead:
+                continue
+            slot = self._directory.claim_ahead(layer, staying)
+            if slot is None:
+                return
+            with suppress(CacheError):
+                load = self._begin(key, slot)
+                if load is None:
+                    return
+                self._ahead.add(load)
+
+    def settle_ahead(self) -> None:
+        """Give up what was read ahead and not asked for; waits for what is under way."""
+        self._ahead.settle()
+
     def glance(self, layer: int) -> Glance:
         """Where the layer's experts are; they stay until this thread streams."""
+        self._ahead.land()
 
         def holds(ids: npt.NDArray[np.int64]) -> bool:
             slots, touch = self._directory.slot_of[layer], self._directory.touch
@@ -151,16 +185,17 @@ class ExpertCache:
             CacheError: an expert's bytes could not be read. Other loads of the call are finished and kept.
         """
         protect_residency = protect_residency or bool(self.plan.pinned)
-        slots = self._directory.slot_of[layer]
+        slots, loads = self._directory.slot_of[layer], self._taken_over(layer, experts)
         resident = [slots[e] for e in experts if slots[e] >= 0]
         self._hits += len(resident)
         if len(resident) == len(experts):
             yield from self._lend(resident)
             return
-        missing = deque(ExpertKey(layer, e) for e in experts if slots[e] < 0)
-        assert len(set(missing)) == len(missing), f"experts are {list(experts)}, must each be named once"
-        self._misses += len(missing)
-        loads: deque[_DeviceLoad] = deque()
+        absent = [ExpertKey(layer, e) for e in experts if slots[e] < 0]
+        assert len(set(absent)) == len(absent), f"experts are {list(experts)}, must each be named once"
+        self._misses += len(absent)
+        coming = {load.key for load in loads}
+        missing = deque(key for key in absent if key not in coming)
         self._directory.leased.update(resident)
         self._directory.kept.update(resident)
         try:
@@ -172,7 +207,7 @@ class ExpertCache:
                     yield from self._lend(self._arrived(loads, missing))
                 else:
                     assert self._host is not None, f"no slot of layer {layer} can be claimed and nothing is in flight"
-                    self._stall += _POLL_SECONDS
+                    self.stall_seconds += _POLL_SECONDS
                     time.sleep(_POLL_SECONDS)  # other workers lease every slot of the node's host tier
         finally:
             self._directory.leased.difference_update(resident)
@@ -190,7 +225,7 @@ class ExpertCache:
             for _ in self.stream(layer, absent, protect_residency=True):
                 pass
         self._hits = self._misses = 0
-        self._stall = 0.0
+        self.stall_seconds = 0.0
 
     def stats(self) -> CacheStats:
         """Counters so far; readable from any thread."""
@@ -201,7 +236,7 @@ class ExpertCache:
             bytes_read_disk=self._reader.bytes_read,
             bytes_requested_disk=self._reader.bytes_requested,
             host_hits=self._host.hits if self._host else 0,
-            stall_seconds=self._stall,
+            stall_seconds=self.stall_seconds,
             evictions=self._directory.evictions,
         )
 
@@ -229,6 +264,14 @@ class ExpertCache:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _taken_over(self, layer: int, experts: Sequence[int]) -> deque[_DeviceLoad]:
+        """Loads of the experts that were begun ahead; all others are given up."""
+        self._ahead.land()
+        asked = [key for key in (ExpertKey(layer, expert) for expert in experts) if key in self._ahead]
+        loads = deque(self._ahead.take(key) for key in asked)
+        self._ahead.give_up()
+        return loads
 
     def _lend(self, slots: Sequence[int]) -> Iterator[tuple[Lease, ...]]:
         """One wave of resident experts; nothing to lend is no wave."""
@@ -284,10 +327,11 @@ class ExpertCache:
                 except ReadLost:
                     missing.append(load.key)
         finally:
-            self._stall += time.perf_counter() - began
+            self.stall_seconds += time.perf_counter() - began
+        self._directory.kept.update(slots)
         return slots
 
-    def _finish(self, loads: deque[_DeviceLoad], load: _DeviceLoad) -> int:
+    def _finish(self, loads: deque[_DeviceLoad] | ReadsAhead[_DeviceLoad], load: _DeviceLoad) -> int:
         """Wait for the bytes, copy them to the device if they passed through the host, make the expert resident."""
         try:
             load.ticket.wait()
@@ -309,7 +353,6 @@ class ExpertCache:
             self._host.release(load.key)
         self._loaded += self.layout.expert_bytes
         self._directory.commit(load.key, load.slot)
-        self._directory.kept.add(load.slot)
         self._leases[load.slot] = Lease(load.key, load.slot, self._pool.generation[load.slot], self._pool)
         return load.slot
 

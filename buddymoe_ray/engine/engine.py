@@ -141,10 +141,13 @@ class Engine:
         """Advance every scheduled sequence and return what became of each."""
         plan = self._scheduler.schedule()
         self._steps += 1
-        for chunks in self._passes(plan.prefill):
-            self._prefill(chunks)
-        for sequences in self._passes(plan.decode):
-            self._decode(sequences)
+        try:
+            for chunks in self._passes(plan.prefill):
+                self._prefill(chunks)
+            for sequences in self._passes(plan.decode):
+                self._decode(sequences)
+        finally:
+            self.cache.settle_ahead()
         if self._guard is not None:
             self._recompute(self._guard, idle=not (plan.prefill or plan.decode))
         events, self._pending = self._pending, []
@@ -167,7 +170,8 @@ class Engine:
 
     def snapshot(self) -> EngineSnapshot:
         """Counters, readable from any thread."""
-        stats, counts = self.cache.stats(), self.cache.layout.experts_per_layer
+        stats, layout = self.cache.stats(), self.cache.layout
+        counts, ahead = layout.experts_per_layer, self._experts.ahead
         return EngineSnapshot(
             running=self._scheduler.num_running,
             waiting=self._scheduler.num_waiting,
@@ -187,6 +191,8 @@ class Engine:
             access_fetched=self._spent.fetched,
             standins=self._spent.standins,
             expected_rise=self._spent.expected_rise,
+            read_ahead_useful_bytes=0 if ahead is None else ahead.gain.useful * layout.expert_bytes,
+            read_ahead_wasted_bytes=0 if ahead is None else ahead.gain.wasted * layout.expert_bytes,
             residency=sum(int(self.cache.resident_mask(layer).sum()) for layer in range(len(counts))) / sum(counts),
             guard=GuardSnapshot() if self._guard is None else self._guard.snapshot(),
         )

@@ -49,8 +49,9 @@ class Measurement:
     """Medians over repetitions; `decode_tok_s_spread` is (max - min) / median.
 
     `bytes_read_per_token` counts what decode steps asked of the disk (alignment included); `process_read_bytes` is the
-    kernel's count for the whole process, loading included. `ttft_second_turn_ms` and `cached_tokens` (of a prompt, the
-    mean) are of the second turn, None without one.
+    kernel's count for the whole process, loading included. `read_ahead_bytes_per_token` were begun on a guess, of which
+    the share `read_ahead_right` was asked for (None: none was). `ttft_second_turn_ms` and `cached_tokens` (of a prompt,
+    the mean) are of the second turn, None without one.
     """
 
     decode_tok_s: float
@@ -70,6 +71,8 @@ class Measurement:
     load_seconds: float
     ttft_second_turn_ms: float | None
     cached_tokens: float | None
+    read_ahead_bytes_per_token: float
+    read_ahead_right: float | None
 
     def as_record(self) -> dict[str, Any]:
         """For JSON."""
@@ -87,6 +90,8 @@ class _Rep:
     prefill_bytes: int
     decode_bytes: int
     stall_seconds: float
+    ahead_useful: int
+    ahead_wasted: int
     usages: list[Usage]
     answered: list[tuple[int, ...]]  # prompts with their answers
 
@@ -155,6 +160,8 @@ def _run(engine: Engine, prompts: Sequence[tuple[int, ...]], *, new_tokens: int,
         prefill_bytes=boundary[1].bytes_read_disk - before.bytes_read_disk,
         decode_bytes=after.bytes_read_disk - boundary[1].bytes_read_disk,
         stall_seconds=after.stall_seconds - boundary[1].stall_seconds,
+        ahead_useful=after.read_ahead_useful_bytes - boundary[1].read_ahead_useful_bytes,
+        ahead_wasted=after.read_ahead_wasted_bytes - boundary[1].read_ahead_wasted_bytes,
         usages=usages,
         answered=[tuple(text) for text in texts.values()],
     )
@@ -169,6 +176,7 @@ def _summarise(reps: list[_Rep], seconds: list[_Rep], end: EngineSnapshot, load_
     stood_in = sum(u.standins.total for u in usages)
     accesses = hits + fetched + stood_in
     median = statistics.median(speeds) if speeds else 0.0
+    useful, wasted = sum(rep.ahead_useful for rep in reps), sum(rep.ahead_wasted for rep in reps)
     return Measurement(
         decode_tok_s=median,
         decode_tok_s_spread=(max(speeds) - min(speeds)) / median if speeds else 0.0,
@@ -187,4 +195,6 @@ def _summarise(reps: list[_Rep], seconds: list[_Rep], end: EngineSnapshot, load_
         load_seconds=load_seconds,
         ttft_second_turn_ms=1e3 * statistics.median(t for r in seconds for t in r.ttfts) if seconds else None,
         cached_tokens=statistics.fmean(u.cached_tokens for r in seconds for u in r.usages) if seconds else None,
+        read_ahead_bytes_per_token=(useful + wasted) / decoded,
+        read_ahead_right=useful / (useful + wasted) if useful + wasted else None,
     )

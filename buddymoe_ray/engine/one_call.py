@@ -23,6 +23,7 @@ from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
 from buddymoe_ray.kernels import CpuLinear, CpuNorm, DecoderLayer, DecoderParts, Routed
 from buddymoe_ray.models.dense_dtype import PackedLinear, StoredLinear
 from buddymoe_ray.models.load import LoadedModel
+from buddymoe_ray.models.router_hook import find_routers
 from buddymoe_ray.models.row_kernels import RowNorm, SoftmaxRouter
 from buddymoe_ray.moe import MoEBlock, Phase, StepState
 
@@ -46,6 +47,7 @@ class OneCallLayer:
         current, block = self._paged.current, self.block
         assert current is not None, "a layer runs in a pass"
         glance = None if block is None else block.glance()
+        coming = None if block is None or not self._compute.guesses else block.glance_ahead()
         routed = self._compute(
             hidden_states[0],
             (position_embeddings[0][0], position_embeddings[1][0]),
@@ -53,6 +55,7 @@ class OneCallLayer:
             current.blocks,
             None if glance is None else glance.at_E,
             None if block is None else block.allowed,
+            None if coming is None else coming.at_E,
         )
         if block is None:
             y_TD = self._mlp(routed.normed[None])[0]
@@ -61,8 +64,8 @@ class OneCallLayer:
         ):
             return routed.out[None]
         else:
-            glanced = glance is not None and self._compute.runs_experts
-            y_TD = block(routed.normed, routed.ids, routed.weights, glanced=glanced)
+            glanced = glance is not None and self._compute.runs_experts and routed.guess is None
+            y_TD = block(routed.normed, routed.ids, routed.weights, glanced=glanced, guess_TK=routed.guess)
         return (routed.attended + y_TD)[None]
 
 
@@ -71,7 +74,8 @@ def attach(loaded: LoadedModel, blocks: Sequence[MoEBlock], paged: PagedAttentio
     if not paged.one_thread:
         return 0
     block_of = {id(module): block for module, block in zip(loaded.experts, blocks, strict=True)}
-    trials = [_Trial(layer, paged, block_of) for layer in loaded.model.modules() if _has_parts(layer)]
+    routers = find_routers(loaded.model, loaded.experts, loaded.layout.experts_per_layer)
+    trials = [_Trial(layer, paged, block_of, routers) for layer in loaded.model.modules() if _has_parts(layer)]
     count = sum(_ROWS)
     ids = torch.arange(count)[None] % loaded.vocab_size
     positions = torch.cat([torch.arange(rows) for rows in _ROWS])[None]
@@ -120,11 +124,17 @@ class _Watch(nn.Module):
 class _Trial:
     """Stands in for a layer's `forward` once: runs it on random rows both ways. `made` is what may take its place."""
 
-    def __init__(self, layer: nn.Module, paged: PagedAttention, block_of: dict[int, MoEBlock]) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        paged: PagedAttention,
+        block_of: dict[int, MoEBlock],
+        routers: Sequence[nn.Module | None],
+    ) -> None:
         self.layer: Any = layer
         self.forward: Callable[..., Any] = layer.forward
         self.made: OneCallLayer | None = None
-        self._paged, self._block_of = paged, block_of
+        self._paged, self._block_of, self._routers = paged, block_of, routers
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         x = _noise(hidden_states, seed=1)
@@ -169,7 +179,15 @@ class _Trial:
         if experts is None or router is None or {*mlp.children()} != {experts, router} or router._forward_hooks:
             return None
         block, chosen = self._block_of[id(experts)], cast(SoftmaxRouter, router.forward).compute
-        compute = DecoderLayer(replace(parts, router=chosen, experts=block.kernel, standins=block.records), x.dtype)
+        following = getattr(next(iter(self._routers[block.layer + 1 :]), None), "forward", None)
+        whole = replace(
+            parts,
+            router=chosen,
+            experts=block.kernel,
+            standins=block.records,
+            next_router=following.compute if isinstance(following, SoftmaxRouter) else None,
+        )
+        compute = DecoderLayer(whole, x.dtype)
         made = self._run(compute, x, turn)
         found = _choice(mlp, experts, made.normed)
         if found is None or not all(torch.equal(*pair) for pair in zip((made.ids, made.weights), found, strict=True)):

@@ -79,7 +79,7 @@ class StandinRecords:
 @dataclass(frozen=True)
 class DecoderParts:
     """What a layer computes with. Norms of queries and keys are over each head or over all of them; `experts` are
-    computed here only behind a `router`, and `standins` answer for them."""
+    computed here only behind a `router`, and `standins` answer for them. `next_router` is the next layer's."""
 
     norm_before: CpuNorm
     norm_after: CpuNorm
@@ -93,6 +93,7 @@ class DecoderParts:
     router: CpuRouter | None = None
     experts: ExpertLayer | None = None
     standins: StandinRecords | None = None
+    next_router: CpuRouter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,8 @@ class StoodIn:
 class Routed:
     """How far a call came: `out` [T, D] is the layer's output, None where the feed-forward is the caller's. Then that
     is what reads `normed` [T, D], to be added to `attended` [T, D]. `ids` [T, K] int64 and `weights` are the router's
-    choice, of a layer with a router. `stood_in` says who answered, where it was not the experts alone."""
+    choice, of a layer with a router. `stood_in` says who answered, where it was not the experts alone; `guess` [T, K]
+    int64 what the next layer's router would choose, where experts of that were missing."""
 
     attended: Tensor
     normed: Tensor
@@ -116,11 +118,12 @@ class Routed:
     weights: Tensor
     out: Tensor | None
     stood_in: StoodIn | None = None
+    guess: Tensor | None = None
 
 
 class DecoderLayer:
-    """One layer over rows of `dtype`, float32 or bfloat16, with one thread. `runs_experts` and `stands_in` say whether
-    it can."""
+    """One layer over rows of `dtype`, float32 or bfloat16, with one thread. `runs_experts`, `stands_in` and `guesses`
+    say whether it can."""
 
     def __init__(self, parts: DecoderParts, dtype: torch.dtype) -> None:
         assert dtype in (torch.float32, torch.bfloat16), f"dtype is {dtype}, must be float32 or bfloat16"
@@ -168,6 +171,10 @@ class DecoderLayer:
         if parts.standins is not None:
             self._standins, self._tables = parts.standins.plan()
             plan = plan._replace(standins=self._standins.ctypes.data)
+        guessed = parts.next_router
+        self.guesses = router is not None and guessed is not None and guessed.K == router.K
+        if guessed is not None and self.guesses:
+            plan = plan._replace(next_router=guessed.linear.plan_at, next_chooses=guessed.plan_at, next_E=guessed.E)
         self._plan = np.array(plan, dtype=np.int64)
         self._plan_at = self._plan.ctypes.data
 
@@ -179,12 +186,15 @@ class DecoderLayer:
         blocks: Tensor,
         at_E: npt.NDArray[np.int64] | None,
         allowed: Allowances | None = None,
+        next_at_E: npt.NDArray[np.int64] | None = None,
     ) -> Routed:
         """Store the rows' keys and values, and compute as far as can be.
 
         `turn` are cosines and sines `[T, rotated]` of the rotary embedding in the dtype of the rows; `spans_S4` and
         `blocks` are as in `PagedLayer`. `at_E` int64 are addresses of experts, negative where one is not resident;
         None leaves the experts to the caller. `allowed` is what rows may spend on stand-ins; None: none may answer.
+        `next_at_E` are those of the next layer, where its experts are to be guessed: if one of them is missing, the
+        experts are left to the caller.
         """
         T, cos, sin = len(hidden_TD), turn[0].contiguous(), turn[1].contiguous()
         hidden = hidden_TD.contiguous()
@@ -200,17 +210,21 @@ class DecoderLayer:
             *(spans_S4.data_ptr(), blocks.data_ptr(), len(spans_S4)),
             0 if at_E is None else at_E.ctypes.data,
         )
+        guess, guessing = None, (0, 0)
+        if next_at_E is not None and self.guesses:
+            guess = torch.empty((T, self._K), dtype=torch.int64)
+            guessing = (guess.data_ptr(), next_at_E.ctypes.data)
         if allowed is None or not self.stands_in:
-            status = self._kernel((*call, 0, 0, 0, 0, 0), self._plan_at)
-            return Routed(attended, normed, ids, weights, out if status == DONE else None)
+            status = self._kernel((*call, 0, 0, 0, 0, 0, *guessing), self._plan_at)
+            return Routed(attended, normed, ids, weights, *((out,) if status == DONE else (None, None, guess)))
         stood_in = StoodIn(np.empty((T, self._K), np.int64), np.empty((T, self._K), np.float32))
         spend = (allowed.mode_T, allowed.allowance_T, allowed.price_T, stood_in.answer_TK, stood_in.loss_TK)
         dtypes = [array.dtype.name for array in spend[:3]]
         assert len(allowed.mode_T) == T and dtypes == ["int8", "float32", "float32"], f"{allowed} of {T} rows"
-        status = self._kernel((*call, *(array.ctypes.data for array in spend)), self._plan_at)
+        status = self._kernel((*call, *(array.ctypes.data for array in spend), *guessing), self._plan_at)
         if status == STOOD_IN:
             return Routed(attended, normed, ids, weights, out, stood_in)
-        return Routed(attended, normed, ids, weights, out if status == DONE else None)
+        return Routed(attended, normed, ids, weights, *((out,) if status == DONE else (None, None, guess)))
 
 
 @cache

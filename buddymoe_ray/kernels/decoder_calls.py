@@ -22,6 +22,7 @@ class DecoderPlan(NamedTuple):
     queries and keys (0: none) go over `.._norm_n` items at once; linear layers, `router` with them (0: not known);
     `attends` of `PagedLayer`, `chooses` of `CpuRouter`, `computes` of `ExpertLayer` (0: the caller computes). Weights
     of the router have `weight_bytes`. `standins` is the address of a `StandinPlan` (0: no stand-in answers here).
+    `next_router`, `next_chooses` and `next_E` are of the next layer's router, by which its experts are guessed.
     """
 
     D: int
@@ -54,6 +55,9 @@ class DecoderPlan(NamedTuple):
     K: int = 0
     weight_bytes: int = 4
     standins: int = 0
+    next_router: int = 0
+    next_chooses: int = 0
+    next_E: int = 0
 
 
 class StandinPlan(NamedTuple):
@@ -81,6 +85,8 @@ class DecoderCall(NamedTuple):
     none), 0 where the caller computes the experts.
     `modes` int8 [T], `allowances` and `prices` float32 [T] are what rows may spend on stand-ins, `modes` 0 where none
     may answer; `answers` int64 [T, K] and `losses` float32 [T, K] are written where they did.
+    `guess` is where the next layer's router writes its choice on `normed`, ids int64 [T, K], 0 where it is not asked:
+    if one of them is not at `next_at_E`, experts are left to the caller, who may begin to read.
     """
 
     hidden: int
@@ -102,3 +108,5 @@ class DecoderCall(NamedTuple):
     prices: int
     answers: int
     losses: int
+    guess: int
+    next_at_E: int

@@ -32,7 +32,7 @@ CALL, PLAN, STANDINS = ((0,) * len(kind._fields) for kind in (DecoderCall, Decod
 
 class _Scratch(NamedTuple):
     """Rows as bytes: normed, queries, keys, values, what attention answers, router logits, experts' outputs, their
-    sum; float32 rows, router weights of one; where records are; room for a call."""
+    sum; float32 rows, router weights of one; where records are; weights of a guess; room for a call."""
 
     x: Any
     q: Any
@@ -45,6 +45,7 @@ class _Scratch(NamedTuple):
     rows: Any
     weights: Any
     record_E: Any
+    guess_weights: Any
     args: Any
 
 
@@ -151,6 +152,20 @@ def _route(call: Any, plan: Any, scratch: Any) -> Any:
 
 
 @njit
+def _guess(call: Any, plan: Any, scratch: Any) -> Any:
+    """The next layer's choice, were this its input; whether it names an expert that is not there."""
+    logits, T = _place(scratch.logits), call.T
+    _dense(call.normed, plan.next_router, logits, call, plan, scratch.args)
+    guess = (logits, call.guess, _place(scratch.guess_weights), T, plan.item_bytes)
+    _call(plan.choose, guess, plan.next_chooses, scratch.args)
+    at_E, ids = carray(ints_at(call.next_at_E), (plan.next_E,)), carray(ints_at(call.guess), (T * plan.K,))
+    missing = False
+    for n in range(ids.shape[0]):
+        missing = missing or at_E[ids[n]] < 0
+    return missing
+
+
+@njit
 def _row_is_paid(t: Any, call: Any, plan: Any, standins: Any, weights: Any) -> Any:
     """Whether stand-ins may answer every miss of a row: as `Ladder.resolve`, where it finds that all can be paid."""
     K, E = plan.K, plan.E
@@ -215,8 +230,10 @@ def _run(call: Any, plan: Any, scratch: Any) -> Any:
     _attend(call, plan, scratch)
     if plan.router == 0:
         return ROUTED
-    status = DONE
-    if not _route(call, plan, scratch):
+    status, resident = DONE, _route(call, plan, scratch)
+    if call.guess != 0 and _guess(call, plan, scratch):
+        return ROUTED
+    if not resident:
         if call.at_E == 0 or plan.standins == 0 or call.modes == 0 or plan.computes == 0:
             return ROUTED
         if not _stand_in(call, plan, StandinPlan(*items(plan.standins, STANDINS)), scratch):
@@ -236,12 +253,13 @@ def _layer(call_at: Any, plan_at: Any) -> Any:
         np.empty(T * plan.H * plan.d * item_bytes, uint8),
         np.empty(T * plan.H * plan.dv * item_bytes, uint8),
         np.empty(T * plan.Q * plan.dv * item_bytes, uint8),
-        np.empty(T * plan.E * item_bytes, uint8),
+        np.empty(T * max(plan.E, plan.next_E) * item_bytes, uint8),
         np.empty(y_rows * plan.K * plan.D * item_bytes, uint8),
         np.empty(y_rows * plan.D * item_bytes, uint8),
         np.empty((5, max(plan.D, plan.d)), np.float32),
         np.empty(plan.K, np.float32),
         np.empty(plan.E if plan.standins else 0, np.int64),
+        np.empty(T * plan.K if call.guess else 0, np.float32),
         np.empty(16, np.int64),
     )
     return _run(call, plan, scratch)

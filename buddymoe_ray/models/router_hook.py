@@ -8,14 +8,16 @@ Legend: T tokens, E experts.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from buddymoe_ray.errors import UnsupportedModel
+from buddymoe_ray.models.row_kernels import SoftmaxRouter
 
-__all__ = ["SIGMOID_FAMILIES", "attach_router_scores", "find_routers"]
+__all__ = ["SIGMOID_FAMILIES", "attach_router_scores", "find_routers", "router_choices"]
 
 SIGMOID_FAMILIES = frozenset({"deepseek_v3", "dots1", "glm4_moe", "lfm2_moe", "minimax_m2"})
 """Families that score each expert by itself; all others share out a softmax."""
@@ -55,6 +57,44 @@ def find_routers(
     return routers
 
 
+def router_choices(
+    model: nn.Module, experts: Sequence[nn.Module], experts_per_layer: Sequence[int], *, experts_per_token: int
+) -> list[Callable[[Tensor], Tensor]]:
+    """Every layer's router as `[T, D] -> ids [T, K]`, its first choice first; none at all where a layer has none.
+
+    They are guesses where a family chooses by more than its logits: groups, a correction of scores.
+    """
+    routers = find_routers(model, experts, experts_per_layer)
+    if None in routers:
+        return []
+    return [
+        _choice(router, E, experts_per_token)
+        for router, E in zip(routers, experts_per_layer, strict=True)
+        if router is not None
+    ]
+
+
+def _choice(router: nn.Module, E: int, K: int) -> Callable[[Tensor], Tensor]:
+    forward: Any = router.forward  # without hooks: nobody else is to see it
+    if isinstance(forward, SoftmaxRouter):
+        return lambda hidden_TD: forward.compute(hidden_TD)[2]
+
+    def choose(hidden_TD: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return _logits(forward(hidden_TD), E).topk(K, dim=-1).indices
+
+    return choose
+
+
+def _logits(output: object, E: int) -> Tensor:
+    parts = output if isinstance(output, tuple | list) else (output,)
+    found = (part for part in parts if isinstance(part, Tensor) and part.is_floating_point() and part.shape[-1] == E)
+    logits = next(found, None)
+    if logits is None:
+        raise UnsupportedModel(f"a router of {E} experts shows no logits, must return [tokens, {E}]")
+    return logits.reshape(-1, E).float()
+
+
 def _is_router(module: nn.Module, E: int) -> bool:
     """A router maps hidden states to one logit per expert, by its own weight or by a linear inside it."""
     return any(p.ndim == 2 and p.shape[0] == E for p in module.parameters()) and not hasattr(module, "_apply_gate")
@@ -62,11 +102,10 @@ def _is_router(module: nn.Module, E: int) -> bool:
 
 def _keeper(layer: int, E: int, sigmoid: bool, into: MutableMapping[int, Tensor]):  # type: ignore[no-untyped-def]
     def keep(_module: nn.Module, _inputs: object, output: object) -> None:
-        parts = output if isinstance(output, tuple | list) else (output,)
-        logits = next((t for t in parts if isinstance(t, Tensor) and t.is_floating_point() and t.shape[-1] == E), None)
-        if logits is None:
-            raise UnsupportedModel(f"the router of MoE layer {layer} shows no logits, must return [tokens, {E}]")
-        logits_TE = logits.reshape(-1, E).float()
+        try:
+            logits_TE = _logits(output, E)
+        except UnsupportedModel as error:
+            raise UnsupportedModel(f"MoE layer {layer}: {error}") from error
         into[layer] = torch.sigmoid(logits_TE) if sigmoid else torch.softmax(logits_TE, dim=-1)
 
     return keep

@@ -2,6 +2,7 @@
 
 from buddymoe_ray.moe.block import MoEBlock
 from buddymoe_ray.moe.outcome import STANDIN_KINDS, StepOutcome, Substitution, standin_kind
+from buddymoe_ray.moe.read_ahead import Choice, ReadAhead
 from buddymoe_ray.moe.standin_compute import record_computes
 from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Observer, Overlay, Phase, StepState, StepTerms
@@ -9,6 +10,7 @@ from buddymoe_ray.moe.waves import ExpertCompute, OneByOne, OneCall, WaveCompute
 
 __all__ = [
     "STANDIN_KINDS",
+    "Choice",
     "ExpertCompute",
     "MoEBlock",
     "Observer",
@@ -16,6 +18,7 @@ __all__ = [
     "Overlay",
     "OneCall",
     "Phase",
+    "ReadAhead",
     "Standins",
     "StepOutcome",
     "StepState",

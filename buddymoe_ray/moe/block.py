@@ -26,6 +26,7 @@ from buddymoe_ray.cache import Experts, Glance
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.kernels import ExpertLayer, StandinRecords, StoodIn, combine
 from buddymoe_ray.moe.peers import PeerExperts
+from buddymoe_ray.moe.read_ahead import ReadAhead
 from buddymoe_ray.moe.rows import Accesses
 from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Phase, StepState
@@ -56,14 +57,26 @@ class MoEBlock:
         compute: WaveCompute,
         step: StepState,
         standins: Standins | None,
+        ahead: ReadAhead | None = None,
     ) -> None:
         self.layer = layer
         self.peers: PeerExperts | None = None
         self._cache, self._compute, self._step, self._standins = cache, compute, step, standins
+        self._ahead = ahead
+        self._coming: Sequence[int] = ()  # experts that the next layer will probably ask for
 
-    def __call__(self, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, *, glanced: bool = False) -> Tensor:
+    def __call__(
+        self,
+        hidden_TD: Tensor,
+        ids_TK: Tensor,
+        weight_TK: Tensor,
+        *,
+        glanced: bool = False,
+        guess_TK: Tensor | None = None,
+    ) -> Tensor:
         """An expert whose bytes cannot be read costs the rows that need it (`StepState.failed`), or raises CacheError;
-        the cache stays usable. `glanced`: the caller tried what needs no leases, and it could not be."""
+        the cache stays usable. `glanced`: the caller tried what needs no leases, and it could not be. `guess_TK`: what
+        the next layer will probably ask for, where the caller guessed."""
         step = self._step
         if step.phase is _PROBE:
             return torch.zeros_like(hidden_TD)
@@ -72,6 +85,7 @@ class MoEBlock:
         y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
         ids = ids_TK.cpu().numpy()
         if step.phase is _DECODE:
+            self._look_ahead(hidden_TD, guess_TK)
             weight_TK = self._decode(hidden_TD, ids, weight_TK, y_ND, glanced=glanced)
         else:
             accesses = Accesses(ids, hidden_TD.device)
@@ -82,7 +96,7 @@ class MoEBlock:
         """Fill `y_ND`; returns the weights to combine it with."""
         if not glanced and self._all_resident(hidden_TD, ids_TK, y_ND):
             return weight_TK
-        self._cache.count(self.layer, ids_TK)
+        self._count(ids_TK)
         standins, step = self._standins, self._step
         if standins is None or not standins.may_answer(self.layer, step):
             hit_TK = self._cache.resident_mask(self.layer)[ids_TK]
@@ -106,6 +120,7 @@ class MoEBlock:
         glance = self.glance()
         if glance is None or (glance.at_E[ids_TK] < 0).any():
             return False
+        self._read_ahead()
         return self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND) and self.settle(glance, ids_TK)
 
     @property
@@ -120,6 +135,14 @@ class MoEBlock:
         if step.phase is not _DECODE or step.observer is not None or self.layer in step.overlays:
             return None
         return self._cache.glance(self.layer)
+
+    def glance_ahead(self) -> Glance | None:
+        """Where the next layer's experts are, for whoever can guess which of them it will ask for; None where this pass
+        does not guess, as where stand-ins answer what is missing."""
+        step, ahead, standins, layer = self._step, self._ahead, self._standins, self.layer + 1
+        if ahead is None or step.phase is not _DECODE or step.observer is not None or not ahead.guesses(layer):
+            return None
+        return None if standins is not None and standins.may_answer(layer, step) else self._cache.glance(layer)
 
     @property
     def records(self) -> StandinRecords | None:
@@ -139,12 +162,35 @@ class MoEBlock:
         """Whether every expert that answered was there the whole time; if so the accesses are accounted for."""
         if not glance.holds(ids_TK if stood_in is None else ids_TK[stood_in.answer_TK == 0]):
             return False
-        self._cache.count(self.layer, ids_TK)
+        self._count(ids_TK)
         if stood_in is None or self._standins is None:
             self._step.outcome.count_hits(ids_TK.shape[1])
         else:
             self._standins.book_stood_in(stood_in, self._step)
         return True
+
+    def _count(self, ids_TK: Ints) -> None:
+        """The layer's accesses, for whoever places experts or guesses at them."""
+        self._cache.count(self.layer, ids_TK)
+        if self._ahead is not None:
+            self._ahead.used(self.layer, ids_TK)
+
+    def _look_ahead(self, hidden_TD: Tensor, guess_TK: Tensor | None) -> None:
+        """Note what the next layer will probably ask for."""
+        self._coming = ()
+        ahead = self._ahead
+        if ahead is None:
+            return
+        if guess_TK is None and self.glance_ahead() is not None:
+            guess_TK = ahead.choose(self.layer + 1, hidden_TD)
+        if guess_TK is not None:
+            self._coming = ahead.wanted(self.layer + 1, guess_TK)
+
+    def _read_ahead(self) -> None:
+        """Begin to read for the next layer, once what this one waits for is being read."""
+        if self._coming:
+            self._cache.read_ahead(self.layer + 1, self._coming)
+            self._coming = ()
 
     def _answer(self, standins: Standins, hidden_TD: Tensor, resolution: Resolution, y_ND: Tensor) -> None:
         """Compute every access as it was decided."""
@@ -190,6 +236,7 @@ class MoEBlock:
         try:
             with closing(self._cache.stream(self.layer, experts, protect_residency=protect)) as waves:
                 for leases in waves:
+                    self._read_ahead()
                     self._compute(hidden_TD, accesses, leases, y_ND)
                     for lease in leases:
                         del rest[lease.key.expert]

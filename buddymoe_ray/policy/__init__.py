@@ -24,6 +24,7 @@ from buddymoe_ray.policy.placement.problem import OPTIONS, NodeLinks, PlacementP
 from buddymoe_ray.policy.placement.segments import SegmentSplit, shard_segments
 from buddymoe_ray.policy.placement.solver import Effort, solve
 from buddymoe_ray.policy.prefix_affinity import PrefixAffinity, RouteCandidate, RouteChoice, RouteReason, prefix_blocks
+from buddymoe_ray.policy.read_ahead import ReadAheadGain
 from buddymoe_ray.policy.split import Split, choose, split_movable
 from buddymoe_ray.policy.standins import Buddy, Drop, Own, RandomBuddy, RouterBuddy, Standin, StandinAnswers
 
@@ -51,6 +52,7 @@ __all__ = [
     "PrefixAffinity",
     "Pricer",
     "RandomBuddy",
+    "ReadAheadGain",
     "Reason",
     "Resolution",
     "RouteCandidate",

@@ -23,6 +23,10 @@ class LRU:
         self._order[slot] = None
         self._order.move_to_end(slot)
 
+    def demote(self, slot: int) -> None:
+        """Have the slot go before all others."""
+        self._order.move_to_end(slot, last=False)
+
     def forget(self, slot: int) -> None:
         """The slot is empty now."""
         self._order.pop(slot, None)

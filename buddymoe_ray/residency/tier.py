@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from buddymoe_ray.cache import DiskReader, EngineCache, ExpertCache, StandinPool, largest_read
+from buddymoe_ray.cache import READ_ON_THE_SPOT, DiskReader, EngineCache, ExpertCache, StandinPool, largest_read
 from buddymoe_ray.cache.shared import Room
 from buddymoe_ray.config import EngineConfig, parse_memory
 from buddymoe_ray.kernels import (
@@ -32,12 +32,13 @@ from buddymoe_ray.models.expert_dtype import format_of, recoded_layout
 from buddymoe_ray.models.expert_math import expert_math, read_as_stored
 from buddymoe_ray.models.experts_hook import attach
 from buddymoe_ray.models.load import LoadedModel
-from buddymoe_ray.models.router_hook import attach_router_scores
+from buddymoe_ray.models.router_hook import attach_router_scores, router_choices
 from buddymoe_ray.moe import (
     ExpertCompute,
     MoEBlock,
     OneByOne,
     OneCall,
+    ReadAhead,
     Standins,
     StepState,
     WaveCompute,
@@ -59,7 +60,8 @@ STAGING_SHARE: Mapping[str, float] = {"exact": 0.06, "bounded": 0.03, "fast": 0.
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertTier:
-    """The experts of one engine. `setup` is None where every miss is fetched; `room` is the node's copy of records.
+    """The experts of one engine. `setup` is None where every miss is fetched; `room` is the node's copy of records;
+    `ahead` is None where nothing is read ahead.
 
     `new_compute` makes the experts' arithmetic once more, for another thread.
     """
@@ -69,6 +71,7 @@ class ExpertTier:
     standin_bytes: int
     room: Room | None
     blocks: tuple[MoEBlock, ...]
+    ahead: ReadAhead | None
     new_compute: Callable[[], list[ExpertCompute]]
 
     def close(self) -> None:
@@ -108,7 +111,13 @@ def open_experts(
         if setup is not None:
             room, pool = _load_records(setup, loaded, staging, node)
         standins = None if setup is None or pool is None else _standins(setup, loaded, maths, pool, config.threads)
-        blocks = _attach(loaded, cache, maths, step, standins, packed, config.threads)
+        ahead = _read_ahead(config, loaded, cache)
+        waves = _waves(loaded, maths, packed, config.threads)
+        blocks = tuple(
+            MoEBlock(layer=layer, cache=cache, compute=compute, step=step, standins=standins, ahead=ahead)
+            for layer, compute in enumerate(waves)
+        )
+        attach(loaded.experts, lambda layer, _module: blocks[layer])
     except BaseException:
         cache.close()
         if room is not None:
@@ -128,6 +137,7 @@ def open_experts(
         standin_bytes=0 if standins is None else standins.pool.nbytes,
         room=room,
         blocks=blocks,
+        ahead=ahead,
         new_compute=lambda: _computes(loaded, maths, packed),
     )
 
@@ -267,24 +277,17 @@ def _recoded(config: EngineConfig, loaded: LoadedModel, maths: list[ExpertMath])
     return replace(loaded, layout=layout)
 
 
-def _attach(
-    loaded: LoadedModel,
-    cache: EngineCache,
-    maths: list[ExpertMath],
-    step: StepState,
-    standins: Standins | None,
-    packed: LowbitFormat | None,
-    threads: int,
-) -> tuple[MoEBlock, ...]:
-    waves = _waves(loaded, maths, packed, threads)
-    if loaded.device.type == "cpu":
-        combine_kernel()  # now, and not in the first step
-    blocks = tuple(
-        MoEBlock(layer=layer, cache=cache, compute=compute, step=step, standins=standins)
-        for layer, compute in enumerate(waves)
+def _read_ahead(config: EngineConfig, loaded: LoadedModel, cache: EngineCache) -> ReadAhead | None:
+    """What reads the next layer's experts ahead; None where that cannot be, or nothing is to be hidden."""
+    plan, layout = cache.plan, loaded.layout
+    if config.read_ahead == "off" or loaded.device.type != "cpu" or plan.fully_resident or plan.pinned:
+        return None
+    if layout.expert_bytes <= READ_ON_THE_SPOT:
+        return None
+    choices = router_choices(
+        loaded.model, loaded.experts, layout.experts_per_layer, experts_per_token=loaded.experts_per_token
     )
-    attach(loaded.experts, lambda layer, _module: blocks[layer])
-    return blocks
+    return ReadAhead(cache, choices, experts_per_token=loaded.experts_per_token) if len(choices) > 1 else None
 
 
 def _waves(
@@ -292,6 +295,8 @@ def _waves(
 ) -> list[WaveCompute]:
     """The arithmetic of every layer's waves: on a CPU in one call where the kernels know it, else one after the
     other."""
+    if loaded.device.type == "cpu":
+        combine_kernel()  # now, and not in the first step
     layers, counts = _layers(loaded, maths, packed, threads), loaded.layout.experts_per_layer
     if layers is not None:
         return [OneCall(layer, experts) for layer, experts in zip(layers, counts, strict=True)]

@@ -81,6 +81,7 @@ class ServeArgs(BaseModel):
     kv_memory: MemoryText = EngineConfig.kv_memory
     prefill_chunk: int | None = EngineConfig.prefill_chunk
     prefix_cache: str = EngineConfig.prefix_cache
+    read_ahead: str = EngineConfig.read_ahead
     batching: str = EngineConfig.batching
     seed: int = EngineConfig.seed
     generation_config: str = EngineConfig.generation_config

@@ -64,6 +64,16 @@ METRICS: tuple[Metric, ...] = (
     _counter("buddymoe_steps", "Engine steps.", lambda s: s.steps),
     _counter("buddymoe_stall_seconds", "Time the model waited for experts.", lambda s: s.stall_seconds),
     _counter("buddymoe_read_bytes", "Bytes of experts asked of the disk.", lambda s: s.bytes_read_disk),
+    _counter(
+        "buddymoe_read_ahead_useful_bytes",
+        "Bytes of experts read on a guess that they would be asked for, and were.",
+        lambda s: s.read_ahead_useful_bytes,
+    ),
+    _counter(
+        "buddymoe_read_ahead_wasted_bytes",
+        "Bytes of experts read on a guess that they would be asked for, and were not.",
+        lambda s: s.read_ahead_wasted_bytes,
+    ),
     _counter("buddymoe_loaded_bytes", "Bytes of experts put into device slots.", lambda s: s.bytes_loaded_device),
     _gauge("buddymoe_running", "Requests being computed.", lambda s: s.running),
     _gauge("buddymoe_waiting", "Requests admitted and not yet begun.", lambda s: s.waiting),

@@ -37,6 +37,8 @@ SNAPSHOT = EngineSnapshot(
     preemptions=19,
     prompt_tokens=21,
     cached_tokens=20,
+    read_ahead_useful_bytes=22,
+    read_ahead_wasted_bytes=23,
     guard=GuardSnapshot(state="tripped", measured_kl=0.5, measured_se=0.125, predicted=0.0625, sampled_tokens=17),
 )
 LINE = re.compile(r'^(\w+)\{((?:\w+="(?:[^"\\]|\\.)*",?)*)\} (\S+)$')
@@ -83,6 +85,8 @@ def test_every_count_of_a_worker_is_written_under_its_name() -> None:
         ("buddymoe_preemptions_total", who): 19,
         ("buddymoe_prompt_tokens_total", who): 21,
         ("buddymoe_cached_tokens_total", who): 20,
+        ("buddymoe_read_ahead_useful_bytes_total", who): 22,
+        ("buddymoe_read_ahead_wasted_bytes_total", who): 23,
         ("buddymoe_guard_state", f'{who},state="off"'): 0,
         ("buddymoe_guard_state", f'{who},state="ok"'): 0,
         ("buddymoe_guard_state", f'{who},state="tripped"'): 1,

@@ -13,12 +13,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from buddymoe_ray.cache.ahead import ReadsAhead
 from buddymoe_ray.cache.disk import DiskReader, ReadTicket
 from buddymoe_ray.cache.expert_cache import CacheStats, blame
 from buddymoe_ray.cache.pool import Glance, Lease
@@ -38,12 +38,12 @@ _LOADS_IN_ORDER = platform.machine() in ("x86_64", "AMD64")
 
 @dataclass(frozen=True, slots=True)
 class _OwnLoad:
-    """An expert that this worker reads."""
+    """An expert that this worker reads; it `began` to wait for it then, if it did."""
 
     key: ExpertKey
     slot: int
     ticket: ReadTicket
-    began: float
+    began: float | None
 
 
 @dataclass(slots=True)
@@ -53,42 +53,37 @@ class _StreamState:
     missing: deque[ExpertKey]
     loads: deque[_OwnLoad]
     waits: list[tuple[ExpertKey, int]]  # read by another worker, and leased
-    seen: set[ExpertKey]
     ready: list[tuple[ExpertKey, int]]  # leased and not lent yet
     pause: float = _POLL_SECONDS
 
 
 class SharedExpertCache:
     """`store` and `reader` belong to this object from now on. `fetch_seconds` is what one expert takes from the disk,
-    lately."""
+    lately, `stall_seconds` the time waited for bytes so far."""
 
     def __init__(self, store: SharedStore, *, reader: DiskReader) -> None:
-        self._store, self._reader = store, reader
+        self.store, self._reader = store, reader
         self._tables = store.tables
         self.layout, self.plan = store.layout, store.plan
-        self.device = torch.device("cpu")
+        self.device_bytes = store.nbytes  # of the slots, shared by every worker of the node
         counts = self.layout.experts_per_layer
         resident_LE = self._tables.resident.view(np.bool_)
         self._resident = [resident_LE[layer, :count] for layer, count in enumerate(counts)]
         self._kept_C = np.zeros(store.shape.slots, dtype=bool)
         self.fetch_seconds = self.layout.expert_bytes / _ASSUMED_BYTES_PER_SECOND
         self._held: tuple[int, dict[int, int]] | None = None
-        self._stall = 0.0
-
-    @property
-    def device_bytes(self) -> int:
-        """Bytes of the slots, shared by every worker of the node."""
-        return self._store.nbytes
-
-    @property
-    def store(self) -> SharedStore:
-        """The attachment."""
-        return self._store
+        self.stall_seconds = 0.0
+        self._ahead = ReadsAhead[_OwnLoad](self._land)
 
     @property
     def read_mode(self) -> str:
         """How the disk is read: `direct` or `buffered`."""
         return self._reader.mode
+
+    @property
+    def read_seconds(self) -> float:
+        """What the disk takes for an expert, of what this worker has read so far; 0 before."""
+        return self._reader.seconds(self.layout.expert_bytes)
 
     def resident(self, layer: int) -> frozenset[int]:
         """Experts of a layer that are in slots now."""
@@ -119,8 +114,9 @@ class SharedExpertCache:
         others may evict them meanwhile, which `Glance.holds` finds out."""
         if not _LOADS_IN_ORDER:
             return None
+        self._ahead.land()
         slots_E, generations_E = self._tables.glance(layer)
-        at_E = np.where(slots_E >= 0, self._store.address(0) + slots_E * self._store.shape.slot_bytes, -1)
+        at_E = np.where(slots_E >= 0, self.store.address(0) + slots_E * self.store.shape.slot_bytes, -1)
 
         def holds(ids: npt.NDArray[np.int64]) -> bool:
             slots = slots_E[ids.ravel()]
@@ -132,6 +128,25 @@ class SharedExpertCache:
             return True
 
         return Glance(at_E, holds)
+
+    def read_ahead(self, layer: int, experts: Sequence[int]) -> None:
+        """See `ExpertCache.read_ahead`. Nobody sees an expert before its reader looks again: so `settle_ahead`."""
+        self._ahead.land()
+        slot_of_E, kept_C = self._tables.slot_of[layer], np.zeros_like(self._kept_C)
+        kept_C[[slot for slot in slot_of_E[list(experts)].tolist() if slot >= 0]] = True
+        for key in (ExpertKey(layer, expert) for expert in experts):
+            with self._tables.locked():
+                if slot_of_E[key.expert] >= 0:
+                    continue
+                slot = self._tables.claim_ahead(key, kept=kept_C)
+            if slot is None:
+                return
+            with suppress(CacheError):  # met by whoever asks for the expert
+                self._ahead.add(replace(self._submit(key, slot), began=None))
+
+    def settle_ahead(self) -> None:
+        """Give up what was read ahead and not asked for; waits for what is under way."""
+        self._ahead.settle()
 
     def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
         """Note accesses of experts for whoever places them: ids of any shape."""
@@ -154,11 +169,12 @@ class SharedExpertCache:
             self._tables.touch(slots)
             yield self._hits(layer, experts, slots)
             return
+        self._ahead.land()
+        self._ahead.give_up(layer, experts)
         with self._tables.locked():
             slots = self._tables.look_up(layer, experts)
-            ready = (slots >= 0) & (
-                self._tables.state[slots] == READY
-            )  # of these the lease keeps the bytes from now on
+            # of these the lease keeps the bytes from now on
+            ready = (slots >= 0) & (self._tables.state[slots] == READY)
         if ready.all():
             try:
                 yield self._hits(layer, experts, slots)
@@ -166,7 +182,7 @@ class SharedExpertCache:
                 self._tables.release(slots)
             return
         protect = protect_residency or bool(self.plan.pinned)
-        call = _StreamState(deque(), deque(), [], set(), [])
+        call = _StreamState(deque(), deque(), [], [])
         try:
             self._sort([ExpertKey(layer, e) for e in experts], slots.tolist(), ready.tolist(), call)
             self._start(call, protect)
@@ -189,7 +205,7 @@ class SharedExpertCache:
             for _ in self.stream(layer, absent, protect_residency=True):
                 pass
         self._tables.counters[self._tables.row] = 0
-        self._stall = 0.0
+        self.stall_seconds = 0.0
 
     def stats(self) -> CacheStats:
         """This worker's counters; readable from any thread."""
@@ -201,7 +217,7 @@ class SharedExpertCache:
             bytes_read_disk=self._reader.bytes_read,
             bytes_requested_disk=self._reader.bytes_requested,
             host_hits=int(counted[Counter.SHARED]),
-            stall_seconds=self._stall,
+            stall_seconds=self.stall_seconds,
             evictions=int(self._tables.head[HeaderWord.EVICTIONS]),
         )
 
@@ -212,7 +228,7 @@ class SharedExpertCache:
     def close(self) -> None:
         """Wait for what is in flight, close the files, give the row back. Safe to call twice."""
         self._reader.close()
-        self._store.close()
+        self.store.close()
 
     def __enter__(self) -> SharedExpertCache:
         return self
@@ -228,11 +244,10 @@ class SharedExpertCache:
 
     def _hits(self, layer: int, experts: Sequence[int], slots: SlotIds) -> tuple[Lease, ...]:
         """The leases of a call that misses nothing: the usual one, so it has a short way."""
-        tables = self._tables
-        tables.counters[tables.row, Counter.HITS] += len(slots)
-        generations = tables.generation[slots].tolist()
+        self._tables.counters[self._tables.row, Counter.HITS] += len(slots)
+        generations = self._tables.generation[slots].tolist()
         return tuple(
-            Lease(ExpertKey(layer, expert), slot, generation, self._store)
+            Lease(ExpertKey(layer, expert), slot, generation, self.store)
             for expert, slot, generation in zip(experts, slots.tolist(), generations, strict=True)
         )
 
@@ -245,6 +260,9 @@ class SharedExpertCache:
         for key, slot, ready in zip(keys, slots, is_ready, strict=True):
             if ready:
                 call.ready.append((key, slot))
+            elif key in self._ahead:
+                tables.release([slot])  # looked up, and held by the load already
+                call.loads.append(self._ahead.take(key))
             elif slot >= 0:
                 call.waits.append((key, slot))
             else:
@@ -276,7 +294,7 @@ class SharedExpertCache:
 
     def _submit(self, key: ExpertKey, slot: int) -> _OwnLoad:
         try:
-            ticket = self._reader.submit(self.layout.pieces[key], self._store.bytes_C[slot])
+            ticket = self._reader.submit(self.layout.pieces[key], self.store.bytes_C[slot])
             return _OwnLoad(key, slot, ticket, time.perf_counter())
         except BaseException as error:
             self._abandon(slot)
@@ -297,14 +315,16 @@ class SharedExpertCache:
                 if call.missing:
                     return
         finally:
-            self._stall += time.perf_counter() - began
+            self.stall_seconds += time.perf_counter() - began
 
     def _gather(self, call: _StreamState) -> bool:
         """Move what has arrived to `ready`; whether anything changed."""
+        self._ahead.land()  # another worker may wait for it, and we for what that one has read ahead
         before = len(call.ready)
         for load in [load for load in call.loads if load.ticket.done()]:
             call.loads.remove(load)
             call.ready.append((load.key, self._finish(load)))
+            self._kept_C[load.slot] = True
         return self._others(call) or len(call.ready) > before
 
     def _others(self, call: _StreamState) -> bool:
@@ -336,12 +356,18 @@ class SharedExpertCache:
             self._abandon(load.slot)
             raise
         tables = self._tables
-        self.fetch_seconds += _SMOOTHING * (time.perf_counter() - load.began - self.fetch_seconds)
+        if load.began is not None:
+            self.fetch_seconds += _SMOOTHING * (time.perf_counter() - load.began - self.fetch_seconds)
         with tables.locked():
             tables.commit(load.slot)
         tables.counters[tables.row, Counter.BYTES] += self.layout.expert_bytes
-        self._kept_C[load.slot] = True
         return load.slot
+
+    def _land(self, load: _OwnLoad) -> None:
+        try:
+            self._tables.release([self._finish(load)])
+        finally:
+            self._ahead.remove(load)
 
     def _abandon(self, slot: int) -> None:
         with self._tables.locked():
@@ -355,7 +381,7 @@ class SharedExpertCache:
         ready, call.ready = call.ready, []
         tables = self._tables
         try:
-            yield tuple(Lease(key, slot, int(tables.generation[slot]), self._store) for key, slot in ready)
+            yield tuple(Lease(key, slot, int(tables.generation[slot]), self.store) for key, slot in ready)
         finally:
             tables.release([slot for _, slot in ready])
 

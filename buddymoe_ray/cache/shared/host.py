@@ -123,6 +123,10 @@ class _Read:
         self.ticket.settle()
         self.conclude()
 
+    def cancel(self) -> bool:
+        """Others may wait for it."""
+        return False
+
     def conclude(self) -> None:
         """Wait for the bytes and tell everybody; once."""
         if self.concluded:
@@ -163,6 +167,10 @@ class _Awaited:
 
     def settle(self) -> None:
         """Nothing of ours is in flight."""
+
+    def cancel(self) -> bool:
+        """It is not ours."""
+        return False
 
     def _arrived(self) -> bool | None:
         with self.store.tables.locked():

@@ -195,16 +195,19 @@ class SharedTables:
         The layer's free slots come first; then, unless residency is protected, its least recently used expert that
         nobody leases, that is not pinned and not `kept` by the call in progress; then wave slots, free or unused.
         """
-        layer = key.layer
-        mine = np.flatnonzero(self.partition == layer)
-        slot = self.free_of(mine)
-        if slot is None and not protect:
-            slot = self._victim(mine[~kept[mine] & ~self._is_pinned(mine)])
+        slot = self._own(key.layer, protect=protect, kept=kept)
         if slot is None:
             waves = np.flatnonzero(self.partition == WAVE)
             slot = self.free_of(waves)
             if slot is None:
                 slot = self._victim(waves)
+        if slot is not None:
+            self.take(slot, key)
+        return slot
+
+    def claim_ahead(self, key: ExpertKey, *, kept: npt.NDArray[np.bool_]) -> int | None:
+        """The same of the layer's own slots alone, for an expert that was not asked for yet."""
+        slot = self._own(key.layer, protect=False, kept=kept)
         if slot is not None:
             self.take(slot, key)
         return slot
@@ -310,6 +313,11 @@ class SharedTables:
         free = slots[self.state[slots] == FREE]
         free = free[~self.leased(free)]  # a retired slot whose mover was killed may still be in a computation
         return int(free[0]) if len(free) else None
+
+    def _own(self, layer: int, *, protect: bool, kept: npt.NDArray[np.bool_]) -> int | None:
+        mine = np.flatnonzero(self.partition == layer)
+        slot = self.free_of(mine)
+        return slot if slot is not None or protect else self._victim(mine[~kept[mine] & ~self._is_pinned(mine)])
 
     def _victim(self, slots: SlotIds) -> int | None:
         slots = slots[self.state[slots] == READY]

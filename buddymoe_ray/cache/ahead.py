@@ -1,0 +1,76 @@
+"""Reads of experts that nobody has asked for yet: taken over by who does, given up when nobody did.
+
+Knows loads by their key and ticket; what it means that one has ended is its cache's. Used from one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Generic, Protocol, TypeVar
+
+from buddymoe_ray.cache.disk import Ticket
+from buddymoe_ray.errors import CacheError
+from buddymoe_ray.types import ExpertKey
+
+__all__ = ["ReadsAhead"]
+
+
+class _Load(Protocol):
+    @property
+    def key(self) -> ExpertKey: ...
+    @property
+    def ticket(self) -> Ticket: ...
+
+
+L = TypeVar("L", bound=_Load)
+
+
+class ReadsAhead(Generic[L]):
+    """`finish` makes an expert that has arrived resident, or frees its slot and raises CacheError; it calls `remove`
+    once nothing is in flight."""
+
+    def __init__(self, finish: Callable[[L], None]) -> None:
+        self._finish = finish
+        self._loads: dict[ExpertKey, L] = {}
+        self._cancelled: list[L] = []  # of which something is under way
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._loads
+
+    def add(self, load: L) -> None:
+        """One more is under way."""
+        self._loads[load.key] = load
+
+    def take(self, key: ExpertKey) -> L:
+        """Somebody asked for the expert, and finishes the load."""
+        return self._loads.pop(key)
+
+    def remove(self, load: L) -> None:
+        """It has ended, one way or the other."""
+        if self._loads.get(load.key) is load:
+            del self._loads[load.key]
+        else:
+            self._cancelled.remove(load)
+
+    def land(self) -> None:
+        """Finish what has arrived. What failed is for whoever asks for the expert: to read it again."""
+        if not self._loads and not self._cancelled:
+            return
+        for load in [load for load in (*self._loads.values(), *self._cancelled) if load.ticket.done()]:
+            with suppress(CacheError):
+                self._finish(load)
+
+    def give_up(self, layer: int = -1, experts: Sequence[int] = ()) -> None:
+        """Cancel what was not begun, but of these experts; one that is wholly under way arrives all the same."""
+        for key in list(self._loads):
+            if not (key.layer == layer and key.expert in experts) and self._loads[key].ticket.cancel():
+                self._cancelled.append(self._loads.pop(key))
+
+    def settle(self) -> None:
+        """Give up all, and wait for what is under way."""
+        if self._loads or self._cancelled:
+            self.give_up()
+            for load in [*self._loads.values(), *self._cancelled]:
+                load.ticket.settle()
+            self.land()
