@@ -79,8 +79,9 @@ class EngineConfig:
         max_running: most sequences that decode side by side.
         kv_memory: bytes of the KV cache: `512MiB`, or `auto`: what `max_running` sequences of `max_model_len` need, as
             far as the device has room beside dense weights and experts.
-        prefill_chunk: most prompt tokens computed in one step; None is 512, or, where experts are missing and nobody
-            decodes, as many as 256 MiB of activations hold: so a prompt reads each expert once.
+        prefill_chunk: most prompt tokens computed in one step, whoever waits; None is 512, or, where experts are
+            missing, as many as 256 MiB of activations hold, so that a prompt reads each expert once: on CPU in most
+            families set aside for decode steps, so that these wait at most about three times as long as alone.
         prefix_cache: whether what was computed of a text serves later ones with the same beginning, as long as the KV
             cache has room: `auto` where it changes no bit (on CPU, in most families), `on` wherever rows share a pass,
             `off`. What a stand-in had a part in is never shared.

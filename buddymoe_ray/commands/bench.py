@@ -35,7 +35,22 @@ _SHOWN = {
     "peak memory": "{peak_rss_bytes:bytes}",
 }
 _SECOND = {"second turn ms": "{ttft_second_turn_ms:,.1f}", "cached tokens": "{cached_tokens:,.0f}"}
-_WORST = ("p99_itl_ms", "ttft_ms", "ttft_second_turn_ms", "peak_rss_bytes", "load_seconds", "decode_tok_s_spread")
+_BESIDE = {
+    "prompt alone ms": "{beside_ttft_alone_ms:,.0f}",
+    "beside ms": "{beside_ttft_ms:,.0f}",
+    "p99 alone ms": "{beside_p99_itl_alone_ms:,.1f}",
+    "beside p99 ms": "{beside_p99_itl_ms:,.1f}",
+}
+_WORST = (
+    "p99_itl_ms",
+    "ttft_ms",
+    "ttft_second_turn_ms",
+    "beside_ttft_ms",
+    "beside_p99_itl_ms",
+    "peak_rss_bytes",
+    "load_seconds",
+    "decode_tok_s_spread",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens generated per sequence")
     parser.add_argument(
         "--turns", type=int, default=1, choices=(1, 2), help="2: every prompt again, its answer appended"
+    )
+    parser.add_argument(
+        "--beside", type=int, default=0, help="tokens of a prompt that arrives while the others decode; 0: none"
     )
     parser.add_argument("--reps", type=int, default=3, help="repetitions within an engine")
     parser.add_argument("--rounds", type=int, default=1, help="times each row is run, alternating")
@@ -60,9 +78,11 @@ def run(args: argparse.Namespace) -> int:
     for name in ("prompt_tokens", "new_tokens", "reps", "rounds"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be at least 1. hint: drop it")
+    if args.beside < 0:
+        raise ConfigError(f"--beside is {args.beside}, must be at least 0. hint: drop it")
     rows = [
         (
-            _config(args, mode, memory=memory, max_running=batch, guard_share=0.0),
+            _config(args, mode, memory=memory, max_running=batch + bool(args.beside), guard_share=0.0),
             _workload(args, batch),
             workers,
         )
@@ -97,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
             "prompt_tokens",
             "new_tokens",
         )
-        shown = _SHOWN | (_SECOND if args.turns > 1 else {})
+        shown = _SHOWN | (_SECOND if args.turns > 1 else {}) | (_BESIDE if args.beside else {})
         print_table(measured, shown, conditions={name.replace("_", " "): f"{{{name}}}" for name in told})
     return 0
 
@@ -170,7 +190,9 @@ def _together(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _workload(args: argparse.Namespace, batch: int) -> dict[str, int]:
-    return {"batch": batch} | {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "reps", "turns")}
+    return {"batch": batch} | {
+        name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "reps", "turns", "beside")
+    }
 
 
 def _corpus_ids(args: argparse.Namespace) -> tuple[int, ...]:
@@ -179,8 +201,9 @@ def _corpus_ids(args: argparse.Namespace) -> tuple[int, ...]:
     from buddymoe_ray.commands.eval import encode_corpus, tokenizer_of
 
     ids = tuple(encode_corpus(tokenizer_of(args.model, "for --corpus. hint: drop --corpus"), args.corpus))
-    if len(ids) <= args.prompt_tokens:
-        raise ConfigError(f"--corpus is {len(ids)} tokens, must be over {args.prompt_tokens}. hint: give more text")
+    longest = max(args.prompt_tokens, args.beside)
+    if len(ids) <= longest:
+        raise ConfigError(f"--corpus is {len(ids)} tokens, must be over {longest}. hint: give more text")
     return ids
 
 

@@ -7,6 +7,7 @@ cache. Decides sizes, runs nothing.
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from buddymoe_ray.engine.kv import KVPool
 from buddymoe_ray.engine.parts import EngineLimits, EngineParts
 from buddymoe_ray.engine.runner import PackedRunner, Runner, SoloRunner, probe
 from buddymoe_ray.engine.scheduler import Scheduler
+from buddymoe_ray.engine.suspended import PassParts
 from buddymoe_ray.engine.validate import checked_sampling
 from buddymoe_ray.errors import BudgetError, CheckpointError, ConfigError, RequestError
 from buddymoe_ray.models.load import LoadedModel, load_model, on_kernels
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.shape import generation_defaults, meta_model
 from buddymoe_ray.models.tokenizer import load_tokenizer
-from buddymoe_ray.moe import StepState
+from buddymoe_ray.moe import MoEBlock, StepState
 from buddymoe_ray.observe import progress
 from buddymoe_ray.policy import Guard, Prefill, kv_cache_bytes, plan_prefill
 from buddymoe_ray.residency.machine import available_memory_bytes, pick_device, refuse_dense_dtype, torch_dtype
@@ -65,6 +67,7 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
             if packed
             else Prefill(beside=kv.max_model_len, alone=kv.max_model_len),
             grows=kv.runner.repeatable,
+            suspends=kv.runner.parts is not None and config.prefill_chunk is None,
             reuses=_reuses(config, kv.runner),
         )
         return EngineParts(
@@ -189,12 +192,25 @@ class _KVSize:
         )
         paged.open(pool, threads=config.threads)
         one_call.attach(loaded, experts.blocks, paged, step)
-        repeatable = paged.by_kernel and all(block.kernel is not None for block in experts.blocks)
+        parts = None
+        if paged.by_kernel and all(block.kernel is not None for block in experts.blocks):  # so rows do not see others
+            parts = PassParts(
+                model=loaded.model,
+                paged=paged,
+                step=step,
+                block_size=BLOCK_SIZE,
+                device=loaded.device,
+                last=_last_block(loaded, experts),
+            )
         return cls(
-            blocks=blocks,
-            max_model_len=max_model_len,
-            runner=PackedRunner(loaded, paged, pool, step, repeatable=repeatable),
+            blocks=blocks, max_model_len=max_model_len, runner=PackedRunner(loaded, paged, pool, step, parts=parts)
         )
+
+
+def _last_block(loaded: LoadedModel, experts: ExpertTier) -> MoEBlock | None:
+    """The block of the model's last layer, where that has one."""
+    layers = [module for name, module in loaded.model.named_modules() if re.search(r"\.layers\.\d+$", name)]
+    return experts.blocks[-1] if layers and loaded.experts[-1] in {*layers[-1].modules()} else None
 
 
 def _blocks(tokens: int) -> int:

@@ -10,6 +10,7 @@ Legend: B sequences, V vocabulary.
 from __future__ import annotations
 
 import logging
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Rows
@@ -17,10 +18,12 @@ from contextlib import contextmanager
 from itertools import accumulate
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.account import StepTotals, open_account
+from buddymoe_ray.engine.beside import PrefillBeside
 from buddymoe_ray.engine.build import build_parts
 from buddymoe_ray.engine.chat import encode_chat, encode_prompt
 from buddymoe_ray.engine.guard import GuardWork
@@ -72,6 +75,7 @@ class Engine:
         self._setup, self._guard = parts.experts.setup, parts.guard
         self._spent = StepTotals()
         self._runner, self._scheduler, self._step = parts.runner, parts.scheduler, parts.step
+        self._beside = PrefillBeside(parts.runner.parts if parts.config.prefill_chunk is None else None)
         self._eos = parts.eos_token_ids
         self._chooser = chooser or SamplingChooser()
         self._pending: list[TokenEvent] = []
@@ -142,19 +146,26 @@ class Engine:
         plan = self._scheduler.schedule()
         self._steps += 1
         try:
-            for chunks in self._passes(plan.prefill):
-                self._prefill(chunks)
+            decodes = bool(plan.decode)
+            if not self._beside.begin(plan.prefill, decodes=decodes):
+                for chunks in self._passes(plan.prefill):
+                    self._prefill(chunks)
+            self._go_on(decodes)
+            began = time.perf_counter()
             for sequences in self._passes(plan.decode):
                 self._decode(sequences)
+            if decodes:
+                self._beside.decoded(time.perf_counter() - began)
         finally:
             self.cache.settle_ahead()
         if self._guard is not None:
-            self._recompute(self._guard, idle=not (plan.prefill or plan.decode))
+            self._recompute(self._guard, idle=not (plan.prefill or plan.decode or self._beside.busy))
         events, self._pending = self._pending, []
         return events
 
     def reset(self) -> None:
         """Forget every request and what is undelivered of it: for after an interrupt, wherever it struck."""
+        self._beside.reset()
         self._scheduler.reset()
         self._runner.release(None)
         if self._guard is not None:
@@ -223,6 +234,7 @@ class Engine:
         """Free the model's memory and close its files. Safe to call twice."""
         if not self._closed:
             self._closed = True
+            self._beside.reset()
             if self._peering is not None:
                 self._peering.close()
             self._experts.close()
@@ -232,7 +244,21 @@ class Engine:
             return [list(planned)] if planned else []
         return [[one] for one in planned]
 
+    def _go_on(self, decodes: bool) -> None:
+        """Compute prompts that were begun, for a while."""
+        try:
+            ended = self._beside.advance(decodes=decodes)
+        except Exception:
+            log.exception("a pass over prompts failed: they are computed one by one")
+            self._prefill(self._beside.give_up())
+            return
+        for chunk, logits_V, lost in ended:
+            logits_BV = torch.zeros(1, 1) if logits_V is None else logits_V[None]
+            self._take([chunk.seq], [chunk.end - chunk.start], logits_BV, {0: lost} if lost else {})
+
     def _prefill(self, chunks: list[PrefillChunk]) -> None:
+        began = time.perf_counter()
+
         def run(part: list[PrefillChunk]) -> tuple[Tensor, dict[int, str]]:
             return self._runner.prefill(part), self._step.failed or {}
 
@@ -244,6 +270,8 @@ class Engine:
             ends = list(accumulate(counts))
             lost = {bisect_right(ends, row): reason for row, reason in failed.items()}
             self._take([chunk.seq for chunk in part], counts, logits_BV, lost)
+        if chunks:
+            self._beside.computed(sum(chunk.end - chunk.start for chunk in chunks), time.perf_counter() - began)
 
     def _decode(self, sequences: list[Sequence]) -> None:
         def run(part: list[Sequence]) -> tuple[Tensor, StepOutcome, dict[int, str]]:
@@ -356,6 +384,7 @@ class Engine:
         self._pending.append(event)
         if event.finish_reason is not None:
             self._scheduler.finish(seq)
+            self._beside.leave()
             self._runner.release(seq)
             if self._guard is not None:
                 try:

@@ -15,6 +15,7 @@ from typing import Any
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
+from buddymoe_ray.engine.measure_beside import Beside, run_beside
 from buddymoe_ray.observe import EngineSnapshot, peak_rss_bytes, process_read_bytes
 from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.types import GenerationRequest, SamplingParams, Usage
@@ -25,7 +26,8 @@ __all__ = ["Measurement", "BenchLoad", "measure"]
 @dataclass(frozen=True, kw_only=True)
 class BenchLoad:
     """`batch` requests of `prompt_tokens` random or given ids, `new_tokens` each, `reps` times over. With 2 `turns`
-    every prompt comes once more, with its answer appended, for one token."""
+    every prompt comes once more, with its answer appended, for one token. With `beside` the requests also decode beside
+    a prompt of so many tokens."""
 
     batch: int
     prompt_tokens: int
@@ -34,14 +36,22 @@ class BenchLoad:
     ids: tuple[int, ...] = ()
     seed: int = 0
     turns: int = 1
+    beside: int = 0
 
     def prompts(self, rep: int, vocab_size: int) -> list[tuple[int, ...]]:
         """Different prompts for every repetition, the same for every engine."""
-        rng = random.Random(f"{self.seed}-{rep}")
+        return self._drawn(f"{self.seed}-{rep}", vocab_size, self.batch, self.prompt_tokens)
+
+    def long_prompts(self, rep: int, vocab_size: int) -> list[tuple[int, ...]]:
+        """Three of `beside` tokens."""
+        return self._drawn(f"{self.seed}-{rep}-beside", vocab_size, 3, self.beside)
+
+    def _drawn(self, seed: str, vocab_size: int, count: int, tokens: int) -> list[tuple[int, ...]]:
+        rng = random.Random(seed)
         if not self.ids:
-            return [tuple(rng.randrange(vocab_size) for _ in range(self.prompt_tokens)) for _ in range(self.batch)]
-        starts = [rng.randrange(max(1, len(self.ids) - self.prompt_tokens)) for _ in range(self.batch)]
-        return [self.ids[start : start + self.prompt_tokens] for start in starts]
+            return [tuple(rng.randrange(vocab_size) for _ in range(tokens)) for _ in range(count)]
+        starts = [rng.randrange(max(1, len(self.ids) - tokens)) for _ in range(count)]
+        return [self.ids[start : start + tokens] for start in starts]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +61,8 @@ class Measurement:
     `bytes_read_per_token` counts what decode steps asked of the disk (alignment included); `process_read_bytes` is the
     kernel's count for the whole process, loading included. `read_ahead_bytes_per_token` were begun on a guess, of which
     the share `read_ahead_right` was asked for (None: none was). `ttft_second_turn_ms` and `cached_tokens` (of a prompt,
-    the mean) are of the second turn, None without one.
+    the mean) are of the second turn, None without one. `beside_..` are of a long prompt and of those who decode
+    meanwhile, each beside the other and alone; None without one.
     """
 
     decode_tok_s: float
@@ -73,6 +84,10 @@ class Measurement:
     cached_tokens: float | None
     read_ahead_bytes_per_token: float
     read_ahead_right: float | None
+    beside_ttft_ms: float | None
+    beside_ttft_alone_ms: float | None
+    beside_p99_itl_ms: float | None
+    beside_p99_itl_alone_ms: float | None
 
     def as_record(self) -> dict[str, Any]:
         """For JSON."""
@@ -113,15 +128,17 @@ def measure(
     load_seconds = time.perf_counter() - started
     try:
         _run(engine, workload.prompts(-1, engine.vocab_size), new_tokens=2, tag="warm")
-        reps, seconds = list[_Rep](), list[_Rep]()
+        reps, seconds, besides = list[_Rep](), list[_Rep](), list[Beside]()
         for r in range(workload.reps):
             gate()
             prompts = workload.prompts(r, engine.vocab_size)
             reps.append(_run(engine, prompts, new_tokens=workload.new_tokens, tag=f"r{r}"))
             if workload.turns > 1:
                 seconds.append(_run(engine, reps[-1].answered, new_tokens=1, tag=f"r{r}-again"))
+            if workload.beside:
+                besides.append(run_beside(engine, prompts, workload.long_prompts(r, engine.vocab_size)))
         gate()
-        return _summarise(reps, seconds, engine.snapshot(), load_seconds)
+        return _summarise(reps, seconds, engine.snapshot(), load_seconds, _beside(besides))
     finally:
         engine.close()
 
@@ -167,9 +184,29 @@ def _run(engine: Engine, prompts: Sequence[tuple[int, ...]], *, new_tokens: int,
     )
 
 
-def _summarise(reps: list[_Rep], seconds: list[_Rep], end: EngineSnapshot, load_seconds: float) -> Measurement:
+def _beside(found: list[Beside]) -> dict[str, float | None]:
+    """Medians of first tokens, and the 99th of a hundred gaps."""
+    return {
+        "beside_ttft_ms": _milliseconds([each.prompt for each in found], 0.5),
+        "beside_ttft_alone_ms": _milliseconds([each.prompt_alone for each in found], 0.5),
+        "beside_p99_itl_ms": _milliseconds([gap for each in found for gap in each.gaps], 0.99),
+        "beside_p99_itl_alone_ms": _milliseconds([gap for each in found for gap in each.gaps_alone], 0.99),
+    }
+
+
+def _milliseconds(seconds: list[float], share: float) -> float | None:
+    return 1e3 * sorted(seconds)[min(len(seconds) - 1, int(share * len(seconds)))] if seconds else None
+
+
+def _summarise(
+    reps: list[_Rep],
+    seconds: list[_Rep],
+    end: EngineSnapshot,
+    load_seconds: float,
+    beside: dict[str, float | None],
+) -> Measurement:
     speeds = [rep.decoded / rep.decode_seconds for rep in reps if rep.decoded]
-    gaps = sorted(gap for rep in reps for gap in rep.gaps)
+    gaps = [gap for rep in reps for gap in rep.gaps]
     decoded = max(1, sum(rep.decoded for rep in reps))
     usages = [usage for rep in reps for usage in rep.usages]
     hits, fetched = sum(u.hits for u in usages), sum(u.fetched + u.peer for u in usages)
@@ -182,7 +219,7 @@ def _summarise(reps: list[_Rep], seconds: list[_Rep], end: EngineSnapshot, load_
         decode_tok_s_spread=(max(speeds) - min(speeds)) / median if speeds else 0.0,
         prefill_tok_s=statistics.median(rep.prompt_tokens / rep.prefill_seconds for rep in reps),
         ttft_ms=1e3 * statistics.median(t for rep in reps for t in rep.ttfts),
-        p99_itl_ms=1e3 * gaps[min(len(gaps) - 1, int(0.99 * len(gaps)))] if gaps else 0.0,
+        p99_itl_ms=_milliseconds(gaps, 0.99) or 0.0,
         peak_rss_bytes=peak_rss_bytes(),
         bytes_read_per_token=sum(rep.decode_bytes for rep in reps) / decoded,
         prefill_bytes_read=statistics.median(rep.prefill_bytes for rep in reps),
@@ -197,4 +234,5 @@ def _summarise(reps: list[_Rep], seconds: list[_Rep], end: EngineSnapshot, load_
         cached_tokens=statistics.fmean(u.cached_tokens for r in seconds for u in r.usages) if seconds else None,
         read_ahead_bytes_per_token=(useful + wasted) / decoded,
         read_ahead_right=useful / (useful + wasted) if useful + wasted else None,
+        **beside,
     )

@@ -20,6 +20,7 @@ from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
 from buddymoe_ray.engine.kv import KVPool
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.engine.sequence import Sequence
+from buddymoe_ray.engine.suspended import PassParts
 from buddymoe_ray.models.hf_loading import recomputes_at_switch, refusing, switch_length
 from buddymoe_ray.models.load import LoadedModel
 from buddymoe_ray.moe import Phase, StepOutcome, StepState, StepTerms
@@ -34,12 +35,14 @@ class Runner(Protocol):
     """What the engine asks of a model.
 
     `packed`: a pass may have several sequences, and one that failed may be computed again. `repeatable`: a token's KV
-    has the same bits whenever it is computed, and in whatever pass. A row whose expert could not
-    be had is in the step's `failed`, by its number in the pass; the others are worth what they always are.
+    has the same bits whenever it is computed, and in whatever pass. `parts` are what passes that can be set aside are
+    made of, None where none can. A row whose expert could not be had is in the step's `failed`, by its number in the
+    pass; the others are worth what they always are.
     """
 
     packed: bool
     repeatable: bool
+    parts: PassParts | None
 
     def prefill(self, chunks: Rows[PrefillChunk]) -> Tensor:
         """Compute prompt chunks; float32 logits `[chunks, V]` of each chunk's last token."""
@@ -60,16 +63,22 @@ class Runner(Protocol):
 
 
 class PackedRunner:
-    """Ragged rows of all sequences in one pass. `repeatable` if kernels compute all of it."""
+    """Ragged rows of all sequences in one pass. `parts` if kernels compute all of it."""
 
     packed = True
 
     def __init__(
-        self, loaded: LoadedModel, paged: PagedAttention, pool: KVPool, step: StepState, *, repeatable: bool = False
+        self,
+        loaded: LoadedModel,
+        paged: PagedAttention,
+        pool: KVPool,
+        step: StepState,
+        *,
+        parts: PassParts | None = None,
     ) -> None:
         self._model, self._device = loaded.model, loaded.device
         self._paged, self._pool, self._step = paged, pool, step
-        self.repeatable = repeatable
+        self.repeatable, self.parts = parts is not None, parts
 
     def prefill(self, chunks: Rows[PrefillChunk]) -> Tensor:
         rows, ids, positions = [], list[int](), list[int]()
@@ -131,6 +140,7 @@ class SoloRunner:
     """One forward per sequence on the model's own cache, fed as `generate` feeds it; a prompt is computed whole."""
 
     packed = repeatable = False
+    parts: PassParts | None = None
 
     def __init__(self, loaded: LoadedModel, step: StepState) -> None:
         self._model, self._device, self._step = loaded.model, loaded.device, step

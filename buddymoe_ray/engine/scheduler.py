@@ -3,8 +3,8 @@
 First come, first served. With `grows` a sequence takes blocks as its text grows, and where none is left the youngest
 gives up its own and waits at the head of the queue, to be computed again: for runners that do so to the same bits.
 Without, a sequence is admitted only when blocks for all it may ever need are free. With `reuses` it begins with the
-blocks that hold the same beginning. Invariant: blocks held by sequences and free blocks make up the pool
-(`check_integrity`).
+blocks that hold the same beginning. With `suspends` prompts that were begun are still being computed when others begin.
+Invariant: blocks held by sequences and free blocks make up the pool (`check_integrity`).
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ class Scheduler:
         prefill: Prefill,
         grows: bool = False,
         reuses: bool = False,
+        suspends: bool = False,
     ) -> None:
         assert min(num_blocks, block_size, max_running, prefill.beside, prefill.alone) > 0, "sizes must be positive"
-        self._grows, self._reuses = grows, reuses
+        self._grows, self._reuses, self._suspends = grows, reuses, suspends
         self.preemptions = self.cached_tokens = self.prompt_tokens = 0
         self.num_blocks, self._block_size = num_blocks, block_size
         self._max_running, self._prefill = max_running, prefill
@@ -105,10 +106,10 @@ class Scheduler:
             self._grow()
         self._admit()
         decode = tuple(seq for seq in self._admitted.values() if seq.prompt_computed)
-        room = self._prefill.beside if decode else self._prefill.alone
+        room = self._room(bool(decode))
         prefill = []
         for seq in self._admitted.values():
-            if room > 0 and not seq.prompt_computed:
+            if room > 0 and not seq.prompt_computed and not seq.computing:
                 end = min(seq.prefill_length, seq.num_computed + room)
                 prefill.append(PrefillChunk(seq=seq, start=seq.num_computed, end=end))
                 room -= end - seq.num_computed
@@ -159,6 +160,14 @@ class Scheduler:
     def _spare(self) -> int:
         """Blocks that running sequences will want next."""
         return len(self._admitted) if self._grows else 0
+
+    def _room(self, decodes: bool) -> int:
+        """Prompt tokens that may be begun now."""
+        if not self._suspends:
+            return self._prefill.beside if decodes else self._prefill.alone
+        begun = [seq.computing for seq in self._admitted.values() if seq.computing]
+        # beside the longest there is room for others, which are not to wait for its end
+        return self._prefill.beside - sum(begun) + max(begun) if begun else self._prefill.alone
 
     def _admit(self) -> None:
         while self._waiting and len(self._admitted) < self._max_running:

@@ -71,6 +71,7 @@ class Sequence:
         self.state = SequenceState.WAITING
         self.blocks: list[int] = []
         self.num_computed = self.num_remembered = self.cached_tokens = 0
+        self.computing = 0  # tokens of a pass that is in progress
         self._exact = self._again = 0  # tokens whose KV no stand-in touched; tokens to compute again
         self._digests: list[bytes] = []
         self._ids = list(prompt)
@@ -163,7 +164,7 @@ class Sequence:
     def preempt(self) -> None:
         """Its blocks are another's now: all its tokens will be computed again."""
         self.state, self.blocks, self._again = SequenceState.WAITING, [], len(self._ids)
-        self.num_computed = self.num_remembered = self._exact = 0
+        self.num_computed = self.num_remembered = self._exact = self.computing = 0
 
     def append(self, sampled: Sampled) -> TokenEvent:
         """Take the next token; returns its event, which carries the finish reason when it is the last."""

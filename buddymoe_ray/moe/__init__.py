@@ -3,6 +3,7 @@
 from buddymoe_ray.moe.block import MoEBlock
 from buddymoe_ray.moe.outcome import STANDIN_KINDS, StepOutcome, Substitution, standin_kind
 from buddymoe_ray.moe.read_ahead import Choice, ReadAhead
+from buddymoe_ray.moe.rows import Accesses
 from buddymoe_ray.moe.standin_compute import record_computes
 from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Observer, Overlay, Phase, StepState, StepTerms
@@ -10,6 +11,7 @@ from buddymoe_ray.moe.waves import ExpertCompute, OneByOne, OneCall, WaveCompute
 
 __all__ = [
     "STANDIN_KINDS",
+    "Accesses",
     "Choice",
     "ExpertCompute",
     "MoEBlock",

@@ -82,15 +82,30 @@ class MoEBlock:
             return torch.zeros_like(hidden_TD)
         if step.observer is not None:
             step.observer(self.layer, hidden_TD, ids_TK, weight_TK)
-        y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
         ids = ids_TK.cpu().numpy()
+        if step.suspend is not None:
+            return step.suspend(self, hidden_TD, ids, weight_TK)
+        y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
         if step.phase is _DECODE:
             self._look_ahead(hidden_TD, guess_TK)
             weight_TK = self._decode(hidden_TD, ids, weight_TK, y_ND, glanced=glanced)
         else:
             accesses = Accesses(ids, hidden_TD.device)
-            self._run_here(hidden_TD, accesses, accesses.experts, y_ND, protect=True)
-        return combine(y_ND.view(*ids_TK.shape, -1), weight_TK).to(hidden_TD.dtype)
+            self.run(hidden_TD, accesses, accesses.experts, y_ND)
+        return self.combined(y_ND, weight_TK)
+
+    @property
+    def resident_mask(self) -> npt.NDArray[np.bool_]:
+        """`[E]`, True where the layer's expert is resident; a live view."""
+        return self._cache.resident_mask(self.layer)
+
+    def run(self, hidden_TD: Tensor, accesses: Accesses, experts: Sequence[int], y_ND: Tensor) -> None:
+        """Fill the rows of `y_ND` that prompts have from these experts, evicting nothing that is resident."""
+        self._run_here(hidden_TD, accesses, experts, y_ND, protect=True)
+
+    def combined(self, y_ND: Tensor, weight_TK: Tensor) -> Tensor:
+        """The sum `[T, D]` of the experts' outputs, in slot order."""
+        return combine(y_ND.view(*weight_TK.shape, -1), weight_TK).to(y_ND.dtype)
 
     def _decode(self, hidden_TD: Tensor, ids_TK: Ints, weight_TK: Tensor, y_ND: Tensor, *, glanced: bool) -> Tensor:
         """Fill `y_ND`; returns the weights to combine it with."""

@@ -61,17 +61,19 @@ class StepState:
 
     `scores` holds the router's scores `[T, E]` of a layer while its experts run, where a stand-in asks for them.
     `failed` says by row why its output is worth nothing: an expert it needed could not be had. None: the pass raises.
+    `suspend` answers for the experts of a pass that can be set aside: `suspend(block, hidden_TD, ids_TK, weight_TK)`.
     """
 
     def __init__(self) -> None:
         self.observer: Observer | None = None
         self.scores: dict[int, Tensor] = {}
+        self.suspend: Callable[..., Tensor] | None = None
         self.begin(Phase.PROBE, 0)
 
     def begin(self, phase: Phase, rows: int, terms: StepTerms | None = None, *, isolate: bool = False) -> None:
         """Start a pass of `rows` rows. With `isolate` an expert that cannot be had costs only the rows that need it."""
         terms = terms or StepTerms()
-        self.phase = phase
+        self.phase, self.suspend = phase, None
         self.failed: dict[int, str] | None = {} if isolate else None
         self.budgets, self.overlays = terms.budgets, terms.overlays
         self.outcome = StepOutcome.empty(rows, terms.record)

@@ -1,0 +1,100 @@
+"""Prompts that are computed beside decode steps: which pass goes on, and for how long.
+
+A step gives prompts twice the time that its decode takes: nobody's next token waits three times as long as alone, and a
+prompt takes half as long again. Several passes take turns, so a short prompt does not wait for a long one's end. What
+takes no longer than that is not worth setting aside. Times are measured; no bit depends on them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from buddymoe_ray.engine.scheduler import PrefillChunk
+from buddymoe_ray.engine.suspended import PassParts, SuspendedPass
+
+__all__ = ["PrefillBeside"]
+
+_SHARE, _ALONE_SECONDS, _LEAST_SECONDS = 2.0, 0.1, 2e-3
+_ROWS_BESIDE, _ROWS_ALONE = 16, 128
+_AT_ONCE = 128
+"""So many tokens are computed at once before it is known how long they take."""
+_SHORT = 4
+"""A prompt of so many times fewer tokens than the longest is in a pass of its own."""
+_SMOOTHING = 0.2
+
+
+class PrefillBeside:
+    """The passes of one engine. `parts` None: nothing is set aside."""
+
+    def __init__(self, parts: PassParts | None) -> None:
+        self._parts = parts
+        self._passes = deque[SuspendedPass]()
+        self._decode_seconds = self._token_seconds = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a prompt is being computed."""
+        return bool(self._passes)
+
+    def decoded(self, seconds: float) -> None:
+        """A step's decode took so long."""
+        self._decode_seconds += (_SMOOTHING if self._decode_seconds else 1.0) * (seconds - self._decode_seconds)
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        """So many prompt tokens took so long."""
+        found = seconds / tokens
+        self._token_seconds += (_SMOOTHING if self._token_seconds else 1.0) * (found - self._token_seconds)
+
+    def begin(self, chunks: Sequence[PrefillChunk], *, decodes: bool) -> bool:
+        """Begin to compute prompts that take long; False where they take so little that they are computed at once."""
+        if self._parts is None or not chunks:
+            return False
+        sizes = [chunk.end - chunk.start for chunk in chunks]
+        seconds = sum(sizes) * self._token_seconds
+        short = seconds <= self._slice(decodes) if seconds else sum(sizes) <= _AT_ONCE
+        if short or sum(sizes) <= _ROWS_BESIDE:
+            return False
+        apart = [chunk for chunk, size in zip(chunks, sizes, strict=True) if _SHORT * size <= max(sizes)]
+        together = [chunk for chunk in chunks if chunk not in apart]
+        rows = _ROWS_BESIDE if decodes else _ROWS_ALONE
+        self._passes.extend(SuspendedPass(self._parts, group, rows=rows) for group in (apart, together) if group)
+        return True
+
+    def advance(self, *, decodes: bool) -> list[tuple[PrefillChunk, Tensor | None, str]]:
+        """Go on with one of the passes; what has ended with it, as `SuspendedPass.take` has it.
+
+        Raises what a forward raises; `give_up` then says which prompts were in it.
+        """
+        while self._passes:
+            self._passes[0].leave()
+            if self._passes[0].done:
+                return self._passes.popleft().take()
+            self._passes[0].advance(time.perf_counter() + self._slice(decodes))
+            if self._passes[0].done:
+                ended = self._passes.popleft()
+                self.computed(ended.rows, ended.seconds)
+                return ended.take()
+            self._passes.rotate(-1)
+            return []
+        return []
+
+    def give_up(self) -> list[PrefillChunk]:
+        """Close the pass whose turn it is; its prompts are to be computed another way."""
+        return self._passes.popleft().close()
+
+    def leave(self) -> None:
+        """Let go of prompts that ended since: their blocks are another's."""
+        for each in self._passes:
+            each.leave()
+
+    def reset(self) -> None:
+        """Close all."""
+        while self._passes:
+            self._passes.popleft().close()
+
+    def _slice(self, decodes: bool) -> float:
+        return max(_LEAST_SECONDS, _SHARE * self._decode_seconds) if decodes else _ALONE_SECONDS

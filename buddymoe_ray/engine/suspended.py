@@ -1,0 +1,332 @@
+"""A forward pass over prompts that can be set aside between any two of its pieces.
+
+Every chunk of rows is a forward of the model in a greenlet of its own, which is suspended where a MoE layer would run
+its experts. Once all chunks are there, the layer's experts run over the rows of all, each of them read once, some at a
+time; then the chunks go on to the next layer. What is set aside holds no lease and no lock, only its rows, so that
+other passes may run meanwhile: their context is put back before each piece. Rows do not see each other, so cutting
+changes no bit. Does not know the scheduler; one thread.
+
+Legend: T rows, D hidden, K experts per token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from greenlet import error as GreenletError
+from greenlet import getcurrent, greenlet
+from torch import Tensor
+
+from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
+from buddymoe_ray.engine.scheduler import PrefillChunk
+from buddymoe_ray.moe import Accesses, MoEBlock, Phase, StepState
+
+__all__ = ["PassParts", "SuspendedPass"]
+
+_SMOOTHING, _FEWEST = 0.3, 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassParts:
+    """What computes passes. `last` is the block behind which only a prompt's last row is needed, None where other
+    layers follow."""
+
+    model: Any
+    paged: PagedAttention
+    step: StepState
+    block_size: int
+    device: torch.device
+    last: MoEBlock | None
+
+
+@dataclass(eq=False)
+class _Member:
+    """A prompt's part of the pass. `blocks` are the KV blocks that it began with; `lost` says which expert could not be
+    had."""
+
+    chunk: PrefillChunk
+    blocks: list[int]
+    logits_V: Tensor | None = None
+    lost: str = ""
+    gone: bool = False
+
+    @property
+    def there(self) -> bool:
+        """Whether the prompt still waits for it: it did not end, nor lose its blocks."""
+        return not self.chunk.seq.finished and self.chunk.seq.blocks is self.blocks
+
+
+@dataclass(eq=False)
+class _Piece:
+    """Rows of one forward, and what it waits for."""
+
+    member: _Member
+    packed: PackedPass
+    ids: list[int]
+    positions: list[int]
+    ends: bool  # with the row whose logits are wanted
+    thread: greenlet | None = None
+    block: MoEBlock | None = None
+    hidden_TD: Tensor | None = None
+    ids_TK: npt.NDArray[np.int64] | None = None
+    weight_TK: Tensor | None = None
+    y_ND: Tensor | None = None
+
+
+@dataclass(kw_only=True)
+class _Layer:
+    """A MoE layer in progress: the rows of all pieces, and the accesses that are left, by expert."""
+
+    block: MoEBlock
+    pieces: list[_Piece]
+    hidden_TD: Tensor
+    ids_TK: npt.NDArray[np.int64]
+    y_ND: Tensor
+    rest: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
+
+
+class SuspendedPass:
+    """`chunks` of prompts, cut into forwards of `rows` rows. Call `advance` until it is `done`, then `take`."""
+
+    def __init__(self, parts: PassParts, chunks: Sequence[PrefillChunk], *, rows: int) -> None:
+        self._parts = parts
+        self._members = [_Member(chunk, chunk.seq.blocks) for chunk in chunks]
+        self._ready = deque(piece for member in self._members for piece in self._cut(member, rows))
+        self._waiting: list[_Piece] = []
+        self._layer: _Layer | None = None
+        self._current: _Piece | None = None
+        self._access_seconds = self._piece_seconds = 0.0  # of an access, of a forward's piece
+        self.seconds = 0.0
+        for member in self._members:
+            member.chunk.seq.computing = member.chunk.end - member.chunk.start
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to compute."""
+        return not (self._ready or self._waiting or self._layer)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all prompts."""
+        return sum(member.chunk.end - member.chunk.start for member in self._members)
+
+    def advance(self, until: float) -> None:
+        """Compute pieces until about the time that `time.perf_counter` calls `until`, at least one. Raises what a
+        forward raises: the pass is to be closed then."""
+        began = now = time.perf_counter()
+        with torch.inference_mode():
+            while not self.done and (now == began or now + self._next_seconds / 2 < until):
+                self._one(until - now)
+                now = time.perf_counter()
+        self.seconds += now - began
+
+    @property
+    def _next_seconds(self) -> float:
+        """What the next piece takes, at least."""
+        return self._piece_seconds if self._layer is None else _FEWEST * self._access_seconds
+
+    def leave(self) -> None:
+        """Let go of prompts that ended, or whose blocks were taken from them, since."""
+        for member in self._members:
+            if not member.gone and not member.there:
+                self._drop(member)
+
+    def take(self) -> list[tuple[PrefillChunk, Tensor | None, str]]:
+        """Of a pass that is done: each prompt's chunk, the float32 logits `[V]` of its last token (None where more of
+        it follows) and, if not empty, why they are worth nothing."""
+        assert self.done, "the pass is in progress, must be done"
+        members = [member for member in self._members if member.there and (not member.gone or member.lost)]
+        for member in members:
+            member.chunk.seq.computing = 0
+        return [(member.chunk, member.logits_V, member.lost) for member in members]
+
+    def close(self) -> list[PrefillChunk]:
+        """Give the pass up; returns the chunks of prompts that are still there."""
+        self.leave()
+        left = [member for member in self._members if not member.gone]
+        for member in left:
+            self._drop(member)
+            member.chunk.seq.computing = 0
+        self._layer = None
+        return [member.chunk for member in left]
+
+    def _cut(self, member: _Member, rows: int) -> Iterator[_Piece]:
+        chunk, parts = member.chunk, self._parts
+        for start in range(chunk.start, chunk.end, rows):
+            end = min(start + rows, chunk.end)
+            span = ChunkRows(row=0, count=end - start, start=start, blocks=tuple(member.blocks))
+            yield _Piece(
+                member=member,
+                packed=PackedPass([span], decode=False, block_size=parts.block_size, device=parts.device),
+                ids=chunk.seq.token_ids(start, end),
+                positions=list(range(start, end)),
+                ends=end == chunk.seq.prefill_length,
+            )
+
+    def _one(self, seconds: float) -> None:
+        """The next piece; of experts as many as that time allows."""
+        if self._layer is not None:
+            self._run_experts(self._layer, seconds)
+        elif self._ready:
+            began = time.perf_counter()
+            self._resume(self._ready.popleft())
+            self._piece_seconds = _smooth(self._piece_seconds, time.perf_counter() - began)
+        else:
+            self._layer = self._gathered()
+
+    def _resume(self, piece: _Piece) -> None:
+        """Let a forward go on to its next MoE layer, or to its end."""
+        step, paged = self._parts.step, self._parts.paged
+        if piece.thread is None:
+            piece.thread = greenlet(self._forward)
+            send: Any = piece
+        else:
+            assert piece.block is not None and piece.y_ND is not None and piece.weight_TK is not None
+            send, piece.y_ND = piece.block.combined(piece.y_ND, piece.weight_TK), None
+        piece.thread.parent = getcurrent()
+        with self._context(piece):
+            found = piece.thread.switch(send)
+        assert step.suspend is None and paged.current is None
+        if not piece.thread.dead:
+            self._waiting.append(piece)
+        elif piece.ends:
+            piece.member.logits_V = found
+
+    @contextmanager
+    def _context(self, piece: _Piece) -> Iterator[None]:
+        """What the forward of the piece finds around it."""
+        step, paged = self._parts.step, self._parts.paged
+        step.begin(Phase.PREFILL, len(piece.ids), isolate=True)
+        step.suspend, paged.current, self._current = self._suspend, piece.packed, piece
+        try:
+            yield
+        finally:
+            step.suspend = paged.current = self._current = None
+
+    def _forward(self, piece: _Piece) -> Tensor:
+        parts = self._parts
+        out = parts.model(
+            input_ids=torch.tensor([piece.ids], device=parts.device),
+            position_ids=torch.tensor([piece.positions], device=parts.device),
+            use_cache=False,
+            logits_to_keep=1,
+        )
+        return out.logits[0, -1].float()
+
+    def _suspend(self, block: MoEBlock, hidden_TD: Tensor, ids_TK: npt.NDArray[np.int64], weight_TK: Tensor) -> Tensor:
+        """Called by a block inside a forward: what its experts come to, once they were run."""
+        piece = self._current
+        assert piece is not None and piece.thread is not None and piece.thread.parent is not None
+        piece.block, piece.hidden_TD, piece.ids_TK, piece.weight_TK = block, hidden_TD, ids_TK, weight_TK
+        with _no_modes():
+            answer: Tensor = piece.thread.parent.switch()
+        return answer
+
+    def _gathered(self) -> _Layer | None:
+        """The layer that all pieces wait for, without those of which nothing more is needed; None if that is all."""
+        block = self._waiting[0].block
+        assert block is not None and all(piece.block is block for piece in self._waiting), "pieces are at one layer"
+        if block is self._parts.last:
+            for piece in [piece for piece in self._waiting if not piece.ends]:
+                self._waiting.remove(piece)
+                _end(piece)
+        if not self._waiting:
+            return None
+        pieces, self._waiting = self._waiting, []
+        hidden_TD = torch.cat([piece.hidden_TD for piece in pieces if piece.hidden_TD is not None])
+        ids_TK = np.concatenate([piece.ids_TK for piece in pieces if piece.ids_TK is not None])
+        rows = Accesses(ids_TK, hidden_TD.device).rows
+        return _Layer(
+            block=block,
+            pieces=pieces,
+            hidden_TD=hidden_TD,
+            ids_TK=ids_TK,
+            y_ND=hidden_TD.new_empty(ids_TK.size, hidden_TD.shape[1]),
+            rest={expert: rows_R.numpy() for expert, (rows_R, _) in rows.items()},
+        )
+
+    def _run_experts(self, layer: _Layer, seconds: float) -> None:
+        """Some of the layer's accesses: of resident experts first, which may be evicted by the time that others are
+        done; of one with many rows as many as the time allows."""
+        if not layer.rest:
+            self._answer(layer)
+            return
+        resident_E, expert_N = layer.block.resident_mask, np.full(layer.ids_TK.size, -1)
+        fewest = min(_FEWEST, max(map(len, layer.rest.values())))
+        left = count = max(fewest, int(seconds / self._access_seconds)) if self._access_seconds else fewest
+        for expert in sorted(layer.rest, key=lambda expert: not resident_E[expert]):
+            rows_R = layer.rest.pop(expert)
+            if len(rows_R) > left:
+                layer.rest[expert] = rows_R[left:]
+            expert_N[rows_R[:left]] = expert
+            left -= len(rows_R)
+            if left <= 0:
+                break
+        step, began = self._parts.step, time.perf_counter()
+        step.begin(Phase.PREFILL, len(layer.hidden_TD), isolate=True)
+        accesses = Accesses(expert_N.reshape(layer.ids_TK.shape), layer.hidden_TD.device)
+        layer.block.run(layer.hidden_TD, accesses, accesses.experts, layer.y_ND)
+        taken = (time.perf_counter() - began) / (count - max(0, left))
+        self._access_seconds = _smooth(self._access_seconds, taken)
+        if step.failed:
+            self._lose(layer, step.failed)
+
+    def _lose(self, layer: _Layer, failed: dict[int, str]) -> None:
+        """Rows whose expert could not be had end their prompts."""
+        owners = [piece.member for piece in layer.pieces for _ in piece.ids]
+        for row, reason in failed.items():
+            if not owners[row].gone:
+                owners[row].lost = reason
+                self._drop(owners[row])
+
+    def _answer(self, layer: _Layer) -> None:
+        """Let every piece go on with its rows' outputs."""
+        self._layer, at = None, 0
+        for piece in layer.pieces:
+            assert piece.ids_TK is not None
+            piece.y_ND = layer.y_ND[at : at + piece.ids_TK.size]
+            at += piece.ids_TK.size
+            if not piece.member.gone:
+                self._ready.append(piece)
+
+    def _drop(self, member: _Member) -> None:
+        member.gone = True
+        for piece in [*self._ready, *self._waiting, *(self._layer.pieces if self._layer else ())]:
+            if piece.member is member:
+                _end(piece)
+        self._ready = deque(piece for piece in self._ready if piece.member is not member)
+        self._waiting = [piece for piece in self._waiting if piece.member is not member]
+
+
+@contextmanager
+def _no_modes() -> Iterator[None]:
+    """Without what a module has put around torch's functions: the stack of that is the thread's, not the greenlet's."""
+    modes = []
+    while torch._C._len_torch_function_stack():
+        modes.append(torch._C._pop_torch_function_stack())
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            torch._C._push_on_torch_function_stack(mode)
+
+
+def _end(piece: _Piece) -> None:
+    """Unwind a forward where it is; from another thread that cannot be, and it goes with its own."""
+    if piece.thread is not None and not piece.thread.dead:
+        with suppress(GreenletError, ValueError):
+            piece.thread.parent = getcurrent()
+            piece.thread.throw()
+    piece.y_ND = None
+
+
+def _smooth(before: float, now: float) -> float:
+    return before + (_SMOOTHING if before else 1.0) * (now - before)

@@ -1,0 +1,271 @@
+"""Prompts that are set aside between two pieces: no bit changes whatever runs meanwhile, and whoever leaves in the
+middle, or loses an expert, costs nobody else anything."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build_checkpoint
+
+from buddymoe_ray import LLM
+from buddymoe_ray.cache import DiskReader
+from buddymoe_ray.engine import beside
+from buddymoe_ray.engine.engine import Engine
+from buddymoe_ray.engine.scheduler import Scheduler
+from buddymoe_ray.engine.sequence import Sequence
+from buddymoe_ray.engine.suspended import SuspendedPass
+from buddymoe_ray.errors import CacheError
+from buddymoe_ray.policy import Prefill
+from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent
+
+PROMPTS = [[5 + (7 * i + 3 * j) % 90 for j in range(n)] for i, n in enumerate((43, 3, 17, 1))]
+
+Bits = dict[str, list[tuple[int, float]]]
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every prompt is set aside after every piece, and pieces are small."""
+    for name, value in (("_ALONE_SECONDS", 0.0), ("_LEAST_SECONDS", 0.0), ("_SHARE", 0.0), ("_AT_ONCE", 0)):
+        monkeypatch.setattr(beside, name, value)
+    monkeypatch.setattr(beside, "_ROWS_BESIDE", 3)
+    monkeypatch.setattr(beside, "_ROWS_ALONE", 5)
+    monkeypatch.setattr("buddymoe_ray.engine.suspended._FEWEST", 7)
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside.PrefillBeside, "begin", lambda *_, **__: False)
+
+
+def request(name: str, ids: list[int], tokens: int = 6) -> GenerationRequest:
+    sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=0)
+    return GenerationRequest(request_id=name, prompt_token_ids=tuple(ids), sampling=sampling)
+
+
+def bits(events: list[TokenEvent]) -> Bits:
+    found: Bits = {}
+    for event in events:
+        assert event.error is None, event.error
+        found.setdefault(event.request_id, []).extend((item.token_id, item.logprob) for item in event.logprobs)
+    return found
+
+
+def served(folder: Path, **options: Any) -> tuple[Bits, int]:
+    """Prompts of which each arrives while those before are computed; and how many steps that took."""
+    with LLM(str(folder), **{"max_model_len": 64, **options}) as llm:
+        engine, events, steps = llm.engine, list[TokenEvent](), 0
+        for at, ids in enumerate(PROMPTS):
+            engine.add(request(str(at), ids))
+            for _ in range(9):
+                events += engine.step()
+                engine._scheduler.check_integrity()
+        while engine.has_work():
+            events += engine.step()
+            steps += 1
+        engine.cache.check_integrity()
+        assert engine.snapshot().free_kv_blocks == engine.snapshot().total_kv_blocks
+    return bits(events), steps
+
+
+FORMS = [
+    ("olmoe", {"memory": "40%"}),
+    ("olmoe", {"dtype": "bfloat16"}),
+    ("mixtral", {"memory": "40%", "expert_dtype": "int4", "dense_dtype": "int8"}),
+    ("qwen2_moe", {"memory": "40%"}),  # it has torch's functions replaced around its experts
+    ("deepseek_v3", {"dtype": "bfloat16"}),
+    ("ernie4_5_moe", {"memory": "60%", "threads": 2}),
+]
+
+
+@pytest.mark.parametrize(("family", "form"), FORMS)
+def test_no_bit_depends_on_being_set_aside(
+    family: str, form: dict[str, Any], tmp_path: Path, pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_checkpoint(family, tmp_path)
+    aside, steps = served(tmp_path, **form)
+    with monkeypatch.context() as patch:
+        patch.setattr(beside.PrefillBeside, "begin", lambda *_, **__: False)
+        once, few = served(tmp_path, **form)
+    assert aside == once
+    assert steps > few + 20, "prompts took many steps"
+
+
+@pytest.fixture
+def engine(tmp_path: Path, pieces: None) -> Iterator[Engine]:
+    build_checkpoint("olmoe", tmp_path)
+    with LLM(str(tmp_path), memory="40%", max_model_len=64, prefix_cache="off") as llm:
+        yield llm.engine
+
+
+def alone(engine: Engine, ids: list[int], tokens: int = 6) -> list[tuple[int, float]]:
+    engine.add(request("alone", ids, tokens))
+    return bits(engine.drain())["alone"]
+
+
+def passes(engine: Engine) -> list[SuspendedPass]:
+    return list(engine._beside._passes)
+
+
+@pytest.mark.parametrize("after", [1, 7, 20, 33])
+def test_who_leaves_in_the_middle_leaves_the_others_alone(engine: Engine, after: int) -> None:
+    long, other = [alone(engine, PROMPTS[at]) for at in (0, 2)]
+    engine.add(request("gone", PROMPTS[0]))
+    engine.add(request("stays", PROMPTS[2]))
+    events = [event for _ in range(after) for event in engine.step()]
+    engine.cancel("gone")
+    engine._scheduler.check_integrity()
+    engine.add(request("new", PROMPTS[0]))  # into the blocks that are free now
+    found = bits([event for event in [*events, *engine.drain()] if event.request_id != "gone"])
+    assert found == {"stays": other, "new": long}
+    assert not passes(engine)
+    engine.cache.check_integrity()
+
+
+def test_who_loses_its_blocks_begins_again(tmp_path: Path, pieces: None) -> None:
+    build_checkpoint("olmoe", tmp_path)
+    small = {"memory": "40%", "max_model_len": 64, "prefix_cache": "off", "max_running": 8}
+    with LLM(str(tmp_path), **small) as llm:
+        expected = [alone(llm.engine, PROMPTS[2], 45), alone(llm.engine, PROMPTS[0])]
+        pool: Any = llm.engine._runner._pool  # type: ignore[attr-defined]
+        kept = [*pool.keys_NHd.values(), *pool.values_NHd.values()]
+        block = sum(part.nbytes for part in kept) // pool.blocks
+    with LLM(str(tmp_path), kv_memory=str(6 * block), **small) as llm:
+        llm.engine.add(request("old", PROMPTS[2], 45))
+        events = list[TokenEvent]()
+        while not events:
+            events = llm.engine.step()
+        llm.engine.add(request("young", PROMPTS[0]))
+        computing = False
+        while not llm.engine.snapshot().preemptions:
+            computing = bool(passes(llm.engine))
+            events += llm.engine.step()
+        assert computing, "it was taken from a prompt in progress"
+        llm.engine._scheduler.check_integrity()
+        found = bits([*events, *llm.engine.drain()])
+    assert [found["old"], found["young"]] == expected
+
+
+def test_an_expert_that_cannot_be_read_ends_who_needs_it(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = alone(engine, PROMPTS[3])
+    engine.add(request("stays", PROMPTS[3], 6))
+    events = list[TokenEvent]()
+    while not events:
+        events = engine.step()
+    submit = DiskReader.submit
+    failing = threading.Event()
+
+    def refused(self: DiskReader, *args: Any) -> Any:
+        if failing.is_set():
+            raise CacheError("the disk is on fire. hint: a test")
+        return submit(self, *args)
+
+    monkeypatch.setattr(DiskReader, "submit", refused)
+    engine.add(request("lost", PROMPTS[0]))
+    events += engine.step()
+    assert passes(engine)
+    while passes(engine):
+        failing.set()
+        engine._go_on(True)  # no decode meanwhile, which the same disk would end
+        failing.clear()
+    events += engine.drain()
+    assert [event.error for event in events if event.request_id == "lost" and event.finish_reason == "error"] == [
+        "the disk is on fire. hint: a test"
+    ]
+    assert bits([event for event in events if event.request_id == "stays"])["stays"][: len(other)] == other
+    engine._scheduler.check_integrity()
+    engine.cache.check_integrity()
+    assert alone(engine, PROMPTS[2])
+
+
+def test_a_forward_that_fails_costs_its_prompt_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = alone(engine, PROMPTS[2])
+    embed: Any = next(m for m in engine._runner._model.modules() if isinstance(m, torch.nn.Embedding))  # type: ignore[attr-defined]
+    forward = embed.forward
+
+    def broken(ids: torch.Tensor) -> torch.Tensor:
+        if (ids == 159).any():
+            raise ValueError("no such word")
+        return forward(ids)
+
+    monkeypatch.setattr(embed, "forward", broken)
+    engine.add(request("bad", [5] * 20 + [159]))
+    engine.add(request("good", PROMPTS[2]))
+    events = engine.drain()
+    assert [event.finish_reason for event in events if event.request_id == "bad"] == ["error"]
+    assert bits([event for event in events if event.request_id == "good"]) == {"good": other}
+    assert not passes(engine)
+
+
+def test_a_reset_in_the_middle_leaves_nothing(engine: Engine) -> None:
+    expected = alone(engine, PROMPTS[0])
+    for after in (1, 12, 30):
+        engine.add(request("gone", PROMPTS[0]))
+        for _ in range(after):
+            engine.step()
+        assert passes(engine)
+        engine.reset()
+        assert not passes(engine) and not engine.has_work()
+        assert engine._step.suspend is None and alone(engine, PROMPTS[0]) == expected
+
+
+def test_an_engine_is_closed_from_another_thread(tmp_path: Path, pieces: None) -> None:
+    build_checkpoint("olmoe", tmp_path)
+    llm = LLM(str(tmp_path), memory="40%", max_model_len=64)
+    llm.engine.add(request("gone", PROMPTS[0]))
+    thread = threading.Thread(target=lambda: [llm.engine.step() for _ in range(9)])
+    thread.start()
+    thread.join()
+    assert passes(llm.engine)
+    llm.close()
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(engine: Engine) -> None:
+    engine.add(request("long", PROMPTS[0]))
+    for _ in range(3):
+        engine.step()
+    engine.add(request("short", PROMPTS[1]))
+    firsts = [event.request_id for event in engine.drain() if event.token_ids]
+    assert firsts.index("short") < firsts.index("long")
+    engine.add(request("long", PROMPTS[0]))
+    engine.add(request("short", PROMPTS[1]))  # they arrive together
+    firsts = [event.request_id for event in engine.drain() if event.token_ids]
+    assert firsts.index("short") < firsts.index("long")
+
+
+def test_decode_goes_on_beside_a_prompt(engine: Engine) -> None:
+    engine.add(request("stream", PROMPTS[3], 62))
+    while not engine.step():
+        pass
+    engine.add(request("prompt", PROMPTS[2]))
+    between = 0
+    while "prompt" not in (told := {event.request_id for event in engine.step()}):
+        assert "stream" in told, "every step has a token of the stream"
+        between += 1
+    assert between > 15
+
+
+def test_there_is_room_beside_the_longest_prompt() -> None:
+    pool = Scheduler(num_blocks=100, block_size=4, max_running=9, prefill=Prefill(beside=16, alone=64), suspends=True)
+
+    def add(name: str, tokens: int) -> Sequence:
+        seq = Sequence(request(name, [1] * tokens), max_model_len=400)
+        pool.add(seq)
+        return seq
+
+    def begun() -> dict[str, int]:
+        found = {chunk.seq.request_id: chunk.end - chunk.start for chunk in pool.schedule().prefill}
+        for seq in pool._admitted.values():
+            seq.computing += found.get(seq.request_id, 0)
+        return found
+
+    add("a", 90)
+    assert begun() == {"a": 64}
+    add("b", 10)
+    add("c", 10)
+    assert begun() == {"b": 10, "c": 6} and begun() == {}
