@@ -33,6 +33,7 @@ def cluster() -> Iterator[Cluster]:
     """Ray's processes inherit the test key and find `fakes`."""
     tests = Path(__file__).parents[1]
     head = {"num_cpus": 8, "num_gpus": 2, "include_dashboard": False, "object_store_memory": 200 << 20}
+    head |= {"include_log_monitor": False}  # nobody reads what it collects
     with pytest.MonkeyPatch.context() as ours:
         ours.setenv(TEST_KEY_VARIABLE, TEST_KEY)
         ours.setenv("RAY_worker_niceness", "0")  # Ray's 15 starves its workers beside tests that compute
