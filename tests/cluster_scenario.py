@@ -25,8 +25,7 @@ from ray import serve
 from ray.cluster_utils import Cluster
 from ray.util import placement_group, remove_placement_group
 
-from buddymoe_ray.actors import placement_map, store_statuses
-from buddymoe_ray.actors.node import NAMESPACE, store_handles
+from buddymoe_ray.actors.node import NAMESPACE, placement_map, store_handles, store_statuses
 from buddymoe_ray.client import Client
 from buddymoe_ray.engine.llm import LLM
 from buddymoe_ray.serve.app import build_app
@@ -214,7 +213,7 @@ class Scenario:
         """Seconds until so many workers answer and every node's store is kept."""
         began = time.monotonic()
         while True:
-            time.sleep(0.2)
+            time.sleep(0.5)
             pids, stores, found = self.worker_pids(), self.stores(), self.map()
             if len(pids) == workers and stores and all(s.filled for s in stores) and found is not None:
                 return round(time.monotonic() - began, 2)

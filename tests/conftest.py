@@ -13,7 +13,8 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 
 OWN_RAY = "tests/ray/test_cluster_up.py"  # `ray up` starts one on fixed ports: before the others' is there
-FIRST = ("ray", *(f"tests/unit/test_{name}.py" for name in ("exactness", "commands", "calibrate_run")))
+LONGEST = ("exactness", "calibrate_run", "commands", "standin_engine")
+FIRST = ("ray", *(f"tests/unit/test_{name}.py" for name in LONGEST))
 
 
 def group(test: str) -> str:

@@ -107,6 +107,19 @@ def test_no_import_cycles() -> None:
         visit(name, ())
 
 
+def test_a_placement_starts_without_torch() -> None:
+    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
+    reached, to_do = set[str](), ["buddymoe_ray.actors.placement_actor"]
+    while to_do:
+        name = to_do.pop()
+        if name in modules and name not in reached:
+            reached.add(name)
+            names = imports(modules[name])
+            assert "torch" not in {found.split(".")[0] for found in names}, f"{name} imports torch"
+            to_do += [name.rpartition(".")[0]] * (name.count(".") > 1) + names
+    assert "buddymoe_ray.actors" in reached and "buddymoe_ray.policy" in reached
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_rooms_are_small(path: Path) -> None:
     text = path.read_text()

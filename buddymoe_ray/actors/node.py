@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +18,8 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from buddymoe_ray.actors.host_store import HostStore, KeeperOptions
-from buddymoe_ray.actors.placement import Placement, PlacementOptions
+from buddymoe_ray.actors.placement import PlacementOptions
+from buddymoe_ray.actors.placement_actor import PlacementActor, end_this_actor
 from buddymoe_ray.actors.words import Directive, NodeReport, StoreStatus
 from buddymoe_ray.errors import BuddyMoEError
 from buddymoe_ray.policy import PlacementMap
@@ -72,29 +72,11 @@ class HostStoreActor(HostStore):
 
     def __init__(self, spec: StoreSpec, *, node: str, options: KeeperOptions, service: str) -> None:
         os.nice(5)  # filling and moving must not take the cores from workers that compute
-        super().__init__(spec, node=node, options=options, planner=_RayPlanner(service), on_idle=_end_this_actor)
+        super().__init__(spec, node=node, options=options, planner=_RayPlanner(service), on_idle=end_this_actor)
 
     def pid(self) -> int:
         """This actor's process."""
         return os.getpid()
-
-
-class PlacementActor(Placement):
-    """A Placement that ends itself when no node has reported for long."""
-
-    def __init__(self, options: PlacementOptions, *, idle_seconds: float) -> None:
-        super().__init__(options)
-        self._idle = idle_seconds
-        threading.Thread(target=self._watch, name="placement-idle", daemon=True).start()
-
-    def pid(self) -> int:
-        """This actor's process."""
-        return os.getpid()
-
-    def _watch(self) -> None:
-        while self.idle_seconds() < self._idle:
-            time.sleep(1.0)
-        _end_this_actor()
 
 
 class _RayPlanner:
@@ -247,8 +229,3 @@ def _ensure_placement(options: MemoryOptions) -> None:
 
 def _placement_name(service: str) -> str:
     return f"placement-{service}"
-
-
-def _end_this_actor() -> None:
-    """From a thread of the actor: end it for good, so that ray does not restart it."""
-    ray.kill(ray.get_runtime_context().current_actor, no_restart=True)

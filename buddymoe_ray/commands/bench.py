@@ -134,7 +134,8 @@ def _in_children(
     config: EngineConfig, workload: dict[str, int], ids: tuple[int, ...], workers: int, isolated: bool
 ) -> dict[str, Any]:
     """One record of `workers` engines side by side, each in a process of its own; with one worker it is that one's."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["buddymoe_ray.engine.measure"])  # once: it takes longer than a small row
     gate = context.Barrier(workers)
     shared = 0 if isolated or workers == 1 else workers
     children = []

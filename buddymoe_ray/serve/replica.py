@@ -21,7 +21,7 @@ from buddymoe_ray.serve.resources import assigned_devices, workers_on_node
 from buddymoe_ray.serve.worker import EngineSeam, Worker
 
 if TYPE_CHECKING:
-    from buddymoe_ray.actors import NodeMemory
+    from buddymoe_ray.actors.node import NodeMemory
     from buddymoe_ray.residency.sharing import Sharing
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,9 @@ def _cuda_is_here() -> bool:
 
 
 def _node_memory(args: ServeArgs, *, service: str, secret: str, most_workers: int) -> NodeMemory:
-    from buddymoe_ray.actors import KeeperOptions, MemoryOptions, NodeMemory, PlacementOptions
+    from buddymoe_ray.actors.host_store import KeeperOptions
+    from buddymoe_ray.actors.node import MemoryOptions, NodeMemory
+    from buddymoe_ray.actors.placement import PlacementOptions
 
     node = ray.get_runtime_context().get_node_id()
     resources = next(entry["Resources"] for entry in ray.nodes() if entry["NodeID"] == node)

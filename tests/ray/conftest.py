@@ -33,10 +33,12 @@ def cluster() -> Iterator[Cluster]:
     """Ray's processes inherit the test key and find `fakes`."""
     tests = Path(__file__).parents[1]
     head = {"num_cpus": 8, "num_gpus": 2, "include_dashboard": False, "object_store_memory": 200 << 20}
+    head |= {"include_log_monitor": False}  # nobody reads what it collects
     with pytest.MonkeyPatch.context() as ours:
         ours.setenv(TEST_KEY_VARIABLE, TEST_KEY)
         ours.setenv("RAY_worker_niceness", "0")  # Ray's 15 starves its workers beside tests that compute
         ours.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # on a busy machine it takes longer than Ray's 5
+        ours.setenv("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.3")  # each turn of .1 costs a twentieth of a core
         ours.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]))
         started = Cluster(initialize_head=True, head_node_args=head)
         ray.init(address=started.address, log_to_driver=False)

@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 from ray.serve.schema import ServeDeploySchema
 from serving import Deploy, eventually
 
-from buddymoe_ray.actors import placement_map, store_statuses
+from buddymoe_ray.actors.node import placement_map, store_statuses
 from buddymoe_ray.models.synth import synth_checkpoint
 from buddymoe_ray.serve.handles import WORKER_NAME
 

@@ -10,7 +10,7 @@ import torch
 from families import build_checkpoint
 
 from buddymoe_ray import LLM
-from buddymoe_ray.config import EngineConfig, cache_folder
+from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.build import build_parts
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.kernels import LowbitFormat
@@ -22,8 +22,10 @@ PROMPTS = ["def add(a, b):\n", "import os\n", "The following example"]
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """For experts alone: machine code that is made for a folder of this test's is made in vain."""
+    monkeypatch.setattr("buddymoe_ray.models.expert_dtype.cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
 
 
 def tokens(memory: str, expert_dtype: str, model: str = "builtin:tiny") -> list[tuple[int, ...]]:
@@ -44,7 +46,7 @@ def test_int8_hardly_differs_from_the_checkpoint_and_bf16_not_at_all() -> None:
     assert same >= 2
 
 
-def test_the_copy_is_made_once_and_half_as_large(tmp_path: Path) -> None:
+def test_the_copy_is_made_once_and_half_as_large(own_cache: Path) -> None:
     from buddymoe_ray.models.resolve import resolve_model
 
     folder = resolve_model("builtin:tiny")
@@ -59,7 +61,7 @@ def test_the_copy_is_made_once_and_half_as_large(tmp_path: Path) -> None:
     again = recoded_layout(layout, folder, "int8", transposed=False, progress=watch)
     assert seen == [128] and again == int8
     assert 0.51 < int8.total_bytes / layout.total_bytes < 0.53
-    assert all(str(cache_folder()) in p.path for pieces in int8.pieces.values() for p in pieces)
+    assert all(str(own_cache) in p.path for pieces in int8.pieces.values() for p in pieces)
     assert recoded_layout(layout, folder, "native", transposed=False) is layout
 
 

@@ -319,7 +319,7 @@ def test_the_shipped_default_shows_residency_hits_and_stand_ins() -> None:
 
 @pytest.mark.parametrize("expert_dtype", ["native", "bf16", "int8", "int4"])
 def test_a_plan_of_recoded_experts_is_the_engines(expert_dtype, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("buddymoe_ray.models.expert_dtype.cache_folder", lambda: tmp_path / "cache")
     folder = tmp_path / "m"
     build_checkpoint("olmoe", folder)
     made = make_plan(EngineConfig(memory="60%", expert_dtype=expert_dtype), folder, gpus=[])
