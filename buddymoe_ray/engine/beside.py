@@ -18,8 +18,9 @@ from buddymoe_ray.engine.suspended import PassParts, SuspendedPass
 
 __all__ = ["PrefillBeside"]
 
-_SHARE, _ALONE_SECONDS, _LEAST_SECONDS = 2.0, 0.1, 2e-3
+_SHARE, _ALONE_SECONDS, _LEAST_SECONDS = 1.9, 0.1, 2e-3
 _ROWS_BESIDE, _ROWS_ALONE = 16, 128
+"""Of a forward: as few as need be for half a slice to be a layer's, and as many where nobody decodes."""
 _AT_ONCE = 128
 """So many tokens are computed at once before it is known how long they take."""
 _SHORT = 4
@@ -60,7 +61,7 @@ class PrefillBeside:
             return False
         apart = [chunk for chunk, size in zip(chunks, sizes, strict=True) if _SHORT * size <= max(sizes)]
         together = [chunk for chunk in chunks if chunk not in apart]
-        rows = _ROWS_BESIDE if decodes else _ROWS_ALONE
+        rows = self._rows(decodes)
         self._passes.extend(SuspendedPass(self._parts, group, rows=rows) for group in (apart, together) if group)
         return True
 
@@ -95,6 +96,12 @@ class PrefillBeside:
         """Close all."""
         while self._passes:
             self._passes.popleft().close()
+
+    def _rows(self, decodes: bool) -> int:
+        if not decodes or self._parts is None or not self._token_seconds:
+            return _ROWS_ALONE
+        rows = int(self._slice(decodes) / 2 * self._parts.layers / self._token_seconds)
+        return min(_ROWS_ALONE, max(_ROWS_BESIDE, rows - rows % 16))
 
     def _slice(self, decodes: bool) -> float:
         return max(_LEAST_SECONDS, _SHARE * self._decode_seconds) if decodes else _ALONE_SECONDS

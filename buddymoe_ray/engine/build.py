@@ -200,6 +200,7 @@ class _KVSize:
                 step=step,
                 block_size=BLOCK_SIZE,
                 device=loaded.device,
+                layers=len(experts.blocks),
                 last=_last_block(loaded, experts),
             )
         return cls(

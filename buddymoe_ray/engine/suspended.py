@@ -36,14 +36,15 @@ _SMOOTHING, _FEWEST = 0.3, 64
 
 @dataclass(frozen=True, kw_only=True)
 class PassParts:
-    """What computes passes. `last` is the block behind which only a prompt's last row is needed, None where other
-    layers follow."""
+    """What computes passes; `layers` counts MoE layers. `last` is the block behind which only a prompt's last row is
+    needed, None where other layers follow."""
 
     model: Any
     paged: PagedAttention
     step: StepState
     block_size: int
     device: torch.device
+    layers: int
     last: MoEBlock | None
 
 
