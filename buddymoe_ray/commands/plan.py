@@ -69,6 +69,7 @@ def _print(plan: Plan) -> None:
         else "none",
         "KV cache": f"{first.kv_tokens:,} tokens at {decimal(plan.kv_bytes_per_token)}; {plan.max_running} sequences "
         f"side by side, each up to {plan.max_model_len:,}",
+        "prompts": f"{decimal(plan.activation_bytes)} of activations, up to {plan.prefill_tokens:,} tokens in a pass",
         "host memory": f"{decimal(plan.host_tier_bytes)} of experts between device and disk",
         "predicted": f"{plan.predicted_hit_percent:.0f} % hits, {plan.predicted_standin_percent:.0f} % stand-ins, "
         f"{decimal(round(plan.predicted_miss_bytes_per_token))} read a token, {plan.predicted_decode_tok_s:,.1f} tok/s",

@@ -1,8 +1,8 @@
 """Prompts that are computed beside decode steps: which pass goes on, and for how long.
 
-A step gives prompts twice the time that its decode takes: nobody's next token waits three times as long as alone, and a
-prompt takes half as long again. Several passes take turns, so a short prompt does not wait for a long one's end. What
-takes no longer than that is not worth setting aside. Times are measured; no bit depends on them.
+A step gives prompts about twice the time that its decode takes: nobody's next token waits more than three times as long
+as alone, and a prompt takes half as long again. Several passes take turns, so a short prompt does not wait for a long
+one's end. What takes no longer than that is not worth setting aside. Times are measured; no bit depends on them.
 """
 
 from __future__ import annotations

@@ -61,10 +61,17 @@ def kv_cache_bytes(*, promised: int, explicit: bool, free: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Prefill:
-    """Most prompt tokens of a step: `beside` sequences that decode, which wait for them, and `alone`."""
+    """Most prompt tokens of a pass: `beside` sequences that decode, or another pass, and `alone`. `row_bytes` are what
+    a token's activations take meanwhile."""
 
     beside: int
     alone: int
+    row_bytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of activations, at most, of a pass and of those beside it."""
+        return (self.alone + self.beside) * self.row_bytes
 
 
 def plan_prefill(
@@ -72,11 +79,9 @@ def plan_prefill(
 ) -> Prefill:
     """What was `asked` for, else 512 tokens. Every pass reads the missing experts once more, so one alone then takes as
     many tokens as 256 MiB hold of what experts answer (per access, and the kernel's copy), attention and norms."""
-    beside = asked or _PREFILL_BESIDE
-    if asked is not None or fully_resident:
-        return Prefill(beside=beside, alone=beside)
-    row_bytes = (2 * experts_per_token + 12) * hidden * item_bytes
-    return Prefill(beside=beside, alone=max(beside, _PREFILL_BYTES // row_bytes))
+    beside, row_bytes = asked or _PREFILL_BESIDE, (2 * experts_per_token + 12) * hidden * item_bytes
+    alone = beside if asked is not None or fully_resident else max(beside, _PREFILL_BYTES // row_bytes)
+    return Prefill(beside=beside, alone=alone, row_bytes=row_bytes)
 
 
 def split_slots(

@@ -18,7 +18,7 @@ from buddymoe_ray.config import EngineConfig, parse_memory
 from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.models.expert_dtype import recoded_tensors
 from buddymoe_ray.models.shape import ModelShape, describe
-from buddymoe_ray.policy import kv_cache_bytes
+from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill
 from buddymoe_ray.residency.devices import GpuInfo
 from buddymoe_ray.residency.machine import available_memory_bytes, cgroup_limit_bytes, refuse_dense_dtype, torch_dtype
 from buddymoe_ray.residency.standin_setup import StandinSetup
@@ -66,6 +66,7 @@ class Plan:
     `standins` counts the experts answered by each kind of record, of `standin_bytes` in all (part of `overhead_bytes`);
     `expected_rise_fast` is the calibrated loss (nats per token) if nothing is ever fetched. `kv_tokens` of a device are
     those of all sequences together; `max_running` of `max_model_len` each are what the config promises.
+    `activation_bytes` are what prompts take while they are computed, `prefill_tokens` of them at once.
     """
 
     path: str
@@ -90,6 +91,8 @@ class Plan:
     max_model_len: int
     max_running: int
     kv_bytes_per_token: int
+    prefill_tokens: int
+    activation_bytes: int
     devices: tuple[DevicePlan, ...]
     host_tier_bytes: int
     disk_tier_bytes: int
@@ -118,12 +121,12 @@ def make_plan(config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo]) ->
         )
     places = _places(config, gpus)
     layout, device = _layout(shape), torch.device(places[0].device)
-    as_stored = device.type == "cpu" and shape.as_stored
-    scratch = scratch_bytes(layout, getattr(torch, shape.compute_dtype), as_stored=as_stored)
+    compute, as_stored = getattr(torch, shape.compute_dtype), device.type == "cpu" and shape.as_stored
+    scratch = scratch_bytes(layout, compute, as_stored=as_stored)
     planned = config if shape.has_weights else config.exactly()  # no weights, nothing to bind a profile to
     slots, setup, _ = plan_memory(planned, layout, folder=folder, device=device, scratch=scratch)
     length = min(config.max_model_len or shape.max_positions, shape.max_positions)
-    devices = tuple(_device(config, shape, length, slots, place) for place in places)
+    devices, prefill = tuple(_device(config, shape, length, slots, p) for p in places), _prefill(config, shape, slots)
     hit = devices[0].resident_experts / sum(shape.experts_per_layer)
     active = shape.experts_per_token * shape.moe_layers * shape.expert_bytes
     stood_in = (1 - hit) * _stood_in(config, setup)
@@ -153,6 +156,8 @@ def make_plan(config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo]) ->
         max_model_len=length,
         max_running=config.max_running,
         kv_bytes_per_token=shape.kv_bytes_per_token,
+        prefill_tokens=prefill.alone,
+        activation_bytes=prefill.nbytes,
         devices=devices,
         host_tier_bytes=min(host, shape.total_expert_bytes),
         disk_tier_bytes=shape.total_expert_bytes,
@@ -173,6 +178,16 @@ def _layout(shape: ModelShape) -> ExpertLayout:
         layers=shape.moe_layers,
         experts_per_layer=shape.experts_per_layer,
         pieces={},  # where they are on disk does not matter here
+    )
+
+
+def _prefill(config: EngineConfig, shape: ModelShape, slots: SlotPlan) -> Prefill:
+    return plan_prefill(
+        config.prefill_chunk,
+        hidden=shape.hidden_size,
+        experts_per_token=shape.experts_per_token,
+        item_bytes=getattr(torch, shape.compute_dtype).itemsize,
+        fully_resident=slots.fully_resident,
     )
 
 

@@ -63,7 +63,8 @@ def test_eval_exact_costs_nothing_and_is_what_transformers_computes(corpus: Path
 def test_bench_prints_a_row_per_memory_and_batch(tmp_path: Path, capsys) -> None:
     build_checkpoint("olmoe", tmp_path)
     arguments = ["bench", "--model", str(tmp_path), "--memory", "50%,100%", "--prompt-tokens", "8"]
-    assert main([*arguments, "--new-tokens", "10", "--reps", "2", "--dtype", "float32", "--turns", "2", "--json"]) == 0
+    more = ["--new-tokens", "10", "--reps", "2", "--dtype", "float32", "--turns", "2", "--beside", "150", "--json"]
+    assert main([*arguments, *more]) == 0
     half, full = records(capsys)
     assert half["cached_tokens"] == full["cached_tokens"] == 16 and full["ttft_second_turn_ms"] > 0
     assert (half["memory"], full["memory"]) == ("50%", "100%") and half["batch"] == full["batch"] == 1
@@ -71,6 +72,8 @@ def test_bench_prints_a_row_per_memory_and_batch(tmp_path: Path, capsys) -> None
     assert half["bytes_read_per_token"] > 0 and half["hit_rate"] < 100
     for row in (half, full):
         assert row["decode_tok_s"] > 0 and row["prefill_tok_s"] > 0 and row["ttft_ms"] > 0 and row["p99_itl_ms"] > 0
+        assert row["beside_ttft_ms"] > row["beside_ttft_alone_ms"] / 2 > 0
+        assert row["beside_p99_itl_ms"] > row["beside_p99_itl_alone_ms"] / 2 > 0
         assert row["peak_rss_bytes"] > 50 << 20 and row["total_bytes_read"] > 0
 
 
@@ -81,6 +84,7 @@ def test_plan_of_the_builtin_model_names_its_folder(capsys) -> None:
     (device,) = plan["devices"]
     held = device["slots"] * plan["expert_bytes"] + plan["overhead_bytes"]
     assert held <= device["expert_budget_bytes"] == plan["total_expert_bytes"] // 4
+    assert plan["activation_bytes"] >= plan["prefill_tokens"] * plan["kv_bytes_per_token"] > 1 << 20
     assert main(["plan", "--memory", "25%"]) == 0
     assert "device tier" in capsys.readouterr().out
 
