@@ -6,6 +6,7 @@ from buddymoe_ray.moe.read_ahead import Choice, ReadAhead
 from buddymoe_ray.moe.standin_compute import record_computes
 from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Observer, Overlay, Phase, StepState, StepTerms
+from buddymoe_ray.moe.stretch import Outlook, Stretch
 from buddymoe_ray.moe.waves import ExpertCompute, OneByOne, OneCall, WaveCompute
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "MoEBlock",
     "Observer",
     "OneByOne",
+    "Outlook",
     "Overlay",
     "OneCall",
     "Phase",
@@ -23,6 +25,7 @@ __all__ = [
     "StepOutcome",
     "StepState",
     "StepTerms",
+    "Stretch",
     "Substitution",
     "WaveCompute",
     "record_computes",
