@@ -57,10 +57,10 @@ class OneCallLayers:
         if self.stretch is not None and self.compute.runs_experts:
             outlook = self.stretch.outlook(at, self.compute.most(hidden.shape[1]))
         use = () if outlook is None else (outlook.places, outlook.tallies)
-        routed = self.compute(at, hidden[0], (turn[0][0], turn[1][0]), (current.spans_S4, current.blocks), *use)
+        routed = self.compute(at, hidden, turn, (current.spans_S4, current.blocks), *use)
         if self.stretch is not None and outlook is not None:
             done = self.stretch.settle(at, outlook, routed.ids, routed.done)
-        if outlook is not None and done == len(outlook.places):
+        if outlook is not None and done == len(outlook.glances):
             out = routed.out[done - 1 :]
         else:
             out = (routed.attended[done] + self._feed_forward(at, routed, done, glanced=outlook is not None))[None]
@@ -220,7 +220,7 @@ class _Trial:
     def _run(self, compute: DecoderLayer, x: Tensor, turn: tuple[Tensor, Tensor]) -> Routed:
         current = self._paged.current
         assert current is not None, "a trial is a pass"
-        return DecoderLayers([compute])(0, x[0], (turn[0][0], turn[1][0]), (current.spans_S4, current.blocks))
+        return DecoderLayers([compute])(0, x, turn, (current.spans_S4, current.blocks))
 
     def _routed(self, parts: DecoderParts, x: Tensor, turn: tuple[Tensor, Tensor]) -> DecoderLayer | None:
         """The layer with its router and experts, None where they are not all of its feed-forward."""

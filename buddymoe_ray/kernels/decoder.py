@@ -11,6 +11,7 @@ experts, K experts per token, A columns of what is counted.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import addressof, c_char
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -106,14 +107,16 @@ class Tallies:
     def addresses(self) -> tuple[int, ...]:
         """As the end of a `DecoderCall`."""
         accesses, mode_T, price_T = self.accesses, self.mode_T, self.price_T
-        assert accesses.dtype == np.int64 and accesses.flags.c_contiguous, f"accesses are {accesses.dtype}"
-        at = (accesses.ctypes.data, accesses.shape[2])
+        assert accesses.dtype == np.int64, f"accesses are {accesses.dtype}, must be int64"
+        at = (address_of(accesses), accesses.shape[2])
         if mode_T is None or price_T is None:
             return (*at, 0, 0, 0, 0)
-        dtypes = [a.dtype.name for a in (mode_T, price_T, self.losses, self.allowances)]
-        shapes = {a.shape for a in (self.losses, self.allowances)} | {(len(accesses), len(mode_T))}
-        assert dtypes == ["int8", *["float32"] * 3] and shapes == {accesses.shape[:2]}, f"{dtypes} of {shapes}"
-        return (*at, *(a.ctypes.data for a in (mode_T, price_T, self.losses, self.allowances)))
+        floats = (price_T, self.losses, self.allowances)
+        assert mode_T.dtype == np.int8, f"modes are {mode_T.dtype}, must be int8"
+        assert all(a.dtype == np.float32 for a in floats), f"{[a.dtype for a in floats]} must be float32"
+        assert self.losses.shape == self.allowances.shape == accesses.shape[:2], f"{self.losses.shape}"
+        assert mode_T.shape == price_T.shape == accesses.shape[1:2], f"{mode_T.shape} of {accesses.shape[1]} rows"
+        return (*at, address_of(mode_T), *(address_of(a) for a in floats))
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,44 +214,47 @@ class DecoderLayers:
     def __call__(
         self,
         first: int,
-        hidden_TD: Tensor,
+        hidden_1TD: Tensor,
         turn: tuple[Tensor, Tensor],
         paged: tuple[Tensor, Tensor],
-        places: Sequence[tuple[int, int]] = (),
+        places: tuple[Sequence[int], Sequence[int]] = ((), ()),
         tallies: Tallies | None = None,
     ) -> Routed:
         """From the `first` layer on store the rows' keys and values, and compute as far as can be.
 
-        `turn` are cosines and sines `[T, rotated]` of the rotary embedding in the dtype of the rows; `paged` are spans
-        and blocks as in `PagedLayer`. `places` of each layer that is to be computed are where the addresses of its
-        experts are (int64 [E], negative where one is not resident; 0 leaves the experts to the caller), and those of
-        the experts of the layer behind it where these are to be guessed, else 0. `tallies` say what rows may spend, and
-        are written. Without places it is one layer, whose experts are the caller's.
+        `turn` are cosines and sines `[1, T, rotated]` of the rotary embedding in the dtype of the rows; `paged` are
+        spans and blocks as in `PagedLayer`. `places` are, for each layer that is to be computed, where the addresses of
+        its experts are (int64 [E], negative where one is not resident), and those of the experts of the layer behind
+        it, 0 where these are not to be guessed. `tallies` say what rows may spend, and are written. Without either it
+        is one layer, whose experts are the caller's.
         """
-        T, cos, sin = len(hidden_TD), turn[0].contiguous(), turn[1].contiguous()
-        hidden, (spans_S4, blocks), N = hidden_TD.contiguous(), paged, len(places) or 1
+        hidden, cos, sin = hidden_1TD.contiguous(), turn[0].contiguous(), turn[1].contiguous()
+        (B, T, D), rotated, (spans_S4, blocks), N = hidden.shape, cos.shape[2], paged, len(places[0]) or 1
         assert hidden.dtype is cos.dtype is sin.dtype is self._dtype, f"rows are {hidden.dtype}, must be {self._dtype}"
-        assert hidden.shape[1] == self._D and len(cos) == len(sin) == T, f"{hidden.shape}, {cos.shape}, {sin.shape}"
-        assert 0 <= first <= len(self.layers) - N, f"layers are {first} and {N - 1} more, must be below {self.layers}"
-        attended, normed, out = torch.empty((3, N, T, self._D), dtype=self._dtype)
+        assert (B, D) == (1, self._D) and cos.shape == sin.shape == (1, T, rotated), f"{hidden.shape}, {cos.shape}"
+        assert 0 <= first <= len(self.layers) - N, f"layers are {first} and {N - 1} more, must be of {len(self.layers)}"
+        attended, normed, out = torch.empty((3, N, T, D), dtype=self._dtype).unbind()
         ids, weights = np.empty((2, N, T, self._K), np.int64), torch.empty((N, T, self._K), dtype=self._weight_dtype)
-        ids_at = ids.ctypes.data
+        ids_at = address_of(ids)
         call = (
-            *(hidden.data_ptr(), attended.data_ptr(), normed.data_ptr()),
-            *(ids_at, weights.data_ptr(), out.data_ptr()),
-            *(cos.data_ptr(), sin.data_ptr(), cos.shape[1], T),
-            *(spans_S4.data_ptr(), blocks.data_ptr(), len(spans_S4), N),
+            *(hidden.data_ptr(), attended.data_ptr(), normed.data_ptr(), ids_at, weights.data_ptr(), out.data_ptr()),
+            *(cos.data_ptr(), sin.data_ptr(), rotated, T, spans_S4.data_ptr(), blocks.data_ptr(), len(spans_S4), N),
         )
-        if not places or tallies is None:
+        if tallies is None:
             done = self._kernel((*call, *[0] * 9), self._plans_at + 8 * first) - 1
             return Routed(done, attended, normed, out, ids[0], weights, None)
         assert tallies.accesses.shape[:2] == (N + 1, T), f"{tallies.accesses.shape} of {N} layers and {T} rows"
-        at_N2 = np.array(places, np.int64).T.copy()
-        at = at_N2.ctypes.data
-        more = (at, at + 8 * N, ids_at + ids[0].nbytes, *tallies.addresses())
+        at_2N = np.array(places, np.int64)
+        at = address_of(at_2N)
+        more = (at, at + 8 * N, ids_at + 8 * N * T * self._K, *tallies.addresses())
         done = self._kernel((*call, *more), self._plans_at + 8 * first) - 1
-        guess = ids[1, done] if done < N and places[done][1] and self.layers[first + done].guesses else None
-        return Routed(done, attended, normed, out, ids[0], weights, guess)
+        guessed = done < N and places[1][done] and self.layers[first + done].guesses
+        return Routed(done, attended, normed, out, ids[0], weights, ids[1, done] if guessed else None)
+
+
+def address_of(array: npt.NDArray[Any]) -> int:
+    """Of a contiguous array; a third of what `array.ctypes` takes, of which a call needs a dozen."""
+    return addressof(c_char.from_buffer(array)) if array.size else 0  # type: ignore[arg-type]
 
 
 @cache

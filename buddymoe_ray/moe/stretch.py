@@ -26,7 +26,7 @@ class Outlook:
     behind it where these are to be guessed; as `places` for the kernel too. `tallies` are for it to write."""
 
     glances: Sequence[tuple[Glance, Glance | None]]
-    places: Sequence[tuple[int, int]]
+    places: tuple[Sequence[int], Sequence[int]]
     tallies: Tallies
 
 
@@ -53,8 +53,9 @@ class Stretch:
                 break
         if not glances:
             return None
-        places = [(here.address, 0 if behind is None else behind.address) for here, behind in glances]
-        return Outlook(glances, places, self._step.tallies(len(glances)))
+        here = [glance.address for glance, _ in glances]
+        behind = [0 if glance is None else glance.address for _, glance in glances]
+        return Outlook(glances, (here, behind), self._step.tallies(len(glances)))
 
     def settle(self, first: int, outlook: Outlook, ids_NTK: npt.NDArray[np.int64], done: int) -> int:
         """How many of the layers that were done count: up to the first whose experts were not there the whole time.

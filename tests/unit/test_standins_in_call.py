@@ -37,7 +37,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         if len(args) > 4:
             tallies: Tallies = args[5]
             stood_in = (tallies.accesses[routed.done] > tallies.accesses[0])[:, ANSWER_STANDINS:].any()
-            found.append((routed, len(args[4]), bool(stood_in)))
+            found.append((routed, len(args[4][0]), bool(stood_in)))
         return routed
 
     monkeypatch.setattr(DecoderLayers, "__call__", watched)
@@ -127,8 +127,8 @@ class Case:
         chunks = [ChunkRows(row=t, count=1, start=0, blocks=(t,)) for t in range(self.T)]
         self.current = PackedPass(chunks, decode=True, block_size=16, device=torch.device("cpu"))
         D, d = compute.layers[0].D, compute.layers[0].parts.attention.heads[2]
-        self.hidden_TD = torch.from_numpy(dice.rng.standard_normal((self.T, D)).astype(np.float32))
-        self.turn = (torch.ones(self.T, d), torch.zeros(self.T, d))
+        self.hidden_1TD = torch.from_numpy(dice.rng.standard_normal((1, self.T, D)).astype(np.float32))
+        self.turn = (torch.ones(1, self.T, d), torch.zeros(1, self.T, d))
         share = float(dice.rng.choice([0.3, 0.8, 0.95]))
         self.at_NE = [block._cache.glance(block.layer).at_E.copy() for block in self.blocks]  # type: ignore[union-attr]
         for at_E in self.at_NE:
@@ -147,11 +147,11 @@ class Case:
         step.begin(Phase.DECODE, self.T, StepTerms(budgets=self.rows))
         return step
 
-    def call(self, n: int, layers: int, hidden_TD: torch.Tensor, step: StepState) -> tuple[Routed, Tallies]:
+    def call(self, n: int, layers: int, hidden_1TD: torch.Tensor, step: StepState) -> tuple[Routed, Tallies]:
         """From the n-th of the case's layers on."""
-        places, tallies = [(at_E.ctypes.data, 0) for at_E in self.at_NE[n : n + layers]], step.tallies(layers)
+        places, tallies = [at_E.ctypes.data for at_E in self.at_NE[n : n + layers]], step.tallies(layers)
         paged = (self.current.spans_S4, self.current.blocks)
-        return self.one.compute(self.first + n, hidden_TD, self.turn, paged, places, tallies), tallies
+        return self.one.compute(self.first + n, hidden_1TD, self.turn, paged, (places, [0] * layers), tallies), tallies
 
 
 def state(step: StepState) -> list[list[str]]:
@@ -166,7 +166,7 @@ def test_a_call_goes_as_far_as_the_ladder_says_that_all_is_paid(seed: int, opene
     """Layer by layer, of what the layers before have left; and counts and charges what the policy's path does."""
     case = Case(opened, seed)
     step, told = case.step(), case.step()
-    routed, tallies = case.call(0, case.N, case.hidden_TD, step)
+    routed, tallies = case.call(0, case.N, case.hidden_1TD, step)
     for n, (block, at_E) in enumerate(zip(case.blocks, case.at_NE, strict=True)):
         records, standins, ids_TK = block.records, block._standins, routed.ids[n]
         assert records is not None and standins is not None
@@ -184,9 +184,9 @@ def test_a_call_goes_as_far_as_the_ladder_says_that_all_is_paid(seed: int, opene
 @pytest.mark.parametrize("seed", range(20))
 def test_layers_together_come_to_what_they_do_one_by_one(seed: int, opened: OneCallLayers) -> None:
     case = Case(opened, seed)
-    together, step, hidden_TD = case.call(0, case.N, case.hidden_TD, case.step())[0], case.step(), case.hidden_TD
+    together, step, hidden_1TD = case.call(0, case.N, case.hidden_1TD, case.step())[0], case.step(), case.hidden_1TD
     for n in range(case.N):
-        alone, tallies = case.call(n, 1, hidden_TD, step)
+        alone, tallies = case.call(n, 1, hidden_1TD, step)
         assert alone.done == (together.done > n)
         parts = ("attended", "normed", "weights", *(("out",) if alone.done else ()))
         assert all(torch.equal(getattr(alone, name)[0], getattr(together, name)[n]) for name in parts)
@@ -194,7 +194,7 @@ def test_layers_together_come_to_what_they_do_one_by_one(seed: int, opened: OneC
         if not alone.done:
             return
         step.take(tallies, 1)
-        hidden_TD = alone.out[0]
+        hidden_1TD = alone.out
 
 
 def test_one_rows_allowance_that_ends_in_the_middle_of_the_layers_stops_all(opened: OneCallLayers) -> None:
@@ -204,16 +204,16 @@ def test_one_rows_allowance_that_ends_in_the_middle_of_the_layers_stops_all(open
     endless = np.full(3, np.inf, np.float32)
     modes = np.array([BOUNDED, FAST, BOUNDED], np.int8)
     case.rows = RowBudgets(mode_T=modes, allowance_T=endless, price_T=endless)
-    routed, tallies = case.call(0, 4, case.hidden_TD, case.step())
+    routed, tallies = case.call(0, 4, case.hidden_1TD, case.step())
     assert routed.done == 4 and (tallies.losses[4] > tallies.losses[2]).all() and (tallies.losses[1] > 0).all()
     enough = np.array([1.0, np.inf, tallies.losses[2, 2] * np.float32(1.001)], np.float32)
     case.rows = RowBudgets(mode_T=modes, allowance_T=enough, price_T=endless)
     step = case.step()
-    routed, tallies = case.call(0, 4, case.hidden_TD, step)
+    routed, tallies = case.call(0, 4, case.hidden_1TD, step)
     assert routed.done == 2
     step.take(tallies, routed.done)
     assert step.budgets is not None and 0 <= step.budgets.allowance_T[2] < enough[2] * 0.01
-    assert case.call(2, 2, routed.out[1], step)[0].done == 0, "the next call knows"
+    assert case.call(2, 2, routed.out[1:2], step)[0].done == 0, "the next call knows"
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 15, 16, 31, 64, 128])
@@ -239,6 +239,6 @@ def test_a_loss_that_is_no_number_pays_for_nothing_in_bounded(opened: OneCallLay
         spend, step = np.full(1, np.inf, np.float32), StepState()
         rows = RowBudgets(mode_T=np.array([mode], np.int8), allowance_T=spend, price_T=spend)
         step.begin(Phase.DECODE, 1, StepTerms(budgets=rows))
-        turn, paged = (torch.ones(1, d), torch.zeros(1, d)), (current.spans_S4, current.blocks)
-        routed = compute(0, torch.ones(1, D), turn, paged, [(nowhere.ctypes.data, 0)], step.tallies(1))
+        turn, paged = (torch.ones(1, 1, d), torch.zeros(1, 1, d)), (current.spans_S4, current.blocks)
+        routed = compute(0, torch.ones(1, 1, D), turn, paged, ([nowhere.ctypes.data], [0]), step.tallies(1))
         assert routed.done == stands_in
