@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -96,6 +97,7 @@ class ExpertCache:
             self._host = HostTier(layout, slots=host_slots, reader=reader, pinned=on_gpu)
         self._bytes = None if on_gpu else self._pool.bytes_C.numpy()
         self._directory = Directory(plan, layout.experts_per_layer, eviction, self._pool.address)
+        self._glances = [Glance(at_E, partial(self._used, layer)) for layer, at_E in enumerate(self._directory.at_E)]
         self._leases: list[Lease | None] = [None] * plan.slots_total
         self._ahead = ReadsAhead[_DeviceLoad](lambda load: self._directory.demote(self._finish(self._ahead, load)))
         self._hits = self._misses = self._loaded = 0
@@ -159,16 +161,7 @@ class ExpertCache:
     def glance(self, layer: int) -> Glance:
         """Where the layer's experts are; they stay until this thread streams."""
         self._ahead.land()
-
-        def holds(ids: npt.NDArray[np.int64]) -> bool:
-            slots, touch = self._directory.slot_of[layer], self._directory.touch
-            used = set(ids.ravel().tolist())
-            for expert in used:
-                touch(slots[expert])
-            self._hits += len(used)
-            return True
-
-        return Glance(self._directory.at_E[layer], holds)
+        return self._glances[layer]
 
     def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
         """Note accesses of experts for whoever places them: a cache of one engine has nobody to tell."""
@@ -264,6 +257,14 @@ class ExpertCache:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _used(self, layer: int, ids: npt.NDArray[np.int64]) -> bool:
+        slots, touch = self._directory.slot_of[layer], self._directory.touch
+        used = {expert for expert in ids.ravel().tolist() if slots[expert] >= 0}
+        for expert in used:
+            touch(slots[expert])
+        self._hits += len(used)
+        return True
 
     def _taken_over(self, layer: int, experts: Sequence[int]) -> deque[_DeviceLoad]:
         """Loads of the experts that were begun ahead; all others are given up."""

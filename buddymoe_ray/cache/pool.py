@@ -94,16 +94,16 @@ class Lease:
 
 class Glance:
     """Where experts of a layer are, for a computation that begins now and holds nothing: `at_E` has their addresses,
-    negative ones of those that are not there.
+    negative ones of those that are not there, and `address` is where that table is.
 
     What is computed is worth something only if `holds` says so afterwards; until then nothing may depend on it.
     """
 
     def __init__(self, at_E: Ints, holds: Callable[[Ints], bool]) -> None:
-        self.at_E, self._holds = at_E, holds
+        self.at_E, self.address, self._holds = at_E, at_E.ctypes.data, holds
 
     def holds(self, ids: Ints) -> bool:
-        """Whether each of these experts was there the whole time; if so, that they were used is noted."""
+        """Whether those of these experts that were there stayed the whole time; if so, that they were used is noted."""
         return self._holds(ids)
 
 

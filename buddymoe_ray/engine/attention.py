@@ -15,6 +15,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -58,14 +59,13 @@ class PackedPass:
     def spans_S4(self) -> Tensor:
         """See `PagedLayer`."""
         begins = accumulate((len(chunk.blocks) for chunk in self.chunks), initial=0)
-        return torch.tensor(
-            [(chunk.row, chunk.count, chunk.start, at) for chunk, at in zip(self.chunks, begins, strict=False)]
-        )
+        spans = [(chunk.row, chunk.count, chunk.start, at) for chunk, at in zip(self.chunks, begins, strict=False)]
+        return torch.from_numpy(np.array(spans, np.int64))  # in half the time of `torch.tensor`
 
     @cached_property
     def blocks(self) -> Tensor:
         """The block tables of all chunks, one behind the other."""
-        return torch.tensor([block for chunk in self.chunks for block in chunk.blocks])
+        return torch.from_numpy(np.array([block for chunk in self.chunks for block in chunk.blocks], np.int64))
 
     @cached_property
     def longest(self) -> int:

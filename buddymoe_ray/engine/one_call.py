@@ -1,9 +1,11 @@
-"""Decoder layers in one call of the kernels, where a trial shows that the layer's modules compute just that.
+"""Decoder layers in one call of the kernels, where a trial shows that the layers' modules compute just that.
 
 A layer is told by what it does, not by its class: at load every layer whose parts have kernels runs once on random rows
 both ways, and the call takes the place of the modules only where keys, values, what the feed-forward reads, the
-router's choice and the layer's output are the same bits. Other layers keep their modules, and so do all where more than
-one thread computes: the bits are the same, it only takes longer. Does not know sequences or the cache.
+router's choice and the layer's output are the same bits. Layers that hand each other their rows as they are, are
+computed in one call together: up to the first whose experts the call cannot answer for. Other layers keep their
+modules, and so do all where more than one thread computes: the bits are the same, it only takes longer. Does not know
+sequences or the cache.
 
 Legend: T rows, D hidden, K experts per token.
 """
@@ -20,14 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
-from buddymoe_ray.kernels import CpuLinear, CpuNorm, DecoderLayer, DecoderParts, Routed
+from buddymoe_ray.kernels import CpuLinear, CpuNorm, DecoderLayer, DecoderLayers, DecoderParts, Routed
 from buddymoe_ray.models.dense_dtype import PackedLinear, StoredLinear
 from buddymoe_ray.models.load import LoadedModel
 from buddymoe_ray.models.router_hook import find_routers
 from buddymoe_ray.models.row_kernels import RowNorm, SoftmaxRouter
-from buddymoe_ray.moe import MoEBlock, Phase, StepState
+from buddymoe_ray.moe import MoEBlock, Phase, StepState, Stretch
 
-__all__ = ["OneCallLayer", "attach"]
+__all__ = ["OneCallLayer", "OneCallLayers", "attach"]
 
 log = logging.getLogger(__name__)
 
@@ -35,38 +37,56 @@ _ROWS = (13, 3)
 """Of the trial's two sequences: within a block of the KV cache each."""
 
 
-class OneCallLayer:
-    """In the place of a decoder layer's `forward`. `block` is None where the router is not the kernel's."""
+class OneCallLayers:
+    """Decoder layers that follow one another; `stretch` has their MoE blocks. It is None where the router is not the
+    kernel's: then it is one layer, and its feed-forward is `mlp`."""
 
-    def __init__(self, paged: PagedAttention, compute: DecoderLayer, mlp: nn.Module, block: MoEBlock | None) -> None:
-        self.block = block
-        self._paged, self._compute, self._mlp = paged, compute, mlp
+    def __init__(self, paged: PagedAttention, compute: DecoderLayers, mlp: nn.Module, stretch: Stretch | None) -> None:
+        self.compute, self.stretch = compute, stretch
+        self._paged, self._mlp = paged, mlp
+        self._out: Tensor | None = None
+        self._until = 0  # `_out` is what the layers before this one come to
+
+    def run(self, at: int, hidden: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        """`[1, T, D] -> [1, T, D]` of the layer `at` and of those behind it, as far as one call computes them: these
+        then hand on what they are given."""
+        if hidden is self._out and at < self._until:
+            return hidden
+        current, outlook, done = self._paged.current, None, 0
+        assert current is not None, "a layer runs in a pass"
+        if self.stretch is not None and self.compute.runs_experts:
+            outlook = self.stretch.outlook(at, self.compute.most(hidden.shape[1]))
+        use = () if outlook is None else (outlook.places, outlook.tallies)
+        routed = self.compute(at, hidden, turn, (current.spans_S4, current.blocks), *use)
+        if self.stretch is not None and outlook is not None:
+            done = self.stretch.settle(at, outlook, routed.ids, routed.done)
+        if outlook is not None and done == len(outlook.glances):
+            out = routed.out[done - 1 :]
+        else:
+            out = (routed.attended[done] + self._feed_forward(at, routed, done, glanced=outlook is not None))[None]
+            done += 1
+        self._out, self._until = out if done > 1 else None, at + done
+        return out
+
+    def _feed_forward(self, at: int, routed: Routed, done: int, *, glanced: bool) -> Tensor:
+        """Of the layer behind those that are done; a guess is of the layer where the call stopped."""
+        normed_TD = routed.normed[done]
+        if self.stretch is None:
+            return cast(Tensor, self._mlp(normed_TD[None])[0])
+        guess_TK = torch.from_numpy(routed.guess) if routed.guess is not None and done == routed.done else None
+        block, ids_TK = self.stretch.blocks[at + done], torch.from_numpy(routed.ids[done])
+        return block(normed_TD, ids_TK, routed.weights[done], glanced=glanced and guess_TK is None, guess_TK=guess_TK)
+
+
+class OneCallLayer:
+    """In the place of a decoder layer's `forward`."""
+
+    def __init__(self, layers: OneCallLayers, at: int) -> None:
+        self.layers, self.at = layers, at
 
     def __call__(self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **_: Any) -> Tensor:
         """`[1, T, D] -> [1, T, D]` of the pass in progress; the mask is known to the attention."""
-        current, block = self._paged.current, self.block
-        assert current is not None, "a layer runs in a pass"
-        glance = None if block is None else block.glance()
-        coming = None if block is None or not self._compute.guesses else block.glance_ahead()
-        routed = self._compute(
-            hidden_states[0],
-            (position_embeddings[0][0], position_embeddings[1][0]),
-            current.spans_S4,
-            current.blocks,
-            None if glance is None else glance.at_E,
-            None if block is None else block.allowed,
-            None if coming is None else coming.at_E,
-        )
-        if block is None:
-            y_TD = self._mlp(routed.normed[None])[0]
-        elif (
-            routed.out is not None and glance is not None and block.settle(glance, routed.ids.numpy(), routed.stood_in)
-        ):
-            return routed.out[None]
-        else:
-            glanced = glance is not None and self._compute.runs_experts and routed.guess is None
-            y_TD = block(routed.normed, routed.ids, routed.weights, glanced=glanced, guess_TK=routed.guess)
-        return (routed.attended + y_TD)[None]
+        return self.layers.run(self.at, hidden_states, position_embeddings)
 
 
 def attach(loaded: LoadedModel, blocks: Sequence[MoEBlock], paged: PagedAttention, step: StepState) -> int:
@@ -94,13 +114,29 @@ def attach(loaded: LoadedModel, blocks: Sequence[MoEBlock], paged: PagedAttentio
         paged.current = None
         for trial in trials:
             del trial.layer.forward  # what the class has; a layer that held its own method would not be freed
+    count = routed = 0
+    for group in _stretches(trials):
+        blocks = [trial.block for trial in group if trial.block is not None]
+        compute = DecoderLayers([cast(DecoderLayer, trial.made) for trial in group])
+        layers = OneCallLayers(paged, compute, group[0].layer.mlp, Stretch(blocks, step) if blocks else None)
+        for at, trial in enumerate(group):
+            trial.layer.forward = OneCallLayer(layers, at)  # type: ignore[assignment]
+        count, routed = count + len(group), routed + len(blocks)
+    log.info("%d decoder layers run in one call, %d of them with their router and experts", count, routed)
+    return count
+
+
+def _stretches(trials: Sequence[_Trial]) -> Iterator[list[_Trial]]:
+    """Trials of layers that one call may compute together."""
+    group = list[_Trial]()
     for trial in trials:
+        if group and not trial.follows(group[-1]):
+            yield group
+            group = []
         if trial.made is not None:
-            trial.layer.forward = trial.made  # type: ignore[assignment]
-    made = [trial.made for trial in trials if trial.made is not None]
-    routed = sum(layer.block is not None for layer in made)
-    log.info("%d decoder layers run in one call, %d of them with their router and experts", len(made), routed)
-    return len(made)
+            group.append(trial)
+    if group:
+        yield group
 
 
 def _has_parts(layer: nn.Module) -> bool:
@@ -122,7 +158,8 @@ class _Watch(nn.Module):
 
 
 class _Trial:
-    """Stands in for a layer's `forward` once: runs it on random rows both ways. `made` is what may take its place."""
+    """Stands in for a layer's `forward` once: runs it on random rows both ways. `made` is what may take its place, with
+    the `block` of its experts where the router is in it too."""
 
     def __init__(
         self,
@@ -133,7 +170,9 @@ class _Trial:
     ) -> None:
         self.layer: Any = layer
         self.forward: Callable[..., Any] = layer.forward
-        self.made: OneCallLayer | None = None
+        self.made: DecoderLayer | None = None
+        self.block: MoEBlock | None = None
+        self._rows: tuple[Any, ...] = ()  # read, turned by, and handed on
         self._paged, self._block_of, self._routers = paged, block_of, routers
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -141,6 +180,7 @@ class _Trial:
         turn: Any = kwargs.get("position_embeddings")
         with self._watched() as watch:
             expected = self.forward(x, *args, **kwargs)
+        self._rows = (hidden_states, *(turn if isinstance(turn, tuple) else (turn,)), expected)
         pool, layer = self._paged.pool, getattr(self.layer.self_attn, "layer_idx", -1)
         assert pool is not None, "the cache is open"
         parts = _parts(self.layer, self._paged.layer(layer))
@@ -152,10 +192,21 @@ class _Trial:
             compute = DecoderLayer(parts, x.dtype)
             made = self._run(compute, x, turn)
             same = all(torch.equal(a, b[current.slots_T]) for a, b in zip(kept, (keys, values), strict=True))
-            answer = made.attended + watch.noise[0]
-            if same and torch.equal(made.normed, watch.read[0]) and torch.equal(answer[None], expected):
-                self.made = self._routed(parts, x, turn) or OneCallLayer(self._paged, compute, self.layer.mlp, None)
+            answer = made.attended[0] + watch.noise[0]
+            if same and torch.equal(made.normed[0], watch.read[0]) and torch.equal(answer[None], expected):
+                self.made = self._routed(parts, x, turn) or compute
         return expected
+
+    def follows(self, before: _Trial) -> bool:
+        """Whether the layer reads what that one hands on, as it is, and both are for one call."""
+        if self.made is None or self.block is None or before.made is None or before.block is None:
+            return False
+        handed = self._rows[0] is before._rows[-1] and len(self._rows) == len(before._rows)
+        return (
+            self.made.shape == before.made.shape
+            and handed
+            and all(a is b for a, b in zip(self._rows[1:-1], before._rows[1:-1], strict=True))
+        )
 
     @contextmanager
     def _watched(self) -> Iterator[_Watch]:
@@ -169,9 +220,9 @@ class _Trial:
     def _run(self, compute: DecoderLayer, x: Tensor, turn: tuple[Tensor, Tensor]) -> Routed:
         current = self._paged.current
         assert current is not None, "a trial is a pass"
-        return compute(x[0], (turn[0][0], turn[1][0]), current.spans_S4, current.blocks, None)
+        return DecoderLayers([compute])(0, x, turn, (current.spans_S4, current.blocks))
 
-    def _routed(self, parts: DecoderParts, x: Tensor, turn: tuple[Tensor, Tensor]) -> OneCallLayer | None:
+    def _routed(self, parts: DecoderParts, x: Tensor, turn: tuple[Tensor, Tensor]) -> DecoderLayer | None:
         """The layer with its router and experts, None where they are not all of its feed-forward."""
         mlp = self.layer.mlp
         experts = next((module for module in mlp.modules() if id(module) in self._block_of), None)
@@ -189,10 +240,11 @@ class _Trial:
         )
         compute = DecoderLayer(whole, x.dtype)
         made = self._run(compute, x, turn)
-        found = _choice(mlp, experts, made.normed)
-        if found is None or not all(torch.equal(*pair) for pair in zip((made.ids, made.weights), found, strict=True)):
+        found, choice = _choice(mlp, experts, made.normed[0]), (torch.from_numpy(made.ids[0]), made.weights[0])
+        if found is None or not all(torch.equal(*pair) for pair in zip(choice, found, strict=True)):
             return None
-        return OneCallLayer(self._paged, compute, mlp, block)
+        self.block = block
+        return compute
 
 
 def _turns(turn: Any, x: Tensor, parts: DecoderParts) -> bool:

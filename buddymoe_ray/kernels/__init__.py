@@ -5,7 +5,7 @@ Knows nothing of residency, slots or models: it gets tensors and returns tensors
 
 from buddymoe_ray.kernels.cpu import CpuLinear, combine, combine_kernel, linear_rows, widens
 from buddymoe_ray.kernels.cpu import prepare as prepare_lowbit
-from buddymoe_ray.kernels.decoder import Allowances, DecoderLayer, DecoderParts, Routed, StandinRecords, StoodIn
+from buddymoe_ray.kernels.decoder import DecoderLayer, DecoderLayers, DecoderParts, Routed, StandinRecords, Tallies
 from buddymoe_ray.kernels.expert_layer import ExpertLayer
 from buddymoe_ray.kernels.lowbit import (
     LowbitFormat,
@@ -28,10 +28,10 @@ from buddymoe_ray.kernels.upcast import UpcastScratch
 
 __all__ = [
     "BLOCK",
-    "Allowances",
     "ExpertMath",
     "LowbitFormat",
     "DecoderLayer",
+    "DecoderLayers",
     "DecoderParts",
     "ExpertLayer",
     "CpuLinear",
@@ -41,7 +41,7 @@ __all__ = [
     "PagedLayer",
     "Routed",
     "StandinRecords",
-    "StoodIn",
+    "Tallies",
     "UpcastScratch",
     "combine",
     "combine_kernel",

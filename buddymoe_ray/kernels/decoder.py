@@ -1,18 +1,20 @@
-"""A decoder layer on a CPU in one call: attention, residuals, norms, router, and its experts where all are resident or
-answered by records that the rows can pay.
+"""Decoder layers on a CPU in one call: attention, residuals, norms, routers, and experts, up to the first layer whose
+experts are neither all resident nor answered by records that the rows can pay.
 
-It is made of the kernels that the layer's modules call one by one, and answers the same bits. Knows addresses, neither
-modules nor the cache.
+It is made of the kernels that the layers' modules call one by one, and answers the same bits. What was counted and
+charged of the accesses is written by the call too. Knows addresses, neither modules nor the cache.
 
-Legend: T rows of a pass, D hidden, Q query heads, H key-value heads, d key size, dv value size, E experts, K experts
-per token.
+Legend: N layers of a call, T rows of a pass, D hidden, Q query heads, H key-value heads, d key size, dv value size, E
+experts, K experts per token, A columns of what is counted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from ctypes import addressof, c_char
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,29 +22,19 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.kernels.cpu import CpuLinear, Kernel, combine_kernel, experts_kernel, linear_kernel
-from buddymoe_ray.kernels.decoder_calls import DONE, STOOD_IN, DecoderCall, DecoderPlan, StandinPlan
+from buddymoe_ray.kernels.decoder_calls import DecoderCall, DecoderPlan, StandinPlan
 from buddymoe_ray.kernels.expert_layer import ExpertLayer
 from buddymoe_ray.kernels.norm import CpuNorm, norm_kernel
 from buddymoe_ray.kernels.paged_attention import PagedLayer, attention_kernel
 from buddymoe_ray.kernels.router import CpuRouter, router_kernel
 
-__all__ = ["Allowances", "DecoderLayer", "DecoderParts", "Routed", "StandinRecords", "StoodIn"]
+__all__ = ["DecoderLayer", "DecoderLayers", "DecoderParts", "Routed", "StandinRecords", "Tallies"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
-
-class Allowances(Protocol):
-    """What each row may spend on stand-ins: see `policy.RowBudgets`."""
-
-    @property
-    def mode_T(self) -> npt.NDArray[np.int8]: ...
-
-    @property
-    def allowance_T(self) -> Floats: ...
-
-    @property
-    def price_T(self) -> Floats: ...
+_CALL_BYTES = 1 << 20
+_MOST_CHOICES = 128  # of which numpy adds float32s in one go
 
 
 @dataclass(frozen=True)
@@ -97,41 +89,63 @@ class DecoderParts:
 
 
 @dataclass(frozen=True, slots=True)
-class StoodIn:
-    """What answered the accesses of a layer `[T, K]`: 0 where the expert did, else the column of its record; and the
-    expected loss (nats) of each."""
+class Tallies:
+    """Running totals of a pass, from those before the first layer of a call to those after its last.
 
-    answer_TK: Ints
-    loss_TK: Floats
+    `accesses` int64 [N + 1, T, A] of what answered an access: column 0 is the expert, a record has its own. Where rows
+    may spend on records, `losses` float32 [N + 1, T] are of expected loss (nats) and `allowances` what is left;
+    `mode_T` int8 and `price_T` float32 are as in `policy.RowBudgets`, None where no record may answer.
+    The caller writes the first, the call the others, up to the layers that it says to have done.
+    """
+
+    accesses: Ints
+    losses: Floats
+    allowances: Floats
+    mode_T: npt.NDArray[np.int8] | None
+    price_T: Floats | None
+
+    def addresses(self) -> tuple[int, ...]:
+        """As the end of a `DecoderCall`."""
+        accesses, mode_T, price_T = self.accesses, self.mode_T, self.price_T
+        assert accesses.dtype == np.int64, f"accesses are {accesses.dtype}, must be int64"
+        at = (address_of(accesses), accesses.shape[2])
+        if mode_T is None or price_T is None:
+            return (*at, 0, 0, 0, 0)
+        floats = (price_T, self.losses, self.allowances)
+        assert mode_T.dtype == np.int8, f"modes are {mode_T.dtype}, must be int8"
+        assert all(a.dtype == np.float32 for a in floats), f"{[a.dtype for a in floats]} must be float32"
+        assert self.losses.shape == self.allowances.shape == accesses.shape[:2], f"{self.losses.shape}"
+        assert mode_T.shape == price_T.shape == accesses.shape[1:2], f"{mode_T.shape} of {accesses.shape[1]} rows"
+        return (*at, address_of(mode_T), *(address_of(a) for a in floats))
 
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """How far a call came: `out` [T, D] is the layer's output, None where the feed-forward is the caller's. Then that
-    is what reads `normed` [T, D], to be added to `attended` [T, D]. `ids` [T, K] int64 and `weights` are the router's
-    choice, of a layer with a router. `stood_in` says who answered, where it was not the experts alone; `guess` [T, K]
-    int64 what the next layer's router would choose, where experts of that were missing."""
+    """How far a call came: `done` layers have their `out` [N, T, D]. Of the next one, if any, the feed-forward is the
+    caller's: it reads `normed` [N, T, D] and is to be added to `attended` [N, T, D], `ids` [N, T, K] int64 and
+    `weights` are the choice of its router, if it has one, and `guess` [T, K] int64 what the router behind that would
+    choose, where experts of that were missing."""
 
+    done: int
     attended: Tensor
     normed: Tensor
-    ids: Tensor
+    out: Tensor
+    ids: Ints
     weights: Tensor
-    out: Tensor | None
-    stood_in: StoodIn | None = None
-    guess: Tensor | None = None
+    guess: Ints | None
 
 
 class DecoderLayer:
-    """One layer over rows of `dtype`, float32 or bfloat16, with one thread. `runs_experts`, `stands_in` and `guesses`
-    say whether it can."""
+    """One layer over rows of `dtype`, float32 or bfloat16, with one thread. `runs_experts` and `guesses` say whether it
+    can."""
 
     def __init__(self, parts: DecoderParts, dtype: torch.dtype) -> None:
         assert dtype in (torch.float32, torch.bfloat16), f"dtype is {dtype}, must be float32 or bfloat16"
-        self._parts, self._dtype, self._kernel = parts, dtype, decoder_kernel()
+        self.parts, self.dtype = parts, dtype
         (Q, H, d, dv), router = parts.attention.heads, parts.router
-        self._D = parts.norm_before.n
+        self.D = parts.norm_before.n
         plan = DecoderPlan(
-            D=self._D,
+            D=self.D,
             item_bytes=dtype.itemsize,
             Q=Q,
             H=H,
@@ -156,9 +170,10 @@ class DecoderLayer:
             attends=parts.attention.plan_at,
         )
         self.runs_experts = router is not None and parts.experts is not None
-        self._K, self._weight_dtype = 0, dtype
+        self.K, self.weight_dtype = 0, dtype
         if router is not None:
-            self._K, self._weight_dtype = router.K, router.weight_dtype
+            assert router.K <= _MOST_CHOICES, f"a token has {router.K} experts, must have at most {_MOST_CHOICES}"
+            self.K, self.weight_dtype = router.K, router.weight_dtype
             plan = plan._replace(
                 router=router.linear.plan_at,
                 chooses=router.plan_at,
@@ -167,7 +182,6 @@ class DecoderLayer:
                 K=router.K,
                 weight_bytes=router.weight_dtype.itemsize,
             )
-        self.stands_in = self.runs_experts and parts.standins is not None
         if parts.standins is not None:
             self._standins, self._tables = parts.standins.plan()
             plan = plan._replace(standins=self._standins.ctypes.data)
@@ -176,60 +190,76 @@ class DecoderLayer:
         if guessed is not None and self.guesses:
             plan = plan._replace(next_router=guessed.linear.plan_at, next_chooses=guessed.plan_at, next_E=guessed.E)
         self._plan = np.array(plan, dtype=np.int64)
-        self._plan_at = self._plan.ctypes.data
+        self.plan_at = self._plan.ctypes.data
+        rows = (self.D, dtype, Q, H, d, dv)
+        self.shape = (*rows, self.K, self.weight_dtype, max(plan.E, plan.next_E), self.runs_experts)
+
+
+class DecoderLayers:
+    """Consecutive layers whose rows look alike, as their `shape` says."""
+
+    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+        first = layers[0]
+        assert all(layer.shape == first.shape for layer in layers), "layers must be of one shape"
+        self.layers, self.runs_experts = tuple(layers), first.runs_experts
+        self._kernel, self._dtype, self._weight_dtype = decoder_kernel(), first.dtype, first.weight_dtype
+        self._D, self._K = first.D, first.K
+        self._plans = np.array([layer.plan_at for layer in layers], np.int64)
+        self._plans_at = self._plans.ctypes.data
+
+    def most(self, rows: int) -> int:
+        """How many layers of so many rows are worth one call: what it leaves behind it should stay in the cache."""
+        return max(1, _CALL_BYTES // (3 * rows * self._D * self._dtype.itemsize))
 
     def __call__(
         self,
-        hidden_TD: Tensor,
+        first: int,
+        hidden_1TD: Tensor,
         turn: tuple[Tensor, Tensor],
-        spans_S4: Tensor,
-        blocks: Tensor,
-        at_E: npt.NDArray[np.int64] | None,
-        allowed: Allowances | None = None,
-        next_at_E: npt.NDArray[np.int64] | None = None,
+        paged: tuple[Tensor, Tensor],
+        places: tuple[Sequence[int], Sequence[int]] = ((), ()),
+        tallies: Tallies | None = None,
     ) -> Routed:
-        """Store the rows' keys and values, and compute as far as can be.
+        """From the `first` layer on store the rows' keys and values, and compute as far as can be.
 
-        `turn` are cosines and sines `[T, rotated]` of the rotary embedding in the dtype of the rows; `spans_S4` and
-        `blocks` are as in `PagedLayer`. `at_E` int64 are addresses of experts, negative where one is not resident;
-        None leaves the experts to the caller. `allowed` is what rows may spend on stand-ins; None: none may answer.
-        `next_at_E` are those of the next layer, where its experts are to be guessed: if one of them is missing, the
-        experts are left to the caller.
+        `turn` are cosines and sines `[1, T, rotated]` of the rotary embedding in the dtype of the rows; `paged` are
+        spans and blocks as in `PagedLayer`. `places` are, for each layer that is to be computed, where the addresses of
+        its experts are (int64 [E], negative where one is not resident), and those of the experts of the layer behind
+        it, 0 where these are not to be guessed. `tallies` say what rows may spend, and are written. Without either it
+        is one layer, whose experts are the caller's.
         """
-        T, cos, sin = len(hidden_TD), turn[0].contiguous(), turn[1].contiguous()
-        hidden = hidden_TD.contiguous()
+        hidden, cos, sin = hidden_1TD.contiguous(), turn[0].contiguous(), turn[1].contiguous()
+        (B, T, D), rotated, (spans_S4, blocks), N = hidden.shape, cos.shape[2], paged, len(places[0]) or 1
         assert hidden.dtype is cos.dtype is sin.dtype is self._dtype, f"rows are {hidden.dtype}, must be {self._dtype}"
-        assert hidden.shape[1] == self._D and len(cos) == len(sin) == T, f"{hidden.shape}, {cos.shape}, {sin.shape}"
-        attended, normed, out = torch.empty((3, T, self._D), dtype=self._dtype)
-        ids = torch.empty((T, self._K), dtype=torch.int64)
-        weights = torch.empty((T, self._K), dtype=self._weight_dtype)
+        assert (B, D) == (1, self._D) and cos.shape == sin.shape == (1, T, rotated), f"{hidden.shape}, {cos.shape}"
+        assert 0 <= first <= len(self.layers) - N, f"layers are {first} and {N - 1} more, must be of {len(self.layers)}"
+        attended, normed, out = torch.empty((3, N, T, D), dtype=self._dtype).unbind()
+        ids, weights = np.empty((2, N, T, self._K), np.int64), torch.empty((N, T, self._K), dtype=self._weight_dtype)
+        ids_at = address_of(ids)
         call = (
-            *(hidden.data_ptr(), attended.data_ptr(), normed.data_ptr()),
-            *(ids.data_ptr(), weights.data_ptr(), out.data_ptr()),
-            *(cos.data_ptr(), sin.data_ptr(), cos.shape[1], T),
-            *(spans_S4.data_ptr(), blocks.data_ptr(), len(spans_S4)),
-            0 if at_E is None else at_E.ctypes.data,
+            *(hidden.data_ptr(), attended.data_ptr(), normed.data_ptr(), ids_at, weights.data_ptr(), out.data_ptr()),
+            *(cos.data_ptr(), sin.data_ptr(), rotated, T, spans_S4.data_ptr(), blocks.data_ptr(), len(spans_S4), N),
         )
-        guess, guessing = None, (0, 0)
-        if next_at_E is not None and self.guesses:
-            guess = torch.empty((T, self._K), dtype=torch.int64)
-            guessing = (guess.data_ptr(), next_at_E.ctypes.data)
-        if allowed is None or not self.stands_in:
-            status = self._kernel((*call, 0, 0, 0, 0, 0, *guessing), self._plan_at)
-            return Routed(attended, normed, ids, weights, *((out,) if status == DONE else (None, None, guess)))
-        stood_in = StoodIn(np.empty((T, self._K), np.int64), np.empty((T, self._K), np.float32))
-        spend = (allowed.mode_T, allowed.allowance_T, allowed.price_T, stood_in.answer_TK, stood_in.loss_TK)
-        dtypes = [array.dtype.name for array in spend[:3]]
-        assert len(allowed.mode_T) == T and dtypes == ["int8", "float32", "float32"], f"{allowed} of {T} rows"
-        status = self._kernel((*call, *(array.ctypes.data for array in spend), *guessing), self._plan_at)
-        if status == STOOD_IN:
-            return Routed(attended, normed, ids, weights, out, stood_in)
-        return Routed(attended, normed, ids, weights, *((out,) if status == DONE else (None, None, guess)))
+        if tallies is None:
+            done = self._kernel((*call, *[0] * 9), self._plans_at + 8 * first) - 1
+            return Routed(done, attended, normed, out, ids[0], weights, None)
+        assert tallies.accesses.shape[:2] == (N + 1, T), f"{tallies.accesses.shape} of {N} layers and {T} rows"
+        at_2N = np.array(places, np.int64)
+        at = address_of(at_2N)
+        more = (at, at + 8 * N, ids_at + 8 * N * T * self._K, *tallies.addresses())
+        done = self._kernel((*call, *more), self._plans_at + 8 * first) - 1
+        guessed = done < N and places[1][done] and self.layers[first + done].guesses
+        return Routed(done, attended, normed, out, ids[0], weights, ids[1, done] if guessed else None)
+
+
+def address_of(array: npt.NDArray[Any]) -> int:
+    """Of a contiguous array; a third of what `array.ctypes` takes, of which a call needs a dozen."""
+    return addressof(c_char.from_buffer(array)) if array.size else 0  # type: ignore[arg-type]
 
 
 @cache
 def decoder_kernel() -> Kernel:
-    """A decoder layer; made, or loaded, by the first call."""
+    """Decoder layers; made, or loaded, by the first call."""
     from buddymoe_ray.kernels.decoder_numba import compile_decoder
     from buddymoe_ray.kernels.numba_calls import kernel
 

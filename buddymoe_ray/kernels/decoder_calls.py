@@ -1,4 +1,4 @@
-"""What goes into a call of a decoder layer's machine code. Knows neither torch nor numba: both sides import it.
+"""What goes into a call of decoder layers' machine code. Knows neither torch nor numba: both sides import it.
 
 Legend: T rows of a pass, D hidden, Q query heads, H key-value heads, d key size, dv value size, E experts, K experts
 per token.
@@ -8,11 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["DONE", "ROUTED", "STOOD_IN", "DecoderCall", "DecoderPlan", "StandinPlan"]
-
-DONE, ROUTED, STOOD_IN = 1, 2, 3
-"""What a call comes to: the layer's output; as far as its feed-forward, which is left to the caller; or the output, for
-which stand-ins answered."""
+__all__ = ["DecoderCall", "DecoderPlan", "StandinPlan"]
 
 
 class DecoderPlan(NamedTuple):
@@ -77,16 +73,19 @@ class StandinPlan(NamedTuple):
 
 
 class DecoderCall(NamedTuple):
-    """Addresses of a pass's rows [T, D] and of what becomes of them, all contiguous.
+    """Addresses of a pass's rows [T, D] and of what becomes of them in `layers` layers, all contiguous.
 
-    `attended` is the residual after attention, `normed` what the feed-forward reads, `ids` [T, K] int64 and `weights`
-    the router's choice, `out` the layer's output where it comes to that. `cos` and `sin` are [T, rotated] with items
-    of rows. `spans` and `blocks` are as in `AttentionCall`. `at_E` are the addresses of resident experts (negative:
-    none), 0 where the caller computes the experts.
-    `modes` int8 [T], `allowances` and `prices` float32 [T] are what rows may spend on stand-ins, `modes` 0 where none
-    may answer; `answers` int64 [T, K] and `losses` float32 [T, K] are written where they did.
-    `guess` is where the next layer's router writes its choice on `normed`, ids int64 [T, K], 0 where it is not asked:
-    if one of them is not at `next_at_E`, experts are left to the caller, who may begin to read.
+    `attended` [layers, T, D] is the residual after attention, `normed` what the feed-forward reads, `ids` int64
+    [layers, T, K] and `weights` the router's choice, `out` [layers, T, D] the layer's output where it comes to that.
+    `cos` and `sin` are [T, rotated] with items of rows. `spans` and `blocks` are as in `AttentionCall`. `places` int64
+    [layers] say where each layer's addresses of resident experts are (negative: none), 0 where the caller computes.
+    `next_places` are those of the layer behind it, 0 where its experts are not to be guessed, and `guess` is where its
+    router writes its choice on `normed`, ids int64 [layers, T, K]: if one of them is not there, experts are left to the
+    caller, who may begin to read.
+    What is counted are running totals, those from before the first layer to those after the last: `accesses` int64
+    [layers + 1, T, columns], of what answered an access: the expert in column 0, else a record in its own; `losses`
+    float32 [layers + 1, T] of expected loss, `allowances` of what is left to spend on it. `modes` int8 [T] and `prices`
+    float32 [T] are the other terms of that, `modes` 0 where no record may answer.
     """
 
     hidden: int
@@ -102,11 +101,13 @@ class DecoderCall(NamedTuple):
     spans: int
     blocks: int
     S: int
-    at_E: int
-    modes: int
-    allowances: int
-    prices: int
-    answers: int
-    losses: int
-    guess: int
-    next_at_E: int
+    layers: int = 1
+    places: int = 0
+    next_places: int = 0
+    guess: int = 0
+    accesses: int = 0
+    columns: int = 0
+    modes: int = 0
+    prices: int = 0
+    losses: int = 0
+    allowances: int = 0

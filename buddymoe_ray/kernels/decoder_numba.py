@@ -1,5 +1,5 @@
-"""A decoder layer without the GIL: norm, attention, residual, norm, router, and its experts where all are resident or
-answered by records that the rows can pay.
+"""Decoder layers without the GIL: norm, attention, residual, norm, router, and experts, up to the first layer whose
+experts are neither all resident nor answered by records that the rows can pay.
 
 The parts are the kernels that the layer's modules call one by one, called by their addresses in the same order, with
 the same roundings between them, so the bits are the same. Scratch that is reached by address belongs to the
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray, float32, float64, int64, njit, uint8
 
-from buddymoe_ray.kernels.decoder_calls import DONE, ROUTED, STOOD_IN, DecoderCall, DecoderPlan, StandinPlan
+from buddymoe_ray.kernels.decoder_calls import DecoderCall, DecoderPlan, StandinPlan
 from buddymoe_ray.kernels.expert_calls import ANYWHERE, OK
 from buddymoe_ray.kernels.expert_rows import floats_at, ints_at, read_row, rounded_row, tinies_at, write_row
 from buddymoe_ray.kernels.numba_calls import answered, ask_native, compiled, items, stamp_of
@@ -32,7 +32,8 @@ CALL, PLAN, STANDINS = ((0,) * len(kind._fields) for kind in (DecoderCall, Decod
 
 class _Scratch(NamedTuple):
     """Rows as bytes: normed, queries, keys, values, what attention answers, router logits, experts' outputs, their
-    sum; float32 rows, router weights of one; where records are; weights of a guess; room for a call."""
+    sum; float32 rows, router weights and expected losses of one; where records are; weights of a guess; room for a
+    call."""
 
     x: Any
     q: Any
@@ -44,9 +45,37 @@ class _Scratch(NamedTuple):
     total: Any
     rows: Any
     weights: Any
+    losses: Any
     record_E: Any
     guess_weights: Any
     args: Any
+
+
+class _Layer(NamedTuple):
+    """A `DecoderCall` as one layer sees it: `accesses`, `losses` and `allowances` begin with what was before it."""
+
+    hidden: Any
+    attended: Any
+    normed: Any
+    ids: Any
+    weights: Any
+    out: Any
+    cos: Any
+    sin: Any
+    rotated: Any
+    T: Any
+    spans: Any
+    blocks: Any
+    S: Any
+    at_E: Any
+    next_at_E: Any
+    guess: Any
+    accesses: Any
+    columns: Any
+    modes: Any
+    prices: Any
+    losses: Any
+    allowances: Any
 
 
 @njit
@@ -166,33 +195,69 @@ def _guess(call: Any, plan: Any, scratch: Any) -> Any:
 
 
 @njit
-def _row_is_paid(t: Any, call: Any, plan: Any, standins: Any, weights: Any) -> Any:
-    """Whether stand-ins may answer every miss of a row: as `Ladder.resolve`, where it finds that all can be paid."""
-    K, E = plan.K, plan.E
-    at_E, ids = carray(ints_at(call.at_E), (E,)), carray(ints_at(call.ids + 8 * t * K), (K,))
-    kinds, columns = carray(ints_at(standins.kinds), (E,)), carray(ints_at(standins.columns), (E,))
-    losses = carray(floats_at(standins.losses), (E,))
-    answers, loss = carray(ints_at(call.answers + 8 * t * K), (K,)), carray(floats_at(call.losses + 4 * t * K), (K,))
-    mode, price = carray(tinies_at(call.modes + t), (1,))[0], carray(floats_at(call.prices + 4 * t), (1,))[0]
-    read_row(call.weights + plan.weight_bytes * t * K, plan.weight_bytes, weights)
-    spent = float64(0.0)
-    for k in range(K):
-        e = ids[k]
-        answers[k], loss[k] = 0, float32(0.0)
-        if at_E[e] >= 0:
-            continue
-        answers[k], loss[k] = columns[e], weights[k] * weights[k] * losses[e]
-        if mode == EXACT or kinds[e] < 0 or not (mode == FAST or loss[k] <= price):
-            return False
-        spent += loss[k]
-    return mode != BOUNDED or spent <= carray(floats_at(call.allowances + 4 * t), (1,))[0]
+def _carry(call: Any) -> None:
+    """What is counted after this layer begins with what was before."""
+    T, size = call.T, call.T * call.columns
+    counts = carray(ints_at(call.accesses), (2 * size,))
+    counts[size:] = counts[:size]
+    if call.modes != 0:
+        losses, left = carray(floats_at(call.losses), (2 * T,)), carray(floats_at(call.allowances), (2 * T,))
+        losses[T:], left[T:] = losses[:T], left[:T]
 
 
 @njit
-def _stand_in(call: Any, plan: Any, standins: Any, scratch: Any) -> Any:
+def _sum(x: Any) -> Any:
+    """Of at most 128 float32s, in the order in which numpy adds them."""
+    n, total = x.shape[0], float32(0.0)
+    begin = n - n % 8
+    if begin:
+        r = x[:8].copy()
+        for i in range(8, begin):
+            r[i % 8] += x[i]
+        total = ((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7]))
+    for i in range(begin, n):
+        total += x[i]
+    return total
+
+
+@njit
+def _row_is_paid(t: Any, call: Any, plan: Any, standins: Any, scratch: Any) -> Any:
+    """Whether stand-ins may answer every miss of a row: as `Ladder.resolve`, where it finds that all can be paid. If so
+    its accesses are counted and charged."""
+    T, K, E, weights, loss = call.T, plan.K, plan.E, scratch.weights, scratch.losses
+    at_E, ids = carray(ints_at(call.at_E), (E,)), carray(ints_at(call.ids + 8 * t * K), (K,))
+    kinds, columns = carray(ints_at(standins.kinds), (E,)), carray(ints_at(standins.columns), (E,))
+    losses = carray(floats_at(standins.losses), (E,))
+    counts = carray(ints_at(call.accesses + 8 * (T + t) * call.columns), (call.columns,))
+    spent, left = carray(floats_at(call.losses), (2 * T,)), carray(floats_at(call.allowances), (2 * T,))
+    mode, price = carray(tinies_at(call.modes + t), (1,))[0], carray(floats_at(call.prices + 4 * t), (1,))[0]
+    read_row(call.weights + plan.weight_bytes * t * K, plan.weight_bytes, weights)
+    exact_sum = float64(0.0)
+    for k in range(K):
+        e = ids[k]
+        if at_E[e] >= 0:
+            counts[0], loss[k] = counts[0] + 1, float32(0.0)
+            continue
+        counts[columns[e]] += 1
+        loss[k] = weights[k] * weights[k] * losses[e]
+        if mode == EXACT or kinds[e] < 0 or not (mode == FAST or loss[k] <= price):
+            return False
+        exact_sum += loss[k]
+    if mode == BOUNDED and not exact_sum <= left[t]:
+        return False
+    row_loss = _sum(loss)
+    spent[T + t], left[T + t] = spent[t] + row_loss, left[t] - row_loss
+    return True
+
+
+@njit
+def _stand_in(call: Any, plan: Any, scratch: Any) -> Any:
     """The records' answers to all misses; False, with nothing done, where rows cannot pay them."""
+    if plan.standins == 0 or call.modes == 0:
+        return False
+    standins = StandinPlan(*items(plan.standins, STANDINS))
     for t in range(call.T):
-        if not _row_is_paid(t, call, plan, standins, scratch.weights):
+        if not _row_is_paid(t, call, plan, standins, scratch):
             return False
     N, K, E = call.T * plan.K, plan.K, plan.E
     at_E, ids, record_E = carray(ints_at(call.at_E), (E,)), carray(ints_at(call.ids), (N,)), scratch.record_E
@@ -227,26 +292,65 @@ def _run_experts(call: Any, plan: Any, scratch: Any) -> Any:
 
 @njit
 def _run(call: Any, plan: Any, scratch: Any) -> Any:
+    """Whether a layer's output is there; else its experts are the caller's."""
     _attend(call, plan, scratch)
     if plan.router == 0:
-        return ROUTED
-    status, resident = DONE, _route(call, plan, scratch)
+        return False
+    resident = _route(call, plan, scratch)
     if call.guess != 0 and _guess(call, plan, scratch):
-        return ROUTED
-    if not resident:
-        if call.at_E == 0 or plan.standins == 0 or call.modes == 0 or plan.computes == 0:
-            return ROUTED
-        if not _stand_in(call, plan, StandinPlan(*items(plan.standins, STANDINS)), scratch):
-            return ROUTED
-        status = STOOD_IN
-    return status if plan.computes and _run_experts(call, plan, scratch) else ROUTED
+        return False
+    if call.at_E == 0 or plan.computes == 0:
+        return False
+    _carry(call)
+    if resident:
+        counts = carray(ints_at(call.accesses), (2, call.T, call.columns))
+        counts[1, :, 0] += plan.K
+    elif not _stand_in(call, plan, scratch):
+        return False
+    return _run_experts(call, plan, scratch)
 
 
 @njit
-def _layer(call_at: Any, plan_at: Any) -> Any:
-    call, plan = DecoderCall(*items(call_at, CALL)), DecoderPlan(*items(plan_at, PLAN))
-    T, item_bytes = call.T, plan.item_bytes
-    y_rows = T if plan.computes and call.at_E else 0
+def _layer(n: Any, call: Any, plan: Any) -> Any:
+    """The call as the n-th layer sees it: each reads what the one before has written."""
+    T, rows, choice = call.T, call.T * plan.D * plan.item_bytes, call.T * plan.K
+    places = carray(ints_at(call.places), (call.layers,))
+    next_places = carray(ints_at(call.next_places), (call.layers,))
+    next_at = next_places[n] if call.next_places and plan.next_router else 0
+    return _Layer(
+        call.out + (n - 1) * rows if n else call.hidden,
+        call.attended + n * rows,
+        call.normed + n * rows,
+        call.ids + n * choice * 8,
+        call.weights + n * choice * plan.weight_bytes,
+        call.out + n * rows,
+        call.cos,
+        call.sin,
+        call.rotated,
+        T,
+        call.spans,
+        call.blocks,
+        call.S,
+        places[n] if call.places else 0,
+        next_at,
+        call.guess + n * choice * 8 if next_at else 0,
+        call.accesses + n * T * call.columns * 8,
+        call.columns,
+        call.modes,
+        call.prices,
+        call.losses + n * T * 4,
+        call.allowances + n * T * 4,
+    )
+
+
+@njit
+def _layers(call_at: Any, plans_at: Any) -> Any:
+    """How many layers have their output, and 1."""
+    call = DecoderCall(*items(call_at, CALL))
+    plans, T = carray(ints_at(plans_at), (call.layers,)), call.T
+    plan = DecoderPlan(*items(plans[0], PLAN))  # all are of one shape
+    item_bytes = plan.item_bytes
+    y_rows = T if plan.computes and call.places else 0
     scratch = _Scratch(
         np.empty(T * plan.D * item_bytes, uint8),
         np.empty(T * plan.Q * plan.d * item_bytes, uint8),
@@ -258,18 +362,23 @@ def _layer(call_at: Any, plan_at: Any) -> Any:
         np.empty(y_rows * plan.D * item_bytes, uint8),
         np.empty((5, max(plan.D, plan.d)), np.float32),
         np.empty(plan.K, np.float32),
-        np.empty(plan.E if plan.standins else 0, np.int64),
+        np.empty(plan.K, np.float32),
+        np.empty(plan.E, np.int64),
         np.empty(T * plan.K if call.guess else 0, np.float32),
         np.empty(16, np.int64),
     )
-    return _run(call, plan, scratch)
+    for n in range(call.layers):
+        plan = DecoderPlan(*items(plans[n], PLAN))
+        if not _run(_layer(n, call, plan), plan, scratch):
+            return 1 + n
+    return 1 + call.layers
 
 
 def compile_decoder(folder: Path | None) -> int:
-    """The address of a layer's kernel, from `folder` when an earlier process left it there; None keeps none."""
+    """The address of the layers' kernel, from `folder` when an earlier process left it there; None keeps none."""
     stamp = stamp_of("decoder_calls", "decoder_numba")
 
     def kernel(call_at: Any, plan_at: Any) -> Any:
-        return _layer(call_at, plan_at) if stamp >= 0 else ROUTED
+        return _layers(call_at, plan_at) if stamp >= 0 else 1
 
     return compiled(kernel, folder)

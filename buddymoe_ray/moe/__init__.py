@@ -7,6 +7,7 @@ from buddymoe_ray.moe.rows import Accesses
 from buddymoe_ray.moe.standin_compute import record_computes
 from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Observer, Overlay, Phase, StepState, StepTerms
+from buddymoe_ray.moe.stretch import Outlook, Stretch
 from buddymoe_ray.moe.waves import ExpertCompute, OneByOne, OneCall, WaveCompute
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "MoEBlock",
     "Observer",
     "OneByOne",
+    "Outlook",
     "Overlay",
     "OneCall",
     "Phase",
@@ -25,6 +27,7 @@ __all__ = [
     "StepOutcome",
     "StepState",
     "StepTerms",
+    "Stretch",
     "Substitution",
     "WaveCompute",
     "record_computes",

@@ -24,14 +24,14 @@ from torch import Tensor
 
 from buddymoe_ray.cache import Experts, Glance
 from buddymoe_ray.errors import CacheError
-from buddymoe_ray.kernels import ExpertLayer, StandinRecords, StoodIn, combine
+from buddymoe_ray.kernels import ExpertLayer, StandinRecords, combine
 from buddymoe_ray.moe.peers import PeerExperts
 from buddymoe_ray.moe.read_ahead import ReadAhead
 from buddymoe_ray.moe.rows import Accesses
 from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Phase, StepState
 from buddymoe_ray.moe.waves import WaveCompute
-from buddymoe_ray.policy import Action, Resolution, RowBudgets
+from buddymoe_ray.policy import Action, Resolution
 
 __all__ = ["MoEBlock"]
 
@@ -136,7 +136,10 @@ class MoEBlock:
         if glance is None or (glance.at_E[ids_TK] < 0).any():
             return False
         self._read_ahead()
-        return self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND) and self.settle(glance, ids_TK)
+        if not self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND) or not self.settle(glance, ids_TK):
+            return False
+        self._step.outcome.count_hits(ids_TK.shape[1])
+        return True
 
     @property
     def kernel(self) -> ExpertLayer | None:
@@ -165,23 +168,16 @@ class MoEBlock:
         return None if self._standins is None else self._standins.records(self.layer)
 
     @property
-    def allowed(self) -> RowBudgets | None:
-        """What the rows of the pass may spend on `records` in this layer; None where none may answer, or each answer is
-        to be recorded."""
-        step, standins = self._step, self._standins
-        if standins is None or step.outcome.record or not standins.may_answer(self.layer, step):
-            return None
-        return step.budgets
+    def awaited(self) -> bool:
+        """Whether there is a guess at what the layer will ask for that is worth something only if it asks soon."""
+        return self._ahead is not None and self._ahead.awaits(self.layer)
 
-    def settle(self, glance: Glance, ids_TK: Ints, stood_in: StoodIn | None = None) -> bool:
-        """Whether every expert that answered was there the whole time; if so the accesses are accounted for."""
-        if not glance.holds(ids_TK if stood_in is None else ids_TK[stood_in.answer_TK == 0]):
+    def settle(self, glance: Glance, ids_TK: Ints) -> bool:
+        """Whether every expert that answered was there the whole time; if so, those that the layer asked for are told
+        to whoever wants to know."""
+        if not glance.holds(ids_TK):
             return False
         self._count(ids_TK)
-        if stood_in is None or self._standins is None:
-            self._step.outcome.count_hits(ids_TK.shape[1])
-        else:
-            self._standins.book_stood_in(stood_in, self._step)
         return True
 
     def _count(self, ids_TK: Ints) -> None:

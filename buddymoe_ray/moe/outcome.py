@@ -58,9 +58,6 @@ class StepOutcome:
     record: frozenset[int] = frozenset()
     substitutions: dict[int, list[Substitution]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._begin_T1 = _ANSWERS * np.arange(len(self.accesses_TA))[:, None]  # of each row, in the table end to end
-
     @classmethod
     def empty(cls, rows: int, record: frozenset[int] = frozenset()) -> StepOutcome:
         """Nothing counted yet."""
@@ -121,7 +118,8 @@ class StepOutcome:
         """Add a layer whose accesses were answered by columns of `accesses_TA`; returns the expected loss of each
         row."""
         T = len(self.accesses_TA)
-        counts = np.bincount((answer_TK + self._begin_T1).ravel(), minlength=T * _ANSWERS)
+        begin_T1 = _ANSWERS * np.arange(T)[:, None]  # of each row, in the table end to end
+        counts = np.bincount((answer_TK + begin_T1).ravel(), minlength=T * _ANSWERS)
         self.accesses_TA += counts.reshape(T, _ANSWERS)
         loss_T: Floats = loss_TK.sum(axis=1)
         self.loss_T += loss_T

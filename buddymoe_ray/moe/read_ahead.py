@@ -58,6 +58,10 @@ class ReadAhead:
             return ()
         return [expert for expert, rank in ranks.items() if expert not in missing or reads_K[rank]]
 
+    def awaits(self, layer: int) -> bool:
+        """Whether what was guessed of the layer waits to be judged, by the time that one layer takes too."""
+        return bool(self._missing.get(layer))
+
     def used(self, layer: int, ids_TK: npt.NDArray[np.int64]) -> None:
         """The layer asks for these, or has: what the guess was worth, and how long a layer takes."""
         self._passes += layer == len(self._choices) - 1

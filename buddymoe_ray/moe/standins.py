@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.cache import StandinPool
-from buddymoe_ray.kernels import ExpertLayer, StandinRecords, StoodIn
+from buddymoe_ray.kernels import ExpertLayer, StandinRecords
 from buddymoe_ray.moe.outcome import ANSWER_STANDINS, STANDIN_KINDS, standin_kind
 from buddymoe_ray.moe.standin_compute import RecordCompute
 from buddymoe_ray.moe.step import Overlay, StepState
@@ -107,10 +107,6 @@ class Standins:
             loss_E=np.ascontiguousarray(own.loss_LE[layer], np.float32),
             column_E=self._columns[layer].astype(np.int64) + ANSWER_STANDINS,
         )
-
-    def book_stood_in(self, stood_in: StoodIn, step: StepState) -> None:
-        """As `book`, of what a kernel did."""
-        step.charge(step.outcome.add(stood_in.answer_TK, stood_in.loss_TK))
 
     def answer(self, layer: int, x_TD: Tensor, named_TK: Ints, out_ND: Tensor) -> None:
         """Fill the rows of `out_ND` that a record answers; `named_TK` is negative for all other accesses."""

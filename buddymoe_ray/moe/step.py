@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from buddymoe_ray.kernels import Tallies
 from buddymoe_ray.moe.outcome import StepOutcome
 from buddymoe_ray.policy import RowBudgets
 
@@ -83,3 +84,25 @@ class StepState:
         if self.budgets is not None:
             with np.errstate(invalid="ignore"):  # a fast row's endless allowance less an endless expected loss
                 self.budgets = replace(self.budgets, allowance_T=self.budgets.allowance_T - loss_T)
+
+    def tallies(self, layers: int) -> Tallies:
+        """For a call over so many layers: what was counted before it, and what its rows may spend on stand-ins. That is
+        nothing where each answer is to be recorded."""
+        outcome, budgets = self.outcome, self.budgets
+        rows, columns = outcome.accesses_TA.shape
+        accesses = np.empty((layers + 1, rows, columns), np.int64)
+        losses, allowances = np.empty((2, layers + 1, rows), np.float32)
+        accesses[0] = outcome.accesses_TA
+        if budgets is None or outcome.record:
+            return Tallies(accesses, losses, allowances, None, None)
+        losses[0], allowances[0] = outcome.loss_T, budgets.allowance_T
+        return Tallies(accesses, losses, allowances, budgets.mode_T, budgets.price_T)
+
+    def take(self, tallies: Tallies, layers: int) -> None:
+        """So many layers of the call count."""
+        self.outcome.accesses_TA = tallies.accesses[layers]
+        if tallies.mode_T is not None and tallies.price_T is not None:
+            self.outcome.loss_T = tallies.losses[layers]
+            self.budgets = RowBudgets(
+                mode_T=tallies.mode_T, allowance_T=tallies.allowances[layers], price_T=tallies.price_T
+            )

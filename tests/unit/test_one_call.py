@@ -13,9 +13,11 @@ from families import build_checkpoint
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 from buddymoe_ray import LLM
+from buddymoe_ray.cache import Glance
 from buddymoe_ray.engine import one_call
-from buddymoe_ray.kernels import CpuRouter, cpu, expert_layer, paged_attention
+from buddymoe_ray.kernels import CpuRouter, DecoderLayers, cpu, expert_layer, paged_attention
 from buddymoe_ray.models.row_kernels import SoftmaxRouter, rows_apart
+from buddymoe_ray.moe import MoEBlock
 
 WHOLE = ("mixtral", "olmoe", "qwen3_moe")
 """Families whose router and experts are in the call."""
@@ -116,6 +118,68 @@ def test_layers_that_do_something_else_keep_their_modules(
     expected = bits(tmp_path)
     monkeypatch.setattr(one_call, "attach", lambda *_: 0)
     assert bits(tmp_path) == expected
+
+
+def test_layers_between_which_something_happens_are_not_computed_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their own calls are what they were."""
+    build_checkpoint("mixtral", tmp_path)
+    enter = MixtralDecoderLayer.__call__
+
+    def louder(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return enter(self, hidden_states * 1.01 if self.self_attn.layer_idx == 1 else hidden_states, *args, **kwargs)
+
+    assert computed_together(tmp_path, monkeypatch) == {(0, 3)}
+    monkeypatch.setattr(MixtralDecoderLayer, "__call__", louder)
+    assert computed_together(tmp_path, monkeypatch) == {(0, 1), (0, 2)}
+    expected = bits(tmp_path)
+    monkeypatch.setattr(one_call, "attach", lambda *_: 0)
+    assert bits(tmp_path) == expected
+
+
+def computed_together(model: Path, monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, int]]:
+    """The first layer of a call that went as far as it may, of its stretch, and how many layers it computed."""
+    seen, call = set[tuple[int, int]](), DecoderLayers.__call__
+
+    def watched(self: DecoderLayers, first: int, *args: Any) -> Any:
+        routed = call(self, first, *args)
+        seen.update([(first, routed.done)] if len(args) > 3 else [])
+        return routed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DecoderLayers, "__call__", watched)
+        bits(model)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options", [{"mode": "exact", "memory": "100%"}, {"mode": "bounded", "memory": "50%"}], ids=str
+)
+def test_of_layers_computed_together_those_count_whose_experts_stayed(
+    options: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first that lost one is computed again, by its block, and a new call begins behind it."""
+    again, call = list[int](), MoEBlock.__call__
+
+    def counted(self: MoEBlock, *args: Any, **kwargs: Any) -> torch.Tensor:
+        again.append(self.layer if kwargs.get("glanced") else -1)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(MoEBlock, "__call__", counted)
+
+    def answered(lost: tuple[int, ...]) -> Any:
+        with LLM("builtin:tiny", guard_share=0.0, **options) as llm:  # type: ignore[arg-type]
+            cache: Any = llm.engine.cache
+            for layer in lost:
+                cache._glances[layer] = Glance(cache._glances[layer].at_E, lambda _: False)
+            results = llm.generate(["def add(a, b):", "import os"], max_tokens=12, temperature=0.0, logprobs=0)
+            return [([(item.token_id, item.logprob) for item in r.logprobs], r.usage) for r in results]
+
+    kept = answered(())
+    before = again.count(1), again.count(2)
+    assert answered((1, 2)) == kept
+    assert again.count(1) >= before[0] + 11 and again.count(2) >= before[1] + 11, "in each step of decode"
 
 
 def test_clipped_queries_keep_their_modules(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -119,12 +119,13 @@ class SharedExpertCache:
         at_E = np.where(slots_E >= 0, self.store.address(0) + slots_E * self.store.shape.slot_bytes, -1)
 
         def holds(ids: npt.NDArray[np.int64]) -> bool:
-            slots = slots_E[ids.ravel()]
-            if not self._tables.unchanged(slots, generations_E[ids.ravel()]):
+            used = ids[slots_E[ids] >= 0]
+            slots = slots_E[used]
+            if not self._tables.unchanged(slots, generations_E[used]):
                 return False
             self._tables.touch(slots)
-            used = slots.size if len(ids) == 1 else len(np.unique(slots))
-            self._tables.counters[self._tables.row, Counter.HITS] += used
+            count = slots.size if len(ids) == 1 else len(np.unique(slots))
+            self._tables.counters[self._tables.row, Counter.HITS] += count
             return True
 
         return Glance(at_E, holds)
