@@ -6,6 +6,7 @@ Legend: B rows, V vocabulary.
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from itertools import pairwise
 from typing import Any
@@ -225,14 +226,16 @@ def test_openai_penalties_leave_the_prompt_alone_and_repetition_does_not() -> No
 
 
 def test_counts_follow_the_live_list() -> None:
-    tokens = list(PROMPT)
+    """Also past the first room for them; what only the prompt holds is seen, and was generated 0 times."""
+    tokens, rng = list(PROMPT), random.Random(0)
     live = SamplingState(params=SamplingParams(), seed=0, token_ids=tokens, prompt_length=len(PROMPT))
-    assert live.output_counts() == {}
-    for token, want in ((3, {3: 1}), (4, {3: 1, 4: 1}), (3, {3: 2, 4: 1})):
-        tokens.append(token)
-        assert live.output_counts() == want
-        assert live.output_counts() == want
-    assert live.position == len(PROMPT) + 3
+    for _ in range(400):
+        ids, often = live.seen()
+        assert dict(zip(ids.tolist(), often.tolist(), strict=True)) == {
+            token: tokens[len(PROMPT) :].count(token) for token in tokens
+        }
+        tokens += [rng.randrange(300) for _ in range(rng.randrange(3))]
+    assert live.position == len(tokens)
 
 
 # --- random numbers
