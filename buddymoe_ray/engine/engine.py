@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from itertools import accumulate
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from buddymoe_ray.config import EngineConfig
@@ -26,7 +27,7 @@ from buddymoe_ray.engine.chat import encode_chat, encode_prompt
 from buddymoe_ray.engine.guard import GuardWork
 from buddymoe_ray.engine.parts import EngineParts
 from buddymoe_ray.engine.replay import open_replay
-from buddymoe_ray.engine.sampler import Sampled, sample
+from buddymoe_ray.engine.sampler import Sampled, prepare_sampling, sample
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.engine.terms import terms_of
@@ -56,6 +57,9 @@ class Chooser(Protocol):
 class SamplingChooser:
     """The chooser that serves: each sequence's own SamplingParams."""
 
+    def __init__(self, device: torch.device) -> None:
+        prepare_sampling(device)
+
     def choose(self, logits_BV: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
         return sample(logits_BV, [seq.sampling_state for seq in sequences])
 
@@ -73,7 +77,7 @@ class Engine:
         self._spent = StepTotals()
         self._runner, self._scheduler, self._step = parts.runner, parts.scheduler, parts.step
         self._eos = parts.eos_token_ids
-        self._chooser = chooser or SamplingChooser()
+        self._chooser = chooser or SamplingChooser(parts.loaded.device)
         self._pending: list[TokenEvent] = []
         self._steps = 0
         self._closed = False

@@ -1,7 +1,7 @@
 """Logits to tokens: greedy, temperature, top-k, top-p, min-p, biases, penalties, log probabilities.
 
 Random numbers come from a counter-based generator keyed by (seed, position): a request gives the same tokens alone, in
-any batch, and when it is resumed elsewhere. Knows neither text nor scheduling.
+any batch, and when it is resumed elsewhere. Knows neither text nor scheduling; the choice itself is `kernels.sample`.
 
 Legend: B rows, V vocabulary.
 """
@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from buddymoe_ray.kernels.sample import SamplingState, choose_rows
+from buddymoe_ray.kernels.sample import SamplingState, choose_rows, sample_kernel
 
-__all__ = ["Sampled", "SamplingState", "sample"]
+__all__ = ["Sampled", "SamplingState", "prepare_sampling", "sample"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,22 +28,39 @@ class Sampled:
     top: tuple[tuple[int, float], ...] = ()
 
 
+def prepare_sampling(device: torch.device) -> None:
+    """Make what `sample` needs there, so that no step does (5 CPU-seconds at the first time on a machine)."""
+    if device.type == "cpu":
+        sample_kernel()
+
+
 def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
     """Choose one token per row of float32 logits."""
-    if all(state.plain for state in states):
-        chosen = logits_BV.argmax(dim=-1).tolist()
-    else:
-        chosen = choose_rows(logits_BV, states)
-    return [_report(logits_BV[row], token, states[row].params.logprobs) for row, token in enumerate(chosen)]
+    tokens = choose_rows(logits_BV, states)
+    found = [Sampled(token_id=token) for token in tokens]
+    rows_of: dict[int, list[int]] = {}
+    for row, state in enumerate(states):
+        if state.params.logprobs is not None:
+            rows_of.setdefault(state.params.logprobs, []).append(row)
+    for count, rows in rows_of.items():
+        asked_BV = logits_BV if len(rows) == len(states) else logits_BV[rows]
+        for row, reported in zip(rows, _reported(asked_BV, [tokens[row] for row in rows], count), strict=True):
+            found[row] = reported
+    return found
 
 
-def _report(logits_V: Tensor, token: int, wanted: int | None) -> Sampled:
-    if wanted is None:
-        return Sampled(token_id=token)
-    logprobs_V = logits_V.log_softmax(dim=-1)
-    logprob = float(logprobs_V[token])
-    if not wanted:
-        return Sampled(token_id=token, logprob=logprob)
-    values, ids = logprobs_V.topk(min(wanted, len(logprobs_V)))
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return Sampled(token_id=token, logprob=logprob, top=top if token in ids else (*top, (token, logprob)))
+def _reported(logits_BV: Tensor, tokens: list[int], count: int) -> list[Sampled]:
+    """Choices with `count` alternatives. torch's softmax and topk look at each row for itself."""
+    logprobs_BV = logits_BV.log_softmax(dim=-1)
+    own = logprobs_BV[range(len(tokens)), tokens].tolist()
+    values, ids = (part.tolist() for part in logprobs_BV.topk(min(count, logprobs_BV.shape[1])))
+    tops = [tuple(zip(*best, strict=True)) for best in zip(ids, values, strict=True)]
+    return [
+        Sampled(token_id=token, logprob=logprob, top=_with(token, logprob, top) if count else ())
+        for token, logprob, top in zip(tokens, own, tops, strict=True)
+    ]
+
+
+def _with(token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+    """The alternatives and, where it is none of them, the token chosen."""
+    return top if any(token == other for other, _ in top) else (*top, (token, logprob))

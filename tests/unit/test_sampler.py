@@ -326,6 +326,20 @@ def test_the_chosen_token_is_among_its_alternatives() -> None:
     assert len({t for t, _ in sample(logits_BV, [state(temperature=0.0, logprobs=3)])[0].top}) == 3
 
 
+@pytest.mark.parametrize("size", [1, 3, 24, 1003, 50_304])
+def test_reported_numbers_are_bit_for_bit_those_of_the_row_alone(size: int) -> None:
+    logits_BV = torch.randn(7, size, generator=torch.Generator().manual_seed(size)) * 3
+    counts = [5, None, 0, 5, 20, 0, 5]
+    states = [state(seed=row, prompt=[0], logprobs=count) for row, count in enumerate(counts)]
+    for row, got in enumerate(sample(logits_BV, states)):
+        count, want_V = counts[row], logits_BV[row].log_softmax(-1)
+        values, ids = want_V.topk(min(count or 0, size))
+        assert got.logprob == (None if count is None else want_V[got.token_id].item())
+        assert got.top[: len(ids)] == tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        assert got.top[len(ids) :] in ((), ((got.token_id, got.logprob),))
+        assert bool(got.top) == bool(count) and (not count or got.token_id in dict(got.top))
+
+
 def test_how_many_alternatives() -> None:
     logits_BV = random_logits(9)
     want = int(logits_BV.argmax())
