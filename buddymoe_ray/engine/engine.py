@@ -12,9 +12,8 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
-from contextlib import contextmanager
 from itertools import accumulate
 from typing import Protocol, TypeVar
 
@@ -29,7 +28,7 @@ from buddymoe_ray.engine.chat import encode_chat, encode_prompt
 from buddymoe_ray.engine.guard import GuardWork
 from buddymoe_ray.engine.parts import EngineParts
 from buddymoe_ray.engine.replay import open_replay
-from buddymoe_ray.engine.sampler import Sampled, sample
+from buddymoe_ray.engine.sampler import Sampled, prepare_sampling, sample
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.engine.terms import terms_of
@@ -59,6 +58,9 @@ class Chooser(Protocol):
 class SamplingChooser:
     """The chooser that serves: each sequence's own SamplingParams."""
 
+    def __init__(self, device: torch.device) -> None:
+        prepare_sampling(device)
+
     def choose(self, logits_BV: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
         return sample(logits_BV, [seq.sampling_state for seq in sequences])
 
@@ -77,7 +79,7 @@ class Engine:
         self._runner, self._scheduler, self._step = parts.runner, parts.scheduler, parts.step
         self._beside = PrefillBeside(parts.runner.parts if parts.config.prefill_chunk is None else None)
         self._eos = parts.eos_token_ids
-        self._chooser = chooser or SamplingChooser()
+        self._chooser = chooser or SamplingChooser(parts.loaded.device)
         self._pending: list[TokenEvent] = []
         self._steps = 0
         self._closed = False
@@ -134,8 +136,10 @@ class Engine:
         """End a request; its blocks are free before the next step. Unknown or finished ids are ignored."""
         seq = self._scheduler.cancel(request_id)
         if seq is not None:
-            with self._blame(seq):
+            try:
                 self._tell(seq, seq.finish("cancelled"))
+            except Exception as error:
+                self._fail(seq, error)
 
     def has_work(self) -> bool:
         """Whether a step would do or deliver anything."""
@@ -279,9 +283,11 @@ class Engine:
 
         ready = []
         for seq in sequences:
-            with self._blame(seq):
+            try:
                 seq.account.begin("off" if self._guard is None else self._guard.state)
                 ready.append(seq)
+            except Exception as error:
+                self._fail(seq, error)
         for part, (logits_BV, outcome, failed) in self._apart(ready, run, owner=lambda seq: seq, probe=self._probe):
             self._spent.add(outcome)
             self._take(part, [1] * len(part), logits_BV, failed, outcome)
@@ -298,7 +304,7 @@ class Engine:
         says by sequence which expert it could not have."""
         ready = []
         for row, seq in enumerate(sequences):
-            with self._blame(seq):
+            try:
                 if row in lost:
                     raise CacheError(lost[row])
                 seq.advance(counts[row], exact=outcome is None or self._decodes_exactly(seq))
@@ -309,6 +315,8 @@ class Engine:
                         self._guard.watch(seq, logits_BV[row], float(outcome.loss_T[row]))
                 if seq.prompt_computed:
                     ready.append(row)
+            except Exception as error:
+                self._fail(seq, error)
 
         def choose(rows: list[int]) -> list[Sampled]:
             chosen_BV = logits_BV if len(rows) == len(sequences) else logits_BV[rows]
@@ -316,8 +324,10 @@ class Engine:
 
         for rows, choices in self._apart(ready, choose, owner=sequences.__getitem__):
             for row, chosen in zip(rows, choices, strict=True):
-                with self._blame(sequences[row]):
+                try:
                     self._tell(sequences[row], sequences[row].append(chosen))
+                except Exception as error:
+                    self._fail(sequences[row], error)
 
     def _decodes_exactly(self, seq: Sequence) -> bool:
         """Whether its decode steps leave the KV that a prompt would have."""
@@ -365,15 +375,8 @@ class Engine:
         seq.blocks = [self._scheduler.num_blocks]
         return seq
 
-    @contextmanager
-    def _blame(self, seq: Sequence) -> Iterator[None]:
-        """Whatever is raised inside ends this sequence, and no other."""
-        try:
-            yield
-        except Exception as error:
-            self._fail(seq, error)
-
     def _fail(self, seq: Sequence, error: Exception) -> None:
+        """What was raised over one sequence ends it, and no other."""
         known = isinstance(error, BuddyMoEError)
         log.error("%s failed: %s", seq.request_id, error, exc_info=None if known else error)
         message = str(error) if known else f"internal error ({type(error).__name__}). hint: see the log"

@@ -14,15 +14,18 @@ from typing import Any
 from numba import carray, float32, int32, njit, types, uint16, uint32
 from numba.extending import intrinsic
 
-from buddymoe_ray.kernels.vector_ir import F32, I32
+from buddymoe_ray.kernels.vector_ir import F32, F64, I32, I64
 
 __all__ = [
     "activate",
     "add_bias",
     "copy_items",
+    "double_bits",
     "exponential",
+    "float_bits",
     "floats_at",
     "from_bits",
+    "from_double_bits",
     "ints_at",
     "read_row",
     "rounded_row",
@@ -49,7 +52,7 @@ def _pointer_to(item: Any) -> Any:
 def _bitcast(source: Any, target: Any, code: Any) -> Any:
     @intrinsic
     def bitcast(typing: Any, value: Any) -> Any:
-        """The same 32 bits as another type."""
+        """The same bits as another type."""
         return target(source), lambda context, builder, signature, args: builder.bitcast(args[0], code)
 
     return bitcast
@@ -58,7 +61,8 @@ def _bitcast(source: Any, target: Any, code: Any) -> Any:
 floats_at, ints_at, halves_at, words_at, tinies_at = (
     _pointer_to(item) for item in (types.float32, types.int64, types.uint16, types.uint32, types.int8)
 )
-_float_bits, from_bits = _bitcast(types.float32, types.int32, I32), _bitcast(types.int32, types.float32, F32)
+float_bits, from_bits = _bitcast(types.float32, types.int32, I32), _bitcast(types.int32, types.float32, F32)
+double_bits, from_double_bits = _bitcast(types.float64, types.int64, I64), _bitcast(types.int64, types.float64, F64)
 
 
 @njit
@@ -95,7 +99,7 @@ def write_row(x: Any, address: Any, item_bytes: Any) -> None:
 @njit
 def _nearest(x: Any) -> Any:
     """The bits of the nearest bfloat16."""
-    bits = uint32(_float_bits(x))
+    bits = uint32(float_bits(x))
     even = uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))
     return uint32(0x7FC0) if x != x else (bits + even) >> uint32(16)
 
@@ -144,7 +148,7 @@ def exponential(x: Any) -> Any:
     p = p * r + float32(4.1665795894e-2)
     p = p * r + float32(1.6666665459e-1)
     p = p * r + float32(5.0000001201e-1)
-    power = from_bits((_float_bits(shifted) - int32(0x4B400000) + int32(127)) << int32(23))
+    power = from_bits((float_bits(shifted) - int32(0x4B400000) + int32(127)) << int32(23))
     return (p * r * r + r + float32(1.0)) * power
 
 

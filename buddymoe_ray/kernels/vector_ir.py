@@ -16,6 +16,7 @@ from llvmlite import ir
 
 __all__ = [
     "F32",
+    "F64",
     "I8",
     "I16",
     "I32",
@@ -34,7 +35,8 @@ __all__ = [
 ]
 
 VOID = ir.VoidType()
-F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F32, F64 = ir.FloatType(), ir.DoubleType()
+I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
 def vec(item: Any, lanes: int) -> Any:

@@ -6,6 +6,7 @@ Legend: B rows, V vocabulary.
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from itertools import pairwise
 from typing import Any
@@ -225,14 +226,16 @@ def test_openai_penalties_leave_the_prompt_alone_and_repetition_does_not() -> No
 
 
 def test_counts_follow_the_live_list() -> None:
-    tokens = list(PROMPT)
+    """Also past the first room for them; what only the prompt holds is seen, and was generated 0 times."""
+    tokens, rng = list(PROMPT), random.Random(0)
     live = SamplingState(params=SamplingParams(), seed=0, token_ids=tokens, prompt_length=len(PROMPT))
-    assert live.output_counts() == {}
-    for token, want in ((3, {3: 1}), (4, {3: 1, 4: 1}), (3, {3: 2, 4: 1})):
-        tokens.append(token)
-        assert live.output_counts() == want
-        assert live.output_counts() == want
-    assert live.position == len(PROMPT) + 3
+    for _ in range(400):
+        ids, often = live.seen()
+        assert dict(zip(ids.tolist(), often.tolist(), strict=True)) == {
+            token: tokens[len(PROMPT) :].count(token) for token in tokens
+        }
+        tokens += [rng.randrange(300) for _ in range(rng.randrange(3))]
+    assert live.position == len(tokens)
 
 
 # --- random numbers
@@ -321,6 +324,20 @@ def test_the_chosen_token_is_among_its_alternatives() -> None:
     assert [t for t, _ in got.top] == [*want_V.topk(3).indices.tolist(), worst]
     assert got.top[-1] == (worst, got.logprob) and got.logprob == pytest.approx(want_V[worst].item())
     assert len({t for t, _ in sample(logits_BV, [state(temperature=0.0, logprobs=3)])[0].top}) == 3
+
+
+@pytest.mark.parametrize("size", [1, 3, 24, 1003, 50_304])
+def test_reported_numbers_are_bit_for_bit_those_of_the_row_alone(size: int) -> None:
+    logits_BV = torch.randn(7, size, generator=torch.Generator().manual_seed(size)) * 3
+    counts = [5, None, 0, 5, 20, 0, 5]
+    states = [state(seed=row, prompt=[0], logprobs=count) for row, count in enumerate(counts)]
+    for row, got in enumerate(sample(logits_BV, states)):
+        count, want_V = counts[row], logits_BV[row].log_softmax(-1)
+        values, ids = want_V.topk(min(count or 0, size))
+        assert got.logprob == (None if count is None else want_V[got.token_id].item())
+        assert got.top[: len(ids)] == tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        assert got.top[len(ids) :] in ((), ((got.token_id, got.logprob),))
+        assert bool(got.top) == bool(count) and (not count or got.token_id in dict(got.top))
 
 
 def test_how_many_alternatives() -> None:
