@@ -29,7 +29,7 @@ class Sampled:
 
 
 def prepare_sampling(device: torch.device) -> None:
-    """Make what `sample` needs there, so that no step does (5 CPU-seconds at the first time on a machine)."""
+    """Make what `sample` needs there, so that no step does (8 CPU-seconds at the first time on a machine)."""
     if device.type == "cpu":
         sample_kernel()
 

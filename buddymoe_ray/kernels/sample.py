@@ -5,6 +5,12 @@ Both give the same token, always, because both count with the same integers: a t
 likeness exp((logit - largest) / temperature), rounded to an integer, so a sum does not depend on its order; exp is
 written out in operations that are rounded once each. So the token depends on no batch, thread, vector width or libm.
 
+Measured with `engine.sampler`, CPU ms a step of 1, 8, 32 rows of 151,936, one thread, before (sort) -> now:
+temperature 1: 18, 156, 602 -> .95, 8.2, 31; .7 with top-p .9: 19, 151, 615 -> 1.1, 7.8, 36; top-k 50: 18, 143, 561 ->
+.22, 1.1, 3.3; greedy: .45, 3.1, 12 -> .13, .6, 2.5; 5 log probabilities: 1.5, 7.1, 39 -> 1.2, 5.1, 26 (torch's own:
+log_softmax of all rows at once gained nothing, topk a quarter). A third of that with 50,304. Of a row's .8 ms, .6 are
+its exponentials. Compiling takes three times a router's (6 to 8 CPU-seconds); numba's inline="always" does not help.
+
 Legend: B rows, V vocabulary.
 """
 
