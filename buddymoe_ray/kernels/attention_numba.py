@@ -110,7 +110,8 @@ def _queries(call: Any, plan: Any, block: Any, scratch: Any) -> None:
         if plan.spread:
             _native(plan.spread, (row.ctypes.data, width // GROUP, target.ctypes.data))
         else:
-            target[:] = row[:width]
+            for i in range(width):
+                target[i] = row[i]
 
 
 @njit
@@ -208,7 +209,8 @@ def _write(call: Any, plan: Any, block: Any, scratch: Any, r: Any, total: Any) -
             for i in range(GROUP // 2):
                 out[g + 2 * i], out[g + 2 * i + 1] = row[g + i], row[g + GROUP // 2 + i]
     else:
-        out[:] = row[:width]
+        for i in range(width):
+            out[i] = row[i]
     place = ((block.row + r // G) * plan.Q + block.head * G + r % G) * dv
     write_row(out[:dv], call.out + plan.item_bytes * place, plan.item_bytes)
 

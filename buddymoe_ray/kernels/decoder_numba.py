@@ -199,10 +199,12 @@ def _carry(call: Any) -> None:
     """What is counted after this layer begins with what was before."""
     T, size = call.T, call.T * call.columns
     counts = carray(ints_at(call.accesses), (2 * size,))
-    counts[size:] = counts[:size]
+    for n in range(size):
+        counts[size + n] = counts[n]
     if call.modes != 0:
         losses, left = carray(floats_at(call.losses), (2 * T,)), carray(floats_at(call.allowances), (2 * T,))
-        losses[T:], left[T:] = losses[:T], left[:T]
+        for t in range(T):
+            losses[T + t], left[T + t] = losses[t], left[t]
 
 
 @njit

@@ -76,7 +76,9 @@ def read_row(address: Any, item_bytes: Any, out: Any) -> None:
     """float32 or bfloat16 (2 bytes) into float32."""
     n = out.shape[0]
     if item_bytes == 4:
-        out[:] = carray(floats_at(address), (n,))
+        floats = carray(floats_at(address), (n,))
+        for i in range(n):
+            out[i] = floats[i]
     else:
         halves = carray(halves_at(address), (n,))
         for i in range(n):
@@ -89,7 +91,8 @@ def write_row(x: Any, address: Any, item_bytes: Any) -> None:
     n = x.shape[0]
     if item_bytes == 4:
         out = carray(floats_at(address), (n,))
-        out[:] = x
+        for i in range(n):
+            out[i] = x[i]
     else:
         halves = carray(halves_at(address), (n,))
         for i in range(n):
@@ -115,11 +118,13 @@ def rounded_row(x: Any) -> None:
 def copy_items(source: Any, target: Any, n: Any, item_bytes: Any) -> None:
     """Items of 2 or 4 bytes as they are."""
     if item_bytes == 4:
-        wide = carray(words_at(target), (n,))
-        wide[:] = carray(words_at(source), (n,))
+        wide, words = carray(words_at(target), (n,)), carray(words_at(source), (n,))
+        for i in range(n):
+            wide[i] = words[i]
     else:
-        halves = carray(halves_at(target), (n,))
-        halves[:] = carray(halves_at(source), (n,))
+        out, halves = carray(halves_at(target), (n,)), carray(halves_at(source), (n,))
+        for i in range(n):
+            out[i] = halves[i]
 
 
 @njit
