@@ -159,6 +159,21 @@ def prompts_table() -> str:
     return "\n".join(rows)
 
 
+def beside_table() -> str:
+    """Rows of `buddymoe bench --beside N --json`."""
+    rows = [
+        "| model | memory | prompt | first token s, alone / beside | ratio | p99 ITL ms, alone / beside | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in records("beside"):
+        cells = list[str]()
+        for what, scale in (("ttft", 1e3), ("p99_itl", 1.0)):
+            alone, beside = r[f"beside_{what}_alone_ms"] / scale, r[f"beside_{what}_ms"] / scale
+            cells += [f"{alone:.3g} / {beside:.3g}", f"{beside / alone:.2f}"]
+        rows.append(f"| {r['model']} | {r['memory']} | {r['beside']} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def lowbit_table() -> str:
     """Rounds of `buddymoe bench --memory 50%,100% --mode fast --standin lowbit --rounds 1 --json`."""
     rows = ["| memory | tok/s | stand-ins % | of resident |", "|---|---|---|---|"]
@@ -256,6 +271,7 @@ def figures_page(text: str) -> str:
         "speed": speed_table(),
         "peers": peers_table(),
         "prompts": prompts_table(),
+        "beside": beside_table(),
         "lowbit": lowbit_table(),
         "dense": dense_table(),
         "workers": workers_table(),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -160,6 +160,8 @@ class _ForcedEngine:
 
     def __init__(self, config: EngineConfig, sharing: Sharing | None = None) -> None:
         self._chooser = _Forced()
+        # engines go in step: none may set a prompt aside by its own clock
+        config = replace(config, prefill_chunk=config.prefill_chunk or 2 * WINDOW)
         self._engine = Engine.from_config(config, chooser=self._chooser, text=False, sharing=sharing)
 
     def __enter__(self) -> tuple[Engine, _Forced]:

@@ -44,7 +44,9 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    opened = Engine.from_config(EngineConfig(memory="25%", max_running=ROWS, mode="bounded", guard_share=0.0))
+    opened = Engine.from_config(
+        EngineConfig(memory="25%", max_running=ROWS, mode="bounded", guard_share=0.0, prefill_chunk=512)
+    )
     yield opened
     opened.close()
 

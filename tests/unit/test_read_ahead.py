@@ -238,13 +238,10 @@ def bits(folder: Path, **options: Any) -> tuple[list[list[tuple[int, float]]], t
 def test_no_bit_depends_on_it(family: str, form: dict[str, Any], tmp_path: Path, eager: None) -> None:
     build_checkpoint(family, tmp_path)
     whole, _ = bits(tmp_path, memory="100%", **form)
-    acted = 0
-    for memory in ("60%", "40%"):
-        off, none = bits(tmp_path, memory=memory, read_ahead="off", **form)
-        on, counts = bits(tmp_path, memory=memory, **form)
-        assert none == (0, 0) and off == on == whole
-        acted += sum(counts)
-    assert acted > 1, "guesses were acted on"
+    off, none = bits(tmp_path, memory="40%", read_ahead="off", **form)
+    on, counts = bits(tmp_path, memory="40%", **form)
+    assert none == (0, 0) and off == on == whole
+    assert sum(counts) > 0, "guesses were acted on"
 
 
 def test_the_kernel_guesses_what_the_next_router_chooses(

@@ -75,11 +75,9 @@ def served(folder: Path, **options: Any) -> tuple[Bits, int]:
 
 FORMS = [
     ("olmoe", {"memory": "40%"}),
-    ("olmoe", {"dtype": "bfloat16"}),
-    ("mixtral", {"memory": "40%", "expert_dtype": "int4", "dense_dtype": "int8"}),
+    ("mixtral", {"memory": "40%", "expert_dtype": "int4", "dense_dtype": "int8", "threads": 2}),
     ("qwen2_moe", {"memory": "40%"}),  # it has torch's functions replaced around its experts
     ("deepseek_v3", {"dtype": "bfloat16"}),
-    ("ernie4_5_moe", {"memory": "60%", "threads": 2}),
 ]
 
 
@@ -112,7 +110,7 @@ def passes(engine: Engine) -> list[SuspendedPass]:
     return list(engine._beside._passes)
 
 
-@pytest.mark.parametrize("after", [1, 7, 20, 33])
+@pytest.mark.parametrize("after", [7, 33])
 def test_who_leaves_in_the_middle_leaves_the_others_alone(engine: Engine, after: int) -> None:
     long, other = [alone(engine, PROMPTS[at]) for at in (0, 2)]
     engine.add(request("gone", PROMPTS[0]))
