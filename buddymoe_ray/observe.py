@@ -20,6 +20,7 @@ __all__ = [
     "process_read_bytes",
     "progress",
     "shared_memory_bytes",
+    "smoothed",
 ]
 
 T = TypeVar("T")
@@ -104,6 +105,11 @@ def _counted(items: Iterable[T], total: int, desc: str) -> Iterator[T]:
         if outer is None:
             _Bar.done, _Bar.open = bar.n, None
             bar.close()
+
+
+def smoothed(before: float, now: float, share: float) -> float:
+    """A running mean in which what is measured `now` has this share; the first one alone, where `before` is 0."""
+    return before + (share if before else 1.0) * (now - before)
 
 
 def peak_rss_bytes() -> int:

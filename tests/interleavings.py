@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from greenlet import getcurrent, greenlet
 
-from buddymoe_ray.cache import expert_cache
+from buddymoe_ray.cache import ahead, expert_cache
 from buddymoe_ray.cache.pool import Lease
 from buddymoe_ray.cache.shared import SharedStore, cache, host, locks, mover, shape, tables
 from buddymoe_ray.errors import CacheError
@@ -539,8 +539,9 @@ _FREEZERS: dict[type, Callable[[Any], Any]] = {
     dict: lambda value: _each(value.items()),
     np.ndarray: lambda value: value.tobytes() if value.size <= SLOT else None,
     types.GeneratorType: _generator,
-    _Read: lambda value: (value.key, value.landed, value.failed),
-    cache.SharedExpertCache: lambda value: (_frozen(value._held), value._kept_C.tobytes()),
+    _Read: lambda value: (value.key, value.landed, value.failed, value.cancelled),
+    cache.SharedExpertCache: lambda value: (_frozen(value._held), value._kept_C.tobytes(), _frozen(value._ahead)),
+    ahead.ReadsAhead: lambda value: (_frozen(value._loads), _frozen(value._cancelled)),
     host.SharedHostTier: lambda value: (_frozen(value._slots), _frozen(value._reading)),
     expert_cache.ExpertCache: lambda value: (_frozen(value._directory.key_of), frozenset(value._directory.leased)),
     mover.Moved: lambda value: (value.moves, value.skipped),

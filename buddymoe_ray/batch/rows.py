@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 
+from buddymoe_ray.policy import ACTIVATION_BYTES, activation_bytes
+
 __all__ = ["MOST_ROWS", "most_rows", "refill_at"]
 
 MOST_ROWS = 256
-_ACTIVATION_BYTES = 256 << 20
 _LARGEST_SHARE = 0.25
 
 
@@ -21,8 +22,8 @@ def most_rows(*, choices: int, hidden: int, experts_per_token: int, item_bytes: 
         hidden, experts_per_token, vocab: the model's sizes.
         item_bytes: bytes of a number in the compute dtype; logits are float32, kept twice while a token is chosen.
     """
-    row_bytes = (2 * experts_per_token + 12) * hidden * item_bytes + 8 * vocab
-    return max(1, min(MOST_ROWS, choices, _ACTIVATION_BYTES // row_bytes))
+    row_bytes = activation_bytes(hidden=hidden, experts_per_token=experts_per_token, item_bytes=item_bytes) + 8 * vocab
+    return max(1, min(MOST_ROWS, choices, ACTIVATION_BYTES // row_bytes))
 
 
 def refill_at(rows: int, *, mean_output: float, fully_resident: bool) -> int:

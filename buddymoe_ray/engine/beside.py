@@ -15,6 +15,7 @@ from torch import Tensor
 
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.engine.suspended import PassParts, SuspendedPass
+from buddymoe_ray.observe import smoothed
 
 __all__ = ["PrefillBeside"]
 
@@ -43,12 +44,11 @@ class PrefillBeside:
 
     def decoded(self, seconds: float) -> None:
         """A step's decode took so long."""
-        self._decode_seconds += (_SMOOTHING if self._decode_seconds else 1.0) * (seconds - self._decode_seconds)
+        self._decode_seconds = smoothed(self._decode_seconds, seconds, _SMOOTHING)
 
     def computed(self, tokens: int, seconds: float) -> None:
         """So many prompt tokens took so long."""
-        found = seconds / tokens
-        self._token_seconds += (_SMOOTHING if self._token_seconds else 1.0) * (found - self._token_seconds)
+        self._token_seconds = smoothed(self._token_seconds, seconds / tokens, _SMOOTHING)
 
     def begin(self, chunks: Sequence[PrefillChunk], *, decodes: bool) -> bool:
         """Begin to compute prompts that take long; False where they take so little that they are computed at once."""
@@ -70,18 +70,18 @@ class PrefillBeside:
 
         Raises what a forward raises; `give_up` then says which prompts were in it.
         """
-        while self._passes:
-            self._passes[0].leave()
-            if self._passes[0].done:
-                return self._passes.popleft().take()
-            self._passes[0].advance(time.perf_counter() + self._slice(decodes))
-            if self._passes[0].done:
-                ended = self._passes.popleft()
-                self.computed(ended.rows, ended.seconds)
-                return ended.take()
+        if not self._passes:
+            return []
+        first = self._passes[0]
+        first.leave()
+        first.advance(time.perf_counter() + self._slice(decodes))
+        if not first.done:
             self._passes.rotate(-1)
             return []
-        return []
+        self._passes.popleft()
+        if first.rows:
+            self.computed(first.rows, first.seconds)
+        return first.take()
 
     def give_up(self) -> list[PrefillChunk]:
         """Close the pass whose turn it is; its prompts are to be computed another way."""

@@ -28,6 +28,7 @@ from torch import Tensor
 from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.moe import Accesses, MoEBlock, Phase, StepState
+from buddymoe_ray.observe import smoothed
 
 __all__ = ["PassParts", "SuspendedPass"]
 
@@ -116,8 +117,8 @@ class SuspendedPass:
 
     @property
     def rows(self) -> int:
-        """Rows of all prompts."""
-        return sum(member.chunk.end - member.chunk.start for member in self._members)
+        """Rows of the prompts that are still there."""
+        return sum(member.chunk.end - member.chunk.start for member in self._members if not member.gone)
 
     def advance(self, until: float) -> None:
         """Compute pieces until about the time that `time.perf_counter` calls `until`, at least one. Raises what a
@@ -150,11 +151,11 @@ class SuspendedPass:
         return [(member.chunk, member.logits_V, member.lost) for member in members]
 
     def close(self) -> list[PrefillChunk]:
-        """Give the pass up; returns the chunks of prompts that are still there."""
-        self.leave()
-        left = [member for member in self._members if not member.gone]
-        for member in left:
+        """Give the pass up; returns the chunks of prompts that still wait for it, also of those that lost an expert."""
+        for member in self._members:
             self._drop(member)
+        left = [member for member in self._members if member.there]
+        for member in left:
             member.chunk.seq.computing = 0
         self._layer = None
         return [member.chunk for member in left]
@@ -179,7 +180,7 @@ class SuspendedPass:
         elif self._ready:
             began = time.perf_counter()
             self._resume(self._ready.popleft())
-            self._piece_seconds = _smooth(self._piece_seconds, time.perf_counter() - began)
+            self._piece_seconds = smoothed(self._piece_seconds, time.perf_counter() - began, _SMOOTHING)
         else:
             self._layer = self._gathered()
 
@@ -276,7 +277,7 @@ class SuspendedPass:
         accesses = Accesses(expert_N.reshape(layer.ids_TK.shape), layer.hidden_TD.device)
         layer.block.run(layer.hidden_TD, accesses, accesses.experts, layer.y_ND)
         taken = (time.perf_counter() - began) / (count - max(0, left))
-        self._access_seconds = _smooth(self._access_seconds, taken)
+        self._access_seconds = smoothed(self._access_seconds, taken, _SMOOTHING)
         if step.failed:
             self._lose(layer, step.failed)
 
@@ -327,7 +328,3 @@ def _end(piece: _Piece) -> None:
             piece.thread.parent = getcurrent()
             piece.thread.throw()
     piece.y_ND = None
-
-
-def _smooth(before: float, now: float) -> float:
-    return before + (_SMOOTHING if before else 1.0) * (now - before)

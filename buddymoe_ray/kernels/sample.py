@@ -40,7 +40,7 @@ from buddymoe_ray.kernels.sample_calls import (
 )
 from buddymoe_ray.types import SamplingParams
 
-__all__ = ["SamplingState", "choose_by_sort", "choose_rows", "exponential", "sample_kernel", "uniform"]
+__all__ = ["SamplingState", "choose_by_sort", "choose_rows", "exponential_64", "sample_kernel", "uniform"]
 
 _POSITION, _SEEN = SampleRow._fields.index("position"), SampleRow._fields.index("seen_ids")
 _SHARES = 2.0**53
@@ -139,7 +139,7 @@ def choose_by_sort(logits_V: Tensor, state: SamplingState) -> int:
         values_V = values_V[values_V >= values_V[p.top_k - 1]]
     values_V = values_V.double()  # less the largest before the division: a tiny temperature must not make inf - inf
     temperature = torch.tensor(p.temperature, dtype=torch.float64, device=values_V.device)  # GPUs divide by no number
-    likeness_V = exponential((values_V - values_V[0]) / temperature)
+    likeness_V = exponential_64((values_V - values_V[0]) / temperature)
     weights_V = (likeness_V * UNIT).round().long()
     weights_V[likeness_V < p.min_p] = 0  # likeness to the likeliest, whatever else is kept
     sums_V = weights_V.cumsum(dim=-1)
@@ -150,7 +150,7 @@ def choose_by_sort(logits_V: Tensor, state: SamplingState) -> int:
     return int(order_V[_above(sums_V, target)])
 
 
-def exponential(s_V: Tensor) -> Tensor:
+def exponential_64(s_V: Tensor) -> Tensor:
     """exp of float64 numbers of at most 0, within 2 ulp down to `FARTHEST`, which it does not leave."""
     s_V = s_V.clamp(min=FARTHEST)
     shifted_V = s_V * LOG2_E + ROUNDER

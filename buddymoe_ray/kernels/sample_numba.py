@@ -165,8 +165,8 @@ def _keep_best(x: Any, room: Any, top_k: Any) -> Any:
 
 
 @njit
-def _exponential(s: Any) -> Any:
-    """`sample.exponential` of one number."""
+def _exponential_64(s: Any) -> Any:
+    """`sample.exponential_64` of one number."""
     shifted = s * LOG2_E + ROUNDER
     n = shifted - ROUNDER
     r = (s - n * LN2_HIGH) - n * LN2_LOW
@@ -185,7 +185,7 @@ def _weigh(x: Any, room: Any, largest: Any, least: Any, temperature: Any, min_p:
     weights, steps = room.weights, room.steps
     for i in range(n):
         s = max((float64(x[i]) - largest) / temperature, FARTHEST)
-        e = _exponential(s)
+        e = _exponential_64(s)
         weight = double_bits(e * UNIT + WHOLE) - WHOLE_BITS
         weight = weight if e >= min_p else 0
         weights[i], steps[i] = weight, uint16(int32(min(-s * scale, STEPS - 1.0)))

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from buddymoe_ray.cache import Experts
+from buddymoe_ray.observe import smoothed
 from buddymoe_ray.policy import ReadAheadGain
 
 __all__ = ["Choice", "ReadAhead"]
@@ -70,6 +71,6 @@ class ReadAhead:
             return
         then, stalled = self._begun
         seconds = time.perf_counter() - then - (self._cache.stall_seconds - stalled)
-        self._layer_seconds += (_SMOOTHING if self._layer_seconds else 1.0) * (seconds - self._layer_seconds)
+        self._layer_seconds = smoothed(self._layer_seconds, seconds, _SMOOTHING)
         cost = self._cache.read_seconds / self._layer_seconds
         self.gain.note(layer, missing, set(ids_TK.ravel().tolist()), read_cost=cost)

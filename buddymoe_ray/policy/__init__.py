@@ -11,8 +11,10 @@ from buddymoe_ray.policy.guard import Guard, GuardView
 from buddymoe_ray.policy.ladder import Ladder
 from buddymoe_ray.policy.ledger import Ledger, Pricer, price_for
 from buddymoe_ray.policy.memory import (
+    ACTIVATION_BYTES,
     Prefill,
     Staging,
+    activation_bytes,
     kv_cache_bytes,
     plan_prefill,
     plan_staging,
@@ -29,6 +31,7 @@ from buddymoe_ray.policy.split import Split, choose, split_movable
 from buddymoe_ray.policy.standins import Buddy, Drop, Own, RandomBuddy, RouterBuddy, Standin, StandinAnswers
 
 __all__ = [
+    "ACTIVATION_BYTES",
     "LRU",
     "OPTIONS",
     "Action",
@@ -65,6 +68,7 @@ __all__ = [
     "Staging",
     "Standin",
     "Step",
+    "activation_bytes",
     "buddy_lists",
     "choose",
     "cost_of",

@@ -13,9 +13,11 @@ from buddymoe_ray.errors import BudgetError
 from buddymoe_ray.types import SlotPlan
 
 __all__ = [
+    "ACTIVATION_BYTES",
     "MIN_SLOTS",
     "Prefill",
     "Staging",
+    "activation_bytes",
     "kv_cache_bytes",
     "plan_prefill",
     "plan_staging",
@@ -23,8 +25,9 @@ __all__ = [
 ]
 
 MIN_SLOTS = 2
+ACTIVATION_BYTES = 256 << 20
+"""What rows of a pass may take, beside weights and KV."""
 _PREFILL_BESIDE = 512
-_PREFILL_BYTES = 256 << 20
 _WAVE_SHARE, _STAGING_SHARE = 0.04, 0.06
 _PAGE = 4096
 
@@ -59,6 +62,11 @@ def kv_cache_bytes(*, promised: int, explicit: bool, free: int) -> int:
     return min(promised, int(free * (0.9 if explicit else 0.25)))
 
 
+def activation_bytes(*, hidden: int, experts_per_token: int, item_bytes: int) -> int:
+    """Of a row: what experts answer (per access, and a copy), attention and norms."""
+    return (2 * experts_per_token + 12) * hidden * item_bytes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prefill:
     """Most prompt tokens of a pass: `beside` sequences that decode, or another pass, and `alone`. `row_bytes` are what
@@ -78,9 +86,10 @@ def plan_prefill(
     asked: int | None, *, hidden: int, experts_per_token: int, item_bytes: int, fully_resident: bool
 ) -> Prefill:
     """What was `asked` for, else 512 tokens. Every pass reads the missing experts once more, so one alone then takes as
-    many tokens as 256 MiB hold of what experts answer (per access, and the kernel's copy), attention and norms."""
-    beside, row_bytes = asked or _PREFILL_BESIDE, (2 * experts_per_token + 12) * hidden * item_bytes
-    alone = beside if asked is not None or fully_resident else max(beside, _PREFILL_BYTES // row_bytes)
+    many tokens as `ACTIVATION_BYTES` hold."""
+    beside = asked or _PREFILL_BESIDE
+    row_bytes = activation_bytes(hidden=hidden, experts_per_token=experts_per_token, item_bytes=item_bytes)
+    alone = beside if asked is not None or fully_resident else max(beside, ACTIVATION_BYTES // row_bytes)
     return Prefill(beside=beside, alone=alone, row_bytes=row_bytes)
 
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from buddymoe_ray.errors import BuddyMoEError, CapacityError, RequestError
 from buddymoe_ray.observe import EngineSnapshot
@@ -22,7 +22,7 @@ from buddymoe_ray.serve.prompts import usable
 from buddymoe_ray.serve.refusals import in_terms_of, overloaded, refusal_of, unavailable, worker_lost
 from buddymoe_ray.serve.token_text import TokenBytes
 from buddymoe_ray.serve.work import Batch, Delta, Refusal, Reply, Work, WorkerInfo, WorkerReport
-from buddymoe_ray.serve.work_plan import Intake, Limits, WorkPlan
+from buddymoe_ray.serve.work_plan import Intake, Limits, ServingEngine, WorkPlan
 from buddymoe_ray.types import GenerationRequest, TokenEvent
 
 __all__ = ["EngineSeam", "Limits", "Worker"]
@@ -30,17 +30,11 @@ __all__ = ["EngineSeam", "Limits", "Worker"]
 log = logging.getLogger(__name__)
 
 
-class EngineSeam(Protocol):
+class EngineSeam(ServingEngine, Protocol):
     """What a worker needs of an engine; `engine.async_engine.AsyncEngine` is the real one."""
 
     @property
     def model_id(self) -> str: ...
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def limits(self) -> Limits: ...
-    @property
-    def sampling_defaults(self) -> Mapping[str, Any]: ...
     @property
     def link_address(self) -> str: ...
     def link(self) -> None: ...
@@ -112,6 +106,7 @@ class Worker:
                 yield planned
                 return
             if work.resume:
+                await self._engine.check_health()  # a dead one would take it, and cost it a move
                 yield Batch(deltas=())
                 await self._displace({request.request_id for request in planned.requests.values()})
             items: asyncio.Queue[Delta | Refusal] = asyncio.Queue()
@@ -125,6 +120,8 @@ class Worker:
                 elif prompts and reply.deltas:  # the first one that is no beat
                     reply, prompts = replace(reply, prompt_token_ids=prompts), ()
                 yield reply
+        except CapacityError as error:
+            yield worker_lost(str(error), retry_after_seconds=self._retry_after)
         finally:
             self._answers -= answers
             for task in tasks:

@@ -358,3 +358,14 @@ async def test_who_comes_new_to_a_dead_engine_goes_elsewhere_too() -> None:
         engine.die()
     same(await told(workers, work()), await told(LocalWorkers(Worker(FakeEngine())), work()))
     assert len(workers.asked) == 3
+
+
+async def test_a_worker_with_a_dead_engine_takes_nothing_that_moves() -> None:
+    """Until Serve's health check replaces it, every try may meet it again: those are no moves."""
+    asked = work(max_tokens=30)
+    whole = await told(LocalWorkers(Worker(FakeEngine())), asked)
+    workers = Mortals(5, None, None, None, None, None, None, limits=ResumeLimits(moves=1, wait_seconds=20.0))
+    for engine in workers.engines[1:-1]:
+        engine.die()
+    same(await told(workers, asked), whole)
+    assert len(workers.asked) == 7 and workers.beats == 1

@@ -200,6 +200,27 @@ def test_a_forward_that_fails_costs_its_prompt_alone(engine: Engine, monkeypatch
     assert not passes(engine)
 
 
+def test_a_pass_that_fails_strands_nobody(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not who lost an expert in it before either: that one is computed again with the others."""
+    expected = [alone(engine, PROMPTS[at]) for at in (0, 2)]
+    engine.add(request("0", PROMPTS[0]))
+    engine.add(request("1", PROMPTS[2]))
+    engine.step()
+    [both] = passes(engine)
+    both._members[0].lost = "the disk was on fire"
+    both._drop(both._members[0])
+
+    def broken(*_: Any) -> None:
+        raise ValueError("nobody's fault")
+
+    monkeypatch.setattr(SuspendedPass, "_one", broken)
+    events = engine.step()
+    monkeypatch.undo()
+    found = bits([*events, *engine.drain()])
+    assert [found["0"], found["1"]] == expected
+    engine._scheduler.check_integrity()
+
+
 def test_a_reset_in_the_middle_leaves_nothing(engine: Engine) -> None:
     expected = alone(engine, PROMPTS[0])
     for after in (1, 12, 30):

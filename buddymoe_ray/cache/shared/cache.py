@@ -231,12 +231,6 @@ class SharedExpertCache:
         self._reader.close()
         self.store.close()
 
-    def __enter__(self) -> SharedExpertCache:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _absent(self, layer: int) -> list[int]:
         tables, count = self._tables, self.layout.experts_per_layer[layer]
         pinned = np.flatnonzero(tables.pinned[layer]).tolist()
