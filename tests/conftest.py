@@ -1,11 +1,13 @@
 """How a run's tests are spread over its processes: Ray's in one of them, for one Ray, and begun first.
 
-Ray's tests wait more than they compute, so the other processes work through all else beside them. Files that compute
-longest come next, lest one process is left with one of them at the end, then those of the most tests.
+Ray's tests wait more than they compute, so there is a process more than the two cores that a run is made for, and all
+but Ray's are niced: what starts a replica or waits for one comes first. Files that compute longest come next, lest one
+process is left with one of them at the end, then those of the most tests.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import Any
 
@@ -38,3 +40,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     sizes = Counter(group(item.nodeid) for item in items)
     ranks = {name: (FIRST.index(name) if name in FIRST else len(FIRST), -sizes[name], name) for name in sizes}
     items.sort(key=lambda item: (ranks[group(item.nodeid)], not item.nodeid.startswith(OWN_RAY)))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if group(item.nodeid) != "ray" and "PYTEST_XDIST_WORKER" in os.environ and not os.nice(0):
+        os.nice(5)

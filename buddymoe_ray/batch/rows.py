@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from buddymoe_ray.policy import ACTIVATION_BYTES, activation_bytes
+from buddymoe_ray.policy import activation_bytes, rows_held
 
 __all__ = ["MOST_ROWS", "most_rows", "refill_at"]
 
@@ -23,7 +23,7 @@ def most_rows(*, choices: int, hidden: int, experts_per_token: int, item_bytes: 
         item_bytes: bytes of a number in the compute dtype; logits are float32, kept twice while a token is chosen.
     """
     row_bytes = activation_bytes(hidden=hidden, experts_per_token=experts_per_token, item_bytes=item_bytes) + 8 * vocab
-    return max(1, min(MOST_ROWS, choices, ACTIVATION_BYTES // row_bytes))
+    return max(1, min(MOST_ROWS, choices, rows_held(row_bytes)))
 
 
 def refill_at(rows: int, *, mean_output: float, fully_resident: bool) -> int:

@@ -11,13 +11,13 @@ from buddymoe_ray.policy.guard import Guard, GuardView
 from buddymoe_ray.policy.ladder import Ladder
 from buddymoe_ray.policy.ledger import Ledger, Pricer, price_for
 from buddymoe_ray.policy.memory import (
-    ACTIVATION_BYTES,
     Prefill,
     Staging,
     activation_bytes,
     kv_cache_bytes,
     plan_prefill,
     plan_staging,
+    rows_held,
     split_slots,
 )
 from buddymoe_ray.policy.misses import Action, Misses, MissPolicy, Reason, Resolution, RowBudgets
@@ -31,7 +31,6 @@ from buddymoe_ray.policy.split import Split, choose, split_movable
 from buddymoe_ray.policy.standins import Buddy, Drop, Own, RandomBuddy, RouterBuddy, Standin, StandinAnswers
 
 __all__ = [
-    "ACTIVATION_BYTES",
     "LRU",
     "OPTIONS",
     "Action",
@@ -86,5 +85,6 @@ __all__ = [
     "shard_segments",
     "solve",
     "split_movable",
+    "rows_held",
     "split_slots",
 ]

@@ -13,7 +13,6 @@ from buddymoe_ray.errors import BudgetError
 from buddymoe_ray.types import SlotPlan
 
 __all__ = [
-    "ACTIVATION_BYTES",
     "MIN_SLOTS",
     "Prefill",
     "Staging",
@@ -21,11 +20,12 @@ __all__ = [
     "kv_cache_bytes",
     "plan_prefill",
     "plan_staging",
+    "rows_held",
     "split_slots",
 ]
 
 MIN_SLOTS = 2
-ACTIVATION_BYTES = 256 << 20
+_ACTIVATION_BYTES = 256 << 20
 """What rows of a pass may take, beside weights and KV."""
 _PREFILL_BESIDE = 512
 _WAVE_SHARE, _STAGING_SHARE = 0.04, 0.06
@@ -86,11 +86,16 @@ def plan_prefill(
     asked: int | None, *, hidden: int, experts_per_token: int, item_bytes: int, fully_resident: bool
 ) -> Prefill:
     """What was `asked` for, else 512 tokens. Every pass reads the missing experts once more, so one alone then takes as
-    many tokens as `ACTIVATION_BYTES` hold."""
+    many tokens as 256 MiB of activations hold."""
     beside = asked or _PREFILL_BESIDE
     row_bytes = activation_bytes(hidden=hidden, experts_per_token=experts_per_token, item_bytes=item_bytes)
-    alone = beside if asked is not None or fully_resident else max(beside, ACTIVATION_BYTES // row_bytes)
+    alone = beside if asked is not None or fully_resident else max(beside, rows_held(row_bytes))
     return Prefill(beside=beside, alone=alone, row_bytes=row_bytes)
+
+
+def rows_held(row_bytes: int) -> int:
+    """How many rows of `row_bytes` each the bytes for activations hold, which is 256 MiB."""
+    return _ACTIVATION_BYTES // row_bytes
 
 
 def split_slots(

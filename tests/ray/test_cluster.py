@@ -78,8 +78,11 @@ def test_each_worker_has_its_own_device_and_shard(deploy: Deploy, http_port: int
     assert sorted(devices) == [("0",), ("1",)]
 
     def follow_the_map() -> bool:
+        """The first map may be older than both workers: it places nothing."""
         found, stores = placement_map("gpus"), store_statuses()
-        return found is not None and any(len(s.workers) == 2 and s.epoch >= found.epoch for s in stores)
+        if found is None or not found.held_PN.any():
+            return False
+        return any(len(store.workers) == 2 and store.epoch >= found.epoch for store in stores)
 
     eventually(follow_the_map, seconds=90)
     found, [store] = placement_map("gpus"), store_statuses()
