@@ -39,7 +39,8 @@ class Client:
 
     `await agenerate(...)`, `await achat(...)` and `async for event in astream(...)` are the same for asyncio. A prompt
     is text, a list of token ids, or (for the streams) a list of messages.
-    Keywords are fields of SamplingParams, and `mode`, `budget`, `record`, `replay` of `types.GenerationRequest`.
+    Keywords are fields of SamplingParams, and `mode`, `budget`, `record`, `replay`, `cache_salt` of
+    `types.GenerationRequest`.
 
     Args:
         app_name: the application's name in its YAML.
@@ -116,14 +117,14 @@ def _work(
     prompt: str | Sequence[int] | Sequence[MessageDict], options: Mapping[str, Any], *, flush_seconds: float | None
 ) -> Work:
     terms = {f.name for f in fields(Terms)}
-    known = {f.name for f in fields(SamplingParams)} | terms
+    known = {f.name for f in fields(SamplingParams)} | terms | {"cache_salt"}
     unknown = sorted(set(options) - known)
     if unknown:
         raise RequestError(
             f"option is {unknown[0]!r}, must be one of {', '.join(sorted(known))}. hint: check spelling",
             param=unknown[0],
         )
-    given = {name: value for name, value in options.items() if name not in terms}
+    given = {name: value for name, value in options.items() if name not in terms | {"cache_salt"}}
     conversation = isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
     limit = options.get("max_tokens", None if conversation else SamplingParams.max_tokens)
     return Work(
@@ -136,6 +137,7 @@ def _work(
         max_tokens=limit,
         flush_seconds=flush_seconds,
         report_prompts=True,
+        cache_salt=options.get("cache_salt", ""),
     )
 
 

@@ -85,14 +85,16 @@ class LLM:
                 engine's.
             record: return each request's substitutions in `.usage.record`; `replay` is such a record, to be repeated.
             progress: a bar on stderr; default when stderr is a terminal.
-            **changes: fields of SamplingParams, e.g. `max_tokens=64`.
+            **changes: fields of SamplingParams, e.g. `max_tokens=64`; and `cache_salt`: only calls with the same share
+                what was computed of a common beginning.
 
         Raises:
             RequestError: an argument is of the wrong type, a prompt is empty, too long, or text without a tokenizer;
                 nothing is generated then.
         """
-        chosen = _sampling(sampling, changes)
         terms = {"mode": mode, "budget": budget, "record": record, "replay": replay}
+        terms["cache_salt"] = changes.pop("cache_salt", "")
+        chosen = _sampling(sampling, changes)
         requests = [self._request(prompt, chosen, terms) for prompt in _as_list(prompts)]
         try:
             for request in requests:

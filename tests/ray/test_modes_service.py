@@ -116,6 +116,8 @@ def test_the_python_handle_has_the_same_modes(url: str, client: openai.OpenAI) -
     streamed = list(handle.stream(PROMPTS[0], mode="bounded", budget=0.01, max_tokens=16, temperature=0.0))
     assert streamed[-1].usage is not None and streamed[-1].usage.budget == 0.01
     assert streamed[-1].usage.expected_rise <= 0.01 * 16
+    salted = [handle.generate(PROMPTS[0] * 4, cache_salt=salt, max_tokens=1).usage for salt in ("ours", "mine", "ours")]
+    assert [usage.cached_tokens > 0 for usage in salted] == [False, False, True]
     (snapshot,) = handle.snapshots()
     assert snapshot.standins.total > 0 and snapshot.expected_rise > 0 and snapshot.guard.state == "ok"
 

@@ -229,10 +229,10 @@ def told(engine: Engine, text: str, **more: Any) -> list[TokenEvent]:
 
 def test_only_the_same_salt_shares() -> None:
     with LLM("builtin:tiny") as llm:
-        found = [told(llm.engine, PROMPTS[0] * 6, cache_salt=salt)[-1] for salt in ("", "one", "two", "one")]
+        found = [llm.generate(PROMPTS[0] * 6, cache_salt=salt)[0] for salt in ("", "one", "two", "one")]
         with pytest.raises(RequestError, match="cache_salt is"):
-            told(llm.engine, PROMPTS[0], cache_salt=5)
-    cached = [event.usage.cached_tokens for event in found if event.usage is not None]
+            llm.generate(PROMPTS[0], cache_salt=5)
+    cached = [result.usage.cached_tokens for result in found]
     assert cached[:3] == [0, 0, 0] and cached[3] > 0
 
 
