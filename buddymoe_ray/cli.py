@@ -27,7 +27,7 @@ COMMANDS = {
     "batch": "answer a file of requests, as many side by side as memory allows",
     "eval": "score a corpus step by step against the exact engine",
     "bench": "measure decode and prefill speed, latency, bytes and memory",
-    "plan": "show what would live where, before anything loads",
+    "plan": "show what would live where and how fast it would be, before anything loads",
     "profile": "calibrate stand-ins on a corpus: what each costs, in a file and a report",
     "synth": "write a random-weight checkpoint of a real shape",
     "simulate": "replay expert placements at cluster scale, on made-up or recorded routes",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
 from buddymoe_ray.commands.common import (
     add_engine_arguments,
@@ -13,9 +15,12 @@ from buddymoe_ray.commands.common import (
     print_facts,
     print_table,
 )
+from buddymoe_ray.types import Mode
 
 if TYPE_CHECKING:
+    from buddymoe_ray.config import EngineConfig
     from buddymoe_ray.residency.plan import Plan
+    from buddymoe_ray.residency.speed import MachineSpeed
 
 __all__ = ["add_arguments", "run"]
 
@@ -28,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; exit status 0, or 1 with a hint when it cannot fit."""
+    from buddymoe_ray.models.profile import default_profile_path
     from buddymoe_ray.models.resolve import resolve_model
 
     config = engine_config(args)
@@ -35,19 +41,41 @@ def run(args: argparse.Namespace) -> int:
     from buddymoe_ray.residency.devices import list_gpus  # late: what comes now imports torch
     from buddymoe_ray.residency.plan import make_plan
 
-    plan = make_plan(config, folder, gpus=list_gpus())
+    gpus, speed = list_gpus(), None
+    if config.device == "cpu" or not gpus:
+        speed = _measured(config, folder)
+    plan = make_plan(config, folder, gpus=gpus, speed=speed)
     if args.json:
         emit(plan.as_record())
     else:
-        _print(plan)
+        modes = [plan]
+        if config.profile or default_profile_path(folder):
+            modes = [make_plan(replace(config, mode=mode), folder, gpus=gpus, speed=speed) for mode in get_args(Mode)]
+        _print(plan, modes)
     return 0
+
+
+def _measured(config: EngineConfig, folder: Path) -> MachineSpeed | None:
+    """What this machine does with such weights; None without weights, whose disk nobody knows."""
+    from buddymoe_ray.engine.measure_machine import measure_machine
+    from buddymoe_ray.models.shape import has_weights
+    from buddymoe_ray.models.tensor_index import read_index
+    from buddymoe_ray.residency.plan import planned_shape
+    from buddymoe_ray.residency.speed import weight_dtypes
+
+    if not has_weights(folder):
+        return None
+    shape = planned_shape(config, folder)
+    shards = {Path(place.path) for place in read_index(folder).values()}
+    dtypes = (*weight_dtypes(config, shape), "int4")
+    return measure_machine(dtypes, shards, expert_bytes=shape.expert_bytes, threads=config.threads)
 
 
 def _dense(plan: Plan) -> str:
     return plan.compute_dtype if plan.dense_dtype == "native" else f"{plan.dense_dtype}, the rest {plan.compute_dtype}"
 
 
-def _print(plan: Plan) -> None:
+def _print(plan: Plan, modes: list[Plan]) -> None:
     from rich.filesize import decimal
 
     first = plan.devices[0]
@@ -71,8 +99,6 @@ def _print(plan: Plan) -> None:
         f"side by side, each up to {plan.max_model_len:,}",
         "prompts": f"{decimal(plan.activation_bytes)} of activations, up to {plan.prefill_tokens:,} tokens in a pass",
         "host memory": f"{decimal(plan.host_tier_bytes)} of experts between device and disk",
-        "predicted": f"{plan.predicted_hit_percent:.0f} % hits, {plan.predicted_standin_percent:.0f} % stand-ins, "
-        f"{decimal(round(plan.predicted_miss_bytes_per_token))} read a token, {plan.predicted_decode_tok_s:,.1f} tok/s",
     }
     print_facts(facts)
     print_table(
@@ -90,5 +116,39 @@ def _print(plan: Plan) -> None:
         },
         title="device tier",
     )
-    speeds = ", ".join(f"{name.split('_')[0]} {decimal(round(speed))}/s" for name, speed in plan.assumed.items())
-    print(f"predicted for uniform routing and batch 1, with {speeds}")
+    _print_predicted(plan.speed, modes)
+
+
+def _print_predicted(speed: MachineSpeed, modes: list[Plan]) -> None:
+    from rich.filesize import decimal
+
+    from buddymoe_ray.residency.plan import PROMPT
+
+    print_table(
+        [{**each.__dict__, "rise": _rise(each)} for each in modes],
+        {
+            "mode": "{mode}",
+            "hits": "{predicted_hit_percent:.0f}%",
+            "stand-ins": "{predicted_standin_percent:.0f}%",
+            "read a token": "{predicted_miss_bytes_per_token:bytes}",
+            "tok/s": "{predicted_decode_tok_s:.1f}",
+            f"first token of {PROMPT}": "{predicted_ttft_seconds:.2f} s",
+            "perplexity": "{rise}",
+        },
+        title="predicted",
+    )
+    print("for uniform routing and one sequence, with")
+    rates = {f"{name} weights": found[1] for name, found in speed.weights_bytes_s.items()}
+    rates["disk"] = speed.disk_bytes_s
+    origin = "measured here" if speed.measured else "a guess"
+    print_facts({name: f"{decimal(round(rate))}/s, {origin}" for name, rate in rates.items()})
+
+
+def _rise(plan: Plan) -> str:
+    """What the mode costs: nothing, at most its budget, all of what stand-ins lose."""
+    if plan.mode == "exact":
+        return "as it is"
+    if plan.expected_rise_fast is None:
+        return "no profile"
+    rise = plan.expected_rise_fast if plan.mode == "fast" else min(plan.budget, plan.expected_rise_fast)
+    return f"+{100 * rise:.2f} %"

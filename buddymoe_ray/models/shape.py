@@ -64,7 +64,8 @@ class MetaModel:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What a checkpoint holds, in numbers. `dense_bytes` is what the dense weights take in the compute dtype.
+    """What a checkpoint holds, in numbers. `dense_bytes` is what the dense weights take in the compute dtype, of them
+    `embedding_bytes` those of which a token reads one row: the embedding, unless it is the head too.
 
     `expert_dtype` and `compute_dtype` are torch's names; `has_weights` is False for a folder with a config alone.
     `transposed`: experts' matrices are stored `[in, out]`; `as_stored`: a CPU computes with their bytes as they are.
@@ -85,6 +86,7 @@ class ModelShape:
     expert_bytes: int
     total_expert_bytes: int
     dense_bytes: int
+    embedding_bytes: int
     expert_dtype: str
     compute_dtype: str
     max_positions: int
@@ -224,6 +226,7 @@ def _shape(
         expert_bytes=expert_bytes,
         total_expert_bytes=expert_bytes * sum(counts),
         dense_bytes=dense_bytes(model),
+        embedding_bytes=0 if config.tie_word_embeddings else model.get_input_embeddings().weight.nbytes,
         expert_dtype=tensors[0].dtype,
         compute_dtype=str(config.dtype).removeprefix("torch."),
         max_positions=max_positions(config),

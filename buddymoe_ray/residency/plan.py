@@ -1,7 +1,7 @@
 """What would live where, before anything loads: from config and headers alone.
 
-Reads no weight and allocates nothing. Predictions are stated with the link speeds they assume; nothing here is
-measured. `buddymoe plan` prints it, a deployment checks itself with it.
+Reads no weight and allocates nothing. Predictions come from what the machine was measured to do, or from speeds that
+are guessed and named. `buddymoe plan` prints it, a deployment checks itself with it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,24 @@ from buddymoe_ray.models.shape import ModelShape, describe
 from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill
 from buddymoe_ray.residency.devices import GpuInfo
 from buddymoe_ray.residency.machine import available_memory_bytes, cgroup_limit_bytes, refuse_dense_dtype, torch_dtype
+from buddymoe_ray.residency.speed import (
+    GUESSED_DISK,
+    GUESSED_RAM,
+    MachineSpeed,
+    decode_seconds,
+    guessed_speed,
+    prefill_seconds,
+    stood_in_share,
+    token_work,
+)
 from buddymoe_ray.residency.standin_setup import StandinSetup
 from buddymoe_ray.residency.tier import plan_memory, scratch_bytes
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
-__all__ = ["ASSUMED", "Plan", "make_plan"]
+__all__ = ["PROMPT", "Plan", "make_plan", "planned_shape"]
 
-ASSUMED = {"disk_bytes_s": 1.0e9, "ram_bytes_s": 10.0e9}
-"""Link speeds a prediction assumes where nothing better is known; PCIe comes from NVML."""
+PROMPT = 512
+"""Tokens of the prompt whose first token is predicted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +71,8 @@ class DevicePlan(_Place):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The whole plan. Bytes are exact from headers; `predicted_*` assume uniform routing and the links named.
+    """The whole plan. Bytes are exact from headers; `predicted_*` assume uniform routing, one sequence, a prompt of
+    `PROMPT` tokens, and `speed`, which says whether it was measured.
 
     `standins` counts the experts answered by each kind of record, of `standin_bytes` in all (part of `overhead_bytes`);
     `expected_rise_fast` is the calibrated loss (nats per token) if nothing is ever fetched. `kv_tokens` of a device are
@@ -84,6 +95,7 @@ class Plan:
     dense_dtype: str
     dense_bytes: int
     mode: str
+    budget: float
     standins: dict[str, int]
     standin_bytes: int
     expected_rise_fast: float | None
@@ -101,19 +113,26 @@ class Plan:
     predicted_standin_percent: float
     predicted_miss_bytes_per_token: float
     predicted_decode_tok_s: float
-    assumed: dict[str, float]
+    predicted_ttft_seconds: float
+    speed: MachineSpeed
 
     def as_record(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-def make_plan(config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo]) -> Plan:
-    """Plan one engine per device. Raises BudgetError, with numbers and a hint, when dense weights, experts or the
-    promised KV cache cannot fit."""
-    shape = _served(
-        describe(folder, dtype=torch_dtype(config.dtype), dense_dtype=config.dense_dtype), config.expert_dtype
-    )
+def planned_shape(config: EngineConfig, folder: Path) -> ModelShape:
+    """The checkpoint's, with its experts in the precision that they are served in."""
+    found = describe(folder, dtype=torch_dtype(config.dtype), dense_dtype=config.dense_dtype)
+    return _served(found, config.expert_dtype)
+
+
+def make_plan(
+    config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo], speed: MachineSpeed | None = None
+) -> Plan:
+    """Plan one engine per device, for a machine of such `speed` (None: guessed). Raises BudgetError, with numbers and a
+    hint, when dense weights, experts or the promised KV cache cannot fit."""
+    shape = planned_shape(config, folder)
     if config.max_model_len is not None and config.max_model_len > shape.max_positions:
         raise ConfigError(
             f"max_model_len is {config.max_model_len}, must be at most {shape.max_positions} for this model. "
@@ -127,12 +146,8 @@ def make_plan(config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo]) ->
     slots, setup, _ = plan_memory(planned, layout, folder=folder, device=device, scratch=scratch)
     length = min(config.max_model_len or shape.max_positions, shape.max_positions)
     devices, prefill = tuple(_device(config, shape, length, slots, p) for p in places), _prefill(config, shape, slots)
-    hit = devices[0].resident_experts / sum(shape.experts_per_layer)
-    active = shape.experts_per_token * shape.moe_layers * shape.expert_bytes
-    stood_in = (1 - hit) * _stood_in(config, setup)
-    missed = (1 - hit - stood_in) * active
     host = parse_memory(config.host_memory, total_expert_bytes=shape.total_expert_bytes)
-    seconds = missed / devices[0].link_bytes_s + (active + shape.dense_bytes) / ASSUMED["ram_bytes_s"]
+    speed = speed or guessed_speed(config, shape, devices[0].link_bytes_s)
     return Plan(
         path=str(folder.resolve()),
         model_type=shape.model_type,
@@ -149,6 +164,7 @@ def make_plan(config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo]) ->
         dense_dtype=config.dense_dtype,
         dense_bytes=shape.dense_bytes,
         mode=config.mode,
+        budget=config.budget,
         standins={} if setup is None else dict(Counter(setup.kind_of.values())),
         standin_bytes=0 if setup is None else sum(setup.layouts[kind].slot_bytes for kind in setup.kind_of.values()),
         expected_rise_fast=None if setup is None or setup.refusal else setup.expected_loss,
@@ -162,12 +178,29 @@ def make_plan(config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo]) ->
         host_tier_bytes=min(host, shape.total_expert_bytes),
         disk_tier_bytes=shape.total_expert_bytes,
         memory_limit_bytes=cgroup_limit_bytes()[0],
-        predicted_hit_percent=100 * hit,
-        predicted_standin_percent=100 * stood_in,
-        predicted_miss_bytes_per_token=missed,
-        predicted_decode_tok_s=1 / seconds,
-        assumed=dict(ASSUMED),
+        **_predicted(config, shape, setup, slots, speed, min(PROMPT, length)),
+        speed=speed,
     )
+
+
+def _predicted(
+    config: EngineConfig,
+    shape: ModelShape,
+    setup: StandinSetup | None,
+    slots: SlotPlan,
+    speed: MachineSpeed,
+    prompt: int,
+) -> dict[str, float]:
+    hit = sum(slots.layer_slots) / sum(shape.experts_per_layer)
+    stood_in = (1 - hit) * stood_in_share(config, setup)
+    work = token_work(config, shape, setup, slots, hit=hit, stood_in=stood_in)
+    return {
+        "predicted_hit_percent": 100 * hit,
+        "predicted_standin_percent": 100 * stood_in,
+        "predicted_miss_bytes_per_token": work.missed * work.active * work.expert_bytes,
+        "predicted_decode_tok_s": 1 / decode_seconds(work, speed),
+        "predicted_ttft_seconds": prefill_seconds(work, speed, prompt),
+    }
 
 
 def _layout(shape: ModelShape) -> ExpertLayout:
@@ -191,16 +224,7 @@ def _prefill(config: EngineConfig, shape: ModelShape, slots: SlotPlan) -> Prefil
     )
 
 
-def _stood_in(config: EngineConfig, setup: StandinSetup | None) -> float:
-    """Share of the misses that stand-ins answer: in `bounded` as many as the budget pays for, at their mean loss."""
-    if setup is None or (setup.refusal and config.mode == "bounded"):
-        return 0.0
-    worth = config.budget / setup.expected_loss if config.mode == "bounded" and setup.expected_loss > 0 else 1.0
-    return min(1.0, worth)
-
-
 def _served(shape: ModelShape, expert_dtype: str) -> ModelShape:
-    """The shape with its experts in the precision that they are served in."""
     if expert_dtype == "native":
         return shape
     tensors, nbytes = recoded_tensors(shape.slot_tensors, expert_dtype, transposed=shape.transposed)
@@ -217,7 +241,7 @@ def _served(shape: ModelShape, expert_dtype: str) -> ModelShape:
 def _places(config: EngineConfig, gpus: Sequence[GpuInfo]) -> list[_Place]:
     if config.device == "cpu" or (config.device == "auto" and not gpus):
         free = available_memory_bytes()
-        speed = ASSUMED["disk_bytes_s"]
+        speed = GUESSED_DISK
         cpu = _Place(
             device="cpu",
             name="host memory",
@@ -240,7 +264,7 @@ def _places(config: EngineConfig, gpus: Sequence[GpuInfo]) -> list[_Place]:
             available_bytes=gpu.free_bytes,
             numa_node=gpu.numa_node,
             link="pcie",
-            link_bytes_s=gpu.pcie_bytes_s or ASSUMED["ram_bytes_s"],
+            link_bytes_s=gpu.pcie_bytes_s or GUESSED_RAM,
         )
         for gpu in wanted
     ]

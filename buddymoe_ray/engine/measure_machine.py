@@ -1,0 +1,170 @@
+"""What this machine computes and reads in a second, with the kernels and engines that serve.
+
+Rates of weights are those of the linear kernels over more of them than caches hold, the overhead of a step and of a
+layer that of two engines so small that they compute nothing else; both are kept in the cache folder, by CPU, threads
+and versions. Disks differ by folder, and are asked each time: .3 s of direct reads from the model's own shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import buddymoe_ray
+from buddymoe_ray.cache import DiskReader
+from buddymoe_ray.config import EngineConfig, cache_folder
+from buddymoe_ray.engine.engine import Engine
+from buddymoe_ray.kernels import CpuLinear, PackedMatrix, pack, round_plain
+from buddymoe_ray.models.expert_dtype import format_of
+from buddymoe_ray.models.synth import synth_checkpoint
+from buddymoe_ray.observe import progress
+from buddymoe_ray.residency.speed import ROWS, MachineSpeed
+from buddymoe_ray.types import ExpertPiece, GenerationRequest, SamplingParams
+
+__all__ = ["measure_machine"]
+
+_WIDTH = 2048
+_BYTES = 160 << 20  # more than the caches of a socket's core
+_READ_SECONDS = 0.3
+_SMALL, _SHALLOW, _DEEP = "qwen3-tiny", 1, 3
+_STEPS = 256
+
+
+def measure_machine(dtypes: Iterable[str], shards: Iterable[Path], *, expert_bytes: int, threads: int) -> MachineSpeed:
+    """Measure what is not known yet; seconds per dtype at the first time, else the disk alone."""
+    path = _kept_at(threads)
+    known = _read(path)
+    rates: dict[str, dict[int, float]] = {
+        name: {int(rows): rate for rows, rate in found.items()} for name, found in known.get("weights", {}).items()
+    }
+    wanted = [name for name in dict.fromkeys(dtypes) if name not in rates]
+    measured = progress(wanted, total=len(wanted), desc="measuring this machine, once")
+    rates |= {name: _weights_bytes_s(name, threads) for name in measured}
+    overhead = known.get("overhead") or _overhead(threads)
+    if wanted or "overhead" not in known:
+        _write(path, {"weights": rates, "overhead": overhead})
+    return MachineSpeed(
+        weights_bytes_s=rates,
+        disk_bytes_s=_disk_bytes_s(list(shards), expert_bytes),
+        step_seconds=overhead["step_seconds"],
+        layer_seconds=overhead["layer_seconds"],
+    )
+
+
+def _weights_bytes_s(dtype: str, threads: int) -> dict[int, float]:
+    """Bytes a second by rows. The best pass of some: what else runs here now is no part of the machine."""
+    fmt = format_of(dtype)
+    compute = torch.bfloat16 if fmt else getattr(torch, dtype)
+    made = torch.randn(_WIDTH, _WIDTH, generator=torch.Generator().manual_seed(0)).to(compute)
+    weights: Tensor | PackedMatrix = made if fmt is None else pack(*round_plain(made, fmt), fmt)
+    each = weights.nbytes if isinstance(weights, Tensor) else sum(part.nbytes for part in vars(weights).values())
+    layers = [CpuLinear(_copied(weights), fmt, compute, None, threads=threads) for _ in range(_BYTES // each)]
+
+    def rate(rows: int) -> float:
+        x = torch.ones(rows, _WIDTH, dtype=compute)
+        some = layers[:: 1 if rows == 1 else 4]  # more rows hide the caches
+        return (
+            len(some) * each / min(_seconds(lambda: [layer(x) for layer in some]) for _ in range(5 if rows == 1 else 3))
+        )
+
+    return {rows: rate(rows) for rows in ROWS}
+
+
+def _copied(weights: Tensor | PackedMatrix) -> Tensor | PackedMatrix:
+    if isinstance(weights, Tensor):
+        return weights.clone()
+    return PackedMatrix(**{name: part.clone() for name, part in vars(weights).items()})
+
+
+def _overhead(threads: int) -> dict[str, float]:
+    """Seconds of a step without layers, and of a layer: the fastest of engines of one and of three small layers."""
+
+    def step(layers: int) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            model = synth_checkpoint(_SMALL, Path(folder) / "model", layers=layers)
+            config = EngineConfig(model=str(model), memory="100%", device="cpu", threads=threads)
+            with closing(Engine.from_config(config)) as engine:
+                sampling = SamplingParams(temperature=0.0, max_tokens=_STEPS, ignore_eos=True)
+                engine.add(GenerationRequest(request_id="0", prompt_token_ids=(1,) * 16, sampling=sampling))
+                return min(_seconds(engine.step) for _ in range(_STEPS))
+
+    shallow, deep = step(_SHALLOW), step(_DEEP)
+    layer = max(0.0, (deep - shallow) / (_DEEP - _SHALLOW))
+    return {"step_seconds": max(0.0, shallow - _SHALLOW * layer), "layer_seconds": layer}
+
+
+def _disk_bytes_s(shards: list[Path], expert_bytes: int) -> float:
+    """Of reads as an engine's: direct, some in flight, each as large as an expert, from the shards that are largest."""
+    reader = DiskReader()
+    largest = sorted(shards, key=lambda path: -path.stat().st_size)[:4]
+    size = min(expert_bytes, largest[0].stat().st_size)
+    target = torch.empty(size, dtype=torch.uint8).numpy()
+    places = [(path, at) for path in largest for at in range(0, path.stat().st_size - size + 1, size)]
+    random.Random(0).shuffle(places)
+    began, count = time.perf_counter(), 0
+    try:
+        for path, at in places:
+            piece = ExpertPiece(path=str(path), offset=at, nbytes=size, slot_offset=0)
+            reader.submit([piece], target).wait()
+            count += 1
+            if time.perf_counter() - began > _READ_SECONDS:
+                break
+        return count * size / (time.perf_counter() - began)
+    finally:
+        reader.close()
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def _kept_at(threads: int) -> Path:
+    """By what the figures depend on."""
+    versions = [buddymoe_ray.__version__, torch.__version__, platform.machine(), _cpu_name()]
+    key = hashlib.sha256(json.dumps([*versions, os.cpu_count(), threads]).encode()).hexdigest()[:16]
+    return cache_folder() / f"speed-{key}.json"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What was measured before; what cannot be read is measured again."""
+    try:
+        known = json.loads(path.read_text())
+        rates = [rate for found in known["weights"].values() for rate in found.values()]
+        if all(rate > 0 for rate in rates) and all(seconds >= 0 for seconds in known["overhead"].values()):
+            return dict(known)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass
+    return {}
+
+
+def _write(path: Path, known: dict[str, Any]) -> None:
+    """Whole or not at all; where it cannot be kept it is measured again the next time."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(known, file)
+        os.replace(file.name, path)
+    except OSError:
+        return

@@ -1,0 +1,92 @@
+"""What `plan` says of speed: the arithmetic, and the measurement it starts from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from buddymoe_ray.cli import main
+from buddymoe_ray.engine import measure_machine as module
+from buddymoe_ray.engine.measure_machine import measure_machine
+from buddymoe_ray.residency.speed import MachineSpeed, TokenWork, decode_seconds, prefill_seconds
+
+SPEED = MachineSpeed(
+    weights_bytes_s={"int8": {1: 1e9, 8: 0.5e9, 64: 0.1e9}, "int4": {1: 2e9, 8: 1e9, 64: 0.1e9}},
+    disk_bytes_s=1e8,
+    step_seconds=0.001,
+    layer_seconds=0.0001,
+)
+WORK = TokenWork(
+    layers=10,
+    dense_dtype="int8",
+    dense_bytes=10_000_000,
+    expert_dtype="int4",
+    expert_bytes=1_000_000,
+    active=40,
+    experts=160,
+    missed=0.0,
+)
+
+
+def test_rates_between_measured_rows_are_interpolated_and_beyond_them_proportional() -> None:
+    assert SPEED.weights_seconds("int8", 1e9) == 1.0
+    assert SPEED.weights_seconds("int8", 1e9, 8) == 2.0
+    assert SPEED.weights_seconds("int8", 1e9, 4.5) == pytest.approx(1.5)
+    assert SPEED.weights_seconds("int8", 1e9, 128) == pytest.approx(20.0)
+
+
+def test_a_step_is_its_weights_its_overhead_and_what_it_waits_for() -> None:
+    resident = 0.001 + 10 * 0.0001 + 0.01 + 40 * 0.0005
+    assert decode_seconds(WORK, SPEED) == pytest.approx(resident)
+    half = replace(WORK, missed=0.5)  # .2 s of reads
+    assert decode_seconds(half, SPEED) == pytest.approx(0.2 + 0.7 * resident)
+    assert decode_seconds(replace(half, reads_ahead=True), SPEED) == pytest.approx(0.2 + 0.2 * resident)
+    stood_in = replace(WORK, stood_in=0.5, standin_bytes=500_000.0)
+    assert decode_seconds(stood_in, SPEED) == pytest.approx(resident - 20 * 0.0005 + 20 * 0.00025)
+
+
+def test_a_prompt_reads_each_absent_expert_once() -> None:
+    """16 experts a layer, 4 a token: 100 tokens use all of them, one uses 4."""
+    long = replace(WORK, absent=0.75)
+    reads = 0.75 * 160e6 / 1e8
+    assert reads < prefill_seconds(long, SPEED, 100) < prefill_seconds(long, SPEED, 200)
+    assert prefill_seconds(long, replace(SPEED, disk_bytes_s=1e5), 100) == pytest.approx(1e3 * reads, rel=0.01)
+    one = prefill_seconds(replace(long, dense_bytes=0), replace(SPEED, disk_bytes_s=1e5), 1)
+    assert one == pytest.approx(1e3 * 0.75 * 36.4e6 / 1e8, rel=0.01)  # of 4 draws out of 16, 3.64 differ
+
+
+def test_a_machine_is_measured_once_and_what_is_damaged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(module, "_BYTES", 16 << 20)
+    monkeypatch.setattr(module, "_STEPS", 4)
+    shard = tmp_path / "shard"
+    shard.write_bytes(bytes(1 << 20))
+
+    def measured(*dtypes: str) -> MachineSpeed:
+        return measure_machine(dtypes, [shard], expert_bytes=1 << 16, threads=1)
+
+    first = measured("int4")
+    [kept] = tmp_path.glob("speed-*.json")
+    rates = first.weights_bytes_s["int4"]
+    assert rates[1] > rates[8] > rates[64] > 0 and first.disk_bytes_s > 0 and first.step_seconds > 0
+    assert measured("int4", "float32").weights_bytes_s["int4"] == rates, "only what is new is measured"
+    monkeypatch.setattr(module, "_weights_bytes_s", lambda *_: pytest.fail("measured again"))
+    again = measured("int4", "float32")
+    assert again.weights_bytes_s["int4"] == rates and set(again.weights_bytes_s) == {"int4", "float32"}
+    for damaged in ("", "[]", '{"weights": 5}', kept.read_text().replace(":", ": -", 99)):
+        kept.write_text(damaged)
+        with pytest.raises(pytest.fail.Exception, match="measured again"):
+            measured("int4")
+
+
+def test_the_command_measures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", "builtin:tiny", "--memory", "50%", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["speed"]["measured"] and plan["predicted_ttft_seconds"] > 0
+    assert plan["predicted_decode_tok_s"] < 1 / plan["speed"]["step_seconds"]
+    assert main(["plan", "--model", "builtin:tiny", "--memory", "50%"]) == 0
+    told = capsys.readouterr().out
+    assert all(mode in told for mode in ("exact", "bounded", "fast")) and "measured here" in told
