@@ -135,8 +135,8 @@ class ExpertCache:
     def read_ahead(self, layer: int, experts: Sequence[int]) -> None:
         """Begin to read those of the experts that are missing, as far as the layer has slots that hold none of them.
 
-        The next `stream` takes over what it asks for and gives up the rest, as far as it was not begun; what was is
-        kept. An error is met by whoever asks for the expert.
+        `stream` takes over what it asks for; one that does not protect residency, as decode does, gives up the rest, as
+        far as it was not begun; what was is kept. An error is met by whoever asks for the expert.
         """
         self._ahead.land()
         slots = self._directory.slot_of[layer]
@@ -177,8 +177,10 @@ class ExpertCache:
         Raises:
             CacheError: an expert's bytes could not be read. Other loads of the call are finished and kept.
         """
-        protect_residency = protect_residency or bool(self.plan.pinned)
         slots, loads = self._directory.slot_of[layer], self._taken_over(layer, experts)
+        if not protect_residency:
+            self._ahead.give_up()
+        protect_residency = protect_residency or bool(self.plan.pinned)
         resident = [slots[e] for e in experts if slots[e] >= 0]
         self._hits += len(resident)
         if len(resident) == len(experts):
@@ -267,12 +269,10 @@ class ExpertCache:
         return True
 
     def _taken_over(self, layer: int, experts: Sequence[int]) -> deque[_DeviceLoad]:
-        """Loads of the experts that were begun ahead; all others are given up."""
+        """Loads of the experts that were begun ahead."""
         self._ahead.land()
         asked = [key for key in (ExpertKey(layer, expert) for expert in experts) if key in self._ahead]
-        loads = deque(self._ahead.take(key) for key in asked)
-        self._ahead.give_up()
-        return loads
+        return deque(self._ahead.take(key) for key in asked)
 
     def _lend(self, slots: Sequence[int]) -> Iterator[tuple[Lease, ...]]:
         """One wave of resident experts; nothing to lend is no wave."""

@@ -206,7 +206,7 @@ class SuspendedPass:
     def _context(self, piece: _Piece) -> Iterator[None]:
         """What the forward of the piece finds around it."""
         step, paged = self._parts.step, self._parts.paged
-        step.begin(Phase.PREFILL, len(piece.ids), isolate=True)
+        step.begin(Phase.PREFILL, len(piece.ids), isolate=True, tokens=piece.ids)
         step.suspend, paged.current, self._current = self._suspend, piece.packed, piece
         try:
             yield

@@ -171,7 +171,8 @@ class SharedExpertCache:
             yield self._hits(layer, experts, slots)
             return
         self._ahead.land()
-        self._ahead.give_up(layer, experts)
+        if not protect_residency:
+            self._ahead.give_up(layer, experts)
         with self._tables.locked():
             slots = self._tables.look_up(layer, experts)
             # of these the lease keeps the bytes from now on
