@@ -202,6 +202,7 @@ class _KVSize:
                 device=loaded.device,
                 layers=len(experts.blocks),
                 last=_last_block(loaded, experts),
+                ahead=experts.ahead,
             )
         return cls(
             blocks=blocks, max_model_len=max_model_len, runner=PackedRunner(loaded, paged, pool, step, parts=parts)

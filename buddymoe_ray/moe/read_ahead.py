@@ -30,6 +30,8 @@ Choice = Callable[[Tensor], Tensor]
 """A router as `[T, D] -> ids [T, K]`, its first choice first."""
 
 _SMOOTHING = 0.05
+_PROMPT_ROWS = 256
+"""Of a prompt so many rows are looked at: an expert that none of them wants is hardly wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,23 @@ class ReadAhead:
     def wanted(self, layer: int, guess_TK: Tensor) -> Sequence[int]:
         """Experts of a guess, best first: what is resident, and what is worth reading; none if that is nothing."""
         return self._wanted(layer, guess_TK.numpy(), layer)
+
+    def expect(self, layer: int, experts: Sequence[int]) -> bool:
+        """A prompt asks for these of the layer soon: begin to read them; whether all are there or on their way."""
+        return self._cache.read_ahead(layer, experts, protect_residency=True)
+
+    def resident(self, layer: int) -> npt.NDArray[np.bool_] | None:
+        """Which of the layer's experts are resident now; None behind the last."""
+        return None if layer == len(self._choices) else self._cache.resident_mask(layer).copy()
+
+    def coming(self, layer: int, hidden_TD: Tensor) -> list[int]:
+        """What `layer` will ask for, if the layer before reads these rows of a prompt: what most rows want first."""
+        if layer == len(self._choices):
+            return []
+        rows_TD = hidden_TD[:: -(-len(hidden_TD) // _PROMPT_ROWS)]
+        experts, counts = np.unique(self.choose(layer, rows_TD).numpy(), return_counts=True)
+        found: list[int] = experts[np.argsort(-counts, kind="stable")].tolist()
+        return found
 
     def awaits(self, layer: int) -> bool:
         """Whether what was guessed of the layer waits to be judged, by the time that one layer takes too."""

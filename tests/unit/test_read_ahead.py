@@ -194,14 +194,13 @@ def test_random_guesses_change_no_byte_and_leak_no_slot(opened: Any) -> None:
         layer = rng.randrange(3)
         guess, asked = rng.sample(range(6), rng.randint(1, 4)), rng.sample(range(6), rng.randint(1, 4))
         if rng.random() < 0.7:
-            cache.read_ahead(layer, guess)
+            cache.read_ahead(layer, guess, protect_residency=rng.random() < 0.5)
         assert sorted(lend(cache, truth, rng.choice([layer, (layer + 1) % 3]), asked)) == sorted(asked)
         if rng.random() < 0.3:
             cache.settle_ahead()
         cache.check_integrity()
     cache.settle_ahead()
-    held = sum(len(cache.resident(layer)) for layer in range(3))
-    assert held == cache.plan.slots_total, "no slot is claimed for ever"
+    assert not cache._directory._claimed, "no slot is claimed for ever"
 
 
 @pytest.fixture
@@ -301,6 +300,39 @@ def test_the_first_layer_is_read_for_tokens_that_were_chosen(tmp_path: Path, eag
         engine.cancel("a")
         assert not cache._ahead._loads, "nobody else waits for what nobody goes on with"
         cache.check_integrity()
+
+
+def test_for_prompts_wave_slots_are_filled_and_nothing_else_goes(opened: Any) -> None:
+    cache, truth, reader = opened
+    before = [cache.resident(layer) for layer in range(3)]
+    wanted, later = absent(cache, 1), absent(cache, 2)
+    assert not cache.read_ahead(1, wanted, protect_residency=True), "there are two wave slots for three"
+    arrive(cache)
+    assert cache.resident(1) == before[1] | set(wanted[:2]) and cache.resident(0) == before[0]
+    assert not cache.read_ahead(2, later, protect_residency=True) and cache.resident(1) == before[1] | set(wanted[:2])
+    read = reader.bytes_requested
+    assert lend(cache, truth, 1, wanted[:2]) == wanted[:2] and reader.bytes_requested == read
+    cache.read_ahead(1, wanted[:1], protect_residency=True)
+    assert not cache.read_ahead(2, later[:2], protect_residency=True), "one of them will be asked for again"
+    arrive(cache)
+    assert cache.resident(1) == before[1] | {wanted[0]}
+    lend(cache, truth, 1, wanted[:1])
+    assert cache.read_ahead(2, later[:2], protect_residency=True), "they were asked for, so they may go"
+    arrive(cache)
+    assert cache.resident(2) == before[2] | set(later[:2]) and cache.resident(1) == before[1]
+    assert cache.read_ahead(2, sorted(cache.resident(2)), protect_residency=True), "all are there"
+    cache.check_integrity()
+
+
+def test_who_asks_waits_for_the_slot_of_what_nobody_asked_for(opened: Any) -> None:
+    cache, truth, reader = opened
+    reader.gate.clear()
+    cache.read_ahead(1, absent(cache, 1), protect_residency=True)
+    threading.Timer(0.05, reader.gate.set).start()
+    [leases] = cache.stream(2, absent(cache, 2)[:1], protect_residency=True)
+    assert expert_bytes_of(dict(leases[0].tensors())) == truth[leases[0].key]
+    cache.settle_ahead()
+    cache.check_integrity()
 
 
 def test_a_prompt_gives_no_guess_up(opened: Any) -> None:
