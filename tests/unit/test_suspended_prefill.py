@@ -296,6 +296,16 @@ def test_a_layer_is_read_before_the_one_before_ends(engine: Engine, monkeypatch:
     engine.cache.check_integrity()
 
 
+def test_a_decode_that_was_held_up_makes_no_long_slices() -> None:
+    turns = beside.PrefillBeside(None)
+    for seconds in (0.01, 0.01, 1.0):
+        turns.decoded(seconds)
+    assert turns._slice(True) < 0.025
+    for _ in range(40):
+        turns.decoded(0.1)
+    assert turns._slice(True) > 0.15, "but it gets used to what lasts"
+
+
 def test_there_is_room_beside_the_longest_prompt() -> None:
     pool = Scheduler(num_blocks=100, block_size=4, max_running=9, prefill=Prefill(beside=16, alone=64), suspends=True)
 
