@@ -48,7 +48,7 @@ class PrefillBeside:
         return bool(self._passes)
 
     def decoded(self, seconds: float) -> None:
-        """A step's decode took so long; one that was held up counts as twice the usual, lest the next slices be long."""
+        """A step's decode took so long. One that was held up counts as twice the usual: the next slices go by it."""
         usual = self._decode_seconds
         self._decode_seconds = smoothed(usual, min(seconds, 2 * usual) if usual else seconds, _SMOOTHING)
 
