@@ -85,8 +85,8 @@ class EngineConfig:
         prefix_cache: whether what was computed of a text serves later ones with the same beginning, as long as the KV
             cache has room: `auto` where it changes no bit (on CPU, in most families), `on` wherever rows share a pass,
             `off`. What a stand-in had a part in is never shared.
-        read_ahead: whether a decode step begins to read what the next layer will probably ask for: `auto` where that is
-            measured to pay (CPU), `off`.
+        read_ahead: whether experts are read before a layer asks for them (CPU): `auto` for prompts, and in decode steps
+            where guesses are measured to pay, `off`.
         batching: `packed` (ragged rows over a paged KV cache), `solo` (transformers' own cache, a forward per sequence;
             for families with recurrent state), `auto` picks by family.
         seed: seeds the requests that bring none.

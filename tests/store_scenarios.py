@@ -29,11 +29,12 @@ def worker(
     *experts: int,
     held: tuple[int, ...] = (),
     ahead: tuple[int, ...] = (),
+    prompt: bool = False,
     seconds: float = 0.0,
     after: float = 0.0,
 ) -> Prepare:
-    """Streams the experts once; inside a hold, after reading some ahead, computing long, or only after a while, where
-    asked."""
+    """Streams the experts once; inside a hold, after reading some ahead, for a prompt, computing long, or only after a
+    while, where asked."""
 
     def prepare(me: Actor) -> Callable[[Actor], None]:
         cache = SharedExpertCache(world.attach(me), reader=Reader())  # type: ignore[arg-type]
@@ -43,7 +44,7 @@ def worker(
                 point("long", lambda: world.now >= after)
             try:
                 if ahead:
-                    cache.read_ahead(0, ahead)
+                    cache.read_ahead(0, ahead, protect_residency=prompt)
                 use(me)
             finally:
                 cache.settle_ahead()
@@ -51,7 +52,7 @@ def worker(
         def use(me: Actor) -> None:
             with cache.holding(0, list(held)) as able:
                 wanted = [*able, *(e for e in experts if e not in able)]
-                for leases in cache.stream(0, wanted, protect_residency=bool(held)):
+                for leases in cache.stream(0, wanted, protect_residency=bool(held) or prompt):
                     until = world.now + seconds
                     me.access(leases)
                     if seconds:
@@ -251,6 +252,16 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
             folder, {"A": _worker(1, ahead=(0,)), "B": _worker(0, ahead=(1,))}, kills=1, slots=2
         ),
         "ahead, evicting": _scenario(folder, {"A": _worker(2, ahead=(2, 0)), "B": _worker(0, 1)}, X, Y, failures=1),
+        "ahead, for a prompt": _scenario(
+            folder, {"A": _worker(1, 2, ahead=(2, 1), prompt=True), "B": _worker(2)}, X, kills=1, failures=1
+        ),
+        "ahead, both for prompts": _scenario(
+            folder,
+            {"A": _worker(1, ahead=(2,), prompt=True), "B": _worker(2, ahead=(1,), prompt=True)},
+            X,
+            Y,
+            kills=1,
+        ),
         "start": _scenario(folder, {"A": starter, "B": starter}, kills=1),
         "sweep": _scenario(folder, {"A": starter, "S": sweeper}, kills=1),
         "devices": _scenario(folder, {"A": _device(0), "B": _device(1, 2)}, failures=1),

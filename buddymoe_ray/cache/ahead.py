@@ -67,6 +67,16 @@ class ReadsAhead(Generic[L]):
             if not (key.layer == layer and key.expert in experts) and self._loads[key].ticket.cancel():
                 self._cancelled.append(self._loads.pop(key))
 
+    def make_room(self) -> bool:
+        """Give up all, and wait until one has ended, so that its slot may be had; whether there was any."""
+        self.give_up()
+        load = next(iter([*self._cancelled, *self._loads.values()]), None)
+        if load is None:
+            return False
+        load.ticket.settle()
+        self.land()
+        return True
+
     def settle(self) -> None:
         """Give up all, and wait for what is under way."""
         if self._loads or self._cancelled:

@@ -9,7 +9,7 @@ Legend: E experts of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import numpy as np
@@ -54,6 +54,7 @@ class Directory:
             self._partition += [partition] * count
         self.leased: set[int] = set()
         self.kept: set[int] = set()  # of the call in progress: they stay in their layer's slots until it ends
+        self.awaited: set[int] = set()  # wave slots with what will be asked for: nothing is read ahead into them
         self._claimed: set[int] = set()
         self.evictions = 0
 
@@ -77,11 +78,17 @@ class Directory:
             self._claimed.add(slot)
         return slot
 
-    def claim_ahead(self, layer: int, staying: set[int]) -> int | None:
-        """One of the layer's own slots for an expert that was not asked for yet; none of `staying` is evicted."""
+    def claim_ahead(self, layer: int, staying: set[int], *, protect_residency: bool) -> int | None:
+        """A slot for an expert that was not asked for yet; none of `staying` is evicted. One of the layer's own or,
+        where residency is protected, of the wave slots: not with what was brought there and waits to be asked for."""
+        waves = len(self._orders) - 1
         slot = self._take_free(layer)
-        if slot is None:
+        if slot is None and not protect_residency:
             slot = self._evict(layer, self.leased | self.kept | staying)
+        if slot is None and protect_residency:
+            slot = self._take_free(waves)
+        if slot is None and protect_residency:
+            slot = self._evict(waves, self.leased | self.awaited)
         if slot is not None:
             self._claimed.add(slot)
         return slot
@@ -98,9 +105,16 @@ class Directory:
         self.at_E[key.layer][key.expert] = self._address(slot)
         self._orders[self._partition[slot]].touch(slot)
 
-    def demote(self, slot: int) -> None:
-        """Nobody has asked for what the slot holds: it goes first, unless somebody does."""
-        self._orders[self._partition[slot]].demote(slot)
+    def bring(self, slot: int) -> None:
+        """Nobody has asked for what the slot now holds. In a layer's slot it goes first, unless somebody does."""
+        if self._is_wave(slot):
+            self.awaited.add(slot)
+        else:
+            self._orders[self._partition[slot]].demote(slot)
+
+    def expect(self, slots: Iterable[int]) -> None:
+        """What these hold will be asked for, again where it was before."""
+        self.awaited.update(slot for slot in slots if slot >= 0 and self._is_wave(slot))
 
     def abandon(self, slot: int) -> None:
         """The claimed slot could not be filled; it is free again."""
@@ -109,6 +123,7 @@ class Directory:
 
     def touch(self, slot: int) -> None:
         """Note an access of a resident expert."""
+        self.awaited.discard(slot)
         self._orders[self._partition[slot]].touch(slot)
 
     def check_integrity(self) -> None:
@@ -126,11 +141,15 @@ class Directory:
         assert every == list(range(self.plan.slots_total)), f"free {free}, held {held}, claimed {self._claimed}"
         ordered = [slot for slot in held if slot not in self._orders[self._partition[slot]]]
         assert not ordered, f"slots {ordered} are held but have no place in the eviction order"
+        assert self.awaited <= set(held), f"awaited {self.awaited}, held {held}"
         assert self.leased <= set(held), f"leased {self.leased}, held {held}"
         for slot in held:
             key = self.key_of[slot]
             home = self._partition[slot]
             assert key is not None and home in (key.layer, len(self._orders) - 1), f"{key} is in partition {home}"
+
+    def _is_wave(self, slot: int) -> bool:
+        return self._partition[slot] == len(self._orders) - 1
 
     def _take_free(self, partition: int) -> int | None:
         return self._free[partition].pop() if self._free[partition] else None
@@ -143,6 +162,7 @@ class Directory:
         key = self.key_of[slot]
         assert key is not None, f"slot {slot} is in the eviction order but empty"
         order.forget(slot)
+        self.awaited.discard(slot)
         self.key_of[slot] = None
         self.slot_of[key.layer][key.expert] = -1
         self.resident_E[key.layer][key.expert] = False

@@ -99,7 +99,7 @@ class ExpertCache:
         self._directory = Directory(plan, layout.experts_per_layer, eviction, self._pool.address)
         self._glances = [Glance(at_E, partial(self._used, layer)) for layer, at_E in enumerate(self._directory.at_E)]
         self._leases: list[Lease | None] = [None] * plan.slots_total
-        self._ahead = ReadsAhead[_DeviceLoad](lambda load: self._directory.demote(self._finish(self._ahead, load)))
+        self._ahead = ReadsAhead[_DeviceLoad](lambda load: self._directory.bring(self._finish(self._ahead, load)))
         self._hits = self._misses = self._loaded = 0
         self.stall_seconds = 0.0  # waited for bytes
         self._closed = False
@@ -132,27 +132,31 @@ class ExpertCache:
         resident_E = self.resident_mask(layer)
         return nullcontext([expert for expert in experts if resident_E[expert]])
 
-    def read_ahead(self, layer: int, experts: Sequence[int]) -> None:
-        """Begin to read those of the experts that are missing, as far as the layer has slots that hold none of them.
+    def read_ahead(self, layer: int, experts: Sequence[int], *, protect_residency: bool = False) -> bool:
+        """Begin to read those of the experts that are missing, as far as the layer has slots that hold none of them;
+        with `protect_residency`, for prompts, as far as wave slots do. Returns whether all are there or on their way.
 
-        The next `stream` takes over what it asks for and gives up the rest, as far as it was not begun; what was is
-        kept. An error is met by whoever asks for the expert.
+        `stream` takes over what it asks for; one that does not protect residency, as decode does, gives up the rest, as
+        far as it was not begun; what was is kept. An error is met by whoever asks for the expert.
         """
         self._ahead.land()
         slots = self._directory.slot_of[layer]
         staying = {slots[expert] for expert in experts}
+        if protect_residency:
+            self._directory.expect(staying)
         for expert in experts:
             key = ExpertKey(layer, expert)
             if slots[expert] >= 0 or key in self._ahead:
                 continue
-            slot = self._directory.claim_ahead(layer, staying)
+            slot = self._directory.claim_ahead(layer, staying, protect_residency=protect_residency)
             if slot is None:
-                return
+                return False
             with suppress(CacheError):
                 load = self._begin(key, slot)
                 if load is None:
-                    return
+                    return False
                 self._ahead.add(load)
+        return True
 
     def settle_ahead(self) -> None:
         """Give up what was read ahead and not asked for; waits for what is under way."""
@@ -177,8 +181,10 @@ class ExpertCache:
         Raises:
             CacheError: an expert's bytes could not be read. Other loads of the call are finished and kept.
         """
-        protect_residency = protect_residency or bool(self.plan.pinned)
         slots, loads = self._directory.slot_of[layer], self._taken_over(layer, experts)
+        if not protect_residency:
+            self._ahead.give_up()
+        protect_residency = protect_residency or bool(self.plan.pinned)
         resident = [slots[e] for e in experts if slots[e] >= 0]
         self._hits += len(resident)
         if len(resident) == len(experts):
@@ -199,9 +205,7 @@ class ExpertCache:
                 if loads:
                     yield from self._lend(self._arrived(loads, missing))
                 else:
-                    assert self._host is not None, f"no slot of layer {layer} can be claimed and nothing is in flight"
-                    self.stall_seconds += _POLL_SECONDS
-                    time.sleep(_POLL_SECONDS)  # other workers lease every slot of the node's host tier
+                    self._await_slot(layer)
         finally:
             self._directory.leased.difference_update(resident)
             try:
@@ -267,12 +271,10 @@ class ExpertCache:
         return True
 
     def _taken_over(self, layer: int, experts: Sequence[int]) -> deque[_DeviceLoad]:
-        """Loads of the experts that were begun ahead; all others are given up."""
+        """Loads of the experts that were begun ahead."""
         self._ahead.land()
         asked = [key for key in (ExpertKey(layer, expert) for expert in experts) if key in self._ahead]
-        loads = deque(self._ahead.take(key) for key in asked)
-        self._ahead.give_up()
-        return loads
+        return deque(self._ahead.take(key) for key in asked)
 
     def _lend(self, slots: Sequence[int]) -> Iterator[tuple[Lease, ...]]:
         """One wave of resident experts; nothing to lend is no wave."""
@@ -356,6 +358,14 @@ class ExpertCache:
         self._directory.commit(load.key, load.slot)
         self._leases[load.slot] = Lease(load.key, load.slot, self._pool.generation[load.slot], self._pool)
         return load.slot
+
+    def _await_slot(self, layer: int) -> None:
+        """Wait where no slot can be had for what is missing."""
+        began = time.perf_counter()
+        if not self._ahead.make_room():
+            assert self._host is not None, f"no slot of layer {layer} can be claimed and nothing is in flight"
+            time.sleep(_POLL_SECONDS)  # other workers lease every slot of the node's host tier
+        self.stall_seconds += time.perf_counter() - began
 
     def _settle(self, loads: deque[_DeviceLoad]) -> None:
         """After an early end: keep what arrives, free what fails. Errors are met by whoever needs the expert."""

@@ -3,6 +3,11 @@
 A step gives prompts about twice the time that its decode takes: nobody's next token waits more than three times as long
 as alone, and a prompt takes half as long again. Several passes take turns, so a short prompt does not wait for a long
 one's end. What takes no longer than that is not worth setting aside. Times are measured; no bit depends on them.
+
+What did not help (1,024 and 512 tokens beside one stream, 4 layers of OLMoE int4): to end a slice where the next expert
+has yet to arrive, so that decode runs meanwhile: wave slots are few, the disk idles, and the prompt takes 1.9 to 2.2
+times as long as alone instead of 1.6. Slices by a slow decode (mean and twice the deviation) instead of the mean: the
+prompt 1.34 times instead of 1.40, but the slowest gaps 3.9 instead of 3.3.
 """
 
 from __future__ import annotations
@@ -43,8 +48,9 @@ class PrefillBeside:
         return bool(self._passes)
 
     def decoded(self, seconds: float) -> None:
-        """A step's decode took so long."""
-        self._decode_seconds = smoothed(self._decode_seconds, seconds, _SMOOTHING)
+        """A step's decode took so long. One that was held up counts as twice the usual: the next slices go by it."""
+        usual = self._decode_seconds
+        self._decode_seconds = smoothed(usual, min(seconds, 2 * usual) if usual else seconds, _SMOOTHING)
 
     def computed(self, tokens: int, seconds: float) -> None:
         """So many prompt tokens took so long."""

@@ -186,8 +186,7 @@ class _KVSize:
             )
         if max_model_len < wanted:
             log.warning("max_model_len is lowered from %d to %d: the KV cache holds no more", wanted, max_model_len)
-        # one more, for a token of the engine's own
-        pool = KVPool(
+        pool = KVPool(  # with one block more, for a token of the engine's own
             shapes, blocks=blocks + 1, block_size=BLOCK_SIZE, dtype=loaded.compute_dtype, device=loaded.device
         )
         paged.open(pool, threads=config.threads)
@@ -202,6 +201,7 @@ class _KVSize:
                 device=loaded.device,
                 layers=len(experts.blocks),
                 last=_last_block(loaded, experts),
+                ahead=experts.ahead,
             )
         return cls(
             blocks=blocks, max_model_len=max_model_len, runner=PackedRunner(loaded, paged, pool, step, parts=parts)

@@ -72,17 +72,15 @@ class Engine:
         self.config, self.limits, self.tokenizer = parts.config, parts.limits, parts.tokenizer
         self.vocab_size, self.sampling_defaults = parts.vocab_size, parts.sampling_defaults
         self._experts, self._sharing = parts.experts, parts.sharing
+        self._spent, self._ahead = StepTotals(), parts.experts.ahead if parts.runner.packed else None
         self._peering: Peering | None = None
         self.cache, self.standin_bytes = parts.experts.cache, parts.experts.standin_bytes
         self._setup, self._guard = parts.experts.setup, parts.guard
-        self._spent = StepTotals()
         self._runner, self._scheduler, self._step = parts.runner, parts.scheduler, parts.step
         self._beside = PrefillBeside(parts.runner.parts if parts.config.prefill_chunk is None else None)
-        self._eos = parts.eos_token_ids
         self._chooser = chooser or SamplingChooser(parts.loaded.device)
-        self._pending: list[TokenEvent] = []
-        self._steps = 0
-        self._closed = False
+        self._eos, self._pending = parts.eos_token_ids, list[TokenEvent]()
+        self._steps, self._closed = 0, False
 
     @classmethod
     def from_config(
@@ -160,8 +158,11 @@ class Engine:
                 self._decode(sequences)
             if decodes:
                 self._beside.decoded(time.perf_counter() - began)
-        finally:
+        except BaseException:
             self.cache.settle_ahead()
+            raise
+        if self._ahead is not None:
+            self._ahead.begin(self._scheduler.next_tokens)
         if self._guard is not None:
             self._recompute(self._guard, idle=not (plan.prefill or plan.decode or self._beside.busy))
         events, self._pending = self._pending, []
@@ -171,6 +172,7 @@ class Engine:
         """Forget every request and what is undelivered of it: for after an interrupt, wherever it struck."""
         self._beside.reset()
         self._scheduler.reset()
+        self.cache.settle_ahead()
         self._runner.release(None)
         if self._guard is not None:
             self._guard.reset()
@@ -389,6 +391,8 @@ class Engine:
             self._scheduler.finish(seq)
             self._beside.leave()
             self._runner.release(seq)
+            if not self._scheduler.has_work():
+                self.cache.settle_ahead()  # others may wait for what nobody here goes on with
             if self._guard is not None:
                 try:
                     self._guard.ended(seq)

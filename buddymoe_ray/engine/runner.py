@@ -123,7 +123,7 @@ class PackedRunner:
         *,
         isolate: bool = True,
     ) -> Tensor:
-        self._step.begin(phase, len(ids), terms, isolate=isolate)
+        self._step.begin(phase, len(ids), terms, isolate=isolate, tokens=ids)
         decode = phase is Phase.DECODE
         self._paged.current = PackedPass(rows, decode=decode, block_size=self._pool.block_size, device=self._device)
         with torch.inference_mode():

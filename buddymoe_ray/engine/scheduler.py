@@ -79,6 +79,12 @@ class Scheduler:
         """Blocks nobody holds."""
         return self._allocator.free
 
+    @property
+    def next_tokens(self) -> list[int]:
+        """Those that the next step decodes, of sequences that are admitted by now."""
+        running = (seq for seq in self._admitted.values() if seq.prompt_computed)
+        return [token for seq in running for token in seq.token_ids(seq.num_computed, seq.num_computed + 1)]
+
     def add(self, seq: Sequence) -> None:
         """Queue a sequence. Raises RequestError when it could never be admitted, or its id is taken."""
         if seq.request_id in self._admitted or seq.request_id in self._waiting:

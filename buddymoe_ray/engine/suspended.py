@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,18 +27,18 @@ from torch import Tensor
 
 from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
 from buddymoe_ray.engine.scheduler import PrefillChunk
-from buddymoe_ray.moe import Accesses, MoEBlock, Phase, StepState
+from buddymoe_ray.moe import Accesses, MoEBlock, Phase, ReadAhead, StepState
 from buddymoe_ray.observe import smoothed
 
 __all__ = ["PassParts", "SuspendedPass"]
 
-_SMOOTHING, _FEWEST = 0.3, 64
+_SMOOTHING, _FEWEST, _BETWEEN_ARRIVALS = 0.3, 64, 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassParts:
     """What computes passes; `layers` counts MoE layers. `last` is the block behind which only a prompt's last row is
-    needed, None where other layers follow."""
+    needed, None where other layers follow. `ahead` begins to read what layers will want, where that can be."""
 
     model: Any
     paged: PagedAttention
@@ -47,6 +47,7 @@ class PassParts:
     device: torch.device
     layers: int
     last: MoEBlock | None
+    ahead: ReadAhead | None
 
 
 @dataclass(eq=False)
@@ -85,14 +86,17 @@ class _Piece:
 
 @dataclass(kw_only=True)
 class _Layer:
-    """A MoE layer in progress: the rows of all pieces, and the accesses that are left, by expert."""
+    """A MoE layer in progress: rows of all pieces, the accesses that are left, by expert, which experts were resident
+    before any was read for it and, once that was guessed, what the next layer will want."""
 
     block: MoEBlock
     pieces: list[_Piece]
     hidden_TD: Tensor
     ids_TK: npt.NDArray[np.int64]
     y_ND: Tensor
-    rest: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
+    rest: dict[int, npt.NDArray[np.int64]]
+    resident_E: npt.NDArray[np.bool_]
+    coming: list[int] | None = None
 
 
 class SuspendedPass:
@@ -104,6 +108,7 @@ class SuspendedPass:
         self._ready = deque(piece for member in self._members for piece in self._cut(member, rows))
         self._waiting: list[_Piece] = []
         self._layer: _Layer | None = None
+        self._resident_E: npt.NDArray[np.bool_] | None = None  # of the next layer, before any was read for it
         self._current: _Piece | None = None
         self._access_seconds = self._piece_seconds = 0.0  # of an access, of a forward's piece
         self.seconds = 0.0
@@ -206,7 +211,7 @@ class SuspendedPass:
     def _context(self, piece: _Piece) -> Iterator[None]:
         """What the forward of the piece finds around it."""
         step, paged = self._parts.step, self._parts.paged
-        step.begin(Phase.PREFILL, len(piece.ids), isolate=True)
+        step.begin(Phase.PREFILL, len(piece.ids), isolate=True, tokens=piece.ids)
         step.suspend, paged.current, self._current = self._suspend, piece.packed, piece
         try:
             yield
@@ -243,6 +248,7 @@ class SuspendedPass:
         if not self._waiting:
             return None
         pieces, self._waiting = self._waiting, []
+        before_E, self._resident_E = self._resident_E, None
         hidden_TD = torch.cat([piece.hidden_TD for piece in pieces if piece.hidden_TD is not None])
         ids_TK = np.concatenate([piece.ids_TK for piece in pieces if piece.ids_TK is not None])
         rows = Accesses(ids_TK, hidden_TD.device).rows
@@ -253,18 +259,42 @@ class SuspendedPass:
             ids_TK=ids_TK,
             y_ND=hidden_TD.new_empty(ids_TK.size, hidden_TD.shape[1]),
             rest={expert: rows_R.numpy() for expert, (rows_R, _) in rows.items()},
+            resident_E=block.resident_mask.copy() if before_E is None else before_E,
         )
 
+    def _next_experts(self, layer: _Layer) -> tuple[list[int], int]:
+        """Experts of the layer that are to run next, and over how many accesses at most.
+
+        What is missing is read meanwhile, and what the next layer will want behind it. Of what has arrived only half
+        runs: into its slots others are read while the other half does. Nothing of it is there: then some rows of what
+        was resident all along, and not longer than a slot may lie idle for. Where nothing can be read meanwhile what is
+        resident runs first: it may be evicted by the time that others are done.
+        """
+        block, ahead, resident_E = layer.block, self._parts.ahead, layer.block.resident_mask
+        if ahead is None:
+            return sorted(layer.rest, key=lambda expert: not resident_E[expert]), layer.ids_TK.size
+        if ahead.expect(block.layer, list(layer.rest)) and layer.coming is None:
+            layer.coming = ahead.coming(block.layer + 1, layer.hidden_TD)
+            self._resident_E = ahead.resident(block.layer + 1)
+        if layer.coming:
+            ahead.expect(block.layer + 1, layer.coming)
+        there = [expert for expert in layer.rest if resident_E[expert]]
+        arrived = [expert for expert in there if not layer.resident_E[expert]]
+        if arrived or not there:
+            return arrived[: (len(arrived) + 1) // 2] or list(layer.rest)[:1], layer.ids_TK.size
+        return there, layer.ids_TK.size if len(there) == len(layer.rest) else _BETWEEN_ARRIVALS
+
     def _run_experts(self, layer: _Layer, seconds: float) -> None:
-        """Some of the layer's accesses: of resident experts first, which may be evicted by the time that others are
-        done; of one with many rows as many as the time allows."""
+        """Some of the layer's accesses; of an expert with many rows as many as the time allows."""
         if not layer.rest:
             self._answer(layer)
             return
-        resident_E, expert_N = layer.block.resident_mask, np.full(layer.ids_TK.size, -1)
+        expert_N = np.full(layer.ids_TK.size, -1)
         fewest = min(_FEWEST, max(map(len, layer.rest.values())))
-        left = count = max(fewest, int(seconds / self._access_seconds)) if self._access_seconds else fewest
-        for expert in sorted(layer.rest, key=lambda expert: not resident_E[expert]):
+        left = max(fewest, int(seconds / self._access_seconds)) if self._access_seconds else fewest
+        experts, most = self._next_experts(layer)
+        left = count = min(left, most)
+        for expert in experts:
             rows_R = layer.rest.pop(expert)
             if len(rows_R) > left:
                 layer.rest[expert] = rows_R[left:]

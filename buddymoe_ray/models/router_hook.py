@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from buddymoe_ray.errors import UnsupportedModel
 from buddymoe_ray.models.row_kernels import SoftmaxRouter
 
-__all__ = ["SIGMOID_FAMILIES", "attach_router_scores", "find_routers", "router_choices"]
+__all__ = ["SIGMOID_FAMILIES", "attach_router_scores", "embedded", "find_routers", "router_choices"]
 
 SIGMOID_FAMILIES = frozenset({"deepseek_v3", "dots1", "glm4_moe", "lfm2_moe", "minimax_m2"})
 """Families that score each expert by itself; all others share out a softmax."""
@@ -72,6 +72,16 @@ def router_choices(
         for router, E in zip(routers, experts_per_layer, strict=True)
         if router is not None
     ]
+
+
+def embedded(model: nn.Module, experts: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """`tokens [T] -> [T, D]`: what the layer of these experts would read of each if it came first and had no attention;
+    None where no norm is found before its feed-forward."""
+    name = next(name for name, module in model.named_modules() if module is experts)
+    layer = model.get_submodule(".".join(name.split(".")[:-2]))
+    norm = getattr(layer, "post_attention_layernorm", None)
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    return None if norm is None else lambda tokens_T: norm(table(tokens_T))
 
 
 def _choice(router: nn.Module, E: int, K: int) -> Callable[[Tensor], Tensor]:

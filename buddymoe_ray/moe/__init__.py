@@ -1,6 +1,7 @@
 """The MoE layer as it runs here: route, resolve, ensure, matmul, combine. Start reading in `block`."""
 
 from buddymoe_ray.moe.block import MoEBlock
+from buddymoe_ray.moe.first_layer import FirstLayer
 from buddymoe_ray.moe.outcome import STANDIN_KINDS, StepOutcome, Substitution, standin_kind
 from buddymoe_ray.moe.read_ahead import Choice, ReadAhead
 from buddymoe_ray.moe.rows import Accesses
@@ -15,6 +16,7 @@ __all__ = [
     "Accesses",
     "Choice",
     "ExpertCompute",
+    "FirstLayer",
     "MoEBlock",
     "Observer",
     "OneByOne",

@@ -83,6 +83,8 @@ class MoEBlock:
         if step.observer is not None:
             step.observer(self.layer, hidden_TD, ids_TK, weight_TK)
         ids = ids_TK.cpu().numpy()
+        if self._ahead is not None and step.phase is not _DECODE:
+            self._ahead.learn(self.layer, step.tokens, ids)
         if step.suspend is not None:
             return step.suspend(self, hidden_TD, ids, weight_TK)
         y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
@@ -184,7 +186,7 @@ class MoEBlock:
         """The layer's accesses, for whoever places experts or guesses at them."""
         self._cache.count(self.layer, ids_TK)
         if self._ahead is not None:
-            self._ahead.used(self.layer, ids_TK)
+            self._ahead.used(self.layer, self._step.tokens, ids_TK)
 
     def _look_ahead(self, hidden_TD: Tensor, guess_TK: Tensor | None) -> None:
         """Note what the next layer will probably ask for."""

@@ -7,7 +7,7 @@ Legend: T rows of the pass, K slots of a token, E experts, D hidden, N recorded 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -62,6 +62,7 @@ class StepState:
 
     `scores` holds the router's scores `[T, E]` of a layer while its experts run, where a stand-in asks for them.
     `failed` says by row why its output is worth nothing: an expert it needed could not be had. None: the pass raises.
+    `tokens` are those of the rows, where they are known.
     `suspend` answers for the experts of a pass that can be set aside: `suspend(block, hidden_TD, ids_TK, weight_TK)`.
     """
 
@@ -71,10 +72,18 @@ class StepState:
         self.suspend: Callable[..., Tensor] | None = None
         self.begin(Phase.PROBE, 0)
 
-    def begin(self, phase: Phase, rows: int, terms: StepTerms | None = None, *, isolate: bool = False) -> None:
+    def begin(
+        self,
+        phase: Phase,
+        rows: int,
+        terms: StepTerms | None = None,
+        *,
+        isolate: bool = False,
+        tokens: Sequence[int] = (),
+    ) -> None:
         """Start a pass of `rows` rows. With `isolate` an expert that cannot be had costs only the rows that need it."""
         terms = terms or StepTerms()
-        self.phase, self.suspend = phase, None
+        self.phase, self.suspend, self.tokens = phase, None, tokens
         self.failed: dict[int, str] | None = {} if isolate else None
         self.budgets, self.overlays = terms.budgets, terms.overlays
         self.outcome = StepOutcome.empty(rows, terms.record)

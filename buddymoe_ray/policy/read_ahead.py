@@ -25,7 +25,8 @@ _FIRST, _EVERY = 8, 16
 
 
 class ReadAheadGain:
-    """What reading ahead gained in each of `layers`, for guesses of `ranks` experts per token.
+    """What reading ahead gained in each of `layers`, for guesses of `ranks` experts per token. A layer guessed in
+    two ways counts as two.
 
     A pass guesses where `guesses` says so, reads what `reads` allows, and tells `note` how it went. `useful` and
     `wasted` count experts that were read, of all layers since the start.

@@ -32,9 +32,10 @@ from buddymoe_ray.models.expert_dtype import format_of, recoded_layout
 from buddymoe_ray.models.expert_math import expert_math, read_as_stored
 from buddymoe_ray.models.experts_hook import attach
 from buddymoe_ray.models.load import LoadedModel
-from buddymoe_ray.models.router_hook import attach_router_scores, router_choices
+from buddymoe_ray.models.router_hook import attach_router_scores, embedded, router_choices
 from buddymoe_ray.moe import (
     ExpertCompute,
+    FirstLayer,
     MoEBlock,
     OneByOne,
     OneCall,
@@ -111,7 +112,7 @@ def open_experts(
         if setup is not None:
             room, pool = _load_records(setup, loaded, staging, node)
         standins = None if setup is None or pool is None else _standins(setup, loaded, maths, pool, config.threads)
-        ahead = _read_ahead(config, loaded, cache)
+        ahead = _read_ahead(config, loaded, cache, stands_in=standins is not None)
         waves = _waves(loaded, maths, packed, config.threads)
         blocks = tuple(
             MoEBlock(layer=layer, cache=cache, compute=compute, step=step, standins=standins, ahead=ahead)
@@ -277,7 +278,7 @@ def _recoded(config: EngineConfig, loaded: LoadedModel, maths: list[ExpertMath])
     return replace(loaded, layout=layout)
 
 
-def _read_ahead(config: EngineConfig, loaded: LoadedModel, cache: EngineCache) -> ReadAhead | None:
+def _read_ahead(config: EngineConfig, loaded: LoadedModel, cache: EngineCache, *, stands_in: bool) -> ReadAhead | None:
     """What reads the next layer's experts ahead; None where that cannot be, or nothing is to be hidden."""
     plan, layout = cache.plan, loaded.layout
     if config.read_ahead == "off" or loaded.device.type != "cpu" or plan.fully_resident or plan.pinned:
@@ -287,7 +288,13 @@ def _read_ahead(config: EngineConfig, loaded: LoadedModel, cache: EngineCache) -
     choices = router_choices(
         loaded.model, loaded.experts, layout.experts_per_layer, experts_per_token=loaded.experts_per_token
     )
-    return ReadAhead(cache, choices, experts_per_token=loaded.experts_per_token) if len(choices) > 1 else None
+    if len(choices) < 2:
+        return None
+    first = None
+    if not stands_in:  # else nobody knows before a step whether it waits for what is missing
+        embeds = embedded(loaded.model, loaded.experts[0])
+        first = FirstLayer(loaded.vocab_size, loaded.experts_per_token, choices[0], embeds)
+    return ReadAhead(cache, choices, experts_per_token=loaded.experts_per_token, first=first)
 
 
 def _waves(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from experts_on_disk import expert_bytes_of, make_layout
@@ -19,9 +20,9 @@ from buddymoe_ray import LLM
 from buddymoe_ray.cache import DiskReader, ExpertCache
 from buddymoe_ray.cache.disk import Bytes, ReadTicket, _Read
 from buddymoe_ray.errors import CacheError, ConfigError
-from buddymoe_ray.moe import MoEBlock
+from buddymoe_ray.moe import FirstLayer, MoEBlock
 from buddymoe_ray.policy import LRU, ReadAheadGain, split_slots
-from buddymoe_ray.types import ExpertKey, ExpertPiece
+from buddymoe_ray.types import ExpertKey, ExpertPiece, GenerationRequest, SamplingParams
 
 PROMPTS = [[5 + (7 * i + 3 * j) % 90 for j in range(n)] for i, n in enumerate((23, 3, 17))]
 
@@ -193,14 +194,13 @@ def test_random_guesses_change_no_byte_and_leak_no_slot(opened: Any) -> None:
         layer = rng.randrange(3)
         guess, asked = rng.sample(range(6), rng.randint(1, 4)), rng.sample(range(6), rng.randint(1, 4))
         if rng.random() < 0.7:
-            cache.read_ahead(layer, guess)
+            cache.read_ahead(layer, guess, protect_residency=rng.random() < 0.5)
         assert sorted(lend(cache, truth, rng.choice([layer, (layer + 1) % 3]), asked)) == sorted(asked)
         if rng.random() < 0.3:
             cache.settle_ahead()
         cache.check_integrity()
     cache.settle_ahead()
-    held = sum(len(cache.resident(layer)) for layer in range(3))
-    assert held == cache.plan.slots_total, "no slot is claimed for ever"
+    assert not cache._directory._claimed, "no slot is claimed for ever"
 
 
 @pytest.fixture
@@ -237,10 +237,9 @@ def bits(folder: Path, **options: Any) -> tuple[list[list[tuple[int, float]]], t
 )
 def test_no_bit_depends_on_it(family: str, form: dict[str, Any], tmp_path: Path, eager: None) -> None:
     build_checkpoint(family, tmp_path)
-    whole, _ = bits(tmp_path, memory="100%", **form)
-    off, none = bits(tmp_path, memory="40%", read_ahead="off", **form)
+    whole, none = bits(tmp_path, memory="100%", **form)
     on, counts = bits(tmp_path, memory="40%", **form)
-    assert none == (0, 0) and off == on == whole
+    assert none == (0, 0) and on == whole
     assert sum(counts) > 0, "guesses were acted on"
 
 
@@ -262,9 +261,99 @@ def test_the_kernel_guesses_what_the_next_router_chooses(
     assert len(seen) > 5 and set(seen) == {0, 1}, "the last layer has none behind it"
 
 
-def test_where_nothing_is_to_be_hidden_nothing_is_guessed(tmp_path: Path) -> None:
+def test_a_first_layer_asks_again_for_what_a_token_asked_for() -> None:
+    first = FirstLayer(9, 2, lambda x_TD: x_TD.long(), lambda tokens_T: torch.stack([tokens_T, tokens_T + 1], 1))
+    seen_TK, others_TK = first.guesses([3, 5])
+    assert seen_TK.shape == (0, 2) and others_TK.tolist() == [[3, 4], [5, 6]], "the router on what is known of them"
+    first.learn([5, 7], np.array([[1, 0], [2, 3]]))
+    seen_TK, others_TK = first.guesses([3, 5])
+    assert (seen_TK.tolist(), others_TK.tolist()) == ([[1, 0]], [[3, 4]])
+    assert FirstLayer(9, 2, lambda x_TD: x_TD, None).guesses([3])[1].shape == (0, 2)
+
+
+def test_the_first_layer_is_read_for_tokens_that_were_chosen(tmp_path: Path, eager: None) -> None:
     build_checkpoint("olmoe", tmp_path)
-    for options in ({"memory": "100%"}, {"memory": "40%"}):  # resident, and experts that are read on the spot
+    with LLM(str(tmp_path), memory="40%", max_model_len=64) as llm:
+        engine, cache, ahead = llm.engine, llm.engine.cache, llm.engine._experts.ahead
+        assert ahead is not None and ahead._first is not None
+        begun, read = list[list[int]](), cache.read_ahead
+
+        def noted(layer: int, experts: Sequence[int]) -> None:
+            begun.extend([list(experts)] if layer == 0 else [])
+            read(layer, experts)
+
+        cache.read_ahead = noted  # type: ignore[method-assign]
+        sampling = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+        engine.add(GenerationRequest(request_id="a", prompt_token_ids=tuple(PROMPTS[0]), sampling=sampling))
+        chosen = list[int]()
+        for _ in range(8):
+            before, events = len(begun), engine.step()
+            chosen += events[-1].token_ids if events else ()
+            if len(begun) > before:
+                learnt, other = ahead._first.guesses(events[-1].token_ids)
+                guess = (learnt if len(learnt) else other)[0].tolist()
+                assert set(begun[-1]) <= set(guess), "what the token will ask for, before the step that computes it"
+        assert begun
+        assert len(ahead._first.guesses([*PROMPTS[0], *chosen[:-1]])[1]) == 0, "prompts and texts are learnt from"
+        for layer in range(1, 3):
+            read(layer, range(8))
+        engine.cancel("a")
+        assert not cache._ahead._loads, "nobody else waits for what nobody goes on with"
+        cache.check_integrity()
+
+
+def test_for_prompts_wave_slots_are_filled_and_nothing_else_goes(opened: Any) -> None:
+    cache, truth, reader = opened
+    before = [cache.resident(layer) for layer in range(3)]
+    wanted, later = absent(cache, 1), absent(cache, 2)
+    assert not cache.read_ahead(1, wanted, protect_residency=True), "there are two wave slots for three"
+    arrive(cache)
+    assert cache.resident(1) == before[1] | set(wanted[:2]) and cache.resident(0) == before[0]
+    assert not cache.read_ahead(2, later, protect_residency=True) and cache.resident(1) == before[1] | set(wanted[:2])
+    read = reader.bytes_requested
+    assert lend(cache, truth, 1, wanted[:2]) == wanted[:2] and reader.bytes_requested == read
+    cache.read_ahead(1, wanted[:1], protect_residency=True)
+    assert not cache.read_ahead(2, later[:2], protect_residency=True), "one of them will be asked for again"
+    arrive(cache)
+    assert cache.resident(1) == before[1] | {wanted[0]}
+    lend(cache, truth, 1, wanted[:1])
+    assert cache.read_ahead(2, later[:2], protect_residency=True), "they were asked for, so they may go"
+    arrive(cache)
+    assert cache.resident(2) == before[2] | set(later[:2]) and cache.resident(1) == before[1]
+    assert cache.read_ahead(2, sorted(cache.resident(2)), protect_residency=True), "all are there"
+    cache.check_integrity()
+
+
+def test_who_asks_waits_for_the_slot_of_what_nobody_asked_for(opened: Any) -> None:
+    cache, truth, reader = opened
+    reader.gate.clear()
+    cache.read_ahead(1, absent(cache, 1), protect_residency=True)
+    threading.Timer(0.05, reader.gate.set).start()
+    [leases] = cache.stream(2, absent(cache, 2)[:1], protect_residency=True)
+    assert expert_bytes_of(dict(leases[0].tensors())) == truth[leases[0].key]
+    cache.settle_ahead()
+    cache.check_integrity()
+
+
+def test_a_prompt_gives_no_guess_up(opened: Any) -> None:
+    cache, _, reader = opened
+    guessed, *_ = absent(cache, 1)
+    reader.gate.clear()
+    cache.read_ahead(0, absent(cache, 0)[:1])
+    cache.read_ahead(1, [guessed])
+    threading.Timer(0.05, reader.gate.set).start()
+    for _ in cache.stream(2, absent(cache, 2)[:1], protect_residency=True):
+        pass
+    arrive(cache)
+    assert guessed in cache.resident(1)
+
+
+def test_where_nothing_is_to_be_hidden_nothing_is_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_checkpoint("olmoe", tmp_path)
+    # resident, experts that are read on the spot, and where nobody wants it
+    for options in ({"memory": "100%"}, {"memory": "40%"}, {"memory": "40%", "read_ahead": "off"}):
+        if "read_ahead" in options:
+            monkeypatch.setattr(tier, "READ_ON_THE_SPOT", 0)
         with LLM(str(tmp_path), max_model_len=64, **options) as llm:
             assert llm.engine._experts.ahead is None
     with pytest.raises(ConfigError, match="read_ahead is 'on', must be auto or off"):

@@ -149,6 +149,25 @@ def test_threads_share_under_load(node: Node) -> None:
     caches[0].check_integrity()
 
 
+def test_prompts_read_ahead_into_wave_slots_and_keep_what_they_will_ask_for(node: Node) -> None:
+    first, second = node.cache(), node.cache()
+    first.warm()
+    assert first.read_ahead(0, [0, 3, 4, 5], protect_residency=True), "there is a wave slot for each of the three"
+    assert not first.read_ahead(1, [3], protect_residency=True), "none of them is given away"
+    assert first.resident(0) == set(range(6)) and first.resident(1) == {0, 1, 2}
+    read = first.stats().bytes_read_disk
+    access(node, first, 0, [3, 4, 5], protect=True)
+    access(node, second, 0, [3], protect=True)
+    assert first.stats().bytes_read_disk == read and second.stats().bytes_read_disk == 0
+    assert first.read_ahead(0, [3], protect_residency=True)
+    assert not first.read_ahead(1, [3, 4, 5], protect_residency=True), "one will be asked for again"
+    first.settle_ahead()
+    assert first.resident(0) == {0, 1, 2, 3} and first.resident(1) == {0, 1, 2, 3, 4}
+    access(node, first, 0, [3], protect=True)
+    assert first.read_ahead(1, [3, 4, 5], protect_residency=True)
+    first.check_integrity()
+
+
 def test_a_held_layer_does_not_give_way(node: Node) -> None:
     holder, other = node.cache(), node.cache()
     access(node, holder, 0, [0, 1, 2])

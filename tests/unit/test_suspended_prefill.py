@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import build_checkpoint
 
+import buddymoe_ray.residency.tier as tier
 from buddymoe_ray import LLM
 from buddymoe_ray.cache import DiskReader
 from buddymoe_ray.engine import beside
@@ -20,6 +21,7 @@ from buddymoe_ray.engine.scheduler import Scheduler
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.engine.suspended import SuspendedPass
 from buddymoe_ray.errors import CacheError
+from buddymoe_ray.moe import ReadAhead
 from buddymoe_ray.policy import Prefill
 from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent
 
@@ -30,7 +32,9 @@ Bits = dict[str, list[tuple[int, float]]]
 
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every prompt is set aside after every piece, and pieces are small."""
+    """Every prompt is set aside after every piece, and pieces are small; toy experts are read ahead too."""
+    monkeypatch.setattr("buddymoe_ray.cache.disk.READ_ON_THE_SPOT", 0)
+    monkeypatch.setattr(tier, "READ_ON_THE_SPOT", 0)
     for name, value in (("_ALONE_SECONDS", 0.0), ("_LEAST_SECONDS", 0.0), ("_SHARE", 0.0), ("_AT_ONCE", 0)):
         monkeypatch.setattr(beside, name, value)
     monkeypatch.setattr(beside, "_ROWS_BESIDE", 3)
@@ -76,7 +80,7 @@ def served(folder: Path, **options: Any) -> tuple[Bits, int]:
 FORMS = [
     ("olmoe", {"memory": "40%"}),
     ("mixtral", {"memory": "40%", "expert_dtype": "int4", "dense_dtype": "int8", "threads": 2}),
-    ("qwen2_moe", {"memory": "40%"}),  # it has torch's functions replaced around its experts
+    ("qwen2_moe", {"memory": "40%", "read_ahead": "off"}),  # it has torch's functions replaced around its experts
     ("deepseek_v3", {"dtype": "bfloat16"}),
 ]
 
@@ -267,6 +271,39 @@ def test_decode_goes_on_beside_a_prompt(engine: Engine) -> None:
         assert "stream" in told, "every step has a token of the stream"
         between += 1
     assert between > 15
+
+
+def test_a_layer_is_read_before_the_one_before_ends(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every missing expert once, whatever was read ahead."""
+    ahead, early = ReadAhead.expect, list[tuple[int, int]]()
+
+    def noted(self: ReadAhead, layer: int, experts: list[int]) -> bool:
+        [each] = passes(engine)
+        assert each._layer is not None
+        missing = set(experts) - engine.cache.resident(layer)
+        if missing and layer > each._layer.block.layer:
+            early.append((layer, len(each._layer.rest)))
+        return ahead(self, layer, experts)
+
+    monkeypatch.setattr(ReadAhead, "expect", noted)
+    layers = range(len(engine.cache.layout.experts_per_layer))
+    missing = sum(int((~engine.cache.resident_mask(layer)).sum()) for layer in layers)
+    read = engine.snapshot().bytes_loaded_device
+    engine.add(request("0", PROMPTS[0], 1))
+    engine.drain()
+    assert engine.snapshot().bytes_loaded_device - read <= missing * engine.cache.layout.expert_bytes
+    assert {layer for layer, _ in early} == set(layers[1:]) and max(rest for _, rest in early) > 1
+    engine.cache.check_integrity()
+
+
+def test_a_decode_that_was_held_up_makes_no_long_slices() -> None:
+    turns = beside.PrefillBeside(None)
+    for seconds in (0.01, 0.01, 1.0):
+        turns.decoded(seconds)
+    assert turns._slice(True) < 0.025
+    for _ in range(40):
+        turns.decoded(0.1)
+    assert turns._slice(True) > 0.15, "but it gets used to what lasts"
 
 
 def test_there_is_room_beside_the_longest_prompt() -> None:

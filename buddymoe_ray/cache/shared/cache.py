@@ -74,6 +74,7 @@ class SharedExpertCache:
         self._held: tuple[int, dict[int, int]] | None = None
         self.stall_seconds = 0.0
         self._ahead = ReadsAhead[_OwnLoad](self._land)
+        self._brought = dict[int, int]()  # slots that were read ahead: their last use until somebody asks
 
     @property
     def read_mode(self) -> str:
@@ -130,20 +131,23 @@ class SharedExpertCache:
 
         return Glance(at_E, holds)
 
-    def read_ahead(self, layer: int, experts: Sequence[int]) -> None:
+    def read_ahead(self, layer: int, experts: Sequence[int], *, protect_residency: bool = False) -> bool:
         """See `ExpertCache.read_ahead`. Nobody sees an expert before its reader looks again: so `settle_ahead`."""
         self._ahead.land()
         slot_of_E, kept_C = self._tables.slot_of[layer], np.zeros_like(self._kept_C)
-        kept_C[[slot for slot in slot_of_E[list(experts)].tolist() if slot >= 0]] = True
-        for key in (ExpertKey(layer, expert) for expert in experts):
+        slots = slot_of_E[list(experts)].tolist()
+        self._brought |= {slot: int(self._tables.last_used[slot]) for slot in slots if slot >= 0}
+        kept_C[[slot for slot, used in self._brought.items() if self._tables.last_used[slot] == used]] = True
+        for key in [ExpertKey(layer, expert) for expert, slot in zip(experts, slots, strict=True) if slot < 0]:
             with self._tables.locked():
                 if slot_of_E[key.expert] >= 0:
                     continue
-                slot = self._tables.claim_ahead(key, kept=kept_C)
+                slot = self._tables.claim_ahead(key, protect=protect_residency, kept=kept_C)
             if slot is None:
-                return
+                return False
             with suppress(CacheError):  # met by whoever asks for the expert
                 self._ahead.add(replace(self._submit(key, slot), began=None))
+        return True
 
     def settle_ahead(self) -> None:
         """Give up what was read ahead and not asked for; waits for what is under way."""
@@ -171,7 +175,8 @@ class SharedExpertCache:
             yield self._hits(layer, experts, slots)
             return
         self._ahead.land()
-        self._ahead.give_up(layer, experts)
+        if not protect_residency:
+            self._ahead.give_up(layer, experts)
         with self._tables.locked():
             slots = self._tables.look_up(layer, experts)
             # of these the lease keeps the bytes from now on
@@ -361,6 +366,7 @@ class SharedExpertCache:
     def _land(self, load: _OwnLoad) -> None:
         try:
             self._tables.release([self._finish(load)])
+            self._brought[load.slot] = int(self._tables.last_used[load.slot])
         finally:
             self._ahead.remove(load)
 

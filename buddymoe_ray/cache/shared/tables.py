@@ -205,9 +205,15 @@ class SharedTables:
             self.take(slot, key)
         return slot
 
-    def claim_ahead(self, key: ExpertKey, *, kept: npt.NDArray[np.bool_]) -> int | None:
-        """The same of the layer's own slots alone, for an expert that was not asked for yet."""
-        slot = self._own(key.layer, protect=False, kept=kept)
+    def claim_ahead(self, key: ExpertKey, *, protect: bool, kept: npt.NDArray[np.bool_]) -> int | None:
+        """The same for an expert that was not asked for yet: of the layer's own slots alone or, where residency is
+        protected, of the wave slots without those `kept`."""
+        slot = self._own(key.layer, protect=protect, kept=kept)
+        if slot is None and protect:
+            waves = np.flatnonzero((self.partition == WAVE) & ~kept)
+            slot = self.free_of(waves)
+            if slot is None:
+                slot = self._victim(waves)
         if slot is not None:
             self.take(slot, key)
         return slot
