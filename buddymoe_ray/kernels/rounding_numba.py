@@ -27,12 +27,12 @@ _UNORDERED = {"reassoc", "nsz", "contract"}
 
 
 @njit(fastmath=_UNORDERED)
-def _sums(w: Any, at: Any, inverse: Any, top: Any, empty: Any) -> Any:
-    """`<|w|, u>, <u, u>` of the group that begins at `at`, with levels u of |w|: halves of odd numbers up to `top +
-    1/2`. `empty` inputs of it are not there."""
+def _sums(w: Any, inverse: Any, top: Any, empty: Any) -> Any:
+    """`<|w|, u>, <u, u>` of a group, with levels u of |w|: halves of odd numbers up to `top + 1/2`. `empty` of its
+    inputs are not there."""
     dot, norm = float32(0.0), float32(0.0)
     for i in range(GROUP):
-        size = abs(w[at + i])
+        size = abs(w[i])
         u = float32(int32(min(size * inverse, top))) + float32(0.5)
         dot += size * u
         norm += u * u
@@ -40,37 +40,37 @@ def _sums(w: Any, at: Any, inverse: Any, top: Any, empty: Any) -> Any:
 
 
 @njit(fastmath=_UNORDERED)
-def _largest_and_square(w: Any, at: Any) -> Any:
+def _largest_and_square(w: Any) -> Any:
     """`max |w|, <w, w>` of a group."""
     largest, square = float32(0.0), float32(0.0)
     for i in range(GROUP):
-        largest = max(largest, abs(w[at + i]))
-        square += w[at + i] * w[at + i]
+        largest = max(largest, abs(w[i]))
+        square += w[i] * w[i]
     return largest, square
 
 
 @njit
-def _search(w: Any, at: Any, empty: Any, half: Any, shares: Any) -> Any:
+def _search(w: Any, empty: Any, half: Any, shares: Any) -> Any:
     """The least-squares scale of the best try, and that which keeps the group's projection on itself with the same
     codes."""
     tiny, top = float32(1e-30), half - float32(0.5)
-    largest, square = _largest_and_square(w, at)
+    largest, square = _largest_and_square(w)
     gain, scale = float32(-1.0), float32(0.0)
     for share in range(len(shares)):
-        dot, norm = _sums(w, at, half / shares[share] / max(largest, tiny), top, empty)
+        dot, norm = _sums(w, half / shares[share] / max(largest, tiny), top, empty)
         if dot * dot / norm > gain:
             gain, scale = dot * dot / norm, dot / norm
-    dot, norm = _sums(w, at, float32(1.0) / max(scale, tiny), top, empty)
+    dot, norm = _sums(w, float32(1.0) / max(scale, tiny), top, empty)
     return scale, square / max(dot, tiny)
 
 
 @njit
-def _code(w: Any, at: Any, count: Any, inverse: Any, half: Any, q: Any) -> None:
+def _code(w: Any, count: Any, inverse: Any, half: Any, q: Any) -> None:
     """Nearest codes of a group's inputs."""
     for i in range(GROUP):
-        q[at + i] = uint8(int32(min(max(w[at + i] * inverse + half, float32(0.0)), half + half - float32(0.5))))
+        q[i] = uint8(int32(min(max(w[i] * inverse + half, float32(0.0)), half + half - float32(0.5))))
     for i in range(count, GROUP):
-        q[at + i] = uint8(0)
+        q[i] = uint8(0)
 
 
 @njit
@@ -104,9 +104,10 @@ def rounding(call_at: Any, plan_at: Any) -> Any:
         for g in range(G):
             at, count = g * GROUP, min(GROUP, call.K - g * GROUP) * (n < call.N)
             if call.codes == 0:
-                scale[n, g], kept[n, g] = _search(w, at, GROUP - count, half, shares)
+                scale[n, g], kept[n, g] = _search(w[at : at + GROUP], GROUP - count, half, shares)
             else:
-                _code(w, at, count, float32(1.0) / max(scale[n, g], float32(1e-30)), half, q[n % BLOCK])
+                inverse = float32(1.0) / max(scale[n, g], float32(1e-30))
+                _code(w[at : at + GROUP], count, inverse, half, q[n % BLOCK, at : at + GROUP])
         if call.codes != 0 and n % BLOCK == BLOCK - 1:
             for g in range(G):
                 to = call.codes + 4 * words * ((n // BLOCK) * G + g)
