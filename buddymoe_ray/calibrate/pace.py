@@ -22,7 +22,7 @@ __all__ = ["compensated_seconds", "scored_tokens", "traced_tokens"]
 
 _TRIED_ROWS, _TRIED_OUTPUTS, _TRIED_INPUTS = 512, 256, 2048
 _BITS = 3
-_TRACE_FLOPS, _SCORED_FLOPS = 2e13, 1.2e12
+_TRACE_FLOPS, _SCORED_FLOPS = 1e13, 1e12
 """Of tracing, and of one pass over the scored text: minutes, and seconds, of a CPU core."""
 _MOST_TRACED, _LEAST_ROWS = 65_536, 256
 _MOST_SCORED, _LEAST_SCORED = 6144, 768
