@@ -16,7 +16,7 @@ from torch import Tensor
 
 from buddymoe_ray.kernels.cpu import Kernel
 from buddymoe_ray.kernels.lowbit_format import BLOCK, LowbitFormat, PackedMatrix, groups_of, pack
-from buddymoe_ray.kernels.rounding import PLAIN_SHARES, nearest_code, round_plain
+from buddymoe_ray.kernels.rounding import PLAIN_SHARES, least_squares, nearest_code, round_plain
 from buddymoe_ray.kernels.rounding_calls import RoundingCall, RoundingPlan
 
 __all__ = ["pack_plain"]
@@ -37,6 +37,7 @@ def pack_plain(W_NK: Tensor, fmt: LowbitFormat) -> PackedMatrix:
     rounding_kernel()(tuple(call), plan.ctypes.data)
     base = float(kept[:N].amax().clamp_min(1e-30))
     code = nearest_code(kept, base)
+    scale.copy_(least_squares(code, base, scale, kept))
     code[N:] = 0
     rounding_kernel()(tuple(call._replace(codes=codes.data_ptr())), plan.ctypes.data)
     return PackedMatrix(
