@@ -237,7 +237,7 @@ def sample_of(inputs_RD: Tensor) -> ExpertSample:
 def test_an_error_takes_as_many_rows_as_it_needs() -> None:
     """Even rows are known after 128 of the held ones, uneven ones from all 512; rows are spread over the text."""
     even, uneven = torch.ones(4000, 4), torch.ones(4000, 4)
-    uneven[4::40] = 30.0
+    uneven[4::160] = 100.0
     for inputs, blocks in ((even, 2), (uneven, 8)):
         sample = sample_of(inputs)
         energy = energy_of(sample)
