@@ -12,7 +12,6 @@ Legend: L layers.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -26,8 +25,6 @@ from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.models.profile import BudgetPoint, ComparisonRow, Profile, save_profile
 
 __all__ = ["LossOptions", "measure_budgets", "measure_losses"]
-
-log = logging.getLogger(__name__)
 
 _FEWER_WINDOWS, _DEEP = 4, 8
 """Sensitivities of models with more layers than this are measured on one of so many windows."""
@@ -75,7 +72,8 @@ def measure_losses(profile: Profile, bench: Bench, standins: tuple[str, ...], op
         comparison=tuple(_comparison(standin, memory, row) for standin, memory, row in found),
     )
     profile = _recommend(profile)
-    log.info("expected losses met those measured to within a factor of %.2f", 1 + error)
+    if found:
+        profile = replace(profile, reason=f"{profile.reason}; expected losses are right to {100 * error:.0f} %")
     save_profile(profile, bench.path)
     return profile
 

@@ -142,6 +142,7 @@ def test_the_recommendation_says_why(whole: tuple[Profile, Path]) -> None:
     best = min(profile.comparison, key=lambda row: row.kl)
     assert best.standin in profile.reason and "37.5 % memory" in profile.reason
     assert profile.recommended in (best.standin, None)
+    assert profile.reason.endswith("; expected losses are right to 0 %"), "one row a kind is met exactly"
 
 
 def test_buddies_of_every_signal_are_measured(tmp_path: Path) -> None:
