@@ -188,6 +188,22 @@ def lowbit_table() -> str:
     return "\n".join(rows)
 
 
+def rounding_table() -> str:
+    """Rows of `python tests/rounding_quality.py`: a line per rounding, rise and divergence at every width."""
+    found = {(r["rounding"], r["unbiased"], r["bits"]): r for r in records("rounding")}
+    widths = sorted({bits for *_, bits in found})
+    titles = [f"rise %, {bits} bits | KL×1000" for bits in widths]
+    rows = ["| rounding | scales | " + " | ".join(titles) + " |", "|" + "---|" * (2 + 2 * len(widths))]
+    for name, unbiased in dict.fromkeys(key[:2] for key in found):
+        cells = []
+        for r in (found[name, unbiased, bits] for bits in widths):
+            cells.append(f"{r['dppl_percent']:.2f} ± {r['dppl_se']:.2f}")
+            cells.append(f"{1000 * r['kl']:.2f} ± {1000 * r['kl_se']:.2f}")
+        scales = "unbiased" if unbiased else "least squares"
+        rows.append(f"| {name} | {scales} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def dense_table() -> str:
     """Rows of `buddymoe eval --mode exact --dense-dtype X --json`."""
     rows = ["| dense weights | rise % | KL×1000 | top-1 |", "|---|---|---|---|"]
@@ -274,6 +290,7 @@ def figures_page(text: str) -> str:
         "beside": beside_table(),
         "lowbit": lowbit_table(),
         "dense": dense_table(),
+        "rounding": rounding_table(),
         "workers": workers_table(),
         "memory": memory_table(),
         "shift": shift_table(),

@@ -3,10 +3,9 @@
     expected loss of an access = squared slot weight × squared output error × sensitivity of the layer × scale of the
     kind   (nats)
 
-Sensitivity: divergence with stand-ins in one layer only, over the summed weight² × error² of its accesses there. Scale:
-divergence with the kind in all layers, over what the sensitivities predict. Divergence is KL(exact || served) per
-token: an upper estimate of the rise of the loss, with far less spread. Everything is scored step by step through the
-engine that serves (bench.py).
+Sensitivity: divergence with stand-ins in one layer only, over the summed weight² × error² of its accesses there.
+Scales: those with which what the sensitivities predict comes nearest to all divergences measured. Divergence is
+KL(exact || served) per token: the rise of the loss but for chance, with far less spread. bench.py scores.
 
 Legend: L layers.
 """
@@ -25,36 +24,39 @@ from buddymoe_ray.engine.evaluate import EvalResult
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.models.profile import BudgetPoint, ComparisonRow, Profile, save_profile
 
-__all__ = ["LossOptions", "measure_losses"]
+__all__ = ["LossOptions", "measure_budgets", "measure_losses"]
 
 _FEWER_WINDOWS, _DEEP = 4, 8
 """Sensitivities of models with more layers than this are measured on one of so many windows."""
 _WITHIN_PERCENT = 0.3
 _PREDICTS_NOTHING = 1e-12
+BUDGETS = (0.001, 0.003, 0.01, 0.03)
+_STEPS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """What is measured: `memories` in per cent, `budgets` in nats per token, at most `tokens` held-out tokens."""
+    """What is measured: `memories` in per cent, `budgets` in nats per token (None: `BUDGETS`, where models are small),
+    at most `tokens` held-out tokens (None: as many as say enough, see pace.py)."""
 
     memories: tuple[float, ...] = (75.0, 50.0, 25.0)
-    budgets: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)
-    tokens: int = 6144
+    budgets: tuple[float, ...] | None = None
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name, values, most in (("memories", self.memories, 100.0), ("budgets", self.budgets, 1.0)):
+        for name, values, most in (("memories", self.memories, 100.0), ("budgets", self.budgets or BUDGETS, 1.0)):
             if not values or not all(0 < value <= most for value in values):
                 raise ConfigError(
                     f"{name} are {list(values)}, must be some numbers above 0 and up to {most:g}. hint: leave them out"
                 )
-        if self.tokens < 1:
+        if self.tokens is not None and self.tokens < 1:
             raise ConfigError(
                 f"expected loss tokens are {self.tokens}, must be at least 1. hint: leave --loss-tokens out"
             )
 
 
 def measure_losses(profile: Profile, bench: Bench, standins: tuple[str, ...], options: LossOptions) -> Profile:
-    """A profile with sensitivities, scales, comparison, budget curve and recommendation.
+    """A profile with sensitivities, scales, comparison and recommendation.
 
     The engines of `bench` read it from the disk, so it is written after each stage, the last one too.
     """
@@ -63,13 +65,21 @@ def measure_losses(profile: Profile, bench: Bench, standins: tuple[str, ...], op
     wanted = [(standin, memory) for memory in options.memories for standin in standins]
     rows = bench.run([{"standin": standin, "memory": f"{memory}%"} for standin, memory in wanted], "comparison")
     found = [(standin, memory, row) for (standin, memory), row in zip(wanted, rows, strict=True) if row is not None]
+    scales, error = _scales(found)
     profile = replace(
         profile,
-        kind_scale=_scales(found),
+        kind_scale=scales,
         comparison=tuple(_comparison(standin, memory, row) for standin, memory, row in found),
     )
     profile = _recommend(profile)
+    if found:
+        profile = replace(profile, reason=f"{profile.reason}; expected losses are right to {100 * error:.0f} %")
     save_profile(profile, bench.path)
+    return profile
+
+
+def measure_budgets(profile: Profile, bench: Bench, options: LossOptions) -> Profile:
+    """The same with the budget curve of its best stand-in. `bounded` fetches, so this goes step by step."""
     ranked = sorted(profile.comparison, key=lambda row: row.kl)
     best = "auto" if profile.record_bytes or not ranked else ranked[0].standin
     profile = replace(profile, budget_curve=_budget_curve(bench, best, options))
@@ -106,28 +116,44 @@ def _budget_curve(bench: Bench, standin: str, options: LossOptions) -> tuple[Bud
         variants = [{"mode": "bounded", "standin": standin, "memory": f"{m}%", "budget": b} for m, b in points]
         return dict(zip(points, bench.run(variants, what), strict=True))
 
-    least, *larger = sorted(options.budgets)
+    least, *larger = sorted(options.budgets or BUDGETS)
     rows = measured([(memory, least) for memory in options.memories], "least budget")
     unsettled = [memory for (memory, _), row in rows.items() if row is not None and row.fetched_fraction > 0]
     rows |= measured([(memory, budget) for memory in unsettled for budget in larger], "larger budgets")
     curve = [
         (memory, budget, rows.get((memory, budget), rows[memory, least]))
         for memory in options.memories
-        for budget in options.budgets
+        for budget in options.budgets or BUDGETS
     ]
     return tuple(_point(memory, budget, row) for memory, budget, row in curve if row is not None)
 
 
-def _scales(found: Sequence[tuple[str, float, EvalResult]]) -> dict[str, float]:
-    """Measured over predicted divergence of each stand-in, at the least memory it was run at.
+def _scales(found: Sequence[tuple[str, float, EvalResult]]) -> tuple[dict[str, float], float]:
+    """Scales of kinds that bring predicted divergence nearest to the measured one in all rows at once, mixes included,
+    and how near: the root mean square of what is left, as a share.
 
-    `lowbit` is a mix: its kinds get their own scale from the rows that access them alone, else the mix's.
+    Steps in the logarithm, each kind's by its share of every row's prediction. A row that does not say whose its losses
+    are has one kind: its stand-in.
     """
-    scales: dict[str, float] = {}
-    for standin, _, row in sorted(found, key=lambda item: -item[1]):  # the least memory comes last and stays
-        if row.expected_rise > _PREDICTS_NOTHING:
-            scales[standin] = row.kl / row.expected_rise
-    return scales
+    rows = [(standin, row) for standin, _, row in found if row.expected_rise > _PREDICTS_NOTHING and row.kl > 0]
+    if not rows:
+        return {}, 0.0
+    parts = [_by_kind(standin, row) for standin, row in rows]
+    kinds = sorted({kind for part in parts for kind in part})
+    expected_RK = np.array([[part.get(kind, 0.0) for kind in kinds] for part in parts])
+    measured_R = np.log([row.kl for _, row in rows])
+    scale_K = np.ones(len(kinds))
+    for _ in range(_STEPS):
+        predicted_R = expected_RK @ scale_K
+        share_RK = expected_RK * scale_K / predicted_R[:, None]
+        scale_K *= np.exp(share_RK.T @ (measured_R - np.log(predicted_R)) / share_RK.sum(axis=0))
+    left_R = measured_R - np.log(expected_RK @ scale_K)
+    return dict(zip(kinds, scale_K.tolist(), strict=True)), float(np.sqrt(np.mean(left_R**2)))
+
+
+def _by_kind(standin: str, row: EvalResult) -> dict[str, float]:
+    """Expected loss of a row by whose answers it is: of records by their kinds, of all others by the stand-in."""
+    return {kind or standin: loss for kind, loss in row.expected_by_kind.items()} or {standin: row.expected_rise}
 
 
 def _comparison(standin: str, memory: float, row: EvalResult) -> ComparisonRow:

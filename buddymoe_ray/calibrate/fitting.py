@@ -1,14 +1,16 @@
-"""Makes stand-in records and measures their output error, layer by layer, expert by expert.
+"""Makes stand-in records and measures their output error, expert by expert.
 
-Each kind is fitted on four fifths of an expert's rows and its error taken on the rest. Resumable: a finished layer's
-files are kept and only measured again. Does not know budgets or losses.
+Each kind is fitted on four fifths of an expert's rows and its error taken on the rest: on as many of them as it takes
+to know it to a fifth. On builtin:tiny the widths chosen by errors so known lose at most .4 % more (expected) than those
+chosen by errors on all rows, at 15, 25 and 50 % of memory; to a tenth .6 %, in twice the time. Does not know budgets,
+losses or files.
 
-Legend: R rows of one expert, D hidden, L layers, E experts, B bytes of a record.
+Legend: R rows of one expert, n some of them, D hidden, B bytes of a record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,32 +24,21 @@ from buddymoe_ray.calibrate.samples import ExpertSample, plain_math
 from buddymoe_ray.kernels import (
     ExpertMath,
     LowbitFormat,
-    dequantise,
-    expert_forward,
+    lowbit_forward,
     lowrank_forward,
     mean_forward,
-    packed_parts,
     record_tensors,
 )
 from buddymoe_ray.types import SlotTensor
 
-__all__ = [
-    "ENOUGH",
-    "PASSES",
-    "Fitting",
-    "RecordMaker",
-    "energy_of",
-    "error_of",
-    "fit_and_error",
-    "record_bytes",
-    "record_views",
-]
+__all__ = ["PASSES", "Fitting", "RecordMaker", "energy_of", "error_of", "record_bytes", "record_views"]
 
 PASSES = 2
 """Of refitting after the error feedback."""
-ENOUGH = 20
-"""Rows that the router must have sent an expert for its own error to mean something."""
-_MOST_ERROR_ROWS = 512
+_MAP_ROWS = 1024
+"""Most rows that a low-rank map or a mean is fitted on: more of them cost more than they bring."""
+_KNOWN, _LEAST_ROWS = 0.2, 128
+"""Standard error, as a share, at which an error is known, and rows that it takes at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +64,8 @@ class RecordMaker:
     def recipe(self) -> str:
         """How records are made and from what: files made otherwise are made again, not resumed."""
         if self._plain:
-            return "plain"  # needs no text
-        how = "compensated" if self.kind.startswith("lowbit") else "mean"
+            return "plain, unbiased"  # needs no text
+        how = "compensated, unbiased" if self.kind.startswith("lowbit") else "mean"
         return f"{f'rank {self.fitting.rank}' if self.kind == 'lowrank' else how} on {self.fitting.fitted_on}"
 
     def layout(self, shapes: Mapping[str, tuple[int, ...]], hidden: int) -> tuple[tuple[SlotTensor, ...], int]:
@@ -88,27 +79,23 @@ class RecordMaker:
 
     def make(self, sample: ExpertSample) -> dict[str, Tensor]:
         """The record of one expert."""
-        fit = _fitted_rows(sample)
+        if self._plain:
+            return quantise_expert_plain(sample.weights, self._format, plain_math(self.math))
+        rows_R = sample.fitted(None if self.kind.startswith("lowbit") else _MAP_ROWS)
+        x_RD, weight_R = sample.inputs(rows_R), sample.weight_R[rows_R]
         if self.kind.startswith("lowbit"):
-            if self._plain:
-                return quantise_expert_plain(sample.weights, self._format, plain_math(self.math))
-            x_RD, weight_R = sample.x_RD[fit], sample.weight_R[fit]
             return quantise_expert(sample.weights, x_RD, weight_R, self._format, plain_math(self.math), passes=PASSES)
-        made = fit_lowrank(
-            sample.x_RD[fit], sample.y_RD[fit], sample.weight_R[fit], self.fitting.rank if self.kind == "lowrank" else 0
-        )
+        rank = self.fitting.rank if self.kind == "lowrank" else 0
+        made = fit_lowrank(x_RD, sample.answers(x_RD), weight_R, rank)
         return made if self.kind == "lowrank" else {"bias": made["bias"]}
 
-    def answer(self, sample: ExpertSample, record: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-        """What the record answers for some of the expert's rows, `[len(rows), D]`."""
-        x_RD = sample.x_RD[rows]
+    def answer(self, x_nD: Tensor, record: Mapping[str, Tensor]) -> Tensor:
+        """What the record answers where it serves, `[n, D]`."""
         if self.kind == "lowrank":
-            return lowrank_forward(x_RD, record)
+            return lowrank_forward(x_nD, record)
         if self.kind == "mean":
-            return mean_forward(x_RD, record)
-        wide = {name: dequantised(record, name, self._format) for name in (self.math.first, "down_proj")}
-        vectors = {name: t for name, t in sample.weights.items() if t.ndim == 1}
-        return expert_forward(x_RD, wide | vectors, plain_math(self.math))
+            return mean_forward(x_nD, record)
+        return lowbit_forward(x_nD, record, self._format, plain_math(self.math))
 
     @property
     def _plain(self) -> bool:
@@ -120,28 +107,32 @@ class RecordMaker:
         return LowbitFormat(bits=int(self.kind.removeprefix("lowbit")))
 
 
-def dequantised(record: Mapping[str, Tensor], name: str, fmt: LowbitFormat) -> Tensor:
-    """One matrix of a record as float32 `[out, in]`."""
-    return dequantise(packed_parts(record, name), fmt)
-
-
-def fit_and_error(maker: RecordMaker, sample: ExpertSample) -> tuple[dict[str, Tensor], float]:
-    """A record and its mean squared output error on rows it was not fitted on, weighted as uses are."""
-    record = maker.make(sample)
-    return record, error_of(maker, sample, record)
-
-
 def error_of(maker: RecordMaker, sample: ExpertSample, record: Mapping[str, Tensor]) -> float:
-    """Mean squared norm of the record's output error, rows weighted by their squared slot weight."""
-    rows = _held_rows(sample)
-    missed_RD = maker.answer(sample, record, rows) - sample.y_RD[rows]
-    return _weighted_mean(missed_RD, sample.weight_R[rows])
+    """Mean squared norm of the record's output error on rows it was not fitted on, weighted by their squared slot
+    weight; inputs are of the dtype that is computed in."""
+    dtype = sample.hidden_TD.dtype
+    return _mean_square(sample, lambda x_nD, y_nD: maker.answer(x_nD.to(dtype), record).float() - y_nD)
 
 
 def energy_of(sample: ExpertSample) -> float:
     """Mean squared norm of the expert's output: the error of dropping it."""
-    rows = _held_rows(sample)
-    return _weighted_mean(sample.y_RD[rows], sample.weight_R[rows])
+    return _mean_square(sample, lambda _, y_nD: y_nD)
+
+
+def _mean_square(sample: ExpertSample, value: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """The weighted mean over held rows of |value(x, y)|^2, from as many blocks of them as it takes to know it."""
+    squares, shares = list[Tensor](), list[Tensor]()
+    mean = 0.0
+    for x_nD, y_nD, weight_n in sample.held():
+        squares.append(value(x_nD, y_nD).double().square().sum(dim=1))
+        shares.append(weight_n.double().square())
+        square_n, share_n = torch.cat(squares), torch.cat(shares)
+        total = share_n.sum().clamp_min(1e-300)
+        mean = float((square_n * share_n).sum() / total)
+        error = float(((square_n - mean) * share_n).norm() / total)  # of a ratio of sums
+        if len(square_n) >= _LEAST_ROWS and error <= _KNOWN * mean:
+            break
+    return mean
 
 
 def record_bytes(record: Mapping[str, Tensor], layout: Sequence[SlotTensor], nbytes: int) -> npt.NDArray[np.uint8]:
@@ -168,21 +159,3 @@ def _plain_layout(named: Mapping[str, tuple[int, ...]]) -> tuple[tuple[SlotTenso
         made.append(SlotTensor(name=name, shape=shape, dtype="bfloat16", offset=at, nbytes=nbytes))
         at += -(-nbytes // 64) * 64
     return tuple(made), at
-
-
-def _fitted_rows(sample: ExpertSample) -> Tensor:
-    rows = torch.arange(len(sample.x_RD))
-    held = (rows % 5 == 4) & (rows < sample.own) & (sample.own >= ENOUGH)
-    return rows[~held]
-
-
-def _held_rows(sample: ExpertSample) -> Tensor:
-    """Every fifth row the router sent; with too few of those, all rows there are."""
-    if sample.own < ENOUGH:
-        return torch.arange(len(sample.x_RD))[-_MOST_ERROR_ROWS:]
-    return torch.arange(4, sample.own, 5)[:_MOST_ERROR_ROWS]
-
-
-def _weighted_mean(value_RD: Tensor, weight_R: Tensor) -> float:
-    share_R = weight_R.double().square()
-    return float((value_RD.double().square().sum(dim=1) * share_R).sum() / share_R.sum().clamp_min(1e-300))

@@ -11,24 +11,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from buddymoe_ray.calibrate.fitting import (
-    ENOUGH,
-    Fitting,
-    RecordMaker,
-    energy_of,
-    error_of,
-    fit_and_error,
-    record_bytes,
-    record_views,
-)
-from buddymoe_ray.calibrate.pairs import pair_errors
-from buddymoe_ray.calibrate.samples import ExpertSample, walk_layer
+from buddymoe_ray.calibrate.fitting import Fitting, RecordMaker, energy_of, error_of, record_bytes, record_views
+from buddymoe_ray.calibrate.pairs import PairRows
+from buddymoe_ray.calibrate.samples import ENOUGH, ExpertSample, walk_layer
+from buddymoe_ray.calibrate.side_by_side import side_by_side
 from buddymoe_ray.calibrate.trace import Trace
 from buddymoe_ray.engine.parts import EngineParts
 from buddymoe_ray.errors import CheckpointError, ProfileError
@@ -86,21 +79,21 @@ def make_layers(
     bar = iter(progress(units, total=len(units), desc="stand-ins"))
     for layer in range(L):
         math, reached_E = maths[layer], reached_LE[layer]
-        records = [_LayerRecords(one, math, layer, counts[layer]) for one in files]
-        for sample in walk_layer(cache, trace, layer, math):
+        made = _Layer(files, math, layer, counts[layer], buddies="buddy" in kinds)
+        walk = partial(walk_layer, cache, trace, layer, math)
+        for sample, energy, errors in side_by_side(made.add, walk(), parts.config.threads):
             next(bar, None)
             reached_E[sample.expert] = sample.own >= ENOUGH
-            tables.energy_LE[layer, sample.expert] = energy_of(sample)
-            for one in records:
-                tables.errors[one.maker.kind][layer, sample.expert] = one.add(sample)
-        for one in records:
-            one.write()
-            _fill_rare(tables.errors[one.maker.kind][layer], reached_E)
-        _fill_rare(tables.energy_LE[layer], reached_E)
-        if "buddy" in kinds:
-            tables.pair_error_LEE[layer], tables.pair_scale_LEE[layer] = _pairs(
-                cache, trace, layer, math, counts[layer], E
-            )
+            tables.energy_LE[layer, sample.expert] = energy
+            for kind, error in errors.items():
+                tables.errors[kind][layer, sample.expert] = error
+        made.write()
+        for table in (tables.energy_LE, *tables.errors.values()):
+            _fill_rare(table[layer], reached_E)
+        if made.pairs is not None:
+            error_EE, scale_EE = made.pairs.errors(walk)
+            tables.pair_error_LEE[layer, : len(error_EE), : len(error_EE)] = error_EE
+            tables.pair_scale_LEE[layer, : len(error_EE), : len(error_EE)] = scale_EE
     next(bar, None)
     tables.record_bytes = {one.maker.kind: one.nbytes for one in files}
     _tell_rare(len(units) - int(reached_LE.sum()), len(units))
@@ -128,18 +121,35 @@ class _LayerRecords:
         self._records_EB = np.zeros((E, files.nbytes), np.uint8) if found is None else found
 
     def add(self, sample: ExpertSample) -> float:
-        """Make one expert's record, unless it is there; returns its error."""
-        if self._found:
-            record = record_views(self._records_EB[sample.expert], self._files.layout)
-            return error_of(self.maker, sample, record)
-        record, error = fit_and_error(self.maker, sample)
-        self._records_EB[sample.expert] = record_bytes(record, self._files.layout, self._files.nbytes)
-        return error
+        """Make one expert's record, unless it is there; returns the error of what is kept."""
+        layout, record_B = self._files.layout, self._records_EB[sample.expert]
+        if not self._found:
+            record_B[:] = record_bytes(self.maker.make(sample), layout, self._files.nbytes)
+        return error_of(self.maker, sample, record_views(record_B, layout))
 
     def write(self) -> None:
         """Write the layer's file."""
         if not self._found:
             self._files.writer.write(self._layer, self._records_EB)
+
+
+class _Layer:
+    """All kinds of one layer, and the rows of its pairs where `buddies` are wanted."""
+
+    def __init__(self, files: Sequence[_Files], math: ExpertMath, layer: int, E: int, *, buddies: bool) -> None:
+        self.pairs = PairRows(E) if buddies else None
+        self._records = [_LayerRecords(one, math, layer, E) for one in files]
+
+    def add(self, sample: ExpertSample) -> tuple[ExpertSample, float, dict[str, float]]:
+        """Make one expert's records; its energy and, by kind, their errors."""
+        if self.pairs is not None:
+            self.pairs.add(sample)
+        return sample, energy_of(sample), {one.maker.kind: one.add(sample) for one in self._records}
+
+    def write(self) -> None:
+        """Write the layer's files."""
+        for one in self._records:
+            one.write()
 
 
 def _check_room(folder: Path, files: Sequence[_Files], counts: Sequence[int]) -> None:
@@ -149,12 +159,6 @@ def _check_room(folder: Path, files: Sequence[_Files], counts: Sequence[int]) ->
         check_space(folder, sum(one.nbytes * E for one, E in missing))
     except CheckpointError as error:
         raise ProfileError(f"stand-ins cannot be written: {error}, or make fewer --kinds") from error
-
-
-def _pairs(cache: Any, trace: Trace, layer: int, math: ExpertMath, count: int, E: int) -> tuple[Floats, Floats]:
-    error_EE, scale_EE = pair_errors(lambda: walk_layer(cache, trace, layer, math), count, math)
-    pad = ((0, E - count), (0, E - count))
-    return np.pad(error_EE, pad), np.pad(scale_EE, pad)
 
 
 def _fill_rare(error_E: Floats, reached_E: npt.NDArray[np.bool_]) -> None:

@@ -41,14 +41,35 @@ def fit_lowrank(
     x, y = x_RD.double(), y_RD.double()
     mean_x, mean_y = share @ x, share @ y
     x, y = (x - mean_x) * share.sqrt().unsqueeze(1), (y - mean_y) * share.sqrt().unsqueeze(1)
-    Cxx = x.T @ x
-    damping = ridge * float(Cxx.diagonal().mean()) * max(1.0, width / rows) + 1e-12
-    Cxx.diagonal().add_(damping)
-    B = torch.linalg.solve(Cxx, x.T @ y).T
-    _, vectors = torch.linalg.eigh(B @ Cxx @ B.T)
-    up = vectors[:, width - rank :].flip(1)
-    down = up.T @ B
+    if rank == 0:
+        none = x.new_zeros(0, width, dtype=dtype)
+        return {"down": none, "up": none.T, "bias": mean_y.to(dtype)}
+    damping = ridge * float(x.square().sum()) / width * max(1.0, width / rows) + 1e-12
+    up, down = (_by_rows if rank < rows < width else _by_inputs)(x, y, damping, rank)
     size = down.norm(dim=1).clamp_min(1e-12).sqrt()  # both factors of a direction alike: safe in half precision
     up, down = up * size, down / size.unsqueeze(1)
     bias = mean_y - up @ (down @ mean_x)
     return {"down": down.to(dtype), "up": up.to(dtype), "bias": bias.to(dtype)}
+
+
+def _by_inputs(x: Tensor, y: Tensor, damping: float, rank: int) -> tuple[Tensor, Tensor]:
+    """`up, down` from the second moment of the inputs [D, D]."""
+    Cxx = x.T @ x
+    Cxx.diagonal().add_(damping)
+    B = torch.linalg.solve(Cxx, x.T @ y).T
+    _, vectors = torch.linalg.eigh(B @ Cxx @ B.T)
+    up = vectors[:, len(vectors) - rank :].flip(1)
+    return up, up.T @ B
+
+
+def _by_rows(x: Tensor, y: Tensor, damping: float, rank: int) -> tuple[Tensor, Tensor]:
+    """The same from the rows' products [R, R], where there are fewer of them: B = y^T S^-1 x with S = x x^T + damping,
+    and B (Cxx + damping) B^T = y^T A y with A = 1 - damping S^-1, whose eigenvectors are those of L^T y y^T L."""
+    rows, one = len(x), torch.eye(len(x), dtype=x.dtype)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(x @ x.T + damping * one))
+    L = torch.linalg.cholesky((1 + 1e-9) * one - damping * inverse)  # centred rows: one of A's eigenvalues is 0
+    seen = L.T @ y
+    size, vectors = torch.linalg.eigh(seen @ seen.T)
+    kept = slice(rows - rank, rows)
+    up = (seen.T @ (vectors[:, kept] / size[kept].clamp_min(1e-9 * float(size[-1]) + 1e-300).sqrt())).flip(1)
+    return up, up.T @ (y.T @ inverse) @ x

@@ -2,7 +2,7 @@
 
 Does not know layers, corpora or files: an expert's weights, its inputs and their slot weights come in. Invariant: the
 second projection is rounded for what the *rounded* first one feeds it.
-Neighbours: kernels.rounding and rounding_compensated.py round a matrix; tuning.py improves all experts together.
+Neighbours: kernels.rounding and rounding_compensated.py round a matrix.
 Tried on builtin:tiny and left out (3 bits, thousandths of a nat of KL per token, 8.1 as it is): moments without
 slot weights +3 %; inputs from already rounded layers -1 %; damping .001 / .05 -1 / -3 %; no corrected target +5 % (2
 bits: +12 %); groups of 16 / 64 -21 / +10 %, less than the same bytes bring as wider codes for the worst experts.
@@ -18,20 +18,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from buddymoe_ray.calibrate.rounding_compensated import moment, round_compensated, weighted_error
-from buddymoe_ray.kernels.lowbit import LowbitFormat, pack
+from buddymoe_ray.calibrate.rounding_compensated import moment, round_compensated, unbiased, weighted_error
+from buddymoe_ray.kernels.lowbit import LowbitFormat, PackedMatrix, pack
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.kernels.rounding import Rounded, dequantise_rounded, round_plain
+from buddymoe_ray.kernels.rounding_cpu import pack_plain
 
 __all__ = [
     "Rounded",
     "dequantise_rounded",
     "moment",
-    "packed_tensors",
     "quantise_expert",
     "quantise_expert_plain",
     "round_compensated",
     "round_plain",
+    "unbiased",
     "weighted_error",
 ]
 
@@ -63,13 +64,15 @@ def quantise_expert(
     first = weights[math.first].float()
     more = damping * FEW_ROWS / _effective_rows(weight_R)  # what few rows say of K inputs is mostly chance
     dampings = [damping + more * x.shape[1], damping + more * weights["down_proj"].shape[1]]
-    rounded = round_compensated(first, moment(x, weight_R), fmt, damping=dampings[0], passes=passes)
+    H_DD = moment(x, weight_R)
+    rounded = unbiased(round_compensated(first, H_DD, fmt, damping=dampings[0], passes=passes), first, H_DD, fmt)
     bias = weights[f"{math.first}_bias"].float() if math.bias else None
     exact_RF = math.activate(functional.linear(x, first, bias))
     hidden_RF = math.activate(functional.linear(x, dequantise_rounded(rounded, fmt), bias))
     target = _corrected(weights["down_proj"].float(), exact_RF, hidden_RF, weight_R, dampings[1])
-    down = round_compensated(target, moment(hidden_RF, weight_R), fmt, damping=dampings[1], passes=passes)
-    return packed_tensors(weights, {math.first: rounded, "down_proj": down}, fmt)
+    H_FF = moment(hidden_RF, weight_R)
+    down = unbiased(round_compensated(target, H_FF, fmt, damping=dampings[1], passes=passes), target, H_FF, fmt)
+    return _named(weights, {math.first: pack(*rounded, fmt), "down_proj": pack(*down, fmt)})
 
 
 def _effective_rows(weight_R: Tensor) -> float:
@@ -94,17 +97,12 @@ def _corrected(W_DF: Tensor, exact_RF: Tensor, ours_RF: Tensor, weight_R: Tensor
 
 def quantise_expert_plain(weights: Mapping[str, Tensor], fmt: LowbitFormat, math: ExpertMath) -> dict[str, Tensor]:
     """The record of an expert by nearest rounding: needs no inputs, fast enough for large models."""
-    return packed_tensors(weights, {name: round_plain(weights[name], fmt) for name in (math.first, "down_proj")}, fmt)
+    return _named(weights, {name: pack_plain(weights[name], fmt) for name in (math.first, "down_proj")})
 
 
-def packed_tensors(
-    weights: Mapping[str, Tensor], rounded: Mapping[str, Rounded], fmt: LowbitFormat
-) -> dict[str, Tensor]:
+def _named(weights: Mapping[str, Tensor], packed: Mapping[str, PackedMatrix]) -> dict[str, Tensor]:
     """Tensors of a record under the names of `record_tensors`; vectors (biases) stay as they are."""
     made: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        if name not in rounded:
-            made[name] = weight
-            continue
-        made |= pack(*rounded[name], fmt).named(name)
+        made |= packed[name].named(name) if name in packed else {name: weight}
     return made

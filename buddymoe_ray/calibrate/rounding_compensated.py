@@ -19,12 +19,13 @@ from buddymoe_ray.kernels.rounding import (
     Rounded,
     dequantise_rounded,
     nearest_code,
+    round_nearest,
     round_plain,
     scale_of,
     search_scale,
 )
 
-__all__ = ["moment", "round_compensated", "weighted_error"]
+__all__ = ["moment", "round_compensated", "unbiased", "weighted_error"]
 
 
 def moment(x_RK: Tensor, weight_R: Tensor | None = None) -> Tensor:
@@ -66,11 +67,11 @@ def round_compensated(
     if not (bool(torch.isfinite(H).all()) and mean > 0):
         return round_plain(W, fmt)
     H = H + damping * mean * torch.eye(K, device=H.device)
-    unweighted = round_plain(W, fmt)
+    unweighted = round_nearest(W, fmt)
     if K % GROUP:
         unweighted = unweighted._replace(q=pad(unweighted.q, (0, -K % GROUP), value=fmt.levels // 2))
         W, H = _filled_up(W, H, 1e-6 * mean)
-    plain = round_plain(W, fmt, importance_K=H.diagonal())
+    plain = round_nearest(W, fmt, importance_K=H.diagonal())
     order = _order(H, by_activity)
     factor = _inverse_factor(H[order][:, order])
     if factor is None:
@@ -80,6 +81,14 @@ def round_compensated(
     for _ in range(passes):
         best = _descend(W, _refit(W, best, H, fmt), H, fmt)
     return best._replace(q=best.q[:, :K].contiguous())
+
+
+def unbiased(rounded: Rounded, W_NK: Tensor, H_KK: Tensor, fmt: LowbitFormat) -> Rounded:
+    """With the scale of the matrix at which copy and matrix project alike, <W, Q>_H = <W, W>_H: what errs least is
+    smaller than the matrix by its relative error, and so are its outputs."""
+    WH_NK = W_NK.float() @ H_KK.float()
+    wanted, found = float((WH_NK * W_NK).sum()), float((WH_NK * dequantise_rounded(rounded, fmt)).sum())
+    return rounded._replace(base=rounded.base * wanted / found) if 0 < wanted < 2 * found else rounded
 
 
 def _filled_up(W: Tensor, H: Tensor, moment: float) -> tuple[Tensor, Tensor]:

@@ -10,17 +10,17 @@ import hashlib
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from buddymoe_ray.calibrate.bench import Bench, Footprint
-from buddymoe_ray.calibrate.expected_loss import LossOptions, measure_losses
+from buddymoe_ray.calibrate.expected_loss import LossOptions, measure_budgets, measure_losses
 from buddymoe_ray.calibrate.fitting import PASSES, Fitting
 from buddymoe_ray.calibrate.layers import LayerTables, make_layers, parameter_shapes
-from buddymoe_ray.calibrate.pace import compensated_seconds
+from buddymoe_ray.calibrate.pace import compensated_seconds, scored_tokens, traced_tokens
 from buddymoe_ray.calibrate.tables import make_tables
 from buddymoe_ray.calibrate.trace import record_trace
 from buddymoe_ray.config import BUDDIES, LOWBIT, RECORD_KINDS, EngineConfig
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 KINDS = (*RECORD_KINDS, "buddy")
 _HELD_SHARE, _LEAST_HELD = 0.15, 4
 _LEAST_TRACED = 4
+_COPIES = ("lowbit2", "lowbit3", "lowbit4")
 
 Progress = Callable[..., Iterable[Any]]
 
@@ -54,8 +55,9 @@ class CalibrationOptions:
         config: the exact engine that runs the corpus; its memory budget holds.
         ids: the corpus as token ids.
         out: the profile to write; records go beside it.
-        kinds: stand-ins to make and measure (`KINDS`); `buddy` measures every pair of experts.
-        tokens: most tokens traced.
+        kinds: stand-ins to make and measure (`KINDS`); `buddy` measures every pair of experts. None is all of them, of
+            large models only low-bit copies: no other has been worth its time.
+        tokens: most tokens traced; None is as many as say enough (pace.py).
         window: tokens of a traced window; None is 512 or the model's limit.
         compensated: error-compensated rounding; plain is many times faster. None chooses it where it would take at most
             `rounding_minutes` here.
@@ -67,8 +69,8 @@ class CalibrationOptions:
     config: EngineConfig
     ids: Sequence[int]
     out: Path
-    kinds: tuple[str, ...] = KINDS
-    tokens: int = 65_536
+    kinds: tuple[str, ...] | None = None
+    tokens: int | None = None
     window: int | None = None
     compensated: bool | None = None
     rounding_minutes: float = 30.0
@@ -77,10 +79,10 @@ class CalibrationOptions:
     losses: LossOptions = field(default_factory=LossOptions)
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.kinds) - set(KINDS))
-        if unknown or not self.kinds:
-            raise ConfigError(f"kinds are {list(self.kinds)}, must be of {', '.join(KINDS)}. hint: leave --kinds out")
-        if min(self.tokens, self.rank) < 1:
+        kinds = KINDS if self.kinds is None else self.kinds
+        if set(kinds) - set(KINDS) or not kinds:
+            raise ConfigError(f"kinds are {list(kinds)}, must be of {', '.join(KINDS)}. hint: leave --kinds out")
+        if min(1 if self.tokens is None else self.tokens, self.rank) < 1:
             raise ConfigError(
                 f"tokens and rank are {self.tokens} and {self.rank}, must be at least 1. hint: leave them out"
             )
@@ -113,16 +115,21 @@ def calibrate(options: CalibrationOptions, *, progress: Progress = lambda items,
                 f"model takes {parts.limits.max_model_len} tokens, must take {WINDOW} to measure expected losses. "
                 "hint: --quick makes a profile for mode fast"
             )
-        traced, held = _split_corpus(options, parts.limits.max_model_len)
-        profile = _profile(options, parts, model_hash(folder), traced, progress)
         footprint = _footprint(parts)
+        options = replace(options, kinds=options.kinds or (KINDS if footprint.small else _COPIES))
+        tokens = options.tokens or traced_tokens(parts)
+        traced, held = _split_corpus(options, parts.limits.max_model_len, tokens)
+        profile = _profile(options, parts, model_hash(folder), traced, progress)
+        save_profile(profile, options.out)
+        if not options.quick:
+            windows = cut_windows(held, tokens=options.losses.tokens or scored_tokens(parts))
+            sweep = Bench(options.config, options.out, windows, footprint, progress, parts=parts)
+            profile = measure_losses(profile, sweep, _standins(options), options.losses)
     finally:
         parts.experts.cache.close()
-    save_profile(profile, options.out)
-    if not options.quick:
-        windows = cut_windows(held, tokens=options.losses.tokens)
+    if not options.quick and _wants_budgets(options, footprint):
         bench = Bench(options.config, options.out, windows, footprint, progress)
-        profile = measure_losses(profile, bench, _standins(options), options.losses)
+        profile = measure_budgets(profile, bench, options.losses)
     return profile
 
 
@@ -140,7 +147,7 @@ def _profile(
         layers = make_layers(
             parts,
             trace,
-            kinds=options.kinds,
+            kinds=options.kinds or (),
             folder=standins_folder(options.out),
             model_hash=fingerprint,
             fitting=Fitting(
@@ -183,6 +190,14 @@ def _footprint(parts: EngineParts) -> Footprint:
     return Footprint(experts=parts.experts.cache.layout.total_bytes, dense=dense)
 
 
+def _wants_budgets(options: CalibrationOptions, footprint: Footprint) -> bool:
+    """Whether to measure the budget curve: where asked for, or where engines that go step by step take no hour."""
+    wanted = options.losses.budgets is not None or footprint.small
+    if not wanted:
+        log.info("no budget curve is measured for %.1f GB of experts. hint: --budgets", footprint.experts / 1e9)
+    return wanted
+
+
 def _compensated(options: CalibrationOptions, parts: EngineParts, tokens: int) -> bool:
     """Whether to round with error compensation; `auto` tries how long that would take."""
     if options.compensated is not None:
@@ -192,7 +207,7 @@ def _compensated(options: CalibrationOptions, parts: EngineParts, tokens: int) -
     seconds = compensated_seconds(
         parameter_shapes(parts, math),
         experts=experts,
-        widths=sum(kind.startswith("lowbit") and kind != "lowbit8" for kind in options.kinds),
+        widths=sum(kind.startswith("lowbit") and kind != "lowbit8" for kind in options.kinds or ()),
         rows=tokens * parts.loaded.experts_per_token // max(layout.experts_per_layer),
         passes=PASSES,
     )
@@ -233,7 +248,9 @@ def _digest(ids: Sequence[int] | Sequence[Sequence[int]]) -> str:
     return hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest()
 
 
-def _split_corpus(options: CalibrationOptions, longest: int) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+def _split_corpus(
+    options: CalibrationOptions, longest: int, tokens: int
+) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
     """Windows to trace, and the ids kept apart from the end of the corpus for measuring."""
     window = min(options.window or 512, longest - 1)
     count = len(options.ids) // window
@@ -245,7 +262,7 @@ def _split_corpus(options: CalibrationOptions, longest: int) -> tuple[list[tuple
             "hint: give more text"
         )
     held = max(least_held, round(_HELD_SHARE * count))
-    traced = min(count - held, max(1, options.tokens // window))
+    traced = min(count - held, max(1, tokens // window))
     # spread over the corpus, so that a cap on tokens does not leave whole files out
     chosen = np.linspace(0, count - held - 1, traced).astype(int)
     windows = [tuple(options.ids[at * window : (at + 1) * window]) for at in chosen]
@@ -254,6 +271,7 @@ def _split_corpus(options: CalibrationOptions, longest: int) -> tuple[list[tuple
 
 def _standins(options: CalibrationOptions) -> tuple[str, ...]:
     """Names of `EngineConfig.standin` that the chosen kinds allow to compare."""
-    mixed = ("lowbit",) if len(set(LOWBIT) & set(options.kinds)) > 1 else ()
-    own = sorted(set(RECORD_KINDS) & set(options.kinds), key=RECORD_KINDS.index)
-    return (*mixed, *own, *(BUDDIES if "buddy" in options.kinds else ()), "drop")
+    kinds = set(options.kinds or ())
+    mixed = ("lowbit",) if len(set(LOWBIT) & kinds) > 1 else ()
+    own = sorted(set(RECORD_KINDS) & kinds, key=RECORD_KINDS.index)
+    return (*mixed, *own, *(BUDDIES if "buddy" in kinds else ()), "drop")

@@ -1,14 +1,16 @@
 """One expert at a time: its weights, the rows that the router sent it, and what it answers.
 
-Reads through the engine's own cache, so a model larger than memory is walked within the budget. Knows no stand-ins.
+Reads through the engine's own cache, so a model larger than memory is walked within the budget. Rows are gathered and
+answered only where somebody asks for them: all answers of a large model's experts would take ten times as long as
+everything else that is done with them. Knows no stand-ins.
 
-Legend: T tokens, K slots, R rows of one expert, D hidden.
+Legend: T tokens, K slots, R rows of one expert, n some of them, D hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,11 +19,18 @@ from buddymoe_ray.cache import EngineCache
 from buddymoe_ray.calibrate.trace import Trace
 from buddymoe_ray.kernels import ExpertMath, expert_forward
 
-__all__ = ["ExpertSample", "plain_math", "walk_layer"]
+__all__ = ["ENOUGH", "ExpertSample", "plain_math", "walk_layer"]
 
+ENOUGH = 20
+"""Rows that the router must have sent an expert for its own error to mean something."""
 _MOST_ROWS = 4096
 _FEW_ROWS = 64
 _BORROWED_WEIGHT = 0.1
+_BLOCK = 64
+"""Rows that are answered at once where nobody knows yet how many it takes."""
+_MOST_BLOCKS = 8
+_HELD = 5
+"""One of so many rows is not fitted on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +42,46 @@ class ExpertSample:
 
     expert: int
     weights: Mapping[str, Tensor]
-    x_RD: Tensor
+    math: ExpertMath
+    hidden_TD: Tensor
+    token_R: Tensor
     weight_R: Tensor
-    y_RD: Tensor
     own: int
+    _blocks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def inputs(self, rows_n: Tensor | None = None) -> Tensor:
+        """Float32 `[n, D]` of some rows; None: of all."""
+        return self.hidden_TD[self.token_R if rows_n is None else self.token_R[rows_n]].float()
+
+    def answers(self, x_nD: Tensor) -> Tensor:
+        """What the expert answers, float32 `[n, D]`."""
+        return expert_forward(x_nD, self.weights, plain_math(self.math))
+
+    def fitted(self, most: int | None = None) -> Tensor:
+        """Rows to fit on, all or `most` of them spread evenly: with enough rows not the held ones, see `held`."""
+        rows_R = torch.arange(len(self.token_R))
+        if self.own >= ENOUGH:
+            rows_R = rows_R[(rows_R % _HELD != _HELD - 1) | (rows_R >= self.own)]
+        return rows_R if most is None else _spread(rows_R, most)
+
+    def held(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Blocks `(x_nD, y_nD, weight_n)` of rows that nothing is fitted on, each spread over the whole text.
+
+        Every fifth row the router sent; with too few of those, the last rows there are. A block is gathered and
+        answered at its first use, and kept.
+        """
+        most = _BLOCK * _MOST_BLOCKS
+        if self.own < ENOUGH:
+            rows_R = torch.arange(len(self.token_R))[-most:]
+        else:
+            rows_R = _spread(torch.arange(_HELD - 1, self.own, _HELD), most)
+        count = -(-len(rows_R) // _BLOCK)
+        for at in range(count):
+            rows_n = rows_R[at::count]
+            if at not in self._blocks:
+                x_nD = self.inputs(rows_n)
+                self._blocks[at] = x_nD, self.answers(x_nD)
+            yield *self._blocks[at], self.weight_R[rows_n]
 
 
 def plain_math(math: ExpertMath) -> ExpertMath:
@@ -46,32 +91,38 @@ def plain_math(math: ExpertMath) -> ExpertMath:
 
 def walk_layer(cache: EngineCache, trace: Trace, layer: int, math: ExpertMath) -> Iterator[ExpertSample]:
     """Every expert of a layer, in the order the cache lends them."""
-    ids_TK, weight_TK = trace.ids(layer), trace.weights(layer)
-    hidden_TD = trace.hidden(layer)
-    E = cache.layout.experts_per_layer[layer]
+    ids_TK, weight_TK, hidden_TD = trace.ids(layer), trace.weights(layer), trace.hidden(layer)
+    E, others = cache.layout.experts_per_layer[layer], max(1, len(hidden_TD) // _FEW_ROWS)
     for leases in cache.stream(layer, range(E), protect_residency=True):
         for lease in leases:
-            expert = lease.key.expert
-            weights = _widened(lease.tensors(), math.transposed)
-            token_R, slot_R = (ids_TK == expert).nonzero(as_tuple=True)
-            token_R, slot_R = _spread(token_R), _spread(slot_R)
-            x_RD, weight_R = hidden_TD[token_R].float(), weight_TK[token_R, slot_R].float()
-            own = len(token_R)
+            token_R, slot_R = (ids_TK == lease.key.expert).nonzero(as_tuple=True)
+            token_R, slot_R = _spread(token_R, _MOST_ROWS), _spread(slot_R, _MOST_ROWS)
+            weight_R, own = weight_TK[token_R, slot_R].float(), len(token_R)
             if own < _FEW_ROWS:
-                others_R = torch.arange(0, len(hidden_TD), max(1, len(hidden_TD) // _FEW_ROWS))[:_FEW_ROWS]
-                x_RD = torch.cat([x_RD, hidden_TD[others_R].float()])
-                weight_R = torch.cat([weight_R, torch.full((len(others_R),), _BORROWED_WEIGHT / trace.top_k)])
-            y_RD = expert_forward(x_RD, weights, plain_math(math))
-            yield ExpertSample(expert=expert, weights=weights, x_RD=x_RD, weight_R=weight_R, y_RD=y_RD, own=own)
+                borrowed_R = torch.arange(0, len(hidden_TD), others)[:_FEW_ROWS]
+                token_R = torch.cat([token_R, borrowed_R])
+                weight_R = torch.cat([weight_R, torch.full((len(borrowed_R),), _BORROWED_WEIGHT / trace.top_k)])
+            yield ExpertSample(
+                expert=lease.key.expert,
+                weights=_widened(lease.tensors(), math.transposed),
+                math=math,
+                hidden_TD=hidden_TD,
+                token_R=token_R,
+                weight_R=weight_R,
+                own=own,
+            )
 
 
 def _widened(tensors: Mapping[str, Tensor], transposed: bool) -> dict[str, Tensor]:
     wide = {name: t.detach().float().cpu() for name, t in tensors.items()}
-    return {name: t.T.contiguous() if transposed and t.ndim == 2 else t.clone() for name, t in wide.items()}
+    return {
+        name: t.T.contiguous() if transposed and t.ndim == 2 else t.clone() if t.dtype == tensors[name].dtype else t
+        for name, t in wide.items()
+    }
 
 
-def _spread(index_R: Tensor) -> Tensor:
+def _spread(index_R: Tensor, most: int) -> Tensor:
     """At most so many entries, spread evenly."""
-    if len(index_R) <= _MOST_ROWS:
+    if len(index_R) <= most:
         return index_R
-    return index_R[torch.linspace(0, len(index_R) - 1, _MOST_ROWS).long()]
+    return index_R[torch.linspace(0, len(index_R) - 1, most).long()]

@@ -49,10 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_argument(parser)
     parser.add_argument("--corpus", nargs="+", required=True, help="text files or folders, or .npy files of token ids")
     parser.add_argument("--out", type=Path, default=None, help="P.profile; default beside the checkpoint")
-    parser.add_argument("--tokens", type=int, default=65_536, help="most tokens traced")
+    parser.add_argument("--tokens", type=int, default=None, help="most tokens traced; default by the model's size")
     parser.add_argument("--window", type=int, default=None, help="tokens of a traced window")
     parser.add_argument(
-        "--kinds", default=None, help="some of lowbit2,lowbit3,lowbit4,lowbit8,lowrank,mean,buddy; default all"
+        "--kinds",
+        default=None,
+        help="some of lowbit2,lowbit3,lowbit4,lowbit8,lowrank,mean,buddy; default all, of large models the first three",
     )
     parser.add_argument(
         "--rounding", choices=sorted(_COMPENSATED), default="auto", help="of low-bit copies; auto looks at the time"
@@ -65,24 +67,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="measure no expected losses: the profile serves mode fast only"
     )
     parser.add_argument("--at", default="75,50,25", help="memories (%%) at which stand-ins are compared")
-    parser.add_argument("--budgets", default=".001,.003,.01,.03", help="budgets (nats) of the curve for bounded")
+    parser.add_argument(
+        "--budgets",
+        default=None,
+        help="budgets (nats) of the curve for bounded; default .001,.003,.01,.03 for small models",
+    )
     parser.add_argument(
         "--loss-tokens",
         type=int,
-        default=6144,
-        help="most held-out tokens that expected losses are measured on",
+        default=None,
+        help="most held-out tokens that expected losses are measured on; default by the model's size",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate; exit status 0."""
     config = engine_config(args, guard_share=0.0, mode="exact", profile=None)
-    memories, budgets = _numbers("--at", args.at), _numbers("--budgets", args.budgets)
+    memories = _numbers("--at", args.at)
+    budgets = None if args.budgets is None else _numbers("--budgets", args.budgets)
     folder = resolve_model(args.model)
     ids = _corpus_ids(args)
     from buddymoe_ray.calibrate.expected_loss import LossOptions  # late: they import torch
     from buddymoe_ray.calibrate.report import write_report
-    from buddymoe_ray.calibrate.run import KINDS, CalibrationOptions, calibrate
+    from buddymoe_ray.calibrate.run import CalibrationOptions, calibrate
     from buddymoe_ray.models.profile import NAME
 
     out = args.out or folder / NAME
@@ -90,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         config=config,
         ids=ids,
         out=out,
-        kinds=KINDS if args.kinds is None else tuple(args.kinds.split(",")),
+        kinds=None if args.kinds is None else tuple(args.kinds.split(",")),
         tokens=args.tokens,
         window=args.window,
         compensated=_COMPENSATED[args.rounding],

@@ -9,7 +9,7 @@ Legend: B sequences of a step, V vocabulary, W windows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent
 
-__all__ = ["PREFILLED", "WINDOW", "EvalResult", "cut_windows", "evaluate", "evaluate_many"]
+__all__ = ["PREFILLED", "WINDOW", "EvalResult", "Totals", "cut_windows", "evaluate", "evaluate_many"]
 
 WINDOW = 256
 PREFILLED = 64
@@ -41,7 +41,8 @@ class EvalResult:
 
     `miss_rate` is of (token, slot) accesses in decode whose expert was not resident; `fetched_fraction` and
     `standin_fraction` of those misses. `dppl_se` is the standard error of `dppl_percent` (paired differences, clustered
-    by window), `expected_rise` what the ledger charged per token (nats).
+    by window), `expected_rise` what the ledger charged per token (nats), `expected_by_kind` for whose answers
+    (`lowbit3`), where that is known.
     """
 
     ppl_exact: float
@@ -56,10 +57,11 @@ class EvalResult:
     expected_rise: float
     tokens: int
     windows: int
+    expected_by_kind: Mapping[str, float] = field(default_factory=dict)
 
     def as_record(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "expected_by_kind"}
 
 
 def cut_windows(ids: Sequence[int], *, tokens: int | None) -> list[tuple[int, ...]]:
@@ -101,12 +103,12 @@ def evaluate_many(
     stored. A config whose memory cannot hold its stand-ins has its BudgetError in place of a result.
     """
     exact = configs[0].exactly(memory="100%", dense_dtype="native")
-    totals = [_Totals() for _ in configs]
+    totals = [Totals() for _ in configs]
     starts = range(0, len(windows), batch)
     with ExitStack() as stack:
         reference, seen_exact = stack.enter_context(_ForcedEngine(exact))
         refused: dict[int, BudgetError] = {}
-        others: list[tuple[Engine, _Forced, _Totals]] = []
+        others: list[tuple[Engine, _Forced, Totals]] = []
         for at, config in enumerate(configs):
             sharing = None
             if movable:
@@ -172,7 +174,9 @@ class _ForcedEngine:
 
 
 @dataclass(kw_only=True)
-class _Totals:
+class Totals:
+    """Sums over scored tokens."""
+
     nll_exact: float = 0.0
     nll: float = 0.0
     kl: float = 0.0
@@ -182,6 +186,7 @@ class _Totals:
     fetched: int = 0
     stood_in: int = 0
     expected_rise: float = 0.0
+    expected_by_kind: dict[str, float] = field(default_factory=dict)
     rise_by_window: dict[str, float] = field(default_factory=dict)
 
     def count(self, events: Iterable[TokenEvent]) -> None:
@@ -227,6 +232,7 @@ class _Totals:
             fetched_fraction=100 * self.fetched / misses if misses else 0.0,
             standin_fraction=100 * self.stood_in / misses if misses else 0.0,
             expected_rise=self.expected_rise / count,
+            expected_by_kind={kind: loss / count for kind, loss in self.expected_by_kind.items()},
             tokens=count,
             windows=clusters,
         )

@@ -22,7 +22,7 @@ from buddymoe_ray.kernels.lowrank import lowrank_forward, mean_forward
 from buddymoe_ray.kernels.norm import CpuNorm
 from buddymoe_ray.kernels.paged_attention import PagedLayer
 from buddymoe_ray.kernels.reference import ExpertMath, expert_forward
-from buddymoe_ray.kernels.rounding import round_plain
+from buddymoe_ray.kernels.rounding_cpu import pack_plain
 from buddymoe_ray.kernels.router import CpuRouter
 from buddymoe_ray.kernels.upcast import UpcastScratch
 
@@ -53,11 +53,11 @@ __all__ = [
     "matrix_at",
     "mean_forward",
     "pack",
+    "pack_plain",
     "packed_parts",
     "packed_shapes",
     "prepare_lowbit",
     "record_tensors",
-    "round_plain",
     "unpack",
     "widens",
 ]

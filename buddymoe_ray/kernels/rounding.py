@@ -8,6 +8,7 @@ Legend: N outputs, K inputs, G groups of a row, S inputs in a group, n rows of a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,18 @@ from torch.nn.functional import pad
 
 from buddymoe_ray.kernels.lowbit_format import GROUP, LowbitFormat
 
-__all__ = ["FINE_SHARES", "Rounded", "dequantise_rounded", "nearest_code", "round_plain", "scale_of", "search_scale"]
+__all__ = [
+    "FINE_SHARES",
+    "PLAIN_SHARES",
+    "Rounded",
+    "dequantise_rounded",
+    "least_squares",
+    "nearest_code",
+    "round_nearest",
+    "round_plain",
+    "scale_of",
+    "search_scale",
+]
 
 STEPS_PER_OCTAVE = 24
 LARGEST_CODE = 255
@@ -40,34 +52,65 @@ def dequantise_rounded(rounded: Rounded, fmt: LowbitFormat) -> Tensor:
     return (rounded.q.float() - (fmt.levels - 1) / 2) * scale_NK
 
 
-def round_plain(W_NK: Tensor, fmt: LowbitFormat, *, importance_K: Tensor | None = None) -> Rounded:
-    """Nearest codes under a searched scale per group; `importance_K` weights the squared errors of the inputs.
+def round_plain(W_NK: Tensor, fmt: LowbitFormat) -> Rounded:
+    """`round_nearest` with every group's scale <w, w> / <w, u> in place of <w, u> / <u, u>, codes u under the latter.
 
-    Scales are tried at a few shares of the group's largest value and refitted by least squares. One pass over chunks
-    of rows, so memory is bounded by one chunk beside the answer. Where K is no multiple of 32 the last group is filled
-    up with inputs of no importance.
+    The scale of least squared error makes a copy smaller than its matrix, by its relative error, and so are its
+    outputs. This one keeps a group's projection on itself: on builtin:tiny 41, 18 and 5 % less divergence at 2, 3 and
+    4 bits.
     """
-    N, K = W_NK.shape
-    if K % GROUP:
-        importance = torch.ones(K, device=W_NK.device) if importance_K is None else importance_K
-        whole = round_plain(pad(W_NK, (0, -K % GROUP)), fmt, importance_K=pad(importance, (0, -K % GROUP)))
-        return whole._replace(q=whole.q[:, :K].contiguous())
-    size = GROUP
-    rows = max(1, CHUNK // K)
-    shares = PLAIN_SHARES[fmt.bits] if importance_K is None else FINE_SHARES
-    scale_NG = W_NK.new_empty(N, K // size, dtype=torch.float32)
-    weight = None if importance_K is None else importance_K.float().view(1, -1, size)
-    for at in range(0, N, rows):
-        group = W_NK[at : at + rows].float().view(-1, K // size, size)
-        scale_NG[at : at + rows] = search_scale(group, fmt, shares, weight)
-    code_NG, base = _encode(scale_NG)
-    inverse_NG = 1 / scale_of(code_NG, base)
-    q_NK = W_NK.new_empty(N, K, dtype=torch.uint8)
-    for at in range(0, N, rows):
-        group = W_NK[at : at + rows].float().view(-1, K // size, size)
-        scaled = (group * inverse_NG[at : at + rows].unsqueeze(-1)).add_(fmt.levels / 2)
-        q_NK[at : at + rows] = scaled.clamp_(0, fmt.levels - 1).view(-1, K).to(torch.uint8)  # truncates: floor here
+    scale_NG = _searched(W_NK, fmt, None)
+    _, kept_NG = _coded(W_NK, 1 / scale_NG.clamp_min(1e-30), fmt, kept=True)
+    code_NG, base = _encode(kept_NG)
+    q_NK, _ = _coded(W_NK, 1 / least_squares(code_NG, base, scale_NG, kept_NG), fmt)
     return Rounded(q_NK, code_NG, base)
+
+
+def least_squares(code_NG: Tensor, base: float, scale_NG: Tensor, kept_NG: Tensor) -> Tensor:
+    """The scales that codes are taken under: as much smaller than those stored as least squares has them. A step of
+    the stored ones is 3 %, which codes of 8 bits must know of."""
+    return (scale_of(code_NG, base) * (scale_NG / kept_NG.clamp_min(1e-30))).clamp_min(1e-30)
+
+
+def round_nearest(W_NK: Tensor, fmt: LowbitFormat, *, importance_K: Tensor | None = None) -> Rounded:
+    """The scale per group of least squared error, and the nearest codes under it as it is stored; `importance_K`
+    weights the errors of the inputs."""
+    code_NG, base = _encode(_searched(W_NK, fmt, importance_K))
+    q_NK, _ = _coded(W_NK, 1 / scale_of(code_NG, base), fmt)
+    return Rounded(q_NK, code_NG, base)
+
+
+def _searched(W_NK: Tensor, fmt: LowbitFormat, importance_K: Tensor | None) -> Tensor:
+    """Least-squares scales `[N, G]`, tried at a few shares of a group's largest value. One chunk of rows at a time, so
+    memory is bounded by that beside the answer."""
+    K = W_NK.shape[1]
+    whole = torch.ones(K, device=W_NK.device) if importance_K is None and K % GROUP else importance_K
+    shares = PLAIN_SHARES[fmt.bits] if importance_K is None else FINE_SHARES
+    weight = None if whole is None else pad(whole.float(), (0, -K % GROUP)).view(1, -1, GROUP)
+    parts = [search_scale(group, fmt, shares, weight) for group in _chunks(W_NK)]
+    return torch.cat(parts)
+
+
+def _coded(W_NK: Tensor, inverse_NG: Tensor, fmt: LowbitFormat, *, kept: bool = False) -> tuple[Tensor, Tensor]:
+    """Nearest codes uint8 `[N, K]` under scales of these inverses, and with `kept` the scales `[N, G]` that keep each
+    group's projection on itself, else the inverses."""
+    codes, scales, at = list[Tensor](), list[Tensor](), 0
+    for group in _chunks(W_NK):
+        scaled = (group * inverse_NG[at : at + len(group)].unsqueeze(-1)).add_(fmt.levels / 2)
+        q = scaled.clamp_(0, fmt.levels - 1).to(torch.uint8)  # truncates: floor here
+        if kept:
+            dot = torch.linalg.vecdot(group, q.float().sub_((fmt.levels - 1) / 2))
+            scales.append(torch.linalg.vecdot(group, group) / dot.clamp_min(1e-30))
+        codes.append(q.flatten(1)[:, : W_NK.shape[1]])
+        at += len(group)
+    return torch.cat(codes).contiguous(), torch.cat(scales) if kept else inverse_NG
+
+
+def _chunks(W_NK: Tensor) -> Iterator[Tensor]:
+    """Some rows at a time as float32 `[n, G, S]`; a last group that is short is filled up with zeros."""
+    K = W_NK.shape[1]
+    for part in W_NK.split(max(1, CHUNK // K)):
+        yield pad(part.float(), (0, -K % GROUP)).view(len(part), -1, GROUP)
 
 
 def search_scale(group: Tensor, fmt: LowbitFormat, shares: tuple[float, ...], weight: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from buddymoe_ray.kernels import BLOCK, CpuLinear, LowbitFormat, pack, packed_shapes, round_plain, widens
+from buddymoe_ray.kernels import BLOCK, CpuLinear, LowbitFormat, pack_plain, packed_shapes, widens
 from buddymoe_ray.models.hf_loading import experts_modules
 from buddymoe_ray.models.router_hook import find_routers
 
@@ -104,7 +104,7 @@ class PackedLinear(nn.Module):
             sized = packed_shapes(self.out_features, self.in_features, fmt)
             parts = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in sized.items()}
         else:
-            packed = pack(*round_plain(weight, fmt), fmt)
+            packed = pack_plain(weight, fmt)
             parts = vars(packed)
             self.compute = CpuLinear(packed, fmt, weight.dtype, bias, threads=threads)
         for name, part in {**parts, "bias": bias}.items():  # so that whoever counts the model's bytes finds them

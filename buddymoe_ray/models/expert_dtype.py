@@ -21,7 +21,7 @@ from torch import Tensor
 
 from buddymoe_ray.cache import DiskReader, slot_views
 from buddymoe_ray.config import cache_folder
-from buddymoe_ray.kernels import LowbitFormat, pack, record_tensors, round_plain
+from buddymoe_ray.kernels import LowbitFormat, pack_plain, record_tensors
 from buddymoe_ray.models.fingerprint import model_hash
 from buddymoe_ray.models.standin_files import StandinWriter, standin_layouts
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotTensor
@@ -113,7 +113,7 @@ class _Recoder:
             if self.fmt is None or weight.ndim == 1:
                 made[name] = weight
                 continue
-            packed = pack(*round_plain(weight.T.contiguous() if self.transposed else weight, self.fmt), self.fmt)
+            packed = pack_plain(weight.T if self.transposed else weight, self.fmt)
             made |= packed.named(name)
         record = torch.zeros(self.nbytes, dtype=torch.uint8)
         for tensor in self.tensors:

@@ -82,18 +82,18 @@ class MoEBlock:
             return torch.zeros_like(hidden_TD)
         if step.observer is not None:
             step.observer(self.layer, hidden_TD, ids_TK, weight_TK)
+        if step.answer is not None:
+            return step.answer(self, hidden_TD, ids_TK, weight_TK)
         ids = ids_TK.cpu().numpy()
         if self._ahead is not None and step.phase is not _DECODE:
             self._ahead.learn(self.layer, step.tokens, ids)
         if step.suspend is not None:
             return step.suspend(self, hidden_TD, ids, weight_TK)
+        if step.phase is not _DECODE:
+            return self.exact(hidden_TD, ids_TK, weight_TK)
         y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
-        if step.phase is _DECODE:
-            self._look_ahead(hidden_TD, guess_TK)
-            weight_TK = self._decode(hidden_TD, ids, weight_TK, y_ND, glanced=glanced)
-        else:
-            accesses = Accesses(ids, hidden_TD.device)
-            self.run(hidden_TD, accesses, accesses.experts, y_ND)
+        self._look_ahead(hidden_TD, guess_TK)
+        weight_TK = self._decode(hidden_TD, ids, weight_TK, y_ND, glanced=glanced)
         return self.combined(y_ND, weight_TK)
 
     @property
@@ -104,6 +104,28 @@ class MoEBlock:
     def run(self, hidden_TD: Tensor, accesses: Accesses, experts: Sequence[int], y_ND: Tensor) -> None:
         """Fill the rows of `y_ND` that prompts have from these experts, evicting nothing that is resident."""
         self._run_here(hidden_TD, accesses, experts, y_ND, protect=True)
+
+    def exact(self, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """The layer's output for some rows by the experts themselves, evicting nothing that is resident."""
+        y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
+        accesses = Accesses(ids_TK.cpu().numpy(), hidden_TD.device)
+        self.run(hidden_TD, accesses, accesses.experts, y_ND)
+        return self.combined(y_ND, weight_TK)
+
+    def stood_in(
+        self,
+        standins: Standins,
+        resident_E: npt.NDArray[np.bool_],
+        hidden_TD: Tensor,
+        ids_TK: Tensor,
+        weight_TK: Tensor,
+    ) -> tuple[Tensor, Resolution]:
+        """The same with `standins` for whatever is not in `resident_E`, counted and charged in the step."""
+        y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
+        resolution = standins.resolve(self.layer, ids_TK.cpu().numpy(), weight_TK, resident_E, self._step)
+        standins.book(self.layer, resolution, self._step)
+        self._answer(standins, hidden_TD, resolution, y_ND)
+        return self.combined(y_ND, torch.from_numpy(resolution.weight_TK).to(weight_TK)), resolution
 
     def combined(self, y_ND: Tensor, weight_TK: Tensor) -> Tensor:
         """The sum `[T, D]` of the experts' outputs, in slot order."""

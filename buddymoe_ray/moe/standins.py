@@ -87,6 +87,16 @@ class Standins:
         """It will be done: count and charge it in `step`."""
         step.charge(step.outcome.count(layer, resolution, self._columns[layer], self._kinds[layer]))
 
+    def loss_by_kind(self, layer: int, resolution: Resolution) -> dict[str, float]:
+        """Expected loss of the accesses that each kind of record answers."""
+        found: dict[str, float] = {}
+        for expert, loss in zip(
+            resolution.expert_TK.ravel().tolist(), resolution.loss_TK.ravel().tolist(), strict=True
+        ):
+            if loss:
+                found[self._kinds[layer][expert]] = found.get(self._kinds[layer][expert], 0.0) + loss
+        return found
+
     def records(self, layer: int) -> StandinRecords | None:
         """What answers for the layer's experts, where that is their own records alone and kernels know some of them."""
         own = self._policy.own if isinstance(self._policy, Ladder) else None
@@ -114,6 +124,10 @@ class Standins:
         kinds = {self._kinds[layer][expert] for expert in named_TK.ravel().tolist() if expert >= 0}
         for kind in kinds & self._compute.keys():
             self._compute[kind][layer](x_TD, self.pool.bytes, self._at[kind][layer], expert_TK, out_ND)
+
+    def covers(self, layer: int) -> bool:
+        """Whether stand-ins answer in this layer."""
+        return layer in self._layers
 
     def may_answer(self, layer: int, step: StepState) -> bool:
         """Whether any row of the pass may be answered by a stand-in in this layer."""

@@ -64,12 +64,14 @@ class StepState:
     `failed` says by row why its output is worth nothing: an expert it needed could not be had. None: the pass raises.
     `tokens` are those of the rows, where they are known.
     `suspend` answers for the experts of a pass that can be set aside: `suspend(block, hidden_TD, ids_TK, weight_TK)`.
+    So does `answer`, for those of all passes until it is taken away: whoever scores what stand-ins would cost sets it.
     """
 
     def __init__(self) -> None:
         self.observer: Observer | None = None
         self.scores: dict[int, Tensor] = {}
         self.suspend: Callable[..., Tensor] | None = None
+        self.answer: Callable[..., Tensor] | None = None
         self.begin(Phase.PROBE, 0)
 
     def begin(

@@ -51,7 +51,15 @@ from buddymoe_ray.residency.sharing import Sharing, open_host, open_records, ope
 from buddymoe_ray.residency.standin_setup import NodeBudget, StandinSetup, prepare
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
-__all__ = ["STAGING_SHARE", "ExpertTier", "open_experts", "plan_memory", "scratch_bytes"]
+__all__ = [
+    "STAGING_SHARE",
+    "ExpertTier",
+    "PlannedStandins",
+    "open_experts",
+    "plan_memory",
+    "plan_standins",
+    "scratch_bytes",
+]
 
 log = logging.getLogger(__name__)
 
@@ -95,15 +103,7 @@ def open_experts(
     loaded = _recoded(config, loaded, maths)
     packed, on_cpu = format_of(config.expert_dtype), loaded.device.type == "cpu"
     node = sharing if on_cpu else None  # a GPU's slots are its own; it shares the tier below
-    as_stored = on_cpu and packed is None and read_as_stored(maths, loaded.layout.tensors)
-    plan, setup, staging = plan_memory(
-        config,
-        loaded.layout,
-        folder=loaded.folder,
-        device=loaded.device,
-        scratch=scratch_bytes(loaded.layout, loaded.compute_dtype, as_stored=as_stored),
-        node=node,
-    )
+    plan, setup, staging = _planned(config, loaded, maths, node)
     cache = _open_cache(config, loaded, plan, staging, sharing, setup)
     room = None
     try:
@@ -140,6 +140,50 @@ def open_experts(
         blocks=blocks,
         ahead=ahead,
         new_compute=lambda: _computes(loaded, maths, packed),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStandins:
+    """What would stand in on an engine, before any of it is loaded."""
+
+    setup: StandinSetup
+    staging: Staging
+    maths: list[ExpertMath]
+    threads: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of the records."""
+        return StandinPool.nbytes_for(self.setup.layouts, self.setup.kind_of)
+
+    def open(self, loaded: LoadedModel) -> Standins:
+        """Load the records."""
+        _, pool = _load_records(self.setup, loaded, self.staging, None)
+        return _standins(self.setup, loaded, self.maths, pool, self.threads)
+
+
+def plan_standins(config: EngineConfig, loaded: LoadedModel, maths: list[ExpertMath]) -> PlannedStandins:
+    """Of an engine of `config`, which is not exact, beside a model of its dtypes that is open already. Raises
+    BudgetError, ProfileError."""
+    _, setup, staging = _planned(config, loaded, maths, None)
+    assert setup is not None, f"mode is {config.mode}, must be one with stand-ins and a profile"
+    return PlannedStandins(setup=setup, staging=staging, maths=maths, threads=config.threads)
+
+
+def _planned(
+    config: EngineConfig, loaded: LoadedModel, maths: list[ExpertMath], node: Sharing | None
+) -> tuple[SlotPlan, StandinSetup | None, Staging]:
+    """The memory plan of an engine over this model."""
+    packed, on_cpu = format_of(config.expert_dtype), loaded.device.type == "cpu"
+    as_stored = on_cpu and packed is None and read_as_stored(maths, loaded.layout.tensors)
+    return plan_memory(
+        config,
+        loaded.layout,
+        folder=loaded.folder,
+        device=loaded.device,
+        scratch=scratch_bytes(loaded.layout, loaded.compute_dtype, as_stored=as_stored),
+        node=node,
     )
 
 

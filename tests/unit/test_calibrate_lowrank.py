@@ -80,6 +80,19 @@ def test_rows_count_by_their_squared_weight(rows: tuple[Tensor, Tensor, Tensor])
     )
 
 
+def test_with_fewer_rows_than_inputs_the_same_map_is_found(rows: tuple[Tensor, Tensor, Tensor]) -> None:
+    """By the rows' products it is that of the inputs' moments."""
+    x, y, weight = (part[: D - 4] for part in rows)
+    by_rows = fit_lowrank(x, y, weight, 3, dtype=torch.float32)
+    twice = torch.cat([x, x]), torch.cat([y, y]), torch.cat([weight, weight])
+    ridge = 0.01 * D / (D - 4)  # what few rows are damped more
+    by_inputs = fit_lowrank(*twice, 3, ridge=ridge, dtype=torch.float32)
+    everywhere = rows[0]
+    torch.testing.assert_close(
+        lowrank_forward(everywhere, by_rows), lowrank_forward(everywhere, by_inputs), rtol=1e-3, atol=1e-3
+    )
+
+
 @pytest.mark.parametrize("rows_seen", [1, 2, 5])
 def test_few_rows_stay_finite_and_tame(rows: tuple[Tensor, Tensor, Tensor], rows_seen: int) -> None:
     x, y, weight = rows

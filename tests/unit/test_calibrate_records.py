@@ -12,12 +12,12 @@ import torch
 from calibration_rig import Seen, opened, random_ids, silent, stock_trace, traced, write_checkpoint
 from torch import Tensor
 
-from buddymoe_ray.calibrate.fitting import Fitting
+from buddymoe_ray.calibrate.fitting import Fitting, energy_of
 from buddymoe_ray.calibrate.layers import LayerTables, make_layers
-from buddymoe_ray.calibrate.samples import walk_layer
+from buddymoe_ray.calibrate.samples import ExpertSample, walk_layer
 from buddymoe_ray.engine.parts import EngineParts
 from buddymoe_ray.errors import BuddyMoEError
-from buddymoe_ray.kernels import LowbitFormat, lowbit_forward, lowrank_forward, mean_forward
+from buddymoe_ray.kernels import ExpertMath, LowbitFormat, lowbit_forward, lowrank_forward, mean_forward
 from buddymoe_ray.models import shard_writer
 from buddymoe_ray.models.expert_math import expert_math
 from buddymoe_ray.models.reference import reference_model
@@ -110,11 +110,12 @@ def test_samples_are_the_routers_rows_and_the_experts_answers(family: str, tmp_p
             for sample in walk_layer(parts.experts.cache, trace, layer, expert_math(module)):
                 x_RD, weight_R = case.rows(layer, sample.expert)
                 assert sample.own == len(x_RD)
-                torch.testing.assert_close(sample.x_RD[: sample.own], x_RD, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(sample.inputs()[: sample.own], x_RD, rtol=1e-4, atol=1e-4)
                 torch.testing.assert_close(sample.weight_R[: sample.own], weight_R, rtol=1e-4, atol=1e-5)
-                truth_RD = case.answer(layer, sample.expert, sample.x_RD)
-                torch.testing.assert_close(sample.y_RD, truth_RD, rtol=1e-3, atol=1e-4)
-                assert sample.own >= 64 or len(sample.x_RD) > sample.own, "few rows must be filled up"
+                all_RD = sample.inputs()
+                truth_RD = case.answer(layer, sample.expert, all_RD)
+                torch.testing.assert_close(sample.answers(all_RD), truth_RD, rtol=1e-3, atol=1e-4)
+                assert sample.own >= 64 or len(all_RD) > sample.own, "few rows must be filled up"
 
 
 def test_energies_and_errors_are_those_of_what_lies_on_disk(case: Case, made: tuple[LayerTables, Path]) -> None:
@@ -217,6 +218,48 @@ def test_experts_that_few_tokens_reach_have_their_layers_mean_error(
             mean = table[layer][~rare_LE[layer]].mean()
             np.testing.assert_allclose(table[layer][rare_LE[layer]], mean, rtol=1e-5)
     assert f"{rare_LE.sum()} of 24 experts got fewer than 20 tokens" in caplog.text
+
+
+def sample_of(inputs_RD: Tensor) -> ExpertSample:
+    """An expert that answers its input, used by every row alike."""
+    D = inputs_RD.shape[1]
+    return ExpertSample(
+        expert=0,
+        weights={"up_proj": torch.eye(D), "down_proj": torch.eye(D)},
+        math=ExpertMath(activate=lambda x: x, gated=False),
+        hidden_TD=inputs_RD,
+        token_R=torch.arange(len(inputs_RD)),
+        weight_R=torch.ones(len(inputs_RD)),
+        own=len(inputs_RD),
+    )
+
+
+def test_an_error_takes_as_many_rows_as_it_needs() -> None:
+    """Even rows are known after 128 of the held ones, uneven ones from all 512; rows are spread over the text."""
+    even, uneven = torch.ones(4000, 4), torch.ones(4000, 4)
+    uneven[4::160] = 100.0
+    for inputs, blocks in ((even, 2), (uneven, 8)):
+        sample = sample_of(inputs)
+        energy = energy_of(sample)
+        assert len(sample._blocks) == blocks
+        if blocks == 2:
+            assert energy == pytest.approx(4)
+    x_nD, y_nD, weight_n = next(sample_of(torch.arange(4000.0)[:, None]).held())
+    assert len(x_nD) == len(y_nD) == len(weight_n) == 64 and torch.equal(x_nD, y_nD)
+    assert float(x_nD.max() - x_nD.min()) > 3800 and not (x_nD[:, 0] % 5 != 4).any(), "held rows, from all over"
+    few = sample_of(torch.ones(19, 4))
+    assert len(few.fitted()) == 19 == len(next(few.held())[0]), "too few to hold any back"
+
+
+def test_threads_change_nothing(case: Case, tmp_path: Path) -> None:
+    bytes_of = {}
+    for threads in (1, 3):
+        (tmp_path / str(threads)).mkdir()
+        with opened(case.folder, threads=threads) as parts:
+            tables = make(parts, case, tmp_path / str(threads), kinds=("lowbit3", "mean", "buddy"), compensated=False)
+        files = sorted((tmp_path / str(threads) / "p.standins").iterdir())
+        bytes_of[threads] = [tables.pair_error_LEE.tobytes(), *(path.read_bytes() for path in files)]
+    assert bytes_of[1] == bytes_of[3]
 
 
 class Interrupted(Exception):

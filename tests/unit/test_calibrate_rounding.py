@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
@@ -19,11 +20,22 @@ from buddymoe_ray.calibrate.rounding import (
     quantise_expert_plain,
     round_compensated,
     round_plain,
+    unbiased,
     weighted_error,
 )
-from buddymoe_ray.kernels.lowbit import LowbitFormat, dequantise, lowbit_forward, packed_parts, record_tensors
-from buddymoe_ray.kernels.lowbit_format import groups_of
+from buddymoe_ray.kernels.lowbit import (
+    LowbitFormat,
+    dequantise,
+    lowbit_forward,
+    pack,
+    packed_parts,
+    record_tensors,
+    unpack,
+)
+from buddymoe_ray.kernels.lowbit_format import PARTS, groups_of
 from buddymoe_ray.kernels.reference import ExpertMath, expert_forward
+from buddymoe_ray.kernels.rounding import round_nearest
+from buddymoe_ray.kernels.rounding_cpu import pack_plain
 
 BITS = (2, 3, 4, 8)
 
@@ -58,15 +70,53 @@ def _check(rounded: Rounded, W: Tensor, fmt: LowbitFormat) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_plain_codes_are_the_nearest_under_their_scale(bits: int) -> None:
+def test_nearest_codes_are_the_nearest_under_their_scale(bits: int) -> None:
     fmt, W = LowbitFormat(bits=bits), _matrix(12, 96)
-    rounded = round_plain(W, fmt)
+    rounded = round_nearest(W, fmt)
     _check(rounded, W, fmt)
     scale = rounded.base * 2 ** (-rounded.code.float() / 24)
     levels = torch.arange(fmt.levels) - (fmt.levels - 1) / 2
     every = scale.repeat_interleave(32, dim=1).unsqueeze(-1) * levels
     nearest = (every - W.unsqueeze(-1)).abs().amin(dim=-1)
     assert torch.allclose((dequantise_rounded(rounded, fmt) - W).abs(), nearest, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_plain_copies_are_as_large_as_their_matrix(bits: int) -> None:
+    """Of every group `<w, copy>` is `<w, w>`, to about a step of the scale codes; the codes know the scale that is
+    stored, so that the error is that of least squares and what the larger scale adds."""
+    fmt, W = LowbitFormat(bits=bits), _matrix(12, 72)
+    rounded, least = round_plain(W, fmt), round_nearest(W, fmt)
+    copy, size = dequantise_rounded(rounded, fmt), lambda other: [(W * other)[:, at : at + 32].sum(1) for at in (0, 64)]
+    for kept, wanted in zip(size(copy), size(W), strict=True):
+        torch.testing.assert_close(kept, wanted, rtol=0.03, atol=0)
+    error = lambda copied: float((W - dequantise_rounded(copied, fmt)).square().sum())  # noqa: E731
+    assert error(rounded) < (1.2 if bits < 4 else 1.05) * error(least)
+    if bits < 4:
+        shrunk = float((W * dequantise_rounded(least, fmt)).sum() / W.square().sum())
+        assert shrunk < 0.985 < float((W * copy).sum() / W.square().sum())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    bits=st.sampled_from(BITS),
+    N=st.integers(1, 40),
+    K=st.integers(1, 100),
+    half=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_machine_code_packs_what_the_spec_does(bits: int, N: int, K: int, half: bool, seed: int) -> None:
+    """All but where two scales or codes are equally near; and a matrix that is not contiguous."""
+    fmt, W = LowbitFormat(bits=bits), _matrix(K, N, seed).T
+    W = W.bfloat16() if half else W
+    ours, spec = pack_plain(W, fmt), pack(*round_plain(W, fmt), fmt)
+    assert [getattr(ours, part).shape for part in PARTS] == [getattr(spec, part).shape for part in PARTS]
+    (q, code), (q_spec, code_spec) = unpack(ours, fmt), unpack(spec, fmt)
+    torch.testing.assert_close(ours.base, spec.base, rtol=1e-5, atol=0)
+    assert int((q.int() - q_spec.int()).abs().max()) <= 1 and float((q != q_spec).float().mean()) < 0.01
+    assert int((code.int() - code_spec.int()).abs().max()) <= 1 and float((code != code_spec).float().mean()) < 0.02
+    q_padded, _ = unpack(replace(ours, sizes=torch.empty(-(-N // 16) * 16, -(-K // 32) * 32, 0)), fmt)
+    assert not q_padded[N:].any() and not q_padded[:, K:].any(), "padding has code 0"
 
 
 @pytest.mark.parametrize(("bits", "share"), [(2, 0.15), (3, 0.045), (4, 0.013), (8, 1e-4)])
@@ -102,7 +152,7 @@ def test_importance_favours_the_inputs_that_matter() -> None:
     importance = torch.ones(64)
     importance[::8] = 1000
     matters = lambda rounded: float(((W - dequantise_rounded(rounded, fmt)).square() * importance).sum())  # noqa: E731
-    assert matters(round_plain(W, fmt, importance_K=importance)) < matters(round_plain(W, fmt))
+    assert matters(round_nearest(W, fmt, importance_K=importance)) < matters(round_nearest(W, fmt))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -149,6 +199,17 @@ def test_each_pass_lowers_the_error() -> None:
     errors = [weighted_error(W, round_compensated(W, H, fmt, passes=n), damped, fmt) for n in (0, 1, 2, 4)]
     assert all(later <= before * (1 + 1e-5) for before, later in pairwise(errors))
     assert errors[-1] < 0.97 * errors[0]
+
+
+@pytest.mark.parametrize("bits", (2, 3))
+def test_unbiased_copies_answer_as_large_as_their_matrix(bits: int) -> None:
+    fmt, W, x = LowbitFormat(bits=bits), _matrix(48, 96), _inputs(2000, 96)
+    rounded = round_compensated(W, moment(x), fmt)
+    for copy, low, high in ((rounded, 0.0, 0.9995), (unbiased(rounded, W, moment(x), fmt), 0.9999, 1.0001)):
+        exact, ours = x @ W.T, x @ dequantise_rounded(copy, fmt).T
+        assert low < float((exact * ours).sum() / exact.square().sum()) < high
+    zero = torch.zeros(96, 96)
+    assert unbiased(rounded, W, zero, fmt) == rounded, "no inputs say nothing"
 
 
 def test_close_to_the_best_of_all_codes() -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calibration_rig import random_ids, silent, write_checkpoint
+import torch
+from calibration_rig import opened, random_ids, silent, write_checkpoint
 
 from buddymoe_ray.calibrate import run as calibration
 from buddymoe_ray.calibrate.expected_loss import LossOptions
-from buddymoe_ray.calibrate.pace import compensated_seconds
+from buddymoe_ray.calibrate.pace import compensated_seconds, scored_tokens, traced_tokens
 from buddymoe_ray.calibrate.run import KINDS, CalibrationOptions, calibrate
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.evaluate import cut_windows, evaluate
@@ -99,14 +100,35 @@ def test_stand_ins_are_compared_at_equal_bytes(whole: tuple[Profile, Path]) -> N
 
 
 def test_scales_make_the_prediction_meet_the_measurement(whole: tuple[Profile, Path]) -> None:
-    """Expected loss summed over an engine's uses is the divergence measured when the scale was fitted."""
+    """Expected loss summed over an engine's uses, step by step, is the divergence; what was swept is nearly the same:
+    now and then a step finds an expert in a slot that lent it to a prompt."""
     profile, out = whole
     held = tiny_ids()[20 * 128 :]
     config = EngineConfig(memory="37.5%", mode="fast", standin="mean", profile=str(out), guard_share=0.0)
     result = evaluate(config, cut_windows(held, tokens=384), batch=2)
     row = next(row for row in profile.comparison if row.standin == "mean")
-    assert result.kl == pytest.approx(row.kl, rel=1e-3)
-    assert result.expected_rise == pytest.approx(result.kl, rel=0.02)
+    assert result.miss_rate <= row.miss_rate <= result.miss_rate + 3
+    assert result.kl == pytest.approx(row.kl, rel=0.05) and result.ppl_exact > 1
+    assert result.expected_rise == pytest.approx(result.kl, rel=0.05)
+
+
+def test_tokens_follow_from_the_model(olmoe: Path) -> None:
+    """Small models take all that say something; of larger ones every expert still has some rows."""
+
+    class Cut:
+        def __init__(self, parts: Any, weights: int) -> None:
+            self.experts, self.loaded = parts.experts, replace_model(parts.loaded, weights)
+
+    def replace_model(loaded: Any, weights: int) -> Any:
+        model = torch.nn.Linear(weights, 1, bias=False, device="meta")
+        model.parameters = lambda: [torch.empty(1).expand(weights)]  # type: ignore[method-assign, assignment]
+        return replace(loaded, model=model)
+
+    with opened(olmoe) as parts:
+        assert (traced_tokens(parts), scored_tokens(parts)) == (65_536, 6144)
+        assert (traced_tokens(Cut(parts, 10**9)), scored_tokens(Cut(parts, 10**9))) == (4_999, 768)  # type: ignore[arg-type]
+        experts, top_k = 8, parts.loaded.experts_per_token
+        assert traced_tokens(Cut(parts, 10**12)) == 256 * experts // top_k  # type: ignore[arg-type]
 
 
 def test_bounded_keeps_its_budget(whole: tuple[Profile, Path]) -> None:
@@ -120,6 +142,7 @@ def test_the_recommendation_says_why(whole: tuple[Profile, Path]) -> None:
     best = min(profile.comparison, key=lambda row: row.kl)
     assert best.standin in profile.reason and "37.5 % memory" in profile.reason
     assert profile.recommended in (best.standin, None)
+    assert profile.reason.endswith("; expected losses are right to 0 %"), "one row a kind is met exactly"
 
 
 def test_buddies_of_every_signal_are_measured(tmp_path: Path) -> None:
@@ -302,12 +325,12 @@ def test_the_estimate_grows_with_the_work() -> None:
 
 
 def test_held_out_text_is_the_end_and_is_not_traced(olmoe: Path, tmp_path: Path) -> None:
-    traced, held = calibration._split_corpus(options_of(olmoe, tmp_path, ids=list(range(1000)), window=20), 256)
+    traced, held = calibration._split_corpus(options_of(olmoe, tmp_path, ids=list(range(1000)), window=20), 256, 65536)
     assert held == tuple(range(840, 1000)), "15 % of 50 windows are 8"
     assert [window[0] for window in traced] == list(range(0, 840, 20)) and all(len(w) == 20 for w in traced)
-    fewer, _ = calibration._split_corpus(options_of(olmoe, tmp_path, ids=list(range(1000)), window=20, tokens=100), 256)
+    fewer, _ = calibration._split_corpus(options_of(olmoe, tmp_path, ids=list(range(1000)), window=20), 256, 100)
     assert len(fewer) == 5 and fewer[0][0] == 0 and fewer[-1][-1] == 839, "a cap on tokens spreads over the corpus"
-    limited, _ = calibration._split_corpus(options_of(olmoe, tmp_path, ids=list(range(9000)), window=None), 256)
+    limited, _ = calibration._split_corpus(options_of(olmoe, tmp_path, ids=list(range(9000)), window=None), 256, 65536)
     assert {len(window) for window in limited} == {255}, "a window fits the model's context"
 
 

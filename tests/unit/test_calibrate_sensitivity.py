@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +88,29 @@ def test_deep_models_are_measured_on_fewer_windows() -> None:
         assert {asked for *_, asked in bench.asked} == {every} and len(bench.asked) == 12
 
 
-def test_scales_are_those_of_the_least_memory() -> None:
+def test_scales_bring_all_rows_near_at_once() -> None:
+    """One kind: the mean in the logarithm. What predicts nothing says nothing."""
     found = [
-        ("lowbit3", 75.0, result(0.001, 0.002)),
-        ("lowbit3", 25.0, result(0.03, 0.02)),
-        ("lowbit3", 50.0, result(0.01, 0.01)),
+        ("lowbit3", 75.0, result(0.005, 0.01)),
+        ("lowbit3", 25.0, result(0.04, 0.02)),
         ("mean", 50.0, result(0.1, 0.0)),
     ]
-    assert expected_loss._scales(found) == {"lowbit3": pytest.approx(1.5)}
+    scales, error = expected_loss._scales(found)
+    assert scales == {"lowbit3": pytest.approx(1.0)} and error == pytest.approx(math.log(2))
+    assert expected_loss._scales(found[2:]) == ({}, 0.0)
+
+
+def test_a_mix_tells_about_its_kinds() -> None:
+    """Every row is met where that can be; answers of nobody's record are the stand-in's."""
+    mixed = {"lowbit2": 0.03, "lowbit4": 0.01}
+    found = [
+        ("lowbit", 50.0, replace(result(0.07, 0.04), expected_by_kind=mixed)),
+        ("lowbit2", 50.0, replace(result(0.1, 0.05), expected_by_kind={"lowbit2": 0.05})),
+        ("buddy:output", 50.0, replace(result(0.5, 0.25), expected_by_kind={"": 0.25})),
+    ]
+    scales, error = expected_loss._scales(found)
+    assert scales == pytest.approx({"lowbit2": 2.0, "lowbit4": 1.0, "buddy:output": 2.0}, rel=1e-3)
+    assert error < 1e-3
 
 
 def test_a_budget_that_fetches_nothing_settles_the_larger_ones() -> None:
@@ -115,8 +131,6 @@ def test_a_budget_that_fetches_nothing_settles_the_larger_ones() -> None:
 
 
 def test_nothing_within_the_budget_is_not_recommended() -> None:
-    from dataclasses import replace
-
     rows = {
         name: expected_loss._comparison(name, 50.0, result(kl, 1, dppl=d))
         for name, kl, d in (("a", 0.1, 9), ("b", 0.2, 8))
@@ -139,19 +153,19 @@ def test_engines_run_side_by_side_as_memory_allows() -> None:
     """In 0.8 of what is free, less the resident reference; with a host tier each where there is room."""
     variants = [EngineConfig(memory="25%")] * 40
     roomy, tight = bench_with(400 * GB), bench_with(3 * GB)
-    assert roomy.hosted and [len(group) for group in roomy._groups(variants)] == [16, 16, 8]
+    assert roomy.hosted and [len(group) for group in roomy._groups(dict(enumerate(variants)))] == [16, 16, 8]
     assert not tight.hosted
     left = 0.8 * 3 * GB - (1.1 * GB + (64 << 20))
     each = 0.35 * GB + (64 << 20)
-    assert next(len(group) for group in tight._groups(variants)) == int(left // each)
-    assert sorted(at for group in tight._groups(variants) for at in group) == list(range(40))
+    assert next(len(group) for group in tight._groups(dict(enumerate(variants)))) == int(left // each)
+    assert sorted(at for group in tight._groups(dict(enumerate(variants))) for at in group) == list(range(40))
 
 
 def test_what_does_not_fit_the_machine_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
     bench = bench_with(2 * GB)
     variants = [EngineConfig(memory="75%", mode="fast", standin="lowbit3"), EngineConfig(memory="12%")]
     with caplog.at_level(logging.WARNING):
-        assert bench._groups(variants) == [[1]]
+        assert bench._groups(dict(enumerate(variants))) == [[1]]
     assert "lowbit3 at 75% takes 0.9 GB beside the exact engine, 0.4 are left: not measured. hint:" in caplog.text
 
 
