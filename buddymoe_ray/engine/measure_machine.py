@@ -7,26 +7,21 @@ and versions. Disks differ by folder, and are asked each time: .3 s of direct re
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
 import random
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-import buddymoe_ray
 from buddymoe_ray.cache import DiskReader
-from buddymoe_ray.config import EngineConfig, cache_folder
+from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
-from buddymoe_ray.kernels import CpuLinear, PackedMatrix, pack, round_plain
+from buddymoe_ray.engine.measured_file import kept_at, read_kept, write_kept
+from buddymoe_ray.kernels import CpuLinear, PackedMatrix, pack_plain
 from buddymoe_ray.models.expert_dtype import format_of
 from buddymoe_ray.models.synth import synth_checkpoint
 from buddymoe_ray.observe import progress
@@ -44,8 +39,8 @@ _STEPS = 256
 
 def measure_machine(dtypes: Iterable[str], shards: Iterable[Path], *, expert_bytes: int, threads: int) -> MachineSpeed:
     """Measure what is not known yet; seconds per dtype at the first time, else the disk alone."""
-    path = _kept_at(threads)
-    known = _read(path)
+    path = kept_at(threads)
+    known = read_kept(path)
     rates: dict[str, dict[int, float]] = {
         name: {int(rows): rate for rows, rate in found.items()} for name, found in known.get("weights", {}).items()
     }
@@ -54,7 +49,7 @@ def measure_machine(dtypes: Iterable[str], shards: Iterable[Path], *, expert_byt
     rates |= {name: _weights_bytes_s(name, threads) for name in measured}
     overhead = known.get("overhead") or _overhead(threads)
     if wanted or "overhead" not in known:
-        _write(path, {"weights": rates, "overhead": overhead})
+        write_kept(path, {"weights": rates, "overhead": overhead})
     return MachineSpeed(
         weights_bytes_s=rates,
         disk_bytes_s=_disk_bytes_s(list(shards), expert_bytes),
@@ -68,7 +63,7 @@ def _weights_bytes_s(dtype: str, threads: int) -> dict[int, float]:
     fmt = format_of(dtype)
     compute = torch.bfloat16 if fmt else getattr(torch, dtype)
     made = torch.randn(_WIDTH, _WIDTH, generator=torch.Generator().manual_seed(0)).to(compute)
-    weights: Tensor | PackedMatrix = made if fmt is None else pack(*round_plain(made, fmt), fmt)
+    weights: Tensor | PackedMatrix = made if fmt is None else pack_plain(made, fmt)
     each = weights.nbytes if isinstance(weights, Tensor) else sum(part.nbytes for part in vars(weights).values())
     layers = [CpuLinear(_copied(weights), fmt, compute, None, threads=threads) for _ in range(_BYTES // each)]
 
@@ -130,41 +125,3 @@ def _seconds(function: Callable[[], object]) -> float:
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
-
-
-def _kept_at(threads: int) -> Path:
-    """By what the figures depend on."""
-    versions = [buddymoe_ray.__version__, torch.__version__, platform.machine(), _cpu_name()]
-    key = hashlib.sha256(json.dumps([*versions, os.cpu_count(), threads]).encode()).hexdigest()[:16]
-    return cache_folder() / f"speed-{key}.json"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What was measured before; what cannot be read is measured again."""
-    try:
-        known = json.loads(path.read_text())
-        rates = [rate for found in known["weights"].values() for rate in found.values()]
-        if all(rate > 0 for rate in rates) and all(seconds >= 0 for seconds in known["overhead"].values()):
-            return dict(known)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        pass
-    return {}
-
-
-def _write(path: Path, known: dict[str, Any]) -> None:
-    """Whole or not at all; where it cannot be kept it is measured again the next time."""
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(known, file)
-        os.replace(file.name, path)
-    except OSError:
-        return

@@ -79,8 +79,7 @@ def embedded(model: nn.Module, experts: nn.Module) -> Callable[[Tensor], Tensor]
     None where no norm is found before its feed-forward."""
     name = next(name for name, module in model.named_modules() if module is experts)
     layer = model.get_submodule(".".join(name.split(".")[:-2]))
-    norm = getattr(layer, "post_attention_layernorm", None)
-    table = model.get_input_embeddings()  # type: ignore[operator]
+    norm, table = getattr(layer, "post_attention_layernorm", None), model.get_input_embeddings()  # type: ignore[operator]
     return None if norm is None else lambda tokens_T: norm(table(tokens_T))
 
 

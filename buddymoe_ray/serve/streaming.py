@@ -97,8 +97,7 @@ class Answer:
             self._used = replace(self._used, prompt_tokens=sum(map(len, reply.prompt_token_ids)))
         for delta in reply.deltas:
             if _failed(delta):
-                refusal = failure(delta)
-                return refusal, b"".join([*messages, _event(envelope(refusal))])
+                return (refusal := failure(delta)), b"".join([*messages, _event(envelope(refusal))])
             made = self._used.completion_tokens + len(delta.token_ids)
             self._used = replace(self._used, completion_tokens=made)
             messages.append(_event(self.renderer.chunk(delta, self._used if self.usage_so_far else None)))

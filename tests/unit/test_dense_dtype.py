@@ -69,10 +69,11 @@ def test_threads_change_no_bit(rows: int) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_runs_and_hardly_differs(family: str, tmp_path: Path) -> None:
-    """int8: the log probabilities of the next token move by less than a quarter after most prompts; routers stay. In a
-    random model a weight's last bits may send a token to another expert."""
+    """int8: the log probabilities of a prompt's next token move by less than a quarter; routers stay. The random
+    qwen3_next sends a token to another expert at .3 % of noise on its weights, so of it most prompts count."""
     build_checkpoint(family, tmp_path)
-    prompts = [[7, 11, 13, 17, 19, 23, 29], [5, 3, 8, 60, 41], [90, 12, 33, 34, 35, 36]]
+    chaotic = family == "qwen3_next"
+    prompts = [[7, 11, 13, 17, 19, 23, 29], [5, 3, 8, 60, 41], [90, 12, 33, 34, 35, 36]][: 3 if chaotic else 1]
     seen: list[list[dict[int, float]]] = []
     for dense_dtype in ("native", "int8"):
         with LLM(str(tmp_path), memory="100%", dtype="float32", dense_dtype=dense_dtype) as llm:
@@ -80,7 +81,8 @@ def test_every_family_runs_and_hardly_differs(family: str, tmp_path: Path) -> No
             seen.append([dict(result.logprobs[0].top) for result in results])
     both = [one.keys() & other.keys() for one, other in zip(*seen, strict=True)]
     moved = [max(abs(seen[0][i][token] - seen[1][i][token]) for token in both[i]) for i in range(len(prompts))]
-    assert min(map(len, both)) >= 12 and sorted(moved)[1] < 0.25, (both, moved)
+    assert min(map(len, both)) >= (12 if chaotic else 15), both
+    assert sorted(moved)[len(moved) // 2] < 0.25, moved
     model = on_kernels(load_model(tmp_path), "int8").model
     packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     experts = experts_modules(model)

@@ -10,6 +10,7 @@ import pytest
 
 from buddymoe_ray.cli import main
 from buddymoe_ray.engine import measure_machine as module
+from buddymoe_ray.engine import measured_file
 from buddymoe_ray.engine.measure_machine import measure_machine
 from buddymoe_ray.residency.speed import MachineSpeed, TokenWork, decode_seconds, prefill_seconds
 
@@ -59,7 +60,7 @@ def test_a_prompt_reads_each_absent_expert_once() -> None:
 
 
 def test_a_machine_is_measured_once_and_what_is_damaged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(measured_file, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(module, "_BYTES", 16 << 20)
     monkeypatch.setattr(module, "_STEPS", 4)
     shard = tmp_path / "shard"
