@@ -34,6 +34,7 @@ GUESSED_DISK, GUESSED_RAM = 1.0e9, 10.0e9
 
 ROWS = (1, 8, 64)
 """Rows for which the rate of weights is measured; it is interpolated between them, more are computed 64 at a time."""
+_WEIGHT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 33 / 32, "int4": 17 / 32}
 _WAITED, _WAITED_READ_AHEAD = 0.7, 0.2
 """Share of the shorter of arithmetic and reads that the other does not hide. Measured with 4-bit experts of an OLMoE of
 8 layers at 25 %, 63 ms of arithmetic and 46 of reads a token: 95 ms, with reads ahead 71."""
@@ -65,13 +66,15 @@ class MachineSpeed:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenWork:
-    """What a token asks for. `dense_bytes` are read every step, without what is looked up by row; `active` are a
+    """What a token asks for. `dense_bytes` are read every step, without what is looked up by row; `head_bytes` of them
+    see only the last token of a prompt; `active` are a
     token's accesses in all layers, of which the shares `missed` and `stood_in` are no hits; of all `experts` the share
     `absent` is not resident."""
 
     layers: int
     dense_dtype: str
     dense_bytes: int
+    head_bytes: int
     expert_dtype: str
     expert_bytes: int
     active: int
@@ -104,7 +107,8 @@ def prefill_seconds(work: TokenWork, speed: MachineSpeed, tokens: int) -> float:
     used = per_layer * (1 - (1 - 1 / per_layer) ** accesses) if per_layer else 0.0
     total = used * work.layers * work.expert_bytes
     arithmetic = speed.step_seconds + work.layers * speed.layer_seconds
-    arithmetic += speed.weights_seconds(work.dense_dtype, work.dense_bytes, tokens)
+    arithmetic += speed.weights_seconds(work.dense_dtype, work.dense_bytes - work.head_bytes, tokens)
+    arithmetic += speed.weights_seconds(work.dense_dtype, work.head_bytes)
     arithmetic += speed.weights_seconds(work.expert_dtype, total, accesses / used if used else 1)
     reads = work.absent * total / speed.disk_bytes_s
     return max(arithmetic, reads) + _WAITED_READ_AHEAD * min(arithmetic, reads)
@@ -134,6 +138,7 @@ def token_work(
         layers=shape.num_layers,
         dense_dtype=dense,
         dense_bytes=shape.dense_bytes - shape.embedding_bytes,
+        head_bytes=int(shape.vocab_size * shape.hidden_size * _WEIGHT_BYTES[dense]),
         expert_dtype=experts,
         expert_bytes=shape.expert_bytes,
         active=shape.experts_per_token * shape.moe_layers,

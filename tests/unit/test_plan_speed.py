@@ -24,6 +24,7 @@ WORK = TokenWork(
     layers=10,
     dense_dtype="int8",
     dense_bytes=10_000_000,
+    head_bytes=0,
     expert_dtype="int4",
     expert_bytes=1_000_000,
     active=40,
@@ -55,6 +56,11 @@ def test_a_prompt_reads_each_absent_expert_once() -> None:
     reads = 0.75 * 160e6 / 1e8
     assert reads < prefill_seconds(long, SPEED, 100) < prefill_seconds(long, SPEED, 200)
     assert prefill_seconds(long, replace(SPEED, disk_bytes_s=1e5), 100) == pytest.approx(1e3 * reads, rel=0.01)
+    head = replace(long, head_bytes=5_000_000)  # of one row instead of 100
+    saved = prefill_seconds(replace(long, absent=0.0), SPEED, 100) - prefill_seconds(
+        replace(head, absent=0.0), SPEED, 100
+    )
+    assert saved == pytest.approx(0.005 * (10 * 100 / 64 - 1))
     one = prefill_seconds(replace(long, dense_bytes=0), replace(SPEED, disk_bytes_s=1e5), 1)
     assert one == pytest.approx(1e3 * 0.75 * 36.4e6 / 1e8, rel=0.01)  # of 4 draws out of 16, 3.64 differ
 
