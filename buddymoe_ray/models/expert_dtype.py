@@ -29,7 +29,7 @@ from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotTensor
 __all__ = ["format_of", "recoded_layout", "recoded_tensors"]
 
 _BITS = {"int8": 8, "int4": 4}
-_RECIPE = "nearest 1"
+_RECIPE = "unbiased 1"
 
 
 def format_of(expert_dtype: str) -> LowbitFormat | None:
