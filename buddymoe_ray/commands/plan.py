@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -19,6 +20,7 @@ from buddymoe_ray.types import Mode
 
 if TYPE_CHECKING:
     from buddymoe_ray.config import EngineConfig
+    from buddymoe_ray.models.shape import ModelShape
     from buddymoe_ray.residency.plan import Plan
     from buddymoe_ray.residency.speed import MachineSpeed
 
@@ -39,33 +41,28 @@ def run(args: argparse.Namespace) -> int:
     config = engine_config(args)
     folder = resolve_model(args.model, progress=not args.json)
     from buddymoe_ray.residency.devices import list_gpus  # late: what comes now imports torch
-    from buddymoe_ray.residency.plan import make_plan
+    from buddymoe_ray.residency.plan import make_plan, planned_shape
 
-    gpus, speed = list_gpus(), None
-    if config.device == "cpu" or not gpus:
-        speed = _measured(config, folder)
-    plan = make_plan(config, folder, gpus=gpus, speed=speed)
+    gpus, shape = list_gpus(), planned_shape(config, folder)
+    planned = partial(make_plan, folder=folder, gpus=gpus, shape=shape)
+    plan = planned(config)  # what cannot be is told before anything is measured
+    if plan.devices[0].device == "cpu" and plan.has_weights:
+        planned = partial(planned, speed=_measured(config, folder, shape))
+        plan = planned(config)
     if args.json:
         emit(plan.as_record())
     else:
-        modes = [plan]
-        if config.profile or default_profile_path(folder):
-            modes = [make_plan(replace(config, mode=mode), folder, gpus=gpus, speed=speed) for mode in get_args(Mode)]
-        _print(plan, modes)
+        has_profile = config.profile or default_profile_path(folder)
+        _print(plan, [planned(replace(config, mode=mode)) for mode in get_args(Mode)] if has_profile else [plan])
     return 0
 
 
-def _measured(config: EngineConfig, folder: Path) -> MachineSpeed | None:
-    """What this machine does with such weights; None without weights, whose disk nobody knows."""
+def _measured(config: EngineConfig, folder: Path, shape: ModelShape) -> MachineSpeed:
+    """What this machine does with such weights."""
     from buddymoe_ray.engine.measure_machine import measure_machine
-    from buddymoe_ray.models.shape import has_weights
     from buddymoe_ray.models.tensor_index import read_index
-    from buddymoe_ray.residency.plan import planned_shape
     from buddymoe_ray.residency.speed import weight_dtypes
 
-    if not has_weights(folder):
-        return None
-    shape = planned_shape(config, folder)
     shards = {Path(place.path) for place in read_index(folder).values()}
     dtypes = (*weight_dtypes(config, shape), "int4")
     return measure_machine(dtypes, shards, expert_bytes=shape.expert_bytes, threads=config.threads)

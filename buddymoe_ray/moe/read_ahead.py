@@ -66,9 +66,13 @@ class ReadAhead:
         if self._first is None or not tokens:
             return
         self._guesses[0].clear()  # of a pass that never came
+        ways = 0, len(self._choices)
+        asked = [self.gain.guesses(way, self._passes) for way in ways]
+        if not any(asked):
+            return
         coming = list[int]()
-        for way, guess_TK in zip((0, len(self._choices)), self._first.guesses(tokens), strict=True):
-            if len(guess_TK) and self.gain.guesses(way, self._passes):
+        for way, guess_TK in zip(ways, self._first.guesses(tokens), strict=True):
+            if len(guess_TK) and asked[way > 0]:
                 coming += self._wanted(0, guess_TK, way)
         if coming:
             self._cache.read_ahead(0, list(dict.fromkeys(coming)))

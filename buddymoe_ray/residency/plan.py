@@ -128,11 +128,17 @@ def planned_shape(config: EngineConfig, folder: Path) -> ModelShape:
 
 
 def make_plan(
-    config: EngineConfig, folder: Path, *, gpus: Sequence[GpuInfo], speed: MachineSpeed | None = None
+    config: EngineConfig,
+    folder: Path,
+    *,
+    gpus: Sequence[GpuInfo],
+    speed: MachineSpeed | None = None,
+    shape: ModelShape | None = None,
 ) -> Plan:
-    """Plan one engine per device, for a machine of such `speed` (None: guessed). Raises BudgetError, with numbers and a
+    """Plan one engine per device, for a machine of such `speed` (None: guessed). `shape` is `planned_shape`'s, where it
+    is known. Raises BudgetError, with numbers and a
     hint, when dense weights, experts or the promised KV cache cannot fit."""
-    shape = planned_shape(config, folder)
+    shape = shape or planned_shape(config, folder)
     if config.max_model_len is not None and config.max_model_len > shape.max_positions:
         raise ConfigError(
             f"max_model_len is {config.max_model_len}, must be at most {shape.max_positions} for this model. "
@@ -193,7 +199,7 @@ def _predicted(
 ) -> dict[str, float]:
     hit = sum(slots.layer_slots) / sum(shape.experts_per_layer)
     stood_in = (1 - hit) * stood_in_share(config, setup)
-    work = token_work(config, shape, setup, slots, hit=hit, stood_in=stood_in)
+    work = token_work(config, shape, setup, hit=hit, stood_in=stood_in)
     return {
         "predicted_hit_percent": 100 * hit,
         "predicted_standin_percent": 100 * stood_in,

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from buddymoe_ray.cache import READ_ON_THE_SPOT
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.models.shape import ModelShape
 from buddymoe_ray.residency.standin_setup import StandinSetup
-from buddymoe_ray.types import SlotPlan
 
 __all__ = [
     "GUESSED_DISK",
@@ -35,6 +35,7 @@ GUESSED_DISK, GUESSED_RAM = 1.0e9, 10.0e9
 ROWS = (1, 8, 64)
 """Rows for which the rate of weights is measured; it is interpolated between them, more are computed 64 at a time."""
 _WEIGHT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 33 / 32, "int4": 17 / 32}
+_RECORDS = "int4"  # whose rate is taken for that of all stand-ins
 _WAITED, _WAITED_READ_AHEAD = 0.7, 0.2
 """Share of the shorter of arithmetic and reads that the other does not hide. Measured with 4-bit experts of an OLMoE of
 8 layers at 25 %, 63 ms of arithmetic and 46 of reads a token: 95 ms, with reads ahead 71."""
@@ -81,7 +82,6 @@ class TokenWork:
     experts: int
     missed: float
     stood_in: float = 0.0
-    standin_dtype: str = "int4"
     standin_bytes: float = 0.0
     reads_ahead: bool = False
     absent: float = 0.0
@@ -94,7 +94,7 @@ def decode_seconds(work: TokenWork, speed: MachineSpeed) -> float:
     arithmetic += speed.weights_seconds(work.dense_dtype, work.dense_bytes)
     arithmetic += speed.weights_seconds(work.expert_dtype, own * work.expert_bytes)
     if work.stood_in:
-        arithmetic += speed.weights_seconds(work.standin_dtype, work.active * work.stood_in * work.standin_bytes)
+        arithmetic += speed.weights_seconds(_RECORDS, work.active * work.stood_in * work.standin_bytes)
     reads = work.active * work.missed * work.expert_bytes / speed.disk_bytes_s
     waited = _WAITED_READ_AHEAD if work.reads_ahead else _WAITED
     return max(arithmetic, reads) + waited * min(arithmetic, reads)
@@ -129,7 +129,7 @@ def guessed_speed(config: EngineConfig, shape: ModelShape, link_bytes_s: float) 
 
 
 def token_work(
-    config: EngineConfig, shape: ModelShape, setup: StandinSetup | None, slots: SlotPlan, *, hit: float, stood_in: float
+    config: EngineConfig, shape: ModelShape, setup: StandinSetup | None, *, hit: float, stood_in: float
 ) -> TokenWork:
     """Of a model that is served so, with the shares of its accesses that `hit` and are `stood_in` for."""
     dense, experts = weight_dtypes(config, shape)
@@ -146,7 +146,7 @@ def token_work(
         missed=1 - hit - stood_in,
         stood_in=stood_in,
         standin_bytes=sum(records) / len(records) if records else 0.0,
-        reads_ahead=config.read_ahead != "off" and setup is None and not slots.pinned,
+        reads_ahead=config.read_ahead != "off" and setup is None and shape.expert_bytes > READ_ON_THE_SPOT,
         absent=1 - hit,
     )
 

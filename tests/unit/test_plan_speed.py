@@ -97,3 +97,11 @@ def test_the_command_measures(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", "builtin:tiny", "--memory", "50%"]) == 0
     told = capsys.readouterr().out
     assert all(mode in told for mode in ("exact", "bounded", "fast")) and "measured here" in told
+
+
+def test_what_cannot_be_is_told_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "measure_machine", lambda *_, **__: pytest.fail("it was measured"))
+    assert main(["plan", "--model", "builtin:tiny", "--max-running", "100000", "--max-model-len", "1024"]) != 0
+    assert "hint:" in capsys.readouterr().err

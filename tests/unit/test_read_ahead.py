@@ -20,7 +20,7 @@ from buddymoe_ray import LLM
 from buddymoe_ray.cache import DiskReader, ExpertCache
 from buddymoe_ray.cache.disk import Bytes, ReadTicket, _Read
 from buddymoe_ray.errors import CacheError, ConfigError
-from buddymoe_ray.moe import FirstLayer, MoEBlock
+from buddymoe_ray.moe import FirstLayer, MoEBlock, ReadAhead
 from buddymoe_ray.policy import LRU, ReadAheadGain, split_slots
 from buddymoe_ray.types import ExpertKey, ExpertPiece, GenerationRequest, SamplingParams
 
@@ -269,6 +269,14 @@ def test_a_first_layer_asks_again_for_what_a_token_asked_for() -> None:
     seen_TK, others_TK = first.guesses([3, 5])
     assert (seen_TK.tolist(), others_TK.tolist()) == ([[1, 0]], [[3, 4]])
     assert FirstLayer(9, 2, lambda x_TD: x_TD, None).guesses([3])[1].shape == (0, 2)
+
+
+def test_a_first_layer_whose_guesses_do_not_pay_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step would pay for an embedding and a router."""
+    first = FirstLayer(9, 2, lambda _: pytest.fail("the router was asked"), lambda tokens_T: tokens_T)
+    ahead = ReadAhead(None, [lambda x_TD: x_TD] * 2, experts_per_token=2, first=first)  # type: ignore[arg-type]
+    monkeypatch.setattr(ahead.gain, "guesses", lambda way, passes: False)
+    ahead.begin([3, 5])
 
 
 def test_the_first_layer_is_read_for_tokens_that_were_chosen(tmp_path: Path, eager: None) -> None:
