@@ -62,19 +62,17 @@ class SharedExpertCache:
     lately, `stall_seconds` the time waited for bytes so far."""
 
     def __init__(self, store: SharedStore, *, reader: DiskReader) -> None:
-        self.store, self._reader = store, reader
-        self._tables = store.tables
+        self.store, self._reader, self._tables = store, reader, store.tables
         self.layout, self.plan = store.layout, store.plan
         self.device_bytes = store.nbytes  # of the slots, shared by every worker of the node
-        counts = self.layout.experts_per_layer
         resident_LE = self._tables.resident.view(np.bool_)
-        self._resident = [resident_LE[layer, :count] for layer, count in enumerate(counts)]
+        self._resident = [resident_LE[layer, :count] for layer, count in enumerate(self.layout.experts_per_layer)]
         self._kept_C = np.zeros(store.shape.slots, dtype=bool)
         self.fetch_seconds = self.layout.expert_bytes / _ASSUMED_BYTES_PER_SECOND
         self._held: tuple[int, dict[int, int]] | None = None
         self.stall_seconds = 0.0
         self._ahead = ReadsAhead[_OwnLoad](self._land)
-        self._brought = dict[int, int]()  # slots that were read ahead: their last use until somebody asks
+        self._brought_C = ~np.zeros_like(self._tables.last_used)  # last use of what was read ahead, until one asks
 
     @property
     def read_mode(self) -> str:
@@ -134,10 +132,12 @@ class SharedExpertCache:
     def read_ahead(self, layer: int, experts: Sequence[int], *, protect_residency: bool = False) -> bool:
         """See `ExpertCache.read_ahead`. Nobody sees an expert before its reader looks again: so `settle_ahead`."""
         self._ahead.land()
-        slot_of_E, kept_C = self._tables.slot_of[layer], np.zeros_like(self._kept_C)
-        slots = slot_of_E[list(experts)].tolist()
-        self._brought |= {slot: int(self._tables.last_used[slot]) for slot in slots if slot >= 0}
-        kept_C[[slot for slot, used in self._brought.items() if self._tables.last_used[slot] == used]] = True
+        slot_of_E, last_used_C = self._tables.slot_of[layer], self._tables.last_used
+        slots = slot_of_E[list(experts)]
+        there = slots[slots >= 0]
+        self._brought_C[there] = last_used_C[there]
+        kept_C = (self._brought_C == last_used_C) & protect_residency
+        kept_C[there] = True
         for key in [ExpertKey(layer, expert) for expert, slot in zip(experts, slots, strict=True) if slot < 0]:
             with self._tables.locked():
                 if slot_of_E[key.expert] >= 0:
@@ -366,7 +366,7 @@ class SharedExpertCache:
     def _land(self, load: _OwnLoad) -> None:
         try:
             self._tables.release([self._finish(load)])
-            self._brought[load.slot] = int(self._tables.last_used[load.slot])
+            self._brought_C[load.slot] = self._tables.last_used[load.slot]
         finally:
             self._ahead.remove(load)
 
