@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -84,20 +84,27 @@ def _copied(weights: Tensor | PackedMatrix) -> Tensor | PackedMatrix:
 
 
 def _overhead(threads: int) -> dict[str, float]:
-    """Seconds of a step without layers, and of a layer: the fastest of engines of one and of three small layers."""
-
-    def step(layers: int) -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            model = synth_checkpoint(_SMALL, Path(folder) / "model", layers=layers)
-            config = EngineConfig(model=str(model), memory="100%", device="cpu", threads=threads)
-            with closing(Engine.from_config(config)) as engine:
-                sampling = SamplingParams(temperature=0.0, max_tokens=_STEPS, ignore_eos=True)
-                engine.add(GenerationRequest(request_id="0", prompt_token_ids=(1,) * 16, sampling=sampling))
-                return min(_seconds(engine.step) for _ in range(_STEPS))
-
-    shallow, deep = step(_SHALLOW), step(_DEEP)
+    """Seconds of a step without layers, and of a layer: the fastest of engines of one and of three small layers, each
+    step of one beside a step of the other, so that a slow second is a slow second of both."""
+    with ExitStack() as stack:
+        engines = [stack.enter_context(_small_engine(layers, threads)) for layers in (_SHALLOW, _DEEP)]
+        pairs = [[_seconds(engine.step) for engine in engines] for _ in range(_STEPS)]
+    shallow, deep = (min(seconds) for seconds in zip(*pairs, strict=True))
     layer = max(0.0, (deep - shallow) / (_DEEP - _SHALLOW))
     return {"step_seconds": max(0.0, shallow - _SHALLOW * layer), "layer_seconds": layer}
+
+
+@contextmanager
+def _small_engine(layers: int, threads: int) -> Iterator[Engine]:
+    """In the midst of a request that outlasts the measurement."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = synth_checkpoint(_SMALL, Path(folder) / "model", layers=layers)
+        with closing(
+            Engine.from_config(EngineConfig(model=str(model), memory="100%", device="cpu", threads=threads))
+        ) as engine:
+            sampling = SamplingParams(temperature=0.0, max_tokens=_STEPS, ignore_eos=True)
+            engine.add(GenerationRequest(request_id="0", prompt_token_ids=(1,) * 16, sampling=sampling))
+            yield engine
 
 
 def _disk_bytes_s(shards: list[Path], expert_bytes: int) -> float:
