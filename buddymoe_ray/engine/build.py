@@ -19,6 +19,7 @@ from buddymoe_ray.engine import attention, one_call
 from buddymoe_ray.engine.guard import GuardWork
 from buddymoe_ray.engine.kv import KVPool
 from buddymoe_ray.engine.parts import EngineLimits, EngineParts
+from buddymoe_ray.engine.plain_forward import choose_forward
 from buddymoe_ray.engine.runner import PackedRunner, Runner, SoloRunner, probe
 from buddymoe_ray.engine.scheduler import Scheduler
 from buddymoe_ray.engine.suspended import PassParts
@@ -191,10 +192,11 @@ class _KVSize:
         )
         paged.open(pool, threads=config.threads)
         one_call.attach(loaded, experts.blocks, paged, step)
+        compute = choose_forward(loaded, paged, step)
         parts = None
         if paged.by_kernel and all(block.kernel is not None for block in experts.blocks):  # so rows do not see others
             parts = PassParts(
-                model=loaded.model,
+                compute=compute,
                 paged=paged,
                 step=step,
                 block_size=BLOCK_SIZE,
@@ -203,9 +205,8 @@ class _KVSize:
                 last=_last_block(loaded, experts),
                 ahead=experts.ahead,
             )
-        return cls(
-            blocks=blocks, max_model_len=max_model_len, runner=PackedRunner(loaded, paged, pool, step, parts=parts)
-        )
+        runner = PackedRunner(compute, paged, pool, step, device=loaded.device, parts=parts)
+        return cls(blocks=blocks, max_model_len=max_model_len, runner=runner)
 
 
 def _last_block(loaded: LoadedModel, experts: ExpertTier) -> MoEBlock | None:

@@ -29,7 +29,7 @@ from buddymoe_ray.models.router_hook import find_routers
 from buddymoe_ray.models.row_kernels import RowNorm, SoftmaxRouter
 from buddymoe_ray.moe import MoEBlock, Phase, StepState, Stretch
 
-__all__ = ["OneCallLayer", "OneCallLayers", "attach"]
+__all__ = ["OneCallLayer", "OneCallLayers", "attach", "trial_pass"]
 
 log = logging.getLogger(__name__)
 
@@ -96,24 +96,14 @@ def attach(loaded: LoadedModel, blocks: Sequence[MoEBlock], paged: PagedAttentio
     block_of = {id(module): block for module, block in zip(loaded.experts, blocks, strict=True)}
     routers = find_routers(loaded.model, loaded.experts, loaded.layout.experts_per_layer)
     trials = [_Trial(layer, paged, block_of, routers) for layer in loaded.model.modules() if _has_parts(layer)]
-    count = sum(_ROWS)
-    ids = torch.arange(count)[None] % loaded.vocab_size
-    positions = torch.cat([torch.arange(rows) for rows in _ROWS])[None]
-    chunks = [
-        ChunkRows(row=row, count=rows, start=0, blocks=(at,))
-        for at, (row, rows) in enumerate(zip((0, _ROWS[0]), _ROWS, strict=True))
-    ]
-    paged.current = PackedPass(chunks, decode=False, block_size=paged.block_size, device=loaded.device)
-    step.begin(Phase.PROBE, count)
-    try:
-        for trial in trials:
-            trial.layer.forward = trial  # type: ignore[assignment]
-        with torch.inference_mode():
+    with trial_pass(loaded, paged, step) as (ids, positions):
+        try:
+            for trial in trials:
+                trial.layer.forward = trial  # type: ignore[assignment]
             loaded.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1)
-    finally:
-        paged.current = None
-        for trial in trials:
-            del trial.layer.forward  # what the class has; a layer that held its own method would not be freed
+        finally:
+            for trial in trials:
+                del trial.layer.forward  # what the class has; a layer that held its own method would not be freed
     count = routed = 0
     for group in _stretches(trials):
         blocks = [trial.block for trial in group if trial.block is not None]
@@ -124,6 +114,23 @@ def attach(loaded: LoadedModel, blocks: Sequence[MoEBlock], paged: PagedAttentio
         count, routed = count + len(group), routed + len(blocks)
     log.info("%d decoder layers run in one call, %d of them with their router and experts", count, routed)
     return count
+
+
+@contextmanager
+def trial_pass(loaded: LoadedModel, paged: PagedAttention, step: StepState) -> Iterator[tuple[Tensor, Tensor]]:
+    """The context of a pass over two sequences whose experts answer 0; their ids and positions `[1, T]`."""
+    count = sum(_ROWS)
+    chunks = [
+        ChunkRows(row=row, count=rows, start=0, blocks=(at,))
+        for at, (row, rows) in enumerate(zip((0, _ROWS[0]), _ROWS, strict=True))
+    ]
+    paged.current = PackedPass(chunks, decode=False, block_size=paged.block_size, device=loaded.device)
+    step.begin(Phase.PROBE, count)
+    try:
+        with torch.inference_mode():
+            yield torch.arange(count)[None] % loaded.vocab_size, torch.cat([torch.arange(n) for n in _ROWS])[None]
+    finally:
+        paged.current = None
 
 
 def _stretches(trials: Sequence[_Trial]) -> Iterator[list[_Trial]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
 from buddymoe_ray.engine.kv import KVPool
+from buddymoe_ray.engine.plain_forward import ForwardPass
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.engine.suspended import PassParts
@@ -69,14 +70,15 @@ class PackedRunner:
 
     def __init__(
         self,
-        loaded: LoadedModel,
+        compute: ForwardPass,
         paged: PagedAttention,
         pool: KVPool,
         step: StepState,
         *,
+        device: torch.device,
         parts: PassParts | None = None,
     ) -> None:
-        self._model, self._device = loaded.model, loaded.device
+        self._compute, self._device = compute, device
         self._paged, self._pool, self._step = paged, pool, step
         self.repeatable, self.parts = parts is not None, parts
 
@@ -118,7 +120,7 @@ class PackedRunner:
         rows: list[ChunkRows],
         ids: list[int],
         positions: list[int],
-        keep: Any,
+        keep: int | Tensor,
         terms: StepTerms | None = None,
         *,
         isolate: bool = True,
@@ -127,13 +129,8 @@ class PackedRunner:
         decode = phase is Phase.DECODE
         self._paged.current = PackedPass(rows, decode=decode, block_size=self._pool.block_size, device=self._device)
         with torch.inference_mode():
-            out = self._model(
-                input_ids=torch.tensor([ids], device=self._device),
-                position_ids=torch.tensor([positions], device=self._device),
-                use_cache=False,
-                logits_to_keep=keep,
-            )
-        return out.logits[0].float()
+            ids_1T, positions_1T = (torch.tensor([row], device=self._device) for row in (ids, positions))
+            return self._compute(ids_1T, positions_1T, keep).float()
 
 
 class SoloRunner:

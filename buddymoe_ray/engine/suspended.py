@@ -26,6 +26,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
+from buddymoe_ray.engine.plain_forward import ForwardPass
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.moe import Accesses, MoEBlock, Phase, ReadAhead, StepState
 from buddymoe_ray.observe import smoothed
@@ -40,7 +41,7 @@ class PassParts:
     """What computes passes; `layers` counts MoE layers. `last` is the block behind which only a prompt's last row is
     needed, None where other layers follow. `ahead` begins to read what layers will want, where that can be."""
 
-    model: Any
+    compute: ForwardPass
     paged: PagedAttention
     step: StepState
     block_size: int
@@ -220,13 +221,8 @@ class SuspendedPass:
 
     def _forward(self, piece: _Piece) -> Tensor:
         parts = self._parts
-        out = parts.model(
-            input_ids=torch.tensor([piece.ids], device=parts.device),
-            position_ids=torch.tensor([piece.positions], device=parts.device),
-            use_cache=False,
-            logits_to_keep=1,
-        )
-        return out.logits[0, -1].float()
+        ids_1T, positions_1T = (torch.tensor([row], device=parts.device) for row in (piece.ids, piece.positions))
+        return parts.compute(ids_1T, positions_1T, 1)[-1].float()
 
     def _suspend(self, block: MoEBlock, hidden_TD: Tensor, ids_TK: npt.NDArray[np.int64], weight_TK: Tensor) -> Tensor:
         """Called by a block inside a forward: what its experts come to, once they were run."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 from buddymoe_ray import LLM
 from buddymoe_ray.cache import Glance
-from buddymoe_ray.engine import one_call
+from buddymoe_ray.engine import build, one_call, plain_forward
+from buddymoe_ray.engine.plain_forward import PlainForward
 from buddymoe_ray.kernels import CpuRouter, DecoderLayers, cpu, expert_layer, paged_attention
 from buddymoe_ray.models.row_kernels import SoftmaxRouter, rows_apart
 from buddymoe_ray.moe import MoEBlock
@@ -72,6 +74,57 @@ def test_one_call_gives_the_bits_of_the_modules(
     once = bits(tmp_path, memory=memory, **form)
     monkeypatch.setattr(one_call, "attach", lambda *_: 0)
     assert bits(tmp_path, memory=memory, **form) == once
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """Classes of the forward passes that were chosen."""
+    found, choose = list[type](), build.choose_forward
+
+    def choosing(*args: Any) -> Any:
+        forward = choose(*args)
+        found.append(type(forward))
+        return forward
+
+    monkeypatch.setattr(build, "choose_forward", choosing)
+    return found
+
+
+@pytest.mark.parametrize("family", [*WHOLE, *HALF, *NEITHER])
+def test_the_forward_pass_is_the_plain_chain_where_all_layers_are_in_calls(
+    family: str, tmp_path: Path, chosen: list[type]
+) -> None:
+    build_checkpoint(family, tmp_path)
+    LLM(str(tmp_path), memory="100%", max_model_len=64).close()
+    assert (chosen == [PlainForward]) == (family in WHOLE + HALF)
+
+
+@pytest.mark.parametrize("what", ["scales what it embeds", "caps its logits", "is listened to", "has another part"])
+def test_a_model_whose_forward_does_more_keeps_it(
+    what: str, tmp_path: Path, chosen: list[type], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_checkpoint("mixtral", tmp_path)
+    attach = one_call.attach
+
+    def changed(loaded: Any, *rest: Any) -> int:
+        model = loaded.model
+        embed, head = model.model.forward, model.forward
+        if what == "scales what it embeds":
+            vectors = model.model.embed_tokens
+            model.model.forward = lambda input_ids, **more: embed(**more | {"inputs_embeds": 1.01 * vectors(input_ids)})
+        elif what == "caps its logits":
+            model.forward = lambda **more: SimpleNamespace(logits=torch.tanh(head(**more).logits))
+        elif what == "is listened to":
+            model.model.layers[1].register_forward_hook(lambda *_: None)
+        else:
+            model.model.add_module("adapter", torch.nn.Identity())
+        return attach(loaded, *rest)
+
+    monkeypatch.setattr(one_call, "attach", changed)
+    kept = bits(tmp_path)
+    assert len(chosen) == 1 and PlainForward not in chosen
+    monkeypatch.setattr(plain_forward, "_chain", lambda _: None)
+    assert bits(tmp_path) == kept
 
 
 @pytest.mark.parametrize(
