@@ -15,7 +15,6 @@ from interleavings import Actor, Reader, Violation, World, explore, instrumented
 
 from buddymoe_ray.cache import ExpertCache
 from buddymoe_ray.cache.shared import Move, Mover, SharedExpertCache, SharedHostTier, SharedStore, sweep
-from buddymoe_ray.policy import LRU
 from buddymoe_ray.types import ExpertKey, SlotPlan
 
 __all__ = ["Scenario", "scenarios"]
@@ -133,7 +132,7 @@ def device(world: World, *experts: int) -> Prepare:
             layer_slots=(1,),
             fully_resident=False,
         )
-        cache = ExpertCache(world.layout, plan, eviction=LRU, reader=reader, host=host)  # type: ignore[arg-type]
+        cache = ExpertCache(world.layout, plan, reader=reader, host=host)  # type: ignore[arg-type]
 
         def program(me: Actor) -> None:
             for leases in cache.stream(0, list(experts), protect_residency=False):

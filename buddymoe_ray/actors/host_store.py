@@ -248,7 +248,8 @@ class HostStore:
         tables, chosen = self._tables, set(wanted)
         mine = np.flatnonzero((tables.partition != WAVE) & (tables.state == READY))
         keys = [ExpertKey(int(tables.key_layer[s]), int(tables.key_expert[s])) for s in mine]
-        order = np.argsort(tables.last_used[mine], kind="stable").tolist()
+        usage = tables.usage.usage_LE[tables.key_layer[mine], tables.key_expert[mine]]
+        order = np.argsort(usage, kind="stable").tolist()
         spare = [keys[at] for at in order if keys[at] not in chosen]
         moves = []
         for key in wanted:

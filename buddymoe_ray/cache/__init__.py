@@ -1,8 +1,7 @@
-"""Expert bytes and where they are: disk, host, device, and one node's shared memory. Decides nothing: plans and
-eviction orders are handed in."""
+"""Expert bytes and where they are: disk, host, device, and one node's shared memory. Plans are handed in."""
 
 from buddymoe_ray.cache.disk import READ_ON_THE_SPOT, DiskReader, largest_read
-from buddymoe_ray.cache.expert_cache import CacheStats, Eviction, ExpertCache
+from buddymoe_ray.cache.expert_cache import CacheStats, ExpertCache
 from buddymoe_ray.cache.interface import EngineCache, Experts
 from buddymoe_ray.cache.pool import Glance, Lease, slot_views
 from buddymoe_ray.cache.standin_pool import StandinPool
@@ -11,7 +10,6 @@ __all__ = [
     "READ_ON_THE_SPOT",
     "CacheStats",
     "DiskReader",
-    "Eviction",
     "ExpertCache",
     "EngineCache",
     "Experts",

@@ -10,34 +10,23 @@ Legend: E experts of a layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 import numpy as np
 
+from buddymoe_ray.cache.usage import Usage
 from buddymoe_ray.types import ExpertKey, SlotPlan
 
-__all__ = ["Directory", "Eviction"]
-
-
-class Eviction(Protocol):
-    """The order in which a partition's slots are evicted; see `policy.eviction`."""
-
-    def touch(self, slot: int) -> None: ...
-    def demote(self, slot: int) -> None: ...
-    def forget(self, slot: int) -> None: ...
-    def victim(self, allowed: Callable[[int], bool]) -> int | None: ...
-    def __contains__(self, slot: object) -> bool: ...
+__all__ = ["Directory"]
 
 
 class Directory:
-    """Tables of a slot plan. `new_eviction` makes one order per partition; `at_E` is the `address` of every expert's
-    slot, -1 where it has none."""
+    """Tables of a slot plan; `at_E` is the `address` of every expert's slot, -1 where it has none. Of a layer's slots
+    the one whose expert is least in `usage` is evicted first, of wave slots the one used longest ago."""
 
     def __init__(
         self,
         plan: SlotPlan,
         experts_per_layer: tuple[int, ...],
-        new_eviction: Callable[[], Eviction],
         address: Callable[[int], int] = int,
     ) -> None:
         self.plan, self._address = plan, address
@@ -45,13 +34,19 @@ class Directory:
         self.key_of: list[ExpertKey | None] = [None] * plan.slots_total
         self.slot_of: list[list[int]] = [[-1] * count for count in experts_per_layer]
         self.resident_E = [np.zeros(count, np.bool_) for count in experts_per_layer]
-        self._orders = [new_eviction() for _ in (*plan.layer_slots, 0)]
+        widest = (len(experts_per_layer), max(experts_per_layer))
+        self.usage = Usage(np.full(widest, -np.inf), np.zeros(len(experts_per_layer), np.int64))
+        self._expert_C = np.full(plan.slots_total, -1)
+        self._used_at_C = np.zeros(plan.slots_total, np.int64)
+        self._clock = 0
         self._free: list[list[int]] = []
         self._partition: list[int] = []
+        self._waves, self._begin = len(plan.layer_slots), [0]
         for partition, count in enumerate((*plan.layer_slots, plan.wave_slots)):
             start = len(self._partition)
             self._free.append(list(range(start + count - 1, start - 1, -1)))
             self._partition += [partition] * count
+            self._begin.append(start + count)
         self.leased: set[int] = set()
         self.kept: set[int] = set()  # of the call in progress: they stay in their layer's slots until it ends
         self.awaited: set[int] = set()  # wave slots with what will be asked for: nothing is read ahead into them
@@ -61,12 +56,12 @@ class Directory:
     def claim(self, layer: int, *, protect_residency: bool) -> int | None:
         """A slot for an expert of `layer` that is to be loaded, emptied; None when all are leased or being filled.
 
-        The layer's own free slots come first; then, unless residency is protected, its least recently used expert that
-        the call in progress does not name is evicted; then wave slots. So a call that names more experts than the layer
+        The layer's own free slots come first; then, unless residency is protected, its least used expert that the
+        call in progress does not name is evicted; then wave slots. So a call that names more experts than the layer
         has slots keeps what is resident and passes the rest through wave slots: plain LRU would push every expert out
         just before its turn comes again.
         """
-        waves = len(self._orders) - 1
+        waves = self._waves
         slot = self._take_free(layer)
         if slot is None and not protect_residency:
             slot = self._evict(layer, self.leased | self.kept)
@@ -81,7 +76,7 @@ class Directory:
     def claim_ahead(self, layer: int, staying: set[int], *, protect_residency: bool) -> int | None:
         """A slot for an expert that was not asked for yet; none of `staying` is evicted. One of the layer's own or,
         where residency is protected, of the wave slots: not with what was brought there and waits to be asked for."""
-        waves = len(self._orders) - 1
+        waves = self._waves
         slot = self._take_free(layer)
         if slot is None and not protect_residency:
             slot = self._evict(layer, self.leased | self.kept | staying)
@@ -103,14 +98,13 @@ class Directory:
         self.slot_of[key.layer][key.expert] = slot
         self.resident_E[key.layer][key.expert] = True
         self.at_E[key.layer][key.expert] = self._address(slot)
-        self._orders[self._partition[slot]].touch(slot)
+        self._expert_C[slot] = key.expert
+        self.touch(slot)
 
     def bring(self, slot: int) -> None:
-        """Nobody has asked for what the slot now holds. In a layer's slot it goes first, unless somebody does."""
+        """Nobody has asked for what the slot now holds."""
         if self._is_wave(slot):
             self.awaited.add(slot)
-        else:
-            self._orders[self._partition[slot]].demote(slot)
 
     def expect(self, slots: Iterable[int]) -> None:
         """What these hold will be asked for, again where it was before."""
@@ -122,9 +116,11 @@ class Directory:
         self._free[self._partition[slot]].append(slot)
 
     def touch(self, slot: int) -> None:
-        """Note an access of a resident expert."""
-        self.awaited.discard(slot)
-        self._orders[self._partition[slot]].touch(slot)
+        """Note an access to what a slot holds."""
+        if self._is_wave(slot):
+            self.awaited.discard(slot)
+            self._clock += 1
+            self._used_at_C[slot] = self._clock
 
     def check_integrity(self) -> None:
         """Tables mirror each other and every slot is in exactly one state."""
@@ -139,29 +135,34 @@ class Directory:
         held = [slot for slot, key in enumerate(self.key_of) if key is not None]
         every = sorted([*free, *held, *self._claimed])
         assert every == list(range(self.plan.slots_total)), f"free {free}, held {held}, claimed {self._claimed}"
-        ordered = [slot for slot in held if slot not in self._orders[self._partition[slot]]]
-        assert not ordered, f"slots {ordered} are held but have no place in the eviction order"
+        experts = [-1 if key is None else key.expert for key in self.key_of]
+        assert experts == self._expert_C.tolist(), f"slots hold {experts}, of which {self._expert_C.tolist()} is known"
         assert self.awaited <= set(held), f"awaited {self.awaited}, held {held}"
         assert self.leased <= set(held), f"leased {self.leased}, held {held}"
         for slot in held:
             key = self.key_of[slot]
             home = self._partition[slot]
-            assert key is not None and home in (key.layer, len(self._orders) - 1), f"{key} is in partition {home}"
+            assert key is not None and home in (key.layer, self._waves), f"{key} is in partition {home}"
 
     def _is_wave(self, slot: int) -> bool:
-        return self._partition[slot] == len(self._orders) - 1
+        return slot >= self._begin[self._waves]
 
     def _take_free(self, partition: int) -> int | None:
         return self._free[partition].pop() if self._free[partition] else None
 
     def _evict(self, partition: int, staying: set[int]) -> int | None:
-        order = self._orders[partition]
-        slot = order.victim(lambda candidate: candidate not in staying)
-        if slot is None:
+        begin, end = self._begin[partition : partition + 2]
+        expert_C = self._expert_C[begin:end]
+        usage_C = self._used_at_C[begin:end] if partition == self._waves else self.usage.usage_LE[partition, expert_C]
+        may_go = expert_C >= 0
+        may_go[[slot - begin for slot in staying if begin <= slot < end]] = False
+        allowed = may_go.nonzero()[0]
+        if not allowed.size:
             return None
+        slot = begin + int(allowed[usage_C[allowed].argmin()])
         key = self.key_of[slot]
-        assert key is not None, f"slot {slot} is in the eviction order but empty"
-        order.forget(slot)
+        assert key is not None, f"slot {slot} is evicted but empty"
+        self._expert_C[slot] = -1
         self.awaited.discard(slot)
         self.key_of[slot] = None
         self.slot_of[key.layer][key.expert] = -1

@@ -2,7 +2,7 @@
 
 `stream` is the only way in. It starts reading what is missing, lends what is resident while the disk works, then lends
 the rest as it arrives. All bookkeeping happens on the caller's thread; reader threads only write bytes. Does not know
-models, routing or policy: the slot plan and the eviction order are handed in.
+models, routing or policy: the slot plan is handed in.
 
 Invariants: device bytes never exceed the plan; a slot that is lent or being filled is never claimed; after a failed
 load the cache is consistent and usable.
@@ -22,14 +22,14 @@ import numpy.typing as npt
 import torch
 
 from buddymoe_ray.cache.ahead import ReadsAhead
-from buddymoe_ray.cache.directory import Directory, Eviction
+from buddymoe_ray.cache.directory import Directory
 from buddymoe_ray.cache.disk import DiskReader, Ticket
 from buddymoe_ray.cache.host import Host, HostTier, ReadLost
 from buddymoe_ray.cache.pool import Glance, Lease, SlotPool
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
-__all__ = ["CacheStats", "Eviction", "ExpertCache", "blame"]
+__all__ = ["CacheStats", "ExpertCache", "blame"]
 
 _GPU_STAGING_SLOTS = 4
 _POLL_SECONDS = 200e-6
@@ -65,7 +65,6 @@ class ExpertCache:
     Args:
         layout: how an expert lies in a slot and where its bytes are on disk.
         plan: slots per layer and for waves; its `slot_bytes` must be the layout's.
-        eviction: makes the eviction order of one partition.
         reader: the disk tier; closed with the cache.
         device: where the slots are. A CUDA device always goes through pinned host slots (at least 4).
         host_slots: experts a host tier of this cache's own keeps; 0 is none.
@@ -77,7 +76,6 @@ class ExpertCache:
         layout: ExpertLayout,
         plan: SlotPlan,
         *,
-        eviction: Callable[[], Eviction],
         reader: DiskReader,
         device: torch.device | None = None,
         host_slots: int = 0,
@@ -96,7 +94,7 @@ class ExpertCache:
         if host is None and host_slots:
             self._host = HostTier(layout, slots=host_slots, reader=reader, pinned=on_gpu)
         self._bytes = None if on_gpu else self._pool.bytes_C.numpy()
-        self._directory = Directory(plan, layout.experts_per_layer, eviction, self._pool.address)
+        self._directory = Directory(plan, layout.experts_per_layer, self._pool.address)
         self._glances = [Glance(at_E, partial(self._used, layer)) for layer, at_E in enumerate(self._directory.at_E)]
         self._leases: list[Lease | None] = [None] * plan.slots_total
         self._ahead = ReadsAhead[_DeviceLoad](lambda load: self._directory.bring(self._finish(self._ahead, load)))
@@ -168,7 +166,8 @@ class ExpertCache:
         return self._glances[layer]
 
     def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
-        """Note accesses of experts for whoever places them: a cache of one engine has nobody to tell."""
+        """Note accesses of experts, of any shape: what is used least is evicted first."""
+        self._directory.usage.note(layer, ids)
 
     def stream(
         self, layer: int, experts: Sequence[int], *, protect_residency: bool

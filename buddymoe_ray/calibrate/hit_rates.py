@@ -1,7 +1,7 @@
 """How often an expert would be found resident, by how many are kept: what a memory budget buys before any stand-in.
 
-Four rules: the most frequent experts for good, any experts at all (the null), those used last, and the best possible
-choice by one who knows the future. Pure numpy; knows no bytes. Neighbour: `report` plots them.
+Four rules: the most frequent experts for good, any experts at all (the null), what the expert cache keeps, and the
+best possible choice by one who knows the future. Pure numpy; knows no bytes. Neighbour: `report` plots them.
 
 Legend: T tokens, L layers, K experts per token, E experts, C sizes of the cache (experts per layer), N = L x C.
 """
@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["HitRates", "hit_rates", "lru_hits", "oracle_hits", "static_hits"]
+from buddymoe_ray.cache.usage import Usage
+
+__all__ = ["HitRates", "hit_rates", "oracle_hits", "served_hits", "static_hits"]
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -27,14 +29,14 @@ _MOST_STEPS = 32_768
 class HitRates:
     """Share of accesses found resident, `[L, C]` per rule and `[C]` for the null; `sizes` in experts per layer.
 
-    `lru_LC` and `oracle_LC` need a trace and are None without one.
+    `served_LC` and `oracle_LC` need a trace and are None without one.
     """
 
     sizes: tuple[int, ...]
     experts: int
     uniform_C: Floats
     static_LC: Floats
-    lru_LC: Floats | None
+    served_LC: Floats | None
     oracle_LC: Floats | None
 
 
@@ -48,7 +50,7 @@ def hit_rates(counts_LE: npt.NDArray[Any], routes_TLK: npt.NDArray[Any]) -> HitR
         experts=E,
         uniform_C=np.array(sizes) / E,
         static_LC=static_hits(counts, sizes),
-        lru_LC=lru_hits(routes, counts, sizes) if len(routes) else None,
+        served_LC=served_hits(routes, counts, sizes) if len(routes) else None,
         oracle_LC=oracle_hits(routes, counts, sizes) if len(routes) else None,
     )
 
@@ -59,23 +61,30 @@ def static_hits(counts_LE: Ints, sizes: tuple[int, ...]) -> Floats:
     return mass_LE[:, np.array(sizes) - 1] / np.maximum(mass_LE[:, -1:], 1)
 
 
-def lru_hits(routes_TLK: Ints, counts_LE: Ints, sizes: tuple[int, ...]) -> Floats:
-    """The same when the experts used last are resident `[L, C]`.
+def served_hits(routes_TLK: Ints, counts_LE: Ints, sizes: tuple[int, ...]) -> Floats:
+    """The same as the expert cache evicts `[L, C]`: after each token go those used least, not those it asked for.
 
-    One pass serves all sizes, since a larger cache holds all that a smaller one does (Mattson et al. 1970): an access
-    hits when fewer than C experts were used after its expert's last access. Starts with the most frequent experts.
+    Starts with the most frequent experts.
     """
     T, L, K = routes_TLK.shape
-    E = counts_LE.shape[1]
-    last_LE = -1.0 - _popularity_rank(counts_LE)
-    depth_LE = np.zeros((L, E), dtype=np.int64)  # accesses by their expert's place in the order of last access
-    rows_L1, slots_K = np.arange(L)[:, None], np.arange(K)
+    C = len(sizes)
+    size_N, layer_N = np.tile(np.array(sizes), L), np.repeat(np.arange(L), C)
+    rank_LE, rows_N1 = _popularity_rank(counts_LE), np.arange(L * C)[:, None]
+    resident_NE = rank_LE[layer_N] < size_N[:, None]
+    usage = Usage((-1e3 - rank_LE).astype(np.float64), np.zeros(L, np.int64))
+    hits_N = np.zeros(L * C, dtype=np.int64)
     for t in range(T):
-        ids_LK = routes_TLK[t]
-        place_LK = (last_LE[:, None, :] > last_LE[rows_L1, ids_LK][:, :, None]).sum(axis=2)
-        np.add.at(depth_LE, (rows_L1, place_LK), 1)
-        last_LE[rows_L1, ids_LK] = t * K + K - slots_K  # the heaviest slot counts as used last
-    return depth_LE.cumsum(axis=1)[:, np.array(sizes) - 1] / max(1, T * K)
+        ids_NK = routes_TLK[t][layer_N]
+        for layer, ids_K in enumerate(routes_TLK[t]):
+            usage.note(layer, ids_K)
+        hits_N += resident_NE[rows_N1, ids_NK].sum(axis=1)
+        resident_NE[rows_N1, ids_NK] = True
+        usage_NE = np.where(resident_NE, usage.usage_LE[layer_N], np.inf)
+        usage_NE[rows_N1, ids_NK] += T  # behind all others
+        while (leaving := np.flatnonzero(resident_NE.sum(axis=1) > size_N)).size:
+            least_N = usage_NE[leaving].argmin(axis=1)
+            resident_NE[leaving, least_N], usage_NE[leaving, least_N] = False, np.inf
+    return (hits_N / max(1, T * K)).reshape(L, C)
 
 
 def oracle_hits(routes_TLK: Ints, counts_LE: Ints, sizes: tuple[int, ...]) -> Floats:

@@ -145,8 +145,8 @@ def hit_lines(profile: Profile) -> list[Line]:
     """Hit rate (%) of each rule by the share of experts kept (%), mean over layers."""
     rates = hit_rates(profile.counts_LE, profile.routes_TLK)
     named = {"null: any experts": rates.uniform_C, "static frequency": rates.static_LC.mean(axis=0)}
-    if rates.lru_LC is not None and rates.oracle_LC is not None:
-        named |= {"LRU": rates.lru_LC.mean(axis=0), "oracle": rates.oracle_LC.mean(axis=0)}
+    if rates.served_LC is not None and rates.oracle_LC is not None:
+        named |= {"as served": rates.served_LC.mean(axis=0), "oracle": rates.oracle_LC.mean(axis=0)}
     kept = [100 * size / rates.experts for size in rates.sizes]
     return [Line(name=name, x=kept, y=100 * y, reference=name.startswith("null")) for name, y in named.items()]
 

@@ -6,7 +6,6 @@ Each returns what was decided and why, for others to do.
 from __future__ import annotations
 
 from buddymoe_ray.policy.buddymoe import BuddyMoE, BuddyParams, buddy_lists, normalised_entropy
-from buddymoe_ray.policy.eviction import LRU
 from buddymoe_ray.policy.guard import Guard, GuardView
 from buddymoe_ray.policy.ladder import Ladder
 from buddymoe_ray.policy.ledger import Ledger, Pricer, price_for
@@ -31,7 +30,6 @@ from buddymoe_ray.policy.split import Split, choose, split_movable
 from buddymoe_ray.policy.standins import Buddy, Drop, Own, RandomBuddy, RouterBuddy, Standin, StandinAnswers
 
 __all__ = [
-    "LRU",
     "OPTIONS",
     "Action",
     "StandinAnswers",

@@ -46,7 +46,7 @@ from buddymoe_ray.moe import (
     record_computes,
 )
 from buddymoe_ray.observe import progress
-from buddymoe_ray.policy import LRU, Staging, plan_staging, split_slots
+from buddymoe_ray.policy import Staging, plan_staging, split_slots
 from buddymoe_ray.residency.sharing import Sharing, open_host, open_records, open_store
 from buddymoe_ray.residency.standin_setup import NodeBudget, StandinSetup, prepare
 from buddymoe_ray.types import ExpertLayout, SlotPlan
@@ -262,7 +262,6 @@ def _open_cache(
     return ExpertCache(
         layout,
         plan,
-        eviction=LRU,
         reader=reader,
         device=loaded.device,
         host_slots=host_bytes // layout.slot_bytes,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from buddymoe_ray.cache.directory import Directory
-from buddymoe_ray.policy import LRU
 from buddymoe_ray.types import ExpertKey, SlotPlan
 
 
@@ -20,7 +20,7 @@ def directory(*, layers: tuple[int, ...] = (2, 1), waves: int = 2, experts: tupl
         layer_slots=layers,
         fully_resident=False,
     )
-    return Directory(plan, experts, LRU)
+    return Directory(plan, experts)
 
 
 def put(tables: Directory, layer: int, expert: int, *, protect: bool = False) -> int | None:
@@ -30,9 +30,12 @@ def put(tables: Directory, layer: int, expert: int, *, protect: bool = False) ->
     return slot
 
 
-def test_own_free_slots_come_first_and_then_the_oldest_gives_way() -> None:
-    tables = directory()
-    assert [put(tables, 0, expert) for expert in range(4)] == [0, 1, 0, 1]
+def test_own_free_slots_come_first_and_then_the_least_used_gives_way() -> None:
+    tables, slots = directory(), []
+    for expert in range(4):
+        tables.usage.note(0, np.array([expert]))
+        slots.append(put(tables, 0, expert))
+    assert slots == [0, 1, 0, 1]
     assert tables.slot_of[0] == [-1, -1, 0, 1, -1, -1] and tables.evictions == 2
     assert put(tables, 1, 0) == 2, "another layer's slots are its own"
     tables.check_integrity()
@@ -63,7 +66,7 @@ def test_a_use_keeps_an_expert() -> None:
     tables = directory()
     put(tables, 0, 0)
     put(tables, 0, 1)
-    tables.touch(tables.slot_of[0][0])
+    tables.usage.note(0, np.array([0]))
     put(tables, 0, 2)
     assert tables.slot_of[0][0] >= 0 and tables.slot_of[0][1] == -1
 

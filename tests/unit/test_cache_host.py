@@ -11,7 +11,7 @@ from experts_on_disk import expert_bytes_of, make_layout
 from buddymoe_ray.cache import DiskReader, ExpertCache
 from buddymoe_ray.cache.host import HostTier
 from buddymoe_ray.errors import CacheError
-from buddymoe_ray.policy import LRU, split_slots
+from buddymoe_ray.policy import split_slots
 from buddymoe_ray.types import ExpertKey
 
 A, B, C = (ExpertKey(0, expert) for expert in range(3))
@@ -135,5 +135,5 @@ def test_no_more_host_slots_than_experts_are_allocated(tmp_path: Path) -> None:
         experts_per_layer=layout.experts_per_layer,
         overhead_bytes=0,
     )
-    with ExpertCache(layout, plan, eviction=LRU, reader=DiskReader(buffer_bytes=8192), host_slots=10**4) as cache:
+    with ExpertCache(layout, plan, reader=DiskReader(buffer_bytes=8192), host_slots=10**4) as cache:
         assert cache._host is not None and cache._host.pool.count == 18

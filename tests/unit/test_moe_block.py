@@ -15,7 +15,7 @@ from buddymoe_ray.errors import CacheError
 from buddymoe_ray.kernels import ExpertMath, UpcastScratch, combine, expert_forward
 from buddymoe_ray.moe import MoEBlock, OneByOne, Phase, StepState
 from buddymoe_ray.moe.outcome import StepOutcome
-from buddymoe_ray.policy import LRU, split_slots
+from buddymoe_ray.policy import split_slots
 from buddymoe_ray.types import ExpertLayout
 
 D, E, K = 20, 6, 3
@@ -33,7 +33,7 @@ class Opened:
             experts_per_layer=layout.experts_per_layer,
             overhead_bytes=0,
         )
-        self.cache = ExpertCache(layout, plan, eviction=LRU, reader=DiskReader(buffer_bytes=8192))
+        self.cache = ExpertCache(layout, plan, reader=DiskReader(buffer_bytes=8192))
         self.step = StepState()
         shapes = {t.name: t.shape for t in layout.tensors}
         # gate_up_proj is stored in bfloat16, down_proj in float32; the scratch widens both to float32

@@ -17,7 +17,7 @@ from torch import Tensor
 from buddymoe_ray.cache import DiskReader, ExpertCache, StandinPool
 from buddymoe_ray.kernels import ExpertMath, UpcastScratch, combine, expert_forward
 from buddymoe_ray.moe import MoEBlock, OneByOne, Overlay, Phase, Standins, StepState, StepTerms, record_computes
-from buddymoe_ray.policy import LRU, Action, Misses, Reason, Resolution, RowBudgets
+from buddymoe_ray.policy import Action, Misses, Reason, Resolution, RowBudgets
 from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotPlan, SlotTensor
 
 D, E, K, LAYER = 20, 6, 3, 1
@@ -66,7 +66,7 @@ class Opened:
             fully_resident=False,
             pinned=PINNED,
         )
-        self.cache = ExpertCache(self.layout, plan, eviction=LRU, reader=DiskReader(buffer_bytes=8192))
+        self.cache = ExpertCache(self.layout, plan, reader=DiskReader(buffer_bytes=8192))
         self.cache.warm()
         self.means, records = mean_records(tmp_path)
         kind_of = {ExpertKey(la, e): "mean" for la in range(3) for e in range(2, 6)}

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from buddymoe_ray.config import parse_memory
 from buddymoe_ray.errors import BudgetError, ConfigError
-from buddymoe_ray.policy import LRU, plan_staging, split_slots
+from buddymoe_ray.policy import plan_staging, split_slots
 
 
 @pytest.mark.parametrize(
@@ -82,14 +82,3 @@ def test_staging_is_a_few_per_cent(piece: int, budget: int) -> None:
     assert staging.nbytes <= max(4096, 0.06 * budget)
     if budget > 1 << 30:
         assert staging.depth == 4
-
-
-def test_lru_order() -> None:
-    lru = LRU()
-    for slot in (1, 2, 3, 1):
-        lru.touch(slot)
-    assert lru.victim(lambda s: True) == 2
-    assert lru.victim(lambda s: s != 2) == 3
-    lru.forget(2)
-    lru.forget(3)
-    assert lru.victim(lambda s: s != 1) is None and 1 in lru and len(lru) == 1

@@ -21,7 +21,7 @@ from buddymoe_ray.cache import DiskReader, ExpertCache
 from buddymoe_ray.cache.disk import Bytes, ReadTicket, _Read
 from buddymoe_ray.errors import CacheError, ConfigError
 from buddymoe_ray.moe import FirstLayer, MoEBlock, ReadAhead
-from buddymoe_ray.policy import LRU, ReadAheadGain, split_slots
+from buddymoe_ray.policy import ReadAheadGain, split_slots
 from buddymoe_ray.types import ExpertKey, ExpertPiece, GenerationRequest, SamplingParams
 
 PROMPTS = [[5 + (7 * i + 3 * j) % 90 for j in range(n)] for i, n in enumerate((23, 3, 17))]
@@ -102,7 +102,7 @@ def opened(tmp_path: Path) -> Any:
         overhead_bytes=0,
     )
     reader = Slow()
-    with ExpertCache(layout, plan, eviction=LRU, reader=reader) as cache:
+    with ExpertCache(layout, plan, reader=reader) as cache:
         cache.warm()
         yield cache, truth, reader
         reader.gate.set()

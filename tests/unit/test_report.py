@@ -213,7 +213,7 @@ def test_a_mix_shows_its_least_harmful_kind(recommended: str | None) -> None:
 def test_residency_shows_all_four_rules() -> None:
     found = section(render_report(make_profile(tokens=400)), "residency")
     rows = cells(found)
-    assert [row[0] for row in rows[1:]] == ["null: any experts", "static frequency", "LRU", "oracle"]
+    assert [row[0] for row in rows[1:]] == ["null: any experts", "static frequency", "as served", "oracle"]
     assert rows[0][1:] == ["25 % kept", "50 % kept", "75 % kept"] and rows[1][1:] == ["25.0", "50.0", "75.0"]
     for column in (1, 2, 3):
         null, static, _, oracle = (float(row[column]) for row in rows[1:])

@@ -33,7 +33,6 @@ from buddymoe_ray.cache.shared import (
 from buddymoe_ray.cache.shared.store import store_path
 from buddymoe_ray.cache.shared.tables import LOADING, SharedTables
 from buddymoe_ray.errors import BudgetError, CacheError
-from buddymoe_ray.policy import LRU
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
 LAYERS, EXPERTS = 3, 6
@@ -519,7 +518,7 @@ def host_cache(node: Node) -> ExpertCache:
     reader = DiskReader(depth=2, buffer_bytes=16384)
     host = SharedHostTier(node.store(), reader=reader, pinned=False)
     plan = make_plan(node.layout, layer_slots=2, waves=2)
-    return ExpertCache(node.layout, plan, eviction=LRU, reader=reader, host=host)
+    return ExpertCache(node.layout, plan, reader=reader, host=host)
 
 
 def test_two_devices_share_one_host_tier(node: Node) -> None:

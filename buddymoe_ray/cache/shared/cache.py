@@ -154,9 +154,10 @@ class SharedExpertCache:
         self._ahead.settle()
 
     def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
-        """Note accesses of experts for whoever places them: ids of any shape."""
+        """Note accesses of experts, of any shape, for whoever places them; what is used least is evicted first."""
         accesses_E = self._tables.accesses[self._tables.row, layer]
         accesses_E += np.bincount(ids.reshape(-1), minlength=len(accesses_E)).astype(np.uint64)
+        self._tables.usage.note(layer, ids)
 
     def stream(
         self, layer: int, experts: Sequence[int], *, protect_residency: bool
@@ -255,8 +256,7 @@ class SharedExpertCache:
         self, keys: Sequence[ExpertKey], slots: Sequence[int], is_ready: Sequence[bool], call: _StreamState
     ) -> None:
         """Sort the experts of a call: resident ones are ready, some are being read by others, some are missing."""
-        tables = self._tables
-        counters = tables.counters[tables.row]
+        tables, counters = self._tables, self._tables.counters[self._tables.row]
         for key, slot, ready in zip(keys, slots, is_ready, strict=True):
             if ready:
                 call.ready.append((key, slot))

@@ -144,7 +144,7 @@ class Mover:
             return free
         mine = mine[tables.state[mine] == READY]
         mine = mine[tables.pinned[tables.key_layer[mine], tables.key_expert[mine]] == 0]
-        return int(mine[tables.last_used[mine].argmin()]) if len(mine) else None
+        return int(mine[tables.usage.usage_LE[layer, tables.key_expert[mine]].argmin()]) if len(mine) else None
 
     def _drained(self, slot: int, gone: ExpertKey) -> int | None:
         """Wait until nobody leases the retired slot; a holder that hangs keeps it, and its expert comes back."""

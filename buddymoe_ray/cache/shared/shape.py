@@ -28,7 +28,7 @@ class HeaderWord:
 
     MAGIC, VERSION, READY, CLOCK, DIRTY, EPOCH, EVICTIONS, SLOTS, SLOT_BYTES = range(9)
     MAGIC_WORD = 0x425544_44594D4F
-    VERSION_WORD = 1
+    VERSION_WORD = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,8 @@ class StoreShape:
             "counters": (np.uint64, (P, 8)),
             "generation": (np.uint64, (C,)),
             "last_used": (np.uint64, (C,)),
+            "usage": (np.float64, LE),
+            "steps": (np.int64, (self.layers,)),
             "accesses": (np.uint64, (P, *LE)),
             "key_layer": (np.int32, (C,)),
             "key_expert": (np.int32, (C,)),

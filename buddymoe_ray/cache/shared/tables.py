@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from buddymoe_ray.cache.shared.locks import ROW_BYTE, ROWS, TABLES_BYTE, FileLocks
 from buddymoe_ray.cache.shared.shape import HeaderWord, StoreShape
+from buddymoe_ray.cache.usage import Usage
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, SlotPlan
 
@@ -59,6 +60,7 @@ class SharedTables:
         views: dict[str, npt.NDArray[Any]] = shape.views(memory)
         self.pid, self.counters, self.accesses = views["pid"], views["counters"], views["accesses"]
         self.generation, self.last_used = views["generation"], views["last_used"]
+        self.usage = Usage(views["usage"], views["steps"])
         self.key_layer, self.key_expert = views["key_layer"], views["key_expert"]
         self.partition, self.loader, self.state = views["partition"], views["loader"], views["state"]
         self.slot_of, self.resident, self.pinned = views["slot_of"], views["resident"], views["pinned"]
@@ -87,11 +89,13 @@ class SharedTables:
             self.accesses,
             self.generation,
             self.last_used,
+            self.usage.steps_L,
             self.state,
             self.resident,
         ):
             table[...] = 0
         self.pinned[...] = 0
+        self.usage.usage_LE[...] = -np.inf
         self.lease[...] = 0
         self.key_layer[...] = self.key_expert[...] = self.slot_of[...] = self.loader[...] = -1
         at = 0
@@ -192,15 +196,15 @@ class SharedTables:
     def claim(self, key: ExpertKey, *, protect: bool, kept: npt.NDArray[np.bool_]) -> int | None:
         """A slot to load `key` into, LOADING and leased; None when none may be had. The caller holds the lock.
 
-        The layer's free slots come first; then, unless residency is protected, its least recently used expert that
-        nobody leases, that is not pinned and not `kept` by the call in progress; then wave slots, free or unused.
+        The layer's free slots come first; then, unless residency is protected, its least used expert that nobody
+        leases, that is not pinned and not `kept` by the call in progress; then wave slots, free or used longest ago.
         """
         slot = self._own(key.layer, protect=protect, kept=kept)
         if slot is None:
             waves = np.flatnonzero(self.partition == WAVE)
             slot = self.free_of(waves)
             if slot is None:
-                slot = self._victim(waves)
+                slot = self._victim(waves, self.last_used)
         if slot is not None:
             self.take(slot, key)
         return slot
@@ -213,7 +217,7 @@ class SharedTables:
             waves = np.flatnonzero((self.partition == WAVE) & ~kept)
             slot = self.free_of(waves)
             if slot is None:
-                slot = self._victim(waves)
+                slot = self._victim(waves, self.last_used)
         if slot is not None:
             self.take(slot, key)
         return slot
@@ -323,19 +327,23 @@ class SharedTables:
     def _own(self, layer: int, *, protect: bool, kept: npt.NDArray[np.bool_]) -> int | None:
         mine = np.flatnonzero(self.partition == layer)
         slot = self.free_of(mine)
-        return slot if slot is not None or protect else self._victim(mine[~kept[mine] & ~self._is_pinned(mine)])
+        if slot is not None or protect:
+            return slot
+        usage_C = self.usage.usage_LE[layer, self.key_expert]
+        return self._victim(mine[~kept[mine] & ~self._is_pinned(mine)], usage_C)
 
-    def _victim(self, slots: SlotIds) -> int | None:
+    def _victim(self, slots: SlotIds, usage_C: npt.NDArray[Any]) -> int | None:
+        """The least used of the slots that may go."""
         slots = slots[self.state[slots] == READY]
         slots = slots[~self.leased(slots)]
-        return int(slots[self.last_used[slots].argmin()]) if len(slots) else None
+        return int(slots[usage_C[slots].argmin()]) if len(slots) else None
 
     def _is_pinned(self, slots: SlotIds) -> npt.NDArray[np.bool_]:
         pinned_C: npt.NDArray[np.uint8] = self.pinned[self.key_layer[slots], self.key_expert[slots]]
         return pinned_C.astype(bool) & (self.state[slots] == READY)
 
     def touch(self, slots: SlotIds) -> None:
-        """Note an access, for eviction; without the lock two accesses may get one time, which is harmless."""
+        """Note an access to slots; without the lock two accesses may get one time, which is harmless."""
         self.head[HeaderWord.CLOCK] += 1
         self.last_used[slots] = self.head[HeaderWord.CLOCK]
 
