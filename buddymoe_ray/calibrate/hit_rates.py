@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from buddymoe_ray.cache.usage import Usage
+from buddymoe_ray.residency.routes import popularity_rank, served_hits
 
-__all__ = ["HitRates", "hit_rates", "oracle_hits", "served_hits", "static_hits"]
+__all__ = ["HitRates", "hit_rates", "oracle_hits", "static_hits"]
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -61,32 +61,6 @@ def static_hits(counts_LE: Ints, sizes: tuple[int, ...]) -> Floats:
     return mass_LE[:, np.array(sizes) - 1] / np.maximum(mass_LE[:, -1:], 1)
 
 
-def served_hits(routes_TLK: Ints, counts_LE: Ints, sizes: tuple[int, ...]) -> Floats:
-    """The same as the expert cache evicts `[L, C]`: after each token go those used least, not those it asked for.
-
-    Starts with the most frequent experts.
-    """
-    T, L, K = routes_TLK.shape
-    C = len(sizes)
-    size_N, layer_N = np.tile(np.array(sizes), L), np.repeat(np.arange(L), C)
-    rank_LE, rows_N1 = _popularity_rank(counts_LE), np.arange(L * C)[:, None]
-    resident_NE = rank_LE[layer_N] < size_N[:, None]
-    usage = Usage((-1e3 - rank_LE).astype(np.float64), np.zeros(L, np.int64))
-    hits_N = np.zeros(L * C, dtype=np.int64)
-    for t in range(T):
-        ids_NK = routes_TLK[t][layer_N]
-        for layer, ids_K in enumerate(routes_TLK[t]):
-            usage.note(layer, ids_K)
-        hits_N += resident_NE[rows_N1, ids_NK].sum(axis=1)
-        resident_NE[rows_N1, ids_NK] = True
-        usage_NE = np.where(resident_NE, usage.usage_LE[layer_N], np.inf)
-        usage_NE[rows_N1, ids_NK] += T  # behind all others
-        while (leaving := np.flatnonzero(resident_NE.sum(axis=1) > size_N)).size:
-            least_N = usage_NE[leaving].argmin(axis=1)
-            resident_NE[leaving, least_N], usage_NE[leaving, least_N] = False, np.inf
-    return (hits_N / max(1, T * K)).reshape(L, C)
-
-
 def oracle_hits(routes_TLK: Ints, counts_LE: Ints, sizes: tuple[int, ...]) -> Floats:
     """The same for the best possible choice `[L, C]`: after each token keep the experts needed again soonest.
 
@@ -97,7 +71,7 @@ def oracle_hits(routes_TLK: Ints, counts_LE: Ints, sizes: tuple[int, ...]) -> Fl
     size_N = np.tile(np.array(sizes), L)
     layer_N1 = np.repeat(np.arange(L), C)[:, None]
     rows_N1 = np.arange(L * C)[:, None]
-    resident_NE = (_popularity_rank(counts_LE)[:, None, :] < np.array(sizes)[None, :, None]).reshape(L * C, E)
+    resident_NE = (popularity_rank(counts_LE)[:, None, :] < np.array(sizes)[None, :, None]).reshape(L * C, E)
     next_TLE = _next_accesses(routes_TLK, E)
     hits_N = np.zeros(L * C, dtype=np.int64)
     for t in range(T):
@@ -111,11 +85,6 @@ def oracle_hits(routes_TLK: Ints, counts_LE: Ints, sizes: tuple[int, ...]) -> Fl
             resident_NE[leaving, farthest_N[leaving]] = False
             over_N[leaving] -= 1
     return (hits_N / max(1, T * K)).reshape(L, C)
-
-
-def _popularity_rank(counts_LE: Ints) -> Ints:
-    """0 for a layer's most frequent expert; ties by number."""
-    return np.argsort(np.argsort(-counts_LE, axis=1, kind="stable"), axis=1)
 
 
 def _next_accesses(routes_TLK: Ints, E: int) -> npt.NDArray[np.int32]:

@@ -134,7 +134,8 @@ def _print_predicted(speed: MachineSpeed, modes: list[Plan]) -> None:
         },
         title="predicted",
     )
-    print("for uniform routing and one sequence, with")
+    known = modes[0].predicted_routing == "profile"
+    print(f"for one sequence that routes {'as the profile found' if known else 'uniformly'}, with")
     rates = {f"{name} weights": found[1] for name, found in speed.weights_bytes_s.items()}
     rates["disk"] = speed.disk_bytes_s
     origin = "measured here" if speed.measured else "a guess"

@@ -21,6 +21,7 @@ from buddymoe_ray.models.shape import ModelShape, describe
 from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill
 from buddymoe_ray.residency.devices import GpuInfo
 from buddymoe_ray.residency.machine import available_memory_bytes, cgroup_limit_bytes, refuse_dense_dtype, torch_dtype
+from buddymoe_ray.residency.routes import expected_hits
 from buddymoe_ray.residency.speed import (
     GUESSED_DISK,
     GUESSED_RAM,
@@ -109,6 +110,7 @@ class Plan:
     host_tier_bytes: int
     disk_tier_bytes: int
     memory_limit_bytes: int | None
+    predicted_routing: str
     predicted_hit_percent: float
     predicted_standin_percent: float
     predicted_miss_bytes_per_token: float
@@ -184,7 +186,7 @@ def make_plan(
         host_tier_bytes=min(host, shape.total_expert_bytes),
         disk_tier_bytes=shape.total_expert_bytes,
         memory_limit_bytes=cgroup_limit_bytes()[0],
-        **_predicted(config, shape, setup, slots, speed, min(PROMPT, length)),
+        **_predicted(config, shape, setup, slots, speed, expected_hits(config, folder, slots), min(PROMPT, length)),
         speed=speed,
     )
 
@@ -195,12 +197,15 @@ def _predicted(
     setup: StandinSetup | None,
     slots: SlotPlan,
     speed: MachineSpeed,
+    hit: float | None,
     prompt: int,
-) -> dict[str, float]:
-    hit = sum(slots.layer_slots) / sum(shape.experts_per_layer)
+) -> dict[str, Any]:
+    routing = "uniform" if hit is None else "profile"
+    hit = sum(slots.layer_slots) / sum(shape.experts_per_layer) if hit is None else hit
     stood_in = (1 - hit) * stood_in_share(config, setup)
     work = token_work(config, shape, setup, hit=hit, stood_in=stood_in)
     return {
+        "predicted_routing": routing,
         "predicted_hit_percent": 100 * hit,
         "predicted_standin_percent": 100 * stood_in,
         "predicted_miss_bytes_per_token": work.missed * work.active * work.expert_bytes,

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from profiles import make_profile
 
-from buddymoe_ray.calibrate.hit_rates import hit_rates, oracle_hits, served_hits, static_hits
+from buddymoe_ray.calibrate.hit_rates import hit_rates, oracle_hits, static_hits
+from buddymoe_ray.residency.routes import served_hits
 
 
 def trace(tokens: int, layers: int, experts: int, top_k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

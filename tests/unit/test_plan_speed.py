@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from families import build_checkpoint
 
 from buddymoe_ray.cli import main
 from buddymoe_ray.engine import measure_machine as module
 from buddymoe_ray.engine import measured_file
 from buddymoe_ray.engine.measure_machine import measure_machine
+from buddymoe_ray.models.fingerprint import model_hash
+from buddymoe_ray.models.profile import default_profile_path, load_profile
+from buddymoe_ray.models.resolve import resolve_model
+from buddymoe_ray.residency.routes import served_hits
 from buddymoe_ray.residency.speed import ROWS, MachineSpeed, TokenWork, decode_seconds, prefill_seconds
 
 SPEED = MachineSpeed(
@@ -106,3 +112,33 @@ def test_what_cannot_be_is_told_before_anything_is_measured(
     monkeypatch.setattr(module, "measure_machine", lambda *_, **__: pytest.fail("it was measured"))
     assert main(["plan", "--model", "builtin:tiny", "--max-running", "100000", "--max-model-len", "1024"]) != 0
     assert "hint:" in capsys.readouterr().err
+
+
+def planned(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    assert main(["plan", "--json", *options]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_hits_are_those_of_the_profile_s_routes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the experts that stay where stand-ins answer, else of what the cache keeps; all where all fits."""
+    folder = resolve_model("builtin:tiny")
+    profile = load_profile(default_profile_path(folder) or Path(), model_hash=model_hash(folder))
+    exact = planned(capsys, "--memory", "50%")
+    sizes = exact["devices"][0]["layer_slots"]
+    routes, counts = profile.routes_TLK[:4096].astype(int), profile.counts_LE.astype(int)
+    served = [served_hits(routes[:, [la]], counts[[la]], (size,)).item() for la, size in enumerate(sizes)]
+    assert exact["predicted_routing"] == "profile"
+    assert exact["predicted_hit_percent"] == pytest.approx(100 * sum(served) / len(served))
+    resident = exact["devices"][0]["resident_percent"]
+    assert resident + 5 < exact["predicted_hit_percent"] < 100
+    assert planned(capsys, "--memory", "100%")["predicted_hit_percent"] == 100
+    fast = planned(capsys, "--memory", "50%", "--mode", "fast")
+    assert fast["devices"][0]["resident_percent"] < fast["predicted_hit_percent"] < exact["predicted_hit_percent"]
+
+
+def test_without_a_profile_routing_is_taken_to_be_uniform(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_checkpoint("olmoe", tmp_path)
+    found = planned(capsys, "--model", str(tmp_path), "--memory", "60%")
+    assert found["predicted_routing"] == "uniform"
+    assert found["predicted_hit_percent"] == pytest.approx(found["devices"][0]["resident_percent"])
