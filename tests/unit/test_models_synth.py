@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,12 +21,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from buddymoe_ray.errors import CheckpointError, ConfigError
+from buddymoe_ray.kernels import decoded
 from buddymoe_ray.models import shard_writer
 from buddymoe_ray.models.hf_loading import experts_modules
 from buddymoe_ray.models.load import load_model
+from buddymoe_ray.models.quantised import CodedTensor, find_coded
 from buddymoe_ray.models.shape import describe
 from buddymoe_ray.models.synth import SHAPES, Popularity, popularity_ranks, synth_checkpoint
 from buddymoe_ray.models.synth_weights import SynthWeights
+from buddymoe_ray.models.tensor_index import TensorLocation, read_index
 
 TINY = sorted(name for name in SHAPES if name.endswith("-tiny"))
 REAL_PARAMETERS = {  # as the models' own cards and files count them
@@ -261,3 +266,65 @@ def test_memory_stays_far_below_the_checkpoint(tmp_path: Path) -> None:
     assert int(done.stdout) < 600_000, f"grew by {done.stdout} KiB"
     assert describe(tmp_path / "m").total_expert_bytes == 64 * 3 * 2048 * 1024 * 2
     shutil.rmtree(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("shape", "fmt", "stored"),
+    [
+        ("olmoe-tiny", "fp8", "fp8/128x128"),
+        ("deepseek-v2-tiny", "fp8", "fp8/128x128"),
+        ("mixtral-tiny", "int4", "int4/g32"),
+        ("gpt-oss-tiny", "mxfp4", "mxfp4"),
+    ],
+)
+def test_formats_hold_weights_like_the_plain_ones(tmp_path: Path, shape: str, fmt: str, stored: str) -> None:
+    """The same ones within the steps of their codes."""
+    plain = synth_checkpoint(shape, tmp_path / "plain", popularity=Popularity(skew=1.0))
+    coded = synth_checkpoint(shape, tmp_path / "coded", popularity=Popularity(skew=1.0), fmt=fmt)
+    found = describe(coded)
+    assert found.expert_dtype == stored and found.as_stored
+    assert found.total_expert_bytes < 0.55 * describe(plain).total_expert_bytes
+    config = json.loads((coded / "config.json").read_text())
+    weights = find_coded(config, read_index(coded), "config.json")
+    exact, checked = all_tensors(plain), 0
+    for key, weight in weights.items():
+        if not isinstance(weight, CodedTensor) or "experts" not in key:
+            continue
+        checked += 1
+        if fmt != "mxfp4":
+            wanted = exact[key].float()
+            error = (_decoded(weight, *wanted.shape) - wanted).square().mean() / wanted.square().mean()
+            assert float(error) < {"fp8": 1e-3, "int4": 2e-2}[fmt], key
+            continue
+        wanted = exact[key][1].float().T  # other numbers of the same distribution
+        places = {part: _second(place) for part, place in weight.places.items()}
+        got = _decoded(replace(weight, places=places), *wanted.shape)
+        assert 0.9 < float(got.std() / wanted.std()) < 1.1
+        assert bool((got[0] == 0).all()) == bool((wanted[0] == 0).all()), "what is constant stays so"
+    assert checked > 4
+
+
+def _second(place: TensorLocation) -> TensorLocation:
+    """Of a stack."""
+    nbytes = place.nbytes // place.shape[0]
+    return replace(place, shape=place.shape[1:], offset=place.offset + nbytes, nbytes=nbytes)
+
+
+def _decoded(weight: CodedTensor, N: int, K: int) -> Tensor:
+    read = weight.read(N, K)
+    return decoded(read.named(), read.matrix)
+
+
+@pytest.mark.parametrize(
+    ("shape", "fmt", "match"),
+    [
+        ("olmoe-tiny", "gguf", "format is 'gguf', must be one of bf16, fp8"),
+        ("olmoe-tiny", "mxfp4", "must be mxfp4 for gpt-oss and for nothing else"),
+        ("gpt-oss-tiny", "fp8", "must be mxfp4 for gpt-oss"),
+        ("qwen3-tiny", "int4", "48 inputs, must be a multiple of 32"),
+    ],
+)
+def test_formats_that_no_model_of_the_shape_has_are_refused(tmp_path: Path, shape: str, fmt: str, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        synth_checkpoint(shape, tmp_path / "m", fmt=fmt)
+    assert not (tmp_path / "m").exists()
