@@ -3,7 +3,8 @@
 Knows nothing of residency, slots or models: it gets tensors and returns tensors. `reference` is the spec.
 """
 
-from buddymoe_ray.kernels.coded import CodedWeight, coded_forward, coded_shapes, decoded, plain_weights
+from buddymoe_ray.kernels.coded import coded_forward, decoded, plain_weights
+from buddymoe_ray.kernels.coded_format import CodedWeight, coded_shapes
 from buddymoe_ray.kernels.cpu import CpuLinear, combine, combine_kernel, decodes, linear_rows, widens
 from buddymoe_ray.kernels.cpu import prepare as prepare_lowbit
 from buddymoe_ray.kernels.decoder import DecoderLayer, DecoderLayers, DecoderParts, Routed, StandinRecords, Tallies

@@ -16,7 +16,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from buddymoe_ray.kernels.coded import AWQ_ORDER
+from buddymoe_ray.kernels.coded_format import AWQ_ORDER
 from buddymoe_ray.kernels.vector_ir import (
     F32,
     I16,

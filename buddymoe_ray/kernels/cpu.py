@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from buddymoe_ray.kernels.coded import COLUMNS, CodedWeight, row_bytes, scale_grid
+from buddymoe_ray.kernels.coded_format import COLUMNS, CodedWeight, row_bytes, scale_grid
 from buddymoe_ray.kernels.expert_calls import ANYWHERE, ITEM_BYTES, OK, Call, CombineCall, Expert, Product, plan_of
 from buddymoe_ray.kernels.lowbit_format import BLOCK, LowbitFormat, Matrix, PackedMatrix, packed_parts
 from buddymoe_ray.kernels.reference import ExpertMath
@@ -126,15 +126,17 @@ def stored_product(
     return Product(place, 0, 0, *bias, *shape, native["project"], native.get("spread", 0))
 
 
-def coded_product(places: Mapping[str, int], matrix: CodedMatrix, bias: tuple[int, int] = (0, 0)) -> Product:
+def coded_product(
+    places: Mapping[str, int], matrix: CodedMatrix, dtype: torch.dtype, bias: tuple[int, int] = (0, 0)
+) -> Product:
     """A quantised matrix as it is stored, whose codes, scales and zero points are at `places`; see `product_of`."""
     fmt, K, n = matrix.format, matrix.K, matrix.N // matrix.parts
-    native, (R, C) = _coded_functions(fmt), scale_grid(fmt, n, K)
+    native, (R, C) = _coded_functions(fmt, dtype != torch.float32), scale_grid(fmt, n, K)
     at = (places["codes"], places["scales"], places.get("zeros", 0))
     item = 1 if fmt.scale == "e8m0" else ITEM_BYTES[fmt.scale]
     R = n if fmt.codes in COLUMNS else R
     steps = (n * row_bytes(fmt, K), R * C * item, -(-n // 8) * C * 4)
-    return Product(*at, *bias, matrix.N, K, native["project"], native.get("spread", 0), matrix.parts, *steps)
+    return Product(*at, *bias, matrix.N, K, native["project"], native.get("row", 0), matrix.parts, *steps)
 
 
 def bias_bytes(dtype: str) -> int | None:
@@ -228,7 +230,7 @@ class CpuLinear:
             if isinstance(weight, Tensor):
                 product = stored_product(weight[begin:].data_ptr(), (count, self._K), weight.dtype, bias)
             elif isinstance(weight, CodedWeight):
-                product = coded_product(weight.places(begin), replace(weight.matrix, N=count), bias)
+                product = coded_product(weight.places(begin), replace(weight.matrix, N=count), dtype, bias)
             else:
                 assert fmt is not None, "packed weights have a format"
                 places = (weight.codes[first].data_ptr(), weight.scales[first].data_ptr(), weight.base.data_ptr())
@@ -334,15 +336,24 @@ def _stored_functions(name: str) -> Mapping[str, int]:
 
 
 @cache
-def _coded_functions(fmt: CodeFormat) -> Mapping[str, int]:
+def _coded_functions(fmt: CodeFormat, wide: bool) -> Mapping[str, int]:
+    """`project`, and as `row` what makes it a row where that is not float32 as it is."""
     from buddymoe_ray.kernels.coded_columns import columns_module_text
     from buddymoe_ray.kernels.coded_tiles import coded_module_text, has_permutes
+    from buddymoe_ray.kernels.coded_wide import has_wide, wide_module_text
+    from buddymoe_ray.kernels.lowbit_tiles import host_level
     from buddymoe_ray.kernels.machine_code import native_functions
 
     if fmt.codes in COLUMNS:
         return native_functions(columns_module_text(fmt), ("project",))
-    names = ("project", "spread") if fmt.codes in ("int4", "mxfp4") else ("project",)
-    return native_functions(coded_module_text(fmt, permutes=has_permutes()), names)
+    if wide and has_wide(fmt) and host_level() == "avx512vnni":
+        made = native_functions(wide_module_text(fmt), ("project", "quantise"))
+        return {"project": made["project"], "row": made["quantise"]}
+    text = coded_module_text(fmt, permutes=has_permutes())
+    if fmt.codes not in ("int4", "mxfp4"):
+        return native_functions(text, ("project",))
+    made = native_functions(text, ("project", "spread"))
+    return {"project": made["project"], "row": made["spread"]}
 
 
 @cache

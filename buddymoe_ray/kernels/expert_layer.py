@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from buddymoe_ray.kernels.coded import coded_shapes
+from buddymoe_ray.kernels.coded_format import coded_shapes
 from buddymoe_ray.kernels.cpu import (
     THREADED_WEIGHTS,
     activation_of,
@@ -167,7 +167,7 @@ def _product(
         place = (bias.offset, size)
     if isinstance(fmt, CodedMatrix):
         parts = {part: tensors[f"{name}.{part}"].offset for part in coded_shapes(fmt)}
-        return coded_product(parts, fmt, place)
+        return coded_product(parts, fmt, dtype, place)
     if fmt is None:
         N, K = tensors[name].shape
         return stored_product(tensors[name].offset, (N, K), tensors[name].dtype, place)

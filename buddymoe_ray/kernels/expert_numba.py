@@ -63,8 +63,9 @@ def _whole(N: Any) -> Any:
 
 @njit
 def _stride(K: Any) -> Any:
-    """Bytes from one row as multiplied to the next; 64 more than a row, so that rows do not share cache sets."""
-    return (_groups(K) * 4 * GROUP + 127) // 64 * 64
+    """Bytes from one row as multiplied to the next; 64 more than four groups at a time take, so that rows do not share
+    cache sets."""
+    return (_groups(K) + 3) // 4 * 16 * GROUP + 64
 
 
 @njit

@@ -11,14 +11,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from buddymoe_ray.errors import ConfigError
-from buddymoe_ray.kernels.coded import E2M1
 from buddymoe_ray.models.shard_writer import StoredTensor
 from buddymoe_ray.models.synth_weights import SynthWeights
 
@@ -101,8 +99,9 @@ class CodedWeights:
         if self._fmt == "int4":
             codes = (x + 8).round().clamp(0, 15).to(torch.uint8)
         else:
-            steps = torch.tensor([(a + b) / 2 for a, b in pairwise(E2M1)])
-            codes = torch.bucketize(x.abs(), steps).to(torch.uint8) | (x < 0).to(torch.uint8) << 3
+            size = x.abs()
+            large = torch.where(size < 3.5, size.round() + 2, (size / 2).round().clamp(max=3) + 4)
+            codes = torch.where(size < 1.75, (2 * size).round(), large).to(torch.uint8) | (x < 0).to(torch.uint8) << 3
         pairs = codes.reshape(-1, 2)
         return pairs[:, 0] | pairs[:, 1] << 4
 
