@@ -23,7 +23,7 @@ from buddymoe_ray.engine.llm import LLM
 from buddymoe_ray.engine.measure import BenchLoad, measure
 from buddymoe_ray.models.reference import reference_generate
 from buddymoe_ray.models.resolve import resolve_model
-from buddymoe_ray.models.synth import synth_checkpoint
+from buddymoe_ray.models.synth import Popularity, synth_checkpoint
 from buddymoe_ray.residency.machine import pick_device
 
 __all__ = ["main"]
@@ -78,7 +78,7 @@ def check_standins(device: str, *, new_tokens: int) -> Iterator[dict[str, Any]]:
 
 def table(device: str, *, layers: int, new_tokens: int, folder: Path) -> Iterator[dict[str, Any]]:
     """Tokens/s at each budget for `builtin:tiny` and a synthetic OLMoE cut to `layers` layers."""
-    synth_checkpoint("olmoe-1b-7b", folder, layers=layers, skew=1.0, seed=0)
+    synth_checkpoint("olmoe-1b-7b", folder, layers=layers, popularity=Popularity(skew=1.0))
     for model, label in (
         ("builtin:tiny", "builtin:tiny"),
         (str(folder), f"synthetic olmoe-1b-7b, {layers} layers, skew 1"),

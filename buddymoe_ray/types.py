@@ -6,7 +6,7 @@ On the token path: a `GenerationRequest` goes in, `TokenEvent`s come out, an `En
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -205,11 +205,64 @@ class SlotTensor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CodeFormat:
+    """How a checkpoint stores a quantised matrix [N, K]: a code for each weight and a scale for each block of codes.
+
+    `codes`: `fp8` (e4m3), `int8`, `int4` (less 8 or a zero point) or `mxfp4` (e2m1), the last two two to a byte, the
+    first of them low. `block`: outputs and inputs that share a scale, 0 for all of them. `scale`: torch's name of the
+    scales' dtype, or `e8m0` for powers of two in bytes. `zeros`: each block has a zero point, four bits.
+    """
+
+    codes: str
+    block: tuple[int, int]
+    scale: str
+    zeros: bool = False
+
+    def __str__(self) -> str:
+        """For plans and reports: `fp8/128x128`, `int8/channel`, `int4/g128`, `mxfp4`."""
+        outputs, inputs = self.block
+        shared = f"g{inputs}" if outputs == 1 else f"{outputs}x{inputs}"
+        if not inputs:
+            shared = "channel" if outputs else "tensor"
+        return "mxfp4" if self.codes == "mxfp4" else f"{self.codes}/{shared}{'+zeros' * self.zeros}"
+
+    @classmethod
+    def named(cls, text: str) -> CodeFormat | None:
+        """The format that is told by such a text, but for the dtype of its scales; None for what is none."""
+        codes, _, shared = text.removesuffix("+zeros").partition("/")
+        if codes == "mxfp4":
+            return cls(codes=codes, block=(1, 32), scale="e8m0")
+        if not shared:
+            return None
+        if shared.startswith("g"):
+            block = 1, int(shared[1:])
+        else:
+            outputs, _, inputs = {"channel": "1x0", "tensor": "0x0"}.get(shared, shared).partition("x")
+            block = int(outputs), int(inputs)
+        return cls(codes=codes, block=block, scale="bfloat16", zeros=text.endswith("+zeros"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodedMatrix:
+    """A quantised matrix [N, K] called `name`: `parts` equal ones, one below the other, each with scales of its own.
+
+    A slot has it as `name.codes`, `name.scales` and, with zero points, `name.zeros`, in the bytes of the checkpoint.
+    """
+
+    name: str
+    format: CodeFormat
+    parts: int
+    N: int
+    K: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExpertLayout:
     """How every expert of a model lies in a slot, and where each one's bytes are on disk.
 
     `slot_bytes` is the size of a slot (a multiple of 64); `expert_bytes` the bytes of one expert as stored (slot_bytes
-    less the padding). `pieces[key]` lists disjoint runs that together fill every SlotTensor.
+    less the padding). `pieces[key]` lists disjoint runs that together fill every SlotTensor. `coded` are the matrices
+    that are stored quantised: all of an expert's, or none.
     """
 
     tensors: tuple[SlotTensor, ...]
@@ -218,11 +271,29 @@ class ExpertLayout:
     layers: int
     experts_per_layer: tuple[int, ...]
     pieces: dict[ExpertKey, tuple[ExpertPiece, ...]]
+    coded: tuple[CodedMatrix, ...] = ()
+
+    @property
+    def stored_as(self) -> str:
+        """The format of quantised matrices, else the dtype, by torch's name."""
+        return str(self.coded[0].format) if self.coded else self.tensors[0].dtype
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of an expert's parameters, those of quantised matrices without their codes, `[out, in]`."""
+        return plain_shapes(self.tensors, self.coded)
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all routed experts as stored: the 100 % of `--memory`."""
         return self.expert_bytes * sum(self.experts_per_layer)
+
+
+def plain_shapes(tensors: Sequence[SlotTensor], coded: Sequence[CodedMatrix]) -> dict[str, tuple[int, ...]]:
+    """Shapes of what the tensors of a slot are, by parameter; quantised matrices are `[out, in]`."""
+    known: dict[str, tuple[int, ...]] = {matrix.name: (matrix.N, matrix.K) for matrix in coded}
+    plain = {tensor.name: tensor.shape for tensor in tensors if tensor.name.partition(".")[0] not in known}
+    return known | plain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,7 +96,7 @@ def replaced(judge: Judge, parts: Any, trace: Any, bits: int, *, compensated: bo
     """Every expert of `judge` by its copy."""
     fmt = LowbitFormat(bits=bits)
     for layer, module in enumerate(judge.experts):
-        math_ = expert_math(parts.loaded.experts[layer])
+        math_ = expert_math(parts.loaded.experts[layer], parts.loaded.layout)
         maker = RecordMaker(kind=f"lowbit{bits}", math=math_, fitting=Fitting(compensated=compensated))
         for sample in walk_layer(parts.experts.cache, trace, layer, math_):
             record = maker.make(sample)

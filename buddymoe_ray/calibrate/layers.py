@@ -71,7 +71,7 @@ def make_layers(
     tables = LayerTables(energy_LE=np.zeros((L, E), np.float32), errors={k: np.zeros((L, E), np.float32) for k in own})
     if "buddy" in kinds:
         tables.pair_error_LEE, tables.pair_scale_LEE = np.zeros((L, E, E), np.float32), np.zeros((L, E, E), np.float32)
-    maths = [expert_math(module) for module in loaded.experts]
+    maths = [expert_math(module, cache.layout) for module in loaded.experts]
     files = [_Files(RecordMaker(kind=kind, math=maths[0], fitting=fitting), parts, folder, model_hash) for kind in own]
     _check_room(folder, files, counts)
     reached_LE = np.zeros((L, E), dtype=bool)
@@ -177,5 +177,5 @@ def _tell_rare(rare: int, experts: int) -> None:
 
 def parameter_shapes(parts: EngineParts, math: ExpertMath) -> Mapping[str, tuple[int, ...]]:
     """Shapes of an expert's parameters, matrices `[out, in]`."""
-    tensors = parts.experts.cache.layout.tensors
-    return {t.name: t.shape[::-1] if math.transposed and len(t.shape) == 2 else t.shape for t in tensors}
+    shapes = parts.experts.cache.layout.shapes
+    return {name: s[::-1] if math.transposed and len(s) == 2 else s for name, s in shapes.items()}

@@ -44,7 +44,7 @@ def _flops(parts: EngineParts) -> float:
     """Of a token, about: twice the weights that it meets."""
     layout = parts.experts.cache.layout
     dense = sum(p.numel() for p in parts.loaded.model.parameters() if not p.is_meta)
-    expert = sum(prod(tensor.shape) for tensor in layout.tensors)
+    expert = sum(prod(shape) for shape in layout.shapes.values())
     return 2.0 * (dense + len(layout.experts_per_layer) * parts.loaded.experts_per_token * expert)
 
 

@@ -202,7 +202,8 @@ def _compensated(options: CalibrationOptions, parts: EngineParts, tokens: int) -
     """Whether to round with error compensation; `auto` tries how long that would take."""
     if options.compensated is not None:
         return options.compensated
-    layout, math = parts.experts.cache.layout, expert_math(parts.loaded.experts[0])
+    layout = parts.experts.cache.layout
+    math = expert_math(parts.loaded.experts[0], layout)
     experts = sum(layout.experts_per_layer)
     seconds = compensated_seconds(
         parameter_shapes(parts, math),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from buddymoe_ray.cache import EngineCache
 from buddymoe_ray.calibrate.trace import Trace
-from buddymoe_ray.kernels import ExpertMath, expert_forward
+from buddymoe_ray.kernels import ExpertMath, expert_forward, plain_weights
 
 __all__ = ["ENOUGH", "ExpertSample", "plain_math", "walk_layer"]
 
@@ -104,7 +104,7 @@ def walk_layer(cache: EngineCache, trace: Trace, layer: int, math: ExpertMath) -
                 weight_R = torch.cat([weight_R, torch.full((len(borrowed_R),), _BORROWED_WEIGHT / trace.top_k)])
             yield ExpertSample(
                 expert=lease.key.expert,
-                weights=_widened(lease.tensors(), math.transposed),
+                weights=_widened(plain_weights(lease.tensors(), cache.layout.coded), math.transposed),
                 math=math,
                 hidden_TD=hidden_TD,
                 token_R=token_R,

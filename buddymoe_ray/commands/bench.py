@@ -113,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
             "workers",
             "threads",
             "expert_dtype",
+            "expert_format",
             "dense_dtype",
             "prompt_tokens",
             "new_tokens",
@@ -181,8 +182,8 @@ def _together(records: list[dict[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name in records[0]:
         values = [record[name] for record in records]
-        if None in values:
-            merged[name] = None
+        if None in values or isinstance(values[0], str):
+            merged[name] = values[0] if None not in values else None
         elif name in _ADDED:
             merged[name] = sum(values)
         else:
@@ -228,7 +229,10 @@ def _median(records: list[dict[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {"rounds": len(records)}
     for name in records[0]:
         values = [record[name] for record in records]
-        merged[name] = None if None in values else statistics.median(values)
+        if None in values or isinstance(values[0], str):
+            merged[name] = values[0] if None not in values else None
+        else:
+            merged[name] = statistics.median(values)
     merged["peak_rss_bytes"] = max(record["peak_rss_bytes"] for record in records)
     return merged
 

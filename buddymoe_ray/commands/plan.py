@@ -69,7 +69,8 @@ def _measured(config: EngineConfig, folder: Path, shape: ModelShape) -> MachineS
 
 
 def _dense(plan: Plan) -> str:
-    return plan.compute_dtype if plan.dense_dtype == "native" else f"{plan.dense_dtype}, the rest {plan.compute_dtype}"
+    stored = plan.dense_format if plan.dense_format == plan.compute_dtype else f"{plan.dense_format}, the rest plain"
+    return stored if plan.dense_dtype == "native" else f"{plan.dense_dtype}, the rest {plan.compute_dtype}"
 
 
 def _print(plan: Plan, modes: list[Plan]) -> None:

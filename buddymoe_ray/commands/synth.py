@@ -30,12 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hot-sets", type=int, default=1, help="2: the upper half of the vocabulary prefers other experts"
     )
+    parser.add_argument(
+        "--format", default="bf16", help="how weights are stored: bf16, fp8, int4 or, of gpt-oss shapes, mxfp4"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what was written; exit status 0."""
-    from buddymoe_ray.models.synth import synth_checkpoint
+    from buddymoe_ray.models.synth import Popularity, synth_checkpoint
 
     began = time.perf_counter()
     with tqdm(unit="B", unit_scale=True, desc="synth", disable=not sys.stderr.isatty(), file=sys.stderr) as bar:
@@ -48,15 +51,16 @@ def run(args: argparse.Namespace) -> int:
             args.shape,
             args.out,
             layers=args.layers,
-            skew=args.skew,
+            popularity=Popularity(skew=args.skew, hot_sets=args.hot_sets),
             seed=args.seed,
-            hot_sets=args.hot_sets,
+            fmt=args.format,
             progress=show,
         )
     files = [path for path in args.out.iterdir() if path.is_file()]
     record: dict[str, Any] = {
         "path": str(args.out.resolve()),
         "shape": args.shape,
+        "format": args.format,
         "layers": args.layers,
         "skew": args.skew,
         "seed": args.seed,
@@ -68,5 +72,5 @@ def run(args: argparse.Namespace) -> int:
         emit(record)
     else:
         wrote = f"{decimal(record['bytes'])} in {record['files']} files, {record['seconds']} s"
-        print_facts({"checkpoint": record["path"], "shape": args.shape, "wrote": wrote})
+        print_facts({"checkpoint": record["path"], "shape": args.shape, "format": args.format, "wrote": wrote})
     return 0

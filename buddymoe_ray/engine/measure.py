@@ -56,7 +56,8 @@ class BenchLoad:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Medians over repetitions; `decode_tok_s_spread` is (max - min) / median.
+    """Medians over repetitions; experts are `expert_bytes` in all, in `expert_format` (those served in int8 and int4
+    are packed in uint8); `decode_tok_s_spread` is (max - min) / median.
 
     `bytes_read_per_token` counts what decode steps asked of the disk (alignment included); `process_read_bytes` is the
     kernel's count for the whole process, loading included. `read_ahead_bytes_per_token` were begun on a guess, of which
@@ -70,6 +71,8 @@ class Measurement:
     prefill_tok_s: float
     ttft_ms: float
     p99_itl_ms: float
+    expert_format: str
+    expert_bytes: int
     peak_rss_bytes: int
     bytes_read_per_token: float
     prefill_bytes_read: float
@@ -138,7 +141,7 @@ def measure(
             if workload.beside:
                 besides.append(run_beside(engine, prompts, workload.long_prompts(r, engine.vocab_size)))
         gate()
-        return _summarise(reps, seconds, engine.snapshot(), load_seconds, _beside(besides))
+        return _summarise(reps, seconds, engine, load_seconds, _beside(besides))
     finally:
         engine.close()
 
@@ -201,10 +204,11 @@ def _milliseconds(seconds: list[float], share: float) -> float | None:
 def _summarise(
     reps: list[_Rep],
     seconds: list[_Rep],
-    end: EngineSnapshot,
+    engine: Engine,
     load_seconds: float,
     beside: dict[str, float | None],
 ) -> Measurement:
+    end, layout = engine.snapshot(), engine.cache.layout
     speeds = [rep.decoded / rep.decode_seconds for rep in reps if rep.decoded]
     gaps = [gap for rep in reps for gap in rep.gaps]
     decoded = max(1, sum(rep.decoded for rep in reps))
@@ -220,6 +224,8 @@ def _summarise(
         prefill_tok_s=statistics.median(rep.prompt_tokens / rep.prefill_seconds for rep in reps),
         ttft_ms=1e3 * statistics.median(t for rep in reps for t in rep.ttfts),
         p99_itl_ms=_milliseconds(gaps, 0.99) or 0.0,
+        expert_format=layout.stored_as,
+        expert_bytes=layout.total_bytes,
         peak_rss_bytes=peak_rss_bytes(),
         bytes_read_per_token=sum(rep.decode_bytes for rep in reps) / decoded,
         prefill_bytes_read=statistics.median(rep.prefill_bytes for rep in reps),

@@ -12,7 +12,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +23,12 @@ from buddymoe_ray.cache import DiskReader
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.measured_file import kept_at, read_kept, write_kept
-from buddymoe_ray.kernels import CpuLinear, PackedMatrix, pack_plain
+from buddymoe_ray.kernels import CodedWeight, CpuLinear, PackedMatrix, coded_shapes, pack_plain
 from buddymoe_ray.models.expert_dtype import format_of
 from buddymoe_ray.models.synth import synth_checkpoint
 from buddymoe_ray.observe import progress
 from buddymoe_ray.residency.speed import ROWS, MachineSpeed
-from buddymoe_ray.types import ExpertPiece, GenerationRequest, SamplingParams
+from buddymoe_ray.types import CodedMatrix, CodeFormat, ExpertPiece, GenerationRequest, SamplingParams
 
 __all__ = ["measure_machine"]
 
@@ -60,11 +62,15 @@ def measure_machine(dtypes: Iterable[str], shards: Iterable[Path], *, expert_byt
 
 def _weights_bytes_s(dtype: str, threads: int) -> dict[int, float]:
     """Bytes a second by rows. The best pass of some: what else runs here now is no part of the machine."""
-    fmt = format_of(dtype)
-    compute = torch.bfloat16 if fmt else getattr(torch, dtype)
-    made = torch.randn(_WIDTH, _WIDTH, generator=torch.Generator().manual_seed(0)).to(compute)
-    weights: Tensor | PackedMatrix = made if fmt is None else pack_plain(made, fmt)
-    each = weights.nbytes if isinstance(weights, Tensor) else sum(part.nbytes for part in vars(weights).values())
+    fmt, coded = format_of(dtype), CodeFormat.named(dtype)
+    compute = torch.bfloat16 if fmt or coded else getattr(torch, dtype)
+    weights: Tensor | PackedMatrix | CodedWeight
+    if coded is not None:
+        weights = _coded(coded)
+    else:
+        made = torch.randn(_WIDTH, _WIDTH, generator=torch.Generator().manual_seed(0)).to(compute)
+        weights = made if fmt is None else pack_plain(made, fmt)
+    each = sum(part.nbytes for part in _parts(weights))
     layers = [CpuLinear(_copied(weights), fmt, compute, None, threads=threads) for _ in range(_BYTES // each)]
 
     def rate(rows: int) -> float:
@@ -77,10 +83,27 @@ def _weights_bytes_s(dtype: str, threads: int) -> dict[int, float]:
     return {rows: rate(rows) for rows in ROWS}
 
 
-def _copied(weights: Tensor | PackedMatrix) -> Tensor | PackedMatrix:
+def _coded(fmt: CodeFormat) -> CodedWeight:
+    """A quantised matrix of any codes."""
+    matrix = CodedMatrix(name="weight", format=fmt, parts=1, N=_WIDTH, K=_WIDTH)
+    parts = {
+        part: torch.full((prod(shape) * getattr(torch, dtype).itemsize,), 0x3B, dtype=torch.uint8)
+        .view(getattr(torch, dtype))
+        .view(shape)
+        for part, (shape, dtype) in coded_shapes(matrix).items()
+    }
+    return CodedWeight(matrix=matrix, codes=parts["codes"], scales=parts["scales"], zeros=parts.get("zeros"))
+
+
+def _parts(weights: Tensor | PackedMatrix | CodedWeight) -> list[Tensor]:
+    return [weights] if isinstance(weights, Tensor) else [p for p in vars(weights).values() if isinstance(p, Tensor)]
+
+
+def _copied(weights: Tensor | PackedMatrix | CodedWeight) -> Tensor | PackedMatrix | CodedWeight:
     if isinstance(weights, Tensor):
         return weights.clone()
-    return PackedMatrix(**{name: part.clone() for name, part in vars(weights).items()})
+    made: dict[str, Any] = {name: p.clone() if isinstance(p, Tensor) else p for name, p in vars(weights).items()}
+    return type(weights)(**made)
 
 
 def _overhead(threads: int) -> dict[str, float]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
 from buddymoe_ray.kernels import CpuLinear, CpuNorm, DecoderLayer, DecoderLayers, DecoderParts, Routed
+from buddymoe_ray.models.coded_linear import CodedLinear
 from buddymoe_ray.models.dense_dtype import PackedLinear, StoredLinear
 from buddymoe_ray.models.load import LoadedModel
 from buddymoe_ray.models.router_hook import find_routers
@@ -303,7 +304,7 @@ def _parts(layer: Any, attention: Any) -> DecoderParts | None:
 
 
 def _linear(module: nn.Module | None) -> CpuLinear | None:
-    return module.compute if isinstance(module, StoredLinear | PackedLinear) else None
+    return module.compute if isinstance(module, StoredLinear | PackedLinear | CodedLinear) else None
 
 
 def _norm(module: nn.Module) -> CpuNorm | None:

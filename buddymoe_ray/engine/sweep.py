@@ -48,7 +48,7 @@ class Sweep:
 
     def __init__(self, parts: EngineParts, room: int) -> None:
         self._parts, self._room = parts, room
-        self._maths = [expert_math(module) for module in parts.loaded.experts]
+        self._maths = [expert_math(module, parts.loaded.layout) for module in parts.loaded.experts]
 
     @staticmethod
     def covers(config: EngineConfig) -> bool:

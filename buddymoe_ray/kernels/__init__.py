@@ -3,7 +3,9 @@
 Knows nothing of residency, slots or models: it gets tensors and returns tensors. `reference` is the spec.
 """
 
-from buddymoe_ray.kernels.cpu import CpuLinear, combine, combine_kernel, linear_rows, widens
+from buddymoe_ray.kernels.coded import coded_forward, decoded, plain_weights
+from buddymoe_ray.kernels.coded_format import CodedWeight, coded_shapes
+from buddymoe_ray.kernels.cpu import CpuLinear, combine, combine_kernel, decodes, linear_rows, widens
 from buddymoe_ray.kernels.cpu import prepare as prepare_lowbit
 from buddymoe_ray.kernels.decoder import DecoderLayer, DecoderLayers, DecoderParts, Routed, StandinRecords, Tallies
 from buddymoe_ray.kernels.expert_layer import ExpertLayer
@@ -28,6 +30,7 @@ from buddymoe_ray.kernels.upcast import UpcastScratch
 
 __all__ = [
     "BLOCK",
+    "CodedWeight",
     "ExpertMath",
     "LowbitFormat",
     "DecoderLayer",
@@ -43,8 +46,12 @@ __all__ = [
     "StandinRecords",
     "Tallies",
     "UpcastScratch",
+    "coded_forward",
+    "coded_shapes",
     "combine",
     "combine_kernel",
+    "decoded",
+    "decodes",
     "dequantise",
     "expert_forward",
     "linear_rows",
@@ -56,6 +63,7 @@ __all__ = [
     "pack_plain",
     "packed_parts",
     "packed_shapes",
+    "plain_weights",
     "prepare_lowbit",
     "record_tensors",
     "unpack",

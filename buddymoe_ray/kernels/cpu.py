@@ -11,8 +11,10 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
+from math import lcm
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -22,11 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from buddymoe_ray.kernels.coded_format import COLUMNS, CodedWeight, row_bytes, scale_grid
 from buddymoe_ray.kernels.expert_calls import ANYWHERE, ITEM_BYTES, OK, Call, CombineCall, Expert, Product, plan_of
 from buddymoe_ray.kernels.lowbit_format import BLOCK, LowbitFormat, Matrix, PackedMatrix, packed_parts
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.kernels.reference import combine as combine_reference
 from buddymoe_ray.kernels.rowwise import rowwise
+from buddymoe_ray.types import CodedMatrix, CodeFormat
 
 __all__ = [
     "FORMULAS",
@@ -35,8 +39,10 @@ __all__ = [
     "activation_of",
     "bias_bytes",
     "as_read",
+    "coded_product",
     "combine",
     "combine_kernel",
+    "decodes",
     "experts_kernel",
     "forward",
     "in_threads",
@@ -120,6 +126,19 @@ def stored_product(
     return Product(place, 0, 0, *bias, *shape, native["project"], native.get("spread", 0))
 
 
+def coded_product(
+    places: Mapping[str, int], matrix: CodedMatrix, dtype: torch.dtype, bias: tuple[int, int] = (0, 0)
+) -> Product:
+    """A quantised matrix as it is stored, whose codes, scales and zero points are at `places`; see `product_of`."""
+    fmt, K, n = matrix.format, matrix.K, matrix.N // matrix.parts
+    native, (R, C) = _coded_functions(fmt, dtype != torch.float32), scale_grid(fmt, n, K)
+    at = (places["codes"], places["scales"], places.get("zeros", 0))
+    item = 1 if fmt.scale == "e8m0" else ITEM_BYTES[fmt.scale]
+    R = n if fmt.codes in COLUMNS else R
+    steps = (n * row_bytes(fmt, K), R * C * item, -(-n // 8) * C * 4)
+    return Product(*at, *bias, matrix.N, K, native["project"], native.get("row", 0), matrix.parts, *steps)
+
+
 def bias_bytes(dtype: str) -> int | None:
     """Of an item of a bias that the machine code reads, None for one that it does not."""
     return None if dtype == "float16" else ITEM_BYTES.get(dtype)
@@ -135,6 +154,11 @@ def widens(weights: str | torch.dtype) -> bool:
         return name in ITEM_BYTES
     has = llvm.get_host_cpu_features()
     return name in ITEM_BYTES and bool(has.get("fma")) and (name != "float16" or bool(has.get("f16c")))
+
+
+def decodes(fmt: CodeFormat) -> bool:
+    """Whether this CPU multiplies quantised weights as stored in machine code."""
+    return widens("float16") and (fmt.scale == "e8m0" or fmt.scale in ITEM_BYTES)
 
 
 def _name(dtype: str | torch.dtype) -> str:
@@ -171,7 +195,8 @@ def forward(x_RD: Tensor, tensors: Mapping[str, Tensor], fmt: LowbitFormat, math
 
 
 class CpuLinear:
-    """`y = x W^T + bias` for rows of `dtype`, from a packed matrix or one as stored. Rows do not see each other.
+    """`y = x W^T + bias` for rows of `dtype`, from a packed matrix or one as stored, plain or quantised. Rows do not
+    see each other.
 
     Rows are multiplied in float32; with packed weights those of another dtype as 16-bit integers (error 4e-5).
     `threads` share the outputs; the bits do not depend on it. The bias is bfloat16 or float32.
@@ -181,7 +206,7 @@ class CpuLinear:
 
     def __init__(
         self,
-        weight: PackedMatrix | Tensor,
+        weight: PackedMatrix | CodedWeight | Tensor,
         fmt: LowbitFormat | None,
         dtype: torch.dtype,
         bias_N: Tensor | None,
@@ -189,16 +214,23 @@ class CpuLinear:
         threads: int = 1,
     ) -> None:
         self._held, self._dtype, self._kernel = (weight, bias_N), dtype, linear_kernel()
-        N, self._K = (weight if isinstance(weight, Tensor) else weight.sizes).shape[:2]
-        self._weights, A = N * self._K, -(-N // BLOCK)
+        block = BLOCK
+        if isinstance(weight, CodedWeight):
+            N, self._K, fmt_coded = weight.matrix.N, weight.matrix.K, weight.matrix.format
+            block = N if fmt_coded.codes in COLUMNS else lcm(BLOCK, fmt_coded.block[0] or 1)
+        else:
+            N, self._K = (weight if isinstance(weight, Tensor) else weight.sizes).shape[:2]
+        self._weights, A = N * self._K, -(-N // block)
 
         def part(first: int, last: int) -> tuple[npt.NDArray[np.int64], int]:
             """The plan of some blocks of outputs, and how many outputs they are."""
-            begin, count, bias = first * BLOCK, min(N, last * BLOCK) - first * BLOCK, (0, 0)
+            begin, count, bias = first * block, min(N, last * block) - first * block, (0, 0)
             if bias_N is not None:
                 bias = (bias_N[begin:].data_ptr(), bias_N.itemsize)
             if isinstance(weight, Tensor):
                 product = stored_product(weight[begin:].data_ptr(), (count, self._K), weight.dtype, bias)
+            elif isinstance(weight, CodedWeight):
+                product = coded_product(weight.places(begin), replace(weight.matrix, N=count), dtype, bias)
             else:
                 assert fmt is not None, "packed weights have a format"
                 places = (weight.codes[first].data_ptr(), weight.scales[first].data_ptr(), weight.base.data_ptr())
@@ -301,6 +333,27 @@ def _stored_functions(name: str) -> Mapping[str, int]:
 
     names = ("project", "project_strided", "blend") + (("spread",) if name == "bfloat16" else ())
     return native_functions(stored_module_text(name), names)
+
+
+@cache
+def _coded_functions(fmt: CodeFormat, wide: bool) -> Mapping[str, int]:
+    """`project`, and as `row` what makes it a row where that is not float32 as it is."""
+    from buddymoe_ray.kernels.coded_columns import columns_module_text
+    from buddymoe_ray.kernels.coded_tiles import coded_module_text, has_permutes
+    from buddymoe_ray.kernels.coded_wide import has_wide, wide_module_text
+    from buddymoe_ray.kernels.lowbit_tiles import host_level
+    from buddymoe_ray.kernels.machine_code import native_functions
+
+    if fmt.codes in COLUMNS:
+        return native_functions(columns_module_text(fmt), ("project",))
+    if wide and has_wide(fmt) and host_level() == "avx512vnni":
+        made = native_functions(wide_module_text(fmt), ("project", "quantise"))
+        return {"project": made["project"], "row": made["quantise"]}
+    text = coded_module_text(fmt, permutes=has_permutes())
+    if fmt.codes not in ("int4", "mxfp4"):
+        return native_functions(text, ("project",))
+    made = native_functions(text, ("project", "spread"))
+    return {"project": made["project"], "row": made["spread"]}
 
 
 @cache

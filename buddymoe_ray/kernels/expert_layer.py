@@ -16,11 +16,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from buddymoe_ray.kernels.coded_format import coded_shapes
 from buddymoe_ray.kernels.cpu import (
     THREADED_WEIGHTS,
     activation_of,
     as_read,
     bias_bytes,
+    coded_product,
+    decodes,
     experts_kernel,
     in_threads,
     product_of,
@@ -30,7 +33,7 @@ from buddymoe_ray.kernels.cpu import (
 from buddymoe_ray.kernels.expert_calls import ANYWHERE, NO_SUCH_EXPERT, NO_SUCH_RECORD, OK, Expert, Product, plan_of
 from buddymoe_ray.kernels.lowbit_format import LowbitFormat, matrix_at
 from buddymoe_ray.kernels.reference import ExpertMath
-from buddymoe_ray.types import SlotTensor
+from buddymoe_ray.types import CodedMatrix, SlotTensor
 
 __all__ = ["ExpertLayer"]
 
@@ -39,7 +42,8 @@ class ExpertLayer:
     """Computes experts on a CPU from records laid out by `record_tensors`, or from slots.
 
     Args:
-        layout, fmt, math: experts that `covers` says yes to; `fmt` is None for weights as stored.
+        layout, fmt, math: experts that `covers` says yes to; `fmt` is None for plain weights as stored, `coded` are
+            the quantised ones of `layout`.
         dtype: of activations. With packed weights all but float32 ones are multiplied as 16-bit integers (error 4e-5).
         threads: share the records of a call; the bits do not depend on it.
 
@@ -56,9 +60,11 @@ class ExpertLayer:
         math: ExpertMath,
         dtype: torch.dtype = torch.float32,
         threads: int = 1,
+        coded: Sequence[CodedMatrix] = (),
     ) -> None:
         assert threads >= 1, f"threads is {threads}, must be at least 1"
-        first, down = (_product(layout, name, fmt, math, dtype) for name in (math.first, "down_proj"))
+        known = {matrix.name: matrix for matrix in coded}
+        first, down = (_product(layout, name, known.get(name, fmt), math, dtype) for name in (math.first, "down_proj"))
         activation = activation_of(math, down.K)
         assert activation is not None, "experts compute what the kernel does not, must be as `covers` says"
         self._nbytes = max(tensor.offset + tensor.nbytes for tensor in layout)
@@ -84,17 +90,22 @@ class ExpertLayer:
         return out if out.dtype == x_RD.dtype else out.to(x_RD.dtype)
 
     @staticmethod
-    def covers(layout: Sequence[SlotTensor], fmt: LowbitFormat | None, math: ExpertMath) -> bool:
+    def covers(
+        layout: Sequence[SlotTensor], fmt: LowbitFormat | None, math: ExpertMath, coded: Sequence[CodedMatrix] = ()
+    ) -> bool:
         """Whether a call can compute such experts. Raises ValueError for another version's packing."""
         if fmt is not None:
             return activation_of(math, matrix_at(layout, "down_proj", fmt).K) is not None
-        stored = {tensor.name: tensor for tensor in layout}
+        stored, known = {tensor.name: tensor for tensor in layout}, {matrix.name: matrix for matrix in coded}
         biases = [stored[f"{name}_bias"].dtype for name in (math.first, "down_proj") if math.bias]
+        names = (math.first, "down_proj")
+        reads = all(decodes(known[name].format) if known else widens(stored[name].dtype) for name in names)
+        F = known["down_proj"].K if known else stored["down_proj"].shape[1]
         return (
-            not math.transposed
-            and all(widens(stored[name].dtype) for name in (math.first, "down_proj"))
+            reads
+            and not math.transposed
             and all(bias_bytes(dtype) for dtype in biases)
-            and activation_of(math, stored["down_proj"].shape[1]) is not None
+            and activation_of(math, F) is not None
         )
 
     def __call__(self, x_TD: Tensor, records_B: Tensor | None, at_E: Tensor, expert_TK: Tensor, out_ND: Tensor) -> None:
@@ -140,7 +151,11 @@ class ExpertLayer:
 
 
 def _product(
-    layout: Sequence[SlotTensor], name: str, fmt: LowbitFormat | None, math: ExpertMath, dtype: torch.dtype
+    layout: Sequence[SlotTensor],
+    name: str,
+    fmt: LowbitFormat | CodedMatrix | None,
+    math: ExpertMath,
+    dtype: torch.dtype,
 ) -> Product:
     """A matrix within a record, with its bias."""
     place, tensors = (0, 0), {tensor.name: tensor for tensor in layout}
@@ -150,6 +165,9 @@ def _product(
         if bias is None or size is None:
             raise ValueError(f"{name}_bias is {bias and bias.dtype}, must be bfloat16 or float32")
         place = (bias.offset, size)
+    if isinstance(fmt, CodedMatrix):
+        parts = {part: tensors[f"{name}.{part}"].offset for part in coded_shapes(fmt)}
+        return coded_product(parts, fmt, dtype, place)
     if fmt is None:
         N, K = tensors[name].shape
         return stored_product(tensors[name].offset, (N, K), tensors[name].dtype, place)

@@ -2,7 +2,7 @@
 
 `experts` computes all accesses of a layer's step in one call, `linear` one matrix; both without the GIL. Works on raw
 addresses, knows no torch: the products themselves are native functions whose addresses come in (lowbit_tiles.py,
-stored_tiles.py), and expert_rows.py does the rest of the arithmetic.
+stored_tiles.py, coded_tiles.py), and expert_rows.py does the rest of the arithmetic.
 Invariant: the bits of an access depend on its row and its record alone.
 Rows of at most CHUNK accesses of an expert go together, so scratch is bounded.
 numba frees an array after the last statement that names it, and an address of it is no name: scratch that is reached by
@@ -47,6 +47,7 @@ class _Scratch(NamedTuple):
 _native: Any = call_native
 CALL, COMBINE, PRODUCT = ((0,) * len(kind._fields) for kind in (Call, CombineCall, Product))
 PLAN = (0,) * len((*Expert._fields, *Product._fields, *Product._fields))
+DOWN = len((*Expert._fields, *Product._fields))
 
 
 @njit
@@ -62,8 +63,9 @@ def _whole(N: Any) -> Any:
 
 @njit
 def _stride(K: Any) -> Any:
-    """Bytes from one row as multiplied to the next; 64 more than a row, so that rows do not share cache sets."""
-    return (_groups(K) * 4 * GROUP + 127) // 64 * 64
+    """Bytes from one row as multiplied to the next; 64 more than four groups at a time take, so that rows do not share
+    cache sets."""
+    return (_groups(K) + 3) // 4 * 16 * GROUP + 64
 
 
 @njit
@@ -87,8 +89,14 @@ def _multiply(product: Any, record: Any, rows_of: Any, scratch: Any, out: Any) -
             read_row(scratch.x_at[r], item_bytes, copy[:K])
             copy[K:] = float32(0.0)
         scratch.pairs[r, 0], scratch.pairs[r, 1] = place, out_at + 4 * r * width
-    codes, scales, base = record + product.codes, record + product.scales, record + product.base
-    _native(product.project, (codes, scales, base, K, product.N, scratch.pairs.ctypes.data, R))
+    N = product.N // product.parts
+    for part in range(product.parts):
+        codes, scales = record + product.codes + part * product.code_step, record + product.scales
+        base = record + product.base + part * product.base_step
+        places = (codes, scales + part * product.scale_step, base)
+        _native(product.project, (*places, K, N, scratch.pairs.ctypes.data, R))
+        for r in range(R):
+            scratch.pairs[r, 1] += 4 * N
     if product.bias_bytes:
         for r in range(R):
             add_bias(out[r * width : r * width + product.N], record + product.bias, product.bias_bytes)
@@ -133,7 +141,7 @@ def experts(call_at: Any, plan_at: Any) -> Any:
     At `call_at` are the fields of a `Call`, at `plan_at` is a plan.
     """
     call, plan = Call(*items(call_at, CALL)), items(plan_at, PLAN)
-    expert, first, down = Expert(*plan[:2]), Product(*plan[2:11]), Product(*plan[11:])
+    expert, first, down = Expert(*plan[:2]), Product(*plan[2:DOWN]), Product(*plan[DOWN:])
     expert_N, at_E = carray(ints_at(call.expert_N), (call.N,)), carray(ints_at(call.at_E), (call.E,))
     fault = _fault(expert_N, at_E, call.records_bytes - expert.nbytes)
     if fault != OK:

@@ -54,7 +54,7 @@ from buddymoe_ray.kernels.vector_ir import (
     vec,
 )
 
-__all__ = ["LEVELS", "Level", "host_level", "module_text", "wide_row_bytes"]
+__all__ = ["LEVELS", "TOP", "Level", "host_level", "module_text", "to_16_bits", "wide_row_bytes"]
 
 QUADS = GROUP // 4
 ROW_BLOCKS = (8, 4, 2, 1)
@@ -322,18 +322,11 @@ class _Tiles:
         kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 3), "quantise")
         x, G, row = kernel.args
         b = ir.IRBuilder(kernel.append_basic_block())
-        floats, ints = vec(F32, GROUP), vec(I32, GROUP)
+        floats = vec(F32, GROUP)
         tail = b.add(row, b.mul(G, I64(2 * GROUP)))
         with loop(b, G) as g:
             value = load(b, x, floats, b.mul(g, I64(4 * GROUP)))
-            sizes = b.and_(b.bitcast(value, ints), const(ints, 0x7FFFFFFF))  # in integers nan > inf > all else
-            largest = call(b, "llvm.vector.reduce.smax.v32i32", I32, [sizes])
-            finite = b.icmp_signed("<", largest, I32(0x7F800000))
-            top = b.select(finite, b.bitcast(largest, F32), F32(float("nan")))
-            counts = b.fcmp_ordered(">", top, F32(1e-30))  # smaller groups count as zeros
-            inverse = b.select(counts, b.fdiv(F32(float(TOP)), top), F32(0.0))
-            shifted = b.fadd(b.fmul(value, splat(b, inverse, GROUP)), const(floats, MAGIC))
-            q = b.sub(b.bitcast(shifted, ints), const(ints, MAGIC_BITS))
+            q, top = to_16_bits(b, value)
             self._store_row(b, q, b.add(row, b.mul(g, I64(2 * GROUP))))
             total = call(b, "llvm.vector.reduce.add.v32i32", I32, [q])
             pair = b.mul(g, I64(8))
@@ -351,6 +344,21 @@ class _Tiles:
         order = [4 * j + i for j in range(QUADS) for i in (0, 2, 1, 3)]
         mixed = b.shuffle_vector(q, q, const(vec(I32, GROUP), order))
         b.store(b.trunc(mixed, vec(I16, GROUP)), at(b, place, vec(I16, GROUP)), align=1)
+
+
+def to_16_bits(b: Any, value: Any) -> tuple[Any, Any]:
+    """A group of float32 as int32 between -TOP and TOP, in steps of its largest size over TOP, and that size; nan for a
+    group that holds an inf or a nan."""
+    floats, ints = vec(F32, GROUP), vec(I32, GROUP)
+    sizes = b.and_(b.bitcast(value, ints), const(ints, 0x7FFFFFFF))  # in integers nan > inf > all else
+    largest = call(b, "llvm.vector.reduce.smax.v32i32", I32, [sizes])
+    finite = b.icmp_signed("<", largest, I32(0x7F800000))
+    top = b.select(finite, b.bitcast(largest, F32), F32(float("nan")))
+    counts = b.fcmp_ordered(">", top, F32(1e-30))  # smaller groups count as zeros
+    inverse = b.select(counts, b.fdiv(F32(float(TOP)), top), F32(0.0))
+    shifted = b.fadd(b.fmul(value, splat(b, inverse, GROUP)), const(floats, MAGIC))
+    q = b.sub(b.bitcast(shifted, ints), const(ints, MAGIC_BITS))
+    return q, top
 
 
 def _field(b: Any, vector: Any, shift: int, width: int) -> Any:

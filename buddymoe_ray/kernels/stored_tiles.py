@@ -49,7 +49,7 @@ from buddymoe_ray.kernels.vector_ir import (
     vec,
 )
 
-__all__ = ["stored_module_text"]
+__all__ = ["StoredTiles", "lane_sum", "stored_module_text"]
 
 LANES = 16
 FLOATS, INTS = vec(F32, LANES), vec(I32, LANES)
@@ -64,7 +64,7 @@ MANY_ROWS: Shape = {2: (3, 2, 1), 1: (3, 2, 1)}
 
 def stored_module_text(dtype: str) -> str:
     """The module's IR for weights of `dtype`."""
-    made = _Stored(dtype)
+    made = StoredTiles(dtype)
     made.project()
     made.blend()
     if dtype == "bfloat16":
@@ -72,12 +72,13 @@ def stored_module_text(dtype: str) -> str:
     return str(made.module)
 
 
-class _Stored:
+class StoredTiles:
     """Emits one module."""
 
     def __init__(self, dtype: str) -> None:
         self.module = ir.Module(name=f"stored-{dtype}")
         self._dtype, self._bytes = dtype, ITEM_BYTES[dtype]
+        self._group_bytes = GROUP * self._bytes
 
     def project(self) -> None:
         """Every block of outputs times every block of rows."""
@@ -119,30 +120,30 @@ class _Stored:
             b.store(const(FLOATS, 0.0), place)
         whole, rest = b.sdiv(K, I64(GROUP)), b.srem(K, I64(GROUP))
         with loop(b, whole) as g:
-            offset = b.mul(g, I64(GROUP * self._bytes))
+            offset = b.mul(g, I64(self._group_bytes))
             here = [b.add(place, offset) for place in w]
             for place in here:
-                for line in range(0, GROUP * self._bytes, LINE):
+                for line in range(0, self._group_bytes, LINE):
                     prefetch(b, b.add(place, ahead), line)
             self._add_group(b, here, [b.add(place, b.mul(g, I64(4 * GROUP))) for place in x], sums)
         with b.if_then(b.icmp_signed(">", rest, I64(0))):
-            offset = b.mul(whole, I64(GROUP * self._bytes))
+            offset = b.mul(whole, I64(self._group_bytes))
             for copy, place in zip(part, w, strict=True):
                 self._copy(b, b.add(place, offset), copy, b.mul(rest, I64(self._bytes)))
             self._add_group(b, part, [b.add(place, b.mul(whole, I64(4 * GROUP))) for place in x], sums)
         for out, row in zip(y, sums, strict=True):
             for n, place in enumerate(row):
-                b.store(_sum(b, b.load(place)), at(b, out, F32, 4 * n), align=4)
+                b.store(lane_sum(b, b.load(place)), at(b, out, F32, 4 * n), align=4)
         b.ret_void()
         return tile
 
     def _room(self, b: Any) -> Any:
         """The address of room for a group's weights."""
-        return b.ptrtoint(b.alloca(ir.ArrayType(I8, GROUP * self._bytes)), I64)
+        return b.ptrtoint(b.alloca(ir.ArrayType(I8, self._group_bytes)), I64)
 
     def _copy(self, b: Any, source: Any, target: Any, count: Any) -> None:
         """`count` bytes and zeros behind them, to a whole group."""
-        with loop(b, I64(GROUP * self._bytes)) as i:
+        with loop(b, I64(self._group_bytes)) as i:
             b.store(I8(0), at(b, target, I8, i))
         with loop(b, count) as i:
             b.store(load(b, source, I8, i), at(b, target, I8, i))
@@ -178,7 +179,7 @@ class _Stored:
             left = b.sub(N, first)
             count = b.select(b.icmp_signed("<", left, I64(NEAR)), left, I64(NEAR))
             with loop(b, groups) as g:
-                place = b.add(b.add(weights, b.mul(first, stride)), b.mul(g, I64(GROUP * self._bytes)))
+                place = b.add(b.add(weights, b.mul(first, stride)), b.mul(g, I64(self._group_bytes)))
                 inputs = b.sub(K, b.mul(g, I64(GROUP)))
                 for size, row in blocks(b, R, tiles):
                     places = [b.add(rows, b.mul(row, I64(16))), b.mul(first, I64(4)), b.mul(g, I64(4 * GROUP))]
@@ -231,7 +232,7 @@ class _Stored:
         b.ret_void()
 
 
-def _sum(b: Any, vector: Any) -> Any:
+def lane_sum(b: Any, vector: Any) -> Any:
     """Of all lanes, in halves."""
     lanes = vector.type.count
     while lanes > 1:

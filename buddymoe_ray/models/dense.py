@@ -6,6 +6,7 @@ and read again in the middle of a decode step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import EllipsisType
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from buddymoe_ray.errors import CheckpointError
 from buddymoe_ray.models.tensor_index import TensorLocation
 
-__all__ = ["LazyTensor"]
+__all__ = ["LazyTensor", "read_tensor"]
 
 _READ_BYTES = 64 << 20
 
@@ -23,20 +24,24 @@ _READ_BYTES = 64 << 20
 class LazyTensor:
     """Stands for a stored tensor until `lazy[...]` reads it whole, the way a safetensors slice does."""
 
-    def __init__(self, location: TensorLocation) -> None:
-        self.location = location
+    def __init__(self, read: Callable[[], Tensor]) -> None:
+        self._read = read
 
     def __getitem__(self, index: EllipsisType) -> Tensor:
-        """Raises CheckpointError naming file and key on a short read, NaN or infinity."""
+        """Raises CheckpointError."""
         assert index is ..., f"index is {index!r}, must be ... : dense tensors are read whole"
-        place = self.location
-        tensor = _read(place).view(getattr(torch, place.dtype)).reshape(place.shape)
-        if tensor.is_floating_point() and tensor.numel() and not _finite(tensor):
-            raise CheckpointError(
-                f"key {place.key!r} in {place.path} has NaN or infinite weights, must be finite. "
-                "hint: the file is damaged; download it again"
-            )
-        return tensor
+        return self._read()
+
+
+def read_tensor(place: TensorLocation) -> Tensor:
+    """A stored tensor in its own dtype. Raises CheckpointError naming file and key on a short read, NaN or infinity."""
+    tensor = _read(place).view(getattr(torch, place.dtype)).reshape(place.shape)
+    if tensor.is_floating_point() and tensor.numel() and not _finite(tensor):
+        raise CheckpointError(
+            f"key {place.key!r} in {place.path} has NaN or infinite weights, must be finite. "
+            "hint: the file is damaged; download it again"
+        )
+    return tensor
 
 
 def _read(place: TensorLocation) -> Tensor:

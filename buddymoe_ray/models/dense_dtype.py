@@ -1,7 +1,8 @@
 """Dense linear layers by the kernels of the experts: as stored, or in another precision than the checkpoint's.
 
 `native` on a CPU multiplies with the weights where they are, every linear layer of the model: in the bits of a row no
-other row counts, and bfloat16 is several times as fast as by torch where the CPU has no instructions for it.
+other row counts, and bfloat16 is several times as fast as by torch where the CPU has no instructions for it. Quantised
+weights stay the codes and scales of the checkpoint.
 `int8` and `int4` are the packed low-bit format by nearest rounding, made anew at every load. Attention, dense
 feed-forwards, shared experts and the output head are packed; embeddings, norms, routers and what has fewer than 16
 inputs or outputs stay as they are. Knows no budgets. Invariant: a model on meta and a loaded one are
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from buddymoe_ray.kernels import BLOCK, CpuLinear, LowbitFormat, pack_plain, packed_shapes, widens
+from buddymoe_ray.models.coded_linear import CodedLinear, read_bias, replace_module
 from buddymoe_ray.models.hf_loading import experts_modules
 from buddymoe_ray.models.router_hook import find_routers
 
@@ -36,8 +38,10 @@ def _silent(items: Iterable[Any], **_: Any) -> Iterable[Any]:
 def keep_dense(model: PreTrainedModel, *, threads: int = 1) -> None:
     """Replace linear layers by ones that compute with `threads` from the same weights, where this CPU has a kernel."""
     for name, module in list(model.named_modules()):
+        if isinstance(module, CodedLinear):
+            module.prepare(threads)
         if type(module) is nn.Linear and StoredLinear.covers(module):
-            _replace(model, name, StoredLinear(module, threads))
+            replace_module(model, name, StoredLinear(module, threads))
 
 
 def pack_dense(model: PreTrainedModel, dense_dtype: str, *, threads: int = 1, progress: Progress = _silent) -> None:
@@ -47,15 +51,13 @@ def pack_dense(model: PreTrainedModel, dense_dtype: str, *, threads: int = 1, pr
         return
     fmt, chosen = LowbitFormat(bits=_BITS[dense_dtype]), _linears(model)
     for name in progress(list(chosen), total=len(chosen), desc=f"dense weights to {dense_dtype}"):
-        _replace(model, name, PackedLinear(chosen.pop(name), fmt, threads))
+        linear = chosen.pop(name)
+        replace_module(
+            model, name, PackedLinear(linear.plain() if isinstance(linear, CodedLinear) else linear, fmt, threads)
+        )
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, module)
-
-
-def _linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+def _linears(model: PreTrainedModel) -> dict[str, nn.Linear | CodedLinear]:
     """The layers to pack by full name."""
     experts = experts_modules(model)
     counts = [next(module.parameters()).shape[0] for module in experts.values()]
@@ -64,7 +66,9 @@ def _linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and id(module) not in left and min(module.weight.shape) >= BLOCK
+        if type(module) in (nn.Linear, CodedLinear)
+        and id(module) not in left
+        and min(module.in_features, module.out_features) >= BLOCK
     }
 
 
@@ -75,10 +79,9 @@ class StoredLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        bias = None if linear.bias is None else linear.bias.detach()
-        if bias is not None and bias.dtype == torch.float16:
-            bias = bias.float()
-        self.compute = CpuLinear(linear.weight.detach(), None, linear.weight.dtype, bias, threads=threads)
+        self.compute = CpuLinear(
+            linear.weight.detach(), None, linear.weight.dtype, read_bias(linear.bias), threads=threads
+        )
 
     @staticmethod
     def covers(linear: nn.Linear) -> bool:

@@ -9,7 +9,7 @@ Legend: E experts of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from buddymoe_ray.cache import DiskReader, slot_views
 from buddymoe_ray.config import cache_folder
-from buddymoe_ray.kernels import LowbitFormat, pack_plain, record_tensors
+from buddymoe_ray.kernels import LowbitFormat, pack_plain, plain_weights, record_tensors
 from buddymoe_ray.models.fingerprint import model_hash
 from buddymoe_ray.models.standin_files import StandinWriter, standin_layouts
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotTensor
@@ -55,7 +55,7 @@ def recoded_layout(
     """
     if expert_dtype == "native":
         return layout
-    recoder = _Recoder.make(layout.tensors, expert_dtype, transposed)
+    recoder = _Recoder.make(layout.shapes, expert_dtype, transposed)
     fingerprint = model_hash(folder)
     target = cache_folder() / "experts" / fingerprint[:24]
     writer = StandinWriter(
@@ -80,10 +80,11 @@ def recoded_layout(
 
 
 def recoded_tensors(
-    stored: Sequence[SlotTensor], expert_dtype: str, *, transposed: bool
+    shapes: Mapping[str, tuple[int, ...]], expert_dtype: str, *, transposed: bool
 ) -> tuple[tuple[SlotTensor, ...], int]:
-    """How one expert lies in `expert_dtype` (not `native`), and its bytes. Makes nothing."""
-    recoder = _Recoder.make(stored, expert_dtype, transposed)
+    """How one expert with parameters of such shapes lies in `expert_dtype` (not `native`), and its bytes. Makes
+    nothing."""
+    recoder = _Recoder.make(shapes, expert_dtype, transposed)
     return recoder.tensors, recoder.nbytes
 
 
@@ -97,12 +98,12 @@ class _Recoder:
     transposed: bool
 
     @classmethod
-    def make(cls, stored: Sequence[SlotTensor], expert_dtype: str, transposed: bool) -> _Recoder:
+    def make(cls, stored: Mapping[str, tuple[int, ...]], expert_dtype: str, transposed: bool) -> _Recoder:
         if expert_dtype == "bf16":
             tensors, nbytes = _cast_layout(stored)
             return cls(tensors=tensors, nbytes=nbytes, fmt=None, transposed=transposed)
         fmt = LowbitFormat(bits=_BITS[expert_dtype])
-        shapes = {t.name: t.shape[::-1] if transposed and len(t.shape) == 2 else t.shape for t in stored}
+        shapes = {name: s[::-1] if transposed and len(s) == 2 else s for name, s in stored.items()}
         tensors, nbytes = record_tensors(shapes, fmt)
         return cls(tensors=tensors, nbytes=nbytes, fmt=fmt, transposed=transposed)
 
@@ -137,13 +138,13 @@ class _Reader:
 
     def _read(self, key: ExpertKey) -> Mapping[str, Tensor]:
         self._disk.submit(self._layout.pieces[key], self._slot.numpy()).wait()
-        return slot_views(self._slot, self._layout)
+        return plain_weights(slot_views(self._slot, self._layout), self._layout.coded)
 
 
-def _cast_layout(tensors: Sequence[SlotTensor]) -> tuple[tuple[SlotTensor, ...], int]:
+def _cast_layout(shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[SlotTensor, ...], int]:
     made, at = [], 0
-    for tensor in tensors:
-        nbytes = 2 * prod(tensor.shape)
-        made.append(SlotTensor(name=tensor.name, shape=tensor.shape, dtype="bfloat16", offset=at, nbytes=nbytes))
+    for name, shape in shapes.items():
+        nbytes = 2 * prod(shape)
+        made.append(SlotTensor(name=name, shape=shape, dtype="bfloat16", offset=at, nbytes=nbytes))
         at += -(-nbytes // 64) * 64
     return tuple(made), at

@@ -9,15 +9,18 @@ Legend: E experts, F ffn, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from buddymoe_ray.errors import CheckpointError, UnsupportedModel
+from buddymoe_ray.kernels import coded_shapes
 from buddymoe_ray.models.hf_loading import StoredExperts, experts_modules
+from buddymoe_ray.models.quantised import CodedTensor, Stored
 from buddymoe_ray.models.tensor_index import DTYPE_BYTES, TensorLocation
-from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotTensor
+from buddymoe_ray.types import CodedMatrix, ExpertKey, ExpertLayout, ExpertPiece, SlotTensor
 
 __all__ = ["ALIGNMENT", "EXPERT_DTYPES", "expert_layout", "slot_tensors"]
 
@@ -36,33 +39,41 @@ def slot_tensors(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str
 
 
 def expert_layout(
-    model: PreTrainedModel, sources: Sequence[StoredExperts], locations: Mapping[str, TensorLocation]
+    model: PreTrainedModel, sources: Sequence[StoredExperts], stored: Mapping[str, Stored]
 ) -> ExpertLayout:
     """Map every byte of every routed expert of `model` to its file.
 
     Raises:
         CheckpointError: an expert is missing or has the wrong shape.
-        UnsupportedModel: experts of different layers differ in shape or dtype, or are stored quantised.
+        UnsupportedModel: experts of different layers differ in shape, dtype or format, or no kernel knows it.
     """
     modules = experts_modules(model)
     by_param: dict[str, list[StoredExperts]] = {}
     for source in sources:
         by_param.setdefault(source.param, []).append(source)
     shapes = _common_shapes(modules)
-    dtypes = _common_dtypes(modules, by_param, locations)
-    tensors = slot_tensors(shapes, dtypes)
+    coded = _common_formats(modules, shapes, by_param, stored)
+    dtypes = _common_dtypes(modules, shapes, coded, by_param, stored)
+    parts = {f"{matrix.name}.{part}": (matrix, part) for matrix in coded.values() for part in coded_shapes(matrix)}
+    sized = {name: (shapes[name], dtype) for name, dtype in dtypes.items()}
+    for name, (matrix, part) in parts.items():
+        sized[name] = coded_shapes(matrix)[part]
+    order = sorted(sized, key=lambda name: list(shapes).index(name.partition(".")[0]))
+    tensors = slot_tensors({name: sized[name][0] for name in order}, {name: sized[name][1] for name in order})
     pieces: dict[ExpertKey, tuple[ExpertPiece, ...]] = {}
     counts = []
     for layer, (module_name, module) in enumerate(modules.items()):
         counts.append(_expert_count(module))
         per_expert: list[list[ExpertPiece]] = [[] for _ in range(counts[-1])]
         for tensor in tensors:
-            found = by_param[f"{module_name}.{tensor.name}"]
+            found = by_param[f"{module_name}.{tensor.name.partition('.')[0]}"]
             _check_unique(found)
+            _, part = parts.get(tensor.name, (None, ""))
+            places = {source.key: _place_of(stored[source.key], source, tensor, part) for source in found}
             if found[0].expert is None:
-                _place_stack(per_expert, tensor, locations[found[0].key])
+                _place_stack(per_expert, tensor, places[found[0].key])
             else:
-                _place_parts(per_expert, tensor, found, locations)
+                _place_parts(per_expert, tensor, found, places)
         pieces |= {ExpertKey(layer, e): tuple(runs) for e, runs in enumerate(per_expert)}
     last = tensors[-1]
     slot_bytes = -(-(last.offset + last.nbytes) // ALIGNMENT) * ALIGNMENT
@@ -73,6 +84,19 @@ def expert_layout(
         layers=len(modules),
         experts_per_layer=tuple(counts),
         pieces=pieces,
+        coded=tuple(coded.values()),
+    )
+
+
+def _place_of(stored: Stored, source: StoredExperts, tensor: SlotTensor, part: str) -> TensorLocation:
+    """Of what fills a slot's tensor; those of quantised matrices fit, so their shapes are the tensor's own."""
+    if isinstance(stored, TensorLocation):
+        return stored
+    rows = tensor.shape[0] // source.parts
+    place = stored.places[part]
+    return replace(
+        place,
+        shape=(place.nbytes // tensor.nbytes, *tensor.shape) if source.expert is None else (rows, *tensor.shape[1:]),
     )
 
 
@@ -94,12 +118,45 @@ def _common_shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...
     return shapes
 
 
+def _common_formats(
+    modules: Mapping[str, nn.Module],
+    shapes: Mapping[str, tuple[int, ...]],
+    by_param: Mapping[str, list[StoredExperts]],
+    stored: Mapping[str, Stored],
+) -> dict[str, CodedMatrix]:
+    """The quantised parameters, each in one format for every expert of every layer."""
+    coded: dict[str, CodedMatrix] = {}
+    for module_name, module in modules.items():
+        for name, parameter in module.named_parameters():
+            for source in by_param.get(f"{module_name}.{name}", ()):
+                found = stored[source.key]
+                if isinstance(found, TensorLocation):
+                    continue
+                N, K = shapes[name][::-1] if module.is_transposed else shapes[name]
+                if module.is_transposed and found.codes != "mxfp4":
+                    raise UnsupportedModel(
+                        f"key {source.key!r} is stored as {found.codes}, must be mxfp4 or plain in experts of this "
+                        "kind. hint: use the checkpoint's unquantised release"
+                    )
+                stack = parameter.shape[0] if source.expert is None else None
+                fitted = found.fit(name, N // source.parts, K, stack=stack)
+                matrix = replace(fitted, parts=source.parts, N=N)
+                if coded.setdefault(name, matrix) != matrix:
+                    raise UnsupportedModel(
+                        f"key {source.key!r} in {found.path} is {matrix.format}, must be {coded[name].format} as the "
+                        "experts before it. hint: use a release that stores all experts alike"
+                    )
+    return coded
+
+
 def _common_dtypes(
     modules: Mapping[str, nn.Module],
+    shapes: Mapping[str, tuple[int, ...]],
+    coded: Collection[str],
     by_param: Mapping[str, list[StoredExperts]],
-    locations: Mapping[str, TensorLocation],
+    stored: Mapping[str, Stored],
 ) -> dict[str, str]:
-    """Stored dtype of each parameter, equal for every expert of every layer."""
+    """Stored dtype of each plain parameter, equal for every expert of every layer."""
     dtypes: dict[str, str] = {}
     for module_name, module in modules.items():
         for name, _ in module.named_parameters():
@@ -109,7 +166,14 @@ def _common_dtypes(
                     f"no key of the checkpoint fills {module_name}.{name}, must be there. hint: finish the download"
                 )
             for source in sources:
-                place = locations[source.key]
+                place = stored[source.key]
+                if coded and isinstance(place, TensorLocation) and len(shapes[name]) == 2:
+                    raise UnsupportedModel(
+                        f"key {source.key!r} in {place.path} is plain {place.dtype}, must be quantised as other "
+                        "experts' weights. hint: use a release that stores all experts alike"
+                    )
+                if isinstance(place, CodedTensor):
+                    continue
                 if place.dtype not in EXPERT_DTYPES:
                     raise UnsupportedModel(
                         f"key {source.key!r} in {place.path} is stored as {place.dtype}, must be one of "

@@ -55,7 +55,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     """The family of a checkpoint's `config.json`, given as a mapping; `where` names the file in errors.
 
     Raises:
-        UnsupportedModel: unknown family, quantised weights, or an encoder-decoder.
+        UnsupportedModel: unknown family, or an encoder-decoder.
     """
     name = str(config.get("model_type"))
     if config.get("is_encoder_decoder"):
@@ -66,12 +66,5 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
         raise UnsupportedModel(
             f"{where} has model_type {name!r}, must be one of {', '.join(sorted(FAMILIES))}. "
             "hint: only Mixture-of-Experts families on transformers' experts interface can be served"
-        )
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else quantised
-        raise UnsupportedModel(
-            f"{where} is quantised ({method}), must be stored in bfloat16, float16 or float32. "
-            "hint: use the checkpoint's unquantised release, or dequantise it with transformers' save_pretrained"
         )
     return FAMILIES[name]

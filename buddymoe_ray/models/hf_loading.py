@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -39,9 +40,10 @@ from transformers.utils.generic import ContextManagers
 from buddymoe_ray.errors import BuddyMoEError, CheckpointError, ConfigError, UnsupportedModel
 from buddymoe_ray.models import experts_hook
 from buddymoe_ray.models.config_check import check_config
-from buddymoe_ray.models.dense import LazyTensor
+from buddymoe_ray.models.dense import LazyTensor, read_tensor
 from buddymoe_ray.models.families import WINDOWED
-from buddymoe_ray.models.tensor_index import TensorLocation, read_json
+from buddymoe_ray.models.quantised import CodedTensor, Stored
+from buddymoe_ray.models.tensor_index import read_json
 
 __all__ = [
     "StoredExperts",
@@ -80,10 +82,11 @@ class StoredExperts:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyPlan:
-    """What becomes of each stored key: part of an expert, or left to transformers' loader."""
+    """What becomes of each stored key: part of an expert, or left to transformers' loader. `dense` names the parameter
+    that a key is, None where the loader converts it."""
 
     experts: tuple[StoredExperts, ...]
-    dense: tuple[str, ...]
+    dense: Mapping[str, str | None]
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -167,18 +170,18 @@ def plan_keys(model: PreTrainedModel, keys: Iterable[str]) -> KeyPlan:
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     state = model.state_dict()
     expert_params = {f"{name}.{p}" for name, m in experts_modules(model).items() for p, _ in m.named_parameters()}
-    experts, dense = list[StoredExperts](), list[str]()
+    experts, dense = list[StoredExperts](), dict[str, str | None]()
     for key in sorted(keys, key=dot_natural_key):
         target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if target not in state and key in state:
             target, pattern = key, None
         if target not in expert_params:
-            dense.append(key)
+            dense[key] = target if pattern is None else None
         elif pattern is None:
             experts.append(StoredExperts(key=key, param=target, expert=None, part=0, parts=1))
         else:
             experts.append(_converted(key, target, pattern, by_pattern[pattern], renamings))
-    return KeyPlan(experts=tuple(experts), dense=tuple(dense))
+    return KeyPlan(experts=tuple(experts), dense=dense)
 
 
 def _converted(
@@ -199,13 +202,17 @@ def _converted(
     return StoredExperts(key=key, param=target, expert=int(number[1]), part=parts.index(pattern), parts=len(parts))
 
 
-def load_dense(model: PreTrainedModel, dense: Mapping[str, TensorLocation], *, device: torch.device) -> None:
-    """Load all dense weights, rebuild the buffers that are not stored, tie what is tied.
+def load_dense(
+    model: PreTrainedModel, dense: Mapping[str, Stored], *, device: torch.device, elsewhere: Collection[str] = ()
+) -> None:
+    """Load dense weights, quantised ones as float32 of their codes, rebuild the buffers that are not stored, tie what
+    is tied. Parameters `elsewhere` stay on meta, like those of experts.
 
     Raises:
         CheckpointError: a key is missing, of the wrong shape, or not finite. One too many is a warning.
     """
     experts = {f"{name}.{p}" for name, m in experts_modules(model).items() for p, _ in m.named_parameters()}
+    experts |= set(elsewhere)
     dtype = _dtype(model)
     mapping: list[Any] = get_model_conversion_mapping(model)
     load_config = LoadStateDictConfig(
@@ -214,7 +221,7 @@ def load_dense(model: PreTrainedModel, dense: Mapping[str, TensorLocation], *, d
         dtype_plan=model._get_dtype_plan(dtype),
         weight_mapping=mapping,
     )
-    lazy: dict[str, Any] = {key: LazyTensor(place) for key, place in dense.items()}
+    lazy: dict[str, Any] = {key: LazyTensor(_reader(stored)) for key, stored in dense.items()}
     with _no_progress_bar():
         info, _ = convert_and_load_state_dict_in_model(model, lazy, load_config)
     info.missing_keys -= experts
@@ -224,6 +231,10 @@ def load_dense(model: PreTrainedModel, dense: Mapping[str, TensorLocation], *, d
     _finish(model, info, load_config)
     left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta and n not in experts]
     assert not left, f"{left} are on meta after the load, must be real: transformers' loading order changed"
+
+
+def _reader(stored: Stored) -> Callable[[], Tensor]:
+    return stored.plain if isinstance(stored, CodedTensor) else partial(read_tensor, stored)
 
 
 def _finish(model: Any, info: Any, load_config: LoadStateDictConfig) -> None:
@@ -249,7 +260,7 @@ def _causal_class(config: PreTrainedConfig) -> Any:
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
-def _raise_on_problems(model: PreTrainedModel, info: Any, dense: Mapping[str, TensorLocation]) -> None:
+def _raise_on_problems(model: PreTrainedModel, info: Any, dense: Mapping[str, Stored]) -> None:
     model._adjust_missing_and_unexpected_keys(info)
     tied = model.all_tied_weights_keys  # either of two is enough
     missing = info.missing_keys.difference(tied, (tied[name] for name in tied.keys() - info.missing_keys))

@@ -24,6 +24,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 
 from buddymoe_ray.errors import CheckpointError
 from buddymoe_ray.models.families import family_of
+from buddymoe_ray.models.schemes import check_method
 from buddymoe_ray.models.tensor_index import SINGLE_NAME, named_weights, read_json, shard_names, weights_name
 
 __all__ = ["SMALL_FILES", "download"]
@@ -37,14 +38,16 @@ def download(repo: str, *, cache_dir: Path | None = None, progress: bool = False
 
     Raises:
         CheckpointError: unknown or gated repository, no network and no cache, or a full disk.
-        UnsupportedModel: a family that cannot be served.
+        UnsupportedModel: a family or a quantisation that cannot be served.
     """
     with _bars(progress), _readable_errors(repo, cache_dir):
         small, elsewhere = list(SMALL_FILES), list(_SUBFOLDERS)
         folder = Path(snapshot_download(repo, cache_dir=cache_dir, allow_patterns=small, ignore_patterns=elsewhere))
         if not (folder / "config.json").exists():
             raise CheckpointError(f"{repo} has no config.json, must have one. hint: is it a model repository?")
-        family_of(read_json(folder / "config.json"), f"{repo}'s config.json")
+        config, where = read_json(folder / "config.json"), f"{repo}'s config.json"
+        family_of(config, where)
+        check_method(config, where)
         for names in _weight_files(folder):
             _check_space(repo, folder.name, names, cache_dir)
             snapshot_download(repo, revision=folder.name, cache_dir=cache_dir, allow_patterns=names)

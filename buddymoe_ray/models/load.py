@@ -16,9 +16,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from buddymoe_ray.models.coded_linear import keep_coded
 from buddymoe_ray.models.dense_dtype import keep_dense, pack_dense
 from buddymoe_ray.models.families import Family
 from buddymoe_ray.models.hf_loading import experts_modules, load_dense
+from buddymoe_ray.models.quantised import check_values
 from buddymoe_ray.models.router_hook import find_routers
 from buddymoe_ray.models.row_kernels import rows_apart
 from buddymoe_ray.models.shape import (
@@ -79,8 +81,10 @@ def load_model(
     """
     device = device or torch.device("cpu")
     folder = folder.resolve()
-    meta = meta_model(folder, dtype=dtype, attn=attn)
-    load_dense(meta.model, meta.dense, device=device)
+    meta = meta_model(folder, dtype=dtype, attn=attn, on_cpu=device.type == "cpu")
+    check_values(meta.coded)
+    load_dense(meta.model, meta.dense, device=device, elsewhere={f"{name}.weight" for name in meta.linears})
+    keep_coded(meta.model, meta.linears)
     return LoadedModel(
         model=meta.model,
         config=meta.config,

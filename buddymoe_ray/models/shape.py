@@ -8,6 +8,7 @@ prints what is found here.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from buddymoe_ray.errors import CheckpointError
+from buddymoe_ray.kernels import decodes
+from buddymoe_ray.models.coded_linear import CodedLinear, keep_coded
 from buddymoe_ray.models.config_check import EXPERTS_PER_TOKEN
 from buddymoe_ray.models.dense_dtype import pack_dense
-from buddymoe_ray.models.expert_layout import expert_layout, slot_tensors
+from buddymoe_ray.models.expert_layout import EXPERT_DTYPES, expert_layout, slot_tensors
 from buddymoe_ray.models.expert_math import expert_math, read_as_stored
 from buddymoe_ray.models.experts_hook import attach
 from buddymoe_ray.models.families import Family, family_of
@@ -32,9 +35,11 @@ from buddymoe_ray.models.hf_loading import (
     refusing,
     switch_length,
 )
+from buddymoe_ray.models.quantised import CodedTensor, Stored, find_coded
 from buddymoe_ray.models.resolve import is_builtin
+from buddymoe_ray.models.schemes import check_method
 from buddymoe_ray.models.tensor_index import DTYPE_BYTES, TensorLocation, has_weights, read_index, read_json
-from buddymoe_ray.types import ExpertLayout, SlotTensor
+from buddymoe_ray.types import CodedMatrix, ExpertLayout, SlotTensor
 
 __all__ = [
     "MetaModel",
@@ -52,23 +57,30 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class MetaModel:
-    """A model on meta with the places of its weights: `layout` for experts, `dense` (by stored key) for the rest."""
+    """A model on meta with the places of its weights: `layout` for experts, `linears` for linear layers (by name) that
+    compute from quantised weights as they are, `dense` (by stored key) for the rest. `coded` is all that is quantised.
+    """
 
     model: PreTrainedModel
     config: PreTrainedConfig
     family: Family
     layout: ExpertLayout
-    dense: dict[str, TensorLocation]
+    linears: dict[str, CodedTensor]
+    dense: dict[str, Stored]
+    coded: tuple[CodedTensor, ...]
     compute_dtype: torch.dtype
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """What a checkpoint holds, in numbers. `dense_bytes` is what the dense weights take in the compute dtype, of them
-    `embedding_bytes` those of which a token reads one row: the embedding, unless it is the head too.
+    `embedding_bytes` those of which a token reads one row: the embedding, unless it is the head too, `head_bytes` the
+    output head's.
 
-    `expert_dtype` and `compute_dtype` are torch's names; `has_weights` is False for a folder with a config alone.
-    `transposed`: experts' matrices are stored `[in, out]`; `as_stored`: a CPU computes with their bytes as they are.
+    `expert_dtype` and `compute_dtype` are torch's names, of quantised experts their format; `has_weights` is False for
+    a folder with a config alone. `transposed`: experts' matrices are stored `[in, out]`; `as_stored`: a CPU computes
+    with their bytes as they are. `coded` are those of an expert that are stored quantised; `dense_format` is how most
+    dense weights lie.
     `kv_bytes_per_token` is that of all attention layers.
     """
 
@@ -82,10 +94,13 @@ class ModelShape:
     experts_per_layer: tuple[int, ...]
     experts_per_token: int
     slot_tensors: tuple[SlotTensor, ...]
+    coded: tuple[CodedMatrix, ...]
     slot_bytes: int
     expert_bytes: int
     total_expert_bytes: int
     dense_bytes: int
+    dense_format: str
+    head_bytes: int
     embedding_bytes: int
     expert_dtype: str
     compute_dtype: str
@@ -98,58 +113,98 @@ class ModelShape:
 def auto_dtype(folder: Path) -> torch.dtype:
     """float32 for `builtin:tiny` and float32 checkpoints, else the checkpoint's own dtype.
 
-    The checkpoint's dtype is the one most of its bytes are stored in; without weights, what config.json says.
+    The checkpoint's dtype is the one that most bytes of its plain weights are stored in; without any, what config.json
+    says.
     """
     if is_builtin(folder):
         return torch.float32
-    name = _stored_dtype(read_index(folder)) if has_weights(folder) else _config_dtype(folder)
+    name = _plain_dtype(folder) or _config_dtype(folder)
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
 
 
-def meta_model(folder: Path, *, dtype: torch.dtype | None = None, attn: str | None = None) -> MetaModel:
+def meta_model(
+    folder: Path, *, dtype: torch.dtype | None = None, attn: str | None = None, on_cpu: bool = True
+) -> MetaModel:
     """Build the model on meta and find all weights, reading config and headers only.
 
     Raises:
         CheckpointError: the checkpoint is incomplete or does not fit its config.
         UnsupportedModel: family or storage has no path here.
     """
-    config_path = folder / "config.json"
-    family = family_of(read_json(config_path), str(config_path))
-    locations = read_index(folder)
+    family, stored = _family(folder), _stored(folder)
     config = read_config(folder)
     dtype = dtype or auto_dtype(folder)
     model = build_meta(config, dtype=dtype, attn=attn)
-    plan = plan_keys(model, locations)
+    plan = plan_keys(model, stored)
+    layout = expert_layout(model, plan.experts, stored)
+    linears, dense = dict[str, CodedTensor](), dict[str, Stored]()
+    for key, target in plan.dense.items():
+        found, (name, _, own) = stored[key], (target or "").rpartition(".")
+        if isinstance(found, CodedTensor) and own == "weight" and target in dict(model.named_parameters()):
+            linear = model.get_submodule(name)
+            if type(linear) is nn.Linear:
+                matrix = found.fit(name, linear.out_features, linear.in_features)
+                if on_cpu and decodes(matrix.format):
+                    linears[name] = found
+                    continue
+                found = replace(found, inputs=linear.in_features)
+        dense[key] = found
     return MetaModel(
         model=model,
         config=config,
         family=_narrowed(family, model),
-        layout=expert_layout(model, plan.experts, locations),
-        dense={key: locations[key] for key in plan.dense},
+        layout=layout,
+        linears=linears,
+        dense=dense,
+        coded=tuple(found for found in stored.values() if isinstance(found, CodedTensor)),
         compute_dtype=dtype,
     )
 
 
-def describe(folder: Path, *, dtype: torch.dtype | None = None, dense_dtype: str = "native") -> ModelShape:
-    """Sizes of the checkpoint in `folder`, which may hold a config.json and nothing else."""
+def _family(folder: Path) -> Family:
+    """Raises UnsupportedModel."""
+    path = folder / "config.json"
+    config = read_json(path)
+    family = family_of(config, str(path))
+    check_method(config, str(path))
+    return family
+
+
+def _stored(folder: Path) -> dict[str, Stored]:
+    path = folder / "config.json"
+    return find_coded(read_json(path), read_index(folder), str(path))
+
+
+def describe(
+    folder: Path, *, dtype: torch.dtype | None = None, dense_dtype: str = "native", on_cpu: bool = True
+) -> ModelShape:
+    """Sizes of the checkpoint in `folder`, which may hold a config.json and nothing else. Elsewhere than `on_cpu` dense
+    weights that are stored quantised are held in the compute dtype."""
     if has_weights(folder):
-        meta = meta_model(folder, dtype=dtype)
-        layout = meta.layout
+        meta = meta_model(folder, dtype=dtype, on_cpu=on_cpu)
+        keep_coded(meta.model, meta.linears, on_meta=True)
         pack_dense(meta.model, dense_dtype)
-        return _shape(
-            meta.model, meta.family, layout.tensors, layout.slot_bytes, layout.experts_per_layer, weights=True
+        return _shape(meta.model, meta.family, meta.layout, weights=True)
+    family = _family(folder)
+    if read_json(folder / "config.json").get("quantization_config"):
+        raise CheckpointError(
+            f"{folder} is a quantised model's and has no weights, must have their headers. hint: download it whole"
         )
-    config_path = folder / "config.json"
-    family = family_of(read_json(config_path), str(config_path))
     model = build_meta(read_config(folder), dtype=dtype or auto_dtype(folder), attn=None)
     pack_dense(model, dense_dtype)
     modules = list(experts_modules(model).values())
-    stored = _config_dtype(folder)
     params = dict(modules[0].named_parameters())
-    tensors = slot_tensors({name: tuple(p.shape[1:]) for name, p in params.items()}, dict.fromkeys(params, stored))
-    slot_bytes = tensors[-1].offset + -(-tensors[-1].nbytes // 64) * 64
-    counts = tuple(next(m.parameters()).shape[0] for m in modules)
-    return _shape(model, _narrowed(family, model), tensors, slot_bytes, counts, weights=False)
+    dtypes = dict.fromkeys(params, _config_dtype(folder))
+    tensors = slot_tensors({name: tuple(p.shape[1:]) for name, p in params.items()}, dtypes)
+    layout = ExpertLayout(
+        tensors=tensors,
+        slot_bytes=tensors[-1].offset + -(-tensors[-1].nbytes // 64) * 64,
+        expert_bytes=sum(t.nbytes for t in tensors),
+        layers=len(modules),
+        experts_per_layer=tuple(next(m.parameters()).shape[0] for m in modules),
+        pieces={},
+    )
+    return _shape(model, _narrowed(family, model), layout, weights=False)
 
 
 def dense_bytes(model: PreTrainedModel) -> int:
@@ -200,17 +255,10 @@ def max_positions(config: PreTrainedConfig) -> int:
     return int(config.max_position_embeddings * stretch)
 
 
-def _shape(
-    model: PreTrainedModel,
-    family: Family,
-    tensors: tuple[SlotTensor, ...],
-    slot_bytes: int,
-    counts: tuple[int, ...],
-    *,
-    weights: bool,
-) -> ModelShape:
-    config = model.config
-    expert_bytes = sum(t.nbytes for t in tensors)
+def _shape(model: PreTrainedModel, family: Family, layout: ExpertLayout, *, weights: bool) -> ModelShape:
+    config, experts = model.config, list(experts_modules(model).values())
+    maths = [expert_math(module, layout) for module in experts]
+    head = model.get_output_embeddings()
     return ModelShape(
         model_type=family.model_type,
         packed=family.packed,
@@ -218,22 +266,36 @@ def _shape(
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         num_layers=config.num_hidden_layers,
-        moe_layers=len(counts),
-        experts_per_layer=counts,
+        moe_layers=layout.layers,
+        experts_per_layer=layout.experts_per_layer,
         experts_per_token=experts_per_token(config),
-        slot_tensors=tensors,
-        slot_bytes=slot_bytes,
-        expert_bytes=expert_bytes,
-        total_expert_bytes=expert_bytes * sum(counts),
+        slot_tensors=layout.tensors,
+        coded=layout.coded,
+        slot_bytes=layout.slot_bytes,
+        expert_bytes=layout.expert_bytes,
+        total_expert_bytes=layout.total_bytes,
         dense_bytes=dense_bytes(model),
+        dense_format=_dense_format(model),
+        head_bytes=sum(tensor.nbytes for tensor in (*head.parameters(), *head.buffers())),
         embedding_bytes=0 if config.tie_word_embeddings else model.get_input_embeddings().weight.nbytes,
-        expert_dtype=tensors[0].dtype,
+        expert_dtype=layout.stored_as,
         compute_dtype=str(config.dtype).removeprefix("torch."),
         max_positions=max_positions(config),
-        transposed=bool(next(iter(experts_modules(model).values())).is_transposed),
-        as_stored=read_as_stored(map(expert_math, experts_modules(model).values()), tensors),
+        transposed=maths[0].transposed,
+        as_stored=read_as_stored(maths, layout),
         kv_bytes_per_token=_kv_bytes_per_token(model),
     )
+
+
+def _dense_format(model: PreTrainedModel) -> str:
+    """How most bytes of the linear layers lie that are not packed anew."""
+    held = Counter[str]()
+    for module in model.modules():
+        if isinstance(module, CodedLinear):
+            held[str(module.coded.matrix.format)] += sum(t.nbytes for t in module.coded.named().values())
+        elif isinstance(module, nn.Linear):
+            held[str(module.weight.dtype).removeprefix("torch.")] += module.weight.nbytes
+    return held.most_common(1)[0][0] if held else str(model.config.dtype).removeprefix("torch.")
 
 
 def _kv_bytes_per_token(model: PreTrainedModel) -> int:
@@ -270,11 +332,12 @@ def _narrowed(family: Family, model: PreTrainedModel) -> Family:
     return family if switch is None or switch >= max_positions(model.config) else replace(family, packed=False)
 
 
-def _stored_dtype(locations: dict[str, TensorLocation]) -> str:
-    held: dict[str, int] = {}
-    for place in locations.values():
-        held[place.dtype] = held.get(place.dtype, 0) + place.nbytes
-    return max(held, key=lambda name: held[name])
+def _plain_dtype(folder: Path) -> str | None:
+    held = Counter[str]()
+    for stored in _stored(folder).values() if has_weights(folder) else ():
+        if isinstance(stored, TensorLocation) and stored.dtype in EXPERT_DTYPES:
+            held[stored.dtype] += stored.nbytes
+    return held.most_common(1)[0][0] if held else None
 
 
 def _config_dtype(folder: Path) -> str:

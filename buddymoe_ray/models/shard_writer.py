@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -21,17 +22,18 @@ __all__ = ["StoredTensor", "check_space", "write_shards"]
 
 SHARD_BYTES = 2_000_000_000
 
-Progress = Callable[[int, int], None]
-"""Called with (bytes written, bytes in all)."""
+Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A bfloat16 tensor to write."""
+    """A tensor to write. `dtype` is safetensors' name; `of` is the bfloat16 tensor whose codes or scales it is."""
 
     key: str
     shape: tuple[int, ...]
     nbytes: int
+    dtype: str = "BF16"
+    of: StoredTensor | None = None
 
 
 def check_space(folder: Path, nbytes: int) -> None:
@@ -95,14 +97,15 @@ def _split(tensors: Iterable[StoredTensor]) -> list[list[StoredTensor]]:
             held = 0
         shards[-1].append(tensor)
         held += tensor.nbytes
-    return shards
+    # as safetensors' own writer: the widest items first
+    return [sorted(shard, key=lambda tensor: -tensor.nbytes // max(1, math.prod(tensor.shape))) for shard in shards]
 
 
 def _header(shard: list[StoredTensor]) -> bytes:
     entries: dict[str, Mapping[str, object]] = {"__metadata__": {"format": "pt"}}
     at = 0
     for tensor in shard:
-        entries[tensor.key] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": [at, at + tensor.nbytes]}
+        entries[tensor.key] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [at, at + tensor.nbytes]}
         at += tensor.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -15,56 +15,49 @@ from transformers import AutoConfig, PreTrainedConfig
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.models.hf_loading import architecture, stored_shapes
 from buddymoe_ray.models.shard_writer import Progress, StoredTensor, check_space, write_shards
+from buddymoe_ray.models.synth_formats import QUANTISATION, CodedWeights, stored_as
 from buddymoe_ray.models.synth_shapes import SHAPES
-from buddymoe_ray.models.synth_weights import SynthWeights, popularity_ranks
+from buddymoe_ray.models.synth_weights import UNIFORM, Popularity, SynthWeights, popularity_ranks
 
-__all__ = ["SHAPES", "popularity_ranks", "synth_checkpoint"]
+__all__ = ["QUANTISATION", "SHAPES", "Popularity", "popularity_ranks", "synth_checkpoint"]
 
 
 def synth_checkpoint(
     shape: str,
     out: Path,
     layers: int | None = None,
-    skew: float = 0.0,
+    popularity: Popularity = UNIFORM,
     seed: int = 0,
+    fmt: str = "bf16",
     progress: Progress | None = None,
-    *,
-    hot_sets: int = 1,
 ) -> Path:
-    """Write a bfloat16 checkpoint of `shape` (a name in SHAPES) into the folder `out`, which must be new or empty.
+    """Write a checkpoint of `shape` (a name in SHAPES) into the folder `out`, which must be new or empty.
 
     Args:
         layers: keep only the first layers; None keeps all.
-        skew: the expert of popularity rank r gets a router logit shift of -skew * ln(r); 0 is uniform.
-        hot_sets: 2 lets tokens of the upper half of the vocabulary prefer the experts that the others avoid.
+        fmt: how experts and, but for mxfp4, other linear layers are stored: a name in QUANTISATION.
         progress: called with (bytes written, bytes in all).
 
     Raises:
-        ConfigError: unknown shape, unusable `layers`, `skew` or `hot_sets`, or `out` is not empty.
+        ConfigError: unknown shape or format, unusable `layers`, or `out` is not empty.
         CheckpointError: the disk is too small.
     """
     config = _config(shape, layers)
-    if not (math.isfinite(skew) and skew >= 0):
-        raise ConfigError(f"skew is {skew}, must be 0 or more. hint: 1.0 is Zipf's law")
-    if hot_sets not in (1, 2):
-        raise ConfigError(f"hot_sets is {hot_sets}, must be 1 or 2. hint: leave it at 1")
+    if fmt not in QUANTISATION:
+        raise ConfigError(f"format is {fmt!r}, must be one of {', '.join(QUANTISATION)}. hint: check spelling")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty, must be a new folder. hint: remove it or choose another")
-    tensors = [
-        StoredTensor(key=key, shape=dims, nbytes=2 * math.prod(dims)) for key, dims in stored_shapes(config).items()
-    ]
+    plain = (StoredTensor(key=key, shape=n, nbytes=2 * math.prod(n)) for key, n in stored_shapes(config).items())
+    tensors = stored_as(plain, fmt)
     total = sum(tensor.nbytes for tensor in tensors)
     check_space(out, total)
     out.mkdir(parents=True, exist_ok=True)
     weights = SynthWeights(
-        hidden=config.hidden_size,
-        layers=config.num_hidden_layers,
-        skew=skew,
-        seed=seed,
-        tiny=total < 1 << 28,
-        hot_sets=hot_sets,
+        popularity, hidden=config.hidden_size, layers=config.num_hidden_layers, seed=seed, tiny=total < 1 << 28
     )
-    write_shards(out, tensors, weights, progress=progress)
+    write_shards(out, tensors, CodedWeights(weights, fmt), progress=progress)
+    if QUANTISATION[fmt]:
+        config.quantization_config = dict(QUANTISATION[fmt])
     config.save_pretrained(out)
     return out
 

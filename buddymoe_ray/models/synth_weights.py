@@ -19,19 +19,23 @@ import random
 import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.models.shard_writer import StoredTensor
 
-__all__ = ["SynthWeights", "popularity_ranks"]
+__all__ = ["UNIFORM", "Popularity", "SynthWeights", "popularity_ranks"]
 
 BLOCK_NUMBERS = 33_554_393  # 64 MB of bfloat16; prime, so that no row length divides its period
 TINY_BLOCK_NUMBERS = 1_048_573
 PIECE_NUMBERS = 1 << 22
 OTHERS_ENERGY = 0.02  # of all other channels of the embedding together, against 1 of the constant channel
 LOGIT_STD = 0.9
+_ADDED = re.compile(r"\.(o_proj|down_proj|w2)(\.weight)?$")
+"""What is added to the residual stream."""
 
 
 def popularity_ranks(experts: int, *, layer: int, seed: int) -> tuple[int, ...]:
@@ -41,11 +45,30 @@ def popularity_ranks(experts: int, *, layer: int, seed: int) -> tuple[int, ...]:
     return tuple(ranks)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Popularity:
+    """Which experts tokens prefer: one of popularity rank r gets a router logit shift of `-skew * ln(r)`, 0 is uniform.
+    With 2 `hot_sets` tokens of the upper half of the vocabulary prefer the experts that the others avoid. Raises
+    ConfigError."""
+
+    skew: float = 0.0
+    hot_sets: int = 1
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.skew) and self.skew >= 0):
+            raise ConfigError(f"skew is {self.skew}, must be 0 or more. hint: 1.0 is Zipf's law")
+        if self.hot_sets not in (1, 2):
+            raise ConfigError(f"hot_sets is {self.hot_sets}, must be 1 or 2. hint: leave it at 1")
+
+
+UNIFORM = Popularity()
+
+
 class SynthWeights:
     """Called with a tensor, yields its bytes in order. `tiny` uses a small block."""
 
-    def __init__(self, *, hidden: int, layers: int, skew: float, seed: int, tiny: bool, hot_sets: int = 1) -> None:
-        self._skew, self._seed, self._hot_sets = skew, seed, hot_sets
+    def __init__(self, popularity: Popularity, *, hidden: int, layers: int, seed: int, tiny: bool) -> None:
+        self._skew, self._hot_sets, self._seed = popularity.skew, popularity.hot_sets, seed
         self._wide = LOGIT_STD / math.sqrt(hidden)
         self._embedding = math.sqrt(OTHERS_ENERGY / hidden)
         self._branch = self._wide * self._embedding / math.sqrt(2 * layers)
@@ -59,13 +82,30 @@ class SynthWeights:
         """Pieces of at most a few MB."""
         return (_bytes(piece) for piece in self._pieces(tensor))
 
+    def std(self, tensor: StoredTensor) -> float:
+        """Width of the distribution of a linear layer's or expert's weights."""
+        return self._branch if _ADDED.search(tensor.key) else self._wide
+
+    def rows(self, tensor: StoredTensor) -> Iterator[Tensor]:
+        """The weights of a linear layer, or of a stack of experts `[E, in, out]` as `[E, out, in]`, in pieces."""
+        if len(tensor.shape) == 2:
+            yield from self._pieces(tensor)
+            return
+        E, K, N = tensor.shape
+        added = _ADDED.search(tensor.key) is not None
+        for run in self._take(tensor, self.std(tensor), E * N * K, step=N * K):
+            expert_NK = run.clone().view(N, K)
+            if added:
+                expert_NK[0] = 0
+            yield expert_NK
+
     def _pieces(self, tensor: StoredTensor) -> Iterator[Tensor]:
         key, shape = tensor.key, tensor.shape
         if key.endswith("embed_tokens.weight"):
             return self._with_column(tensor, self._embedding, self._constant_V(shape[0]))
         if re.search(r"\.(gate|router)\.weight$", key):
             return self._with_column(tensor, self._wide, self._shift_E(tensor))
-        if re.search(r"\.(o_proj|down_proj|w2)\.weight$", key):
+        if _ADDED.search(key) and len(shape) == 2:
             return self._with_zero_row(tensor)
         if key.endswith("experts.down_proj"):
             return self._with_column(tensor, self._branch, torch.zeros(math.prod(shape[:-1])))

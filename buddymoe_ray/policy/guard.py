@@ -1,8 +1,7 @@
 """When to stop trusting stand-ins: a state machine over measured divergences. Pure: no clock, no model.
 
-Measured tokens come in from sampled requests. The guard trips when their mean divergence is above the limit by more
-than two standard errors (clustered by request), and re-arms after a cooldown counted in generated tokens, twice as
-long at each trip. `engine.guard` feeds it.
+Measured tokens come from sampled requests (`engine.guard`). The guard trips when their mean divergence is above the
+limit by over two standard errors, clustered by request, and re-arms after so many tokens, twice as many at each trip.
 """
 
 from __future__ import annotations

@@ -20,7 +20,13 @@ from buddymoe_ray.models.expert_dtype import recoded_tensors
 from buddymoe_ray.models.shape import ModelShape, describe
 from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill
 from buddymoe_ray.residency.devices import GpuInfo
-from buddymoe_ray.residency.machine import available_memory_bytes, cgroup_limit_bytes, refuse_dense_dtype, torch_dtype
+from buddymoe_ray.residency.machine import (
+    available_memory_bytes,
+    cgroup_limit_bytes,
+    pick_device,
+    refuse_dense_dtype,
+    torch_dtype,
+)
 from buddymoe_ray.residency.routes import expected_hits
 from buddymoe_ray.residency.speed import (
     GUESSED_DISK,
@@ -34,7 +40,7 @@ from buddymoe_ray.residency.speed import (
 )
 from buddymoe_ray.residency.standin_setup import StandinSetup
 from buddymoe_ray.residency.tier import plan_memory, scratch_bytes
-from buddymoe_ray.types import ExpertLayout, SlotPlan
+from buddymoe_ray.types import ExpertLayout, SlotPlan, plain_shapes
 
 __all__ = ["PROMPT", "Plan", "make_plan", "planned_shape"]
 
@@ -94,6 +100,7 @@ class Plan:
     expert_dtype: str
     compute_dtype: str
     dense_dtype: str
+    dense_format: str
     dense_bytes: int
     mode: str
     budget: float
@@ -125,7 +132,8 @@ class Plan:
 
 def planned_shape(config: EngineConfig, folder: Path) -> ModelShape:
     """The checkpoint's, with its experts in the precision that they are served in."""
-    found = describe(folder, dtype=torch_dtype(config.dtype), dense_dtype=config.dense_dtype)
+    on_cpu = config.device == "cpu" or (config.device == "auto" and pick_device("auto").type == "cpu")
+    found = describe(folder, dtype=torch_dtype(config.dtype), dense_dtype=config.dense_dtype, on_cpu=on_cpu)
     return _served(found, config.expert_dtype)
 
 
@@ -137,9 +145,8 @@ def make_plan(
     speed: MachineSpeed | None = None,
     shape: ModelShape | None = None,
 ) -> Plan:
-    """Plan one engine per device, for a machine of such `speed` (None: guessed). `shape` is `planned_shape`'s, where it
-    is known. Raises BudgetError, with numbers and a
-    hint, when dense weights, experts or the promised KV cache cannot fit."""
+    """Plan one engine per device, for a machine of such `speed` (None: guessed). `shape` is `planned_shape`'s, or None.
+    Raises BudgetError, with numbers and a hint, when dense weights, experts or the promised KV cache cannot fit."""
     shape = shape or planned_shape(config, folder)
     if config.max_model_len is not None and config.max_model_len > shape.max_positions:
         raise ConfigError(
@@ -170,6 +177,7 @@ def make_plan(
         expert_dtype=shape.expert_dtype,
         compute_dtype=shape.compute_dtype,
         dense_dtype=config.dense_dtype,
+        dense_format=shape.dense_format,
         dense_bytes=shape.dense_bytes,
         mode=config.mode,
         budget=config.budget,
@@ -221,6 +229,7 @@ def _layout(shape: ModelShape) -> ExpertLayout:
         expert_bytes=shape.expert_bytes,
         layers=shape.moe_layers,
         experts_per_layer=shape.experts_per_layer,
+        coded=shape.coded,
         pieces={},  # where they are on disk does not matter here
     )
 
@@ -238,10 +247,13 @@ def _prefill(config: EngineConfig, shape: ModelShape, slots: SlotPlan) -> Prefil
 def _served(shape: ModelShape, expert_dtype: str) -> ModelShape:
     if expert_dtype == "native":
         return shape
-    tensors, nbytes = recoded_tensors(shape.slot_tensors, expert_dtype, transposed=shape.transposed)
+    tensors, nbytes = recoded_tensors(
+        plain_shapes(shape.slot_tensors, shape.coded), expert_dtype, transposed=shape.transposed
+    )
     return replace(
         shape,
         slot_tensors=tensors,
+        coded=(),
         slot_bytes=nbytes,
         expert_bytes=nbytes,
         total_expert_bytes=nbytes * sum(shape.experts_per_layer),

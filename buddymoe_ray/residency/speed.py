@@ -34,7 +34,6 @@ GUESSED_DISK, GUESSED_RAM = 1.0e9, 10.0e9
 
 ROWS = (1, 8, 64)
 """Rows for which the rate of weights is measured; it is interpolated between them, more are computed 64 at a time."""
-_WEIGHT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 33 / 32, "int4": 17 / 32}
 _RECORDS = "int4"  # whose rate is taken for that of all stand-ins
 _WAITED, _WAITED_READ_AHEAD = 0.7, 0.2
 """Share of the shorter of arithmetic and reads that the other does not hide. Measured with 4-bit experts of an OLMoE of
@@ -115,8 +114,9 @@ def prefill_seconds(work: TokenWork, speed: MachineSpeed, tokens: int) -> float:
 
 
 def weight_dtypes(config: EngineConfig, shape: ModelShape) -> tuple[str, str]:
-    """What dense weights and experts are multiplied as, by torch's names or `int8` and `int4`."""
-    dense = shape.compute_dtype if config.dense_dtype == "native" else config.dense_dtype
+    """What dense weights and experts are multiplied as, by torch's names, `int8` and `int4`, or the format in
+    which they are stored quantised."""
+    dense = shape.dense_format if config.dense_dtype == "native" else config.dense_dtype
     experts = shape.expert_dtype if config.expert_dtype == "native" else config.expert_dtype
     return dense, {"bf16": "bfloat16"}.get(experts, experts)
 
@@ -138,7 +138,7 @@ def token_work(
         layers=shape.num_layers,
         dense_dtype=dense,
         dense_bytes=shape.dense_bytes - shape.embedding_bytes,
-        head_bytes=int(shape.vocab_size * shape.hidden_size * _WEIGHT_BYTES[dense]),
+        head_bytes=shape.head_bytes,
         expert_dtype=experts,
         expert_bytes=shape.expert_bytes,
         active=shape.experts_per_token * shape.moe_layers,

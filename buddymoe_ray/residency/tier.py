@@ -23,6 +23,7 @@ from buddymoe_ray.kernels import (
     ExpertMath,
     LowbitFormat,
     UpcastScratch,
+    coded_forward,
     combine_kernel,
     expert_forward,
     lowbit_forward,
@@ -99,7 +100,7 @@ def open_experts(
     that is the host tier.
     Raises BudgetError, ProfileError, ConfigError, CacheError; nothing stays open then.
     """
-    maths = [expert_math(module) for module in loaded.experts]
+    maths = [expert_math(module, loaded.layout) for module in loaded.experts]
     loaded = _recoded(config, loaded, maths)
     packed, on_cpu = format_of(config.expert_dtype), loaded.device.type == "cpu"
     node = sharing if on_cpu else None  # a GPU's slots are its own; it shares the tier below
@@ -176,7 +177,7 @@ def _planned(
 ) -> tuple[SlotPlan, StandinSetup | None, Staging]:
     """The memory plan of an engine over this model."""
     packed, on_cpu = format_of(config.expert_dtype), loaded.device.type == "cpu"
-    as_stored = on_cpu and packed is None and read_as_stored(maths, loaded.layout.tensors)
+    as_stored = on_cpu and packed is None and read_as_stored(maths, loaded.layout)
     return plan_memory(
         config,
         loaded.layout,
@@ -226,8 +227,10 @@ def plan_memory(
 def scratch_bytes(layout: ExpertLayout, compute: torch.dtype, *, as_stored: bool) -> int:
     """Bytes of the upcast scratch, which count against the expert budget; packed experts need none, nor do those that
     kernels read `as_stored`."""
-    if _stored(layout) == torch.uint8 or as_stored:
+    if as_stored or (_stored(layout) == torch.uint8 and not layout.coded):
         return 0
+    if layout.coded:  # decoded to float32 one matrix at a time, by way of others as large
+        return max(12 * matrix.N * matrix.K for matrix in layout.coded)
     return UpcastScratch.nbytes_for(_shapes(layout), stored=_stored(layout), compute=compute)
 
 
@@ -364,20 +367,21 @@ def _layers(
 ) -> list[ExpertLayer] | None:
     """Every layer's experts in machine code, made here and not in the first step; None where that does not know what
     they compute."""
-    stored = loaded.layout.tensors
-    if loaded.device.type != "cpu" or not all(ExpertLayer.covers(stored, packed, math) for math in maths):
+    stored, coded = loaded.layout.tensors, loaded.layout.coded
+    if loaded.device.type != "cpu" or not all(ExpertLayer.covers(stored, packed, math, coded) for math in maths):
         return None
-    return [
-        ExpertLayer(layout=stored, fmt=packed, math=math, dtype=loaded.compute_dtype, threads=threads) for math in maths
-    ]
+    made = partial(ExpertLayer, layout=stored, fmt=packed, dtype=loaded.compute_dtype, threads=threads, coded=coded)
+    return [made(math=math) for math in maths]
 
 
 def _by_expert(loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None) -> list[ExpertCompute]:
-    """Packed experts, or plain ones widened to the compute dtype one matrix at a time."""
+    """Packed experts, quantised ones, or plain ones widened to the compute dtype one matrix at a time."""
     if packed is not None:
         if loaded.device.type == "cpu":
             prepare_lowbit(packed, loaded.compute_dtype)
         return [partial(lowbit_forward, fmt=packed, math=math) for math in maths]
+    if loaded.layout.coded:
+        return [partial(coded_forward, coded=loaded.layout.coded, math=math) for math in maths]
     shapes, stored = _shapes(loaded.layout), _stored(loaded.layout)
     scratch = UpcastScratch(shapes, stored=stored, compute=loaded.compute_dtype, device=loaded.device)
 

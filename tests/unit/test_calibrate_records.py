@@ -107,7 +107,9 @@ def test_samples_are_the_routers_rows_and_the_experts_answers(family: str, tmp_p
     case = Case(family, tmp_path / "model")
     with opened(case.folder) as parts, traced(parts, case.ids, WINDOW, tmp_path) as trace:
         for layer, module in enumerate(parts.loaded.experts):
-            for sample in walk_layer(parts.experts.cache, trace, layer, expert_math(module)):
+            for sample in walk_layer(
+                parts.experts.cache, trace, layer, expert_math(module, parts.experts.cache.layout)
+            ):
                 x_RD, weight_R = case.rows(layer, sample.expert)
                 assert sample.own == len(x_RD)
                 torch.testing.assert_close(sample.inputs()[: sample.own], x_RD, rtol=1e-4, atol=1e-4)
@@ -123,7 +125,7 @@ def test_energies_and_errors_are_those_of_what_lies_on_disk(case: Case, made: tu
     tables, folder = made
     layouts = standin_layouts(folder, HASH)
     with opened(case.folder) as parts:
-        maths = [expert_math(module) for module in parts.loaded.experts]
+        maths = [expert_math(module, parts.experts.cache.layout) for module in parts.loaded.experts]
     checked = 0
     for layer in range(3):
         for expert in range(8):
@@ -161,7 +163,7 @@ def test_other_families_make_records_that_answer(family: str, tmp_path: Path) ->
     case = Case(family, tmp_path / "model")
     with opened(case.folder) as parts:
         tables = make(parts, case, tmp_path, kinds=("lowbit4", "mean"))
-        maths = [expert_math(module) for module in parts.loaded.experts]
+        maths = [expert_math(module, parts.experts.cache.layout) for module in parts.loaded.experts]
     layouts = standin_layouts(tmp_path / "p.standins", HASH)
     assert float((tables.errors["lowbit4"] / tables.energy_LE).mean()) < 0.05
     for layer in range(len(maths)):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from calibration_rig import opened, random_ids, silent, write_checkpoint
+from coded_checkpoints import quantised
 
 from buddymoe_ray.calibrate import run as calibration
 from buddymoe_ray.calibrate.expected_loss import LossOptions
@@ -180,6 +181,19 @@ def test_other_families(family: str, tmp_path: Path) -> None:
     profile = calibrate(options_of(folder, tmp_path / "p.profile"))
     assert profile.counts_LE.sum() == profile.layers * profile.top_k * profile.calibration_tokens
     assert float((profile.errors["lowbit4"] / profile.energy_LE).mean()) < 0.05
+
+
+@pytest.mark.parametrize(("family", "scheme"), [("olmoe", "fp8"), ("gpt_oss", "mxfp4")])
+def test_stand_ins_of_quantised_experts_are_those_of_what_their_codes_mean(
+    family: str, scheme: str, tmp_path: Path
+) -> None:
+    coded, plain = quantised(family, scheme, tmp_path, **({"hidden_size": 64} if family == "gpt_oss" else {}))
+    made = [calibrate(options_of(folder, folder / "p.profile")) for folder in (coded, plain)]
+    for kind in ("lowbit4", "mean"):
+        np.testing.assert_allclose(made[0].errors[kind], made[1].errors[kind], rtol=2e-2)
+    with LLM(str(coded), memory="60%", mode="fast", profile=str(coded / "p.profile"), dtype="float32") as llm:
+        usage = llm.generate([random_ids(9)], max_tokens=12)[0].usage
+    assert usage.standins.total > 0 and usage.fetched == 0
 
 
 def test_an_interrupted_calibration_goes_on(olmoe: Path, tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def test_bench_is_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         "standin_rate",
         "bytes_read_per_token",
     )
-    record = dict.fromkeys(names, 12345.678) | {"peak_rss_bytes": 10**9}
+    record = dict.fromkeys(names, 12345.678) | {"peak_rss_bytes": 10**9, "expert_format": "bfloat16"}
     monkeypatch.setattr(bench, "_in_children", lambda *_: record)
     assert main(["bench", "--memory", "25%,100%", "--mode", "bounded,fast", "--batch", "1,8"]) == 0
     said = capsys.readouterr().out

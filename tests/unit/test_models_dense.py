@@ -14,7 +14,7 @@ from transformers.core_model_loading import MergeModulelist, Transpose, WeightCo
 
 from buddymoe_ray.errors import CheckpointError, UnsupportedModel
 from buddymoe_ray.models import hf_loading
-from buddymoe_ray.models.dense import LazyTensor
+from buddymoe_ray.models.dense import read_tensor
 from buddymoe_ray.models.load import load_model
 from buddymoe_ray.models.shape import describe
 from buddymoe_ray.models.tensor_index import SINGLE_NAME, TensorLocation, read_index
@@ -27,7 +27,7 @@ from buddymoe_ray.models.tensor_index import SINGLE_NAME, TensorLocation, read_i
 def test_reads_what_safetensors_reads(dtype: torch.dtype, shape: tuple[int, ...], tmp_path: Path) -> None:
     tensor = (torch.randn(shape) * 3).to(dtype)
     save_file({"before": torch.ones(7, dtype=torch.uint8), "x": tensor}, tmp_path / SINGLE_NAME)
-    got = LazyTensor(read_index(tmp_path)["x"])[...]
+    got = read_tensor(read_index(tmp_path)["x"])
     assert got.dtype is dtype and got.shape == tensor.shape
     assert torch.equal(got.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
     got.zero_()  # a private copy: the file is not touched
@@ -43,12 +43,12 @@ def test_one_bad_number_is_found(dtype: torch.dtype, value: float, tmp_path: Pat
     tensor[613] = value
     save_file({"w": tensor}, tmp_path / SINGLE_NAME)
     with pytest.raises(CheckpointError, match=r"key 'w' in .*model\.safetensors has NaN or infinite"):
-        LazyTensor(read_index(tmp_path)["w"])[...]
+        read_tensor(read_index(tmp_path)["w"])
 
 
 def test_large_finite_numbers_pass(tmp_path: Path) -> None:
     save_file({"w": torch.full((10,), 3e38)}, tmp_path / SINGLE_NAME)
-    assert LazyTensor(read_index(tmp_path)["w"])[...].max() == 3e38
+    assert read_tensor(read_index(tmp_path)["w"]).max() == 3e38
 
 
 def test_file_that_shrank_after_the_index_is_named(tmp_path: Path) -> None:
@@ -56,13 +56,13 @@ def test_file_that_shrank_after_the_index_is_named(tmp_path: Path) -> None:
     place = read_index(tmp_path)["w"]
     (tmp_path / SINGLE_NAME).write_bytes((tmp_path / SINGLE_NAME).read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"key 'w' .* ends after 300 bytes, must be 400"):
-        LazyTensor(place)[...]
+        read_tensor(place)
 
 
 def test_unreadable_file_is_named(tmp_path: Path) -> None:
     place = TensorLocation(key="w", path=str(tmp_path / "gone"), dtype="float32", shape=(1,), offset=0, nbytes=4)
     with pytest.raises(CheckpointError, match=r"key 'w' .* cannot be read"):
-        LazyTensor(place)[...]
+        read_tensor(place)
 
 
 def test_experts_converted_by_more_than_a_copy_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

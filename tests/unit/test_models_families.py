@@ -133,12 +133,6 @@ def test_unknown_families_are_refused_with_the_list() -> None:
         family_of({}, "config.json")
 
 
-def test_quantised_checkpoints_are_refused_by_method() -> None:
-    config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
-    with pytest.raises(UnsupportedModel, match=r"quantised \(mxfp4\).*hint"):
-        family_of(config, "config.json")
-
-
 def test_encoder_decoders_are_refused() -> None:
     with pytest.raises(UnsupportedModel, match="encoder-decoder"):
         family_of({"model_type": "switch_transformers", "is_encoder_decoder": True}, "config.json")

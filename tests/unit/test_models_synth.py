@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,12 +21,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from buddymoe_ray.errors import CheckpointError, ConfigError
+from buddymoe_ray.kernels import decoded
 from buddymoe_ray.models import shard_writer
 from buddymoe_ray.models.hf_loading import experts_modules
 from buddymoe_ray.models.load import load_model
+from buddymoe_ray.models.quantised import CodedTensor, find_coded
 from buddymoe_ray.models.shape import describe
-from buddymoe_ray.models.synth import SHAPES, popularity_ranks, synth_checkpoint
+from buddymoe_ray.models.synth import SHAPES, Popularity, popularity_ranks, synth_checkpoint
 from buddymoe_ray.models.synth_weights import SynthWeights
+from buddymoe_ray.models.tensor_index import TensorLocation, read_index
 
 TINY = sorted(name for name in SHAPES if name.endswith("-tiny"))
 REAL_PARAMETERS = {  # as the models' own cards and files count them
@@ -67,7 +72,7 @@ def routed(folder: Path) -> dict[int, tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize("shape", TINY)
 def test_stock_and_ours_agree_on_a_synthetic_checkpoint(shape: str, tmp_path: Path) -> None:
-    folder = synth_checkpoint(shape, tmp_path / "m", skew=1.0, seed=1)
+    folder = synth_checkpoint(shape, tmp_path / "m", popularity=Popularity(skew=1.0), seed=1)
     loaded = load_model(folder, dtype=torch.float32)
     attach_oracle(loaded)
     with torch.inference_mode():
@@ -81,7 +86,7 @@ def test_stock_and_ours_agree_on_a_synthetic_checkpoint(shape: str, tmp_path: Pa
 @pytest.mark.parametrize("shape", TINY)
 @pytest.mark.parametrize("skew", [0.0, 1.0, 2.0])
 def test_skew_is_the_slope_of_router_logits_over_log_rank(shape: str, skew: float, tmp_path: Path) -> None:
-    folder = synth_checkpoint(shape, tmp_path / "m", skew=skew, seed=3)
+    folder = synth_checkpoint(shape, tmp_path / "m", popularity=Popularity(skew=skew), seed=3)
     for layer, (logits_TE, _) in routed(folder).items():
         E = logits_TE.shape[1]
         log_rank_E = torch.tensor(popularity_ranks(E, layer=layer, seed=3)).double().log()
@@ -96,7 +101,7 @@ def test_skew_is_the_slope_of_router_logits_over_log_rank(shape: str, skew: floa
 def test_skew_concentrates_the_choices_and_zero_does_not(tmp_path: Path) -> None:
     share = {}
     for skew in (0.0, 1.0):
-        folder = synth_checkpoint("olmoe-tiny", tmp_path / str(skew), skew=skew)
+        folder = synth_checkpoint("olmoe-tiny", tmp_path / str(skew), popularity=Popularity(skew=skew))
         for layer, (_, ids_TK) in routed(folder).items():
             ranks = torch.tensor(popularity_ranks(32, layer=layer, seed=0))
             share[skew, layer] = (ranks[ids_TK] <= 8).float().mean().item()
@@ -113,7 +118,7 @@ def test_ranks_are_a_permutation_of_their_own_in_each_layer() -> None:
 
 @pytest.mark.parametrize("shape", TINY)
 def test_constant_channel_is_built_as_specified(shape: str, tmp_path: Path) -> None:
-    tensors = all_tensors(synth_checkpoint(shape, tmp_path / "m", skew=1.0))
+    tensors = all_tensors(synth_checkpoint(shape, tmp_path / "m", popularity=Popularity(skew=1.0)))
     embedding = next(t for key, t in tensors.items() if key.endswith("embed_tokens.weight"))
     assert (embedding[:, 0] == 1).all() and embedding[:, 1:].abs().max() < 0.1
     outs = [
@@ -142,7 +147,8 @@ def test_no_two_experts_are_equal(shape: str, tmp_path: Path) -> None:
 
 def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:
     a, b, c = (
-        synth_checkpoint("qwen3-tiny", tmp_path / n, skew=1.0, seed=s) for n, s in (("a", 5), ("b", 5), ("c", 6))
+        synth_checkpoint("qwen3-tiny", tmp_path / n, popularity=Popularity(skew=1.0), seed=s)
+        for n, s in (("a", 5), ("b", 5), ("c", 6))
     )
     first, second, third = (next(p.glob("*.safetensors")).read_bytes() for p in (a, b, c))
     assert first == second != third
@@ -191,7 +197,7 @@ def test_layers_that_leave_no_experts_or_exceed_the_shape_are_refused(layers: in
 @pytest.mark.parametrize("skew", [-1.0, math.nan, math.inf])
 def test_unusable_skew_is_refused(skew: float, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="skew is"):
-        synth_checkpoint("olmoe-tiny", tmp_path / "m", skew=skew)
+        synth_checkpoint("olmoe-tiny", tmp_path / "m", popularity=Popularity(skew=skew))
 
 
 def test_unknown_shape_is_refused_with_the_list(tmp_path: Path) -> None:
@@ -238,7 +244,7 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
 
 
 def test_a_large_tensor_is_written_in_small_pieces() -> None:
-    weights = SynthWeights(hidden=64, layers=2, skew=1.0, seed=0, tiny=True)
+    weights = SynthWeights(Popularity(skew=1.0), hidden=64, layers=2, seed=0, tiny=True)
     shapes = {"model.embed_tokens.weight": (200_000, 64), "lm_head.weight": (200_000, 64)}
     for key, shape in shapes.items():
         tensor = shard_writer.StoredTensor(key=key, shape=shape, nbytes=2 * math.prod(shape))
@@ -260,3 +266,65 @@ def test_memory_stays_far_below_the_checkpoint(tmp_path: Path) -> None:
     assert int(done.stdout) < 600_000, f"grew by {done.stdout} KiB"
     assert describe(tmp_path / "m").total_expert_bytes == 64 * 3 * 2048 * 1024 * 2
     shutil.rmtree(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("shape", "fmt", "stored"),
+    [
+        ("olmoe-tiny", "fp8", "fp8/128x128"),
+        ("deepseek-v2-tiny", "fp8", "fp8/128x128"),
+        ("mixtral-tiny", "int4", "int4/g32"),
+        ("gpt-oss-tiny", "mxfp4", "mxfp4"),
+    ],
+)
+def test_formats_hold_weights_like_the_plain_ones(tmp_path: Path, shape: str, fmt: str, stored: str) -> None:
+    """The same ones within the steps of their codes."""
+    plain = synth_checkpoint(shape, tmp_path / "plain", popularity=Popularity(skew=1.0))
+    coded = synth_checkpoint(shape, tmp_path / "coded", popularity=Popularity(skew=1.0), fmt=fmt)
+    found = describe(coded)
+    assert found.expert_dtype == stored and found.as_stored
+    assert found.total_expert_bytes < 0.55 * describe(plain).total_expert_bytes
+    config = json.loads((coded / "config.json").read_text())
+    weights = find_coded(config, read_index(coded), "config.json")
+    exact, checked = all_tensors(plain), 0
+    for key, weight in weights.items():
+        if not isinstance(weight, CodedTensor) or "experts" not in key:
+            continue
+        checked += 1
+        if fmt != "mxfp4":
+            wanted = exact[key].float()
+            error = (_decoded(weight, *wanted.shape) - wanted).square().mean() / wanted.square().mean()
+            assert float(error) < {"fp8": 1e-3, "int4": 2e-2}[fmt], key
+            continue
+        wanted = exact[key][1].float().T  # other numbers of the same distribution
+        places = {part: _second(place) for part, place in weight.places.items()}
+        got = _decoded(replace(weight, places=places), *wanted.shape)
+        assert 0.9 < float(got.std() / wanted.std()) < 1.1
+        assert bool((got[0] == 0).all()) == bool((wanted[0] == 0).all()), "what is constant stays so"
+    assert checked > 4
+
+
+def _second(place: TensorLocation) -> TensorLocation:
+    """Of a stack."""
+    nbytes = place.nbytes // place.shape[0]
+    return replace(place, shape=place.shape[1:], offset=place.offset + nbytes, nbytes=nbytes)
+
+
+def _decoded(weight: CodedTensor, N: int, K: int) -> Tensor:
+    read = weight.read(N, K)
+    return decoded(read.named(), read.matrix)
+
+
+@pytest.mark.parametrize(
+    ("shape", "fmt", "match"),
+    [
+        ("olmoe-tiny", "gguf", "format is 'gguf', must be one of bf16, fp8"),
+        ("olmoe-tiny", "mxfp4", "must be mxfp4 for gpt-oss and for nothing else"),
+        ("gpt-oss-tiny", "fp8", "must be mxfp4 for gpt-oss"),
+        ("qwen3-tiny", "int4", "48 inputs, must be a multiple of 32"),
+    ],
+)
+def test_formats_that_no_model_of_the_shape_has_are_refused(tmp_path: Path, shape: str, fmt: str, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        synth_checkpoint(shape, tmp_path / "m", fmt=fmt)
+    assert not (tmp_path / "m").exists()

@@ -1,0 +1,325 @@
+"""The product with a quantised matrix as a checkpoint stores it (see coded.py), as LLVM IR.
+
+    project(codes, scales, zeros, K, N, rows, R)   rows are R pairs (address of a row, address of its outputs)
+    spread(x, G, row)                              of codes two to a byte: inputs of even place before those of odd
+
+As stored_tiles.py, whose tiles these are: float32 rows, 16 sums to an output, the bits of an output depend on its row
+and its weights alone. Codes become float32 exactly; the sums of a block are multiplied by its scale once. Codes that
+are no number (e4m3 has two) count as ±480: quantisers write none, and files are not read for them.
+
+e4m3 and e2m1 go by float16, whose exponents they fit into, shifted: the difference of the biases is part of the scale.
+With AVX-512 a code of 4 bits is looked up in one permute instead. Reads codes and scales to their last byte and no
+further.
+
+Legend: N outputs and K inputs of the matrix, C columns of scales, R rows, b an `ir.IRBuilder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+from buddymoe_ray.kernels.coded_format import E2M1
+from buddymoe_ray.kernels.lowbit_format import GROUP
+from buddymoe_ray.kernels.stored_tiles import FLOATS, INTS, LANES, LINE, MANY_ROWS, ONE_ROW, StoredTiles, lane_sum
+from buddymoe_ray.kernels.vector_ir import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    VOID,
+    at,
+    blocks,
+    call,
+    const,
+    internal,
+    load,
+    loop,
+    prefetch,
+    splat,
+    vec,
+)
+from buddymoe_ray.types import CodeFormat
+
+__all__ = ["SCALE_BYTES", "CodedTiles", "coded_module_text", "has_permutes"]
+
+BYTES, _HALVES = vec(I8, LANES), vec(I16, GROUP)
+MANY_ROWS_OF_32 = {4: (4, 2, 1), 1: (4, 2, 1)}
+"""`MANY_ROWS` with 32 registers: 1.4 times as fast."""
+_AT_ONCE = 8
+"""Scales that are converted at once where blocks are small."""
+SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "e8m0": 1}
+
+
+def has_permutes() -> bool:
+    """Whether this CPU looks 16 floats up at once."""
+    return bool(llvm.get_host_cpu_features().get("avx512f"))
+
+
+def coded_module_text(fmt: CodeFormat, *, permutes: bool) -> str:
+    """The module's IR for matrices of `fmt`."""
+    made = CodedTiles(fmt, permutes)
+    made.project()
+    if made.two_to_a_byte:
+        made.spread()
+    return str(made.module)
+
+
+class CodedTiles(StoredTiles):
+    """Emits one module."""
+
+    def __init__(self, fmt: CodeFormat, permutes: bool) -> None:
+        self.module = ir.Module(name=f"coded-{fmt}")
+        self._fmt, self._permutes = fmt, permutes
+        self._many = MANY_ROWS_OF_32 if permutes else MANY_ROWS
+        self.two_to_a_byte = fmt.codes in ("int4", "mxfp4")
+        self._group_bytes = GROUP // 2 if self.two_to_a_byte else GROUP
+        self._factor = 1.0
+        if fmt.codes == "fp8":
+            self._factor = 2.0**8
+        elif fmt.codes == "mxfp4" and not permutes:
+            self._factor = 2.0**14
+
+    def project(self) -> None:
+        """Every block of outputs times every block of rows."""
+        shapes = (ONE_ROW, self._many)
+        tiles = {
+            (outputs, rows): self._tile(outputs, rows)
+            for outputs, rows in sorted({(o, r) for shape in shapes for o, several in shape.items() for r in several})
+        }
+        kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 7), "project")
+        codes, scales, zeros, K, N, rows, R = kernel.args
+        b = ir.IRBuilder(kernel.append_basic_block())
+        stride = b.mul(_ceil(b, K, 8), I64(4)) if self.two_to_a_byte else K
+        with b.if_else(b.icmp_signed("==", R, I64(1))) as branches:
+            for branch, shape in zip(branches, shapes, strict=True):
+                with branch:
+                    for outputs, n in blocks(b, N, shape):
+                        place, column = b.add(codes, b.mul(n, stride)), b.mul(n, I64(4))
+                        for size, row in blocks(b, R, shape[outputs]):
+                            pairs = b.add(rows, b.mul(row, I64(16)))
+                            b.call(tiles[outputs, size], [place, stride, scales, zeros, n, K, pairs, column])
+        b.ret_void()
+
+    def _tile(self, outputs: int, rows: int) -> Any:
+        """Some outputs of some rows, over all inputs."""
+        tile = internal(self.module, f"tile{outputs}x{rows}", 8)
+        codes, stride, scales, zeros, n, K, pairs, column = tile.args
+        b = ir.IRBuilder(tile.append_basic_block())
+        self._ahead = b.mul(stride, I64(2 * outputs))
+        self._w = [b.add(codes, b.mul(stride, I64(i))) for i in range(outputs)]
+        self._x = [load(b, pairs, I64, 16 * r) for r in range(rows)]
+        y = [b.add(load(b, pairs, I64, 16 * r + 8), column) for r in range(rows)]
+        self._sums, self._totals = ([[b.alloca(FLOATS) for _ in self._w] for _ in y] for _ in range(2))
+        self._part = [self._room(b) for _ in self._w]
+        inputs = self._fmt.block[1]
+        C = _ceil(b, K, inputs) if inputs else I64(1)
+        self._scales_at = [self._scale_row(b, scales, b.add(n, I64(i)), C) for i in range(outputs)]
+        self._zeros_at = [
+            self._zero_row(b, zeros, b.add(n, I64(i)), C) for i in range(outputs if self._fmt.zeros else 0)
+        ]
+        room = ir.ArrayType(F32, _AT_ONCE)
+        self._scale_rooms, self._zero_rooms = (
+            [b.ptrtoint(b.alloca(room), I64) for _ in places] for places in (self._scales_at, self._zeros_at)
+        )
+        for place in (place for row in (*self._totals, *self._sums) for place in row):
+            b.store(const(FLOATS, 0.0), place)
+        if inputs:
+            self._blocks(b, K, inputs)
+        else:
+            self._groups(b, I64(0), K)
+            self._scale_sums(b, I64(0), None)
+        for out, row in zip(y, self._totals, strict=True):
+            for i, place in enumerate(row):
+                b.store(lane_sum(b, b.load(place)), at(b, out, F32, 4 * i), align=4)
+        b.ret_void()
+        return tile
+
+    def _blocks(self, b: Any, K: Any, inputs: int) -> None:
+        """As many as have their scales converted at once, a line or more at a time, and what is left one by one."""
+        per = inputs // GROUP
+        together = max(1, LINE // (per * self._group_bytes))
+        ahead = _AT_ONCE if together > 1 else 1
+        runs = b.sdiv(K, I64(inputs * ahead))
+        with loop(b, runs) as run:
+            begin = b.mul(run, I64(ahead))
+            if ahead > 1:
+                self._convert(b, begin)
+            with loop(b, I64(ahead // together)) as turn:
+                for i in range(together):
+                    near = b.add(b.mul(turn, I64(together)), I64(i))
+                    block = b.add(begin, near)
+                    first = b.mul(block, I64(per))
+                    if i == 0:
+                        self._fetch(b, first, together * per * self._group_bytes)
+                    self._zero_points(b, block, near if ahead > 1 else None)
+                    if per <= 4:
+                        for g in range(per):
+                            self._add_codes(b, b.add(first, I64(g)))
+                    else:
+                        with loop(b, I64(per)) as g:
+                            self._add_codes(b, b.add(first, g))
+                    self._scale_sums(b, block, near if ahead > 1 else None)
+        done = b.mul(runs, I64(ahead))
+        with loop(b, b.sub(_ceil(b, K, inputs), done)) as turn:
+            block = b.add(done, turn)
+            left = b.sub(K, b.mul(block, I64(inputs)))
+            count = b.select(b.icmp_signed("<", left, I64(inputs)), left, I64(inputs))
+            self._zero_points(b, block, None)
+            self._groups(b, b.mul(block, I64(per)), count)
+            self._scale_sums(b, block, None)
+
+    def _convert(self, b: Any, begin: Any) -> None:
+        """Scales and zero points of some blocks, to float32 in memory."""
+        floats, words = vec(F32, _AT_ONCE), vec(I32, _AT_ONCE)
+        for place, room in zip(self._scales_at, self._scale_rooms, strict=True):
+            source = b.add(place, b.mul(begin, I64(SCALE_BYTES[self._fmt.scale])))
+            b.store(self._scale(b, source, _AT_ONCE), at(b, room, floats), align=4)
+        for (place, shift), room in zip(self._zeros_at, self._zero_rooms, strict=True):
+            held = b.lshr(load(b, b.add(place, b.mul(begin, I64(4))), words), splat(b, shift, _AT_ONCE))
+            b.store(b.uitofp(b.and_(held, const(words, 15)), floats), at(b, room, floats), align=4)
+
+    def _groups(self, b: Any, first: Any, inputs: Any) -> None:
+        """From group `first` on so many inputs, the last group of which may be short."""
+        whole, rest = b.sdiv(inputs, I64(GROUP)), b.srem(inputs, I64(GROUP))
+        together = LINE // self._group_bytes
+        runs = b.sdiv(whole, I64(together))
+        with loop(b, runs) as turn:
+            here = b.add(first, b.mul(turn, I64(together)))
+            self._fetch(b, here, LINE)
+            for g in range(together):
+                self._add_codes(b, b.add(here, I64(g)))
+        done = b.mul(runs, I64(together))
+        with loop(b, b.sub(whole, done)) as turn:
+            self._add_codes(b, b.add(first, b.add(done, turn)))
+        with b.if_then(b.icmp_signed(">", rest, I64(0))):
+            group = b.add(first, whole)
+            count = b.mul(_ceil(b, rest, 8), I64(4)) if self.two_to_a_byte else rest
+            for copy, place in zip(self._part, self._w, strict=True):
+                self._copy(b, b.add(place, b.mul(group, I64(self._group_bytes))), copy, count)
+            self._add_group(b, self._part, self._rows_at(b, group), self._sums)
+
+    def _rows_at(self, b: Any, group: Any) -> list[Any]:
+        return [b.add(place, b.mul(group, I64(4 * GROUP))) for place in self._x]
+
+    def _fetch(self, b: Any, group: Any, nbytes: int) -> None:
+        """Bring what the next tile reads in the place of this one's bytes."""
+        offset = b.add(b.mul(group, I64(self._group_bytes)), self._ahead)
+        for place in self._w:
+            for line in range(0, nbytes, LINE):
+                prefetch(b, b.add(place, offset), line)
+
+    def _add_codes(self, b: Any, group: Any) -> None:
+        offset = b.mul(group, I64(self._group_bytes))
+        self._add_group(b, [b.add(place, offset) for place in self._w], self._rows_at(b, group), self._sums)
+
+    def _add_group(self, b: Any, weights: Sequence[Any], rows: Sequence[Any], sums: list[list[Any]]) -> None:
+        """`sums[r][n] += codes[n] * rows[r]`, 16 products at a time."""
+        zeros = self._zeros if self._fmt.zeros else [None] * len(weights)
+        wide = [self._values(b, place, zero) for place, zero in zip(weights, zeros, strict=True)]
+        for half in (0, 1):
+            for row, places in zip(rows, sums, strict=True):
+                x = load(b, row, FLOATS, 4 * LANES * half)
+                for weight, place in zip(wide, places, strict=True):
+                    b.store(call(b, f"llvm.fma.v{LANES}f32", FLOATS, [weight[half], x, b.load(place)]), place)
+
+    def _values(self, b: Any, place: Any, zero: Any) -> tuple[Any, Any]:
+        """A group as float32: its first and second 16 inputs, of two to a byte the even and the odd ones."""
+        codes, low, high = self._fmt.codes, range(LANES), range(LANES, 2 * LANES)
+        if codes == "int8":
+            first, second = (b.sitofp(b.sext(load(b, place, BYTES, LANES * i), INTS), FLOATS) for i in (0, 1))
+            return first, second
+        if codes == "fp8":
+            bits = b.ashr(b.shl(b.zext(load(b, place, vec(I8, GROUP)), _HALVES), const(_HALVES, 8)), const(_HALVES, 1))
+            return self._from_halves(b, b.and_(bits, const(_HALVES, -0x4080)))
+        held = load(b, place, BYTES)
+        if codes == "mxfp4" and not self._permutes:
+            both = b.shuffle_vector(held, b.lshr(held, const(BYTES, 4)), const(vec(I32, GROUP), (*low, *high)))
+            bits = b.ashr(b.shl(b.zext(both, _HALVES), const(_HALVES, 12)), const(_HALVES, 3))
+            return self._from_halves(b, b.and_(bits, const(_HALVES, -0x7200)))
+        words = b.zext(held, INTS)
+        first, second = (self._nibble(b, nibble, zero) for nibble in (words, b.lshr(words, const(INTS, 4))))
+        return first, second
+
+    def _from_halves(self, b: Any, bits: Any) -> tuple[Any, Any]:
+        """float16s, whose signs came down with their sizes and were left at the top, to float32."""
+        wide = b.fpext(b.bitcast(bits, vec(ir.HalfType(), GROUP)), vec(F32, GROUP))
+        parts = (const(INTS, range(first, first + LANES)) for first in (0, LANES))
+        first, second = (b.shuffle_vector(wide, wide, part) for part in parts)
+        return first, second
+
+    def _nibble(self, b: Any, words: Any, zero: Any) -> Any:
+        """The lower four bits as they count."""
+        if self._fmt.codes == "mxfp4":
+            return self._looked_up(b, words, (*E2M1, *(-value for value in E2M1)))
+        if self._permutes:
+            value = self._looked_up(b, words, range(-8, 8) if zero is None else range(16))
+            return value if zero is None else b.fsub(value, zero)
+        value = b.sitofp(b.and_(words, const(INTS, 15)), FLOATS)
+        return b.fsub(value, const(FLOATS, 8.0) if zero is None else zero)
+
+    def _looked_up(self, b: Any, index: Any, values: Sequence[float]) -> Any:
+        """By the lower four bits."""
+        operands = [const(FLOATS, [float(value) for value in values]), index]
+        return call(b, "llvm.x86.avx512.permvar.sf.512", FLOATS, operands)
+
+    def _scale_row(self, b: Any, scales: Any, n: Any, C: Any) -> Any:
+        """Where the scales of an output begin."""
+        outputs = self._fmt.block[0]
+        if not outputs:
+            return scales
+        return b.add(scales, b.mul(b.mul(b.sdiv(n, I64(outputs)), C), I64(SCALE_BYTES[self._fmt.scale])))
+
+    def _scale_sums(self, b: Any, block: Any, near: Any) -> None:
+        """`totals += scale * sums`, and the sums begin anew. `near` is the block's place among those converted."""
+        size = SCALE_BYTES[self._fmt.scale]
+        for i, (place, room) in enumerate(zip(self._scales_at, self._scale_rooms, strict=True)):
+            if near is None:
+                scale = b.extract_element(self._scale(b, b.add(place, b.mul(block, I64(size))), 1), I32(0))
+            else:
+                scale = load(b, room, F32, b.mul(near, I64(4)))
+            factor = splat(b, scale, LANES)
+            for sums, totals in zip(self._sums, self._totals, strict=True):
+                operands = [b.load(sums[i]), factor, b.load(totals[i])]
+                b.store(call(b, f"llvm.fma.v{LANES}f32", FLOATS, operands), totals[i])
+                b.store(const(FLOATS, 0.0), sums[i])
+
+    def _scale(self, b: Any, place: Any, count: int) -> Any:
+        """So many scales, one after the other, as float32."""
+        kind, floats, words = self._fmt.scale, vec(F32, count), vec(I32, count)
+        if kind == "float32":
+            scale = load(b, place, floats)
+        elif kind == "bfloat16":
+            scale = b.bitcast(b.shl(b.zext(load(b, place, vec(I16, count)), words), const(words, 16)), floats)
+        elif kind == "float16":
+            scale = b.fpext(load(b, place, vec(ir.HalfType(), count)), floats)
+        else:
+            bits = b.shl(b.zext(load(b, place, vec(I8, count)), words), const(words, 23))
+            scale = b.bitcast(
+                call(b, f"llvm.umax.v{count}i32", words, [bits, const(words, 1 << 22)]), floats
+            )  # 2**-127
+        return scale if self._factor == 1.0 else b.fmul(scale, const(floats, self._factor))
+
+    def _zero_row(self, b: Any, zeros: Any, n: Any, C: Any) -> tuple[Any, Any]:
+        """The word of an output's first zero point, and where it is in its words."""
+        word = b.mul(b.mul(b.sdiv(n, I64(8)), C), I64(4))
+        return b.add(zeros, word), b.trunc(b.mul(b.srem(n, I64(8)), I64(4)), I32)
+
+    def _zero_points(self, b: Any, block: Any, near: Any) -> None:
+        """Of a block, for every output."""
+        self._zeros = []
+        for (place, shift), room in zip(self._zeros_at, self._zero_rooms, strict=True):
+            if near is None:
+                held = b.lshr(load(b, b.add(place, b.mul(block, I64(4))), I32), shift)
+                zero = b.uitofp(b.and_(held, I32(15)), F32)
+            else:
+                zero = load(b, room, F32, b.mul(near, I64(4)))
+            self._zeros.append(splat(b, zero, LANES))
+
+
+def _ceil(b: Any, size: Any, whole: int) -> Any:
+    return b.sdiv(b.add(size, I64(whole - 1)), I64(whole))

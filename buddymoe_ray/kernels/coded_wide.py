@@ -1,0 +1,178 @@
+"""The product of 4-bit codes as a checkpoint stores them (mxfp4, symmetric int4) with rows of 16-bit integers, as LLVM
+IR for AVX-512 with VNNI.
+
+    project(codes, scales, zeros, K, N, rows, R)   rows are R pairs (address of a row, address of its outputs)
+    quantise(x, G, row)                            float32 x [32 G] into such a row, `wide_bytes(G)` long
+
+For rows that were bfloat16: as in lowbit_tiles.py a group's dot product is an exact integer, rounded once when it
+becomes a float and once more by the multiply-add that brings its scale; error 4e-5 of the output's norm, and bits that
+depend on the row and its weights alone. coded_tiles.py computes float32 rows, and all on other CPUs.
+
+A vector of 64 bytes of codes is four groups: their even inputs are its low halves, their odd ones its high halves. A
+row has for each four groups, in 384 bytes: upper parts of even and odd inputs, lower 7 bits of even and odd inputs, of
+each group in four lanes the correction for codes that are counted from above 0 (in the first), and the step.
+
+Legend: N outputs and K inputs of the matrix, G groups of 32 inputs, R rows, b an `ir.IRBuilder`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from buddymoe_ray.kernels.coded_format import E2M1
+from buddymoe_ray.kernels.coded_tiles import SCALE_BYTES, CodedTiles
+from buddymoe_ray.kernels.lowbit_format import GROUP
+from buddymoe_ray.kernels.lowbit_tiles import TOP, to_16_bits
+from buddymoe_ray.kernels.stored_tiles import FLOATS, INTS, LANES, lane_sum
+from buddymoe_ray.kernels.vector_ir import (
+    F32,
+    I8,
+    I32,
+    I64,
+    VOID,
+    at,
+    call,
+    const,
+    internal,
+    load,
+    loop,
+    prefetch,
+    splat,
+    vec,
+)
+from buddymoe_ray.types import CodeFormat
+
+__all__ = ["has_wide", "wide_module_text"]
+
+CODES, FOUR, ROW = 64, 4 * GROUP, 384
+"""Bytes of codes that are multiplied at once, their inputs, and what a row has for them."""
+BYTES = vec(I8, CODES)
+
+
+def has_wide(fmt: CodeFormat) -> bool:
+    """Whether there is such a kernel for a format."""
+    return fmt.codes in ("mxfp4", "int4") and not fmt.zeros and FOUR % max(1, fmt.block[1]) == 0 and fmt.block[0] == 1
+
+
+def wide_module_text(fmt: CodeFormat) -> str:
+    """The module's IR for matrices of `fmt`, which `has_wide` says yes to."""
+    made = _Wide(fmt, permutes=True)
+    made.project()
+    made.quantise()
+    return str(made.module)
+
+
+class _Wide(CodedTiles):
+    """Emits one module; the blocks of outputs and rows are those of its parent."""
+
+    def __init__(self, fmt: CodeFormat, permutes: bool) -> None:
+        super().__init__(fmt, permutes)
+        self._many = {4: (3, 2, 1), 1: (3, 2, 1)}
+        self._counted = [12 + round(2 * sign * value) for sign in (1, -1) for value in E2M1]  # 0 to 24, in halves
+        self._middle, self._unit = (12, 0.5) if fmt.codes == "mxfp4" else (8, 1.0)
+
+    def _tile(self, outputs: int, rows: int) -> Any:
+        """Some outputs of some rows, over all inputs."""
+        tile = internal(self.module, f"tile{outputs}x{rows}", 8)
+        codes, stride, scales, _, n, K, pairs, column = tile.args
+        b = ir.IRBuilder(tile.append_basic_block())
+        per, size = FOUR // self._fmt.block[1], SCALE_BYTES[self._fmt.scale]
+        C = b.sdiv(b.add(K, I64(self._fmt.block[1] - 1)), I64(self._fmt.block[1]))
+        w = [b.add(codes, b.mul(stride, I64(i))) for i in range(outputs)]
+        s = [self._scale_row(b, scales, b.add(n, I64(i)), C) for i in range(outputs)]
+        x = [load(b, pairs, I64, 16 * r) for r in range(rows)]
+        y = [b.add(load(b, pairs, I64, 16 * r + 8), column) for r in range(rows)]
+        totals = [[b.alloca(FLOATS) for _ in w] for _ in x]
+        for place in (place for row in totals for place in row):
+            b.store(const(FLOATS, 0.0), place)
+        whole = b.sdiv(K, I64(FOUR))
+        with loop(b, whole) as turn:
+            offset = b.mul(turn, I64(CODES))
+            here = [b.add(place, offset) for place in w]
+            for place in here:
+                prefetch(b, b.add(place, b.mul(stride, I64(2 * outputs))))
+            factors = [b.add(place, b.mul(turn, I64(per * size))) for place in s]
+            self._add_four(b, here, factors, [b.add(place, b.mul(turn, I64(ROW))) for place in x], totals)
+        left = b.sub(K, b.mul(whole, I64(FOUR)))
+        with b.if_then(b.icmp_signed(">", left, I64(0))):
+            here, factors = [self._room_of(b, CODES) for _ in w], [self._room_of(b, 4 * size) for _ in w]
+            left_scales = b.mul(b.sub(C, b.mul(whole, I64(per))), I64(size))
+            for source, target, scale, factor in zip(w, here, s, factors, strict=True):
+                count = b.mul(b.sdiv(b.add(left, I64(7)), I64(8)), I64(4))
+                self._copied(b, b.add(source, b.mul(whole, I64(CODES))), target, count, CODES)
+                self._copied(b, b.add(scale, b.mul(whole, I64(per * size))), factor, left_scales, 4 * size)
+            self._add_four(b, here, factors, [b.add(place, b.mul(whole, I64(ROW))) for place in x], totals)
+        for out, row in zip(y, totals, strict=True):
+            for i, place in enumerate(row):
+                b.store(lane_sum(b, b.load(place)), at(b, out, F32, 4 * i), align=4)
+        b.ret_void()
+        return tile
+
+    def _room_of(self, b: Any, size: int) -> Any:
+        with b.goto_entry_block():
+            return b.ptrtoint(b.alloca(ir.ArrayType(I8, size)), I64)
+
+    def _copied(self, b: Any, source: Any, target: Any, count: Any, size: int) -> None:
+        """`count` bytes and zeros behind them, `size` in all."""
+        with loop(b, I64(size)) as i:
+            b.store(I8(0), at(b, target, I8, i))
+        with loop(b, count) as i:
+            b.store(load(b, source, I8, i), at(b, target, I8, i))
+
+    def _add_four(self, b: Any, codes: list[Any], scales: list[Any], rows: list[Any], totals: list[list[Any]]) -> None:
+        """`totals += scale * step * dot` of four groups."""
+        for i, (place, factor) in enumerate(zip(codes, scales, strict=True)):
+            held = load(b, place, BYTES)
+            low, high = b.and_(held, const(BYTES, 15)), b.lshr(held, const(BYTES, 4))
+            evens, odds = (b.bitcast(self._counts(b, nibbles), INTS) for nibbles in (low, high))
+            scale = self._lanes_of(b, factor)
+            for x, row in zip(rows, totals, strict=True):
+                parts = [load(b, x, INTS, CODES * part) for part in range(5)]
+                upper = self._dot(b, self._dot(b, const(INTS, 0), evens, parts[0]), odds, parts[1])
+                start = b.add(b.shl(upper, const(INTS, 7)), parts[4])
+                dot = b.sitofp(self._dot(b, self._dot(b, start, evens, parts[2]), odds, parts[3]), FLOATS)
+                step = b.fmul(scale, load(b, x, FLOATS, 5 * CODES))
+                b.store(call(b, f"llvm.fma.v{LANES}f32", FLOATS, [dot, step, b.load(row[i])]), row[i])
+
+    def _counts(self, b: Any, nibbles: Any) -> Any:
+        """Codes as numbers from 0 up."""
+        if self._fmt.codes == "int4":
+            return nibbles
+        return call(b, "llvm.x86.avx512.pshuf.b.512", BYTES, [const(BYTES, self._counted * 4), nibbles])
+
+    def _dot(self, b: Any, total: Any, codes: Any, x: Any) -> Any:
+        return call(b, "llvm.x86.avx512.vpdpbusd.512", INTS, [total, codes, x])
+
+    def _lanes_of(self, b: Any, place: Any) -> Any:
+        """Scales of four groups, each in four lanes."""
+        count = FOUR // self._fmt.block[1]
+        scale = self._scale(b, place, count)
+        return b.shuffle_vector(scale, scale, const(INTS, [lane * count // LANES for lane in range(LANES)]))
+
+    def quantise(self) -> None:
+        """One row to 16 bits, of groups that are not there to zeros. A group that holds an inf or a nan makes all of
+        the row's outputs nan."""
+        kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 3), "quantise")
+        x, G, row = kernel.args
+        b, floats, four = ir.IRBuilder(kernel.append_basic_block()), vec(F32, GROUP), vec(I32, 4)
+        none = b.ptrtoint(b.alloca(ir.ArrayType(F32, GROUP)), I64)
+        b.store(const(floats, 0.0), at(b, none, floats), align=4)
+        with loop(b, b.sdiv(b.add(G, I64(3)), I64(4))) as turn:
+            place = b.add(row, b.mul(turn, I64(ROW)))
+            for i in range(4):
+                g = b.add(b.mul(turn, I64(4)), I64(i))
+                source = b.select(b.icmp_signed("<", g, G), b.add(x, b.mul(g, I64(4 * GROUP))), none)
+                q, top = to_16_bits(b, load(b, source, floats))
+                for part, values in enumerate((b.ashr(q, const(q.type, 7)), b.and_(q, const(q.type, 127)))):
+                    for odd in (0, 1):
+                        some = b.shuffle_vector(values, values, const(INTS, range(odd, GROUP, 2)))
+                        target = at(b, place, vec(I8, LANES), CODES * (2 * part + odd) + LANES * i)
+                        b.store(b.trunc(some, vec(I8, LANES)), target, align=1)
+                total = b.mul(call(b, "llvm.vector.reduce.add.v32i32", I32, [q]), I32(-self._middle))
+                lanes = b.insert_element(const(four, 0), total, I32(0))
+                b.store(lanes, at(b, place, four, 4 * CODES + 16 * i), align=1)
+                step = splat(b, b.fmul(top, F32(self._unit / TOP)), 4)
+                b.store(step, at(b, place, vec(F32, 4), 5 * CODES + 16 * i), align=1)
+        b.ret_void()

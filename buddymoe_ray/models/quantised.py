@@ -1,0 +1,145 @@
+"""Quantised weights of a checkpoint: codes, scales and zero points found and put together.
+
+`schemes` says by what keys; `CodedTensor.fit` whether a weight of a size can be made of them. Reads headers alone, but
+for `check_values` and weights that are asked for. Static scales of activations are left out: rows are multiplied as
+they are.
+
+Legend: N outputs, K inputs of a weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from buddymoe_ray.errors import CheckpointError, UnsupportedModel
+from buddymoe_ray.kernels import CodedWeight, coded_shapes, decoded
+from buddymoe_ray.models.dense import read_tensor
+from buddymoe_ray.models.schemes import INSTEAD, UNREAD, Scheme
+from buddymoe_ray.models.tensor_index import TensorLocation
+from buddymoe_ray.types import CodedMatrix, CodeFormat
+
+__all__ = ["CodedTensor", "Stored", "check_values", "find_coded"]
+
+_SCALES = {
+    "uint8": "e8m0",
+    "float8_e8m0fnu": "e8m0",
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+}
+_WHOLE_INPUTS = {"mxfp4": 32, "gptq": 8, "awq": 1}
+_WHOLE_OUTPUTS = {"gptq": 8, "awq": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodedTensor:
+    """A quantised weight, as `CodedKeys`, with the places of its parts. `inputs` is K where it is known."""
+
+    key: str
+    codes: str
+    block: tuple[int, int] | None
+    places: Mapping[str, TensorLocation]
+    inputs: int | None = None
+
+    @property
+    def path(self) -> str:
+        """The file of the codes."""
+        return self.places["codes"].path
+
+    def fit(self, name: str, N: int, K: int, *, stack: int | None = None) -> CodedMatrix:
+        """The matrix as one part; of a `stack`, each of so many. Raises CheckpointError where shapes do not fit [N, K],
+        UnsupportedModel where no kernel knows the format."""
+        fmt, lead = self._format(N, stack), () if stack is None else (stack,)
+        matrix = CodedMatrix(name=name, format=fmt, parts=1, N=N, K=K)
+        for size, whole, what in ((K, _WHOLE_INPUTS, "inputs"), (N, _WHOLE_OUTPUTS, "outputs")):
+            if size % whole.get(self.codes, 1):
+                raise UnsupportedModel(
+                    f"key {self.key!r} has {size} {what}, must be a multiple of {whole[self.codes]}. {INSTEAD}"
+                )
+        for part, (shape, dtype) in coded_shapes(matrix).items():
+            place = self.places[part]
+            if part == "scales" and not fmt.block[1]:  # [N], [N, 1] and of one number also []
+                fits = math.prod(place.shape) == math.prod((*lead, *shape))
+            else:
+                fits = place.shape == (*lead, *shape) and (part == "scales" or place.dtype == dtype)
+            if not fits:
+                raise CheckpointError(
+                    f"key {place.key!r} in {place.path} is {place.dtype} {place.shape}, must be {dtype} "
+                    f"{(*lead, *shape)} for {fmt} of a weight {(N, K)}. "
+                    "hint: config.json and weights are from different models"
+                )
+        return matrix
+
+    def _format(self, N: int, stack: int | None) -> CodeFormat:
+        scales = self.places["scales"]
+        if scales.dtype not in _SCALES:
+            raise UnsupportedModel(
+                f"key {scales.key!r} is stored as {scales.dtype}, must be one of {', '.join(_SCALES)}. {INSTEAD}"
+            )
+        block = self.block
+        if block is None or self.codes == "int8":
+            one = math.prod(scales.shape) == (stack or 1)
+            block = (0, 0) if one and N != 1 else (1, 0)
+        return CodeFormat(codes=self.codes, block=block, scale=_SCALES[scales.dtype], zeros="zeros" in self.places)
+
+    def read(self, N: int, K: int) -> CodedWeight:
+        """All of it in memory, a weight [N, K]. Raises CheckpointError."""
+        matrix = self.fit("weight", N, K)
+        parts = {
+            part: read_tensor(self.places[part]).view(getattr(torch, dtype)).reshape(shape)
+            for part, (shape, dtype) in coded_shapes(matrix).items()
+        }
+        return CodedWeight(matrix=matrix, codes=parts["codes"], scales=parts["scales"], zeros=parts.get("zeros"))
+
+    def plain(self) -> Tensor:
+        """The weight in float32, `[N, K]`. Raises CheckpointError."""
+        rows, columns = self.places["codes"].shape
+        N, K = {
+            "int4": (rows, self.inputs or 8 * columns),
+            "gptq": (columns, 8 * rows),
+            "awq": (8 * columns, rows),
+        }.get(self.codes, (rows, columns))
+        weight = self.read(N, K)
+        return decoded(weight.named(), weight.matrix)
+
+
+Stored = TensorLocation | CodedTensor
+"""A weight of a checkpoint, plain or quantised."""
+
+
+def find_coded(config: Mapping[str, Any], locations: Mapping[str, TensorLocation], where: str) -> dict[str, Stored]:
+    """The checkpoint's weights by key: its plain tensors, and in the place of codes and scales what they are.
+
+    `config` is that of the file `where`. Raises CheckpointError for codes without scales, UnsupportedModel.
+    """
+    if not config.get("quantization_config"):
+        return dict(locations)
+    scheme, found, used = Scheme.of(config["quantization_config"], where), dict[str, Stored](), set[str]()
+    for key, place in locations.items():
+        made = scheme.coded(key, place.dtype, locations.keys())
+        if made is not None:
+            places = {part: locations[name] for part, name in made.keys.items()}
+            found[made.base] = CodedTensor(key=made.base, codes=made.codes, block=made.block, places=places)
+            used |= {*made.keys.values()}
+    plain = {key: place for key, place in locations.items() if key not in used and not UNREAD.search(key)}
+    return plain | found
+
+
+def check_values(weights: Iterable[CodedTensor]) -> None:
+    """Read all scales, and the order of inputs where there is one. Raises CheckpointError for a scale that is no finite
+    number, UnsupportedModel for inputs that are not in their own order."""
+    for weight in sorted(weights, key=lambda weight: (weight.path, weight.places["scales"].offset)):
+        scales = weight.places["scales"]
+        read_tensor(scales if scales.dtype != "uint8" else replace(scales, dtype="float8_e8m0fnu"))
+        order = weight.places.get("order")
+        if order is None or weight.block is None:
+            continue
+        own = torch.arange(math.prod(order.shape)) // weight.block[1]
+        if not torch.equal(read_tensor(order).long().flatten(), own):
+            raise UnsupportedModel(f"key {order.key!r} orders inputs anew, must leave them as they are. {INSTEAD}")

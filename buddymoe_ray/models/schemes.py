@@ -1,0 +1,146 @@
+"""What `quantization_config` says of stored weights: which methods are served, and by what keys a weight's codes,
+scales and zero points are found. Everything else is refused by name.
+
+Pure: no torch, so that a download is refused before its first byte. Sources: transformers 5.23 (fp8, mxfp4),
+compressed-tensors 0.9 (float-quantized, int-quantized, pack-quantized), AutoGPTQ and AutoAWQ (gemm).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from buddymoe_ray.errors import CheckpointError, UnsupportedModel
+
+__all__ = ["INSTEAD", "METHODS", "UNREAD", "CodedKeys", "Scheme", "check_method"]
+
+METHODS: Mapping[str, str] = {
+    "fp8": "e4m3, a scale per block (DeepSeek, Qwen), output channel or tensor",
+    "compressed-tensors": "fp8 per block, channel, tensor; int8 per channel, tensor; int4 in groups, zero points too",
+    "mxfp4": "the experts of gpt-oss",
+    "gptq": "int4 in groups, inputs in their own order",
+    "awq": "int4 in groups, version gemm",
+}
+"""`quant_method`s that are served, with what of them."""
+INSTEAD = f"hint: use a release of the model in {', '.join(METHODS)}, or the unquantised one"
+UNREAD = re.compile(r"\.(input_scale|input_zero_point|weight_shape|activation_scale|k_scale|v_scale)$")
+"""Keys that no weight needs: static scales of activations and of the KV cache, shapes that codes have themselves."""
+_COMPRESSED = {
+    "8-bit float": ("tensor", "channel", "block"),
+    "8-bit int": ("tensor", "channel"),
+    "4-bit int": ("group",),
+}
+_PLAIN_CODES = {"float8_e4m3fn": "fp8", "int8": "int8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodedKeys:
+    """A quantised weight: `base` is what it would be called unquantised, `keys` are those of its `codes`, `scales`,
+    maybe `zeros` and `order`. `block` as in CodeFormat; None: as the shape of the scales says."""
+
+    base: str
+    codes: str
+    block: tuple[int, int] | None
+    keys: Mapping[str, str]
+
+
+def check_method(config: Mapping[str, Any], where: str) -> None:
+    """Raises UnsupportedModel for a `quantization_config` that says what is not served."""
+    if config.get("quantization_config"):
+        Scheme.of(config["quantization_config"], where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How a method stores weights; `zeros` says that there must be zero points."""
+
+    method: str
+    block: tuple[int, int] | None
+    zeros: bool = False
+
+    @classmethod
+    def of(cls, said: Any, where: str) -> Scheme:
+        """What a `quantization_config` says. Raises UnsupportedModel."""
+        method = said.get("quant_method", "unknown") if isinstance(said, Mapping) else said
+        if method not in METHODS:
+            raise UnsupportedModel(f"{where} is quantised ({method}), must be {', '.join(METHODS)} or plain. {INSTEAD}")
+        if method == "mxfp4":
+            return cls(method=method, block=(1, 32))
+        if method == "compressed-tensors":
+            return cls._of_groups(said, where)
+        if method == "fp8":
+            _check(said, "expert_dtype", ("fp8", None), where)
+            block = said.get("weight_block_size")
+            return cls(method=method, block=None if block is None else _block(block, where))
+        _check(said, "bits", (4,), where)
+        _check(said, "desc_act", (False, None), where)
+        _check(said, "version", ("gemm", None), where)
+        _check(said, "checkpoint_format", ("gptq", None), where)
+        return cls(method=method, block=_block([1, said.get("group_size")], where), zeros=True)
+
+    @classmethod
+    def _of_groups(cls, said: Mapping[str, Any], where: str) -> Scheme:
+        """compressed-tensors: all groups must store weights alike."""
+        schemes = [group.get("weights") or {} for group in (said.get("config_groups") or {}).values()]
+        names = ("num_bits", "type", "strategy", "group_size", "symmetric")
+        kinds = {tuple(scheme.get(name) for name in names) for scheme in schemes}
+        if len(kinds) != 1:
+            raise UnsupportedModel(f"{where} has {len(kinds)} schemes of weights, must be one. {INSTEAD}")
+        [(bits, kind, strategy, size, symmetric)], first = kinds, schemes[0]
+        if strategy not in _COMPRESSED.get(f"{bits}-bit {kind}", ()):
+            raise UnsupportedModel(
+                f"{where} has {bits}-bit {kind} weights with a scale per {strategy}, must be one of "
+                f"{', '.join(f'{bits} per {strategies}' for bits, strategies in _COMPRESSED.items())}. {INSTEAD}"
+            )
+        said_block = {"block": first.get("block_structure"), "group": [1, size]}.get(strategy)
+        block = None if said_block is None else _block(said_block, where)
+        return cls(method="compressed-tensors", block=block, zeros=bits == 4 and symmetric is False)
+
+    def coded(self, key: str, dtype: str, keys: Collection[str]) -> CodedKeys | None:
+        """The weight whose codes are at `key`, among all `keys`; None where there are none.
+
+        Raises CheckpointError for codes without scales, UnsupportedModel.
+        """
+        if self.method in ("gptq", "awq"):
+            stem = key.removesuffix(".qweight")
+            parts = {"codes": key, "scales": f"{stem}.scales", "zeros": f"{stem}.qzeros"}
+            if self.method == "gptq" and f"{stem}.g_idx" in keys:
+                parts["order"] = f"{stem}.g_idx"
+            return None if stem == key else self._found(f"{stem}.weight", self.method, parts, keys)
+        if self.method == "mxfp4":
+            base = key.removesuffix("_blocks")
+            return None if base == key else self._found(base, "mxfp4", {"codes": key, "scales": f"{base}_scales"}, keys)
+        base = key.removesuffix("_packed") if key.endswith(".weight_packed") else key
+        codes = _PLAIN_CODES.get(dtype) if base == key else "int4"
+        if codes is None or UNREAD.search(key) or key.endswith("_zero_point"):
+            return None
+        zeros, order = f"{base}_zero_point", f"{base}_g_idx"
+        if order in keys or (zeros in keys and codes != "int4"):
+            refused = order if order in keys else zeros
+            raise UnsupportedModel(f"key {refused!r} is beside {codes} codes, must not be there. {INSTEAD}")
+        scales = f"{base}_scale" if f"{base}_scale" in keys or codes != "fp8" else f"{base}_scale_inv"
+        parts = {"codes": key, "scales": scales} | ({"zeros": zeros} if self.zeros or zeros in keys else {})
+        return self._found(base, codes, parts, keys)
+
+    def _found(self, base: str, codes: str, parts: Mapping[str, str], keys: Collection[str]) -> CodedKeys:
+        for name in parts.values():
+            if name not in keys:
+                raise CheckpointError(
+                    f"key {name!r} is missing beside {parts['codes']!r}, must be there. hint: finish the download"
+                )
+        return CodedKeys(base=base, codes=codes, block=self.block, keys=parts)
+
+
+def _check(said: Mapping[str, Any], name: str, served: tuple[object, ...], where: str) -> None:
+    if said.get(name) not in served:
+        raise UnsupportedModel(f"{where} is quantised with {name} {said[name]!r}, must be {served[0]!r}. {INSTEAD}")
+
+
+def _block(said: Any, where: str) -> tuple[int, int]:
+    """Outputs and inputs that share a scale. Raises UnsupportedModel."""
+    sizes = list(said) if isinstance(said, list | tuple) else []
+    if len(sizes) != 2 or not all(type(n) is int and n > 0 for n in sizes) or sizes[1] % 32:
+        raise UnsupportedModel(f"{where} has blocks of {said}, must be [outputs, a multiple of 32 inputs]. {INSTEAD}")
+    return sizes[0], sizes[1]

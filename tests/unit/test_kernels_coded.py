@@ -1,0 +1,204 @@
+"""Quantised weights as stored: products against float64, rows that do not see each other, the same bits from every
+instruction set, and experts built on them."""
+
+from __future__ import annotations
+
+import ctypes
+from math import prod
+
+import pytest
+import torch
+from coded_checkpoints import SCHEMES
+from lowbit_records import gpt_oss_gate, silu_gate
+from torch import Tensor
+
+from buddymoe_ray.cache import slot_views
+from buddymoe_ray.kernels import (
+    CodedWeight,
+    CpuLinear,
+    ExpertLayer,
+    ExpertMath,
+    coded_forward,
+    coded_shapes,
+    decoded,
+    expert_forward,
+    plain_weights,
+)
+from buddymoe_ray.kernels.coded_tiles import coded_module_text
+from buddymoe_ray.kernels.machine_code import native_functions
+from buddymoe_ray.models.expert_layout import slot_tensors
+from buddymoe_ray.types import CodedMatrix, CodeFormat, ExpertLayout
+
+FORMATS = [
+    CodeFormat(codes="fp8", block=(128, 128), scale="float32"),
+    CodeFormat(codes="fp8", block=(16, 32), scale="bfloat16"),
+    CodeFormat(codes="fp8", block=(1, 0), scale="bfloat16"),
+    CodeFormat(codes="fp8", block=(0, 0), scale="float16"),
+    CodeFormat(codes="int8", block=(1, 0), scale="float32"),
+    CodeFormat(codes="int4", block=(1, 32), scale="float16"),
+    CodeFormat(codes="int4", block=(1, 128), scale="bfloat16"),
+    CodeFormat(codes="int4", block=(1, 64), scale="bfloat16", zeros=True),
+    CodeFormat(codes="gptq", block=(1, 32), scale="float16", zeros=True),
+    CodeFormat(codes="awq", block=(1, 128), scale="float16", zeros=True),
+    CodeFormat(codes="mxfp4", block=(1, 32), scale="e8m0"),
+]
+SHAPES = [(48, 96), (1, 32), (7, 64), (130, 416), (34, 608), (264, 1000), (5, 40)]
+
+
+def fits(fmt: CodeFormat, N: int, K: int) -> bool:
+    return (K % 32 == 0 or fmt.codes != "mxfp4") and (N % 8 == 0 or fmt.codes not in ("gptq", "awq"))
+
+
+def filled(matrix: CodedMatrix, tensors: dict[str, Tensor], seed: int) -> None:
+    """Random codes, and scales of ordinary size."""
+    rng, fmt = torch.Generator().manual_seed(seed), matrix.format
+    for part, (shape, dtype) in coded_shapes(matrix).items():
+        target = tensors[f"{matrix.name}.{part}"]
+        if part == "scales" and fmt.scale == "e8m0":
+            target.copy_(torch.randint(117, 124, shape, generator=rng))
+        elif part == "scales":
+            target.copy_(torch.rand(shape, generator=rng) / 50 + 0.001)
+        elif fmt.codes == "fp8":
+            target.copy_(torch.randn(shape, generator=rng))
+        else:
+            size = prod(shape) * getattr(torch, dtype).itemsize
+            made = torch.randint(0, 256, (size,), generator=rng, dtype=torch.uint8)
+            target.copy_(made.view(target.dtype).view(shape))
+
+
+def weight_of(fmt: CodeFormat, N: int, K: int) -> CodedWeight:
+    matrix = CodedMatrix(name="w", format=fmt, parts=1, N=N, K=K)
+    sized = coded_shapes(matrix)
+    tensors = {f"w.{part}": torch.zeros(shape, dtype=getattr(torch, d)) for part, (shape, d) in sized.items()}
+    filled(matrix, tensors, N + K)
+    return CodedWeight(
+        matrix=matrix, codes=tensors["w.codes"], scales=tensors["w.scales"], zeros=tensors.get("w.zeros")
+    )
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_a_product_is_the_exact_one_rounded_and_rows_do_not_see_each_other(fmt: CodeFormat) -> None:
+    error = 1e-5 if fmt.codes in ("gptq", "awq") else 1e-6  # where sums go by one input after the other
+    for N, K in (shape for shape in SHAPES if fits(fmt, *shape)):
+        weight, rng = weight_of(fmt, N, K), torch.Generator().manual_seed(1)
+        bias, x_RK = torch.randn(N, generator=rng), torch.randn(11, K, generator=rng)
+        plain = decoded(weight.named(), weight.matrix).double()
+        linear = CpuLinear(weight, None, torch.float32, bias)
+        got = linear(x_RK)
+        sizes = x_RK.abs().double() @ plain.abs().T + bias.abs()
+        assert bool(((got - (x_RK.double() @ plain.T + bias)).abs() <= error * sizes).all()), (N, K)
+        for first, last in ((0, 1), (1, 3), (3, 6), (6, 11)):
+            assert torch.equal(linear(x_RK[first:last]), got[first:last])
+        many = x_RK.repeat(1 + (1 << 20) // (N * K * 11), 1)
+        for threads in (2, 3):
+            assert torch.equal(CpuLinear(weight, None, torch.float32, bias, threads=threads)(many)[:11], got)
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt.codes in ("int4", "mxfp4")], ids=str)
+def test_codes_looked_up_and_codes_computed_give_the_same_bits(fmt: CodeFormat) -> None:
+    N, K = 34, 608
+    weight, x_K = weight_of(fmt, N, K), torch.randn(K, generator=torch.Generator().manual_seed(2))
+    native = native_functions(coded_module_text(fmt, permutes=False), ("project", "spread"))
+    row, out = torch.zeros(K), torch.zeros(N)
+    pair = torch.tensor([row.data_ptr(), out.data_ptr()])
+    places = weight.places(0)
+
+    def call(name: str, *arguments: int) -> None:
+        ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(arguments))(native[name])(*arguments)
+
+    call("spread", x_K.data_ptr(), K // 32, row.data_ptr())
+    call("project", places["codes"], places["scales"], places.get("zeros", 0), K, N, pair.data_ptr(), 1)
+    assert torch.equal(out, CpuLinear(weight, None, torch.float32, None)(x_K[None])[0])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_is_decoded_is_code_times_scale(scheme: str) -> None:
+    """To the last bit, by formulas of the tests' own."""
+    (encode, _), is_stack = SCHEMES[scheme], scheme == "mxfp4"
+    W = torch.randn(72, 96, generator=torch.Generator().manual_seed(3))
+    made, plain = encode("w.weight", W.T.contiguous()[None] if is_stack else W)  # a stack of one is [in, out]
+    plain = plain[0].T if is_stack else plain
+    fmt = {
+        "fp8": CodeFormat(codes="fp8", block=(16, 32), scale="float32"),
+        "fp8-tensor": CodeFormat(codes="fp8", block=(0, 0), scale="float32"),
+        "ct-fp8": CodeFormat(codes="fp8", block=(1, 0), scale="bfloat16"),
+        "ct-int8": CodeFormat(codes="int8", block=(1, 0), scale="bfloat16"),
+        "ct-int4": CodeFormat(codes="int4", block=(1, 32), scale="bfloat16"),
+        "ct-int4-zeros": CodeFormat(codes="int4", block=(1, 32), scale="bfloat16", zeros=True),
+        "gptq": CodeFormat(codes="gptq", block=(1, 32), scale="float16", zeros=True),
+        "awq": CodeFormat(codes="awq", block=(1, 32), scale="float16", zeros=True),
+        "mxfp4": CodeFormat(codes="mxfp4", block=(1, 32), scale="e8m0"),
+    }[scheme]
+    matrix = CodedMatrix(name="w", format=fmt, parts=1, N=72, K=96)
+    shapes, endings = (
+        coded_shapes(matrix),
+        {"codes": ("weight", "_packed", "_blocks"), "zeros": ("_zero_point", "qzeros")},
+    )
+    endings["scales"] = ("weight_scale", "_scale_inv", "scales")
+    tensors = {
+        f"w.{part}": next(t for name, t in made.items() if name.endswith(endings[part])).reshape(shape)
+        for part, (shape, _) in shapes.items()
+    }
+    assert torch.equal(decoded(tensors, matrix), plain)
+
+
+def test_the_smallest_power_is_no_zero() -> None:
+    weight = weight_of(FORMATS[-1], 4, 64)
+    weight.scales.zero_()
+    x = torch.full((1, 64), 2.0**100)
+    expected = x.double() @ decoded(weight.named(), weight.matrix).double().T
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(CpuLinear(weight, None, torch.float32, None)(x).double(), expected, rtol=1e-5, atol=0)
+
+
+D, F, E, K = 64, 40, 5, 3
+MATHS = {"silu": ExpertMath(activate=silu_gate), "gpt_oss": ExpertMath(activate=gpt_oss_gate, bias=True)}
+
+
+def layout_of(fmt: CodeFormat, math: ExpertMath, F: int) -> ExpertLayout:
+    """Gates and ups are two matrices where they are not interleaved."""
+    coded = (
+        CodedMatrix(name=math.first, format=fmt, parts=1 if math.bias else 2, N=2 * F, K=D),
+        CodedMatrix(name="down_proj", format=fmt, parts=1, N=D, K=F),
+    )
+    sized = {f"{m.name}.{part}": found for m in coded for part, found in coded_shapes(m).items()}
+    if math.bias:
+        sized |= {f"{math.first}_bias": ((2 * F,), "bfloat16"), "down_proj_bias": ((D,), "bfloat16")}
+    tensors = slot_tensors({n: shape for n, (shape, _) in sized.items()}, {n: dtype for n, (_, dtype) in sized.items()})
+    nbytes = -(-(tensors[-1].offset + tensors[-1].nbytes) // 64) * 64
+    return ExpertLayout(
+        tensors=tensors,
+        slot_bytes=nbytes,
+        expert_bytes=nbytes,
+        layers=1,
+        experts_per_layer=(E,),
+        pieces={},
+        coded=coded,
+    )
+
+
+@pytest.mark.parametrize("name", MATHS)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_a_layer_of_quantised_experts_is_the_reference_of_each(fmt: CodeFormat, name: str) -> None:
+    math, F_here = MATHS[name], 64 if fmt.codes == "mxfp4" else F
+    layout, rng = layout_of(fmt, math, F_here), torch.Generator().manual_seed(4)
+    assert ExpertLayer.covers(layout.tensors, None, math, layout.coded)
+    records = torch.zeros(E * layout.slot_bytes, dtype=torch.uint8)
+    views = [slot_views(record, layout) for record in records.split(layout.slot_bytes)]
+    for e, view in enumerate(views):
+        for matrix in layout.coded:
+            filled(matrix, view, e)
+        for key, tensor in view.items():
+            if key.endswith("_bias"):
+                tensor.copy_(torch.randn(tensor.shape, generator=rng))
+    layer = ExpertLayer(layout=layout.tensors, fmt=None, math=math, coded=layout.coded)
+    expert_TK = torch.stack([torch.randperm(E, generator=rng)[:K] for _ in range(9)])
+    x_TD, out_ND = torch.randn(9, D, generator=rng), torch.empty(9 * K, D)
+    layer(x_TD, records, torch.arange(E) * layout.slot_bytes, expert_TK, out_ND)
+    for n, expert in enumerate(expert_TK.flatten().tolist()):
+        row, view = x_TD[n // K][None], views[expert]
+        plain = {key: tensor.float() for key, tensor in plain_weights(view, layout.coded).items()}
+        exact = expert_forward(row, plain, math)
+        torch.testing.assert_close(out_ND[n], exact[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(coded_forward(row, view, layout.coded, math), exact, rtol=1e-4, atol=1e-4)
+        assert torch.equal(out_ND[n], layer.expert(row, view)[0])
