@@ -36,8 +36,8 @@ _STEPS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """What is measured: `memories` in per cent, `budgets` in nats per token (None: `BUDGETS`, where models are small),
-    at most `tokens` held-out tokens (None: as many as say enough, see pace.py)."""
+    """What is measured: `memories` in per cent, `budgets` in nats per token (None: `BUDGETS`, where models are small;
+    empty: none), at most `tokens` held-out tokens (None: as many as say enough, see pace.py)."""
 
     memories: tuple[float, ...] = (75.0, 50.0, 25.0)
     budgets: tuple[float, ...] | None = None

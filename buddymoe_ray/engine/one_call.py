@@ -29,7 +29,7 @@ from buddymoe_ray.models.router_hook import find_routers
 from buddymoe_ray.models.row_kernels import RowNorm, SoftmaxRouter
 from buddymoe_ray.moe import MoEBlock, Phase, StepState, Stretch
 
-__all__ = ["OneCallLayer", "OneCallLayers", "attach"]
+__all__ = ["OneCallLayer", "OneCallLayers", "attach", "renew"]
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +124,21 @@ def attach(loaded: LoadedModel, blocks: Sequence[MoEBlock], paged: PagedAttentio
         count, routed = count + len(group), routed + len(blocks)
     log.info("%d decoder layers run in one call, %d of them with their router and experts", count, routed)
     return count
+
+
+def renew(model: nn.Module) -> None:
+    """Have the calls know the stand-ins that the blocks of their layers have by now."""
+    calls = {
+        id(f.layers): f.layers for m in model.modules() if isinstance(f := m.__dict__.get("forward"), OneCallLayer)
+    }
+    for layers in calls.values():
+        if layers.stretch is not None:
+            layers.compute = DecoderLayers(
+                [
+                    DecoderLayer(replace(layer.parts, standins=block.records), layer.dtype)
+                    for layer, block in zip(layers.compute.layers, layers.stretch.blocks, strict=True)
+                ]
+            )
 
 
 def _stretches(trials: Sequence[_Trial]) -> Iterator[list[_Trial]]:

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -24,13 +24,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from buddymoe_ray.errors import CapacityError, RequestError
+from buddymoe_ray.observe import CalibrationSnapshot
 from buddymoe_ray.serve.calls import CHAT, COMPLETIONS, MAX_BODY_BYTES, Endpoint, ModelNames, open_call, too_long
 from buddymoe_ray.serve.metrics import exposition
 from buddymoe_ray.serve.refusals import envelope, failure, refusal_of
 from buddymoe_ray.serve.replies import ModelCard, ModelList
 from buddymoe_ray.serve.resume import ResumeLimits, resumable
 from buddymoe_ray.serve.streaming import Answer
-from buddymoe_ray.serve.work import Refusal, Workers
+from buddymoe_ray.serve.work import Refusal, WorkerReport, Workers
 
 __all__ = ["HttpSettings", "http_app"]
 
@@ -101,9 +102,17 @@ def _public_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
         with suppress(_Refused):
             await check(request)
             body["problems"] = problems
+            body["calibration"] = _calibration(await workers.reports())
         return _json(json.dumps(body).encode(), status=503 if problems else 200)
 
     return router
+
+
+def _calibration(reports: Sequence[WorkerReport]) -> dict[str, object]:
+    """That of the worker which is least far."""
+    found = [report.snapshot.calibration for report in reports]
+    last = min(found, key=lambda one: (one.state != "collecting", one.percent), default=CalibrationSnapshot())
+    return {"state": last.state, "tokens": last.tokens, "percent": last.percent, "reason": last.reason}
 
 
 class _Health:
