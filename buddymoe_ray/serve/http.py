@@ -13,7 +13,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -31,7 +31,7 @@ from buddymoe_ray.serve.refusals import envelope, failure, refusal_of
 from buddymoe_ray.serve.replies import ModelCard, ModelList
 from buddymoe_ray.serve.resume import ResumeLimits, resumable
 from buddymoe_ray.serve.streaming import Answer
-from buddymoe_ray.serve.work import Refusal, WorkerReport, Workers
+from buddymoe_ray.serve.work import Refusal, Workers
 
 __all__ = ["HttpSettings", "http_app"]
 
@@ -97,22 +97,17 @@ def _public_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
     @router.api_route("/health", methods=[*READ])
     async def health(request: Request) -> Response:
         """200 when every worker is well, else 503; what is not is named to those who may use the service."""
-        problems = await last.problems()
+        problems, calibration = await last.found()
         body: dict[str, object] = {"status": "unhealthy" if problems else "ok"}
         with suppress(_Refused):
             await check(request)
             body["problems"] = problems
-            body["calibration"] = _calibration(await workers.reports())
+            if calibration.state != "none":
+                names = ("state", "tokens", "percent", "record_bytes", "reason")
+                body["calibration"] = {name: getattr(calibration, name) for name in names}
         return _json(json.dumps(body).encode(), status=503 if problems else 200)
 
     return router
-
-
-def _calibration(reports: Sequence[WorkerReport]) -> dict[str, object]:
-    """That of the worker which is least far."""
-    found = [report.snapshot.calibration for report in reports]
-    last = min(found, key=lambda one: (one.state != "collecting", one.percent), default=CalibrationSnapshot())
-    return {"state": last.state, "tokens": last.tokens, "percent": last.percent, "reason": last.reason}
 
 
 class _Health:
@@ -121,14 +116,21 @@ class _Health:
     def __init__(self, workers: Workers, seconds: float) -> None:
         self._workers, self._seconds = workers, seconds
         self._asked = -math.inf
-        self._answer: asyncio.Future[tuple[str | None, ...]] | None = None
+        self._answer: asyncio.Future[tuple[list[str], CalibrationSnapshot]] | None = None
 
-    async def problems(self) -> list[str]:
-        """What is wrong with any worker."""
+    async def found(self) -> tuple[list[str], CalibrationSnapshot]:
+        """What is wrong with any worker, and the calibration of the one that is least far with it."""
         now = time.monotonic()
         if self._answer is None or (self._answer.done() and now - self._asked >= self._seconds):
-            self._asked, self._answer = now, asyncio.ensure_future(self._workers.health())
-        return [problem for problem in await asyncio.shield(self._answer) if problem is not None]
+            self._asked, self._answer = now, asyncio.ensure_future(self._ask())
+        return await asyncio.shield(self._answer)
+
+    async def _ask(self) -> tuple[list[str], CalibrationSnapshot]:
+        problems = [problem for problem in await self._workers.health() if problem is not None]
+        if problems:
+            return problems, CalibrationSnapshot()  # who does not answer is not asked again
+        found = [report.snapshot.calibration for report in await self._workers.reports()]
+        return [], min(found, key=lambda one: (one.state != "collecting", one.percent), default=CalibrationSnapshot())
 
 
 def _metrics_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
