@@ -32,6 +32,7 @@ from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.evaluate import WINDOW
 from buddymoe_ray.engine.sweep import Sweep
 from buddymoe_ray.errors import BuddyMoEError, CacheError
+from buddymoe_ray.models.shape import describe
 from buddymoe_ray.models.standin_files import standins_folder
 from buddymoe_ray.policy import Measured
 from buddymoe_ray.residency.calibrations import SELF_MADE, CalibrationFolder, MakerProgress
@@ -80,7 +81,8 @@ def fill(folder: CalibrationFolder, model: str, memory_percent: float, maker_byt
         texts = _written(model, record_bytes, told.count)
         folder.write_text(texts)
     checked, fitted = texts[:_CHECKED_TEXTS], texts[_CHECKED_TEXTS:]
-    config = EngineConfig(model=model, memory=str(maker_bytes), device="cpu", max_model_len=WINDOW + 1, max_running=1)
+    longest = min(WINDOW + 1, describe(Path(model)).max_positions)
+    config = EngineConfig(model=model, memory=str(maker_bytes), device="cpu", max_model_len=longest, max_running=1)
     left = record_bytes - maker_bytes
     calibrate(
         CalibrationOptions(
