@@ -86,6 +86,10 @@ class Calibration:
                 "are set aside for them. hint: --calibrate off",
                 *(config.model, self._folder.path, experts.cache.plan.reserved_bytes / 1e6),
             )
+
+    def start(self) -> None:
+        """Have made what is missing. What can be taken over later is waited for by a thread."""
+        if self._folder is not None:
             threading.Thread(target=self._wait, name="calibration", daemon=True).start()
 
     @property
@@ -160,7 +164,9 @@ class Calibration:
         """Have the folder filled. Raises ProfileError with what the process said."""
         for _ in range(_TRIES):
             with tempfile.TemporaryFile() as said:
-                self._process = process = self._start(folder, said.fileno())
+                self._process = process = self._spawn(folder, said.fileno())
+                if self._closed.is_set():
+                    process.kill()
                 while (status := self._ended(process)) is None:
                     made = folder.progress()
                     log.info("calibration: %s, %.0f %%, %.0f MB", made.phase, made.percent, made.record_bytes / 1e6)
@@ -172,7 +178,7 @@ class Calibration:
                 break  # it said why; one that was killed may have more luck
         raise ProfileError("".join(last) or f"{_MODULE} ended with status {status}. hint: run buddymoe profile")
 
-    def _start(self, folder: CalibrationFolder, said: int) -> subprocess.Popen[bytes]:
+    def _spawn(self, folder: CalibrationFolder, said: int) -> subprocess.Popen[bytes]:
         config, cache = self._config, self._experts.cache
         layout = cache.layout
         workers = 1 if self._sharing is None else self._sharing.workers

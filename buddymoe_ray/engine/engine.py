@@ -78,6 +78,7 @@ class Engine:
         self.cache, self.standin_bytes = parts.experts.cache, parts.experts.standin_bytes
         self._setup, self._guard = parts.experts.setup, parts.calibration.guard
         self.calibration = parts.calibration
+        self.calibration.start()
         self._runner, self._scheduler, self._step = parts.runner, parts.scheduler, parts.step
         self._beside = PrefillBeside(parts.runner.parts if parts.config.prefill_chunk is None else None)
         self._chooser = chooser or SamplingChooser(parts.loaded.device)

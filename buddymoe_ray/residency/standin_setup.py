@@ -195,7 +195,7 @@ def _setup(config: EngineConfig, known: _Known, chosen: _Chosen) -> StandinSetup
         wants_scores=wants_scores(config),
         price_of=_pricer(profile, record_loss_LE, chosen.plan),
         binding=_binding(known.fingerprint, config, kind_of),
-        refusal=_refusal(config, profile),
+        refusal=_refusal(config, profile, made=known.own is not None),
         expected_loss=chosen.loss,
         experts=profile.experts,
         top_k=profile.top_k,
@@ -339,10 +339,11 @@ def _binding(fingerprint: str, config: EngineConfig, kind_of: Mapping[ExpertKey,
     return hashlib.sha256(f"{fingerprint}|{config.expert_dtype}|{config.dense_dtype}|{text}".encode()).hexdigest()
 
 
-def _refusal(config: EngineConfig, profile: Profile) -> str:
-    """Why `bounded` cannot be given here, or nothing."""
+def _refusal(config: EngineConfig, profile: Profile, *, made: bool) -> str:
+    """Why `bounded` cannot be given here, or nothing. An engine's own calibration recommends nothing: it is on trial,
+    and what costs too much is fetched."""
     if not np.isfinite(profile.sensitivity_L).all():
         return "the profile was made with --quick and knows no expected losses; profile again without it"
-    if config.standin == "auto" and profile.recommended is None:
+    if config.standin == "auto" and profile.recommended is None and not made:
         return f"calibration found no stand-in within the budget ({profile.reason})"
     return ""
