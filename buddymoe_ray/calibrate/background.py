@@ -43,7 +43,7 @@ __all__ = ["fill", "main"]
 log = logging.getLogger(__name__)
 
 _TEMPERATURE = 0.8
-_LEAST_TEXTS, _MOST_TEXTS, _CHECKED_TEXTS, _SIDE_BY_SIDE = 40, 112, 16, 32
+_LEAST_TEXTS, _MOST_TEXTS, _CHECKED_TEXTS, _SIDE_BY_SIDE = 24, 112, 16, 32
 _ROUNDING_MINUTES = 3.0
 _USABLE = 0.8  # of what `Bench` is told is free
 _PHASES = {"text": 15, "trace": 12, "stand-ins": 45, "sensitivity": 10, "comparison": 10, "check": 8}
