@@ -43,10 +43,12 @@ __all__ = ["fill", "main"]
 log = logging.getLogger(__name__)
 
 _TEMPERATURE = 0.8
-_LEAST_TEXTS, _MOST_TEXTS, _CHECKED_TEXTS, _SIDE_BY_SIDE = 24, 112, 16, 32
+_LEAST_TEXTS, _MOST_TEXTS, _CHECKED_TEXTS, _SIDE_BY_SIDE = 24, 112, 12, 32
+_TRACED_WINDOW = 2 * WINDOW
+"""Two texts: every pass reads all experts once."""
 _ROUNDING_MINUTES = 3.0
 _USABLE = 0.8  # of what `Bench` is told is free
-_PHASES = {"text": 15, "trace": 12, "stand-ins": 45, "sensitivity": 10, "comparison": 10, "check": 8}
+_PHASES = {"text": 15, "trace": 12, "stand-ins": 35, "sensitivity": 20, "comparison": 6, "check": 12}
 """Their shares of the whole, in per cent."""
 
 
@@ -81,7 +83,7 @@ def fill(folder: CalibrationFolder, model: str, memory_percent: float, maker_byt
         texts = _written(model, record_bytes, told.count)
         folder.write_text(texts)
     checked, fitted = texts[:_CHECKED_TEXTS], texts[_CHECKED_TEXTS:]
-    longest = min(WINDOW + 1, describe(Path(model)).max_positions)
+    longest = min(_TRACED_WINDOW + 1, describe(Path(model)).max_positions)
     config = EngineConfig(model=model, memory=str(maker_bytes), device="cpu", max_model_len=longest, max_running=1)
     left = record_bytes - maker_bytes
     calibrate(
@@ -90,9 +92,9 @@ def fill(folder: CalibrationFolder, model: str, memory_percent: float, maker_byt
             ids=[token for text in fitted for token in text],
             out=folder.profile,
             kinds=SELF_MADE,
-            window=WINDOW,
+            window=_TRACED_WINDOW,
             rounding_minutes=_ROUNDING_MINUTES,
-            losses=LossOptions(memories=(memory_percent,), budgets=()),
+            losses=LossOptions(memories=(memory_percent,), budgets=(), standins=("lowbit",)),
             free=int(left / _USABLE),
         ),
         progress=told.count,

@@ -126,7 +126,7 @@ def calibrate(options: CalibrationOptions, *, progress: Progress = lambda items,
         if not options.quick:
             windows = cut_windows(held, tokens=options.losses.tokens or scored_tokens(parts))
             sweep = Bench(options.config, options.out, windows, footprint, progress, parts=parts, free=options.free)
-            profile = measure_losses(profile, sweep, _standins(options), options.losses)
+            profile = measure_losses(profile, sweep, options.losses.standins or _standins(options), options.losses)
     finally:
         parts.experts.cache.close()
     if not options.quick and _wants_budgets(options, footprint):

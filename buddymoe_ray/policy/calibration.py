@@ -19,7 +19,7 @@ from buddymoe_ray.types import CalibrationState
 __all__ = ["Measured", "Trust", "may_replay", "upper_ratio"]
 
 _ALPHA, _LEAST, _GROWTH, _WINDOW = 0.05, 8, 1.5, 512
-_LEAST_RATIO, _MOST_RATIO = 0.75, 2.0
+_LEAST_RATIO, _MOST_RATIO = 1.0, 2.0
 """Today's requests may be easier than tomorrow's; and a calibration that may be further off than this is not used."""
 _UNCONFIRMED = 2.0
 """What a model writes by itself is not what it is asked: until requests confirm it, it counts for half the budget."""

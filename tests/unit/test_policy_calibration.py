@@ -63,7 +63,7 @@ def test_requests_that_cost_more_take_the_trust_back_and_others_give_it_again() 
     assert trust.state == "collecting" and trust.factor == math.inf and "3.00 times" in trust.reason
     for sample in texts(0.5, 200):
         trust.observe(sample)
-    assert trust.state == "ready" and 0.75 <= trust.factor < 2.0
+    assert trust.state == "ready" and 1.0 <= trust.factor < 2.0
 
 
 def test_easy_requests_are_not_trusted_without_end_and_odd_ones_say_nothing() -> None:
@@ -71,7 +71,7 @@ def test_easy_requests_are_not_trusted_without_end_and_odd_ones_say_nothing() ->
     assert trust.state == "collecting" and not trust.observe(Measured(tokens=0, kl=0.0, predicted=0.0))
     for sample in texts(0.1, 30):
         trust.observe(sample)
-    assert trust.factor == 0.75
+    assert trust.factor == 1.0
     for sample in [Measured(tokens=5, kl=math.nan, predicted=0.1)] * 60:
         trust.observe(sample)
     assert trust.state == "collecting"

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from families import build_checkpoint
 
 from buddymoe_ray import LLM
 from buddymoe_ray.cache.shared.locks import TABLES_BYTE, FileLocks
@@ -24,7 +25,7 @@ from buddymoe_ray.residency.calibrations import CalibrationFolder
 
 PROMPTS = ["def add(a, b):\n", "import os\nimport sys\n", "class Queue:\n    def __init__(self):\n", "The following"]
 MAKER, ALL = 700_000, 4_000_000
-FEW = {"_LEAST_TEXTS": 10, "_MOST_TEXTS": 10, "_CHECKED_TEXTS": 8, "_ROUNDING_MINUTES": 0.0}
+FEW = {"_LEAST_TEXTS": 16, "_MOST_TEXTS": 16, "_CHECKED_TEXTS": 8, "_ROUNDING_MINUTES": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_the_next_engine_finds_it_and_begins_with_half_the_budget(model: Path, c
     with served(model, cache) as llm:
         assert llm.engine.calibration._process is None and not llm.engine.cache.plan.reserved_bytes
         state = llm.engine.snapshot().calibration
-        assert state.state == "ready" and state.tokens == 8 * 192 and state.factor >= 1.5
+        assert state.state == "ready" and state.tokens == 8 * 192 and state.factor >= 2.0
         usage = llm.generate(PROMPTS[0], max_tokens=24)[0].usage
         assert usage.mode == "bounded" and usage.standins.lowbit > 0
 
@@ -138,7 +139,7 @@ def test_requests_decide_where_own_texts_say_nothing(
         for prompt in prompts[7:]:
             llm.generate(prompt, max_tokens=24)
         seen = engine.snapshot().calibration
-        assert seen.state == "ready" and seen.tokens > 3 * 192 + 100 and 0.75 <= seen.factor <= 2.0
+        assert seen.state == "ready" and seen.tokens > 3 * 192 + 100 and 1.0 <= seen.factor <= 2.0
         later = llm.generate(PROMPTS, max_tokens=24)
         assert all(r.usage.mode == mode and r.usage.standins.lowbit > 0 for r in later)
         engine._scheduler.check_integrity()
@@ -173,9 +174,8 @@ def test_a_damaged_file_is_as_none(cache: Path, name: str, content: str) -> None
     assert folder.finished == (name != "measured.json")
 
 
-def test_killed_in_the_middle_it_goes_on_where_it_was(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_in_the_middle_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_checkpoint("qwen3_moe", tmp_path / "model", max_position_embeddings=520)
     folder = CalibrationFolder.of(EngineConfig(mode="bounded", cache_dir=str(tmp_path / "c")), model_hash(model))
     changed = "; ".join(f"b.{name} = {value}" for name, value in FEW.items())
     command = [sys.executable, "-c", f"import buddymoe_ray.calibrate.background as b; {changed}; b.main()"]
