@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = [
     "one_of",
     "option_notes",
     "parse_memory",
+    "private_folder",
     "ray_address_from_environment",
     "refuse_unknown",
 ]
@@ -34,7 +36,11 @@ BATCHING = ("auto", "packed", "solo")
 READ_AHEADS = ("auto", "off")
 PREFIX_CACHES = ("auto", "on", "off")
 GENERATION_CONFIGS = ("auto", "none")
-INEXACT = ("budget", "standin", "standin_layers", "policy", "profile", "guard_share")  # without effect in `exact`
+CALIBRATES = ("auto", "off")
+INEXACT = (  # without effect in `exact`
+    *("budget", "standin", "standin_layers", "policy", "profile", "guard_share"),
+    *("calibrate", "cache_dir"),
+)
 EXPERT_DTYPES = ("native", "bf16", "int8", "int4")
 DENSE_DTYPES = ("native", "int8", "int4")
 POLICIES = ("ladder", "buddymoe")
@@ -68,6 +74,11 @@ class EngineConfig:
         standin_layers: MoE layers where stand-ins may answer, as `0,2,3`; None is all. Elsewhere misses are fetched.
         policy: `ladder` (cheapest option within the budget) or `buddymoe` (the paper whole, its gates fetch).
         profile: calibration file; None is the one beside the checkpoint.
+        calibrate: what happens where there is no profile: `auto` serves exactly and has stand-ins made meanwhile, by a
+            process beside and from text that the model writes; once measured they serve `mode`, at half the budget
+            until requests confirm them. `off` makes none: `bounded` stays exact, `fast` is refused.
+        cache_dir: folder of this user's alone where what `calibrate` makes is kept, by checkpoint; None is
+            `~/.cache/buddymoe_ray/calibrations`.
         expert_dtype: precision the experts are served in: `native`, `bf16`, `int8`, `int4`.
         dense_dtype: precision of attention, shared experts and output head: `native`, `int8`, `int4` (CPU only). Mode
             `exact` is exact to it.
@@ -103,6 +114,8 @@ class EngineConfig:
     standin_layers: str | None = None
     policy: str = "ladder"
     profile: str | None = None
+    calibrate: str = "auto"
+    cache_dir: str | None = None
     expert_dtype: str = "native"
     dense_dtype: str = "native"
     guard_share: float = 0.02
@@ -133,6 +146,7 @@ class EngineConfig:
         self.chosen_layers()
         _between("budget", self.budget, 0.0, 1.0)
         _between("guard_share", self.guard_share, 0.0, 1.0)
+        one_of("calibrate", self.calibrate, CALIBRATES)
         one_of("dtype", self.dtype, DTYPES)
         one_of("batching", self.batching, BATCHING)
         one_of("prefix_cache", self.prefix_cache, PREFIX_CACHES)
@@ -227,6 +241,21 @@ def near_miss(word: object, known: Iterable[str], *, otherwise: str = "check spe
 def cache_folder() -> Path:
     """Where what can be made again is kept: `$XDG_CACHE_HOME/buddymoe_ray`, by default under `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "buddymoe_ray"
+
+
+def private_folder(folder: Path) -> str:
+    """Make the folder, for this user alone. Why what lies there may be others' work, or nothing."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        return f"{folder} cannot be used ({error.strerror}), must be a folder. hint: choose another"
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
+        return (
+            f"{folder} is of user {found.st_uid} with mode {stat.S_IMODE(found.st_mode):o}, must be a folder of user "
+            f"{os.getuid()} that nobody else can write to. hint: delete it"
+        )
+    return ""
 
 
 def ray_address_from_environment() -> str | None:

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from buddymoe_ray.types import GuardState, StandinAccesses
+from buddymoe_ray.types import CalibrationState, CalibrationUsage, GuardState, StandinAccesses
 
 __all__ = [
+    "CalibrationSnapshot",
     "EngineSnapshot",
     "GuardSnapshot",
     "peak_rss_bytes",
@@ -37,6 +38,25 @@ class GuardSnapshot:
     predicted: float = 0.0
     sampled_tokens: int = 0
     reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSnapshot:
+    """How far an engine's own calibration is: `percent` of the work in the background, `record_bytes` on the disk,
+    stand-ins measured on `tokens`. What they are said to cost is multiplied by `factor` before it is charged; inf while
+    they may not answer, and `reason` says why."""
+
+    state: CalibrationState = "none"
+    tokens: int = 0
+    percent: float = 0.0
+    record_bytes: int = 0
+    factor: float = 1.0
+    reason: str = ""
+
+    @property
+    def usage(self) -> CalibrationUsage:
+        """What a request is told."""
+        return CalibrationUsage(state=self.state, tokens=self.tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +94,7 @@ class EngineSnapshot:
     read_ahead_useful_bytes: int = 0
     read_ahead_wasted_bytes: int = 0
     guard: GuardSnapshot = field(default_factory=GuardSnapshot)
+    calibration: CalibrationSnapshot = field(default_factory=CalibrationSnapshot)
 
 
 class _Bar:

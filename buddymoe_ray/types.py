@@ -15,6 +15,7 @@ Mode = Literal["exact", "bounded", "fast"]
 EXACT, BOUNDED, FAST = 0, 1, 2
 """Modes as arrays of rows have them."""
 GuardState = Literal["off", "ok", "tripped"]
+CalibrationState = Literal["none", "collecting", "ready", "refused"]
 
 
 class ExpertKey(NamedTuple):
@@ -115,6 +116,17 @@ class StandinAccesses:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibrationUsage:
+    """Where the engine's own calibration stood when a request came, and on how many tokens stand-ins were measured.
+
+    `none`: there is nothing to calibrate, as in mode exact or with a profile.
+    """
+
+    state: CalibrationState = "none"
+    tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Usage:
     """What one request cost.
 
@@ -123,9 +135,9 @@ class Usage:
     something else at an `expected_rise` of loss (nats, summed over the completion). `completion_tokens` counts all
     tokens; `resumed` of them were made before the last move to another worker, and what those used and were charged is
     not counted here (of a `bounded` request at most `budget` each). `mode` is what the request got, `requested_mode`
-    what it asked for: they differ when `guard` is `tripped`. `budget` is the allowance per generated token of a
-    `bounded` request. `record` is there for a request that asked for it. `cached_tokens` of the prompt were not
-    computed: another request had the same beginning.
+    what it asked for: they differ when `guard` is `tripped`, or before the engine's own `calibration` is ready.
+    `budget` is the allowance per generated token of a `bounded` request. `record` is there for a request that asked for
+    it. `cached_tokens` of the prompt were not computed: another request had the same beginning.
     """
 
     prompt_tokens: int = 0
@@ -142,6 +154,7 @@ class Usage:
     guard: GuardState = "off"
     record: str | None = None
     cached_tokens: int = 0
+    calibration: CalibrationUsage = CalibrationUsage()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,7 +314,8 @@ class SlotPlan:
     """How a device budget is cut into expert slots; decided by `policy.memory.split_slots`, followed by the cache.
 
     `layer_slots[l]` slots belong to MoE layer l, `wave_slots` to whoever needs one for a moment. `overhead_bytes` is
-    what staging, scratch and stand-ins take from the same budget. `fully_resident` plans hold every expert and need no
+    what staging, scratch and stand-ins take from the same budget; `reserved_bytes` of it are for records that are still
+    to be made, and for whoever makes them. `fully_resident` plans hold every expert and need no
     waves. `pinned[l]`, where given, names the experts that keep layer l's slots for good.
     """
 
@@ -312,6 +326,7 @@ class SlotPlan:
     layer_slots: tuple[int, ...]
     fully_resident: bool
     pinned: tuple[tuple[int, ...], ...] = ()
+    reserved_bytes: int = 0
 
     @property
     def slots_total(self) -> int:

@@ -278,4 +278,5 @@ def exact_usage(*, hits: int, fetched: int) -> dict[str, Any]:
         "expected_rise": 0.0,
         "resumed": 0,
         "guard": "off",
+        "calibration": {"state": "none", "tokens": 0},
     }

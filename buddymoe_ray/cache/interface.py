@@ -40,10 +40,10 @@ class Experts(Protocol):
 class EngineCache(Experts, Protocol):
     """The same with what an engine asks for."""
 
+    plan: SlotPlan
+
     @property
     def layout(self) -> ExpertLayout: ...
-    @property
-    def plan(self) -> SlotPlan: ...
     @property
     def device_bytes(self) -> int: ...
     @property

@@ -36,12 +36,14 @@ _STEPS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """What is measured: `memories` in per cent, `budgets` in nats per token (None: `BUDGETS`, where models are small),
-    at most `tokens` held-out tokens (None: as many as say enough, see pace.py)."""
+    """What is measured: `memories` in per cent, `budgets` in nats per token (None: `BUDGETS`, where models are small;
+    empty: none), at most `tokens` held-out tokens (None: as many as say enough, see pace.py), of stand-ins `standins`
+    alone (None: all that the records allow)."""
 
     memories: tuple[float, ...] = (75.0, 50.0, 25.0)
     budgets: tuple[float, ...] | None = None
     tokens: int | None = None
+    standins: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, values, most in (("memories", self.memories, 100.0), ("budgets", self.budgets or BUDGETS, 1.0)):

@@ -64,6 +64,7 @@ class CalibrationOptions:
         rank: of low-rank maps.
         quick: leave out what needs the model to run with stand-ins: the profile then serves `fast` only.
         losses: at which memories and budgets, and on how many held-out tokens, stand-ins are measured.
+        free: bytes that may be taken for measurements; None is what this machine has.
     """
 
     config: EngineConfig
@@ -77,6 +78,7 @@ class CalibrationOptions:
     rank: int = 8
     quick: bool = False
     losses: LossOptions = field(default_factory=LossOptions)
+    free: int | None = None
 
     def __post_init__(self) -> None:
         kinds = KINDS if self.kinds is None else self.kinds
@@ -123,8 +125,8 @@ def calibrate(options: CalibrationOptions, *, progress: Progress = lambda items,
         save_profile(profile, options.out)
         if not options.quick:
             windows = cut_windows(held, tokens=options.losses.tokens or scored_tokens(parts))
-            sweep = Bench(options.config, options.out, windows, footprint, progress, parts=parts)
-            profile = measure_losses(profile, sweep, _standins(options), options.losses)
+            sweep = Bench(options.config, options.out, windows, footprint, progress, parts=parts, free=options.free)
+            profile = measure_losses(profile, sweep, options.losses.standins or _standins(options), options.losses)
     finally:
         parts.experts.cache.close()
     if not options.quick and _wants_budgets(options, footprint):
@@ -192,7 +194,8 @@ def _footprint(parts: EngineParts) -> Footprint:
 
 def _wants_budgets(options: CalibrationOptions, footprint: Footprint) -> bool:
     """Whether to measure the budget curve: where asked for, or where engines that go step by step take no hour."""
-    wanted = options.losses.budgets is not None or footprint.small
+    budgets = options.losses.budgets
+    wanted = footprint.small if budgets is None else bool(budgets)
     if not wanted:
         log.info("no budget curve is measured for %.1f GB of experts. hint: --budgets", footprint.experts / 1e9)
     return wanted

@@ -39,7 +39,7 @@ __all__ = ["add_arguments", "run"]
 # With another of these a request may be answered differently, so a journal goes on with the same ones only. Where
 # stand-ins answer, what is resident matters too.
 _ANSWERS = (
-    *("mode", "budget", "standin", "standin_layers", "policy", "profile", "guard_share"),
+    *("mode", "budget", "standin", "standin_layers", "policy", "profile", "calibrate", "guard_share"),
     *("expert_dtype", "dense_dtype", "dtype", "device", "batching", "prefix_cache"),
     *("max_model_len", "seed", "generation_config"),
 )

@@ -35,6 +35,8 @@ _DECIDED = (
     "standin_layers",
     "policy",
     "profile",
+    "calibrate",
+    "cache_dir",
     "guard_share",
     "seed",
     "generation_config",

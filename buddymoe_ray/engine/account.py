@@ -13,11 +13,15 @@ from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.replay import Recorder, open_recorder
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.moe import STANDIN_KINDS, StepOutcome
+from buddymoe_ray.observe import CalibrationSnapshot
 from buddymoe_ray.policy import Ledger
 from buddymoe_ray.residency.standin_setup import StandinSetup
-from buddymoe_ray.types import GenerationRequest, GuardState, Mode, StandinAccesses
+from buddymoe_ray.types import CalibrationUsage, GenerationRequest, GuardState, Mode, StandinAccesses
 
 __all__ = ["Account", "StepTotals", "open_account"]
+
+
+_NO_CALIBRATION = CalibrationSnapshot()
 
 
 class Account:
@@ -27,16 +31,24 @@ class Account:
         mode: what the request asked for.
         budget: nats per generated token, for `bounded`.
         price: largest expected loss (nats) of one access that is worth taking at this budget.
+        factor: what expected losses are multiplied with before they are charged; inf where none may be.
         recorder: keeps every substitution; None where nobody asked.
-        refused: stand-ins cannot keep any budget here, so the request gets `exact`.
+        calibration: how far the engine's own was when the request came.
     """
 
     def __init__(
-        self, *, mode: Mode, budget: float, price: float, recorder: Recorder | None = None, refused: bool = False
+        self,
+        *,
+        mode: Mode,
+        budget: float,
+        price: float,
+        factor: float = 1.0,
+        recorder: Recorder | None = None,
+        calibration: CalibrationUsage = _NO_CALIBRATION.usage,
     ) -> None:
         self.requested_mode: Mode = mode
         self.guard: GuardState = "off"
-        self.recorder, self._refused = recorder, refused
+        self.recorder, self.calibration, self._factor = recorder, calibration, factor
         self.hits = self.peer = self.fetched = self.steps = 0
         self.expected_rise = 0.0
         self._price = price
@@ -46,7 +58,7 @@ class Account:
     @property
     def mode(self) -> Mode:
         """What the request gets: `exact` once the guard has tripped, or where stand-ins cannot keep a budget."""
-        return "exact" if self._refused or self.guard == "tripped" else self.requested_mode
+        return "exact" if math.isinf(self._factor) or self.guard == "tripped" else self.requested_mode
 
     @property
     def budget(self) -> float | None:
@@ -63,7 +75,7 @@ class Account:
         """Nats that the next decode step may spend."""
         if self.mode == "bounded":
             assert self._ledger is not None, "a bounded request has no ledger"
-            return self._ledger.allowance
+            return self._ledger.allowance / self._factor
         return math.inf if self.mode == "fast" else 0.0
 
     @property
@@ -88,6 +100,7 @@ class Account:
         self.fetched += int(outcome.fetched_T[row])
         self._standins = [a + b for a, b in zip(self._standins, outcome.standins_TS[row].tolist(), strict=True)]
         loss = float(outcome.loss_T[row])
+        loss = loss * self._factor if loss else 0.0
         self.expected_rise += loss
         if self._ledger is not None and self.mode == "bounded":
             self._ledger.charge(loss)
@@ -119,18 +132,24 @@ class StepTotals:
 
 
 def open_account(
-    request: GenerationRequest, config: EngineConfig, setup: StandinSetup | None, max_model_len: int
+    request: GenerationRequest,
+    config: EngineConfig,
+    setup: StandinSetup | None,
+    max_model_len: int,
+    calibration: CalibrationSnapshot = _NO_CALIBRATION,
 ) -> Account:
     """The account of a new request that `validate` let pass: its own mode and budget, else the engine's. Raises
     RequestError.
 
-    A replay runs as `exact`: what its record does not name was the expert itself, whatever is resident now.
+    A replay runs as `exact`: what its record does not name was the expert itself, whatever is resident now. Where
+    stand-ins are not known, or not trusted yet, every budget is kept by being exact, and so is the engine's own mode.
     """
     mode: Mode = request.mode or config.mode if request.replay is None else "exact"
-    unknown = setup is None and mode == config.mode == "bounded"  # no profile: every budget is kept by being exact
-    if mode != "exact" and setup is None and not unknown:
+    ready = setup is not None and math.isfinite(calibration.factor)
+    if mode != "exact" and not ready and (config.mode == "exact" or mode not in (config.mode, "bounded")):
         raise RequestError(
-            f"mode is {mode}, must be exact: no stand-ins are loaded. hint: start the engine with mode: bounded",
+            f"mode is {mode}, must be exact: {calibration.reason or 'no stand-ins are loaded'}. hint: "
+            + ("leave mode out or ask later" if calibration.reason else "start the engine with mode: bounded"),
             param="buddymoe.mode",
         )
     if request.budget is not None and mode != "bounded":
@@ -139,8 +158,15 @@ def open_account(
             param="buddymoe.budget",
         )
     budget = config.budget if request.budget is None else request.budget
-    refused = unknown or (mode == "bounded" and setup is not None and bool(setup.refusal))
-    price = setup.price_of(budget) if mode == "bounded" and setup is not None and not refused else 0.0
+    refused = not ready or (mode == "bounded" and setup is not None and bool(setup.refusal))
+    factor = math.inf if refused else calibration.factor
+    price = setup.price_of(budget / factor) if mode == "bounded" and setup is not None and not refused else 0.0
     tokens = min(request.sampling.max_tokens, max_model_len - len(request.prompt_token_ids))
-    recorder = open_recorder(request, setup, tokens)
-    return Account(mode=mode, budget=budget, price=price, recorder=recorder, refused=refused)
+    return Account(
+        mode=mode,
+        budget=budget,
+        price=price,
+        factor=factor,
+        recorder=open_recorder(request, setup, tokens),
+        calibration=calibration.usage,
+    )

@@ -54,6 +54,7 @@ class AsyncEngine:
         self._inbox_lock = threading.Lock()  # nothing is queued after the failure is known
         self._failure: BuddyMoEError | None = None
         self._closed = False
+        engine.calibration.wake = lambda: self._submit_quietly(lambda: None)  # an idle engine takes over, too
         self._thread = threading.Thread(target=self._loop, name="engine-step", daemon=True)
         self._thread.start()
 

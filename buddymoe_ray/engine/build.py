@@ -16,7 +16,7 @@ import torch
 
 from buddymoe_ray.config import EngineConfig, parse_memory
 from buddymoe_ray.engine import attention, one_call
-from buddymoe_ray.engine.guard import GuardWork
+from buddymoe_ray.engine.calibration import Calibration, Checks
 from buddymoe_ray.engine.kv import KVPool
 from buddymoe_ray.engine.parts import EngineLimits, EngineParts
 from buddymoe_ray.engine.plain_forward import choose_forward
@@ -31,7 +31,7 @@ from buddymoe_ray.models.shape import generation_defaults, meta_model
 from buddymoe_ray.models.tokenizer import load_tokenizer
 from buddymoe_ray.moe import MoEBlock, StepState
 from buddymoe_ray.observe import progress
-from buddymoe_ray.policy import Guard, Prefill, kv_cache_bytes, plan_prefill
+from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill
 from buddymoe_ray.residency.machine import available_memory_bytes, pick_device, refuse_dense_dtype, torch_dtype
 from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.residency.tier import ExpertTier, open_experts
@@ -76,7 +76,7 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
             experts=experts,
             runner=kv.runner,
             scheduler=scheduler,
-            guard=_guard(config, experts, kv.runner, scheduler),
+            calibration=Calibration(config, loaded, experts, Checks(config, kv.runner, scheduler, step), sharing),
             sharing=sharing,
             step=step,
             limits=EngineLimits(
@@ -105,13 +105,6 @@ def _sampling_defaults(config: EngineConfig, folder: Path) -> dict[str, Any]:
             f"{folder / 'generation_config.json'} cannot be used: {error}; or set generation_config to none"
         ) from error
     return {name: plain[name] for name in found}
-
-
-def _guard(config: EngineConfig, experts: ExpertTier, runner: Runner, scheduler: Scheduler) -> GuardWork | None:
-    if experts.setup is None or not config.guard_share:
-        return None
-    limit = config.budget if config.mode == "bounded" else max(config.budget, 2 * experts.setup.expected_loss)
-    return GuardWork(guard=Guard(limit=limit), runner=runner, scheduler=scheduler, share=config.guard_share)
 
 
 def _prefill(config: EngineConfig, loaded: LoadedModel, experts: ExpertTier) -> Prefill:

@@ -31,6 +31,7 @@ from buddymoe_ray.engine.replay import open_replay
 from buddymoe_ray.engine.sampler import Sampled, prepare_sampling, sample
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.engine.sequence import Sequence
+from buddymoe_ray.engine.snapshot import engine_snapshot
 from buddymoe_ray.engine.terms import terms_of
 from buddymoe_ray.engine.validate import validate
 from buddymoe_ray.errors import BuddyMoEError, CacheError
@@ -75,7 +76,9 @@ class Engine:
         self._spent, self._ahead = StepTotals(), parts.experts.ahead if parts.runner.packed else None
         self._peering: Peering | None = None
         self.cache, self.standin_bytes = parts.experts.cache, parts.experts.standin_bytes
-        self._setup, self._guard = parts.experts.setup, parts.guard
+        self._setup, self._guard = parts.experts.setup, parts.calibration.guard
+        self.calibration = parts.calibration
+        self.calibration.start()
         self._runner, self._scheduler, self._step = parts.runner, parts.scheduler, parts.step
         self._beside = PrefillBeside(parts.runner.parts if parts.config.prefill_chunk is None else None)
         self._chooser = chooser or SamplingChooser(parts.loaded.device)
@@ -122,7 +125,9 @@ class Engine:
             eos_token_ids=self._eos,
             max_model_len=self.limits.max_model_len,
             default_seed=self.config.seed,
-            account=open_account(request, self.config, self._setup, self.limits.max_model_len),
+            account=open_account(
+                request, self.config, self._setup, self.limits.max_model_len, self.calibration.snapshot()
+            ),
             replay=open_replay(request, self._setup),
         )
 
@@ -141,10 +146,13 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether a step would do or deliver anything."""
-        return bool(self._pending) or self._scheduler.has_work() or (self._guard is not None and self._guard.has_work())
+        checks = self._guard is not None and self._guard.has_work()
+        return bool(self._pending) or self._scheduler.has_work() or checks or self.calibration.arrived
 
     def step(self) -> list[TokenEvent]:
         """Advance every scheduled sequence and return what became of each."""
+        if self.calibration.arrived and not self._beside.busy:
+            self._take_over()
         plan = self._scheduler.schedule()
         self._steps += 1
         try:
@@ -187,31 +195,13 @@ class Engine:
 
     def snapshot(self) -> EngineSnapshot:
         """Counters, readable from any thread."""
-        stats, layout = self.cache.stats(), self.cache.layout
-        counts, ahead = layout.experts_per_layer, self._experts.ahead
-        return EngineSnapshot(
-            running=self._scheduler.num_running,
-            waiting=self._scheduler.num_waiting,
-            free_kv_blocks=self._scheduler.free_blocks,
-            total_kv_blocks=self._scheduler.num_blocks,
-            preemptions=self._scheduler.preemptions,
-            prompt_tokens=self._scheduler.prompt_tokens,
-            cached_tokens=self._scheduler.cached_tokens,
+        return engine_snapshot(
+            self._scheduler,
+            self._experts,
+            self._spent,
             steps=self._steps,
-            hits=stats.hits,
-            misses=stats.misses,
-            bytes_loaded_device=stats.bytes_loaded_device,
-            bytes_read_disk=stats.bytes_read_disk,
-            stall_seconds=stats.stall_seconds,
-            access_hits=self._spent.hits,
-            access_peer=self._spent.peer,
-            access_fetched=self._spent.fetched,
-            standins=self._spent.standins,
-            expected_rise=self._spent.expected_rise,
-            read_ahead_useful_bytes=0 if ahead is None else ahead.gain.useful * layout.expert_bytes,
-            read_ahead_wasted_bytes=0 if ahead is None else ahead.gain.wasted * layout.expert_bytes,
-            residency=sum(int(self.cache.resident_mask(layer).sum()) for layer in range(len(counts))) / sum(counts),
             guard=GuardSnapshot() if self._guard is None else self._guard.snapshot(),
+            calibration=self.calibration.snapshot(),
         )
 
     @property
@@ -240,10 +230,17 @@ class Engine:
         """Free the model's memory and close its files. Safe to call twice."""
         if not self._closed:
             self._closed = True
+            self.calibration.close()
             self._beside.reset()
             if self._peering is not None:
                 self._peering.close()
             self._experts.close()
+
+    def _take_over(self) -> None:
+        """Let stand-ins answer that were calibrated meanwhile."""
+        experts = self.calibration.take_over()
+        self._experts, self._setup, self.standin_bytes = experts, experts.setup, experts.standin_bytes
+        self._guard, self._ahead = self.calibration.guard, None
 
     def _passes(self, planned: Rows[T]) -> list[list[T]]:
         if self._runner.packed:

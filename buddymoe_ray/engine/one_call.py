@@ -30,7 +30,7 @@ from buddymoe_ray.models.router_hook import find_routers
 from buddymoe_ray.models.row_kernels import RowNorm, SoftmaxRouter
 from buddymoe_ray.moe import MoEBlock, Phase, StepState, Stretch
 
-__all__ = ["OneCallLayer", "OneCallLayers", "attach", "trial_pass"]
+__all__ = ["OneCallLayer", "OneCallLayers", "attach", "renew", "trial_pass"]
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +132,21 @@ def trial_pass(loaded: LoadedModel, paged: PagedAttention, step: StepState) -> I
             yield torch.arange(count)[None] % loaded.vocab_size, torch.cat([torch.arange(n) for n in _ROWS])[None]
     finally:
         paged.current = None
+
+
+def renew(model: nn.Module) -> None:
+    """Have the calls know the stand-ins that the blocks of their layers have by now."""
+    calls = {
+        id(f.layers): f.layers for m in model.modules() if isinstance(f := m.__dict__.get("forward"), OneCallLayer)
+    }
+    for layers in calls.values():
+        if layers.stretch is not None:
+            layers.compute = DecoderLayers(
+                [
+                    DecoderLayer(replace(layer.parts, standins=block.records), layer.dtype)
+                    for layer, block in zip(layers.compute.layers, layers.stretch.blocks, strict=True)
+                ]
+            )
 
 
 def _stretches(trials: Sequence[_Trial]) -> Iterator[list[_Trial]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from buddymoe_ray.config import EngineConfig
-from buddymoe_ray.engine.guard import GuardWork
+from buddymoe_ray.engine.calibration import Calibration
 from buddymoe_ray.engine.runner import Runner
 from buddymoe_ray.engine.scheduler import Scheduler
 from buddymoe_ray.models.load import LoadedModel
@@ -38,7 +38,7 @@ class EngineParts:
     experts: ExpertTier
     runner: Runner
     scheduler: Scheduler
-    guard: GuardWork | None
+    calibration: Calibration
     sharing: Sharing | None
     step: StepState
     limits: EngineLimits

@@ -211,6 +211,7 @@ class Sequence:
             guard=self.account.guard,
             record=self.account.recorder.text() if self.account.recorder is not None and self.finished else None,
             cached_tokens=self.cached_tokens,
+            calibration=self.account.calibration,
         )
 
     def _take(self, token_id: int) -> tuple[str, bool, FinishReason | None]:

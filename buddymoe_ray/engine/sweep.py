@@ -149,8 +149,8 @@ class Sweep:
         endless = np.full(_ROWS, np.inf, np.float32)
         step.outcome = outcome
         step.budgets = RowBudgets(mode_T=np.full(_ROWS, FAST, np.int8), allowance_T=endless, price_T=endless)
-        rows = hidden_TD[at:], ids_TK[at:], weight_TK[at:]
-        late, resolution = block.stood_in(variant.standins, variant.resident[layer], *rows)
+        rows = hidden_TD, ids_TK, weight_TK
+        out_TD, resolution = block.stood_in(variant.standins, variant.resident[layer], at, *rows)
         for kind, loss in variant.standins.loss_by_kind(layer, resolution).items():
             variant.totals.expected_by_kind[kind] = variant.totals.expected_by_kind.get(kind, 0.0) + loss
-        return torch.cat([block.exact(hidden_TD[:at], ids_TK[:at], weight_TK[:at]), late])
+        return out_TD

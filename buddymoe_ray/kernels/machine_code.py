@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
-from buddymoe_ray.config import cache_folder
+from buddymoe_ray.config import cache_folder, private_folder
 
 __all__ = ["code_folder", "made_once", "native_functions"]
 
@@ -44,20 +43,10 @@ def _initialised() -> llvm.Target:
 def code_folder() -> Path | None:
     """The folder for machine code, made at the first call; None where it cannot be made or could be others' work."""
     folder = cache_folder() / "machine-code"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
-    except OSError as error:
-        log.info("machine code is not kept: %s", error)
-        return None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
-        log.warning(
-            "%s is of user %d with mode %o, must be a folder of user %d that nobody else can write to. "
-            "hint: delete it; until then machine code is compiled by every process",
-            *(folder, found.st_uid, stat.S_IMODE(found.st_mode), os.getuid()),
-        )
-        return None
-    return folder
+    fault = private_folder(folder)
+    if fault:
+        log.warning("%s; until then machine code is compiled by every process", fault)
+    return None if fault else folder
 
 
 @contextmanager

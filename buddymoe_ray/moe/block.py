@@ -96,6 +96,15 @@ class MoEBlock:
         weight_TK = self._decode(hidden_TD, ids, weight_TK, y_ND, glanced=glanced)
         return self.combined(y_ND, weight_TK)
 
+    def begin_standing_in(self, standins: Standins) -> None:
+        """From the next pass on they answer what is missing, as far as its rows allow; then nothing is read ahead."""
+        self._standins, self._ahead = standins, None
+
+    @property
+    def standins(self) -> Standins | None:
+        """What answers for missing experts."""
+        return self._standins
+
     @property
     def resident_mask(self) -> npt.NDArray[np.bool_]:
         """`[E]`, True where the layer's expert is resident; a live view."""
@@ -116,16 +125,18 @@ class MoEBlock:
         self,
         standins: Standins,
         resident_E: npt.NDArray[np.bool_],
-        hidden_TD: Tensor,
-        ids_TK: Tensor,
-        weight_TK: Tensor,
+        at: int,
+        *rows: Tensor,
     ) -> tuple[Tensor, Resolution]:
-        """The same with `standins` for whatever is not in `resident_E`, counted and charged in the step."""
+        """The same for hidden rows, ids and weights, from row `at` on with `standins` for whatever is not in
+        `resident_E`: those rows are counted and charged in the step."""
+        early, (hidden_TD, ids_TK, weight_TK) = [part[:at] for part in rows], [part[at:] for part in rows]
         y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
         resolution = standins.resolve(self.layer, ids_TK.cpu().numpy(), weight_TK, resident_E, self._step)
         standins.book(self.layer, resolution, self._step)
         self._answer(standins, hidden_TD, resolution, y_ND)
-        return self.combined(y_ND, torch.from_numpy(resolution.weight_TK).to(weight_TK)), resolution
+        late_TD = self.combined(y_ND, torch.from_numpy(resolution.weight_TK).to(weight_TK))
+        return torch.cat([self.exact(*early), late_TD]) if at else late_TD, resolution
 
     def combined(self, y_ND: Tensor, weight_TK: Tensor) -> Tensor:
         """The sum `[T, D]` of the experts' outputs, in slot order."""

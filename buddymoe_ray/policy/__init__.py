@@ -6,10 +6,12 @@ Each returns what was decided and why, for others to do.
 from __future__ import annotations
 
 from buddymoe_ray.policy.buddymoe import BuddyMoE, BuddyParams, buddy_lists, normalised_entropy
+from buddymoe_ray.policy.calibration import Measured, Trust, may_replay
 from buddymoe_ray.policy.guard import Guard, GuardView
 from buddymoe_ray.policy.ladder import Ladder
 from buddymoe_ray.policy.ledger import Ledger, Pricer, price_for
 from buddymoe_ray.policy.memory import (
+    MIN_SLOTS,
     Prefill,
     Staging,
     activation_bytes,
@@ -30,6 +32,7 @@ from buddymoe_ray.policy.split import Split, choose, split_movable
 from buddymoe_ray.policy.standins import Buddy, Drop, Own, RandomBuddy, RouterBuddy, Standin, StandinAnswers
 
 __all__ = [
+    "MIN_SLOTS",
     "OPTIONS",
     "Action",
     "StandinAnswers",
@@ -42,6 +45,7 @@ __all__ = [
     "GuardView",
     "Ladder",
     "Ledger",
+    "Measured",
     "MissPolicy",
     "Misses",
     "NodeLinks",
@@ -65,11 +69,13 @@ __all__ = [
     "Staging",
     "Standin",
     "Step",
+    "Trust",
     "activation_bytes",
     "buddy_lists",
     "choose",
     "cost_of",
     "kv_cache_bytes",
+    "may_replay",
     "migration_steps",
     "normalised_entropy",
     "Prefill",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +21,12 @@ from buddymoe_ray.errors import BudgetError, ProfileError
 from buddymoe_ray.models.fingerprint import model_hash
 from buddymoe_ray.models.profile import Profile, default_profile_path, load_profile
 from buddymoe_ray.models.standin_files import standin_layouts, standins_folder, verify_standins
-from buddymoe_ray.policy import MissPolicy, Pricer, choose, split_movable
+from buddymoe_ray.policy import Measured, MissPolicy, Pricer, choose, split_movable
+from buddymoe_ray.residency.calibrations import CalibrationFolder, calibrates
 from buddymoe_ray.residency.standin_policy import make_policy, wants_scores
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
-__all__ = ["NodeBudget", "StandinSetup", "find_profile", "prepare"]
+__all__ = ["NodeBudget", "StandinSetup", "find_profile", "prepare", "prepare_within", "serve_without"]
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ class StandinSetup:
     `plan` pins the full experts, `kind_of` gives the others' records, `layouts` where those are on disk, `price_of` the
     largest expected loss worth taking at a budget, `access_loss_LE` what one access of each expert's stand-in costs as
     a share of the costliest (None where unknown). `binding` names model and stand-ins for replays. `refusal`, when
-    there is one, says why `bounded` requests get `exact` here.
+    there is one, says why `bounded` requests get `exact` here. `own` is what was measured where an engine calibrated
+    itself, None where somebody ran `buddymoe profile`.
     """
 
     plan: SlotPlan
@@ -59,6 +61,7 @@ class StandinSetup:
     experts: int
     top_k: int
     access_loss_LE: Floats | None
+    own: tuple[Measured, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,67 +78,129 @@ class NodeBudget:
 
 
 def find_profile(config: EngineConfig, folder: Path) -> Path | None:
-    """The profile to use: the one named, else the one beside the checkpoint.
+    """The profile to use: the one named, else the one beside the checkpoint, else what an engine calibrated by itself.
 
-    Without any, `bounded` keeps every budget by being exact, which is logged (None); `fast` cannot be kept.
+    Without any, `bounded` keeps every budget by being exact (None), and so does `fast` where it is being calibrated.
     Raises ProfileError.
     """
     if config.profile is not None:
         return Path(config.profile)
     found = default_profile_path(folder)
+    if found is not None:
+        return found
+    if calibrates(config):
+        own = CalibrationFolder.of(config, model_hash(folder))
+        return own.profile if own.finished else None
+    serve_without(config)
+    return None
+
+
+def serve_without(config: EngineConfig) -> None:
+    """There is no profile, and none is made: `bounded` is exact, which is logged; `fast` raises ProfileError."""
     hint = f"hint: run buddymoe profile --model {config.model} --corpus FILES first, or set mode exact"
-    if found is None and config.mode == "fast":
+    if config.mode == "fast":
         raise ProfileError(f"mode is fast, must be exact or bounded for a model without profile. {hint}")
-    if found is None:
-        log.warning("%s has no profile, so no stand-in is known: mode bounded serves exact. %s", config.model, hint)
-    return found
+    log.warning("%s has no profile, so no stand-in is known: mode bounded serves exact. %s", config.model, hint)
 
 
 def prepare(
     config: EngineConfig,
     *,
     folder: Path,
+    path: Path,
     layout: ExpertLayout,
     node: NodeBudget,
-) -> StandinSetup | None:
-    """Read the profile beside the checkpoint (or `config.profile`) and split the budget; None when there is none.
+) -> StandinSetup:
+    """Read the profile and split the budget.
 
     Raises ProfileError (missing, damaged, another model's), BudgetError (nothing fits, with the least that does).
     """
-    path = find_profile(config, folder)
-    if path is None:
-        return None
-    fingerprint = model_hash(folder)
-    profile = load_profile(path, model_hash=fingerprint)
-    kinds = STANDINS[config.standin] if config.policy == "ladder" else ()
-    layouts = standin_layouts(standins_folder(path), fingerprint, kinds=kinds, layers=profile.layers)
-    if sum(records.total_bytes for records in layouts.values()) <= _VERIFIED_BYTES:
-        verify_standins(standins_folder(path))
-    if kinds and not layouts:
-        raise ProfileError(
-            f"{path} has no records of {' or '.join(kinds)}, must have them for standin {config.standin}. "
-            "hint: run buddymoe profile again with these kinds"
-        )
-    _same_shape(path, profile, layout)
-    losses = {kind: profile.loss_LE(kind) for kind in (*layouts, "drop")}
-    split = _split(config, layout, profile, layouts, losses, node)
-    layers = config.chosen_layers()
+    known = _Known.read(config, folder=folder, path=path, layout=layout)
+    split = _split(config, layout, known.profile, known.layouts, known.losses, node)
     kind_of = {} if split.plan.fully_resident else split.kind_of
-    record_loss_LE = _loss_of_access(profile, losses, kind_of)
+    return _setup(config, known, replace(split, kind_of=kind_of))
+
+
+def prepare_within(
+    config: EngineConfig, *, folder: Path, path: Path, layout: ExpertLayout, plan: SlotPlan
+) -> StandinSetup:
+    """The same under a plan that is in force, in the bytes that it reserves: a record for every expert, so that its
+    slots may hold any; they are to hold those of largest expected loss. Raises as `prepare`."""
+    known = _Known.read(config, folder=folder, path=path, layout=layout)
+    names, counts = list(known.layouts), layout.experts_per_layer
+    sizes = np.array([known.layouts[name].slot_bytes for name in names], dtype=np.int64)
+    least = int(sizes.min()) * sum(counts)
+    if least > plan.reserved_bytes:
+        raise BudgetError(
+            f"memory reserved for stand-ins is {plan.reserved_bytes} bytes, must be at least {least}. "
+            "hint: start the service again: it finds its profile"
+        )
+    loss_OLE = np.stack([known.accesses_LE * known.losses[name] for name in names])
+    chosen = choose(bytes_of=sizes, loss_of=loss_OLE, budget_bytes=plan.reserved_bytes, experts_per_layer=counts)
+    loss_LE = np.take_along_axis(loss_OLE, np.maximum(chosen.kind_LE, 0)[None], axis=0)[0]
+    hot = tuple(
+        tuple(sorted(np.argsort(-loss_LE[la, :count], kind="stable")[:slots].tolist()))
+        for la, (count, slots) in enumerate(zip(counts, plan.layer_slots, strict=True))
+    )
+    left = float(chosen.loss - sum(loss_LE[la, list(named)].sum() for la, named in enumerate(hot)))
+    kind_of = {ExpertKey(la, e): names[chosen.kind_LE[la, e]] for la, count in enumerate(counts) for e in range(count)}
+    return _setup(config, known, _Chosen(plan=replace(plan, pinned=hot), kind_of=kind_of, loss=left))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """What a profile says: records and, by kind, expected losses `[L, E]` of an access. `own` as in `StandinSetup`."""
+
+    fingerprint: str
+    profile: Profile
+    layouts: Mapping[str, ExpertLayout]
+    losses: Mapping[str, Floats]
+    own: tuple[Measured, ...] | None
+
+    @property
+    def accesses_LE(self) -> Floats:
+        """Squared slot weights of each expert's accesses, per token."""
+        profile = self.profile
+        return (profile.counts_LE * profile.weight2_LE / max(1, profile.calibration_tokens)).astype(np.float32)
+
+    @classmethod
+    def read(cls, config: EngineConfig, *, folder: Path, path: Path, layout: ExpertLayout) -> _Known:
+        fingerprint = model_hash(folder)
+        profile = load_profile(path, model_hash=fingerprint)
+        kinds = STANDINS[config.standin] if config.policy == "ladder" else ()
+        layouts = standin_layouts(standins_folder(path), fingerprint, kinds=kinds, layers=profile.layers)
+        if sum(records.total_bytes for records in layouts.values()) <= _VERIFIED_BYTES:
+            verify_standins(standins_folder(path))
+        if kinds and not layouts:
+            raise ProfileError(
+                f"{path} has no records of {' or '.join(kinds)}, must have them for standin {config.standin}. "
+                "hint: run buddymoe profile again with these kinds"
+            )
+        _same_shape(path, profile, layout)
+        losses = {kind: profile.loss_LE(kind) for kind in (*layouts, "drop")}
+        made = config.profile is None and path != default_profile_path(folder)
+        own = CalibrationFolder(path.parent).measured() if made else None
+        return cls(fingerprint=fingerprint, profile=profile, layouts=layouts, losses=losses, own=own)
+
+
+def _setup(config: EngineConfig, known: _Known, chosen: _Chosen) -> StandinSetup:
+    profile, kind_of, layers = known.profile, chosen.kind_of, config.chosen_layers()
+    record_loss_LE = _loss_of_access(profile, known.losses, kind_of)
     return StandinSetup(
-        plan=split.plan,
+        plan=chosen.plan,
         kind_of=kind_of,
-        layouts=layouts,
+        layouts=known.layouts,
         policy=make_policy(config, profile, loss_LE=record_loss_LE, has_record_LE=_has_record(profile, kind_of)),
         layers=frozenset(range(profile.layers)) if layers is None else layers,
         wants_scores=wants_scores(config),
-        price_of=_pricer(profile, record_loss_LE, split.plan),
-        binding=_binding(fingerprint, config, kind_of),
-        refusal=_refusal(config, profile),
-        expected_loss=split.loss,
+        price_of=_pricer(profile, record_loss_LE, chosen.plan),
+        binding=_binding(known.fingerprint, config, kind_of),
+        refusal=_refusal(config, profile, made=known.own is not None),
+        expected_loss=chosen.loss,
         experts=profile.experts,
         top_k=profile.top_k,
         access_loss_LE=_share_of_worst(_usual_weight2(profile) * record_loss_LE),
+        own=known.own,
     )
 
 
@@ -274,10 +339,11 @@ def _binding(fingerprint: str, config: EngineConfig, kind_of: Mapping[ExpertKey,
     return hashlib.sha256(f"{fingerprint}|{config.expert_dtype}|{config.dense_dtype}|{text}".encode()).hexdigest()
 
 
-def _refusal(config: EngineConfig, profile: Profile) -> str:
-    """Why `bounded` cannot be given here, or nothing."""
+def _refusal(config: EngineConfig, profile: Profile, *, made: bool) -> str:
+    """Why `bounded` cannot be given here, or nothing. An engine's own calibration recommends nothing: it is on trial,
+    and what costs too much is fetched."""
     if not np.isfinite(profile.sensitivity_L).all():
         return "the profile was made with --quick and knows no expected losses; profile again without it"
-    if config.standin == "auto" and profile.recommended is None:
+    if config.standin == "auto" and profile.recommended is None and not made:
         return f"calibration found no stand-in within the budget ({profile.reason})"
     return ""

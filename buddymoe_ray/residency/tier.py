@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from buddymoe_ray.cache import READ_ON_THE_SPOT, DiskReader, EngineCache, ExpertCache, StandinPool, largest_read
 from buddymoe_ray.cache.shared import Room
@@ -44,12 +43,13 @@ from buddymoe_ray.moe import (
     Standins,
     StepState,
     WaveCompute,
-    record_computes,
 )
 from buddymoe_ray.observe import progress
-from buddymoe_ray.policy import Staging, plan_staging, split_slots
-from buddymoe_ray.residency.sharing import Sharing, open_host, open_records, open_store
-from buddymoe_ray.residency.standin_setup import NodeBudget, StandinSetup, prepare
+from buddymoe_ray.policy import MIN_SLOTS, Staging, plan_staging, split_slots
+from buddymoe_ray.residency.calibrations import calibrates, reserved_bytes
+from buddymoe_ray.residency.sharing import Sharing, open_host, open_store
+from buddymoe_ray.residency.standin_records import load_records, open_standins
+from buddymoe_ray.residency.standin_setup import NodeBudget, StandinSetup, find_profile, prepare, serve_without
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
 __all__ = [
@@ -111,8 +111,8 @@ def open_experts(
         cache.warm(progress=progress)
         pool = None
         if setup is not None:
-            room, pool = _load_records(setup, loaded, staging, node)
-        standins = None if setup is None or pool is None else _standins(setup, loaded, maths, pool, config.threads)
+            room, pool = load_records(setup, loaded, staging, node)
+        standins = None if setup is None or pool is None else open_standins(setup, loaded, maths, pool, config.threads)
         ahead = _read_ahead(config, loaded, cache, stands_in=standins is not None)
         waves = _waves(loaded, maths, packed, config.threads)
         blocks = tuple(
@@ -160,8 +160,8 @@ class PlannedStandins:
 
     def open(self, loaded: LoadedModel) -> Standins:
         """Load the records."""
-        _, pool = _load_records(self.setup, loaded, self.staging, None)
-        return _standins(self.setup, loaded, self.maths, pool, self.threads)
+        _, pool = load_records(self.setup, loaded, self.staging, None)
+        return open_standins(self.setup, loaded, self.maths, pool, self.threads)
 
 
 def plan_standins(config: EngineConfig, loaded: LoadedModel, maths: list[ExpertMath]) -> PlannedStandins:
@@ -207,21 +207,17 @@ def plan_memory(
     if node is not None and node.linked:
         scratch *= 2  # peers are answered beside the engine's own steps
     overhead = workers * (scratch + (staging.nbytes if device.type == "cpu" else 0))
-    setup = None
-    if config.mode != "exact":
-        setup = prepare(
-            config,
-            folder=folder,
-            layout=layout,
-            node=NodeBudget(
-                budget_bytes=workers * budget,
-                overhead_bytes=overhead,
-                workers=workers,
-                movable=node is not None and node.movable,
-            ),
-        )
-    plan = setup.plan if setup is not None else _exact_plan(layout, workers * budget, overhead, workers)
-    return plan, setup, staging
+    budgets = NodeBudget(
+        budget_bytes=workers * budget,
+        overhead_bytes=overhead,
+        workers=workers,
+        movable=node is not None and node.movable,
+    )
+    path = None if config.mode == "exact" else find_profile(config, folder)
+    if path is None:
+        return _exact_plan(layout, budgets, _reserved(config, layout, budgets, device)), None, staging
+    setup = prepare(config, folder=folder, path=path, layout=layout, node=budgets)
+    return setup.plan, setup, staging
 
 
 def scratch_bytes(layout: ExpertLayout, compute: torch.dtype, *, as_stored: bool) -> int:
@@ -234,15 +230,28 @@ def scratch_bytes(layout: ExpertLayout, compute: torch.dtype, *, as_stored: bool
     return UpcastScratch.nbytes_for(_shapes(layout), stored=_stored(layout), compute=compute)
 
 
-def _exact_plan(layout: ExpertLayout, budget: int, overhead: int, workers: int) -> SlotPlan:
-    return split_slots(
-        budget_bytes=budget,
+def _exact_plan(layout: ExpertLayout, node: NodeBudget, reserved: int = 0) -> SlotPlan:
+    plan = split_slots(
+        budget_bytes=node.budget_bytes,
         slot_bytes=layout.slot_bytes,
         expert_bytes=layout.expert_bytes,
         experts_per_layer=layout.experts_per_layer,
-        overhead_bytes=overhead,
-        workers=workers,
+        overhead_bytes=node.overhead_bytes + reserved,
+        workers=node.workers,
     )
+    return plan if plan.fully_resident else replace(plan, reserved_bytes=reserved)
+
+
+def _reserved(config: EngineConfig, layout: ExpertLayout, node: NodeBudget, device: torch.device) -> int:
+    """What is set aside for stand-ins that are still to be made; 0 where none will be."""
+    if not calibrates(config):
+        return 0
+    room = node.budget_bytes - node.overhead_bytes - MIN_SLOTS * node.workers * layout.slot_bytes
+    reserved = reserved_bytes(config, layout, room=room, on_cpu=device.type == "cpu")
+    if not reserved:
+        log.warning("memory is too little for stand-ins of all experts: none are made. hint: raise --memory")
+        serve_without(config)
+    return reserved
 
 
 def _open_cache(
@@ -269,46 +278,6 @@ def _open_cache(
         device=loaded.device,
         host_slots=host_bytes // layout.slot_bytes,
         host=host,
-    )
-
-
-def _load_records(
-    setup: StandinSetup, loaded: LoadedModel, staging: Staging, sharing: Sharing | None
-) -> tuple[Room | None, StandinPool]:
-    """The records of the stand-ins, in memory of this engine's own or in the node's."""
-
-    def filled(pool: StandinPool) -> StandinPool:
-        reader = DiskReader(depth=staging.depth, buffer_bytes=staging.buffer_bytes)
-        try:
-            pool.load(reader, progress=progress)
-        finally:
-            reader.close()
-        return pool
-
-    def fill(memory: Tensor) -> None:
-        filled(StandinPool(setup.layouts, setup.kind_of, loaded.device, memory[:nbytes]))
-
-    nbytes = StandinPool.nbytes_for(setup.layouts, setup.kind_of)
-    if sharing is None:
-        return None, filled(StandinPool(setup.layouts, setup.kind_of, loaded.device))
-    room, memory = open_records(sharing, setup, fill)
-    return room, StandinPool(setup.layouts, setup.kind_of, loaded.device, memory)
-
-
-def _standins(
-    setup: StandinSetup, loaded: LoadedModel, maths: list[ExpertMath], pool: StandinPool, threads: int
-) -> Standins:
-    return Standins(
-        policy=setup.policy,
-        pool=pool,
-        compute={
-            kind: record_computes(
-                kind, setup.layouts[kind], maths, threads=threads, device=loaded.device, dtype=loaded.compute_dtype
-            )
-            for kind in sorted(set(setup.kind_of.values()))
-        },
-        experts_per_layer=loaded.layout.experts_per_layer,
-        layers=setup.layers,
     )
 
 

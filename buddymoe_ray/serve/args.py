@@ -70,6 +70,8 @@ class ServeArgs(BaseModel):
     standin_layers: str | None = EngineConfig.standin_layers
     policy: str = EngineConfig.policy
     profile: str | None = EngineConfig.profile
+    calibrate: str = EngineConfig.calibrate
+    cache_dir: str | None = EngineConfig.cache_dir
     expert_dtype: str = EngineConfig.expert_dtype
     dense_dtype: str = EngineConfig.dense_dtype
     guard_share: float = EngineConfig.guard_share

@@ -24,6 +24,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from buddymoe_ray.errors import CapacityError, RequestError
+from buddymoe_ray.observe import CalibrationSnapshot
 from buddymoe_ray.serve.calls import CHAT, COMPLETIONS, MAX_BODY_BYTES, Endpoint, ModelNames, open_call, too_long
 from buddymoe_ray.serve.metrics import exposition
 from buddymoe_ray.serve.refusals import envelope, failure, refusal_of
@@ -96,11 +97,14 @@ def _public_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
     @router.api_route("/health", methods=[*READ])
     async def health(request: Request) -> Response:
         """200 when every worker is well, else 503; what is not is named to those who may use the service."""
-        problems = await last.problems()
+        problems, calibration = await last.found()
         body: dict[str, object] = {"status": "unhealthy" if problems else "ok"}
         with suppress(_Refused):
             await check(request)
             body["problems"] = problems
+            if calibration.state != "none":
+                names = ("state", "tokens", "percent", "record_bytes", "reason")
+                body["calibration"] = {name: getattr(calibration, name) for name in names}
         return _json(json.dumps(body).encode(), status=503 if problems else 200)
 
     return router
@@ -112,14 +116,21 @@ class _Health:
     def __init__(self, workers: Workers, seconds: float) -> None:
         self._workers, self._seconds = workers, seconds
         self._asked = -math.inf
-        self._answer: asyncio.Future[tuple[str | None, ...]] | None = None
+        self._answer: asyncio.Future[tuple[list[str], CalibrationSnapshot]] | None = None
 
-    async def problems(self) -> list[str]:
-        """What is wrong with any worker."""
+    async def found(self) -> tuple[list[str], CalibrationSnapshot]:
+        """What is wrong with any worker, and the calibration of the one that is least far with it."""
         now = time.monotonic()
         if self._answer is None or (self._answer.done() and now - self._asked >= self._seconds):
-            self._asked, self._answer = now, asyncio.ensure_future(self._workers.health())
-        return [problem for problem in await asyncio.shield(self._answer) if problem is not None]
+            self._asked, self._answer = now, asyncio.ensure_future(self._ask())
+        return await asyncio.shield(self._answer)
+
+    async def _ask(self) -> tuple[list[str], CalibrationSnapshot]:
+        problems = [problem for problem in await self._workers.health() if problem is not None]
+        if problems:
+            return problems, CalibrationSnapshot()  # who does not answer is not asked again
+        found = [report.snapshot.calibration for report in await self._workers.reports()]
+        return [], min(found, key=lambda one: (one.state != "collecting", one.percent), default=CalibrationSnapshot())
 
 
 def _metrics_routes(workers: Workers, settings: HttpSettings) -> APIRouter:

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.serve.work import WorkerReport
-from buddymoe_ray.types import GuardState
+from buddymoe_ray.types import CalibrationState, GuardState
 
 __all__ = ["METRICS", "Metric", "exposition"]
 
@@ -87,6 +87,18 @@ METRICS: tuple[Metric, ...] = (
         help="1 at the guard's state: off, ok, or tripped (the model serves exact).",
         read=lambda s: {state: float(state == s.guard.state) for state in get_args(GuardState)},
         label="state",
+    ),
+    Metric(
+        name="buddymoe_calibration_state",
+        kind="gauge",
+        help="1 at the state of the model's own calibration: none, collecting, ready or refused.",
+        read=lambda s: {state: float(state == s.calibration.state) for state in get_args(CalibrationState)},
+        label="state",
+    ),
+    _gauge("buddymoe_calibration_percent", "How much of it is done.", lambda s: s.calibration.percent),
+    _gauge("buddymoe_calibration_tokens", "Tokens that it measured stand-ins on.", lambda s: s.calibration.tokens),
+    _gauge(
+        "buddymoe_calibration_record_bytes", "Bytes of its stand-ins on disk.", lambda s: s.calibration.record_bytes
     ),
     _gauge("buddymoe_guard_measured_kl", "Measured cost of stand-ins (nats per token).", lambda s: s.guard.measured_kl),
     _gauge("buddymoe_guard_measured_se", "Standard error of the measured cost.", lambda s: s.guard.measured_se),

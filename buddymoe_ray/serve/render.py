@@ -13,6 +13,7 @@ from typing import Protocol
 
 from buddymoe_ray.serve.replies import (
     BuddyUsage,
+    CalibrationBody,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -222,6 +223,7 @@ def _usage(usage: Usage) -> UsageBody:
         expected_rise=usage.expected_rise,
         resumed=usage.resumed,
         guard=usage.guard,
+        calibration=CalibrationBody(**asdict(usage.calibration)),
         **({} if usage.record is None else {"record": usage.record}),
     )
     details = PromptTokensBody(cached_tokens=usage.cached_tokens)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from buddymoe_ray.types import GuardState, Mode
+from buddymoe_ray.types import CalibrationState, GuardState, Mode
 
 __all__ = [
     "BuddyUsage",
@@ -67,16 +67,24 @@ class StandinsBody(_JsonBody):
     drop: int
 
 
+class CalibrationBody(_JsonBody):
+    """How far the service's own calibration was when the request came, and on how many tokens it measured stand-ins;
+    `none` where there is nothing to calibrate."""
+
+    state: CalibrationState
+    tokens: int
+
+
 class BuddyUsage(_JsonBody):
     """`usage.buddymoe`: what the answer cost, in expert accesses (token, slot) of its decode steps.
 
-    `mode` is what the request got: not `requested_mode` once `guard` is `tripped`, or where no stand-in is within any
-    budget. `budget` (nats per generated token) is null but for a `bounded` request. `hits` found their expert resident,
-    `peer` were computed exactly by another worker, `fetched` waited for the expert, `standins` were answered by
-    something else. `expected_rise` is what they were charged: nats of loss, summed over the completion, in mode
-    `bounded` at most `budget` times its tokens. `resumed` tokens were made before the answer last moved to another
-    worker; their uses and charges are not counted. `record` is there for a request that asked for it; it goes into
-    `buddymoe.replay`.
+    `mode` is what the request got: not `requested_mode` once `guard` is `tripped`, before `calibration` is ready, or
+    where no stand-in is within any budget. `budget` (nats per generated token) is null but for a `bounded` request.
+    `hits` found their expert resident, `peer` were computed exactly by another worker, `fetched` waited for the
+    expert, `standins` were answered by something else. `expected_rise` is what they were charged: nats of loss, summed
+    over the completion, in mode `bounded` at most `budget` times its tokens. `resumed` tokens were made before the
+    answer last moved to another worker; their uses and charges are not counted. `record` is there for a request that
+    asked for it; it goes into `buddymoe.replay`.
     """
 
     mode: Mode
@@ -89,6 +97,7 @@ class BuddyUsage(_JsonBody):
     expected_rise: float
     resumed: int
     guard: GuardState
+    calibration: CalibrationBody = CalibrationBody(state="none", tokens=0)
     record: str | None = None
 
 

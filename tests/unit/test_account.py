@@ -40,6 +40,16 @@ def test_bounded_never_spends_more_than_it_accrued() -> None:
     assert one.standins == StandinAccesses(lowbit=1999) and one.hits == 1999 and one.budget == 0.01
 
 
+def test_losses_count_as_often_as_they_are_not_trusted() -> None:
+    """A row may spend half of what its ledger has where each nat is charged twice."""
+    one, half = account("bounded"), account("bounded", factor=2.0)
+    for each in (one, half):
+        each.begin("off")
+    assert half.allowance == one.allowance / 2 and half.allowance > 0
+    half.settle(outcome(1, 0, [1, 0, 0, 0, 0], half.allowance), 0)
+    assert half.expected_rise == pytest.approx(one.allowance) and half.allowance == pytest.approx(0.0, abs=1e-6)
+
+
 def test_a_tripped_guard_makes_it_exact_and_says_so() -> None:
     for mode in ("bounded", "fast"):
         one = account(mode)  # type: ignore[arg-type]
@@ -54,7 +64,7 @@ def test_a_tripped_guard_makes_it_exact_and_says_so() -> None:
 
 
 def test_where_no_stand_in_keeps_a_budget_bounded_is_exact() -> None:
-    one = account("bounded", refused=True)
+    one = account("bounded", factor=math.inf)
     one.begin("off")
     assert (one.mode, one.requested_mode, one.allowance) == ("exact", "bounded", 0.0)
     one.settle(outcome(2, 2, [0, 0, 0, 0, 0], 0.0), 0)

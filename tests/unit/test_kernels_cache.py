@@ -121,7 +121,7 @@ def test_no_folder_is_no_error(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with caplog.at_level(logging.INFO):
         assert code_folder() is None
-    assert "machine code is not kept" in caplog.text
+    assert "machine code is compiled by every process" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

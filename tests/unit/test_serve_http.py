@@ -114,6 +114,7 @@ async def test_usage_says_what_a_mode_cost(path: str) -> None:
         "expected_rise": 0.006,
         "resumed": 0,
         "guard": "ok",
+        "calibration": {"state": "none", "tokens": 0},
     }
 
 

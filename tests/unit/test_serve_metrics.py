@@ -10,7 +10,7 @@ import pytest
 from asgi import TEXT, serving
 from fakes import FakeEngine
 
-from buddymoe_ray.observe import EngineSnapshot, GuardSnapshot
+from buddymoe_ray.observe import CalibrationSnapshot, EngineSnapshot, GuardSnapshot
 from buddymoe_ray.serve import ray_metrics
 from buddymoe_ray.serve.metrics import METRICS, exposition
 from buddymoe_ray.serve.ray_metrics import RayMetrics
@@ -39,6 +39,7 @@ SNAPSHOT = EngineSnapshot(
     cached_tokens=20,
     read_ahead_useful_bytes=22,
     read_ahead_wasted_bytes=23,
+    calibration=CalibrationSnapshot(state="collecting", tokens=24, percent=25.5, record_bytes=26),
     guard=GuardSnapshot(state="tripped", measured_kl=0.5, measured_se=0.125, predicted=0.0625, sampled_tokens=17),
 )
 LINE = re.compile(r'^(\w+)\{((?:\w+="(?:[^"\\]|\\.)*",?)*)\} (\S+)$')
@@ -87,6 +88,13 @@ def test_every_count_of_a_worker_is_written_under_its_name() -> None:
         ("buddymoe_cached_tokens_total", who): 20,
         ("buddymoe_read_ahead_useful_bytes_total", who): 22,
         ("buddymoe_read_ahead_wasted_bytes_total", who): 23,
+        **{
+            ("buddymoe_calibration_state", f'{who},state="{state}"'): state == "collecting"
+            for state in ("none", "collecting", "ready", "refused")
+        },
+        ("buddymoe_calibration_percent", who): 25.5,
+        ("buddymoe_calibration_tokens", who): 24,
+        ("buddymoe_calibration_record_bytes", who): 26,
         ("buddymoe_guard_state", f'{who},state="off"'): 0,
         ("buddymoe_guard_state", f'{who},state="ok"'): 0,
         ("buddymoe_guard_state", f'{who},state="tripped"'): 1,
@@ -115,7 +123,7 @@ def test_labels_are_escaped() -> None:
 
 
 def test_series_are_few_whatever_is_served() -> None:
-    assert sum(len(metric.read(SNAPSHOT)) for metric in METRICS) <= 32
+    assert sum(len(metric.read(SNAPSHOT)) for metric in METRICS) <= 36
     kinds = next(metric for metric in METRICS if metric.label == "kind")
     assert set(kinds.read(SNAPSHOT)) == {field.name for field in fields(StandinAccesses)}
     assert len({metric.name for metric in METRICS}) == len(METRICS)

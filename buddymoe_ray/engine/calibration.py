@@ -1,0 +1,209 @@
+"""An engine's own calibration: has stand-ins made by a process beside it, and takes them over between two steps.
+
+The process (`calibrate.background`) is niced and ends with this one, whatever ends it; it goes on where an earlier one
+stopped, and waits for one of another engine. A thread waits for it and reads its records; only the step thread touches
+the model. Nothing of a request leaves this process. Invariant: records take what the plan in force reserves.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from buddymoe_ray.config import EngineConfig, parse_memory
+from buddymoe_ray.engine import one_call
+from buddymoe_ray.engine.guard import GuardWork
+from buddymoe_ray.engine.runner import Runner
+from buddymoe_ray.engine.scheduler import Scheduler
+from buddymoe_ray.engine.trial import Trial
+from buddymoe_ray.errors import CacheError, ProfileError
+from buddymoe_ray.models.fingerprint import model_hash
+from buddymoe_ray.models.load import LoadedModel
+from buddymoe_ray.moe import StepState
+from buddymoe_ray.observe import CalibrationSnapshot
+from buddymoe_ray.policy import Guard
+from buddymoe_ray.residency.calibrations import CalibrationFolder, maker_bytes
+from buddymoe_ray.residency.sharing import Sharing
+from buddymoe_ray.residency.standin_records import LateStandins, bring_standins
+from buddymoe_ray.residency.standin_setup import StandinSetup
+from buddymoe_ray.residency.tier import ExpertTier
+
+__all__ = ["Calibration", "Checks"]
+
+log = logging.getLogger(__name__)
+
+_MODULE = "buddymoe_ray.calibrate.background"
+_TRIES, _LOGGED_SECONDS = 3, 15.0
+
+
+class Checks:
+    """Makes what checks stand-ins while they serve."""
+
+    def __init__(self, config: EngineConfig, runner: Runner, scheduler: Scheduler, step: StepState) -> None:
+        self._config, self._runner, self._scheduler, self._step = config, runner, scheduler, step
+
+    def open(self, setup: StandinSetup | None) -> tuple[GuardWork | None, Trial | None]:
+        """For these stand-ins. Nothing checks where there are none; those of a profile that somebody made are guarded,
+        if the config wants that, those of an engine's own are on trial too."""
+        config, trial = self._config, None
+        if setup is not None and setup.own is not None and not setup.plan.fully_resident:
+            trial = Trial(config, setup, self._step, replays=self._runner.packed)
+        if setup is None or not config.guard_share:
+            return None, trial
+        limit = config.budget if config.mode == "bounded" else max(config.budget, 2 * setup.expected_loss)
+        guard = Guard(limit=limit)
+        share, runner, scheduler = config.guard_share, self._runner, self._scheduler
+        return GuardWork(guard=guard, runner=runner, scheduler=scheduler, share=share, trial=trial), trial
+
+
+class Calibration:
+    """Of one engine; without anything to calibrate it says so. `wake` is called, from another thread, once there is
+    something to take over."""
+
+    def __init__(
+        self, config: EngineConfig, loaded: LoadedModel, experts: ExpertTier, checks: Checks, sharing: Sharing | None
+    ) -> None:
+        self.wake: Callable[[], None] = lambda: None
+        self._config, self._loaded, self._experts, self._sharing = config, loaded, experts, sharing
+        self._checks = checks
+        self._late: LateStandins | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._setup, self._failure, self._closed = experts.setup, "", threading.Event()
+        self.guard, self._trial = checks.open(experts.setup)
+        self._folder: CalibrationFolder | None = None
+        if experts.cache.plan.reserved_bytes:
+            self._folder = CalibrationFolder.of(config, model_hash(loaded.folder))
+            log.warning(
+                "%s has no profile: mode exact serves while stand-ins are made in %s. %.0f MB of the experts' memory "
+                "are set aside for them. hint: --calibrate off",
+                *(config.model, self._folder.path, experts.cache.plan.reserved_bytes / 1e6),
+            )
+
+    def start(self) -> None:
+        """Have made what is missing. What can be taken over later is waited for by a thread."""
+        if self._folder is not None:
+            threading.Thread(target=self._wait, name="calibration", daemon=True).start()
+
+    @property
+    def arrived(self) -> bool:
+        """Whether stand-ins wait to be taken over."""
+        return self._late is not None
+
+    def snapshot(self) -> CalibrationSnapshot:
+        """How far it is. From any thread."""
+        if self._trial is not None and self._setup is not None:
+            trust, refusal = self._trial.trust, self._setup.refusal
+            return CalibrationSnapshot(
+                state="refused" if refusal else trust.state,
+                tokens=trust.tokens,
+                percent=100.0,
+                record_bytes=sum(records.total_bytes for records in self._setup.layouts.values()),
+                factor=trust.factor,
+                reason=refusal or ("" if trust.state == "ready" else trust.reason),
+            )
+        if self._folder is None:
+            return CalibrationSnapshot()
+        made = self._folder.progress()
+        return CalibrationSnapshot(
+            state="refused" if self._failure else "collecting",
+            percent=made.percent,
+            record_bytes=made.record_bytes,
+            factor=math.inf,
+            reason=self._failure or f"stand-ins are being calibrated, {made.percent:.0f} % is done",
+        )
+
+    def take_over(self) -> ExpertTier:
+        """Let what has arrived answer from the next pass on. On the step thread, between steps."""
+        late, experts = self._late, self._experts
+        assert late is not None, "nothing has arrived"
+        self._late = None
+        try:
+            late.settle(experts.cache)
+        except CacheError as error:  # whoever needs that expert meets it again
+            log.warning("not all experts could be made resident: %s", error)
+        for block in experts.blocks:
+            block.begin_standing_in(late.standins)
+        one_call.renew(self._loaded.model)
+        self._setup = late.setup
+        self.guard, self._trial = self._checks.open(late.setup)
+        nbytes = late.standins.pool.nbytes
+        self._experts = replace(experts, setup=late.setup, standin_bytes=nbytes, room=late.room)
+        return self._experts
+
+    def close(self) -> None:
+        """End the process; what it has made stays. Safe to call twice."""
+        self._closed.set()
+        if self._process is not None:
+            self._process.kill()
+        late, self._late = self._late, None
+        if late is not None and late.room is not None:
+            late.room.close()
+
+    def _wait(self) -> None:
+        """Until everything is made and read."""
+        assert self._folder is not None, "nothing is calibrated"
+        try:
+            self._run(self._folder)
+            if not self._closed.is_set():
+                config, loaded, cache = self._config, self._loaded, self._experts.cache
+                self._late = bring_standins(config, loaded, cache, self._folder.profile, self._sharing)
+                self.wake()
+        except Exception as error:
+            self._failure = str(error)
+            log.warning("stand-ins could not be calibrated: %s", error)
+
+    def _run(self, folder: CalibrationFolder) -> None:
+        """Have the folder filled. Raises ProfileError with what the process said."""
+        for _ in range(_TRIES):
+            with tempfile.TemporaryFile() as said:
+                self._process = process = self._spawn(folder, said.fileno())
+                if self._closed.is_set():
+                    process.kill()
+                while (status := self._ended(process)) is None:
+                    made = folder.progress()
+                    log.info("calibration: %s, %.0f %%, %.0f MB", made.phase, made.percent, made.record_bytes / 1e6)
+                if status == 0 or self._closed.is_set():
+                    return
+                said.seek(0)
+                last = said.read().decode(errors="replace").strip().splitlines()[-1:]
+            if status > 0:
+                break  # it said why; one that was killed may have more luck
+        raise ProfileError("".join(last) or f"{_MODULE} ended with status {status}. hint: run buddymoe profile")
+
+    def _spawn(self, folder: CalibrationFolder, said: int) -> subprocess.Popen[bytes]:
+        config, cache = self._config, self._experts.cache
+        layout = cache.layout
+        workers = 1 if self._sharing is None else self._sharing.workers
+        percent = (
+            100 * workers * parse_memory(config.memory, total_expert_bytes=layout.total_bytes) / layout.total_bytes
+        )
+        command = [
+            *(sys.executable, "-m", _MODULE, str(self._loaded.folder), "--into", str(folder.path)),
+            *("--memory-percent", f"{percent:.4f}"),
+            *("--maker-bytes", str(maker_bytes(self._loaded.layout))),
+            *("--record-bytes", str(cache.plan.reserved_bytes)),
+        ]
+        package = str(Path(__file__).parents[2])
+        paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,  # it ends when this end is closed, as by kill -9
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            env={**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""},
+        )
+
+    @staticmethod
+    def _ended(process: subprocess.Popen[bytes]) -> int | None:
+        try:
+            return process.wait(_LOGGED_SECONDS)
+        except subprocess.TimeoutExpired:
+            return None

@@ -1,0 +1,49 @@
+"""An engine's counters at one moment, put together from its parts. Reads, decides nothing; safe from any thread."""
+
+from __future__ import annotations
+
+from buddymoe_ray.engine.account import StepTotals
+from buddymoe_ray.engine.scheduler import Scheduler
+from buddymoe_ray.observe import CalibrationSnapshot, EngineSnapshot, GuardSnapshot
+from buddymoe_ray.residency.tier import ExpertTier
+
+__all__ = ["engine_snapshot"]
+
+
+def engine_snapshot(
+    scheduler: Scheduler,
+    experts: ExpertTier,
+    spent: StepTotals,
+    *,
+    steps: int,
+    guard: GuardSnapshot,
+    calibration: CalibrationSnapshot,
+) -> EngineSnapshot:
+    """What `Engine.snapshot` tells."""
+    stats, layout = experts.cache.stats(), experts.cache.layout
+    counts, ahead = layout.experts_per_layer, experts.ahead
+    return EngineSnapshot(
+        running=scheduler.num_running,
+        waiting=scheduler.num_waiting,
+        free_kv_blocks=scheduler.free_blocks,
+        total_kv_blocks=scheduler.num_blocks,
+        preemptions=scheduler.preemptions,
+        prompt_tokens=scheduler.prompt_tokens,
+        cached_tokens=scheduler.cached_tokens,
+        steps=steps,
+        hits=stats.hits,
+        misses=stats.misses,
+        bytes_loaded_device=stats.bytes_loaded_device,
+        bytes_read_disk=stats.bytes_read_disk,
+        stall_seconds=stats.stall_seconds,
+        access_hits=spent.hits,
+        access_peer=spent.peer,
+        access_fetched=spent.fetched,
+        standins=spent.standins,
+        expected_rise=spent.expected_rise,
+        read_ahead_useful_bytes=0 if ahead is None else ahead.gain.useful * layout.expert_bytes,
+        read_ahead_wasted_bytes=0 if ahead is None else ahead.gain.wasted * layout.expert_bytes,
+        residency=sum(int(experts.cache.resident_mask(layer).sum()) for layer in range(len(counts))) / sum(counts),
+        guard=guard,
+        calibration=calibration,
+    )

@@ -1,0 +1,208 @@
+"""An engine without profile: exact at once, stand-ins made by a process beside it, taken over while it serves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from families import build_checkpoint
+
+from buddymoe_ray import LLM
+from buddymoe_ray.cache.shared.locks import TABLES_BYTE, FileLocks
+from buddymoe_ray.calibrate import background
+from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.errors import ConfigError, ProfileError, RequestError
+from buddymoe_ray.models.fingerprint import model_hash
+from buddymoe_ray.models.resolve import resolve_model
+from buddymoe_ray.residency.calibrations import CalibrationFolder
+
+PROMPTS = ["def add(a, b):\n", "import os\nimport sys\n", "class Queue:\n    def __init__(self):\n", "The following"]
+MAKER, ALL = 700_000, 4_000_000
+FEW = {"_LEAST_TEXTS": 16, "_MOST_TEXTS": 16, "_CHECKED_TEXTS": 8, "_ROUNDING_MINUTES": 0.0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """builtin:tiny without its profile."""
+    folder = tmp_path_factory.mktemp("model")
+    for path in resolve_model("builtin:tiny").iterdir():
+        if path.is_file() and not path.name.startswith("buddymoe."):
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> CalibrationFolder:
+    """A whole calibration on a few texts."""
+    patch = pytest.MonkeyPatch()
+    for name, value in FEW.items():
+        patch.setattr(background, name, value)
+    config = EngineConfig(mode="bounded", cache_dir=str(tmp_path_factory.mktemp("cache") / "own"))
+    folder = CalibrationFolder.of(config, model_hash(model))
+    background.fill(folder, str(model), 50.0, MAKER, ALL)
+    patch.undo()
+    return folder
+
+
+@pytest.fixture
+def cache(made: CalibrationFolder, tmp_path: Path) -> Path:
+    """A cache that holds a copy of it."""
+    shutil.copytree(made.path.parent, tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def folder_in(cache: Path) -> CalibrationFolder:
+    return CalibrationFolder(next(cache.iterdir()))
+
+
+def served(model: Path, cache: Path, **options: object) -> LLM:
+    chosen = {"memory": "50%", "mode": "bounded", "cache_dir": str(cache), "max_running": 4} | options
+    return LLM(str(model), **chosen)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def exact_tokens(model: Path) -> list[tuple[int, ...]]:
+    with LLM(str(model), memory="100%") as llm:
+        return [result.token_ids for result in llm.generate(PROMPTS, max_tokens=24)]
+
+
+def test_a_calibration_is_for_its_user_alone_and_has_nobodys_text(made: CalibrationFolder) -> None:
+    assert stat.S_IMODE(made.path.stat().st_mode) == stat.S_IMODE(made.path.parent.stat().st_mode) == 0o700
+    names = {path.name for path in made.path.iterdir()}
+    assert names == {"made.profile", "made.standins", "measured.json", "progress.json", "text.json"}
+    assert made.finished and made.progress().percent == 100 and made.progress().record_bytes > 4_000_000
+    assert len(made.measured()) == 8 and all(row.tokens == 192 and row.predicted > 0 for row in made.measured())
+
+
+def test_exact_at_once_and_stand_ins_as_soon_as_there_are_any(
+    model: Path, made: CalibrationFolder, cache: Path, exact_tokens: list[tuple[int, ...]]
+) -> None:
+    folder = folder_in(cache)
+    os.replace(folder.path / "measured.json", folder.path / "measured.later")
+    locks = FileLocks(os.open(folder.lock, os.O_RDWR | os.O_CREAT, 0o600))
+    locks.lock(TABLES_BYTE)  # as another process does that fills the folder
+    with served(model, cache) as llm:
+        engine, plan = llm.engine, llm.engine.cache.plan
+        first = llm.generate(PROMPTS, max_tokens=24)
+        assert [result.token_ids for result in first] == exact_tokens
+        assert {result.usage.calibration.state for result in first} == {"collecting"}
+        assert {(result.usage.mode, result.usage.requested_mode) for result in first} == {("exact", "bounded")}
+        with pytest.raises(RequestError, match=r"mode is fast, must be exact: stand-ins are being calibrated, \d+ %"):
+            llm.generate(PROMPTS[0], mode="fast")
+        os.replace(folder.path / "measured.later", folder.path / "measured.json")
+        locks.close()
+        until = time.monotonic() + 120
+        while not engine.calibration.arrived and time.monotonic() < until:
+            time.sleep(0.05)
+        assert engine.calibration.arrived, engine.calibration.snapshot()
+        engine.drain()
+        assert engine.snapshot().calibration.state == "ready"
+        later = llm.generate(PROMPTS, max_tokens=24)
+        assert {(r.usage.mode, r.usage.calibration.state) for r in later} == {("bounded", "ready")}
+        assert all(r.usage.standins.lowbit > 0 and r.usage.expected_rise <= 0.003 * 24 for r in later)
+        assert llm.generate(PROMPTS, mode="exact", max_tokens=24)[0].token_ids == exact_tokens[0]
+        assert engine.cache.plan.layer_slots == plan.layer_slots and 0 < engine.standin_bytes <= plan.reserved_bytes
+        assert plan.slots_total * plan.slot_bytes + plan.overhead_bytes <= plan.budget_bytes
+        engine.cache.check_integrity()
+
+
+def test_the_next_engine_finds_it_and_begins_with_half_the_budget(model: Path, cache: Path) -> None:
+    with served(model, cache) as llm:
+        assert llm.engine.calibration._process is None and not llm.engine.cache.plan.reserved_bytes
+        state = llm.engine.snapshot().calibration
+        assert state.state == "ready" and state.tokens == 8 * 192 and state.factor >= 2.0
+        usage = llm.generate(PROMPTS[0], max_tokens=24)[0].usage
+        assert usage.mode == "bounded" and usage.standins.lowbit > 0
+
+
+@pytest.mark.parametrize("mode", ["bounded", "fast"])
+def test_requests_decide_where_own_texts_say_nothing(
+    model: Path, cache: Path, mode: str, exact_tokens: list[tuple[int, ...]]
+) -> None:
+    """Exact requests are run again with stand-ins, and confirm what was expected of these."""
+    folder = folder_in(cache)
+    folder.write_measured(folder.measured()[:3])
+    with served(model, cache, mode=mode) as llm:
+        engine = llm.engine
+        assert engine.snapshot().calibration.state == "collecting"
+        prompts = [*PROMPTS, *(PROMPTS[at % 4] + f"# {at}\n" for at in range(12))]
+        first = [llm.generate(prompt, max_tokens=24)[0] for prompt in prompts[:7]]
+        assert [result.token_ids for result in first[:4]] == exact_tokens, "replays changed a request"
+        assert all(result.usage.mode == "exact" for result in first)
+        for prompt in prompts[7:]:
+            llm.generate(prompt, max_tokens=24)
+        seen = engine.snapshot().calibration
+        assert seen.state == "ready" and seen.tokens > 3 * 192 + 100 and 1.0 <= seen.factor <= 2.0
+        later = llm.generate(PROMPTS, max_tokens=24)
+        assert all(r.usage.mode == mode and r.usage.standins.lowbit > 0 for r in later)
+        engine._scheduler.check_integrity()
+        assert engine.snapshot().free_kv_blocks == engine.snapshot().total_kv_blocks
+
+
+def test_what_cannot_be_calibrated_is_said(model: Path, cache: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    with served(model, empty, calibrate="off") as llm:
+        usage = llm.generate(PROMPTS[0], max_tokens=4)[0].usage
+        assert (usage.mode, usage.calibration.state) == ("exact", "none") and not empty.exists()
+    with pytest.raises(ProfileError, match="mode is fast, must be exact or bounded"):
+        served(model, empty, mode="fast", calibrate="off")
+    with pytest.raises(ProfileError, match="mode is fast, must be exact or bounded"):
+        served(model, empty, mode="fast", standin="buddy:router")
+    with pytest.raises(ConfigError, match="calibrate is 'on', must be auto or off"):
+        EngineConfig(mode="bounded", calibrate="on")
+    cache.chmod(0o777)
+    with pytest.raises(ProfileError, match=r"with mode 777, must be a folder of user \d+ that nobody else can write"):
+        served(model, cache)
+
+
+@pytest.mark.parametrize("name", ["measured.json", "text.json", "progress.json"])
+@pytest.mark.parametrize(
+    "content", ["", "[[1", '[{"tokens": "x"}]', "null", "{}", '[{"tokens":1,"kl":NaN,"predicted":1}]']
+)
+def test_a_damaged_file_is_as_none(cache: Path, name: str, content: str) -> None:
+    folder = folder_in(cache)
+    (folder.path / name).write_text(content)
+    found = {"measured.json": folder.measured, "text.json": folder.text, "progress.json": folder.progress}[name]()
+    assert not found or found.percent == 0.0  # type: ignore[union-attr]
+    assert folder.finished == (name != "measured.json")
+
+
+def test_killed_in_the_middle_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_checkpoint("qwen3_moe", tmp_path / "model", max_position_embeddings=520)
+    folder = CalibrationFolder.of(EngineConfig(mode="bounded", cache_dir=str(tmp_path / "c")), model_hash(model))
+    changed = "; ".join(f"b.{name} = {value}" for name, value in FEW.items())
+    command = [sys.executable, "-c", f"import buddymoe_ray.calibrate.background as b; {changed}; b.main()"]
+    command += [str(model), "--into", str(folder.path), "--memory-percent", "50"]
+    command += ["--maker-bytes", str(MAKER), "--record-bytes", str(ALL)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    until = time.monotonic() + 120
+    while not list(folder.path.glob("made.standins/*.safetensors")) and time.monotonic() < until:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in (folder.path / "made.standins").glob("*.safetensors")}
+    kept[folder.path / "text.json"] = (folder.path / "text.json").stat().st_mtime_ns
+    assert len(kept) > 1 and not folder.finished
+    for name, value in FEW.items():
+        monkeypatch.setattr(background, name, value)
+    background.fill(folder, str(model), 50.0, MAKER, ALL)
+    assert folder.finished
+    assert all(path.stat().st_mtime_ns == then for path, then in kept.items()), "what was there was made again"
+    assert len(json.loads((folder.path / "measured.json").read_text())) == 8
+
+
+def test_it_ends_with_whoever_started_it(model: Path, tmp_path: Path) -> None:
+    folder = CalibrationFolder.of(EngineConfig(mode="bounded", cache_dir=str(tmp_path / "c")), model_hash(model))
+    command = [sys.executable, "-m", "buddymoe_ray.calibrate.background", str(model), "--into", str(folder.path)]
+    command += ["--memory-percent", "50", "--maker-bytes", str(MAKER), "--record-bytes", str(ALL)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(timeout=60) == 3
