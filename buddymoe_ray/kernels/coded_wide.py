@@ -71,6 +71,7 @@ class _Wide(CodedTiles):
         super().__init__(fmt, permutes)
         self._many = {4: (3, 2, 1), 1: (3, 2, 1)}
         self._counted = [12 + round(2 * sign * value) for sign in (1, -1) for value in E2M1]  # 0 to 24, in halves
+        self._left: tuple[Any, Any] | None = None  # bytes of codes and scales, where four groups are not whole
         self._middle, self._unit = (12, 0.5) if fmt.codes == "mxfp4" else (8, 1.0)
 
     def _tile(self, outputs: int, rows: int) -> Any:
@@ -97,34 +98,21 @@ class _Wide(CodedTiles):
             self._add_four(b, here, factors, [b.add(place, b.mul(turn, I64(ROW))) for place in x], totals)
         left = b.sub(K, b.mul(whole, I64(FOUR)))
         with b.if_then(b.icmp_signed(">", left, I64(0))):
-            here, factors = [self._room_of(b, CODES) for _ in w], [self._room_of(b, 4 * size) for _ in w]
-            left_scales = b.mul(b.sub(C, b.mul(whole, I64(per))), I64(size))
-            for source, target, scale, factor in zip(w, here, s, factors, strict=True):
-                count = b.mul(b.sdiv(b.add(left, I64(7)), I64(8)), I64(4))
-                self._copied(b, b.add(source, b.mul(whole, I64(CODES))), target, count, CODES)
-                self._copied(b, b.add(scale, b.mul(whole, I64(per * size))), factor, left_scales, 4 * size)
+            here = [b.add(place, b.mul(whole, I64(CODES))) for place in w]
+            factors = [b.add(place, b.mul(whole, I64(per * size))) for place in s]
+            self._left = b.mul(b.sdiv(b.add(left, I64(7)), I64(8)), I64(4)), b.sub(C, b.mul(whole, I64(per)))
             self._add_four(b, here, factors, [b.add(place, b.mul(whole, I64(ROW))) for place in x], totals)
+            self._left = None
         for out, row in zip(y, totals, strict=True):
             for i, place in enumerate(row):
                 b.store(lane_sum(b, b.load(place)), at(b, out, F32, 4 * i), align=4)
         b.ret_void()
         return tile
 
-    def _room_of(self, b: Any, size: int) -> Any:
-        with b.goto_entry_block():
-            return b.ptrtoint(b.alloca(ir.ArrayType(I8, size)), I64)
-
-    def _copied(self, b: Any, source: Any, target: Any, count: Any, size: int) -> None:
-        """`count` bytes and zeros behind them, `size` in all."""
-        with loop(b, I64(size)) as i:
-            b.store(I8(0), at(b, target, I8, i))
-        with loop(b, count) as i:
-            b.store(load(b, source, I8, i), at(b, target, I8, i))
-
     def _add_four(self, b: Any, codes: list[Any], scales: list[Any], rows: list[Any], totals: list[list[Any]]) -> None:
         """`totals += scale * step * dot` of four groups."""
         for i, (place, factor) in enumerate(zip(codes, scales, strict=True)):
-            held = load(b, place, BYTES)
+            held = self._codes(b, place)
             low, high = b.and_(held, const(BYTES, 15)), b.lshr(held, const(BYTES, 4))
             evens, odds = (b.bitcast(self._counts(b, nibbles), INTS) for nibbles in (low, high))
             scale = self._lanes_of(b, factor)
@@ -135,6 +123,14 @@ class _Wide(CodedTiles):
                 dot = b.sitofp(self._dot(b, self._dot(b, start, evens, parts[2]), odds, parts[3]), FLOATS)
                 step = b.fmul(scale, load(b, x, FLOATS, 5 * CODES))
                 b.store(call(b, f"llvm.fma.v{LANES}f32", FLOATS, [dot, step, b.load(row[i])]), row[i])
+
+    def _codes(self, b: Any, place: Any) -> Any:
+        """Of four groups, or of what is left of them and zeros."""
+        if self._left is None:
+            return load(b, place, BYTES)
+        lanes, count = const(BYTES, range(CODES)), splat(b, b.trunc(self._left[0], I8), CODES)
+        operands = [at(b, place, BYTES), I32(1), b.icmp_unsigned("<", lanes, count), const(BYTES, 0)]
+        return call(b, f"llvm.masked.load.v{CODES}i8.p0", BYTES, operands)
 
     def _counts(self, b: Any, nibbles: Any) -> Any:
         """Codes as numbers from 0 up."""
@@ -148,7 +144,15 @@ class _Wide(CodedTiles):
     def _lanes_of(self, b: Any, place: Any) -> Any:
         """Scales of four groups, each in four lanes."""
         count = FOUR // self._fmt.block[1]
-        scale = self._scale(b, place, count)
+        if self._left is None:
+            scale = self._scale(b, place, count)
+        else:  # those that are not there count for codes that are not
+            scale = ir.Constant(vec(F32, count), ir.Undefined)
+            for i in range(count):
+                last = b.sub(self._left[1], I64(1))
+                at_most = b.select(b.icmp_signed("<", last, I64(i)), last, I64(i))
+                one = self._scale(b, b.add(place, b.mul(at_most, I64(SCALE_BYTES[self._fmt.scale]))), 1)
+                scale = b.insert_element(scale, b.extract_element(one, I32(0)), I32(i))
         return b.shuffle_vector(scale, scale, const(INTS, [lane * count // LANES for lane in range(LANES)]))
 
     def quantise(self) -> None:

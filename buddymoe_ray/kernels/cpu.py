@@ -337,7 +337,7 @@ def _stored_functions(name: str) -> Mapping[str, int]:
 
 @cache
 def _coded_functions(fmt: CodeFormat, wide: bool) -> Mapping[str, int]:
-    """`project`, and as `row` what makes it a row where that is not float32 as it is."""
+    """`project`, and as `row` what makes it a row, 0 where that is float32 as it is."""
     from buddymoe_ray.kernels.coded_columns import columns_module_text
     from buddymoe_ray.kernels.coded_tiles import coded_module_text, has_permutes
     from buddymoe_ray.kernels.coded_wide import has_wide, wide_module_text
@@ -349,11 +349,8 @@ def _coded_functions(fmt: CodeFormat, wide: bool) -> Mapping[str, int]:
     if wide and has_wide(fmt) and host_level() == "avx512vnni":
         made = native_functions(wide_module_text(fmt), ("project", "quantise"))
         return {"project": made["project"], "row": made["quantise"]}
-    text = coded_module_text(fmt, permutes=has_permutes())
-    if fmt.codes not in ("int4", "mxfp4"):
-        return native_functions(text, ("project",))
-    made = native_functions(text, ("project", "spread"))
-    return {"project": made["project"], "row": made["spread"]}
+    made = native_functions(coded_module_text(fmt, permutes=has_permutes()), ("project", "spread"))
+    return {"project": made["project"]} | ({"row": made["spread"]} if made["spread"] else {})
 
 
 @cache

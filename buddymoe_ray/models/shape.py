@@ -138,16 +138,15 @@ def meta_model(
     plan = plan_keys(model, stored)
     layout = expert_layout(model, plan.experts, stored)
     linears, dense = dict[str, CodedTensor](), dict[str, Stored]()
+    modules = {f"{name}.weight": (name, m) for name, m in model.named_modules() if type(m) is nn.Linear}
     for key, target in plan.dense.items():
-        found, (name, _, own) = stored[key], (target or "").rpartition(".")
-        if isinstance(found, CodedTensor) and own == "weight" and target in dict(model.named_parameters()):
-            linear = model.get_submodule(name)
-            if type(linear) is nn.Linear:
-                matrix = found.fit(name, linear.out_features, linear.in_features)
-                if on_cpu and decodes(matrix.format):
-                    linears[name] = found
-                    continue
-                found = replace(found, inputs=linear.in_features)
+        found, (name, linear) = stored[key], modules.get(target or "", ("", None))
+        if isinstance(found, CodedTensor) and linear is not None:
+            matrix = found.fit(name, linear.out_features, linear.in_features)
+            if on_cpu and decodes(matrix.format):
+                linears[name] = found
+                continue
+            found = replace(found, inputs=linear.in_features)
         dense[key] = found
     return MetaModel(
         model=model,

@@ -170,7 +170,7 @@ class Peering:
         assert isinstance(cache, SharedExpertCache), "only a shared store is linked"
         layout = cache.layout
         purpose = repr(
-            (layout.tensors, layout.slot_bytes, layout.experts_per_layer)
+            (layout.tensors, layout.coded, layout.slot_bytes, layout.experts_per_layer)
         )  # workers of another model stay out
         secret = derive_secret(sharing.secret.encode(), purpose)
         spec = spec_of(sharing, cache.layout, cache.plan)

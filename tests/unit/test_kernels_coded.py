@@ -142,6 +142,42 @@ def test_what_is_decoded_is_code_times_scale(scheme: str) -> None:
     assert torch.equal(decoded(tensors, matrix), plain)
 
 
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_rows_of_bfloat16_lose_no_more_than_their_own_rounding(fmt: CodeFormat) -> None:
+    """Some formats multiply them as 16-bit integers: 4e-5 of the output's norm."""
+    for N, K in (shape for shape in SHAPES if fits(fmt, *shape)):
+        weight, x_RK = weight_of(fmt, N, K), torch.randn(7, K, generator=torch.Generator().manual_seed(5)).bfloat16()
+        linear = CpuLinear(weight, None, torch.bfloat16, None)
+        got, exact = linear(x_RK), x_RK.double() @ decoded(weight.named(), weight.matrix).double().T
+        assert got.dtype is torch.bfloat16
+        allowed = exact.abs() / 256 + 3e-4 * exact.square().mean(dim=1, keepdim=True).sqrt()
+        assert bool(((got - exact).abs() <= allowed).all()), (N, K)
+        for first, last in ((0, 1), (1, 3), (3, 7)):
+            assert torch.equal(linear(x_RK[first:last]), got[first:last])
+
+
+@pytest.mark.parametrize("fmt", [FORMATS[4], FORMATS[5], FORMATS[-1]], ids=str)
+def test_numbers_that_are_none_stay_so(fmt: CodeFormat) -> None:
+    weight, x_RK = weight_of(fmt, 16, 256), torch.ones(3, 256, dtype=torch.bfloat16)
+    x_RK[0, 7], x_RK[1, 200] = float("nan"), float("inf")
+    got = CpuLinear(weight, None, torch.bfloat16, None)(x_RK)
+    assert not bool(got[:2].isfinite().any()) and bool(got[2].isfinite().all())
+
+
+def test_every_code_of_fp8_counts_as_it_should() -> None:
+    """Also those without a leading one."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[codes & 127 != 127].repeat(64, 1)[:, :254].contiguous()
+    for block in ((1, 0), (1, 32), (2, 64)):
+        fmt = CodeFormat(codes="fp8", block=block, scale="float32")
+        weight = weight_of(fmt, 64, 254)
+        weight.codes.copy_(codes.view(torch.float8_e4m3fn))
+        weight.scales.fill_(1.0)
+        picked = torch.eye(254)
+        got = CpuLinear(weight, None, torch.float32, None)(picked)
+        assert torch.equal(got, weight.codes.float().T)
+
+
 def test_the_smallest_power_is_no_zero() -> None:
     weight = weight_of(FORMATS[-1], 4, 64)
     weight.scales.zero_()
