@@ -151,6 +151,10 @@ def test_what_cannot_be_calibrated_is_said(model: Path, cache: Path, tmp_path: P
     with served(model, empty, calibrate="off") as llm:
         usage = llm.generate(PROMPTS[0], max_tokens=4)[0].usage
         assert (usage.mode, usage.calibration.state) == ("exact", "none") and not empty.exists()
+    with served(model, empty, memory="15%") as llm:
+        state = llm.engine.snapshot().calibration
+        assert state.state == "refused" and "memory is too little" in state.reason
+        assert llm.engine.calibration._process is None, "nothing could come of it"
     with pytest.raises(ProfileError, match="mode is fast, must be exact or bounded"):
         served(model, empty, mode="fast", calibrate="off")
     with pytest.raises(ProfileError, match="mode is fast, must be exact or bounded"):
