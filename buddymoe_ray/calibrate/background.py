@@ -4,6 +4,10 @@ An engine without profile starts it. The model writes texts (with its experts in
 is calibrated on them as `buddymoe profile` does it, and texts that nothing was fitted on tell what the stand-ins really
 cost. Niced; ends when its standard input does. One process at a time fills a folder, under a lock that goes with it;
 what is finished stays, by kind and layer.
+
+Tried on builtin:tiny at 25 % of memory, budget .003, held-out code: plain rounding where compensated takes half a
+minute: 25 % of misses fetched instead of 9. Texts of temperature 1 instead of .8: losses expected a third too high
+instead of a quarter too low, and 9 % fetched instead of .1; what is too low is found on the first requests.
 """
 
 from __future__ import annotations
