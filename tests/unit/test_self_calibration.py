@@ -166,6 +166,18 @@ def test_what_cannot_be_calibrated_is_said(model: Path, cache: Path, tmp_path: P
         served(model, cache)
 
 
+@pytest.mark.parametrize("name", ["made.profile", "made.standins/lowbit3-01.safetensors"])
+def test_what_was_damaged_is_made_again(model: Path, cache: Path, name: str) -> None:
+    path = folder_in(cache).path / name
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with served(model, cache) as llm:
+        assert llm.engine.snapshot().calibration.state == "collecting" and llm.engine.cache.plan.reserved_bytes
+        assert llm.generate(PROMPTS[0], max_tokens=2)[0].usage.mode == "exact"
+    assert not folder_in(cache).finished
+
+
 @pytest.mark.parametrize("name", ["measured.json", "text.json", "progress.json"])
 @pytest.mark.parametrize(
     "content", ["", "[[1", '[{"tokens": "x"}]', "null", "{}", '[{"tokens":1,"kl":NaN,"predicted":1}]']
