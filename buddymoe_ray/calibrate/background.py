@@ -4,6 +4,10 @@ An engine without profile starts it. The model writes texts (with its experts in
 is calibrated on them as `buddymoe profile` does it, and texts that nothing was fitted on tell what the stand-ins really
 cost. Niced; ends when its standard input does. One process at a time fills a folder, under a lock that goes with it;
 what is finished stays, by kind and layer.
+
+Tried on builtin:tiny at 25 % of memory, budget .003, held-out code: plain rounding where compensated takes half a
+minute: 25 % of misses fetched instead of 9. Texts of temperature 1 instead of .8: losses expected a third too high
+instead of a quarter too low, and 9 % fetched instead of .1; what is too low is found on the first requests.
 """
 
 from __future__ import annotations
@@ -31,11 +35,12 @@ from buddymoe_ray.engine.build import build_parts
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.evaluate import WINDOW
 from buddymoe_ray.engine.sweep import Sweep
-from buddymoe_ray.errors import BuddyMoEError, CacheError
+from buddymoe_ray.errors import BuddyMoEError, BudgetError, CacheError
 from buddymoe_ray.models.shape import describe
 from buddymoe_ray.models.standin_files import standins_folder
 from buddymoe_ray.policy import Measured
 from buddymoe_ray.residency.calibrations import SELF_MADE, CalibrationFolder, MakerProgress
+from buddymoe_ray.residency.machine import available_memory_bytes
 from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent
 
 __all__ = ["fill", "main"]
@@ -48,6 +53,7 @@ _TRACED_WINDOW = 2 * WINDOW
 """Two texts: every pass reads all experts once."""
 _ROUNDING_MINUTES = 3.0
 _USABLE = 0.8  # of what `Bench` is told is free
+_OTHER_BYTES = 512 << 20
 _PHASES = {"text": 15, "trace": 12, "stand-ins": 35, "sensitivity": 20, "comparison": 6, "check": 12}
 """Their shares of the whole, in per cent."""
 
@@ -77,13 +83,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def fill(folder: CalibrationFolder, model: str, memory_percent: float, maker_bytes: int, record_bytes: int) -> None:
     """Make all of it. Raises ProfileError, BudgetError, CheckpointError."""
-    told = _Told(folder)
+    told, shape = _Told(folder), describe(Path(model))
+    need, free = shape.dense_bytes + record_bytes + _OTHER_BYTES, available_memory_bytes()
+    if need > free:
+        raise BudgetError(
+            f"memory available is {free} bytes, must be at least {need} to calibrate {model} beside the service. "
+            "hint: free some, or run buddymoe profile elsewhere"
+        )
     texts = folder.text()
     if not texts:
         texts = _written(model, record_bytes, told.count)
         folder.write_text(texts)
     checked, fitted = texts[:_CHECKED_TEXTS], texts[_CHECKED_TEXTS:]
-    longest = min(_TRACED_WINDOW + 1, describe(Path(model)).max_positions)
+    longest = min(_TRACED_WINDOW + 1, shape.max_positions)
     config = EngineConfig(model=model, memory=str(maker_bytes), device="cpu", max_model_len=longest, max_running=1)
     left = record_bytes - maker_bytes
     calibrate(

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from buddymoe_ray.config import EngineConfig, parse_memory
+from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine import one_call
 from buddymoe_ray.engine.guard import GuardWork
 from buddymoe_ray.engine.runner import Runner
@@ -30,7 +30,7 @@ from buddymoe_ray.models.load import LoadedModel
 from buddymoe_ray.moe import StepState
 from buddymoe_ray.observe import CalibrationSnapshot
 from buddymoe_ray.policy import Guard
-from buddymoe_ray.residency.calibrations import CalibrationFolder, maker_bytes
+from buddymoe_ray.residency.calibrations import CalibrationFolder, MakerProgress, calibrates, maker_bytes
 from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.residency.standin_records import LateStandins, bring_standins
 from buddymoe_ray.residency.standin_setup import StandinSetup
@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 _MODULE = "buddymoe_ray.calibrate.background"
 _TRIES, _LOGGED_SECONDS = 3, 15.0
+_PACKED_PERCENT = 25.0
+"""Experts are calibrated as stored: half the memory of packed ones would not hold a copy of each."""
 
 
 class Checks:
@@ -79,12 +81,15 @@ class Calibration:
         self._setup, self._failure, self._closed = experts.setup, "", threading.Event()
         self.guard, self._trial = checks.open(experts.setup)
         self._folder: CalibrationFolder | None = None
-        if experts.cache.plan.reserved_bytes:
+        plan = experts.cache.plan
+        if experts.setup is None and calibrates(config) and not (plan.reserved_bytes or plan.fully_resident):
+            self._failure = "memory is too little for stand-ins of all experts"
+        if plan.reserved_bytes:
             self._folder = CalibrationFolder.of(config, model_hash(loaded.folder))
             log.warning(
                 "%s has no profile: mode exact serves while stand-ins are made in %s. %.0f MB of the experts' memory "
                 "are set aside for them. hint: --calibrate off",
-                *(config.model, self._folder.path, experts.cache.plan.reserved_bytes / 1e6),
+                *(config.model, self._folder.path, plan.reserved_bytes / 1e6),
             )
 
     def start(self) -> None:
@@ -109,9 +114,9 @@ class Calibration:
                 factor=trust.factor,
                 reason=refusal or ("" if trust.state == "ready" else trust.reason),
             )
-        if self._folder is None:
+        if self._folder is None and not self._failure:
             return CalibrationSnapshot()
-        made = self._folder.progress()
+        made = MakerProgress() if self._folder is None else self._folder.progress()
         return CalibrationSnapshot(
             state="refused" if self._failure else "collecting",
             percent=made.percent,
@@ -179,16 +184,14 @@ class Calibration:
         raise ProfileError("".join(last) or f"{_MODULE} ended with status {status}. hint: run buddymoe profile")
 
     def _spawn(self, folder: CalibrationFolder, said: int) -> subprocess.Popen[bytes]:
-        config, cache = self._config, self._experts.cache
-        layout = cache.layout
-        workers = 1 if self._sharing is None else self._sharing.workers
-        percent = (
-            100 * workers * parse_memory(config.memory, total_expert_bytes=layout.total_bytes) / layout.total_bytes
-        )
+        config, cache, stored = self._config, self._experts.cache, self._loaded.layout
+        percent = 100 * cache.plan.budget_bytes / stored.total_bytes
+        if config.expert_dtype != "native":
+            percent = max(percent, _PACKED_PERCENT)
         command = [
             *(sys.executable, "-m", _MODULE, str(self._loaded.folder), "--into", str(folder.path)),
             *("--memory-percent", f"{percent:.4f}"),
-            *("--maker-bytes", str(maker_bytes(self._loaded.layout))),
+            *("--maker-bytes", str(maker_bytes(stored))),
             *("--record-bytes", str(cache.plan.reserved_bytes)),
         ]
         package = str(Path(__file__).parents[2])

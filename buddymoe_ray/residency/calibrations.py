@@ -87,6 +87,10 @@ class CalibrationFolder:
         """The last of all files. Raises ProfileError."""
         self._write("measured.json", [asdict(row) for row in rows])
 
+    def discard(self) -> None:
+        """It is not finished after all; what is whole of it will be used again."""
+        (self.path / "measured.json").unlink(missing_ok=True)
+
     def progress(self) -> MakerProgress:
         """What whoever fills the folder said last."""
         try:

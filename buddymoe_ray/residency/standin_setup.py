@@ -26,7 +26,7 @@ from buddymoe_ray.residency.calibrations import CalibrationFolder, calibrates
 from buddymoe_ray.residency.standin_policy import make_policy, wants_scores
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
-__all__ = ["NodeBudget", "StandinSetup", "find_profile", "prepare", "prepare_within", "serve_without"]
+__all__ = ["NodeBudget", "StandinSetup", "find_profile", "prepare", "prepare_within", "self_made", "serve_without"]
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,11 @@ def find_profile(config: EngineConfig, folder: Path) -> Path | None:
         return own.profile if own.finished else None
     serve_without(config)
     return None
+
+
+def self_made(config: EngineConfig, folder: Path, path: Path) -> bool:
+    """Whether a profile that `find_profile` found is an engine's own."""
+    return config.profile is None and path != default_profile_path(folder)
 
 
 def serve_without(config: EngineConfig) -> None:
@@ -178,8 +183,7 @@ class _Known:
             )
         _same_shape(path, profile, layout)
         losses = {kind: profile.loss_LE(kind) for kind in (*layouts, "drop")}
-        made = config.profile is None and path != default_profile_path(folder)
-        own = CalibrationFolder(path.parent).measured() if made else None
+        own = CalibrationFolder(path.parent).measured() if self_made(config, folder, path) else None
         return cls(fingerprint=fingerprint, profile=profile, layouts=layouts, losses=losses, own=own)
 
 

@@ -17,6 +17,7 @@ import torch
 from buddymoe_ray.cache import READ_ON_THE_SPOT, DiskReader, EngineCache, ExpertCache, StandinPool, largest_read
 from buddymoe_ray.cache.shared import Room
 from buddymoe_ray.config import EngineConfig, parse_memory
+from buddymoe_ray.errors import ProfileError
 from buddymoe_ray.kernels import (
     ExpertLayer,
     ExpertMath,
@@ -46,10 +47,17 @@ from buddymoe_ray.moe import (
 )
 from buddymoe_ray.observe import progress
 from buddymoe_ray.policy import MIN_SLOTS, Staging, plan_staging, split_slots
-from buddymoe_ray.residency.calibrations import calibrates, reserved_bytes
+from buddymoe_ray.residency.calibrations import CalibrationFolder, calibrates, reserved_bytes
 from buddymoe_ray.residency.sharing import Sharing, open_host, open_store
 from buddymoe_ray.residency.standin_records import load_records, open_standins
-from buddymoe_ray.residency.standin_setup import NodeBudget, StandinSetup, find_profile, prepare, serve_without
+from buddymoe_ray.residency.standin_setup import (
+    NodeBudget,
+    StandinSetup,
+    find_profile,
+    prepare,
+    self_made,
+    serve_without,
+)
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
 __all__ = [
@@ -214,9 +222,16 @@ def plan_memory(
         movable=node is not None and node.movable,
     )
     path = None if config.mode == "exact" else find_profile(config, folder)
-    if path is None:
+    try:
+        setup = None if path is None else prepare(config, folder=folder, path=path, layout=layout, node=budgets)
+    except ProfileError as error:
+        if path is None or not self_made(config, folder, path):
+            raise
+        log.warning("what was calibrated before is made again: %s", error)
+        CalibrationFolder(path.parent).discard()
+        setup = None
+    if setup is None:
         return _exact_plan(layout, budgets, _reserved(config, layout, budgets, device)), None, staging
-    setup = prepare(config, folder=folder, path=path, layout=layout, node=budgets)
     return setup.plan, setup, staging
 
 

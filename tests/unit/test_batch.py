@@ -632,9 +632,13 @@ def test_ctrl_c_keeps_what_ended_and_says_how_to_go_on(shared, tmp_path: Path, m
         time.sleep(0.01)  # until Python looks
         return real()
 
-    with monkeypatch.context() as patched:
-        patched.setattr(shared, "step", step)
-        run(source, status=130)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins with it ignored
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(shared, "step", step)
+            run(source, status=130)
+    finally:
+        signal.signal(signal.SIGINT, before)
     said = capsys.readouterr().err
     assert f"{ROWS} of 10 requests are kept" in said and "hint: run the same command again to go on" in said
     begun = computed(shared, monkeypatch)

@@ -18,10 +18,13 @@ from buddymoe_ray import LLM
 from buddymoe_ray.cache.shared.locks import TABLES_BYTE, FileLocks
 from buddymoe_ray.calibrate import background
 from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.errors import ConfigError, ProfileError, RequestError
 from buddymoe_ray.models.fingerprint import model_hash
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.residency.calibrations import CalibrationFolder
+from buddymoe_ray.residency.sharing import Sharing
+from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent
 
 PROMPTS = ["def add(a, b):\n", "import os\nimport sys\n", "class Queue:\n    def __init__(self):\n", "The following"]
 MAKER, ALL = 700_000, 4_000_000
@@ -67,6 +70,28 @@ def served(model: Path, cache: Path, **options: object) -> LLM:
     return LLM(str(model), **chosen)  # type: ignore[arg-type]
 
 
+class Unfinished:
+    """A calibration just before its end, with another process at work on it."""
+
+    def __init__(self, cache: Path) -> None:
+        self._folder = folder_in(cache).path
+        os.replace(self._folder / "measured.json", self._folder / "measured.later")
+        self._locks = FileLocks(os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o600))
+        self._locks.lock(TABLES_BYTE)
+
+    def finish(self, *engines: Engine) -> None:
+        """The other process is done: the engines learn of it, and take over."""
+        os.replace(self._folder / "measured.later", self._folder / "measured.json")
+        self._locks.close()
+        until = time.monotonic() + 120
+        while not all(engine.calibration.arrived for engine in engines) and time.monotonic() < until:
+            time.sleep(0.05)
+        for engine in engines:
+            assert engine.calibration.arrived, engine.calibration.snapshot()
+            engine.drain()
+            assert engine.snapshot().calibration.state == "ready"
+
+
 @pytest.fixture(scope="module")
 def exact_tokens(model: Path) -> list[tuple[int, ...]]:
     with LLM(str(model), memory="100%") as llm:
@@ -82,12 +107,9 @@ def test_a_calibration_is_for_its_user_alone_and_has_nobodys_text(made: Calibrat
 
 
 def test_exact_at_once_and_stand_ins_as_soon_as_there_are_any(
-    model: Path, made: CalibrationFolder, cache: Path, exact_tokens: list[tuple[int, ...]]
+    model: Path, cache: Path, exact_tokens: list[tuple[int, ...]]
 ) -> None:
-    folder = folder_in(cache)
-    os.replace(folder.path / "measured.json", folder.path / "measured.later")
-    locks = FileLocks(os.open(folder.lock, os.O_RDWR | os.O_CREAT, 0o600))
-    locks.lock(TABLES_BYTE)  # as another process does that fills the folder
+    unfinished = Unfinished(cache)
     with served(model, cache) as llm:
         engine, plan = llm.engine, llm.engine.cache.plan
         first = llm.generate(PROMPTS, max_tokens=24)
@@ -96,14 +118,7 @@ def test_exact_at_once_and_stand_ins_as_soon_as_there_are_any(
         assert {(result.usage.mode, result.usage.requested_mode) for result in first} == {("exact", "bounded")}
         with pytest.raises(RequestError, match=r"mode is fast, must be exact: stand-ins are being calibrated, \d+ %"):
             llm.generate(PROMPTS[0], mode="fast")
-        os.replace(folder.path / "measured.later", folder.path / "measured.json")
-        locks.close()
-        until = time.monotonic() + 120
-        while not engine.calibration.arrived and time.monotonic() < until:
-            time.sleep(0.05)
-        assert engine.calibration.arrived, engine.calibration.snapshot()
-        engine.drain()
-        assert engine.snapshot().calibration.state == "ready"
+        unfinished.finish(engine)
         later = llm.generate(PROMPTS, max_tokens=24)
         assert {(r.usage.mode, r.usage.calibration.state) for r in later} == {("bounded", "ready")}
         assert all(r.usage.standins.lowbit > 0 and r.usage.expected_rise <= 0.003 * 24 for r in later)
@@ -111,6 +126,35 @@ def test_exact_at_once_and_stand_ins_as_soon_as_there_are_any(
         assert engine.cache.plan.layer_slots == plan.layer_slots and 0 < engine.standin_bytes <= plan.reserved_bytes
         assert plan.slots_total * plan.slot_bytes + plan.overhead_bytes <= plan.budget_bytes
         engine.cache.check_integrity()
+
+
+def test_workers_of_a_node_take_over_one_copy(
+    model: Path, cache: Path, tmp_path: Path, exact_tokens: list[tuple[int, ...]]
+) -> None:
+    unfinished, shared = Unfinished(cache), tmp_path / "shm"
+    shared.mkdir()
+    config = EngineConfig(model=str(model), memory="25%", mode="bounded", cache_dir=str(cache), max_running=4)
+    engines = [Engine.from_config(config, sharing=Sharing(workers=2, folder=shared, movable=True)) for _ in range(2)]
+
+    def said(engine: Engine) -> list[TokenEvent]:
+        ids = tuple(engine.encode(PROMPTS[0]))
+        sampling = SamplingParams(temperature=0.0, max_tokens=24)
+        engine.add(GenerationRequest(request_id="a", prompt_token_ids=ids, sampling=sampling))
+        return engine.drain()
+
+    for engine in engines:
+        assert tuple(token for event in said(engine) for token in event.token_ids) == exact_tokens[0]
+    unfinished.finish(*engines)
+    for engine in engines:
+        usage = said(engine)[-1].usage
+        assert usage is not None and usage.mode == "bounded" and usage.standins.lowbit > 0
+    files = {path.suffix: path.stat().st_size for path in shared.iterdir()}
+    budget = engines[0].cache.plan.budget_bytes
+    assert set(files) == {".experts", ".records"} and sum(files.values()) <= budget + (256 << 10), "one copy of all"
+    for engine in engines:
+        engine.cache.check_integrity()
+        engine.close()
+    assert not list(shared.iterdir())
 
 
 def test_the_next_engine_finds_it_and_begins_with_half_the_budget(model: Path, cache: Path) -> None:
@@ -151,6 +195,10 @@ def test_what_cannot_be_calibrated_is_said(model: Path, cache: Path, tmp_path: P
     with served(model, empty, calibrate="off") as llm:
         usage = llm.generate(PROMPTS[0], max_tokens=4)[0].usage
         assert (usage.mode, usage.calibration.state) == ("exact", "none") and not empty.exists()
+    with served(model, empty, memory="15%") as llm:
+        state = llm.engine.snapshot().calibration
+        assert state.state == "refused" and "memory is too little" in state.reason
+        assert llm.engine.calibration._process is None, "nothing could come of it"
     with pytest.raises(ProfileError, match="mode is fast, must be exact or bounded"):
         served(model, empty, mode="fast", calibrate="off")
     with pytest.raises(ProfileError, match="mode is fast, must be exact or bounded"):
@@ -160,6 +208,18 @@ def test_what_cannot_be_calibrated_is_said(model: Path, cache: Path, tmp_path: P
     cache.chmod(0o777)
     with pytest.raises(ProfileError, match=r"with mode 777, must be a folder of user \d+ that nobody else can write"):
         served(model, cache)
+
+
+@pytest.mark.parametrize("name", ["made.profile", "made.standins/lowbit3-01.safetensors"])
+def test_what_was_damaged_is_made_again(model: Path, cache: Path, name: str) -> None:
+    path = folder_in(cache).path / name
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with served(model, cache) as llm:
+        assert llm.engine.snapshot().calibration.state == "collecting" and llm.engine.cache.plan.reserved_bytes
+        assert llm.generate(PROMPTS[0], max_tokens=2)[0].usage.mode == "exact"
+    assert not folder_in(cache).finished
 
 
 @pytest.mark.parametrize("name", ["measured.json", "text.json", "progress.json"])
