@@ -137,11 +137,15 @@ class DiskReader:
         most = max(_PAGE, self.buffer_bytes - 2 * _PAGE)
         parts = list[Future[None]]()
         try:
-            for piece in pieces:
-                for start in range(0, piece.nbytes, most):
-                    at, count = piece.slot_offset + start, min(most, piece.nbytes - start)
-                    read = _Read(piece.path, piece.offset + start, (destination[at : at + count],))
-                    parts.append(self._start(read))
+            for run in _runs(pieces):
+                if _is_small(run):  # scales of matrices, one behind the other
+                    parts.append(self._start(_read_of(run, destination)))
+                    continue
+                for piece in run:
+                    for start in range(0, piece.nbytes, most):
+                        at, count = piece.slot_offset + start, min(most, piece.nbytes - start)
+                        read = _Read(piece.path, piece.offset + start, (destination[at : at + count],))
+                        parts.append(self._start(read))
         except BaseException:
             wait(parts)  # nothing may land in a slot that has a new owner
             raise
@@ -161,8 +165,7 @@ class DiskReader:
         done = Future[None]()
         try:
             for run in _runs(pieces):
-                targets = (destination[piece.slot_offset : piece.slot_offset + piece.nbytes] for piece in run)
-                self._run(_Read(run[0].path, run[0].offset, tuple(targets)))
+                self._run(_read_of(run, destination))
         except CacheError as error:
             done.set_exception(error)
         else:
@@ -265,6 +268,12 @@ def _runs(pieces: Sequence[ExpertPiece]) -> list[list[ExpertPiece]]:
         else:
             runs.append([piece])
     return runs
+
+
+def _read_of(run: Sequence[ExpertPiece], destination: Bytes) -> _Read:
+    """Of pieces that lie end to end."""
+    targets = (destination[piece.slot_offset : piece.slot_offset + piece.nbytes] for piece in run)
+    return _Read(run[0].path, run[0].offset, tuple(targets))
 
 
 def _scatter(source: Bytes, targets: Sequence[Bytes], done: int) -> None:

@@ -118,16 +118,21 @@ def find_coded(config: Mapping[str, Any], locations: Mapping[str, TensorLocation
 
     `config` is that of the file `where`. Raises CheckpointError for codes without scales, UnsupportedModel.
     """
-    if not config.get("quantization_config"):
-        return dict(locations)
-    scheme, found, used = Scheme.of(config["quantization_config"], where), dict[str, Stored](), set[str]()
+    said, found, used = config.get("quantization_config"), dict[str, Stored](), set[str]()
+    scheme = Scheme.of(said, where) if said else None
     for key, place in locations.items():
-        made = scheme.coded(key, place.dtype, locations.keys())
+        made = None if scheme is None else scheme.coded(key, place.dtype, locations.keys())
         if made is not None:
             places = {part: locations[name] for part, name in made.keys.items()}
             found[made.base] = CodedTensor(key=made.base, codes=made.codes, block=made.block, places=places)
             used |= {*made.keys.values()}
-    plain = {key: place for key, place in locations.items() if key not in used and not UNREAD.search(key)}
+    plain = {key: place for key, place in locations.items() if key not in used and not (said and UNREAD.search(key))}
+    for key, place in plain.items():
+        if place.dtype.startswith("float8"):  # codes without what would give them a meaning
+            raise UnsupportedModel(
+                f"key {key!r} in {place.path} is stored as {place.dtype}, must be one of bfloat16, float16, float32 or "
+                f"what quantization_config names. {INSTEAD}"
+            )
     return plain | found
 
 

@@ -99,6 +99,22 @@ def test_what_lies_end_to_end_is_read_at_once(blob, buffer_bytes: int, monkeypat
     reader.close()
 
 
+def test_scales_behind_one_another_are_one_read_of_a_large_expert(blob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its codes, which are also neighbours, are read side by side."""
+    path, data = blob
+    codes = [piece(path, 60_000 * at, 60_000, slot_offset=60_000 * at) for at in range(3)]
+    scales = [piece(path, 200_000 + 300 * at, 300, slot_offset=180_000 + 512 * at) for at in range(3)]
+    started, reader = list[int](), DiskReader(depth=2)
+    start = reader._start
+    monkeypatch.setattr(reader, "_start", lambda read: started.append(len(read.targets)) or start(read))
+    out = np.zeros(182_000, np.uint8)
+    reader.submit([*codes, *scales], out).wait()
+    assert sorted(started) == [1, 1, 1, 3]
+    for one in (*codes, *scales):
+        assert out[one.slot_offset :][: one.nbytes].tobytes() == data[one.offset :][: one.nbytes]
+    reader.close()
+
+
 def make_layout_of(pieces: list[ExpertPiece]) -> ExpertLayout:
     tensor = SlotTensor(name="x", shape=(20_400,), dtype="uint8", offset=0, nbytes=20_400)
     return ExpertLayout(
