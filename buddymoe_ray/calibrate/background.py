@@ -54,6 +54,8 @@ _TRACED_WINDOW = 2 * WINDOW
 _ROUNDING_MINUTES = 3.0
 _USABLE = 0.8  # of what `Bench` is told is free
 _OTHER_BYTES = 512 << 20
+_SMALL_BYTES, _FEW_SCORED = 1 << 30, 384
+"""Of larger models so many tokens are scored: each of their layers reads all experts, once for every text."""
 _PHASES = {"text": 15, "trace": 12, "stand-ins": 35, "sensitivity": 20, "comparison": 6, "check": 12}
 """Their shares of the whole, in per cent."""
 
@@ -106,7 +108,12 @@ def fill(folder: CalibrationFolder, model: str, memory_percent: float, maker_byt
             kinds=SELF_MADE,
             window=_TRACED_WINDOW,
             rounding_minutes=_ROUNDING_MINUTES,
-            losses=LossOptions(memories=(memory_percent,), budgets=(), standins=("lowbit",)),
+            losses=LossOptions(
+                memories=(memory_percent,),
+                budgets=(),
+                tokens=None if shape.total_expert_bytes <= _SMALL_BYTES else _FEW_SCORED,
+                standins=("lowbit",),
+            ),
             free=int(left / _USABLE),
         ),
         progress=told.count,

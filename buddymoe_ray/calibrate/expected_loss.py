@@ -92,8 +92,8 @@ def measure_budgets(profile: Profile, bench: Bench, options: LossOptions) -> Pro
 def _sensitivity(bench: Bench, profile: Profile, probe: str, memories: Sequence[float]) -> npt.NDArray[np.float32]:
     """Measured over predicted divergence with `probe` in one layer at a time, at the least memory that holds it.
 
-    Where there is no memory for the other layers' experts, one number for all layers, from `probe` in all of them. NaN
-    when it cannot be run at all.
+    Where there is no memory for the other layers' experts, one number for all layers, from `probe` in all of them. A
+    layer that says nothing counts like the costliest. NaN when it cannot be run at all.
     """
     every = _FEWER_WINDOWS if profile.layers > _DEEP and len(bench.windows) > 2 * _FEWER_WINDOWS else 1
     changes = [{"standin_layers": str(layer)} for layer in range(profile.layers)] if bench.hosted else [{}]
@@ -104,7 +104,7 @@ def _sensitivity(bench: Bench, profile: Profile, probe: str, memories: Sequence[
         ratio = [r.kl / r.expected_rise if r and r.expected_rise > _PREDICTS_NOTHING else np.nan for r in rows]
         known_L = np.broadcast_to(np.array(ratio, dtype=np.float32), (profile.layers,))
         if np.isfinite(known_L).any():
-            filled_L = np.where(np.isfinite(known_L), known_L, np.nanmean(known_L))
+            filled_L = np.where(np.isfinite(known_L), known_L, np.nanmax(known_L))
             return np.maximum(filled_L, _PREDICTS_NOTHING).astype(np.float32)
     return np.full(profile.layers, np.nan, dtype=np.float32)
 

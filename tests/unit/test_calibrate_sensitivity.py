@@ -60,12 +60,12 @@ def test_sensitivity_is_measured_over_predicted_layer_by_layer() -> None:
     assert {v["memory"] for _, v, _ in bench.asked} == {"25.0%"} and {every for *_, every in bench.asked} == {1}
 
 
-def test_a_layer_that_predicts_nothing_has_the_others_mean() -> None:
+def test_a_layer_that_predicts_nothing_costs_as_much_as_the_costliest() -> None:
     """A layer whose experts were all resident has nothing to divide by."""
-    bench = Scripted(lambda v: result(0.02, 0.0 if v["standin_layers"] == "1" else 2.0))
-    np.testing.assert_allclose(
-        expected_loss._sensitivity(bench, make_profile(layers=3), "mean", (50.0,)), 0.01, rtol=1e-6
-    )
+    expected = {"0": 2.0, "1": 0.0, "2": 1.0}
+    bench = Scripted(lambda v: result(0.02, expected[v["standin_layers"]]))
+    found_L = expected_loss._sensitivity(bench, make_profile(layers=3), "mean", (50.0,))
+    np.testing.assert_allclose(found_L, [0.01, 0.02, 0.02], rtol=1e-6)
 
 
 def test_the_least_memory_that_holds_the_probe_is_taken() -> None:
