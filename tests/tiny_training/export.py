@@ -23,10 +23,16 @@ import torch
 from transformers import GenerationConfig
 from transformers import __version__ as transformers_version
 
+from buddymoe_ray.commands.eval import TASKS
+from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.engine.accuracy import Accuracy, TaskResult, evaluate_tasks
+from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.tiny import path
+from buddymoe_ray.tasks import held_out
 from tiny_training import corpus
 from tiny_training.card import TrainingRecord, model_card
 from tiny_training.evaluate import Evaluation, Evaluator, evaluate_texts, load_model
+from tiny_training.task_stream import ROW
 from tiny_training.tokenizer import END_OF_TEXT, IM_END, load_tokenizer
 from tiny_training.trainer import TrainConfig, build_model
 
@@ -82,7 +88,9 @@ def export_heldout(documents: Sequence[corpus.Document], target: Path) -> None:
         (target / f"{kind}.txt").write_text("".join(d.text for d in chosen), encoding="utf-8", newline="")
 
 
-def make_record(config: TrainConfig, step: int, target: Path, heldout: Sequence[corpus.Document]) -> TrainingRecord:
+def make_record(
+    config: TrainConfig, step: int, target: Path, heldout: Sequence[corpus.Document], began: TrainingRecord | None
+) -> TrainingRecord:
     """Evaluate the exported folder and gather all that the model card says."""
     _, seconds, commands = read_history(config.out)
     stored = np.load(config.out / "data" / "tokens.npz")
@@ -106,7 +114,17 @@ def make_record(config: TrainConfig, step: int, target: Path, heldout: Sequence[
         shipped_text={f"context_{context}": judge(shipped, context) for context in CONTEXTS},
         torch=torch.__version__,
         transformers=transformers_version,
+        task_tokens=step * config.task_rows * ROW,
+        tasks=judge_tasks(target) if config.task_rows else {},
+        began=began,
     )
+
+
+def judge_tasks(target: Path) -> dict[str, Accuracy]:
+    """Right answers of the fully resident model, in all and by family."""
+    (result,) = evaluate_tasks([EngineConfig(model=str(target), memory="100%", dtype="float32")], held_out(TASKS))
+    assert isinstance(result, TaskResult), "an exact engine keeps no stand-ins"
+    return {"all": result.total, **result.families}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -119,12 +137,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     config, _, _ = read_history(options.run)
     options.to.mkdir(parents=True, exist_ok=True)
+    began = TrainingRecord.read(resolve_model(config.init)) if config.init else None  # before it is written over
     state = torch.load(options.checkpoint or options.run / "last.pt", map_location="cpu", weights_only=True)
     export_weights(config, state["model"], options.to)
     heldout = corpus.collect(config.stdlib, config.docs)["heldout"]
     export_heldout(heldout, options.to / "heldout")
     if not options.skip_eval:
-        record = make_record(config, state["step"], options.to, heldout)
+        record = make_record(config, state["step"], options.to, heldout, began)
         (options.to / "training.json").write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
         (options.to / "README.md").write_text(model_card(record, config), encoding="utf-8")
 

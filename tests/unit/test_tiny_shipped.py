@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
 from tiny_training import corpus
 from tiny_training.card import TrainingRecord, model_card
 from tiny_training.evaluate import (
-    Evaluation,
     Evaluator,
-    LayerBalance,
-    Score,
     evaluate_texts,
     load_model,
     spans,
@@ -110,15 +106,5 @@ def test_stride_beyond_the_context_is_a_clear_error() -> None:
 
 
 def test_the_shipped_card_is_what_its_record_says() -> None:
-    written = json.loads((path() / "training.json").read_text())
-
-    def evaluation(found: dict[str, Any]) -> Evaluation:
-        scores = {kind: Score(**score) for kind, score in found["scores"].items()}
-        balance = tuple(LayerBalance(**layer) for layer in found["router_balance"])
-        return Evaluation(**found | {"scores": scores, "total": Score(**found["total"]), "router_balance": balance})
-
-    for name in ("heldout", "shipped_text"):
-        written[name] = {context: evaluation(found) for context, found in written[name].items()}
-    record = TrainingRecord(**written | {"commands": tuple(written["commands"])})
-    card = model_card(record, TrainConfig(out=path()))
+    card = model_card(TrainingRecord.read(path()), TrainConfig(out=path()))
     assert card == (path() / "README.md").read_text(encoding="utf-8")
