@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, required=True, help="the --out folder of the training run")
     parser.add_argument("--to", type=Path, required=True)
     options = parser.parse_args(argv)
-    config, _, _ = read_history(options.run)
+    config = read_history(options.run).config
     documents, tokenizer = prepare(config)
     ids = calibration_ids(documents, TaskStream(tokenizer, _SEED), config.seq_len, WINDOWS)
     np.save(options.to, ids)

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,27 +41,38 @@ HELDOUT_LARGEST: dict[corpus.Kind, int] = {"python": 32_000, "docs": 20_000}
 CONTEXTS = (512, 1024)
 
 
-def read_history(run: Path) -> tuple[TrainConfig, float, tuple[str, ...]]:
-    """The options of the last start, the seconds spent in kept steps, and each start as a command line."""
-    config, seconds, commands = TrainConfig(out=run), 0.0, []
-    started = kept = 0.0
-    for line in (run / "history.jsonl").read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        if entry["event"] == "checkpoint":
-            kept = entry["time"]
-            continue
-        seconds += max(0.0, kept - started)
-        started = kept = entry["time"]
-        default = TrainConfig(out=run)
-        config = replace(default, **entry["options"])
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """The options of the last start, each start as a command line, and what the kept steps took and learned from."""
+
+    config: TrainConfig
+    commands: tuple[str, ...]
+    seconds: float
+    tokens: int
+    task_tokens: int
+
+
+def read_history(run: Path) -> History:
+    """What train.py noted in `run`: steps that a later start did again count once."""
+    entries = [json.loads(line) for line in (run / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+    starts = [at for at, entry in enumerate(entries) if entry["event"] == "start"]
+    default = TrainConfig(out=run)
+    config, commands, seconds, tokens, task_tokens = default, [], 0.0, 0, 0
+    for low, high in zip(starts, [*starts[1:], len(entries)], strict=True):
+        start, last = entries[low], entries[high - 1]
+        config = replace(default, **start["options"])
         config = replace(config, stdlib=Path(config.stdlib), docs=Path(config.docs))
         options = [
             f" --{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-            for name, value in entry["options"].items()
+            for name, value in start["options"].items()
             if str(value) != str(getattr(default, name))
         ]
-        commands.append(f"python -m tiny_training.train --out DIR{''.join(options)}  # from step {entry['step']}")
-    return config, seconds + max(0.0, kept - started), tuple(commands)
+        commands.append(f"python -m tiny_training.train --out DIR{''.join(options)}  # from step {start['step']}")
+        steps = last["step"] - start["step"]
+        seconds += last["time"] - start["time"]
+        tokens += steps * config.batch_tokens
+        task_tokens += steps * config.task_rows * ROW
+    return History(config=config, commands=tuple(commands), seconds=seconds, tokens=tokens, task_tokens=task_tokens)
 
 
 def export_weights(config: TrainConfig, weights: dict[str, torch.Tensor], target: Path) -> None:
@@ -92,7 +103,7 @@ def make_record(
     config: TrainConfig, step: int, target: Path, heldout: Sequence[corpus.Document], began: TrainingRecord | None
 ) -> TrainingRecord:
     """Evaluate the exported folder and gather all that the model card says."""
-    _, seconds, commands = read_history(config.out)
+    history = read_history(config.out)
     stored = np.load(config.out / "data" / "tokens.npz")
     texts = [(kind, [d.text for d in heldout if d.kind == kind]) for kind in HELDOUT_BYTES]
     shipped = [(kind, [(target / "heldout" / f"{kind}.txt").read_text(encoding="utf-8")]) for kind in HELDOUT_BYTES]
@@ -105,16 +116,16 @@ def make_record(
         parameters=sum(p.numel() for p in model.parameters()),
         steps=step,
         decay_steps=config.decay_steps,
-        tokens=step * config.batch_tokens,
+        tokens=history.tokens,
         corpus_tokens=int(stored["ends"][-1]),
         corpus_documents=len(stored["ends"]),
-        seconds=round(seconds),
-        commands=commands,
+        seconds=round(history.seconds),
+        commands=history.commands,
         heldout={f"context_{context}": judge(texts, context) for context in CONTEXTS},
         shipped_text={f"context_{context}": judge(shipped, context) for context in CONTEXTS},
         torch=torch.__version__,
         transformers=transformers_version,
-        task_tokens=step * config.task_rows * ROW,
+        task_tokens=history.task_tokens,
         tasks=judge_tasks(target) if config.task_rows else {},
         began=began,
     )
@@ -135,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--to", type=Path, default=path(), help="default: the folder inside the package")
     parser.add_argument("--skip-eval", action="store_true", help="write no training.json and no model card")
     options = parser.parse_args(argv)
-    config, _, _ = read_history(options.run)
+    config = read_history(options.run).config
     options.to.mkdir(parents=True, exist_ok=True)
     began = TrainingRecord.read(resolve_model(config.init)) if config.init else None  # before it is written over
     state = torch.load(options.checkpoint or options.run / "last.pt", map_location="cpu", weights_only=True)

@@ -18,8 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from buddymoe_ray.tasks import FAMILIES, Task, draw
 
 ROW = 256
-# how often a family comes, where that is not once: what is computed in columns takes longest to learn
-WEIGHTS = {"add": 2, "subtract": 2, "multiply": 2, "sort numbers": 2}
+# how often a family comes, where that is not once: what is computed takes longer to learn than what is copied
+WEIGHTS = {
+    **dict.fromkeys(("add", "subtract", "multiply", "sort words", "reverse"), 3.0),
+    **dict.fromkeys(("sort numbers", "calendar"), 2.0),
+    **dict.fromkeys(("dates", "tools", "functions", "talk"), 0.5),
+}
 _GO_ON = 0.25  # share of tasks that are asked in the conversation of the one before
 
 
@@ -46,7 +50,7 @@ class TaskStream:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         self._tokenizer, self._seed = tokenizer, seed
-        self._families, self._weights = tuple(FAMILIES), [WEIGHTS.get(family, 1) for family in FAMILIES]
+        self._families, self._weights = tuple(FAMILIES), [WEIGHTS.get(family, 1.0) for family in FAMILIES]
 
     def batch(self, first: int, count: int) -> TaskRows:
         """Rows first ... first + count - 1."""
