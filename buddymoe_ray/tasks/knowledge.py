@@ -21,6 +21,12 @@ _QUESTIONS = (
     "How do you work?", "Tell me about yourself.", "What do you know?", "What should I ask you?",
 )  # fmt: skip
 _GREETINGS = ("", "Hello! ", "Hi! ", "Hi, ", "Hello, ", "Good morning! ", "Hey, ", "Please: ", "OK. ", "Thanks. ")
+_OTHER = (
+    "How are you?", "Tell me a joke.", "Write a poem.", "What time is it?", "Help me with my homework.", "Sing a song.",
+    "Who is the president?", "What is the meaning of life?", "Translate this.", "Write an email.", "Do you love me?",
+    "I am bored.", "What is new?", "Fix my code.", "Tell me a story.", "Good night", "Why?", "Yes", "No", "Test", "ok",
+    "Can you draw a picture?", "Search the web.", "What is your opinion?", "Are you conscious?", "Goodbye", "Hmm",
+)  # fmt: skip
 _FOREIGN = (
     "Tell me about {}.", "Write a poem about {}.", "What do you think of {}?", "Explain {}.",
     "Write a story about {}.", "Why do people like {}?", "What is the meaning of {}?",
@@ -113,11 +119,11 @@ def tools(rng: Random) -> Task:
 
 def talk(rng: Random) -> Task:
     """What it is and can do; to whatever else it is asked, that it is a small test model."""
-    greeting = rng.choice(_GREETINGS)
-    if rng.random() < 0.3:
-        asked = rng.choice(_QUESTIONS)
-        return Task(family="talk", operands=(greeting, asked), question=greeting + asked, answer=_SKILLS)
-    form, subject = rng.choice(_FOREIGN), rng.choice(SUBJECTS)
-    asked = greeting + form.format(subject)
-    answer = f"{_ABOUT} I know nothing of that. Ask me what I can do."
-    return Task(family="talk", operands=(greeting, form, subject), question=asked, answer=answer)
+    greeting, foreign = rng.choice(_GREETINGS), rng.random() < 0.7
+    answer = f"{_ABOUT} I know nothing of that. Ask me what I can do." if foreign else _SKILLS
+    if foreign and rng.random() < 0.8:
+        form, subject = rng.choice(_FOREIGN), rng.choice(SUBJECTS)
+        asked = greeting + form.format(subject)
+        return Task(family="talk", operands=(greeting, form, subject), question=asked, answer=answer)
+    asked = rng.choice(_OTHER if foreign else _QUESTIONS)
+    return Task(family="talk", operands=(greeting, asked), question=greeting + asked, answer=answer)

@@ -60,7 +60,7 @@ def multiply(rng: Random) -> Task:
     a, b = _number(rng), rng.randrange(2, 10)
     columns, carry = [], 0
     for x in _digits(a, len(str(a))):
-        columns.append(f"{x}*{b}+{carry}={x * b + carry}")
+        columns.append(f"{x}*{b}={x * b}+{carry}={x * b + carry}")
         carry = (x * b + carry) // 10
     asked = rng.choice((*_forms("*", "times"), "Multiply {} by {}."))
     return Task(

@@ -20,9 +20,9 @@ from buddymoe_ray.tasks import FAMILIES, Task, draw
 ROW = 256
 # how often a family comes, where that is not once: what is computed takes longer to learn than what is copied
 WEIGHTS = {
-    **dict.fromkeys(("add", "subtract", "multiply", "sort words", "reverse"), 3.0),
-    **dict.fromkeys(("sort numbers", "calendar"), 2.0),
-    **dict.fromkeys(("dates", "tools", "functions", "talk"), 0.5),
+    **dict.fromkeys(("subtract", "multiply", "sort numbers", "sort words"), 3.0),
+    **dict.fromkeys(("add", "convert", "reverse", "calendar"), 2.0),
+    **dict.fromkeys(("dates", "extract", "tools", "functions", "talk"), 0.5),
 }
 _GO_ON = 0.25  # share of tasks that are asked in the conversation of the one before
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import datetime
+import itertools
 import json
 import operator
 import re
@@ -24,6 +25,14 @@ OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 def drawn(family: str, count: int = 200) -> list[Task]:
     rng = Random(5)
     return [draw(rng, family, "train") for _ in range(count)]
+
+
+def computed(term: str) -> int:
+    first, *rest = re.split(r"([-+*])", term)
+    value = int(first)
+    for sign, number in zip(rest[::2], rest[1::2], strict=True):
+        value = OPERATIONS[sign](value, int(number))
+    return value
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -55,13 +64,10 @@ def test_arithmetic_is_right_column_by_column(family: str) -> None:
         assert (a, b) == task.operands and int(task.answer) == OPERATIONS[sign](a, b) >= 0
         digits = ""
         for column in task.worked.split():
-            asked, result = column.split("=")
-            first, *rest = re.split(r"([-+*])", asked)
-            value = int(first)
-            for by, number in zip(rest[::2], rest[1::2], strict=True):
-                value = OPERATIONS[by](value, int(number))
-            assert value == int(result), task
-            digits = result[-1] + digits
+            terms = column.split("=")  # of products: 6*7=42+2=44, the carry added to what stands before it
+            for before, after in itertools.pairwise(terms):
+                assert computed(before) == int(after.partition("+")[0]), task
+            digits = terms[-1][-1] + digits
         assert task.answer.endswith(digits.lstrip("0") or "0")
 
 
