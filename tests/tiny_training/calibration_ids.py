@@ -17,21 +17,21 @@ import numpy as np
 
 from tiny_training.export import read_history
 from tiny_training.stream import TokenStream
-from tiny_training.task_stream import TaskStream
+from tiny_training.task_stream import ROW, TaskStream
 from tiny_training.train import prepare
 
 WINDOWS = 256
 _SEED = 2**20  # no training run's
 
 
-def calibration_ids(documents: Sequence[np.ndarray], tasks: TaskStream, seq_len: int, windows: int) -> np.ndarray:
-    """int32 ids: a window of `seq_len` text tokens, a row of tasks, and so on."""
-    text = TokenStream(documents, seq_len, _SEED)
+def calibration_ids(documents: Sequence[np.ndarray], tasks: TaskStream, windows: int) -> np.ndarray:
+    """int32 ids: a window of text, twice as long as a row of tasks, then a row of tasks, and so on."""
+    text = TokenStream(documents, 2 * ROW, _SEED)
     parts: list[np.ndarray] = []
     for index in range(windows):
         rows = tasks.batch(index, 1)
         filled = int(rows.learned_BL[0].nonzero().max()) + 1
-        parts += [text.window(index)[:seq_len], rows.tokens_BL[0, :filled].numpy()]
+        parts += [text.window(index)[:-1], rows.tokens_BL[0, :filled].numpy()]
     return np.concatenate(parts).astype(np.int32)
 
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     config = read_history(options.run).config
     documents, tokenizer = prepare(config)
-    ids = calibration_ids(documents, TaskStream(tokenizer, _SEED), config.seq_len, WINDOWS)
+    ids = calibration_ids(documents, TaskStream(tokenizer, _SEED), WINDOWS)
     np.save(options.to, ids)
     print(f"{options.to}: {ids.size:,} tokens")
 

@@ -85,10 +85,10 @@ def test_a_run_starts_from_given_weights_and_learns_answers(tmp_path: Path) -> N
 
 
 def test_calibration_text_is_text_and_tasks_by_turns(stream: TaskStream) -> None:
-    ids = calibration_ids([np.full(5000, 9, dtype=np.uint16)], stream, 100, 3)
+    ids = calibration_ids([np.full(5000, 9, dtype=np.uint16)], stream, 3)
     asked = np.flatnonzero(ids == 1)  # <|im_start|>
-    assert ids.dtype == np.int32 and asked[0] == 100 and (ids[:100] == 9).all() and len(asked) >= 6
-    assert np.count_nonzero(np.diff(asked) > 100) == 2, "a window of text between rows of tasks"
+    assert ids.dtype == np.int32 and asked[0] == 512 and (ids[:512] == 9).all() and len(asked) >= 6
+    assert np.count_nonzero(np.diff(asked) > 512) == 2, "a window of text between rows of tasks"
     assert ids[-1] == 2, "no padding"
 
 
