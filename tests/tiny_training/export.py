@@ -33,12 +33,13 @@ from tiny_training import corpus
 from tiny_training.card import TrainingRecord, model_card
 from tiny_training.evaluate import Evaluation, Evaluator, evaluate_texts, load_model
 from tiny_training.task_stream import ROW
-from tiny_training.tokenizer import END_OF_TEXT, IM_END, load_tokenizer
+from tiny_training.tokenizer import END_OF_TEXT, FILES, IM_END, load_tokenizer
 from tiny_training.trainer import TrainConfig, build_model
 
 HELDOUT_BYTES: dict[corpus.Kind, int] = {"python": 200_000, "docs": 70_000}
 HELDOUT_LARGEST: dict[corpus.Kind, int] = {"python": 32_000, "docs": 20_000}
 CONTEXTS = (512, 1024)
+_PLACES = {"stdlib", "docs"}  # where a machine keeps the text: not part of the command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ def read_history(run: Path) -> History:
         options = [
             f" --{name.replace('_', '-')}" + ("" if value is True else f" {value}")
             for name, value in start["options"].items()
-            if str(value) != str(getattr(default, name))
+            if str(value) != str(getattr(default, name)) and name not in _PLACES
         ]
         commands.append(f"python -m tiny_training.train --out DIR{''.join(options)}  # from step {start['step']}")
         steps = last["step"] - start["step"]
@@ -84,7 +85,7 @@ def export_weights(config: TrainConfig, weights: dict[str, torch.Tensor], target
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1])
     with tempfile.TemporaryDirectory(dir=target) as name:
         model.bfloat16().save_pretrained(name)
-        for file in ("tokenizer.json", "tokenizer_config.json"):
+        for file in FILES:
             shutil.copy(config.out / "data" / file, name)
         for written in Path(name).iterdir():
             written.chmod(0o644)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -40,10 +41,11 @@ def prepare(config: TrainConfig) -> tuple[list[np.ndarray], PreTrainedTokenizerB
         data.mkdir(parents=True, exist_ok=True)
         documents = corpus.collect(config.stdlib, config.docs)["train"]
         if config.init:
-            learned = tokenizer.load_tokenizer(resolve_model(config.init))
+            for file in tokenizer.FILES:
+                shutil.copy(resolve_model(config.init) / file, data)
         else:
-            learned = tokenizer.train_tokenizer((d.text for d in documents), config.vocab)
-        tokenizer.save_tokenizer(learned, data)
+            tokenizer.save_tokenizer(tokenizer.train_tokenizer((d.text for d in documents), config.vocab), data)
+        learned = tokenizer.load_tokenizer(data)
         chat = corpus.chat_documents(documents, int(config.chat_share * sum(len(d.text) for d in documents)))
         encoded = tokenizer.encode_documents([*documents, *chat], learned)
         partial = data / "tokens.partial.npz"

@@ -138,6 +138,7 @@ def test_exact_answers_at_a_quarter_are_those_of_the_resident_model() -> None:
     (result,) = evaluate_tasks([config], tasks)
     assert isinstance(result, TaskResult) and result.total.tasks == len(tasks)
     assert result.total.difference == result.total.difference_se == 0.0
+    assert result.total.accuracy > 75, "the shipped model answers"
     assert set(result.families) == set(FAMILIES)
     assert result.miss_rate > 0 and result.fetched_fraction == 100
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def test_history_becomes_commands_and_kept_seconds(tmp_path: Path) -> None:
     lines = [
-        {"event": "start", "step": 0, "time": 100.0, "options": {"steps": 9, "balance": 0.5}},
+        {"event": "start", "step": 0, "time": 100.0, "options": {"steps": 9, "balance": 0.5, "docs": "/d"}},
         {"event": "checkpoint", "step": 4, "time": 160.0},
         {
             "event": "start",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from tiny_training.calibration_ids import calibration_ids
 from tiny_training.evaluate import load_model
 from tiny_training.task_stream import ROW, TaskRows, TaskStream
-from tiny_training.tokenizer import load_tokenizer
+from tiny_training.tokenizer import FILES, load_tokenizer
+from tiny_training.train import prepare, train
 from tiny_training.trainer import TrainConfig, Trainer, losses_on_answers
 
 from buddymoe_ray.models.tiny import path
@@ -71,17 +73,29 @@ def test_conversations_of_a_row_do_not_see_each_other(stream: TaskStream) -> Non
     assert packed == pytest.approx(nats / count, rel=1e-4)
 
 
-def test_a_run_starts_from_given_weights_and_learns_answers(tmp_path: Path) -> None:
+def test_a_run_starts_from_given_weights_and_their_tokenizer_and_learns_answers(tmp_path: Path) -> None:
+    for kind, end in (("lib", ".py"), ("docs", ".rst.txt")):
+        (tmp_path / kind).mkdir()
+        for number in range(30):
+            (tmp_path / kind / f"m{number}{end}").write_text(f"value = {number}\n" * 5)
     config = TrainConfig(
-        out=tmp_path, steps=4, decay_steps=1, warmup_steps=1, ranks=1, batch_tokens=64, seq_len=64, task_rows=1
-    )
-    trainer = Trainer(config, [np.arange(300, dtype=np.uint16)], load_tokenizer(path()), 0)
+        out=tmp_path / "run", stdlib=tmp_path / "lib", docs=tmp_path / "docs", init="builtin:tiny", steps=1, ranks=1,
+        batch_tokens=64, seq_len=64, task_rows=1, decay_steps=1, warmup_steps=1, matrix_lr=0.0, embed_lr=0.0,
+        small_lr=0.0,
+    )  # fmt: skip
+    train(config)
+    for file in FILES:
+        assert (config.out / "data" / file).read_bytes() == (path() / file).read_bytes()
+    trainer = Trainer(config, *prepare(config), 0)
+    trainer.load(config.out / "last.pt")
     shipped = load_model(path())
-    trainer.start_from(shipped)
     assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), shipped.parameters(), strict=True))
-    figures = [trainer.train_step() for _ in range(2)]
-    assert config.step_tokens == 64 + ROW and all(figure.answer_nats > 0 for figure in figures)
-    assert not torch.equal(next(trainer.model.parameters()), next(shipped.parameters()))
+    learning = Trainer(replace(config, steps=4, matrix_lr=0.01), *prepare(config), 0)
+    learning.start_from(shipped)
+    figures = learning.train_step()
+    assert config.step_tokens == 64 + ROW and figures.nats > 0 and figures.answer_nats > 0
+    after, before = (model.model.layers[0].mlp.experts.down_proj for model in (learning.model, shipped))
+    assert not torch.equal(after, before)
 
 
 def test_calibration_text_is_text_and_tasks_by_turns(stream: TaskStream) -> None:
