@@ -25,7 +25,7 @@ COMMANDS = {
     "serve": "check a deployment and serve it: an OpenAI API on Ray Serve",
     "chat": "talk to a model in the terminal",
     "batch": "answer a file of requests, as many side by side as memory allows",
-    "eval": "score a corpus step by step against the exact engine",
+    "eval": "score a corpus, or the answers to tasks, against the exact engine",
     "bench": "measure decode and prefill speed, latency, bytes and memory",
     "plan": "show what would live where and how fast it would be, before anything loads",
     "profile": "calibrate stand-ins on a corpus: what each costs, in a file and a report",

@@ -1,30 +1,43 @@
-"""`buddymoe eval`: perplexity of an engine beside the exact one on the same windows, decoded step by step.
+"""`buddymoe eval`: an engine beside the exact one on the same text, or on the same tasks.
 
-Windows of 256 tokens: 64 are prefilled, the other 192 are scored one decode step at a time (teacher forcing) through
-the Engine that serves. Errors are of paired differences, clustered by window. Lists in `--memory` and `--standin` make
-a row each, all scored beside one exact engine; a row that does not fit says so in `error` (exit status 1).
+`--corpus`: perplexity over windows of 256 tokens: 64 are prefilled, the other 192 are scored one decode step at a time
+(teacher forcing) through the Engine that serves. Errors are of paired differences, clustered by window.
+`--tasks`: exact match on held-out tasks in the chat form, greedy; errors of paired differences.
+Lists in `--memory` and `--standin` make a row each, all scored beside one exact engine; a row that does not fit says so
+in `error` (exit status 1).
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from buddymoe_ray.commands.common import add_engine_arguments, add_json_argument, emit, engine_config, print_table
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.observe import progress
+from buddymoe_ray.tasks import held_out
+
+if TYPE_CHECKING:
+    from buddymoe_ray.engine.accuracy import TaskResult
+    from buddymoe_ray.engine.evaluate import EvalResult
 
 __all__ = ["add_arguments", "run"]
+
+TASKS = 2040
+_TOLD = ("model", "mode", "memory", "budget", "standin", "policy", "expert_dtype", "dense_dtype")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `eval`."""
     add_engine_arguments(parser, without=("max_running", "guard_share", "seed", "generation_config"))
     add_json_argument(parser)
-    parser.add_argument(
-        "--corpus", nargs="+", required=True, help="text files, or folders of .txt, .py, .rst, .md files"
+    scored = parser.add_mutually_exclusive_group(required=True)
+    scored.add_argument("--corpus", nargs="+", help="text files, or folders of .txt, .py, .rst, .md files")
+    scored.add_argument(
+        "--tasks", type=int, nargs="?", const=TASKS, help=f"accuracy on that many generated tasks ({TASKS})"
     )
     parser.add_argument("--tokens", type=int, default=None, help="most scored tokens; default the whole corpus")
     parser.add_argument(
@@ -45,13 +58,9 @@ def run(args: argparse.Namespace) -> int:
         for memory in args.memory.split(",")
         for standin in args.standin.split(",")
     ]
-    text = read_corpus(args.corpus)
-    tokenizer = tokenizer_of(args.model, "for eval. hint: copy tokenizer.json there")
-    from buddymoe_ray.engine.evaluate import cut_windows, evaluate_many  # late: they import torch
-
-    windows = cut_windows(tokenizer.encode(text, add_special_tokens=False, verbose=False), tokens=args.tokens)
     dynamic = args.placement == "dynamic"
-    results = evaluate_many(configs, windows, batch=args.batch, movable=dynamic, progress=progress)
+    results: Sequence[EvalResult | TaskResult | BudgetError]
+    results = _on_tasks(args, configs) if args.tasks is not None else _on_corpus(args, configs, movable=dynamic)
     if len(results) == 1 and isinstance(results[0], BudgetError):
         raise results[0]
     records = [
@@ -63,14 +72,56 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         for record in records:
             emit(record)
+    elif args.tasks is not None:
+        _print_tasks(records)
     else:
         _print(records)
     return 1 if any("error" in record for record in records) else 0
 
 
+def _on_corpus(
+    args: argparse.Namespace, configs: list[EngineConfig], *, movable: bool
+) -> list[EvalResult | BudgetError]:
+    text = read_corpus(args.corpus)
+    tokenizer = tokenizer_of(args.model, "for eval. hint: copy tokenizer.json there")
+    from buddymoe_ray.engine.evaluate import cut_windows, evaluate_many  # late: they import torch
+
+    windows = cut_windows(tokenizer.encode(text, add_special_tokens=False, verbose=False), tokens=args.tokens)
+    return evaluate_many(configs, windows, batch=args.batch, movable=movable, progress=progress)
+
+
+def _on_tasks(args: argparse.Namespace, configs: list[EngineConfig]) -> list[TaskResult | BudgetError]:
+    if args.tasks < 1:
+        raise ConfigError(f"--tasks is {args.tasks}, must be at least 1. hint: leave the number out for {TASKS}")
+    if args.tokens is not None or args.placement != "static":
+        raise ConfigError("--tokens or --placement is given with --tasks, must go with --corpus. hint: leave it out")
+    from buddymoe_ray.engine.accuracy import evaluate_tasks  # late: it imports torch
+
+    return evaluate_tasks(configs, held_out(args.tasks))
+
+
+def _print_tasks(records: list[dict[str, Any]]) -> None:
+    for record in records:
+        if "error" in record:
+            print(f"memory {record['memory']}: {record['error']}")
+            continue
+        rows = [{"task": name} | found for name, found in record["by_task"].items()]
+        told = {name: record.get(name) for name in _TOLD}
+        print_table(
+            [told | row for row in (*rows, {"task": "all"} | record)],
+            {
+                "task": "{task}",
+                "right %": "{accuracy:.1f}",
+                "exact %": "{accuracy_exact:.1f}",
+                "difference": "{difference:+.2f} ± {difference_se:.2f}",
+                "tasks": "{tasks:,}",
+            },
+            conditions={name.replace("_", " "): f"{{{name}}}" for name in _TOLD},
+        )
+
+
 def _print(records: list[dict[str, Any]]) -> None:
     measured = [{"budget": None, "standin": None, "policy": None} | record for record in records]
-    told = ("model", "mode", "memory", "budget", "standin", "policy", "expert_dtype", "dense_dtype")
     print_table(
         [record for record in measured if "error" not in record],
         {
@@ -82,7 +133,7 @@ def _print(records: list[dict[str, Any]]) -> None:
             "of them fetched %": "{fetched_fraction:.1f}",
             "tokens": "{tokens:,}",
         },
-        conditions={name.replace("_", " "): f"{{{name}}}" for name in told},
+        conditions={name.replace("_", " "): f"{{{name}}}" for name in _TOLD},
     )
     for record in measured:
         if "error" in record:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from tiny_training.corpus import Document
 
 VOCAB_SIZE = 4096
+FILES = ("tokenizer.json", "tokenizer_config.json")
 END_OF_TEXT, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 # Words with one leading sign, numbers of up to three digits, runs of signs, line ends with indentation, spaces.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -27,8 +28,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.models.resolve import resolve_model
 from tiny_training import corpus, tokenizer
-from tiny_training.trainer import TrainConfig, Trainer
+from tiny_training.evaluate import load_model
+from tiny_training.trainer import Figures, TrainConfig, Trainer
 
 
 def prepare(config: TrainConfig) -> tuple[list[np.ndarray], PreTrainedTokenizerBase]:
@@ -37,8 +40,12 @@ def prepare(config: TrainConfig) -> tuple[list[np.ndarray], PreTrainedTokenizerB
     if not (data / "tokens.npz").exists():
         data.mkdir(parents=True, exist_ok=True)
         documents = corpus.collect(config.stdlib, config.docs)["train"]
-        learned = tokenizer.train_tokenizer((d.text for d in documents), config.vocab)
-        tokenizer.save_tokenizer(learned, data)
+        if config.init:
+            for file in tokenizer.FILES:
+                shutil.copy(resolve_model(config.init) / file, data)
+        else:
+            tokenizer.save_tokenizer(tokenizer.train_tokenizer((d.text for d in documents), config.vocab), data)
+        learned = tokenizer.load_tokenizer(data)
         chat = corpus.chat_documents(documents, int(config.chat_share * sum(len(d.text) for d in documents)))
         encoded = tokenizer.encode_documents([*documents, *chat], learned)
         partial = data / "tokens.partial.npz"
@@ -65,10 +72,12 @@ def run_rank(rank: int, config: TrainConfig) -> None:
         dist.init_process_group(
             "gloo", init_method=f"file://{config.out}/rendezvous", rank=rank, world_size=config.ranks
         )
-    trainer = Trainer(config, prepare(config)[0], rank)
+    trainer = Trainer(config, *prepare(config), rank)
     last = config.out / "last.pt"
     if last.exists():
         trainer.load(last)
+    elif config.init:
+        trainer.start_from(load_model(resolve_model(config.init)))
     leader = Leader(trainer) if rank == 0 else None
     while trainer.step < config.steps:
         if leader:
@@ -91,7 +100,7 @@ class Leader:
         self._shown = sys.stderr.isatty()
         self._bar = tqdm(total=trainer.config.steps, initial=trainer.step, disable=not self._shown, unit="step")
         self._saved_at = self._logged_at = time.monotonic()
-        self._logged_step, self._sums = trainer.step, (0.0, 0.0)
+        self._logged_step, self._sums = trainer.step, np.zeros(len(Figures._fields))
         note(trainer.config, "start", trainer.step)
 
     def before_step(self) -> None:
@@ -99,10 +108,10 @@ class Leader:
         if self._trainer.step == self._config.steps - self._config.decay_steps:
             self._trainer.save(self._config.out / "stable.pt")
 
-    def after_step(self, figures: tuple[float, float]) -> None:
+    def after_step(self, figures: Figures) -> None:
         """Count, log and write a checkpoint when they are due."""
         self._bar.update()
-        self._sums = (self._sums[0] + figures[0], self._sums[1] + figures[1])
+        self._sums += figures
         if self._trainer.step % self._config.log_steps == 0:
             self._log()
         if time.monotonic() - self._saved_at > self._config.checkpoint_seconds:
@@ -121,12 +130,14 @@ class Leader:
     def _log(self) -> None:
         now, step = time.monotonic(), self._trainer.step
         done = step - self._logged_step
-        speed = done * self._config.batch_tokens / (now - self._logged_at)
-        line = f"loss {self._sums[0] / done:.4f} balance {self._sums[1] / done:.4f} tok/s {speed:.0f}"
+        speed = done * self._config.step_tokens / (now - self._logged_at)
+        mean = Figures(*(self._sums / done))
+        line = f"loss {mean.nats:.4f} balance {mean.balance:.4f} answers {mean.answer_nats:.4f} tok/s {speed:.0f}"
         self._bar.set_postfix_str(line)
         if not self._shown:
             print(f"{time.strftime('%H:%M:%S')} step {step} {line}", file=sys.stderr, flush=True)
-        self._logged_at, self._logged_step, self._sums = now, step, (0.0, 0.0)
+        self._logged_at, self._logged_step = now, step
+        self._sums[:] = 0.0
 
 
 def train(config: TrainConfig) -> None:
@@ -150,7 +161,7 @@ def train(config: TrainConfig) -> None:
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     """Options from the fields of TrainConfig."""
     parser = argparse.ArgumentParser(prog="python -m tiny_training.train", description="Train builtin:tiny.")
-    kinds = {"int": int, "float": float, "Path": Path}
+    kinds = {"int": int, "float": float, "str": str, "Path": Path}
     for field in fields(TrainConfig):
         name = "--" + field.name.replace("_", "-")
         required = field.name == "out"

@@ -11,18 +11,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
 from tiny_training import corpus, losses, moe_train, tokenizer
 from tiny_training.optim import Muon
 from tiny_training.stream import TokenStream
+from tiny_training.task_stream import ROW, TaskRows, TaskStream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +52,24 @@ class TrainConfig:
     weight_decay: float = 0.1
     balance: float = 0.04
     chat_share: float = 0.05
+    task_rows: int = 0
+    init: str = ""
     checkpoint_seconds: float = 300.0
     log_steps: int = 20
     compile_norms: bool = False
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of text and of tasks that a step computes."""
+        return self.batch_tokens + self.task_rows * ROW
+
+
+class Figures(NamedTuple):
+    """What a step computed: nats a token of text, the routers' balance loss, nats a token of answers."""
+
+    nats: float
+    balance: float
+    answer_nats: float
 
 
 def build_model(config: TrainConfig) -> Qwen3MoeForCausalLM:
@@ -138,6 +154,20 @@ def losses_on(model: Qwen3MoeForCausalLM, windows_BL: Tensor) -> tuple[Tensor, T
     return nats, aux
 
 
+def losses_on_answers(model: Qwen3MoeForCausalLM, rows: TaskRows) -> tuple[Tensor, Tensor]:
+    """(mean nats an answer's token, balance loss): questions are drawn by chance, so nothing is learned from them."""
+    output = model.model(
+        input_ids=rows.tokens_BL[:, :-1],
+        position_ids=rows.positions_BL[:, :-1],  # falling positions keep packed tasks apart
+        use_cache=False,
+        output_router_logits=True,
+    )
+    learned_BL = rows.learned_BL[:, 1:]
+    hidden_TD, targets_T = output.last_hidden_state[learned_BL], rows.tokens_BL[:, 1:][learned_BL]
+    nats = losses.ChunkedCrossEntropy.apply(hidden_TD, model.lm_head.weight, targets_T, 512)
+    return nats, losses.balance_loss(output.router_logits, model.config.num_experts_per_tok)
+
+
 def _gradient(param: Tensor) -> Tensor:
     assert param.grad is not None, f"a parameter of shape {tuple(param.shape)} got no gradient"
     return param.grad
@@ -146,23 +176,37 @@ def _gradient(param: Tensor) -> Tensor:
 class Trainer:
     """One rank: model, optimizers, its share of each batch."""
 
-    def __init__(self, config: TrainConfig, documents: Sequence[np.ndarray], rank: int) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        documents: Sequence[np.ndarray],
+        tokenizer: PreTrainedTokenizerBase,
+        rank: int,
+    ) -> None:
         self.config, self.rank, self.step = config, rank, 0
         self.stream = TokenStream(documents, config.seq_len, config.seed)
+        self.tasks = TaskStream(tokenizer, config.seed) if config.task_rows else None
         self.model = build_model(config)
         self.optimizers = make_optimizers(self.model, config)
         self._params = list(self.model.parameters())
-        self._flat = torch.zeros(sum(p.numel() for p in self._params) + 2)
+        self._flat = torch.zeros(sum(p.numel() for p in self._params) + len(Figures._fields))
 
-    def train_step(self) -> tuple[float, float]:
-        """One optimizer step over the global batch; returns its mean (nats, balance loss)."""
+    def train_step(self) -> Figures:
+        """One optimizer step over the global batch; returns its means."""
         config = self.config
         windows = config.batch_tokens // config.seq_len
         mine = windows // config.ranks
         batch_BL = self.stream.batch(self.step * windows + self.rank * mine, mine)
-        nats, aux = losses_on(self.model, batch_BL)
-        (nats + config.balance * aux).backward()
-        figures = self._average_gradients(torch.stack([nats.detach(), aux.detach()]))
+        nats, balance = losses_on(self.model, batch_BL)
+        (nats + config.balance * balance).backward()
+        figures = torch.stack([nats.detach(), balance.detach(), torch.zeros(())])
+        if self.tasks is not None:
+            mine = config.task_rows // config.ranks
+            rows = self.tasks.batch(self.step * config.task_rows + self.rank * mine, mine)
+            nats, balance = losses_on_answers(self.model, rows)
+            (nats + config.balance * balance).backward()
+            figures[2] = nats.detach()
+        figures = self._average_gradients(figures)
         factor = schedule(self.step, config)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -170,10 +214,10 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return figures[0].item(), figures[1].item()
+        return Figures(*figures.tolist())
 
     def _average_gradients(self, figures: Tensor) -> Tensor:
-        """One all-reduce of all gradients and the two loss figures."""
+        """One all-reduce of all gradients and the figures."""
         if self.config.ranks == 1:
             return figures
         torch.cat([*(_gradient(p).flatten() for p in self._params), figures], out=self._flat)
@@ -195,6 +239,10 @@ class Trainer:
         partial = target.with_suffix(".partial")
         torch.save(state, partial)
         os.replace(partial, target)
+
+    def start_from(self, model: PreTrainedModel) -> None:
+        """Take over the weights of a model of the same shape; the optimizers begin afresh."""
+        self.model.load_state_dict(model.state_dict())
 
     def load(self, source: Path) -> None:
         """Continue from a checkpoint; peak learning rates are those of this run's options."""

@@ -68,10 +68,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Profile, Path]:
         config=EngineConfig(memory="50%"),
         ids=tiny_ids(),
         out=out,
-        kinds=("lowbit2", "mean"),
+        kinds=("lowbit4", "mean"),
         window=128,
         compensated=False,
-        losses=LossOptions(memories=(37.5,), budgets=(0.004,), tokens=384),
+        losses=LossOptions(memories=(37.5,), budgets=(0.001,), tokens=384),
     )
     return calibrate(options, progress=silent), out
 
@@ -83,21 +83,21 @@ def test_the_whole_leaves_a_profile_with_expected_losses_in_nats(whole: tuple[Pr
     assert (read.layers, read.experts, read.top_k, read.norm_topk) == (4, 32, 4, True)
     assert (read.sensitivity_L > 0).all() and np.isfinite(read.sensitivity_L).all()
     assert read.calibration_tokens == 20 * 128 and read.counts_LE.sum() == 4 * 4 * read.calibration_tokens
-    assert set(read.errors) == {"lowbit2", "mean", "drop"}
+    assert set(read.errors) == {"lowbit4", "mean", "drop"}
     assert sorted(path.name for path in out.parent.iterdir()) == ["cut.profile", "cut.standins"]
     verify_standins(standins_folder(out))
-    assert set(standin_layouts(standins_folder(out), read.model_hash, layers=4)) == {"lowbit2", "mean"}
+    assert set(standin_layouts(standins_folder(out), read.model_hash, layers=4)) == {"lowbit4", "mean"}
 
 
 def test_stand_ins_are_compared_at_equal_bytes(whole: tuple[Profile, Path]) -> None:
     rows = {row.standin: row for row in whole[0].comparison}
-    assert set(rows) == {"lowbit2", "mean", "drop"}
+    assert set(rows) == {"lowbit4", "mean", "drop"}
     for row in rows.values():
         assert (row.memory_percent, row.tokens) == (37.5, 384) and row.dppl_se > 0 and row.miss_rate > 0
-    assert rows["lowbit2"].kl < rows["mean"].kl < rows["drop"].kl
-    assert rows["lowbit2"].top1_agreement > rows["drop"].top1_agreement
+    assert rows["lowbit4"].kl < rows["mean"].kl < rows["drop"].kl
+    assert rows["lowbit4"].top1_agreement > rows["drop"].top1_agreement
     for small in ("mean", "drop"):  # all means together are smaller than an expert
-        assert rows["lowbit2"].miss_rate > rows[small].miss_rate, "records take room of full experts"
+        assert rows["lowbit4"].miss_rate > rows[small].miss_rate, "records take room of full experts"
 
 
 def test_scales_make_the_prediction_meet_the_measurement(whole: tuple[Profile, Path]) -> None:
@@ -134,8 +134,8 @@ def test_tokens_follow_from_the_model(olmoe: Path) -> None:
 
 def test_bounded_keeps_its_budget(whole: tuple[Profile, Path]) -> None:
     (point,) = whole[0].budget_curve
-    assert (point.budget, point.memory_percent, point.tokens) == (0.004, 37.5, 384)
-    assert 0 < point.expected_rise <= 0.004 and 0 < point.fetched_fraction < 100
+    assert (point.budget, point.memory_percent, point.tokens) == (0.001, 37.5, 384)
+    assert 0 < point.expected_rise <= 0.001 and 0 < point.fetched_fraction < 100
 
 
 def test_the_recommendation_says_why(whole: tuple[Profile, Path]) -> None:

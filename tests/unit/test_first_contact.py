@@ -280,7 +280,7 @@ def test_profile_and_simulate_are_tables(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_chat_explains_itself_and_its_cost(monkeypatch, capsys) -> None:
-    typed = "/help\n/modes\n/mode fats\ndef add(a, b):\n/mode exact\n/reset\ndef add(a, b):\n/quit\n"
+    typed = "/help\n/modes\n/mode fats\nWhat is 347 + 85?\n/mode exact\n/reset\nWhat is 347 + 85?\n/quit\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     assert main(["chat", "--max-tokens", "8", "--mode", "bounded"]) == 0
     said = capsys.readouterr().out

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tiny_training import corpus, export
+from tiny_training.task_stream import ROW
 from tiny_training.train import train
 from tiny_training.trainer import TrainConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,18 +15,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def test_history_becomes_commands_and_kept_seconds(tmp_path: Path) -> None:
     lines = [
-        {"event": "start", "step": 0, "time": 100.0, "options": {"steps": 9, "balance": 0.5}},
+        {"event": "start", "step": 0, "time": 100.0, "options": {"steps": 9, "balance": 0.5, "docs": "/d"}},
         {"event": "checkpoint", "step": 4, "time": 160.0},
-        {"event": "start", "step": 4, "time": 500.0, "options": {"steps": 7, "compile_norms": True}},
+        {
+            "event": "start",
+            "step": 4,
+            "time": 500.0,
+            "options": {"steps": 7, "compile_norms": True, "batch_tokens": 100, "task_rows": 2},
+        },
         {"event": "checkpoint", "step": 7, "time": 540.0},
     ]
     (tmp_path / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config, seconds, commands = export.read_history(tmp_path)
+    history = export.read_history(tmp_path)
+    config = history.config
     assert (config.steps, config.compile_norms, config.balance) == (7, True, TrainConfig(out=tmp_path).balance)
-    assert seconds == 60.0 + 40.0
-    assert commands == (
+    assert history.seconds == 60.0 + 40.0
+    assert (history.tokens, history.task_tokens) == (4 * 8192 + 3 * 100, 3 * 2 * ROW)
+    assert history.commands == (
         "python -m tiny_training.train --out DIR --steps 9 --balance 0.5  # from step 0",
-        "python -m tiny_training.train --out DIR --steps 7 --compile-norms  # from step 4",
+        "python -m tiny_training.train --out DIR --steps 7 --compile-norms --batch-tokens 100 --task-rows 2"
+        "  # from step 4",
     )
 
 

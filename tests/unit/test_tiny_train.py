@@ -11,6 +11,7 @@ import torch
 from tiny_training import losses, moe_train
 from tiny_training.optim import Muon, newton_schulz
 from tiny_training.stream import TokenStream
+from tiny_training.tokenizer import load_tokenizer
 from tiny_training.train import parse, train
 from tiny_training.trainer import TrainConfig, Trainer, schedule
 from torch import Tensor
@@ -19,6 +20,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.models.tiny import path
 
 
 def experts_and_routing(tokens: int, experts: int) -> tuple[Qwen3MoeExperts, Tensor, Tensor, Tensor]:
@@ -108,12 +110,12 @@ def documents() -> list[np.ndarray]:
 
 def test_resumed_run_is_bit_identical(tmp_path: Path, documents: list[np.ndarray]) -> None:
     config = tiny_config(tmp_path)
-    straight = Trainer(config, documents, 0)
+    straight = Trainer(config, documents, load_tokenizer(path()), 0)
     losses = [straight.train_step() for _ in range(3)]
-    first = Trainer(config, documents, 0)
+    first = Trainer(config, documents, load_tokenizer(path()), 0)
     assert first.train_step() == losses[0]
     first.save(tmp_path / "last.pt")
-    second = Trainer(dataclasses.replace(config, seed=0), documents, 0)
+    second = Trainer(dataclasses.replace(config, seed=0), documents, load_tokenizer(path()), 0)
     second.load(tmp_path / "last.pt")
     assert [second.train_step() for _ in range(2)] == losses[1:]
     for name, value in straight.model.state_dict().items():
