@@ -16,7 +16,14 @@ from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
-from buddymoe_ray.commands.common import add_engine_arguments, add_json_argument, emit, engine_config, print_table
+from buddymoe_ray.commands.common import (
+    NOT_MEASURED,
+    add_engine_arguments,
+    add_json_argument,
+    emit,
+    engine_config,
+    print_table,
+)
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.errors import BuddyMoEError, CapacityError, ConfigError
 from buddymoe_ray.observe import progress
@@ -55,7 +62,7 @@ _WORST = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `bench`."""
-    add_engine_arguments(parser, without=("max_running", "guard_share", "seed", "generation_config"))
+    add_engine_arguments(parser, without=NOT_MEASURED)
     add_json_argument(parser)
     parser.add_argument("--batch", default="1", help="sequences side by side; a list makes rows: 1,8")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="prompt length")
@@ -127,8 +134,8 @@ def _config(args: argparse.Namespace, mode: str, **changes: Any) -> EngineConfig
     """Of a row in `mode`; beside other modes, one in exact is without what they alone are asked for."""
     inexact = next((name for name in args.mode.split(",") if name != "exact"), None)
     if mode != "exact" or inexact is None:
-        return engine_config(args, mode=mode, **changes)
-    return engine_config(args, mode=inexact, **changes).exactly(**changes)
+        return engine_config(args, mode=mode, calibrate="off", **changes)
+    return engine_config(args, mode=inexact, calibrate="off", **changes).exactly(**changes)
 
 
 def _in_children(

@@ -16,6 +16,7 @@ from typing import Any
 from buddymoe_ray.config import EngineConfig, option_notes
 
 __all__ = [
+    "NOT_MEASURED",
     "add_engine_arguments",
     "add_json_argument",
     "add_option",
@@ -26,6 +27,10 @@ __all__ = [
 ]
 
 Record = Mapping[str, Any]
+
+
+NOT_MEASURED = ("max_running", "guard_share", "seed", "generation_config", "calibrate", "cache_dir")
+"""Options of a service that a measurement of what is there does without."""
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from buddymoe_ray.commands.common import add_engine_arguments, add_json_argument, emit, engine_config, print_table
+from buddymoe_ray.commands.common import (
+    NOT_MEASURED,
+    add_engine_arguments,
+    add_json_argument,
+    emit,
+    engine_config,
+    print_table,
+)
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.observe import progress
@@ -32,7 +39,7 @@ _TOLD = ("model", "mode", "memory", "budget", "standin", "policy", "expert_dtype
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `eval`."""
-    add_engine_arguments(parser, without=("max_running", "guard_share", "seed", "generation_config"))
+    add_engine_arguments(parser, without=NOT_MEASURED)
     add_json_argument(parser)
     scored = parser.add_mutually_exclusive_group(required=True)
     scored.add_argument("--corpus", nargs="+", help="text files, or folders of .txt, .py, .rst, .md files")
@@ -54,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if args.batch < 1:
         raise ConfigError(f"--batch is {args.batch}, must be at least 1. hint: leave it at 32")
     configs = [
-        engine_config(args, memory=memory, standin=standin, max_running=args.batch, guard_share=0.0)
+        engine_config(args, memory=memory, standin=standin, max_running=args.batch, guard_share=0.0, calibrate="off")
         for memory in args.memory.split(",")
         for standin in args.standin.split(",")
     ]

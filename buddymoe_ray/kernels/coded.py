@@ -9,7 +9,9 @@
 
 `decoded` is the spec of coded_tiles.py, coded_wide.py and coded_columns.py. Measured on a core of Zen 5 that reads 37
 GB/s, one row of bfloat16, 2,048 x 2,048: fp8 28, int8 28, mxfp4 30, int4 24 to 29, gptq 17, awq 14 GB/s, our own packed
-int8 and int4 24; as experts of 2,048 x 1,024 fp8 26 and mxfp4 28, our own int8 32 and int4 31. Knows no files. Scales that are not finite are the caller's to refuse.
+int8 and int4 24; as experts of 2,048 x 1,024 fp8 26 and mxfp4 28, our own int8 32 and int4 31.
+
+Knows no files. Scales that are not finite are the caller's to refuse.
 
 Legend: N outputs, K inputs of all parts of a matrix.
 """

@@ -81,9 +81,9 @@ def facts(rng: Random) -> Task:
     one, two = rng.sample(tuple(CAPITALS), 2)
     form = rng.randrange(7)
     if form < 3:
-        asked = ("What are the capitals of {} and {}?", "Name the capitals of {} and {}.", "Capitals of {} and {}?")
+        both = ("What are the capitals of {} and {}?", "Name the capitals of {} and {}.", "Capitals of {} and {}?")
         answer = f"{CAPITALS[one]} and {CAPITALS[two]}"
-        return Task(family="facts", operands=(one, two), question=asked[form].format(one, two), answer=answer)
+        return Task(family="facts", operands=(one, two), question=both[form].format(one, two), answer=answer)
     asked = (
         *("What is the capital of {}?", "Name the capital of {}."),
         *("{1} is the capital of which country?", "Which country has the capital {1}?"),
