@@ -84,11 +84,11 @@ def facts(rng: Random) -> Task:
         asked = ("What are the capitals of {} and {}?", "Name the capitals of {} and {}.", "Capitals of {} and {}?")
         answer = f"{CAPITALS[one]} and {CAPITALS[two]}"
         return Task(family="facts", operands=(one, two), question=asked[form].format(one, two), answer=answer)
-    asked = (
+    single = (
         *("What is the capital of {}?", "Name the capital of {}."),
         *("{1} is the capital of which country?", "Which country has the capital {1}?"),
     )
-    question, answer = asked[form - 3].format(one, CAPITALS[one]), one if form >= 5 else CAPITALS[one]
+    question, answer = single[form - 3].format(one, CAPITALS[one]), one if form >= 5 else CAPITALS[one]
     return Task(family="facts", operands=(one, form), question=question, answer=answer)
 
 
