@@ -82,6 +82,19 @@ def standins_table() -> str:
     return "\n".join(rows)
 
 
+def accuracy_table() -> str:
+    """Rows of `buddymoe eval --tasks --json`; last, the family of tasks that lost most."""
+    rows = ["| | right % | difference | misses % | of them fetched % | lost most |", "|---|---|---|---|---|---|"]
+    for r in records("tasks"):
+        name = "BuddyMoE whole" if r.get("policy") == "buddymoe" else f"`{r['mode']}`"
+        standin = f", `{r['standin']}`" if r.get("standin", "auto") != "auto" else ""
+        lost = min(r["by_task"], key=lambda family: r["by_task"][family]["difference"])
+        most = f"{lost} {_points(r['by_task'][lost])}" if r["by_task"][lost]["difference"] < 0 else "–"
+        cells = [f"{r['accuracy']:.1f}", _points(r), f"{r['miss_rate']:.0f}", f"{r['fetched_fraction']:.0f}", most]
+        rows.append(f"| {name} at {r['memory']}{standin} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def bounded_table() -> str:
     """Rows of `buddymoe eval --mode bounded --json`, and of int8 experts in `fast`."""
     found = {(r["budget"], r["memory"]): r for r in records("bounded")}
@@ -282,6 +295,7 @@ def rendered(text: str) -> str:
 def figures_page(text: str) -> str:
     """`deployments/MEASURED.md` with its tables made anew."""
     tables = {
+        "accuracy": accuracy_table(),
         "bounded": bounded_table(),
         "placement": placement_table(),
         "speed": speed_table(),
@@ -322,6 +336,10 @@ def _rise(record: dict[str, Any] | None) -> str:
     shown = f"{rise:.0f} ± {error:.0f}" if rise >= 10 else f"{rise:.2f} ± {error:.2f}"
     fetched = record.get("policy") == "buddymoe"
     return f"{shown} ({record['fetched_fraction']:.0f}% fetched)" if fetched else shown
+
+
+def _points(record: dict[str, Any]) -> str:
+    return f"{record['difference']:+.1f} ± {record['difference_se']:.1f}".replace("-", "−")
 
 
 def _cell(value: Any, form: Any) -> str:

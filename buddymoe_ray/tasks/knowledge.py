@@ -81,14 +81,14 @@ def facts(rng: Random) -> Task:
     one, two = rng.sample(tuple(CAPITALS), 2)
     form = rng.randrange(7)
     if form < 3:
-        both = ("What are the capitals of {} and {}?", "Name the capitals of {} and {}.", "Capitals of {} and {}?")
+        asked = ("What are the capitals of {} and {}?", "Name the capitals of {} and {}.", "Capitals of {} and {}?")
         answer = f"{CAPITALS[one]} and {CAPITALS[two]}"
-        return Task(family="facts", operands=(one, two), question=both[form].format(one, two), answer=answer)
-    asked = (
+        return Task(family="facts", operands=(one, two), question=asked[form].format(one, two), answer=answer)
+    single = (
         *("What is the capital of {}?", "Name the capital of {}."),
         *("{1} is the capital of which country?", "Which country has the capital {1}?"),
     )
-    question, answer = asked[form - 3].format(one, CAPITALS[one]), one if form >= 5 else CAPITALS[one]
+    question, answer = single[form - 3].format(one, CAPITALS[one]), one if form >= 5 else CAPITALS[one]
     return Task(family="facts", operands=(one, form), question=question, answer=answer)
 
 

@@ -26,7 +26,7 @@ from buddymoe_ray.serve.work import Batch, Reply, Work
 from buddymoe_ray.serve.worker import Worker
 from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent
 
-PROMPT = "def add(a, b):\n    return"
+PROMPT = "class Stack:\n    def __init__(self, items):\n"
 LONG = 16
 CUTS = (1, 2, 3, 5, 8, 12, LONG - 1)
 
