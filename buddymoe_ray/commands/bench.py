@@ -21,7 +21,7 @@ from buddymoe_ray.commands.common import (
     add_engine_arguments,
     add_json_argument,
     emit,
-    engine_config,
+    measured_config,
     print_table,
 )
 from buddymoe_ray.config import EngineConfig
@@ -134,8 +134,8 @@ def _config(args: argparse.Namespace, mode: str, **changes: Any) -> EngineConfig
     """Of a row in `mode`; beside other modes, one in exact is without what they alone are asked for."""
     inexact = next((name for name in args.mode.split(",") if name != "exact"), None)
     if mode != "exact" or inexact is None:
-        return engine_config(args, mode=mode, calibrate="off", **changes)
-    return engine_config(args, mode=inexact, calibrate="off", **changes).exactly(**changes)
+        return measured_config(args, mode=mode, **changes)
+    return measured_config(args, mode=inexact, **changes).exactly(**changes)
 
 
 def _in_children(

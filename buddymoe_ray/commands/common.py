@@ -10,7 +10,7 @@ import argparse
 import json
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from buddymoe_ray.config import EngineConfig, option_notes
@@ -22,6 +22,7 @@ __all__ = [
     "add_option",
     "emit",
     "engine_config",
+    "measured_config",
     "print_facts",
     "print_table",
 ]
@@ -62,6 +63,12 @@ def engine_config(args: argparse.Namespace, **changes: Any) -> EngineConfig:
     """EngineConfig from parsed options; `changes` win."""
     options = {name: getattr(args, name) for name in EngineConfig.names() if hasattr(args, name)}
     return EngineConfig.from_options(**{**options, **changes})
+
+
+def measured_config(args: argparse.Namespace, **changes: Any) -> EngineConfig:
+    """The same of a measurement, beside which nothing is calibrated."""
+    config = engine_config(args, **changes)
+    return config if config.mode == "exact" else replace(config, calibrate="off")
 
 
 def emit(record: Record) -> None:

@@ -19,7 +19,7 @@ from buddymoe_ray.commands.common import (
     add_engine_arguments,
     add_json_argument,
     emit,
-    engine_config,
+    measured_config,
     print_table,
 )
 from buddymoe_ray.config import EngineConfig
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if args.batch < 1:
         raise ConfigError(f"--batch is {args.batch}, must be at least 1. hint: leave it at 32")
     configs = [
-        engine_config(args, memory=memory, standin=standin, max_running=args.batch, guard_share=0.0, calibrate="off")
+        measured_config(args, memory=memory, standin=standin, max_running=args.batch, guard_share=0.0)
         for memory in args.memory.split(",")
         for standin in args.standin.split(",")
     ]

@@ -147,9 +147,10 @@ def open_account(
     mode: Mode = request.mode or config.mode if request.replay is None else "exact"
     ready = setup is not None and math.isfinite(calibration.factor)
     if mode != "exact" and not ready and (config.mode == "exact" or mode not in (config.mode, "bounded")):
+        later = " or ask later" if calibration.state == "collecting" else ""
         raise RequestError(
             f"mode is {mode}, must be exact: {calibration.reason or 'no stand-ins are loaded'}. hint: "
-            + ("leave mode out or ask later" if calibration.reason else "start the engine with mode: bounded"),
+            + (f"leave mode out{later}" if calibration.reason else "start the engine with mode: bounded"),
             param="buddymoe.mode",
         )
     if request.budget is not None and mode != "bounded":
