@@ -173,6 +173,8 @@ class _Known:
         fingerprint = model_hash(folder)
         profile = load_profile(path, model_hash=fingerprint)
         kinds = STANDINS[config.standin] if config.policy == "ladder" else ()
+        # records of an earlier calibration may lie beside those that this profile knows the cost of
+        kinds = tuple(kind for kind in kinds if kind in profile.errors) or kinds
         layouts = standin_layouts(standins_folder(path), fingerprint, kinds=kinds, layers=profile.layers)
         if sum(records.total_bytes for records in layouts.values()) <= _VERIFIED_BYTES:
             verify_standins(standins_folder(path))

@@ -246,6 +246,26 @@ def test_profiles_that_cannot_be_used(tmp_path: Path) -> None:
         served(profile=str(tmp_path / "alone.profile"))
 
 
+def test_records_that_a_profile_does_not_know_are_left_alone(tmp_path: Path) -> None:
+    """Those of an earlier calibration in the same folder; asked for by name they are refused."""
+    from buddymoe_ray.models.fingerprint import model_hash
+    from buddymoe_ray.models.profile import default_profile_path, load_profile, save_profile
+    from buddymoe_ray.models.standin_files import standins_folder
+
+    folder = resolve_model("builtin:tiny")
+    shipped = default_profile_path(folder)
+    assert shipped is not None
+    profile = load_profile(shipped, model_hash=model_hash(folder))
+    path = tmp_path / "p.profile"
+    save_profile(replace(profile, errors={k: e for k, e in profile.errors.items() if k != "lowbit2"}), path)
+    (tmp_path / "p.standins").symlink_to(standins_folder(shipped))
+    with served(profile=str(path), mode="fast", memory="50%") as llm:
+        setup = llm.engine._setup
+        assert setup is not None and {*setup.kind_of.values()} == {"lowbit3", "lowbit4"}
+    with pytest.raises(ProfileError, match="stand-in is 'lowbit2'"):
+        served(profile=str(path), mode="fast", standin="lowbit2")
+
+
 def test_where_nothing_is_within_the_budget_bounded_is_exact(
     tmp_path: Path, exact_tokens: list[tuple[int, ...]]
 ) -> None:
