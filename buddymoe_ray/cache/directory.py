@@ -47,6 +47,7 @@ class Directory:
             self._free.append(list(range(start + count - 1, start - 1, -1)))
             self._partition += [partition] * count
             self._begin.append(start + count)
+        self.first_wave = self._begin[self._waves]
         self.leased: set[int] = set()
         self.kept: set[int] = set()  # of the call in progress: they stay in their layer's slots until it ends
         self.awaited: set[int] = set()  # wave slots with what will be asked for: nothing is read ahead into them
@@ -145,7 +146,7 @@ class Directory:
             assert key is not None and home in (key.layer, self._waves), f"{key} is in partition {home}"
 
     def _is_wave(self, slot: int) -> bool:
-        return slot >= self._begin[self._waves]
+        return slot >= self.first_wave
 
     def _take_free(self, partition: int) -> int | None:
         return self._free[partition].pop() if self._free[partition] else None

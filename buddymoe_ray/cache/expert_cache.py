@@ -167,7 +167,8 @@ class ExpertCache:
 
     def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
         """Note accesses of experts, of any shape: what is used least is evicted first."""
-        self._directory.usage.note(layer, ids)
+        if not (self.plan.fully_resident or self.plan.pinned):  # else nothing of a layer's is evicted
+            self._directory.usage.note(layer, ids)
 
     def stream(
         self, layer: int, experts: Sequence[int], *, protect_residency: bool
@@ -262,10 +263,11 @@ class ExpertCache:
         self.close()
 
     def _used(self, layer: int, ids: npt.NDArray[np.int64]) -> bool:
-        slots, touch = self._directory.slot_of[layer], self._directory.touch
-        used = {expert for expert in ids.ravel().tolist() if slots[expert] >= 0}
-        for expert in used:
-            touch(slots[expert])
+        slots, directory = self._directory.slot_of[layer], self._directory
+        used = {slots[expert] for expert in ids.ravel().tolist() if slots[expert] >= 0}
+        if used and max(used) >= directory.first_wave:
+            for slot in used:
+                directory.touch(slot)
         self._hits += len(used)
         return True
 
