@@ -4,9 +4,9 @@ Each layer has its own order: a token walks the layers in a cycle, so one over a
 Against LRU, replayed over recorded routes (hits of a layer's accesses): routers of skew 1.2, a quarter of the experts
 resident, 82.1 -> 87.2 %, half 96.3 -> 97.1 %; builtin:tiny 43.3 -> 47.3 and 67.8 -> 72.1 %; after the popular experts
 changed 81.9 -> 86.9 %; uniform the same. The best that knows the future: 90.9, 98.2, 65.0, 85.1 %. Half-lives of 16 to
-128 steps differ by one point or two. What did not work: counts that never fade (after a change 80.8 %), the time since the last
-access times the count (LCP: between the two), and not keeping what was fetched where its count is lower (skew 1.2:
-another point, builtin:tiny 1 to 2 less).
+128 steps differ by one point or two. What did not work: counts that never fade (after a change 80.8 %), the time since
+the last access times the count (LCP: between the two), and not keeping what was fetched where its count is lower (skew
+1.2: another point, builtin:tiny 1 to 2 less).
 
 Legend: L layers, E experts.
 """
