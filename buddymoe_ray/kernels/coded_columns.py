@@ -36,7 +36,7 @@ from buddymoe_ray.kernels.vector_ir import (
 )
 from buddymoe_ray.types import CodeFormat
 
-__all__ = ["columns_module_text"]
+__all__ = ["Columns", "columns_module_text"]
 
 SHIFTED, SHIFTED_BITS = float(1 << 23), 0x4B000000
 WIDE, NARROW = 16, 8
@@ -46,12 +46,12 @@ MANY = (4, 2, 1)
 
 def columns_module_text(fmt: CodeFormat) -> str:
     """The module's IR for matrices of `fmt`."""
-    made = _Columns(fmt)
+    made = Columns(fmt)
     made.project()
     return str(made.module)
 
 
-class _Columns:
+class Columns:
     """Emits one module. A tile is some vectors of outputs of some rows over one group of inputs."""
 
     def __init__(self, fmt: CodeFormat) -> None:
@@ -66,10 +66,7 @@ class _Columns:
         several = [(vectors, lanes, r) for vectors, lanes in ((2, WIDE), (1, WIDE), (1, NARROW)) for r in MANY]
         tiles = {shape: self._tile(*shape) for shape in ((4, WIDE, 1), *several)}
         b = ir.IRBuilder(kernel.append_basic_block())
-        with loop(b, R) as r:
-            out = load(b, rows, I64, b.add(b.mul(r, I64(16)), I64(8)))
-            with loop(b, N) as n:
-                b.store(F32(0.0), at(b, out, F32, b.mul(n, I64(4))), align=4)
+        self.clear(b, rows, R, N)
         place = [codes, scales, zeros, K, N]
         groups, alone = b.sdiv(b.add(K, I64(self._group - 1)), I64(self._group)), b.icmp_signed("==", R, I64(1))
         with loop(b, groups) as group, b.if_else(alone) as (one, more):
@@ -77,6 +74,13 @@ class _Columns:
                 with branch:
                     self._outputs(b, tiles, [*place, group], (widest, together), (rows, R))
         b.ret_void()
+
+    def clear(self, b: Any, rows: Any, R: Any, N: Any) -> None:
+        """Outputs to zeros."""
+        with loop(b, R) as r:
+            out = load(b, rows, I64, b.add(b.mul(r, I64(16)), I64(8)))
+            with loop(b, N) as n:
+                b.store(F32(0.0), at(b, out, F32, b.mul(n, I64(4))), align=4)
 
     def _outputs(
         self, b: Any, tiles: Any, place: list[Any], shape: tuple[int, tuple[int, ...]], rows: tuple[Any, Any]

@@ -1,5 +1,5 @@
-"""The product of 4-bit codes as a checkpoint stores them (mxfp4, symmetric int4) with rows of 16-bit integers, as LLVM
-IR for AVX-512 with VNNI.
+"""The product of 4-bit codes as a checkpoint stores them (mxfp4, int4) with rows of 16-bit integers, as LLVM IR for
+AVX-512 with VNNI.
 
     project(codes, scales, zeros, K, N, rows, R)   rows are R pairs (address of a row, address of its outputs)
     quantise(x, G, row)                            float32 x [32 G] into such a row, `wide_bytes(G)` long
@@ -10,13 +10,16 @@ depend on the row and its weights alone. coded_tiles.py computes float32 rows, a
 
 A vector of 64 bytes of codes is four groups: their even inputs are its low halves, their odd ones its high halves. A
 row has for each four groups, in 384 bytes: upper parts of even and odd inputs, lower 7 bits of even and odd inputs, of
-each group in four lanes the correction for codes that are counted from above 0 (in the first), and the step.
+each group in four lanes the correction for codes that are counted from above 0 (in the first; where there are zero
+points, the sum of the group instead, as a float), and the step.
 
 Legend: N outputs and K inputs of the matrix, G groups of 32 inputs, R rows, b an `ir.IRBuilder`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -53,7 +56,7 @@ BYTES = vec(I8, CODES)
 
 def has_wide(fmt: CodeFormat) -> bool:
     """Whether there is such a kernel for a format."""
-    return fmt.codes in ("mxfp4", "int4") and not fmt.zeros and FOUR % max(1, fmt.block[1]) == 0 and fmt.block[0] == 1
+    return fmt.codes in ("mxfp4", "int4") and FOUR % max(1, fmt.block[1]) == 0 and fmt.block[0] == 1
 
 
 def wide_module_text(fmt: CodeFormat) -> str:
@@ -71,18 +74,20 @@ class _Wide(CodedTiles):
         super().__init__(fmt, permutes)
         self._many = {4: (3, 2, 1), 1: (3, 2, 1)}
         self._counted = [12 + round(2 * sign * value) for sign in (1, -1) for value in E2M1]  # 0 to 24, in halves
+        self._middles: list[tuple[Any, Any]] = []  # where zero points of outputs are, and where in their words
         self._left: tuple[Any, Any] | None = None  # bytes of codes and scales, where four groups are not whole
         self._middle, self._unit = (12, 0.5) if fmt.codes == "mxfp4" else (8, 1.0)
 
     def _tile(self, outputs: int, rows: int) -> Any:
         """Some outputs of some rows, over all inputs."""
         tile = internal(self.module, f"tile{outputs}x{rows}", 8)
-        codes, stride, scales, _, n, K, pairs, column = tile.args
+        codes, stride, scales, zeros, n, K, pairs, column = tile.args
         b = ir.IRBuilder(tile.append_basic_block())
         per, size = FOUR // self._fmt.block[1], SCALE_BYTES[self._fmt.scale]
         C = b.sdiv(b.add(K, I64(self._fmt.block[1] - 1)), I64(self._fmt.block[1]))
         w = [b.add(codes, b.mul(stride, I64(i))) for i in range(outputs)]
         s = [self._scale_row(b, scales, b.add(n, I64(i)), C) for i in range(outputs)]
+        z = [self._zero_row(b, zeros, b.add(n, I64(i)), C) for i in range(outputs if self._fmt.zeros else 0)]
         x = [load(b, pairs, I64, 16 * r) for r in range(rows)]
         y = [b.add(load(b, pairs, I64, 16 * r + 8), column) for r in range(rows)]
         totals = [[b.alloca(FLOATS) for _ in w] for _ in x]
@@ -95,11 +100,13 @@ class _Wide(CodedTiles):
             for place in here:
                 prefetch(b, b.add(place, b.mul(stride, I64(2 * outputs))))
             factors = [b.add(place, b.mul(turn, I64(per * size))) for place in s]
+            self._middles = [(b.add(place, b.mul(turn, I64(4 * per))), shift) for place, shift in z]
             self._add_four(b, here, factors, [b.add(place, b.mul(turn, I64(ROW))) for place in x], totals)
         left = b.sub(K, b.mul(whole, I64(FOUR)))
         with b.if_then(b.icmp_signed(">", left, I64(0))):
             here = [b.add(place, b.mul(whole, I64(CODES))) for place in w]
             factors = [b.add(place, b.mul(whole, I64(per * size))) for place in s]
+            self._middles = [(b.add(place, b.mul(whole, I64(4 * per))), shift) for place, shift in z]
             self._left = b.mul(b.sdiv(b.add(left, I64(7)), I64(8)), I64(4)), b.sub(C, b.mul(whole, I64(per)))
             self._add_four(b, here, factors, [b.add(place, b.mul(whole, I64(ROW))) for place in x], totals)
             self._left = None
@@ -115,12 +122,21 @@ class _Wide(CodedTiles):
             held = self._codes(b, place)
             low, high = b.and_(held, const(BYTES, 15)), b.lshr(held, const(BYTES, 4))
             evens, odds = (b.bitcast(self._counts(b, nibbles), INTS) for nibbles in (low, high))
-            scale = self._lanes_of(b, factor)
+            scale = self._lanes_of(b, factor, SCALE_BYTES[self._fmt.scale], partial(self._scale, b))
+            middle = None
+            if self._fmt.zeros:
+                first, shift = self._middles[i]
+                middle = self._lanes_of(b, first, 4, lambda at_, count, by=shift: self._zeros_of(b, at_, by, count))
             for x, row in zip(rows, totals, strict=True):
                 parts = [load(b, x, INTS, CODES * part) for part in range(5)]
                 upper = self._dot(b, self._dot(b, const(INTS, 0), evens, parts[0]), odds, parts[1])
-                start = b.add(b.shl(upper, const(INTS, 7)), parts[4])
+                start = b.shl(upper, const(INTS, 7))
+                if middle is None:
+                    start = b.add(start, parts[4])
                 dot = b.sitofp(self._dot(b, self._dot(b, start, evens, parts[2]), odds, parts[3]), FLOATS)
+                if middle is not None:
+                    sums = b.bitcast(parts[4], FLOATS)
+                    dot = call(b, f"llvm.fma.v{LANES}f32", FLOATS, [b.fneg(middle), sums, dot])
                 step = b.fmul(scale, load(b, x, FLOATS, 5 * CODES))
                 b.store(call(b, f"llvm.fma.v{LANES}f32", FLOATS, [dot, step, b.load(row[i])]), row[i])
 
@@ -141,19 +157,23 @@ class _Wide(CodedTiles):
     def _dot(self, b: Any, total: Any, codes: Any, x: Any) -> Any:
         return call(b, "llvm.x86.avx512.vpdpbusd.512", INTS, [total, codes, x])
 
-    def _lanes_of(self, b: Any, place: Any) -> Any:
-        """Scales of four groups, each in four lanes."""
+    def _lanes_of(self, b: Any, place: Any, size: int, read: Callable[[Any, int], Any]) -> Any:
+        """What a block has one of, `size` bytes from one to the next, for four groups: each in four lanes."""
         count = FOUR // self._fmt.block[1]
         if self._left is None:
-            scale = self._scale(b, place, count)
+            found = read(place, count)
         else:  # those that are not there count for codes that are not
-            scale = ir.Constant(vec(F32, count), ir.Undefined)
+            found = ir.Constant(vec(F32, count), ir.Undefined)
             for i in range(count):
                 last = b.sub(self._left[1], I64(1))
                 at_most = b.select(b.icmp_signed("<", last, I64(i)), last, I64(i))
-                one = self._scale(b, b.add(place, b.mul(at_most, I64(SCALE_BYTES[self._fmt.scale]))), 1)
-                scale = b.insert_element(scale, b.extract_element(one, I32(0)), I32(i))
-        return b.shuffle_vector(scale, scale, const(INTS, [lane * count // LANES for lane in range(LANES)]))
+                one = b.extract_element(read(b.add(place, b.mul(at_most, I64(size))), 1), I32(0))
+                found = b.insert_element(found, one, I32(i))
+        return b.shuffle_vector(found, found, const(INTS, [lane * count // LANES for lane in range(LANES)]))
+
+    def _zeros_of(self, b: Any, place: Any, shift: Any, count: int) -> Any:
+        held = b.lshr(load(b, place, vec(I32, count)), splat(b, shift, count))
+        return b.uitofp(b.and_(held, const(held.type, 15)), vec(F32, count))
 
     def quantise(self) -> None:
         """One row to 16 bits, of groups that are not there to zeros. A group that holds an inf or a nan makes all of
@@ -174,7 +194,8 @@ class _Wide(CodedTiles):
                         some = b.shuffle_vector(values, values, const(INTS, range(odd, GROUP, 2)))
                         target = at(b, place, vec(I8, LANES), CODES * (2 * part + odd) + LANES * i)
                         b.store(b.trunc(some, vec(I8, LANES)), target, align=1)
-                total = b.mul(call(b, "llvm.vector.reduce.add.v32i32", I32, [q]), I32(-self._middle))
+                total = call(b, "llvm.vector.reduce.add.v32i32", I32, [q])
+                total = b.bitcast(b.sitofp(total, F32), I32) if self._fmt.zeros else b.mul(total, I32(-self._middle))
                 lanes = b.insert_element(const(four, 0), total, I32(0))
                 b.store(lanes, at(b, place, four, 4 * CODES + 16 * i), align=1)
                 step = splat(b, b.fmul(top, F32(self._unit / TOP)), 4)

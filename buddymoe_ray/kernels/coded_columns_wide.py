@@ -1,0 +1,378 @@
+"""The product of GPTQ's and AWQ's matrices as a checkpoint stores them with rows of 16-bit integers, as LLVM IR for
+AVX-512 with VNNI.
+
+    project(codes, scales, zeros, K, N, rows, R)   rows are R pairs (address of a row, address of its outputs)
+    quantise(x, G, row)                            float32 x [32 G] into such a row, STEP_BYTES to a group
+
+For rows that were bfloat16, as coded_wide.py: the dot product of 32 inputs, less what their zero point takes off, is an
+exact integer. Steps and scales come after it, so the bits of an output depend on its row and its weights alone.
+coded_columns.py, whose walk over groups and outputs this is, computes float32 rows, and all on other CPUs.
+
+A product instruction takes four inputs of an output side by side. GPTQ's words hold them, the even ones in the low
+halves of their bytes. AWQ's hold outputs: bytes of four inputs are interleaved, which leaves outputs in another order
+(`_in_order`). All outputs of 32 inputs go before the next 32: with those of a whole group, whose rows lie powers of two
+apart, what was prefetched was gone from the first cache before it was used (awq .7 times as fast).
+
+Legend: N outputs and K inputs of the matrix, G groups of 32 inputs, R rows, b an `ir.IRBuilder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from llvmlite import ir
+
+from buddymoe_ray.kernels.coded_columns import Columns
+from buddymoe_ray.kernels.coded_format import AWQ_ORDER
+from buddymoe_ray.kernels.lowbit_format import GROUP
+from buddymoe_ray.kernels.lowbit_tiles import TOP, to_16_bits
+from buddymoe_ray.kernels.stored_tiles import FLOATS, INTS, LANES
+from buddymoe_ray.kernels.vector_ir import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    VOID,
+    at,
+    blocks,
+    call,
+    const,
+    internal,
+    load,
+    loop,
+    prefetch,
+    splat,
+    vec,
+)
+from buddymoe_ray.types import CodeFormat
+
+__all__ = ["has_wide_columns", "wide_columns_module_text"]
+
+AHEAD = 8
+STEP_BYTES = 2 * GROUP + 8
+"""Of a group in a row: upper parts, lower 7 bits, the step, the sum of the inputs in steps."""
+LINE = 64
+BYTES, HALVES = vec(I8, LINE), vec(I16, LINE // 2)
+OUTPUTS = 8 * LANES
+"""Of a line of AWQ's words."""
+
+
+def has_wide_columns(fmt: CodeFormat) -> bool:
+    """Whether there is such a kernel for a format."""
+    return fmt.codes in ("gptq", "awq") and fmt.block[1] > 0 and fmt.block[1] % GROUP == 0
+
+
+def wide_columns_module_text(fmt: CodeFormat) -> str:
+    """The module's IR for matrices of `fmt`, which `has_wide_columns` says yes to."""
+    made = (_Words if fmt.codes == "gptq" else _Rows)(fmt)
+    made.project()
+    made.quantise()
+    return str(made.module)
+
+
+class _Wide(Columns):
+    """What both have: the walk, rows, what becomes of a dot product. Totals of a group are in memory, row by row."""
+
+    order: Sequence[int]
+    """Of a group's inputs in a row."""
+    rows: Sequence[int]
+    """How many at once."""
+
+    def project(self) -> None:
+        """Group of a scale by group, 32 inputs at a time."""
+        kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 7), "project")
+        codes, scales, zeros, K, N, pairs, R = kernel.args
+        shapes = [(shape, size) for size in self.rows for shape in self.strips(size)]
+        products = {(shape, size): self._product(shape, size) for shape, size in shapes}
+        ends = {(shape, size): self._end(shape, size) for shape, size in shapes}
+        b = ir.IRBuilder(kernel.append_basic_block())
+        self.clear(b, pairs, R, N)
+        room = b.add(N, I64(OUTPUTS))
+        totals = b.ptrtoint(b.alloca(F32, size=b.mul(room, I64(max(self.rows)))), I64)
+        groups = b.sdiv(b.add(K, I64(self._group - 1)), I64(self._group))
+        for size, row in blocks(b, R, self.rows):
+            at_rows = b.add(pairs, b.mul(row, I64(16)))
+            with loop(b, groups) as group:
+                with loop(b, b.mul(room, I64(size))) as n:
+                    b.store(F32(0.0), at(b, totals, F32, b.mul(n, I64(4))), align=4)
+                begin = b.mul(group, I64(self._group))
+                left = b.sub(K, begin)
+                count = b.select(b.icmp_signed("<", left, I64(self._group)), left, I64(self._group))
+                with loop(b, b.sdiv(b.add(count, I64(GROUP - 1)), I64(GROUP))) as turn:
+                    k = b.add(begin, b.mul(turn, I64(GROUP)))
+                    for shape, n in self._over(b, N, size):
+                        b.call(products[shape, size], [codes, zeros, K, N, k, n, at_rows, totals])
+                for shape, n in self._over(b, N, size):
+                    b.call(ends[shape, size], [scales, zeros, K, N, begin, n, at_rows, totals])
+        b.ret_void()
+
+    def strips(self, rows: int) -> Sequence[int]:
+        """Outputs of the strips that cover all of them."""
+        raise NotImplementedError
+
+    def _over(self, b: Any, N: Any, rows: int) -> Iterator[tuple[int, Any]]:
+        """Emits what is done to each strip."""
+        raise NotImplementedError
+
+    def _product(self, outputs: int, rows: int) -> Any:
+        """`totals += codes . x` of the 32 inputs from k on and the outputs from n on."""
+        raise NotImplementedError
+
+    def _end(self, outputs: int, rows: int) -> Any:
+        """`out += scale * totals` of the outputs from n on, in the group of input k."""
+        raise NotImplementedError
+
+    def _totals(self, b: Any, args: Any, row: int) -> Any:
+        """Where those of a row are, from output n on."""
+        _, _, _, N, _, n, _, totals = args
+        return b.add(totals, b.mul(b.add(b.mul(b.add(N, I64(OUTPUTS)), I64(row)), n), I64(4)))
+
+    def _at_group(self, b: Any, k: Any) -> Any:
+        """Bytes from a row's begin."""
+        return b.mul(b.sdiv(k, I64(GROUP)), I64(STEP_BYTES))
+
+    def _lead(self, b: Any, stride: Any, column: Any, width: int, rows: int) -> Any:
+        """Bytes to the strip that is computed AHEAD strips later, in these rows or in the next."""
+        within = b.icmp_signed("<", b.add(column, I64(AHEAD * width)), stride)
+        return b.add(b.select(within, I64(0), b.mul(stride, I64(rows - 1))), I64(AHEAD * width))
+
+    def _begin(self, b: Any, halves: Any) -> None:
+        for place in (place for row in halves for both in row for place in both):
+            b.store(const(self._ints, 0), place)
+
+    def _dot(self, b: Any, codes: Any, x: Any, place: Any) -> None:
+        """`place += codes . x` of four inputs at address `x`."""
+        operands = [b.load(place), codes, splat(b, load(b, x, I32), self._lanes)]
+        b.store(call(b, f"llvm.x86.avx512.vpdpbusd.{32 * self._lanes}", self._ints, operands), place)
+
+    def _add_dots(self, b: Any, x: Any, middle: Sequence[Any], halves: Sequence[Any], totals: Any) -> None:
+        """`totals += step * (128 upper + lower - zero * sum)` of a group at `x`; what is in brackets is exact."""
+        step, total = (splat(b, load(b, x, F32, 2 * GROUP + at_), self._lanes) for at_ in (0, 4))
+        for v, (zero, (upper, lower)) in enumerate(zip(middle, halves, strict=True)):
+            dot = b.add(b.shl(b.load(upper), const(self._ints, 7)), b.load(lower))
+            value = self._fma(b, b.fneg(zero), total, b.sitofp(dot, self._floats))
+            place = at(b, totals, self._floats, 4 * self._lanes * v)
+            b.store(self._fma(b, value, step, b.load(place, align=4)), place, align=4)
+
+    def _room(self, b: Any, *sizes: int) -> Any:
+        """Nested lists of places for sums."""
+        return [self._room(b, *sizes[1:]) for _ in range(sizes[0])] if sizes else b.alloca(self._ints)
+
+    def _scales_at(self, b: Any, scales: Any, place: tuple[Any, Any, Any], v: int) -> Any:
+        k, N, n = place
+        output = b.add(b.add(b.mul(b.sdiv(k, I64(self._group)), N), n), I64(v * self._lanes))
+        return self._scale(b, b.add(scales, b.mul(output, I64(4 if self._fmt.scale == "float32" else 2))))
+
+    def quantise(self) -> None:
+        """One row to 16 bits. A group that holds an inf or a nan makes all of the row's outputs nan."""
+        kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 3), "quantise")
+        x, G, row = kernel.args
+        b, floats, order = (
+            ir.IRBuilder(kernel.append_basic_block()),
+            vec(F32, GROUP),
+            const(vec(I32, GROUP), self.order),
+        )
+        with loop(b, G) as g:
+            q, top = to_16_bits(b, load(b, x, floats, b.mul(g, I64(4 * GROUP))))
+            place, mixed = b.add(row, b.mul(g, I64(STEP_BYTES))), b.shuffle_vector(q, q, order)
+            for part, values in enumerate((b.ashr(mixed, const(q.type, 7)), b.and_(mixed, const(q.type, 127)))):
+                target = at(b, place, vec(I8, GROUP), GROUP * part)
+                b.store(b.trunc(values, vec(I8, GROUP)), target, align=1)
+            total = call(b, "llvm.vector.reduce.add.v32i32", I32, [q])
+            b.store(b.fmul(top, F32(1 / TOP)), at(b, place, F32, 2 * GROUP), align=1)
+            b.store(b.sitofp(total, F32), at(b, place, F32, 2 * GROUP + 4), align=1)
+        b.ret_void()
+
+
+class _Words(_Wide):
+    """GPTQ: a word is eight inputs of an output, a lane is an output."""
+
+    order = tuple(8 * word + i for word in range(GROUP // 8) for i in (0, 2, 4, 6, 1, 3, 5, 7))
+    rows = (4, 2, 1)
+
+    def strips(self, rows: int) -> Sequence[int]:
+        return (64 if rows == 1 else 32, 16, 8)
+
+    def _over(self, b: Any, N: Any, rows: int) -> Iterator[tuple[int, Any]]:
+        strips = self.strips(rows)
+        for eights, n in blocks(b, b.sdiv(N, I64(8)), [outputs // 8 for outputs in strips]):
+            yield 8 * eights, b.mul(n, I64(8))
+
+    def _product(self, outputs: int, rows: int) -> Any:
+        tile = internal(self.module, f"product{outputs}x{rows}", 8)
+        codes, zeros, K, N, k, n, pairs, _ = args = tile.args
+        b = ir.IRBuilder(tile.append_basic_block())
+        self._set(outputs)
+        vectors, words = outputs // self._lanes, GROUP // 8
+        x = [b.add(load(b, pairs, I64, 16 * r), self._at_group(b, k)) for r in range(rows)]
+        self._ahead = self._lead(b, b.mul(N, I64(4)), b.mul(n, I64(4)), 4 * outputs, GROUP // 8)
+        halves = self._room(b, rows, vectors, 2)
+        self._begin(b, halves)
+        stride, width = b.mul(N, I64(4)), 4 * outputs
+        begin = b.add(codes, b.add(b.mul(b.sdiv(k, I64(8)), stride), b.mul(n, I64(4))))
+        there = b.sdiv(b.sub(K, k), I64(8))
+        whole = b.icmp_signed(">=", there, I64(words))
+        with b.if_else(whole) as (all_, some):
+            with all_:
+                for j in range(words):
+                    self._add_word(
+                        b, b.add(begin, b.mul(stride, I64(j))), width, [b.add(p, I64(8 * j)) for p in x], halves
+                    )
+            with some, loop(b, there) as j:
+                rows_at = [b.add(p, b.mul(j, I64(8))) for p in x]
+                self._add_word(b, b.add(begin, b.mul(stride, j)), width, rows_at, halves)
+        packed = b.add(zeros, b.sdiv(b.add(b.mul(b.sdiv(k, I64(self._group)), N), n), I64(2)))
+        middle = [self._zero(b, b.add(packed, I64(v * self._lanes // 2))) for v in range(vectors)]
+        for r, (row, both) in enumerate(zip(x, halves, strict=True)):
+            self._add_dots(b, row, middle, both, self._totals(b, args, r))
+        b.ret_void()
+        return tile
+
+    def _set(self, outputs: int) -> None:
+        self._lanes = min(LANES, outputs)
+        self._floats, self._ints = vec(F32, self._lanes), vec(I32, self._lanes)
+
+    def _zero(self, b: Any, place: Any) -> Any:
+        held = b.and_(self._nibbles(b, place), const(self._ints, 15))
+        return b.fadd(b.uitofp(held, self._floats), const(self._floats, 1.0))
+
+    def _add_word(self, b: Any, here: Any, width: int, rows: Sequence[Any], halves: Any) -> None:
+        """Eight inputs of each output."""
+        kind = vec(I8, 4 * self._lanes)
+        for line in range(0, width, LINE):
+            prefetch(b, b.add(here, self._ahead), line)
+        for v in range(len(halves[0])):
+            held = load(b, here, kind, 4 * self._lanes * v)
+            nibbles = b.and_(held, const(kind, 15)), b.lshr(held, const(kind, 4))
+            evens, odds = (b.bitcast(part, self._ints) for part in nibbles)
+            for row, places in zip(rows, halves, strict=True):
+                for part, place in enumerate(places[v]):
+                    self._dot(b, evens, b.add(row, I64(GROUP * part)), place)
+                    self._dot(b, odds, b.add(row, I64(GROUP * part + 4)), place)
+
+    def _end(self, outputs: int, rows: int) -> Any:
+        tile = internal(self.module, f"end{outputs}x{rows}", 8)
+        scales, _, _, N, k, n, pairs, _ = args = tile.args
+        b = ir.IRBuilder(tile.append_basic_block())
+        self._set(outputs)
+        for v in range(outputs // self._lanes):
+            scale = self._scales_at(b, scales, (k, N, n), v)
+            for r in range(rows):
+                total = load(b, self._totals(b, args, r), self._floats, 4 * self._lanes * v)
+                row = b.add(load(b, pairs, I64, 16 * r + 8), b.mul(n, I64(4)))
+                out = at(b, row, self._floats, 4 * self._lanes * v)
+                b.store(self._fma(b, scale, total, b.load(out, align=4)), out, align=4)
+        b.ret_void()
+        return tile
+
+
+class _Rows(_Wide):
+    """AWQ: a word is eight outputs of an input. A strip is 16 words' outputs, or what is left of them (0)."""
+
+    order = range(GROUP)
+    rows = (2, 1)
+
+    def strips(self, rows: int) -> Sequence[int]:
+        return (OUTPUTS, 0)
+
+    def _over(self, b: Any, N: Any, rows: int) -> Iterator[tuple[int, Any]]:
+        with loop(b, b.sdiv(N, I64(OUTPUTS))) as strip:
+            yield OUTPUTS, b.mul(strip, I64(OUTPUTS))
+        rest = b.srem(N, I64(OUTPUTS))
+        with b.if_then(b.icmp_signed(">", rest, I64(0))):
+            yield 0, b.sub(N, rest)
+
+    def _product(self, outputs: int, rows: int) -> Any:
+        tile = internal(self.module, f"product{outputs}x{rows}", 8)
+        codes, zeros, K, N, k, n, pairs, _ = args = tile.args
+        b = ir.IRBuilder(tile.append_basic_block())
+        self._lanes, self._floats, self._ints = LANES, FLOATS, INTS
+        words = None if outputs else b.sdiv(b.sub(N, n), I64(8))
+        x = [b.add(load(b, pairs, I64, 16 * r), self._at_group(b, k)) for r in range(rows)]
+        stride, column = b.sdiv(N, I64(2)), b.sdiv(n, I64(2))
+        self._ahead = self._lead(b, stride, column, LINE, GROUP)
+        zero_row = self._held(b, b.add(zeros, b.add(b.mul(b.sdiv(k, I64(self._group)), stride), column)), words)
+        begin = b.add(codes, b.add(b.mul(k, stride), column))
+        halves = self._room(b, rows, 4, 2)
+        for half in (0, 1):
+            self._begin(b, halves)
+            self._add_half(b, half, (begin, stride, b.sub(K, k), words), x, halves)
+            middle = self._interleaved(b, [self._half(b, zero_row, half), *[const(BYTES, 0)] * 3])
+            zero = [b.uitofp(part, FLOATS) for part in middle]
+            for r, (row, both) in enumerate(zip(x, halves, strict=True)):
+                self._add_dots(b, row, zero, both, b.add(self._totals(b, args, r), I64(half * 4 * 4 * LANES)))
+        b.ret_void()
+        return tile
+
+    def _add_half(self, b: Any, half: int, place: Any, x: Sequence[Any], halves: Any) -> None:
+        """32 inputs of the outputs in the low or the high halves of bytes."""
+        begin, stride, left, words = place
+        last = b.sub(left, I64(1))
+        with loop(b, I64(GROUP // 4)) as turn:
+            bytes_ = []
+            for i in range(4):
+                k = b.add(b.mul(turn, I64(4)), I64(i))
+                k = b.select(b.icmp_signed("<", k, last), k, last)  # rows have zeros for inputs that are not there
+                here = b.add(begin, b.mul(k, stride))
+                if half == 0:
+                    prefetch(b, b.add(here, self._ahead))
+                bytes_.append(self._half(b, self._held(b, here, words), half))
+            offset = b.mul(turn, I64(4))
+            for v, codes in enumerate(self._interleaved(b, bytes_)):
+                for row, places in zip(x, halves, strict=True):
+                    for part, kept in enumerate(places[v]):
+                        self._dot(b, codes, b.add(b.add(row, offset), I64(GROUP * part)), kept)
+
+    def _held(self, b: Any, place: Any, words: Any) -> Any:
+        """A line of a row, or the words of it that are there and zeros."""
+        if words is None:
+            return load(b, place, BYTES)
+        there = b.icmp_unsigned("<", const(BYTES, range(LINE)), splat(b, b.trunc(b.mul(words, I64(4)), I8), LINE))
+        operands = [at(b, place, BYTES), I32(1), there, const(BYTES, 0)]
+        return call(b, f"llvm.masked.load.v{LINE}i8.p0", BYTES, operands)
+
+    def _half(self, b: Any, held: Any, half: int) -> Any:
+        return b.lshr(held, const(BYTES, 4)) if half else b.and_(held, const(BYTES, 15))
+
+    def _interleaved(self, b: Any, four: Sequence[Any]) -> list[Any]:
+        """Four vectors of bytes as words of one byte of each; lane 4 c + i of vector v is byte 16 c + 4 v + i."""
+        pairs = [[b.bitcast(part, HALVES) for part in _in_turn(b, *two, 16)] for two in (four[:2], four[2:])]
+        made = [part for first, second in zip(*pairs, strict=True) for part in _in_turn(b, first, second, 8)]
+        return [b.bitcast(part, INTS) for part in made]
+
+    def _end(self, outputs: int, rows: int) -> Any:
+        """Word by word, in the order of outputs."""
+        tile = internal(self.module, f"end{outputs}x{rows}", 8)
+        scales, _, _, N, k, n, pairs, _ = args = tile.args
+        b = ir.IRBuilder(tile.append_basic_block())
+        words = b.sdiv(b.sub(N, n), I64(8))
+        self._lanes, self._floats, self._ints = 8, vec(F32, 8), vec(I32, 8)
+        outs = [b.add(load(b, pairs, I64, 16 * r + 8), b.mul(n, I64(4))) for r in range(rows)]
+        totals = [self._totals(b, args, r) for r in range(rows)]
+        lanes = [AWQ_ORDER.index(output) for output in range(8)]
+        for word in range(OUTPUTS // 8):
+            c, v = divmod(word, 4)
+            order = const(self._ints, [4 * c + lane // 2 + LANES * (lane % 2) for lane in lanes])
+            with nullcontext() if outputs else b.if_then(b.icmp_signed("<", I64(word), words)):
+                scale = self._scales_at(b, scales, (k, N, n), word)
+                for out, place in zip(outs, totals, strict=True):
+                    low, high = (load(b, place, FLOATS, 4 * LANES * (4 * half + v)) for half in (0, 1))
+                    target = at(b, out, self._floats, 32 * word)
+                    value = self._fma(b, scale, b.shuffle_vector(low, high, order), b.load(target, align=4))
+                    b.store(value, target, align=4)
+        b.ret_void()
+        return tile
+
+
+def _in_turn(b: Any, one: Any, other: Any, per: int) -> list[Any]:
+    """Items of both by turns, of the lower and of the upper halves of each `per`."""
+    total = one.type.count
+    made = []
+    for begin in (0, per // 2):
+        lanes = [c + begin + i for c in range(0, total, per) for i in range(per // 2)]
+        order = [place for lane in lanes for place in (lane, lane + total)]
+        made.append(b.shuffle_vector(one, other, const(vec(I32, total), order)))
+    return made
