@@ -339,7 +339,7 @@ class _Rows(_Wide):
 
     def _interleaved(self, b: Any, four: Sequence[Any]) -> list[Any]:
         """Four vectors of bytes as words of one byte of each; lane 4 c + i of vector v is byte 16 c + 4 v + i."""
-        pairs = [[b.bitcast(part, HALVES) for part in _in_turn(b, *two, 16)] for two in (four[:2], four[2:])]
+        pairs = [[b.bitcast(part, HALVES) for part in _in_turn(b, two[0], two[1], 16)] for two in (four[:2], four[2:])]
         made = [part for first, second in zip(*pairs, strict=True) for part in _in_turn(b, first, second, 8)]
         return [b.bitcast(part, INTS) for part in made]
 

@@ -8,7 +8,7 @@ and its weights alone. Codes become float32 exactly; the sums of a block are mul
 are no number (e4m3 has two) count as ±480: quantisers write none, and files are not read for them.
 
 e4m3 and e2m1 go by float16, whose exponents they fit into, shifted: the difference of the biases is part of the scale.
-e4m3 in blocks of whole lines needs no such conversion: see `_line`.
+e4m3 in blocks of whole lines needs no such conversion: see coded_fp8.py.
 With AVX-512 a code of 4 bits is looked up in one permute instead. Reads codes and scales to their last byte and no
 further.
 
@@ -27,6 +27,7 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 from buddymoe_ray.kernels.coded_format import E2M1
+from buddymoe_ray.kernels.coded_fp8 import as_floats, bfloat16s
 from buddymoe_ray.kernels.lowbit_format import GROUP
 from buddymoe_ray.kernels.stored_tiles import FLOATS, INTS, LANES, LINE, MANY_ROWS, ONE_ROW, StoredTiles, lane_sum
 from buddymoe_ray.kernels.vector_ir import (
@@ -239,7 +240,7 @@ class CodedTiles(StoredTiles):
     def _values(self, b: Any, place: Any, zero: Any) -> Sequence[Any]:
         """A group as float32, 16 inputs at a time, in the order of a row."""
         if self._by_lines:
-            return self._line(b, load(b, place, vec(I8, LINE)))
+            return [value for words in bfloat16s(b, load(b, place, vec(I8, LINE))) for value in as_floats(b, words)]
         codes, low, high = self._fmt.codes, range(LANES), range(LANES, 2 * LANES)
         if codes == "int8":
             first, second = (b.sitofp(b.sext(load(b, place, BYTES, LANES * i), INTS), FLOATS) for i in (0, 1))
@@ -255,40 +256,6 @@ class CodedTiles(StoredTiles):
         words = b.zext(held, INTS)
         first, second = (self._nibble(b, nibble, zero) for nibble in (words, b.lshr(words, const(INTS, 4))))
         return first, second
-
-    def _line(self, b: Any, held: Any) -> list[Any]:
-        """64 fp8 codes as float32: sign and size at their places in a bfloat16, with float16's bias, two to a word.
-
-        The smallest of them have no leading one, which that would give them: lines that hold any are mended.
-        """
-        bytes_, halves = held.type, vec(I16, GROUP)
-        pairs = b.bitcast(held, halves)
-        values = list[Any]()
-        for both in (b.shl(pairs, const(halves, 8)), pairs):  # even inputs, odd inputs
-            bits = b.and_(b.ashr(both, const(halves, 4)), const(halves, -0x7810))
-            words = b.bitcast(b.or_(bits, const(halves, 0x3800)), INTS)
-            for wide in (b.shl(words, const(INTS, 16)), b.and_(words, const(INTS, -0x10000))):
-                values.append(b.bitcast(wide, FLOATS))
-        small = b.icmp_unsigned("==", b.and_(held, const(bytes_, 0x78)), const(bytes_, 0))
-        fast, mends = b.block, b.append_basic_block("mend")
-        after = b.append_basic_block("line")
-        b.cbranch(b.icmp_unsigned("!=", b.bitcast(small, I64), I64(0)), mends, after)
-        b.position_at_end(mends)
-        mended = [self._mended(b, value) for value in values]
-        b.branch(after)
-        b.position_at_end(after)
-        found = [b.phi(FLOATS) for _ in values]
-        for phi, value, other in zip(found, values, mended, strict=True):
-            phi.add_incoming(value, fast)
-            phi.add_incoming(other, mends)
-        return found
-
-    def _mended(self, b: Any, value: Any) -> Any:
-        """Twice as large less the one that was not there, which is exact."""
-        bits = b.bitcast(value, INTS)
-        one = b.bitcast(b.or_(b.and_(bits, const(INTS, -0x80000000)), const(INTS, (127 - 14) << 23)), FLOATS)
-        small = b.icmp_unsigned("<", b.and_(bits, const(INTS, 0x7FFFFFFF)), const(INTS, (127 - 14) << 23))
-        return b.select(small, b.fsub(b.fadd(value, value), one), value)
 
     @property
     def order(self) -> list[int] | None:

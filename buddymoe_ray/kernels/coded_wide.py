@@ -123,10 +123,7 @@ class _Wide(CodedTiles):
             low, high = b.and_(held, const(BYTES, 15)), b.lshr(held, const(BYTES, 4))
             evens, odds = (b.bitcast(self._counts(b, nibbles), INTS) for nibbles in (low, high))
             scale = self._lanes_of(b, factor, SCALE_BYTES[self._fmt.scale], partial(self._scale, b))
-            middle = None
-            if self._fmt.zeros:
-                first, shift = self._middles[i]
-                middle = self._lanes_of(b, first, 4, lambda at_, count, by=shift: self._zeros_of(b, at_, by, count))
+            middle = self._middle_lanes(b, i) if self._fmt.zeros else None
             for x, row in zip(rows, totals, strict=True):
                 parts = [load(b, x, INTS, CODES * part) for part in range(5)]
                 upper = self._dot(b, self._dot(b, const(INTS, 0), evens, parts[0]), odds, parts[1])
@@ -171,9 +168,15 @@ class _Wide(CodedTiles):
                 found = b.insert_element(found, one, I32(i))
         return b.shuffle_vector(found, found, const(INTS, [lane * count // LANES for lane in range(LANES)]))
 
-    def _zeros_of(self, b: Any, place: Any, shift: Any, count: int) -> Any:
-        held = b.lshr(load(b, place, vec(I32, count)), splat(b, shift, count))
-        return b.uitofp(b.and_(held, const(held.type, 15)), vec(F32, count))
+    def _middle_lanes(self, b: Any, output: int) -> Any:
+        """Zero points of four groups of an output of the tile."""
+        first, shift = self._middles[output]
+
+        def read(place: Any, count: int) -> Any:
+            held = b.lshr(load(b, place, vec(I32, count)), splat(b, shift, count))
+            return b.uitofp(b.and_(held, const(held.type, 15)), vec(F32, count))
+
+        return self._lanes_of(b, first, 4, read)
 
     def quantise(self) -> None:
         """One row to 16 bits, of groups that are not there to zeros. A group that holds an inf or a nan makes all of

@@ -340,15 +340,22 @@ def _coded_functions(fmt: CodeFormat, wide: bool) -> Mapping[str, int]:
     """`project`, and as `row` what makes it a row, 0 where that is float32 as it is."""
     from buddymoe_ray.kernels.coded_columns import columns_module_text
     from buddymoe_ray.kernels.coded_columns_wide import has_wide_columns, wide_columns_module_text
+    from buddymoe_ray.kernels.coded_pairs import has_pairs, pairs_module_text
     from buddymoe_ray.kernels.coded_tiles import coded_module_text, has_permutes
     from buddymoe_ray.kernels.coded_wide import has_wide, wide_module_text
     from buddymoe_ray.kernels.lowbit_tiles import host_level
     from buddymoe_ray.kernels.machine_code import native_functions
 
-    made_wide = wide_columns_module_text if has_wide_columns(fmt) else wide_module_text if has_wide(fmt) else None
-    if wide and made_wide is not None and host_level() == "avx512vnni":
-        made = native_functions(made_wide(fmt), ("project", "quantise"))
-        return {"project": made["project"], "row": made["quantise"]}
+    faster = (
+        (has_pairs, pairs_module_text),
+        (has_wide_columns, wide_columns_module_text),
+        (has_wide, wide_module_text),
+    )
+    if wide and host_level() == "avx512vnni":
+        for covers, text in faster:
+            if covers(fmt):
+                made = native_functions(text(fmt), ("project", "quantise"))
+                return {"project": made["project"], "row": made["quantise"]}
     if fmt.codes in COLUMNS:
         return native_functions(columns_module_text(fmt), ("project",))
     made = native_functions(coded_module_text(fmt, permutes=has_permutes()), ("project", "spread"))
