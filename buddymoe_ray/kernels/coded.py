@@ -7,9 +7,11 @@
     gptq    as int4 with zero points, which are stored less 1, but [in, out]: 8 inputs to an int32
     awq     the same with 8 outputs to an int32, in AWQ_ORDER, and zero points as they are
 
-`decoded` is the spec of coded_tiles.py, coded_wide.py and coded_columns.py. Measured on a core of Zen 5 that reads 37
-GB/s, one row of bfloat16, 2,048 x 2,048: fp8 28, int8 28, mxfp4 30, int4 24 to 29, gptq 17, awq 14 GB/s, our own packed
-int8 and int4 24; as experts of 2,048 x 1,024 fp8 26 and mxfp4 28, our own int8 32 and int4 31.
+`decoded` is the spec of the products: coded_tiles.py and coded_columns.py for rows of float32; for rows of bfloat16,
+where the CPU has what they need, coded_pairs.py (fp8), coded_wide.py (mxfp4, int4), coded_columns_wide.py (gptq, awq).
+Measured on a core of Zen 5 beside other work, one row of bfloat16, 2,048 x 2,048, GB/s where it reads 41: fp8 32 to 34,
+int8 30, int4 22 to 27, with zero points 30, gptq 23, awq 22, our own packed int8 29 and int4 27; as experts of
+2,048 x 1,024 fp8 35 and mxfp4 34, our own int8 37 and int4 35.
 
 Knows no files. Scales that are not finite are the caller's to refuse.
 
