@@ -255,8 +255,8 @@ class Engine:
             log.exception("a pass over prompts failed: they are computed one by one")
             self._prefill(self._beside.give_up())
             return
-        for chunk, logits_V, lost in ended:
-            logits_BV = torch.zeros(1, 1) if logits_V is None else logits_V[None]
+        for chunk, logits_nV, lost in ended:
+            logits_BV = torch.zeros(1, 1) if logits_nV is None else logits_nV
             self._take([chunk.seq], [chunk.end - chunk.start], logits_BV, {0: lost} if lost else {})
 
     def _prefill(self, chunks: list[PrefillChunk]) -> None:

@@ -1,12 +1,13 @@
 """Recomputes sampled requests exactly, off the critical path, and lets the policy compare what they cost.
 
 A sampled request keeps the logits of some of its decode steps. When it has ended, its tokens are computed again from
-the first one, exactly and on clean KV blocks, so drift that stand-ins left in the KV cache shows too. Runs when the
-engine is idle, or a chunk at a time when it has waited too long. Where stand-ins that the engine calibrated by itself
-are not trusted yet, exact requests are sampled and computed again with stand-ins instead, as often as 2 % of the time
-allow. Samples live in memory alone. Decides nothing: `policy.guard` and `policy.calibration` do.
+the first one, exactly and on clean KV blocks, so drift that stand-ins left in the KV cache shows too. Samples that wait
+are computed in one pass, which reads a missing expert once for all of them and is set aside after each slice, as
+prompts beside decode steps are: at any time when the engine is idle, else in 2 % of it. Where stand-ins that the engine
+calibrated by itself are not trusted yet, exact requests are sampled and computed again with stand-ins instead, a chunk
+at a time. Samples live in memory alone. Decides nothing: `policy.guard` and `policy.calibration` do.
 
-Legend: V vocabulary, n tokens of a chunk, T rows of a pass, K slots, D hidden.
+Legend: V vocabulary, n tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -16,19 +17,21 @@ import math
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from buddymoe_ray.engine.runner import Runner
-from buddymoe_ray.engine.scheduler import Scheduler
+from buddymoe_ray.engine.scheduler import PrefillChunk, Scheduler
 from buddymoe_ray.engine.sequence import Sequence
+from buddymoe_ray.engine.suspended import PassParts, SuspendedPass
 from buddymoe_ray.engine.trial import Trial
 from buddymoe_ray.observe import GuardSnapshot
 from buddymoe_ray.policy import Guard, may_replay
-from buddymoe_ray.types import GuardState
+from buddymoe_ray.types import GenerationRequest, GuardState
 
 __all__ = ["GuardWork"]
 
@@ -36,7 +39,8 @@ log = logging.getLogger(__name__)
 
 _MOST_KEPT = 64
 _MOST_WAITING = 4
-_PATIENCE = 256
+_ROWS, _SLICE_SECONDS, _IDLE_SLICE_SECONDS = 32, 5e-3, 0.1
+"""Of a forward of the pass, and about how long it goes on at once."""
 
 
 @dataclass(kw_only=True)
@@ -52,16 +56,28 @@ class _Sample:
 
 @dataclass(kw_only=True)
 class _Job:
-    """A sample being recomputed."""
+    """A sample being recomputed, `prompt` tokens of which were not generated, on borrowed blocks."""
 
     sample: _Sample
-    chunks: Iterator[tuple[int, Tensor]]
-    blocks: list[int]
+    ids: list[int]
     prompt: int
-    start: int = 0
+    blocks: list[int]
     losses: dict[int, float] = field(default_factory=dict)
     kl: list[float] = field(default_factory=list)
     predicted: list[float] = field(default_factory=list)
+
+    def compare(self, position: int, logits_V: Tensor) -> None:
+        """Take the logits that a position has now, if it was kept."""
+        kept_V = self.sample.logprobs.pop(position, None)
+        if kept_V is None:
+            return
+        now_V = logits_V.log_softmax(dim=-1)
+        exact_V, ours_V = (kept_V, now_V) if self.sample.exact else (now_V, kept_V)
+        # 0 log 0 = 0: a token that exact rules out counts nothing; NaN logits stay NaN, which trips
+        gap_V = torch.where(exact_V == -math.inf, 0.0, exact_V.exp() * (exact_V - ours_V))
+        kl = float(gap_V.double().sum())
+        self.kl.append(kl if math.isnan(kl) else max(0.0, kl))
+        self.predicted.append(self.losses[position] if self.sample.exact else self.sample.predicted[position])
 
 
 class GuardWork:
@@ -73,14 +89,16 @@ class GuardWork:
     ) -> None:
         self._guard, self._runner, self._scheduler, self._share = guard, runner, scheduler, share
         self._trial, self._spent, self._began = trial, 0.0, time.perf_counter()
+        self._work: Generator[None] | None = None
         self.reset()
 
     def reset(self) -> None:
-        """Forget all samples, but not what they have told so far."""
+        """Forget all samples, but not what they have told so far; the scheduler is reset too."""
+        if self._work is not None:
+            self._work.close()
         self._samples: dict[str, _Sample] = {}
         self._waiting: deque[tuple[list[int], int, _Sample]] = deque()
-        self._job: _Job | None = None
-        self._waited = 0
+        self._jobs, self._work = list[_Job](), None
 
     @property
     def state(self) -> GuardState:
@@ -119,33 +137,24 @@ class GuardWork:
 
     def has_work(self) -> bool:
         """Whether there is something to recompute."""
-        return self._job is not None or bool(self._waiting)
+        return bool(self._jobs or self._waiting)
 
     def advance(self, *, idle: bool) -> None:
-        """Compute a chunk, if the engine is idle or the work has waited long enough."""
-        if not self.has_work():
-            return
-        self._waited += 1
+        """Go on for a slice, if the engine is idle or the work has not taken its share of the time yet."""
         began = time.perf_counter()
-        if self._trial is not None:
-            timely = may_replay(self._spent, began - self._began, idle=idle)
-        else:
-            timely = idle or self._waited >= _PATIENCE
-        if not timely:
+        if idle:
+            self._spent, self._began = 0.0, began  # what nobody waited for counts nothing
+        if not self.has_work() or not may_replay(self._spent, began - self._began, idle=idle):
             return
-        self._waited = 0
-        if self._job is None and not self._begin():
+        self._until = began + (_IDLE_SLICE_SECONDS if idle else _SLICE_SECONDS)
+        if self._work is None and not self._begin():
             return
-        assert self._job is not None, "a job was begun"
-        job = self._job
+        assert self._work is not None, "work was begun"
         try:
-            start, logits_nV = self._next(job)
-            self._compare(job, start, logits_nV)
-            job.start = start + len(logits_nV)
-        except StopIteration:
-            self._finish(job)
+            if next(self._work, self) is self:  # at its end
+                self._end()
         except BaseException:
-            self._drop(job)
+            self._drop()
             raise
         finally:
             self._spent += time.perf_counter() - began
@@ -160,45 +169,82 @@ class GuardWork:
         return zlib.crc32(seq.request_id.encode()) / 2**32 < self._share
 
     def _begin(self) -> bool:
-        ids, prompt, sample = self._waiting[0]
-        blocks = self._scheduler.borrow(len(ids))
-        if blocks is None:
-            return False
-        self._waiting.popleft()
-        chunks = self._runner.score(ids, blocks, prompt=prompt)
-        self._job = _Job(sample=sample, chunks=chunks, blocks=blocks, prompt=prompt)
-        return True
+        """Take on what waits: all that one pass may compute and there are blocks for, else one sample."""
+        parts = self._runner.parts
+        while self._waiting and (not self._jobs or self._sweeps(self._waiting[0][2])):
+            ids, prompt, sample = self._waiting[0]
+            blocks = self._scheduler.borrow(len(ids))
+            if blocks is None:
+                break
+            self._waiting.popleft()
+            self._jobs.append(_Job(sample=sample, ids=ids, prompt=prompt, blocks=blocks))
+            if not self._sweeps(sample):
+                break
+        if self._jobs:
+            sweeps = parts is not None and self._sweeps(self._jobs[0].sample)
+            self._work = self._sweep(parts) if parts is not None and sweeps else self._score(self._jobs[0])
+        return bool(self._jobs)
 
-    def _next(self, job: _Job) -> tuple[int, Tensor]:
+    def _sweeps(self, sample: _Sample) -> bool:
+        return self._runner.parts is not None and not sample.exact
+
+    def _sweep(self, parts: PassParts) -> Generator[None]:
+        """All jobs in one pass."""
+        chunks = list[PrefillChunk]()
+        for job in self._jobs:
+            request = GenerationRequest(request_id="guard", prompt_token_ids=tuple(job.ids))
+            seq = Sequence(request, max_model_len=len(job.ids) + 1)
+            seq.blocks = job.blocks
+            chunks.append(PrefillChunk(seq=seq, start=0, end=len(job.ids), also=tuple(job.sample.logprobs)))
+        running = SuspendedPass(parts, chunks, rows=_ROWS)
+        try:
+            while not running.done:
+                running.advance(self._until)
+                yield
+            for job, (chunk, logits_nV, lost) in zip(self._jobs, running.take(), strict=True):
+                if lost or logits_nV is None:
+                    log.error("the guard lost a sample: %s", lost)
+                    continue
+                for position, logits_V in zip(sorted(chunk.also), logits_nV, strict=True):
+                    job.compare(position, logits_V)
+        finally:
+            running.close()
+
+    def _score(self, job: _Job) -> Generator[None]:
+        """One job, a chunk at a time."""
+        chunks, start = self._runner.score(job.ids, job.blocks, prompt=job.prompt), 0
+        while True:
+            with self._standing_in(job, start):
+                found = next(chunks, None)
+            if found is None:
+                return
+            begin, logits_nV = found
+            for n, logits_V in enumerate(logits_nV):
+                job.compare(begin + n, logits_V)
+            start = begin + len(logits_nV)
+            yield
+
+    def _standing_in(self, job: _Job, start: int) -> AbstractContextManager[None]:
         if not job.sample.exact:
-            return next(job.chunks)
+            return nullcontext()
         assert self._trial is not None, "an exact request was sampled for a trial"
-        with self._trial.standing_in(job.prompt, job.start, job.losses):
-            return next(job.chunks)
+        return self._trial.standing_in(job.prompt, start, job.losses)
 
-    def _compare(self, job: _Job, start: int, logits_nV: Tensor) -> None:
-        for position in range(start, start + len(logits_nV)):
-            kept_V = job.sample.logprobs.pop(position, None)
-            if kept_V is not None:
-                now_V = logits_nV[position - start].log_softmax(dim=-1)
-                exact_V, ours_V = (kept_V, now_V) if job.sample.exact else (now_V, kept_V)
-                # 0 log 0 = 0: a token that exact rules out counts nothing; NaN logits stay NaN, which trips
-                gap_V = torch.where(exact_V == -math.inf, 0.0, exact_V.exp() * (exact_V - ours_V))
-                kl = float(gap_V.double().sum())
-                job.kl.append(kl if math.isnan(kl) else max(0.0, kl))
-                job.predicted.append(job.losses[position] if job.sample.exact else job.sample.predicted[position])
+    def _end(self) -> None:
+        jobs = self._drop()
+        for job in jobs:
+            if self._trial is not None:
+                self._trial.observe(job.kl, job.predicted)
+            if job.sample.exact:
+                continue
+            before = self._guard.state
+            self._guard.observe(job.kl, job.predicted)
+            if self._guard.state != before:
+                log.warning("guard is %s: %s", self._guard.state, self._guard.snapshot().reason)
 
-    def _finish(self, job: _Job) -> None:
-        self._drop(job)
-        if self._trial is not None:
-            self._trial.observe(job.kl, job.predicted)
-        if job.sample.exact:
-            return
-        before = self._guard.state
-        self._guard.observe(job.kl, job.predicted)
-        if self._guard.state != before:
-            log.warning("guard is %s: %s", self._guard.state, self._guard.snapshot().reason)
-
-    def _drop(self, job: _Job) -> None:
-        self._scheduler.give_back(job.blocks)
-        self._job = None
+    def _drop(self) -> list[_Job]:
+        """Return the blocks of all jobs; what they were."""
+        jobs, self._jobs, self._work = self._jobs, [], None
+        for job in jobs:
+            self._scheduler.give_back(job.blocks)
+        return jobs

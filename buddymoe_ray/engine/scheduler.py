@@ -21,11 +21,13 @@ __all__ = ["PrefillChunk", "Scheduler", "StepPlan"]
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillChunk:
-    """Tokens `[start, end)` of a prompt and what was resumed after it."""
+    """Tokens `[start, end)` of a prompt and what was resumed after it. Logits are wanted of its last token, if it is in
+    the chunk, and of those at the positions `also`."""
 
     seq: Sequence
     start: int
     end: int
+    also: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,8 +38,8 @@ _SMOOTHING, _FEWEST, _BETWEEN_ARRIVALS = 0.3, 64, 128
 
 @dataclass(frozen=True, kw_only=True)
 class PassParts:
-    """What computes passes; `layers` counts MoE layers. `last` is the block behind which only a prompt's last row is
-    needed, None where other layers follow. `ahead` begins to read what layers will want, where that can be."""
+    """What computes passes; `layers` counts MoE layers. `last` is the block behind which only rows are needed whose
+    logits are wanted, None where other layers follow. `ahead` begins to read what layers will want, if it can be."""
 
     compute: ForwardPass
     paged: PagedAttention
@@ -53,12 +53,12 @@ class PassParts:
 
 @dataclass(eq=False)
 class _Member:
-    """A prompt's part of the pass. `blocks` are the KV blocks that it began with; `lost` says which expert could not be
-    had."""
+    """A prompt's part of the pass. `blocks` are the KV blocks that it began with, `logits_nV` those that are wanted, by
+    pieces; `lost` says which expert could not be had."""
 
     chunk: PrefillChunk
     blocks: list[int]
-    logits_V: Tensor | None = None
+    logits_nV: list[Tensor] = field(default_factory=list)
     lost: str = ""
     gone: bool = False
 
@@ -76,7 +76,7 @@ class _Piece:
     packed: PackedPass
     ids: list[int]
     positions: list[int]
-    ends: bool  # with the row whose logits are wanted
+    wanted: list[int]  # rows whose logits are
     thread: greenlet | None = None
     block: MoEBlock | None = None
     hidden_TD: Tensor | None = None
@@ -148,13 +148,15 @@ class SuspendedPass:
                 self._drop(member)
 
     def take(self) -> list[tuple[PrefillChunk, Tensor | None, str]]:
-        """Of a pass that is done: each prompt's chunk, the float32 logits `[V]` of its last token (None where more of
-        it follows) and, if not empty, why they are worth nothing."""
+        """Of a pass that is done: each prompt's chunk, the float32 logits `[n, V]` that are wanted (None if none are)
+        and, if not empty, why they are worth nothing."""
         assert self.done, "the pass is in progress, must be done"
         members = [member for member in self._members if member.there and (not member.gone or member.lost)]
         for member in members:
             member.chunk.seq.computing = 0
-        return [(member.chunk, member.logits_V, member.lost) for member in members]
+        return [
+            (member.chunk, torch.cat(member.logits_nV) if member.logits_nV else None, member.lost) for member in members
+        ]
 
     def close(self) -> list[PrefillChunk]:
         """Give the pass up; returns the chunks of prompts that still wait for it, also of those that lost an expert."""
@@ -170,13 +172,16 @@ class SuspendedPass:
         chunk, parts = member.chunk, self._parts
         for start in range(chunk.start, chunk.end, rows):
             end = min(start + rows, chunk.end)
+            wanted = {position for position in chunk.also if start <= position < end}
+            if end == chunk.seq.prefill_length:
+                wanted.add(end - 1)
             span = ChunkRows(row=0, count=end - start, start=start, blocks=tuple(member.blocks))
             yield _Piece(
                 member=member,
                 packed=PackedPass([span], decode=False, block_size=parts.block_size, device=parts.device),
                 ids=chunk.seq.token_ids(start, end),
                 positions=list(range(start, end)),
-                ends=end == chunk.seq.prefill_length,
+                wanted=[position - start for position in sorted(wanted)],
             )
 
     def _one(self, seconds: float) -> None:
@@ -205,8 +210,8 @@ class SuspendedPass:
         assert step.suspend is None and paged.current is None
         if not piece.thread.dead:
             self._waiting.append(piece)
-        elif piece.ends:
-            piece.member.logits_V = found
+        elif piece.wanted:
+            piece.member.logits_nV.append(found)
 
     @contextmanager
     def _context(self, piece: _Piece) -> Iterator[None]:
@@ -222,7 +227,8 @@ class SuspendedPass:
     def _forward(self, piece: _Piece) -> Tensor:
         parts = self._parts
         ids_1T, positions_1T = (torch.tensor([row], device=parts.device) for row in (piece.ids, piece.positions))
-        return parts.compute(ids_1T, positions_1T, 1)[-1].float()
+        keep = torch.tensor(piece.wanted, device=parts.device) if piece.wanted else 1
+        return parts.compute(ids_1T, positions_1T, keep).float()
 
     def _suspend(self, block: MoEBlock, hidden_TD: Tensor, ids_TK: npt.NDArray[np.int64], weight_TK: Tensor) -> Tensor:
         """Called by a block inside a forward: what its experts come to, once they were run."""
@@ -238,7 +244,7 @@ class SuspendedPass:
         block = self._waiting[0].block
         assert block is not None and all(piece.block is block for piece in self._waiting), "pieces are at one layer"
         if block is self._parts.last:
-            for piece in [piece for piece in self._waiting if not piece.ends]:
+            for piece in [piece for piece in self._waiting if not piece.wanted]:
                 self._waiting.remove(piece)
                 _end(piece)
         if not self._waiting:

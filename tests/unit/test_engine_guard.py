@@ -14,6 +14,7 @@ from buddymoe_ray.models.fingerprint import model_hash
 from buddymoe_ray.models.profile import default_profile_path, load_profile, save_profile
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.standin_files import standins_folder
+from buddymoe_ray.types import GenerationRequest, SamplingParams
 
 TEXT = (resolve_model("builtin:tiny") / "heldout" / "python.txt").read_text()
 PROMPTS = [TEXT[at : at + 400] for at in range(0, 24 * 4000, 4000)]
@@ -80,11 +81,65 @@ def test_it_measures_the_divergence_of_the_sampled_steps() -> None:
         assert llm.engine.snapshot().guard.state == "off"
 
 
+def asked(llm: LLM, prompt: str, tokens: int) -> None:
+    sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    ids = tuple(llm.engine.encode(prompt))
+    llm.engine.add(GenerationRequest(request_id=prompt[:40], prompt_token_ids=ids, sampling=sampling))
+
+
+def test_samples_are_computed_in_one_pass_that_needs_each_expert_once_and_finds_what_single_ones_find() -> None:
+    found = []
+    for in_one in (True, False):
+        with LLM(memory="25%", mode="fast", guard_share=1.0, max_running=4, prefix_cache="off") as llm:
+            engine = llm.engine
+            if not in_one:
+                engine._runner.parts = None
+            for prompt in PROMPTS[:4]:
+                asked(llm, prompt, 40)
+            while engine._scheduler.has_work():
+                engine.step()
+            assert engine._guard is not None and engine._guard.has_work()
+            before = engine.snapshot().misses
+            engine.drain()
+            found.append((engine.snapshot().guard, engine.snapshot().misses - before))
+            engine._scheduler.check_integrity()
+            assert engine.snapshot().free_kv_blocks == engine.snapshot().total_kv_blocks
+    (swept, swept_misses), (scored, scored_misses) = found
+    assert swept == scored and swept.sampled_tokens == 4 * 39, f"{swept}, {scored}"
+    assert 0 < swept_misses <= 4 * 32 < scored_misses
+
+
+def test_steps_without_a_stand_in_are_found_to_cost_nothing() -> None:
+    """To the last bit: the floor of what is measured is 0."""
+    with LLM(memory="40%", mode="bounded", budget=1e-12, guard_share=1.0, max_running=2) as llm:
+        results = llm.generate(PROMPTS[:2], max_tokens=30)
+        guard = llm.engine.snapshot().guard
+        assert all(result.usage.standins.total == 0 for result in results)
+    assert guard.sampled_tokens > 30 and guard.measured_kl == 0.0
+
+
+def test_beside_others_it_goes_on_as_far_as_its_share_of_the_time_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = False
+    monkeypatch.setattr("buddymoe_ray.engine.guard.may_replay", lambda spent, elapsed, *, idle: idle or allowed)
+    with LLM(memory="40%", mode="fast", guard_share=1.0, max_running=2) as llm:
+        engine = llm.engine
+        asked(llm, PROMPTS[0], 8)
+        asked(llm, PROMPTS[1], 150)
+        for _ in range(40):
+            engine.step()
+        assert engine._guard is not None and engine._guard.has_work() and engine.snapshot().free_kv_blocks
+        assert engine.snapshot().guard.sampled_tokens == 0
+        allowed, steps = True, 0
+        while engine._scheduler.has_work() and not engine.snapshot().guard.sampled_tokens:
+            engine.step()
+            steps += 1
+        assert engine._scheduler.has_work() and engine.snapshot().guard.sampled_tokens == 7
+        assert steps > 1, "a sample was computed in one step that somebody waited for"
+
+
 def test_cancelled_requests_leave_no_work_and_no_blocks() -> None:
     with LLM(memory="40%", mode="fast", guard_share=1.0) as llm:
         engine = llm.engine
-        from buddymoe_ray.types import GenerationRequest, SamplingParams
-
         sampling = SamplingParams(temperature=0.0, max_tokens=64)
         engine.add(GenerationRequest(request_id="a", prompt_token_ids=(5, 6, 7), sampling=sampling))
         for _ in range(6):
