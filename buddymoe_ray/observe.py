@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,6 +17,8 @@ __all__ = [
     "CalibrationSnapshot",
     "EngineSnapshot",
     "GuardSnapshot",
+    "HistogramSnapshot",
+    "RequestsSnapshot",
     "peak_rss_bytes",
     "process_read_bytes",
     "progress",
@@ -60,6 +62,37 @@ class CalibrationSnapshot:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HistogramSnapshot:
+    """How many values were at most each of the `bounds`, and above the one before; the last count is of all above.
+    `total` is their sum."""
+
+    bounds: tuple[float, ...] = ()
+    counts: tuple[int, ...] = (0,)
+    total: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestsSnapshot:
+    """What requests took. `ended` counts them by finish reason; TTFT and `whole_seconds` count from admission, which
+    `queue_seconds` end and `prefill_seconds` and `computing_seconds` begin at the first step; `per_token_seconds` are a
+    request's mean, `most_tokens` what it allowed."""
+
+    generated_tokens: int = 0
+    ended: Mapping[str, int] = field(default_factory=dict)
+    ttft_seconds: HistogramSnapshot = HistogramSnapshot()
+    itl_seconds: HistogramSnapshot = HistogramSnapshot()
+    per_token_seconds: HistogramSnapshot = HistogramSnapshot()
+    whole_seconds: HistogramSnapshot = HistogramSnapshot()
+    queue_seconds: HistogramSnapshot = HistogramSnapshot()
+    prefill_seconds: HistogramSnapshot = HistogramSnapshot()
+    decode_seconds: HistogramSnapshot = HistogramSnapshot()
+    computing_seconds: HistogramSnapshot = HistogramSnapshot()
+    prompt_tokens: HistogramSnapshot = HistogramSnapshot()
+    output_tokens: HistogramSnapshot = HistogramSnapshot()
+    most_tokens: HistogramSnapshot = HistogramSnapshot()
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineSnapshot:
     """State of one engine at one moment; counters are cumulative since start.
 
@@ -95,6 +128,7 @@ class EngineSnapshot:
     read_ahead_wasted_bytes: int = 0
     guard: GuardSnapshot = field(default_factory=GuardSnapshot)
     calibration: CalibrationSnapshot = field(default_factory=CalibrationSnapshot)
+    requests: RequestsSnapshot = field(default_factory=RequestsSnapshot)
 
 
 class _Bar:

@@ -71,7 +71,7 @@ class PrefillBeside:
         self._passes.extend(SuspendedPass(self._parts, group, rows=rows) for group in (apart, together) if group)
         return True
 
-    def advance(self, *, decodes: bool) -> list[tuple[PrefillChunk, Tensor | None, str]]:
+    def advance(self, *, decodes: bool) -> list[tuple[PrefillChunk, Tensor, str]]:
         """Go on with one of the passes; what has ended with it, as `SuspendedPass.take` has it.
 
         Raises what a forward raises; `give_up` then says which prompts were in it.

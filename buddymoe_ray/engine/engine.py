@@ -22,12 +22,14 @@ from torch import Tensor
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.account import StepTotals, open_account
+from buddymoe_ray.engine.apart import apart
 from buddymoe_ray.engine.beside import PrefillBeside
 from buddymoe_ray.engine.build import build_parts
 from buddymoe_ray.engine.chat import encode_chat, encode_prompt
 from buddymoe_ray.engine.guard import GuardWork
 from buddymoe_ray.engine.parts import EngineParts
 from buddymoe_ray.engine.replay import open_replay
+from buddymoe_ray.engine.request_times import RequestTimes
 from buddymoe_ray.engine.sampler import Sampled, prepare_sampling, sample
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.engine.sequence import Sequence
@@ -76,14 +78,13 @@ class Engine:
         self._spent, self._ahead = StepTotals(), parts.experts.ahead if parts.runner.packed else None
         self._peering: Peering | None = None
         self.cache, self.standin_bytes = parts.experts.cache, parts.experts.standin_bytes
-        self._setup, self._guard = parts.experts.setup, parts.calibration.guard
-        self.calibration = parts.calibration
+        self._setup, self._guard, self.calibration = parts.experts.setup, parts.calibration.guard, parts.calibration
         self.calibration.start()
         self._runner, self._scheduler, self._step = parts.runner, parts.scheduler, parts.step
         self._beside = PrefillBeside(parts.runner.parts if parts.config.prefill_chunk is None else None)
         self._chooser = chooser or SamplingChooser(parts.loaded.device)
         self._eos, self._pending = parts.eos_token_ids, list[TokenEvent]()
-        self._steps, self._closed = 0, False
+        self._steps, self._closed, self._times = 0, False, RequestTimes()
 
     @classmethod
     def from_config(
@@ -134,6 +135,7 @@ class Engine:
     def admit(self, seq: Sequence) -> None:
         """Queue a prepared request. Raises RequestError when it is too large, or its id is taken."""
         self._scheduler.add(seq)
+        self._times.arrived(seq)
 
     def cancel(self, request_id: str) -> None:
         """End a request; its blocks are free before the next step. Unknown or finished ids are ignored."""
@@ -155,6 +157,7 @@ class Engine:
             self._take_over()
         plan = self._scheduler.schedule()
         self._steps += 1
+        self._times.begun(chunk.seq for chunk in plan.prefill)
         try:
             decodes = bool(plan.decode)
             if not self._beside.begin(plan.prefill, decodes=decodes):
@@ -179,6 +182,7 @@ class Engine:
     def reset(self) -> None:
         """Forget every request and what is undelivered of it: for after an interrupt, wherever it struck."""
         self._beside.reset()
+        self._times.forget()
         self._scheduler.reset()
         self.cache.settle_ahead()
         self._runner.release(None)
@@ -202,6 +206,7 @@ class Engine:
             steps=self._steps,
             guard=GuardSnapshot() if self._guard is None else self._guard.snapshot(),
             calibration=self.calibration.snapshot(),
+            requests=self._times.snapshot(),
         )
 
     @property
@@ -238,8 +243,8 @@ class Engine:
 
     def _take_over(self) -> None:
         """Let stand-ins answer that were calibrated meanwhile."""
-        experts = self.calibration.take_over()
-        self._experts, self._setup, self.standin_bytes = experts, experts.setup, experts.standin_bytes
+        self._experts = experts = self.calibration.take_over()
+        self._setup, self.standin_bytes = experts.setup, experts.standin_bytes
         self._guard, self._ahead = self.calibration.guard, None
 
     def _passes(self, planned: Rows[T]) -> list[list[T]]:
@@ -256,8 +261,7 @@ class Engine:
             self._prefill(self._beside.give_up())
             return
         for chunk, logits_nV, lost in ended:
-            logits_BV = torch.zeros(1, 1) if logits_nV is None else logits_nV
-            self._take([chunk.seq], [chunk.end - chunk.start], logits_BV, {0: lost} if lost else {})
+            self._take([chunk.seq], [chunk.end - chunk.start], logits_nV, {0: lost} if lost else {})
 
     def _prefill(self, chunks: list[PrefillChunk]) -> None:
         began = time.perf_counter()
@@ -352,20 +356,15 @@ class Engine:
         What fails for one alone is tried on its `probe`, a token of our own: where that fails too, the engine is broken
         and not the request, and the error is raised.
         """
-        if not items:
-            return []
-        try:
-            return [(items, work(items))]
-        except Exception as error:
-            if len(items) > 1:
-                halves = items[: len(items) // 2], items[len(items) // 2 :]
-                return [done for half in halves for done in self._apart(half, work, owner=owner, probe=probe)]
+
+        def fail(item: T, error: Exception) -> None:
             if probe is not None and not isinstance(error, CacheError):
-                trial = probe(owner(items[0]))
+                trial = probe(owner(item))
                 work([trial])
                 self._runner.release(owner(trial))
-            self._fail(owner(items[0]), error)
-            return []
+            self._fail(owner(item), error)
+
+        return apart(items, work, fail=fail)
 
     def _probe(self, broken: Sequence) -> Sequence:
         """A sequence of one token, on the block that is nobody's."""
@@ -384,14 +383,15 @@ class Engine:
     def _tell(self, seq: Sequence, event: TokenEvent) -> None:
         """Queue an event; with the last one everything the sequence held is free."""
         self._pending.append(event)
+        self._times.told(seq, event)
         if event.finish_reason is not None:
             self._scheduler.finish(seq)
             self._beside.leave()
             self._runner.release(seq)
             if not self._scheduler.has_work():
                 self.cache.settle_ahead()  # others may wait for what nobody here goes on with
-            if self._guard is not None:
-                try:
+            try:
+                if self._guard is not None:
                     self._guard.ended(seq)
-                except Exception:
-                    log.exception("the guard lost a sample")
+            except Exception:
+                log.exception("the guard lost a sample")

@@ -202,7 +202,7 @@ class GuardWork:
                 running.advance(self._until)
                 yield
             for job, (chunk, logits_nV, lost) in zip(self._jobs, running.take(), strict=True):
-                if lost or logits_nV is None:
+                if lost:
                     log.error("the guard lost a sample: %s", lost)
                     continue
                 for position, logits_V in zip(sorted(chunk.also), logits_nV, strict=True):

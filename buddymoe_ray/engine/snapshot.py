@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from buddymoe_ray.engine.account import StepTotals
 from buddymoe_ray.engine.scheduler import Scheduler
-from buddymoe_ray.observe import CalibrationSnapshot, EngineSnapshot, GuardSnapshot
+from buddymoe_ray.observe import CalibrationSnapshot, EngineSnapshot, GuardSnapshot, RequestsSnapshot
 from buddymoe_ray.residency.tier import ExpertTier
 
 __all__ = ["engine_snapshot"]
@@ -18,6 +18,7 @@ def engine_snapshot(
     steps: int,
     guard: GuardSnapshot,
     calibration: CalibrationSnapshot,
+    requests: RequestsSnapshot,
 ) -> EngineSnapshot:
     """What `Engine.snapshot` tells."""
     stats, layout = experts.cache.stats(), experts.cache.layout
@@ -46,4 +47,5 @@ def engine_snapshot(
         residency=sum(int(experts.cache.resident_mask(layer).sum()) for layer in range(len(counts))) / sum(counts),
         guard=guard,
         calibration=calibration,
+        requests=requests,
     )

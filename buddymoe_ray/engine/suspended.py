@@ -147,16 +147,15 @@ class SuspendedPass:
             if not member.gone and not member.there:
                 self._drop(member)
 
-    def take(self) -> list[tuple[PrefillChunk, Tensor | None, str]]:
-        """Of a pass that is done: each prompt's chunk, the float32 logits `[n, V]` that are wanted (None if none are)
-        and, if not empty, why they are worth nothing."""
+    def take(self) -> list[tuple[PrefillChunk, Tensor, str]]:
+        """Of a pass that is done: each prompt's chunk, the float32 logits `[n, V]` that are wanted (`[1, 1]` if none
+        are) and, if not empty, why they are worth nothing."""
         assert self.done, "the pass is in progress, must be done"
         members = [member for member in self._members if member.there and (not member.gone or member.lost)]
         for member in members:
             member.chunk.seq.computing = 0
-        return [
-            (member.chunk, torch.cat(member.logits_nV) if member.logits_nV else None, member.lost) for member in members
-        ]
+        none = [torch.zeros(1, 1)]
+        return [(member.chunk, torch.cat(member.logits_nV or none), member.lost) for member in members]
 
     def close(self) -> list[PrefillChunk]:
         """Give the pass up; returns the chunks of prompts that still wait for it, also of those that lost an expert."""

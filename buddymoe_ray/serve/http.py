@@ -137,10 +137,11 @@ def _metrics_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
     router = APIRouter()
 
     @router.api_route("/metrics", methods=[*READ])
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
         """Every worker's counters for Prometheus. They tell what all tenants do, so the key guards them."""
-        text = exposition(settings.model, await workers.reports())
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+        accept = request.headers.get("accept", "")
+        text, media_type = exposition(settings.model, await workers.reports(), accept=accept)
+        return Response(text, media_type=media_type)
 
     return router
 

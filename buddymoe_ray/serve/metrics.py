@@ -1,21 +1,33 @@
 """What a worker's engine counts, as named metrics, and their text form for Prometheus.
 
 Pure: knows neither HTTP nor ray. Invariant: one table, `METRICS`, is what every exporter exports; labels are `model`,
-`replica` and at most one more of a handful of values, so a service has few dozen series per worker.
-Neighbours: `http` serves the text at /metrics, `ray_metrics` feeds the same table to ray's own exporter.
+`replica` and at most one more of a handful of values, so a service has few dozen series per worker. What vLLM counts as
+well has vLLM's names and labels beside them (`VLLM_METRICS`; an engine is a replica): its dashboards show it.
+Neighbours: `http` serves the text at /metrics, `ray_metrics` feeds `METRICS` to ray's own exporter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Literal, get_args
 
-from buddymoe_ray.observe import EngineSnapshot
-from buddymoe_ray.serve.work import WorkerReport
-from buddymoe_ray.types import CalibrationState, GuardState
+import prometheus_client.openmetrics.exposition as openmetrics
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import Metric as Family
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
 
-__all__ = ["METRICS", "Metric", "exposition"]
+from buddymoe_ray.observe import EngineSnapshot, HistogramSnapshot, RequestsSnapshot
+from buddymoe_ray.serve.work import WorkerReport
+from buddymoe_ray.types import CalibrationState, FinishReason, GuardState
+
+__all__ = ["METRICS", "VLLM_HISTOGRAMS", "VLLM_METRICS", "Metric", "exposition"]
+
+PLAIN_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+ALLOWUTF8 = "allow-utf-8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +42,15 @@ class Metric:
     help: str
     read: Callable[[EngineSnapshot], Mapping[str, float]]
     label: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Histogram:
+    """Counts by size, all in seconds or tokens."""
+
+    name: str
+    help: str
+    read: Callable[[EngineSnapshot], HistogramSnapshot]
 
 
 def _counter(name: str, help_: str, read: Callable[[EngineSnapshot], float]) -> Metric:
@@ -109,29 +130,88 @@ METRICS: tuple[Metric, ...] = (
 )
 
 
-def exposition(model: str, reports: Iterable[WorkerReport]) -> bytes:
-    """All workers' metrics in Prometheus' text format, version 0.0.4."""
-    ordered = sorted(reports, key=lambda report: report.replica)
-    lines = [
-        "# HELP buddymoe_workers Workers that answered.",
-        "# TYPE buddymoe_workers gauge",
-        f"buddymoe_workers{_labels({'model': model})} {len(ordered)}",
-    ]
-    for metric in METRICS:
-        name = metric.name + ("_total" if metric.kind == "counter" else "")
-        lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}"]
-        for report in ordered:
-            for value_of_label, value in metric.read(report.snapshot).items():
-                labels = {"model": model, "replica": report.replica}
-                if metric.label:
-                    labels[metric.label] = value_of_label
-                lines.append(f"{name}{_labels(labels)} {value}")
-    return ("\n".join(lines) + "\n").encode()
+def _requests(name: str, help_: str, read: Callable[[RequestsSnapshot], HistogramSnapshot]) -> _Histogram:
+    return _Histogram(name=f"vllm:{name}", help=help_, read=lambda snapshot: read(snapshot.requests))
 
 
-def _labels(labels: Mapping[str, str]) -> str:
-    return "{" + ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items()) + "}"
+def _kv_usage(snapshot: EngineSnapshot) -> float:
+    return 1 - snapshot.free_kv_blocks / snapshot.total_kv_blocks if snapshot.total_kv_blocks else 0.0
 
 
-def _escaped(value: str) -> str:
-    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+_ENDINGS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "cancelled", "error": "error"}
+"""vLLM's words for how requests end."""
+VLLM_METRICS: tuple[Metric, ...] = (
+    _gauge("vllm:num_requests_running", "Requests being computed.", lambda s: s.running),
+    _gauge("vllm:num_requests_waiting", "Requests admitted and not yet begun.", lambda s: s.waiting),
+    _gauge("vllm:kv_cache_usage_perc", "Share of the KV blocks that requests hold: 1 is all.", _kv_usage),
+    _gauge("vllm:gpu_cache_usage_perc", "The same, by an older name.", _kv_usage),
+    _counter("vllm:num_preemptions", "Requests whose KV blocks went to an older one.", lambda s: s.preemptions),
+    _counter("vllm:prefix_cache_queries", "Prompt tokens that were looked up.", lambda s: s.prompt_tokens),
+    _counter("vllm:prefix_cache_hits", "Prompt tokens that were found.", lambda s: s.cached_tokens),
+    _counter("vllm:prompt_tokens", "Prompt tokens of requests begun.", lambda s: s.prompt_tokens),
+    _counter("vllm:generation_tokens", "Tokens generated.", lambda s: s.requests.generated_tokens),
+    Metric(
+        name="vllm:request_success",
+        kind="counter",
+        help="Requests that ended, by how.",
+        read=lambda s: {word: s.requests.ended.get(reason, 0) for word, reason in _ENDINGS.items()},
+        label="finished_reason",
+    ),
+)
+VLLM_HISTOGRAMS: tuple[_Histogram, ...] = (
+    _requests("time_to_first_token_seconds", "From admission to the first token.", lambda r: r.ttft_seconds),
+    _requests("inter_token_latency_seconds", "From one token of a request to the next.", lambda r: r.itl_seconds),
+    _requests("time_per_output_token_seconds", "The same, by an older name.", lambda r: r.itl_seconds),
+    _requests("request_time_per_output_token_seconds", "A request's mean of that.", lambda r: r.per_token_seconds),
+    _requests("e2e_request_latency_seconds", "From admission to the end.", lambda r: r.whole_seconds),
+    _requests("request_queue_time_seconds", "From admission to the first step.", lambda r: r.queue_seconds),
+    _requests("request_prefill_time_seconds", "From there to the first token.", lambda r: r.prefill_seconds),
+    _requests("request_decode_time_seconds", "From there to the last token.", lambda r: r.decode_seconds),
+    _requests("request_inference_time_seconds", "Both of these.", lambda r: r.computing_seconds),
+    _requests("request_prompt_tokens", "Prompt tokens of a request.", lambda r: r.prompt_tokens),
+    _requests("request_generation_tokens", "Tokens generated for a request.", lambda r: r.output_tokens),
+    _requests("request_params_max_tokens", "Tokens a request allowed.", lambda r: r.most_tokens),
+    _requests("request_max_num_generation_tokens", "The same, by another name.", lambda r: r.most_tokens),
+)
+
+
+def exposition(model: str, reports: Iterable[WorkerReport], *, accept: str = "") -> tuple[bytes, str]:
+    """All workers' metrics and their content type: OpenMetrics 1.0 for who accepts it, else Prometheus' 0.0.4."""
+    families = _Families(model, sorted(reports, key=lambda report: report.replica))
+    # names as they are: by default the library makes underscores of vLLM's colons
+    if "application/openmetrics-text" in accept:
+        return openmetrics.generate_latest(families, escaping=ALLOWUTF8), OPEN_METRICS
+    return generate_latest(families, escaping=ALLOWUTF8), PLAIN_TEXT
+
+
+@dataclass(frozen=True)
+class _Families(Collector):
+    """Every metric with the values of all workers."""
+
+    model: str
+    reports: list[WorkerReport]
+
+    def collect(self) -> Iterator[Family]:
+        workers = GaugeMetricFamily("buddymoe_workers", "Workers that answered.", labels=["model"])
+        workers.add_metric([self.model], len(self.reports))
+        yield workers
+        for metric in METRICS:
+            yield self._family(metric, ("model", "replica"))
+        for metric in VLLM_METRICS:
+            yield self._family(metric, ("model_name", "engine"))
+        for histogram in VLLM_HISTOGRAMS:
+            found = HistogramMetricFamily(histogram.name, histogram.help, labels=["model_name", "engine"])
+            for report in self.reports:
+                held = histogram.read(report.snapshot)
+                upper = [*map(str, map(float, held.bounds)), "+Inf"]
+                buckets = list(zip(upper, map(float, accumulate(held.counts)), strict=True))
+                found.add_metric([self.model, report.replica], buckets, sum_value=held.total)
+            yield found
+
+    def _family(self, metric: Metric, labels: tuple[str, str]) -> Family:
+        make = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+        found = make(metric.name, metric.help, labels=[*labels, *([metric.label] if metric.label else [])])
+        for report in self.reports:
+            for of_label, value in metric.read(report.snapshot).items():
+                found.add_metric([self.model, report.replica, *([of_label] if metric.label else [])], value)
+        return found

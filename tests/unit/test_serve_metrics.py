@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import fields, replace
+from pathlib import Path
+from typing import cast
 
 import pytest
 from asgi import TEXT, serving
 from fakes import FakeEngine
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
+from prometheus_client.parser import text_string_to_metric_families
 
-from buddymoe_ray.observe import CalibrationSnapshot, EngineSnapshot, GuardSnapshot
+from buddymoe_ray.engine.request_times import RequestTimes
+from buddymoe_ray.engine.sequence import Sequence
+from buddymoe_ray.observe import CalibrationSnapshot, EngineSnapshot, GuardSnapshot, RequestsSnapshot
 from buddymoe_ray.serve import ray_metrics
-from buddymoe_ray.serve.metrics import METRICS, exposition
+from buddymoe_ray.serve.metrics import METRICS, VLLM_HISTOGRAMS, VLLM_METRICS, exposition
 from buddymoe_ray.serve.ray_metrics import RayMetrics
 from buddymoe_ray.serve.work import WorkerReport
-from buddymoe_ray.types import StandinAccesses
+from buddymoe_ray.types import FinishReason, GenerationRequest, StandinAccesses, TokenEvent
+
+
+def timed() -> RequestsSnapshot:
+    """Two requests by a clock of their own: three tokens after a second, two after three and a cancellation."""
+    now = [0.0]
+    times = RequestTimes(clock=lambda: now[0])
+    first, second = (Sequence(GenerationRequest(request_id=i, prompt_token_ids=(1, 2)), max_model_len=9) for i in "ab")
+
+    def told(seq: Sequence, at: float, reason: FinishReason | None = None, tokens: tuple[int, ...] = (7,)) -> None:
+        now[0] = at
+        times.told(seq, TokenEvent(request_id=seq.request_id, token_ids=tokens, text="", finish_reason=reason))
+
+    times.arrived(first)
+    now[0] = 0.25
+    times.begun([first])
+    for at, reason in ((1.0, None), (1.5, None), (2.0, "stop")):
+        told(first, at, cast("FinishReason | None", reason))
+    now[0] = 10.0
+    times.arrived(second)
+    now[0] = 11.0
+    times.begun([second])
+    told(second, 13.0)
+    told(second, 15.0)
+    told(second, 16.0, "cancelled", ())
+    return times.snapshot()
+
 
 SNAPSHOT = EngineSnapshot(
     running=1,
@@ -42,30 +76,36 @@ SNAPSHOT = EngineSnapshot(
     calibration=CalibrationSnapshot(state="collecting", tokens=24, percent=25.5, record_bytes=26),
     guard=GuardSnapshot(state="tripped", measured_kl=0.5, measured_se=0.125, predicted=0.0625, sampled_tokens=17),
 )
-LINE = re.compile(r'^(\w+)\{((?:\w+="(?:[^"\\]|\\.)*",?)*)\} (\S+)$')
+REQUESTS = replace(SNAPSHOT, requests=timed())
+FIRST = ("model", "replica", "model_name", "engine")
 
 
 def parsed(text: bytes) -> dict[tuple[str, str], float]:
     """(name, labels) -> value of every sample; each is there once, after its HELP and TYPE."""
     values: dict[tuple[str, str], float] = {}
-    described: set[str] = set()
     assert text.endswith(b"\n")
-    for line in text.decode().splitlines():
-        if line.startswith("# TYPE "):
-            _, _, name, kind = line.split()
-            assert name not in described and kind == ("counter" if name.endswith("_total") else "gauge")
-            described.add(name)
-        elif not line.startswith("# HELP "):
-            match = LINE.match(line)
-            assert match is not None, line
-            name, labels, value = match.groups()
-            assert name in described and (name, labels) not in values
-            values[name, labels] = float(value)
+    for family in text_string_to_metric_families(text.decode()):
+        assert family.documentation.endswith(".") and family.type in ("counter", "gauge", "histogram")
+        for sample in family.samples:
+            labels = sorted(
+                sample.labels, key=lambda name: (name not in FIRST, FIRST.index(name) if name in FIRST else 0)
+            )
+            key = (sample.name, ",".join(f'{name}="{sample.labels[name]}"' for name in labels))
+            assert key not in values
+            values[key] = sample.value
     return values
 
 
+def ours(values: dict[tuple[str, str], float]) -> dict[tuple[str, str], float]:
+    return {key: value for key, value in values.items() if key[0].startswith("buddymoe_")}
+
+
+def written(model: str, reports: Iterable[WorkerReport]) -> bytes:
+    return exposition(model, reports)[0]
+
+
 def test_every_count_of_a_worker_is_written_under_its_name() -> None:
-    values = parsed(exposition("m", [WorkerReport(replica="a", pid=1, snapshot=SNAPSHOT)]))
+    values = ours(parsed(written("m", [WorkerReport(replica="a", pid=1, snapshot=SNAPSHOT)])))
     who = 'model="m",replica="a"'
     assert values.pop(("buddymoe_workers", 'model="m"')) == 1
     kinds = {"lowbit": 12, "lowrank": 13, "buddy": 14, "mean": 15, "drop": 16}
@@ -109,25 +149,58 @@ def test_workers_are_told_apart_and_none_is_told_too() -> None:
     reports = [
         WorkerReport(replica=name, pid=1, snapshot=replace(SNAPSHOT, running=at)) for at, name in enumerate("cab")
     ]
-    values = parsed(exposition("m", reports))
+    values = parsed(written("m", reports))
     assert values["buddymoe_workers", 'model="m"'] == 3
     assert [values["buddymoe_running", f'model="m",replica="{name}"'] for name in "abc"] == [1, 2, 0]
-    assert exposition("m", reports) == exposition("m", reversed(reports))
-    assert parsed(exposition("m", [])) == {("buddymoe_workers", 'model="m"'): 0}
+    assert written("m", reports) == written("m", reversed(reports))
+    assert parsed(written("m", [])) == {("buddymoe_workers", 'model="m"'): 0}
 
 
 def test_labels_are_escaped() -> None:
-    text = exposition('a"b\\c\nd', [WorkerReport(replica="r", pid=1, snapshot=SNAPSHOT)])
+    text = written('a"b\\c\nd', [WorkerReport(replica="r", pid=1, snapshot=SNAPSHOT)])
     parsed(text)
     assert rb'model="a\"b\\c\nd"' in text
 
 
 def test_series_are_few_whatever_is_served() -> None:
     assert sum(len(metric.read(SNAPSHOT)) for metric in METRICS) <= 36
+    bounds = [len(histogram.read(REQUESTS).bounds) for histogram in VLLM_HISTOGRAMS]
+    assert sum(bounds) + sum(len(metric.read(SNAPSHOT)) for metric in VLLM_METRICS) <= 320
     kinds = next(metric for metric in METRICS if metric.label == "kind")
     assert set(kinds.read(SNAPSHOT)) == {field.name for field in fields(StandinAccesses)}
     assert len({metric.name for metric in METRICS}) == len(METRICS)
     assert all(re.fullmatch(r"buddymoe(_[a-z]+)+", metric.name) and metric.help.endswith(".") for metric in METRICS)
+
+
+def test_what_vllm_counts_too_has_its_names_for_its_dashboards() -> None:
+    report = WorkerReport(replica="a", pid=1, snapshot=REQUESTS)
+    for accept, kind in (
+        ("", "text/plain; version=0.0.4"),
+        ("application/openmetrics-text;version=1.0.0,*/*", "application/openmetrics-text; version=1.0.0"),
+    ):
+        text, media_type = exposition("m", [report], accept=accept)
+        assert media_type == f"{kind}; charset=utf-8"
+        read = openmetrics_families if "openmetrics" in kind else text_string_to_metric_families
+        values = {(s.name, *sorted(s.labels.values())): s.value for f in read(text.decode()) for s in f.samples}
+        assert (
+            values["vllm:num_requests_running", "a", "m"] == 1 and values["vllm:kv_cache_usage_perc", "a", "m"] == 0.25
+        )
+        assert values["vllm:generation_tokens_total", "a", "m"] == 5
+        ends = {
+            word: values["vllm:request_success_total", *sorted(("a", "m", word))]
+            for word in ("stop", "length", "abort", "error")
+        }
+        assert ends == {"stop": 1, "length": 0, "abort": 1, "error": 0}
+        assert values["vllm:time_to_first_token_seconds_count", "a", "m"] == 2
+        assert values["vllm:time_to_first_token_seconds_sum", "a", "m"] == pytest.approx(1.0 + 3.0)
+        buckets = [
+            values["vllm:time_to_first_token_seconds_bucket", *sorted((at, "a", "m"))]
+            for at in ("0.75", "1.0", "2.5", "5.0", "+Inf")
+        ]
+        assert buckets == [0, 1, 1, 2, 2]
+        assert values["vllm:inter_token_latency_seconds_sum", "a", "m"] == pytest.approx(0.5 + 0.5 + 2.0)
+        assert values["vllm:request_queue_time_seconds_sum", "a", "m"] == pytest.approx(0.25 + 1.0)
+        assert values["vllm:request_decode_time_seconds_count", "a", "m"] == 2
 
 
 class Recorded:
@@ -190,3 +263,20 @@ async def test_the_endpoint_reports_every_worker() -> None:
     values = parsed(response.content)
     steps = [values["buddymoe_steps_total", f'model="org/name",replica="{at}"'] for at in (0, 1)]
     assert steps == [12, 12] and values["buddymoe_workers", 'model="org/name"'] == 2
+
+
+def test_the_dashboard_asks_for_what_is_written_and_for_labels_that_are_there() -> None:
+    board = json.loads((Path(__file__).parents[2] / "cluster" / "grafana.json").read_text())
+    labels: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(
+        written("m", [WorkerReport(replica="a", pid=1, snapshot=REQUESTS)]).decode()
+    ):
+        for sample in family.samples:
+            labels.setdefault(sample.name, set()).update(sample.labels)
+    asked = [target for panel in board["panels"] for target in panel["targets"]]
+    assert len(asked) > 24 and len({panel["title"] for panel in board["panels"]}) == len(board["panels"])
+    for target in asked:
+        for name, given in re.findall(r"((?:vllm:|buddymoe_)\w+)\{(\w+)=", target["expr"]):
+            assert given in labels[name], target
+        for by in [*re.findall(r"by \((\w+)\)", target["expr"]), *re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])]:
+            assert any(by in labels[name] for name in re.findall(r"(?:vllm:|buddymoe_)\w+", target["expr"])), target
