@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from buddymoe_ray.residency.plan import Plan
     from buddymoe_ray.residency.speed import MachineSpeed
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "measured_speed", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     planned = partial(make_plan, folder=folder, gpus=gpus, shape=shape)
     plan = planned(config)  # what cannot be is told before anything is measured
     if plan.devices[0].device == "cpu" and plan.has_weights:
-        planned = partial(planned, speed=_measured(config, folder, shape))
+        planned = partial(planned, speed=measured_speed(config, folder, shape))
         plan = planned(config)
     if args.json:
         emit(plan.as_record())
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measured(config: EngineConfig, folder: Path, shape: ModelShape) -> MachineSpeed:
+def measured_speed(config: EngineConfig, folder: Path, shape: ModelShape) -> MachineSpeed:
     """What this machine does with such weights."""
     from buddymoe_ray.engine.measure_machine import measure_machine
     from buddymoe_ray.models.tensor_index import read_index

@@ -17,7 +17,7 @@ from buddymoe_ray.errors import ConfigError
 if TYPE_CHECKING:
     from buddymoe_ray.serve.args import ServeArgs
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "read_deployment", "run"]
 
 _BUILDER = "buddymoe_ray.serve.app:build_app"
 _DEFAULTS: dict[str, Any] = {"name": "buddymoe", "route_prefix": "/", "import_path": _BUILDER, "args": {}}
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     given: dict[str, Any] = {name: text for name, text in vars(args).items() if name in ServeArgs.model_fields}
     if "cors_origins" in given:
         given["cors_origins"] = given["cors_origins"].split(",")
-    http, application = _read(args.what)
+    http, application = read_deployment(args.what)
     http |= {name: getattr(args, name) for name in _HTTP if hasattr(args, name)}
     options = ServeArgs.from_options(application["args"] | given)
     _check(options)
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(what: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_deployment(what: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """HTTP options and the application of a YAML, or those of a model's name. Raises ConfigError."""
     if not what.endswith((".yaml", ".yml")):
         return dict(_HTTP), _DEFAULTS | {"args": {"model": what}}

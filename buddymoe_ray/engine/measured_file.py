@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-import buddymoe_ray
+import buddymoe_ray.kernels
 from buddymoe_ray.config import cache_folder
 
 __all__ = ["kept_at", "read_kept", "write_kept"]
@@ -20,7 +20,10 @@ __all__ = ["kept_at", "read_kept", "write_kept"]
 
 def kept_at(threads: int) -> Path:
     """By what the figures depend on."""
-    versions = [buddymoe_ray.__version__, torch.__version__, platform.machine(), _cpu_name()]
+    kernels = hashlib.sha256(
+        b"".join(map(Path.read_bytes, sorted(Path(buddymoe_ray.kernels.__file__).parent.glob("*.py"))))
+    )
+    versions = [kernels.hexdigest(), torch.__version__, platform.machine(), _cpu_name()]
     key = hashlib.sha256(json.dumps([*versions, os.cpu_count(), threads]).encode()).hexdigest()[:16]
     return cache_folder() / f"speed-{key}.json"
 

@@ -125,9 +125,12 @@ class ServeArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _names_are_known(cls, options: Any) -> Any:
-        if isinstance(options, dict):
-            refuse_unknown("option", options, cls.model_fields)
-        return options
+        if not isinstance(options, dict):
+            return options
+        refuse_unknown("option", options, cls.model_fields)
+        words = {name for name, field in cls.model_fields.items() if field.annotation is str}
+        # YAML reads a plain `off` as false
+        return {name: "off" if value is False and name in words else value for name, value in options.items()}
 
     @model_validator(mode="after")
     def _engine_options_are_usable(self) -> ServeArgs:

@@ -146,3 +146,12 @@ def test_describing_the_application_loads_no_torch() -> None:
 def test_the_embedded_default() -> None:
     args = ServeArgs.model_validate(args_of(next(path for path in DEPLOYMENTS if path.stem == "tiny-cpu")))
     assert (args.model, args.memory, args.num_gpus) == ("builtin:tiny", "50%", 0)
+
+
+def test_a_plain_off_of_yaml_is_the_word() -> None:
+    given = yaml.safe_load("{mode: bounded, calibrate: off, read_ahead: off, prefix_cache: off}")
+    assert given["calibrate"] is False
+    args = ServeArgs.from_options(given)
+    assert (args.calibrate, args.read_ahead, args.prefix_cache) == ("off", "off", "off")
+    with pytest.raises(ConfigError, match="mode is False"):
+        ServeArgs.from_options({"mode": False})
