@@ -1,0 +1,129 @@
+"""A layer's experts on a GPU, or in Triton's interpreter on a CPU: the twin of `expert_layer.ExpertLayer`.
+
+Sizes, formats and launches; imports triton at the first call. Every access is computed by itself, so an output's bits
+depend on its row and its expert alone, at every number of rows. Nothing here waits for the device.
+
+Legend: T tokens, K experts per token, N = T*K accesses, E experts, B bytes, D hidden, F ffn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from buddymoe_ray.kernels.cpu import activation_of
+from buddymoe_ray.kernels.lowbit_format import LowbitFormat, matrix_at
+from buddymoe_ray.kernels.reference import ExpertMath
+from buddymoe_ray.kernels.triton.forms import WEIGHTS, Form, Use, power_of_two
+from buddymoe_ray.types import CodedMatrix, SlotTensor
+
+__all__ = ["TritonExperts", "combine_on_device"]
+
+_INTERPRETED = 256  # outputs of a program: what it costs there is the number of programs
+_COMPILED = 1  # as few as fill its threads
+_BLOCK = 256
+
+
+class TritonExperts:
+    """Computes experts where they lie: in records laid out by `record_tensors`, or in slots.
+
+    Args:
+        layout, fmt, math: experts that `covers` says yes to; `fmt` is None for plain weights as stored.
+        experts: E.
+        outputs: of a program, at least; None for what suits the machine.
+
+    Rows are multiplied in float32, whatever their dtype and that of the weights. Raises ValueError for records that are
+    not packed as this version packs.
+    """
+
+    def __init__(
+        self,
+        *,
+        layout: Sequence[SlotTensor],
+        fmt: LowbitFormat | None,
+        math: ExpertMath,
+        experts: int,
+        outputs: int | None = None,
+    ) -> None:
+        self._layout, self._fmt, self._math, self._experts = {t.name: t for t in layout}, fmt, math, experts
+        self._outputs = outputs or (_INTERPRETED if interpreted() else _COMPILED)
+        self._down = self._form("down_proj", 1)
+        formula = activation_of(math, self._down.K)
+        assert formula is not None, "experts compute what the kernel does not, must be as `covers` says"
+        self._formula = formula
+        self._first: dict[int, Form] = {}  # by experts per token
+
+    @staticmethod
+    def covers(
+        layout: Sequence[SlotTensor], fmt: LowbitFormat | None, math: ExpertMath, coded: Sequence[CodedMatrix] = ()
+    ) -> bool:
+        """Whether the kernels know such experts: not quantised ones as a checkpoint stores them. Raises ValueError for
+        another version's packing."""
+        if coded:
+            return False
+        stored = {tensor.name: tensor for tensor in layout}
+        names = (math.first, "down_proj")
+        biases = [stored[f"{name}_bias"].dtype for name in names if math.bias]
+        if fmt is not None:
+            plain, F = list[str](), matrix_at(layout, "down_proj", fmt).K
+        else:
+            plain, F = [stored[name].dtype for name in names], stored["down_proj"].shape[0 if math.transposed else 1]
+        return WEIGHTS.keys() >= {*plain, *biases} and activation_of(math, F) is not None
+
+    def __call__(self, x_TD: Tensor, records_B: Tensor | None, at_E: Tensor, expert_TK: Tensor, out_ND: Tensor) -> None:
+        """Write `out_ND[n] = expert expert_TK.flat[n] over x_TD[n // K]` where the expert has a record.
+
+        All are on one device. `records_B` uint8 holds records at multiples of 64 bytes; that of expert e begins at byte
+        `at_E[e]` (int64, negative: none). None: `at_E` are addresses. `expert_TK` int64 is negative for accesses that
+        others answer. Rows of `out_ND` (float32, bfloat16 or float16) without a record are left alone.
+        """
+        (T, K), N = expert_TK.shape, expert_TK.numel()
+        first, down = self._first.get(K) or self._first.setdefault(K, self._form(self._math.first, K)), self._down
+        assert x_TD.shape == (T, first.K) and x_TD.is_contiguous(), f"x is {tuple(x_TD.shape)}, must be {(T, first.K)}"
+        assert out_ND.shape == (N, down.N) and out_ND.is_contiguous(), f"out is {tuple(out_ND.shape)}, must be {N} rows"
+        assert expert_TK.dtype == at_E.dtype == torch.int64, f"experts are {expert_TK.dtype}, {at_E.dtype}, not int64"
+        assert len(at_E) == self._experts, f"the table has {len(at_E)} experts, must have {self._experts}"
+        if not N:
+            return
+        programs, expert_N = _programs(), expert_TK.contiguous()
+        both_NF = torch.empty(N, first.N, dtype=torch.float32, device=x_TD.device)
+        hidden_NF = torch.empty(N, down.K, dtype=torch.float32, device=x_TD.device)
+        programs.project[(first.programs, N)](x_TD, records_B, expert_N, at_E, both_NF, first)
+        block = min(power_of_two(down.K), max(_BLOCK, self._outputs))
+        grid = (-(-down.K // block), N)
+        programs.activate[grid](both_NF, expert_N, at_E, hidden_NF, down, self._formula, block)
+        programs.project[(down.programs, N)](hidden_NF, records_B, expert_N, at_E, out_ND, down)
+
+    def _form(self, name: str, shares: int) -> Form:
+        bias = self._layout[f"{name}_bias"] if self._math.bias else None
+        place = (0, "") if bias is None else (bias.offset, bias.dtype)
+        use = Use(experts=self._experts, shares=shares, outputs=self._outputs)
+        if self._fmt is not None:
+            return Form.packed([*self._layout.values()], name, self._fmt, place, use)
+        return Form.plain(self._layout[name], place, use, transposed=self._math.transposed)
+
+
+def combine_on_device(y_TKD: Tensor, weight_TK: Tensor) -> Tensor:
+    """`reference.combine` in slot order: `[T, K, D], [T, K] -> [T, D]` in the dtype of `y_TKD`."""
+    T, K, D = y_TKD.shape
+    out_TD = torch.empty(T, D, dtype=y_TKD.dtype, device=y_TKD.device)
+    block = min(power_of_two(D), _BLOCK)
+    if T:
+        _programs().combine[(-(-D // block), T)](y_TKD.contiguous(), weight_TK.contiguous(), out_TD, D, K, block)
+    return out_TD
+
+
+def interpreted() -> bool:
+    """Whether this process runs Triton's kernels in the interpreter: TRITON_INTERPRET=1 when it began."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _programs() -> Any:
+    from buddymoe_ray.kernels.triton import programs
+
+    return programs
