@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,12 +18,12 @@ from typing import Any
 import torch
 
 from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.device import open_device
 from buddymoe_ray.engine.llm import LLM
 from buddymoe_ray.engine.measure import BenchLoad, measure
 from buddymoe_ray.models.reference import reference_generate
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.synth import Popularity, synth_checkpoint
-from buddymoe_ray.residency.machine import pick_device
 
 __all__ = ["main"]
 
@@ -54,8 +53,6 @@ def check_budget(device: str) -> dict[str, Any]:
             cache = llm.engine.cache
             sizes[memory] = cache.device_bytes
             budget, total = cache.plan.budget_bytes, cache.layout.total_bytes
-        if pick_device(device).type == "cuda":
-            torch.cuda.empty_cache()
     held = sizes["25%"] <= budget <= 0.26 * total
     return {"check": "budget", "device_bytes": sizes, "budget_25": budget, "total": total, "ok": held}
 
@@ -96,19 +93,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m buddymoe_ray.device_check", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--device", default="auto", help="auto, cpu, interpret, cuda or cuda:N")
     parser.add_argument("--layers", type=int, default=2, help="layers of the synthetic checkpoint")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens per sequence")
     parser.add_argument("--out", type=Path, default=None, help="also append the JSON lines to this file")
     args = parser.parse_args(argv)
-    device = str(pick_device(args.device))
-    name = (
-        torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
-    )
+    opened = open_device(args.device)
+    device = "interpret" if args.device == "interpret" else str(opened.torch)
     failed = 0
     with tempfile.TemporaryDirectory() as scratch:
         records: Iterator[dict[str, Any]] = _all(device, args, Path(scratch) / "synthetic")
-        _say({"device": device, "name": name, "torch": torch.__version__}, args.out)
+        _say({"device": device, "name": opened.name, "torch": torch.__version__}, args.out)
         for record in records:
             failed += record.get("ok") is False
             _say(record, args.out)

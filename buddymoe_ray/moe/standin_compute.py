@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.cache import slot_views
+from buddymoe_ray.device import Device
 from buddymoe_ray.errors import ProfileError
 from buddymoe_ray.kernels import (
     ExpertLayer,
@@ -51,7 +52,7 @@ def record_computes(
     maths: Sequence[ExpertMath],
     *,
     threads: int,
-    device: torch.device,
+    device: Device,
     dtype: torch.dtype,
 ) -> list[RecordCompute]:
     """The arithmetic of records of `kind` in each layer, whose experts' own is `maths`, over rows of `dtype`.
@@ -70,9 +71,9 @@ def record_computes(
         raise ProfileError(
             f"{kind} record's {error}, as this version packs. hint: run buddymoe profile again"
         ) from error
-    if device.type == "cpu" and all(ExpertLayer.covers(layout.tensors, fmt, math) for math in maths):
+    if not device.apart and all(ExpertLayer.covers(layout.tensors, fmt, math) for math in maths):
         return [ExpertLayer(layout=layout.tensors, fmt=fmt, math=math, dtype=dtype, threads=threads) for math in maths]
-    if device.type == "cpu":
+    if device.torch.type == "cpu":
         prepare_lowbit(fmt, dtype)
     return [_OneByOne(partial(lowbit_forward, fmt=fmt, math=math), layout) for math in maths]
 

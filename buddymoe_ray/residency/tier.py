@@ -17,6 +17,7 @@ import torch
 from buddymoe_ray.cache import READ_ON_THE_SPOT, DiskReader, EngineCache, ExpertCache, StandinPool, largest_read
 from buddymoe_ray.cache.shared import Room
 from buddymoe_ray.config import EngineConfig, parse_memory
+from buddymoe_ray.device import Device, open_device
 from buddymoe_ray.errors import ProfileError
 from buddymoe_ray.kernels import (
     ExpertLayer,
@@ -84,6 +85,7 @@ class ExpertTier:
     `new_compute` makes the experts' arithmetic once more, for another thread.
     """
 
+    device: Device
     cache: EngineCache
     setup: StandinSetup | None
     standin_bytes: int
@@ -100,28 +102,30 @@ class ExpertTier:
 
 
 def open_experts(
-    config: EngineConfig, loaded: LoadedModel, step: StepState, sharing: Sharing | None = None
+    config: EngineConfig, loaded: LoadedModel, step: StepState, device: Device, sharing: Sharing | None = None
 ) -> ExpertTier:
     """Open the cache, load stand-ins and attach a block to every MoE layer.
 
-    With `sharing`, slots and records are the node's: its workers' budgets together, one copy of everything. On a GPU
-    that is the host tier.
+    With `sharing`, slots and records are the node's: its workers' budgets together, one copy of everything. On a device
+    apart that is the host tier.
     Raises BudgetError, ProfileError, ConfigError, CacheError; nothing stays open then.
     """
     maths = [expert_math(module, loaded.layout) for module in loaded.experts]
     loaded = _recoded(config, loaded, maths)
-    packed, on_cpu = format_of(config.expert_dtype), loaded.device.type == "cpu"
-    node = sharing if on_cpu else None  # a GPU's slots are its own; it shares the tier below
-    plan, setup, staging = _planned(config, loaded, maths, node)
-    cache = _open_cache(config, loaded, plan, staging, sharing, setup)
+    packed = format_of(config.expert_dtype)
+    node = None if device.apart else sharing  # slots apart are an engine's own; it shares the tier below
+    plan, setup, staging = _planned(config, loaded, maths, node, apart=device.apart)
+    cache = _open_cache(config, loaded.layout, plan, staging, device, sharing, setup)
     room = None
     try:
         cache.warm(progress=progress)
         pool = None
         if setup is not None:
             room, pool = load_records(setup, loaded, staging, node)
-        standins = None if setup is None or pool is None else open_standins(setup, loaded, maths, pool, config.threads)
-        ahead = _read_ahead(config, loaded, cache, stands_in=standins is not None)
+        standins = (
+            None if setup is None or pool is None else open_standins(setup, loaded, maths, pool, device, config.threads)
+        )
+        ahead = _read_ahead(config, loaded, cache, apart=device.apart, stands_in=standins is not None)
         waves = _waves(loaded, maths, packed, config.threads)
         blocks = tuple(
             MoEBlock(layer=layer, cache=cache, compute=compute, step=step, standins=standins, ahead=ahead)
@@ -142,6 +146,7 @@ def open_experts(
             into=step.scores,
         )
     return ExpertTier(
+        device=device,
         cache=cache,
         setup=setup,
         standin_bytes=0 if standins is None else standins.pool.nbytes,
@@ -159,6 +164,7 @@ class PlannedStandins:
     setup: StandinSetup
     staging: Staging
     maths: list[ExpertMath]
+    device: Device
     threads: int
 
     @property
@@ -169,28 +175,28 @@ class PlannedStandins:
     def open(self, loaded: LoadedModel) -> Standins:
         """Load the records."""
         _, pool = load_records(self.setup, loaded, self.staging, None)
-        return open_standins(self.setup, loaded, self.maths, pool, self.threads)
+        return open_standins(self.setup, loaded, self.maths, pool, self.device, self.threads)
 
 
 def plan_standins(config: EngineConfig, loaded: LoadedModel, maths: list[ExpertMath]) -> PlannedStandins:
     """Of an engine of `config`, which is not exact, beside a model of its dtypes that is open already. Raises
     BudgetError, ProfileError."""
-    _, setup, staging = _planned(config, loaded, maths, None)
+    device = open_device(config.device)
+    _, setup, staging = _planned(config, loaded, maths, None, apart=device.apart)
     assert setup is not None, f"mode is {config.mode}, must be one with stand-ins and a profile"
-    return PlannedStandins(setup=setup, staging=staging, maths=maths, threads=config.threads)
+    return PlannedStandins(setup=setup, staging=staging, maths=maths, device=device, threads=config.threads)
 
 
 def _planned(
-    config: EngineConfig, loaded: LoadedModel, maths: list[ExpertMath], node: Sharing | None
+    config: EngineConfig, loaded: LoadedModel, maths: list[ExpertMath], node: Sharing | None, *, apart: bool
 ) -> tuple[SlotPlan, StandinSetup | None, Staging]:
     """The memory plan of an engine over this model."""
-    packed, on_cpu = format_of(config.expert_dtype), loaded.device.type == "cpu"
-    as_stored = on_cpu and packed is None and read_as_stored(maths, loaded.layout)
+    as_stored = not apart and format_of(config.expert_dtype) is None and read_as_stored(maths, loaded.layout)
     return plan_memory(
         config,
         loaded.layout,
         folder=loaded.folder,
-        device=loaded.device,
+        apart=apart,
         scratch=scratch_bytes(loaded.layout, loaded.compute_dtype, as_stored=as_stored),
         node=node,
     )
@@ -201,7 +207,7 @@ def plan_memory(
     layout: ExpertLayout,
     *,
     folder: Path,
-    device: torch.device,
+    apart: bool,
     scratch: int,
     node: Sharing | None = None,
 ) -> tuple[SlotPlan, StandinSetup | None, Staging]:
@@ -214,7 +220,7 @@ def plan_memory(
     staging = plan_staging(largest_read=largest_read(layout), budget_bytes=budget, share=STAGING_SHARE[config.mode])
     if node is not None and node.linked:
         scratch *= 2  # peers are answered beside the engine's own steps
-    overhead = workers * (scratch + (staging.nbytes if device.type == "cpu" else 0))
+    overhead = workers * (scratch + (0 if apart else staging.nbytes))
     budgets = NodeBudget(
         budget_bytes=workers * budget,
         overhead_bytes=overhead,
@@ -231,7 +237,7 @@ def plan_memory(
         CalibrationFolder(path.parent).discard()
         setup = None
     if setup is None:
-        return _exact_plan(layout, budgets, _reserved(config, layout, budgets, device)), None, staging
+        return _exact_plan(layout, budgets, _reserved(config, layout, budgets, apart=apart)), None, staging
     return setup.plan, setup, staging
 
 
@@ -257,12 +263,12 @@ def _exact_plan(layout: ExpertLayout, node: NodeBudget, reserved: int = 0) -> Sl
     return plan if plan.fully_resident else replace(plan, reserved_bytes=reserved)
 
 
-def _reserved(config: EngineConfig, layout: ExpertLayout, node: NodeBudget, device: torch.device) -> int:
+def _reserved(config: EngineConfig, layout: ExpertLayout, node: NodeBudget, *, apart: bool) -> int:
     """What is set aside for stand-ins that are still to be made; 0 where none will be."""
     if not calibrates(config):
         return 0
     room = node.budget_bytes - node.overhead_bytes - MIN_SLOTS * node.workers * layout.slot_bytes
-    reserved = reserved_bytes(config, layout, room=room, on_cpu=device.type == "cpu")
+    reserved = reserved_bytes(config, layout, room=room, on_cpu=not apart)
     if not reserved:
         log.warning("memory is too little for stand-ins of all experts: none are made. hint: raise --memory")
         serve_without(config)
@@ -271,26 +277,25 @@ def _reserved(config: EngineConfig, layout: ExpertLayout, node: NodeBudget, devi
 
 def _open_cache(
     config: EngineConfig,
-    loaded: LoadedModel,
+    layout: ExpertLayout,
     plan: SlotPlan,
     staging: Staging,
+    device: Device,
     sharing: Sharing | None,
     setup: StandinSetup | None,
 ) -> EngineCache:
-    layout = loaded.layout
     reader = DiskReader(depth=staging.depth, buffer_bytes=staging.buffer_bytes)
-    on_gpu = loaded.device.type != "cpu"
-    if sharing is not None and not on_gpu:
+    if sharing is not None and not device.apart:
         return open_store(sharing, layout, setup, plan, reader, progress)
     host_bytes = parse_memory(config.host_memory, total_expert_bytes=layout.total_bytes)
     host = None
     if sharing is not None and host_bytes:
-        host = open_host(sharing, layout, host_bytes, reader, progress)
+        host = open_host(sharing, layout, host_bytes, reader, device, progress)
     return ExpertCache(
         layout,
         plan,
         reader=reader,
-        device=loaded.device,
+        device=device,
         host_slots=host_bytes // layout.slot_bytes,
         host=host,
     )
@@ -308,10 +313,12 @@ def _recoded(config: EngineConfig, loaded: LoadedModel, maths: list[ExpertMath])
     return replace(loaded, layout=layout)
 
 
-def _read_ahead(config: EngineConfig, loaded: LoadedModel, cache: EngineCache, *, stands_in: bool) -> ReadAhead | None:
+def _read_ahead(
+    config: EngineConfig, loaded: LoadedModel, cache: EngineCache, *, apart: bool, stands_in: bool
+) -> ReadAhead | None:
     """What reads the next layer's experts ahead; None where that cannot be, or nothing is to be hidden."""
     plan, layout = cache.plan, loaded.layout
-    if config.read_ahead == "off" or loaded.device.type != "cpu" or plan.fully_resident or plan.pinned:
+    if config.read_ahead == "off" or apart or plan.fully_resident or plan.pinned:
         return None
     if layout.expert_bytes <= READ_ON_THE_SPOT:
         return None

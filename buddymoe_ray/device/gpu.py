@@ -1,0 +1,78 @@
+"""The CUDA half: a GPU's memory, its copy engine, host memory registered with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from buddymoe_ray.device.interface import Copy
+from buddymoe_ray.errors import BudgetError
+
+__all__ = ["Gpu", "gpu_count"]
+
+
+def gpu_count() -> int:
+    """GPUs that torch can use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+@dataclass(frozen=True)
+class _Event:
+    event: torch.cuda.Event
+
+    def done(self) -> bool:
+        return self.event.query()
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+class Gpu:
+    """Copies run on a stream of their own, beside what is computed on torch's current one."""
+
+    apart = True
+
+    def __init__(self, device: torch.device) -> None:
+        torch.cuda.set_device(device)  # kernels are launched on the current one
+        self.torch = torch.device("cuda", torch.cuda.current_device())
+        self._copies: torch.cuda.Stream | None = None
+
+    @property
+    def name(self) -> str:
+        """As the driver tells it."""
+        return torch.cuda.get_device_name(self.torch)
+
+    def free_bytes(self) -> int | None:
+        """See Device; what torch's allocator keeps is not free."""
+        return int(torch.cuda.mem_get_info(self.torch)[0])
+
+    def pin(self, memory: Tensor) -> None:
+        """See Device."""
+        code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+        if code != 0:
+            raise BudgetError(
+                f"CUDA refused to pin {memory.numel()} bytes of host memory (error {code}), must be allowed to. "
+                "hint: lower --host-memory, or raise the locked-memory limit (ulimit -l)"
+            )
+
+    def unpin(self, memory: Tensor) -> None:
+        """See Device."""
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+    def copy(self, target: Tensor, source: Tensor) -> Copy:
+        """See Device; of pageable memory the host's share is done at once."""
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(self.torch)
+        copied = torch.cuda.Event()
+        self._copies.wait_stream(torch.cuda.current_stream(self.torch))
+        with torch.cuda.stream(self._copies):
+            target.copy_(source, non_blocking=True)
+            copied.record(self._copies)
+        return _Event(copied)
+
+    def admit(self, copy: Copy) -> None:
+        """See Device."""
+        assert isinstance(copy, _Event), f"copy is {copy}, must be this device's"
+        torch.cuda.current_stream(self.torch).wait_event(copy.event)
