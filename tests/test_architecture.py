@@ -32,7 +32,7 @@ BELOW = {
     "batch": WORDS | {"serve", "models", "engine", "policy"},
     "client": WORDS | {"serve", "engine", "models"},
     "commands": WORDS | {"serve", "models", "residency", "engine", "calibrate", "policy", "batch", "tasks", "commands"},
-    "device_check": WORDS | {"device", "models", "residency", "engine", "commands"},
+    "device_check": WORDS | {"device", "kernels", "models", "residency", "engine", "commands"},
     "cli": WORDS | {"commands"},
     "__init__": WORDS | {"engine"},
     **dict.fromkeys(WORDS, WORDS),

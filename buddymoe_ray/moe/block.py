@@ -24,7 +24,7 @@ from torch import Tensor
 
 from buddymoe_ray.cache import Experts, Glance
 from buddymoe_ray.errors import CacheError
-from buddymoe_ray.kernels import ExpertLayer, StandinRecords, combine
+from buddymoe_ray.kernels import ExpertLayer, StandinRecords
 from buddymoe_ray.moe.peers import PeerExperts
 from buddymoe_ray.moe.read_ahead import ReadAhead
 from buddymoe_ray.moe.rows import Accesses
@@ -47,6 +47,7 @@ class MoEBlock:
     """Replaces the experts module of MoE layer `layer`. Called as `block(hidden_TD, ids_TK, weights_TK) -> [T, D]`.
 
     `standins` is None where every miss is fetched; `peers`, once there are any, compute some of what is missing.
+    `prompts` is what computes those where it is not what decodes.
     """
 
     def __init__(
@@ -58,11 +59,12 @@ class MoEBlock:
         step: StepState,
         standins: Standins | None,
         ahead: ReadAhead | None = None,
+        prompts: WaveCompute | None = None,
     ) -> None:
         self.layer = layer
         self.peers: PeerExperts | None = None
         self._cache, self._compute, self._step, self._standins = cache, compute, step, standins
-        self._ahead = ahead
+        self._ahead, self._prompts = ahead, prompts or compute
         self._coming: Sequence[int] = ()  # experts that the next layer will probably ask for
 
     def __call__(
@@ -84,6 +86,11 @@ class MoEBlock:
             step.observer(self.layer, hidden_TD, ids_TK, weight_TK)
         if step.answer is not None:
             return step.answer(self, hidden_TD, ids_TK, weight_TK)
+        if self._compute.complete and step.suspend is None and (glance := self.glance()) is not None:
+            y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
+            self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND)
+            step.outcome.count_hits(ids_TK.shape[1])
+            return self.combined(y_ND, weight_TK)
         ids = ids_TK.cpu().numpy()
         if self._ahead is not None and step.phase is not _DECODE:
             self._ahead.learn(self.layer, step.tokens, ids)
@@ -93,7 +100,9 @@ class MoEBlock:
             return self.exact(hidden_TD, ids_TK, weight_TK)
         y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
         self._look_ahead(hidden_TD, guess_TK)
-        weight_TK = self._decode(hidden_TD, ids, weight_TK, y_ND, glanced=glanced)
+        if not glanced and self._all_resident(hidden_TD, ids_TK, ids, y_ND):
+            return self.combined(y_ND, weight_TK)
+        weight_TK = self._decode(hidden_TD, ids, weight_TK, y_ND)
         return self.combined(y_ND, weight_TK)
 
     def begin_standing_in(self, standins: Standins) -> None:
@@ -140,12 +149,10 @@ class MoEBlock:
 
     def combined(self, y_ND: Tensor, weight_TK: Tensor) -> Tensor:
         """The sum `[T, D]` of the experts' outputs, in slot order."""
-        return combine(y_ND.view(*weight_TK.shape, -1), weight_TK).to(y_ND.dtype)
+        return self._compute.combine(y_ND.view(*weight_TK.shape, -1), weight_TK).to(y_ND.dtype)
 
-    def _decode(self, hidden_TD: Tensor, ids_TK: Ints, weight_TK: Tensor, y_ND: Tensor, *, glanced: bool) -> Tensor:
+    def _decode(self, hidden_TD: Tensor, ids_TK: Ints, weight_TK: Tensor, y_ND: Tensor) -> Tensor:
         """Fill `y_ND`; returns the weights to combine it with."""
-        if not glanced and self._all_resident(hidden_TD, ids_TK, y_ND):
-            return weight_TK
         self._count(ids_TK)
         standins, step = self._standins, self._step
         if standins is None or not standins.may_answer(self.layer, step):
@@ -165,15 +172,15 @@ class MoEBlock:
             resident_E = resident_E.copy()
             resident_E[list(runs.difference(held))] = False  # moved away since: decide again
 
-    def _all_resident(self, hidden_TD: Tensor, ids_TK: Ints, y_ND: Tensor) -> bool:
+    def _all_resident(self, hidden_TD: Tensor, ids_TK: Tensor, ids: Ints, y_ND: Tensor) -> bool:
         """The short way of a layer that misses nothing: whether it could be gone."""
         glance = self.glance()
-        if glance is None or (glance.at_E[ids_TK] < 0).any():
+        if glance is None or (glance.at_E[ids] < 0).any():
             return False
         self._read_ahead()
-        if not self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND) or not self.settle(glance, ids_TK):
+        if not self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND) or not self.settle(glance, ids):
             return False
-        self._step.outcome.count_hits(ids_TK.shape[1])
+        self._step.outcome.count_hits(ids.shape[1])
         return True
 
     @property
@@ -278,12 +285,12 @@ class MoEBlock:
         """Run experts as the cache lends them."""
         if not experts:
             return
-        rest = dict.fromkeys(experts)
+        rest, compute = dict.fromkeys(experts), self._prompts if protect else self._compute
         try:
             with closing(self._cache.stream(self.layer, experts, protect_residency=protect)) as waves:
                 for leases in waves:
                     self._read_ahead()
-                    self._compute(hidden_TD, accesses, leases, y_ND)
+                    compute(hidden_TD, accesses, leases, y_ND)
                     for lease in leases:
                         del rest[lease.key.expert]
         except CacheError as error:

@@ -59,7 +59,10 @@ class Standins:
         ]
         self._at = {
             kind: [
-                torch.tensor([pool.offset_of[ExpertKey(la, e)] if k == kind else -1 for e, k in enumerate(row)])
+                torch.tensor(
+                    [pool.offset_of[ExpertKey(la, e)] if k == kind else -1 for e, k in enumerate(row)],
+                    device=pool.bytes.device,
+                )
                 for la, row in enumerate(self._kinds)
             ]
             for kind in compute
@@ -102,7 +105,7 @@ class Standins:
         own = self._policy.own if isinstance(self._policy, Ladder) else None
         computes = {kind: self._compute[kind][layer] for kind in self._compute}
         known = {kind: compute for kind, compute in computes.items() if isinstance(compute, ExpertLayer)}
-        if own is None or not known or layer not in self._layers or self.pool.bytes.device.type != "cpu":
+        if own is None or not known or layer not in self._layers:
             return None
         numbers, has_E = {kind: number for number, kind in enumerate(known)}, own.has_LE[layer]
         kinds = [numbers.get(kind, -1) if has_E[e] else -1 for e, kind in enumerate(self._kinds[layer])]
@@ -120,7 +123,7 @@ class Standins:
 
     def answer(self, layer: int, x_TD: Tensor, named_TK: Ints, out_ND: Tensor) -> None:
         """Fill the rows of `out_ND` that a record answers; `named_TK` is negative for all other accesses."""
-        expert_TK = torch.from_numpy(named_TK).to(x_TD.device)
+        expert_TK = torch.from_numpy(named_TK).to(x_TD.device, non_blocking=True)
         kinds = {self._kinds[layer][expert] for expert in named_TK.ravel().tolist() if expert >= 0}
         for kind in kinds & self._compute.keys():
             self._compute[kind][layer](x_TD, self.pool.bytes, self._at[kind][layer], expert_TK, out_ND)

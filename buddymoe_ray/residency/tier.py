@@ -20,15 +20,8 @@ from buddymoe_ray.config import EngineConfig, parse_memory
 from buddymoe_ray.device import Device, open_device
 from buddymoe_ray.errors import ProfileError
 from buddymoe_ray.kernels import (
-    ExpertLayer,
     ExpertMath,
-    LowbitFormat,
     UpcastScratch,
-    coded_forward,
-    combine_kernel,
-    expert_forward,
-    lowbit_forward,
-    prepare_lowbit,
 )
 from buddymoe_ray.models.expert_dtype import format_of, recoded_layout
 from buddymoe_ray.models.expert_math import expert_math, read_as_stored
@@ -39,15 +32,13 @@ from buddymoe_ray.moe import (
     ExpertCompute,
     FirstLayer,
     MoEBlock,
-    OneByOne,
-    OneCall,
     ReadAhead,
     Standins,
     StepState,
-    WaveCompute,
 )
 from buddymoe_ray.observe import progress
 from buddymoe_ray.policy import MIN_SLOTS, Staging, plan_staging, split_slots
+from buddymoe_ray.residency.arithmetic import expert_computes, layer_waves, stored_dtype, stored_shapes
 from buddymoe_ray.residency.calibrations import CalibrationFolder, calibrates, reserved_bytes
 from buddymoe_ray.residency.sharing import Sharing, open_host, open_store
 from buddymoe_ray.residency.standin_records import load_records, open_standins
@@ -126,11 +117,9 @@ def open_experts(
             None if setup is None or pool is None else open_standins(setup, loaded, maths, pool, device, config.threads)
         )
         ahead = _read_ahead(config, loaded, cache, apart=device.apart, stands_in=standins is not None)
-        waves = _waves(loaded, maths, packed, config.threads)
-        blocks = tuple(
-            MoEBlock(layer=layer, cache=cache, compute=compute, step=step, standins=standins, ahead=ahead)
-            for layer, compute in enumerate(waves)
-        )
+        waves = layer_waves(loaded, maths, packed, config.threads, device, complete=plan.fully_resident)
+        block = partial(MoEBlock, cache=cache, step=step, standins=standins, ahead=ahead)
+        blocks = tuple(block(layer=layer, compute=compute, prompts=p) for layer, (compute, p) in enumerate(waves))
         attach(loaded.experts, lambda layer, _module: blocks[layer])
     except BaseException:
         cache.close()
@@ -153,7 +142,7 @@ def open_experts(
         room=room,
         blocks=blocks,
         ahead=ahead,
-        new_compute=lambda: _computes(loaded, maths, packed),
+        new_compute=lambda: expert_computes(loaded, maths, packed),
     )
 
 
@@ -244,11 +233,11 @@ def plan_memory(
 def scratch_bytes(layout: ExpertLayout, compute: torch.dtype, *, as_stored: bool) -> int:
     """Bytes of the upcast scratch, which count against the expert budget; packed experts need none, nor do those that
     kernels read `as_stored`."""
-    if as_stored or (_stored(layout) == torch.uint8 and not layout.coded):
+    if as_stored or (stored_dtype(layout) == torch.uint8 and not layout.coded):
         return 0
     if layout.coded:  # decoded to float32 one matrix at a time, by way of others as large
         return max(12 * matrix.N * matrix.K for matrix in layout.coded)
-    return UpcastScratch.nbytes_for(_shapes(layout), stored=_stored(layout), compute=compute)
+    return UpcastScratch.nbytes_for(stored_shapes(layout), stored=stored_dtype(layout), compute=compute)
 
 
 def _exact_plan(layout: ExpertLayout, node: NodeBudget, reserved: int = 0) -> SlotPlan:
@@ -332,59 +321,3 @@ def _read_ahead(
         embeds = embedded(loaded.model, loaded.experts[0])
         first = FirstLayer(loaded.vocab_size, loaded.experts_per_token, choices[0], embeds)
     return ReadAhead(cache, choices, experts_per_token=loaded.experts_per_token, first=first)
-
-
-def _waves(
-    loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None, threads: int
-) -> list[WaveCompute]:
-    """The arithmetic of every layer's waves: on a CPU in one call where the kernels know it, else one after the
-    other."""
-    if loaded.device.type == "cpu":
-        combine_kernel()  # now, and not in the first step
-    layers, counts = _layers(loaded, maths, packed, threads), loaded.layout.experts_per_layer
-    if layers is not None:
-        return [OneCall(layer, experts) for layer, experts in zip(layers, counts, strict=True)]
-    return [OneByOne(compute) for compute in _by_expert(loaded, maths, packed)]
-
-
-def _computes(loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None) -> list[ExpertCompute]:
-    """The arithmetic of every layer's experts, for one thread: all layers share one scratch."""
-    layers = _layers(loaded, maths, packed, 1)
-    return _by_expert(loaded, maths, packed) if layers is None else [layer.expert for layer in layers]
-
-
-def _layers(
-    loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None, threads: int
-) -> list[ExpertLayer] | None:
-    """Every layer's experts in machine code, made here and not in the first step; None where that does not know what
-    they compute."""
-    stored, coded = loaded.layout.tensors, loaded.layout.coded
-    if loaded.device.type != "cpu" or not all(ExpertLayer.covers(stored, packed, math, coded) for math in maths):
-        return None
-    made = partial(ExpertLayer, layout=stored, fmt=packed, dtype=loaded.compute_dtype, threads=threads, coded=coded)
-    return [made(math=math) for math in maths]
-
-
-def _by_expert(loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None) -> list[ExpertCompute]:
-    """Packed experts, quantised ones, or plain ones widened to the compute dtype one matrix at a time."""
-    if packed is not None:
-        if loaded.device.type == "cpu":
-            prepare_lowbit(packed, loaded.compute_dtype)
-        return [partial(lowbit_forward, fmt=packed, math=math) for math in maths]
-    if loaded.layout.coded:
-        return [partial(coded_forward, coded=loaded.layout.coded, math=math) for math in maths]
-    shapes, stored = _shapes(loaded.layout), _stored(loaded.layout)
-    scratch = UpcastScratch(shapes, stored=stored, compute=loaded.compute_dtype, device=loaded.device)
-
-    def widened(math: ExpertMath) -> ExpertCompute:
-        return lambda x_RD, tensors: expert_forward(x_RD, scratch.widen(tensors), math)
-
-    return list(map(widened, maths))
-
-
-def _shapes(layout: ExpertLayout) -> dict[str, tuple[int, ...]]:
-    return {tensor.name: tensor.shape for tensor in layout.tensors}
-
-
-def _stored(layout: ExpertLayout) -> torch.dtype:
-    return getattr(torch, layout.tensors[0].dtype)

@@ -82,7 +82,7 @@ def test_packed_records(bits: int, outputs: int) -> None:
     fmt, math = LowbitFormat(bits=bits), MATHS["silu"]
     memory, views = random_records(shapes_of(math), fmt, bits, 3)
     layout, nbytes = record_tensors(shapes_of(math), fmt)
-    layer = TritonExperts(layout=layout, fmt=fmt, math=math, experts=E, outputs=outputs)
+    layer = TritonExperts(layout=layout, fmt=fmt, math=math, outputs=outputs)
     x_TD, expert_TK = rows(2)
     out_ND = run(layer, memory, nbytes, x_TD, expert_TK)
     check(out_ND, x_TD, expert_TK, math, [weights_of(tensors, shapes_of(math), fmt) for tensors in views])
@@ -94,7 +94,7 @@ def test_plain_weights(dtype: str, transposed: bool) -> None:
     math = ExpertMath(activate=silu_gate, transposed=transposed)
     memory, nbytes, views = slots(shapes_of(math), dtype, transposed=transposed)
     layout = slot_tensors({n: tuple(t.shape) for n, t in views[0].items()}, dict.fromkeys(views[0], dtype))
-    layer = TritonExperts(layout=layout, fmt=None, math=math, experts=E)
+    layer = TritonExperts(layout=layout, fmt=None, math=math)
     x_TD, expert_TK = rows(3, getattr(torch, dtype))
     check(run(layer, memory, nbytes, x_TD, expert_TK), x_TD, expert_TK, math, views)
 
@@ -114,7 +114,7 @@ def test_what_experts_compute_between_their_products(name: str, bits: int) -> No
     assert TritonExperts.covers(layout, fmt, math)
     x_TD, expert_TK = rows(2)
     x_TD *= 20  # so that a clamp has something to do
-    layer = TritonExperts(layout=layout, fmt=fmt, math=math, experts=E)
+    layer = TritonExperts(layout=layout, fmt=fmt, math=math)
     check(run(layer, memory, nbytes, x_TD, expert_TK), x_TD, expert_TK, math, weights)
 
 
@@ -122,7 +122,7 @@ def test_a_rows_bits_depend_on_that_row_alone() -> None:
     fmt, math = LowbitFormat(bits=3), MATHS["silu"]
     memory, _ = random_records(shapes_of(math), fmt, 6, 3)
     layout, nbytes = record_tensors(shapes_of(math), fmt)
-    layer = TritonExperts(layout=layout, fmt=fmt, math=math, experts=E)
+    layer = TritonExperts(layout=layout, fmt=fmt, math=math)
     x_TD, expert_TK = rows(4)
     together = run(layer, memory, nbytes, x_TD, expert_TK)
     for at, size in ((0, 1), (1, 2)):

@@ -9,6 +9,7 @@ Legend: T tokens, K experts per token, N = T*K accesses, E experts, B bytes, D h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ class TritonExperts:
     """Computes experts where they lie: in records laid out by `record_tensors`, or in slots.
 
     Args:
-        layout, fmt, math: experts that `covers` says yes to; `fmt` is None for plain weights as stored.
-        experts: E.
+        layout, fmt, math: experts that `covers` says yes to; `fmt` is None for plain weights as stored, `math` for maps
+            of low rank (`down`, `up`, `bias`) and mean outputs (`bias`), as `lowrank` has them.
         outputs: of a program, at least; None for what suits the machine.
 
     Rows are multiplied in float32, whatever their dtype and that of the weights. Raises ValueError for records that are
@@ -44,17 +45,16 @@ class TritonExperts:
         *,
         layout: Sequence[SlotTensor],
         fmt: LowbitFormat | None,
-        math: ExpertMath,
-        experts: int,
+        math: ExpertMath | None,
         outputs: int | None = None,
     ) -> None:
-        self._layout, self._fmt, self._math, self._experts = {t.name: t for t in layout}, fmt, math, experts
+        self._layout, self._fmt, self._math = {t.name: t for t in layout}, fmt, math
         self._outputs = outputs or (_INTERPRETED if interpreted() else _COMPILED)
-        self._down = self._form("down_proj", 1)
-        formula = activation_of(math, self._down.K)
-        assert formula is not None, "experts compute what the kernel does not, must be as `covers` says"
-        self._formula = formula
-        self._first: dict[int, Form] = {}  # by experts per token
+        self._forms = cache(self._forms_of)
+        self._formula = None if math is None else activation_of(math, self._forms(1, 1)[1].K)
+        assert math is None or self._formula is not None, (
+            "experts compute what no kernel does, must be as `covers` says"
+        )
 
     @staticmethod
     def covers(
@@ -81,29 +81,37 @@ class TritonExperts:
         others answer. Rows of `out_ND` (float32, bfloat16 or float16) without a record are left alone.
         """
         (T, K), N = expert_TK.shape, expert_TK.numel()
-        first, down = self._first.get(K) or self._first.setdefault(K, self._form(self._math.first, K)), self._down
-        assert x_TD.shape == (T, first.K) and x_TD.is_contiguous(), f"x is {tuple(x_TD.shape)}, must be {(T, first.K)}"
+        first, down = self._forms(K, len(at_E))
+        assert x_TD.shape == (T, down.N) and x_TD.is_contiguous(), f"x is {tuple(x_TD.shape)}, must be {(T, down.N)}"
         assert out_ND.shape == (N, down.N) and out_ND.is_contiguous(), f"out is {tuple(out_ND.shape)}, must be {N} rows"
         assert expert_TK.dtype == at_E.dtype == torch.int64, f"experts are {expert_TK.dtype}, {at_E.dtype}, not int64"
-        assert len(at_E) == self._experts, f"the table has {len(at_E)} experts, must have {self._experts}"
         if not N:
             return
-        programs, expert_N = _programs(), expert_TK.contiguous()
-        both_NF = torch.empty(N, first.N, dtype=torch.float32, device=x_TD.device)
-        hidden_NF = torch.empty(N, down.K, dtype=torch.float32, device=x_TD.device)
-        programs.project[(first.programs, N)](x_TD, records_B, expert_N, at_E, both_NF, first)
-        block = min(power_of_two(down.K), max(_BLOCK, self._outputs))
-        grid = (-(-down.K // block), N)
-        programs.activate[grid](both_NF, expert_N, at_E, hidden_NF, down, self._formula, block)
-        programs.project[(down.programs, N)](hidden_NF, records_B, expert_N, at_E, out_ND, down)
+        programs, expert_N, rows = _programs(), expert_TK.contiguous(), x_TD
+        if first is not None:
+            rows = torch.empty(N, first.N, dtype=torch.float32, device=x_TD.device)
+            programs.project[(first.programs, N)](x_TD, records_B, expert_N, at_E, rows, first)
+        if self._formula is not None:
+            both, rows = rows, torch.empty(N, down.K, dtype=torch.float32, device=x_TD.device)
+            block = min(power_of_two(down.K), _BLOCK)
+            programs.activate[(-(-down.K // block), N)](both, expert_N, at_E, rows, down, self._formula, block)
+        programs.project[(down.programs, N)](rows, records_B, expert_N, at_E, out_ND, down)
 
-    def _form(self, name: str, shares: int) -> Form:
-        bias = self._layout[f"{name}_bias"] if self._math.bias else None
+    def _forms_of(self, shares: int, experts: int) -> tuple[Form | None, Form]:
+        """Of the first product, where there is one, and the second."""
+        names = ("down", "up") if self._math is None else (self._math.first, "down_proj")
+        uses = [Use(experts=experts, shares=many, outputs=self._outputs) for many in (shares, 1)]
+        if self._math is None and "up" not in self._layout:
+            return None, Form.constant(self._layout["bias"], uses[1])
+        return self._form(names[0], uses[0]), self._form(names[1], uses[1])
+
+    def _form(self, name: str, use: Use) -> Form:
+        bias = self._layout.get("bias" if name == "up" else f"{name}_bias")
         place = (0, "") if bias is None else (bias.offset, bias.dtype)
-        use = Use(experts=self._experts, shares=shares, outputs=self._outputs)
         if self._fmt is not None:
             return Form.packed([*self._layout.values()], name, self._fmt, place, use)
-        return Form.plain(self._layout[name], place, use, transposed=self._math.transposed)
+        transposed = self._math is not None and self._math.transposed
+        return Form.plain(self._layout[name], place, use, transposed=transposed)
 
 
 def combine_on_device(y_TKD: Tensor, weight_TK: Tensor) -> Tensor:
@@ -117,10 +125,10 @@ def combine_on_device(y_TKD: Tensor, weight_TK: Tensor) -> Tensor:
 
 
 def interpreted() -> bool:
-    """Whether this process runs Triton's kernels in the interpreter: TRITON_INTERPRET=1 when it began."""
-    import triton
+    """Whether this process runs Triton's kernels in the interpreter: TRITON_INTERPRET=1 when triton was imported."""
+    from triton import JITFunction
 
-    return bool(triton.knobs.runtime.interpret)
+    return not isinstance(_programs().project, JITFunction)
 
 
 def _programs() -> Any:

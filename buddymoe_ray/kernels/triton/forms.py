@@ -8,7 +8,7 @@ Legend: N outputs, K inputs of a matrix.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from buddymoe_ray.kernels.lowbit_format import BLOCK, LowbitFormat, matrix_at
 from buddymoe_ray.types import SlotTensor
@@ -37,8 +37,8 @@ class Form:
     """A matrix within a record of one of `E` experts, each row of whose inputs `shares` accesses have in common.
 
     `codes`, `scales`, `base` and `bias` are bytes from the record's begin; plain weights are the codes, in the dtype
-    `weights`, which is empty where `bits` are packed. `bias_dtype` is empty without one. A program computes `outputs`
-    of a row, by `lanes` of it, with `items` weights of a lane beside each other.
+    `weights`, which is empty where `bits` are packed, or there are none. `bias_dtype` is empty without one. A program
+    computes `outputs` of a row, by `lanes` of it, with `items` weights of a lane beside each other.
     """
 
     E: int
@@ -89,6 +89,12 @@ class Form:
             lanes=_THREADS,
             items=4,
         )
+
+    @classmethod
+    def constant(cls, bias: SlotTensor, use: Use) -> Form:
+        """Of no weights at all: outputs are the bias."""
+        (N,), none = bias.shape, replace(bias, shape=(bias.shape[0], 0))
+        return replace(cls.plain(none, (bias.offset, bias.dtype), use, transposed=False), N=N, weights="")
 
     @classmethod
     def plain(cls, tensor: SlotTensor, bias: tuple[int, str], use: Use, *, transposed: bool) -> Form:

@@ -76,7 +76,10 @@ def project(x, records, expert_N, at_E, out, FORM: tl.constexpr):
         if FORM.bits == 0:
             outputs = tl.program_id(0) * B + tl.arange(0, B)
             base = _pointer(record + FORM.codes, FORM.weights)
-            y = transposed(base, outputs, row, FORM) if FORM.transposed else plain(base, outputs, row, FORM)
+            if FORM.weights == "":
+                y = tl.full([B], 0.0, tl.float32)
+            else:
+                y = transposed(base, outputs, row, FORM) if FORM.transposed else plain(base, outputs, row, FORM)
             _finish(y, outputs, record, target, FORM)
         else:
             A: tl.constexpr = B // 16
