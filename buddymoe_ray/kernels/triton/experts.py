@@ -8,7 +8,7 @@ Legend: T tokens, K experts per token, N = T*K accesses, E experts, B bytes, D h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -21,11 +21,13 @@ from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.kernels.triton.forms import WEIGHTS, Form, Use, power_of_two
 from buddymoe_ray.types import CodedMatrix, SlotTensor
 
-__all__ = ["TritonExperts", "combine_on_device"]
+__all__ = ["OPTIONS", "TritonExperts", "combine_on_device"]
 
 _INTERPRETED = 256  # outputs of a program: what it costs there is the number of programs
 _COMPILED = 1  # as few as fill its threads
 _BLOCK = 256
+OPTIONS: Mapping[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
+"""Of every kernel; named, because a default that changes would change bits."""
 
 
 class TritonExperts:
@@ -90,12 +92,13 @@ class TritonExperts:
         programs, expert_N, rows = _programs(), expert_TK.contiguous(), x_TD
         if first is not None:
             rows = torch.empty(N, first.N, dtype=torch.float32, device=x_TD.device)
-            programs.project[(first.programs, N)](x_TD, records_B, expert_N, at_E, rows, first)
+            _launch(programs.project, (first.programs, N), x_TD, records_B, expert_N, at_E, rows, first)
         if self._formula is not None:
             both, rows = rows, torch.empty(N, down.K, dtype=torch.float32, device=x_TD.device)
             block = min(power_of_two(down.K), _BLOCK)
-            programs.activate[(-(-down.K // block), N)](both, expert_N, at_E, rows, down, self._formula, block)
-        programs.project[(down.programs, N)](rows, records_B, expert_N, at_E, out_ND, down)
+            grid = (-(-down.K // block), N)
+            _launch(programs.activate, grid, both, expert_N, at_E, rows, down, self._formula, block)
+        _launch(programs.project, (down.programs, N), rows, records_B, expert_N, at_E, out_ND, down)
 
     def _forms_of(self, shares: int, experts: int) -> tuple[Form | None, Form]:
         """Of the first product, where there is one, and the second."""
@@ -120,7 +123,8 @@ def combine_on_device(y_TKD: Tensor, weight_TK: Tensor) -> Tensor:
     out_TD = torch.empty(T, D, dtype=y_TKD.dtype, device=y_TKD.device)
     block = min(power_of_two(D), _BLOCK)
     if T:
-        _programs().combine[(-(-D // block), T)](y_TKD.contiguous(), weight_TK.contiguous(), out_TD, D, K, block)
+        y, weight = y_TKD.contiguous(), weight_TK.contiguous()
+        _launch(_programs().combine, (-(-D // block), T), y, weight, out_TD, D, K, block)
     return out_TD
 
 
@@ -129,6 +133,10 @@ def interpreted() -> bool:
     from triton import JITFunction
 
     return not isinstance(_programs().project, JITFunction)
+
+
+def _launch(kernel: Any, grid: tuple[int, int], *args: Any) -> None:
+    kernel[grid](*args, **OPTIONS)
 
 
 def _programs() -> Any:

@@ -58,7 +58,7 @@ def transposed(base, n, x, FORM: tl.constexpr):
         k = (begin + c)[:, None]
         at = k.to(tl.int64) * N + n[None, :]
         weight = tl.load(base + at, mask=(k < K) & there, other=0.0, eviction_policy="evict_first")
-        place = tl.max_contiguous(x + (k + every), [1, 1])  # or the load had a layout of its own, along k
+        place = tl.max_contiguous(x + (k + every), [1, 1])  # or it had a layout of its own, as in Triton 3.6 it has
         total += weight.to(tl.float32) * tl.load(place, mask=k < K, other=0.0).to(tl.float32)
     return tl.sum(total, axis=0)
 

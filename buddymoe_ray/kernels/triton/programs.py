@@ -55,8 +55,9 @@ def _put(place, value, mask):
 def _finish(y, n, record, out, FORM: tl.constexpr):
     """Add the bias of outputs n and store them."""
     N: tl.constexpr = FORM.N
-    if FORM.bias_dtype != "":
-        y += tl.load(_pointer(record + FORM.bias, FORM.bias_dtype) + n, mask=n < N, other=0.0).to(tl.float32)
+    DTYPE: tl.constexpr = FORM.bias_dtype
+    if DTYPE != "":
+        y += tl.load(_pointer(record + FORM.bias, DTYPE) + n, mask=n < N, other=0.0).to(tl.float32)
     _put(out + n, y, n < N)
 
 
@@ -75,8 +76,9 @@ def project(x, records, expert_N, at_E, out, FORM: tl.constexpr):
         target = out + n.to(tl.int64) * FORM.N
         if FORM.bits == 0:
             outputs = tl.program_id(0) * B + tl.arange(0, B)
-            base = _pointer(record + FORM.codes, FORM.weights)
-            if FORM.weights == "":
+            WEIGHTS: tl.constexpr = FORM.weights
+            base = _pointer(record + FORM.codes, WEIGHTS)
+            if WEIGHTS == "":
                 y = tl.full([B], 0.0, tl.float32)
             else:
                 y = transposed(base, outputs, row, FORM) if FORM.transposed else plain(base, outputs, row, FORM)
