@@ -10,12 +10,17 @@ from torch import Tensor
 from buddymoe_ray.device.interface import Copy
 from buddymoe_ray.errors import BudgetError
 
-__all__ = ["Gpu", "gpu_count"]
+__all__ = ["Gpu", "gpu_count", "upload"]
 
 
 def gpu_count() -> int:
     """GPUs that torch can use."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def upload(host: Tensor, where: torch.device) -> Tensor:
+    """The tensor there, for what is computed from now on; nobody waits for the copy. On the CPU it is itself."""
+    return (host.pin_memory() if where.type == "cuda" else host).to(where, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.cache import Experts, Glance
+from buddymoe_ray.device import upload
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.kernels import ExpertLayer, StandinRecords
 from buddymoe_ray.moe.peers import PeerExperts
@@ -144,7 +145,7 @@ class MoEBlock:
         resolution = standins.resolve(self.layer, ids_TK.cpu().numpy(), weight_TK, resident_E, self._step)
         standins.book(self.layer, resolution, self._step)
         self._answer(standins, hidden_TD, resolution, y_ND)
-        late_TD = self.combined(y_ND, torch.from_numpy(resolution.weight_TK).to(weight_TK))
+        late_TD = self.combined(y_ND, _as(weight_TK, resolution.weight_TK))
         return torch.cat([self.exact(*early), late_TD]) if at else late_TD, resolution
 
     def combined(self, y_ND: Tensor, weight_TK: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ class MoEBlock:
                 if len(held) == len(runs):
                     standins.book(self.layer, resolution, step)
                     self._answer(standins, hidden_TD, resolution, y_ND)
-                    return torch.from_numpy(resolution.weight_TK).to(weight_TK)
+                    return _as(weight_TK, resolution.weight_TK)
             resident_E = resident_E.copy()
             resident_E[list(runs.difference(held))] = False  # moved away since: decide again
 
@@ -252,7 +253,7 @@ class MoEBlock:
         if _OWN in actions:
             standins.answer(self.layer, hidden_TD, np.where(action_TK == _OWN, expert_TK, -1), y_ND)
         if _DROP in actions:
-            y_ND[torch.from_numpy((action_TK == _DROP).reshape(-1))] = 0
+            y_ND[upload(torch.from_numpy((action_TK == _DROP).reshape(-1).nonzero()[0]), y_ND.device)] = 0
         if actions & _FULL:
             others_TK = (action_TK == _OWN) | (action_TK == _DROP)
             # without those that are another row's buddy too, as a replay may have it
@@ -305,3 +306,8 @@ class MoEBlock:
             y_ND[rows_R] = 0
             self._step.failed |= dict.fromkeys(tokens_R.tolist(), str(error))
             self._run_here(hidden_TD, accesses, [e for e in rest if e != lost], y_ND, protect=protect)
+
+
+def _as(like: Tensor, values: npt.NDArray[np.float32]) -> Tensor:
+    """The values where `like` is, in its dtype."""
+    return upload(torch.from_numpy(values).to(like.dtype), like.device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.cache import StandinPool
+from buddymoe_ray.device import upload
 from buddymoe_ray.kernels import ExpertLayer, StandinRecords
 from buddymoe_ray.moe.outcome import ANSWER_STANDINS, STANDIN_KINDS, standin_kind
 from buddymoe_ray.moe.standin_compute import RecordCompute
@@ -123,7 +124,7 @@ class Standins:
 
     def answer(self, layer: int, x_TD: Tensor, named_TK: Ints, out_ND: Tensor) -> None:
         """Fill the rows of `out_ND` that a record answers; `named_TK` is negative for all other accesses."""
-        expert_TK = torch.from_numpy(named_TK).to(x_TD.device, non_blocking=True)
+        expert_TK = upload(torch.from_numpy(named_TK), x_TD.device)
         kinds = {self._kinds[layer][expert] for expert in named_TK.ravel().tolist() if expert >= 0}
         for kind in kinds & self._compute.keys():
             self._compute[kind][layer](x_TD, self.pool.bytes, self._at[kind][layer], expert_TK, out_ND)

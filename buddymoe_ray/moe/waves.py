@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.cache import Lease
+from buddymoe_ray.device import upload
 from buddymoe_ray.kernels import ExpertLayer, TritonExperts, combine, combine_on_device
 from buddymoe_ray.moe.rows import Accesses
 
@@ -103,13 +104,13 @@ class OnDevice:
         at_E = np.full(self._experts, -1, np.int64)
         for lease in leases:
             at_E[lease.key.expert] = lease.address()
-        expert_TK = torch.from_numpy(accesses.expert_TK).to(hidden_TD.device, non_blocking=True)
+        expert_TK = upload(torch.from_numpy(accesses.expert_TK), hidden_TD.device)
         self.resident(hidden_TD, expert_TK, at_E, y_ND)
 
     def resident(self, hidden_TD: Tensor, ids_TK: Tensor, at_E: Ints, y_ND: Tensor) -> bool:
         """See WaveCompute; experts that are not at hand, and others' accesses, are left alone."""
         if not self._table_E.numel() or not np.array_equal(at_E, self._known_E):
             self._known_E = at_E.copy()
-            self._table_E = torch.from_numpy(self._known_E).to(hidden_TD.device, non_blocking=True)
+            self._table_E = upload(torch.from_numpy(self._known_E), hidden_TD.device)
         self._layer(hidden_TD.contiguous(), None, self._table_E, ids_TK, y_ND)
         return True
