@@ -38,7 +38,8 @@ _POLL_SECONDS = 200e-6
 
 @dataclass(frozen=True, kw_only=True)
 class CacheStats:
-    """Counters since start. Lookups are per (layer, expert) and call; `stall_seconds` is time waiting for bytes."""
+    """Counters since start. Lookups are per (layer, expert) and call, none where nobody need look; `stall_seconds` is
+    time waiting for bytes."""
 
     hits: int
     misses: int

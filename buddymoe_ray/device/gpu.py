@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from buddymoe_ray.device.interface import Copy
 from buddymoe_ray.errors import BudgetError
 
-__all__ = ["Gpu", "gpu_count", "upload"]
+__all__ = ["Gpu", "download", "gpu_count", "upload"]
 
 
 def gpu_count() -> int:
@@ -21,6 +23,32 @@ def gpu_count() -> int:
 def upload(host: Tensor, where: torch.device) -> Tensor:
     """The tensor there, for what is computed from now on; nobody waits for the copy. On the CPU it is itself."""
     return (host.pin_memory() if where.type == "cuda" else host).to(where, non_blocking=True)
+
+
+def download(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to bring to the host what was computed so far; who calls the answer waits for that alone, and not for what
+    is computed since."""
+    if tensor.device.type != "cuda":
+        here = tensor.cpu()
+        return lambda: here
+    stream, arrived = _downloads(tensor.device), torch.cuda.Event()
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    with torch.cuda.stream(stream):
+        here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        here.copy_(tensor, non_blocking=True)
+        arrived.record(stream)
+    tensor.record_stream(stream)
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return here
+
+    return wait
+
+
+@cache
+def _downloads(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True)

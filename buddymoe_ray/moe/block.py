@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.cache import Experts, Glance
-from buddymoe_ray.device import upload
+from buddymoe_ray.device import download, upload
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.kernels import ExpertLayer, StandinRecords
 from buddymoe_ray.moe.peers import PeerExperts
@@ -38,10 +38,11 @@ __all__ = ["MoEBlock"]
 
 Ints = npt.NDArray[np.int64]
 
-_OWN, _DROP, _FETCH = Action.OWN, Action.DROP, Action.FETCH  # an enum's members cost two frames a look on Python 3.11
+# an enum's members cost two frames a look on Python 3.11
+_HIT, _OWN, _DROP, _FETCH = Action.HIT, Action.OWN, Action.DROP, Action.FETCH
 _PROBE, _DECODE = Phase.PROBE, Phase.DECODE
 _RUNS = np.array([action in (Action.HIT, Action.BUDDY) for action in Action])  # resident experts that run
-_FULL = {Action.HIT, Action.FETCH, Action.BUDDY}
+_FULL, _NEWLY = {Action.HIT, Action.FETCH, Action.BUDDY}, {Action.FETCH, Action.BUDDY}
 
 
 class MoEBlock:
@@ -87,11 +88,8 @@ class MoEBlock:
             step.observer(self.layer, hidden_TD, ids_TK, weight_TK)
         if step.answer is not None:
             return step.answer(self, hidden_TD, ids_TK, weight_TK)
-        if self._compute.complete and step.suspend is None and (glance := self.glance()) is not None:
-            y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
-            self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND)
-            step.outcome.count_hits(ids_TK.shape[1])
-            return self.combined(y_ND, weight_TK)
+        if self._compute.beside and step.suspend is None and (glance := self.glance()) is not None:
+            return self._beside(hidden_TD, ids_TK, weight_TK, glance)
         ids = ids_TK.cpu().numpy()
         if self._ahead is not None and step.phase is not _DECODE:
             self._ahead.learn(self.layer, step.tokens, ids)
@@ -152,14 +150,30 @@ class MoEBlock:
         """The sum `[T, D]` of the experts' outputs, in slot order."""
         return self._compute.combine(y_ND.view(*weight_TK.shape, -1), weight_TK).to(y_ND.dtype)
 
-    def _decode(self, hidden_TD: Tensor, ids_TK: Ints, weight_TK: Tensor, y_ND: Tensor) -> Tensor:
-        """Fill `y_ND`; returns the weights to combine it with."""
+    def _beside(self, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, glance: Glance) -> Tensor:
+        """Of a decode pass, beside the host: experts that are there run before it knows who is missing."""
+        named = None if self._compute.complete else download(ids_TK)
+        y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
+        self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND)
+        ids = None if named is None else named().numpy()
+        if ids is None or ((glance.at_E[ids] >= 0).all() and self.settle(glance, ids)):
+            self._step.outcome.count_hits(ids_TK.shape[1])
+        else:
+            weight_TK = self._decode(hidden_TD, ids, weight_TK, y_ND, hits_ran=True)
+        return self.combined(y_ND, weight_TK)
+
+    def _decode(
+        self, hidden_TD: Tensor, ids_TK: Ints, weight_TK: Tensor, y_ND: Tensor, *, hits_ran: bool = False
+    ) -> Tensor:
+        """Fill `y_ND`, where `hits_ran` without the rows of resident experts; returns the weights to combine it
+        with."""
         self._count(ids_TK)
         standins, step = self._standins, self._step
         if standins is None or not standins.may_answer(self.layer, step):
             hit_TK = self._cache.resident_mask(self.layer)[ids_TK]
             step.outcome.count_exact(hit_TK)
-            self._run_full(hidden_TD, Accesses(ids_TK, hidden_TD.device), y_ND, set(ids_TK[~hit_TK].tolist()))
+            accesses = Accesses(np.where(hit_TK, -1, ids_TK) if hits_ran else ids_TK, hidden_TD.device)
+            self._run_full(hidden_TD, accesses, y_ND, set(ids_TK[~hit_TK].tolist()))
             return weight_TK
         resident_E = self._cache.resident_mask(self.layer).copy()
         while True:
@@ -168,7 +182,7 @@ class MoEBlock:
             with self._cache.holding(self.layer, sorted(runs)) as held:
                 if len(held) == len(runs):
                     standins.book(self.layer, resolution, step)
-                    self._answer(standins, hidden_TD, resolution, y_ND)
+                    self._answer(standins, hidden_TD, resolution, y_ND, hits_ran=hits_ran)
                     return _as(weight_TK, resolution.weight_TK)
             resident_E = resident_E.copy()
             resident_E[list(runs.difference(held))] = False  # moved away since: decide again
@@ -246,20 +260,28 @@ class MoEBlock:
             self._cache.read_ahead(self.layer + 1, self._coming)
             self._coming = ()
 
-    def _answer(self, standins: Standins, hidden_TD: Tensor, resolution: Resolution, y_ND: Tensor) -> None:
-        """Compute every access as it was decided."""
+    def _answer(
+        self,
+        standins: Standins,
+        hidden_TD: Tensor,
+        resolution: Resolution,
+        y_ND: Tensor,
+        *,
+        hits_ran: bool = False,
+    ) -> None:
+        """Compute every access as it was decided; hits, where they ran already, are done."""
         action_TK, expert_TK = resolution.action_TK, resolution.expert_TK
         actions = set(action_TK.ravel().tolist())
         if _OWN in actions:
             standins.answer(self.layer, hidden_TD, np.where(action_TK == _OWN, expert_TK, -1), y_ND)
         if _DROP in actions:
             y_ND[upload(torch.from_numpy((action_TK == _DROP).reshape(-1).nonzero()[0]), y_ND.device)] = 0
-        if actions & _FULL:
-            others_TK = (action_TK == _OWN) | (action_TK == _DROP)
+        if actions & (_NEWLY if hits_ran else _FULL):
+            others_TK = (action_TK == _OWN) | (action_TK == _DROP) | (hits_ran & (action_TK == _HIT))
             # without those that are another row's buddy too, as a replay may have it
             fetched = set(expert_TK[action_TK == _FETCH].tolist()) - set(expert_TK[_RUNS[action_TK]].tolist())
-            accesses = Accesses(np.where(others_TK, -1, expert_TK) if actions - _FULL else expert_TK, hidden_TD.device)
-            self._run_full(hidden_TD, accesses, y_ND, fetched)
+            named_TK = np.where(others_TK, -1, expert_TK) if hits_ran or actions - _FULL else expert_TK
+            self._run_full(hidden_TD, Accesses(named_TK, hidden_TD.device), y_ND, fetched)
 
     def _run_full(self, hidden_TD: Tensor, accesses: Accesses, y_ND: Tensor, fetched: set[int]) -> None:
         """Run the experts themselves: of those whose accesses were counted as fetched some at a peer, while the others

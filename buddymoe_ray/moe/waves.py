@@ -30,10 +30,13 @@ ExpertCompute = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 class WaveCompute(Protocol):
     """The arithmetic of one layer's experts; `kernel` is that of all in one call, if that is how they are computed.
-    `complete`: every expert is where it can be computed, for good, so that nobody need know which are named."""
+    `beside`: it runs beside the host, which need not know first who is named; `complete`: nor afterwards, as every
+    expert is there for good."""
 
     @property
     def kernel(self) -> ExpertLayer | None: ...
+    @property
+    def beside(self) -> bool: ...
     @property
     def complete(self) -> bool: ...
 
@@ -51,7 +54,7 @@ class WaveCompute(Protocol):
 class OneByOne:
     """Expert by expert."""
 
-    kernel, complete, combine = None, False, staticmethod(combine)
+    kernel, beside, complete, combine = None, False, False, staticmethod(combine)
 
     def __init__(self, compute: ExpertCompute) -> None:
         self._compute = compute
@@ -70,7 +73,7 @@ class OneByOne:
 class OneCall:
     """All experts of a wave in one call of the kernel, read where they lie in their slots. CPU only."""
 
-    complete, combine = False, staticmethod(combine)
+    beside, complete, combine = False, False, staticmethod(combine)
 
     def __init__(self, layer: ExpertLayer, experts: int) -> None:
         self.kernel: ExpertLayer = layer
@@ -93,7 +96,7 @@ class OneCall:
 class OnDevice:
     """All experts of a decode wave by kernels that find them in a table on the device, which nobody waits for."""
 
-    kernel, combine = None, staticmethod(combine_on_device)
+    kernel, beside, combine = None, True, staticmethod(combine_on_device)
 
     def __init__(self, layer: TritonExperts, experts: int, *, complete: bool) -> None:
         self._layer, self._experts, self.complete = layer, experts, complete

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from buddymoe_ray.engine.llm import LLM
 from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.kernels import TritonExperts
 from buddymoe_ray.kernels.reference import ENTERED
 from buddymoe_ray.residency.arithmetic import _check_triton
 from buddymoe_ray.types import EngineResult
@@ -54,3 +56,21 @@ def test_kernels_for_the_wrong_machine_are_refused() -> None:
     elsewhere: Any = SimpleNamespace(torch=torch.device("cuda" if DEVICE == "interpret" else "cpu"))
     with pytest.raises(ConfigError, match=r"TRITON_INTERPRET is \d in this process, must be \d .* hint: set"):
         _check_triton(elsewhere)
+
+
+def test_what_is_there_runs_before_the_host_knows_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And does not run again: in a step that misses something, every access is computed once."""
+    computed, run = Counter[str](), TritonExperts.__call__
+
+    def counted(self: TritonExperts, x: Tensor, records: Tensor | None, at_E: Tensor, ids: Tensor, out: Tensor) -> None:
+        there = (ids >= 0) & (at_E[ids.clamp(min=0)] >= 0)
+        computed["records" if records is not None else "experts"] += int(there.sum())
+        run(self, x, records, at_E, ids, out)
+
+    monkeypatch.setattr(TritonExperts, "__call__", counted)
+    for mode in ("exact", "fast"):
+        computed.clear()
+        (result, _) = answers(DEVICE, {"memory": "50%", "mode": mode}, new_tokens=3)[0]
+        assert computed.total() == 2 * 2 * 4 * 4, "of two requests, two steps, four layers, four experts of a token"
+        assert computed["records"] == (0 if mode == "exact" else 2 * 2 * 4 * 4 - computed["experts"])
+        assert result.usage.hits > 0
