@@ -1,7 +1,7 @@
 """What Triton's compiler makes of the kernels, without a GPU: `python ahead_of_time.py` prints a line of JSON a kernel.
 
-A process of its own, because one that has imported triton under TRITON_INTERPRET compiles nothing. Registers, stack and
-machine code are ptxas' own, of the assembler in triton's wheel.
+What is compiled is what `TritonExperts` launches, up to the launch. A process of its own, because one that has imported
+triton under TRITON_INTERPRET compiles nothing. Registers, stack and machine code are ptxas' own, of triton's wheel.
 """
 
 from __future__ import annotations
@@ -12,25 +12,40 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from lowbit_records import silu_gate
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 
-from buddymoe_ray.kernels import LowbitFormat, record_tensors
-from buddymoe_ray.kernels.triton import programs
-from buddymoe_ray.kernels.triton.experts import OPTIONS
+from buddymoe_ray.kernels import ExpertMath, LowbitFormat, TritonExperts, combine_on_device, record_tensors
+from buddymoe_ray.kernels.triton import experts
 from buddymoe_ray.kernels.triton.forms import Form, Use
 from buddymoe_ray.kernels.triton.products import packed
+from buddymoe_ray.models.expert_layout import slot_tensors
 from buddymoe_ray.types import SlotTensor
 
-CAPABILITIES = (80, 90, 100, 120)
-D, F, K = 2048, 768, 8  # Qwen3-30B-A3B's
+D, F, K, E = 2048, 768, 8, 128  # Qwen3-30B-A3B's
 SHAPES = {"gate_up_proj": (2 * F, D), "down_proj": (D, F)}
+MATH = ExpertMath(activate=silu_gate)
+PLAIN = ("bfloat16", "float32")
+EVERYWHERE = ("4 bit", "bfloat16")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class NoGpu:
+    """As much of a driver as the compiler asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+        self.get_current_device = lambda: capability  # each has compiled kernels of its own
+        self.get_current_stream = lambda _: 0
+        self.get_active_torch_device = lambda: torch.device("cpu")
 
 
 @triton.jit
@@ -41,28 +56,19 @@ def misplaced(x, records, out, FORM: tl.constexpr):
     tl.store(out + tl.arange(0, 16), tl.reshape(y, [16]))
 
 
-def forms() -> Iterator[tuple[str, str, Form]]:
-    """What is computed, the dtype of its rows, and how."""
-    for name, shares, rows in (("gate_up_proj", K, "*bf16"), ("down_proj", 1, "*fp32")):
-        use = Use(experts=128, shares=shares, outputs=1)
-        for bits in (8, 4, 3, 2):
-            fmt = LowbitFormat(bits=bits)
-            yield f"{bits} bit {name}", rows, Form.packed(record_tensors(SHAPES, fmt)[0], name, fmt, (0, ""), use)
-        for dtype in ("bfloat16", "float16", "float32"):
-            yield f"{dtype} {name}", rows, Form.plain(stored(name, dtype), (1 << 20, dtype), use, transposed=False)
-        yield f"transposed {name}", rows, Form.plain(stored(name, "bfloat16", -1), (0, ""), use, transposed=True)
+def layouts() -> Iterator[tuple[str, tuple[SlotTensor, ...], LowbitFormat | None, ExpertMath]]:
+    for bits in (8, 4, 3, 2):
+        fmt = LowbitFormat(bits=bits)
+        yield f"{bits} bit", record_tensors(SHAPES, fmt)[0], fmt, MATH
+    for dtype in PLAIN:
+        yield dtype, slot_tensors(SHAPES, dict.fromkeys(SHAPES, dtype)), None, MATH
+    turned = {name: shape[::-1] for name, shape in SHAPES.items()}
+    layout = slot_tensors(turned, dict.fromkeys(turned, "bfloat16"))
+    yield "transposed", layout, None, replace(MATH, transposed=True)
 
 
-def stored(name: str, dtype: str, step: int = 1) -> SlotTensor:
-    return SlotTensor(name=name, shape=SHAPES[name][::step], dtype=dtype, offset=64, nbytes=0)
-
-
-def figures(kernel: Any, kinds: dict[str, str], constants: dict[str, Any], capability: int) -> dict[str, Any]:
+def figures(compiled: Any) -> dict[str, Any]:
     """Registers, bytes of stack, widths of the loads of weights, barriers inside loops of the PTX and in all."""
-    signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(signature) if signature[name][0] == "*"}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=OPTIONS)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -95,27 +101,29 @@ def barriers_in_loops(ptx: str) -> int:
 
 
 def main() -> None:
-    tables = {"expert_N": "*i64", "at_E": "*i64", "out": "*fp32"}
-    for name, rows, form in forms():
-        everywhere = "down" in name and form.weights in ("", "bfloat16")
-        for capability in CAPABILITIES if everywhere else (90,):
-            where = {"records": "*u8"} if form.bits else {}
-            constants: dict[str, Any] = {"FORM": form} | ({} if where else {"records": None})
-            found = figures(programs.project, {"x": rows, **where, **tables}, constants, capability)
-            say(name, capability, found)
-    four = next(form for name, _, form in forms() if name == "4 bit down_proj")
-    wrong = figures(misplaced, {"x": "*fp32", "records": "*u8", "out": "*fp32"}, {"FORM": four}, 90)
-    say("misplaced", 90, wrong)
-    both = {"both": "*fp32", "expert_N": "*i64", "at_E": "*i64", "hidden": "*fp32"}
-    combined = {"y": "*bf16", "weight": "*fp32", "out": "*bf16"}
-    for formula, capability in enumerate(CAPABILITIES):
-        constants = {"DOWN": four, "FORMULA": formula, "BF": 256}
-        say(f"activate {formula}", capability, figures(programs.activate, both, constants, capability))
-        say("combine", capability, figures(programs.combine, combined, {"D": D, "K": K, "BD": 256}, capability))
+    compiled: list[Any] = []
+    experts._launch = lambda kernel, grid, *args: compiled.append(kernel.warmup(*args, grid=grid, **experts.OPTIONS))  # type: ignore[assignment]
+    x_TD, expert_TK = torch.empty(1, D, dtype=torch.bfloat16), torch.zeros(1, K, dtype=torch.int64)
+    at_E, out_ND = torch.zeros(E, dtype=torch.int64), torch.empty(K, D, dtype=torch.bfloat16)
+    for capability in (80, 90, 100, 120):
+        driver.set_active(NoGpu(capability))  # type: ignore[arg-type]
+        for name, layout, fmt, math in layouts():
+            if capability == 90 or name in EVERYWHERE:
+                records = torch.empty(0, dtype=torch.uint8) if fmt else None
+                TritonExperts(layout=layout, fmt=fmt, math=math)(x_TD, records, at_E, expert_TK, out_ND)
+                for part, kernel in zip(("first", "activate", "down"), compiled, strict=True):
+                    say(name, part, capability, kernel)
+                compiled.clear()
+        combine_on_device(out_ND[None], torch.empty(1, K))
+        say("bfloat16", "combine", capability, compiled.pop())
+    fmt = LowbitFormat(bits=4)
+    form = Form.packed(record_tensors(SHAPES, fmt)[0], "down_proj", fmt, (0, ""), Use(experts=E, shares=1, outputs=1))
+    rows, records = torch.empty(K, F), torch.empty(0, dtype=torch.uint8)
+    say("4 bit", "misplaced", 90, misplaced.warmup(rows, records, torch.empty(K, D), form, grid=(1, 1)))
 
 
-def say(name: str, capability: int, found: dict[str, Any]) -> None:
-    print(json.dumps({"kernel": name, "capability": capability, **found}), flush=True)
+def say(name: str, part: str, capability: int, kernel: Any) -> None:
+    print(json.dumps({"kernel": part, "of": name, "capability": capability, **figures(kernel)}), flush=True)
 
 
 if __name__ == "__main__":
