@@ -18,7 +18,7 @@ WORDS = {"types", "errors", "config", "observe"}
 BELOW = {
     "device": WORDS,
     "policy": WORDS,
-    "kernels": WORDS,
+    "kernels": WORDS | {"device"},
     "cache": WORDS | {"device"},
     "links": WORDS,
     "moe": WORDS | {"device", "policy", "kernels", "cache"},

@@ -6,6 +6,7 @@ Invariant: a slot in use (being filled or copied from) is never given to another
 
 from __future__ import annotations
 
+import mmap
 from collections import OrderedDict
 from typing import Protocol
 
@@ -51,7 +52,10 @@ class HostTier:
 
     def __init__(self, layout: ExpertLayout, *, slots: int, reader: DiskReader, device: Device) -> None:
         assert slots > 0, f"slots is {slots}, must be positive"
-        self.pool = SlotPool(layout, slots, torch.device("cpu"))
+        # pages of its own: what shares one with other memory that is pinned cannot be pinned
+        pages = mmap.mmap(-1, slots * layout.slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = torch.frombuffer(pages, dtype=torch.uint8)
+        self.pool = SlotPool(layout, slots, torch.device("cpu"), memory)
         self._layout, self._reader = layout, reader
         self._bytes: Bytes = self.pool.bytes_C.numpy()
         self._free = list(range(slots))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,12 +13,17 @@ from torch import Tensor
 from buddymoe_ray.device.interface import Copy
 from buddymoe_ray.errors import BudgetError
 
-__all__ = ["Gpu", "download", "gpu_count", "upload"]
+__all__ = ["Gpu", "current", "download", "gpu_count", "upload"]
 
 
 def gpu_count() -> int:
     """GPUs that torch can use."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def current(where: torch.device) -> AbstractContextManager[object]:
+    """While it lasts, kernels that this thread launches run there."""
+    return torch.cuda.device(where) if where.type == "cuda" else nullcontext()
 
 
 def upload(host: Tensor, where: torch.device) -> Tensor:
@@ -68,8 +74,7 @@ class Gpu:
     apart = True
 
     def __init__(self, device: torch.device) -> None:
-        torch.cuda.set_device(device)  # kernels are launched on the current one
-        self.torch = torch.device("cuda", torch.cuda.current_device())
+        self.torch = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._copies: torch.cuda.Stream | None = None
 
     @property

@@ -143,7 +143,7 @@ class MoEBlock:
         resolution = standins.resolve(self.layer, ids_TK.cpu().numpy(), weight_TK, resident_E, self._step)
         standins.book(self.layer, resolution, self._step)
         self._answer(standins, hidden_TD, resolution, y_ND)
-        late_TD = self.combined(y_ND, _as(weight_TK, resolution.weight_TK))
+        late_TD = self.combined(y_ND, _as(hidden_TD, weight_TK.dtype, resolution.weight_TK))
         return torch.cat([self.exact(*early), late_TD]) if at else late_TD, resolution
 
     def combined(self, y_ND: Tensor, weight_TK: Tensor) -> Tensor:
@@ -152,15 +152,22 @@ class MoEBlock:
 
     def _beside(self, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, glance: Glance) -> Tensor:
         """Of a decode pass, beside the host: experts that are there run before it knows who is missing."""
-        named = None if self._compute.complete else download(ids_TK)
+        standins, step = self._standins, self._step
+        asked = [] if self._compute.complete else [ids_TK]
+        if standins is not None and standins.may_answer(self.layer, step):  # or their policy would wait for what runs
+            asked += [weight_TK.float(), *([step.scores[self.layer]] if self.layer in step.scores else [])]
+        coming = [download(tensor) for tensor in asked]
         y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
         self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND)
-        ids = None if named is None else named().numpy()
+        told = [wait() for wait in coming]
+        ids = told[0].numpy() if told else None
         if ids is None or ((glance.at_E[ids] >= 0).all() and self.settle(glance, ids)):
-            self._step.outcome.count_hits(ids_TK.shape[1])
-        else:
-            weight_TK = self._decode(hidden_TD, ids, weight_TK, y_ND, hits_ran=True)
-        return self.combined(y_ND, weight_TK)
+            step.outcome.count_hits(ids_TK.shape[1])
+            return self.combined(y_ND, weight_TK)
+        if told[2:]:
+            step.scores[self.layer] = told[2]
+        weights_TK = self._decode(hidden_TD, ids, told[1] if told[1:] else weight_TK, y_ND, hits_ran=True)
+        return self.combined(y_ND, weights_TK.to(weight_TK.dtype))
 
     def _decode(
         self, hidden_TD: Tensor, ids_TK: Ints, weight_TK: Tensor, y_ND: Tensor, *, hits_ran: bool = False
@@ -183,7 +190,7 @@ class MoEBlock:
                 if len(held) == len(runs):
                     standins.book(self.layer, resolution, step)
                     self._answer(standins, hidden_TD, resolution, y_ND, hits_ran=hits_ran)
-                    return _as(weight_TK, resolution.weight_TK)
+                    return _as(hidden_TD, weight_TK.dtype, resolution.weight_TK)
             resident_E = resident_E.copy()
             resident_E[list(runs.difference(held))] = False  # moved away since: decide again
 
@@ -330,6 +337,6 @@ class MoEBlock:
             self._run_here(hidden_TD, accesses, [e for e in rest if e != lost], y_ND, protect=protect)
 
 
-def _as(like: Tensor, values: npt.NDArray[np.float32]) -> Tensor:
-    """The values where `like` is, in its dtype."""
-    return upload(torch.from_numpy(values).to(like.dtype), like.device)
+def _as(rows: Tensor, dtype: torch.dtype, values: npt.NDArray[np.float32]) -> Tensor:
+    """The values in that dtype, where `rows` are."""
+    return upload(torch.from_numpy(values).to(dtype), rows.device)

@@ -115,5 +115,5 @@ class OnDevice:
         if not self._table_E.numel() or not np.array_equal(at_E, self._known_E):
             self._known_E = at_E.copy()
             self._table_E = upload(torch.from_numpy(self._known_E), hidden_TD.device)
-        self._layer(hidden_TD.contiguous(), None, self._table_E, ids_TK, y_ND)
+        self._layer(hidden_TD, None, self._table_E, ids_TK, y_ND)
         return True

@@ -8,7 +8,7 @@ from lowbit_records import Shapes, gelu_gate, gpt_oss_gate, random_records, relu
 from torch import Tensor
 from torch.nn import functional
 
-from buddymoe_ray.kernels import ExpertMath, LowbitFormat, record_tensors
+from buddymoe_ray.kernels import ExpertMath, LowbitFormat, lowrank_forward, mean_forward, record_tensors
 from buddymoe_ray.kernels.reference import combine, expert_forward
 from buddymoe_ray.kernels.triton.experts import TritonExperts, combine_on_device
 from buddymoe_ray.models.expert_layout import slot_tensors
@@ -128,6 +128,19 @@ def test_a_rows_bits_depend_on_that_row_alone() -> None:
     for at, size in ((0, 1), (1, 2)):
         part = run(layer, memory, nbytes, x_TD[at : at + size], expert_TK[at : at + size])
         assert torch.equal(part, together[at * K : (at + size) * K])
+
+
+@pytest.mark.parametrize("rank", [0, 3, 8])
+def test_maps_of_low_rank_and_mean_outputs(rank: int) -> None:
+    shapes: Shapes = {"down": (rank, D), "up": (D, rank), "bias": (D,)} if rank else {"bias": (D,)}
+    memory, nbytes, views = slots(shapes, "bfloat16", transposed=False)
+    layer = TritonExperts(layout=slot_tensors(shapes, dict.fromkeys(shapes, "bfloat16")), fmt=None, math=None)
+    x_TD, expert_TK = rows(2)
+    out_ND, forward = run(layer, memory, nbytes, x_TD, expert_TK), lowrank_forward if rank else mean_forward
+    for n, expert in enumerate(expert_TK.flatten().tolist()):
+        known = expert >= 0 and AT[expert] >= 0
+        expected = forward(x_TD[n // K][None], views[AT[expert]])[0] if known else torch.full((D,), 7.0)
+        torch.testing.assert_close(out_ND[n], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_no_kernel_knows_is_not_covered() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from buddymoe_ray.device import current
 from buddymoe_ray.kernels.cpu import activation_of
 from buddymoe_ray.kernels.lowbit_format import LowbitFormat, matrix_at
 from buddymoe_ray.kernels.reference import ExpertMath
@@ -84,15 +85,15 @@ class TritonExperts:
         """
         (T, K), N = expert_TK.shape, expert_TK.numel()
         first, down = self._forms(K, len(at_E))
-        assert x_TD.shape == (T, down.N) and x_TD.is_contiguous(), f"x is {tuple(x_TD.shape)}, must be {(T, down.N)}"
+        assert x_TD.shape == (T, down.N), f"x is {tuple(x_TD.shape)}, must be {(T, down.N)}"
         assert out_ND.shape == (N, down.N) and out_ND.is_contiguous(), f"out is {tuple(out_ND.shape)}, must be {N} rows"
         assert expert_TK.dtype == at_E.dtype == torch.int64, f"experts are {expert_TK.dtype}, {at_E.dtype}, not int64"
         if not N:
             return
-        programs, expert_N, rows = _programs(), expert_TK.contiguous(), x_TD
+        programs, expert_N, rows = _programs(), expert_TK.contiguous(), x_TD.contiguous()
         if first is not None:
-            rows = torch.empty(N, first.N, dtype=torch.float32, device=x_TD.device)
-            _launch(programs.project, (first.programs, N), x_TD, records_B, expert_N, at_E, rows, first)
+            x, rows = rows, torch.empty(N, first.N, dtype=torch.float32, device=x_TD.device)
+            _launch(programs.project, (first.programs, N), x, records_B, expert_N, at_E, rows, first)
         if self._formula is not None:
             both, rows = rows, torch.empty(N, down.K, dtype=torch.float32, device=x_TD.device)
             block = min(power_of_two(down.K), _BLOCK)
@@ -136,7 +137,8 @@ def interpreted() -> bool:
 
 
 def _launch(kernel: Any, grid: tuple[int, int], *args: Any) -> None:
-    kernel[grid](*args, **OPTIONS)
+    with current(args[0].device):
+        kernel[grid](*args, **OPTIONS)
 
 
 def _programs() -> Any:
