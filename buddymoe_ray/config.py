@@ -84,7 +84,8 @@ class EngineConfig:
             `exact` is exact to it.
         guard_share: share of `bounded` and `fast` sequences recomputed exactly to check their cost; 0 is off.
         dtype: compute dtype; `auto` is float32 for `builtin:tiny` and float32 checkpoints, else the checkpoint's.
-        device: `auto` (cuda when there is one, else cpu), `cpu`, `cuda`, `cuda:1`.
+        device: `auto` (cuda when there is one, else cpu), `cpu`, `cuda`, `cuda:1`, or `interpret`: experts take a GPU's
+            path on the CPU, in Triton's interpreter, to debug it (TRITON_INTERPRET=1; seconds a token).
         threads: CPU threads of the compute kernels of one engine.
         max_model_len: most tokens of prompt and output; None is the model's own limit.
         max_running: most sequences that decode side by side.
@@ -158,8 +159,10 @@ class EngineConfig:
             _at_least("prefill_chunk", self.prefill_chunk, 1)
         if self.max_model_len is not None:
             _at_least("max_model_len", self.max_model_len, 2)
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
-            raise ConfigError(f"device is {self.device!r}, must be auto, cpu, cuda or cuda:N. hint: leave it at auto")
+        if not re.fullmatch(r"auto|cpu|interpret|cuda(:\d+)?", str(self.device)):
+            raise ConfigError(
+                f"device is {self.device!r}, must be auto, cpu, interpret, cuda or cuda:N. hint: leave it at auto"
+            )
         if self.mode == "exact":
             self._refuse_inexact()
 

@@ -1,15 +1,15 @@
 """`python -m buddymoe_ray.device_check`: is this device right, is the budget held, how fast is it? No Ray, no network.
 
-Runs on whatever device there is (`--device`), in a few minutes: greedy tokens at several budgets against transformers'
-own `generate`, the expert pool against its budget in device memory, and a first table of tokens/s for `builtin:tiny`
-and a synthetic checkpoint made on the spot. Prints JSON lines; exit status 1 when a check fails.
+Runs on whatever device there is (`--device`), in a few minutes: the kernels of one apart against float64, greedy tokens
+at several budgets against transformers' own `generate`, the expert pool against its budget in device memory, and a
+first table of tokens/s for `builtin:tiny` and a synthetic checkpoint made on the spot. Prints JSON lines; exit status 1
+when a check fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,14 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.device import Device, open_device
 from buddymoe_ray.engine.llm import LLM
 from buddymoe_ray.engine.measure import BenchLoad, measure
+from buddymoe_ray.kernels import (
+    ExpertMath,
+    LowbitFormat,
+    TritonExperts,
+    dequantise,
+    expert_forward,
+    pack_plain,
+    record_tensors,
+)
+from buddymoe_ray.kernels.reference import ENTERED
+from buddymoe_ray.models.expert_layout import slot_tensors
 from buddymoe_ray.models.reference import reference_generate
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.synth import Popularity, synth_checkpoint
-from buddymoe_ray.residency.machine import pick_device
 
 __all__ = ["main"]
 
@@ -45,6 +57,49 @@ def check_exact(device: str, *, new_tokens: int) -> Iterator[dict[str, Any]]:
             yield {"check": "exact", "memory": memory, "batch": max_running, "same": same, "of": len(PROMPTS), "ok": ok}
 
 
+def check_kernels(device: Device) -> Iterator[dict[str, Any]]:
+    """The kernels of a device apart: random experts in every format against float64, rows alone against rows together,
+    and the reference kernels that decode steps enter."""
+    D, F, rng = 1024, 384, torch.Generator().manual_seed(0)
+    shapes = {"gate_up_proj": (2 * F, D), "down_proj": (D, F)}
+    plain = {name: torch.randn(shape, generator=rng).mul(0.05).bfloat16() for name, shape in shapes.items()}
+    math = ExpertMath(activate=lambda x: functional.silu(x[..., :F]) * x[..., F:])
+    x_TD, expert_TK = torch.randn(4, D, generator=rng), torch.zeros(4, 1, dtype=torch.int64)
+    for fmt in (None, *(LowbitFormat(bits=bits) for bits in (8, 4, 3, 2))):
+        if fmt is None:
+            layout = slot_tensors(shapes, dict.fromkeys(shapes, "bfloat16"))
+            stored, weights = plain, plain
+        else:
+            layout, packed = record_tensors(shapes, fmt)[0], {n: pack_plain(w, fmt) for n, w in plain.items()}
+            stored = {name: part for n, matrix in packed.items() for name, part in matrix.named(n).items()}
+            weights = {name: dequantise(matrix, fmt) for name, matrix in packed.items()}
+        slot = torch.zeros(layout[-1].offset + -(-layout[-1].nbytes // 64) * 64, dtype=torch.uint8)
+        for tensor in layout:
+            slot[tensor.offset :][: tensor.nbytes] = stored[tensor.name].contiguous().view(-1).view(torch.uint8)
+        expected = expert_forward(x_TD.double(), {name: weight.double() for name, weight in weights.items()}, math)
+        layer, at_E = TritonExperts(layout=layout, fmt=fmt, math=math), torch.zeros(1, dtype=torch.int64)
+        held, table, rows, experts = (tensor.to(device.torch) for tensor in (slot, at_E, x_TD, expert_TK))
+        together, alone = torch.empty_like(rows), torch.empty_like(rows)
+        layer(rows, held, table, experts, together)
+        for at in range(len(rows)):
+            layer(rows[at : at + 1], held, table, experts[:1], alone[at : at + 1])
+        error = float((together.cpu().double() - expected).norm() / expected.norm())
+        same = torch.equal(together, alone)
+        name = "bfloat16" if fmt is None else f"{fmt.bits} bit"
+        yield {"check": "kernels", "format": name, "error": error, "same_bits": same, "ok": error < 1e-5 and same}
+
+
+def check_decode(device: str) -> dict[str, Any]:
+    """Decode steps of a device apart enter no reference kernel."""
+    entered = []
+    with LLM("builtin:tiny", memory="50%", mode="fast", device=device, guard_share=0.0) as llm:
+        for new_tokens in (1, 1, 5):  # prompts, which may, are the same
+            before = ENTERED.total()
+            llm.generate(list(PROMPTS), max_tokens=new_tokens)
+            entered.append(ENTERED.total() - before)
+    return {"check": "decode", "reference_kernels": entered[2] - entered[1], "ok": entered[2] == entered[1]}
+
+
 def check_budget(device: str) -> dict[str, Any]:
     """Device memory with 25 % of the experts against with all of them: the difference is the budget's."""
     sizes = {}
@@ -54,8 +109,6 @@ def check_budget(device: str) -> dict[str, Any]:
             cache = llm.engine.cache
             sizes[memory] = cache.device_bytes
             budget, total = cache.plan.budget_bytes, cache.layout.total_bytes
-        if pick_device(device).type == "cuda":
-            torch.cuda.empty_cache()
     held = sizes["25%"] <= budget <= 0.26 * total
     return {"check": "budget", "device_bytes": sizes, "budget_25": budget, "total": total, "ok": held}
 
@@ -96,19 +149,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m buddymoe_ray.device_check", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--device", default="auto", help="auto, cpu, interpret, cuda or cuda:N")
     parser.add_argument("--layers", type=int, default=2, help="layers of the synthetic checkpoint")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens per sequence")
     parser.add_argument("--out", type=Path, default=None, help="also append the JSON lines to this file")
     args = parser.parse_args(argv)
-    device = str(pick_device(args.device))
-    name = (
-        torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
-    )
+    opened = open_device(args.device)
+    device = "interpret" if args.device == "interpret" else str(opened.torch)
     failed = 0
     with tempfile.TemporaryDirectory() as scratch:
         records: Iterator[dict[str, Any]] = _all(device, args, Path(scratch) / "synthetic")
-        _say({"device": device, "name": name, "torch": torch.__version__}, args.out)
+        _say({"device": device, "name": opened.name, "torch": torch.__version__}, args.out)
         for record in records:
             failed += record.get("ok") is False
             _say(record, args.out)
@@ -117,6 +168,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _all(device: str, args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    if open_device(device).apart:
+        yield from check_kernels(open_device(device))
+        yield check_decode(device)
     yield from check_exact(device, new_tokens=args.new_tokens)
     yield check_budget(device)
     yield from check_standins(device, new_tokens=args.new_tokens)

@@ -15,6 +15,7 @@ from interleavings import Actor, Reader, Violation, World, explore, instrumented
 
 from buddymoe_ray.cache import ExpertCache
 from buddymoe_ray.cache.shared import Move, Mover, SharedExpertCache, SharedHostTier, SharedStore, sweep
+from buddymoe_ray.device import open_device
 from buddymoe_ray.types import ExpertKey, SlotPlan
 
 __all__ = ["Scenario", "scenarios"]
@@ -123,7 +124,7 @@ def device(world: World, *experts: int) -> Prepare:
 
     def prepare(me: Actor) -> Callable[[Actor], None]:
         reader = Reader()
-        host = SharedHostTier(world.attach(me), reader=reader, pinned=False)  # type: ignore[arg-type]
+        host = SharedHostTier(world.attach(me), reader=reader, device=open_device("cpu"))  # type: ignore[arg-type]
         plan = SlotPlan(
             budget_bytes=1 << 20,
             slot_bytes=world.layout.slot_bytes,

@@ -19,25 +19,27 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from buddymoe_ray.cache.ahead import ReadsAhead
 from buddymoe_ray.cache.directory import Directory
 from buddymoe_ray.cache.disk import DiskReader, Ticket
 from buddymoe_ray.cache.host import Host, HostTier, ReadLost
+from buddymoe_ray.cache.host_copies import HostCopies
 from buddymoe_ray.cache.pool import Glance, Lease, SlotPool
+from buddymoe_ray.device import Copy, Device, open_device
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
 __all__ = ["CacheStats", "ExpertCache", "blame"]
 
-_GPU_STAGING_SLOTS = 4
+_STAGING_SLOTS = 4
 _POLL_SECONDS = 200e-6
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheStats:
-    """Counters since start. Lookups are per (layer, expert) and call; `stall_seconds` is time waiting for bytes."""
+    """Counters since start. Lookups are per (layer, expert) and call, none where nobody need look; `stall_seconds` is
+    time waiting for bytes."""
 
     hits: int
     misses: int
@@ -51,12 +53,14 @@ class CacheStats:
 
 @dataclass(frozen=True, slots=True)
 class _DeviceLoad:
-    """An expert on its way into a claimed device slot; `host_slot` is where it passes through, if it does."""
+    """An expert on its way into a claimed device slot; `host_slot` is where it passes through, if it does, `copy` what
+    has begun behind it."""
 
     key: ExpertKey
     slot: int
     ticket: Ticket
-    host_slot: int | None
+    host_slot: int | None = None
+    copy: Copy | None = None
 
 
 class ExpertCache:
@@ -66,7 +70,7 @@ class ExpertCache:
         layout: how an expert lies in a slot and where its bytes are on disk.
         plan: slots per layer and for waves; its `slot_bytes` must be the layout's.
         reader: the disk tier; closed with the cache.
-        device: where the slots are. A CUDA device always goes through pinned host slots (at least 4).
+        device: where the slots are; None is the CPU. One apart always goes through host slots (at least 4).
         host_slots: experts a host tier of this cache's own keeps; 0 is none.
         host: a host tier shared with others, closed with the cache, instead.
     """
@@ -77,23 +81,24 @@ class ExpertCache:
         plan: SlotPlan,
         *,
         reader: DiskReader,
-        device: torch.device | None = None,
+        device: Device | None = None,
         host_slots: int = 0,
         host: Host | None = None,
     ) -> None:
         assert plan.slot_bytes == layout.slot_bytes, f"plan {plan.slot_bytes}, layout {layout.slot_bytes} bytes a slot"
         self.layout, self.plan = layout, plan
-        self.device = device or torch.device("cpu")
-        on_gpu = self.device.type != "cpu"
+        self._device = device or open_device("cpu")
+        apart = self._device.apart
         # more host slots than experts would only be pinned and never filled
         host_slots = min(host_slots, sum(layout.experts_per_layer))
-        host_slots = max(host_slots, _GPU_STAGING_SLOTS) if on_gpu else host_slots
+        host_slots = max(host_slots, _STAGING_SLOTS) if apart else host_slots
         self._reader = reader
-        self._pool = SlotPool(layout, plan.slots_total, self.device)
+        self._pool = SlotPool(layout, plan.slots_total, self._device.torch)
         self._host = host
         if host is None and host_slots:
-            self._host = HostTier(layout, slots=host_slots, reader=reader, pinned=on_gpu)
-        self._bytes = None if on_gpu else self._pool.bytes_C.numpy()
+            self._host = HostTier(layout, slots=host_slots, reader=reader, device=self._device)
+        self._copies = HostCopies(self._host, self._pool, self._device) if self._host is not None else None
+        self._bytes = None if apart else self._pool.bytes_C.numpy()
         self._directory = Directory(plan, layout.experts_per_layer, self._pool.address)
         self._glances = [Glance(at_E, partial(self._used, layer)) for layer, at_E in enumerate(self._directory.at_E)]
         self._leases: list[Lease | None] = [None] * plan.slots_total
@@ -159,6 +164,8 @@ class ExpertCache:
     def settle_ahead(self) -> None:
         """Give up what was read ahead and not asked for; waits for what is under way."""
         self._ahead.settle()
+        if self._copies is not None:
+            self._copies.settle()
 
     def glance(self, layer: int) -> Glance:
         """Where the layer's experts are; they stay until this thread streams."""
@@ -253,7 +260,8 @@ class ExpertCache:
         if not self._closed:
             self._closed = True
             self._reader.close()
-            if self._host is not None:
+            if self._host is not None and self._copies is not None:
+                self._copies.settle()
                 self._host.close()
 
     def __enter__(self) -> ExpertCache:
@@ -307,9 +315,10 @@ class ExpertCache:
         self._pool.renew(slot)
         self._leases[slot] = None
         try:
-            if self._host is None:
+            if self._host is None or self._copies is None:
                 assert self._bytes is not None, "a device without host tier must be the CPU"
-                return _DeviceLoad(key, slot, self._reader.submit(self.layout.pieces[key], self._bytes[slot]), None)
+                return _DeviceLoad(key, slot, self._reader.submit(self.layout.pieces[key], self._bytes[slot]))
+            self._copies.release()
             fetched = self._host.fetch(key)
         except BaseException as error:
             self._directory.abandon(slot)
@@ -318,7 +327,9 @@ class ExpertCache:
         if fetched is None:
             self._directory.abandon(slot)
             return None
-        return _DeviceLoad(key, slot, fetched[1], fetched[0])
+        host_slot, ticket = fetched
+        copy = self._copies.begin(slot, host_slot) if ticket.done() else None  # beside what is computed meanwhile
+        return _DeviceLoad(key, slot, ticket, host_slot, copy)
 
     def _arrived(self, loads: deque[_DeviceLoad], missing: deque[ExpertKey]) -> list[int]:
         """Slots of the oldest load and of every other that is done; waits for the oldest. What another worker should
@@ -342,19 +353,17 @@ class ExpertCache:
         except BaseException as error:
             blame(error, load.key)
             load.ticket.settle()  # an interrupt leaves reads in flight; they must not land in a slot with a new owner
+            if load.copy is not None:
+                load.copy.wait()
             self._directory.abandon(load.slot)
             if self._host is not None:
                 self._host.release(load.key, failed=True)
             raise
         finally:
             loads.remove(load)
-        if self._host is not None:
+        if self._copies is not None:
             assert load.host_slot is not None, f"{load.key} passed through the host without a slot"
-            # on the compute stream: ordered with the kernels that read the slot; pinned memory makes it a plain DMA
-            self._pool.bytes_C[load.slot].copy_(self._host.pool.bytes_C[load.host_slot], non_blocking=True)
-            if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()  # the host slot may be overwritten from here on
-            self._host.release(load.key)
+            self._copies.admit(load.key, load.copy or self._copies.begin(load.slot, load.host_slot))
         self._loaded += self.layout.expert_bytes
         self._directory.commit(load.key, load.slot)
         self._leases[load.slot] = Lease(load.key, load.slot, self._pool.generation[load.slot], self._pool)
@@ -363,7 +372,7 @@ class ExpertCache:
     def _await_slot(self, layer: int) -> None:
         """Wait where no slot can be had for what is missing."""
         began = time.perf_counter()
-        if not self._ahead.make_room():
+        if not self._ahead.make_room() and not (self._copies is not None and self._copies.release(wait=True)):
             assert self._host is not None, f"no slot of layer {layer} can be claimed and nothing is in flight"
             time.sleep(_POLL_SECONDS)  # other workers lease every slot of the node's host tier
         self.stall_seconds += time.perf_counter() - began

@@ -1,11 +1,12 @@
-"""The host tier: whole experts in host memory, between the disk and a device; pinned when the device is a GPU.
+"""The host tier: whole experts in host memory, between the disk and a device that reads it without help.
 
-Fixed slots, least recently used is evicted. Does not know the device: the expert cache copies from its slots and says
-when a copy is done. Invariant: a slot in use (being filled or copied from) is never given to another expert.
+Fixed slots, least recently used is evicted. The expert cache copies from its slots and says when a copy is done.
+Invariant: a slot in use (being filled or copied from) is never given to another expert.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections import OrderedDict
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from buddymoe_ray.cache.disk import Bytes, DiskReader, ReadTicket, Ticket
 from buddymoe_ray.cache.pool import SlotPool
+from buddymoe_ray.device import Device
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout
 
@@ -46,17 +48,22 @@ class Host(Protocol):
 
 
 class HostTier:
-    """`slots` experts in host memory over `reader`."""
+    """`slots` experts in host memory over `reader`, for `device`."""
 
-    def __init__(self, layout: ExpertLayout, *, slots: int, reader: DiskReader, pinned: bool) -> None:
+    def __init__(self, layout: ExpertLayout, *, slots: int, reader: DiskReader, device: Device) -> None:
         assert slots > 0, f"slots is {slots}, must be positive"
-        self.pool = SlotPool(layout, slots, torch.device("cpu"), pinned=pinned)
+        # pages of its own: what shares one with other memory that is pinned cannot be pinned
+        pages = mmap.mmap(-1, slots * layout.slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = torch.frombuffer(pages, dtype=torch.uint8)
+        self.pool = SlotPool(layout, slots, torch.device("cpu"), memory)
         self._layout, self._reader = layout, reader
         self._bytes: Bytes = self.pool.bytes_C.numpy()
         self._free = list(range(slots))
         self._slot_of: OrderedDict[ExpertKey, int] = OrderedDict()  # least recently used first
         self._busy: dict[ExpertKey, int] = {}
         self.hits = self.misses = 0
+        self._device: Device | None = device
+        device.pin(self.pool.bytes_C)
 
     def fetch(self, key: ExpertKey) -> tuple[int, Ticket] | None:
         """A slot that holds the expert once the ticket is done, busy until `release`; None when all slots are busy."""
@@ -89,7 +96,10 @@ class HostTier:
                 self._free.append(self._slot_of.pop(key))
 
     def close(self) -> None:
-        """The slots go with the object."""
+        """The slots go with the object. Safe to call twice."""
+        if self._device is not None:
+            self._device.unpin(self.pool.bytes_C)
+            self._device = None
 
     def check_integrity(self) -> None:
         """Slots are free or hold one expert each."""

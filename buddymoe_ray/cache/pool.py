@@ -39,12 +39,14 @@ class SlotMemory(Protocol):
 
 
 class SlotPool:
-    """`count` slots on `device`, laid out as `layout` says. `pinned` host memory speeds copies to a GPU."""
+    """`count` slots on `device`, laid out as `layout` says; `memory` is theirs where it is given."""
 
-    def __init__(self, layout: ExpertLayout, count: int, device: torch.device, *, pinned: bool = False) -> None:
+    def __init__(self, layout: ExpertLayout, count: int, device: torch.device, memory: Tensor | None = None) -> None:
         assert layout.slot_bytes % 64 == 0, f"slot_bytes is {layout.slot_bytes}, must be a multiple of 64"
         self.count, self.device = count, device
-        self.bytes_C = torch.empty(count, layout.slot_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+        if memory is None:
+            memory = torch.empty(count * layout.slot_bytes, dtype=torch.uint8, device=device)
+        self.bytes_C = memory.view(count, layout.slot_bytes)
         self._begin = self.bytes_C.data_ptr()
         self.generation = [0] * count
         self._views = [slot_views(self.bytes_C[slot], layout) for slot in range(count)]

@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from buddymoe_ray.config import EngineConfig, parse_memory
+from buddymoe_ray.device import open_device
 from buddymoe_ray.engine.evaluate import WINDOW, EvalResult, evaluate_many
 from buddymoe_ray.engine.parts import EngineParts
 from buddymoe_ray.engine.sweep import Sweep
 from buddymoe_ray.errors import BudgetError
-from buddymoe_ray.residency.machine import available_memory_bytes, pick_device
+from buddymoe_ray.residency.machine import available_memory_bytes
 
 __all__ = ["Bench", "Footprint"]
 
@@ -131,5 +130,5 @@ def _fitting(result: EvalResult | BudgetError) -> EvalResult | None:
 
 
 def _free_bytes(name: str) -> int:
-    device = pick_device(name)
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory_bytes()
+    own = open_device(name).free_bytes()
+    return available_memory_bytes() if own is None else own

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from buddymoe_ray.device import upload
 from buddymoe_ray.engine.kv import KVPool, KVShape, contiguous_start
 from buddymoe_ray.errors import CheckpointError, UnsupportedModel
 from buddymoe_ray.kernels import PagedLayer
@@ -80,17 +81,17 @@ class PackedPass:
     def slots_T(self) -> Tensor:
         """The pool position of every row."""
         written = [_tail(table, chunk) for table, chunk in zip(self._tables, self.chunks, strict=True)]
-        return torch.cat(written).to(self._device)
+        return upload(torch.cat(written), self._device)
 
     @cached_property
     def where(self) -> tuple[slice | Tensor, ...]:
         """The pool positions that each chunk reads."""
-        return tuple(t if isinstance(t, slice) else t.to(self._device) for t in self._tables)
+        return tuple(t if isinstance(t, slice) else upload(t, self._device) for t in self._tables)
 
     @cached_property
     def lengths_B(self) -> Tensor:
         """Of a decode pass."""
-        return torch.tensor([chunk.end for chunk in self.chunks], device=self._device)
+        return upload(torch.tensor([chunk.end for chunk in self.chunks]), self._device)
 
     @cached_property
     def padded_BL(self) -> Tensor | None:
@@ -101,7 +102,7 @@ class PackedPass:
         for row, table in enumerate(self._tables):
             flat = torch.arange(table.start, table.stop) if isinstance(table, slice) else table
             padded_BL[row, : len(flat)] = flat
-        return padded_BL.to(self._device)
+        return upload(padded_BL, self._device)
 
 
 def _positions(chunk: ChunkRows, block_size: int) -> slice | Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from buddymoe_ray.config import EngineConfig, parse_memory
+from buddymoe_ray.device import Device, open_device
 from buddymoe_ray.engine import attention, one_call
 from buddymoe_ray.engine.calibration import Calibration, Checks
 from buddymoe_ray.engine.kv import KVPool
@@ -32,7 +33,7 @@ from buddymoe_ray.models.tokenizer import load_tokenizer
 from buddymoe_ray.moe import MoEBlock, StepState
 from buddymoe_ray.observe import progress
 from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill
-from buddymoe_ray.residency.machine import available_memory_bytes, pick_device, refuse_dense_dtype, torch_dtype
+from buddymoe_ray.residency.machine import available_memory_bytes, refuse_dense_dtype, torch_dtype
 from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.residency.tier import ExpertTier, open_experts
 from buddymoe_ray.types import SamplingParams
@@ -48,16 +49,16 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
     """Everything an Engine needs; `sharing` says with whom it shares its experts. Raises ConfigError, CheckpointError,
     BudgetError."""
     torch.set_num_threads(config.threads)
-    device = pick_device(config.device)
+    device = open_device(config.device)
     folder = resolve_model(config.model)
     packed = _packed(config, folder)
     attention.register()
     name = attention.NAME if packed else None
-    refuse_dense_dtype(config, device)
-    loaded = load_model(folder, dtype=torch_dtype(config.dtype), device=device, attn=name)
+    refuse_dense_dtype(config, device.torch)
+    loaded = load_model(folder, dtype=torch_dtype(config.dtype), device=device.torch, attn=name)
     loaded = on_kernels(loaded, config.dense_dtype, threads=config.threads, progress=progress)
     step = StepState()
-    experts = open_experts(config, loaded, step, sharing)
+    experts = open_experts(config, loaded, step, device, sharing)
     try:
         kv = _KVSize.choose(config, loaded, experts, step, 1 if sharing is None else sharing.workers, packed=packed)
         scheduler = Scheduler(
@@ -166,7 +167,7 @@ class _KVSize:
         shapes = dict(sorted(paged.shapes.items()))
         per_block = KVPool.bytes_per_token(shapes, loaded.compute_dtype) * BLOCK_SIZE
         promised = config.max_running * _blocks(wanted)
-        fitting = _kv_budget(config, promised * per_block, loaded.device, workers) // per_block
+        fitting = _kv_budget(config, promised * per_block, experts.device, workers) // per_block
         if fitting < 2:
             raise BudgetError(
                 f"KV cache is {fitting} blocks of {per_block} bytes, must be at least 2. hint: raise kv_memory"
@@ -212,10 +213,10 @@ def _blocks(tokens: int) -> int:
     return -(-tokens // BLOCK_SIZE)
 
 
-def _kv_budget(config: EngineConfig, promised: int, device: torch.device, workers: int) -> int:
+def _kv_budget(config: EngineConfig, promised: int, device: Device, workers: int) -> int:
     """Bytes; workers of a node share its memory, on a GPU each has its own."""
     if config.kv_memory != "auto":
         return parse_memory(config.kv_memory, total_expert_bytes=0)
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else available_memory_bytes() // workers
+    own = device.free_bytes()
+    free = available_memory_bytes() // workers if own is None else own
     return kv_cache_bytes(promised=promised, explicit=config.max_model_len is not None, free=free)

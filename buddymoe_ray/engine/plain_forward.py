@@ -35,7 +35,9 @@ def own_forward(model: nn.Module) -> ForwardPass:
     """As the model's class has it."""
 
     def forward(ids_1T: Tensor, positions_1T: Tensor, keep: int | Tensor) -> Tensor:
-        out = model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False, logits_to_keep=keep)
+        everyone = torch.ones_like(ids_1T, dtype=torch.bool)  # without one transformers asks the device for positions
+        rows: dict[str, Any] = {"input_ids": ids_1T, "position_ids": positions_1T, "attention_mask": everyone}
+        out = model(**rows, use_cache=False, logits_to_keep=keep)
         return cast(Tensor, out.logits[0])
 
     return forward

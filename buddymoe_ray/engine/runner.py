@@ -16,9 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from buddymoe_ray.device import upload
 from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
 from buddymoe_ray.engine.kv import KVPool
-from buddymoe_ray.engine.plain_forward import ForwardPass
+from buddymoe_ray.engine.plain_forward import ForwardPass, own_forward
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.engine.suspended import PassParts
@@ -89,7 +90,7 @@ class PackedRunner:
             rows.append(ChunkRows(row=len(ids), count=count, start=chunk.start, blocks=tuple(chunk.seq.blocks)))
             ids += chunk.seq.token_ids(chunk.start, chunk.end)
             positions += range(chunk.start, chunk.end)
-        last = torch.tensor([r.row + r.count - 1 for r in rows], device=self._device)
+        last = upload(torch.tensor([r.row + r.count - 1 for r in rows]), self._device)
         return self._forward(Phase.PREFILL, rows, ids, positions, last)
 
     def decode(self, sequences: Rows[Sequence], terms: StepTerms) -> tuple[Tensor, StepOutcome]:
@@ -129,7 +130,7 @@ class PackedRunner:
         decode = phase is Phase.DECODE
         self._paged.current = PackedPass(rows, decode=decode, block_size=self._pool.block_size, device=self._device)
         with torch.inference_mode():
-            ids_1T, positions_1T = (torch.tensor([row], device=self._device) for row in (ids, positions))
+            ids_1T, positions_1T = (upload(torch.tensor([row]), self._device) for row in (ids, positions))
             return self._compute(ids_1T, positions_1T, keep).float()
 
 
@@ -225,4 +226,7 @@ def probe(loaded: LoadedModel, step: StepState, *, use_cache: bool) -> None:
     step.begin(Phase.PROBE, 1)
     zero = torch.zeros(1, 1, dtype=torch.int64, device=loaded.device)
     with refusing(loaded.config), torch.inference_mode():
-        loaded.model(input_ids=zero, position_ids=zero, use_cache=use_cache, logits_to_keep=1)
+        if use_cache:
+            loaded.model(input_ids=zero, position_ids=zero, use_cache=True, logits_to_keep=1)
+        else:
+            own_forward(loaded.model)(zero, zero, 1)

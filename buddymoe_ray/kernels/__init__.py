@@ -26,6 +26,7 @@ from buddymoe_ray.kernels.paged_attention import PagedLayer
 from buddymoe_ray.kernels.reference import ExpertMath, expert_forward
 from buddymoe_ray.kernels.rounding_cpu import pack_plain
 from buddymoe_ray.kernels.router import CpuRouter
+from buddymoe_ray.kernels.triton.experts import TritonExperts, combine_on_device, interpreted
 from buddymoe_ray.kernels.upcast import UpcastScratch
 
 __all__ = [
@@ -45,15 +46,18 @@ __all__ = [
     "Routed",
     "StandinRecords",
     "Tallies",
+    "TritonExperts",
     "UpcastScratch",
     "coded_forward",
     "coded_shapes",
     "combine",
+    "combine_on_device",
     "combine_kernel",
     "decoded",
     "decodes",
     "dequantise",
     "expert_forward",
+    "interpreted",
     "linear_rows",
     "lowbit_forward",
     "lowrank_forward",

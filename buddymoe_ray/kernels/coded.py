@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.kernels.coded_format import AWQ_ORDER, COLUMNS, E2M1
-from buddymoe_ray.kernels.reference import ExpertMath
+from buddymoe_ray.kernels.reference import ENTERED, ExpertMath
 from buddymoe_ray.kernels.rowwise import rowwise, rowwise_linear
 from buddymoe_ray.types import CodedMatrix
 
@@ -77,6 +77,7 @@ def coded_forward(
 ) -> Tensor:
     """One expert over its rows, `[R, D] -> [R, D]`, in float32 from matrices that are decoded one at a time: the spec
     of an expert's machine code, and what computes where there is none."""
+    ENTERED["coded_forward"] += 1
     known = {matrix.name: matrix for matrix in coded}
 
     def project(x: Tensor, name: str) -> Tensor:

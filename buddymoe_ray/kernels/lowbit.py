@@ -22,7 +22,7 @@ from buddymoe_ray.kernels.lowbit_format import (
     record_tensors,
     unpack,
 )
-from buddymoe_ray.kernels.reference import ExpertMath
+from buddymoe_ray.kernels.reference import ENTERED, ExpertMath
 from buddymoe_ray.kernels.rowwise import rowwise, rowwise_linear
 
 __all__ = [
@@ -54,6 +54,7 @@ def lowbit_forward_reference(
     x_RD: Tensor, tensors: Mapping[str, Tensor], fmt: LowbitFormat, math: ExpertMath
 ) -> Tensor:
     """The spec: dequantise, then two linears whose rows do not see each other."""
+    ENTERED["lowbit_forward"] += 1
     first, down = (dequantise(packed_parts(tensors, name), fmt) for name in (math.first, "down_proj"))
     first_bias, down_bias = (
         tensors[f"{name}_bias"].float() if math.bias else None for name in (math.first, "down_proj")

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from buddymoe_ray.kernels.reference import ENTERED
 from buddymoe_ray.kernels.rowwise import rowwise_linear
 
 __all__ = ["lowrank_forward", "mean_forward"]
@@ -22,6 +23,7 @@ def lowrank_forward(x_RD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
 
     `tensors`: `down` [r, D], `up` [D, r], `bias` [D] (the answer to x = 0), of any float dtype.
     """
+    ENTERED["lowrank_forward"] += 1
     down, up, bias = (tensors[name].float() for name in ("down", "up", "bias"))
     assert down.shape == (up.shape[1], x_RD.shape[1]), (
         f"down is {tuple(down.shape)}, must be {(up.shape[1], x_RD.shape[1])}"

@@ -8,6 +8,7 @@ Legend: R rows routed to one expert, T tokens, K experts per token, D hidden, F 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["ExpertMath", "combine", "expert_forward"]
+__all__ = ["ENTERED", "ExpertMath", "combine", "expert_forward"]
+
+ENTERED: Counter[str] = Counter()
+"""How often the plain arithmetic here and beside its other kernels ran: in decode never, where there are kernels."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,6 +44,7 @@ class ExpertMath:
 
 def expert_forward(x_RD: Tensor, weights: Mapping[str, Tensor], math: ExpertMath) -> Tensor:
     """One expert over its rows: `[R, D] -> [R, D]`, before the router weight, in the dtype of `x_RD`."""
+    ENTERED["expert_forward"] += 1
     hidden_RF = math.activate(_project(x_RD, weights, math.first, math))
     y_RD = _project(hidden_RF, weights, "down_proj", math)
     return y_RD if math.post_norm is None else math.post_norm(y_RD)
@@ -58,4 +63,5 @@ def combine(y_TKD: Tensor, weight_TK: Tensor) -> Tensor:
 
     The order is that of the router's ids, never that of arrival, so waves and residency leave the bits alone.
     """
+    ENTERED["combine"] += 1
     return (y_TKD.float() * weight_TK.float().unsqueeze(-1)).sum(dim=1).to(y_TKD.dtype)

@@ -9,7 +9,7 @@ from buddymoe_ray.moe.standin_compute import record_computes
 from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Observer, Overlay, Phase, StepState, StepTerms
 from buddymoe_ray.moe.stretch import Outlook, Stretch
-from buddymoe_ray.moe.waves import ExpertCompute, OneByOne, OneCall, WaveCompute
+from buddymoe_ray.moe.waves import ExpertCompute, OnDevice, OneByOne, OneCall, WaveCompute
 
 __all__ = [
     "STANDIN_KINDS",
@@ -19,6 +19,7 @@ __all__ = [
     "FirstLayer",
     "MoEBlock",
     "Observer",
+    "OnDevice",
     "OneByOne",
     "Outlook",
     "Overlay",

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.cache import Experts, Glance
+from buddymoe_ray.device import download, upload
 from buddymoe_ray.errors import CacheError
-from buddymoe_ray.kernels import ExpertLayer, StandinRecords, combine
+from buddymoe_ray.kernels import ExpertLayer, StandinRecords
 from buddymoe_ray.moe.peers import PeerExperts
 from buddymoe_ray.moe.read_ahead import ReadAhead
 from buddymoe_ray.moe.rows import Accesses
@@ -37,16 +38,18 @@ __all__ = ["MoEBlock"]
 
 Ints = npt.NDArray[np.int64]
 
-_OWN, _DROP, _FETCH = Action.OWN, Action.DROP, Action.FETCH  # an enum's members cost two frames a look on Python 3.11
+# an enum's members cost two frames a look on Python 3.11
+_HIT, _OWN, _DROP, _FETCH = Action.HIT, Action.OWN, Action.DROP, Action.FETCH
 _PROBE, _DECODE = Phase.PROBE, Phase.DECODE
 _RUNS = np.array([action in (Action.HIT, Action.BUDDY) for action in Action])  # resident experts that run
-_FULL = {Action.HIT, Action.FETCH, Action.BUDDY}
+_FULL, _NEWLY = {Action.HIT, Action.FETCH, Action.BUDDY}, {Action.FETCH, Action.BUDDY}
 
 
 class MoEBlock:
     """Replaces the experts module of MoE layer `layer`. Called as `block(hidden_TD, ids_TK, weights_TK) -> [T, D]`.
 
     `standins` is None where every miss is fetched; `peers`, once there are any, compute some of what is missing.
+    `prompts` is what computes those where it is not what decodes.
     """
 
     def __init__(
@@ -58,11 +61,12 @@ class MoEBlock:
         step: StepState,
         standins: Standins | None,
         ahead: ReadAhead | None = None,
+        prompts: WaveCompute | None = None,
     ) -> None:
         self.layer = layer
         self.peers: PeerExperts | None = None
         self._cache, self._compute, self._step, self._standins = cache, compute, step, standins
-        self._ahead = ahead
+        self._ahead, self._prompts = ahead, prompts or compute
         self._coming: Sequence[int] = ()  # experts that the next layer will probably ask for
 
     def __call__(
@@ -84,6 +88,8 @@ class MoEBlock:
             step.observer(self.layer, hidden_TD, ids_TK, weight_TK)
         if step.answer is not None:
             return step.answer(self, hidden_TD, ids_TK, weight_TK)
+        if self._compute.beside and step.suspend is None and (glance := self.glance()) is not None:
+            return self._beside(hidden_TD, ids_TK, weight_TK, glance)
         ids = ids_TK.cpu().numpy()
         if self._ahead is not None and step.phase is not _DECODE:
             self._ahead.learn(self.layer, step.tokens, ids)
@@ -93,7 +99,9 @@ class MoEBlock:
             return self.exact(hidden_TD, ids_TK, weight_TK)
         y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
         self._look_ahead(hidden_TD, guess_TK)
-        weight_TK = self._decode(hidden_TD, ids, weight_TK, y_ND, glanced=glanced)
+        if not glanced and self._all_resident(hidden_TD, ids_TK, ids, y_ND):
+            return self.combined(y_ND, weight_TK)
+        weight_TK = self._decode(hidden_TD, ids, weight_TK, y_ND)
         return self.combined(y_ND, weight_TK)
 
     def begin_standing_in(self, standins: Standins) -> None:
@@ -135,23 +143,44 @@ class MoEBlock:
         resolution = standins.resolve(self.layer, ids_TK.cpu().numpy(), weight_TK, resident_E, self._step)
         standins.book(self.layer, resolution, self._step)
         self._answer(standins, hidden_TD, resolution, y_ND)
-        late_TD = self.combined(y_ND, torch.from_numpy(resolution.weight_TK).to(weight_TK))
+        late_TD = self.combined(y_ND, _as(hidden_TD, weight_TK.dtype, resolution.weight_TK))
         return torch.cat([self.exact(*early), late_TD]) if at else late_TD, resolution
 
     def combined(self, y_ND: Tensor, weight_TK: Tensor) -> Tensor:
         """The sum `[T, D]` of the experts' outputs, in slot order."""
-        return combine(y_ND.view(*weight_TK.shape, -1), weight_TK).to(y_ND.dtype)
+        return self._compute.combine(y_ND.view(*weight_TK.shape, -1), weight_TK).to(y_ND.dtype)
 
-    def _decode(self, hidden_TD: Tensor, ids_TK: Ints, weight_TK: Tensor, y_ND: Tensor, *, glanced: bool) -> Tensor:
-        """Fill `y_ND`; returns the weights to combine it with."""
-        if not glanced and self._all_resident(hidden_TD, ids_TK, y_ND):
-            return weight_TK
+    def _beside(self, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, glance: Glance) -> Tensor:
+        """Of a decode pass, beside the host: experts that are there run before it knows who is missing."""
+        standins, step = self._standins, self._step
+        asked = [] if self._compute.complete else [ids_TK]
+        if standins is not None and standins.may_answer(self.layer, step):  # or their policy would wait for what runs
+            asked += [weight_TK.float(), *([step.scores[self.layer]] if self.layer in step.scores else [])]
+        coming = [download(tensor) for tensor in asked]
+        y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
+        self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND)
+        told = [wait() for wait in coming]
+        ids = told[0].numpy() if told else None
+        if ids is None or ((glance.at_E[ids] >= 0).all() and self.settle(glance, ids)):
+            step.outcome.count_hits(ids_TK.shape[1])
+            return self.combined(y_ND, weight_TK)
+        if told[2:]:
+            step.scores[self.layer] = told[2]
+        weights_TK = self._decode(hidden_TD, ids, told[1] if told[1:] else weight_TK, y_ND, hits_ran=True)
+        return self.combined(y_ND, weights_TK.to(weight_TK.dtype))
+
+    def _decode(
+        self, hidden_TD: Tensor, ids_TK: Ints, weight_TK: Tensor, y_ND: Tensor, *, hits_ran: bool = False
+    ) -> Tensor:
+        """Fill `y_ND`, where `hits_ran` without the rows of resident experts; returns the weights to combine it
+        with."""
         self._count(ids_TK)
         standins, step = self._standins, self._step
         if standins is None or not standins.may_answer(self.layer, step):
             hit_TK = self._cache.resident_mask(self.layer)[ids_TK]
             step.outcome.count_exact(hit_TK)
-            self._run_full(hidden_TD, Accesses(ids_TK, hidden_TD.device), y_ND, set(ids_TK[~hit_TK].tolist()))
+            accesses = Accesses(np.where(hit_TK, -1, ids_TK) if hits_ran else ids_TK, hidden_TD.device)
+            self._run_full(hidden_TD, accesses, y_ND, set(ids_TK[~hit_TK].tolist()))
             return weight_TK
         resident_E = self._cache.resident_mask(self.layer).copy()
         while True:
@@ -160,20 +189,20 @@ class MoEBlock:
             with self._cache.holding(self.layer, sorted(runs)) as held:
                 if len(held) == len(runs):
                     standins.book(self.layer, resolution, step)
-                    self._answer(standins, hidden_TD, resolution, y_ND)
-                    return torch.from_numpy(resolution.weight_TK).to(weight_TK)
+                    self._answer(standins, hidden_TD, resolution, y_ND, hits_ran=hits_ran)
+                    return _as(hidden_TD, weight_TK.dtype, resolution.weight_TK)
             resident_E = resident_E.copy()
             resident_E[list(runs.difference(held))] = False  # moved away since: decide again
 
-    def _all_resident(self, hidden_TD: Tensor, ids_TK: Ints, y_ND: Tensor) -> bool:
+    def _all_resident(self, hidden_TD: Tensor, ids_TK: Tensor, ids: Ints, y_ND: Tensor) -> bool:
         """The short way of a layer that misses nothing: whether it could be gone."""
         glance = self.glance()
-        if glance is None or (glance.at_E[ids_TK] < 0).any():
+        if glance is None or (glance.at_E[ids] < 0).any():
             return False
         self._read_ahead()
-        if not self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND) or not self.settle(glance, ids_TK):
+        if not self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND) or not self.settle(glance, ids):
             return False
-        self._step.outcome.count_hits(ids_TK.shape[1])
+        self._step.outcome.count_hits(ids.shape[1])
         return True
 
     @property
@@ -238,20 +267,28 @@ class MoEBlock:
             self._cache.read_ahead(self.layer + 1, self._coming)
             self._coming = ()
 
-    def _answer(self, standins: Standins, hidden_TD: Tensor, resolution: Resolution, y_ND: Tensor) -> None:
-        """Compute every access as it was decided."""
+    def _answer(
+        self,
+        standins: Standins,
+        hidden_TD: Tensor,
+        resolution: Resolution,
+        y_ND: Tensor,
+        *,
+        hits_ran: bool = False,
+    ) -> None:
+        """Compute every access as it was decided; hits, where they ran already, are done."""
         action_TK, expert_TK = resolution.action_TK, resolution.expert_TK
         actions = set(action_TK.ravel().tolist())
         if _OWN in actions:
             standins.answer(self.layer, hidden_TD, np.where(action_TK == _OWN, expert_TK, -1), y_ND)
         if _DROP in actions:
-            y_ND[torch.from_numpy((action_TK == _DROP).reshape(-1))] = 0
-        if actions & _FULL:
-            others_TK = (action_TK == _OWN) | (action_TK == _DROP)
+            y_ND[upload(torch.from_numpy((action_TK == _DROP).reshape(-1).nonzero()[0]), y_ND.device)] = 0
+        if actions & (_NEWLY if hits_ran else _FULL):
+            others_TK = (action_TK == _OWN) | (action_TK == _DROP) | (hits_ran & (action_TK == _HIT))
             # without those that are another row's buddy too, as a replay may have it
             fetched = set(expert_TK[action_TK == _FETCH].tolist()) - set(expert_TK[_RUNS[action_TK]].tolist())
-            accesses = Accesses(np.where(others_TK, -1, expert_TK) if actions - _FULL else expert_TK, hidden_TD.device)
-            self._run_full(hidden_TD, accesses, y_ND, fetched)
+            named_TK = np.where(others_TK, -1, expert_TK) if hits_ran or actions - _FULL else expert_TK
+            self._run_full(hidden_TD, Accesses(named_TK, hidden_TD.device), y_ND, fetched)
 
     def _run_full(self, hidden_TD: Tensor, accesses: Accesses, y_ND: Tensor, fetched: set[int]) -> None:
         """Run the experts themselves: of those whose accesses were counted as fetched some at a peer, while the others
@@ -278,12 +315,12 @@ class MoEBlock:
         """Run experts as the cache lends them."""
         if not experts:
             return
-        rest = dict.fromkeys(experts)
+        rest, compute = dict.fromkeys(experts), self._prompts if protect else self._compute
         try:
             with closing(self._cache.stream(self.layer, experts, protect_residency=protect)) as waves:
                 for leases in waves:
                     self._read_ahead()
-                    self._compute(hidden_TD, accesses, leases, y_ND)
+                    compute(hidden_TD, accesses, leases, y_ND)
                     for lease in leases:
                         del rest[lease.key.expert]
         except CacheError as error:
@@ -298,3 +335,8 @@ class MoEBlock:
             y_ND[rows_R] = 0
             self._step.failed |= dict.fromkeys(tokens_R.tolist(), str(error))
             self._run_here(hidden_TD, accesses, [e for e in rest if e != lost], y_ND, protect=protect)
+
+
+def _as(rows: Tensor, dtype: torch.dtype, values: npt.NDArray[np.float32]) -> Tensor:
+    """The values in that dtype, where `rows` are."""
+    return upload(torch.from_numpy(values).to(dtype), rows.device)

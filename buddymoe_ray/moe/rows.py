@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from buddymoe_ray.device import upload
+
 __all__ = ["Accesses", "Rows"]
 
 Rows = dict[int, tuple[Tensor, Tensor]]
@@ -41,7 +43,7 @@ class Accesses:
         named_N = expert_N[order_N]
         bounds = [0, *(np.flatnonzero(named_N[1:] != named_N[:-1]) + 1).tolist(), len(order_N)] if len(order_N) else [0]
         sizes = [b - a for a, b in pairwise(bounds)]
-        rows_N = torch.from_numpy(order_N).to(self._device)
+        rows_N = upload(torch.from_numpy(order_N), self._device)
         tokens_N = rows_N // self.expert_TK.shape[1]
         named = named_N[bounds[:-1]].tolist()
         return dict(zip(named, zip(rows_N.split(sizes), tokens_N.split(sizes), strict=True), strict=True))

@@ -1,7 +1,7 @@
 """Computes with stand-in records, a whole layer and step at a time.
 
-Low-bit records on a CPU go to the kernel that takes a layer at once, where it knows the experts' arithmetic; all others
-run expert by expert.
+Low-bit records on a CPU, and all on a device apart, go to the kernels that take a layer at once, where these know the
+experts' arithmetic; all others run expert by expert.
 Does not know which accesses a policy gave to stand-ins.
 
 Legend: T tokens, K experts per token, N = T*K accesses, E experts, B bytes of all records, D hidden, R rows of one.
@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.cache import slot_views
+from buddymoe_ray.device import Device
 from buddymoe_ray.errors import ProfileError
 from buddymoe_ray.kernels import (
     ExpertLayer,
     ExpertMath,
     LowbitFormat,
+    TritonExperts,
     lowbit_forward,
     lowrank_forward,
     matrix_at,
@@ -51,13 +53,15 @@ def record_computes(
     maths: Sequence[ExpertMath],
     *,
     threads: int,
-    device: torch.device,
+    device: Device,
     dtype: torch.dtype,
 ) -> list[RecordCompute]:
     """The arithmetic of records of `kind` in each layer, whose experts' own is `maths`, over rows of `dtype`.
 
     Raises ProfileError for an unknown kind, or records that another version packed.
     """
+    if kind in _SIMPLE and device.apart:
+        return [TritonExperts(layout=layout.tensors, fmt=None, math=None)] * len(maths)
     if kind in _SIMPLE:
         return [_OneByOne(_SIMPLE[kind], layout)] * len(maths)
     if not kind.startswith("lowbit"):
@@ -70,9 +74,11 @@ def record_computes(
         raise ProfileError(
             f"{kind} record's {error}, as this version packs. hint: run buddymoe profile again"
         ) from error
-    if device.type == "cpu" and all(ExpertLayer.covers(layout.tensors, fmt, math) for math in maths):
+    if not device.apart and all(ExpertLayer.covers(layout.tensors, fmt, math) for math in maths):
         return [ExpertLayer(layout=layout.tensors, fmt=fmt, math=math, dtype=dtype, threads=threads) for math in maths]
-    if device.type == "cpu":
+    if device.apart and all(TritonExperts.covers(layout.tensors, fmt, math) for math in maths):
+        return [TritonExperts(layout=layout.tensors, fmt=fmt, math=math) for math in maths]
+    if device.torch.type == "cpu":
         prepare_lowbit(fmt, dtype)
     return [_OneByOne(partial(lowbit_forward, fmt=fmt, math=math), layout) for math in maths]
 

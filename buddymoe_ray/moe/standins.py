@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.cache import StandinPool
+from buddymoe_ray.device import upload
 from buddymoe_ray.kernels import ExpertLayer, StandinRecords
 from buddymoe_ray.moe.outcome import ANSWER_STANDINS, STANDIN_KINDS, standin_kind
 from buddymoe_ray.moe.standin_compute import RecordCompute
@@ -59,7 +60,10 @@ class Standins:
         ]
         self._at = {
             kind: [
-                torch.tensor([pool.offset_of[ExpertKey(la, e)] if k == kind else -1 for e, k in enumerate(row)])
+                torch.tensor(
+                    [pool.offset_of[ExpertKey(la, e)] if k == kind else -1 for e, k in enumerate(row)],
+                    device=pool.bytes.device,
+                )
                 for la, row in enumerate(self._kinds)
             ]
             for kind in compute
@@ -102,7 +106,7 @@ class Standins:
         own = self._policy.own if isinstance(self._policy, Ladder) else None
         computes = {kind: self._compute[kind][layer] for kind in self._compute}
         known = {kind: compute for kind, compute in computes.items() if isinstance(compute, ExpertLayer)}
-        if own is None or not known or layer not in self._layers or self.pool.bytes.device.type != "cpu":
+        if own is None or not known or layer not in self._layers:
             return None
         numbers, has_E = {kind: number for number, kind in enumerate(known)}, own.has_LE[layer]
         kinds = [numbers.get(kind, -1) if has_E[e] else -1 for e, kind in enumerate(self._kinds[layer])]
@@ -120,7 +124,7 @@ class Standins:
 
     def answer(self, layer: int, x_TD: Tensor, named_TK: Ints, out_ND: Tensor) -> None:
         """Fill the rows of `out_ND` that a record answers; `named_TK` is negative for all other accesses."""
-        expert_TK = torch.from_numpy(named_TK).to(x_TD.device)
+        expert_TK = upload(torch.from_numpy(named_TK), x_TD.device)
         kinds = {self._kinds[layer][expert] for expert in named_TK.ravel().tolist() if expert >= 0}
         for kind in kinds & self._compute.keys():
             self._compute[kind][layer](x_TD, self.pool.bytes, self._at[kind][layer], expert_TK, out_ND)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.cache import Lease
-from buddymoe_ray.kernels import ExpertLayer
+from buddymoe_ray.device import upload
+from buddymoe_ray.kernels import ExpertLayer, TritonExperts, combine, combine_on_device
 from buddymoe_ray.moe.rows import Accesses
 
-__all__ = ["ExpertCompute", "OneByOne", "OneCall", "WaveCompute"]
+__all__ = ["ExpertCompute", "OnDevice", "OneByOne", "OneCall", "WaveCompute"]
 
 Ints = npt.NDArray[np.int64]
 ExpertCompute = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
@@ -28,23 +29,32 @@ ExpertCompute = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 
 class WaveCompute(Protocol):
-    """The arithmetic of one layer's experts; `kernel` is that of all in one call, if that is how they are computed."""
+    """The arithmetic of one layer's experts; `kernel` is that of all in one call, if that is how they are computed.
+    `beside`: it runs beside the host, which need not know first who is named; `complete`: nor afterwards, as every
+    expert is there for good."""
 
     @property
     def kernel(self) -> ExpertLayer | None: ...
+    @property
+    def beside(self) -> bool: ...
+    @property
+    def complete(self) -> bool: ...
 
     def __call__(self, hidden_TD: Tensor, accesses: Accesses, leases: Sequence[Lease], y_ND: Tensor) -> None:
         """Write the rows of `y_ND` whose expert is leased, before the router weight."""
 
-    def resident(self, hidden_TD: Tensor, ids_TK: Ints, at_E: Ints, y_ND: Tensor) -> bool:
+    def resident(self, hidden_TD: Tensor, ids_TK: Tensor, at_E: Ints, y_ND: Tensor) -> bool:
         """Write all rows of `y_ND` from experts that are where `at_E` says; False, with nothing done, where that cannot
         be."""
+
+    def combine(self, y_TKD: Tensor, weight_TK: Tensor) -> Tensor:
+        """As `kernels.combine`."""
 
 
 class OneByOne:
     """Expert by expert."""
 
-    kernel = None
+    kernel, beside, complete, combine = None, False, False, staticmethod(combine)
 
     def __init__(self, compute: ExpertCompute) -> None:
         self._compute = compute
@@ -55,13 +65,15 @@ class OneByOne:
             rows_R, tokens_R = accesses.rows[lease.key.expert]
             y_ND.index_copy_(0, rows_R, self._compute(hidden_TD.index_select(0, tokens_R), lease.tensors()))
 
-    def resident(self, hidden_TD: Tensor, ids_TK: Ints, at_E: Ints, y_ND: Tensor) -> bool:
+    def resident(self, hidden_TD: Tensor, ids_TK: Tensor, at_E: Ints, y_ND: Tensor) -> bool:
         """Not by address."""
         return False
 
 
 class OneCall:
     """All experts of a wave in one call of the kernel, read where they lie in their slots. CPU only."""
+
+    beside, complete, combine = False, False, staticmethod(combine)
 
     def __init__(self, layer: ExpertLayer, experts: int) -> None:
         self.kernel: ExpertLayer = layer
@@ -75,7 +87,33 @@ class OneCall:
             at[lease.key.expert] = lease.address()
         self.kernel(hidden_TD, None, at_E, torch.from_numpy(accesses.expert_TK), y_ND)
 
-    def resident(self, hidden_TD: Tensor, ids_TK: Ints, at_E: Ints, y_ND: Tensor) -> bool:
+    def resident(self, hidden_TD: Tensor, ids_TK: Tensor, at_E: Ints, y_ND: Tensor) -> bool:
         """See WaveCompute."""
-        self.kernel(hidden_TD, None, torch.from_numpy(at_E), torch.from_numpy(ids_TK), y_ND)
+        self.kernel(hidden_TD, None, torch.from_numpy(at_E), ids_TK, y_ND)
+        return True
+
+
+class OnDevice:
+    """All experts of a decode wave by kernels that find them in a table on the device, which nobody waits for."""
+
+    kernel, beside, combine = None, True, staticmethod(combine_on_device)
+
+    def __init__(self, layer: TritonExperts, experts: int, *, complete: bool) -> None:
+        self._layer, self._experts, self.complete = layer, experts, complete
+        self._known_E, self._table_E = np.full(experts, -1, np.int64), torch.empty(0)
+
+    def __call__(self, hidden_TD: Tensor, accesses: Accesses, leases: Sequence[Lease], y_ND: Tensor) -> None:
+        """See WaveCompute."""
+        at_E = np.full(self._experts, -1, np.int64)
+        for lease in leases:
+            at_E[lease.key.expert] = lease.address()
+        expert_TK = upload(torch.from_numpy(accesses.expert_TK), hidden_TD.device)
+        self.resident(hidden_TD, expert_TK, at_E, y_ND)
+
+    def resident(self, hidden_TD: Tensor, ids_TK: Tensor, at_E: Ints, y_ND: Tensor) -> bool:
+        """See WaveCompute; experts that are not at hand, and others' accesses, are left alone."""
+        if not self._table_E.numel() or not np.array_equal(at_E, self._known_E):
+            self._known_E = at_E.copy()
+            self._table_E = upload(torch.from_numpy(self._known_E), hidden_TD.device)
+        self._layer(hidden_TD, None, self._table_E, ids_TK, y_ND)
         return True

@@ -1,4 +1,4 @@
-"""What this machine has: memory that is really available (cgroup limits included) and the device to use.
+"""What this machine has: memory that is really available, cgroup limits included.
 
 Reads /proc and /sys only. Does not decide anything; `build` and `plan` do.
 """
@@ -12,7 +12,7 @@ import torch
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.errors import ConfigError
 
-__all__ = ["available_memory_bytes", "cgroup_limit_bytes", "pick_device", "refuse_dense_dtype", "torch_dtype"]
+__all__ = ["available_memory_bytes", "cgroup_limit_bytes", "refuse_dense_dtype", "torch_dtype"]
 
 _UNLIMITED = 1 << 60
 
@@ -38,17 +38,6 @@ def cgroup_limit_bytes(root: Path = Path("/")) -> tuple[int | None, int]:
         if limit is not None and limit < _UNLIMITED and (tightest is None or limit < tightest):
             tightest, used = limit, _anonymous(folder / stat_file)
     return tightest, used
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is cuda when there is one, else cpu. Raises ConfigError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise ConfigError(f"device is {name!r}, must be one of {count} CUDA devices or cpu. hint: use device auto")
-    return device
 
 
 def refuse_dense_dtype(config: EngineConfig, device: torch.device) -> None:

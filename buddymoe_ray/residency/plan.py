@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from buddymoe_ray.config import EngineConfig, parse_memory
+from buddymoe_ray.device import open_device
 from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.models.expert_dtype import recoded_tensors
 from buddymoe_ray.models.shape import ModelShape, describe
@@ -23,7 +24,6 @@ from buddymoe_ray.residency.devices import GpuInfo
 from buddymoe_ray.residency.machine import (
     available_memory_bytes,
     cgroup_limit_bytes,
-    pick_device,
     refuse_dense_dtype,
     torch_dtype,
 )
@@ -43,6 +43,8 @@ from buddymoe_ray.residency.tier import plan_memory, scratch_bytes
 from buddymoe_ray.types import ExpertLayout, SlotPlan, plain_shapes
 
 __all__ = ["PROMPT", "Plan", "make_plan", "planned_shape"]
+
+_ON_CPU = ("cpu", "interpret")
 
 PROMPT = 512
 """Tokens of the prompt whose first token is predicted."""
@@ -132,7 +134,7 @@ class Plan:
 
 def planned_shape(config: EngineConfig, folder: Path) -> ModelShape:
     """The checkpoint's, with its experts in the precision that they are served in."""
-    on_cpu = config.device == "cpu" or (config.device == "auto" and pick_device("auto").type == "cpu")
+    on_cpu = config.device in _ON_CPU or (config.device == "auto" and open_device("auto").torch.type == "cpu")
     found = describe(folder, dtype=torch_dtype(config.dtype), dense_dtype=config.dense_dtype, on_cpu=on_cpu)
     return _served(found, config.expert_dtype)
 
@@ -154,11 +156,11 @@ def make_plan(
             "hint: leave it out"
         )
     places = _places(config, gpus)
-    layout, device = _layout(shape), torch.device(places[0].device)
-    compute, as_stored = getattr(torch, shape.compute_dtype), device.type == "cpu" and shape.as_stored
+    layout, apart = _layout(shape), config.device == "interpret" or places[0].device != "cpu"
+    compute, as_stored = getattr(torch, shape.compute_dtype), not apart and shape.as_stored
     scratch = scratch_bytes(layout, compute, as_stored=as_stored)
     planned = config if shape.has_weights else config.exactly()  # no weights, nothing to bind a profile to
-    slots, setup, _ = plan_memory(planned, layout, folder=folder, device=device, scratch=scratch)
+    slots, setup, _ = plan_memory(planned, layout, folder=folder, apart=apart, scratch=scratch)
     length = min(config.max_model_len or shape.max_positions, shape.max_positions)
     devices, prefill = tuple(_device(config, shape, length, slots, p) for p in places), _prefill(config, shape, slots)
     host = parse_memory(config.host_memory, total_expert_bytes=shape.total_expert_bytes)
@@ -262,7 +264,7 @@ def _served(shape: ModelShape, expert_dtype: str) -> ModelShape:
 
 
 def _places(config: EngineConfig, gpus: Sequence[GpuInfo]) -> list[_Place]:
-    if config.device == "cpu" or (config.device == "auto" and not gpus):
+    if config.device in _ON_CPU or (config.device == "auto" and not gpus):
         free = available_memory_bytes()
         speed = GUESSED_DISK
         cpu = _Place(

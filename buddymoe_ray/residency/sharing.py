@@ -29,6 +29,7 @@ from buddymoe_ray.cache.shared import (
     store_path,
     sweep,
 )
+from buddymoe_ray.device import Device
 from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.policy import split_slots
 from buddymoe_ray.residency.machine import available_memory_bytes
@@ -121,6 +122,7 @@ def open_host(
     layout: ExpertLayout,
     host_bytes: int,
     reader: DiskReader,
+    device: Device,
     progress: Callable[..., Iterable[Any]],
 ) -> SharedHostTier:
     """The node's one host tier below its GPUs, of every worker's `host_bytes` together. Raises as `open_store`."""
@@ -132,7 +134,7 @@ def open_host(
         overhead_bytes=0,
         workers=sharing.workers,
     )
-    return SharedHostTier(_attach(sharing, spec_of(sharing, layout, plan), progress), reader=reader, pinned=True)
+    return SharedHostTier(_attach(sharing, spec_of(sharing, layout, plan), progress), reader=reader, device=device)
 
 
 def _attach(sharing: Sharing, spec: StoreSpec, progress: Callable[..., Iterable[Any]]) -> SharedStore:

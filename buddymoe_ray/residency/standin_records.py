@@ -14,6 +14,7 @@ from torch import Tensor
 from buddymoe_ray.cache import DiskReader, EngineCache, StandinPool, largest_read
 from buddymoe_ray.cache.shared import Room
 from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.device import Device, open_device
 from buddymoe_ray.kernels import ExpertMath
 from buddymoe_ray.models.expert_math import expert_math
 from buddymoe_ray.models.load import LoadedModel
@@ -52,15 +53,17 @@ def bring_standins(
 ) -> LateStandins:
     """Those of a profile that was made meanwhile, in the memory that the cache's plan reserves. From any thread; the
     cache is not touched. Raises ProfileError, BudgetError, CacheError."""
-    reserved = cache.plan.reserved_bytes
+    reserved, device = cache.plan.reserved_bytes, open_device(config.device)
     staging = plan_staging(
         largest_read=largest_read(cache.layout), budget_bytes=reserved, depth=1, share=_STAGING_SHARE
     )
     plan = replace(cache.plan, reserved_bytes=reserved - staging.nbytes)
     setup = prepare_within(config, folder=loaded.folder, path=path, layout=cache.layout, plan=plan)
     maths = [expert_math(module, loaded.layout) for module in loaded.experts]
-    room, pool = load_records(setup, loaded, staging, sharing if loaded.device.type == "cpu" else None)
-    return LateStandins(setup=setup, standins=open_standins(setup, loaded, maths, pool, config.threads), room=room)
+    room, pool = load_records(setup, loaded, staging, None if device.apart else sharing)
+    return LateStandins(
+        setup=setup, standins=open_standins(setup, loaded, maths, pool, device, config.threads), room=room
+    )
 
 
 def load_records(
@@ -87,7 +90,7 @@ def load_records(
 
 
 def open_standins(
-    setup: StandinSetup, loaded: LoadedModel, maths: list[ExpertMath], pool: StandinPool, threads: int
+    setup: StandinSetup, loaded: LoadedModel, maths: list[ExpertMath], pool: StandinPool, device: Device, threads: int
 ) -> Standins:
     """What answers with the records of the pool."""
     return Standins(
@@ -95,7 +98,7 @@ def open_standins(
         pool=pool,
         compute={
             kind: record_computes(
-                kind, setup.layouts[kind], maths, threads=threads, device=loaded.device, dtype=loaded.compute_dtype
+                kind, setup.layouts[kind], maths, threads=threads, device=device, dtype=loaded.compute_dtype
             )
             for kind in sorted(set(setup.kind_of.values()))
         },

@@ -17,17 +17,11 @@ import torch
 from buddymoe_ray.cache import READ_ON_THE_SPOT, DiskReader, EngineCache, ExpertCache, StandinPool, largest_read
 from buddymoe_ray.cache.shared import Room
 from buddymoe_ray.config import EngineConfig, parse_memory
+from buddymoe_ray.device import Device, open_device
 from buddymoe_ray.errors import ProfileError
 from buddymoe_ray.kernels import (
-    ExpertLayer,
     ExpertMath,
-    LowbitFormat,
     UpcastScratch,
-    coded_forward,
-    combine_kernel,
-    expert_forward,
-    lowbit_forward,
-    prepare_lowbit,
 )
 from buddymoe_ray.models.expert_dtype import format_of, recoded_layout
 from buddymoe_ray.models.expert_math import expert_math, read_as_stored
@@ -38,15 +32,13 @@ from buddymoe_ray.moe import (
     ExpertCompute,
     FirstLayer,
     MoEBlock,
-    OneByOne,
-    OneCall,
     ReadAhead,
     Standins,
     StepState,
-    WaveCompute,
 )
 from buddymoe_ray.observe import progress
 from buddymoe_ray.policy import MIN_SLOTS, Staging, plan_staging, split_slots
+from buddymoe_ray.residency.arithmetic import expert_computes, layer_waves, stored_dtype, stored_shapes
 from buddymoe_ray.residency.calibrations import CalibrationFolder, calibrates, reserved_bytes
 from buddymoe_ray.residency.sharing import Sharing, open_host, open_store
 from buddymoe_ray.residency.standin_records import load_records, open_standins
@@ -84,6 +76,7 @@ class ExpertTier:
     `new_compute` makes the experts' arithmetic once more, for another thread.
     """
 
+    device: Device
     cache: EngineCache
     setup: StandinSetup | None
     standin_bytes: int
@@ -100,33 +93,33 @@ class ExpertTier:
 
 
 def open_experts(
-    config: EngineConfig, loaded: LoadedModel, step: StepState, sharing: Sharing | None = None
+    config: EngineConfig, loaded: LoadedModel, step: StepState, device: Device, sharing: Sharing | None = None
 ) -> ExpertTier:
     """Open the cache, load stand-ins and attach a block to every MoE layer.
 
-    With `sharing`, slots and records are the node's: its workers' budgets together, one copy of everything. On a GPU
-    that is the host tier.
+    With `sharing`, slots and records are the node's: its workers' budgets together, one copy of everything. On a device
+    apart that is the host tier.
     Raises BudgetError, ProfileError, ConfigError, CacheError; nothing stays open then.
     """
     maths = [expert_math(module, loaded.layout) for module in loaded.experts]
     loaded = _recoded(config, loaded, maths)
-    packed, on_cpu = format_of(config.expert_dtype), loaded.device.type == "cpu"
-    node = sharing if on_cpu else None  # a GPU's slots are its own; it shares the tier below
-    plan, setup, staging = _planned(config, loaded, maths, node)
-    cache = _open_cache(config, loaded, plan, staging, sharing, setup)
+    packed = format_of(config.expert_dtype)
+    node = None if device.apart else sharing  # slots apart are an engine's own; it shares the tier below
+    plan, setup, staging = _planned(config, loaded, maths, node, apart=device.apart)
+    cache = _open_cache(config, loaded.layout, plan, staging, device, sharing, setup)
     room = None
     try:
         cache.warm(progress=progress)
         pool = None
         if setup is not None:
             room, pool = load_records(setup, loaded, staging, node)
-        standins = None if setup is None or pool is None else open_standins(setup, loaded, maths, pool, config.threads)
-        ahead = _read_ahead(config, loaded, cache, stands_in=standins is not None)
-        waves = _waves(loaded, maths, packed, config.threads)
-        blocks = tuple(
-            MoEBlock(layer=layer, cache=cache, compute=compute, step=step, standins=standins, ahead=ahead)
-            for layer, compute in enumerate(waves)
+        standins = (
+            None if setup is None or pool is None else open_standins(setup, loaded, maths, pool, device, config.threads)
         )
+        ahead = _read_ahead(config, loaded, cache, apart=device.apart, stands_in=standins is not None)
+        waves = layer_waves(loaded, maths, packed, config.threads, device, complete=plan.fully_resident)
+        block = partial(MoEBlock, cache=cache, step=step, standins=standins, ahead=ahead)
+        blocks = tuple(block(layer=layer, compute=compute, prompts=p) for layer, (compute, p) in enumerate(waves))
         attach(loaded.experts, lambda layer, _module: blocks[layer])
     except BaseException:
         cache.close()
@@ -142,13 +135,14 @@ def open_experts(
             into=step.scores,
         )
     return ExpertTier(
+        device=device,
         cache=cache,
         setup=setup,
         standin_bytes=0 if standins is None else standins.pool.nbytes,
         room=room,
         blocks=blocks,
         ahead=ahead,
-        new_compute=lambda: _computes(loaded, maths, packed),
+        new_compute=lambda: expert_computes(loaded, maths, packed),
     )
 
 
@@ -159,6 +153,7 @@ class PlannedStandins:
     setup: StandinSetup
     staging: Staging
     maths: list[ExpertMath]
+    device: Device
     threads: int
 
     @property
@@ -169,28 +164,28 @@ class PlannedStandins:
     def open(self, loaded: LoadedModel) -> Standins:
         """Load the records."""
         _, pool = load_records(self.setup, loaded, self.staging, None)
-        return open_standins(self.setup, loaded, self.maths, pool, self.threads)
+        return open_standins(self.setup, loaded, self.maths, pool, self.device, self.threads)
 
 
 def plan_standins(config: EngineConfig, loaded: LoadedModel, maths: list[ExpertMath]) -> PlannedStandins:
     """Of an engine of `config`, which is not exact, beside a model of its dtypes that is open already. Raises
     BudgetError, ProfileError."""
-    _, setup, staging = _planned(config, loaded, maths, None)
+    device = open_device(config.device)
+    _, setup, staging = _planned(config, loaded, maths, None, apart=device.apart)
     assert setup is not None, f"mode is {config.mode}, must be one with stand-ins and a profile"
-    return PlannedStandins(setup=setup, staging=staging, maths=maths, threads=config.threads)
+    return PlannedStandins(setup=setup, staging=staging, maths=maths, device=device, threads=config.threads)
 
 
 def _planned(
-    config: EngineConfig, loaded: LoadedModel, maths: list[ExpertMath], node: Sharing | None
+    config: EngineConfig, loaded: LoadedModel, maths: list[ExpertMath], node: Sharing | None, *, apart: bool
 ) -> tuple[SlotPlan, StandinSetup | None, Staging]:
     """The memory plan of an engine over this model."""
-    packed, on_cpu = format_of(config.expert_dtype), loaded.device.type == "cpu"
-    as_stored = on_cpu and packed is None and read_as_stored(maths, loaded.layout)
+    as_stored = not apart and format_of(config.expert_dtype) is None and read_as_stored(maths, loaded.layout)
     return plan_memory(
         config,
         loaded.layout,
         folder=loaded.folder,
-        device=loaded.device,
+        apart=apart,
         scratch=scratch_bytes(loaded.layout, loaded.compute_dtype, as_stored=as_stored),
         node=node,
     )
@@ -201,7 +196,7 @@ def plan_memory(
     layout: ExpertLayout,
     *,
     folder: Path,
-    device: torch.device,
+    apart: bool,
     scratch: int,
     node: Sharing | None = None,
 ) -> tuple[SlotPlan, StandinSetup | None, Staging]:
@@ -214,7 +209,7 @@ def plan_memory(
     staging = plan_staging(largest_read=largest_read(layout), budget_bytes=budget, share=STAGING_SHARE[config.mode])
     if node is not None and node.linked:
         scratch *= 2  # peers are answered beside the engine's own steps
-    overhead = workers * (scratch + (staging.nbytes if device.type == "cpu" else 0))
+    overhead = workers * (scratch + (0 if apart else staging.nbytes))
     budgets = NodeBudget(
         budget_bytes=workers * budget,
         overhead_bytes=overhead,
@@ -231,18 +226,18 @@ def plan_memory(
         CalibrationFolder(path.parent).discard()
         setup = None
     if setup is None:
-        return _exact_plan(layout, budgets, _reserved(config, layout, budgets, device)), None, staging
+        return _exact_plan(layout, budgets, _reserved(config, layout, budgets, apart=apart)), None, staging
     return setup.plan, setup, staging
 
 
 def scratch_bytes(layout: ExpertLayout, compute: torch.dtype, *, as_stored: bool) -> int:
     """Bytes of the upcast scratch, which count against the expert budget; packed experts need none, nor do those that
     kernels read `as_stored`."""
-    if as_stored or (_stored(layout) == torch.uint8 and not layout.coded):
+    if as_stored or (stored_dtype(layout) == torch.uint8 and not layout.coded):
         return 0
     if layout.coded:  # decoded to float32 one matrix at a time, by way of others as large
         return max(12 * matrix.N * matrix.K for matrix in layout.coded)
-    return UpcastScratch.nbytes_for(_shapes(layout), stored=_stored(layout), compute=compute)
+    return UpcastScratch.nbytes_for(stored_shapes(layout), stored=stored_dtype(layout), compute=compute)
 
 
 def _exact_plan(layout: ExpertLayout, node: NodeBudget, reserved: int = 0) -> SlotPlan:
@@ -257,12 +252,12 @@ def _exact_plan(layout: ExpertLayout, node: NodeBudget, reserved: int = 0) -> Sl
     return plan if plan.fully_resident else replace(plan, reserved_bytes=reserved)
 
 
-def _reserved(config: EngineConfig, layout: ExpertLayout, node: NodeBudget, device: torch.device) -> int:
+def _reserved(config: EngineConfig, layout: ExpertLayout, node: NodeBudget, *, apart: bool) -> int:
     """What is set aside for stand-ins that are still to be made; 0 where none will be."""
     if not calibrates(config):
         return 0
     room = node.budget_bytes - node.overhead_bytes - MIN_SLOTS * node.workers * layout.slot_bytes
-    reserved = reserved_bytes(config, layout, room=room, on_cpu=device.type == "cpu")
+    reserved = reserved_bytes(config, layout, room=room, on_cpu=not apart)
     if not reserved:
         log.warning("memory is too little for stand-ins of all experts: none are made. hint: raise --memory")
         serve_without(config)
@@ -271,26 +266,25 @@ def _reserved(config: EngineConfig, layout: ExpertLayout, node: NodeBudget, devi
 
 def _open_cache(
     config: EngineConfig,
-    loaded: LoadedModel,
+    layout: ExpertLayout,
     plan: SlotPlan,
     staging: Staging,
+    device: Device,
     sharing: Sharing | None,
     setup: StandinSetup | None,
 ) -> EngineCache:
-    layout = loaded.layout
     reader = DiskReader(depth=staging.depth, buffer_bytes=staging.buffer_bytes)
-    on_gpu = loaded.device.type != "cpu"
-    if sharing is not None and not on_gpu:
+    if sharing is not None and not device.apart:
         return open_store(sharing, layout, setup, plan, reader, progress)
     host_bytes = parse_memory(config.host_memory, total_expert_bytes=layout.total_bytes)
     host = None
     if sharing is not None and host_bytes:
-        host = open_host(sharing, layout, host_bytes, reader, progress)
+        host = open_host(sharing, layout, host_bytes, reader, device, progress)
     return ExpertCache(
         layout,
         plan,
         reader=reader,
-        device=loaded.device,
+        device=device,
         host_slots=host_bytes // layout.slot_bytes,
         host=host,
     )
@@ -308,10 +302,12 @@ def _recoded(config: EngineConfig, loaded: LoadedModel, maths: list[ExpertMath])
     return replace(loaded, layout=layout)
 
 
-def _read_ahead(config: EngineConfig, loaded: LoadedModel, cache: EngineCache, *, stands_in: bool) -> ReadAhead | None:
+def _read_ahead(
+    config: EngineConfig, loaded: LoadedModel, cache: EngineCache, *, apart: bool, stands_in: bool
+) -> ReadAhead | None:
     """What reads the next layer's experts ahead; None where that cannot be, or nothing is to be hidden."""
     plan, layout = cache.plan, loaded.layout
-    if config.read_ahead == "off" or loaded.device.type != "cpu" or plan.fully_resident or plan.pinned:
+    if config.read_ahead == "off" or apart or plan.fully_resident or plan.pinned:
         return None
     if layout.expert_bytes <= READ_ON_THE_SPOT:
         return None
@@ -325,59 +321,3 @@ def _read_ahead(config: EngineConfig, loaded: LoadedModel, cache: EngineCache, *
         embeds = embedded(loaded.model, loaded.experts[0])
         first = FirstLayer(loaded.vocab_size, loaded.experts_per_token, choices[0], embeds)
     return ReadAhead(cache, choices, experts_per_token=loaded.experts_per_token, first=first)
-
-
-def _waves(
-    loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None, threads: int
-) -> list[WaveCompute]:
-    """The arithmetic of every layer's waves: on a CPU in one call where the kernels know it, else one after the
-    other."""
-    if loaded.device.type == "cpu":
-        combine_kernel()  # now, and not in the first step
-    layers, counts = _layers(loaded, maths, packed, threads), loaded.layout.experts_per_layer
-    if layers is not None:
-        return [OneCall(layer, experts) for layer, experts in zip(layers, counts, strict=True)]
-    return [OneByOne(compute) for compute in _by_expert(loaded, maths, packed)]
-
-
-def _computes(loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None) -> list[ExpertCompute]:
-    """The arithmetic of every layer's experts, for one thread: all layers share one scratch."""
-    layers = _layers(loaded, maths, packed, 1)
-    return _by_expert(loaded, maths, packed) if layers is None else [layer.expert for layer in layers]
-
-
-def _layers(
-    loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None, threads: int
-) -> list[ExpertLayer] | None:
-    """Every layer's experts in machine code, made here and not in the first step; None where that does not know what
-    they compute."""
-    stored, coded = loaded.layout.tensors, loaded.layout.coded
-    if loaded.device.type != "cpu" or not all(ExpertLayer.covers(stored, packed, math, coded) for math in maths):
-        return None
-    made = partial(ExpertLayer, layout=stored, fmt=packed, dtype=loaded.compute_dtype, threads=threads, coded=coded)
-    return [made(math=math) for math in maths]
-
-
-def _by_expert(loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None) -> list[ExpertCompute]:
-    """Packed experts, quantised ones, or plain ones widened to the compute dtype one matrix at a time."""
-    if packed is not None:
-        if loaded.device.type == "cpu":
-            prepare_lowbit(packed, loaded.compute_dtype)
-        return [partial(lowbit_forward, fmt=packed, math=math) for math in maths]
-    if loaded.layout.coded:
-        return [partial(coded_forward, coded=loaded.layout.coded, math=math) for math in maths]
-    shapes, stored = _shapes(loaded.layout), _stored(loaded.layout)
-    scratch = UpcastScratch(shapes, stored=stored, compute=loaded.compute_dtype, device=loaded.device)
-
-    def widened(math: ExpertMath) -> ExpertCompute:
-        return lambda x_RD, tensors: expert_forward(x_RD, scratch.widen(tensors), math)
-
-    return list(map(widened, maths))
-
-
-def _shapes(layout: ExpertLayout) -> dict[str, tuple[int, ...]]:
-    return {tensor.name: tensor.shape for tensor in layout.tensors}
-
-
-def _stored(layout: ExpertLayout) -> torch.dtype:
-    return getattr(torch, layout.tensors[0].dtype)

@@ -79,9 +79,9 @@ class WorkerReplica(Worker):
 
 
 def _cuda_is_here() -> bool:
-    from buddymoe_ray.residency.machine import pick_device
+    from buddymoe_ray.device import open_device
 
-    return pick_device("auto").type == "cuda"
+    return open_device("auto").torch.type == "cuda"
 
 
 def _node_memory(args: ServeArgs, *, service: str, secret: str, most_workers: int) -> NodeMemory:

@@ -17,6 +17,7 @@ from experts_on_disk import expert_bytes_of, make_layout
 
 from buddymoe_ray.cache import DiskReader, ExpertCache
 from buddymoe_ray.cache.disk import Bytes, ReadTicket
+from buddymoe_ray.device import open_device
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.policy import split_slots
 from buddymoe_ray.types import ExpertLayout, ExpertPiece
@@ -54,7 +55,8 @@ def open_cache(layout: ExpertLayout, slots: int, *, reader: DiskReader, host_slo
         experts_per_layer=layout.experts_per_layer,
         overhead_bytes=0,
     )
-    return ExpertCache(layout, plan, reader=reader, host_slots=host_slots)
+    device = open_device("interpret" if host_slots >= 4 else "cpu")  # with the copies of a GPU
+    return ExpertCache(layout, plan, reader=reader, device=device, host_slots=host_slots)
 
 
 def lend_all(cache: ExpertCache, truth: dict, layer: int, experts: list[int]) -> None:  # type: ignore[type-arg]

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 from experts_on_disk import expert_bytes_of, make_layout
 
 from buddymoe_ray.cache import DiskReader, ExpertCache
 from buddymoe_ray.cache.host import HostTier
+from buddymoe_ray.cache.host_copies import HostCopies
+from buddymoe_ray.cache.pool import SlotPool
+from buddymoe_ray.device import Copy, open_device
+from buddymoe_ray.device import host as twin
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.policy import split_slots
 from buddymoe_ray.types import ExpertKey
@@ -21,7 +27,7 @@ A, B, C = (ExpertKey(0, expert) for expert in range(3))
 def opened(tmp_path: Path):
     layout, truth = make_layout(tmp_path)
     reader = DiskReader(depth=2, buffer_bytes=8192)
-    yield HostTier(layout, slots=2, reader=reader, pinned=False), truth, reader
+    yield HostTier(layout, slots=2, reader=reader, device=open_device("cpu")), truth, reader
     reader.close()
 
 
@@ -137,3 +143,28 @@ def test_no_more_host_slots_than_experts_are_allocated(tmp_path: Path) -> None:
     )
     with ExpertCache(layout, plan, reader=DiskReader(buffer_bytes=8192), host_slots=10**4) as cache:
         assert cache._host is not None and cache._host.pool.count == 18
+
+
+def test_a_host_slot_is_given_back_once_its_copy_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that computes beside the host nobody waits for a copy, so its source must not be overwritten."""
+
+    class Beside(twin.Host):
+        def admit(self, copy: Copy) -> None:
+            """As on a GPU: only what is computed waits."""
+
+    may_go, moved = threading.Event(), twin._move
+    monkeypatch.setattr(twin, "_move", lambda *args: (may_go.wait(10), moved(*args)))
+    layout, _ = make_layout(tmp_path, experts_per_layer=(2,))
+    reader = DiskReader(buffer_bytes=8192)
+    host = HostTier(layout, slots=1, reader=reader, device=open_device("cpu"))
+    pool = SlotPool(layout, 1, torch.device("cpu"))
+    copies = HostCopies(host, pool, Beside(apart=True))
+    fetched = host.fetch(ExpertKey(0, 0))
+    assert fetched is not None
+    fetched[1].wait()
+    copies.admit(ExpertKey(0, 0), copies.begin(0, fetched[0]))
+    assert host.fetch(ExpertKey(0, 1)) is None and not copies.release()
+    may_go.set()
+    assert copies.release(wait=True) and host.fetch(ExpertKey(0, 1)) is not None
+    assert bytes(pool.bytes_C[0].numpy()) != bytes(layout.slot_bytes)
+    reader.close()

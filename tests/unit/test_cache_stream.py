@@ -10,6 +10,7 @@ import pytest
 from experts_on_disk import expert_bytes_of, make_layout
 
 from buddymoe_ray.cache import DiskReader, ExpertCache
+from buddymoe_ray.device import open_device
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.policy import split_slots
 from buddymoe_ray.types import ExpertKey, ExpertLayout
@@ -24,7 +25,8 @@ def open_cache(layout: ExpertLayout, slots: int, *, host_slots: int = 0, direct:
         overhead_bytes=0,
     )
     reader = DiskReader(depth=4, buffer_bytes=8192, direct=direct)
-    return ExpertCache(layout, plan, reader=reader, host_slots=host_slots)
+    device = open_device("interpret" if host_slots >= 4 else "cpu")  # with the copies of a GPU
+    return ExpertCache(layout, plan, reader=reader, device=device, host_slots=host_slots)
 
 
 def access(

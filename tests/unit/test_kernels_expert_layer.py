@@ -8,6 +8,7 @@ from lowbit_records import Shapes, gelu_gate, gpt_oss_gate, random_records, relu
 from torch import Tensor
 from torch.nn import functional
 
+from buddymoe_ray.device import open_device
 from buddymoe_ray.errors import ProfileError
 from buddymoe_ray.kernels import (
     ExpertLayer,
@@ -40,7 +41,7 @@ def any_layer_of(fmt: LowbitFormat, math: ExpertMath, shapes: Shapes) -> RecordC
         tensors=tensors, slot_bytes=nbytes, expert_bytes=nbytes, layers=1, experts_per_layer=(E,), pieces={}
     )
     (made,) = record_computes(
-        f"lowbit{fmt.bits}", layout, [math], threads=1, device=torch.device("cpu"), dtype=torch.float32
+        f"lowbit{fmt.bits}", layout, [math], threads=1, device=open_device("cpu"), dtype=torch.float32
     )
     return made
 
@@ -127,7 +128,7 @@ def test_records_that_another_version_packed_are_refused() -> None:
         SlotTensor(name="gate_up_proj.base", shape=(1,), dtype="float32", offset=3136, nbytes=4),
     )
     layout = ExpertLayout(tensors=old, slot_bytes=3200, expert_bytes=3200, layers=1, experts_per_layer=(E,), pieces={})
-    how = {"threads": 1, "device": torch.device("cpu"), "dtype": torch.float32}
+    how = {"threads": 1, "device": open_device("cpu"), "dtype": torch.float32}
     with pytest.raises(ProfileError, match=r"lowbit3 .*gate_up_proj.sizes is None, must be .* hint: run buddymoe prof"):
         record_computes("lowbit3", layout, [SILU], **how)
 

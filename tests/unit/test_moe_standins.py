@@ -15,6 +15,7 @@ from experts_on_disk import make_layout
 from torch import Tensor
 
 from buddymoe_ray.cache import DiskReader, ExpertCache, StandinPool
+from buddymoe_ray.device import open_device
 from buddymoe_ray.kernels import ExpertMath, UpcastScratch, combine, expert_forward
 from buddymoe_ray.moe import MoEBlock, OneByOne, Overlay, Phase, Standins, StepState, StepTerms, record_computes
 from buddymoe_ray.policy import Action, Misses, Reason, Resolution, RowBudgets
@@ -22,7 +23,7 @@ from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotPlan, S
 
 D, E, K, LAYER = 20, 6, 3, 1
 MATH = ExpertMath(activate=torch.relu)
-HOW: dict[str, Any] = {"threads": 1, "device": torch.device("cpu"), "dtype": torch.float32}
+HOW: dict[str, Any] = {"threads": 1, "device": open_device("cpu"), "dtype": torch.float32}
 PINNED = ((0, 1), (0, 1), (0, 1))
 
 

@@ -32,6 +32,7 @@ from buddymoe_ray.cache.shared import (
 )
 from buddymoe_ray.cache.shared.store import store_path
 from buddymoe_ray.cache.shared.tables import LOADING, SharedTables
+from buddymoe_ray.device import open_device
 from buddymoe_ray.errors import BudgetError, CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
@@ -516,7 +517,7 @@ def test_a_room_is_filled_once(tmp_path: Path) -> None:
 def host_cache(node: Node) -> ExpertCache:
     """Two device slots a layer of its own over the node's host tier: a GPU worker, with the CPU as its device."""
     reader = DiskReader(depth=2, buffer_bytes=16384)
-    host = SharedHostTier(node.store(), reader=reader, pinned=False)
+    host = SharedHostTier(node.store(), reader=reader, device=open_device("cpu"))
     plan = make_plan(node.layout, layer_slots=2, waves=2)
     return ExpertCache(node.layout, plan, reader=reader, host=host)
 

@@ -1,8 +1,8 @@
 """The host tier over a shared store: what lies between the disk and a GPU, one copy for all workers of a node.
 
 The twin of `cache.host.HostTier`: an expert that any worker read is a copy over PCIe for all, and two that miss the
-same one read it once. With `pinned` the whole file is registered with CUDA, so that copies are plain DMA. Does not know
-the device. Invariant: a slot is leased from `fetch` to `release`, so nobody overwrites what is being copied.
+same one read it once. The device reads the whole file without help. Invariant: a slot is leased from `fetch` to
+`release`, so nobody overwrites what is being copied.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from buddymoe_ray.cache.disk import DiskReader, ReadTicket, Ticket
 from buddymoe_ray.cache.host import ReadLost
 from buddymoe_ray.cache.shared.store import SharedStore
 from buddymoe_ray.cache.shared.tables import READY
-from buddymoe_ray.errors import BudgetError, CacheError
+from buddymoe_ray.device import Device
+from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey
 
 __all__ = ["SharedHostTier"]
@@ -35,16 +36,15 @@ class _HostPool:
 class SharedHostTier:
     """`store` belongs to this object; reads go through `reader`, which is its owner's."""
 
-    def __init__(self, store: SharedStore, *, reader: DiskReader, pinned: bool) -> None:
+    def __init__(self, store: SharedStore, *, reader: DiskReader, device: Device) -> None:
         self._store, self._reader, self._tables = store, reader, store.tables
         self.pool = _HostPool(torch.from_numpy(store.bytes_C))
         self._slots: dict[ExpertKey, list[int]] = {}
         self._reading: list[_Read] = []
         self._nothing_kept = np.zeros(store.shape.slots, dtype=bool)
-        self._pinned = pinned
         self.hits = self.misses = 0
-        if pinned:
-            _register(self.pool.bytes_C)
+        self._device: Device | None = device
+        device.pin(self.pool.bytes_C)
 
     def fetch(self, key: ExpertKey) -> tuple[int, Ticket] | None:
         """A slot that holds the expert once the ticket is done, leased until `release`; None when all are in use."""
@@ -88,9 +88,9 @@ class SharedHostTier:
 
     def close(self) -> None:
         """Let go of the store. Safe to call twice."""
-        if self._pinned:
-            self._pinned = False
-            torch.cuda.cudart().cudaHostUnregister(self.pool.bytes_C.data_ptr())
+        if self._device is not None:
+            self._device.unpin(self.pool.bytes_C)
+            self._device = None
         self._store.close()
 
     def _poll(self) -> None:
@@ -175,13 +175,3 @@ class _Awaited:
     def _arrived(self) -> bool | None:
         with self.store.tables.locked():
             return self.store.tables.arrived(self.slot)
-
-
-def _register(memory: Tensor) -> None:
-    """Pin the file's pages for CUDA. Raises BudgetError where the system allows no more locked memory."""
-    code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
-    if code != 0:
-        raise BudgetError(
-            f"CUDA refused to pin {memory.numel()} bytes of host memory (error {code}), must be allowed to. "
-            "hint: lower --host-memory, or raise the locked-memory limit (ulimit -l)"
-        )

@@ -1,0 +1,116 @@
+"""The CUDA half: a GPU's memory, its copy engine, host memory registered with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from buddymoe_ray.device.interface import Copy
+from buddymoe_ray.errors import BudgetError
+
+__all__ = ["Gpu", "current", "download", "gpu_count", "upload"]
+
+
+def gpu_count() -> int:
+    """GPUs that torch can use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def current(where: torch.device) -> AbstractContextManager[object]:
+    """While it lasts, kernels that this thread launches run there."""
+    return torch.cuda.device(where) if where.type == "cuda" else nullcontext()
+
+
+def upload(host: Tensor, where: torch.device) -> Tensor:
+    """The tensor there, for what is computed from now on; nobody waits for the copy. On the CPU it is itself."""
+    return (host.pin_memory() if where.type == "cuda" else host).to(where, non_blocking=True)
+
+
+def download(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to bring to the host what was computed so far; who calls the answer waits for that alone, and not for what
+    is computed since."""
+    if tensor.device.type != "cuda":
+        here = tensor.cpu()
+        return lambda: here
+    stream, arrived = _downloads(tensor.device), torch.cuda.Event()
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    with torch.cuda.stream(stream):
+        here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        here.copy_(tensor, non_blocking=True)
+        arrived.record(stream)
+    tensor.record_stream(stream)
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return here
+
+    return wait
+
+
+@cache
+def _downloads(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@dataclass(frozen=True)
+class _Event:
+    event: torch.cuda.Event
+
+    def done(self) -> bool:
+        return self.event.query()
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+class Gpu:
+    """Copies run on a stream of their own, beside what is computed on torch's current one."""
+
+    apart = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.torch = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self._copies: torch.cuda.Stream | None = None
+
+    @property
+    def name(self) -> str:
+        """As the driver tells it."""
+        return torch.cuda.get_device_name(self.torch)
+
+    def free_bytes(self) -> int | None:
+        """See Device; what torch's allocator keeps is not free."""
+        return int(torch.cuda.mem_get_info(self.torch)[0])
+
+    def pin(self, memory: Tensor) -> None:
+        """See Device."""
+        code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+        if code != 0:
+            raise BudgetError(
+                f"CUDA refused to pin {memory.numel()} bytes of host memory (error {code}), must be allowed to. "
+                "hint: lower --host-memory, or raise the locked-memory limit (ulimit -l)"
+            )
+
+    def unpin(self, memory: Tensor) -> None:
+        """See Device."""
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+    def copy(self, target: Tensor, source: Tensor) -> Copy:
+        """See Device; of pageable memory the host's share is done at once."""
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(self.torch)
+        copied = torch.cuda.Event()
+        self._copies.wait_stream(torch.cuda.current_stream(self.torch))
+        with torch.cuda.stream(self._copies):
+            target.copy_(source, non_blocking=True)
+            copied.record(self._copies)
+        return _Event(copied)
+
+    def admit(self, copy: Copy) -> None:
+        """See Device."""
+        assert isinstance(copy, _Event), f"copy is {copy}, must be this device's"
+        torch.cuda.current_stream(self.torch).wait_event(copy.event)

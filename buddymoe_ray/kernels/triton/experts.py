@@ -1,0 +1,147 @@
+"""A layer's experts on a GPU, or in Triton's interpreter on a CPU: the twin of `expert_layer.ExpertLayer`.
+
+Sizes, formats and launches; imports triton at the first call. Every access is computed by itself, so an output's bits
+depend on its row and its expert alone, at every number of rows. Nothing here waits for the device.
+
+Legend: T tokens, K experts per token, N = T*K accesses, E experts, B bytes, D hidden, F ffn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from buddymoe_ray.device import current
+from buddymoe_ray.kernels.cpu import activation_of
+from buddymoe_ray.kernels.lowbit_format import LowbitFormat, matrix_at
+from buddymoe_ray.kernels.reference import ExpertMath
+from buddymoe_ray.kernels.triton.forms import WEIGHTS, Form, Use, power_of_two
+from buddymoe_ray.types import CodedMatrix, SlotTensor
+
+__all__ = ["OPTIONS", "TritonExperts", "combine_on_device"]
+
+_INTERPRETED = 256  # outputs of a program: what it costs there is the number of programs
+_COMPILED = 1  # as few as fill its threads
+_BLOCK = 256
+OPTIONS: Mapping[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
+"""Of every kernel; named, because a default that changes would change bits."""
+
+
+class TritonExperts:
+    """Computes experts where they lie: in records laid out by `record_tensors`, or in slots.
+
+    Args:
+        layout, fmt, math: experts that `covers` says yes to; `fmt` is None for plain weights as stored, `math` for maps
+            of low rank (`down`, `up`, `bias`) and mean outputs (`bias`), as `lowrank` has them.
+        outputs: of a program, at least; None for what suits the machine.
+
+    Rows are multiplied in float32, whatever their dtype and that of the weights. Raises ValueError for records that are
+    not packed as this version packs.
+    """
+
+    def __init__(
+        self,
+        *,
+        layout: Sequence[SlotTensor],
+        fmt: LowbitFormat | None,
+        math: ExpertMath | None,
+        outputs: int | None = None,
+    ) -> None:
+        self._layout, self._fmt, self._math = {t.name: t for t in layout}, fmt, math
+        self._outputs = outputs or (_INTERPRETED if interpreted() else _COMPILED)
+        self._forms = cache(self._forms_of)
+        self._formula = None if math is None else activation_of(math, self._forms(1, 1)[1].K)
+        assert math is None or self._formula is not None, (
+            "experts compute what no kernel does, must be as `covers` says"
+        )
+
+    @staticmethod
+    def covers(
+        layout: Sequence[SlotTensor], fmt: LowbitFormat | None, math: ExpertMath, coded: Sequence[CodedMatrix] = ()
+    ) -> bool:
+        """Whether the kernels know such experts: not quantised ones as a checkpoint stores them. Raises ValueError for
+        another version's packing."""
+        if coded:
+            return False
+        stored = {tensor.name: tensor for tensor in layout}
+        names = (math.first, "down_proj")
+        biases = [stored[f"{name}_bias"].dtype for name in names if math.bias]
+        if fmt is not None:
+            plain, F = list[str](), matrix_at(layout, "down_proj", fmt).K
+        else:
+            plain, F = [stored[name].dtype for name in names], stored["down_proj"].shape[0 if math.transposed else 1]
+        return WEIGHTS.keys() >= {*plain, *biases} and activation_of(math, F) is not None
+
+    def __call__(self, x_TD: Tensor, records_B: Tensor | None, at_E: Tensor, expert_TK: Tensor, out_ND: Tensor) -> None:
+        """Write `out_ND[n] = expert expert_TK.flat[n] over x_TD[n // K]` where the expert has a record.
+
+        All are on one device. `records_B` uint8 holds records at multiples of 64 bytes; that of expert e begins at byte
+        `at_E[e]` (int64, negative: none). None: `at_E` are addresses. `expert_TK` int64 is negative for accesses that
+        others answer. Rows of `out_ND` (float32, bfloat16 or float16) without a record are left alone.
+        """
+        (T, K), N = expert_TK.shape, expert_TK.numel()
+        first, down = self._forms(K, len(at_E))
+        assert x_TD.shape == (T, down.N), f"x is {tuple(x_TD.shape)}, must be {(T, down.N)}"
+        assert out_ND.shape == (N, down.N) and out_ND.is_contiguous(), f"out is {tuple(out_ND.shape)}, must be {N} rows"
+        assert expert_TK.dtype == at_E.dtype == torch.int64, f"experts are {expert_TK.dtype}, {at_E.dtype}, not int64"
+        if not N:
+            return
+        programs, expert_N, rows = _programs(), expert_TK.contiguous(), x_TD.contiguous()
+        if first is not None:
+            x, rows = rows, torch.empty(N, first.N, dtype=torch.float32, device=x_TD.device)
+            _launch(programs.project, (first.programs, N), x, records_B, expert_N, at_E, rows, first)
+        if self._formula is not None:
+            both, rows = rows, torch.empty(N, down.K, dtype=torch.float32, device=x_TD.device)
+            block = min(power_of_two(down.K), _BLOCK)
+            grid = (-(-down.K // block), N)
+            _launch(programs.activate, grid, both, expert_N, at_E, rows, down, self._formula, block)
+        _launch(programs.project, (down.programs, N), rows, records_B, expert_N, at_E, out_ND, down)
+
+    def _forms_of(self, shares: int, experts: int) -> tuple[Form | None, Form]:
+        """Of the first product, where there is one, and the second."""
+        names = ("down", "up") if self._math is None else (self._math.first, "down_proj")
+        uses = [Use(experts=experts, shares=many, outputs=self._outputs) for many in (shares, 1)]
+        if self._math is None and "up" not in self._layout:
+            return None, Form.constant(self._layout["bias"], uses[1])
+        return self._form(names[0], uses[0]), self._form(names[1], uses[1])
+
+    def _form(self, name: str, use: Use) -> Form:
+        bias = self._layout.get("bias" if name == "up" else f"{name}_bias")
+        place = (0, "") if bias is None else (bias.offset, bias.dtype)
+        if self._fmt is not None:
+            return Form.packed([*self._layout.values()], name, self._fmt, place, use)
+        transposed = self._math is not None and self._math.transposed
+        return Form.plain(self._layout[name], place, use, transposed=transposed)
+
+
+def combine_on_device(y_TKD: Tensor, weight_TK: Tensor) -> Tensor:
+    """`reference.combine` in slot order: `[T, K, D], [T, K] -> [T, D]` in the dtype of `y_TKD`."""
+    T, K, D = y_TKD.shape
+    out_TD = torch.empty(T, D, dtype=y_TKD.dtype, device=y_TKD.device)
+    block = min(power_of_two(D), _BLOCK)
+    if T:
+        y, weight = y_TKD.contiguous(), weight_TK.contiguous()
+        _launch(_programs().combine, (-(-D // block), T), y, weight, out_TD, D, K, block)
+    return out_TD
+
+
+def interpreted() -> bool:
+    """Whether this process runs Triton's kernels in the interpreter: TRITON_INTERPRET=1 when triton was imported."""
+    from triton import JITFunction
+
+    return not isinstance(_programs().project, JITFunction)
+
+
+def _launch(kernel: Any, grid: tuple[int, int], *args: Any) -> None:
+    with current(args[0].device):
+        kernel[grid](*args, **OPTIONS)
+
+
+def _programs() -> Any:
+    from buddymoe_ray.kernels.triton import programs
+
+    return programs

@@ -1,0 +1,131 @@
+"""The kernels of a layer's experts, in Triton: project, activate, project again, combine in slot order.
+
+The table `at_E` says where the record or slot of every expert begins, negative where it has none here: programs of
+those accesses end at once, and what others answer is left alone. Launched by `experts`, which knows the formats.
+
+Legend: N accesses, T tokens, E experts; `FORM` is a `forms.Form`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from buddymoe_ray.kernels.triton.products import packed, plain, transposed
+
+__all__ = ["activate", "combine", "project"]
+
+SILU: tl.constexpr = tl.constexpr(0)  # places in `cpu.FORMULAS`; what is left is the last
+GELU: tl.constexpr = tl.constexpr(1)
+CLAMPED: tl.constexpr = tl.constexpr(2)
+
+
+@triton.jit
+def _place(expert_N, at_E, n, FORM: tl.constexpr):
+    """Where the record of access n begins, negative where it has none."""
+    E: tl.constexpr = FORM.E
+    e = tl.load(expert_N + n)
+    return tl.load(at_E + e, mask=(e >= 0) & (e < E), other=-1)
+
+
+@triton.jit
+def _pointer(at, DTYPE: tl.constexpr):
+    if DTYPE == "bfloat16":
+        place = at.to(tl.pointer_type(tl.bfloat16))
+    elif DTYPE == "float16":
+        place = at.to(tl.pointer_type(tl.float16))
+    else:
+        place = at.to(tl.pointer_type(tl.float32))
+    return place
+
+
+@triton.jit
+def _put(place, value, mask):
+    """Store float32 rounded to the nearest of what is there; by hand to bfloat16, which the interpreter truncates."""
+    if place.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        near = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        near = tl.where(value != value, 0x7FC0, near)
+        tl.store(place.to(tl.pointer_type(tl.int16)), near.to(tl.int16), mask=mask)
+    else:
+        tl.store(place, value.to(place.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _finish(y, n, record, out, FORM: tl.constexpr):
+    """Add the bias of outputs n and store them."""
+    N: tl.constexpr = FORM.N
+    DTYPE: tl.constexpr = FORM.bias_dtype
+    if DTYPE != "":
+        y += tl.load(_pointer(record + FORM.bias, DTYPE) + n, mask=n < N, other=0.0).to(tl.float32)
+    _put(out + n, y, n < N)
+
+
+@triton.jit
+def project(x, records, expert_N, at_E, out, FORM: tl.constexpr):
+    """`out[n] = W x[n // shares] + bias`, [N] rows; grid (programs of a row, N). Records are at addresses, or in
+    `records`, at bytes of it."""
+    n = tl.program_id(1)
+    begin = _place(expert_N, at_E, n, FORM)
+    if begin >= 0:
+        if records is not None:
+            begin += records.to(tl.int64)
+        record = tl.multiple_of(begin.to(tl.pointer_type(tl.uint8)), 16)
+        B: tl.constexpr = FORM.outputs
+        row = x + (n // FORM.shares).to(tl.int64) * FORM.K
+        target = out + n.to(tl.int64) * FORM.N
+        if FORM.bits == 0:
+            outputs = tl.program_id(0) * B + tl.arange(0, B)
+            WEIGHTS: tl.constexpr = FORM.weights
+            base = _pointer(record + FORM.codes, WEIGHTS)
+            if WEIGHTS == "":
+                y = tl.full([B], 0.0, tl.float32)
+            else:
+                y = transposed(base, outputs, row, FORM) if FORM.transposed else plain(base, outputs, row, FORM)
+            _finish(y, outputs, record, target, FORM)
+        else:
+            A: tl.constexpr = B // 16
+            TILES: tl.constexpr = (FORM.N + 15) // 16
+            tile = tl.program_id(0) * A + tl.arange(0, A)
+            y = packed(record + FORM.codes, record + FORM.scales, tl.minimum(tile, TILES - 1), row, FORM)
+            y = y * tl.load(_pointer(record + FORM.base, "float32"))
+            _finish(y, tile[:, None] * 16 + tl.arange(0, 16)[None, :], record, target, FORM)
+
+
+@triton.jit
+def activate(both, expert_N, at_E, hidden, DOWN: tl.constexpr, FORMULA: tl.constexpr, BF: tl.constexpr):
+    """`hidden [N, F]` of the first product's outputs, as `cpu.FORMULAS` says; grid (F / BF, N)."""
+    n = tl.program_id(1)
+    if _place(expert_N, at_E, n, DOWN) >= 0:
+        F: tl.constexpr = DOWN.K
+        f = tl.program_id(0) * BF + tl.arange(0, BF)
+        inside = f < F
+        wide = n.to(tl.int64) * F
+        if FORMULA > CLAMPED:
+            x = tl.maximum(tl.load(both + wide + f, mask=inside, other=0.0), 0.0)
+            y = x * x
+        elif FORMULA == CLAMPED:  # gpt-oss: gates and ups interleaved
+            gate = tl.minimum(tl.load(both + 2 * (wide + f), mask=inside, other=0.0), 7.0)
+            up = tl.load(both + 2 * (wide + f) + 1, mask=inside, other=0.0)
+            up = tl.minimum(tl.maximum(up, -7.0), 7.0)
+            y = (up + 1.0) * (gate / (1.0 + tl.exp(-1.702 * gate)))
+        else:
+            gate = tl.load(both + 2 * wide + f, mask=inside, other=0.0)
+            up = tl.load(both + 2 * wide + F + f, mask=inside, other=0.0)
+            z = gate
+            if FORMULA == GELU:  # (1 + tanh(u)) / 2 is the sigmoid of 2 u
+                z = 1.5957691216 * (gate + 0.044715 * gate * gate * gate)
+            y = gate / (1.0 + tl.exp(-z)) * up
+        tl.store(hidden + wide + f, y, mask=inside)
+
+
+@triton.jit
+def combine(y, weight, out, D: tl.constexpr, K: tl.constexpr, BD: tl.constexpr):
+    """`out[t]` is the sum over slots, in their order, of `weight[t, k] * y[t * K + k]` in float32; grid (D / BD, T)."""
+    t = tl.program_id(1).to(tl.int64)
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    total = tl.full([BD], 0.0, tl.float32)
+    for k in tl.static_range(K):
+        part = tl.load(y + (t * K + k) * D + d, mask=d < D, other=0.0).to(tl.float32)
+        total += tl.load(weight + t * K + k).to(tl.float32) * part
+    _put(out + t * D + d, total, d < D)

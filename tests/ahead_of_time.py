@@ -1,0 +1,130 @@
+"""What Triton's compiler makes of the kernels, without a GPU: `python ahead_of_time.py` prints a line of JSON a kernel.
+
+What is compiled is what `TritonExperts` launches, up to the launch. A process of its own, because one that has imported
+triton under TRITON_INTERPRET compiles nothing. Registers, stack and machine code are ptxas' own, of triton's wheel.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from lowbit_records import silu_gate
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from buddymoe_ray.kernels import ExpertMath, LowbitFormat, TritonExperts, combine_on_device, record_tensors
+from buddymoe_ray.kernels.triton import experts
+from buddymoe_ray.kernels.triton.forms import Form, Use
+from buddymoe_ray.kernels.triton.products import packed
+from buddymoe_ray.models.expert_layout import slot_tensors
+from buddymoe_ray.types import SlotTensor
+
+D, F, K, E = 2048, 768, 8, 128  # Qwen3-30B-A3B's
+SHAPES = {"gate_up_proj": (2 * F, D), "down_proj": (D, F)}
+MATH = ExpertMath(activate=silu_gate)
+PLAIN = ("bfloat16", "float32")
+EVERYWHERE = ("4 bit", "bfloat16")
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class NoGpu:
+    """As much of a driver as the compiler asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+        self.get_current_device = lambda: capability  # each has compiled kernels of its own
+        self.get_current_stream = lambda _: 0
+        self.get_active_torch_device = lambda: torch.device("cpu")
+
+
+@triton.jit
+def misplaced(x, records, out, FORM: tl.constexpr):
+    """The negative case: a record whose begin the compiler knows nothing of."""
+    record = (records.to(tl.int64) + tl.load(out + FORM.N).to(tl.int64)).to(tl.pointer_type(tl.uint8))
+    y = packed(record + FORM.codes, record + FORM.scales, tl.program_id(0) + tl.arange(0, 1), x, FORM)
+    tl.store(out + tl.arange(0, 16), tl.reshape(y, [16]))
+
+
+def layouts() -> Iterator[tuple[str, tuple[SlotTensor, ...], LowbitFormat | None, ExpertMath]]:
+    for bits in (8, 4, 3, 2):
+        fmt = LowbitFormat(bits=bits)
+        yield f"{bits} bit", record_tensors(SHAPES, fmt)[0], fmt, MATH
+    for dtype in PLAIN:
+        yield dtype, slot_tensors(SHAPES, dict.fromkeys(SHAPES, dtype)), None, MATH
+    turned = {name: shape[::-1] for name, shape in SHAPES.items()}
+    layout = slot_tensors(turned, dict.fromkeys(turned, "bfloat16"))
+    yield "transposed", layout, None, replace(MATH, transposed=True)
+
+
+def figures(compiled: Any) -> dict[str, Any]:
+    """Registers, bytes of stack, widths of the loads of weights, barriers inside loops of the PTX and in all."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        used, code = (
+            subprocess.run([CUOBJDUMP, what, cubin.name], capture_output=True, text=True, check=True).stdout
+            for what in ("-res-usage", "-sass")
+        )
+    weights = [line for line in code.splitlines() if "LDG" in line and ".EF" in line]  # evict_first marks them
+    return {
+        "registers": int(re.findall(r"REG:(\d+)", used)[0]),
+        "stack": int(re.findall(r"STACK:(\d+)", used)[0]) + len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "narrow": sum(".128" not in line for line in weights),
+        "wide": sum(".128" in line for line in weights),
+        "barriers_in_loops": barriers_in_loops(compiled.asm["ptx"]),
+        "barriers": len(re.findall(r"\bBAR\b", code)),
+    }
+
+
+def barriers_in_loops(ptx: str) -> int:
+    """PTX, not machine code: ptxas unrolls constant trips away."""
+    lines = ptx.splitlines()
+    begins = {found[1]: at for at, line in enumerate(lines) if (found := re.match(r"\s*(\$L__BB\S+):", line))}
+    loops = [
+        (begins[found[1]], at)
+        for at, line in enumerate(lines)
+        if (found := re.search(r"\bbra(?:\.uni)?\s+(\$L__BB\w+)", line)) and begins.get(found[1], at) < at
+    ]
+    barriers = [at for at, line in enumerate(lines) if "bar.sync" in line or "barrier.sync" in line]
+    return sum(any(begin <= at <= end for begin, end in loops) for at in barriers)
+
+
+def main() -> None:
+    compiled: list[Any] = []
+    experts._launch = lambda kernel, grid, *args: compiled.append(kernel.warmup(*args, grid=grid, **experts.OPTIONS))  # type: ignore[assignment]
+    x_TD, expert_TK = torch.empty(1, D, dtype=torch.bfloat16), torch.zeros(1, K, dtype=torch.int64)
+    at_E, out_ND = torch.zeros(E, dtype=torch.int64), torch.empty(K, D, dtype=torch.bfloat16)
+    for capability in (80, 90, 100, 120):
+        driver.set_active(NoGpu(capability))  # type: ignore[arg-type]
+        for name, layout, fmt, math in layouts():
+            if capability == 90 or name in EVERYWHERE:
+                records = torch.empty(0, dtype=torch.uint8) if fmt else None
+                TritonExperts(layout=layout, fmt=fmt, math=math)(x_TD, records, at_E, expert_TK, out_ND)
+                for part, kernel in zip(("first", "activate", "down"), compiled, strict=True):
+                    say(name, part, capability, kernel)
+                compiled.clear()
+        combine_on_device(out_ND[None], torch.empty(1, K))
+        say("bfloat16", "combine", capability, compiled.pop())
+    fmt = LowbitFormat(bits=4)
+    form = Form.packed(record_tensors(SHAPES, fmt)[0], "down_proj", fmt, (0, ""), Use(experts=E, shares=1, outputs=1))
+    rows, records = torch.empty(K, F), torch.empty(0, dtype=torch.uint8)
+    say("4 bit", "misplaced", 90, misplaced.warmup(rows, records, torch.empty(K, D), form, grid=(1, 1)))
+
+
+def say(name: str, part: str, capability: int, kernel: Any) -> None:
+    print(json.dumps({"kernel": part, "of": name, "capability": capability, **figures(kernel)}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""A decode step whose experts are all on the device asks the host nothing: it runs on `meta`, where nothing can be had.
+
+What a GPU would be waited for raises there (a value, a shape that depends on values, a copy to the host), in our code
+and in transformers'. Launches of kernels are left out, as nothing lies at an address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import build_checkpoint
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from buddymoe_ray.cache import Glance
+from buddymoe_ray.engine import attention
+from buddymoe_ray.engine.attention import ChunkRows
+from buddymoe_ray.engine.kv import KVPool
+from buddymoe_ray.engine.plain_forward import own_forward
+from buddymoe_ray.engine.runner import PackedRunner, probe
+from buddymoe_ray.kernels import TritonExperts
+from buddymoe_ray.kernels.triton import experts as launcher
+from buddymoe_ray.models.expert_math import expert_math
+from buddymoe_ray.models.experts_hook import attach
+from buddymoe_ray.models.families import FAMILIES
+from buddymoe_ray.models.load import load_model
+from buddymoe_ray.moe import MoEBlock, OnDevice, Phase, StepState
+
+META = torch.device("meta")
+PACKED = sorted(name for name, family in FAMILIES.items() if family.packed)
+BLOCKS = ((0, 1), (2,), (5, 3))  # of three sequences, of four tokens each; the last one's do not lie side by side
+LENGTHS = (7, 2, 6)
+THEIR_OWN = {"phimoe": 1}
+"""What transformers waits for in every pass: a rotary embedding's frequencies, computed on the host."""
+
+
+class AllThere:
+    """Of a cache, what a layer asks that misses nothing."""
+
+    def glance(self, layer: int) -> Glance:
+        return Glance(np.full(EXPERTS[layer], 64, np.int64), lambda ids: True)
+
+
+EXPERTS: Sequence[int] = ()
+
+
+class Uploads(TorchFunctionMode):
+    """Counts what waits for a copy from the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name, where = getattr(func, "__name__", ""), (*args[1:], kwargs.get("device"))
+        moves = name == "to" and META in where and args[0].device != META and not kwargs.get("non_blocking")
+        self.waits += moves or (name in ("tensor", "as_tensor") and META in where)
+        return func(*args, **kwargs)
+
+
+def runner_on_meta(folder: Path, *, complete: bool) -> PackedRunner:
+    """An engine's, whose experts are all on the device; `complete` says so."""
+    global EXPERTS
+    attention.register()
+    loaded = load_model(folder, dtype=torch.float32, attn=attention.NAME)
+    loaded = replace(loaded, model=loaded.model.to(META), device=META)
+    EXPERTS, step, paged = loaded.layout.experts_per_layer, StepState(), attention.PagedAttention()
+    maths = [expert_math(module, loaded.layout) for module in loaded.experts]
+
+    def block(layer: int, _: object) -> MoEBlock:
+        kernels = TritonExperts(layout=loaded.layout.tensors, fmt=None, math=maths[layer])
+        compute = OnDevice(kernels, EXPERTS[layer], complete=complete)
+        return MoEBlock(layer=layer, cache=AllThere(), compute=compute, step=step, standins=None)  # type: ignore[arg-type]
+
+    attach(loaded.experts, block)
+    attention.attach(loaded.model, paged)
+    probe(loaded, step, use_cache=False)
+    pool = KVPool(dict(sorted(paged.shapes.items())), blocks=8, block_size=4, dtype=torch.float32, device=META)
+    paged.open(pool)
+    return PackedRunner(own_forward(loaded.model), paged, pool, step, device=META)
+
+
+def decode(runner: PackedRunner, count: int) -> Tensor:
+    rows = [ChunkRows(row=at, count=1, start=LENGTHS[at], blocks=BLOCKS[at]) for at in range(count)]
+    return runner._forward(Phase.DECODE, rows, list(range(count)), list(LENGTHS[:count]), 0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "_launch", lambda *_: None)
+
+
+@pytest.mark.parametrize("model_type", PACKED)
+def test_a_step_asks_the_host_nothing(model_type: str, tmp_path: Path) -> None:
+    build_checkpoint(model_type, tmp_path)
+    runner = runner_on_meta(tmp_path, complete=True)
+    with Uploads() as uploads:
+        for count in (1, 3):
+            assert decode(runner, count).shape[0] == count
+    assert uploads.waits == 2 * THEIR_OWN.get(model_type, 0)
+
+
+def test_a_layer_that_must_know_who_is_named_is_seen(tmp_path: Path) -> None:
+    build_checkpoint("qwen3_moe", tmp_path)
+    runner = runner_on_meta(tmp_path, complete=False)
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        decode(runner, 1)

@@ -1,0 +1,76 @@
+"""An engine whose experts take a GPU's path, on a GPU or else in the interpreter, has the CPU's tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from buddymoe_ray.engine.llm import LLM
+from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.kernels import TritonExperts
+from buddymoe_ray.kernels.reference import ENTERED
+from buddymoe_ray.residency.arithmetic import _check_triton
+from buddymoe_ray.types import EngineResult
+
+DEVICE = "cuda" if torch.cuda.is_available() else "interpret"
+PROMPTS = ["def add(a, b):\n", "Convert 3 km to m."]
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "resident": {"memory": "100%"},
+    "fetching": {"memory": "50%"},
+    "served packed": {"memory": "50%", "expert_dtype": "int4"},
+    "standing in": {"memory": "25%", "mode": "fast"},
+}
+
+
+def answers(device: str, options: dict[str, Any], *, new_tokens: int) -> tuple[list[EngineResult], Counter[str]]:
+    """Of greedy requests, and the reference kernels entered by their decode steps."""
+    before = ENTERED.copy()
+    with LLM("builtin:tiny", dtype="float32", device=device, guard_share=0.0, max_running=2, **options) as llm:
+        llm.generate(PROMPTS, max_tokens=1)  # by the prompts alone, so to say
+        prompts = ENTERED - before
+        assert device == "cpu" or prompts or "expert_dtype" in options, "nothing would be seen if it were entered"
+        results = llm.generate(PROMPTS, max_tokens=new_tokens)
+    return results, ENTERED - before - prompts - prompts
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_tokens_are_the_cpus_and_no_reference_kernel_is_entered(name: str) -> None:
+    options = ENGINES[name]
+    (expected, _), (got, entered) = (answers(device, options, new_tokens=3) for device in ("cpu", DEVICE))
+    assert [r.token_ids for r in got] == [r.token_ids for r in expected]
+    assert not entered, f"decode steps entered {entered}"
+    used = [r.usage for r in got]
+    assert sum(u.hits + u.fetched + u.standins.total for u in used) == 2 * 2 * 4 * 4
+    assert (sum(u.fetched for u in used) > 0) is (name in ("fetching", "served packed"))
+    assert (sum(u.standins.total for u in used) > 0) is (name == "standing in")
+
+
+def test_kernels_for_the_wrong_machine_are_refused() -> None:
+    """Addresses of one are not the other's."""
+    elsewhere: Any = SimpleNamespace(torch=torch.device("cuda" if DEVICE == "interpret" else "cpu"))
+    with pytest.raises(ConfigError, match=r"TRITON_INTERPRET is \d in this process, must be \d .* hint: set"):
+        _check_triton(elsewhere)
+
+
+def test_what_is_there_runs_before_the_host_knows_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And does not run again: in a step that misses something, every access is computed once."""
+    computed, run = Counter[str](), TritonExperts.__call__
+
+    def counted(self: TritonExperts, x: Tensor, records: Tensor | None, at_E: Tensor, ids: Tensor, out: Tensor) -> None:
+        there = (ids >= 0) & (at_E[ids.clamp(min=0)] >= 0)
+        computed["records" if records is not None else "experts"] += int(there.sum())
+        run(self, x, records, at_E, ids, out)
+
+    monkeypatch.setattr(TritonExperts, "__call__", counted)
+    for mode in ("exact", "fast"):
+        computed.clear()
+        (result, _) = answers(DEVICE, {"memory": "50%", "mode": mode}, new_tokens=3)[0]
+        assert computed.total() == 2 * 2 * 4 * 4, "of two requests, two steps, four layers, four experts of a token"
+        assert computed["records"] == (0 if mode == "exact" else 2 * 2 * 4 * 4 - computed["experts"])
+        assert result.usage.hits > 0
