@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
-__all__ = ["TINY_CONFIGS", "build_checkpoint", "stock_logits", "stock_model", "tiny_config"]
+from buddymoe_ray.models.reference import reference_model
+
+__all__ = ["THOROUGH", "TINY_CONFIGS", "build_checkpoint", "stock_logits", "stock_model", "tiny_config"]
 
 torch.set_num_threads(1)  # matrices this small only lose by sharing them out
 
@@ -61,6 +70,33 @@ _GLM: dict[str, Any] = {
     "head_dim": 12,
 }
 _MIXTRAL: dict[str, Any] = {"intermediate_size": 40, "num_local_experts": 6, "num_experts_per_tok": 2}
+
+_MOE: dict[str, Any] = {
+    "intermediate_size": 80,
+    "moe_intermediate_size": 24,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "head_dim": 12,
+}
+_GRANITE: dict[str, Any] = {
+    "intermediate_size": 40,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+    "attention_multiplier": 0.2,
+}
+_GROUPS = {"n_group": 2, "topk_group": 1}
+_LATE = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
+_WINDOW: dict[str, Any] = {"sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING]}
+_TWO_ROPES: dict[str, Any] = {
+    "rope_parameters": {
+        FULL: {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+        SLIDING: {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    }
+}
 
 TINY_CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_MLA, "topk_method": "group_limited_greedy", "head_dim": 8},
@@ -140,7 +176,53 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
     },
+    "afmoe": {**_MOE, **_WINDOW, "num_shared_experts": 1, "route_scale": 1.7, "mup_enabled": True},
+    "aria_text": {
+        "intermediate_size": 24,
+        "moe_num_experts": 8,
+        "moe_topk": 3,
+        "moe_num_shared_experts": 2,
+        "head_dim": 12,
+    },
+    "axk1": {**_MLA, **_LATE},
+    "cohere2_moe": {**_MOE, **_WINDOW, "num_shared_experts": 1, "logit_scale": 1.0, "tie_word_embeddings": True},
+    "exaone_moe": {**_MOE, **_GROUPS, **_LATE, **_WINDOW, "num_shared_experts": 1},
+    "flint": {**_MOE, **_WINDOW, "shared_expert_intermediate_size": 32, "mlp_only_layers": [0]},
+    "glm4_moe_lite": {**_MLA, **_LATE},
+    "granitemoe_swa": {**_GRANITE, **_WINDOW, "shared_intermediate_size": 32, "layer_rope_theta": [1e4, 0.0, 500.0]},
+    "granitemoeshared": {**_GRANITE, "shared_intermediate_size": 32},
+    "hy_v3": {**_MOE, **_LATE, "num_shared_experts": 1},
+    "kolibri1": {**_MOE, **_WINDOW, "num_local_experts": 8, "shared_expert_intermediate_size": 32},
+    "laguna": {
+        **_MOE,
+        **_LATE,
+        **_WINDOW,
+        **_TWO_ROPES,
+        "shared_expert_intermediate_size": 32,
+        "num_attention_heads_per_layer": [4, 6, 4],
+        "moe_routed_scaling_factor": 1.5,
+    },
+    "mellum": {**_MOE, **_LATE, **_WINDOW, "num_local_experts": 8},
+    "mimo_v2_flash": {**_GLM, **_GROUPS, **_LATE, **_WINDOW, **_TWO_ROPES, "v_head_dim": 8},
+    "mistral4": {
+        **_MLA,
+        "head_dim": 24,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 30,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+            "partial_rotary_factor": 1 / 3,
+        },
+    },
+    "solar_open": {**_GLM, **_GROUPS},
 }
+
+THOROUGH = tuple(TINY_CONFIGS)[: tuple(TINY_CONFIGS).index("qwen3_next") + 1]
+"""Families that go through every test; the others are made of the same parts, and go through those of what they say."""
 
 
 def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
@@ -152,7 +234,8 @@ def stock_model(model_type: str, *, seed: int = 0, **overrides: Any) -> PreTrain
     """A random float32 model as transformers builds it, experts eager."""
     torch.manual_seed(seed)
     config = tiny_config(model_type, **overrides)
-    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    model = auto.from_config(config, experts_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -183,6 +266,5 @@ def build_checkpoint(
 
 def stock_logits(folder: Path, ids: torch.Tensor, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Logits of a prompt by stock transformers with every weight in memory, experts eager."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval()
     with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits
+        return reference_model(folder, dtype)(input_ids=ids, use_cache=False).logits

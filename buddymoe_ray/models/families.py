@@ -24,30 +24,21 @@ class Family:
 
 
 _PACKED = (
-    "deepseek_v2",
-    "deepseek_v3",
-    "dots1",
-    "ernie4_5_moe",
-    "flex_olmo",
-    "glm4_moe",
-    "gpt_oss",
-    "granitemoe",
-    "hunyuan_v1_moe",
-    "minimax_m2",
-    "mixtral",
-    "olmoe",
-    "phimoe",
-    "qwen2_moe",
-    "qwen3_moe",
+    *("aria_text", "axk1", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite"),
+    *("granitemoe", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "minimax_m2", "mistral4", "olmoe", "solar_open"),
 )
-WINDOWED = frozenset({"dots1", "gpt_oss", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe"})
+WINDOWED = frozenset(
+    {
+        *("afmoe", "cohere2_moe", "dots1", "exaone_moe", "flint", "gpt_oss", "granitemoe_swa", "kolibri1"),
+        *("laguna", "mellum", "mimo_v2_flash", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe"),
+    }
+)
 """Families that keep to the same sliding window in prompts and in decode steps."""
 
 _SOLO = ("jamba", "lfm2_moe", "minimax", "qwen3_next")
 
 FAMILIES: Mapping[str, Family] = {
-    **{name: Family(model_type=name, packed=True) for name in _PACKED},
-    **{name: Family(model_type=name, packed=False) for name in _SOLO},
+    name: Family(model_type=name, packed=name not in _SOLO) for name in sorted({*_PACKED, *WINDOWED, *_SOLO})
 }
 
 

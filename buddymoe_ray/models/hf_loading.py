@@ -34,12 +34,13 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as _OTHERS
 from transformers.utils import logging as hf_logging
 from transformers.utils.generic import ContextManagers
 
 from buddymoe_ray.errors import BuddyMoEError, CheckpointError, ConfigError, UnsupportedModel
 from buddymoe_ray.models import experts_hook
-from buddymoe_ray.models.config_check import check_config
+from buddymoe_ray.models.config_check import check_config, rope_parameters
 from buddymoe_ray.models.dense import LazyTensor, read_tensor
 from buddymoe_ray.models.families import WINDOWED
 from buddymoe_ray.models.quantised import CodedTensor, Stored
@@ -131,13 +132,14 @@ def switch_length(model: PreTrainedModel) -> int | None:
     or only decode steps keep. Rows may not share a pass then.
     """
     config = model.config
-    rope, window = getattr(config, "rope_parameters", None) or {}, getattr(config, "sliding_window", None)
+    window = getattr(config, "sliding_window", None)
     kinds = {str(getattr(module, "rope_type", "")) for module in model.modules()}
     lengths = []
     if "dynamic" in kinds:
         lengths.append(config.max_position_embeddings)
-    if "longrope" in kinds or "short_mscale" in rope:  # phimoe switches its mscale, whatever the kind
-        lengths.append(rope.get("original_max_position_embeddings", 0))
+    for rope in rope_parameters(config).values():
+        if "longrope" in (*kinds, rope.get("rope_type")) or "short_mscale" in rope:  # phimoe's mscale, of any kind
+            lengths.append(rope.get("original_max_position_embeddings", 0))
     if window is not None and config.model_type not in WINDOWED:
         lengths.append(window)
     return min(lengths, default=None)
@@ -195,7 +197,7 @@ def _converted(
                 f"key {key!r} is converted by {type(op).__name__}, must be MergeModulelist or Concatenate. "
                 "hint: save the checkpoint again with transformers 5.23"
             )
-    number = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), apply_renamings(key, renamings))
+    number = re.search(pattern.replace("*", r"(\d+)"), apply_renamings(key, renamings))
     if number is None or not number.groups():
         raise UnsupportedModel(f"key {key!r} has no expert number at the star of {pattern!r}. hint: report this family")
     parts = converter.source_patterns
@@ -257,7 +259,8 @@ def _dtype(model: PreTrainedModel) -> torch.dtype:
 
 
 def _causal_class(config: PreTrainedConfig) -> Any:
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind = type(config)  # mistral4's causal model is in the second alone
+    return (MODEL_FOR_CAUSAL_LM_MAPPING if kind in MODEL_FOR_CAUSAL_LM_MAPPING else _OTHERS)[kind]
 
 
 def _raise_on_problems(model: PreTrainedModel, info: Any, dense: Mapping[str, Stored]) -> None:

@@ -19,7 +19,12 @@ from buddymoe_ray.models.row_kernels import SoftmaxRouter
 
 __all__ = ["SIGMOID_FAMILIES", "attach_router_scores", "embedded", "find_routers", "router_choices"]
 
-SIGMOID_FAMILIES = frozenset({"deepseek_v3", "dots1", "glm4_moe", "lfm2_moe", "minimax_m2"})
+SIGMOID_FAMILIES = frozenset(
+    {
+        *("afmoe", "axk1", "cohere2_moe", "deepseek_v3", "dots1", "exaone_moe", "flint", "glm4_moe", "glm4_moe_lite"),
+        *("hy_v3", "kolibri1", "laguna", "lfm2_moe", "mimo_v2_flash", "minimax_m2", "solar_open"),
+    }
+)
 """Families that score each expert by itself; all others share out a softmax."""
 
 

@@ -313,8 +313,9 @@ def _kv_bytes_per_token(model: PreTrainedModel) -> int:
     rope = getattr(model.config, "rope_parameters", None)
     model.config.rope_parameters = {**(rope or {}), "rope_type": "default"}
     for module in model.modules():  # positions on meta have no length that frequencies could follow
-        if hasattr(module, "rope_type"):
-            setattr(module, "rope_type", "default")  # noqa: B010
+        kind = getattr(module, "rope_type", None)
+        if kind is not None:
+            setattr(module, "rope_type", dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default")  # noqa: B010
     with refusing(model.config), torch.inference_mode():
         model(input_ids=zero[0, 0], attention_mask=zero, use_cache=False, logits_to_keep=1)
     model.config.rope_parameters = rope

@@ -17,6 +17,8 @@ from buddymoe_ray.models.shape import ModelShape, describe, experts_per_token, m
 
 TOP_K = {
     "granitemoe": 2,
+    "granitemoe_swa": 2,
+    "granitemoeshared": 2,
     "gpt_oss": 2,
     "hunyuan_v1_moe": 2,
     "jamba": 2,
