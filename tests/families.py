@@ -90,6 +90,39 @@ _GRANITE: dict[str, Any] = {
 _GROUPS = {"n_group": 2, "topk_group": 1}
 _LATE = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
+_INDEXER: dict[str, Any] = {
+    "index_topk": 8,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "layer_types": ["indexed_attention"] * 3,
+}
+_KIMI: dict[str, Any] = {
+    **_LATE,
+    "intermediate_size": 80,
+    "moe_intermediate_size": 24,
+    "num_experts": 8,
+    "num_experts_per_token": 3,
+    "num_expert_group": 2,
+    "topk_group": 1,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "model_max_length": 256,
+    "layer_types": [LINEAR, FULL, LINEAR],
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+}
+_NEXT: dict[str, Any] = {
+    **_MOE,
+    "head_dim": 16,
+    "shared_expert_intermediate_size": 32,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 _WINDOW: dict[str, Any] = {"sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING]}
 _TWO_ROPES: dict[str, Any] = {
     "rope_parameters": {
@@ -219,6 +252,89 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
     "solar_open": {**_GLM, **_GROUPS},
+    "axk2": {**_MLA, **_LATE, **_INDEXER, "gated_norm_rank": 4},
+    "bailing_hybrid": {**_KIMI, "q_lora_rank": 24},
+    "deepseek_v32": {**_MLA, **_LATE, **_INDEXER},
+    "deepseek_v4": {
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "head_dim": 16,
+        "q_lora_rank": 24,
+        "num_key_value_heads": 1,
+        "layer_types": [SLIDING, "compressed_sparse_attention", "heavily_compressed_attention"],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+        "sliding_window": 8,
+        "o_groups": 2,
+        "o_lora_rank": 12,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "index_topk": 4,
+        "hc_mult": 2,
+        "qk_rope_head_dim": 8,
+        "partial_rotary_factor": 0.5,
+    },
+    "gemma4_text": {
+        **_MOE,
+        "top_k_experts": 3,
+        "enable_moe_block": True,
+        "num_hidden_layers": 4,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 160,
+        "sliding_window": 8,
+        "layer_types": [SLIDING, FULL, SLIDING, FULL],
+        "per_layer_config": {"1": {"head_dim": 24}, "3": {"head_dim": 24}},
+        "final_logit_softcapping": 3.0,
+        "tie_word_embeddings": True,
+    },
+    "glm_moe_dsa": {**_MLA, **_LATE, **_INDEXER, "indexer_types": ["full", "shared", "full"]},
+    "granitemoehybrid": {
+        **_GRANITE,
+        "shared_intermediate_size": 32,
+        "layer_types": [LINEAR, FULL, LINEAR],
+        "mamba_n_heads": 4,
+        "mamba_d_state": 8,
+        "mamba_d_head": 24,
+        "mamba_chunk_size": 16,
+    },
+    "hy_v4": {**_MLA, **_LATE, **_INDEXER, "indexer_types": ["full", "shared", "full"]},
+    "kimi_linear": {**_KIMI},
+    "minimax_m3_vl_text": {
+        **_MIXTRAL,
+        **_LATE,
+        "head_dim": 12,
+        "rotary_dim": 6,
+        "dense_intermediate_size": 80,
+        "shared_intermediate_size": 32,
+        "layer_types": ["minimax_m3_sparse", FULL, "minimax_m3_sparse"],
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "index_block_size": 4,
+        "index_topk_blocks": 2,
+    },
+    "nemotron_h": {
+        **_GLM,
+        **_GROUPS,
+        "moe_shared_expert_intermediate_size": 32,
+        "layers_block_type": [LINEAR, "moe", FULL, "moe", "mlp"],
+        "num_hidden_layers": 5,
+        "ssm_state_size": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 12,
+        "n_groups": 2,
+        "expand": 1,
+        "chunk_size": 16,
+        "use_mamba_kernels": False,
+    },
+    "qwen3_5_moe_text": {**_NEXT, "layer_types": [LINEAR, FULL, LINEAR]},
+    "zaya": {
+        **_MOE,
+        "num_experts_per_tok": 1,
+        "layer_types": ["hybrid", "hybrid_sliding", "hybrid"],
+        "sliding_window": 8,
+        "router_hidden_size": 16,
+    },
 }
 
 THOROUGH = tuple(TINY_CONFIGS)[: tuple(TINY_CONFIGS).index("qwen3_next") + 1]
@@ -243,6 +359,8 @@ def stock_model(model_type: str, *, seed: int = 0, **overrides: Any) -> PreTrain
             elif "bias" in name or "sinks" in name:
                 parameter.normal_(0.0, 0.1)
         for name, buffer in model.named_buffers():
+            if name.endswith("tid2eid"):  # experts by token
+                buffer.copy_(torch.stack([torch.randperm(8)[: buffer.shape[1]] for _ in buffer]))
             if "e_score_correction_bias" in name or "expert_bias" in name:
                 buffer.normal_(0.0, 0.1)
     return model.eval()

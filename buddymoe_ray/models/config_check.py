@@ -32,7 +32,8 @@ def check_config(config: PreTrainedConfig, written: Mapping[str, Any], where: st
         next((name for name in names if name in written), names[0]) for names in (_EXPERTS, EXPERTS_PER_TOKEN)
     )
     count: Any = getattr(config, experts, None)
-    fields = {name: value for name in _COUNTS if (value := getattr(config, name, None)) is not None}
+    one = config.per_layer_config[0] if config.is_heterogeneous and config.num_hidden_layers else config
+    fields = {name: value for name in _COUNTS if (value := getattr(one, name, None)) is not None}
     if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) is not None:
         fields["sliding_window"] = config.sliding_window
     for name, value in {**fields, experts: count, per_token: getattr(config, per_token, None)}.items():

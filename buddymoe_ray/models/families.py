@@ -29,13 +29,17 @@ _PACKED = (
 )
 WINDOWED = frozenset(
     {
-        *("afmoe", "cohere2_moe", "dots1", "exaone_moe", "flint", "gpt_oss", "granitemoe_swa", "kolibri1"),
-        *("laguna", "mellum", "mimo_v2_flash", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe"),
+        *("afmoe", "cohere2_moe", "dots1", "exaone_moe", "flint", "gemma4_text", "gpt_oss", "granitemoe_swa"),
+        *("kolibri1", "laguna", "mellum", "mimo_v2_flash", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe"),
     }
 )
 """Families that keep to the same sliding window in prompts and in decode steps."""
 
-_SOLO = ("jamba", "lfm2_moe", "minimax", "qwen3_next")
+_SOLO = (
+    *("axk2", "bailing_hybrid", "deepseek_v32", "deepseek_v4", "glm_moe_dsa", "granitemoehybrid", "hy_v4", "jamba"),
+    *("kimi_linear", "lfm2_moe", "minimax", "minimax_m3_vl_text", "nemotron_h", "qwen3_5_moe_text", "qwen3_next"),
+    "zaya",
+)
 
 FAMILIES: Mapping[str, Family] = {
     name: Family(model_type=name, packed=name not in _SOLO) for name in sorted({*_PACKED, *WINDOWED, *_SOLO})

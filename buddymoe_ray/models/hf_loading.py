@@ -129,7 +129,7 @@ def switch_length(model: PreTrainedModel) -> int | None:
     """Tokens beyond which logits depend on how a text was cut into passes; None: they never do.
 
     There rotary frequencies become those of the longest position of a pass, or a sliding window ends that only prompts
-    or only decode steps keep. Rows may not share a pass then.
+    or only decode steps keep, or an indexer begins to choose. Rows may not share a pass then.
     """
     config = model.config
     window = getattr(config, "sliding_window", None)
@@ -140,9 +140,16 @@ def switch_length(model: PreTrainedModel) -> int | None:
     for rope in rope_parameters(config).values():
         if "longrope" in (*kinds, rope.get("rope_type")) or "short_mscale" in rope:  # phimoe's mscale, of any kind
             lengths.append(rope.get("original_max_position_embeddings", 0))
+    for chosen, each in _INDEXED.items():
+        if getattr(config, chosen, None) is not None:
+            lengths.append(getattr(config, chosen) * getattr(config, each, 1))
     if window is not None and config.model_type not in WINDOWED:
         lengths.append(window)
     return min(lengths, default=None)
+
+
+_INDEXED = {"index_topk": "", "index_topk_blocks": "index_block_size"}
+"""What an indexer chooses at most, and the tokens of each: which of equals it takes depends on how many there are."""
 
 
 def recomputes_at_switch(model: PreTrainedModel) -> bool:

@@ -327,8 +327,9 @@ _SIZING = "buddymoe_sizing"
 
 
 def _narrowed(family: Family, model: PreTrainedModel) -> Family:
-    """A packed family whose logits depend on how a text is cut into passes must run solo after all."""
-    switch = switch_length(model)
+    """A packed family whose logits depend on how a text is cut into passes must run solo after all, and so must one
+    whose layers are handed others' keys and values."""
+    switch = 0 if getattr(model.config, "num_kv_shared_layers", 0) else switch_length(model)
     return family if switch is None or switch >= max_positions(model.config) else replace(family, packed=False)
 
 
