@@ -21,7 +21,16 @@ from transformers.utils import logging
 
 from buddymoe_ray.models.reference import reference_model
 
-__all__ = ["THOROUGH", "TINY_CONFIGS", "build_checkpoint", "stock_logits", "stock_model", "tiny_config"]
+__all__ = [
+    "FULL",
+    "SLIDING",
+    "THOROUGH",
+    "TINY_CONFIGS",
+    "build_checkpoint",
+    "stock_logits",
+    "stock_model",
+    "tiny_config",
+]
 
 torch.set_num_threads(1)  # matrices this small only lose by sharing them out
 

@@ -85,9 +85,9 @@ class StoredLinear(nn.Module):
 
     @staticmethod
     def covers(linear: nn.Linear) -> bool:
-        """Whether this CPU has a kernel for the layer's weights."""
+        """Whether this CPU has a kernel for the layer's weights, of which there may be none."""
         weight = linear.weight
-        return weight.device.type == "cpu" and weight.is_contiguous() and widens(weight.dtype)
+        return weight.device.type == "cpu" and weight.is_contiguous() and widens(weight.dtype) and weight.numel() > 0
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K] -> [..., N]` in the dtype of `x`, which is the weight's."""

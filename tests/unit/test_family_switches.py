@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import build_checkpoint
+from families import FULL, SLIDING, build_checkpoint
 from torch import Tensor
 
 from buddymoe_ray.config import EngineConfig
@@ -124,7 +124,12 @@ def window(**fields: Any) -> dict[str, Any]:
     return {"sliding_window": WINDOW, **fields}
 
 
-SLIDING, FULL = "sliding_attention", "full_attention"
+def two_ropes(kind: str) -> dict[str, Any]:
+    """Of the kind in full layers alone."""
+    plain = {"rope_type": "default", "rope_theta": 5000.0}
+    return {"rope_parameters": {FULL: scaled(kind, 12)["rope_parameters"], SLIDING: plain}}
+
+
 PHI = {"short_mscale": 1.1, "long_mscale": 1.3, "original_max_position_embeddings": ORIGINAL}
 DYNAMIC = {**scaled("dynamic", 12), "max_position_embeddings": ORIGINAL}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -171,6 +176,43 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next, longrope": ("qwen3_next", scaled("longrope", 4)),
     "phimoe, longrope": ("phimoe", scaled("longrope", 12, **PHI)),
     "phimoe, linear with mscale": ("phimoe", scaled("linear", 12, **PHI)),
+    "afmoe, no shared experts": ("afmoe", {"num_shared_experts": 0, "mup_enabled": False}),
+    "bailing_hybrid, another gate": ("bailing_hybrid", {"kda_safe_gate": False, "moe_renormalize": False}),
+    "cohere2_moe, sigmoid, summed": (
+        "cohere2_moe",
+        {"expert_selection_fn": "sigmoid", "shared_expert_combination_strategy": "sum", "norm_topk_prob": False},
+    ),
+    "cohere2_moe, dense first": ("cohere2_moe", {"first_k_dense_replace": 1, "prefix_dense_intermediate_size": 40}),
+    "cohere2_moe, untied": ("cohere2_moe", {"num_shared_experts": 0, "tie_word_embeddings": False}),
+    "deepseek_v4, sigmoid, limited": ("deepseek_v4", {"scoring_func": "sigmoid", "swiglu_limit": 0.5}),
+    "exaone_moe, no window": ("exaone_moe", {"layer_types": [FULL] * 3, "norm_topk_prob": False}),
+    "flint, other layers sparse": ("flint", {"decoder_sparse_step": 2, "layer_types": [FULL] * 3}),
+    "gemma4_text, keys are values": ("gemma4_text", {"attention_k_eq_v": True, "final_logit_softcapping": None}),
+    "gemma4_text, keys of other layers": ("gemma4_text", {"num_kv_shared_layers": 2}),
+    "gemma4_text, no inputs by layer": (
+        "gemma4_text",
+        {"hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision", "tie_word_embeddings": False},
+    ),
+    "glm4_moe_lite, no q rank": ("glm4_moe_lite", {"q_lora_rank": None, "rope_interleave": False}),
+    "glm_moe_dsa, all are chosen": ("glm_moe_dsa", {"index_topk": 64, "indexer_types": ["full"] * 3}),
+    "granitemoe_swa, one theta": ("granitemoe_swa", {"layer_rope_theta": None, "shared_intermediate_size": 0}),
+    "granitemoehybrid, rope": ("granitemoehybrid", {"position_embedding_type": "rope", "mamba_n_groups": 2}),
+    "hy_v3, biases": ("hy_v3", {"enable_moe_fp32_combine": False, "mlp_bias": True, "attention_bias": True}),
+    "kimi_linear, q rank": ("kimi_linear", {"q_lora_rank": 24, "moe_renormalize": False}),
+    "laguna, no gate": ("laguna", {"gating": False, "moe_router_logit_softcapping": 2.0}),
+    "laguna, gates by element": ("laguna", {"gating": "per-element", "attention_bias": True}),
+    "laguna, longrope in some layers": ("laguna", two_ropes("longrope")),
+    "mellum, llama3 in some layers": ("mellum", two_ropes("llama3")),
+    "mimo_v2_flash, yarn in some layers": ("mimo_v2_flash", {**two_ropes("yarn"), "attention_value_scale": None}),
+    "minimax_m3_vl_text, limited": ("minimax_m3_vl_text", {"swiglu_limit": 0.5, "index_local_blocks": 2}),
+    "mistral4, no q rank": ("mistral4", {"q_lora_rank": None, "first_k_dense_replace": 0}),
+    "nemotron_h, latent experts": ("nemotron_h", {"moe_latent_size": 16, "norm_topk_prob": False}),
+    "nemotron_h, biases": ("nemotron_h", {"use_bias": True, "mamba_proj_bias": True, "attention_bias": True}),
+    "qwen3_5_moe_text, mrope": (
+        "qwen3_5_moe_text",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}},
+    ),
+    "zaya, no windows": ("zaya", {"layer_types": ["hybrid"] * 3, "sliding_window": None}),
 }
 
 
@@ -195,6 +237,10 @@ def test_solo_twin_of_packed_families(case: str, tmp_path: Path) -> None:
         ("qwen2_moe", window(use_sliding_window=False, layer_types=[SLIDING, FULL, FULL]), "sliding_window is 0"),
         ("olmoe", {"is_causal": False}, "is_causal false"),
         ("dots1", {"layer_types": ["chunked_attention", FULL, FULL]}, "chunked_attention"),
+        ("laguna", two_ropes("dynamic"), "rope_type of full_attention .*'dynamic'"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "is_causal false"),
+        ("gemma4_text", {"enable_moe_block": False}, "no routed experts"),
+        ("granitemoehybrid", {"num_local_experts": 0}, "num_local_experts"),
         ("phimoe", scaled("linear", 12, short_mscale=1.1, long_mscale=1.3), "original_max_position_embeddings"),
     ],
 )
