@@ -12,7 +12,7 @@ from typing import Any
 
 from buddymoe_ray.errors import UnsupportedModel
 
-__all__ = ["FAMILIES", "WINDOWED", "Family", "family_of"]
+__all__ = ["FAMILIES", "WINDOWED", "Family", "family_of", "text_part"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,19 @@ FAMILIES: Mapping[str, Family] = {
     name: Family(model_type=name, packed=name not in _SOLO) for name in sorted({*_PACKED, *WINDOWED, *_SOLO})
 }
 
+_OF_MORE = frozenset({"aria", "gemma4", "kimi_k25", "minimax_m3_vl", "mistral3", "qwen3_5_moe"})
+"""Models of more than text whose text part is of one of the families: that alone is served."""
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a `config.json` says of text: of a model of more than that the part that does."""
+    text = config.get("text_config")
+    if config.get("model_type") not in _OF_MORE or not isinstance(text, Mapping):
+        return config
+    shared = {name: config[name] for name in ("quantization_config", "dtype", "torch_dtype") if name in config}
+    kind = str(text.get("model_type")).replace("kimi_k2", "deepseek_v3")  # as transformers reads it
+    return {**shared, **text, "model_type": kind}
+
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
     """The family of a checkpoint's `config.json`, given as a mapping; `where` names the file in errors.
@@ -52,6 +65,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     Raises:
         UnsupportedModel: unknown family, or an encoder-decoder.
     """
+    config = text_part(config)
     name = str(config.get("model_type"))
     if config.get("is_encoder_decoder"):
         raise UnsupportedModel(f"{where} is an encoder-decoder ({name}), must be a decoder. hint: serve a causal model")

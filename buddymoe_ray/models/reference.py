@@ -16,7 +16,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 __all__ = ["reference_generate", "reference_model"]
 
@@ -24,7 +24,8 @@ __all__ = ["reference_generate", "reference_model"]
 def reference_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The stock model, eager experts, on the CPU."""
     config = AutoConfig.from_pretrained(folder)
-    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING  # a model of more than text, asked for text alone
+    auto = AutoModelForImageTextToText if whole else AutoModelForCausalLM
     model: PreTrainedModel = auto.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
     return model.eval()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from buddymoe_ray.models.dense_dtype import pack_dense
 from buddymoe_ray.models.expert_layout import EXPERT_DTYPES, expert_layout, slot_tensors
 from buddymoe_ray.models.expert_math import expert_math, read_as_stored
 from buddymoe_ray.models.experts_hook import attach
-from buddymoe_ray.models.families import Family, family_of
+from buddymoe_ray.models.families import Family, family_of, text_part
 from buddymoe_ray.models.hf_loading import (
     build_meta,
     experts_modules,
@@ -163,15 +164,17 @@ def meta_model(
 def _family(folder: Path) -> Family:
     """Raises UnsupportedModel."""
     path = folder / "config.json"
-    config = read_json(path)
-    family = family_of(config, str(path))
-    check_method(config, str(path))
+    family = family_of(read_json(path), str(path))
+    check_method(_written(folder), str(path))
     return family
 
 
 def _stored(folder: Path) -> dict[str, Stored]:
-    path = folder / "config.json"
-    return find_coded(read_json(path), read_index(folder), str(path))
+    return find_coded(_written(folder), read_index(folder), str(folder / "config.json"))
+
+
+def _written(folder: Path) -> Mapping[str, Any]:
+    return text_part(read_json(folder / "config.json"))
 
 
 def describe(
@@ -185,7 +188,7 @@ def describe(
         pack_dense(meta.model, dense_dtype)
         return _shape(meta.model, meta.family, meta.layout, weights=True)
     family = _family(folder)
-    if read_json(folder / "config.json").get("quantization_config"):
+    if _written(folder).get("quantization_config"):
         raise CheckpointError(
             f"{folder} is a quantised model's and has no weights, must have their headers. hint: download it whole"
         )
@@ -342,6 +345,6 @@ def _plain_dtype(folder: Path) -> str | None:
 
 
 def _config_dtype(folder: Path) -> str:
-    config = read_json(folder / "config.json")
+    config = _written(folder)
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     return name if name in DTYPE_BYTES else "float32"

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import FULL, SLIDING, build_checkpoint
+from families import build_checkpoint
+from tiny_configs import FULL, SLIDING
 from torch import Tensor
+from whole_models import WHOLE, build_whole
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.build import build_parts
@@ -23,6 +25,7 @@ from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.errors import CheckpointError
 from buddymoe_ray.models.families import FAMILIES
 from buddymoe_ray.models.reference import reference_model
+from buddymoe_ray.models.shape import describe
 from buddymoe_ray.types import GenerationRequest, SamplingParams
 
 NEW = 14
@@ -221,6 +224,14 @@ def test_tokens_and_logits_are_those_of_generate(case: str, tmp_path: Path) -> N
     family, fields = CASES[case]
     folder = build_checkpoint(family, tmp_path, seed=4, **fields)
     check(folder, memories=("50%", "25%") if case in FAMILIES else ("100%",))
+
+
+@pytest.mark.parametrize("model_type", WHOLE)
+def test_the_text_part_of_a_model_of_more_is_served(model_type: str, tmp_path: Path) -> None:
+    folder = build_whole(model_type, tmp_path)
+    family, _ = WHOLE[model_type]
+    assert describe(folder).model_type == family
+    check(folder, memories=("50%",))
 
 
 @pytest.mark.parametrize(

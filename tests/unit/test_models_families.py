@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import THOROUGH, TINY_CONFIGS, build_checkpoint, stock_logits
+from families import build_checkpoint, stock_logits
 from slot_oracle import attach_oracle
+from tiny_configs import THOROUGH, TINY_CONFIGS
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import THOROUGH, TINY_CONFIGS, build_checkpoint
+from families import build_checkpoint
 from slot_oracle import SlotBuffer
+from tiny_configs import THOROUGH, TINY_CONFIGS
 from transformers import PreTrainedModel
 
 from buddymoe_ray.models.hf_loading import experts_modules, kept_in_float32

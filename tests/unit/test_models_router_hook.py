@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import TINY_CONFIGS, build_checkpoint
+from families import build_checkpoint
+from tiny_configs import TINY_CONFIGS
 
 from buddymoe_ray.errors import UnsupportedModel
 from buddymoe_ray.models.experts_hook import attach

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import TINY_CONFIGS, build_checkpoint, tiny_config
+from families import build_checkpoint, tiny_config
+from tiny_configs import TINY_CONFIGS
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.build import _sampling_defaults

@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from families import THOROUGH, build_checkpoint
+from families import build_checkpoint
+from tiny_configs import THOROUGH
 
 from buddymoe_ray import LLM
 from buddymoe_ray.models.families import FAMILIES
