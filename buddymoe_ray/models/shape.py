@@ -140,6 +140,8 @@ def meta_model(
     layout = expert_layout(model, plan.experts, stored)
     linears, dense = dict[str, CodedTensor](), dict[str, Stored]()
     modules = {f"{name}.weight": (name, m) for name, m in model.named_modules() if type(m) is nn.Linear}
+    for name in kept_in_float32(model) & modules.keys():
+        del modules[name]
     for key, target in plan.dense.items():
         found, (name, linear) = stored[key], modules.get(target or "", ("", None))
         if isinstance(found, CodedTensor) and linear is not None:
