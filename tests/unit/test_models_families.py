@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import build_checkpoint, stock_logits
+from families_table import unserved
 from slot_oracle import attach_oracle
 from tiny_configs import THOROUGH, TINY_CONFIGS
 from transformers import AttentionInterface, AutoModelForCausalLM
@@ -129,6 +130,14 @@ def test_unknown_families_are_refused_with_the_list() -> None:
         family_of({"model_type": "llama"}, "config.json")
     with pytest.raises(UnsupportedModel, match="None"):
         family_of({}, "config.json")
+
+
+def test_what_the_table_calls_refused_is_refused_by_name() -> None:
+    names = unserved()
+    assert {"inkling", "qwen3_vl_moe"} <= set(names)
+    for name in names:
+        with pytest.raises(UnsupportedModel, match=f"model_type '{name}'"):
+            family_of({"model_type": name, "text_config": {"model_type": f"{name}_text"}}, "config.json")
 
 
 def test_encoder_decoders_are_refused() -> None:
