@@ -7,6 +7,7 @@ equal and logits close.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,12 @@ def test_tokens_and_logits_are_those_of_generate(case: str, tmp_path: Path) -> N
 def test_the_text_part_of_a_model_of_more_is_served(model_type: str, tmp_path: Path) -> None:
     folder = build_whole(model_type, tmp_path)
     family, _ = WHOLE[model_type]
-    assert describe(folder).model_type == family
+    shape = describe(folder)
+    assert shape.model_type == family
     check(folder, memories=("50%",))
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    assert describe(folder) == replace(shape, has_weights=False)
 
 
 @pytest.mark.parametrize(
