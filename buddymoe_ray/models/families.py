@@ -55,8 +55,8 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if config.get("model_type") not in _OF_MORE or not isinstance(text, Mapping):
         return config
     shared = {name: config[name] for name in ("quantization_config", "dtype", "torch_dtype") if name in config}
-    kind = str(text.get("model_type")).replace("kimi_k2", "deepseek_v3")  # as transformers reads it
-    return {**shared, **text, "model_type": kind}
+    kind = text.get("model_type")
+    return {**shared, **text, "model_type": "deepseek_v3" if kind == "kimi_k2" else kind}  # as transformers reads it
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from buddymoe_ray.errors import ConfigError, UnsupportedModel
-from buddymoe_ray.models.families import FAMILIES, family_of
+from buddymoe_ray.models.families import FAMILIES, family_of, text_part
 from buddymoe_ray.models.load import load_model
 
 IDS = torch.randint(3, 160, (2, 40), generator=torch.Generator().manual_seed(5))
@@ -130,6 +130,17 @@ def test_unknown_families_are_refused_with_the_list() -> None:
         family_of({"model_type": "llama"}, "config.json")
     with pytest.raises(UnsupportedModel, match="None"):
         family_of({}, "config.json")
+
+
+def test_the_text_part_of_a_config_is_told_what_holds_for_all() -> None:
+    plain = {"model_type": "olmoe", "text_config": {"model_type": "mixtral"}}
+    assert text_part(plain) is plain
+    text = {"model_type": "kimi_k2", "quantization_config": {"quant_method": "fp8"}}
+    whole = {"model_type": "kimi_k25", "dtype": "bfloat16", "quantization_config": "outer", "text_config": text}
+    assert text_part(whole) == {**text, "dtype": "bfloat16", "model_type": "deepseek_v3"}
+    assert family_of(whole, "config.json") is FAMILIES["deepseek_v3"]
+    with pytest.raises(UnsupportedModel, match="model_type 'mistral'"):
+        family_of({"model_type": "mistral3", "text_config": {"model_type": "mistral"}}, "config.json")
 
 
 def test_what_the_table_calls_refused_is_refused_by_name() -> None:
