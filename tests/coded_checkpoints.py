@@ -14,6 +14,7 @@ import torch
 from families import build_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from whole_models import WHOLE, build_whole
 
 __all__ = ["SCHEMES", "edit", "quantised"]
 
@@ -168,7 +169,8 @@ def _is_coded(scheme: str, key: str, tensor: Tensor) -> bool:
 def quantised(model_type: str, scheme: str, folder: Path, **overrides: Any) -> tuple[Path, Path]:
     """A checkpoint of the family stored so, and the same in float32."""
     encode, config = SCHEMES[scheme]
-    plain = build_checkpoint(model_type, folder / "plain", **overrides)
+    build = build_whole if model_type in WHOLE else build_checkpoint
+    plain = build(model_type, folder / "plain", **overrides)
     coded = folder / "coded"
     coded.mkdir()
     wide, stored = load_file(plain / "model.safetensors"), dict[str, Tensor]()

@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from families_table import families_table
+
 from buddymoe_ray.config import EngineConfig, option_notes
 from buddymoe_ray.serve.args import ServeArgs
 
@@ -317,7 +319,7 @@ def figures_page(text: str) -> str:
 
 def options_page(text: str) -> str:
     """`deployments/README.md` with its tables made anew."""
-    return _filled(text, {"config": config_table(), "service": service_table()})
+    return _filled(text, {"config": config_table(), "service": service_table(), "families": families_table()})
 
 
 def _filled(text: str, tables: dict[str, str]) -> str:

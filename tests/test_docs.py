@@ -15,6 +15,7 @@ from readme_tables import FIGURES, OPTIONS, README, figures_page, options_page, 
 
 import buddymoe_ray
 from buddymoe_ray.cli import COMMANDS, build_parser
+from buddymoe_ray.models.families import FAMILIES
 from buddymoe_ray.models.schemes import METHODS
 from buddymoe_ray.serve.args import ServeArgs
 
@@ -41,6 +42,10 @@ def test_readme_is_short() -> None:
 def test_readme_names_the_quantisations_that_are_served() -> None:
     listed = TEXT.split("**Quantised checkpoints**")[1].split("Exact is")[0]
     assert set(re.findall(r"`([\w-]+)`", listed)) == set(METHODS)
+
+
+def test_readme_counts_the_families() -> None:
+    assert f" {len(FAMILIES)} families," in TEXT
 
 
 def test_readme_lists_exactly_the_commands() -> None:

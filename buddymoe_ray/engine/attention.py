@@ -29,6 +29,9 @@ __all__ = ["NAME", "ChunkRows", "PagedAttention", "PackedPass", "attach", "regis
 
 NAME = "buddymoe_paged"
 
+_PLAIN = {"dropout", "sliding_window", "s_aux", "position_ids", "use_cache"}
+"""What families tell an attention that this one honours, or that says nothing of its own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkRows:
@@ -287,10 +290,10 @@ def _forward(
     """The function transformers calls for every attention layer, with a batch of one packed sequence."""
     paged: PagedAttention = module.buddymoe_attention  # type: ignore[assignment]
     if not isinstance(attention_mask, PackedMask):
-        raise UnsupportedModel(
-            f"{type(module).__name__} has a mask of its own, must have one of transformers' causal masks. "
-            "hint: set batching to solo"
-        )
+        raise _own_way(module, "a mask")
+    more = {name for name, value in kwargs.items() if value is not None and not name.startswith("output_")} - _PLAIN
+    if more:
+        raise _own_way(module, min(more))
     out_TQd = paged(
         int(module.layer_idx),  # type: ignore[arg-type]
         query[0],
@@ -303,9 +306,17 @@ def _forward(
     return out_TQd.unsqueeze(0), None
 
 
-def _mask(*, local_size: int | None = None, **_: Any) -> PackedMask:
-    """The function transformers calls for every mask that a model builds; `local_size` is a sliding one's."""
-    return PackedMask(window=local_size)
+def _own_way(module: nn.Module, what: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{type(module).__name__} attends by {what} of its own, must by transformers' causal masks. "
+        "hint: set batching to solo"
+    )
+
+
+def _mask(*, local_size: int | None = None, use_vmap: bool = False, **_: Any) -> PackedMask | None:
+    """The function transformers calls for every mask that a model builds; `local_size` is a sliding one's. None where
+    the family masks by a function of its own."""
+    return None if use_vmap else PackedMask(window=local_size)
 
 
 def register() -> None:

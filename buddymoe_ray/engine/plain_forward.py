@@ -73,6 +73,8 @@ def _chain(model: Any) -> PlainForward | None:
     """None where the model has other parts, something listens to them, or a layer is not in a call of the kernels."""
     if _names(model) != {"model", "lm_head"} or _names(model.model) != _PARTS:
         return None
+    if isinstance(getattr(model.model.rotary_emb, "rope_type", None), dict):  # one for each type of layer
+        return None
     body, layers = model.model, [layer.forward for layer in model.model.layers]
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (model, body, *body.layers))
     if hooked or not all(isinstance(layer, OneCallLayer) for layer in layers):

@@ -208,7 +208,7 @@ class SoloRunner:
             is_first_iteration=start == 0,
             logits_to_keep=keep,
         )
-        count = inputs["input_ids"].shape[1]
+        count, inputs["logits_to_keep"] = inputs["input_ids"].shape[1], keep  # nemotron_h sets its own
         decode = terms is not None and count == 1
         self._step.begin(Phase.DECODE if decode else Phase.PREFILL, count, terms if decode else None)
         with torch.inference_mode():

@@ -48,6 +48,11 @@ class CodedLinear(nn.Module):
         for name in ("codes", "scales", "zeros"):  # so that whoever counts the model's bytes finds them
             self.register_buffer(name, getattr(self.coded, name), persistent=False)
 
+    @property
+    def weight(self) -> Tensor:
+        """Nothing but a dtype, which is what some classes ask of it."""
+        return torch.empty(0, dtype=self._dtype)
+
     def prepare(self, threads: int) -> None:
         """From now on compute with a kernel."""
         self.compute = CpuLinear(self.coded, None, self._dtype, read_bias(self.bias), threads=threads)

@@ -15,9 +15,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from buddymoe_ray.errors import CheckpointError
 
-__all__ = ["EXPERTS_PER_TOKEN", "check_config"]
+__all__ = ["EXPERTS_PER_TOKEN", "check_config", "rope_parameters"]
 
-EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_k", "moe_topk")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
 _EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
 _COUNTS = (
     *("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -32,7 +32,8 @@ def check_config(config: PreTrainedConfig, written: Mapping[str, Any], where: st
         next((name for name in names if name in written), names[0]) for names in (_EXPERTS, EXPERTS_PER_TOKEN)
     )
     count: Any = getattr(config, experts, None)
-    fields = {name: value for name in _COUNTS if (value := getattr(config, name, None)) is not None}
+    one = config.per_layer_config[0] if config.is_heterogeneous and config.num_hidden_layers else config
+    fields = {name: value for name in _COUNTS if (value := getattr(one, name, None)) is not None}
     if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) is not None:
         fields["sliding_window"] = config.sliding_window
     for name, value in {**fields, experts: count, per_token: getattr(config, per_token, None)}.items():
@@ -46,10 +47,20 @@ def check_config(config: PreTrainedConfig, written: Mapping[str, Any], where: st
         raise _refusal(where, "n_group", groups, f"a divisor of {experts}, {count}")
     if fields.get("topk_group", 1) > groups:
         raise _refusal(where, "topk_group", fields["topk_group"], f"at most n_group, {groups}")
-    _check_rope(getattr(config, "rope_parameters", None) or {}, where)
+    for kind, rope in rope_parameters(config).items():
+        _check_rope(rope, where)
+        if kind and rope.get("rope_type") == "dynamic":
+            raise _refusal(where, f"rope_type of {kind}", "dynamic", "one whose frequencies do not follow a text")
     activation = getattr(config, "hidden_act", None)
     if activation is not None and activation not in ACT2FN:
         raise _refusal(where, "hidden_act", activation, "an activation that transformers knows")
+
+
+def rope_parameters(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
+    """Rotary settings by type of layer; of "" where all layers have the same."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = {kind: of_kind for kind, of_kind in rope.items() if isinstance(of_kind, dict)}
+    return nested or {"": rope}
 
 
 def _check_rope(rope: dict[str, Any], where: str) -> None:

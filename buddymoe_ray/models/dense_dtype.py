@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from buddymoe_ray.kernels import BLOCK, CpuLinear, LowbitFormat, pack_plain, packed_shapes, widens
 from buddymoe_ray.models.coded_linear import CodedLinear, read_bias, replace_module
-from buddymoe_ray.models.hf_loading import experts_modules
+from buddymoe_ray.models.hf_loading import experts_modules, kept_in_float32
 from buddymoe_ray.models.router_hook import find_routers
 
 __all__ = ["PackedLinear", "StoredLinear", "keep_dense", "pack_dense"]
@@ -58,8 +58,8 @@ def pack_dense(model: PreTrainedModel, dense_dtype: str, *, threads: int = 1, pr
 
 
 def _linears(model: PreTrainedModel) -> dict[str, nn.Linear | CodedLinear]:
-    """The layers to pack by full name."""
-    experts = experts_modules(model)
+    """The layers to pack by full name, but for those that compute in float32 whatever the rest does."""
+    experts, wide = experts_modules(model), kept_in_float32(model)
     counts = [next(module.parameters()).shape[0] for module in experts.values()]
     apart = (*experts.values(), *find_routers(model, tuple(experts.values()), counts))
     left = {id(part) for module in apart if module is not None for part in module.modules()}
@@ -68,6 +68,7 @@ def _linears(model: PreTrainedModel) -> dict[str, nn.Linear | CodedLinear]:
         for name, module in model.named_modules()
         if type(module) in (nn.Linear, CodedLinear)
         and id(module) not in left
+        and f"{name}.weight" not in wide
         and min(module.in_features, module.out_features) >= BLOCK
     }
 
@@ -85,9 +86,9 @@ class StoredLinear(nn.Module):
 
     @staticmethod
     def covers(linear: nn.Linear) -> bool:
-        """Whether this CPU has a kernel for the layer's weights."""
+        """Whether this CPU has a kernel for the layer's weights, of which there may be none."""
         weight = linear.weight
-        return weight.device.type == "cpu" and weight.is_contiguous() and widens(weight.dtype)
+        return weight.device.type == "cpu" and weight.is_contiguous() and widens(weight.dtype) and weight.numel() > 0
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K] -> [..., N]` in the dtype of `x`, which is the weight's."""
@@ -101,6 +102,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.compute: CpuLinear | None = None
+        self._dtype = linear.weight.dtype
         weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach().float()
         parts: dict[str, Tensor]
         if weight.is_meta:
@@ -112,6 +114,11 @@ class PackedLinear(nn.Module):
             self.compute = CpuLinear(packed, fmt, weight.dtype, bias, threads=threads)
         for name, part in {**parts, "bias": bias}.items():  # so that whoever counts the model's bytes finds them
             self.register_buffer(name, part, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """Nothing but a dtype, which is what some classes ask of it."""
+        return torch.empty(0, dtype=self._dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K] -> [..., N]` in the dtype of `x`, which is the weight's."""

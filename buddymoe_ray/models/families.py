@@ -12,7 +12,7 @@ from typing import Any
 
 from buddymoe_ray.errors import UnsupportedModel
 
-__all__ = ["FAMILIES", "WINDOWED", "Family", "family_of"]
+__all__ = ["FAMILIES", "WINDOWED", "Family", "family_of", "text_part"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,31 +24,39 @@ class Family:
 
 
 _PACKED = (
-    "deepseek_v2",
-    "deepseek_v3",
-    "dots1",
-    "ernie4_5_moe",
-    "flex_olmo",
-    "glm4_moe",
-    "gpt_oss",
-    "granitemoe",
-    "hunyuan_v1_moe",
-    "minimax_m2",
-    "mixtral",
-    "olmoe",
-    "phimoe",
-    "qwen2_moe",
-    "qwen3_moe",
+    *("aria_text", "axk1", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite"),
+    *("granitemoe", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "minimax_m2", "mistral4", "olmoe", "solar_open"),
 )
-WINDOWED = frozenset({"dots1", "gpt_oss", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe"})
+WINDOWED = frozenset(
+    {
+        *("afmoe", "cohere2_moe", "dots1", "exaone_moe", "flint", "gemma4_text", "gpt_oss", "granitemoe_swa"),
+        *("kolibri1", "laguna", "mellum", "mimo_v2_flash", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe"),
+    }
+)
 """Families that keep to the same sliding window in prompts and in decode steps."""
 
-_SOLO = ("jamba", "lfm2_moe", "minimax", "qwen3_next")
+_SOLO = (
+    *("axk2", "bailing_hybrid", "deepseek_v32", "deepseek_v4", "glm_moe_dsa", "granitemoehybrid", "hy_v4", "jamba"),
+    *("kimi_linear", "lfm2_moe", "minimax", "minimax_m3_vl_text", "nemotron_h", "qwen3_5_moe_text", "qwen3_next"),
+    "zaya",
+)
 
 FAMILIES: Mapping[str, Family] = {
-    **{name: Family(model_type=name, packed=True) for name in _PACKED},
-    **{name: Family(model_type=name, packed=False) for name in _SOLO},
+    name: Family(model_type=name, packed=name not in _SOLO) for name in sorted({*_PACKED, *WINDOWED, *_SOLO})
 }
+
+_OF_MORE = frozenset({"aria", "gemma4", "kimi_k25", "minimax_m3_vl", "mistral3", "qwen3_5_moe"})
+"""Models of more than text whose text part is of one of the families: that alone is served."""
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a `config.json` says of text: of a model of more than that the part that does."""
+    text = config.get("text_config")
+    if config.get("model_type") not in _OF_MORE or not isinstance(text, Mapping):
+        return config
+    shared = {name: config[name] for name in ("quantization_config", "dtype", "torch_dtype") if name in config}
+    kind = text.get("model_type")
+    return {**shared, **text, "model_type": "deepseek_v3" if kind == "kimi_k2" else kind}  # as transformers reads it
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
@@ -57,6 +65,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     Raises:
         UnsupportedModel: unknown family, or an encoder-decoder.
     """
+    config = text_part(config)
     name = str(config.get("model_type"))
     if config.get("is_encoder_decoder"):
         raise UnsupportedModel(f"{where} is an encoder-decoder ({name}), must be a decoder. hint: serve a causal model")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
@@ -33,15 +33,15 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging as hf_logging
 from transformers.utils.generic import ContextManagers
 
 from buddymoe_ray.errors import BuddyMoEError, CheckpointError, ConfigError, UnsupportedModel
 from buddymoe_ray.models import experts_hook
-from buddymoe_ray.models.config_check import check_config
+from buddymoe_ray.models.config_check import check_config, rope_parameters
 from buddymoe_ray.models.dense import LazyTensor, read_tensor
-from buddymoe_ray.models.families import WINDOWED
+from buddymoe_ray.models.families import WINDOWED, text_part
 from buddymoe_ray.models.quantised import CodedTensor, Stored
 from buddymoe_ray.models.tensor_index import read_json
 
@@ -90,7 +90,8 @@ class KeyPlan:
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """transformers' config of the folder; the caller has checked the family."""
+    """transformers' config of the folder, of a model of more than text that of its text part; the caller has checked
+    the family."""
     where = folder / "config.json"
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
@@ -98,8 +99,12 @@ def read_config(folder: Path) -> PreTrainedConfig:
         )
     except Exception as error:  # transformers raises many kinds for a bad field
         raise CheckpointError(f"{where} is refused by transformers ({error}). hint: fix the field") from error
-    check_config(config, read_json(where), str(where))
-    return config
+    text: PreTrainedConfig = config.get_text_config(decoder=True)
+    check_config(text, text_part(read_json(where)), str(where))
+    if text is not config:
+        text.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
+        text.eos_token_id = getattr(config, "eos_token_id", None) or text.eos_token_id
+    return text
 
 
 def build_meta(config: PreTrainedConfig, *, dtype: torch.dtype, attn: str | None) -> PreTrainedModel:
@@ -128,19 +133,27 @@ def switch_length(model: PreTrainedModel) -> int | None:
     """Tokens beyond which logits depend on how a text was cut into passes; None: they never do.
 
     There rotary frequencies become those of the longest position of a pass, or a sliding window ends that only prompts
-    or only decode steps keep. Rows may not share a pass then.
+    or only decode steps keep, or an indexer begins to choose. Rows may not share a pass then.
     """
     config = model.config
-    rope, window = getattr(config, "rope_parameters", None) or {}, getattr(config, "sliding_window", None)
+    window = getattr(config, "sliding_window", None)
     kinds = {str(getattr(module, "rope_type", "")) for module in model.modules()}
     lengths = []
     if "dynamic" in kinds:
         lengths.append(config.max_position_embeddings)
-    if "longrope" in kinds or "short_mscale" in rope:  # phimoe switches its mscale, whatever the kind
-        lengths.append(rope.get("original_max_position_embeddings", 0))
+    for rope in rope_parameters(config).values():
+        if "longrope" in (*kinds, rope.get("rope_type")) or "short_mscale" in rope:  # phimoe's mscale, of any kind
+            lengths.append(rope.get("original_max_position_embeddings", 0))
+    for chosen, each in _INDEXED.items():
+        if getattr(config, chosen, None) is not None:
+            lengths.append(getattr(config, chosen) * getattr(config, each, 1))
     if window is not None and config.model_type not in WINDOWED:
         lengths.append(window)
     return min(lengths, default=None)
+
+
+_INDEXED = {"index_topk": "", "index_topk_blocks": "index_block_size"}
+"""What an indexer chooses at most, and the tokens of each: which of equals it takes depends on how many there are."""
 
 
 def recomputes_at_switch(model: PreTrainedModel) -> bool:
@@ -158,13 +171,24 @@ def kept_in_float32(model: PreTrainedModel) -> set[str]:
     return {name for name in model.state_dict() if pattern.search(name)}
 
 
+_TEXT_PART = {r"^(model\.language_model|language_model\.model)\.": "model.", r"^language_model\.lm_head\.": "lm_head."}
+"""Where a model of more than text keeps what its text part has under its own names."""
+
+
+def _conversions(model: PreTrainedModel) -> list[Any]:
+    """Of stored keys; where a text part's keys are converted with those of its whole model, these come first."""
+    kind = model.config.model_type
+    outer = get_checkpoint_conversion_mapping(kind.removesuffix("_text")) if kind.endswith("_text") else None
+    return [*(outer or ()), *get_model_conversion_mapping(model, key_mapping=_TEXT_PART)]
+
+
 def plan_keys(model: PreTrainedModel, keys: Iterable[str]) -> KeyPlan:
     """Run every stored key through transformers' key conversion and tell experts from dense.
 
     Raises:
         UnsupportedModel: an expert key is converted by an operation that is no plain copy of bytes.
     """
-    mapping = get_model_conversion_mapping(model)
+    mapping = _conversions(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
@@ -195,7 +219,7 @@ def _converted(
                 f"key {key!r} is converted by {type(op).__name__}, must be MergeModulelist or Concatenate. "
                 "hint: save the checkpoint again with transformers 5.23"
             )
-    number = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), apply_renamings(key, renamings))
+    number = re.search(pattern.replace("*", r"(\d+)"), apply_renamings(key, renamings))
     if number is None or not number.groups():
         raise UnsupportedModel(f"key {key!r} has no expert number at the star of {pattern!r}. hint: report this family")
     parts = converter.source_patterns
@@ -214,7 +238,7 @@ def load_dense(
     experts = {f"{name}.{p}" for name, m in experts_modules(model).items() for p, _ in m.named_parameters()}
     experts |= set(elsewhere)
     dtype = _dtype(model)
-    mapping: list[Any] = get_model_conversion_mapping(model)
+    mapping = _conversions(model)
     load_config = LoadStateDictConfig(
         device_map={"": device},
         dtype=dtype,
@@ -257,7 +281,8 @@ def _dtype(model: PreTrainedModel) -> torch.dtype:
 
 
 def _causal_class(config: PreTrainedConfig) -> Any:
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING  # mistral4's model is in the other alone
+    return (MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)[type(config)]
 
 
 def _raise_on_problems(model: PreTrainedModel, info: Any, dense: Mapping[str, Stored]) -> None:

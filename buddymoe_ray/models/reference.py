@@ -9,14 +9,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 __all__ = ["reference_generate", "reference_model"]
 
 
 def reference_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The stock model, eager experts, on the CPU."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
+    config = AutoConfig.from_pretrained(folder)
+    whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING  # a model of more than text, asked for text alone
+    auto = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
     return model.eval()
 
 

@@ -19,7 +19,13 @@ from buddymoe_ray.models.row_kernels import SoftmaxRouter
 
 __all__ = ["SIGMOID_FAMILIES", "attach_router_scores", "embedded", "find_routers", "router_choices"]
 
-SIGMOID_FAMILIES = frozenset({"deepseek_v3", "dots1", "glm4_moe", "lfm2_moe", "minimax_m2"})
+SIGMOID_FAMILIES = frozenset(
+    {
+        *("afmoe", "axk1", "cohere2_moe", "deepseek_v3", "dots1", "exaone_moe", "flint", "glm4_moe", "glm4_moe_lite"),
+        *("axk2", "bailing_hybrid", "deepseek_v32", "deepseek_v4", "glm_moe_dsa", "hy_v4", "kimi_linear", "nemotron_h"),
+        *("hy_v3", "kolibri1", "laguna", "lfm2_moe", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "solar_open"),
+    }
+)
 """Families that score each expert by itself; all others share out a softmax."""
 
 
@@ -52,8 +58,10 @@ def find_routers(
     routers = []
     for module, E in zip(experts, experts_per_layer, strict=True):
         parent = model.get_submodule(name_of[module].rpartition(".")[0])
-        beside = (child for child in parent.children() if child is not module)
-        routers.append(next((child for child in beside if _is_router(child, E)), None))
+        beside = {name: child for name, child in parent.named_children() if child is not module}
+        found = [name for name, child in beside.items() if _is_router(child, E)]
+        named = [name for name in found if name in ("gate", "router")]  # before what is as wide by chance
+        routers.append(beside[(named or found)[0]] if found else None)
     return routers
 
 

@@ -29,7 +29,7 @@ __all__ = ["RowNorm", "SoftmaxRouter", "WholeVectors", "rows_apart"]
 _VECTORS = 64
 """Items that torch takes at once, at most: two vectors of 512 bits of bfloat16."""
 _ACTIVATIONS = {kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values()}
-_SIGMOIDS = {torch.sigmoid, Tensor.sigmoid}
+_ELEMENTWISE = {torch.sigmoid, Tensor.sigmoid, functional.softplus, torch.log}
 
 
 def rows_apart(model: nn.Module, routers: Iterable[nn.Module | None]) -> None:
@@ -42,7 +42,7 @@ def rows_apart(model: nn.Module, routers: Iterable[nn.Module | None]) -> None:
             made = _row_norm(module)
         elif type(module) in _ACTIVATIONS and not any(module.parameters()):
             made = WholeVectors(module)
-        elif hasattr(module, "shared_expert_gate"):
+        elif hasattr(module, "shared_expert_gate") or _scales(module):
             module.forward = _by_rows(module)  # type: ignore[method-assign]  # the sigmoid of one number a row
         if made is not None:
             parent, _, own = name.rpartition(".")
@@ -50,6 +50,13 @@ def rows_apart(model: nn.Module, routers: Iterable[nn.Module | None]) -> None:
     for router in routers:
         if router is not None:
             router.forward = _softmax_router(router) or _by_rows(router)  # type: ignore[method-assign]
+
+
+def _scales(module: nn.Module) -> bool:
+    """Whether an attention has a gate for what it answers, or scales queries by the logarithm of their positions."""
+    rope = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+    gated = hasattr(module, "gate_proj") or hasattr(module, "g_proj") or "llama_4_scaling_beta" in rope
+    return hasattr(module, "o_proj") and gated
 
 
 class WholeVectors(nn.Module):
@@ -145,7 +152,7 @@ def _chooses_as(mine: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
 
 class _LinearsByRows(TorchFunctionMode):
     """While it is on, linears are computed by the kernels: by `made` for weights in it (by id), else anew each time.
-    Sigmoids see whole vectors."""
+    Elementwise functions see whole vectors."""
 
     def __init__(self, made: Mapping[int, CpuLinear]) -> None:
         super().__init__()
@@ -154,7 +161,7 @@ class _LinearsByRows(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in _SIGMOIDS and not kwargs:
+        if func in _ELEMENTWISE and not kwargs:
             return _padded(func, args[0])
         if func is not functional.linear or kwargs:
             return func(*args, **(kwargs or {}))
@@ -165,7 +172,7 @@ class _LinearsByRows(TorchFunctionMode):
 
 
 def _by_rows(module: nn.Module) -> Callable[..., Any]:
-    """The forward of a router, or of what has more of the kind, with linears and sigmoids computed row by row."""
+    """The forward of a router, or of what has more of the kind, its linears and elementwise functions row by row."""
     own = module.parameters(recurse=False)
     weights = [weight for weight in own if weight.ndim == 2 and widens(weight.dtype)]
     made = {id(weight): CpuLinear(weight.detach(), None, weight.dtype, None) for weight in weights}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from buddymoe_ray.models.dense_dtype import pack_dense
 from buddymoe_ray.models.expert_layout import EXPERT_DTYPES, expert_layout, slot_tensors
 from buddymoe_ray.models.expert_math import expert_math, read_as_stored
 from buddymoe_ray.models.experts_hook import attach
-from buddymoe_ray.models.families import Family, family_of
+from buddymoe_ray.models.families import Family, family_of, text_part
 from buddymoe_ray.models.hf_loading import (
     build_meta,
     experts_modules,
@@ -139,6 +140,8 @@ def meta_model(
     layout = expert_layout(model, plan.experts, stored)
     linears, dense = dict[str, CodedTensor](), dict[str, Stored]()
     modules = {f"{name}.weight": (name, m) for name, m in model.named_modules() if type(m) is nn.Linear}
+    for name in kept_in_float32(model) & modules.keys():
+        del modules[name]
     for key, target in plan.dense.items():
         found, (name, linear) = stored[key], modules.get(target or "", ("", None))
         if isinstance(found, CodedTensor) and linear is not None:
@@ -163,15 +166,17 @@ def meta_model(
 def _family(folder: Path) -> Family:
     """Raises UnsupportedModel."""
     path = folder / "config.json"
-    config = read_json(path)
-    family = family_of(config, str(path))
-    check_method(config, str(path))
+    family = family_of(read_json(path), str(path))
+    check_method(_written(folder), str(path))
     return family
 
 
 def _stored(folder: Path) -> dict[str, Stored]:
-    path = folder / "config.json"
-    return find_coded(read_json(path), read_index(folder), str(path))
+    return find_coded(_written(folder), read_index(folder), str(folder / "config.json"))
+
+
+def _written(folder: Path) -> Mapping[str, Any]:
+    return text_part(read_json(folder / "config.json"))
 
 
 def describe(
@@ -185,7 +190,7 @@ def describe(
         pack_dense(meta.model, dense_dtype)
         return _shape(meta.model, meta.family, meta.layout, weights=True)
     family = _family(folder)
-    if read_json(folder / "config.json").get("quantization_config"):
+    if _written(folder).get("quantization_config"):
         raise CheckpointError(
             f"{folder} is a quantised model's and has no weights, must have their headers. hint: download it whole"
         )
@@ -313,8 +318,9 @@ def _kv_bytes_per_token(model: PreTrainedModel) -> int:
     rope = getattr(model.config, "rope_parameters", None)
     model.config.rope_parameters = {**(rope or {}), "rope_type": "default"}
     for module in model.modules():  # positions on meta have no length that frequencies could follow
-        if hasattr(module, "rope_type"):
-            setattr(module, "rope_type", "default")  # noqa: B010
+        kind = getattr(module, "rope_type", None)
+        if kind is not None:
+            setattr(module, "rope_type", dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default")  # noqa: B010
     with refusing(model.config), torch.inference_mode():
         model(input_ids=zero[0, 0], attention_mask=zero, use_cache=False, logits_to_keep=1)
     model.config.rope_parameters = rope
@@ -326,8 +332,9 @@ _SIZING = "buddymoe_sizing"
 
 
 def _narrowed(family: Family, model: PreTrainedModel) -> Family:
-    """A packed family whose logits depend on how a text is cut into passes must run solo after all."""
-    switch = switch_length(model)
+    """A packed family whose logits depend on how a text is cut into passes must run solo after all, and so must one
+    whose layers are handed others' keys and values."""
+    switch = 0 if getattr(model.config, "num_kv_shared_layers", 0) else switch_length(model)
     return family if switch is None or switch >= max_positions(model.config) else replace(family, packed=False)
 
 
@@ -340,6 +347,6 @@ def _plain_dtype(folder: Path) -> str | None:
 
 
 def _config_dtype(folder: Path) -> str:
-    config = read_json(folder / "config.json")
+    config = _written(folder)
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     return name if name in DTYPE_BYTES else "float32"

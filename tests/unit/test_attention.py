@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
 
+from buddymoe_ray.engine import attention
 from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
 from buddymoe_ray.engine.kv import KVPool, KVShape, contiguous_start
+from buddymoe_ray.errors import UnsupportedModel
 from buddymoe_ray.kernels import paged_attention
 
 BLOCK = 4
@@ -142,3 +145,18 @@ def test_a_number_that_is_none_is_not_hidden(what: str, number: float) -> None:
     expected = [at == 9 for at in range(9, L)] if what == "query" else [True] * (L - 9)
     if what != "key" or number != float("inf"):  # an infinite key leaves out rows whose score it makes -inf
         assert shows_TQ[9:, 0].tolist() == expected
+
+
+def test_an_attention_that_is_told_more_is_refused() -> None:
+    attention.register()
+    attend, mask = (each[attention.NAME] for each in (AttentionInterface(), AttentionMaskInterface()))
+    module, rows = torch.nn.Module(), torch.zeros(1, 2, 3, 4)
+    module.layer_idx, module.buddymoe_attention = 0, PagedAttention()
+    said = {"dropout": 0.0, "position_ids": None, "output_attentions": False, "s_aux": None}
+    attend(module, rows, rows, rows, mask(local_size=2), 1.0, **said)
+    for own_mask, more, named in (
+        (True, {}, "a mask of its own"),
+        (False, {"position_bias": rows}, "by position_bias"),
+    ):
+        with pytest.raises(UnsupportedModel, match=named):
+            attend(module, rows, rows, rows, mask(use_vmap=own_mask), 1.0, **said, **more)

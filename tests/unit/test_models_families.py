@@ -6,26 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import TINY_CONFIGS, build_checkpoint, stock_logits
+from families import build_checkpoint, stock_logits
+from families_table import unserved
 from slot_oracle import attach_oracle
+from tiny_configs import THOROUGH, TINY_CONFIGS
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from buddymoe_ray.errors import ConfigError, UnsupportedModel
-from buddymoe_ray.models.families import FAMILIES, family_of
+from buddymoe_ray.models.families import FAMILIES, family_of, text_part
 from buddymoe_ray.models.load import load_model
 
-SOLO = {"jamba", "lfm2_moe", "minimax", "qwen3_next"}
 IDS = torch.randint(3, 160, (2, 40), generator=torch.Generator().manual_seed(5))
 
 
-def test_the_table_has_the_nineteen_families() -> None:
+def test_every_family_of_the_table_has_a_checkpoint_here() -> None:
     assert set(FAMILIES) == set(TINY_CONFIGS)
-    assert len(FAMILIES) == 19
-    assert {name for name, family in FAMILIES.items() if not family.packed} == SOLO
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", THOROUGH)
 def test_logits_are_bit_equal_to_stock(model_type: str, tmp_path: Path) -> None:
     folder = build_checkpoint(model_type, tmp_path)
     loaded = load_model(folder)
@@ -38,7 +37,7 @@ def test_logits_are_bit_equal_to_stock(model_type: str, tmp_path: Path) -> None:
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", THOROUGH)
 def test_bfloat16_in_many_shards_is_bit_equal_to_stock(model_type: str, tmp_path: Path) -> None:
     folder = build_checkpoint(model_type, tmp_path, dtype=torch.bfloat16, seed=2, max_shard_size="60KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
@@ -51,7 +50,7 @@ def test_bfloat16_in_many_shards_is_bit_equal_to_stock(model_type: str, tmp_path
     assert torch.equal(got, stock_logits(folder, IDS, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", THOROUGH)
 def test_generate_on_the_models_own_cache_agrees(model_type: str, tmp_path: Path) -> None:
     folder = build_checkpoint(model_type, tmp_path, seed=3)
     loaded = load_model(folder)
@@ -63,7 +62,7 @@ def test_generate_on_the_models_own_cache_agrees(model_type: str, tmp_path: Path
     assert torch.equal(got, stock.generate(IDS[:1], attention_mask=mask, **options))
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", THOROUGH)
 def test_a_registered_attention_is_called_without_a_mask(model_type: str, tmp_path: Path) -> None:
     seen: list[tuple[int, bool]] = []
 
@@ -127,10 +126,29 @@ def test_rope_that_follows_the_longest_row_is_not_packed(scaling: str, tmp_path:
 
 
 def test_unknown_families_are_refused_with_the_list() -> None:
-    with pytest.raises(UnsupportedModel, match=r"model_type 'llama', must be one of deepseek_v2.*hint"):
+    with pytest.raises(UnsupportedModel, match=r"model_type 'llama', must be one of afmoe, .*olmoe.*hint"):
         family_of({"model_type": "llama"}, "config.json")
     with pytest.raises(UnsupportedModel, match="None"):
         family_of({}, "config.json")
+
+
+def test_the_text_part_of_a_config_is_told_what_holds_for_all() -> None:
+    plain = {"model_type": "olmoe", "text_config": {"model_type": "mixtral"}}
+    assert text_part(plain) is plain
+    text = {"model_type": "kimi_k2", "quantization_config": {"quant_method": "fp8"}}
+    whole = {"model_type": "kimi_k25", "dtype": "bfloat16", "quantization_config": "outer", "text_config": text}
+    assert text_part(whole) == {**text, "dtype": "bfloat16", "model_type": "deepseek_v3"}
+    assert family_of(whole, "config.json") is FAMILIES["deepseek_v3"]
+    with pytest.raises(UnsupportedModel, match="model_type 'mistral'"):
+        family_of({"model_type": "mistral3", "text_config": {"model_type": "mistral"}}, "config.json")
+
+
+def test_what_the_table_calls_refused_is_refused_by_name() -> None:
+    names = unserved()
+    assert {"inkling", "qwen3_vl_moe"} <= set(names)
+    for name in names:
+        with pytest.raises(UnsupportedModel, match=f"model_type '{name}'"):
+            family_of({"model_type": name, "text_config": {"model_type": f"{name}_text"}}, "config.json")
 
 
 def test_encoder_decoders_are_refused() -> None:

@@ -6,25 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import TINY_CONFIGS, build_checkpoint
+from families import build_checkpoint
 from slot_oracle import SlotBuffer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from tiny_configs import THOROUGH, TINY_CONFIGS
+from transformers import PreTrainedModel
 
 from buddymoe_ray.models.hf_loading import experts_modules, kept_in_float32
 from buddymoe_ray.models.load import LoadedModel, load_model
+from buddymoe_ray.models.reference import reference_model
 from buddymoe_ray.types import ExpertKey
 
-FAMILIES = sorted(TINY_CONFIGS)
 KEPT_IN_FLOAT32 = {"deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe"}
+FIRST = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = [(name, dtype) for name in TINY_CONFIGS for dtype in (FIRST if name in THOROUGH else (torch.bfloat16,))]
 
 
 def both(folder: Path, dtype: torch.dtype) -> tuple[LoadedModel, PreTrainedModel]:
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
-    return load_model(folder, dtype=dtype), stock.eval()
+    return load_model(folder, dtype=dtype), reference_model(folder, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(("model_type", "dtype"), DTYPES)
 def test_dense_tensors_are_those_of_from_pretrained(model_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
     loaded, stock = both(build_checkpoint(model_type, tmp_path, seed=4), dtype)
     experts = {f"{name}.{p}" for name, m in experts_modules(stock).items() for p, _ in m.named_parameters()}
@@ -37,7 +38,7 @@ def test_dense_tensors_are_those_of_from_pretrained(model_type: str, dtype: torc
     assert loaded.model.training is stock.training is False
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", TINY_CONFIGS)
 def test_every_slot_holds_its_experts_parameters(model_type: str, tmp_path: Path) -> None:
     """Routing may never name some expert in a short prompt; here each one is compared."""
     loaded, stock = both(build_checkpoint(model_type, tmp_path, seed=5, max_shard_size="70KB"), torch.float32)
@@ -54,7 +55,7 @@ def test_every_slot_holds_its_experts_parameters(model_type: str, tmp_path: Path
                 assert torch.equal(buffer.tensor(ExpertKey(layer, expert), name), want), (layer, expert, name)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", THOROUGH)
 def test_tensors_kept_in_float32_are_known_before_the_load(model_type: str, tmp_path: Path) -> None:
     loaded, _ = both(build_checkpoint(model_type, tmp_path), torch.bfloat16)
     kept = kept_in_float32(loaded.model)
@@ -63,7 +64,7 @@ def test_tensors_kept_in_float32_are_known_before_the_load(model_type: str, tmp_
     assert all(state[name].dtype is torch.float32 for name in kept)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", THOROUGH)
 def test_flags_that_the_kernels_read_are_transformers_own(model_type: str, tmp_path: Path) -> None:
     loaded, stock = both(build_checkpoint(model_type, tmp_path), torch.float32)
     for ours, theirs in zip(loaded.experts, experts_modules(stock).values(), strict=True):

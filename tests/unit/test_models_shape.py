@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import TINY_CONFIGS, build_checkpoint, tiny_config
+from families import build_checkpoint, tiny_config
+from tiny_configs import TINY_CONFIGS
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.build import _sampling_defaults
@@ -17,13 +18,18 @@ from buddymoe_ray.models.shape import ModelShape, describe, experts_per_token, m
 
 TOP_K = {
     "granitemoe": 2,
+    "granitemoe_swa": 2,
+    "granitemoehybrid": 2,
+    "granitemoeshared": 2,
     "gpt_oss": 2,
     "hunyuan_v1_moe": 2,
     "jamba": 2,
     "minimax": 2,
     "minimax_m2": 2,
+    "minimax_m3_vl_text": 2,
     "mixtral": 2,
     "phimoe": 2,
+    "zaya": 1,
 }
 
 

@@ -72,6 +72,23 @@ def test_tokens_are_those_of_code_times_scale(
         assert generated(coded, memory) == expected, memory
 
 
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [
+        ("deepseek_v32", "fp8"),  # computes some of its linear layers in float32, whatever the rest does
+        ("hy_v4", "ct-int4"),  # asks linear layers for their dtype
+        ("kimi_k25", "ct-int4"),  # more than text
+        ("qwen3_5_moe_text", "fp8"),
+    ],
+)
+def test_tokens_of_other_kinds_of_model_are_those_too(tmp_path: Path, family: str, scheme: str) -> None:
+    coded, plain = quantised(family, scheme, tmp_path)
+    [prompt], new = PROMPTS[1:2], 8
+    with LLM(str(coded), memory="90%", dtype="float32") as llm:
+        [answer] = llm.generate([prompt], max_tokens=new)
+    assert [list(answer.token_ids)] == reference_generate(plain, [prompt], new_tokens=new)
+
+
 @pytest.mark.parametrize(("family", "scheme"), CODED)
 def test_slots_hold_the_bytes_of_the_files(tmp_path: Path, family: str, scheme: str) -> None:
     coded, plain = quantised(family, scheme, tmp_path, **({"hidden_size": 64} if family == "gpt_oss" else {}))
