@@ -17,6 +17,7 @@ from store_scenarios import scenarios
 
 from buddymoe_ray.cache import ahead, expert_cache
 from buddymoe_ray.cache.shared import cache, host, locks, mover, store, tables
+from buddymoe_ray.kernels import slot_words
 
 __all__ = ["MUTATIONS", "Mutation"]
 
@@ -310,10 +311,10 @@ MUTATIONS = [
         "A:long#1 M:sleep#2 B:settle#1 M:sleep#3 B+0 M:sleep#4 B:write-lease#3 M:sleep#5",
     ),
     Mutation(
-        Tables,
+        slot_words,
         "unchanged",
-        "bool((self.generation[slots] == generations).all())",
-        "True",
+        " == OK",
+        " != 0",
         "glance",
         "A:compute#1 B:settle#1 B+0 B:write-lease#3 A:end#1",
     ),

@@ -15,6 +15,7 @@ from interleavings import Actor, Reader, Violation, World, explore, instrumented
 
 from buddymoe_ray.cache import ExpertCache
 from buddymoe_ray.cache.shared import Move, Mover, SharedExpertCache, SharedHostTier, SharedStore, sweep
+from buddymoe_ray.kernels import slot_words
 from buddymoe_ray.types import ExpertKey, SlotPlan
 
 __all__ = ["Scenario", "scenarios"]
@@ -67,18 +68,21 @@ def glancer(world: World, *experts: int) -> Prepare:
     """Computes with experts that are READY and holds nothing; what it computed counts if nothing changed meanwhile."""
 
     def prepare(me: Actor) -> Callable[[Actor], None]:
-        tables, ids = world.attach(me).tables, np.array(experts)
+        store, ids = world.attach(me), np.array(experts)
+        cache = SharedExpertCache(store, reader=Reader())  # type: ignore[arg-type]
 
         def program(me: Actor) -> None:
-            slots, generations = (of_E[ids] for of_E in tables.glance(0))
-            if (slots < 0).any():
+            glance = cache.glance(0)
+            assert glance is not None and glance.words_2E is not None, "loads are in order here"
+            if (glance.at_E[ids] < 0).any():
                 return
-            found = [me.look(slot) for slot in slots.tolist()]
+            slots = ((glance.at_E[ids] - store.address(0)) // world.layout.slot_bytes).tolist()
+            found = [me.look(slot) for slot in slots]
             point("compute")
-            found += [me.look(slot) for slot in slots.tolist()]
+            found += [me.look(slot) for slot in slots]
             point("computed")
             wanted = 2 * [{truth(ExpertKey(0, expert))} for expert in experts]
-            if tables.unchanged(slots, generations) and found != wanted:
+            if slot_words.unchanged(ids, glance.words_2E) and found != wanted:
                 raise Violation(f"{me.name} takes {found} for {wanted}")
 
         return program

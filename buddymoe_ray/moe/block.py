@@ -24,7 +24,7 @@ from torch import Tensor
 
 from buddymoe_ray.cache import Experts, Glance
 from buddymoe_ray.errors import CacheError
-from buddymoe_ray.kernels import ExpertLayer, StandinRecords, combine
+from buddymoe_ray.kernels import ExpertLayer, StandinRecords, combine, unchanged
 from buddymoe_ray.moe.peers import PeerExperts
 from buddymoe_ray.moe.read_ahead import ReadAhead
 from buddymoe_ray.moe.rows import Accesses
@@ -171,8 +171,11 @@ class MoEBlock:
         if glance is None or (glance.at_E[ids_TK] < 0).any():
             return False
         self._read_ahead()
-        if not self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND) or not self.settle(glance, ids_TK):
+        if not self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND):
             return False
+        if glance.words_2E is not None and not unchanged(ids_TK, glance.words_2E):
+            return False
+        self.settle(glance, ids_TK)
         self._step.outcome.count_hits(ids_TK.shape[1])
         return True
 
@@ -183,7 +186,7 @@ class MoEBlock:
 
     def glance(self) -> Glance | None:
         """Where the experts are, for whoever can compute all accesses of a layer from them and from `records`; None
-        where what runs is not for the router alone to say. What was computed counts if `settle` says so."""
+        where what runs is not for the router alone to say. What was computed counts if the slots' words stayed."""
         step = self._step
         if step.phase is not _DECODE or step.observer is not None or self.layer in step.overlays:
             return None
@@ -207,13 +210,10 @@ class MoEBlock:
         """Whether there is a guess at what the layer will ask for that is worth something only if it asks soon."""
         return self._ahead is not None and self._ahead.awaits(self.layer)
 
-    def settle(self, glance: Glance, ids_TK: Ints) -> bool:
-        """Whether every expert that answered was there the whole time; if so, those that the layer asked for are told
-        to whoever wants to know."""
-        if not glance.holds(ids_TK):
-            return False
+    def settle(self, glance: Glance, ids_TK: Ints) -> None:
+        """What was computed counts: those that the layer asked for are told to whoever wants to know."""
+        glance.used(ids_TK)
         self._count(ids_TK)
-        return True
 
     def _count(self, ids_TK: Ints) -> None:
         """The layer's accesses, for whoever places experts or guesses at them."""

@@ -33,6 +33,7 @@ from buddymoe_ray.cache.shared import (
 from buddymoe_ray.cache.shared.store import store_path
 from buddymoe_ray.cache.shared.tables import LOADING, SharedTables
 from buddymoe_ray.errors import BudgetError, CacheError
+from buddymoe_ray.kernels import unchanged
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
 LAYERS, EXPERTS = 3, 6
@@ -418,8 +419,10 @@ def glanced(node: Node, cache: SharedExpertCache, layer: int, experts: list[int]
         return None
     size = node.layout.slot_bytes
     copies = {e: ctypes.string_at(int(glance.at_E[e]), size) for e in experts}
-    if not glance.holds(ids):
+    assert glance.words_2E is not None
+    if not unchanged(ids, glance.words_2E):
         return False
+    glance.used(ids)
     for expert, raw in copies.items():
         views = slot_views(torch.frombuffer(bytearray(raw), dtype=torch.uint8), node.layout)
         assert expert_bytes_of(views) == node.truth[ExpertKey(layer, expert)], f"{layer}.{expert} has wrong bytes"
@@ -435,7 +438,8 @@ def test_what_is_read_without_a_lease_counts_only_where_nothing_moved(node: Node
     glance = cache.glance(0)
     access(node, other, 0, [3, 4])  # room for them is made in the layer
     access(node, other, 0, [1, 0])
-    assert glance is not None and not glance.holds(np.array([[0, 1]])), "they came back, elsewhere"
+    assert glance is not None and glance.words_2E is not None
+    assert not unchanged(np.array([[0, 1]]), glance.words_2E), "they came back, elsewhere"
     assert not cache.store.tables.lease.any()
 
 

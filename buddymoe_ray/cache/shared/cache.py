@@ -33,7 +33,7 @@ __all__ = ["SharedExpertCache"]
 _ASSUMED_BYTES_PER_SECOND, _SMOOTHING = 500e6, 0.1
 _POLL_SECONDS, _LONGEST_POLL_SECONDS = 50e-6, 2e-3
 _LOADS_IN_ORDER = platform.machine() in ("x86_64", "AMD64")
-"""Whether a generation that is looked at after an expert's bytes is read after them: elsewhere leases are taken."""
+"""Whether what a glance looks at is read in the order in which it is written down: elsewhere leases are taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,7 @@ class SharedExpertCache:
         resident_LE = self._tables.resident.view(np.bool_)
         self._resident = [resident_LE[layer, :count] for layer, count in enumerate(self.layout.experts_per_layer)]
         self._kept_C = np.zeros(store.shape.slots, dtype=bool)
+        self._words_at = self._tables.generation.ctypes.data
         self.fetch_seconds = self.layout.expert_bytes / _ASSUMED_BYTES_PER_SECOND
         self._held: tuple[int, dict[int, int]] | None = None
         self.stall_seconds = 0.0
@@ -110,24 +111,22 @@ class SharedExpertCache:
 
     def glance(self, layer: int) -> Glance | None:
         """Where the layer's experts are that are READY; None where a glance is not safe. Takes no lock and no lease:
-        others may evict them meanwhile, which `Glance.holds` finds out."""
+        others may evict them meanwhile, which the slots' words tell: these are their generations."""
         if not _LOADS_IN_ORDER:
             return None
         self._ahead.land()
         slots_E, generations_E = self._tables.glance(layer)
         at_E = np.where(slots_E >= 0, self.store.address(0) + slots_E * self.store.shape.slot_bytes, -1)
+        words_2E = np.stack([np.where(slots_E >= 0, self._words_at + 8 * slots_E, 0), generations_E.view(np.int64)])
 
-        def holds(ids: npt.NDArray[np.int64]) -> bool:
-            used = ids[slots_E[ids] >= 0]
-            slots = slots_E[used]
-            if not self._tables.unchanged(slots, generations_E[used]):
-                return False
+        def used(ids: npt.NDArray[np.int64]) -> None:
+            slots = slots_E[ids]
+            slots = slots[slots >= 0]
             self._tables.touch(slots)
             count = slots.size if len(ids) == 1 else len(np.unique(slots))
             self._tables.counters[self._tables.row, Counter.HITS] += count
-            return True
 
-        return Glance(at_E, holds)
+        return Glance(at_E, used, words_2E)
 
     def read_ahead(self, layer: int, experts: Sequence[int], *, protect_residency: bool = False) -> bool:
         """See `ExpertCache.read_ahead`. Nobody sees an expert before its reader looks again: so `settle_ahead`."""

@@ -4,8 +4,8 @@ A slot is FREE, LOADING (one row reads into it) or READY. A row is one attached 
 it computes with in a line of its own, so that giving back needs no lock. Everything else changes under one lock, held
 for microseconds. The slot's own entries are the truth and the tables by expert are derived: whoever takes the lock
 after its holder was killed half-way (`dirty`) derives them again.
-A reader that only wants what is READY need not lease: it looks at generations before and after (`glance`,
-`unchanged`), so that nobody waits for it, stopped or killed, and it computes again where a slot was taken meanwhile.
+A reader that only wants what is READY need not lease: it looks at generations before and after (`glance`), so that
+nobody waits for it, stopped or killed, and it computes again where a slot was taken meanwhile.
 Invariants: a slot that anyone leases, or that is LOADING, is never claimed; bytes of a slot are used only if they were
 read between a lease and its release, under an unchanged generation, or before READY by the loader itself; a dead row's
 leases and loads are void.
@@ -166,19 +166,13 @@ class SharedTables:
         """The slot of each expert, -1 where it is not READY, and that slot's generation; needs no lock.
 
         The order counts: a slot that is taken after its generation was read is not `unchanged`, one that was taken
-        before is no longer its expert's when `slot_of` is read again.
+        before is no longer its expert's when `slot_of` is read again. `take` moves a generation on before a byte is
+        written, so bytes count that were read before it is found to be the same (`kernels.unchanged`).
         """
         slots_E: SlotIds = self.slot_of[layer].astype(np.int64)
         generations_E = self.generation[slots_E]
         there_E = (slots_E >= 0) & (self.state[slots_E] == READY) & (self.slot_of[layer] == slots_E)
         return np.where(there_E, slots_E, -1), generations_E
-
-    def unchanged(self, slots: SlotIds, generations: npt.NDArray[np.uint64]) -> bool:
-        """Whether the bytes of slots that `glance` saw were the same ever since; needs no lock.
-
-        `take` moves a generation on before a byte is written.
-        """
-        return bool((self.generation[slots] == generations).all())
 
     def look_up(self, layer: int, experts: Sequence[int]) -> SlotIds:
         """The slot of each expert (-1: none), leased where there is one; the caller holds the lock."""
