@@ -162,6 +162,16 @@ def starter(world: World) -> Prepare:
     return prepare
 
 
+def leaver(world: World) -> Prepare:
+    """Leaves."""
+
+    def prepare(me: Actor) -> Callable[[Actor], None]:
+        store = world.attach(me)
+        return lambda _: store.close()
+
+    return prepare
+
+
 def sweeper(world: World) -> Prepare:
     """Removes what nobody uses."""
     return lambda _: lambda _: sweep(world.path.parent) and None  # type: ignore[func-returns-value]
@@ -169,7 +179,8 @@ def sweeper(world: World) -> Prepare:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """A world, and how much may go wrong in it: kills (of `victims`, else of anybody) and failed reads."""
+    """A world, and how much may go wrong in it: kills (of `victims`, else of anybody) and failed reads. In some one of
+    the victims may be stopped for good."""
 
     make: Callable[[], World]
     kills: int = 0
@@ -185,10 +196,11 @@ def _scenario(
     victims: str = "",
     patience: int = 3,
     slots: int = 1,
+    stops: bool = False,
 ) -> Scenario:
     def make() -> World:
         world = World(folder, slots=slots)
-        world.victims, world.patience = frozenset(victims or actors), patience
+        world.victims, world.patience, world.may_stop = frozenset(victims or actors), patience, stops
         for name, prepare in actors.items():
             world.actor(name, prepare(world))
         if resident:
@@ -265,6 +277,18 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
             Y,
             kills=1,
         ),
+        "stopped": _scenario(folder, {"A": _worker(0, 1), "B": _worker(0, ahead=(1,))}, victims="A", stops=True),
+        "stopped, computing": _scenario(
+            folder, {"A": _worker(0, 1), "B": _worker(2, 1)}, X, Y, victims="A", stops=True
+        ),
+        "stopped, holding": _scenario(
+            folder, {"A": _worker(0, 2, held=(0,)), "B": _worker(1, held=(0, 1))}, X, Y, victims="A", stops=True
+        ),
+        "stopped, for a prompt": _scenario(
+            folder, {"A": _worker(1, 2, prompt=True), "B": _worker(2, prompt=True)}, X, victims="A", stops=True
+        ),
+        "stopped, moving": _scenario(folder, {"M": _keeper(swap), "B": _worker(1, 0)}, X, victims="M", stops=True),
+        "stopped, ending": _scenario(folder, {"A": _worker(0), "B": leaver}, victims="A", stops=True, patience=6),
         "start": _scenario(folder, {"A": starter, "B": starter}, kills=1),
         "sweep": _scenario(folder, {"A": starter, "S": sweeper}, kills=1),
         "devices": _scenario(folder, {"A": _device(0), "B": _device(1, 2)}, failures=1),

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import torch
 from experts_on_disk import expert_bytes_of, make_layout
 
 from buddymoe_ray.cache import DiskReader, ExpertCache, slot_views
+from buddymoe_ray.cache.disk import ReadTicket
 from buddymoe_ray.cache.shared import (
     Move,
     Mover,
@@ -30,8 +32,9 @@ from buddymoe_ray.cache.shared import (
     store_digest,
     sweep,
 )
+from buddymoe_ray.cache.shared.locks import TABLES_BYTE
 from buddymoe_ray.cache.shared.store import store_path
-from buddymoe_ray.cache.shared.tables import LOADING, SharedTables
+from buddymoe_ray.cache.shared.tables import LOADING, WAVE, SharedTables
 from buddymoe_ray.errors import BudgetError, CacheError
 from buddymoe_ray.kernels import unchanged
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
@@ -469,6 +472,60 @@ def test_glances_under_load_are_right(node: Node) -> None:
         thread.join(60)
     assert not errors, errors
     assert seen[True] > 20, seen
+
+
+class Interrupted(DiskReader):
+    """After its first read a neighbour takes the tables."""
+
+    neighbour: SharedStore | None = None
+
+    def submit(self, *args: Any) -> ReadTicket:
+        ticket = super().submit(*args)
+        if self.neighbour is not None:
+            self.neighbour.tables._locks.lock(TABLES_BYTE)
+            self.neighbour = None
+        return ticket
+
+
+def test_nobody_waits_for_one_who_stands_still_with_the_tables(node: Node) -> None:
+    still, reader = node.store(), Interrupted(depth=2, buffer_bytes=16384)
+    mine = SharedExpertCache(node.store(), reader=reader)
+    node.opened.append(mine)
+    access(node, mine, 0, [0, 1])
+    with still.tables.locked():
+        access(node, mine, 0, [1, 2, 3])
+        access(node, mine, 1, [0, 1, 2, 3], protect=True)
+        assert not mine.read_ahead(2, [0])
+        with mine.holding(0, [0, 1]) as held:
+            assert held == []
+        assert mine.resident(0) == {0, 1} and glanced(node, mine, 0, [0, 1])
+    reader.neighbour = still  # from now on in the middle of a call
+    access(node, mine, 1, [4, 5])
+    assert mine.glance(1) is not None, "which tries again"
+    assert mine.resident(1) == frozenset() and LOADING in mine.store.tables.state
+    still.tables._locks.unlock(TABLES_BYTE)
+    assert mine.glance(1) is not None
+    assert 4 in mine.resident(1) and LOADING not in mine.store.tables.state, "what was read is READY now"
+    assert not mine.store.tables.lease.any()
+    mine.check_integrity()
+    still.close()
+
+
+def test_nobody_waits_for_one_who_stands_still_with_slots(node: Node) -> None:
+    """It reads into one, and computes with all that a prompt could have."""
+    mine, still = node.cache(), node.store().tables
+    mine.warm()
+    with still.locked():
+        still.take(0, ExpertKey(0, 4))
+    still.lease[still.row, still.partition == WAVE] = 1
+    for _ in range(2):
+        access(node, mine, 0, [1, 4, 2])
+        access(node, mine, 2, list(range(EXPERTS)), protect=True)
+    assert mine.store.tables.state[0] == LOADING and still.lease.sum() == 1 + 3, "all that is the other's"
+    still.leave()
+    access(node, mine, 0, [4])
+    assert mine.store.tables.state[0] != LOADING
+    mine.check_integrity()
 
 
 def test_a_move_swaps_residents_and_pins_follow(node: Node) -> None:

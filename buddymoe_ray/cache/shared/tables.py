@@ -18,24 +18,28 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from buddymoe_ray.cache.shared.calls import Stalled
 from buddymoe_ray.cache.shared.locks import ROW_BYTE, ROWS, TABLES_BYTE, FileLocks
 from buddymoe_ray.cache.shared.shape import HeaderWord, StoreShape
 from buddymoe_ray.cache.usage import Usage
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, SlotPlan
 
-__all__ = ["FREE", "LOADING", "READY", "WAVE", "Counter", "SharedTables"]
+__all__ = ["FREE", "LOADING", "PATIENCE_SECONDS", "READY", "WAVE", "Counter", "SharedTables"]
 
 FREE, LOADING, READY = 0, 1, 2
 WAVE = -1
 """The partition of slots that belong to no layer."""
+
+PATIENCE_SECONDS = 0.5
+"""Nobody holds the tables for so long who is not stopped."""
 
 _REAP_SECONDS = 0.2
 
@@ -65,7 +69,7 @@ class SharedTables:
         self.partition, self.loader, self.state = views["partition"], views["loader"], views["state"]
         self.slot_of, self.resident, self.pinned = views["slot_of"], views["resident"], views["pinned"]
         self.lease = views["lease"]
-        self.row, self._reaped = -1, time.monotonic()
+        self.row, self._reaped, self._patience = -1, time.monotonic(), PATIENCE_SECONDS
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -80,6 +84,20 @@ class SharedTables:
         self.head[HeaderWord.DIRTY] = 1
         yield
         self.head[HeaderWord.DIRTY] = 0
+
+    @contextmanager
+    def locked_soon(self) -> Iterator[None]:
+        """The same for whoever can go on without: raises Stalled where nobody lets go of the tables for a while, and at
+        once as long as that is so."""
+        if not self._locks.lock(TABLES_BYTE, self._patience):
+            self._patience = 0.0
+            raise Stalled("the store's tables are held by a process that stands still. hint: continue it, or end it")
+        self._patience = PATIENCE_SECONDS
+        try:
+            with self._changing():
+                yield
+        finally:
+            self._locks.unlock(TABLES_BYTE)
 
     def initialise(self, plan: SlotPlan) -> None:
         """Empty tables; the caller holds the lock and nobody is attached."""
@@ -123,7 +141,7 @@ class SharedTables:
     def leave(self) -> None:
         """Give the row back, with everything it holds."""
         if self.row >= 0:
-            with self.locked():
+            with suppress(Stalled), self.locked_soon():  # else the next one finds that nobody holds the row
                 self._void(self.row)
             self._locks.unlock(ROW_BYTE + self.row)
             self.row = -1
@@ -139,7 +157,7 @@ class SharedTables:
         """`reap` while waiting: what a killed row loads or leases would be waited for for ever. Takes the lock."""
         if time.monotonic() - self._reaped > _REAP_SECONDS:
             self._reaped = time.monotonic()
-            with self.locked():
+            with suppress(Stalled), self.locked_soon():
                 self.reap()
 
     def alive(self, row: int) -> bool:
