@@ -34,9 +34,10 @@ import numpy as np
 from greenlet import getcurrent, greenlet
 
 from buddymoe_ray.cache import ahead, expert_cache
-from buddymoe_ray.cache.pool import Lease
+from buddymoe_ray.cache.pool import Glance, Lease
 from buddymoe_ray.cache.shared import SharedStore, cache, calls, host, loads, locks, mover, shape, tables
 from buddymoe_ray.errors import CacheError
+from buddymoe_ray.kernels import slot_words
 from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotPlan, SlotTensor
 
 __all__ = ["Actor", "Found", "Reader", "Violation", "World", "explore", "instrumented", "point", "replay", "truth"]
@@ -546,7 +547,7 @@ def _itself(value: Any) -> Any:
 
 
 _FREEZERS: dict[type, Callable[[Any], Any]] = {
-    **dict.fromkeys((int, bool, str, type(None), ExpertKey), _itself),
+    **dict.fromkeys((int, bool, str, bytes, type(None), ExpertKey), _itself),
     **dict.fromkeys((list, tuple, deque), _each),
     set: frozenset,
     dict: lambda value: _each(value.items()),
@@ -561,6 +562,7 @@ _FREEZERS: dict[type, Callable[[Any], Any]] = {
         value._crowded,
         value._tables._patience > 0,
     ),
+    Glance: lambda value: (value.at_E >= 0).tobytes() + value.words_2E[1].tobytes(),
     ahead.ReadsAhead: lambda value: (_frozen(value._loads), _frozen(value._cancelled)),
     host.SharedHostTier: lambda value: (_frozen(value._slots), _frozen(value._reading)),
     expert_cache.ExpertCache: lambda value: (_frozen(value._directory.key_of), frozenset(value._directory.leased)),
@@ -651,6 +653,7 @@ def _read_alone(slot: calls.OwnSlot, key: ExpertKey) -> Lease:
 @contextlib.contextmanager
 def instrumented() -> Iterator[None]:
     """Production code runs with points inside the block."""
+    slot_words.words_kernel()  # else its first use opens files
     now = lambda: _world.now if _world else 0.0  # noqa: E731
     clock = types.SimpleNamespace(sleep=_sleep, monotonic=now, perf_counter=now)
     data_offset = functools.cache(shape.StoreShape.data_offset.fget)  # type: ignore[attr-defined]

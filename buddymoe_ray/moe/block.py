@@ -107,7 +107,7 @@ class MoEBlock:
 
     @property
     def resident_mask(self) -> npt.NDArray[np.bool_]:
-        """`[E]`, True where the layer's expert is resident; a live view."""
+        """`[E]`, True where the layer's expert is resident now."""
         return self._cache.resident_mask(self.layer)
 
     def run(self, hidden_TD: Tensor, accesses: Accesses, experts: Sequence[int], y_ND: Tensor) -> None:

@@ -200,7 +200,7 @@ def _die_in_the_lock(folder: Path, layout: ExpertLayout, plan: SlotPlan, ready: 
     with store.tables.locked():
         store.tables.take(5, ExpertKey(1, 4))
         store.tables.slot_of[2, 2] = 7  # half a change
-        store.tables.resident[2, 2] = 1
+        store.tables.entry[2, 2] = 8 << 40 | 1
         ready.set()  # type: ignore[attr-defined]
         time.sleep(600)
 

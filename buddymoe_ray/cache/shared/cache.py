@@ -23,7 +23,7 @@ from buddymoe_ray.cache.expert_cache import CacheStats
 from buddymoe_ray.cache.pool import Glance, Lease
 from buddymoe_ray.cache.shared.calls import Stalled, StreamState
 from buddymoe_ray.cache.shared.loads import SharedLoads
-from buddymoe_ray.cache.shared.shape import HeaderWord
+from buddymoe_ray.cache.shared.shape import HeaderWord, places_of
 from buddymoe_ray.cache.shared.store import SharedStore
 from buddymoe_ray.cache.shared.tables import READY, Counter, SlotIds
 from buddymoe_ray.errors import CacheError
@@ -32,7 +32,7 @@ from buddymoe_ray.types import ExpertKey
 __all__ = ["SharedExpertCache"]
 
 _LOADS_IN_ORDER = platform.machine() in ("x86_64", "AMD64")
-"""Whether what a glance looks at is read in the order in which it is written down: elsewhere leases are taken."""
+"""Whether bytes, entries and generations are seen in the order in which they were written; else leases are taken."""
 
 
 class SharedExpertCache:
@@ -42,11 +42,11 @@ class SharedExpertCache:
         self.store, self._reader, self._tables = store, reader, store.tables
         self.layout, self.plan = store.layout, store.plan
         self.device_bytes = store.nbytes  # of the slots, shared by every worker of the node
-        resident_LE = self._tables.resident.view(np.bool_)
-        self._resident = [resident_LE[layer, :count] for layer, count in enumerate(self.layout.experts_per_layer)]
         self._words_at = self._tables.generation.ctypes.data
         self._held: tuple[int, dict[int, int]] | None = None
         self._loads = SharedLoads(store, reader)
+        self._entries: list[bytes] = [b""] * self.layout.layers  # of which these are
+        self._glances: list[Glance | None] = [None] * self.layout.layers
 
     @property
     def read_mode(self) -> str:
@@ -70,11 +70,12 @@ class SharedExpertCache:
 
     def resident(self, layer: int) -> frozenset[int]:
         """Experts of a layer that are in slots now."""
-        return frozenset(self._resident[layer].nonzero()[0].tolist())
+        return frozenset(self.resident_mask(layer).nonzero()[0].tolist())
 
     def resident_mask(self, layer: int) -> npt.NDArray[np.bool_]:
-        """`[E]`, True where resident; a live view that other workers change."""
-        return self._resident[layer]
+        """`[E]`, True where resident now: other workers change it."""
+        found: npt.NDArray[np.bool_] = self._tables.entry[layer, : self.layout.experts_per_layer[layer]] != 0
+        return found
 
     @contextmanager
     def holding(self, layer: int, experts: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -100,9 +101,15 @@ class SharedExpertCache:
         if not _LOADS_IN_ORDER:
             return None
         self._loads.ahead.land()
-        slots_E, generations_E = self._tables.glance(layer)
+        entries = self._tables.glance(layer)
+        if entries != self._entries[layer]:
+            self._entries[layer], self._glances[layer] = entries, self._glance_at(entries)
+        return self._glances[layer]
+
+    def _glance_at(self, entries: bytes) -> Glance:
+        slots_E, generations_E = places_of(entries)
         at_E = np.where(slots_E >= 0, self.store.address(0) + slots_E * self.store.shape.slot_bytes, -1)
-        words_2E = np.stack([np.where(slots_E >= 0, self._words_at + 8 * slots_E, 0), generations_E.view(np.int64)])
+        words_2E = np.stack([np.where(slots_E >= 0, self._words_at + 8 * slots_E, 0), generations_E])
 
         def used(ids: npt.NDArray[np.int64]) -> None:
             slots = slots_E[ids]
@@ -241,7 +248,7 @@ class SharedExpertCache:
         tables, count = self._tables, self.layout.experts_per_layer[layer]
         pinned = np.flatnonzero(tables.pinned[layer]).tolist()
         wanted = pinned or range(min(count, int((tables.partition == layer).sum())))
-        return [e for e in wanted if not tables.resident[layer, e]]
+        return [e for e in wanted if not tables.entry[layer, e]]
 
     def _hits(self, layer: int, experts: Sequence[int], slots: SlotIds) -> tuple[Lease, ...]:
         """The leases of a call that misses nothing: the usual one, so it has a short way."""
