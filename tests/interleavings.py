@@ -47,7 +47,7 @@ DIGEST = b"d" * 32
 _TICK, _MOST_STEPS = 1.0, 2000
 _FREE = ("read", "write", "compute", "open", "unlink")  # from these an actor looks at tables, bytes or files
 _LOOSE = {"counters", "accesses", "last_used"}  # tables that decide nothing, or only by their order
-_IGNORED = {"reaped", "began", "pause", "end", "patience", "store", "stop", "progress", "pool"}
+_IGNORED = {"fd", "reaped", "began", "pause", "end", "patience", "store", "stop", "progress", "pool"}
 
 Program = Callable[["Actor"], None]
 _world: World | None = None

@@ -262,6 +262,9 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
         "glance": _scenario(folder, {"A": _glancer(0), "B": _worker(1)}, X, kills=1, failures=1),
         "glance, move": _scenario(folder, {"A": _glancer(0), "M": _keeper(swap)}, X, kills=1),
         "glance, arrive": _scenario(folder, {"A": _glancer(0), "B": _worker(0)}, kills=1),
+        "glance, with all": _scenario(
+            folder, {"A": _glancer(0), "B": _glancer(0), "W": _worker(1), "K": reaper, "S": sweeper}, X, kills=1
+        ),
         "ahead": _scenario(folder, {"A": _worker(0, ahead=(0, 1)), "B": _worker(1)}, kills=1, failures=1, slots=2),
         "ahead, for each other": _scenario(
             folder, {"A": _worker(1, ahead=(0,)), "B": _worker(0, ahead=(1,))}, kills=1, slots=2

@@ -446,6 +446,16 @@ def test_what_is_read_without_a_lease_counts_only_where_nothing_moved(node: Node
     assert not cache.store.tables.lease.any()
 
 
+def test_a_glance_writes_nothing(node: Node) -> None:
+    """So nobody can tell how many readers there are, or that one was stopped."""
+    cache = node.cache()
+    access(node, cache, 0, [0, 1, 2])
+    before = cache.store._array.copy()
+    glance = cache.glance(0)
+    assert glance is not None and glance.words_2E is not None and unchanged(np.array([[0, 1]]), glance.words_2E)
+    assert cache.glance(0) is glance and np.array_equal(cache.store._array, before)
+
+
 def test_glances_under_load_are_right(node: Node) -> None:
     cache, others = node.cache(), [node.cache(), node.cache()]
     done, errors, seen = threading.Event(), list[BaseException](), Counter[bool | None]()
