@@ -36,7 +36,7 @@ from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotPlan, S
 
 LAYERS, EXPERTS, SLOTS, WAVES = 2, 6, 3, 3
 WORDS = 1 << 15  # of 8 bytes in an expert: to look at one takes as long as to read one
-RIGHT, CONFLICTS, WRONG, MOVES = range(4)  # columns of the tallies
+RIGHT, CONFLICTS, WRONG, MOVES, ATTACHED, END = range(6)  # columns of the tallies
 CHECKS: dict[str, Mutation] = {
     "unchanged": Mutation(slot_words, "unchanged", " == OK", " != 0", "", ""),
     "generation": Mutation(SharedTables, "take", "self.generation[slot] += 1", "pass", "", ""),
@@ -60,7 +60,8 @@ class Node:
 
 @dataclass
 class Outcome:
-    """What a run came to. `hung` did not end though they were asked to, `left` is what the dead left behind."""
+    """What a run came to. While one stood still, others `waited` so often; `hung` did not end though they were asked
+    to; `left` is what the dead left behind."""
 
     check: str = ""
     right: int = 0
@@ -69,6 +70,7 @@ class Outcome:
     moves: int = 0
     stops: int = 0
     kills: int = 0
+    waited: int = 0
     hung: int = 0
     left: str = ""
 
@@ -117,7 +119,8 @@ def read(node: Node, rng: random.Random, tally: Any, glances: float = 0.95) -> N
     def same(key: ExpertKey, address: int) -> bool:
         return bool((words_C[(address - first) // node.layout.slot_bytes] == truth(key)).all())
 
-    while not tally[-1]:
+    tally[ATTACHED] = 1
+    while not tally[END]:
         layer, kind = rng.randrange(LAYERS), rng.random()
         if kind < glances:
             glance = cache.glance(layer)
@@ -146,11 +149,11 @@ def move(node: Node, rng: random.Random, tally: Any) -> None:
     """One move of a mover after the other."""
     store = node.store()
     mover = Mover(store, DiskReader(depth=1, buffer_bytes=16384), bytes_per_second=1e9)
-    while not tally[-1]:
+    while not tally[END]:
         layer, (load, evict) = rng.randrange(LAYERS), rng.sample(range(EXPERTS), 2)
         with store.tables.locked():
             store.tables.reap()
-        moved = mover.run([Move(load=ExpertKey(layer, load), evict=ExpertKey(layer, evict))], lambda: bool(tally[-1]))
+        moved = mover.run([Move(load=ExpertKey(layer, load), evict=ExpertKey(layer, evict))], lambda: bool(tally[END]))
         tally[MOVES] += moved.moves
     mover.close()
     store.close()
@@ -161,7 +164,7 @@ class Family:
 
     def __init__(self, node: Node, actors: list[Actor], rng: random.Random) -> None:
         self._node, self._actors, self._rng = node, actors, rng
-        self.tallies = [RawArray("q", 5) for _ in actors]
+        self.tallies = [RawArray("q", END + 1) for _ in actors]
         self.pids = [0] * len(actors)
         for at in range(len(actors)):
             self.start(at)
@@ -181,13 +184,24 @@ class Family:
 
     def kill(self, at: int) -> None:
         """At once, whatever it is doing."""
+        self.tallies[at][ATTACHED] = 0
         os.kill(self.pids[at], signal.SIGKILL)
         os.waitpid(self.pids[at], 0)
+
+    def others_go_on(self, at: int, seconds: float) -> bool:
+        """Whether every reader but this one takes steps, within so many seconds; one that attaches waits for makers."""
+        others = [tally for other, tally in enumerate(self.tallies) if other != at and tally[ATTACHED]]
+        before, until = [sum(tally) for tally in others], time.monotonic() + seconds
+        while any(sum(tally) == then for tally, then in zip(others, before, strict=True)):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.001)
+        return True
 
     def end(self, seconds: float) -> int:
         """Ask everybody to end; how many did not in time, or failed."""
         for tally in self.tallies:
-            tally[-1] = 1
+            tally[END] = 1
         until, hung = time.monotonic() + seconds, 0
         for at, pid in enumerate(self.pids):
             done, status = os.waitpid(pid, os.WNOHANG)
@@ -214,7 +228,10 @@ def run(node: Node, seconds: float, rng: random.Random, *, until_wrong: bool = F
             found.kills += 1
         else:
             os.kill(family.pids[at], signal.SIGSTOP)
-            time.sleep(rng.uniform(0.001, 0.02))
+            if rng.random() < 0.1:
+                found.waited += not family.others_go_on(at, 10.0)
+            else:
+                time.sleep(rng.uniform(0.001, 0.02))
             os.kill(family.pids[at], signal.SIGCONT)
             found.stops += 1
     found.hung = family.end(20.0)

@@ -15,6 +15,7 @@ def test_stopped_and_killed_processes_read_no_wrong_byte_and_leave_nothing() -> 
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     whole, *weaker = [json.loads(line) for line in done.stdout.splitlines()]
-    assert (whole["wrong"], whole["hung"], whole["left"]) == (0, 0, ""), f"{whole} {done.stderr}"
+    assert (whole["wrong"], whole["waited"], whole["hung"]) == (0, 0, 0), f"{whole} {done.stderr}"
+    assert whole["left"] == "", f"{whole} {done.stderr}"
     assert whole["right"] > 500 and whole["kills"] > 5 and whole["stops"] > 50, whole
     assert [found["check"] for found in weaker if found["wrong"]] == ["unchanged", "generation", "leased"], weaker
