@@ -33,6 +33,7 @@ from buddymoe_ray.cache.shared import (
     sweep,
 )
 from buddymoe_ray.cache.shared.locks import TABLES_BYTE
+from buddymoe_ray.cache.shared.shape import entry_of
 from buddymoe_ray.cache.shared.store import store_path
 from buddymoe_ray.cache.shared.tables import LOADING, WAVE, SharedTables
 from buddymoe_ray.errors import BudgetError, CacheError
@@ -454,6 +455,9 @@ def test_a_glance_writes_nothing(node: Node) -> None:
     glance = cache.glance(0)
     assert glance is not None and glance.words_2E is not None and unchanged(np.array([[0, 1]]), glance.words_2E)
     assert cache.glance(0) is glance and np.array_equal(cache.store._array, before)
+    cache.store.tables.entry[0, 1] = entry_of(cache.store.shape.slots, 1)
+    outside = cache.glance(0)
+    assert outside is not None and np.flatnonzero(outside.at_E >= 0).tolist() == [0, 2], "of what lies in the store"
 
 
 def test_glances_under_load_are_right(node: Node) -> None:
