@@ -3,9 +3,10 @@
 An actor is a greenlet that runs production code. It stops at a *point* before every effect that others can see: a lock,
 a write to the tables (a read too, where no lock is held), a read from disk, a sleep, an unlink. Between two points one
 of the operations happens: an actor goes on to its next point (`A`), is killed as by SIGKILL (`!A`: no `finally` has an
-effect, its locks go, its reads stop), a read of its lands or fails (`A+0`, `A-0`), or, where nothing else can happen,
-time passes (`~`). All orders are tried, those with the fewest switches first; a state (tables, bytes, every actor's
-frames) that was seen before is not gone on from, so runs are bounded by states and not by their depth.
+effect, its locks go, its reads stop), is stopped as by SIGSTOP (`=A`: what it has stays its own; when the others are
+done it is killed), a read of its lands or fails (`A+0`, `A-0`), or, where nothing else can happen, time passes (`~`).
+All orders are tried, those with the fewest switches first; a state (tables, bytes, every actor's frames) that was seen
+before is not gone on from, so runs are bounded by states and not by their depth.
 What must hold is looked at all the time: the bytes of a lease are its expert's own, nobody waits for ever, a file that
 is attached is not unlinked, tables mirror each other, and in the end no slot, lease or role of a slot is lost.
 A violation is kept as a trace of segments, `A:lock#2` is "A goes on until it is about to lock for the second time", so
@@ -33,9 +34,10 @@ import numpy as np
 from greenlet import getcurrent, greenlet
 
 from buddymoe_ray.cache import ahead, expert_cache
-from buddymoe_ray.cache.pool import Lease
-from buddymoe_ray.cache.shared import SharedStore, cache, host, locks, mover, shape, tables
+from buddymoe_ray.cache.pool import Glance, Lease
+from buddymoe_ray.cache.shared import SharedStore, cache, calls, host, loads, locks, mover, shape, tables
 from buddymoe_ray.errors import CacheError
+from buddymoe_ray.kernels import slot_words
 from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotPlan, SlotTensor
 
 __all__ = ["Actor", "Found", "Reader", "Violation", "World", "explore", "instrumented", "point", "replay", "truth"]
@@ -45,7 +47,7 @@ DIGEST = b"d" * 32
 _TICK, _MOST_STEPS = 1.0, 2000
 _FREE = ("read", "write", "compute", "open", "unlink")  # from these an actor looks at tables, bytes or files
 _LOOSE = {"counters", "accesses", "last_used"}  # tables that decide nothing, or only by their order
-_IGNORED = {"reaped", "began", "pause", "end", "patience", "store", "stop", "progress", "pool"}
+_IGNORED = {"fd", "reaped", "began", "pause", "end", "patience", "store", "stop", "progress", "pool"}
 
 Program = Callable[["Actor"], None]
 _world: World | None = None
@@ -70,7 +72,7 @@ class Actor:
     label: str = "start"
     enabled: Callable[[], bool] | None = None
     in_lock: bool = False
-    state: str = "live"  # live, done or dead
+    state: str = "live"  # live, stopped, done or dead
     seen: int = 0
     passed: Counter[str] = field(default_factory=Counter)
     reads: list[_Read] = field(default_factory=list)
@@ -81,11 +83,10 @@ class Actor:
 
     def access(self, leases: Sequence[Lease]) -> None:
         """Compute with leases: the bytes must be the experts' own as long as it takes."""
-        for lease in leases:
-            lease.tensors()
+        bytes_of = [lease.tensors()["w"] for lease in leases]
         for _ in range(2):
-            for lease in leases:
-                found = set(self.stores[-1].bytes_C[lease.slot].tolist())
+            for lease, view in zip(leases, bytes_of, strict=True):
+                found = set(view.tolist())
                 if found != {truth(lease.key)}:
                     raise Violation(f"{self.name} computes with {found}, must be {truth(lease.key)} ({lease.key})")
             point("compute")
@@ -250,12 +251,13 @@ class World:
         self.actors: dict[str, Actor] = {}
         self.current: Actor | None = None
         self.owner: Actor | None = None  # whose files and reads are made now
-        self.now, self.ticks, self.failures, self.kills = 0.0, 0, 0, 0
+        self.now, self.ticks, self.failures, self.kills, self.stops = 0.0, 0, 0, 0, 0
         self._writes: Counter[str] = Counter()
         self._hub = getcurrent()
         global _world
         _world = self
         self.victims: frozenset[str] = frozenset()
+        self.may_stop = False  # one of the victims
         self.patience = 3  # most ticks in which nothing happens: somebody waits for ever then
         self.violation, self.unlinked, self.steps = "", False, 0
 
@@ -296,7 +298,8 @@ class World:
         if last is not None and last.name in able:
             able.remove(last.name)
             able.insert(0, last.name)
-        killed = [f"!{last.name}"] if last is not None and self.kills < kills and last.name in self.victims else []
+        ends = ["!"] * (self.kills < kills) + ["="] * (self.may_stop and not self.stops)
+        killed = [end + last.name for end in ends if last is not None and last.name in self.victims]
         if last is not None and last.in_lock:  # only who looks without the lock can tell when it goes on
             return [n for n in able if n == last.name or self.actors[n].label.startswith(_FREE)] + killed
         flying = [
@@ -321,6 +324,9 @@ class World:
             self._tick()
         elif op[0] == "!":
             self._kill(self.actors[op[1:]])
+        elif op[0] == "=":
+            self.actors[op[1:]].state = "stopped"
+            self.stops += 1
         elif "+" in op or "-" in op:
             self._land(op)
         else:
@@ -342,6 +348,12 @@ class World:
 
     def finish(self) -> None:
         """At the end: a fresh process finds everything in order. Raises Violation."""
+        for actor in self.actors.values():
+            if actor.state == "stopped":
+                self._kill(actor)
+        if self.stops:  # what could not be given back goes with its row
+            for store in (store for actor in self.actors.values() if actor.state == "done" for store in actor.stores):
+                store.close()
         if not self.path.exists():
             return
         store = SharedStore(self.path, self.layout, self.plan, DIGEST)
@@ -371,12 +383,12 @@ class World:
             )
             for a in self.actors.values()
         )
-        return hash((actors, self._memory(), self.kills, self.failures, self.ticks))
+        return hash((actors, self._memory(), self.kills, self.stops, self.failures, self.ticks))
 
     def dispose(self) -> None:
         """End all actors without effect."""
         for actor in self.actors.values():
-            if actor.state == "live":
+            if actor.state in ("live", "stopped"):
                 self._end(actor)
             self._close(actor)
         self.path.unlink(missing_ok=True)
@@ -416,12 +428,14 @@ class World:
                 continue
             leased = np.asarray(mine.lease)[mine.row].tolist()
             loading = ((np.asarray(mine.state) == tables.LOADING) & (np.asarray(mine.loader) == mine.row)).tolist()
-            if any(leased) or any(loading):
+            if (any(leased) or any(loading)) and not self.stops:  # else it waits for the tables
                 self.violation = self.violation or f"{actor.name} ended, leases are {leased} and it loads {loading}"
 
     def _tick(self) -> None:
         sleeping = [
-            actor for actor in self.actors.values() if actor.state == "live" and actor.label in ("sleep", "long")
+            actor
+            for actor in self.actors.values()
+            if actor.state == "live" and actor.label in ("sleep", "long", "lock")
         ]
         self.ticks += 1
         if not sleeping or self.ticks > self.patience:
@@ -514,7 +528,7 @@ def _frozen(value: Any) -> Any:
 def _freezer(kind: type) -> Callable[[Any], Any]:
     if issubclass(kind, np.generic):
         return lambda value: value.item()
-    if is_dataclass(kind) and kind.__module__.startswith("buddymoe_ray.cache.shared.") and "_" in kind.__name__:
+    if is_dataclass(kind) and kind.__module__.startswith("buddymoe_ray.cache.shared."):
         names = [f.name for f in fields(kind) if f.name not in _IGNORED]
         return lambda value: tuple([_frozen(getattr(value, name)) for name in names])
     return lambda _: None
@@ -533,14 +547,22 @@ def _itself(value: Any) -> Any:
 
 
 _FREEZERS: dict[type, Callable[[Any], Any]] = {
-    **dict.fromkeys((int, bool, str, type(None), ExpertKey), _itself),
+    **dict.fromkeys((int, bool, str, bytes, type(None), ExpertKey), _itself),
     **dict.fromkeys((list, tuple, deque), _each),
     set: frozenset,
     dict: lambda value: _each(value.items()),
     np.ndarray: lambda value: value.tobytes() if value.size <= SLOT else None,
     types.GeneratorType: _generator,
     _Read: lambda value: (value.key, value.landed, value.failed, value.cancelled),
-    cache.SharedExpertCache: lambda value: (_frozen(value._held), value._kept_C.tobytes(), _frozen(value._ahead)),
+    cache.SharedExpertCache: lambda value: (_frozen(value._held), _frozen(value._loads)),
+    loads.SharedLoads: lambda value: (
+        value.kept_C.tobytes(),
+        _frozen(value.ahead),
+        _frozen(value._stalled),
+        value._crowded,
+        value._tables._patience > 0,
+    ),
+    Glance: lambda value: (value.at_E >= 0).tobytes() + value.words_2E[1].tobytes(),
     ahead.ReadsAhead: lambda value: (_frozen(value._loads), _frozen(value._cancelled)),
     host.SharedHostTier: lambda value: (_frozen(value._slots), _frozen(value._reading)),
     expert_cache.ExpertCache: lambda value: (_frozen(value._directory.key_of), frozenset(value._directory.leased)),
@@ -553,6 +575,7 @@ _FREEZERS: dict[type, Callable[[Any], Any]] = {
 
 _views, _head = shape.StoreShape.views, shape.StoreShape.head
 _close, _unlink, _open = os.close, os.unlink, os.open
+_alone = calls.OwnSlot.read
 
 
 def locks_same_file(path: Path, fd: int) -> bool:
@@ -570,13 +593,16 @@ class _Locks(locks.FileLocks):
         if _world is not None and _world.owner is not None:
             _world.owner.fds.add(fd)
 
-    def lock(self, at: int) -> None:
+    def lock(self, at: int, seconds: float | None = None) -> bool:
         if _world is None or _world.current is None:
-            super().lock(at)
-            return
-        point("lock", lambda: not self.held_elsewhere(at))
-        assert super().try_lock(at), "a lock that was free is not"
+            return super().lock(at, seconds)
+        world, until = _world, _world.now + (1e9 if seconds is None else seconds)
+        point("lock", lambda: not self.held_elsewhere(at) or world.now >= until)
+        if not super().try_lock(at):
+            assert world.now >= until, "a lock that was free is not"
+            return False
         _world.current.in_lock |= at == 0
+        return True
 
     def unlock(self, at: int) -> None:
         point("unlock")
@@ -618,9 +644,16 @@ def _opened(path: Any, *args: Any, **options: Any) -> int:
     return _open(path, *args, **options)
 
 
+def _read_alone(slot: calls.OwnSlot, key: ExpertKey) -> Lease:
+    if _world is not None and _world.current is not None and not _world.stops:
+        raise AssertionError(f"{key} is waited for for ever, and nobody stands still")
+    return _alone(slot, key)
+
+
 @contextlib.contextmanager
 def instrumented() -> Iterator[None]:
     """Production code runs with points inside the block."""
+    slot_words.words_kernel()  # else its first use opens files
     now = lambda: _world.now if _world else 0.0  # noqa: E731
     clock = types.SimpleNamespace(sleep=_sleep, monotonic=now, perf_counter=now)
     data_offset = functools.cache(shape.StoreShape.data_offset.fget)  # type: ignore[attr-defined]
@@ -631,6 +664,7 @@ def instrumented() -> Iterator[None]:
         (os, "close", _closed),
         (os, "unlink", _unlinked),
         (os, "open", _opened),
+        (calls.OwnSlot, "read", _read_alone),
     ]
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("buddymoe_ray.cache"):
@@ -698,7 +732,7 @@ def explore(
                         break
                     owner = world.owner.name if world.owner else ""
                     for op in options[1:]:
-                        more = op[0] == "!" or "-" in op or options[0] == owner
+                        more = op[0] in "!=" or "-" in op or options[0] == owner
                         heapq.heappush(waiting, (cost + more, next(number), (*path, op)))
                     path.append(options[0])
                     world.apply(options[0])

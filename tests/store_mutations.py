@@ -16,11 +16,13 @@ from interleavings import explore, instrumented
 from store_scenarios import scenarios
 
 from buddymoe_ray.cache import ahead, expert_cache
-from buddymoe_ray.cache.shared import cache, host, locks, mover, store, tables
+from buddymoe_ray.cache.shared import cache, host, loads, locks, mover, store, tables
+from buddymoe_ray.kernels import slot_words
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-Cache, Tables, Mover, Ahead = cache.SharedExpertCache, tables.SharedTables, mover.Mover, ahead.ReadsAhead
+Cache, Loads, Tables = cache.SharedExpertCache, loads.SharedLoads, tables.SharedTables
+Mover, Ahead = mover.Mover, ahead.ReadsAhead
 
 
 @dataclass(frozen=True)
@@ -58,41 +60,40 @@ class Mutation:
                 setattr(place, self.function, before)
 
 
-LOCKED, MINE, UNLOCKED = "with tables.locked():", "with self._tables.locked():", "with nullcontext():"
+LOCKED, UNLOCKED = "with tables.locked():", "with nullcontext():"
+SOON, MINE, FREE = "tables.locked_soon()", "self._tables.locked_soon()", "nullcontext()"
 MUTATIONS = [
     Mutation(
         Cache,
-        "stream",
+        "_stream",
         MINE,
-        UNLOCKED,
+        FREE,
         "one, another",
         "A:read-lease#1 B:settle#1 A:sleep#2 B+0 A:sleep#3 B:write-lease#4 A:end#1",
     ),
-    Mutation(Cache, "holding", MINE, UNLOCKED, "hold", "A:read-state#1 M:wait#1 M+0 M:write-lease#3 A:end#1"),
+    Mutation(Cache, "holding", MINE, FREE, "hold", "A:read-state#1 M:wait#1 M+0 M:write-lease#3 A:end#1"),
     Mutation(
-        Cache,
-        "_start",
-        LOCKED,
-        UNLOCKED,
+        Loads,
+        "start",
+        SOON,
+        FREE,
         "same",
         "A:read-partition#1 B:settle#1 A:settle#1 A+0 A:write-lease#3 B+0 B:end#1",
     ),
+    Mutation(Loads, "_others", SOON, FREE, "same", "A:settle#1 B:lock#1 A-0 B:read-state#4 A:write-lease#3 B:end#1"),
     Mutation(
-        Cache, "_others", LOCKED, UNLOCKED, "same", "A:settle#1 B:lock#1 A-0 B:read-state#4 A:write-lease#3 B:end#1"
-    ),
-    Mutation(
-        Cache,
+        Loads,
         "_finish",
-        LOCKED,
-        UNLOCKED,
+        SOON,
+        FREE,
         "same, killed",
         "A:settle#1 B:sleep#2 A+0 B:sleep#3 A:write-state#2 !A B:sleep#4",
     ),
     Mutation(
-        Cache,
+        Loads,
         "_abandon",
         MINE,
-        UNLOCKED,
+        FREE,
         "failed, repaired",
         "A:settle#1 A-0 A:write-state#2 K:write-head#2 !K B:lock#2 A:end#1 B:end#1",
     ),
@@ -157,9 +158,9 @@ MUTATIONS = [
         "A:wait#1 B:read-state#3 A-0 B:read-state#4 A:write-lease#3 B:end#1",
     ),
     Mutation(
-        Cache,
+        Loads,
         "_gather",
-        "self._ahead.land()",
+        "self.ahead.land()",
         "pass",
         "ahead, for each other",
         "A:submit#1 B:sleep#2 A:sleep#2 B:sleep#3 A+0 B:sleep#4 A:sleep#3 B+0 A:sleep#4 B:sleep#5 ~ B:sleep#6 "
@@ -169,7 +170,7 @@ MUTATIONS = [
         Cache,
         "read_ahead",
         MINE,
-        UNLOCKED,
+        FREE,
         "ahead",
         "A:write-loader#1 B:settle#1 A:settle#1 A+0 A:write-lease#5 B+0 B:end#1",
     ),
@@ -200,7 +201,14 @@ MUTATIONS = [
     ),
     Mutation(store, "open_locked", "locks.lock(TABLES_BYTE)", "pass", "start", "A:write-pid#1 B:end#1"),
     Mutation(store, "open_locked", "if same_file(path, fd):", "if True:", "start", "A:lock#1 B:close#3 A:end#1"),
-    Mutation(locks, "remove_unused", "locks.lock(TABLES_BYTE)", "pass", "sweep", "A:unlink#1 S:close#2 A:end#1"),
+    Mutation(
+        locks,
+        "remove_unused",
+        "not locks.lock(TABLES_BYTE, _LONGEST_WAIT_SECONDS)",
+        "False",
+        "sweep",
+        "A:unlink#1 S:close#2 A:end#1",
+    ),
     Mutation(locks, "remove_unused", "not used and ", "", "sweep", "A:attached#1 S:end#1"),
     Mutation(locks, "remove_unused", " and same_file(path, fd)", "", "start", "A:lock#3 B:close#3 A:end#1"),
     Mutation(
@@ -262,8 +270,8 @@ MUTATIONS = [
     Mutation(Tables, "reap", "if not self.alive(row)", "if row != self.row", "move", "A:write-head#2 !A M:sleep#2"),
     Mutation(Tables, "alive", "row == self.row or ", "", "same, killed", "A:unlock#2 !A B:sleep#2"),
     Mutation(
-        Cache,
-        "_start",
+        Loads,
+        "start",
         "if tables.slot_of[key.layer, key.expert] >= 0:",
         "if False:",
         "same",
@@ -310,22 +318,33 @@ MUTATIONS = [
         "A:long#1 M:sleep#2 B:settle#1 M:sleep#3 B+0 M:sleep#4 B:write-lease#3 M:sleep#5",
     ),
     Mutation(
-        Tables,
+        slot_words,
         "unchanged",
-        "bool((self.generation[slots] == generations).all())",
-        "True",
+        " == OK",
+        " != 0",
         "glance",
         "A:compute#1 B:settle#1 B+0 B:write-lease#3 A:end#1",
     ),
     Mutation(
         Tables,
         "glance",
-        " & (self.slot_of[layer] == slots_E)",
-        "",
+        "self.entry[layer].tobytes()",
+        "(lambda e: e >> 40 << 40 | self.generation[np.maximum(e >> 40, 1) - 1])(1 * self.entry[layer]).tobytes()",
         "glance",
         "A:read-generation#1 B:settle#1 B+0 B:write-lease#3 A:end#1",
     ),
-    Mutation(Tables, "glance", " & (self.state[slots_E] == READY)", "", "glance, arrive", "B:settle#1 A:end#1"),
+    Mutation(
+        Tables,
+        "take",
+        "self.slot_of[key.layer, key.expert] = slot",
+        "self.slot_of[key.layer, key.expert] = slot; self._publish(slot)",
+        "glance, arrive",
+        "B:settle#1 A:end#1",
+    ),
+    Mutation(Tables, "vacate", "self.entry[layer, expert] = 0", "pass", "evict", "B:settle#1 B+0 B:end#1"),
+    Mutation(Tables, "retire", "self.entry[layer, expert] = 0", "pass", "move", "A:write-lease#3 M:wait#1 M+0 M:end#1"),
+    Mutation(Tables, "_repair", "self.entry[...] = 0", "pass", "move", "A:write-lease#3 M:write-key_expert#1 !M"),
+    Mutation(Tables, "_repair", "self._publish(slot)", "pass", "evict", "A:write-lease#1 !A B:settle#1 B+0 B:end#1"),
     Mutation(
         Tables,
         "take",
@@ -337,6 +356,32 @@ MUTATIONS = [
     Mutation(Tables, "hold", " and self.partition[slot] == layer", "", "hold a wave", "A:sleep#1"),
     Mutation(Tables, "_void", "self.lease[row] = 0", "pass", "evict", "A:write-head#2 !A B:sleep#2"),
     Mutation(Tables, "reap_now_and_then", "self.reap()", "pass", "same, killed", "A:unlock#2 !A B:sleep#2"),
+    Mutation(Loads, "wait", "self._check_patience(call)", "pass", "stopped", "A:submit#1 =A"),
+    Mutation(Tables, "locked_soon", "TABLES_BYTE, self._patience", "TABLES_BYTE, None", "stopped", "A:write-head#1 =A"),
+    Mutation(
+        Tables,
+        "reap_now_and_then",
+        "suppress(Stalled), self.locked_soon()",
+        "self.locked()",
+        "stopped",
+        "A:settle#1 A+1 B:sleep#2 A+0 B:sleep#3 A:write-head#8 =A",
+    ),
+    Mutation(
+        Tables,
+        "leave",
+        "suppress(Stalled), self.locked_soon()",
+        "self.locked()",
+        "stopped, ending",
+        "A:write-head#1 =A",
+    ),
+    Mutation(
+        locks,
+        "remove_unused",
+        "locks.lock(TABLES_BYTE, _LONGEST_WAIT_SECONDS)",
+        "locks.lock(TABLES_BYTE)",
+        "stopped, ending",
+        "A:write-head#1 =A",
+    ),
     Mutation(
         expert_cache.ExpertCache,
         "_arrived",

@@ -1,4 +1,9 @@
-"""Small nodes whose every interleaving is tried: who is there, and what each does with production calls."""
+"""Small nodes whose every interleaving is tried: who is there, and what each does with production calls.
+
+A glance writes nothing, so two readers find what one does. Whole, with a kill anywhere: a reader with a writer, a
+repairer and a sweeper 28,103 states (185 s on a busy core), two readers with a writer 5,148; each node with one who
+stands still 977 to 11,788, but "stopped", of which 40,910 were tried.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,7 @@ from interleavings import Actor, Reader, Violation, World, explore, instrumented
 from buddymoe_ray.cache import ExpertCache
 from buddymoe_ray.cache.shared import Move, Mover, SharedExpertCache, SharedHostTier, SharedStore, sweep
 from buddymoe_ray.device import open_device
+from buddymoe_ray.kernels import slot_words
 from buddymoe_ray.types import ExpertKey, SlotPlan
 
 __all__ = ["Scenario", "scenarios"]
@@ -68,18 +74,21 @@ def glancer(world: World, *experts: int) -> Prepare:
     """Computes with experts that are READY and holds nothing; what it computed counts if nothing changed meanwhile."""
 
     def prepare(me: Actor) -> Callable[[Actor], None]:
-        tables, ids = world.attach(me).tables, np.array(experts)
+        store, ids = world.attach(me), np.array(experts)
+        cache = SharedExpertCache(store, reader=Reader())  # type: ignore[arg-type]
 
         def program(me: Actor) -> None:
-            slots, generations = (of_E[ids] for of_E in tables.glance(0))
-            if (slots < 0).any():
+            glance = cache.glance(0)
+            assert glance is not None and glance.words_2E is not None, "loads are in order here"
+            if (glance.at_E[ids] < 0).any():
                 return
-            found = [me.look(slot) for slot in slots.tolist()]
+            slots = ((glance.at_E[ids] - store.address(0)) // world.layout.slot_bytes).tolist()
+            found = [me.look(slot) for slot in slots]
             point("compute")
-            found += [me.look(slot) for slot in slots.tolist()]
+            found += [me.look(slot) for slot in slots]
             point("computed")
             wanted = 2 * [{truth(ExpertKey(0, expert))} for expert in experts]
-            if tables.unchanged(slots, generations) and found != wanted:
+            if slot_words.unchanged(ids, glance.words_2E) and found != wanted:
                 raise Violation(f"{me.name} takes {found} for {wanted}")
 
         return program
@@ -159,6 +168,16 @@ def starter(world: World) -> Prepare:
     return prepare
 
 
+def leaver(world: World) -> Prepare:
+    """Leaves."""
+
+    def prepare(me: Actor) -> Callable[[Actor], None]:
+        store = world.attach(me)
+        return lambda _: store.close()
+
+    return prepare
+
+
 def sweeper(world: World) -> Prepare:
     """Removes what nobody uses."""
     return lambda _: lambda _: sweep(world.path.parent) and None  # type: ignore[func-returns-value]
@@ -166,7 +185,8 @@ def sweeper(world: World) -> Prepare:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """A world, and how much may go wrong in it: kills (of `victims`, else of anybody) and failed reads."""
+    """A world, and how much may go wrong in it: kills (of `victims`, else of anybody) and failed reads. In some one of
+    the victims may be stopped for good."""
 
     make: Callable[[], World]
     kills: int = 0
@@ -182,10 +202,11 @@ def _scenario(
     victims: str = "",
     patience: int = 3,
     slots: int = 1,
+    stops: bool = False,
 ) -> Scenario:
     def make() -> World:
         world = World(folder, slots=slots)
-        world.victims, world.patience = frozenset(victims or actors), patience
+        world.victims, world.patience, world.may_stop = frozenset(victims or actors), patience, stops
         for name, prepare in actors.items():
             world.actor(name, prepare(world))
         if resident:
@@ -247,6 +268,9 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
         "glance": _scenario(folder, {"A": _glancer(0), "B": _worker(1)}, X, kills=1, failures=1),
         "glance, move": _scenario(folder, {"A": _glancer(0), "M": _keeper(swap)}, X, kills=1),
         "glance, arrive": _scenario(folder, {"A": _glancer(0), "B": _worker(0)}, kills=1),
+        "glance, with all": _scenario(
+            folder, {"A": _glancer(0), "B": _glancer(0), "W": _worker(1), "K": reaper, "S": sweeper}, X, kills=1
+        ),
         "ahead": _scenario(folder, {"A": _worker(0, ahead=(0, 1)), "B": _worker(1)}, kills=1, failures=1, slots=2),
         "ahead, for each other": _scenario(
             folder, {"A": _worker(1, ahead=(0,)), "B": _worker(0, ahead=(1,))}, kills=1, slots=2
@@ -262,6 +286,18 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
             Y,
             kills=1,
         ),
+        "stopped": _scenario(folder, {"A": _worker(0, 1), "B": _worker(0, ahead=(1,))}, victims="A", stops=True),
+        "stopped, computing": _scenario(
+            folder, {"A": _worker(0, 1), "B": _worker(2, 1)}, X, Y, victims="A", stops=True
+        ),
+        "stopped, holding": _scenario(
+            folder, {"A": _worker(0, 2, held=(0,)), "B": _worker(1, held=(0, 1))}, X, Y, victims="A", stops=True
+        ),
+        "stopped, for a prompt": _scenario(
+            folder, {"A": _worker(1, 2, prompt=True), "B": _worker(2, prompt=True)}, X, victims="A", stops=True
+        ),
+        "stopped, moving": _scenario(folder, {"M": _keeper(swap), "B": _worker(1, 0)}, X, victims="M", stops=True),
+        "stopped, ending": _scenario(folder, {"A": _worker(0), "B": leaver}, victims="A", stops=True, patience=6),
         "start": _scenario(folder, {"A": starter, "B": starter}, kills=1),
         "sweep": _scenario(folder, {"A": starter, "S": sweeper}, kills=1),
         "devices": _scenario(folder, {"A": _device(0), "B": _device(1, 2)}, failures=1),

@@ -253,7 +253,7 @@ class HostStore:
         spare = [keys[at] for at in order if keys[at] not in chosen]
         moves = []
         for key in wanted:
-            if tables.resident[key.layer, key.expert]:
+            if tables.entry[key.layer, key.expert]:
                 continue
             evict = next((other for other in spare if other.layer == key.layer), None)
             if evict is None and spare and self._spec.plan.pinned:

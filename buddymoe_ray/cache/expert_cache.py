@@ -270,14 +270,13 @@ class ExpertCache:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _used(self, layer: int, ids: npt.NDArray[np.int64]) -> bool:
+    def _used(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
         slots, directory = self._directory.slot_of[layer], self._directory
         used = {slots[expert] for expert in ids.ravel().tolist() if slots[expert] >= 0}
         if used and max(used) >= directory.first_wave:
             for slot in used:
                 directory.touch(slot)
         self._hits += len(used)
-        return True
 
     def _taken_over(self, layer: int, experts: Sequence[int]) -> deque[_DeviceLoad]:
         """Loads of the experts that were begun ahead."""

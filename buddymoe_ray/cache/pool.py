@@ -98,15 +98,15 @@ class Glance:
     """Where experts of a layer are, for a computation that begins now and holds nothing: `at_E` has their addresses,
     negative ones of those that are not there, and `address` is where that table is.
 
-    What is computed is worth something only if `holds` says so afterwards; until then nothing may depend on it.
+    Where others may write to the slots, `words_2E` int64 are the address of each expert's word (0 of those that are not
+    there) and what it was, else None; `words_address` is where it is, 0 for None. What is computed is worth something
+    only if the words are the same afterwards; until then nothing may depend on it. `used` notes that some of the
+    experts, where they were there, have answered.
     """
 
-    def __init__(self, at_E: Ints, holds: Callable[[Ints], bool]) -> None:
-        self.at_E, self.address, self._holds = at_E, at_E.ctypes.data, holds
-
-    def holds(self, ids: Ints) -> bool:
-        """Whether those of these experts that were there stayed the whole time; if so, that they were used is noted."""
-        return self._holds(ids)
+    def __init__(self, at_E: Ints, used: Callable[[Ints], None], words_2E: Ints | None = None) -> None:
+        self.at_E, self.address, self.used = at_E, at_E.ctypes.data, used
+        self.words_2E, self.words_address = words_2E, 0 if words_2E is None else words_2E.ctypes.data
 
 
 def slot_views(slot_bytes: Tensor, layout: ExpertLayout) -> dict[str, Tensor]:

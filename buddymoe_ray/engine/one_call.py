@@ -53,28 +53,29 @@ class OneCallLayers:
         then hand on what they are given."""
         if hidden is self._out and at < self._until:
             return hidden
-        current, outlook, done = self._paged.current, None, 0
+        current, outlook = self._paged.current, None
         assert current is not None, "a layer runs in a pass"
         if self.stretch is not None and self.compute.runs_experts:
             outlook = self.stretch.outlook(at, self.compute.most(hidden.shape[1]))
         use = () if outlook is None else (outlook.places, outlook.tallies)
         routed = self.compute(at, hidden, turn, (current.spans_S4, current.blocks), *use)
+        done = routed.done
         if self.stretch is not None and outlook is not None:
-            done = self.stretch.settle(at, outlook, routed.ids, routed.done)
+            self.stretch.settle(at, outlook, routed.ids, done)
         if outlook is not None and done == len(outlook.glances):
             out = routed.out[done - 1 :]
         else:
-            out = (routed.attended[done] + self._feed_forward(at, routed, done, glanced=outlook is not None))[None]
+            out = (routed.attended[done] + self._feed_forward(at, routed, glanced=outlook is not None))[None]
             done += 1
         self._out, self._until = out if done > 1 else None, at + done
         return out
 
-    def _feed_forward(self, at: int, routed: Routed, done: int, *, glanced: bool) -> Tensor:
-        """Of the layer behind those that are done; a guess is of the layer where the call stopped."""
-        normed_TD = routed.normed[done]
+    def _feed_forward(self, at: int, routed: Routed, *, glanced: bool) -> Tensor:
+        """Of the layer where the call stopped."""
+        done, normed_TD = routed.done, routed.normed[routed.done]
         if self.stretch is None:
             return cast(Tensor, self._mlp(normed_TD[None])[0])
-        guess_TK = torch.from_numpy(routed.guess) if routed.guess is not None and done == routed.done else None
+        guess_TK = None if routed.guess is None else torch.from_numpy(routed.guess)
         block, ids_TK = self.stretch.blocks[at + done], torch.from_numpy(routed.ids[done])
         return block(normed_TD, ids_TK, routed.weights[done], glanced=glanced and guess_TK is None, guess_TK=guess_TK)
 

@@ -271,14 +271,16 @@ class SuspendedPass:
         was resident all along, and not longer than a slot may lie idle for. Where nothing can be read meanwhile what is
         resident runs first: it may be evicted by the time that others are done.
         """
-        block, ahead, resident_E = layer.block, self._parts.ahead, layer.block.resident_mask
+        block, ahead = layer.block, self._parts.ahead
         if ahead is None:
+            resident_E = block.resident_mask
             return sorted(layer.rest, key=lambda expert: not resident_E[expert]), layer.ids_TK.size
         if ahead.expect(block.layer, list(layer.rest)) and layer.coming is None:
             layer.coming = ahead.coming(block.layer + 1, layer.hidden_TD)
             self._resident_E = ahead.resident(block.layer + 1)
         if layer.coming:
             ahead.expect(block.layer + 1, layer.coming)
+        resident_E = block.resident_mask  # now: something may have arrived
         there = [expert for expert in layer.rest if resident_E[expert]]
         arrived = [expert for expert in there if not layer.resident_E[expert]]
         if arrived or not there:

@@ -26,6 +26,7 @@ from buddymoe_ray.kernels.paged_attention import PagedLayer
 from buddymoe_ray.kernels.reference import ExpertMath, expert_forward
 from buddymoe_ray.kernels.rounding_cpu import pack_plain
 from buddymoe_ray.kernels.router import CpuRouter
+from buddymoe_ray.kernels.slot_words import unchanged
 from buddymoe_ray.kernels.triton.experts import TritonExperts, combine_on_device, interpreted
 from buddymoe_ray.kernels.upcast import UpcastScratch
 
@@ -70,6 +71,7 @@ __all__ = [
     "plain_weights",
     "prepare_lowbit",
     "record_tensors",
+    "unchanged",
     "unpack",
     "widens",
 ]

@@ -27,6 +27,7 @@ from buddymoe_ray.kernels.expert_layer import ExpertLayer
 from buddymoe_ray.kernels.norm import CpuNorm, norm_kernel
 from buddymoe_ray.kernels.paged_attention import PagedLayer, attention_kernel
 from buddymoe_ray.kernels.router import CpuRouter, router_kernel
+from buddymoe_ray.kernels.slot_words import words_kernel
 
 __all__ = ["DecoderLayer", "DecoderLayers", "DecoderParts", "Routed", "StandinRecords", "Tallies"]
 
@@ -157,6 +158,7 @@ class DecoderLayer:
             choose=router_kernel().args[0],
             experts=experts_kernel().args[0],
             combine=combine_kernel().args[0],
+            unchanged=words_kernel().args[0],
             norm_before=parts.norm_before.plan_at,
             norm_after=parts.norm_after.plan_at,
             q_norm=0 if parts.q_norm is None else parts.q_norm.plan_at,
@@ -217,7 +219,7 @@ class DecoderLayers:
         hidden_1TD: Tensor,
         turn: tuple[Tensor, Tensor],
         paged: tuple[Tensor, Tensor],
-        places: tuple[Sequence[int], Sequence[int]] = ((), ()),
+        places: tuple[Sequence[int], Sequence[int], Sequence[int]] = ((), (), ()),
         tallies: Tallies | None = None,
     ) -> Routed:
         """From the `first` layer on store the rows' keys and values, and compute as far as can be.
@@ -225,8 +227,9 @@ class DecoderLayers:
         `turn` are cosines and sines `[1, T, rotated]` of the rotary embedding in the dtype of the rows; `paged` are
         spans and blocks as in `PagedLayer`. `places` are, for each layer that is to be computed, where the addresses of
         its experts are (int64 [E], negative where one is not resident), and those of the experts of the layer behind
-        it, 0 where these are not to be guessed. `tallies` say what rows may spend, and are written. Without either it
-        is one layer, whose experts are the caller's.
+        it, 0 where these are not to be guessed, and the words of its slots as `unchanged` has them, 0 where nobody else
+        writes to them: a layer is done only if they stayed. `tallies` say what rows may spend, and are written. Without
+        either it is one layer, whose experts are the caller's.
         """
         hidden, cos, sin = hidden_1TD.contiguous(), turn[0].contiguous(), turn[1].contiguous()
         (B, T, D), rotated, (spans_S4, blocks), N = hidden.shape, cos.shape[2], paged, len(places[0]) or 1
@@ -241,12 +244,12 @@ class DecoderLayers:
             *(cos.data_ptr(), sin.data_ptr(), rotated, T, spans_S4.data_ptr(), blocks.data_ptr(), len(spans_S4), N),
         )
         if tallies is None:
-            done = self._kernel((*call, *[0] * 9), self._plans_at + 8 * first) - 1
+            done = self._kernel((*call, *[0] * 10), self._plans_at + 8 * first) - 1
             return Routed(done, attended, normed, out, ids[0], weights, None)
         assert tallies.accesses.shape[:2] == (N + 1, T), f"{tallies.accesses.shape} of {N} layers and {T} rows"
-        at_2N = np.array(places, np.int64)
-        at = address_of(at_2N)
-        more = (at, at + 8 * N, ids_at + 8 * N * T * self._K, *tallies.addresses())
+        at_3N = np.array(places, np.int64)
+        at = address_of(at_3N)
+        more = (at, at + 8 * N, ids_at + 8 * N * T * self._K, at + 16 * N, *tallies.addresses())
         done = self._kernel((*call, *more), self._plans_at + 8 * first) - 1
         guessed = done < N and places[1][done] and self.layers[first + done].guesses
         return Routed(done, attended, normed, out, ids[0], weights, ids[1, done] if guessed else None)

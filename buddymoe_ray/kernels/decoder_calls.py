@@ -33,6 +33,7 @@ class DecoderPlan(NamedTuple):
     choose: int
     experts: int
     combine: int
+    unchanged: int
     norm_before: int
     norm_after: int
     q_norm: int
@@ -81,7 +82,8 @@ class DecoderCall(NamedTuple):
     [layers] say where each layer's addresses of resident experts are (negative: none), 0 where the caller computes.
     `next_places` are those of the layer behind it, 0 where its experts are not to be guessed, and `guess` is where its
     router writes its choice on `normed`, ids int64 [layers, T, K]: if one of them is not there, experts are left to the
-    caller, who may begin to read.
+    caller, who may begin to read. `words` int64 [layers] are addresses of what slot_words.py looks at once a layer's
+    experts are computed (0: nothing): the layer is not done where a slot was written meanwhile.
     What is counted are running totals, those from before the first layer to those after the last: `accesses` int64
     [layers + 1, T, columns], of what answered an access: the expert in column 0, else a record in its own; `losses`
     float32 [layers + 1, T] of expected loss, `allowances` of what is left to spend on it. `modes` int8 [T] and `prices`
@@ -105,6 +107,7 @@ class DecoderCall(NamedTuple):
     places: int = 0
     next_places: int = 0
     guess: int = 0
+    words: int = 0
     accesses: int = 0
     columns: int = 0
     modes: int = 0

@@ -70,6 +70,7 @@ class _Layer(NamedTuple):
     at_E: Any
     next_at_E: Any
     guess: Any
+    words: Any
     accesses: Any
     columns: Any
     modes: Any
@@ -309,7 +310,11 @@ def _run(call: Any, plan: Any, scratch: Any) -> Any:
         counts[1, :, 0] += plan.K
     elif not _stand_in(call, plan, scratch):
         return False
-    return _run_experts(call, plan, scratch)
+    if not _run_experts(call, plan, scratch):
+        return False
+    if call.words == 0:
+        return True
+    return _call(plan.unchanged, (call.ids, call.T * plan.K, call.words, plan.E), 0, scratch.args) == OK
 
 
 @njit
@@ -317,7 +322,7 @@ def _layer(n: Any, call: Any, plan: Any) -> Any:
     """The call as the n-th layer sees it: each reads what the one before has written."""
     T, rows, choice = call.T, call.T * plan.D * plan.item_bytes, call.T * plan.K
     places = carray(ints_at(call.places), (call.layers,))
-    next_places = carray(ints_at(call.next_places), (call.layers,))
+    next_places, words = carray(ints_at(call.next_places), (call.layers,)), carray(ints_at(call.words), (call.layers,))
     next_at = next_places[n] if call.next_places and plan.next_router else 0
     return _Layer(
         call.out + (n - 1) * rows if n else call.hidden,
@@ -336,6 +341,7 @@ def _layer(n: Any, call: Any, plan: Any) -> Any:
         places[n] if call.places else 0,
         next_at,
         call.guess + n * choice * 8 if next_at else 0,
+        words[n] if call.words else 0,
         call.accesses + n * T * call.columns * 8,
         call.columns,
         call.modes,

@@ -23,7 +23,7 @@ import llvmlite.binding as llvm
 
 from buddymoe_ray.config import cache_folder, private_folder
 
-__all__ = ["code_folder", "made_once", "native_functions"]
+__all__ = ["code_folder", "made_once", "native_functions", "optimised"]
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def native_functions(text: str, names: tuple[str, ...], *, baseline: bool = Fals
     code = None if kept is None else _read(kept)
     if code is None:
         with made_once(folder, key):
-            code = (None if kept is None else _read(kept)) or _compiled(text, target)
+            code = (None if kept is None else _read(kept)) or target.emit_object(optimised(text, target))
             if kept is not None:
                 _write(kept, code)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
@@ -108,15 +108,15 @@ def native_functions(text: str, names: tuple[str, ...], *, baseline: bool = Fals
     return {name: engine.get_function_address(name) for name in names}
 
 
-def _compiled(text: str, target: Any) -> bytes:
+def optimised(text: str, target: Any) -> Any:
+    """The module that code is made of."""
     module = llvm.parse_assembly(text)
     module.verify()
     tuning = llvm.create_pipeline_tuning_options(speed_level=3)
     tuning.loop_unrolling = tuning.slp_vectorization = tuning.loop_vectorization = False  # the text is written as meant
     passes = llvm.create_pass_builder(target, tuning)
     passes.getModulePassManager().run(module, passes)
-    code: bytes = target.emit_object(module)
-    return code
+    return module
 
 
 def _read(path: Path) -> bytes | None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from buddymoe_ray.cache import Experts, Glance
 from buddymoe_ray.device import download, upload
 from buddymoe_ray.errors import CacheError
-from buddymoe_ray.kernels import ExpertLayer, StandinRecords
+from buddymoe_ray.kernels import ExpertLayer, StandinRecords, unchanged
 from buddymoe_ray.moe.peers import PeerExperts
 from buddymoe_ray.moe.read_ahead import ReadAhead
 from buddymoe_ray.moe.rows import Accesses
@@ -115,7 +115,7 @@ class MoEBlock:
 
     @property
     def resident_mask(self) -> npt.NDArray[np.bool_]:
-        """`[E]`, True where the layer's expert is resident; a live view."""
+        """`[E]`, True where the layer's expert is resident now."""
         return self._cache.resident_mask(self.layer)
 
     def run(self, hidden_TD: Tensor, accesses: Accesses, experts: Sequence[int], y_ND: Tensor) -> None:
@@ -161,7 +161,7 @@ class MoEBlock:
         self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND)
         told = [wait() for wait in coming]
         ids = told[0].numpy() if told else None
-        if ids is None or ((glance.at_E[ids] >= 0).all() and self.settle(glance, ids)):
+        if ids is None or ((glance.at_E[ids] >= 0).all() and self._settled(glance, ids)):
             step.outcome.count_hits(ids_TK.shape[1])
             return self.combined(y_ND, weight_TK)
         if told[2:]:
@@ -200,7 +200,9 @@ class MoEBlock:
         if glance is None or (glance.at_E[ids] < 0).any():
             return False
         self._read_ahead()
-        if not self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND) or not self.settle(glance, ids):
+        if not self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND):
+            return False
+        if not self._settled(glance, ids):
             return False
         self._step.outcome.count_hits(ids.shape[1])
         return True
@@ -212,7 +214,7 @@ class MoEBlock:
 
     def glance(self) -> Glance | None:
         """Where the experts are, for whoever can compute all accesses of a layer from them and from `records`; None
-        where what runs is not for the router alone to say. What was computed counts if `settle` says so."""
+        where what runs is not for the router alone to say. What was computed counts if the slots' words stayed."""
         step = self._step
         if step.phase is not _DECODE or step.observer is not None or self.layer in step.overlays:
             return None
@@ -236,12 +238,16 @@ class MoEBlock:
         """Whether there is a guess at what the layer will ask for that is worth something only if it asks soon."""
         return self._ahead is not None and self._ahead.awaits(self.layer)
 
-    def settle(self, glance: Glance, ids_TK: Ints) -> bool:
-        """Whether every expert that answered was there the whole time; if so, those that the layer asked for are told
-        to whoever wants to know."""
-        if not glance.holds(ids_TK):
-            return False
+    def settle(self, glance: Glance, ids_TK: Ints) -> None:
+        """What was computed counts: those that the layer asked for are told to whoever wants to know."""
+        glance.used(ids_TK)
         self._count(ids_TK)
+
+    def _settled(self, glance: Glance, ids_TK: Ints) -> bool:
+        """`settle`, unless a slot's word moved on meanwhile."""
+        if glance.words_2E is not None and not unchanged(ids_TK, glance.words_2E):
+            return False
+        self.settle(glance, ids_TK)
         return True
 
     def _count(self, ids_TK: Ints) -> None:

@@ -23,10 +23,11 @@ __all__ = ["Outlook", "Stretch"]
 @dataclass(frozen=True, slots=True)
 class Outlook:
     """What a call can use, of the layers that it is to compute: where the experts of each are, and those of the one
-    behind it where these are to be guessed; as `places` for the kernel too. `tallies` are for it to write."""
+    behind it where these are to be guessed; as `places`, with the words of the slots, for the kernel too. `tallies` are
+    for it to write."""
 
     glances: Sequence[tuple[Glance, Glance | None]]
-    places: tuple[Sequence[int], Sequence[int]]
+    places: tuple[Sequence[int], Sequence[int], Sequence[int]]
     tallies: Tallies
 
 
@@ -55,16 +56,13 @@ class Stretch:
             return None
         here = [glance.address for glance, _ in glances]
         behind = [0 if glance is None else glance.address for _, glance in glances]
-        return Outlook(glances, (here, behind), self._step.tallies(len(glances)))
+        words = [glance.words_address for glance, _ in glances]
+        return Outlook(glances, (here, behind, words), self._step.tallies(len(glances)))
 
-    def settle(self, first: int, outlook: Outlook, ids_NTK: npt.NDArray[np.int64], done: int) -> int:
-        """How many of the layers that were done count: up to the first whose experts were not there the whole time.
-        Their accesses are accounted for."""
+    def settle(self, first: int, outlook: Outlook, ids_NTK: npt.NDArray[np.int64], done: int) -> None:
+        """The accesses of the layers that were done are accounted for."""
         for n in range(done):
-            if not self.blocks[first + n].settle(outlook.glances[n][0], ids_NTK[n]):
-                done = n
-                break
+            self.blocks[first + n].settle(outlook.glances[n][0], ids_NTK[n])
         self._reach = 2 * done or 1
         if done:
             self._step.take(outlook.tallies, done)
-        return done

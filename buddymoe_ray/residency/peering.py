@@ -58,7 +58,7 @@ class PeerService:
 
     def contents(self) -> bytes:
         """A bit per (layer, expert), set where it is resident."""
-        return np.packbits(self._cache.store.tables.resident.astype(bool)).tobytes()
+        return np.packbits(self._cache.store.tables.resident).tobytes()
 
 
 class _PendingAnswers:

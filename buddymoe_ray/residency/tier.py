@@ -207,6 +207,8 @@ def plan_memory(
     workers = 1 if node is None else node.workers
     budget = parse_memory(config.memory, total_expert_bytes=layout.total_bytes)
     staging = plan_staging(largest_read=largest_read(layout), budget_bytes=budget, share=STAGING_SHARE[config.mode])
+    if node is not None:
+        scratch += layout.slot_bytes  # where a worker reads what it won't wait for
     if node is not None and node.linked:
         scratch *= 2  # peers are answered beside the engine's own steps
     overhead = workers * (scratch + (0 if apart else staging.nbytes))

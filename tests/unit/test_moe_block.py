@@ -104,7 +104,9 @@ def test_what_moved_while_it_was_computed_is_computed_again(tmp_path: Path) -> N
             return True
 
     opened.block._compute = Spoilt(opened.block._compute._compute)
-    opened.cache.glance = lambda *_: Glance(np.arange(E), lambda _: False)  # type: ignore[method-assign]
+    word = np.zeros(1, np.int64)
+    moved = np.tile([[word.ctypes.data], [1]], E)  # seen was 1, found is 0
+    opened.cache.glance = lambda *_: Glance(np.arange(E), tried.append, moved)  # type: ignore[method-assign]
     opened.step.begin(Phase.DECODE, 4)
     assert torch.equal(opened.block(hidden, ids, weights), expected)
     assert len(tried) == 1 and opened.step.outcome.hits_T.tolist() == [K] * 4

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import build_checkpoint
@@ -213,7 +214,7 @@ def test_of_layers_computed_together_those_count_whose_experts_stayed(
     options: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first that lost one is computed again, by its block, and a new call begins behind it."""
-    again, call = list[int](), MoEBlock.__call__
+    again, words, call = list[int](), list[Any](), MoEBlock.__call__
 
     def counted(self: MoEBlock, *args: Any, **kwargs: Any) -> torch.Tensor:
         again.append(self.layer if kwargs.get("glanced") else -1)
@@ -225,7 +226,10 @@ def test_of_layers_computed_together_those_count_whose_experts_stayed(
         with LLM("builtin:tiny", guard_share=0.0, **options) as llm:  # type: ignore[arg-type]
             cache: Any = llm.engine.cache
             for layer in lost:
-                cache._glances[layer] = Glance(cache._glances[layer].at_E, lambda _: False)
+                at_E, word = cache._glances[layer].at_E, np.zeros(1, np.int64)
+                moved = np.tile([[word.ctypes.data], [1]], len(at_E))  # seen was 1, found is 0
+                words.append(word)
+                cache._glances[layer] = Glance(at_E, cache._glances[layer].used, moved)
             results = llm.generate(["def add(a, b):", "import os"], max_tokens=12, temperature=0.0, logprobs=0)
             return [([(item.token_id, item.logprob) for item in r.logprobs], r.usage) for r in results]
 

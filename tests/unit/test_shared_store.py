@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import torch
 from experts_on_disk import expert_bytes_of, make_layout
 
 from buddymoe_ray.cache import DiskReader, ExpertCache, slot_views
+from buddymoe_ray.cache.disk import ReadTicket
 from buddymoe_ray.cache.shared import (
     Move,
     Mover,
@@ -30,10 +32,13 @@ from buddymoe_ray.cache.shared import (
     store_digest,
     sweep,
 )
+from buddymoe_ray.cache.shared.locks import TABLES_BYTE
+from buddymoe_ray.cache.shared.shape import entry_of
 from buddymoe_ray.cache.shared.store import store_path
-from buddymoe_ray.cache.shared.tables import LOADING, SharedTables
+from buddymoe_ray.cache.shared.tables import LOADING, WAVE, SharedTables
 from buddymoe_ray.device import open_device
 from buddymoe_ray.errors import BudgetError, CacheError
+from buddymoe_ray.kernels import unchanged
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
 LAYERS, EXPERTS = 3, 6
@@ -197,7 +202,7 @@ def _die_in_the_lock(folder: Path, layout: ExpertLayout, plan: SlotPlan, ready: 
     with store.tables.locked():
         store.tables.take(5, ExpertKey(1, 4))
         store.tables.slot_of[2, 2] = 7  # half a change
-        store.tables.resident[2, 2] = 1
+        store.tables.entry[2, 2] = 8 << 40 | 1
         ready.set()  # type: ignore[attr-defined]
         time.sleep(600)
 
@@ -419,8 +424,10 @@ def glanced(node: Node, cache: SharedExpertCache, layer: int, experts: list[int]
         return None
     size = node.layout.slot_bytes
     copies = {e: ctypes.string_at(int(glance.at_E[e]), size) for e in experts}
-    if not glance.holds(ids):
+    assert glance.words_2E is not None
+    if not unchanged(ids, glance.words_2E):
         return False
+    glance.used(ids)
     for expert, raw in copies.items():
         views = slot_views(torch.frombuffer(bytearray(raw), dtype=torch.uint8), node.layout)
         assert expert_bytes_of(views) == node.truth[ExpertKey(layer, expert)], f"{layer}.{expert} has wrong bytes"
@@ -436,8 +443,22 @@ def test_what_is_read_without_a_lease_counts_only_where_nothing_moved(node: Node
     glance = cache.glance(0)
     access(node, other, 0, [3, 4])  # room for them is made in the layer
     access(node, other, 0, [1, 0])
-    assert glance is not None and not glance.holds(np.array([[0, 1]])), "they came back, elsewhere"
+    assert glance is not None and glance.words_2E is not None
+    assert not unchanged(np.array([[0, 1]]), glance.words_2E), "they came back, elsewhere"
     assert not cache.store.tables.lease.any()
+
+
+def test_a_glance_writes_nothing(node: Node) -> None:
+    """So nobody can tell how many readers there are, or that one was stopped."""
+    cache = node.cache()
+    access(node, cache, 0, [0, 1, 2])
+    before = cache.store._array.copy()
+    glance = cache.glance(0)
+    assert glance is not None and glance.words_2E is not None and unchanged(np.array([[0, 1]]), glance.words_2E)
+    assert cache.glance(0) is glance and np.array_equal(cache.store._array, before)
+    cache.store.tables.entry[0, 1] = entry_of(cache.store.shape.slots, 1)
+    outside = cache.glance(0)
+    assert outside is not None and np.flatnonzero(outside.at_E >= 0).tolist() == [0, 2], "of what lies in the store"
 
 
 def test_glances_under_load_are_right(node: Node) -> None:
@@ -466,6 +487,60 @@ def test_glances_under_load_are_right(node: Node) -> None:
         thread.join(60)
     assert not errors, errors
     assert seen[True] > 20, seen
+
+
+class Interrupted(DiskReader):
+    """After its first read a neighbour takes the tables."""
+
+    neighbour: SharedStore | None = None
+
+    def submit(self, *args: Any) -> ReadTicket:
+        ticket = super().submit(*args)
+        if self.neighbour is not None:
+            self.neighbour.tables._locks.lock(TABLES_BYTE)
+            self.neighbour = None
+        return ticket
+
+
+def test_nobody_waits_for_one_who_stands_still_with_the_tables(node: Node) -> None:
+    still, reader = node.store(), Interrupted(depth=2, buffer_bytes=16384)
+    mine = SharedExpertCache(node.store(), reader=reader)
+    node.opened.append(mine)
+    access(node, mine, 0, [0, 1])
+    with still.tables.locked():
+        access(node, mine, 0, [1, 2, 3])
+        access(node, mine, 1, [0, 1, 2, 3], protect=True)
+        assert not mine.read_ahead(2, [0])
+        with mine.holding(0, [0, 1]) as held:
+            assert held == []
+        assert mine.resident(0) == {0, 1} and glanced(node, mine, 0, [0, 1])
+    reader.neighbour = still  # from now on in the middle of a call
+    access(node, mine, 1, [4, 5])
+    assert mine.glance(1) is not None, "which tries again"
+    assert mine.resident(1) == frozenset() and LOADING in mine.store.tables.state
+    still.tables._locks.unlock(TABLES_BYTE)
+    assert mine.glance(1) is not None
+    assert 4 in mine.resident(1) and LOADING not in mine.store.tables.state, "what was read is READY now"
+    assert not mine.store.tables.lease.any()
+    mine.check_integrity()
+    still.close()
+
+
+def test_nobody_waits_for_one_who_stands_still_with_slots(node: Node) -> None:
+    """It reads into one, and computes with all that a prompt could have."""
+    mine, still = node.cache(), node.store().tables
+    mine.warm()
+    with still.locked():
+        still.take(0, ExpertKey(0, 4))
+    still.lease[still.row, still.partition == WAVE] = 1
+    for _ in range(2):
+        access(node, mine, 0, [1, 4, 2])
+        access(node, mine, 2, list(range(EXPERTS)), protect=True)
+    assert mine.store.tables.state[0] == LOADING and still.lease.sum() == 1 + 3, "all that is the other's"
+    still.leave()
+    access(node, mine, 0, [4])
+    assert mine.store.tables.state[0] != LOADING
+    mine.check_integrity()
 
 
 def test_a_move_swaps_residents_and_pins_follow(node: Node) -> None:

@@ -151,7 +151,9 @@ class Case:
         """From the n-th of the case's layers on."""
         places, tallies = [at_E.ctypes.data for at_E in self.at_NE[n : n + layers]], step.tallies(layers)
         paged = (self.current.spans_S4, self.current.blocks)
-        return self.one.compute(self.first + n, hidden_1TD, self.turn, paged, (places, [0] * layers), tallies), tallies
+        return self.one.compute(
+            self.first + n, hidden_1TD, self.turn, paged, (places, [0] * layers, [0] * layers), tallies
+        ), tallies
 
 
 def state(step: StepState) -> list[list[str]]:
@@ -240,5 +242,5 @@ def test_a_loss_that_is_no_number_pays_for_nothing_in_bounded(opened: OneCallLay
         rows = RowBudgets(mode_T=np.array([mode], np.int8), allowance_T=spend, price_T=spend)
         step.begin(Phase.DECODE, 1, StepTerms(budgets=rows))
         turn, paged = (torch.ones(1, 1, d), torch.zeros(1, 1, d)), (current.spans_S4, current.blocks)
-        routed = compute(0, torch.ones(1, 1, D), turn, paged, ([nowhere.ctypes.data], [0]), step.tallies(1))
+        routed = compute(0, torch.ones(1, 1, D), turn, paged, ([nowhere.ctypes.data], [0], [0]), step.tallies(1))
         assert routed.done == stands_in

@@ -5,6 +5,8 @@ shape     where every table lies in the file
 tables    who holds what: slots, leases, rows; every change under one lock
 store     the file itself: create, attach, sweep
 cache     `stream` over the shared slots, the twin of `cache.expert_cache`
+loads     what this worker reads, and what it waits for others to read
+calls     one `stream` in progress; a slot of one's own, for when others stand still
 host      the tier below a GPU, the twin of `cache.host`
 mover     background migration: experts in and out while others compute
 janitor   removes files when every process was killed

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ ROWS = 64
 TABLES_BYTE, OWNER_BYTE, ROW_BYTE = 0, 1, 64
 """Which byte of the file each lock is on: the tables, the file's owner, and one per row from ROW_BYTE on."""
 
+_POLL_SECONDS, _LONGEST_WAIT_SECONDS = 50e-6, 2.0
 _FLOCK = struct.Struct("hhxxxxqqixxxx")  # struct flock of 64-bit Linux: type, whence, start, length, pid (0)
 
 
@@ -32,9 +34,17 @@ class FileLocks:
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
-    def lock(self, at: int) -> None:
-        """Take the byte, waiting for whoever has it."""
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW, _flock(fcntl.F_WRLCK, at))
+    def lock(self, at: int, seconds: float | None = None) -> bool:
+        """Take the byte, waiting for whoever has it, so long at most; whether it was had."""
+        if seconds is None:
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW, _flock(fcntl.F_WRLCK, at))
+            return True
+        end = time.monotonic() + seconds
+        while not self.try_lock(at):
+            if time.monotonic() >= end:
+                return False
+            time.sleep(_POLL_SECONDS)
+        return True
 
     def try_lock(self, at: int) -> bool:
         """Take the byte unless somebody else has it."""
@@ -72,7 +82,8 @@ class FileLocks:
 def remove_unused(paths: Iterable[Path], *, dry: bool = False, empty: bool = True) -> list[Path]:
     """Unlink those of the files that no living process uses, and return them; with `dry` only say which they are.
 
-    Without `empty` an empty file stays: somebody may have made it just now, and be about to lock it.
+    Without `empty` an empty file stays: somebody may have made it just now, and be about to lock it. One whose tables
+    somebody holds without end is in use.
     """
     unused = []
     for path in paths:
@@ -82,8 +93,8 @@ def remove_unused(paths: Iterable[Path], *, dry: bool = False, empty: bool = Tru
             continue
         locks = FileLocks(fd)
         try:
-            if not dry:
-                locks.lock(TABLES_BYTE)  # whoever makes or attaches holds it meanwhile
+            if not dry and not locks.lock(TABLES_BYTE, _LONGEST_WAIT_SECONDS):  # whoever makes or attaches holds it
+                continue
             used = locks.held_elsewhere(OWNER_BYTE) or locks.held_elsewhere(ROW_BYTE, ROWS)
             if not used and same_file(path, fd) and (empty or os.fstat(fd).st_size):
                 unused.append(path)

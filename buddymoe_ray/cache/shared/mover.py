@@ -80,7 +80,7 @@ class Mover:
         slot = self._empty_slot(move)
         tables, key = self._tables, move.load
         if slot is None:
-            moved.skipped += not tables.resident[key.layer, key.expert]
+            moved.skipped += not tables.entry[key.layer, key.expert]
             return
         with tables.locked():
             if (now := int(tables.slot_of[key.layer, key.expert])) >= 0:  # came by demand meanwhile

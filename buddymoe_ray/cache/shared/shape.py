@@ -17,10 +17,11 @@ import numpy.typing as npt
 from buddymoe_ray.cache.shared.locks import ROWS
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
-__all__ = ["HeaderWord", "StoreShape"]
+__all__ = ["HeaderWord", "StoreShape", "entry_of", "places_of"]
 
 _PAGE = 4096
 _DIGEST_AT, _DIGEST_BYTES = 1024, 32
+_SLOT_AT = 40  # the bit of an entry from which on it is a slot's number
 
 
 class HeaderWord:
@@ -28,7 +29,7 @@ class HeaderWord:
 
     MAGIC, VERSION, READY, CLOCK, DIRTY, EPOCH, EVICTIONS, SLOTS, SLOT_BYTES = range(9)
     MAGIC_WORD = 0x425544_44594D4F
-    VERSION_WORD = 2
+    VERSION_WORD = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class StoreShape:
             "generation": (np.uint64, (C,)),
             "last_used": (np.uint64, (C,)),
             "usage": (np.float64, LE),
+            "entry": (np.uint64, LE),
             "steps": (np.int64, (self.layers,)),
             "accesses": (np.uint64, (P, *LE)),
             "key_layer": (np.int32, (C,)),
@@ -67,7 +69,6 @@ class StoreShape:
             "partition": (np.int32, (C,)),
             "loader": (np.int32, (C,)),
             "state": (np.uint8, (C,)),
-            "resident": (np.uint8, LE),
             "pinned": (np.uint8, LE),
             "lease": (np.uint8, (P, C)),
         }
@@ -107,6 +108,17 @@ class StoreShape:
         """`[C, slot_bytes]` of the slots."""
         begin = self.data_offset
         return memory[begin : begin + self.slots * self.slot_bytes].reshape(self.slots, self.slot_bytes)
+
+
+def entry_of(slot: int, generation: int) -> int:
+    """What an expert's entry says of where it is; 0 says nowhere."""
+    return (slot + 1) << _SLOT_AT | generation
+
+
+def places_of(entries: bytes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The slot of each expert by its entry, -1 for nowhere, and the generation that it has there."""
+    entries_E = np.frombuffer(entries, np.int64)
+    return (entries_E >> _SLOT_AT) - 1, entries_E & ((1 << _SLOT_AT) - 1)
 
 
 def _aligned(at: int, to: int) -> int:

@@ -4,8 +4,9 @@ A slot is FREE, LOADING (one row reads into it) or READY. A row is one attached 
 it computes with in a line of its own, so that giving back needs no lock. Everything else changes under one lock, held
 for microseconds. The slot's own entries are the truth and the tables by expert are derived: whoever takes the lock
 after its holder was killed half-way (`dirty`) derives them again.
-A reader that only wants what is READY need not lease: it looks at generations before and after (`glance`,
-`unchanged`), so that nobody waits for it, stopped or killed, and it computes again where a slot was taken meanwhile.
+A reader that only wants what is READY need not lease: an expert's `entry` says in one word where it is and under which
+generation (`glance`), and what was computed counts where the slot still has that one. So nobody waits for a reader,
+stopped or killed, and it computes again where a slot was taken meanwhile.
 Invariants: a slot that anyone leases, or that is LOADING, is never claimed; bytes of a slot are used only if they were
 read between a lease and its release, under an unchanged generation, or before READY by the loader itself; a dead row's
 leases and loads are void.
@@ -18,24 +19,28 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from buddymoe_ray.cache.shared.calls import Stalled
 from buddymoe_ray.cache.shared.locks import ROW_BYTE, ROWS, TABLES_BYTE, FileLocks
-from buddymoe_ray.cache.shared.shape import HeaderWord, StoreShape
+from buddymoe_ray.cache.shared.shape import HeaderWord, StoreShape, entry_of
 from buddymoe_ray.cache.usage import Usage
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, SlotPlan
 
-__all__ = ["FREE", "LOADING", "READY", "WAVE", "Counter", "SharedTables"]
+__all__ = ["FREE", "LOADING", "PATIENCE_SECONDS", "READY", "WAVE", "Counter", "SharedTables"]
 
 FREE, LOADING, READY = 0, 1, 2
 WAVE = -1
 """The partition of slots that belong to no layer."""
+
+PATIENCE_SECONDS = 0.5
+"""Nobody holds the tables for so long who is not stopped."""
 
 _REAP_SECONDS = 0.2
 
@@ -63,9 +68,9 @@ class SharedTables:
         self.usage = Usage(views["usage"], views["steps"])
         self.key_layer, self.key_expert = views["key_layer"], views["key_expert"]
         self.partition, self.loader, self.state = views["partition"], views["loader"], views["state"]
-        self.slot_of, self.resident, self.pinned = views["slot_of"], views["resident"], views["pinned"]
+        self.slot_of, self.entry, self.pinned = views["slot_of"], views["entry"], views["pinned"]
         self.lease = views["lease"]
-        self.row, self._reaped = -1, time.monotonic()
+        self.row, self._reaped, self._patience = -1, time.monotonic(), PATIENCE_SECONDS
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -81,6 +86,20 @@ class SharedTables:
         yield
         self.head[HeaderWord.DIRTY] = 0
 
+    @contextmanager
+    def locked_soon(self) -> Iterator[None]:
+        """The same for whoever can go on without: raises Stalled where nobody lets go of the tables for a while, and at
+        once as long as that is so."""
+        if not self._locks.lock(TABLES_BYTE, self._patience):
+            self._patience = 0.0
+            raise Stalled("the store's tables are held by a process that stands still. hint: continue it, or end it")
+        self._patience = PATIENCE_SECONDS
+        try:
+            with self._changing():
+                yield
+        finally:
+            self._locks.unlock(TABLES_BYTE)
+
     def initialise(self, plan: SlotPlan) -> None:
         """Empty tables; the caller holds the lock and nobody is attached."""
         for table in (
@@ -91,7 +110,7 @@ class SharedTables:
             self.last_used,
             self.usage.steps_L,
             self.state,
-            self.resident,
+            self.entry,
         ):
             table[...] = 0
         self.pinned[...] = 0
@@ -123,7 +142,7 @@ class SharedTables:
     def leave(self) -> None:
         """Give the row back, with everything it holds."""
         if self.row >= 0:
-            with self.locked():
+            with suppress(Stalled), self.locked_soon():  # else the next one finds that nobody holds the row
                 self._void(self.row)
             self._locks.unlock(ROW_BYTE + self.row)
             self.row = -1
@@ -139,8 +158,14 @@ class SharedTables:
         """`reap` while waiting: what a killed row loads or leases would be waited for for ever. Takes the lock."""
         if time.monotonic() - self._reaped > _REAP_SECONDS:
             self._reaped = time.monotonic()
-            with self.locked():
+            with suppress(Stalled), self.locked_soon():
                 self.reap()
+
+    @property
+    def resident(self) -> npt.NDArray[np.bool_]:
+        """`[L, E]`, True where an expert is READY now."""
+        found: npt.NDArray[np.bool_] = self.entry != 0
+        return found
 
     def alive(self, row: int) -> bool:
         """Whether the process of a row lives."""
@@ -162,23 +187,14 @@ class SharedTables:
             self.lease[self.row, list(held.values())] += 1
         return held
 
-    def glance(self, layer: int) -> tuple[SlotIds, npt.NDArray[np.uint64]]:
-        """The slot of each expert, -1 where it is not READY, and that slot's generation; needs no lock.
+    def glance(self, layer: int) -> bytes:
+        """The entries of a layer's experts, for `places_of`; needs no lock.
 
-        The order counts: a slot that is taken after its generation was read is not `unchanged`, one that was taken
-        before is no longer its expert's when `slot_of` is read again.
+        An entry is written after the bytes, and `take` moves the generation on before it overwrites one: so bytes count
+        that were read before the generation is found to be the same (`kernels.unchanged`).
         """
-        slots_E: SlotIds = self.slot_of[layer].astype(np.int64)
-        generations_E = self.generation[slots_E]
-        there_E = (slots_E >= 0) & (self.state[slots_E] == READY) & (self.slot_of[layer] == slots_E)
-        return np.where(there_E, slots_E, -1), generations_E
-
-    def unchanged(self, slots: SlotIds, generations: npt.NDArray[np.uint64]) -> bool:
-        """Whether the bytes of slots that `glance` saw were the same ever since; needs no lock.
-
-        `take` moves a generation on before a byte is written.
-        """
-        return bool((self.generation[slots] == generations).all())
+        entries: bytes = self.entry[layer].tobytes()
+        return entries
 
     def look_up(self, layer: int, experts: Sequence[int]) -> SlotIds:
         """The slot of each expert (-1: none), leased where there is one; the caller holds the lock."""
@@ -252,7 +268,7 @@ class SharedTables:
         self.key_layer[slot] = self.key_expert[slot] = -1
         self.loader[slot] = self.row
         self.state[slot] = LOADING
-        self.resident[layer, expert] = 0
+        self.entry[layer, expert] = 0
         self.slot_of[layer, expert] = -1
         self.head[HeaderWord.EVICTIONS] += 1
 
@@ -275,7 +291,7 @@ class SharedTables:
         """The bytes are there; the caller holds the lock."""
         self.loader[slot] = -1
         self.state[slot] = READY
-        self.resident[self.key_layer[slot], self.key_expert[slot]] = 1
+        self._publish(slot)
         self.touch(np.array([slot]))
 
     def vacate(self, slot: int) -> None:
@@ -286,7 +302,7 @@ class SharedTables:
         if self.state[slot] != FREE:
             layer, expert = self.key_layer[slot], self.key_expert[slot]
             if layer >= 0:
-                self.resident[layer, expert] = 0
+                self.entry[layer, expert] = 0
                 self.slot_of[layer, expert] = -1
             if self.state[slot] == READY:
                 self.head[HeaderWord.EVICTIONS] += 1
@@ -310,8 +326,9 @@ class SharedTables:
             backward = {(int(self.key_layer[s]), int(self.key_expert[s])): s for s in held}
             assert forward == backward and len(held) == len(backward), f"experts say {forward}, slots say {backward}"
             ready = {(int(self.key_layer[s]), int(self.key_expert[s])) for s in held if self.state[s] == READY}
-            flags = {(la, e) for la, e in np.argwhere(self.resident).tolist()}
-            assert flags == ready, f"flags say {flags}, slots say {ready}"
+            entries = {(la, e): int(self.entry[la, e]) for la, e in np.argwhere(self.entry).tolist()}
+            wanted = {key: self._entry_of(backward[key]) for key in ready}
+            assert entries == wanted, f"entries are {entries}, slots say {wanted}"
             loaders = {int(self.loader[s]) for s in held if self.state[s] == LOADING}
             assert all(self.pid[row] for row in loaders), f"rows {loaders} load, rows {np.flatnonzero(self.pid)} live"
             for slot in held:
@@ -347,6 +364,13 @@ class SharedTables:
         self.head[HeaderWord.CLOCK] += 1
         self.last_used[slots] = self.head[HeaderWord.CLOCK]
 
+    def _publish(self, slot: int) -> None:
+        """Whoever wants the slot's expert finds it."""
+        self.entry[self.key_layer[slot], self.key_expert[slot]] = self._entry_of(slot)
+
+    def _entry_of(self, slot: int) -> int:
+        return entry_of(slot, int(self.generation[slot]))
+
     def _void(self, row: int) -> None:
         """A row's leases end and what it was loading is free again."""
         for slot in np.flatnonzero((self.state == LOADING) & (self.loader == row)).tolist():
@@ -357,7 +381,7 @@ class SharedTables:
     def _repair(self) -> None:
         """Derive the tables by expert from the slots, after a holder of the lock was killed."""
         self.slot_of[...] = -1
-        self.resident[...] = 0
+        self.entry[...] = 0
         for slot in np.flatnonzero(self.state != FREE).tolist():
             layer, expert, row = int(self.key_layer[slot]), int(self.key_expert[slot]), int(self.loader[slot])
             held = self.state[slot] == LOADING and row >= 0 and self.alive(row)
@@ -369,4 +393,5 @@ class SharedTables:
                 self.key_layer[slot] = self.key_expert[slot] = -1
                 continue
             self.slot_of[layer, expert] = slot
-            self.resident[layer, expert] = self.state[slot] == READY
+            if self.state[slot] == READY:
+                self._publish(slot)

@@ -1,0 +1,202 @@
+"""Experts on their way into a shared store's slots: what this worker reads, and what it waits for others to read.
+
+Neighbours: `cache` asks for what a layer needs and lends it, `tables` says who holds what. Waits are bounded: where
+those waited for stand still, what this worker needs is read into its own slot, and what it has loaded becomes READY
+once it may. Invariant: after a failed or interrupted load the slot is free.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+
+import numpy as np
+
+from buddymoe_ray.cache.ahead import ReadsAhead
+from buddymoe_ray.cache.disk import DiskReader
+from buddymoe_ray.cache.expert_cache import blame
+from buddymoe_ray.cache.pool import Lease
+from buddymoe_ray.cache.shared.calls import OwnLoad, OwnSlot, Stalled, StreamState
+from buddymoe_ray.cache.shared.store import SharedStore
+from buddymoe_ray.cache.shared.tables import PATIENCE_SECONDS, Counter
+from buddymoe_ray.errors import CacheError
+from buddymoe_ray.types import ExpertKey
+
+__all__ = ["SharedLoads"]
+
+_ASSUMED_BYTES_PER_SECOND, _SMOOTHING = 500e6, 0.1
+_LONGEST_POLL_SECONDS = 2e-3
+
+
+class SharedLoads:
+    """Loads of one attachment. `fetch_seconds` is what one expert takes from the disk, lately, `stall_seconds` the time
+    waited for bytes so far; `kept_C` are slots that the call in progress will lend again, `brought_C` the last use of
+    what was read ahead, until one asks."""
+
+    def __init__(self, store: SharedStore, reader: DiskReader) -> None:
+        self._store, self._reader, self._tables = store, reader, store.tables
+        self.fetch_seconds = store.layout.expert_bytes / _ASSUMED_BYTES_PER_SECOND
+        self.stall_seconds = 0.0
+        self.kept_C = np.zeros(store.shape.slots, dtype=bool)
+        self.ahead = ReadsAhead[OwnLoad](self._land)
+        self.brought_C = ~np.zeros_like(self._tables.last_used)
+        self._own_slot = OwnSlot(store.layout, reader)
+        self._stalled: dict[int, int] = {}  # slots that somebody did not fill in time, by their generation
+        self._crowded = False  # no slot could be had in time, the last time
+
+    def start(self, call: StreamState, protect: bool) -> None:
+        """Start reads while there are experts missing and slots to be had."""
+        tables = self._tables
+        while call.missing:
+            key = call.missing[0]
+            with tables.locked_soon():
+                if tables.slot_of[key.layer, key.expert] >= 0:  # another worker was faster
+                    slot = None
+                    found = int(tables.slot_of[key.layer, key.expert])
+                    tables.lease[tables.row, found] += 1
+                    call.waits.append((key, found))
+                    tables.counters[tables.row, Counter.SHARED] += 1
+                else:
+                    slot = tables.claim(key, protect=protect, kept=self.kept_C)
+                    if slot is None:
+                        return
+            call.missing.popleft()
+            if slot is not None:
+                self._crowded = False
+                call.loads.append(self.submit(key, slot))
+
+    def submit(self, key: ExpertKey, slot: int) -> OwnLoad:
+        """Begin to read an expert into the slot that was claimed for it. Raises CacheError, and the slot is free."""
+        try:
+            ticket = self._reader.submit(self._store.layout.pieces[key], self._store.bytes_C[slot])
+            return OwnLoad(key, slot, ticket, time.perf_counter())
+        except BaseException as error:
+            self._abandon(slot)
+            blame(error, key)
+            raise
+
+    def wait(self, call: StreamState) -> None:
+        """Wait until something is ready, or may be had that could not before."""
+        began = time.perf_counter()
+        try:
+            while not self._gather(call):
+                if call.loads:
+                    call.loads[0].ticket.settle()
+                    continue
+                self._check_patience(call)
+                time.sleep(call.pause)
+                call.pause = min(2 * call.pause, _LONGEST_POLL_SECONDS)
+                self._tables.reap_now_and_then()
+                if call.missing:
+                    return
+            call.since = time.monotonic()
+        finally:
+            self.stall_seconds += time.perf_counter() - began
+
+    def settle(self, call: StreamState) -> None:
+        """After an end: keep what arrives, free what fails, let go of the rest."""
+        self._tables.release([slot for _, slot in call.ready] + [slot for _, slot in call.waits])
+        call.ready.clear()
+        call.waits.clear()
+        try:
+            while call.loads:
+                with suppress(CacheError):  # met by whoever needs the expert
+                    self._tables.release([self._conclude(call.loads.popleft())])
+        finally:
+            if call.loads:  # interrupted: the others must be settled all the same
+                self.settle(call)
+
+    def alone(self, key: ExpertKey) -> Lease:
+        """The expert for this worker alone."""
+        began = time.perf_counter()
+        try:
+            lease = self._own_slot.read(key)
+        except BaseException as error:
+            blame(error, key)
+            raise
+        finally:
+            self.stall_seconds += time.perf_counter() - began
+        self._tables.counters[self._tables.row, Counter.BYTES] += self._store.layout.expert_bytes
+        return lease
+
+    def _land(self, load: OwnLoad) -> None:
+        try:
+            self._tables.release([self._finish(load)])
+            self.brought_C[load.slot] = self._tables.last_used[load.slot]
+        except Stalled:
+            return  # it is tried again
+        except BaseException:
+            self.ahead.remove(load)
+            raise
+        self.ahead.remove(load)
+
+    def _check_patience(self, call: StreamState) -> None:
+        """Raises Stalled where nothing has come for long; whoever was not in time before is not waited for again."""
+        slots, generation = [slot for _, slot in call.waits], self._tables.generation
+        known = self._crowded if call.missing else True
+        known = known and all(slot in self._stalled and self._stalled[slot] == generation[slot] for slot in slots)
+        if not known and time.monotonic() - call.since <= PATIENCE_SECONDS + 4 * self.fetch_seconds:
+            return
+        self._stalled.update((slot, int(generation[slot])) for slot in slots)
+        self._crowded = bool(call.missing)
+        raise Stalled("an expert or a slot is held by a process that stands still. hint: continue it, or end it")
+
+    def _gather(self, call: StreamState) -> bool:
+        """Move what has arrived to `ready`; whether anything changed."""
+        self.ahead.land()  # another worker may wait for it, and we for what that one has read ahead
+        before = len(call.ready)
+        for load in [load for load in call.loads if load.ticket.done()]:
+            call.loads.remove(load)
+            call.ready.append((load.key, self._conclude(load)))
+            self.kept_C[load.slot] = True
+        return self._others(call) or len(call.ready) > before
+
+    def _others(self, call: StreamState) -> bool:
+        """Note what other workers filled for us, and what they failed at, which is missing again."""
+        tables, changed = self._tables, False
+        for wait in list(call.waits):
+            key, slot = wait
+            with tables.locked_soon():
+                arrived = tables.arrived(slot)
+            if arrived is None:
+                continue
+            call.waits.remove(wait)
+            changed = True
+            self._stalled.pop(slot, None)
+            if arrived:
+                call.ready.append((key, slot))
+                self.kept_C[slot] = True
+            else:
+                tables.release([slot])
+                call.missing.append(key)
+        return changed
+
+    def _conclude(self, load: OwnLoad) -> int:
+        """`_finish`, but what may not be made READY now will be before long."""
+        try:
+            return self._finish(load)
+        except Stalled:
+            self.ahead.add(load)
+            raise
+
+    def _finish(self, load: OwnLoad) -> int:
+        """The expert is read: make it READY. Its lease stays."""
+        try:
+            load.ticket.wait()
+        except BaseException as error:
+            blame(error, load.key)
+            load.ticket.settle()
+            self._abandon(load.slot)
+            raise
+        tables = self._tables
+        if load.began is not None:
+            self.fetch_seconds += _SMOOTHING * (time.perf_counter() - load.began - self.fetch_seconds)
+        with tables.locked_soon():
+            tables.commit(load.slot)
+        tables.counters[tables.row, Counter.BYTES] += self._store.layout.expert_bytes
+        return load.slot
+
+    def _abandon(self, slot: int) -> None:
+        with self._tables.locked_soon():
+            self._tables.vacate(slot)
+        self._tables.release([slot])
