@@ -153,10 +153,10 @@ class MoEBlock:
     def _beside(self, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, glance: Glance) -> Tensor:
         """Of a decode pass, beside the host: experts that are there run before it knows who is missing."""
         standins, step = self._standins, self._step
-        asked = [] if self._compute.complete else [ids_TK]
+        asked = [ids_TK]
         if standins is not None and standins.may_answer(self.layer, step):  # or their policy would wait for what runs
             asked += [weight_TK.float(), *([step.scores[self.layer]] if self.layer in step.scores else [])]
-        coming = [download(tensor) for tensor in asked]
+        coming = [] if self._compute.complete else [download(tensor) for tensor in asked]
         y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
         self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND)
         told = [wait() for wait in coming]

@@ -22,9 +22,11 @@ PROMPTS = ["def add(a, b):\n", "Convert 3 km to m."]
 
 ENGINES: dict[str, dict[str, Any]] = {
     "resident": {"memory": "100%"},
+    "resident beside stand-ins": {"memory": "100%", "mode": "fast"},
     "fetching": {"memory": "50%"},
     "served packed": {"memory": "50%", "expert_dtype": "int4"},
     "standing in": {"memory": "25%", "mode": "fast"},
+    "buddies": {"memory": "37.5%", "mode": "fast", "policy": "buddymoe"},
 }
 
 
@@ -47,8 +49,8 @@ def test_tokens_are_the_cpus_and_no_reference_kernel_is_entered(name: str) -> No
     assert not entered, f"decode steps entered {entered}"
     used = [r.usage for r in got]
     assert sum(u.hits + u.fetched + u.standins.total for u in used) == 2 * 2 * 4 * 4
-    assert (sum(u.fetched for u in used) > 0) is (name in ("fetching", "served packed"))
-    assert (sum(u.standins.total for u in used) > 0) is (name == "standing in")
+    assert (sum(u.fetched for u in used) > 0) is (name in ("fetching", "served packed", "buddies"))
+    assert (sum(u.standins.total for u in used) > 0) is (name in ("standing in", "buddies"))
 
 
 def test_kernels_for_the_wrong_machine_are_refused() -> None:
