@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Mode = Literal["exact", "bounded", "fast"]
+StructuredKind = Literal["json", "json_object", "regex", "choice", "grammar", "structural_tag"]
 EXACT, BOUNDED, FAST = 0, 1, 2
 """Modes as arrays of rows have them."""
 GuardState = Literal["off", "ok", "tripped"]
@@ -27,6 +28,19 @@ class ExpertKey(NamedTuple):
     layer: int
     expert: int
     segment: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredOutput:
+    """What a generated text must be, as a whole.
+
+    `source` is a JSON schema, a regular expression, a JSON list of texts (`choice`), a grammar in llama.cpp's EBNF, or
+    xgrammar's structural tag as JSON; of `json_object` it is not read. Errors call it `field`, as the caller did.
+    """
+
+    kind: StructuredKind
+    source: str
+    field: str = "structured_outputs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +63,9 @@ class SamplingParams:
         max_tokens: most tokens generated.
         logprobs: number of alternatives reported per token (0: the chosen token alone; None: nothing), at most 20. The
             chosen token is among them: where it is none of the likeliest, there is one more.
+        skip_special_tokens: special tokens give no text. The end token never does.
+        structured_outputs: what the whole text must be, as a StructuredOutput or as vLLM's mapping, such as
+            `{"json": schema}`: tokens that would break it are not chosen.
     """
 
     temperature: float = 1.0
@@ -65,6 +82,8 @@ class SamplingParams:
     ignore_eos: bool = False
     max_tokens: int = 16
     logprobs: int | None = None
+    skip_special_tokens: bool = True
+    structured_outputs: StructuredOutput | Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,7 @@ ONLY_IN = {
     "numba": {"kernels"},
     "llvmlite": {"kernels"},
     "triton": {"kernels"},
+    "xgrammar": {"engine"},
 }
 
 

@@ -21,12 +21,12 @@ from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.interrupts import interrupts_wait
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.errors import RequestError
+from buddymoe_ray.models.token_bytes import TokenBytes
 from buddymoe_ray.serve.calls import MAX_BODY_BYTES, Call, ModelNames, open_call, too_long
 from buddymoe_ray.serve.deltas import delta_of, merge, total_usage
 from buddymoe_ray.serve.prompts import usable
 from buddymoe_ray.serve.refusals import envelope, failure, in_terms_of, refusal_of
 from buddymoe_ray.serve.streaming import whole_reply
-from buddymoe_ray.serve.token_text import TokenBytes
 from buddymoe_ray.serve.work import Delta, Refusal, Work
 from buddymoe_ray.serve.work_plan import Intake
 from buddymoe_ray.types import TokenEvent, Usage

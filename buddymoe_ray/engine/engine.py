@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from itertools import accumulate
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,13 +25,15 @@ from buddymoe_ray.engine.account import StepTotals, open_account
 from buddymoe_ray.engine.beside import PrefillBeside
 from buddymoe_ray.engine.build import build_parts
 from buddymoe_ray.engine.chat import encode_chat, encode_prompt
+from buddymoe_ray.engine.chooser import Chooser, SamplingChooser
 from buddymoe_ray.engine.guard import GuardWork
 from buddymoe_ray.engine.parts import EngineParts
 from buddymoe_ray.engine.replay import open_replay
-from buddymoe_ray.engine.sampler import Sampled, prepare_sampling, sample
+from buddymoe_ray.engine.sampler import Sampled
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.engine.snapshot import engine_snapshot
+from buddymoe_ray.engine.structured import Grammars
 from buddymoe_ray.engine.terms import terms_of
 from buddymoe_ray.engine.validate import validate
 from buddymoe_ray.errors import BuddyMoEError, CacheError
@@ -39,31 +41,14 @@ from buddymoe_ray.moe import StepOutcome
 from buddymoe_ray.observe import EngineSnapshot, GuardSnapshot
 from buddymoe_ray.residency.peering import Peering, open_peering
 from buddymoe_ray.residency.sharing import Sharing
-from buddymoe_ray.types import GenerationRequest, TokenEvent
+from buddymoe_ray.types import GenerationRequest, StructuredOutput, TokenEvent
 
-__all__ = ["Chooser", "Engine"]
+__all__ = ["Engine"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class Chooser(Protocol):
-    """Picks the next token of every sequence; the sampler, or a forced one that scores a text."""
-
-    def choose(self, logits_BV: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
-        """One choice per row."""
-
-
-class SamplingChooser:
-    """The chooser that serves: each sequence's own SamplingParams."""
-
-    def __init__(self, device: torch.device) -> None:
-        prepare_sampling(device)
-
-    def choose(self, logits_BV: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
-        return sample(logits_BV, [seq.sampling_state for seq in sequences])
 
 
 class Engine:
@@ -84,6 +69,7 @@ class Engine:
         self._chooser = chooser or SamplingChooser(parts.loaded.device)
         self._eos, self._pending = parts.eos_token_ids, list[TokenEvent]()
         self._steps, self._closed = 0, False
+        self._grammars = Grammars(parts.tokenizer, parts.vocab_size)
 
     @classmethod
     def from_config(
@@ -116,10 +102,10 @@ class Engine:
         self.admit(self.prepare(request))
 
     def prepare(self, request: GenerationRequest) -> Sequence:
-        """What `admit` takes: the request checked, its record read, its resumed tokens taken in. From any thread: none
-        of it should hold up a step. Raises RequestError."""
+        """What `admit` takes: the request checked, its record read, its grammar compiled, its resumed tokens taken in.
+        From any thread: none of it should hold up a step. Raises RequestError."""
         request = validate(request, vocab_size=self.vocab_size)
-        return Sequence(
+        seq = Sequence(
             request,
             tokenizer=self.tokenizer,
             eos_token_ids=self._eos,
@@ -130,6 +116,10 @@ class Engine:
             ),
             replay=open_replay(request, self._setup),
         )
+        wanted, specials = request.sampling.structured_outputs, not request.sampling.skip_special_tokens
+        if isinstance(wanted, StructuredOutput):  # it is checked by now
+            seq.follow(self._grammars.open(wanted, seq.ends, specials=specials))
+        return seq
 
     def admit(self, seq: Sequence) -> None:
         """Queue a prepared request. Raises RequestError when it is too large, or its id is taken."""

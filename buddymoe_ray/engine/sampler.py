@@ -34,9 +34,9 @@ def prepare_sampling(device: torch.device) -> None:
         sample_kernel()
 
 
-def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
-    """Choose one token per row of float32 logits."""
-    tokens = choose_rows(logits_BV, states)
+def sample(logits_BV: Tensor, states: Sequence[SamplingState], allowed_BV: Tensor | None = None) -> list[Sampled]:
+    """Choose one token per row of float32 logits, where given by `allowed_BV`; log probabilities are of `logits_BV`."""
+    tokens = choose_rows(logits_BV if allowed_BV is None else allowed_BV, states)
     found = [Sampled(token_id=token) for token in tokens]
     rows_of: dict[int, list[int]] = {}
     for row, state in enumerate(states):

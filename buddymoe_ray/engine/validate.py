@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
+from buddymoe_ray.engine.json_schema import checked_output
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.types import GenerationRequest, Mode, SamplingParams
 
@@ -70,7 +71,10 @@ def checked_sampling(sampling: object, *, vocab_size: int = _LARGEST) -> Samplin
         given[name] = whole(name, given[name], least, most)
     for name, (least, most) in _OPTIONAL_INTEGERS.items():
         given[name] = None if given[name] is None else whole(name, given[name], least, most)
-    given["ignore_eos"] = _flag("ignore_eos", given["ignore_eos"])
+    for name in ("ignore_eos", "skip_special_tokens"):
+        given[name] = _flag(name, given[name])
+    if given["structured_outputs"] is not None:
+        given["structured_outputs"] = checked_output(given["structured_outputs"])
     given["stop"] = _stops(given["stop"])
     given["logit_bias"] = _biases(given["logit_bias"], vocab_size)
     ids = given["stop_token_ids"]

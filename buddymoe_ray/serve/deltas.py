@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 from functools import reduce
 
-from buddymoe_ray.serve.token_text import TokenBytes
-from buddymoe_ray.serve.work import Delta
-from buddymoe_ray.types import StandinAccesses, TokenEvent, Usage
+from buddymoe_ray.models.token_bytes import TokenBytes
+from buddymoe_ray.serve.work import Delta, TokenText
+from buddymoe_ray.types import StandinAccesses, TokenEvent, TokenLogprob, Usage
 
-__all__ = ["delta_of", "merge", "total_usage"]
+__all__ = ["delta_of", "described", "merge", "total_usage"]
 
 
 def delta_of(choice: int, event: TokenEvent, token_bytes: TokenBytes) -> Delta:
@@ -22,12 +22,18 @@ def delta_of(choice: int, event: TokenEvent, token_bytes: TokenBytes) -> Delta:
         choice=choice,
         token_ids=event.token_ids,
         text=event.text,
-        logprobs=tuple(token_bytes.describe(entry) for entry in event.logprobs),
+        logprobs=tuple(described(entry, token_bytes) for entry in event.logprobs),
         text_offsets=event.text_offsets,
         finish_reason=event.finish_reason,
         usage=event.usage,
         error=event.error,
     )
+
+
+def described(entry: TokenLogprob, token_bytes: TokenBytes) -> TokenText:
+    """An engine's log probability with its bytes and those of its alternatives."""
+    top = tuple(TokenText(token_id=id_, logprob=value, data=token_bytes(id_)) for id_, value in entry.top)
+    return TokenText(token_id=entry.token_id, logprob=entry.logprob, data=token_bytes(entry.token_id), top=top)
 
 
 def merge(deltas: Iterable[Delta]) -> tuple[Delta, ...]:

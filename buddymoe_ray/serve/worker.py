@@ -16,11 +16,11 @@ from dataclasses import replace
 from typing import Protocol
 
 from buddymoe_ray.errors import BuddyMoEError, CapacityError, RequestError
+from buddymoe_ray.models.token_bytes import TokenBytes
 from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.serve.deltas import delta_of, merge
 from buddymoe_ray.serve.prompts import usable
 from buddymoe_ray.serve.refusals import in_terms_of, overloaded, refusal_of, unavailable, worker_lost
-from buddymoe_ray.serve.token_text import TokenBytes
 from buddymoe_ray.serve.work import Batch, Delta, Refusal, Reply, Work, WorkerInfo, WorkerReport
 from buddymoe_ray.serve.work_plan import Intake, Limits, ServingEngine, WorkPlan
 from buddymoe_ray.types import GenerationRequest, TokenEvent

@@ -15,8 +15,9 @@ from buddymoe_ray import LLM, EngineConfig, SamplingParams
 from buddymoe_ray.cache.disk import DiskReader
 from buddymoe_ray.engine import engine as engine_module
 from buddymoe_ray.engine.account import Account
+from buddymoe_ray.engine.chooser import SamplingChooser
 from buddymoe_ray.engine.detokenize import IncrementalDetokenizer
-from buddymoe_ray.engine.engine import Engine, SamplingChooser
+from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.guard import GuardWork
 from buddymoe_ray.engine.replay import Recorder
 from buddymoe_ray.engine.sequence import Sequence

@@ -247,7 +247,6 @@ def test_unbuilt_fields_are_refused_by_name_unless_they_ask_for_nothing(name: st
     ("name", "value"),
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("response_format", {"type": "json_schema", "json_schema": {}}),
         ("echo", True),
         ("echo", 1),
         ("store", True),

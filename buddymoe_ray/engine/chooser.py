@@ -1,0 +1,39 @@
+"""Who picks the next tokens of sequences from their logits: the sampler under each one's grammar, or whoever is put in
+its place to score a text.
+
+Knows sequences, not when they run. On the token path: runner → `choose` → `Sequence.append`.
+
+Legend: B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from buddymoe_ray.engine.sampler import Sampled, prepare_sampling, sample
+from buddymoe_ray.engine.sequence import Sequence
+from buddymoe_ray.engine.structured import allowed_logits
+
+__all__ = ["Chooser", "SamplingChooser"]
+
+
+class Chooser(Protocol):
+    """Picks the next token of every sequence; the sampler, or a forced one that scores a text."""
+
+    def choose(self, logits_BV: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
+        """One choice per row."""
+
+
+class SamplingChooser:
+    """The chooser that serves: each sequence's own SamplingParams, of what its grammar allows."""
+
+    def __init__(self, device: torch.device) -> None:
+        prepare_sampling(device)
+
+    def choose(self, logits_BV: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
+        allowed_BV = allowed_logits(logits_BV, [seq.grammar for seq in sequences])
+        return sample(logits_BV, [seq.sampling_state for seq in sequences], allowed_BV)

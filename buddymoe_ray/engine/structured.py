@@ -1,0 +1,182 @@
+"""Grammars that rule what may be chosen next: compiled once for a vocabulary, followed by each sequence for itself.
+
+xgrammar does the work; this module bounds it and knows what a token's bytes are here. A grammar is a function of the
+tokens generated so far, so a sequence that goes on elsewhere follows it again from its start. Knows neither sampling
+nor sequences. On the token path: logits → `allowed_logits` → `sampler`.
+
+Masks are made when a state is first seen: of 150,000 tokens a string's in .1 ms, an enum's of 1,000 texts in 4 ms; all
+of a grammar at once took up to 31 s and 1.5 GB (a hundred of `[a-z]{1,200}`), which nothing could stop.
+
+Legend: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from buddymoe_ray.engine.json_schema import patterns_of
+from buddymoe_ray.errors import BuddyMoEError, RequestError
+from buddymoe_ray.models.token_bytes import TokenBytes
+from buddymoe_ray.types import StructuredOutput
+
+__all__ = ["GrammarState", "Grammars", "allowed_logits"]
+
+MAX_BYTES = 2 << 20
+"""Of one grammar's automata, without masks; all masks of a grammar took at most a hundred times as much."""
+KEPT_BYTES = 128 << 20
+KEPT = 64
+
+
+class Grammars:
+    """The grammars of one vocabulary. From any thread.
+
+    Args:
+        tokenizer: a transformers tokenizer, or None: then every grammar is refused.
+        vocab_size: how many logits the model has; ids that the tokenizer has not are never allowed.
+    """
+
+    def __init__(self, tokenizer: Any | None, vocab_size: int) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._lock = threading.Lock()
+        self._compilers: dict[tuple[bool, bool], Any] = {}
+        self._compiled: OrderedDict[tuple[str, str, bool], Any] = OrderedDict()
+
+    def open(self, wanted: StructuredOutput, ends: frozenset[int], *, specials: bool = False) -> GrammarState:
+        """The state before the first token.
+
+        Args:
+            wanted: what the text must be; the same as before costs nothing.
+            ends: ids that may come where the text is whole, and nowhere else.
+            specials: whether special tokens give text.
+
+        Raises:
+            RequestError: there is no tokenizer, or no such grammar can be made or is too large.
+        """
+        from xgrammar import GrammarMatcher
+
+        if self._tokenizer is None:
+            raise RequestError(
+                f"{wanted.field} is set, must be left out for a model without tokenizer. hint: remove it",
+                param=wanted.field.split(".")[0],
+            )
+        matcher = GrammarMatcher(self._grammar(wanted, specials), override_stop_tokens=sorted(ends) or None)
+        return GrammarState(matcher, ends, self._vocab_size)
+
+    def _grammar(self, wanted: StructuredOutput, specials: bool) -> Any:
+        key = (wanted.kind, wanted.source, specials)
+        with self._lock:
+            if key not in self._compiled:
+                self._compiled[key] = self._compile(wanted, specials)
+            self._compiled.move_to_end(key)
+            while len(self._compiled) > KEPT or (len(self._compiled) > 1 and self._bytes() > KEPT_BYTES):
+                self._compiled.popitem(last=False)
+            return self._compiled[key]
+
+    def _bytes(self) -> int:
+        return sum(grammar.memory_size_bytes for grammar in self._compiled.values())
+
+    def _compile(self, wanted: StructuredOutput, specials: bool) -> Any:
+        words = (specials, wanted.kind in ("json", "json_object", "structural_tag"))
+        compiler = self._compilers.get(words) or self._compilers.setdefault(words, self._compiler(*words))
+        param = wanted.field.split(".")[0]
+        try:
+            grammar = _compiled(compiler, wanted)
+        except (RuntimeError, ValueError, UnicodeError) as error:
+            reason = str(error).strip().split(": ", 1)[-1]
+            raise RequestError(
+                f"{wanted.field} is no grammar ({reason:.300}), must be one. hint: check it", param=param
+            ) from error
+        if grammar.memory_size_bytes > MAX_BYTES:
+            raise RequestError(
+                f"{wanted.field} comes to automata of {grammar.memory_size_bytes} bytes, must be at most {MAX_BYTES}. "
+                "hint: fewer or shorter alternatives and repetitions",
+                param=param,
+            )
+        return grammar
+
+    def _compiler(self, specials: bool, in_json: bool) -> Any:
+        """One over the bytes that tokens add to a text, which special tokens do not unless asked to. JSON has no
+        control characters, but xgrammar would have them in strings with a `maxLength`."""
+        from xgrammar import GrammarCompiler, TokenizerInfo, VocabType
+
+        bytes_of = TokenBytes(self._tokenizer)
+        silent = () if specials else self._tokenizer.all_special_ids  # type: ignore[union-attr]
+        words = [b"" if token in silent else bytes_of(token) for token in range(self._vocab_size)]
+        if in_json:
+            words = [b"" if any(byte < 32 and byte not in b"\r\n" for byte in word) else word for word in words]
+        info = TokenizerInfo(words, VocabType.RAW, vocab_size=self._vocab_size, stop_token_ids=[])
+        return GrammarCompiler(info, max_threads=1, cache_enabled=False, enable_dynamic_compilation=True)
+
+
+def _compiled(compiler: Any, wanted: StructuredOutput) -> Any:
+    """JSON is written as Python's json.dumps does: of white space a model that has lost its way would write no end."""
+    from xgrammar import Grammar
+
+    if wanted.kind == "json":
+        for pattern in patterns_of(json.loads(wanted.source)):
+            Grammar.from_regex(pattern)  # refuses what a schema's would read past: lookaheads
+        return compiler.compile_json_schema(wanted.source, any_whitespace=False)
+    if wanted.kind == "json_object":
+        return compiler.compile_json_schema('{"type": "object"}', any_whitespace=False)
+    if wanted.kind == "regex":
+        return compiler.compile_regex(wanted.source)
+    if wanted.kind == "structural_tag":
+        return compiler.compile_structural_tag(wanted.source)
+    if wanted.kind == "grammar":
+        return compiler.compile_grammar(wanted.source)
+    alternatives = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(wanted.source))
+    return compiler.compile_grammar(f"root ::= {alternatives}")
+
+
+class GrammarState:
+    """Where one sequence is in its grammar."""
+
+    def __init__(self, matcher: Any, ends: frozenset[int], vocab_size: int) -> None:
+        self._matcher, self._ends, self._vocab_size = matcher, sorted(ends), vocab_size
+
+    def accept(self, token_id: int) -> None:
+        """Take the next token, which is none of the ends. Raises BuddyMoEError when the grammar has no place for it: it
+        was chosen elsewhere, or no token of the vocabulary had one."""
+        if not self._matcher.accept_token(token_id):
+            raise BuddyMoEError(
+                f"token {token_id} has no place in what was asked for, must be one that the grammar allows. "
+                "hint: this vocabulary may have no text of it"
+            )
+
+    @property
+    def ended(self) -> bool:
+        """Whether the text is whole and nothing can follow."""
+        if not self._matcher.is_completed():
+            return False
+        mask = np.zeros((1, -(-self._vocab_size // 32)), np.int32)
+        self.fill(mask, 0)
+        for token in self._ends:
+            mask[0, token // 32] &= ~np.int32(np.uint32(1 << token % 32).view(np.int32))
+        return not mask.any()
+
+    def fill(self, mask: Any, row: int) -> None:
+        """Write which tokens may come next into a row of int32, a bit each."""
+        self._matcher.fill_next_token_bitmask(mask, row)
+
+
+def allowed_logits(logits_BV: Tensor, states: Sequence[GrammarState | None]) -> Tensor:
+    """The same logits, at -inf what a row's grammar does not allow; where no row has a grammar, the argument itself."""
+    rows = [row for row, state in enumerate(states) if state is not None]
+    if not rows:
+        return logits_BV
+    from xgrammar import allocate_token_bitmask, apply_token_bitmask_inplace
+
+    masks = allocate_token_bitmask(len(states), logits_BV.shape[1])
+    for row in rows:
+        states[row].fill(masks, row)  # type: ignore[union-attr]
+    allowed_BV = logits_BV.clone(memory_format=torch.contiguous_format)
+    apply_token_bitmask_inplace(allowed_BV, masks.to(logits_BV.device), indices=rows)
+    return allowed_BV
