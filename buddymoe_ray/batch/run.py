@@ -169,6 +169,7 @@ class BatchRun:
                 return in_terms_of(refusal_of(error), work)
             log.exception("line %d could not be begun", self._source.number(opened.at))
             return failure()
+        opened.call.renderer.read_as(planned.answer)
         self._owners |= {seq.request_id: (opened, choice) for choice, seq in admitted.items()}
         return None
 

@@ -163,6 +163,10 @@ class Engine:
             self._ahead.begin(self._scheduler.next_tokens)
         if self._guard is not None:
             self._recompute(self._guard, idle=not (plan.prefill or plan.decode or self._beside.busy))
+        return self.take_events()
+
+    def take_events(self) -> list[TokenEvent]:
+        """What is to be told and was not yet; a step returns it, too."""
         events, self._pending = self._pending, []
         return events
 

@@ -7,13 +7,14 @@ those beside `anyOf` or `$ref`; text that breaks them would pass for valid, so t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.types import StructuredKind, StructuredOutput
 
-__all__ = ["checked_output", "checked_schema", "patterns_of"]
+__all__ = ["checked_output", "checked_schema"]
 
 MAX_CHARACTERS = 128 << 10
 MAX_DEPTH = 64
@@ -74,12 +75,6 @@ def checked_schema(schema: object, field: str) -> None:
             _check_part(part, place, field)
         elif part is not True and not (part is False and place.endswith(("/additionalProperties", "/items"))):
             raise _refused(field, f"has {part!r:.80} for a schema at {place:.200}", "an object")
-
-
-def patterns_of(schema: object) -> list[str]:
-    """The regular expressions in a schema that was checked."""
-    parts = [part for _, part, _ in _parts(schema, "#", 0) if isinstance(part, dict)]
-    return [part["pattern"] for part in parts if "pattern" in part]
 
 
 def _checked(kind: StructuredKind, source: Any, field: str) -> StructuredOutput:
@@ -151,6 +146,8 @@ def _check_values(part: dict[str, Any], types: list[str], place: str, field: str
     absent = next((name for name in part.get("required", ()) if name not in part.get("properties", {})), None)
     if absent is not None:
         raise _refused(field, f"has required {absent!r:.80} at {place:.200}", "names of properties alone")
+    if re.search(r"\(\?(?!:)", str(part.get("pattern", ""))):  # xgrammar reads past some of those, too
+        raise _refused(field, f"has pattern {part['pattern']!r:.80} at {place:.200}", "without (?...) but (?:...)")
     if part.get("format", "email") not in _FORMATS:
         raise _refused(field, f"has format {part['format']!r:.80} at {place:.200}", f"one of {', '.join(_FORMATS)}")
     if not str(part.get("$ref", "#")).startswith("#"):

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from buddymoe_ray.engine.json_schema import patterns_of
 from buddymoe_ray.errors import BuddyMoEError, RequestError
 from buddymoe_ray.models.token_bytes import TokenBytes
 from buddymoe_ray.types import StructuredOutput
@@ -118,11 +117,7 @@ class Grammars:
 
 def _compiled(compiler: Any, wanted: StructuredOutput) -> Any:
     """JSON is written as Python's json.dumps does: of white space a model that has lost its way would write no end."""
-    from xgrammar import Grammar
-
     if wanted.kind == "json":
-        for pattern in patterns_of(json.loads(wanted.source)):
-            Grammar.from_regex(pattern)  # refuses what a schema's would read past: lookaheads
         return compiler.compile_json_schema(wanted.source, any_whitespace=False)
     if wanted.kind == "json_object":
         return compiler.compile_json_schema('{"type": "object"}', any_whitespace=False)

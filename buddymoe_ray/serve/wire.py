@@ -11,11 +11,20 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from buddymoe_ray.engine.json_schema import checked_output
+from buddymoe_ray.engine.json_schema import checked_output, checked_schema
 from buddymoe_ray.engine.validate import plain_text
 from buddymoe_ray.errors import RequestError
-from buddymoe_ray.serve.wire_parts import BuddyOptions, Message, ResponseFormat, StreamOptions, WireBody
-from buddymoe_ray.serve.work import Prompt, Work
+from buddymoe_ray.serve.wire_parts import (
+    BuddyOptions,
+    Message,
+    NamedTool,
+    ResponseFormat,
+    StreamOptions,
+    Tool,
+    WireBody,
+    chosen_tool,
+)
+from buddymoe_ray.serve.work import Prompt, ToolUse, Work
 from buddymoe_ray.types import SamplingParams, StructuredOutput
 
 __all__ = ["ChatRequest", "CompletionRequest", "parse_chat", "parse_completion"]
@@ -193,6 +202,9 @@ class ChatRequest(_SamplingFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Annotated[Any, AfterValidator(chosen_tool)] = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:
@@ -201,6 +213,35 @@ class ChatRequest(_SamplingFields):
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ, must be equal or only one be given")
         return self
+
+    @model_validator(mode="after")
+    def _tools_are_there_to_be_chosen(self) -> ChatRequest:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("tools holds a name twice, must be different ones")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.name not in names:
+            raise ValueError(f"tool_choice names {self.tool_choice.name!r}, must be one of tools")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice is required, must come with tools")
+        if names and self.tool_choice != "none" and self._output() is not None:
+            raise ValueError("tools and a format of the whole text are given, must be one of them")
+        return self
+
+    def _tool_use(self) -> ToolUse | None:
+        """What may be called. Raises RequestError for arguments that cannot be enforced where they must be."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        only = self.tool_choice.name if isinstance(self.tool_choice, NamedTool) else None
+        use = ToolUse(
+            tools=tuple(tool.record() for tool in self.tools),
+            required=self.tool_choice == "required" or only is not None,
+            only=only,
+            several=self.parallel_tool_calls is not False and only is None,
+        )
+        if use.required or not use.several:
+            for at, tool in enumerate(self.tools):
+                checked_schema(tool.function.parameters or {}, f"tools[{at}].function.parameters")
+        return use
 
     @property
     def wants_logprobs(self) -> bool:
@@ -213,6 +254,8 @@ class ChatRequest(_SamplingFields):
             request_id=request_id,
             messages=tuple(message.record() for message in self.messages),
             template_options=self.chat_template_kwargs or {},
+            tools=self._tool_use(),
+            reads_answer=True,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             max_tokens=self.max_completion_tokens or self.max_tokens,
             limit_field="max_tokens" if self.max_completion_tokens is None else "max_completion_tokens",

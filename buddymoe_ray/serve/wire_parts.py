@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from buddymoe_ray.engine.json_schema import checked_output
+from buddymoe_ray.errors import RequestError
 from buddymoe_ray.serve.work import ChatMessage, Terms
 from buddymoe_ray.types import Mode, StructuredOutput
 
-__all__ = ["BuddyOptions", "Message", "ResponseFormat", "StreamOptions", "WireBody"]
+__all__ = ["BuddyOptions", "Message", "NamedTool", "ResponseFormat", "StreamOptions", "Tool", "WireBody", "chosen_tool"]
 
 
 class WireBody(BaseModel):
@@ -59,9 +61,10 @@ class BuddyOptions(WireBody):
         return Terms(mode=self.mode, budget=self.budget, record=bool(self.record), replay=self.replay)
 
 
-def _content(value: object) -> object:
-    """Message content: a text, or typed parts as a tuple of their texts. Parts other than text are refused."""
-    if isinstance(value, str):
+def _content(value: object, info: ValidationInfo) -> object:
+    """Message content: a text, typed parts as a tuple of their texts, or None beside calls. Parts other than text are
+    refused."""
+    if isinstance(value, str) or (value is None and info.data.get("tool_calls")):
         return value
     if not isinstance(value, list):
         raise ValueError("must be a text, or a list of content parts")
@@ -74,6 +77,72 @@ def _content(value: object) -> object:
     return tuple(texts)
 
 
+class CalledFunction(WireBody):
+    """`function` of a call in a message."""
+
+    name: str = Field(min_length=1)
+    arguments: str
+
+
+class ToolCall(WireBody):
+    """A call that the assistant made before."""
+
+    id: str
+    type: Literal["function"] = "function"
+    index: int | None = None
+    function: CalledFunction
+
+    def record(self) -> dict[str, Any]:
+        """As templates know it: arguments are an object. Raises RequestError."""
+        try:
+            arguments = json.loads(self.function.arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise RequestError(
+                f"tool_calls holds arguments {self.function.arguments!r:.80}, must be a JSON object. "
+                "hint: send calls back as they came",
+                param="messages",
+            )
+        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+
+
+class OfferedFunction(WireBody):
+    """`function` of a tool. `strict` changes nothing: arguments are enforced where calls are forced."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(WireBody):
+    """What an answer may call."""
+
+    type: Literal["function"]
+    function: OfferedFunction
+
+    def record(self) -> dict[str, Any]:
+        """As templates know it."""
+        return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
+
+
+class NamedTool(WireBody):
+    """`tool_choice` of one tool, by its name."""
+
+    name: str
+
+
+def chosen_tool(value: Any) -> Literal["none", "auto", "required"] | NamedTool | None:
+    """`tool_choice` in any of its forms. Raises ValueError."""
+    if value is None or value in ("none", "auto", "required"):
+        return value  # type: ignore[no-any-return]
+    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError('must be none, auto, required or {"type": "function", "function": {"name": ...}}')
+    return NamedTool(name=function["name"])
+
+
 class Message(WireBody):
     """One chat message: text only. Clients send replies back as they came, with fields that are empty here."""
 
@@ -82,21 +151,37 @@ class Message(WireBody):
     audio: Unsupported = None
     function_call: Unsupported = None
     refusal: Unsupported = None
-    tool_calls: Unsupported = None
-    tool_call_id: Unsupported = None
-    content: Annotated[str | tuple[str, ...], BeforeValidator(_content)]
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    content: Annotated[str | tuple[str, ...] | None, BeforeValidator(_content)] = Field(None, validate_default=True)
     name: str | None = None
 
     @model_validator(mode="after")
     def _role_is_known(self) -> Message:
-        if self.role not in ("system", "developer", "user", "assistant"):
-            raise ValueError(f"role is {self.role!r}, must be system, developer, user or assistant")
+        if self.role not in ("system", "developer", "user", "assistant", "tool"):
+            raise ValueError(f"role is {self.role!r}, must be system, developer, user, assistant or tool")
+        return self
+
+    @model_validator(mode="after")
+    def _fields_are_the_roles(self) -> Message:
+        if (self.tool_calls or self.reasoning_content) and self.role != "assistant":
+            raise ValueError(f"tool_calls and reasoning_content are given, must be of role assistant, not {self.role}")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise ValueError("tool_call_id must be given with role tool, and with no other")
         return self
 
     def record(self) -> ChatMessage:
         """As templates know it: `developer` is OpenAI's newer name of `system`."""
         role = "system" if self.role == "developer" else self.role
-        return ChatMessage(role=role, content=self.content, name=self.name)
+        return ChatMessage(
+            role=role,
+            content=self.content,
+            name=self.name,
+            reasoning_content=self.reasoning_content,
+            tool_calls=tuple(call.record() for call in self.tool_calls or ()),
+            tool_call_id=self.tool_call_id,
+        )
 
 
 class JsonSchema(WireBody):

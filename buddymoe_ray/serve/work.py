@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from buddymoe_ray.engine.answers import AnswerForm
 from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.types import FinishReason, Mode, SamplingParams, Usage
 
@@ -24,6 +25,7 @@ __all__ = [
     "ResumedChoice",
     "Terms",
     "TokenText",
+    "ToolUse",
     "Work",
     "WorkerInfo",
     "WorkerReport",
@@ -35,11 +37,26 @@ Prompt = str | tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class ChatMessage:
-    """One message of a conversation. `content` is a text, or the texts of typed parts."""
+    """One message of a conversation. `content` is a text, the texts of typed parts, or None beside `tool_calls`, whose
+    `function.arguments` are objects."""
 
     role: str
-    content: str | tuple[str, ...]
+    content: str | tuple[str, ...] | None
     name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    tool_call_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolUse:
+    """Tools that an answer may call, as OpenAI writes them. It must call one where `required`, of all of them or `only`
+    that; at most once without `several`."""
+
+    tools: tuple[Mapping[str, Any], ...]
+    required: bool = False
+    only: str | None = None
+    several: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +86,8 @@ class Work:
         prompts: text or token ids; empty when `messages` is given.
         messages: a conversation, rendered by the model's chat template.
         template_options: variables for the chat template, beside the messages.
+        tools: what the answer may call.
+        reads_answer: the caller reads thoughts and calls out of the text, and wants to know how.
         sampling: how tokens are chosen. Choice k of a prompt uses `seed + k`. Its `max_tokens` is not read.
         given: fields of `sampling` that the caller named; the others are as the checkpoint says, where it does.
         terms: how missing experts are answered. A record to be replayed is of one prompt and one choice.
@@ -85,6 +104,8 @@ class Work:
     prompts: tuple[Prompt, ...] = ()
     messages: tuple[ChatMessage, ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    tools: ToolUse | None = None
+    reads_answer: bool = False
     sampling: SamplingParams
     given: frozenset[str] = frozenset()
     max_tokens: int | None = None
@@ -137,10 +158,12 @@ class Delta:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Deltas that travel together, at most one per choice."""
+    """Deltas that travel together, at most one per choice. The first says how the answer is read, where it is more than
+    text."""
 
     deltas: tuple[Delta, ...]
     prompt_token_ids: tuple[tuple[int, ...], ...] = ()
+    answer: AnswerForm | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

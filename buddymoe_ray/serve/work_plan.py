@@ -11,8 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from buddymoe_ray.engine.answers import AnswerForm
 from buddymoe_ray.errors import RequestError
-from buddymoe_ray.serve.prompts import encode, hopeless, longest_token, output_limit, resumed_choices, sampling_of
+from buddymoe_ray.serve.prompts import (
+    encode,
+    hopeless,
+    in_form,
+    longest_token,
+    output_limit,
+    resumed_choices,
+    sampling_of,
+)
 from buddymoe_ray.serve.refusals import failure, refusal_of
 from buddymoe_ray.serve.work import Refusal, Work
 from buddymoe_ray.types import GenerationRequest
@@ -46,10 +55,11 @@ class ServingEngine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkPlan:
-    """Engine requests by choice, and the token ids of every prompt."""
+    """Engine requests by choice, the token ids of every prompt, and how answers are read that are more than text."""
 
     requests: dict[int, GenerationRequest]
     prompts: tuple[tuple[int, ...], ...]
+    answer: AnswerForm | None = None
 
 
 class Intake:
@@ -70,6 +80,7 @@ class Intake:
         try:
             chosen = resumed_choices(work)
             prompts = encode(self._engine.tokenizer, work)
+            work, answer = in_form(self._engine.tokenizer, work)
         except RequestError as error:
             return refusal_of(error)
         except Exception:
@@ -82,7 +93,7 @@ class Intake:
             if isinstance(limit, Refusal):
                 return limit
             requests |= {choice: self._request(work, prompt, choice, limit, chosen[choice]) for choice in choices}
-        return WorkPlan(requests=requests, prompts=prompts)
+        return WorkPlan(requests=requests, prompts=prompts, answer=answer)
 
     def _output_limit(self, prompt_tokens: int, work: Work) -> int | Refusal:
         limits = self._engine.limits

@@ -111,14 +111,14 @@ class Worker:
                 await self._displace({request.request_id for request in planned.requests.values()})
             items: asyncio.Queue[Delta | Refusal] = asyncio.Queue()
             tasks += [self._start(choice, request, items) for choice, request in planned.requests.items()]
-            prompts = planned.prompts if work.report_prompts else ()
+            prompts, answer = planned.prompts if work.report_prompts else (), planned.answer
             batches = _Batches(items, len(tasks), work.flush_seconds, self._beat_seconds)
             while batches.open_choices:
                 reply = await batches.next()
                 if isinstance(reply, Refusal):
                     reply = in_terms_of(reply, work)
-                elif prompts and reply.deltas:  # the first one that is no beat
-                    reply, prompts = replace(reply, prompt_token_ids=prompts), ()
+                elif reply.deltas and (prompts or answer):  # the first one that is no beat
+                    reply, prompts, answer = replace(reply, prompt_token_ids=prompts, answer=answer), (), None
                 yield reply
         except CapacityError as error:
             yield worker_lost(str(error), retry_after_seconds=self._retry_after)
