@@ -25,11 +25,12 @@ Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message]], str]
 
 
-def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text, with the special tokens the model's own tokenizer puts around a prompt. Raises RequestError."""
+def encode_prompt(tokenizer: Any, text: str, *, specials: bool = True) -> list[int]:
+    """Ids of a text, with the special tokens the model's own tokenizer puts around a prompt, if `specials`. Raises
+    RequestError."""
     if tokenizer is None:
         raise RequestError("prompt is text, must be token ids for a model without tokenizer", param="prompt")
-    ids: list[int] = tokenizer.encode(text)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=specials)
     if not ids:
         raise RequestError("prompt is empty, must have at least one token. hint: send some text", param="prompt")
     return ids

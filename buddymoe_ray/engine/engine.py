@@ -14,6 +14,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
+from dataclasses import replace
 from itertools import accumulate
 from typing import TypeVar
 
@@ -27,8 +28,10 @@ from buddymoe_ray.engine.build import build_parts
 from buddymoe_ray.engine.chat import encode_chat, encode_prompt
 from buddymoe_ray.engine.chooser import Chooser, SamplingChooser
 from buddymoe_ray.engine.guard import GuardWork
+from buddymoe_ray.engine.halving import by_halves
 from buddymoe_ray.engine.parts import EngineParts
 from buddymoe_ray.engine.replay import open_replay
+from buddymoe_ray.engine.runner import SCORED_CHUNK
 from buddymoe_ray.engine.sampler import Sampled
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.engine.sequence import Sequence
@@ -68,8 +71,7 @@ class Engine:
         self._beside = PrefillBeside(parts.runner.parts if parts.config.prefill_chunk is None else None)
         self._chooser = chooser or SamplingChooser(parts.loaded.device)
         self._eos, self._pending = parts.eos_token_ids, list[TokenEvent]()
-        self._steps, self._closed = 0, False
-        self._grammars = Grammars(parts.tokenizer, parts.vocab_size)
+        self._steps, self._closed, self._grammars = 0, False, Grammars(parts.tokenizer, parts.vocab_size)
 
     @classmethod
     def from_config(
@@ -147,8 +149,9 @@ class Engine:
         self._steps += 1
         try:
             decodes = bool(plan.decode)
-            if not self._beside.begin(plan.prefill, decodes=decodes):
-                for chunks in self._passes(plan.prefill):
+            prefill = self._score(plan.prefill)
+            if not self._beside.begin(prefill, decodes=decodes):
+                for chunks in self._passes(prefill):
                     self._prefill(chunks)
             self._go_on(decodes)
             began = time.perf_counter()
@@ -253,6 +256,18 @@ class Engine:
             logits_BV = torch.zeros(1, 1) if logits_V is None else logits_V[None]
             self._take([chunk.seq], [chunk.end - chunk.start], logits_BV, {0: lost} if lost else {})
 
+    def _score(self, chunks: Rows[PrefillChunk]) -> list[PrefillChunk]:
+        """Compute a piece of each prompt whose own log probabilities are wanted; the chunks of the others."""
+        for chunk in (scored := [chunk for chunk in chunks if chunk.seq.scores]):
+            end = min(chunk.end, chunk.start + SCORED_CHUNK) if self._runner.packed else chunk.end
+            pieces = [replace(chunk, end=end)]
+            for (piece,), logits_TV in self._apart(pieces, self._runner.prefill_whole, owner=lambda piece: piece.seq):
+                lost = [*(self._step.failed or {}).values()]
+                if not lost:
+                    piece.seq.score(end - len(logits_TV), logits_TV)
+                self._take([piece.seq], [end - piece.start], logits_TV[-1:], dict(enumerate(lost[:1])))
+        return [chunk for chunk in chunks if chunk not in scored]
+
     def _prefill(self, chunks: list[PrefillChunk]) -> None:
         began = time.perf_counter()
 
@@ -300,14 +315,17 @@ class Engine:
             try:
                 if row in lost:
                     raise CacheError(lost[row])
-                seq.advance(counts[row], exact=outcome is None or self._decodes_exactly(seq))
+                exactly = self._runner.repeatable and seq.account.mode == "exact" and not seq.replay
+                seq.advance(counts[row], exact=exactly or outcome is None)  # in decode: if it leaves a prompt's KV
                 self._scheduler.remember(seq)
                 if outcome is not None:
                     seq.account.settle(outcome, row)
                     if self._guard is not None:
                         self._guard.watch(seq, logits_BV[row], float(outcome.loss_T[row]))
-                if seq.prompt_computed:
+                if seq.prompt_computed and seq.max_tokens:
                     ready.append(row)
+                elif seq.prompt_computed:
+                    self._tell(seq, seq.finish("length"))
             except Exception as error:
                 self._fail(seq, error)
 
@@ -321,10 +339,6 @@ class Engine:
                     self._tell(sequences[row], sequences[row].append(chosen))
                 except Exception as error:
                     self._fail(sequences[row], error)
-
-    def _decodes_exactly(self, seq: Sequence) -> bool:
-        """Whether its decode steps leave the KV that a prompt would have."""
-        return self._runner.repeatable and seq.account.mode == "exact" and not seq.replay
 
     def _recompute(self, guard: GuardWork, *, idle: bool) -> None:
         """Let the guard work; an error costs it the sample, nobody else anything."""
@@ -346,20 +360,15 @@ class Engine:
         What fails for one alone is tried on its `probe`, a token of our own: where that fails too, the engine is broken
         and not the request, and the error is raised.
         """
-        if not items:
-            return []
-        try:
-            return [(items, work(items))]
-        except Exception as error:
-            if len(items) > 1:
-                halves = items[: len(items) // 2], items[len(items) // 2 :]
-                return [done for half in halves for done in self._apart(half, work, owner=owner, probe=probe)]
+
+        def at_fault(item: T, error: Exception) -> None:
             if probe is not None and not isinstance(error, CacheError):
-                trial = probe(owner(items[0]))
+                trial = probe(owner(item))
                 work([trial])
                 self._runner.release(owner(trial))
-            self._fail(owner(items[0]), error)
-            return []
+            self._fail(owner(item), error)
+
+        return by_halves(items, work, at_fault)
 
     def _probe(self, broken: Sequence) -> Sequence:
         """A sequence of one token, on the block that is nobody's."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from buddymoe_ray.kernels.sample import SamplingState, choose_rows, sample_kernel
 
-__all__ = ["Sampled", "SamplingState", "prepare_sampling", "sample"]
+__all__ = ["Sampled", "SamplingState", "prepare_sampling", "reported", "sample"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,12 @@ def sample(logits_BV: Tensor, states: Sequence[SamplingState], allowed_BV: Tenso
             rows_of.setdefault(state.params.logprobs, []).append(row)
     for count, rows in rows_of.items():
         asked_BV = logits_BV if len(rows) == len(states) else logits_BV[rows]
-        for row, reported in zip(rows, _reported(asked_BV, [tokens[row] for row in rows], count), strict=True):
-            found[row] = reported
+        for row, one in zip(rows, reported(asked_BV, [tokens[row] for row in rows], count), strict=True):
+            found[row] = one
     return found
 
 
-def _reported(logits_BV: Tensor, tokens: list[int], count: int) -> list[Sampled]:
+def reported(logits_BV: Tensor, tokens: list[int], count: int) -> list[Sampled]:
     """Choices with `count` alternatives. torch's softmax and topk look at each row for itself."""
     logprobs_BV = logits_BV.log_softmax(dim=-1)
     own = logprobs_BV[range(len(tokens)), tokens].tolist()

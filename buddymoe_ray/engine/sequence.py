@@ -14,10 +14,12 @@ from collections.abc import Sequence as Ids
 from enum import Enum
 from typing import Any
 
+from torch import Tensor
+
 from buddymoe_ray.engine.account import Account
 from buddymoe_ray.engine.detokenize import IncrementalDetokenizer
 from buddymoe_ray.engine.replay import Replay
-from buddymoe_ray.engine.sampler import Sampled, SamplingState
+from buddymoe_ray.engine.sampler import Sampled, SamplingState, reported
 from buddymoe_ray.engine.stop import StopChecker, special_stops
 from buddymoe_ray.engine.structured import GrammarState
 from buddymoe_ray.errors import BuddyMoEError, RequestError
@@ -91,7 +93,27 @@ class Sequence:
         self._stop = StopChecker(params.stop)
         self.account = account or Account(mode="exact", budget=0.0, price=0.0)
         self.replay: Replay = replay or {}
+        wanted = None if request.resumed_token_ids else params.prompt_logprobs  # they came with the first of those
+        self._prompt_logprobs: list[TokenLogprob | None] = []
+        self._told_prompt = wanted is None
         self._resume(request.resumed_token_ids)
+
+    @property
+    def scores(self) -> bool:
+        """Whether logits of tokens of its prompt are wanted and not there yet."""
+        return not self._told_prompt and len(self._prompt_logprobs) < self.prompt_length
+
+    def score(self, start: int, logits_TV: Tensor) -> None:
+        """Take in the logits `[T, V]` of its tokens from `start` on: what they made of the prompt's next ones."""
+        targets = self._ids[start + 1 : min(start + 1 + len(logits_TV), self.prompt_length)]
+        found = reported(logits_TV[: len(targets)], targets, self.request.sampling.prompt_logprobs or 0)
+        if start == 0 and len(logits_TV):
+            self._prompt_logprobs = [None]
+        self._prompt_logprobs += [
+            TokenLogprob(token_id=one.token_id, logprob=one.logprob, top=one.top)
+            for one in found
+            if one.logprob is not None
+        ]
 
     @property
     def output_ids(self) -> list[int]:
@@ -183,6 +205,8 @@ class Sequence:
         """Its blocks are another's now: all its tokens will be computed again."""
         self.state, self.blocks, self._again = SequenceState.WAITING, [], len(self._ids)
         self.num_computed = self.num_remembered = self._exact = self.computing = 0
+        if self.scores:
+            self._prompt_logprobs = []
 
     def append(self, sampled: Sampled) -> TokenEvent:
         """Take the next token; returns its event, which carries the finish reason when it is the last."""
@@ -291,12 +315,14 @@ class Sequence:
         if reason is not None:
             self.state = SequenceState.FINISHED
         offsets = self._offsets(text, ended=reason is not None)
+        prompt, self._told_prompt = () if self._told_prompt else tuple(self._prompt_logprobs), True
         return TokenEvent(
             request_id=self.request_id,
             token_ids=ids,
             text=text,
             logprobs=logprobs,
             text_offsets=() if self.request.sampling.logprobs is None else offsets,
+            prompt_logprobs=prompt,
             finish_reason=reason,
             usage=self.usage() if reason is not None else None,
             error=error,

@@ -24,7 +24,11 @@ _LARGEST = 2**63
 
 # least and largest value; those of the integers that may be None are last
 _INTEGERS = {"top_k": (0, _LARGEST), "max_tokens": (1, _LARGEST)}
-_OPTIONAL_INTEGERS = {"seed": (-_LARGEST, 2 * _LARGEST - 1), "logprobs": (0, MAX_LOGPROBS)}
+_OPTIONAL_INTEGERS = {
+    "seed": (-_LARGEST, 2 * _LARGEST - 1),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+}
 _NUMBERS = {
     "temperature": (0.0, 2.0),
     "presence_penalty": (-2.0, 2.0),
@@ -68,7 +72,7 @@ def checked_sampling(sampling: object, *, vocab_size: int = _LARGEST) -> Samplin
     for name, (low, high) in _NUMBERS.items():
         given[name] = _number(name, given[name], low, high)
     for name, (least, most) in _INTEGERS.items():
-        given[name] = whole(name, given[name], least, most)
+        given[name] = whole(name, given[name], least * (name != "max_tokens" or given["prompt_logprobs"] is None), most)
     for name, (least, most) in _OPTIONAL_INTEGERS.items():
         given[name] = None if given[name] is None else whole(name, given[name], least, most)
     for name in ("ignore_eos", "skip_special_tokens"):

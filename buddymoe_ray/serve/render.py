@@ -34,7 +34,7 @@ from buddymoe_ray.serve.replies import (
     TopLogprobBody,
     UsageBody,
 )
-from buddymoe_ray.serve.work import Delta, TokenText
+from buddymoe_ray.serve.work import Delta, TokenText, known_logprob
 from buddymoe_ray.types import Usage
 
 __all__ = ["ChatRenderer", "CompletionRenderer", "ReplyHead", "Renderer"]
@@ -183,10 +183,11 @@ class ChatRenderer:
         content = [
             TokenLogprobBody(
                 token=_text(entry),
-                logprob=entry.logprob,
+                logprob=known_logprob(entry),
                 bytes=list(entry.data),
                 top_logprobs=[
-                    TopLogprobBody(token=_text(top), logprob=top.logprob, bytes=list(top.data)) for top in entry.top
+                    TopLogprobBody(token=_text(top), logprob=known_logprob(top), bytes=list(top.data))
+                    for top in entry.top
                 ],
             )
             for entry in delta.logprobs
@@ -249,13 +250,16 @@ class CompletionRenderer:
         )
 
 
-def _alternatives(chosen: TokenText) -> dict[str, float]:
-    """By text, the chosen token first. Of two that read alike the later one is called `token_id:` and its id."""
+def _alternatives(chosen: TokenText) -> dict[str, float] | None:
+    """By text, the chosen token first; None for a prompt's first. Of two that read alike the later one is called
+    `token_id:` and its id."""
+    if chosen.logprob is None:
+        return None
     found = {_text(chosen): chosen.logprob}
     for top in chosen.top:
         if top.token_id != chosen.token_id:
             text = _text(top)
-            found[f"token_id:{top.token_id}" if text in found else text] = top.logprob
+            found[f"token_id:{top.token_id}" if text in found else text] = known_logprob(top)
     return found
 
 

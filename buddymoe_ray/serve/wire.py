@@ -27,7 +27,7 @@ from buddymoe_ray.serve.wire_parts import (
 from buddymoe_ray.serve.work import Prompt, ToolUse, Work
 from buddymoe_ray.types import SamplingParams, StructuredOutput
 
-__all__ = ["ChatRequest", "CompletionRequest", "parse_chat", "parse_completion"]
+__all__ = ["ChatRequest", "CompletionRequest", "parse_body", "parse_chat", "parse_completion"]
 
 MAX_CHOICES = 128
 
@@ -56,7 +56,7 @@ NOTES = frozenset({"metadata", "prompt_cache_key", "prompt_cache_retention", "sa
 # Sampling fields that go into SamplingParams under their own name.
 SAMPLING = ("temperature", "top_p", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
-Model = TypeVar("Model", bound="_SamplingFields")
+Model = TypeVar("Model", bound=WireBody)
 
 
 def _no_null(value: object) -> object:
@@ -268,6 +268,9 @@ class CompletionRequest(_SamplingFields):
 
     prompt: Annotated[Any, AfterValidator(_prompts)]
     logprobs: int | None = Field(default=None, ge=0, le=20)
+    max_tokens: int | None = Field(default=None, ge=0)
+    echo: bool | None = None
+    add_special_tokens: bool | None = None
     best_of: int | None = None
 
     @model_validator(mode="after")
@@ -276,6 +279,8 @@ class CompletionRequest(_SamplingFields):
             raise ValueError(f"best_of is {self.best_of}, must be n ({self.n or 1}): no choice is computed and dropped")
         if self.choices > MAX_CHOICES:
             raise ValueError(f"prompt asks for {self.choices} choices, must be at most {MAX_CHOICES}")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens is 0, must be at least 1 without echo")
         return self
 
     @property
@@ -294,22 +299,29 @@ class CompletionRequest(_SamplingFields):
             request_id=request_id,
             prompts=self.prompt,
             logprobs=self.logprobs,
-            max_tokens=self.max_tokens or SamplingParams.max_tokens,
+            max_tokens=SamplingParams.max_tokens if self.max_tokens is None else self.max_tokens,
+            echo=bool(self.echo),
+            add_special_tokens=self.add_special_tokens is not False,
             flush_seconds=flush_seconds,
         )
+
+    def _given(self) -> dict[str, Any]:
+        scored = 0 if self.max_tokens == 0 and self.logprobs is None else self.logprobs
+        return super()._given() | ({"prompt_logprobs": scored} if self.echo and scored is not None else {})
 
 
 def parse_chat(body: bytes) -> ChatRequest:
     """A chat request, or RequestError naming the field."""
-    return _parse(body, ChatRequest)
+    return parse_body(body, ChatRequest)
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
     """A completion request, or RequestError naming the field."""
-    return _parse(body, CompletionRequest)
+    return parse_body(body, CompletionRequest)
 
 
-def _parse(body: bytes, model: type[Model]) -> Model:
+def parse_body(body: bytes, model: type[Model]) -> Model:
+    """A request of that model, or RequestError naming the field."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:

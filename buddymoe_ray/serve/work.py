@@ -23,6 +23,7 @@ __all__ = [
     "Refusal",
     "Reply",
     "ResumedChoice",
+    "Spelling",
     "Terms",
     "TokenText",
     "ToolUse",
@@ -30,6 +31,7 @@ __all__ = [
     "WorkerInfo",
     "WorkerReport",
     "Workers",
+    "known_logprob",
 ]
 
 Prompt = str | tuple[int, ...]
@@ -96,6 +98,9 @@ class Work:
         flush_seconds: tokens of this much time share a batch; None is one batch with everything at the end.
         report_prompts: send the prompts' token ids with the first batch.
         cache_salt: only calls with the same share what was computed of a common beginning.
+        echo: every choice's text begins with its prompt.
+        add_special_tokens: the tokenizer may put its special tokens around prompts that are text.
+        spells_only: what the prompts' tokens and texts are is all that is asked for: one batch without deltas.
         resume: the choices to answer, when the work moved here from another worker; empty is all, from their start.
             The first batch is then empty and says that the worker has the work.
     """
@@ -115,6 +120,9 @@ class Work:
     flush_seconds: float | None = None
     report_prompts: bool = False
     cache_salt: str = ""
+    echo: bool = False
+    add_special_tokens: bool = True
+    spells_only: bool = False
     resume: tuple[ResumedChoice, ...] = ()
 
     @property
@@ -130,12 +138,19 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenText:
-    """One token with its log probability (nats) and its bytes, which may be a part of a character."""
+    """One token with its log probability (nats; None for the first of a prompt) and its bytes, which may be a part of a
+    character."""
 
     token_id: int
-    logprob: float
+    logprob: float | None
     data: bytes
     top: tuple[TokenText, ...] = ()
+
+
+def known_logprob(entry: TokenText) -> float:
+    """The log probability of a token that follows others."""
+    assert entry.logprob is not None, f"token {entry.token_id} follows nothing, must be generated"
+    return entry.logprob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +172,15 @@ class Delta:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Spelling:
+    """What a prompt is: its tokens, the vocabulary's names of them, and their text."""
+
+    token_ids: tuple[int, ...]
+    names: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """Deltas that travel together, at most one per choice. The first says how the answer is read, where it is more than
     text."""
@@ -164,6 +188,7 @@ class Batch:
     deltas: tuple[Delta, ...]
     prompt_token_ids: tuple[tuple[int, ...], ...] = ()
     answer: AnswerForm | None = None
+    spelled: tuple[Spelling, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,13 +208,15 @@ Reply = Batch | Refusal
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerInfo:
-    """What a worker serves, how much of it fits, and how what requests leave open is sampled."""
+    """What a worker serves, how much of it fits, how what requests leave open is sampled, and what is known of the
+    tokenizer by the names of tokenizer_config.json."""
 
     model_id: str
     max_model_len: int
     max_running: int
     kv_tokens: int
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -287,7 +287,6 @@ def test_unbuilt_fields_are_refused_by_name_unless_they_ask_for_nothing(name: st
     ("name", "value"),
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("echo", True),
         ("echo", 1),
         ("store", True),
         ("tool_choice", "auto"),
@@ -296,6 +295,15 @@ def test_unbuilt_fields_are_refused_by_name_unless_they_ask_for_nothing(name: st
 )
 def test_what_would_have_changed_the_answer_is_refused(name: str, value: Any) -> None:
     assert refusal_of_completion(**{name: value}).param == name
+
+
+def test_an_echo_with_log_probabilities_asks_for_the_prompts_own() -> None:
+    work = completion(echo=True, logprobs=2, max_tokens=0)
+    assert work.echo and work.max_tokens == 0 and work.sampling.prompt_logprobs == work.sampling.logprobs == 2
+    assert completion(echo=True).sampling.prompt_logprobs is None, "the text alone costs nothing"
+    assert completion(echo=True, max_tokens=0).sampling.prompt_logprobs == 0
+    assert completion(echo=False, logprobs=2).sampling.prompt_logprobs is None
+    assert refusal_of_completion(max_tokens=0).param == "max_tokens" and refusal_of_chat(echo=True).param == "echo"
 
 
 def test_labels_are_accepted() -> None:
