@@ -19,12 +19,13 @@ __all__ = ["checked_output", "checked_schema"]
 MAX_CHARACTERS = 128 << 10
 MAX_DEPTH = 64
 
-_OF_TYPE = {
+_RANGE = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_OF_TYPE: dict[str, tuple[str, ...]] = {
     "object": ("properties", "required", "additionalProperties"),
     "array": ("items", "prefixItems", "minItems", "maxItems"),
     "string": ("minLength", "maxLength", "pattern", "format"),
-    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
-    "integer": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+    "number": _RANGE,
+    "integer": (*_RANGE, "multipleOf"),
     "boolean": (),
     "null": (),
 }
@@ -146,8 +147,17 @@ def _check_values(part: dict[str, Any], types: list[str], place: str, field: str
     absent = next((name for name in part.get("required", ()) if name not in part.get("properties", {})), None)
     if absent is not None:
         raise _refused(field, f"has required {absent!r:.80} at {place:.200}", "names of properties alone")
-    if re.search(r"\(\?(?!:)", str(part.get("pattern", ""))):  # xgrammar reads past some of those, too
-        raise _refused(field, f"has pattern {part['pattern']!r:.80} at {place:.200}", "without (?...) but (?:...)")
+    trap = _trap(str(part.get("pattern", "")))
+    if trap is not None:
+        raise _refused(field, f"has pattern {part['pattern']!r:.80} at {place:.200}", f"without {trap!r:.20} there")
+    if any(name in part for name in ("pattern", "format")) and any(name in part for name in ("minLength", "maxLength")):
+        raise _refused(
+            field, f"has the keyword 'minLength' or 'maxLength' at {place:.200}", "without beside such a text"
+        )
+    if "multipleOf" in part and (part["multipleOf"] not in range(1, 1025) or any(name in part for name in _RANGE)):
+        raise _refused(
+            field, f"has the keyword 'multipleOf' at {place:.200}", "at most 1024, without a range beside it"
+        )
     if part.get("format", "email") not in _FORMATS:
         raise _refused(field, f"has format {part['format']!r:.80} at {place:.200}", f"one of {', '.join(_FORMATS)}")
     if not str(part.get("$ref", "#")).startswith("#"):
@@ -156,6 +166,27 @@ def _check_values(part: dict[str, Any], types: list[str], place: str, field: str
         found = _TYPE_OF.get(type(value), "number")
         if types and found not in types and not (found == "integer" and "number" in types):
             raise _refused(field, f"has the value {value!r:.80} of another type at {place:.200}", "of type")
+
+
+def _trap(pattern: str) -> str | None:
+    """What of a regular expression xgrammar would read past, or write into JSON as it is: assertions within, and
+    quotes, backslashes and control characters outside of classes."""
+    words = re.findall(r"\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}|\\.|\[(?:\\.|[^\]\\])*\]|\(\?:|\(\?|.", pattern, re.DOTALL)
+    depth = 0
+    for at, word in enumerate(words):
+        depth += (word in ("(", "(?:")) - (word == ")")
+        code = int(word[2:], 16) if len(word) > 2 and word[:2] in ("\\u", "\\x") else ord(word[0])
+        bare = word[0] != "\\" or len(word) > 2
+        before, after = words[at - 1] if at else "|", words[at + 1] if at + 1 < len(words) else "|"
+        if (
+            (bare and (code < 32 or code in b'"\\'))
+            or (word[0] == "\\" and word[1] in "\\bBcfnrtvpPk0123456789")
+            or word == "(?"
+            or (word == "^" and (before != "|" or depth))
+            or (word == "$" and (after != "|" or depth))
+        ):
+            return word
+    return None
 
 
 def _refused(field: str, found: str, must: str) -> RequestError:

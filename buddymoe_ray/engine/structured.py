@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +33,12 @@ MAX_BYTES = 2 << 20
 """Of one grammar's automata, without masks; all masks of a grammar took at most a hundred times as much."""
 KEPT_BYTES = 128 << 20
 KEPT = 64
+SECONDS, SECONDS_PER_TOKEN = 1.0, 0.01
+"""CPU time that a sequence's grammar may take of the step thread, which others wait for. Masks take .1 to 5 ms, but in
+`root ::= root root | "a"`, which reads a text in ever more ways, the 400th token takes 330."""
+
+
+_CONTROLS = bytes(range(32))
 
 
 class Grammars:
@@ -45,7 +52,7 @@ class Grammars:
     def __init__(self, tokenizer: Any | None, vocab_size: int) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._lock = threading.Lock()
-        self._compilers: dict[tuple[bool, bool], Any] = {}
+        self._compilers: dict[tuple[bool, bytes], Any] = {}
         self._compiled: OrderedDict[tuple[str, str, bool], Any] = OrderedDict()
 
     def open(self, wanted: StructuredOutput, ends: frozenset[int], *, specials: bool = False) -> GrammarState:
@@ -83,7 +90,8 @@ class Grammars:
         return sum(grammar.memory_size_bytes for grammar in self._compiled.values())
 
     def _compile(self, wanted: StructuredOutput, specials: bool) -> Any:
-        words = (specials, wanted.kind in ("json", "json_object", "structural_tag"))
+        controls = {"json": b"", "json_object": b"", "structural_tag": b"\r\n"}.get(wanted.kind, _CONTROLS)
+        words = (specials, controls)
         compiler = self._compilers.get(words) or self._compilers.setdefault(words, self._compiler(*words))
         param = wanted.field.split(".")[0]
         try:
@@ -101,16 +109,16 @@ class Grammars:
             )
         return grammar
 
-    def _compiler(self, specials: bool, in_json: bool) -> Any:
-        """One over the bytes that tokens add to a text, which special tokens do not unless asked to. JSON has no
-        control characters, but xgrammar would have them in strings with a `maxLength`."""
+    def _compiler(self, specials: bool, controls: bytes) -> Any:
+        """One over the bytes that tokens add to a text, which special tokens do not unless asked to, and without those
+        of other control characters: JSON has none, but xgrammar would have them in strings with a `maxLength`."""
         from xgrammar import GrammarCompiler, TokenizerInfo, VocabType
 
         bytes_of = TokenBytes(self._tokenizer)
-        silent = () if specials else self._tokenizer.all_special_ids  # type: ignore[union-attr]
+        silent = () if specials else frozenset(self._tokenizer.all_special_ids)  # type: ignore[union-attr]
         words = [b"" if token in silent else bytes_of(token) for token in range(self._vocab_size)]
-        if in_json:
-            words = [b"" if any(byte < 32 and byte not in b"\r\n" for byte in word) else word for word in words]
+        others = set(_CONTROLS) - set(controls)
+        words = [b"" if others.intersection(word) else word for word in words]
         info = TokenizerInfo(words, VocabType.RAW, vocab_size=self._vocab_size, stop_token_ids=[])
         return GrammarCompiler(info, max_threads=1, cache_enabled=False, enable_dynamic_compilation=True)
 
@@ -136,11 +144,20 @@ class GrammarState:
 
     def __init__(self, matcher: Any, ends: frozenset[int], vocab_size: int) -> None:
         self._matcher, self._ends, self._vocab_size = matcher, sorted(ends), vocab_size
+        self._seconds = SECONDS
 
     def accept(self, token_id: int) -> None:
         """Take the next token, which is none of the ends. Raises BuddyMoEError when the grammar has no place for it: it
-        was chosen elsewhere, or no token of the vocabulary had one."""
-        if not self._matcher.accept_token(token_id):
+        was chosen elsewhere, or no token of the vocabulary had one; or when following it takes too long."""
+        began = time.thread_time()
+        accepted = self._matcher.accept_token(token_id)
+        self._seconds += SECONDS_PER_TOKEN - (time.thread_time() - began)
+        if self._seconds < 0:
+            raise BuddyMoEError(
+                f"the grammar takes more than {SECONDS} s and {SECONDS_PER_TOKEN} s a token, must be followed faster. "
+                "hint: let it read a text in one way only"
+            )
+        if not accepted:
             raise BuddyMoEError(
                 f"token {token_id} has no place in what was asked for, must be one that the grammar allows. "
                 "hint: this vocabulary may have no text of it"
@@ -159,7 +176,9 @@ class GrammarState:
 
     def fill(self, mask: Any, row: int) -> None:
         """Write which tokens may come next into a row of int32, a bit each."""
+        began = time.thread_time()
         self._matcher.fill_next_token_bitmask(mask, row)
+        self._seconds -= time.thread_time() - began
 
 
 def allowed_logits(logits_BV: Tensor, states: Sequence[GrammarState | None]) -> Tensor:

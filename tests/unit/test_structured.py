@@ -136,12 +136,12 @@ def test_cut_anywhere_it_goes_on_within_its_grammar() -> None:
 
 
 def test_whose_blocks_are_taken_follows_on() -> None:
-    with LLM("builtin:tiny", memory="50%", kv_memory="1MB", max_running=8) as llm:
+    with LLM("builtin:tiny", memory="50%", kv_memory="512KB", max_running=8) as llm:
         params = SamplingParams(
-            temperature=1.0, seed=3, max_tokens=200, structured_outputs={"regex": "([a-z]{4}[0-9])+;"}
+            temperature=1.0, seed=3, max_tokens=100, structured_outputs={"regex": "([a-z]{4}[0-9])+;"}
         )
-        alone = [llm.generate(f"{at} words", params)[0].token_ids for at in range(6)]
-        assert [answer.token_ids for answer in llm.generate([f"{at} words" for at in range(6)], params)] == alone
+        alone = [llm.generate(f"{at} words", params)[0].token_ids for at in range(5)]
+        assert [answer.token_ids for answer in llm.generate([f"{at} words" for at in range(5)], params)] == alone
         assert llm.engine.snapshot().preemptions > 0
 
 
@@ -165,6 +165,17 @@ def test_whose_blocks_are_taken_follows_on() -> None:
         ({"json": {"$ref": "http://x/y"}}, "$ref 'http://x/y' at #"),
         ({"json": {"$ref": "#/$defs/b"}}, "no grammar (Cannot find field"),
         ({"json": {"type": "string", "pattern": "(?=a)b"}}, "has pattern '(?=a)b' at #"),
+        ({"json": {"type": "string", "pattern": 'say "no"'}}, "without '\"' there"),
+        ({"json": {"type": "string", "pattern": r"a\\b"}}, "has pattern"),
+        ({"json": {"type": "string", "pattern": r"a\nb"}}, "has pattern"),
+        ({"json": {"type": "string", "pattern": r"a\u0009b"}}, "has pattern"),
+        ({"json": {"type": "string", "pattern": "a^b"}}, "without '^' there"),
+        ({"json": {"type": "string", "pattern": "(a$|b)c"}}, "without '$' there"),
+        ({"json": {"type": "string", "pattern": "a+", "maxLength": 2}}, "'minLength' or 'maxLength' at #"),
+        ({"json": {"type": "string", "format": "date", "minLength": 2}}, "'minLength' or 'maxLength' at #"),
+        ({"json": {"type": "integer", "multipleOf": 2000}}, "'multipleOf' at #"),
+        ({"json": {"type": "integer", "multipleOf": 2, "minimum": 3}}, "'multipleOf' at #"),
+        ({"json": {"type": "number", "multipleOf": 2}}, "'multipleOf' at #"),
         ({"json": '{"type"'}, "is no JSON"),
         ({"json": ["a"]}, "must be a JSON schema"),
         ({"regex": "(a"}, "no grammar (Regex parsing error"),
@@ -182,6 +193,18 @@ def test_what_cannot_be_enforced_is_refused_by_name(llm: LLM, wanted: Any, named
         llm.generate("x", structured_outputs=wanted)
     assert named in str(caught.value) and caught.value.param == "structured_outputs"
     assert not llm.engine.has_work()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["[ -~]{1,4}", r"^\d{4}-[01]\d$", r"^a\.\$|(?:b|c)?d$", r"[^a]{2}", r'["\\\n x]{1,3}', r"\u0041\x42+?", r"\(\^\)"],
+)
+def test_patterns_are_kept_to(llm: LLM, pattern: str) -> None:
+    schema = {"type": "string", "pattern": pattern}
+    for seed in range(3):
+        params = SamplingParams(temperature=2.0, seed=seed, max_tokens=40, structured_outputs={"json": schema})
+        answer = llm.generate("x", params, mode="fast")[0]
+        assert answer.finish_reason == "length" or valid(answer.text, schema)
 
 
 def test_a_schema_nested_too_deeply_is_refused() -> None:
@@ -216,6 +239,16 @@ def test_what_a_vocabulary_cannot_spell_is_told() -> None:
         grammar.accept(ord("b"))
     with pytest.raises(RequestError, match="a model without tokenizer"):
         Grammars(None, 9).open(checked_output({"choice": ["a"]}), frozenset())
+
+
+def test_a_grammar_that_takes_ever_longer_ends_its_request_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structured, "SECONDS_PER_TOKEN", 0.0)
+    monkeypatch.setattr(structured, "SECONDS", 0.02)
+    ambiguous = SamplingParams(max_tokens=400, structured_outputs={"grammar": 'root ::= root root | "a" | "b"'})
+    for at, params in enumerate((ambiguous, SamplingParams(temperature=0.0, max_tokens=100))):
+        llm.engine.add(GenerationRequest(request_id=f"r{at}", prompt_token_ids=(5, 6), sampling=params, mode="exact"))
+    ends = {event.request_id: event for event in llm.engine.drain() if event.finish_reason is not None}
+    assert "the grammar takes more than" in (ends["r0"].error or "") and ends["r1"].finish_reason != "error"
 
 
 def test_compiled_grammars_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
