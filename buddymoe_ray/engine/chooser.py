@@ -3,7 +3,7 @@ its place to score a text.
 
 Knows sequences, not when they run. On the token path: runner → `choose` → `Sequence.append`.
 
-Legend: B sequences, V vocabulary.
+Legend: B sequences, R of them with a grammar, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from buddymoe_ray.engine.sampler import Sampled, prepare_sampling, sample
 from buddymoe_ray.engine.sequence import Sequence
-from buddymoe_ray.engine.structured import allowed_logits
+from buddymoe_ray.engine.structured import mask_logits
 
 __all__ = ["Chooser", "SamplingChooser"]
 
@@ -35,5 +35,9 @@ class SamplingChooser:
         prepare_sampling(device)
 
     def choose(self, logits_BV: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
-        allowed_BV = allowed_logits(logits_BV, [seq.grammar for seq in sequences])
-        return sample(logits_BV, [seq.sampling_state for seq in sequences], allowed_BV)
+        ruled = {row: seq.grammar for row, seq in enumerate(sequences) if seq.grammar is not None}
+        states, allowed_RV = [seq.sampling_state for seq in sequences], logits_BV[:0]
+        if ruled:
+            allowed_RV = logits_BV[[*ruled]]
+            mask_logits(allowed_RV, [*ruled.values()])
+        return sample(logits_BV, states, ruled=[*ruled], allowed_RV=allowed_RV)

@@ -34,9 +34,19 @@ def prepare_sampling(device: torch.device) -> None:
         sample_kernel()
 
 
-def sample(logits_BV: Tensor, states: Sequence[SamplingState], allowed_BV: Tensor | None = None) -> list[Sampled]:
-    """Choose one token per row of float32 logits, where given by `allowed_BV`; log probabilities are of `logits_BV`."""
-    tokens = choose_rows(logits_BV if allowed_BV is None else allowed_BV, states)
+def sample(
+    logits_BV: Tensor,
+    states: Sequence[SamplingState],
+    *,
+    ruled: Sequence[int] = (),
+    allowed_RV: Tensor | None = None,
+) -> list[Sampled]:
+    """Choose one token per row of float32 logits; for the rows `ruled` by `allowed_RV`, what is left of theirs. Log
+    probabilities are of `logits_BV`."""
+    tokens = choose_rows(logits_BV, states) if len(ruled) < len(states) else [0] * len(states)
+    if allowed_RV is not None and ruled:
+        for row, token in zip(ruled, choose_rows(allowed_RV, [states[row] for row in ruled]), strict=True):
+            tokens[row] = token
     found = [Sampled(token_id=token) for token in tokens]
     rows_of: dict[int, list[int]] = {}
     for row, state in enumerate(states):

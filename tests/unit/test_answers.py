@@ -22,7 +22,7 @@ from buddymoe_ray.engine.answers import (
     reasoned_output,
 )
 from buddymoe_ray.engine.json_schema import checked_output
-from buddymoe_ray.engine.structured import Grammars, allowed_logits
+from buddymoe_ray.engine.structured import Grammars, mask_logits
 from buddymoe_ray.errors import RequestError
 
 PARAMETERS = {
@@ -203,9 +203,10 @@ def test_forced_calls_are_read_back(name: str, several: bool) -> None:
             state.accept(byte)
         generator = torch.Generator().manual_seed(seed)
         for _ in range(4000):
-            logits_BV = torch.randn(1, 300, generator=generator)
-            logits_BV[0, end] = 50.0  # whoever wants to end and may not
-            token = int(allowed_logits(logits_BV, [state]).argmax())
+            logits_RV = torch.randn(1, 300, generator=generator)
+            logits_RV[0, end] = 50.0  # whoever wants to end and may not
+            mask_logits(logits_RV, [state])
+            token = int(logits_RV.argmax())
             if token == end:
                 break
             state.accept(token)

@@ -22,7 +22,7 @@ from buddymoe_ray.engine.async_engine import AsyncEngine
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.json_schema import checked_output
 from buddymoe_ray.engine.sampler import SamplingState, sample
-from buddymoe_ray.engine.structured import Grammars, allowed_logits
+from buddymoe_ray.engine.structured import Grammars, mask_logits
 from buddymoe_ray.errors import BuddyMoEError, RequestError
 from buddymoe_ray.serve.worker import Worker
 from buddymoe_ray.types import GenerationRequest, Mode, SamplingParams
@@ -91,16 +91,17 @@ def test_log_probabilities_are_the_models_own() -> None:
     logits_BV = torch.randn(3, 259, generator=torch.Generator().manual_seed(1))
     logits_BV[:, ord("b")] = 9.0  # what it wants and may not have
     state = Grammars(byte_tokenizer(), 259).open(checked_output({"regex": "[x-z]+"}), frozenset({257}))
-    allowed_BV = allowed_logits(logits_BV, [None, state, None])
-    assert allowed_BV[0].equal(logits_BV[0]) and allowed_BV[2].equal(logits_BV[2])
-    assert allowed_BV[1].isfinite().nonzero().flatten().tolist() == [*b"xyz"], "the end may not come first"
+    allowed_RV = logits_BV[[1]]
+    mask_logits(allowed_RV, [state])
+    assert allowed_RV[0].isfinite().nonzero().flatten().tolist() == [*b"xyz"], "the end may not come first"
     params = SamplingParams(temperature=0.0, logprobs=1)
     states = [SamplingState(params=params, seed=0, token_ids=[1], prompt_length=1) for _ in range(3)]
-    chosen = sample(logits_BV, states, allowed_BV)
+    chosen = sample(logits_BV, states, ruled=[1], allowed_RV=allowed_RV)
     assert [one.token_id == ord("b") for one in chosen] == [True, False, True]
     assert chosen[1].logprob == pytest.approx(float(logits_BV[1].log_softmax(-1)[chosen[1].token_id]))
     assert chosen[1].top[0][0] == ord("b")
-    assert allowed_logits(logits_BV, [None] * 3) is logits_BV
+    whole = sample(logits_BV[1:2], states[:1], ruled=[0], allowed_RV=allowed_RV)
+    assert whole == chosen[1:2], "alone or not"
 
 
 def test_ends_come_where_the_text_is_whole_and_nowhere_else(llm: LLM) -> None:
@@ -226,8 +227,9 @@ def test_every_kind_of_vocabulary_spells_what_is_asked_for(make: Any) -> None:
             if state.ended:
                 valid(text.decode(), random_schema(seed))
                 break
-            logits_BV = allowed_logits(torch.randn(1, len(tokenizer) + 5, generator=generator), [state])
-            token = int(logits_BV.argmax())
+            logits_RV = torch.randn(1, len(tokenizer) + 5, generator=generator)
+            mask_logits(logits_RV, [state])
+            token = int(logits_RV.argmax())
             state.accept(token)
             text += structured.TokenBytes(tokenizer)(token)
     assert text.startswith(b"{")
