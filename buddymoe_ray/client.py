@@ -117,7 +117,7 @@ def _work(
     prompt: str | Sequence[int] | Sequence[MessageDict], options: Mapping[str, Any], *, flush_seconds: float | None
 ) -> Work:
     terms = {f.name for f in fields(Terms)}
-    known = {f.name for f in fields(SamplingParams)} | terms | {"cache_salt"}
+    known = {f.name for f in fields(SamplingParams)} - {"prompt_logprobs"} | terms | {"cache_salt"}
     unknown = sorted(set(options) - known)
     if unknown:
         raise RequestError(

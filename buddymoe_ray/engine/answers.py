@@ -18,7 +18,15 @@ from buddymoe_ray.engine.chat import opening_of
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.types import StructuredOutput
 
-__all__ = ["AnswerForm", "AnswerPiece", "AnswerReader", "answer_form", "call_output", "reasoned_output"]
+__all__ = [
+    "AnswerForm",
+    "AnswerPiece",
+    "AnswerReader",
+    "answer_form",
+    "call_output",
+    "prepare_reading",
+    "reasoned_output",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +74,10 @@ def answer_form(
         tools: OpenAI's, which the model may call.
     """
     written = _chat_template(tokenizer, tools)
-    own, opening = getattr(tokenizer, "response_template", None), opening_of(tokenizer, options).rstrip()
+    own: Any = getattr(tokenizer, "response_template", None)
+    theirs = isinstance(own, dict)
     name = next((name for name, form in CALLS.items() if all(mark in written for mark in form.marks)), None)
-    if not isinstance(own, dict):
+    if not theirs:
         fields: dict[str, Any] = {"content": {"repeats": True, "join": ""}}
         if name == "harmony":
             fields = dict(HARMONY)
@@ -77,11 +86,13 @@ def answer_form(
         if name is not None:
             fields |= {"tool_calls": {**CALLS[name].read, "repeats": True}, "around": AROUND}
         own = {"start_anchor_pattern": r"\A", "fields": fields}
-        opening = opening[opening.index("<think>") :] if "<think>" in opening else ""
     if not tools:
         own = {**own, "fields": {k: field for k, field in own["fields"].items() if k not in ("tool_calls", "around")}}
     if not own["fields"].keys() & {"tool_calls", "reasoning_content"}:
         return None
+    opening = opening_of(tokenizer, options).rstrip()
+    if not theirs:
+        opening = opening[opening.index("<think>") :] if "<think>" in opening else ""
     return AnswerForm(
         template=own,
         calls=CALLS[name].forced if name is not None else "",
@@ -137,6 +148,11 @@ def reasoned_output(form: AnswerForm, wanted: StructuredOutput) -> StructuredOut
         "choice": lambda: {"type": "or", "elements": [_text(choice) for choice in json.loads(wanted.source)]},
     }
     return _after_thoughts(form, tags[wanted.kind](), wanted.field)
+
+
+def prepare_reading() -> None:
+    """Import what a reader needs, so that no answer waits for it (.5 CPU-seconds, 30 MB)."""
+    import transformers.utils.chat_parsing  # noqa: F401
 
 
 class AnswerReader:

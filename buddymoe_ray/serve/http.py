@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
+from buddymoe_ray.engine.answers import prepare_reading
 from buddymoe_ray.errors import CapacityError, RequestError
 from buddymoe_ray.observe import CalibrationSnapshot
 from buddymoe_ray.serve.calls import CHAT, COMPLETIONS, MAX_BODY_BYTES, Endpoint, ModelNames, open_call, too_long
@@ -79,6 +80,7 @@ class HttpSettings:
 
 def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
     """The service's routes over `workers`."""
+    prepare_reading()
     app = FastAPI(title="buddymoe", openapi_url=None)
     app.include_router(_public_routes(workers, settings))
     app.include_router(_metrics_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])

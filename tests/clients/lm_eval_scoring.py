@@ -16,7 +16,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.tasks import TaskManager
 
 from buddymoe_ray import LLM
-from buddymoe_ray.models.resolve import TINY_FOLDER
+from buddymoe_ray.models.tiny import path
 from buddymoe_ray.types import SamplingParams
 
 DOCS = [
@@ -48,7 +48,7 @@ def main(url: str = "http://127.0.0.1:8000/v1/completions") -> None:
                 base_url=url,
                 model="builtin:tiny",
                 tokenizer_backend=backend,
-                tokenizer=str(TINY_FOLDER),
+                tokenizer=str(path()),
                 max_length=512,
             )
             tasks = TaskManager(include_path=name)
