@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from asgi import check_error, messages_of, openai_client, serving, talking_to
-from fakes import FakeEngine, LocalWorkers
+from fakes import FakeEngine, LocalWorkers, byte_tokenizer
 
 from buddymoe_ray.batch.lines import BatchInput
 from buddymoe_ray.batch.run import BatchRun
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.async_engine import AsyncEngine
 from buddymoe_ray.engine.engine import Engine
+from buddymoe_ray.errors import RequestError
 from buddymoe_ray.serve.calls import ModelNames
+from buddymoe_ray.serve.prompts import in_form
 from buddymoe_ray.serve.resume import WorkerLost
-from buddymoe_ray.serve.work import Batch, Reply, Work
+from buddymoe_ray.serve.work import Batch, ChatMessage, Reply, ToolUse, Work
 from buddymoe_ray.serve.worker import Worker
+from buddymoe_ray.types import SamplingParams
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
 TOOLS: Any = [
@@ -123,6 +128,27 @@ async def test_what_cannot_be_is_refused_by_name(engine: AsyncEngine) -> None:
     async with serving(FakeEngine()) as client:
         bad = await client.post(PATH, json=BODY)
         assert "no place for tools" in check_error(bad, 400, "tools")
+
+
+def test_a_model_that_writes_calls_in_an_unknown_way_is_given_no_tools() -> None:
+    tokenizer = copy.deepcopy(byte_tokenizer())
+    tokenizer.chat_template = "{{ tools }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    asked = Work(
+        request_id="r",
+        messages=(ChatMessage(role="user", content="hi"),),
+        tools=ToolUse(tools=tuple(TOOLS)),
+        sampling=SamplingParams(),
+        reads_answer=True,
+    )
+    with pytest.raises(RequestError, match="how this model writes calls is not known") as caught:
+        in_form(tokenizer, asked)
+    assert caught.value.param == "tools"
+    plain, form = in_form(tokenizer, replace(asked, tools=None))
+    assert form is None and plain.sampling == asked.sampling
+    tokenizer.chat_template += "{# [TOOL_CALLS] #}"
+    tokenizer.add_special_tokens({"extra_special_tokens": ["[TOOL_CALLS]"]})
+    told, form = in_form(tokenizer, asked)
+    assert form is not None and not told.sampling.skip_special_tokens, "the mark must be seen"
 
 
 def test_a_batch_answers_with_calls(tmp_path: Path) -> None:
