@@ -54,7 +54,7 @@ def test_answers_of_random_schemas_validate_or_end_by_length(llm: LLM, mode: Mod
     for seed in range(offset, offset + 9):
         schema = random_schema(seed)
         params = SamplingParams(
-            temperature=seed % 3 / 1.5, seed=seed, max_tokens=80, structured_outputs={"json": schema}
+            temperature=seed % 3 / 1.5, seed=seed, max_tokens=64, structured_outputs={"json": schema}
         )
         for answer in llm.generate(["JSON:", "Anna, 34"], params, mode=mode):
             if answer.finish_reason == "stop":
@@ -245,9 +245,9 @@ def test_what_a_vocabulary_cannot_spell_is_told() -> None:
 
 def test_a_grammar_that_takes_ever_longer_ends_its_request_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(structured, "SECONDS_PER_TOKEN", 0.0)
-    monkeypatch.setattr(structured, "SECONDS", 0.02)
-    ambiguous = SamplingParams(max_tokens=400, structured_outputs={"grammar": 'root ::= root root | "a" | "b"'})
-    for at, params in enumerate((ambiguous, SamplingParams(temperature=0.0, max_tokens=100))):
+    monkeypatch.setattr(structured, "SECONDS", 0.005)
+    ambiguous = SamplingParams(max_tokens=200, structured_outputs={"grammar": 'root ::= root root | "a" | "b"'})
+    for at, params in enumerate((ambiguous, SamplingParams(temperature=0.0, max_tokens=20))):
         llm.engine.add(GenerationRequest(request_id=f"r{at}", prompt_token_ids=(5, 6), sampling=params, mode="exact"))
     ends = {event.request_id: event for event in llm.engine.drain() if event.finish_reason is not None}
     assert "the grammar takes more than" in (ends["r0"].error or "") and ends["r1"].finish_reason != "error"
