@@ -20,7 +20,7 @@ from buddymoe_ray.serve.handles import APP_NAME, connect
 from buddymoe_ray.serve.prompts import usable
 from buddymoe_ray.serve.refusals import error_of, failure
 from buddymoe_ray.serve.resume import ResumeLimits, resumable
-from buddymoe_ray.serve.work import Batch, ChatMessage, Delta, Refusal, Reply, Terms, Work, WorkerInfo
+from buddymoe_ray.serve.work import Batch, ChatMessage, Delta, Refusal, Reply, Terms, Work, WorkerInfo, known_logprob
 from buddymoe_ray.types import EngineResult, SamplingParams, TokenEvent, TokenLogprob, Usage
 
 __all__ = ["Client"]
@@ -117,7 +117,7 @@ def _work(
     prompt: str | Sequence[int] | Sequence[MessageDict], options: Mapping[str, Any], *, flush_seconds: float | None
 ) -> Work:
     terms = {f.name for f in fields(Terms)}
-    known = {f.name for f in fields(SamplingParams)} | terms | {"cache_salt"}
+    known = {f.name for f in fields(SamplingParams)} - {"prompt_logprobs"} | terms | {"cache_salt"}
     unknown = sorted(set(options) - known)
     if unknown:
         raise RequestError(
@@ -196,8 +196,8 @@ def _event(work: Work, delta: Delta) -> TokenEvent:
         logprobs=tuple(
             TokenLogprob(
                 token_id=entry.token_id,
-                logprob=entry.logprob,
-                top=tuple((top.token_id, top.logprob) for top in entry.top),
+                logprob=known_logprob(entry),
+                top=tuple((top.token_id, known_logprob(top)) for top in entry.top),
             )
             for entry in delta.logprobs
         ),

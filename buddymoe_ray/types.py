@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Mode = Literal["exact", "bounded", "fast"]
+StructuredKind = Literal["json", "json_object", "regex", "choice", "grammar", "structural_tag"]
 EXACT, BOUNDED, FAST = 0, 1, 2
 """Modes as arrays of rows have them."""
 GuardState = Literal["off", "ok", "tripped"]
@@ -27,6 +28,19 @@ class ExpertKey(NamedTuple):
     layer: int
     expert: int
     segment: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredOutput:
+    """What a generated text must be, as a whole.
+
+    `source` is a JSON schema, a regular expression, a JSON list of texts (`choice`), a grammar in llama.cpp's EBNF, or
+    xgrammar's structural tag as JSON; of `json_object` it is not read. Errors call it `field`, as the caller did.
+    """
+
+    kind: StructuredKind
+    source: str
+    field: str = "structured_outputs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +60,14 @@ class SamplingParams:
         stop: strings that end the output and are not part of it.
         stop_token_ids: ids that end the output beside the model's own end tokens.
         ignore_eos: go on past the model's end tokens.
-        max_tokens: most tokens generated.
+        max_tokens: most tokens generated; 0 where `prompt_logprobs` are all that is asked for.
         logprobs: number of alternatives reported per token (0: the chosen token alone; None: nothing), at most 20. The
             chosen token is among them: where it is none of the likeliest, there is one more.
+        prompt_logprobs: the same of the prompt's own tokens, but for the first, which follows nothing. Exact in every
+            mode; nothing of the prompt is reused for it.
+        skip_special_tokens: special tokens give no text. The end token never does.
+        structured_outputs: what the whole text must be, as a StructuredOutput or as vLLM's mapping, such as
+            `{"json": schema}`: tokens that would break it are not chosen.
     """
 
     temperature: float = 1.0
@@ -65,6 +84,9 @@ class SamplingParams:
     ignore_eos: bool = False
     max_tokens: int = 16
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    structured_outputs: StructuredOutput | Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +185,7 @@ class TokenEvent:
 
     `text_offsets` come with `logprobs`: the characters at which tokens begin in the request's text, of the next tokens
     for which that is settled. A token whose text is held back is told later than its log probability.
+    `prompt_logprobs` come with the first event, one for each token of the prompt, None for its first.
     `error` is the message of an error that ended the request (finish_reason "error").
     """
 
@@ -171,6 +194,7 @@ class TokenEvent:
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     text_offsets: tuple[int, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: str | None = None
@@ -187,6 +211,7 @@ class EngineResult:
     finish_reason: FinishReason
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] = field(default=())
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,7 @@ ONLY_IN = {
     "numba": {"kernels"},
     "llvmlite": {"kernels"},
     "triton": {"kernels"},
+    "xgrammar": {"engine"},
 }
 
 

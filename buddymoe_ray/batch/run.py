@@ -21,14 +21,14 @@ from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.interrupts import interrupts_wait
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.errors import RequestError
+from buddymoe_ray.models.token_bytes import TokenBytes
 from buddymoe_ray.serve.calls import MAX_BODY_BYTES, Call, ModelNames, open_call, too_long
-from buddymoe_ray.serve.deltas import delta_of, merge, total_usage
+from buddymoe_ray.serve.deltas import merge, total_usage
 from buddymoe_ray.serve.prompts import usable
 from buddymoe_ray.serve.refusals import envelope, failure, in_terms_of, refusal_of
 from buddymoe_ray.serve.streaming import whole_reply
-from buddymoe_ray.serve.token_text import TokenBytes
 from buddymoe_ray.serve.work import Delta, Refusal, Work
-from buddymoe_ray.serve.work_plan import Intake
+from buddymoe_ray.serve.work_plan import Intake, WorkPlan
 from buddymoe_ray.types import TokenEvent, Usage
 
 __all__ = ["BatchRun", "Spent"]
@@ -72,6 +72,7 @@ class _OpenLine:
     line: BatchLine
     call: Call
     running: int
+    planned: WorkPlan = field(default_factory=lambda: WorkPlan(requests={}, prompts=()))
     deltas: list[Delta] = field(default_factory=list)
 
     def take(self, delta: Delta) -> None:
@@ -169,6 +170,8 @@ class BatchRun:
                 return in_terms_of(refusal_of(error), work)
             log.exception("line %d could not be begun", self._source.number(opened.at))
             return failure()
+        opened.call.renderer.read_as(planned.answer)
+        opened.planned = planned
         self._owners |= {seq.request_id: (opened, choice) for choice, seq in admitted.items()}
         return None
 
@@ -180,7 +183,7 @@ class BatchRun:
         if event.request_id not in self._owners:  # a choice of a line that was refused
             return None
         opened, choice = self._owners[event.request_id]
-        opened.take(delta_of(choice, event, self._bytes))
+        opened.take(opened.planned.delta_of(choice, event, self._bytes))
         if event.finish_reason is not None:
             del self._owners[event.request_id]
         return None if opened.running else self._replied(opened)

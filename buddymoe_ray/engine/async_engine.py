@@ -146,6 +146,8 @@ class AsyncEngine:
     def _cancel(self, request_id: str) -> None:
         if self._streams.pop(request_id, None) is not None and self._failure is None:
             self._engine.cancel(request_id)
+            for event in self._engine.take_events():  # now: the name may be another's before the next step
+                self._deliver(event)
 
     def _loop(self) -> None:
         try:

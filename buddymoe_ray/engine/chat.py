@@ -1,45 +1,55 @@
 """Prompts to token ids: plain text, and conversations through the model's own chat template.
 
-Uses the tokenizer alone, so an ingress without weights can call it. Does not know requests. Invariant: every text and
-name of a conversation is in the prompt. A template reads content as a text, or as typed parts, or either, by role, and
-does not say which; so it is tried on a twin of the conversation whose texts are marks that can be looked for.
+Uses the tokenizer alone, so an ingress without weights can call it. Does not know requests. Invariant: every text,
+name and call of a conversation is in the prompt. A template reads content as a text, or as typed parts, or either, by
+role, and does not say which; so it is tried on a twin of the conversation whose texts are marks that can be looked for.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from buddymoe_ray.errors import RequestError
 
-__all__ = ["encode_chat", "encode_prompt"]
+__all__ = ["encode_chat", "encode_prompt", "opening_of"]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_AS_DATA = r"""["']text["']\s*:\s*["']"""  # a part that a template wrote out whole: it does not read parts
+# a part, or arguments, that a template wrote out as Python does: it reads them in another form
+_AS_DATA = r"""(?:["']text["']\s*:\s*["']|'x': ')"""
 
 Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message]], str]
 
 
-def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text, with the special tokens the model's own tokenizer puts around a prompt. Raises RequestError."""
+def encode_prompt(tokenizer: Any, text: str, *, specials: bool = True) -> list[int]:
+    """Ids of a text, with the special tokens the model's own tokenizer puts around a prompt, if `specials`. Raises
+    RequestError."""
     if tokenizer is None:
         raise RequestError("prompt is text, must be token ids for a model without tokenizer", param="prompt")
-    ids: list[int] = tokenizer.encode(text)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=specials)
     if not ids:
         raise RequestError("prompt is empty, must have at least one token. hint: send some text", param="prompt")
     return ids
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Message], options: Mapping[str, Any] | None = None) -> list[int]:
+def encode_chat(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    options: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> list[int]:
     """Ids of a conversation, ending where the assistant is to speak.
 
     Args:
         tokenizer: with the model's chat template.
-        messages: `role`, `content` and perhaps `name`; content is a text, or a tuple with the texts of typed parts.
+        messages: `role`, `content` and perhaps `name`, `tool_calls`, `tool_call_id`, `reasoning_content`; content is a
+            text, a tuple with the texts of typed parts, or None beside calls.
         options: further variables of the template.
+        tools: what may be called, as OpenAI writes it.
 
     Raises:
         RequestError: there is no template, it refuses the conversation, it has no place for something in it, or it does
@@ -55,14 +65,11 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], options: Mapping[st
         if message.get("role") not in _ROLES:
             raise RequestError(f"role is {message.get('role')!r}, must be one of {', '.join(_ROLES)}", param="messages")
     _check_options(tokenizer, options or {})
+    _check_tools(tokenizer, tools)
 
     def render(shaped: Sequence[Message]) -> str:
         try:
-            text: str = tokenizer.apply_chat_template(
-                [dict(message) for message in shaped],
-                tokenize=False,
-                **{"add_generation_prompt": True, **(options or {})},
-            )
+            text = _rendered(tokenizer, shaped, options or {}, tools)
         except Exception as error:  # a template is a program, and a conversation its input: whatever it raises
             raise RequestError(
                 f"messages do not fit the chat template: {error or type(error).__name__}. hint: check roles",
@@ -74,6 +81,39 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], options: Mapping[st
     if not ids:
         raise RequestError("messages come to no token, must be at least one. hint: send some text", param="messages")
     return ids
+
+
+def opening_of(tokenizer: Any, options: Mapping[str, Any]) -> str:
+    """What the template writes of the assistant's answer itself, before the model's first token."""
+    asked: list[Message] = [{"role": "user", "content": "x"}]
+    try:
+        without = _rendered(tokenizer, asked, {**options, "add_generation_prompt": False}, ())
+        whole = _rendered(tokenizer, asked, options, ())
+    except Exception:  # whatever the template raises; who renders the conversation says so
+        return ""
+    return whole[len(without) :] if whole.startswith(without) else ""
+
+
+def _rendered(
+    tokenizer: Any, messages: Sequence[Message], options: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]
+) -> str:
+    text: str = tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tools=[dict(tool) for tool in tools] or None,
+        tokenize=False,
+        **{"add_generation_prompt": True, **options},
+    )
+    return text
+
+
+def _check_tools(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> None:
+    """Raises RequestError where the model's template has no place for tools."""
+    if tools and "tools" not in tokenizer.get_chat_template(tools=list(tools)):
+        raise RequestError(
+            "tools is given, must be left out: the model's chat template has no place for tools. hint: say them in the "
+            "content of a system message",
+            param="tools",
+        )
 
 
 def _check_options(tokenizer: Any, options: Mapping[str, Any]) -> None:
@@ -95,7 +135,7 @@ def _as_read(messages: Sequence[Message], render: Render) -> list[Message]:
     refusal: RequestError | None = None
     tried: list[list[Message]] = []
     for forms in _forms(messages):
-        shaped = [_shaped(message, forms.get(message["role"])) for message in messages]
+        shaped = [_shaped(message, forms) for message in messages]
         if shaped in tried:
             continue
         tried.append(shaped)
@@ -109,15 +149,25 @@ def _as_read(messages: Sequence[Message], render: Render) -> list[Message]:
 
 
 def _forms(messages: Sequence[Message]) -> Iterator[dict[str, str]]:
-    """How content is handed over, by role: first as it came, then all alike, then mixed."""
-    yield {}
+    """How content is handed over, by role: first as it came, then all alike, then mixed; and the same again with the
+    arguments of calls as JSON, which templates join to text, or write as JSON themselves."""
     roles = list(dict.fromkeys(message["role"] for message in messages))
-    mixed = itertools.product(("text", "parts"), repeat=len(roles))
-    yield from (dict(zip(roles, forms, strict=True)) for forms in sorted(mixed, key=lambda forms: len(set(forms))))
+    mixed = sorted(itertools.product(("text", "parts"), repeat=len(roles)), key=lambda forms: len(set(forms)))
+    for arguments in ("", "text") if any("tool_calls" in message for message in messages) else ("",):
+        yield {"arguments": arguments}
+        yield from ({"arguments": arguments, **dict(zip(roles, forms, strict=True))} for forms in mixed)
 
 
-def _shaped(message: Message, form: str | None) -> Message:
-    content = message.get("content")
+def _shaped(message: Message, forms: Mapping[str, str]) -> Message:
+    content, form = message.get("content"), forms.get(message["role"])
+    if "tool_calls" in message and forms["arguments"] == "text":
+        calls = [
+            {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+            for call in message["tool_calls"]
+        ]
+        message = {**message, "tool_calls": calls}
+    if content is None and "tool_calls" in message:  # some templates join it to other text, some look for none
+        return message if form is None else {**message, "content": ""}
     if not isinstance(content, str | tuple):
         return message
     texts = (content,) if isinstance(content, str) else content
@@ -141,10 +191,15 @@ def _check_twin(messages: Sequence[Message], forms: Mapping[str, str], render: R
             content = mark(f"messages[{at}].content")
         elif isinstance(content, tuple):
             content = tuple(mark(f"messages[{at}].content[{part}]") for part in range(len(content)))
-        marked = {**message, "content": content} if "content" in message else message
-        if name is not None:
+        marked = {**message, "content": content} if "content" in message else {**message}
+        if name is not None and message["role"] != "tool":  # of a tool its call's id says the same
             marked = {**marked, "name": mark(f"messages[{at}].name")}
-        twin.append(_shaped(marked, forms.get(message["role"])))
+        if "tool_calls" in message:
+            calls = [(call, mark(f"messages[{at}].tool_calls[{of}]")) for of, call in enumerate(message["tool_calls"])]
+            marked["tool_calls"] = [
+                {**call, "function": {**call["function"], "arguments": {"x": text}}} for call, text in calls
+            ]
+        twin.append(_shaped(marked, forms))
     text = render(twin)
     found = set(re.findall(r"70413\d{9}", re.sub(_AS_DATA + r"\d+", "", text)))
     lost = next((field for mark, field in marks.items() if mark not in found), None)

@@ -29,14 +29,14 @@ class Decoder(Protocol):
 
 
 class IncrementalDetokenizer:
-    """Feed ids with `push`, end with `flush`. Special tokens give no text.
+    """Feed ids with `push`, end with `flush`. Special tokens give no text, but with `specials`.
 
     `begins` fills with the character at which each token begins in the text, in order, once its text is out; a token
     that continues a character begins where that one does. Whoever reads it takes from the left.
     """
 
-    def __init__(self, tokenizer: Decoder, prompt_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Decoder, prompt_ids: Sequence[int], *, specials: bool = False) -> None:
+        self._tokenizer, self._specials = tokenizer, specials
         self._ids = self._context(prompt_ids)
         self._start = 0  # where the window begins
         self._read = len(self._ids)  # ids up to here are emitted
@@ -125,7 +125,8 @@ class IncrementalDetokenizer:
         return text != self._decode([token_id])
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        skipped = not self._specials
+        return self._tokenizer.decode(ids, skip_special_tokens=skipped, clean_up_tokenization_spaces=False)
 
 
 def _added(before: str, after: str) -> str:

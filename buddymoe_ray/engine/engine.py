@@ -14,26 +14,28 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
+from dataclasses import replace
 from itertools import accumulate
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.account import StepTotals, open_account
-from buddymoe_ray.engine.apart import apart
 from buddymoe_ray.engine.beside import PrefillBeside
 from buddymoe_ray.engine.build import build_parts
 from buddymoe_ray.engine.chat import encode_chat, encode_prompt
-from buddymoe_ray.engine.guard import GuardWork
+from buddymoe_ray.engine.chooser import Chooser, SamplingChooser
+from buddymoe_ray.engine.halving import by_halves
 from buddymoe_ray.engine.parts import EngineParts
 from buddymoe_ray.engine.replay import open_replay
 from buddymoe_ray.engine.request_times import RequestTimes
-from buddymoe_ray.engine.sampler import Sampled, prepare_sampling, sample
+from buddymoe_ray.engine.runner import SCORED_CHUNK
+from buddymoe_ray.engine.sampler import Sampled
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.engine.snapshot import engine_snapshot
+from buddymoe_ray.engine.structured import Grammars
 from buddymoe_ray.engine.terms import terms_of
 from buddymoe_ray.engine.validate import validate
 from buddymoe_ray.errors import BuddyMoEError, CacheError
@@ -41,31 +43,14 @@ from buddymoe_ray.moe import StepOutcome
 from buddymoe_ray.observe import EngineSnapshot, GuardSnapshot
 from buddymoe_ray.residency.peering import Peering, open_peering
 from buddymoe_ray.residency.sharing import Sharing
-from buddymoe_ray.types import GenerationRequest, TokenEvent
+from buddymoe_ray.types import GenerationRequest, StructuredOutput, TokenEvent
 
-__all__ = ["Chooser", "Engine"]
+__all__ = ["Engine"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class Chooser(Protocol):
-    """Picks the next token of every sequence; the sampler, or a forced one that scores a text."""
-
-    def choose(self, logits_BV: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
-        """One choice per row."""
-
-
-class SamplingChooser:
-    """The chooser that serves: each sequence's own SamplingParams."""
-
-    def __init__(self, device: torch.device) -> None:
-        prepare_sampling(device)
-
-    def choose(self, logits_BV: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
-        return sample(logits_BV, [seq.sampling_state for seq in sequences])
 
 
 class Engine:
@@ -85,6 +70,7 @@ class Engine:
         self._chooser = chooser or SamplingChooser(parts.loaded.device)
         self._eos, self._pending = parts.eos_token_ids, list[TokenEvent]()
         self._steps, self._closed, self._times = 0, False, RequestTimes()
+        self._grammars = Grammars(parts.tokenizer, parts.vocab_size)
 
     @classmethod
     def from_config(
@@ -117,10 +103,10 @@ class Engine:
         self.admit(self.prepare(request))
 
     def prepare(self, request: GenerationRequest) -> Sequence:
-        """What `admit` takes: the request checked, its record read, its resumed tokens taken in. From any thread: none
-        of it should hold up a step. Raises RequestError."""
+        """What `admit` takes: the request checked, its record read, its grammar compiled, its resumed tokens taken in.
+        From any thread: none of it should hold up a step. Raises RequestError."""
         request = validate(request, vocab_size=self.vocab_size)
-        return Sequence(
+        seq = Sequence(
             request,
             tokenizer=self.tokenizer,
             eos_token_ids=self._eos,
@@ -131,6 +117,10 @@ class Engine:
             ),
             replay=open_replay(request, self._setup),
         )
+        wanted, specials = request.sampling.structured_outputs, not request.sampling.skip_special_tokens
+        if isinstance(wanted, StructuredOutput):  # it is checked by now
+            seq.follow(self._grammars.open(wanted, seq.ends, specials=specials))
+        return seq
 
     def admit(self, seq: Sequence) -> None:
         """Queue a prepared request. Raises RequestError when it is too large, or its id is taken."""
@@ -160,8 +150,9 @@ class Engine:
         self._times.begun(chunk.seq for chunk in plan.prefill)
         try:
             decodes = bool(plan.decode)
-            if not self._beside.begin(plan.prefill, decodes=decodes):
-                for chunks in self._passes(plan.prefill):
+            prefill = self._score(plan.prefill)
+            if not self._beside.begin(prefill, decodes=decodes):
+                for chunks in self._passes(prefill):
                     self._prefill(chunks)
             self._go_on(decodes)
             began = time.perf_counter()
@@ -175,7 +166,11 @@ class Engine:
         if self._ahead is not None:
             self._ahead.begin(self._scheduler.next_tokens)
         if self._guard is not None:
-            self._recompute(self._guard, idle=not (plan.prefill or plan.decode or self._beside.busy))
+            self._guard.advance(idle=not (plan.prefill or plan.decode or self._beside.busy))
+        return self.take_events()
+
+    def take_events(self) -> list[TokenEvent]:
+        """What is to be told and was not yet; a step returns it, too."""
         events, self._pending = self._pending, []
         return events
 
@@ -263,6 +258,18 @@ class Engine:
         for chunk, logits_nV, lost in ended:
             self._take([chunk.seq], [chunk.end - chunk.start], logits_nV, {0: lost} if lost else {})
 
+    def _score(self, chunks: Rows[PrefillChunk]) -> list[PrefillChunk]:
+        """Compute a piece of each prompt whose own log probabilities are wanted; the chunks of the others."""
+        for chunk in (scored := [chunk for chunk in chunks if chunk.seq.scores]):
+            end = min(chunk.end, chunk.start + SCORED_CHUNK) if self._runner.packed else chunk.end
+            pieces = [replace(chunk, end=end)]
+            for (piece,), logits_TV in self._apart(pieces, self._runner.prefill_whole, owner=lambda piece: piece.seq):
+                lost = [*(self._step.failed or {}).values()]
+                if not lost:
+                    piece.seq.score(end - len(logits_TV), logits_TV)
+                self._take([piece.seq], [end - piece.start], logits_TV[-1:], dict(enumerate(lost[:1])))
+        return [chunk for chunk in chunks if chunk not in scored]
+
     def _prefill(self, chunks: list[PrefillChunk]) -> None:
         began = time.perf_counter()
 
@@ -310,14 +317,17 @@ class Engine:
             try:
                 if row in lost:
                     raise CacheError(lost[row])
-                seq.advance(counts[row], exact=outcome is None or self._decodes_exactly(seq))
+                exactly = self._runner.repeatable and seq.account.mode == "exact" and not seq.replay
+                seq.advance(counts[row], exact=exactly or outcome is None)  # in decode: if it leaves a prompt's KV
                 self._scheduler.remember(seq)
                 if outcome is not None:
                     seq.account.settle(outcome, row)
                     if self._guard is not None:
                         self._guard.watch(seq, logits_BV[row], float(outcome.loss_T[row]))
-                if seq.prompt_computed:
+                if seq.prompt_computed and seq.max_tokens:
                     ready.append(row)
+                elif seq.prompt_computed:
+                    self._tell(seq, seq.finish("length"))
             except Exception as error:
                 self._fail(seq, error)
 
@@ -331,17 +341,6 @@ class Engine:
                     self._tell(sequences[row], sequences[row].append(chosen))
                 except Exception as error:
                     self._fail(sequences[row], error)
-
-    def _decodes_exactly(self, seq: Sequence) -> bool:
-        """Whether its decode steps leave the KV that a prompt would have."""
-        return self._runner.repeatable and seq.account.mode == "exact" and not seq.replay
-
-    def _recompute(self, guard: GuardWork, *, idle: bool) -> None:
-        """Let the guard work; an error costs it the sample, nobody else anything."""
-        try:
-            guard.advance(idle=idle)
-        except Exception as error:
-            log.error("the guard lost a sample: %s", error, exc_info=not isinstance(error, CacheError))
 
     def _apart(
         self,
@@ -357,14 +356,14 @@ class Engine:
         and not the request, and the error is raised.
         """
 
-        def fail(item: T, error: Exception) -> None:
+        def at_fault(item: T, error: Exception) -> None:
             if probe is not None and not isinstance(error, CacheError):
                 trial = probe(owner(item))
                 work([trial])
                 self._runner.release(owner(trial))
             self._fail(owner(item), error)
 
-        return apart(items, work, fail=fail)
+        return by_halves(items, work, at_fault)
 
     def _probe(self, broken: Sequence) -> Sequence:
         """A sequence of one token, on the block that is nobody's."""

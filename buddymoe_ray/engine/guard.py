@@ -29,6 +29,7 @@ from buddymoe_ray.engine.scheduler import PrefillChunk, Scheduler
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.engine.suspended import PassParts, SuspendedPass
 from buddymoe_ray.engine.trial import Trial
+from buddymoe_ray.errors import CacheError
 from buddymoe_ray.observe import GuardSnapshot
 from buddymoe_ray.policy import Guard, may_replay
 from buddymoe_ray.types import GenerationRequest, GuardState
@@ -140,24 +141,30 @@ class GuardWork:
         return bool(self._jobs or self._waiting)
 
     def advance(self, *, idle: bool) -> None:
-        """Go on for a slice, if the engine is idle or the work has not taken its share of the time yet."""
+        """Go on for a slice, if the engine is idle or the work has not taken its share of the time yet. An error costs
+        the samples, nobody else anything."""
         began = time.perf_counter()
         if idle:
             self._spent, self._began = 0.0, began  # what nobody waited for counts nothing
-        if not self.has_work() or not may_replay(self._spent, began - self._began, idle=idle):
-            return
-        self._until = began + (_IDLE_SLICE_SECONDS if idle else _SLICE_SECONDS)
-        if self._work is None and not self._begin():
-            return
-        assert self._work is not None, "work was begun"
         try:
-            if next(self._work, self) is self:  # at its end
-                self._end()
+            if self.has_work() and may_replay(self._spent, began - self._began, idle=idle):
+                self._go_on(began + (_IDLE_SLICE_SECONDS if idle else _SLICE_SECONDS))
+        except Exception as error:
+            self._drop()
+            log.error("the guard lost a sample: %s", error, exc_info=not isinstance(error, CacheError))
         except BaseException:
             self._drop()
             raise
         finally:
             self._spent += time.perf_counter() - began
+
+    def _go_on(self, until: float) -> None:
+        self._until = until
+        if self._work is None and not self._begin():
+            return
+        assert self._work is not None, "work was begun"
+        if next(self._work, self) is self:  # at its end
+            self._end()
 
     def _chosen(self, seq: Sequence) -> bool:
         if seq.replay or seq.account.guard == "tripped":

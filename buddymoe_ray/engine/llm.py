@@ -171,4 +171,5 @@ def _result(request: GenerationRequest, events: list[TokenEvent]) -> EngineResul
         finish_reason=last.finish_reason or "stop",
         usage=last.usage or Usage(),
         logprobs=tuple(logprobs),
+        prompt_logprobs=tuple(entry for event in events for entry in event.prompt_logprobs),
     )

@@ -49,6 +49,10 @@ class Runner(Protocol):
     def prefill(self, chunks: Rows[PrefillChunk]) -> Tensor:
         """Compute prompt chunks; float32 logits `[chunks, V]` of each chunk's last token."""
 
+    def prefill_whole(self, chunks: Rows[PrefillChunk]) -> Tensor:
+        """Compute the one chunk; float32 logits `[T, V]` of its tokens. Where a prompt is computed whole: of all its
+        tokens with the last chunk, of none before."""
+
     def decode(self, sequences: Rows[Sequence], terms: StepTerms) -> tuple[Tensor, StepOutcome]:
         """Compute each sequence's newest token; float32 logits `[B, V]`, and what its expert accesses came to."""
 
@@ -93,6 +97,10 @@ class PackedRunner:
         last = upload(torch.tensor([r.row + r.count - 1 for r in rows]), self._device)
         return self._forward(Phase.PREFILL, rows, ids, positions, last)
 
+    def prefill_whole(self, chunks: Rows[PrefillChunk]) -> Tensor:
+        [chunk] = chunks
+        return self._chunk(chunk.seq.token_ids(chunk.start, chunk.end), chunk.start, chunk.seq.blocks, isolate=True)
+
     def decode(self, sequences: Rows[Sequence], terms: StepTerms) -> tuple[Tensor, StepOutcome]:
         rows, ids, positions = [], [], []
         for row, seq in enumerate(sequences):
@@ -107,13 +115,15 @@ class PackedRunner:
         self, token_ids: Rows[int], blocks: Rows[int], *, prompt: int | None = None, chunk: int = SCORED_CHUNK
     ) -> Iterator[tuple[int, Tensor]]:
         for start in range(0, len(token_ids), chunk):
-            ids = list(token_ids[start : start + chunk])
-            rows = [ChunkRows(row=0, count=len(ids), start=start, blocks=tuple(blocks))]
-            positions = list(range(start, start + len(ids)))
-            yield start, self._forward(Phase.PREFILL, rows, ids, positions, 0, isolate=False)
+            yield start, self._chunk(list(token_ids[start : start + chunk]), start, blocks, isolate=False)
 
     def release(self, sequence: Sequence | None) -> None:
         """Nothing is kept per sequence: its blocks are the scheduler's."""
+
+    def _chunk(self, ids: list[int], start: int, blocks: Rows[int], *, isolate: bool) -> Tensor:
+        rows = [ChunkRows(row=0, count=len(ids), start=start, blocks=tuple(blocks))]
+        positions = list(range(start, start + len(ids)))
+        return self._forward(Phase.PREFILL, rows, ids, positions, 0, isolate=isolate)
 
     def _forward(
         self,
@@ -151,15 +161,26 @@ class SoloRunner:
         """A prompt is computed once its last chunk is due: recurrent layers and rotary switches give other values for
         one in pieces."""
         [chunk] = chunks
-        seq, end = chunk.seq, chunk.end
-        if end < seq.prefill_length:
+        if chunk.end < chunk.seq.prefill_length:
             return torch.zeros(1, self._vocab_size, device=self._device)
-        start, cache = 0, None
+        return self._whole(chunk, keep=1)[-1][-1:]
+
+    def prefill_whole(self, chunks: Rows[PrefillChunk]) -> Tensor:
+        [chunk] = chunks
+        if chunk.end < chunk.seq.prefill_length:
+            return torch.zeros(0, self._vocab_size, device=self._device)
+        return torch.cat(self._whole(chunk, keep=0))
+
+    def _whole(self, chunk: PrefillChunk, *, keep: int) -> list[Tensor]:
+        """Compute a prompt up to the end of its last chunk; logits of each pass it takes, as `_forward` has them."""
+        seq, end, start, cache = chunk.seq, chunk.end, 0, None
+        found = []
         for stop in [end] if recomputes_at_switch(self._model) else self._ends(seq.prompt_length, end):
-            logits_1V, cache = self._forward(seq.token_ids(0, stop), start, cache)
+            logits_nV, cache = self._forward(seq.token_ids(0, stop), start, cache, keep=keep)
+            found.append(logits_nV[start - stop :] if keep == 0 else logits_nV)
             start = stop
         self._caches[seq.request_id] = cache
-        return logits_1V[-1:]
+        return found
 
     def decode(self, sequences: Rows[Sequence], terms: StepTerms) -> tuple[Tensor, StepOutcome]:
         [seq] = sequences

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from buddymoe_ray.kernels.sample import SamplingState, choose_rows, sample_kernel
 
-__all__ = ["Sampled", "SamplingState", "prepare_sampling", "sample"]
+__all__ = ["Sampled", "SamplingState", "prepare_sampling", "reported", "sample"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,19 @@ def prepare_sampling(device: torch.device) -> None:
         sample_kernel()
 
 
-def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
-    """Choose one token per row of float32 logits."""
-    tokens = choose_rows(logits_BV, states)
+def sample(
+    logits_BV: Tensor,
+    states: Sequence[SamplingState],
+    *,
+    ruled: Sequence[int] = (),
+    allowed_RV: Tensor | None = None,
+) -> list[Sampled]:
+    """Choose one token per row of float32 logits; for the rows `ruled` by `allowed_RV`, what is left of theirs. Log
+    probabilities are of `logits_BV`."""
+    tokens = choose_rows(logits_BV, states) if len(ruled) < len(states) else [0] * len(states)
+    if allowed_RV is not None and ruled:
+        for row, token in zip(ruled, choose_rows(allowed_RV, [states[row] for row in ruled]), strict=True):
+            tokens[row] = token
     found = [Sampled(token_id=token) for token in tokens]
     rows_of: dict[int, list[int]] = {}
     for row, state in enumerate(states):
@@ -44,12 +54,12 @@ def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
             rows_of.setdefault(state.params.logprobs, []).append(row)
     for count, rows in rows_of.items():
         asked_BV = logits_BV if len(rows) == len(states) else logits_BV[rows]
-        for row, reported in zip(rows, _reported(asked_BV, [tokens[row] for row in rows], count), strict=True):
-            found[row] = reported
+        for row, one in zip(rows, reported(asked_BV, [tokens[row] for row in rows], count), strict=True):
+            found[row] = one
     return found
 
 
-def _reported(logits_BV: Tensor, tokens: list[int], count: int) -> list[Sampled]:
+def reported(logits_BV: Tensor, tokens: list[int], count: int) -> list[Sampled]:
     """Choices with `count` alternatives. torch's softmax and topk look at each row for itself."""
     logprobs_BV = logits_BV.log_softmax(dim=-1)
     own = logprobs_BV[range(len(tokens)), tokens].tolist()

@@ -194,7 +194,7 @@ class Scheduler:
 
     def _found(self, seq: Sequence) -> list[int]:
         """Blocks that hold the beginning of a waiting sequence; its last token is computed, for what comes next."""
-        if not self._reuses:
+        if not self._reuses or seq.scores:
             return []
         return self._allocator.find(seq.digests((seq.prefill_length - 1) // self._block_size, self._block_size))
 

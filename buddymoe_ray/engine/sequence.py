@@ -14,12 +14,15 @@ from collections.abc import Sequence as Ids
 from enum import Enum
 from typing import Any
 
+from torch import Tensor
+
 from buddymoe_ray.engine.account import Account
 from buddymoe_ray.engine.detokenize import IncrementalDetokenizer
 from buddymoe_ray.engine.replay import Replay
-from buddymoe_ray.engine.sampler import Sampled, SamplingState
+from buddymoe_ray.engine.sampler import Sampled, SamplingState, reported
 from buddymoe_ray.engine.stop import StopChecker, special_stops
-from buddymoe_ray.errors import RequestError
+from buddymoe_ray.engine.structured import GrammarState
+from buddymoe_ray.errors import BuddyMoEError, RequestError
 from buddymoe_ray.types import FinishReason, GenerationRequest, TokenEvent, TokenLogprob, Usage
 
 __all__ = ["Sequence", "SequenceState"]
@@ -75,17 +78,42 @@ class Sequence:
         self._exact = self._again = 0  # tokens whose KV no stand-in touched; tokens to compute again
         self._digests: list[bytes] = []
         self._ids = list(prompt)
-        self._ends = frozenset(params.stop_token_ids) | special_stops(params.stop, tokenizer)
-        self._ends |= frozenset() if params.ignore_eos else eos_token_ids
+        self.ends = frozenset(params.stop_token_ids) | special_stops(params.stop, tokenizer)
+        self.ends |= frozenset() if params.ignore_eos else eos_token_ids
+        self.grammar: GrammarState | None = None
         seed = params.seed if params.seed is not None else _drawn(default_seed, request.request_id)
         self.sampling_state = SamplingState(params=params, seed=seed, token_ids=self._ids, prompt_length=len(prompt))
-        self._detokenizer = None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt)
+        self._detokenizer = (
+            None
+            if tokenizer is None
+            else IncrementalDetokenizer(tokenizer, prompt, specials=not params.skip_special_tokens)
+        )
         self._begins: deque[int] = deque() if self._detokenizer is None else self._detokenizer.begins
         self._told = self._placed = 0  # characters of text, and tokens whose beginning in it is known
         self._stop = StopChecker(params.stop)
         self.account = account or Account(mode="exact", budget=0.0, price=0.0)
         self.replay: Replay = replay or {}
+        wanted = None if request.resumed_token_ids else params.prompt_logprobs  # they came with the first of those
+        self._prompt_logprobs: list[TokenLogprob | None] = []
+        self._told_prompt = wanted is None
         self._resume(request.resumed_token_ids)
+
+    @property
+    def scores(self) -> bool:
+        """Whether logits of tokens of its prompt are wanted and not there yet."""
+        return not self._told_prompt and len(self._prompt_logprobs) < self.prompt_length
+
+    def score(self, start: int, logits_TV: Tensor) -> None:
+        """Take in the logits `[T, V]` of its tokens from `start` on: what they made of the prompt's next ones."""
+        targets = self._ids[start + 1 : min(start + 1 + len(logits_TV), self.prompt_length)]
+        found = reported(logits_TV[: len(targets)], targets, self.request.sampling.prompt_logprobs or 0)
+        if start == 0 and len(logits_TV):
+            self._prompt_logprobs = [None]
+        self._prompt_logprobs += [
+            TokenLogprob(token_id=one.token_id, logprob=one.logprob, top=one.top)
+            for one in found
+            if one.logprob is not None
+        ]
 
     @property
     def output_ids(self) -> list[int]:
@@ -127,6 +155,18 @@ class Sequence:
         """Whether it keeps, or follows, an account by decode step: then no token may be computed another way."""
         return bool(self.replay) or self.account.recorder is not None
 
+    def follow(self, grammar: GrammarState) -> None:
+        """From now on `grammar`, which is at its start, rules the output. Raises RequestError when the resumed tokens
+        break or end it."""
+        try:
+            for token_id in self.output_ids:
+                grammar.accept(token_id)
+        except BuddyMoEError as error:
+            raise RequestError(f"resumed_token_ids: {error}", param="resumed_token_ids") from error
+        if self.num_output and grammar.ended:
+            raise _ended("stop", self.num_output, self.num_output)
+        self.grammar = grammar
+
     def advance(self, count: int, *, exact: bool = True) -> None:
         """Note that `count` more tokens have their KV; `exact` if no stand-in could have answered."""
         computed = self.num_computed + count
@@ -165,6 +205,8 @@ class Sequence:
         """Its blocks are another's now: all its tokens will be computed again."""
         self.state, self.blocks, self._again = SequenceState.WAITING, [], len(self._ids)
         self.num_computed = self.num_remembered = self._exact = self.computing = 0
+        if self.scores:
+            self._prompt_logprobs = []
 
     def append(self, sampled: Sampled) -> TokenEvent:
         """Take the next token; returns its event, which carries the finish reason when it is the last."""
@@ -217,11 +259,15 @@ class Sequence:
     def _take(self, token_id: int) -> tuple[str, bool, FinishReason | None]:
         """Add a token: the text it frees, whether a stop string was met, and how the output ends by it, if so."""
         self._ids.append(token_id)
-        if token_id in self._ends:
+        if token_id in self.ends:
             return "", False, "stop"
+        if self.grammar is not None:
+            self.grammar.accept(token_id)
         text, stopped = self._stop.push(self._text([token_id]))
         if stopped:
             return text, True, "stop"
+        if self.grammar is not None and self.grammar.ended:
+            return text, False, "stop"
         return text, False, "length" if self.num_output >= self.max_tokens else None
 
     def _resume(self, token_ids: Ids[int]) -> None:
@@ -230,11 +276,7 @@ class Sequence:
             text, _, reason = self._take(token_id)
             self._offsets(text, ended=False)
             if reason is not None:
-                raise RequestError(
-                    f"resumed_token_ids end by {reason} at token {at} of {len(token_ids)}, must be unfinished. "
-                    "hint: nothing is left to generate",
-                    param="resumed_token_ids",
-                )
+                raise _ended(reason, at, len(token_ids))
 
     def _text(self, ids: Ids[int]) -> str:
         if self._detokenizer is None:
@@ -273,16 +315,26 @@ class Sequence:
         if reason is not None:
             self.state = SequenceState.FINISHED
         offsets = self._offsets(text, ended=reason is not None)
+        prompt, self._told_prompt = () if self._told_prompt else tuple(self._prompt_logprobs), True
         return TokenEvent(
             request_id=self.request_id,
             token_ids=ids,
             text=text,
             logprobs=logprobs,
             text_offsets=() if self.request.sampling.logprobs is None else offsets,
+            prompt_logprobs=prompt,
             finish_reason=reason,
             usage=self.usage() if reason is not None else None,
             error=error,
         )
+
+
+def _ended(reason: FinishReason, at: int, count: int) -> RequestError:
+    return RequestError(
+        f"resumed_token_ids end by {reason} at token {at} of {count}, must be unfinished. "
+        "hint: nothing is left to generate",
+        param="resumed_token_ids",
+    )
 
 
 def _drawn(default_seed: int | None, request_id: str) -> int:

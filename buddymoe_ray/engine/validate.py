@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
+from buddymoe_ray.engine.json_schema import checked_output
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.types import GenerationRequest, Mode, SamplingParams
 
@@ -23,7 +24,11 @@ _LARGEST = 2**63
 
 # least and largest value; those of the integers that may be None are last
 _INTEGERS = {"top_k": (0, _LARGEST), "max_tokens": (1, _LARGEST)}
-_OPTIONAL_INTEGERS = {"seed": (-_LARGEST, 2 * _LARGEST - 1), "logprobs": (0, MAX_LOGPROBS)}
+_OPTIONAL_INTEGERS = {
+    "seed": (-_LARGEST, 2 * _LARGEST - 1),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+}
 _NUMBERS = {
     "temperature": (0.0, 2.0),
     "presence_penalty": (-2.0, 2.0),
@@ -67,10 +72,13 @@ def checked_sampling(sampling: object, *, vocab_size: int = _LARGEST) -> Samplin
     for name, (low, high) in _NUMBERS.items():
         given[name] = _number(name, given[name], low, high)
     for name, (least, most) in _INTEGERS.items():
-        given[name] = whole(name, given[name], least, most)
+        given[name] = whole(name, given[name], least * (name != "max_tokens" or given["prompt_logprobs"] is None), most)
     for name, (least, most) in _OPTIONAL_INTEGERS.items():
         given[name] = None if given[name] is None else whole(name, given[name], least, most)
-    given["ignore_eos"] = _flag("ignore_eos", given["ignore_eos"])
+    for name in ("ignore_eos", "skip_special_tokens"):
+        given[name] = _flag(name, given[name])
+    if given["structured_outputs"] is not None:
+        given["structured_outputs"] = checked_output(given["structured_outputs"])
     given["stop"] = _stops(given["stop"])
     given["logit_bias"] = _biases(given["logit_bias"], vocab_size)
     ids = given["stop_token_ids"]

@@ -6,14 +6,49 @@ Pure; knows neither HTTP nor engines. Used by the worker (to batch) and by whoev
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 
-from buddymoe_ray.serve.token_text import TokenBytes
-from buddymoe_ray.serve.work import Delta
-from buddymoe_ray.types import StandinAccesses, TokenEvent, Usage
+from buddymoe_ray.models.token_bytes import TokenBytes
+from buddymoe_ray.serve.work import Delta, TokenText
+from buddymoe_ray.types import StandinAccesses, TokenEvent, TokenLogprob, Usage
 
-__all__ = ["delta_of", "merge", "total_usage"]
+__all__ = ["Echo", "delta_of", "described", "merge", "total_usage"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Echo:
+    """A prompt that is told before its answer: its text, and where each of its tokens begins in it.
+
+    `told` where the caller has it already, and its answers only begin behind it.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    offsets: tuple[int, ...]
+    told: bool = False
+
+    def before(self, delta: Delta, event: TokenEvent, token_bytes: TokenBytes) -> Delta:
+        """The delta of an event, behind the prompt where the event is the request's first."""
+        delta = replace(delta, text_offsets=tuple(len(self.text) + offset for offset in delta.text_offsets))
+        if self.told:
+            return delta
+        entries = (
+            [
+                TokenText(token_id=token, logprob=None, data=token_bytes(token))
+                if entry is None
+                else described(entry, token_bytes)
+                for token, entry in zip(self.token_ids, event.prompt_logprobs, strict=True)
+            ]
+            if event.prompt_logprobs
+            else []
+        )
+        return replace(
+            delta,
+            text=self.text + delta.text,
+            logprobs=(*entries, *delta.logprobs),
+            text_offsets=(*self.offsets[: len(entries)], *delta.text_offsets),
+        )
 
 
 def delta_of(choice: int, event: TokenEvent, token_bytes: TokenBytes) -> Delta:
@@ -22,12 +57,18 @@ def delta_of(choice: int, event: TokenEvent, token_bytes: TokenBytes) -> Delta:
         choice=choice,
         token_ids=event.token_ids,
         text=event.text,
-        logprobs=tuple(token_bytes.describe(entry) for entry in event.logprobs),
+        logprobs=tuple(described(entry, token_bytes) for entry in event.logprobs),
         text_offsets=event.text_offsets,
         finish_reason=event.finish_reason,
         usage=event.usage,
         error=event.error,
     )
+
+
+def described(entry: TokenLogprob, token_bytes: TokenBytes) -> TokenText:
+    """An engine's log probability with its bytes and those of its alternatives."""
+    top = tuple(TokenText(token_id=id_, logprob=value, data=token_bytes(id_)) for id_, value in entry.top)
+    return TokenText(token_id=entry.token_id, logprob=entry.logprob, data=token_bytes(entry.token_id), top=top)
 
 
 def merge(deltas: Iterable[Delta]) -> tuple[Delta, ...]:

@@ -14,30 +14,41 @@ import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
+from buddymoe_ray.engine.answers import prepare_reading
 from buddymoe_ray.errors import CapacityError, RequestError
 from buddymoe_ray.observe import CalibrationSnapshot
 from buddymoe_ray.serve.calls import CHAT, COMPLETIONS, MAX_BODY_BYTES, Endpoint, ModelNames, open_call, too_long
 from buddymoe_ray.serve.metrics import exposition
 from buddymoe_ray.serve.refusals import envelope, failure, refusal_of
 from buddymoe_ray.serve.replies import ModelCard, ModelList
-from buddymoe_ray.serve.resume import ResumeLimits, resumable
+from buddymoe_ray.serve.resume import ResumeLimits, WorkerLost, resumable
 from buddymoe_ray.serve.streaming import Answer
-from buddymoe_ray.serve.work import Refusal, Workers
+from buddymoe_ray.serve.wire import parse_body
+from buddymoe_ray.serve.wire_tokens import DetokenizeRequest, TokenizeRequest, tokenize_reply
+from buddymoe_ray.serve.work import Refusal, Spelling, Work, Workers
 
 __all__ = ["HttpSettings", "http_app"]
 
 log = logging.getLogger(__name__)
 
 READ = ("GET", "HEAD")
+ABSENT = {
+    **dict.fromkeys(
+        ("/v1/embeddings", "/embed", "/pooling", "/v1/rerank", "/rerank", "/v1/score", "/score"), "embedding"
+    ),
+    **dict.fromkeys(("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/fine_tuning"), "LoRA"),
+    **{"/v1/images": "making images", "/v1/audio": "audio", "/v1/moderations": "moderation"},
+}
+"""Paths of other services of the kind, and what they would do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +80,12 @@ class HttpSettings:
 
 def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
     """The service's routes over `workers`."""
+    prepare_reading()
     app = FastAPI(title="buddymoe", openapi_url=None)
     app.include_router(_public_routes(workers, settings))
     app.include_router(_metrics_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
     app.include_router(_openai_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
+    app.include_router(_token_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
     app.add_exception_handler(_Refused, _on_refused)
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(CapacityError, _on_capacity_error)
@@ -181,6 +194,41 @@ def _openai_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
     return router
 
 
+def _token_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
+    """vLLM's, for clients that count tokens, or have no tokenizer of their own."""
+    router = APIRouter()
+
+    async def spelled(work: Work, model: str | None) -> Spelling:
+        if model is not None:
+            settings.names.check(model)
+        try:
+            async with aclosing(workers.generate(work)) as replies:
+                reply = await anext(replies)
+        except WorkerLost as error:
+            raise CapacityError(f"{error}. hint: retry") from error
+        if isinstance(reply, Refusal):
+            raise _Refused(reply)
+        return reply.spelled[0]
+
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        asked = parse_body(await _body(request), TokenizeRequest)
+        found = await spelled(asked.work(f"tokens-{uuid.uuid4().hex}"), asked.model)
+        length = (await workers.info()).max_model_len
+        return JSONResponse(tokenize_reply(found, max_model_len=length, names=asked.return_token_strs))
+
+    @router.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        asked = parse_body(await _body(request), DetokenizeRequest)
+        return JSONResponse({"prompt": (await spelled(asked.work(f"text-{uuid.uuid4().hex}"), asked.model)).text})
+
+    @router.api_route("/tokenizer_info", methods=[*READ])
+    async def tokenizer_info() -> Response:
+        return JSONResponse(dict((await workers.info()).tokenizer))
+
+    return router
+
+
 async def _answer(endpoint: Endpoint, body: bytes, workers: Workers, settings: HttpSettings) -> Response:
     call = open_call(
         endpoint,
@@ -276,6 +324,9 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     """Unknown paths and methods, in the same envelope."""
     assert isinstance(error, HTTPException), f"handler of HTTPException got {error!r}"
     message = f"{request.method} {request.url.path}: {error.detail}"
+    absent = next((what for path, what in ABSENT.items() if request.url.path.startswith(path)), None)
+    if absent is not None and error.status_code == 404:
+        message = f"{request.url.path} is not here: {absent} is not supported by this service. hint: GET /v1/models"
     response = _refused(Refusal(status=error.status_code, message=message))
     response.headers.update(error.headers or {})
     return response

@@ -11,14 +11,29 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from buddymoe_ray.engine.answers import AnswerForm, answer_form, call_output, reasoned_output
 from buddymoe_ray.engine.chat import encode_chat, encode_prompt
+from buddymoe_ray.engine.detokenize import IncrementalDetokenizer
 from buddymoe_ray.engine.validate import checked_sampling, checked_terms, plain_text, plain_tokens, whole
 from buddymoe_ray.errors import RequestError
+from buddymoe_ray.serve.deltas import Echo
 from buddymoe_ray.serve.refusals import over_long
-from buddymoe_ray.serve.work import ChatMessage, Refusal, Terms, Work
-from buddymoe_ray.types import SamplingParams
+from buddymoe_ray.serve.work import ChatMessage, Prompt, Refusal, Spelling, Terms, Work
+from buddymoe_ray.types import SamplingParams, StructuredOutput
 
-__all__ = ["encode", "hopeless", "longest_token", "output_limit", "resumed_choices", "sampling_of", "usable"]
+__all__ = [
+    "echo_of",
+    "encode",
+    "hopeless",
+    "in_form",
+    "longest_token",
+    "output_limit",
+    "resumed_choices",
+    "sampling_of",
+    "spelling_of",
+    "tokenizer_info",
+    "usable",
+]
 
 
 def usable(work: Work) -> Work:
@@ -37,7 +52,7 @@ def usable(work: Work) -> Work:
             for prompt in work.prompts
         ),
         sampling=checked_sampling(replace(work.sampling, max_tokens=SamplingParams.max_tokens)),
-        max_tokens=None if work.max_tokens is None else whole("max_tokens", work.max_tokens, 1),
+        max_tokens=None if work.max_tokens is None else whole("max_tokens", work.max_tokens, 0 if work.echo else 1),
         terms=Terms(mode=mode, budget=budget, record=record, replay=replay),
     )
 
@@ -52,7 +67,7 @@ def hopeless(work: Work, *, most_tokens: int, token_characters: int) -> Refusal 
     texts = [len(prompt) for prompt in work.prompts if isinstance(prompt, str)]
     texts.append(
         sum(
-            len("".join(content) if isinstance(content, tuple) else str(content))
+            len("".join(content) if isinstance(content, tuple) else str(content or ""))
             for content in (message.content for message in work.messages)
         )
     )
@@ -74,15 +89,77 @@ def encode(tokenizer: Any | None, work: Work) -> tuple[tuple[int, ...], ...]:
     """
     if work.messages:
         messages = [_template_fields(message) for message in work.messages]
-        return (tuple(encode_chat(tokenizer, messages, work.template_options)),)
+        tools = () if work.tools is None else work.tools.tools
+        return (tuple(encode_chat(tokenizer, messages, work.template_options, tools)),)
     return tuple(
-        tuple(encode_prompt(tokenizer, prompt)) if isinstance(prompt, str) else prompt for prompt in work.prompts
+        tuple(encode_prompt(tokenizer, prompt, specials=work.add_special_tokens)) if isinstance(prompt, str) else prompt
+        for prompt in work.prompts
     )
 
 
 def _template_fields(message: ChatMessage) -> dict[str, Any]:
     fields: dict[str, Any] = {"role": message.role, "content": message.content}
-    return fields if message.name is None else fields | {"name": message.name}
+    optional = {name: getattr(message, name) for name in ("name", "reasoning_content", "tool_call_id", "tool_calls")}
+    return fields | {name: value for name, value in optional.items() if value}
+
+
+def echo_of(tokenizer: Any | None, prompt: Prompt, token_ids: tuple[int, ...]) -> Echo:
+    """What is told of a prompt: the caller's own text, or that of its tokens."""
+    if tokenizer is None:
+        return Echo(token_ids=token_ids, text="", offsets=(0,) * len(token_ids))
+    spelled = IncrementalDetokenizer(tokenizer, (), specials=True)
+    text = "".join(spelled.push([token]) for token in token_ids) + spelled.flush()
+    text = prompt if isinstance(prompt, str) else text
+    begins = [min(begin, len(text)) for begin in spelled.begins]
+    offsets = (*begins, *[len(text)] * (len(token_ids) - len(begins)))
+    return Echo(token_ids=token_ids, text=text, offsets=offsets)
+
+
+def spelling_of(tokenizer: Any | None, token_ids: tuple[int, ...]) -> Spelling:
+    """What tokens are called and what they say, special ones too. Raises RequestError without a tokenizer, or for ids
+    that it has not."""
+    if tokenizer is None:
+        raise RequestError("tokens are of a model without tokenizer, must have one. hint: nothing can be spelled")
+    plain_tokens("tokens", token_ids, len(tokenizer))
+    text = tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return Spelling(token_ids=token_ids, names=tuple(tokenizer.convert_ids_to_tokens(list(token_ids))), text=text)
+
+
+def tokenizer_info(tokenizer: Any | None) -> dict[str, Any]:
+    """What is known of a tokenizer, by the names of tokenizer_config.json."""
+    if tokenizer is None:
+        return {}
+    found = {"tokenizer_class": type(tokenizer).__name__, "model_max_length": tokenizer.model_max_length}
+    found |= {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return found | {"vocab_size": len(tokenizer), "chat_template": getattr(tokenizer, "chat_template", None)}
+
+
+def in_form(tokenizer: Any, work: Work) -> tuple[Work, AnswerForm | None]:
+    """How the answers to a conversation are read, and the work with what that asks of their text.
+
+    Raises:
+        RequestError: there are tools, and how the model writes calls is not known or cannot be forced.
+    """
+    use, sampling = work.tools, work.sampling
+    form = None
+    if work.messages and work.reads_answer:
+        form = answer_form(tokenizer, work.template_options, () if use is None else use.tools)
+    if use is not None and (form is None or "tool_calls" not in form.template["fields"]):
+        raise RequestError(
+            "tools is given, must be left out: how this model writes calls is not known. hint: give the checkpoint's "
+            "tokenizer_config.json a response_template",
+            param="tools",
+        )
+    if form is None:
+        return work, None
+    wanted = sampling.structured_outputs
+    if use is not None and (use.required or not use.several):
+        tools = [tool for tool in use.tools if use.only in (None, tool["function"]["name"])]
+        wanted = call_output(form, tools, must=use.required, several=use.several)
+    elif isinstance(wanted, StructuredOutput):
+        wanted = reasoned_output(form, wanted)
+    visible = sampling.skip_special_tokens and not form.specials
+    return replace(work, sampling=replace(sampling, skip_special_tokens=visible, structured_outputs=wanted)), form
 
 
 def sampling_of(work: Work, defaults: Mapping[str, Any]) -> SamplingParams:

@@ -6,11 +6,13 @@ On the token path: batches → `Renderer.chunk` / `Renderer.whole` → JSON byte
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+from buddymoe_ray.engine.answers import AnswerForm, AnswerPiece, AnswerReader
 from buddymoe_ray.serve.replies import (
     BuddyUsage,
     CalibrationBody,
@@ -24,13 +26,15 @@ from buddymoe_ray.serve.replies import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    FunctionBody,
     PromptTokensBody,
     StandinsBody,
     TokenLogprobBody,
+    ToolCallBody,
     TopLogprobBody,
     UsageBody,
 )
-from buddymoe_ray.serve.work import Delta, TokenText
+from buddymoe_ray.serve.work import Delta, TokenText, known_logprob
 from buddymoe_ray.types import Usage
 
 __all__ = ["ChatRenderer", "CompletionRenderer", "ReplyHead", "Renderer"]
@@ -50,8 +54,12 @@ class ReplyHead:
 class Renderer(Protocol):
     """How one endpoint writes its answer."""
 
-    def chunk(self, delta: Delta, so_far: Usage | None = None) -> bytes:
-        """The stream message for one delta, perhaps with the tokens used so far."""
+    def read_as(self, form: AnswerForm | None) -> None:
+        """From now on texts are read so, if not None."""
+        ...
+
+    def chunks(self, delta: Delta, so_far: Usage | None = None) -> list[bytes]:
+        """The stream messages for one delta, perhaps with the tokens used so far."""
         ...
 
     def usage_chunk(self, usage: Usage) -> bytes:
@@ -69,18 +77,39 @@ class ChatRenderer:
     def __init__(self, head: ReplyHead) -> None:
         self.head = head
         self._opened: set[int] = set()
+        self._form: AnswerForm | None = None
+        self._readers: dict[int, AnswerReader] = {}
+        self._calls: dict[int, int] = defaultdict(int)  # by choice, how many were told
 
-    def chunk(self, delta: Delta, so_far: Usage | None = None) -> bytes:
-        """A chat.completion.chunk; a choice's first one carries the role."""
-        opened = delta.choice in self._opened
+    def read_as(self, form: AnswerForm | None) -> None:
+        """From now on texts are read so, if not None."""
+        self._form = form or self._form
+
+    def chunks(self, delta: Delta, so_far: Usage | None = None) -> list[bytes]:
+        """A chat.completion.chunk; a choice's first one carries the role. A call is told once it is whole, and the end
+        after it: clients take a call for whole when something else comes."""
+        first = self._calls[delta.choice]
+        content, reasoning, calls = self._read(delta)
+        added: dict[str, Any] = {} if delta.choice in self._opened else {"role": "assistant"}
         self._opened.add(delta.choice)
+        if content or self._form is None or added:
+            added["content"] = content
+        if reasoning:
+            added["reasoning_content"] = reasoning
+        if calls:
+            added["tool_calls"] = [call.model_copy(update={"index": at}) for at, call in enumerate(calls, start=first)]
+        reason, usage = self._reason(delta), None if so_far is None else _tokens(so_far)
         choice = ChatChunkChoice(
             index=delta.choice,
-            delta=ChatDelta(content=delta.text) if opened else ChatDelta(role="assistant", content=delta.text),
+            delta=ChatDelta(**added),
             logprobs=self._logprobs(delta),
-            finish_reason=delta.finish_reason,
+            finish_reason=None if calls else reason,
         )
-        return self._message([choice], None if so_far is None else _tokens(so_far))
+        told = [self._message([choice], usage)]
+        if calls and reason is not None:
+            end = ChatChunkChoice(index=delta.choice, delta=ChatDelta(), logprobs=None, finish_reason=reason)
+            told.append(self._message([end], usage))
+        return told
 
     def usage_chunk(self, usage: Usage) -> bytes:
         """A chunk without choices."""
@@ -91,9 +120,9 @@ class ChatRenderer:
         choices = [
             ChatChoice(
                 index=delta.choice,
-                message=ChatReplyMessage(role="assistant", content=delta.text, refusal=None),
+                message=self._whole_message(delta),
                 logprobs=self._logprobs(delta),
-                finish_reason=_reason(delta),
+                finish_reason=_told(self._reason(delta)),
             )
             for delta in sorted(deltas, key=lambda delta: delta.choice)
         ]
@@ -105,6 +134,39 @@ class ChatRenderer:
             choices=choices,
             usage=_usage(usage),
         ).to_json()
+
+    def _whole_message(self, delta: Delta) -> ChatReplyMessage:
+        content, reasoning, calls = self._read(delta)
+        more: dict[str, Any] = {"reasoning_content": reasoning} if reasoning else {}
+        if calls:
+            more["tool_calls"] = calls
+        return ChatReplyMessage(
+            role="assistant", content=content if content or not more else None, refusal=None, **more
+        )
+
+    def _read(self, delta: Delta) -> tuple[str, str, list[ToolCallBody]]:
+        """What a delta adds of text, of thoughts, and of calls."""
+        if self._form is None:
+            return delta.text, "", []
+        if delta.choice not in self._readers:
+            self._readers[delta.choice] = AnswerReader(self._form)
+        pieces = self._readers[delta.choice].feed(delta.text, ended=delta.finish_reason is not None)
+        calls = [self._call(delta.choice, piece) for piece in pieces if piece.name]
+        return "".join(piece.text for piece in pieces), "".join(piece.reasoning for piece in pieces), calls
+
+    def _call(self, choice: int, piece: AnswerPiece) -> ToolCallBody:
+        """A call, named by nine letters and digits, which is what some chat templates insist on."""
+        named = f"{self.head.id}/{choice}/{self._calls[choice]}"
+        self._calls[choice] += 1
+        return ToolCallBody(
+            id=hashlib.sha256(named.encode()).hexdigest()[:9],
+            type="function",
+            function=FunctionBody(name=piece.name, arguments=piece.arguments),
+        )
+
+    def _reason(self, delta: Delta) -> str | None:
+        called = delta.finish_reason == "stop" and self._calls[delta.choice] > 0
+        return "tool_calls" if called else delta.finish_reason
 
     def _message(self, choices: list[ChatChunkChoice], usage: UsageBody | None) -> bytes:
         head = self.head
@@ -121,10 +183,11 @@ class ChatRenderer:
         content = [
             TokenLogprobBody(
                 token=_text(entry),
-                logprob=entry.logprob,
+                logprob=known_logprob(entry),
                 bytes=list(entry.data),
                 top_logprobs=[
-                    TopLogprobBody(token=_text(top), logprob=top.logprob, bytes=list(top.data)) for top in entry.top
+                    TopLogprobBody(token=_text(top), logprob=known_logprob(top), bytes=list(top.data))
+                    for top in entry.top
                 ],
             )
             for entry in delta.logprobs
@@ -139,9 +202,13 @@ class CompletionRenderer:
         self.head = head
         self._held: dict[int, list[TokenText]] = defaultdict(list)  # by choice: where they begin is not known yet
 
-    def chunk(self, delta: Delta, so_far: Usage | None = None) -> bytes:
+    def read_as(self, form: AnswerForm | None) -> None:
+        """Texts of completions are texts."""
+        assert form is None, "a completion was planned as a conversation's answer"
+
+    def chunks(self, delta: Delta, so_far: Usage | None = None) -> list[bytes]:
         """A text_completion with what the delta adds."""
-        return self._message([self._choice(delta)], None if so_far is None else _tokens(so_far))
+        return [self._message([self._choice(delta)], None if so_far is None else _tokens(so_far))]
 
     def usage_chunk(self, usage: Usage) -> bytes:
         """A text_completion without choices."""
@@ -183,13 +250,16 @@ class CompletionRenderer:
         )
 
 
-def _alternatives(chosen: TokenText) -> dict[str, float]:
-    """By text, the chosen token first. Of two that read alike the later one is called `token_id:` and its id."""
+def _alternatives(chosen: TokenText) -> dict[str, float] | None:
+    """By text, the chosen token first; None for a prompt's first. Of two that read alike the later one is called
+    `token_id:` and its id."""
+    if chosen.logprob is None:
+        return None
     found = {_text(chosen): chosen.logprob}
     for top in chosen.top:
         if top.token_id != chosen.token_id:
             text = _text(top)
-            found[f"token_id:{top.token_id}" if text in found else text] = top.logprob
+            found[f"token_id:{top.token_id}" if text in found else text] = known_logprob(top)
     return found
 
 
@@ -198,9 +268,9 @@ def _text(entry: TokenText) -> str:
     return entry.data.decode("utf-8", "replace")
 
 
-def _reason(delta: Delta) -> str:
-    assert delta.finish_reason is not None, f"choice {delta.choice} has not ended"
-    return delta.finish_reason
+def _told(reason: str | None) -> str:
+    assert reason is not None, "a whole reply with a choice that has not ended"
+    return reason
 
 
 def _tokens(usage: Usage) -> UsageBody:

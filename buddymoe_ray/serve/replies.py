@@ -25,10 +25,12 @@ __all__ = [
     "CompletionLogprobs",
     "ErrorBody",
     "ErrorEnvelope",
+    "FunctionBody",
     "ModelCard",
     "ModelList",
     "StandinsBody",
     "TokenLogprobBody",
+    "ToolCallBody",
     "TopLogprobBody",
     "UsageBody",
 ]
@@ -144,12 +146,30 @@ class ChatLogprobs(_JsonBody):
     refusal: None
 
 
+class FunctionBody(_JsonBody):
+    """`function` of a call; `arguments` are JSON as text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallBody(_JsonBody):
+    """One call of a tool, in a stream with its place among the choice's."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionBody
+    index: int = 0
+
+
 class ChatReplyMessage(_JsonBody):
-    """`message` of a chat choice."""
+    """`message` of a chat choice; `content` is null beside calls or thoughts without text."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str = ""
+    tool_calls: list[ToolCallBody] = []
 
 
 class ChatChoice(_JsonBody):
@@ -177,6 +197,8 @@ class ChatDelta(_JsonBody):
 
     role: Literal["assistant"] = "assistant"
     content: str = ""
+    reasoning_content: str = ""
+    tool_calls: list[ToolCallBody] = []
 
 
 class ChatChunkChoice(_JsonBody):
@@ -209,8 +231,8 @@ class CompletionLogprobs(_JsonBody):
     """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

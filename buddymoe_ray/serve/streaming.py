@@ -53,6 +53,7 @@ class Answer:
             async for reply in replies:
                 if isinstance(reply, Refusal):
                     return reply
+                self.renderer.read_as(reply.answer)
                 deltas.extend(reply.deltas)
         return whole_reply(deltas, self.renderer, n=self.n, choices=self.choices)
 
@@ -93,6 +94,7 @@ class Answer:
         if isinstance(reply, Refusal):
             return reply, _event(envelope(reply))
         messages: list[bytes] = []
+        self.renderer.read_as(reply.answer)
         if reply.prompt_token_ids:
             self._used = replace(self._used, prompt_tokens=sum(map(len, reply.prompt_token_ids)))
         for delta in reply.deltas:
@@ -100,7 +102,8 @@ class Answer:
                 return (refusal := failure(delta)), b"".join([*messages, _event(envelope(refusal))])
             made = self._used.completion_tokens + len(delta.token_ids)
             self._used = replace(self._used, completion_tokens=made)
-            messages.append(_event(self.renderer.chunk(delta, self._used if self.usage_so_far else None)))
+            chunks = self.renderer.chunks(delta, self._used if self.usage_so_far else None)
+            messages += [_event(chunk) for chunk in chunks]
             if delta.finish_reason is not None:
                 self._ended.append(delta)
         return None, b"".join(messages)

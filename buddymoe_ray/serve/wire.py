@@ -9,15 +9,25 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
+from buddymoe_ray.engine.json_schema import checked_output, checked_schema
 from buddymoe_ray.engine.validate import plain_text
 from buddymoe_ray.errors import RequestError
-from buddymoe_ray.serve.work import ChatMessage, Prompt, Terms, Work
-from buddymoe_ray.types import Mode, SamplingParams
+from buddymoe_ray.serve.wire_parts import (
+    BuddyOptions,
+    Message,
+    NamedTool,
+    ResponseFormat,
+    StreamOptions,
+    Tool,
+    WireBody,
+    chosen_tool,
+)
+from buddymoe_ray.serve.work import Prompt, ToolUse, Work
+from buddymoe_ray.types import SamplingParams, StructuredOutput
 
-__all__ = ["ChatRequest", "CompletionRequest", "parse_chat", "parse_completion"]
+__all__ = ["ChatRequest", "CompletionRequest", "parse_body", "parse_chat", "parse_completion"]
 
 MAX_CHOICES = 128
 
@@ -33,7 +43,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prediction": (None,),
     "prompt_cache_options": (None, {}, {"mode": "implicit"}),
     "reasoning_effort": (None,),
-    "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "suffix": (None,),
@@ -47,50 +56,7 @@ NOTES = frozenset({"metadata", "prompt_cache_key", "prompt_cache_retention", "sa
 # Sampling fields that go into SamplingParams under their own name.
 SAMPLING = ("temperature", "top_p", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
-Model = TypeVar("Model", bound="_SamplingFields")
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-
-def _unsupported(value: object) -> None:
-    if value not in (None, [], False):
-        raise PydanticCustomError("unsupported", "unsupported")
-
-
-Unsupported = Annotated[None, BeforeValidator(_unsupported)]  # a standard field whose empty value alone is understood
-
-
-class StreamOptions(_Body):
-    """`stream_options`. `continuous_usage_stats` (vLLM's) puts what was used so far into every chunk."""
-
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
-    include_obfuscation: Unsupported = None
-
-    @model_validator(mode="after")
-    def _usage_so_far_is_usage(self) -> StreamOptions:
-        if self.continuous_usage_stats and not self.include_usage:
-            raise ValueError("continuous_usage_stats is true, must come with include_usage true")
-        return self
-
-
-class BuddyOptions(_Body):
-    """The `buddymoe` block of a request; what is not given is the service's default.
-
-    `budget` is in nats of expected extra loss per generated token and belongs to mode `bounded`. `record` asks for
-    `usage.buddymoe.record`, and `replay` is such a record: the request is answered as it says.
-    """
-
-    mode: Mode | None = None
-    budget: float | None = Field(default=None, ge=0, le=1)
-    record: bool | None = None
-    replay: str | None = None
-
-    def terms(self) -> Terms:
-        """For a worker."""
-        return Terms(mode=self.mode, budget=self.budget, record=bool(self.record), replay=self.replay)
+Model = TypeVar("Model", bound=WireBody)
 
 
 def _no_null(value: object) -> object:
@@ -137,47 +103,7 @@ def _bias_by_id(value: dict[str, float] | None) -> dict[int, float] | None:
     return {int(key): bias for key, bias in value.items()}
 
 
-def _content(value: object) -> object:
-    """Message content: a text, or typed parts as a tuple of their texts. Parts other than text are refused."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError("must be a text, or a list of content parts")
-    texts = []
-    for part in value:
-        known = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        if not known or any(part[name] is not None for name in part.keys() - {"type", "text"}):
-            raise ValueError('content parts must be {"type": "text", "text": ...}; images and audio are not supported')
-        texts.append(part["text"])
-    return tuple(texts)
-
-
-class Message(_Body):
-    """One chat message: text only. Clients send replies back as they came, with fields that are empty here."""
-
-    role: str
-    annotations: Unsupported = None
-    audio: Unsupported = None
-    function_call: Unsupported = None
-    refusal: Unsupported = None
-    tool_calls: Unsupported = None
-    tool_call_id: Unsupported = None
-    content: Annotated[str | tuple[str, ...], BeforeValidator(_content)]
-    name: str | None = None
-
-    @model_validator(mode="after")
-    def _role_is_known(self) -> Message:
-        if self.role not in ("system", "developer", "user", "assistant"):
-            raise ValueError(f"role is {self.role!r}, must be system, developer, user or assistant")
-        return self
-
-    def record(self) -> ChatMessage:
-        """As templates know it: `developer` is OpenAI's newer name of `system`."""
-        role = "system" if self.role == "developer" else self.role
-        return ChatMessage(role=role, content=self.content, name=self.name)
-
-
-class _SamplingFields(_Body):
+class _SamplingFields(WireBody):
     """What both endpoints share. None is "not given": the default is SamplingParams' own."""
 
     model: str
@@ -199,6 +125,8 @@ class _SamplingFields(_Body):
     top_k: int | None = Field(default=None, ge=-1)
     top_p: float | None = Field(default=None, gt=0, le=1)
     min_p: float | None = Field(default=None, ge=0, le=1)
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
     cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
     buddymoe: Annotated[BuddyOptions, BeforeValidator(_no_null)] = BuddyOptions()
 
@@ -218,6 +146,12 @@ class _SamplingFields(_Body):
         asked = "record" if self.buddymoe.record else "replay" if self.buddymoe.replay is not None else None
         if asked is not None and self.choices > 1:
             raise ValueError(f"buddymoe.{asked} is given for {self.choices} answers, must be for one prompt with n 1")
+        return self
+
+    @model_validator(mode="after")
+    def _one_thing_says_what_the_text_is(self) -> _SamplingFields:
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise ValueError("structured_outputs and response_format are given, must be one of them")
         return self
 
     @property
@@ -250,7 +184,14 @@ class _SamplingFields(_Body):
         values["top_k"] = None if self.top_k is None else max(self.top_k, 0)  # vLLM writes -1 for "all"
         values["stop"] = None if self.stop is None else tuple(self.stop)
         values["stop_token_ids"] = None if self.stop_token_ids is None else tuple(self.stop_token_ids)
+        values["structured_outputs"] = self._output()
         return {name: value for name, value in values.items() if value is not None}
+
+    def _output(self) -> StructuredOutput | None:
+        """What the whole text must be. Raises RequestError."""
+        if self.structured_outputs is not None:
+            return checked_output(self.structured_outputs)
+        return None if self.response_format is None else self.response_format.output()
 
 
 class ChatRequest(_SamplingFields):
@@ -261,6 +202,9 @@ class ChatRequest(_SamplingFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Annotated[Any, AfterValidator(chosen_tool)] = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:
@@ -269,6 +213,35 @@ class ChatRequest(_SamplingFields):
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ, must be equal or only one be given")
         return self
+
+    @model_validator(mode="after")
+    def _tools_are_there_to_be_chosen(self) -> ChatRequest:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("tools holds a name twice, must be different ones")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.name not in names:
+            raise ValueError(f"tool_choice names {self.tool_choice.name!r}, must be one of tools")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice is required, must come with tools")
+        if names and self.tool_choice != "none" and self._output() is not None:
+            raise ValueError("tools and a format of the whole text are given, must be one of them")
+        return self
+
+    def _tool_use(self) -> ToolUse | None:
+        """What may be called. Raises RequestError for arguments that cannot be enforced where they must be."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        only = self.tool_choice.name if isinstance(self.tool_choice, NamedTool) else None
+        use = ToolUse(
+            tools=tuple(tool.record() for tool in self.tools),
+            required=self.tool_choice == "required" or only is not None,
+            only=only,
+            several=self.parallel_tool_calls is not False and only is None,
+        )
+        if use.required or not use.several:
+            for at, tool in enumerate(self.tools):
+                checked_schema(tool.function.parameters or {}, f"tools[{at}].function.parameters")
+        return use
 
     @property
     def wants_logprobs(self) -> bool:
@@ -281,6 +254,8 @@ class ChatRequest(_SamplingFields):
             request_id=request_id,
             messages=tuple(message.record() for message in self.messages),
             template_options=self.chat_template_kwargs or {},
+            tools=self._tool_use(),
+            reads_answer=True,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             max_tokens=self.max_completion_tokens or self.max_tokens,
             limit_field="max_tokens" if self.max_completion_tokens is None else "max_completion_tokens",
@@ -293,6 +268,9 @@ class CompletionRequest(_SamplingFields):
 
     prompt: Annotated[Any, AfterValidator(_prompts)]
     logprobs: int | None = Field(default=None, ge=0, le=20)
+    max_tokens: int | None = Field(default=None, ge=0)
+    echo: bool | None = None
+    add_special_tokens: bool | None = None
     best_of: int | None = None
 
     @model_validator(mode="after")
@@ -301,6 +279,8 @@ class CompletionRequest(_SamplingFields):
             raise ValueError(f"best_of is {self.best_of}, must be n ({self.n or 1}): no choice is computed and dropped")
         if self.choices > MAX_CHOICES:
             raise ValueError(f"prompt asks for {self.choices} choices, must be at most {MAX_CHOICES}")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens is 0, must be at least 1 without echo")
         return self
 
     @property
@@ -319,22 +299,29 @@ class CompletionRequest(_SamplingFields):
             request_id=request_id,
             prompts=self.prompt,
             logprobs=self.logprobs,
-            max_tokens=self.max_tokens or SamplingParams.max_tokens,
+            max_tokens=SamplingParams.max_tokens if self.max_tokens is None else self.max_tokens,
+            echo=bool(self.echo),
+            add_special_tokens=self.add_special_tokens is not False,
             flush_seconds=flush_seconds,
         )
+
+    def _given(self) -> dict[str, Any]:
+        scored = 0 if self.max_tokens == 0 and self.logprobs is None else self.logprobs
+        return super()._given() | ({"prompt_logprobs": scored} if self.echo and scored is not None else {})
 
 
 def parse_chat(body: bytes) -> ChatRequest:
     """A chat request, or RequestError naming the field."""
-    return _parse(body, ChatRequest)
+    return parse_body(body, ChatRequest)
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
     """A completion request, or RequestError naming the field."""
-    return _parse(body, CompletionRequest)
+    return parse_body(body, CompletionRequest)
 
 
-def _parse(body: bytes, model: type[Model]) -> Model:
+def parse_body(body: bytes, model: type[Model]) -> Model:
+    """A request of that model, or RequestError naming the field."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from buddymoe_ray.engine.answers import AnswerForm
 from buddymoe_ray.observe import EngineSnapshot
 from buddymoe_ray.types import FinishReason, Mode, SamplingParams, Usage
 
@@ -22,12 +23,15 @@ __all__ = [
     "Refusal",
     "Reply",
     "ResumedChoice",
+    "Spelling",
     "Terms",
     "TokenText",
+    "ToolUse",
     "Work",
     "WorkerInfo",
     "WorkerReport",
     "Workers",
+    "known_logprob",
 ]
 
 Prompt = str | tuple[int, ...]
@@ -35,11 +39,26 @@ Prompt = str | tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class ChatMessage:
-    """One message of a conversation. `content` is a text, or the texts of typed parts."""
+    """One message of a conversation. `content` is a text, the texts of typed parts, or None beside `tool_calls`, whose
+    `function.arguments` are objects."""
 
     role: str
-    content: str | tuple[str, ...]
+    content: str | tuple[str, ...] | None
     name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    tool_call_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolUse:
+    """Tools that an answer may call, as OpenAI writes them. It must call one where `required`, of all of them or `only`
+    that; at most once without `several`."""
+
+    tools: tuple[Mapping[str, Any], ...]
+    required: bool = False
+    only: str | None = None
+    several: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +88,8 @@ class Work:
         prompts: text or token ids; empty when `messages` is given.
         messages: a conversation, rendered by the model's chat template.
         template_options: variables for the chat template, beside the messages.
+        tools: what the answer may call.
+        reads_answer: the caller reads thoughts and calls out of the text, and wants to know how.
         sampling: how tokens are chosen. Choice k of a prompt uses `seed + k`. Its `max_tokens` is not read.
         given: fields of `sampling` that the caller named; the others are as the checkpoint says, where it does.
         terms: how missing experts are answered. A record to be replayed is of one prompt and one choice.
@@ -77,6 +98,9 @@ class Work:
         flush_seconds: tokens of this much time share a batch; None is one batch with everything at the end.
         report_prompts: send the prompts' token ids with the first batch.
         cache_salt: only calls with the same share what was computed of a common beginning.
+        echo: every choice's text begins with its prompt.
+        add_special_tokens: the tokenizer may put its special tokens around prompts that are text.
+        spells_only: what the prompts' tokens and texts are is all that is asked for: one batch without deltas.
         resume: the choices to answer, when the work moved here from another worker; empty is all, from their start.
             The first batch is then empty and says that the worker has the work.
     """
@@ -85,6 +109,8 @@ class Work:
     prompts: tuple[Prompt, ...] = ()
     messages: tuple[ChatMessage, ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    tools: ToolUse | None = None
+    reads_answer: bool = False
     sampling: SamplingParams
     given: frozenset[str] = frozenset()
     max_tokens: int | None = None
@@ -94,6 +120,9 @@ class Work:
     flush_seconds: float | None = None
     report_prompts: bool = False
     cache_salt: str = ""
+    echo: bool = False
+    add_special_tokens: bool = True
+    spells_only: bool = False
     resume: tuple[ResumedChoice, ...] = ()
 
     @property
@@ -109,12 +138,19 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenText:
-    """One token with its log probability (nats) and its bytes, which may be a part of a character."""
+    """One token with its log probability (nats; None for the first of a prompt) and its bytes, which may be a part of a
+    character."""
 
     token_id: int
-    logprob: float
+    logprob: float | None
     data: bytes
     top: tuple[TokenText, ...] = ()
+
+
+def known_logprob(entry: TokenText) -> float:
+    """The log probability of a token that follows others."""
+    assert entry.logprob is not None, f"token {entry.token_id} follows nothing, must be generated"
+    return entry.logprob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +172,23 @@ class Delta:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Spelling:
+    """What a prompt is: its tokens, the vocabulary's names of them, and their text."""
+
+    token_ids: tuple[int, ...]
+    names: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Deltas that travel together, at most one per choice."""
+    """Deltas that travel together, at most one per choice. The first says how the answer is read, where it is more than
+    text."""
 
     deltas: tuple[Delta, ...]
     prompt_token_ids: tuple[tuple[int, ...], ...] = ()
+    answer: AnswerForm | None = None
+    spelled: tuple[Spelling, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,13 +208,15 @@ Reply = Batch | Refusal
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerInfo:
-    """What a worker serves, how much of it fits, and how what requests leave open is sampled."""
+    """What a worker serves, how much of it fits, how what requests leave open is sampled, and what is known of the
+    tokenizer by the names of tokenizer_config.json."""
 
     model_id: str
     max_model_len: int
     max_running: int
     kv_tokens: int
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from buddymoe_ray.engine.answers import AnswerForm
 from buddymoe_ray.errors import RequestError
-from buddymoe_ray.serve.prompts import encode, hopeless, longest_token, output_limit, resumed_choices, sampling_of
+from buddymoe_ray.models.token_bytes import TokenBytes
+from buddymoe_ray.serve.deltas import Echo, delta_of
+from buddymoe_ray.serve.prompts import (
+    echo_of,
+    encode,
+    hopeless,
+    in_form,
+    longest_token,
+    output_limit,
+    resumed_choices,
+    sampling_of,
+    spelling_of,
+)
 from buddymoe_ray.serve.refusals import failure, refusal_of
-from buddymoe_ray.serve.work import Refusal, Work
-from buddymoe_ray.types import GenerationRequest
+from buddymoe_ray.serve.work import Delta, Refusal, Spelling, Work
+from buddymoe_ray.types import GenerationRequest, TokenEvent
 
 __all__ = ["Intake", "Limits", "ServingEngine", "WorkPlan"]
 
@@ -46,10 +59,22 @@ class ServingEngine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkPlan:
-    """Engine requests by choice, and the token ids of every prompt."""
+    """Engine requests by choice, the token ids of every prompt, how answers are read that are more than text, and by
+    choice what is told before them."""
 
     requests: dict[int, GenerationRequest]
     prompts: tuple[tuple[int, ...], ...]
+    answer: AnswerForm | None = None
+    echoes: dict[int, Echo] = field(default_factory=dict)
+    spelled: tuple[Spelling, ...] = ()
+
+    def delta_of(self, choice: int, event: TokenEvent, token_bytes: TokenBytes) -> Delta:
+        """What an event adds to a choice; its prompt is told once."""
+        delta, echo = delta_of(choice, event, token_bytes), self.echoes.get(choice)
+        if echo is None:
+            return delta
+        self.echoes[choice] = replace(echo, told=True)
+        return echo.before(delta, event, token_bytes)
 
 
 class Intake:
@@ -60,7 +85,9 @@ class Intake:
         self._token_characters = longest_token(engine.tokenizer)
 
     def hopeless(self, work: Work) -> Refusal | None:
-        """Why a text cannot fit, whatever its tokens are; quick."""
+        """Why a text cannot fit, whatever its tokens are; quick. Any may be spelled."""
+        if work.spells_only:
+            return None
         limits = self._engine.limits
         most = min(limits.max_model_len, limits.kv_tokens)
         return hopeless(work, most_tokens=most, token_characters=self._token_characters)
@@ -70,19 +97,27 @@ class Intake:
         try:
             chosen = resumed_choices(work)
             prompts = encode(self._engine.tokenizer, work)
+            if work.spells_only:
+                spelled = tuple(spelling_of(self._engine.tokenizer, prompt) for prompt in prompts)
+                return WorkPlan(requests={}, prompts=prompts, spelled=spelled)
+            work, answer = in_form(self._engine.tokenizer, work)
         except RequestError as error:
             return refusal_of(error)
         except Exception:
             log.exception("call %s could not be read", work.request_id)
             return failure()
         requests: dict[int, GenerationRequest] = {}
+        echoes: dict[int, Echo] = {}
         for at, prompt in enumerate(prompts):
             choices = sorted(chosen.keys() & range(at * work.n, (at + 1) * work.n))
             limit = self._output_limit(len(prompt), work)
             if isinstance(limit, Refusal):
                 return limit
             requests |= {choice: self._request(work, prompt, choice, limit, chosen[choice]) for choice in choices}
-        return WorkPlan(requests=requests, prompts=prompts)
+            if work.echo:
+                told = echo_of(self._engine.tokenizer, work.prompts[at], prompt)
+                echoes |= {choice: replace(told, told=bool(chosen[choice])) for choice in choices}
+        return WorkPlan(requests=requests, prompts=prompts, answer=answer, echoes=echoes)
 
     def _output_limit(self, prompt_tokens: int, work: Work) -> int | Refusal:
         limits = self._engine.limits

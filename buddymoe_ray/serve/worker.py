@@ -16,11 +16,11 @@ from dataclasses import replace
 from typing import Protocol
 
 from buddymoe_ray.errors import BuddyMoEError, CapacityError, RequestError
+from buddymoe_ray.models.token_bytes import TokenBytes
 from buddymoe_ray.observe import EngineSnapshot
-from buddymoe_ray.serve.deltas import delta_of, merge
-from buddymoe_ray.serve.prompts import usable
+from buddymoe_ray.serve.deltas import merge
+from buddymoe_ray.serve.prompts import tokenizer_info, usable
 from buddymoe_ray.serve.refusals import in_terms_of, overloaded, refusal_of, unavailable, worker_lost
-from buddymoe_ray.serve.token_text import TokenBytes
 from buddymoe_ray.serve.work import Batch, Delta, Refusal, Reply, Work, WorkerInfo, WorkerReport
 from buddymoe_ray.serve.work_plan import Intake, Limits, ServingEngine, WorkPlan
 from buddymoe_ray.types import GenerationRequest, TokenEvent
@@ -105,20 +105,23 @@ class Worker:
             if isinstance(planned, Refusal):
                 yield planned
                 return
+            if work.spells_only:
+                yield Batch(deltas=(), spelled=planned.spelled)
+                return
             if work.resume:
                 await self._engine.check_health()  # a dead one would take it, and cost it a move
                 yield Batch(deltas=())
                 await self._displace({request.request_id for request in planned.requests.values()})
             items: asyncio.Queue[Delta | Refusal] = asyncio.Queue()
-            tasks += [self._start(choice, request, items) for choice, request in planned.requests.items()]
-            prompts = planned.prompts if work.report_prompts else ()
+            tasks += [self._start(choice, planned, items) for choice in planned.requests]
+            prompts, answer = planned.prompts if work.report_prompts else (), planned.answer
             batches = _Batches(items, len(tasks), work.flush_seconds, self._beat_seconds)
             while batches.open_choices:
                 reply = await batches.next()
                 if isinstance(reply, Refusal):
                     reply = in_terms_of(reply, work)
-                elif prompts and reply.deltas:  # the first one that is no beat
-                    reply, prompts = replace(reply, prompt_token_ids=prompts), ()
+                elif reply.deltas and (prompts or answer):  # the first one that is no beat
+                    reply, prompts, answer = replace(reply, prompt_token_ids=prompts, answer=answer), (), None
                 yield reply
         except CapacityError as error:
             yield worker_lost(str(error), retry_after_seconds=self._retry_after)
@@ -137,6 +140,7 @@ class Worker:
             max_running=limits.max_running,
             kv_tokens=limits.kv_tokens,
             sampling_defaults=self._engine.sampling_defaults,
+            tokenizer=tokenizer_info(self._engine.tokenizer),
         )
 
     def snapshot(self) -> EngineSnapshot:
@@ -164,10 +168,9 @@ class Worker:
             return refused
         return await asyncio.to_thread(self._intake.plan, work)  # a long one must not stop streams
 
-    def _start(
-        self, choice: int, request: GenerationRequest, items: asyncio.Queue[Delta | Refusal]
-    ) -> asyncio.Task[None]:
-        task = asyncio.create_task(self._run(choice, request, items))
+    def _start(self, choice: int, planned: WorkPlan, items: asyncio.Queue[Delta | Refusal]) -> asyncio.Task[None]:
+        request = planned.requests[choice]
+        task = asyncio.create_task(self._run(choice, planned, items))
         self._running[request.request_id] = task
         task.add_done_callback(lambda done: self._forget(request.request_id, done))
         return task
@@ -183,12 +186,13 @@ class Worker:
             task.cancel()
         await asyncio.gather(*earlier, return_exceptions=True)
 
-    async def _run(self, choice: int, request: GenerationRequest, items: asyncio.Queue[Delta | Refusal]) -> None:
+    async def _run(self, choice: int, planned: WorkPlan, items: asyncio.Queue[Delta | Refusal]) -> None:
         """Move one sequence's events to `items`; its end is always told, as a last delta or a refusal."""
+        request = planned.requests[choice]
         try:
             async with aclosing(self._engine.generate(request)) as events:  # type: ignore[type-var]
                 async for event in events:
-                    items.put_nowait(delta_of(choice, event, self._bytes))
+                    items.put_nowait(planned.delta_of(choice, event, self._bytes))
         except RequestError as error:
             items.put_nowait(refusal_of(error))
         except CapacityError as error:

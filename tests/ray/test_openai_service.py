@@ -150,11 +150,28 @@ def test_malformed_json_is_400(url: str) -> None:
 
 
 def test_what_is_not_built_is_refused_by_name(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="tools") as caught:
-        client.chat.completions.create(
-            model="builtin:tiny", messages=CHAT, tools=[{"type": "function", "function": {"name": "f"}}]
-        )
-    assert caught.value.param == "tools"
+    with pytest.raises(openai.BadRequestError, match="modalities") as caught:
+        client.chat.completions.create(model="builtin:tiny", messages=CHAT, modalities=["audio"])
+    assert caught.value.param == "modalities"
+
+
+def test_calls_formats_and_scores_cross_ray(client: openai.OpenAI, url: str) -> None:
+    city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tools: Any = [
+        {"type": "function", "function": {"name": name, "parameters": city}} for name in ("get_weather", "get_news")
+    ]
+    asked: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
+    settings: Any = {"model": "builtin:tiny", "messages": asked, "temperature": 0, "max_tokens": 60}
+    with client.chat.completions.stream(**settings, tools=tools, tool_choice="required") as stream:
+        choice = stream.get_final_completion().choices[0]
+    assert choice.finish_reason == "tool_calls" and choice.message.tool_calls
+    extra = {"structured_outputs": {"choice": ["yes", "no"]}}
+    told = client.chat.completions.create(**settings, extra_body=extra).choices[0].message.content
+    assert told in ("yes", "no")
+    scored = complete(client, PROMPTS[1], echo=True, max_tokens=0, logprobs=1).choices[0]
+    counted = httpx.post(f"{url}/tokenize", json={"prompt": PROMPTS[1]}).json()
+    assert scored.text == PROMPTS[1] and len(scored.logprobs.token_logprobs) == counted["count"]
+    assert httpx.get(f"{url}/tokenizer_info").json()["eos_token"] == "<|im_end|>"
 
 
 def test_the_python_client_gives_the_same_tokens(

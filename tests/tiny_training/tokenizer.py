@@ -22,10 +22,18 @@ END_OF_TEXT, IM_START, IM_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>
 # Words with one leading sign, numbers of up to three digits, runs of signs, line ends with indentation, spaces.
 SPLIT_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+ *|\s+(?!\S)|\s+"
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
+CHAT_TEMPLATE = (  # tools stand in the system message, as `buddymoe_ray.tasks` writes it
+    "{% if tools %}{% set own = messages[0]['role'] == 'system' %}{{ '<|im_start|>system\n' }}"
+    "{{ messages[0]['content'] + '\n' if own else '' }}{{ 'Tools: ' }}{% for tool in tools %}"
+    "{{ tool['function']['name'] + '(' }}"
+    "{{ tool['function'].get('parameters', {}).get('properties', {}) | join(', ') }}{{ ')' if loop.last else '), ' }}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{% if not (own and loop.first) %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + (message['content'] or '') }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{{ '<tool_call>\n{\"name\": ' + (call['function']['name'] | tojson) }}"
+    "{{ ', \"arguments\": ' + (call['function']['arguments'] | tojson) + '}\n</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>' + '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from small_tokenizers import bpe
 
-from buddymoe_ray.engine.chat import encode_chat, encode_prompt
+from buddymoe_ray.engine.chat import encode_chat, encode_prompt, opening_of
 from buddymoe_ray.errors import RequestError
 
 CHATML = (
@@ -224,3 +224,59 @@ def test_an_empty_prompt_is_refused() -> None:
 def test_text_without_tokenizer_is_refused() -> None:
     with pytest.raises(RequestError, match="must be token ids for a model without tokenizer"):
         encode_prompt(None, "hi")
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"city": "Ulm"}}}
+CALLED = [
+    {"role": "user", "content": "weather?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "content": "sunny", "name": "f"},
+]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+EACH = "{% for m in messages %}{{ m['role'] + ':' }}"
+ENDED = "{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        # arguments as an object, content that may be missing
+        (
+            EACH
+            + "{{ m['content'] or '' }}{% for c in m['tool_calls'] or [] %}{{ c['function']['arguments'] | tojson }}"
+            "{% endfor %}" + ENDED,
+            'weather?assistant:{"city": "Ulm"}tool:sunny',
+        ),
+        # arguments joined to text as JSON, content that must not be there
+        (
+            EACH + "{% if m['content'] is not defined %}{% for c in m['tool_calls'] %}"
+            "{{ '>' + c['function']['arguments'] }}{% endfor %}{% else %}{{ m['content'] }}{% endif %}" + ENDED,
+            'weather?assistant:>{"city": "Ulm"}tool:sunny',
+        ),
+        # arguments written as they are, content that must be text
+        (
+            EACH + "{{ m['content'] + '' }}{% for c in m['tool_calls'] or [] %}{{ c['function']['arguments'] }}"
+            "{% endfor %}" + ENDED,
+            'weather?assistant:{"city": "Ulm"}tool:sunny',
+        ),
+    ],
+)
+def test_calls_are_handed_over_as_the_template_reads_them(template: str, written: str) -> None:
+    tokenizer = tokenizer_with(template)
+    assert tokenizer.decode(encode_chat(tokenizer, CALLED)).endswith(written)
+    assert '"name": "f"' in tokenizer.decode(encode_chat(tokenizer, CALLED, None, [TOOL]))
+
+
+def test_a_call_or_a_tool_that_a_template_has_no_place_for_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"messages\[1\].tool_calls\[0\] is nowhere"):
+        encode_chat(tokenizer_with(EACH + "{{ m['content'] or '' }}{% endfor %}"), CALLED)
+    with pytest.raises(RequestError, match="no place for tools") as caught:
+        encode_chat(tokenizer_with(CHATML), [{"role": "user", "content": "x"}], None, [TOOL])
+    assert caught.value.param == "tools"
+
+
+def test_what_a_template_begins_the_answer_with() -> None:
+    thinks = "{{ messages[0]['content'] }}{% if add_generation_prompt %}<a>{{ '<think>' if think else '' }}{% endif %}"
+    tokenizer = tokenizer_with(thinks)
+    assert (opening_of(tokenizer, {}), opening_of(tokenizer, {"think": True})) == ("<a>", "<a><think>")
+    assert opening_of(tokenizer_with("{{ raise_exception('no') }}"), {}) == ""

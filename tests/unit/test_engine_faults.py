@@ -15,8 +15,9 @@ from buddymoe_ray import LLM, EngineConfig, SamplingParams
 from buddymoe_ray.cache.disk import DiskReader
 from buddymoe_ray.engine import engine as engine_module
 from buddymoe_ray.engine.account import Account
+from buddymoe_ray.engine.chooser import SamplingChooser
 from buddymoe_ray.engine.detokenize import IncrementalDetokenizer
-from buddymoe_ray.engine.engine import Engine, SamplingChooser
+from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.guard import GuardWork
 from buddymoe_ray.engine.replay import Recorder
 from buddymoe_ray.engine.sequence import Sequence
@@ -147,12 +148,12 @@ def test_a_record_that_breaks_costs_its_request(engine: Engine, monkeypatch: pyt
     clean(engine)
 
 
-@pytest.mark.parametrize("name", ["advance", "ended"])
+@pytest.mark.parametrize("name", ["_go_on", "ended"])
 def test_a_guard_that_breaks_costs_a_sample(engine: Engine, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     whole = run(engine)
     monkeypatch.setattr(GuardWork, name, breaking(GuardWork, name, lambda *_, **__: True, Broken("guarding")))
-    if name == "advance":
-        monkeypatch.setattr(GuardWork, "has_work", lambda self: False)
+    if name == "_go_on":
+        monkeypatch.setattr(GuardWork, "has_work", lambda self: bool(engine._scheduler.has_work()))
     assert run(engine) == whole
     monkeypatch.undo()
     assert run(engine) == whole

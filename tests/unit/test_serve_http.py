@@ -225,7 +225,7 @@ async def test_refusals_have_their_status_stream_or_not(stream: bool) -> None:
         unknown = await post("/v1/chat/completions", CHAT | {"model": "gpt-4"})
         assert "'fake'" in check_error(unknown, 404, "model", "model_not_found")
         check_error(await post("/v1/completions", TEXT | {"prompt": "\x01"}), 400, "prompt")
-        check_error(await post("/v1/chat/completions", CHAT | {"tools": [{}]}), 400, "tools")
+        check_error(await post("/v1/chat/completions", CHAT | {"tools": [{}]}), 400, "tools[0].type")
 
 
 async def test_malformed_bodies_and_paths() -> None:

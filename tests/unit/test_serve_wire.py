@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.serve.wire import MAX_CHOICES, NEUTRAL, NOTES, parse_chat, parse_completion
-from buddymoe_ray.serve.work import ChatMessage, Terms, Work
+from buddymoe_ray.serve.work import ChatMessage, Terms, ToolUse, Work
 from buddymoe_ray.types import SamplingParams
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -50,6 +50,7 @@ def test_a_bare_chat_keeps_every_default() -> None:
         n=1,
         terms=Terms(),
         flush_seconds=None,
+        reads_answer=True,
     )
 
 
@@ -179,12 +180,51 @@ def test_template_options_arrive() -> None:
     assert refusal_of_completion(chat_template_kwargs={}).param == "chat_template_kwargs"
 
 
-def test_tool_calls_are_named_for_what_they_are() -> None:
-    for name in ("tool_calls", "function_call", "refusal", "audio", "tool_call_id"):
+def test_what_messages_cannot_carry_is_named() -> None:
+    for name in ("function_call", "refusal", "audio"):
         for content in ({}, {"content": None}, {"content": "x"}):
             refused = refusal_of_chat(messages=[*HELLO, {"role": "assistant", name: [{"id": "1"}], **content}])
             assert refused.param == f"messages[1].{name}"
             assert f"messages[1].{name} is not supported" in str(refused)
+
+
+TOOL = {"type": "function", "function": {"name": "get-time", "description": "d", "parameters": {"type": "object"}}}
+OTHER = {"type": "function", "function": {"name": "b", "strict": True}}
+
+
+def test_tools_arrive_with_what_may_be_done_with_them() -> None:
+    plain = (TOOL, {"type": "function", "function": {"name": "b"}})
+    for fields, use in (
+        ({}, ToolUse(tools=plain)),
+        ({"tool_choice": "auto", "parallel_tool_calls": True}, ToolUse(tools=plain)),
+        ({"parallel_tool_calls": False}, ToolUse(tools=plain, several=False)),
+        ({"tool_choice": "required"}, ToolUse(tools=plain, required=True)),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "b"}}},
+            ToolUse(tools=plain, required=True, only="b", several=False),
+        ),
+        ({"tool_choice": "none"}, None),
+        ({"tool_choice": "none", "response_format": {"type": "json_object"}}, None),
+    ):
+        assert chat(tools=[TOOL, OTHER], **fields).tools == use
+    assert chat(tools=[], tool_choice="auto").tools is None and chat().reads_answer
+
+
+def test_calls_and_their_results_can_be_sent_back_as_they_came() -> None:
+    call = {"id": "c1", "type": "function", "index": 0, "function": {"name": "f", "arguments": '{"x": [1]}'}}
+    given = [
+        {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [call], "refusal": None},
+        {"role": "tool", "tool_call_id": "c1", "content": "7", "name": "f"},
+    ]
+    record = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": [1]}}}
+    assert chat(messages=[*HELLO, *given]).messages[1:] == (
+        ChatMessage(role="assistant", content=None, reasoning_content="hm", tool_calls=(record,)),
+        ChatMessage(role="tool", content="7", tool_call_id="c1", name="f"),
+    )
+    for arguments in ("{", "[]", "3"):
+        bad = {**call, "function": {"name": "f", "arguments": arguments}}
+        refused = refusal_of_chat(messages=[*HELLO, {"role": "assistant", "tool_calls": [bad]}])
+        assert refused.param == "messages" and "must be a JSON object" in str(refused)
 
 
 def test_token_limits_of_both_names() -> None:
@@ -247,8 +287,6 @@ def test_unbuilt_fields_are_refused_by_name_unless_they_ask_for_nothing(name: st
     ("name", "value"),
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("response_format", {"type": "json_schema", "json_schema": {}}),
-        ("echo", True),
         ("echo", 1),
         ("store", True),
         ("tool_choice", "auto"),
@@ -257,6 +295,15 @@ def test_unbuilt_fields_are_refused_by_name_unless_they_ask_for_nothing(name: st
 )
 def test_what_would_have_changed_the_answer_is_refused(name: str, value: Any) -> None:
     assert refusal_of_completion(**{name: value}).param == name
+
+
+def test_an_echo_with_log_probabilities_asks_for_the_prompts_own() -> None:
+    work = completion(echo=True, logprobs=2, max_tokens=0)
+    assert work.echo and work.max_tokens == 0 and work.sampling.prompt_logprobs == work.sampling.logprobs == 2
+    assert completion(echo=True).sampling.prompt_logprobs is None, "the text alone costs nothing"
+    assert completion(echo=True, max_tokens=0).sampling.prompt_logprobs == 0
+    assert completion(echo=False, logprobs=2).sampling.prompt_logprobs is None
+    assert refusal_of_completion(max_tokens=0).param == "max_tokens" and refusal_of_chat(echo=True).param == "echo"
 
 
 def test_labels_are_accepted() -> None:
@@ -317,7 +364,20 @@ def test_unknown_fields_are_refused_by_name(name: str) -> None:
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].id"),
+        ({"messages": [{"role": "user", "content": "", "tool_call_id": "x"}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": "", "reasoning_content": "x"}]}, "messages[0]"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "b"}}}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            "response_format.json_schema.schema",
+        ),
         ({"model": None}, "model"),
     ],
 )

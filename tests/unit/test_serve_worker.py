@@ -15,9 +15,9 @@ import pytest
 from fakes import FakeEngine, FakeLimits, byte_tokenizer, fake_token
 
 from buddymoe_ray.errors import CapacityError
-from buddymoe_ray.serve.deltas import merge, total_usage
+from buddymoe_ray.models.token_bytes import TokenBytes
+from buddymoe_ray.serve.deltas import described, merge, total_usage
 from buddymoe_ray.serve.prompts import output_limit
-from buddymoe_ray.serve.token_text import TokenBytes
 from buddymoe_ray.serve.wire import parse_chat
 from buddymoe_ray.serve.work import Batch, ChatMessage, Delta, Refusal, Reply, Terms, TokenText, Work, WorkerReport
 from buddymoe_ray.serve.worker import Worker
@@ -372,7 +372,7 @@ async def test_numbers_and_lists_of_numpy_are_as_good_as_pythons() -> None:
     assert (first.prompt_token_ids, second.prompt_token_ids) == ((97, 98), (99, 100))
     got = first.sampling
     assert (got.temperature, got.seed, got.top_k, got.logprobs, got.max_tokens) == (0.5, 7, 3, 2, 3)
-    assert {type(v) for v in vars(got).values()} <= {int, float, bool, tuple, dict}
+    assert {type(v) for v in vars(got).values()} <= {int, float, bool, tuple, dict, type(None)}
     assert (got.stop, got.stop_token_ids, got.ignore_eos) == (("never",), (300,), True)
 
 
@@ -444,7 +444,7 @@ def test_token_bytes_of_sentencepiece_with_byte_fallback() -> None:
 
 def test_logprobs_are_described_with_bytes() -> None:
     entry = TokenLogprob(token_id=97, logprob=-0.5, top=((97, -0.5), (0xE2, -2.0)))
-    assert TokenBytes(byte_tokenizer()).describe(entry) == TokenText(
+    assert described(entry, TokenBytes(byte_tokenizer())) == TokenText(
         token_id=97,
         logprob=-0.5,
         data=b"a",

@@ -1,4 +1,4 @@
-"""The bytes of single tokens, for the logprobs of a reply.
+"""The bytes of single tokens, for the logprobs of a reply and for grammars.
 
 A token's own bytes differ from `decode([id])`, which drops leading spaces and shows half characters as U+FFFD. Knows
 tokenizers, not requests; works from the vocabulary's pieces alone.
@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import json
 from typing import Any
-
-from buddymoe_ray.serve.work import TokenText
-from buddymoe_ray.types import TokenLogprob
 
 __all__ = ["TokenBytes"]
 
@@ -33,11 +30,6 @@ class TokenBytes:
         if data is None:
             data = self._known[token_id] = self._look_up(token_id)
         return data
-
-    def describe(self, entry: TokenLogprob) -> TokenText:
-        """An engine's log probability with its bytes and those of its alternatives."""
-        top = tuple(TokenText(token_id=id_, logprob=value, data=self(id_)) for id_, value in entry.top)
-        return TokenText(token_id=entry.token_id, logprob=entry.logprob, data=self(entry.token_id), top=top)
 
     def _look_up(self, token_id: int) -> bytes:
         if self._tokenizer is None:

@@ -1,0 +1,212 @@
+"""What request bodies are made of: messages, formats, options; typed and checked like the bodies in `wire`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
+
+from buddymoe_ray.engine.json_schema import checked_output
+from buddymoe_ray.errors import RequestError
+from buddymoe_ray.serve.work import ChatMessage, Terms
+from buddymoe_ray.types import Mode, StructuredOutput
+
+__all__ = ["BuddyOptions", "Message", "NamedTool", "ResponseFormat", "StreamOptions", "Tool", "WireBody", "chosen_tool"]
+
+
+class WireBody(BaseModel):
+    """A JSON object whose fields are all known, and of the type that they are written as."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def _unsupported(value: object) -> None:
+    if value not in (None, [], False):
+        raise PydanticCustomError("unsupported", "unsupported")
+
+
+Unsupported = Annotated[None, BeforeValidator(_unsupported)]  # a standard field whose empty value alone is understood
+
+
+class StreamOptions(WireBody):
+    """`stream_options`. `continuous_usage_stats` (vLLM's) puts what was used so far into every chunk."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Unsupported = None
+
+    @model_validator(mode="after")
+    def _usage_so_far_is_usage(self) -> StreamOptions:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise ValueError("continuous_usage_stats is true, must come with include_usage true")
+        return self
+
+
+class BuddyOptions(WireBody):
+    """The `buddymoe` block of a request; what is not given is the service's default.
+
+    `budget` is in nats of expected extra loss per generated token and belongs to mode `bounded`. `record` asks for
+    `usage.buddymoe.record`, and `replay` is such a record: the request is answered as it says.
+    """
+
+    mode: Mode | None = None
+    budget: float | None = Field(default=None, ge=0, le=1)
+    record: bool | None = None
+    replay: str | None = None
+
+    def terms(self) -> Terms:
+        """For a worker."""
+        return Terms(mode=self.mode, budget=self.budget, record=bool(self.record), replay=self.replay)
+
+
+def _content(value: object, info: ValidationInfo) -> object:
+    """Message content: a text, typed parts as a tuple of their texts, or None beside calls. Parts other than text are
+    refused."""
+    if isinstance(value, str) or (value is None and info.data.get("tool_calls")):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("must be a text, or a list of content parts")
+    texts = []
+    for part in value:
+        known = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        if not known or any(part[name] is not None for name in part.keys() - {"type", "text"}):
+            raise ValueError('content parts must be {"type": "text", "text": ...}; images and audio are not supported')
+        texts.append(part["text"])
+    return tuple(texts)
+
+
+class CalledFunction(WireBody):
+    """`function` of a call in a message."""
+
+    name: str = Field(min_length=1)
+    arguments: str
+
+
+class ToolCall(WireBody):
+    """A call that the assistant made before."""
+
+    id: str
+    type: Literal["function"] = "function"
+    index: int | None = None
+    function: CalledFunction
+
+    def record(self) -> dict[str, Any]:
+        """As templates know it: arguments are an object. Raises RequestError."""
+        try:
+            arguments = json.loads(self.function.arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise RequestError(
+                f"tool_calls holds arguments {self.function.arguments!r:.80}, must be a JSON object. "
+                "hint: send calls back as they came",
+                param="messages",
+            )
+        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+
+
+class OfferedFunction(WireBody):
+    """`function` of a tool. `strict` changes nothing: arguments are enforced where calls are forced."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(WireBody):
+    """What an answer may call."""
+
+    type: Literal["function"]
+    function: OfferedFunction
+
+    def record(self) -> dict[str, Any]:
+        """As templates know it."""
+        return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
+
+
+class NamedTool(WireBody):
+    """`tool_choice` of one tool, by its name."""
+
+    name: str
+
+
+def chosen_tool(value: Any) -> Literal["none", "auto", "required"] | NamedTool | None:
+    """`tool_choice` in any of its forms. Raises ValueError."""
+    if value is None or value in ("none", "auto", "required"):
+        return value  # type: ignore[no-any-return]
+    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError('must be none, auto, required or {"type": "function", "function": {"name": ...}}')
+    return NamedTool(name=function["name"])
+
+
+class Message(WireBody):
+    """One chat message: text only. Clients send replies back as they came, with fields that are empty here."""
+
+    role: str
+    annotations: Unsupported = None
+    audio: Unsupported = None
+    function_call: Unsupported = None
+    refusal: Unsupported = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    content: Annotated[str | tuple[str, ...] | None, BeforeValidator(_content)] = Field(None, validate_default=True)
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _role_is_known(self) -> Message:
+        if self.role not in ("system", "developer", "user", "assistant", "tool"):
+            raise ValueError(f"role is {self.role!r}, must be system, developer, user, assistant or tool")
+        return self
+
+    @model_validator(mode="after")
+    def _fields_are_the_roles(self) -> Message:
+        if (self.tool_calls or self.reasoning_content) and self.role != "assistant":
+            raise ValueError(f"tool_calls and reasoning_content are given, must be of role assistant, not {self.role}")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise ValueError("tool_call_id must be given with role tool, and with no other")
+        return self
+
+    def record(self) -> ChatMessage:
+        """As templates know it: `developer` is OpenAI's newer name of `system`."""
+        role = "system" if self.role == "developer" else self.role
+        return ChatMessage(
+            role=role,
+            content=self.content,
+            name=self.name,
+            reasoning_content=self.reasoning_content,
+            tool_calls=tuple(call.record() for call in self.tool_calls or ()),
+            tool_call_id=self.tool_call_id,
+        )
+
+
+class JsonSchema(WireBody):
+    """`response_format.json_schema`. `strict` changes nothing: what is asked for is enforced."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | bool = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(WireBody):
+    """`response_format`: what the whole text must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_goes_with_type(self) -> ResponseFormat:
+        if (self.json_schema is None) == (self.type == "json_schema"):
+            raise ValueError("json_schema and type must go together: type json_schema has a json_schema, no other one")
+        return self
+
+    def output(self) -> StructuredOutput | None:
+        """The same for an engine. Raises RequestError for a schema that cannot be enforced."""
+        if self.json_schema is not None:
+            return checked_output({"json": self.json_schema.schema_}, "response_format.json_schema.schema")
+        return checked_output({"json_object": True}, "response_format") if self.type == "json_object" else None
