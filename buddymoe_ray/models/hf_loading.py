@@ -103,7 +103,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     check_config(text, text_part(read_json(where)), str(where))
     if text is not config:
         text.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
-        text.eos_token_id = getattr(config, "eos_token_id", None) or text.eos_token_id
+        ends = getattr(config, "eos_token_id", None)
+        text.eos_token_id = text.eos_token_id if ends is None else ends
     return text
 
 

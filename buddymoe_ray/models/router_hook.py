@@ -9,10 +9,13 @@ Legend: T tokens, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from buddymoe_ray.errors import UnsupportedModel
 from buddymoe_ray.models.row_kernels import SoftmaxRouter
@@ -96,6 +99,9 @@ def _choice(router: nn.Module, E: int, K: int) -> Callable[[Tensor], Tensor]:
     if isinstance(forward, SoftmaxRouter):
         return lambda hidden_TD: forward.compute(hidden_TD)[2]
 
+    if len(signature(forward).parameters) > 1:  # corrections or tokens, which a guess does without
+        forward = partial(functional.linear, weight=next(filter(partial(_of_experts, E), router.parameters())))
+
     def choose(hidden_TD: Tensor) -> Tensor:
         with torch.inference_mode():
             return _logits(forward(hidden_TD), E).topk(K, dim=-1).indices
@@ -114,7 +120,11 @@ def _logits(output: object, E: int) -> Tensor:
 
 def _is_router(module: nn.Module, E: int) -> bool:
     """A router maps hidden states to one logit per expert, by its own weight or by a linear inside it."""
-    return any(p.ndim == 2 and p.shape[0] == E for p in module.parameters()) and not hasattr(module, "_apply_gate")
+    return any(_of_experts(E, p) for p in module.parameters()) and not hasattr(module, "_apply_gate")
+
+
+def _of_experts(E: int, parameter: Tensor) -> bool:
+    return parameter.ndim == 2 and parameter.shape[0] == E
 
 
 def _keeper(layer: int, E: int, sigmoid: bool, into: MutableMapping[int, Tensor]):  # type: ignore[no-untyped-def]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from functools import wraps
 from inspect import signature
 from typing import Any
 
@@ -178,6 +179,7 @@ def _by_rows(module: nn.Module) -> Callable[..., Any]:
     made = {id(weight): CpuLinear(weight.detach(), None, weight.dtype, None) for weight in weights}
     forward, mode = module.forward, _LinearsByRows(made)
 
+    @wraps(forward)
     def by_rows(*args: Any, **kwargs: Any) -> Any:
         with mode:
             return forward(*args, **kwargs)

@@ -11,8 +11,8 @@ from tiny_configs import TINY_CONFIGS
 
 from buddymoe_ray.errors import UnsupportedModel
 from buddymoe_ray.models.experts_hook import attach
-from buddymoe_ray.models.load import load_model
-from buddymoe_ray.models.router_hook import attach_router_scores
+from buddymoe_ray.models.load import load_model, on_kernels
+from buddymoe_ray.models.router_hook import attach_router_scores, router_choices
 
 
 @pytest.mark.parametrize("family", sorted(TINY_CONFIGS))
@@ -60,6 +60,17 @@ def test_the_top_k_is_taken_from_the_scores(family: str, tmp_path: Path) -> None
             assert len(set(named.tolist())) == len(named)
             if not passed_over:
                 assert best in named.tolist()
+
+
+@pytest.mark.parametrize("family", TINY_CONFIGS)
+def test_what_the_next_layer_wants_is_guessed_from_rows_alone(family: str, tmp_path: Path) -> None:
+    loaded = on_kernels(load_model(build_checkpoint(family, tmp_path), dtype=torch.float32), "native")
+    K, counts = loaded.experts_per_token, loaded.layout.experts_per_layer
+    choices = router_choices(loaded.model, loaded.experts, counts, experts_per_token=K)
+    assert len(choices) == (0 if family == "zaya" else len(counts))
+    for choose, experts in zip(choices, counts, strict=False):
+        ids_TK = choose(torch.randn(5, loaded.hidden_size))
+        assert ids_TK.shape == (5, K) and int(ids_TK.max()) < experts
 
 
 def test_a_layer_without_router_is_refused() -> None:
