@@ -46,7 +46,7 @@ from buddymoe_ray.moe import (
     WaveCompute,
 )
 from buddymoe_ray.observe import progress
-from buddymoe_ray.policy import MIN_SLOTS, Staging, plan_staging, split_slots
+from buddymoe_ray.policy import MIN_SLOTS, Staging, lend_reserved, plan_staging, split_slots
 from buddymoe_ray.residency.calibrations import CalibrationFolder, calibrates, reserved_bytes
 from buddymoe_ray.residency.sharing import Sharing, open_host, open_store
 from buddymoe_ray.residency.standin_records import load_records, open_standins
@@ -231,7 +231,10 @@ def plan_memory(
         CalibrationFolder(path.parent).discard()
         setup = None
     if setup is None:
-        return _exact_plan(layout, budgets, _reserved(config, layout, budgets, device)), None, staging
+        plan = _exact_plan(layout, budgets, _reserved(config, layout, budgets, device))
+        if node is None and device.type == "cpu":  # elsewhere the memory of slots cannot be given back
+            plan = lend_reserved(plan, plan.reserved_bytes, layout.experts_per_layer)
+        return plan, None, staging
     return setup.plan, setup, staging
 
 
