@@ -14,7 +14,7 @@ from math import prod
 
 import torch
 
-from buddymoe_ray.calibrate.rounding import moment, round_compensated
+from buddymoe_ray.calibrate.rounding import Metric, moment, round_in
 from buddymoe_ray.engine.parts import EngineParts
 from buddymoe_ray.kernels import LowbitFormat
 
@@ -57,10 +57,11 @@ def compensated_seconds(
     passes: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Seconds to round `experts` experts to each of `widths` widths, with `rows` calibration rows each.
+    """Seconds of one core to round `experts` experts to each of `widths` widths, with `rows` calibration rows each.
 
     Every matrix of an expert (`shapes`, `[out, in]`) is tried cut to at most 256 x 2048, and the time taken for
-    proportional to N K^2 (the error feedback), that of the moments to R K^2. Rough: within a factor of two or so.
+    proportional to N K^2 (the error feedback), that of moments to R K^2 and of their factors to K^3. Rough: within a
+    factor of two or so.
     """
     if not experts or not widths:
         return 0.0
@@ -80,6 +81,9 @@ def _tried(N: int, K: int, rows: int, widths: int, passes: int, clock: Callable[
         begun = clock()
         H_KK = moment(x_RK)
         seen = clock()
-        round_compensated(W_NK, H_KK, LowbitFormat(bits=_BITS), passes=passes)
-        tries.append((seen - begun) * rows / max(1, r) + (clock() - seen) * N / n)
-    return widths * (K / k) ** 2 * min(tries)
+        metric = Metric.of(H_KK)
+        known = clock()
+        round_in(W_NK, metric, LowbitFormat(bits=_BITS), passes=passes)
+        once = (seen - begun) * rows / max(1, r) * (K / k) ** 2 + (known - seen) * (K / k) ** 3
+        tries.append(once + widths * (clock() - known) * N / n * (K / k) ** 2)
+    return min(tries)

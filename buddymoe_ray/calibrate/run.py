@@ -152,10 +152,8 @@ def _profile(
             kinds=options.kinds or (),
             folder=standins_folder(options.out),
             model_hash=fingerprint,
-            fitting=Fitting(
-                compensated=_compensated(options, parts, trace.tokens),
-                rank=options.rank,
-                fitted_on=_digest(windows)[:16],
+            fitting=replace(
+                _rounding(options, parts, trace.tokens), rank=options.rank, fitted_on=_digest(windows)[:16]
             ),
             progress=progress,
         )
@@ -201,28 +199,31 @@ def _wants_budgets(options: CalibrationOptions, footprint: Footprint) -> bool:
     return wanted
 
 
-def _compensated(options: CalibrationOptions, parts: EngineParts, tokens: int) -> bool:
-    """Whether to round with error compensation; `auto` tries how long that would take."""
-    if options.compensated is not None:
-        return options.compensated
+def _rounding(options: CalibrationOptions, parts: EngineParts, tokens: int) -> Fitting:
+    """With error compensation and as many passes as there is time for, else plain; `auto` tries how long that takes."""
     layout = parts.experts.cache.layout
     math = expert_math(parts.loaded.experts[0], layout)
-    experts = sum(layout.experts_per_layer)
-    seconds = compensated_seconds(
-        parameter_shapes(parts, math),
-        experts=experts,
-        widths=sum(kind.startswith("lowbit") and kind != "lowbit8" for kind in options.kinds or ()),
-        rows=tokens * parts.loaded.experts_per_token // max(layout.experts_per_layer),
-        passes=PASSES,
-    )
-    within = seconds <= 60 * options.rounding_minutes
-    if not within:
+    experts, minutes = sum(layout.experts_per_layer), 0.0
+    for passes in PASSES if options.compensated is not False else ():
+        seconds = compensated_seconds(
+            parameter_shapes(parts, math),
+            experts=experts,
+            widths=sum(kind.startswith("lowbit") and kind != "lowbit8" for kind in options.kinds or ()),
+            rows=tokens * parts.loaded.experts_per_token // max(layout.experts_per_layer),
+            passes=passes,
+        )
+        minutes = seconds / 60 / options.config.threads
+        if minutes <= options.rounding_minutes:
+            return Fitting(passes=passes)
+    if options.compensated:
+        return Fitting(passes=PASSES[-1])
+    if options.compensated is None:
         log.warning(
             "rounding %d experts with error compensation would take about %.0f minutes, more than %g: plain rounding "
             "is used, which errs more. hint: --rounding compensated, or fewer --kinds",
-            *(experts, seconds / 60, options.rounding_minutes),
+            *(experts, minutes, options.rounding_minutes),
         )
-    return within
+    return Fitting(compensated=False)
 
 
 def _check_writable(out: Path) -> None:

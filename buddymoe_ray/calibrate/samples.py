@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from buddymoe_ray.cache import EngineCache
+from buddymoe_ray.calibrate.rounding import ExpertRows
 from buddymoe_ray.calibrate.trace import Trace
 from buddymoe_ray.kernels import ExpertMath, expert_forward, plain_weights
 
@@ -63,6 +65,12 @@ class ExpertSample:
         if self.own >= ENOUGH:
             rows_R = rows_R[(rows_R % _HELD != _HELD - 1) | (rows_R >= self.own)]
         return rows_R if most is None else _spread(rows_R, most)
+
+    @cached_property
+    def rounded_for(self) -> ExpertRows:
+        """All rows to fit on, for the roundings of all widths."""
+        rows_R = self.fitted()
+        return ExpertRows(self.weights, self.inputs(rows_R), self.weight_R[rows_R], plain_math(self.math))
 
     def held(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Blocks `(x_nD, y_nD, weight_n)` of rows that nothing is fitted on, each spread over the whole text.

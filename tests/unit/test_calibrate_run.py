@@ -333,8 +333,9 @@ def test_the_estimate_grows_with_the_work() -> None:
         return compensated_seconds(shapes, **chosen, clock=lambda: float(next(ticks)))
 
     once = estimate()
-    assert once == pytest.approx(8 * ((1 + 2) + (1 + 1))), "512 outputs are two tries of 256"
-    assert estimate(experts=16) == pytest.approx(2 * once) and estimate(widths=3) == pytest.approx(3 * once)
+    assert once == pytest.approx(8 * ((1 + 1 + 2) + (1 + 1 + 1))), "512 outputs are two tries of 256"
+    assert estimate(experts=16) == pytest.approx(2 * once)
+    assert estimate(widths=3) == pytest.approx(once + 2 * 8 * (2 + 1)), "moments and factors are for all widths"
     assert estimate(rows=1024) == pytest.approx(once + 8 * 2) and estimate(experts=0) == 0 == estimate(widths=0)
 
 
