@@ -125,6 +125,8 @@ def _emit(profile: Profile, out: Path, report: Path) -> None:
 
 
 def _print(profile: Profile, out: Path, report: Path) -> None:
+    from buddymoe_ray.calibrate.report import next_command
+
     if profile.comparison:
         print_table(
             [asdict(row) for row in profile.comparison],
@@ -156,6 +158,7 @@ def _print(profile: Profile, out: Path, report: Path) -> None:
             "report": str(report),
             "calibrated on": f"{profile.calibration_tokens:,} tokens",
             "recommended": f"{profile.recommended or 'no stand-in'}: {profile.reason}",
+            "next": next_command(profile),
         }
     )
 
