@@ -117,7 +117,7 @@ def fill(
         starter.spare_room()
     checked, fitted = texts[:_CHECKED_TEXTS], texts[_CHECKED_TEXTS:]
     longest = min(_TRACED_WINDOW + 1, shape.max_positions)
-    config = EngineConfig(model=model, memory=str(maker_bytes), device="cpu", max_model_len=longest, max_running=1)
+    config = EngineConfig(model=model, memory=str(maker_bytes), device="cpu", max_model_len=longest, max_running=2)
     left = record_bytes - maker_bytes
     calibrate(
         CalibrationOptions(

@@ -166,9 +166,12 @@ class PlannedStandins:
         """Of the records."""
         return StandinPool.nbytes_for(self.setup.layouts, self.setup.kind_of)
 
-    def open(self, loaded: LoadedModel) -> Standins:
-        """Load the records."""
-        _, pool = load_records(self.setup, loaded, self.staging, None)
+    def load(self, loaded: LoadedModel) -> StandinPool:
+        """The records, in memory."""
+        return load_records(self.setup, loaded, self.staging, None)[1]
+
+    def open(self, loaded: LoadedModel, pool: StandinPool) -> Standins:
+        """What answers with them."""
         return open_standins(self.setup, loaded, self.maths, pool, self.threads)
 
 
