@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import stat
 import subprocess
@@ -248,6 +249,30 @@ def test_requests_decide_where_own_texts_say_nothing(
         assert all(r.usage.mode == mode and r.usage.standins.lowbit > 0 for r in later)
         engine._scheduler.check_integrity()
         assert engine.snapshot().free_kv_blocks == engine.snapshot().total_kv_blocks
+
+
+def test_a_shift_of_domain_takes_trust_back(model: Path, cache: Path) -> None:
+    """Stand-ins calibrated on what the model writes are confirmed by code, and cost several times as much in a script
+    that it never saw: that is noticed, and it is exact from then on."""
+    rng = random.Random(0)
+    with served(model, cache, guard_share=1.0) as llm:
+
+        def ask(prompt: str) -> str:
+            usage = llm.generate(prompt, max_tokens=32)[0].usage
+            llm.engine.drain()  # what was sampled is computed again
+            return usage.mode
+
+        assert {ask(PROMPTS[at % 4] + f"# {at}\n") for at in range(12)} == {"bounded"}
+        trusted = llm.engine.snapshot()
+        assert trusted.calibration.state == "ready" and trusted.calibration.factor < 1.5, "requests have confirmed it"
+        foreign = ["".join(chr(rng.randrange(0x430, 0x450)) for _ in range(80)) for _ in range(24)]
+        modes = [ask(text) for text in foreign]
+        noticed = modes.index("exact")
+        assert 0 < noticed <= 16 and set(modes[noticed:]) == {"exact"}
+        now = llm.engine.snapshot()
+        assert now.calibration.state == "collecting" or now.guard.state == "tripped"
+        again, exact = (llm.generate(foreign[0], max_tokens=16, **how)[0] for how in ({}, {"mode": "exact"}))
+        assert again.token_ids == exact.token_ids and again.usage.standins.total == 0
 
 
 def test_what_cannot_be_calibrated_is_said(model: Path, cache: Path, tmp_path: Path) -> None:
