@@ -31,6 +31,7 @@ from buddymoe_ray.kernels.rounding import (
 
 __all__ = ["Metric", "moment", "round_compensated", "round_in", "unbiased", "weighted_error"]
 
+_NEAR = 4 * GROUP
 _TRIED_ROWS = 128
 """Of the outputs, about: what their errors say of the whole matrix is right to a few per cent."""
 
@@ -159,27 +160,31 @@ def _inverse_factor(H: Tensor) -> Tensor | None:
 
 
 def _feedback(W: Tensor, U_KK: Tensor, order: Tensor, fmt: LowbitFormat, base: float) -> Rounded:
-    """GPTQ in blocks of one group: round an input, spread its error over the inputs still to come."""
+    """GPTQ in blocks of one group: round an input, spread its error over the inputs still to come; to those far away
+    the errors of a few groups at once, which reads them less often."""
     (N, K), size = W.shape, GROUP
     left_KN = W.T[order].contiguous()  # inputs first: the loop runs over contiguous rows
-    codes_KN = torch.empty_like(left_KN)
+    codes_KN, errors_KN = torch.empty_like(left_KN), torch.empty_like(left_KN)
     code_NG = torch.empty(N, K // size, dtype=torch.uint8, device=W.device)
     centre = (fmt.levels - 1) / 2
     for at in range(0, K, size):
-        block, codes, U = left_KN[at : at + size], codes_KN[at : at + size], U_KK[at : at + size]
-        local = U[:, at : at + size]
+        span, near = slice(at, at + size), -(-(at + size) // _NEAR) * _NEAR
+        block, codes, errors = left_KN[span], codes_KN[span], errors_KN[span]
+        local = U_KK[span, span]
         weight = local.diagonal().pow(-2).view(1, 1, -1)
         code = nearest_code(search_scale(block.T.unsqueeze(1), fmt, FINE_SHARES, weight), base)
         code_NG[:, int(order[at]) // size] = code[:, 0]
         scale = scale_of(code[:, 0], base)
         inverse = 1 / scale
-        errors = torch.empty_like(block)
         steps = local.diagonal().tolist()
         for i in range(size):
             _round_into(codes[i], block[i], inverse, fmt)
             torch.sub(block[i], (codes[i] - centre).mul_(scale), out=errors[i]).div_(steps[i])
             block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
-        left_KN[at + size :].addmm_(U[:, at + size :].T, errors, alpha=-1)
+        if at + size < near:
+            left_KN[at + size : near].addmm_(U_KK[span, at + size : near].T, errors, alpha=-1)
+        else:
+            left_KN[near:].addmm_(U_KK[near - _NEAR : near, near:].T, errors_KN[near - _NEAR : near], alpha=-1)
     q = codes_KN.to(torch.uint8)[order.argsort()].T.contiguous()
     return Rounded(q, code_NG, base)
 
