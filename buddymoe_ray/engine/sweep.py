@@ -103,7 +103,8 @@ class Sweep:
         for at, plan in enumerate(planned):
             if isinstance(plan, BudgetError):
                 continue
-            if not groups or sum((held | {plan.setup.binding: plan.nbytes}).values()) > self._room:
+            more = 0 if plan.setup.binding in held else plan.nbytes
+            if not groups or (more and sum(held.values()) + more > self._room):
                 groups.append({})
                 held.clear()
             groups[-1][at] = plan
