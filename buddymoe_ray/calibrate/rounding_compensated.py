@@ -1,7 +1,8 @@
 """Rounds one matrix so that its outputs change least: error feedback, refitted scales, coordinate descent.
 
 Does not know models, layers or corpora: weights and second moments of their inputs come in, codes go out. Invariant:
-each stage keeps or lowers tr((W - Q) H (W - Q)^T), the mean squared output error, and none ends above plain rounding.
+each stage keeps or lowers tr((W - Q) H (W - Q)^T), the mean squared output error, and none ends above plain rounding,
+as far as some rows tell of all.
 Neighbours: kernels.rounding is the start, rounding.py rounds whole experts.
 
 Legend: N outputs, n some of them, K inputs, G groups of a row, S inputs in a group, R rows (tokens).

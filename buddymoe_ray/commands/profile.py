@@ -59,10 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="some of lowbit2,lowbit3,lowbit4,lowbit8,lowrank,mean,buddy; default all, of large models the first three",
     )
     parser.add_argument(
-        "--rounding", choices=sorted(_COMPENSATED), default="auto", help="of low-bit copies; auto looks at the time"
+        "--rounding",
+        choices=sorted(_COMPENSATED),
+        default="auto",
+        help="of low-bit copies; auto compensates what it may",
     )
     parser.add_argument(
-        "--rounding-minutes", type=float, default=30.0, help="most that auto gives compensated rounding"
+        "--rounding-minutes", type=float, default=30.0, help="that auto compensates, worst experts first"
     )
     parser.add_argument("--rank", type=int, default=8, help="rank of low-rank maps")
     parser.add_argument(
