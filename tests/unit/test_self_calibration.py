@@ -108,7 +108,7 @@ class Unfinished:
         """The other process is done: the engines learn of it, and take over."""
         os.replace(self._folder / "measured.later", self._folder / "measured.json")
         self._locks.close()
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         while not all(engine.snapshot().calibration.state == "ready" for engine in engines):
             assert time.monotonic() < until, [engine.calibration.snapshot() for engine in engines]
             time.sleep(0.05)
@@ -165,7 +165,7 @@ def test_experts_have_the_memory_of_records_while_nobody_else_has(
         engine, folder = llm.engine, folder_in(tmp_path / "cache").path
 
         def slots(reached: Callable[[], bool]) -> int:
-            until = time.monotonic() + 60
+            until = time.monotonic() + 300
             while not reached():
                 assert time.monotonic() < until, engine.calibration.snapshot()
                 time.sleep(0.01)
@@ -179,10 +179,10 @@ def test_experts_have_the_memory_of_records_while_nobody_else_has(
 
         taken = slots((folder / "taken").exists)
         (folder / "taken").unlink()
-        spare = slots(lambda: any(engine.cache.plan.lent_slots))
-        assert (folder / "spare").exists() and taken + 8 < spare
+        spare = slots(lambda: any(engine.cache.plan.lent_slots) and (folder / "spare").exists())
+        assert taken + 8 < spare
         (folder / "spare").unlink()
-        assert slots((folder / "again").exists) == taken, "it goes on once it has the memory"
+        assert slots((folder / "again").exists) == taken, "it goes on only once it has the memory"
         (folder / "again").unlink()
         assert slots(lambda: any(engine.cache.plan.lent_slots)) > spare
         state = engine.snapshot().calibration
@@ -327,7 +327,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(tmp_path: Path, monkeypatc
     command += [str(model), "--into", str(folder.path), "--memory-percent", "50"]
     command += ["--maker-bytes", str(MAKER), "--record-bytes", str(ALL)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not list(folder.path.glob("made.standins/*.safetensors")) and time.monotonic() < until:
         time.sleep(0.005)
     process.kill()
