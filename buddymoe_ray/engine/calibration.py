@@ -53,7 +53,7 @@ __all__ = ["Calibration", "Checks"]
 log = logging.getLogger(__name__)
 
 _MODULE = "buddymoe_ray.calibrate.background"
-_TRIES, _LOGGED_SECONDS = 3, 15.0
+_TRIES, _LOGGED_SECONDS, _ASKED_AGAIN_SECONDS = 3, 15.0, 1.0
 _PACKED_PERCENT = 25.0
 """Experts are calibrated as stored: half the memory of packed ones would not hold a copy of each."""
 
@@ -202,7 +202,9 @@ class Calibration:
         self._resize = plan
         self.wake()
         while sum(cache.plan.lent_slots) > sum(plan.lent_slots) and not self._closed.is_set():
-            self._resized.wait(_LOGGED_SECONDS)
+            if not self._resized.wait(_ASKED_AGAIN_SECONDS):
+                self._resize = plan  # the step thread may have been taking an earlier one
+                self.wake()
             self._resized.clear()
 
     def _run(self, folder: CalibrationFolder) -> None:
