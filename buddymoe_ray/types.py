@@ -339,9 +339,10 @@ class SlotPlan:
     """How a device budget is cut into expert slots; decided by `policy.memory.split_slots`, followed by the cache.
 
     `layer_slots[l]` slots belong to MoE layer l, `wave_slots` to whoever needs one for a moment. `overhead_bytes` is
-    what staging, scratch and stand-ins take from the same budget; `reserved_bytes` of it are for records that are still
-    to be made, and for whoever makes them. `fully_resident` plans hold every expert and need no
-    waves. `pinned[l]`, where given, names the experts that keep layer l's slots for good.
+    what staging, scratch and stand-ins take from the same budget. `reserved_bytes` are for records that are still to be
+    made, and for whoever makes them: part of the overhead, but for `lent_slots[l]` of layer l's slots that have them
+    meanwhile. `fully_resident` plans hold every expert and need no waves. `pinned[l]`, where given, names the experts
+    that keep layer l's slots for good.
     """
 
     budget_bytes: int
@@ -352,6 +353,7 @@ class SlotPlan:
     fully_resident: bool
     pinned: tuple[tuple[int, ...], ...] = ()
     reserved_bytes: int = 0
+    lent_slots: tuple[int, ...] = ()
 
     @property
     def slots_total(self) -> int:

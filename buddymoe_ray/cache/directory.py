@@ -48,6 +48,7 @@ class Directory:
             self._partition += [partition] * count
             self._begin.append(start + count)
         self.first_wave = self._begin[self._waves]
+        self._count = list(plan.layer_slots)  # of each layer's slots, how many are in use
         self.leased: set[int] = set()
         self.kept: set[int] = set()  # of the call in progress: they stay in their layer's slots until it ends
         self.awaited: set[int] = set()  # wave slots with what will be asked for: nothing is read ahead into them
@@ -102,6 +103,28 @@ class Directory:
         self._expert_C[slot] = key.expert
         self.touch(slot)
 
+    def resize(self, layer: int, count: int) -> list[tuple[int, int]]:
+        """Use the first `count` of the layer's slots only, from now on; between calls. What is used least of what they
+        cannot hold is evicted; returns moves (from, to) of what they can, whose bytes are still to follow."""
+        assert not (self._claimed or self.leased), f"slots {self._claimed | self.leased} are in use, must not be"
+        begin, end = self._begin[layer : layer + 2]
+        limit = begin + count
+        assert limit <= end, f"layer {layer} has {end - begin} slots, cannot use {count}"
+        for _ in range(sum(key is not None for key in self.key_of[begin:end]) - count):
+            self._evict(layer, set())
+        self._count[layer] = count
+        self._free[layer] = [slot for slot in range(limit - 1, begin - 1, -1) if self.key_of[slot] is None]
+        moves = []
+        for slot in range(limit, end):
+            key = self.key_of[slot]
+            if key is not None:
+                to = self._free[layer].pop()
+                self._forget(slot, key)
+                self._claimed.add(to)
+                self.commit(key, to)
+                moves.append((slot, to))
+        return moves
+
     def bring(self, slot: int) -> None:
         """Nobody has asked for what the slot now holds."""
         if self._is_wave(slot):
@@ -133,9 +156,14 @@ class Directory:
         places = {(la, e): int(row[e]) for la, row in enumerate(self.at_E) for e in (row >= 0).nonzero()[0].tolist()}
         assert places == {k: self._address(s) for k, s in forward.items()}, f"addresses {places}, tables {forward}"
         free = [slot for slots in self._free for slot in slots]
+        unused = [
+            s for b, n, e in zip(self._begin, self._count, self._begin[1:], strict=False) for s in range(b + n, e)
+        ]
         held = [slot for slot, key in enumerate(self.key_of) if key is not None]
-        every = sorted([*free, *held, *self._claimed])
-        assert every == list(range(self.plan.slots_total)), f"free {free}, held {held}, claimed {self._claimed}"
+        every = sorted([*free, *held, *self._claimed, *unused])
+        assert every == list(range(self.plan.slots_total)), (
+            f"free {free}, held {held}, claimed {self._claimed}, {unused}"
+        )
         experts = [-1 if key is None else key.expert for key in self.key_of]
         assert experts == self._expert_C.tolist(), f"slots hold {experts}, of which {self._expert_C.tolist()} is known"
         assert self.awaited <= set(held), f"awaited {self.awaited}, held {held}"
@@ -163,11 +191,15 @@ class Directory:
         slot = begin + int(allowed[usage_C[allowed].argmin()])
         key = self.key_of[slot]
         assert key is not None, f"slot {slot} is evicted but empty"
+        self._forget(slot, key)
+        self.evictions += 1
+        return slot
+
+    def _forget(self, slot: int, key: ExpertKey) -> None:
+        """The slot no longer holds `key`."""
         self._expert_C[slot] = -1
         self.awaited.discard(slot)
         self.key_of[slot] = None
         self.slot_of[key.layer][key.expert] = -1
         self.resident_E[key.layer][key.expert] = False
         self.at_E[key.layer][key.expert] = -1
-        self.evictions += 1
-        return slot

@@ -109,8 +109,8 @@ class ExpertCache:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes allocated on the device for slots."""
-        return self._pool.nbytes
+        """Bytes of the slots in use."""
+        return self.plan.slots_total * self.layout.slot_bytes
 
     @property
     def read_mode(self) -> str:
@@ -230,6 +230,20 @@ class ExpertCache:
                 pass
         self._hits = self._misses = 0
         self.stall_seconds = 0.0
+
+    def resize(self, plan: SlotPlan) -> None:
+        """Keep to another plan from now on, of no more slots in any layer than at first; between two steps."""
+        self._ahead.settle()
+        first = 0
+        for layer, most in enumerate(self._directory.plan.layer_slots):
+            for slot, to in self._directory.resize(layer, plan.layer_slots[layer]):
+                self._pool.bytes_C[to] = self._pool.bytes_C[slot]
+                key = self._directory.key_of[to]
+                assert key is not None, f"slot {to} was moved to and holds nothing"
+                self._leases[slot], self._leases[to] = None, Lease(key, to, self._pool.renew(to), self._pool)
+            self._pool.release(first + plan.layer_slots[layer], first + most)
+            first += most
+        self.plan = plan
 
     def stats(self) -> CacheStats:
         """Counters so far; readable from any thread."""

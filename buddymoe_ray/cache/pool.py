@@ -8,7 +8,9 @@ Legend: C slots.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,12 +41,19 @@ class SlotMemory(Protocol):
 
 
 class SlotPool:
-    """`count` slots on `device`, laid out as `layout` says; `memory` is theirs where it is given."""
+    """`count` slots on `device`, laid out as `layout` says; `memory` is theirs where it is given. On a CPU their own
+    takes no room before it is written, nor once it is `release`d."""
 
     def __init__(self, layout: ExpertLayout, count: int, device: torch.device, memory: Tensor | None = None) -> None:
         assert layout.slot_bytes % 64 == 0, f"slot_bytes is {layout.slot_bytes}, must be a multiple of 64"
         self.count, self.device = count, device
-        if memory is None:
+        self._pages: mmap.mmap | None = None
+        if memory is None and device.type == "cpu" and count:
+            self._pages = mmap.mmap(-1, count * layout.slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with suppress(OSError):  # kernels without huge pages
+                self._pages.madvise(mmap.MADV_HUGEPAGE)
+            memory = torch.frombuffer(self._pages, dtype=torch.uint8)
+        elif memory is None:
             memory = torch.empty(count * layout.slot_bytes, dtype=torch.uint8, device=device)
         self.bytes_C = memory.view(count, layout.slot_bytes)
         self._begin = self.bytes_C.data_ptr()
@@ -63,6 +72,15 @@ class SlotPool:
     def address(self, slot: int) -> int:
         """Where the slot's bytes begin."""
         return self._begin + slot * self.bytes_C.shape[1]
+
+    def release(self, first: int, end: int) -> None:
+        """Give back the memory of slots that hold nothing, but for what shares a page with others: it is 0 until it is
+        written again."""
+        assert self._pages is not None, f"slots are on {self.device}, must be in pages of this process"
+        size, page = self.bytes_C.shape[1], mmap.PAGESIZE
+        begin, stop = -(-first * size // page) * page, end * size // page * page
+        if begin < stop:
+            self._pages.madvise(mmap.MADV_DONTNEED, begin, stop - begin)
 
     def renew(self, slot: int) -> int:
         """Void every lease of the slot; returns the new generation."""

@@ -2,8 +2,8 @@
 
 An engine without profile starts it. The model writes texts (with its experts in int4, so that hardly anything is read),
 is calibrated on them as `buddymoe profile` does it, and texts that nothing was fitted on tell what the stand-ins really
-cost. Niced; ends when its standard input does. One process at a time fills a folder, under a lock that goes with it;
-what is finished stays, by kind and layer.
+cost. Niced; ends when its standard input does, and asks the engine there for the memory of records while it holds some.
+One process at a time fills a folder, under a lock that goes with it; what is finished stays, by kind and layer.
 
 Tried on builtin:tiny at 25 % of memory, budget .003, held-out code: plain rounding where compensated takes half a
 minute: 25 % of misses fetched instead of 9. Texts of temperature 1 instead of .8: losses expected a third too high
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import stat
 import sys
 import threading
 import time
@@ -39,7 +40,13 @@ from buddymoe_ray.errors import BuddyMoEError, BudgetError, CacheError
 from buddymoe_ray.models.shape import describe
 from buddymoe_ray.models.standin_files import standins_folder
 from buddymoe_ray.policy import Measured
-from buddymoe_ray.residency.calibrations import SELF_MADE, CalibrationFolder, MakerProgress
+from buddymoe_ray.residency.calibrations import (
+    ROOM_SPARE,
+    ROOM_WANTED,
+    SELF_MADE,
+    CalibrationFolder,
+    MakerProgress,
+)
 from buddymoe_ray.residency.machine import available_memory_bytes
 from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent
 
@@ -48,7 +55,7 @@ __all__ = ["fill", "main"]
 log = logging.getLogger(__name__)
 
 _TEMPERATURE = 0.8
-_LEAST_TEXTS, _MOST_TEXTS, _CHECKED_TEXTS, _SIDE_BY_SIDE = 24, 112, 12, 32
+_LEAST_TEXTS, _MOST_TEXTS, _CHECKED_TEXTS, _SIDE_BY_SIDE = 20, 116, 12, 32
 _TRACED_WINDOW = 2 * WINDOW
 """Two texts: every pass reads all experts once."""
 _ROUNDING_MINUTES = 3.0
@@ -58,6 +65,7 @@ _SMALL_BYTES, _FEW_SCORED = 1 << 30, 384
 """Of larger models so many tokens are scored: each of their layers reads all experts, once for every text."""
 _PHASES = {"text": 15, "trace": 12, "stand-ins": 35, "sensitivity": 20, "comparison": 6, "check": 12}
 """Their shares of the whole, in per cent."""
+_FIRST_WITH_RECORDS = "sensitivity"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,22 +78,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--record-bytes", required=True, type=int, help="most bytes of experts and stand-ins together")
     args = parser.parse_args(argv)
     os.nice(10)
-    threading.Thread(target=_end_with_starter, daemon=True).start()
-    folder = CalibrationFolder(args.into)
+    starter, folder = _Starter(), CalibrationFolder(args.into)
     locks = FileLocks(os.open(folder.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     try:
         with locks.locked(TABLES_BYTE):
             if not folder.finished:
-                fill(folder, args.model, args.memory_percent, args.maker_bytes, args.record_bytes)
+                fill(folder, args.model, args.memory_percent, args.maker_bytes, args.record_bytes, starter)
     except BuddyMoEError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
 
 
-def fill(folder: CalibrationFolder, model: str, memory_percent: float, maker_bytes: int, record_bytes: int) -> None:
-    """Make all of it. Raises ProfileError, BudgetError, CheckpointError."""
-    told, shape = _Told(folder), describe(Path(model))
+def fill(
+    folder: CalibrationFolder,
+    model: str,
+    memory_percent: float,
+    maker_bytes: int,
+    record_bytes: int,
+    starter: _Starter | None = None,
+) -> None:
+    """Make all of it; where nobody else uses the `record_bytes` there is no `starter` to ask for them. Raises
+    ProfileError, BudgetError, CheckpointError."""
+    told, shape = _Told(folder, starter), describe(Path(model))
     need, free = shape.dense_bytes + record_bytes + _OTHER_BYTES, available_memory_bytes()
     if need > free:
         raise BudgetError(
@@ -94,11 +109,15 @@ def fill(folder: CalibrationFolder, model: str, memory_percent: float, maker_byt
         )
     texts = folder.text()
     if not texts:
+        if starter is not None:
+            starter.take_room()
         texts = _written(model, record_bytes, told.count)
         folder.write_text(texts)
+    if starter is not None:
+        starter.spare_room()
     checked, fitted = texts[:_CHECKED_TEXTS], texts[_CHECKED_TEXTS:]
     longest = min(_TRACED_WINDOW + 1, shape.max_positions)
-    config = EngineConfig(model=model, memory=str(maker_bytes), device="cpu", max_model_len=longest, max_running=1)
+    config = EngineConfig(model=model, memory=str(maker_bytes), device="cpu", max_model_len=longest, max_running=2)
     left = record_bytes - maker_bytes
     calibrate(
         CalibrationOptions(
@@ -123,7 +142,7 @@ def fill(folder: CalibrationFolder, model: str, memory_percent: float, maker_byt
 
 
 def _written(model: str, nbytes: int, progress: Callable[..., Iterable[Any]]) -> list[list[int]]:
-    """Texts of `WINDOW` tokens, each begun with any token."""
+    """Texts of `WINDOW` tokens, each begun with any token; a few more or less, as they are written side by side."""
     config = EngineConfig(
         model=model, memory=str(nbytes), device="cpu", max_model_len=WINDOW, max_running=_SIDE_BY_SIDE
     )
@@ -133,6 +152,7 @@ def _written(model: str, nbytes: int, progress: Callable[..., Iterable[Any]]) ->
         log.warning("%s writes with its experts as stored: %s", model, error)
         parts = build_parts(config, text=False)
     count = _CHECKED_TEXTS + max(_LEAST_TEXTS, min(_MOST_TEXTS, traced_tokens(parts) // WINDOW))
+    count = round(count / _SIDE_BY_SIDE) * _SIDE_BY_SIDE or count
     firsts = np.random.default_rng(0).integers(0, parts.vocab_size, count).tolist()
     engine, texts = Engine(parts), {str(at): [first] for at, first in enumerate(firsts)}
     sampling = SamplingParams(temperature=_TEMPERATURE, max_tokens=WINDOW - 1, ignore_eos=True)
@@ -188,13 +208,19 @@ def _checked(
 
 
 class _Told:
-    """Writes how far it all is into the folder, at most once a second."""
+    """Writes how far it all is into the folder, at most once a second, and asks the `starter` for the memory of
+    records before there are any in memory."""
 
-    def __init__(self, folder: CalibrationFolder) -> None:
-        self._folder, self._then = folder, 0.0
+    def __init__(self, folder: CalibrationFolder, starter: _Starter | None) -> None:
+        self._folder, self._starter, self._then = folder, starter, 0.0
 
     def count(self, items: Iterable[Any], *, total: int, desc: str) -> Iterator[Any]:
         """The items, counted."""
+        if desc == _FIRST_WITH_RECORDS and self._starter is not None:
+            self._starter.take_room()
+        return self._counted(items, total, desc)
+
+    def _counted(self, items: Iterable[Any], total: int, desc: str) -> Iterator[Any]:
         before = sum(share for name, share in _PHASES.items() if list(_PHASES).index(name) < list(_PHASES).index(desc))
         for at, item in enumerate(items):
             self.say(desc, before + _PHASES[desc] * at / max(1, total))
@@ -210,11 +236,29 @@ class _Told:
             self._folder.write_progress(MakerProgress(percent=percent, phase=phase, record_bytes=nbytes))
 
 
-def _end_with_starter() -> None:
-    """Whoever started this holds the other end of standard input."""
-    while os.read(0, 1):
-        pass
-    os._exit(3)
+class _Starter:
+    """Whoever started this holds the other end of standard input; an engine's is a socket."""
+
+    def __init__(self) -> None:
+        self._given, self._asks = threading.Event(), stat.S_ISSOCK(os.fstat(0).st_mode)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def take_room(self) -> None:
+        """Have the engine give up what it has there."""
+        if self._asks:
+            self._given.clear()
+            os.write(0, ROOM_WANTED)
+            self._given.wait()
+
+    def spare_room(self) -> None:
+        """Let the engine have it."""
+        if self._asks:
+            os.write(0, ROOM_SPARE)
+
+    def _listen(self) -> None:
+        while os.read(0, 1):
+            self._given.set()
+        os._exit(3)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ BENT = 0.1
 """A symlog axis is linear within this of zero: rises span four orders of magnitude and may be below zero."""
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # in XML
 _LEVELS = 15
+_INCHES = (5.8, 4.6)
+"""Narrow, so that labels can be read where a page is as narrow as a phone."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,7 +67,7 @@ def line_chart(lines: Sequence[Line], *, x: str, y: str, **axes: Any) -> Figure 
     plot.set(**axes)
     for axis in (plot.xaxis, plot.yaxis):
         axis.set_major_formatter("{x:g}")
-    plot.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -87,8 +89,7 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
     from cycler import cycler
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.2))
-    figure.subplots_adjust(left=0.09, right=0.77, bottom=0.13, top=0.96)
+    figure = Figure(figsize=_INCHES, layout="constrained")
     plot = figure.add_subplot(xlabel=x, ylabel=y)
     plot.set_prop_cycle(cycler(linestyle=["-", ":"]) * cycler(color=matplotlib.color_sequences["petroff10"]))
     plot.grid(axis="y", color="#e4e4e4")
@@ -106,7 +107,7 @@ def embedded(figure: Figure | None, alt: str) -> Markup:
     drawn = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "buddymoe"}):
         figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return Markup('<img src="data:image/svg+xml;base64,{}" alt="{}"/>').format(_base64(drawn), alt)
+    return Markup('<img class="chart" src="data:image/svg+xml;base64,{}" alt="{}"/>').format(_base64(drawn), alt)
 
 
 def ramp() -> list[tuple[int, int, int]]:

@@ -24,7 +24,7 @@ from buddymoe_ray.engine.evaluate import EvalResult
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.models.profile import BudgetPoint, ComparisonRow, Profile, save_profile
 
-__all__ = ["LossOptions", "measure_budgets", "measure_losses"]
+__all__ = ["LossOptions", "measure_budgets", "measure_losses", "within"]
 
 _FEWER_WINDOWS, _DEEP = 4, 8
 """Sensitivities of models with more layers than this are measured on one of so many windows."""
@@ -171,6 +171,11 @@ def _measured(kind: type[ComparisonRow] | type[BudgetPoint], row: EvalResult) ->
     return {field.name: getattr(row, field.name) for field in fields(kind) if hasattr(row, field.name)}
 
 
+def within(row: ComparisonRow) -> bool:
+    """Whether its rise may be as little as a stand-in may cost that is recommended."""
+    return row.dppl_percent - 2 * row.dppl_se <= _WITHIN_PERCENT
+
+
 def _recommend(profile: Profile) -> Profile:
     """The stand-in of least divergence at the memory nearest to half, and whether it is within the default budget."""
     memories = sorted({row.memory_percent for row in profile.comparison}, key=lambda m: (abs(m - 50), m))
@@ -183,6 +188,6 @@ def _recommend(profile: Profile) -> Profile:
         f"{best.memory_percent:g} % memory with nothing fetched (divergence {best.kl:.2g} nats), the least of "
         f"{len(rows)}"
     )
-    if best.dppl_percent - 2 * best.dppl_se > _WITHIN_PERCENT:
+    if not within(best):
         return replace(profile, recommended=None, reason=f"{said}; more than {_WITHIN_PERCENT} %")
     return replace(profile, recommended=best.standin, reason=said)

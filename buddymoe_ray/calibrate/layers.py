@@ -9,11 +9,11 @@ Legend: L layers, E experts, B bytes of a record.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,10 +30,11 @@ from buddymoe_ray.models.expert_math import expert_math
 from buddymoe_ray.models.shard_writer import check_space
 from buddymoe_ray.models.standin_files import StandinWriter
 
-__all__ = ["LayerTables", "make_layers", "parameter_shapes"]
+__all__ = ["LayerTables", "make_layers"]
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Floats = npt.NDArray[np.float32]
 
 
@@ -64,6 +65,7 @@ def make_layers(
     """Make and measure all stand-ins. Layers of an earlier run by the same recipe are
     kept and only measured. Raises ProfileError when records cannot be written.
     """
+    clock, left = fitting.clock, 60 * fitting.minutes  # every layer gets its share of what is left
     cache, loaded = parts.experts.cache, parts.loaded
     counts = cache.layout.experts_per_layer
     L, E = len(counts), max(counts)
@@ -75,7 +77,7 @@ def make_layers(
     files = [_Files(RecordMaker(kind=kind, math=maths[0], fitting=fitting), parts, folder, model_hash) for kind in own]
     _check_room(folder, files, counts)
     reached_LE = np.zeros((L, E), dtype=bool)
-    units = [layer for layer in range(L) for _ in range(counts[layer])]
+    improved, units = 0, range((1 + fitting.compensated) * sum(counts))
     bar = iter(progress(units, total=len(units), desc="stand-ins"))
     for layer in range(L):
         math, reached_E = maths[layer], reached_LE[layer]
@@ -87,6 +89,13 @@ def make_layers(
             tables.energy_LE[layer, sample.expert] = energy
             for kind, error in errors.items():
                 tables.errors[kind][layer, sample.expert] = error
+        began = clock()
+        order = made.worst_first(_use_of_experts(trace, layer, counts[layer]), tables.errors, layer)
+        found = side_by_side(made.improve, walk(experts=order), parts.config.threads)
+        improved += _note(tables, layer, _until(found, clock, left / (L - layer)))
+        left -= clock() - began
+        for _ in range(fitting.compensated * counts[layer]):
+            next(bar, None)
         made.write()
         for table in (tables.energy_LE, *tables.errors.values()):
             _fill_rare(table[layer], reached_E)
@@ -96,7 +105,9 @@ def make_layers(
             tables.pair_scale_LEE[layer, : len(error_EE), : len(error_EE)] = scale_EE
     next(bar, None)
     tables.record_bytes = {one.maker.kind: one.nbytes for one in files}
-    _tell_rare(len(units) - int(reached_LE.sum()), len(units))
+    if fitting.compensated:
+        log.info("%d of %d experts were rounded with error compensation, the worst first", improved, sum(counts))
+    _tell_rare(sum(counts) - int(reached_LE.sum()), sum(counts))
     return tables
 
 
@@ -105,7 +116,7 @@ class _Files:
 
     def __init__(self, maker: RecordMaker, parts: EngineParts, folder: Path, model_hash: str) -> None:
         self.maker = maker
-        self.layout, self.nbytes = maker.layout(parameter_shapes(parts, maker.math), parts.loaded.hidden_size)
+        self.layout, self.nbytes = maker.layout(_parameter_shapes(parts, maker.math), parts.loaded.hidden_size)
         self.writer = StandinWriter(
             folder, maker.kind, layout=self.layout, record_bytes=self.nbytes, model_hash=model_hash, recipe=maker.recipe
         )
@@ -116,6 +127,7 @@ class _LayerRecords:
 
     def __init__(self, files: _Files, math: ExpertMath, layer: int, E: int) -> None:
         self.maker, self._files, self._layer = replace(files.maker, math=math), files, layer
+        self._error_E = np.zeros(E)
         found = files.writer.read(layer)
         self._found = found is not None
         self._records_EB = np.zeros((E, files.nbytes), np.uint8) if found is None else found
@@ -124,8 +136,22 @@ class _LayerRecords:
         """Make one expert's record, unless it is there; returns the error of what is kept."""
         layout, record_B = self._files.layout, self._records_EB[sample.expert]
         if not self._found:
-            record_B[:] = record_bytes(self.maker.make(sample), layout, self._files.nbytes)
-        return error_of(self.maker, sample, record_views(record_B, layout))
+            record_B[:] = record_bytes(self.maker.first.make(sample), layout, self._files.nbytes)
+        error = self._error_E[sample.expert] = error_of(self.maker, sample, record_views(record_B, layout))
+        return float(error)
+
+    @property
+    def improvable(self) -> bool:
+        """Whether what `add` made is not the best there is."""
+        return not self._found and self.maker.first is not self.maker
+
+    def improve(self, sample: ExpertSample) -> float:
+        """Make one expert's record again, better; returns the error of the one that is kept."""
+        better_B = record_bytes(self.maker.make(sample), self._files.layout, self._files.nbytes)
+        error, at = error_of(self.maker, sample, record_views(better_B, self._files.layout)), sample.expert
+        if error < self._error_E[at]:
+            self._records_EB[at], self._error_E[at] = better_B, error
+        return float(self._error_E[at])
 
     def write(self) -> None:
         """Write the layer's file."""
@@ -146,10 +172,45 @@ class _Layer:
             self.pairs.add(sample)
         return sample, energy_of(sample), {one.maker.kind: one.add(sample) for one in self._records}
 
+    def worst_first(self, use_E: npt.NDArray[np.float64], errors: Mapping[str, Floats], layer: int) -> list[int]:
+        """Experts whose records may be improved, those first that cost most: by use and error."""
+        kinds = [one.maker.kind for one in self._records if one.improvable]
+        loss_E = use_E * sum((errors[kind][layer, : len(use_E)] for kind in kinds), np.zeros(len(use_E)))
+        return np.argsort(-loss_E, kind="stable").tolist() if kinds else []
+
+    def improve(self, sample: ExpertSample) -> tuple[int, dict[str, float]]:
+        """Improve one expert's records; its number and, by kind, their errors."""
+        return sample.expert, {one.maker.kind: one.improve(sample) for one in self._records if one.improvable}
+
     def write(self) -> None:
         """Write the layer's files."""
         for one in self._records:
             one.write()
+
+
+def _until(items: Iterable[T], clock: Callable[[], float], seconds: float) -> Iterator[T]:
+    """As many of the items as there is time for, one at least."""
+    began = clock()
+    for item in items:
+        yield item
+        if clock() - began >= seconds:
+            return
+
+
+def _note(tables: LayerTables, layer: int, found: Iterable[tuple[int, Mapping[str, float]]]) -> int:
+    """Take over the errors, by kind, of experts; how many they are."""
+    count = 0
+    for expert, errors in found:
+        for kind, error in errors.items():
+            tables.errors[kind][layer, expert] = error
+        count += 1
+    return count
+
+
+def _use_of_experts(trace: Trace, layer: int, E: int) -> npt.NDArray[np.float64]:
+    """Summed squares of the slot weights of each expert's accesses, `[E]`."""
+    squares_N = trace.weights(layer).double().square().flatten().numpy()
+    return np.bincount(trace.ids(layer).flatten().numpy(), weights=squares_N, minlength=E).astype(np.float64)
 
 
 def _check_room(folder: Path, files: Sequence[_Files], counts: Sequence[int]) -> None:
@@ -175,7 +236,7 @@ def _tell_rare(rare: int, experts: int) -> None:
         )
 
 
-def parameter_shapes(parts: EngineParts, math: ExpertMath) -> Mapping[str, tuple[int, ...]]:
+def _parameter_shapes(parts: EngineParts, math: ExpertMath) -> Mapping[str, tuple[int, ...]]:
     """Shapes of an expert's parameters, matrices `[out, in]`."""
     shapes = parts.experts.cache.layout.shapes
     return {name: s[::-1] if math.transposed and len(s) == 2 else s for name, s in shapes.items()}

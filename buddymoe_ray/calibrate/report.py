@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from buddymoe_ray.calibrate.charts import Line, bar_chart, embedded, line_chart, matrix, ramp, rendered, write_page
+from buddymoe_ray.calibrate.expected_loss import within
 from buddymoe_ray.calibrate.hit_rates import hit_rates
 from buddymoe_ray.errors import ProfileError
 from buddymoe_ray.models.profile import ComparisonRow, Profile
@@ -24,9 +26,9 @@ from buddymoe_ray.models.profile import ComparisonRow, Profile
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["render_report", "write_report"]
+__all__ = ["next_command", "render_report", "write_report"]
 
-_RISE = "rise of perplexity, % (± 2 standard errors)"
+_RISE = "rise of perplexity, % (± standard error)"
 _MOST_PIXELS = 128
 _HIT_SHARES = (25.0, 50.0, 75.0)
 
@@ -37,6 +39,7 @@ def render_report(profile: Profile) -> str:
     kinds = [kind for kind in sorted(profile.errors) if profile.errors[kind].any()]
     values = {
         "profile": profile,
+        "next_command": next_command(profile),
         "plus_minus": plus_minus,
         "embedded": embedded,
         "figures": figures(profile, hits),
@@ -62,14 +65,25 @@ def write_report(profile: Profile, path: Path) -> None:
         ) from error
 
 
+def next_command(profile: Profile) -> str:
+    """What to type now: serve with the least memory at which the best stand-in costs hardly anything, else exactly."""
+    model = quote(profile.model)
+    if not profile.measured:
+        return f"buddymoe profile --model {model} --corpus FILES"
+    enough = [row.memory_percent for row in compared(profile.comparison)["best"] if within(row)]
+    if profile.recommended is None or not enough:
+        return f"buddymoe serve {model} --mode exact"
+    return f"buddymoe serve {model} --memory {min(enough):g}% --mode bounded"
+
+
 def compared(rows: Sequence[ComparisonRow]) -> dict[str, Any]:
-    """`names` of stand-ins from least to most expected loss (by mean rank), `memories` falling, `best` rows, `found` by
-    both."""
+    """`names` of stand-ins from least to most divergence (by mean rank), which the recommendation goes by too,
+    `memories` falling, `best` rows, `found` by both."""
     memories = sorted({row.memory_percent for row in rows}, reverse=True)
     best: list[ComparisonRow] = []
     ranks: dict[str, list[float]] = {}
     for memory in memories:
-        here = sorted((row for row in rows if row.memory_percent == memory), key=lambda r: (r.dppl_percent, r.standin))
+        here = sorted((row for row in rows if row.memory_percent == memory), key=lambda r: (r.kl, r.standin))
         best.append(here[0])
         for rank, row in enumerate(here):
             ranks.setdefault(row.standin, []).append(rank / len(here))
@@ -106,6 +120,13 @@ def figures(profile: Profile, hits: Sequence[Line]) -> dict[str, Figure | None]:
         "sensitivity": bar_chart(profile.sensitivity_L, layers, x="MoE layer", y="nats per unit"),
         "losses": bar_chart(loss_of_layers(profile, shown) if shown else [], layers, x="MoE layer", y=unit),
         "hits": line_chart(hits, x="experts kept, % of each layer's", y="accesses found resident, %", ylim=(0, 100)),
+        "entropy": line_chart(
+            [Line(name="entropy", x=range(profile.layers), y=profile.entropy_L)],
+            x="MoE layer",
+            y="share of the most there can be",
+            ylim=(0, 1),
+            xticks=ticks,
+        ),
         "routing": line_chart(_routing_lines(profile), x="MoE layer", y="share", ylim=(0, 1), xticks=ticks),
     }
 
@@ -114,7 +135,7 @@ def _standin_lines(profile: Profile) -> list[Line]:
     lines = []
     for name in compared(profile.comparison)["names"]:
         own = sorted((r for r in profile.comparison if r.standin == name), key=lambda row: row.memory_percent)
-        rises, errors = [row.dppl_percent for row in own], [2 * row.dppl_se for row in own]
+        rises, errors = [row.dppl_percent for row in own], [row.dppl_se for row in own]
         lines.append(Line(name=name, x=[row.memory_percent for row in own], y=rises, error=errors))
     return lines
 
@@ -123,7 +144,7 @@ def _budget_lines(profile: Profile, field: str) -> list[Line]:
     lines = []
     for memory in sorted({point.memory_percent for point in profile.budget_curve}, reverse=True):
         own = sorted((p for p in profile.budget_curve if p.memory_percent == memory), key=lambda point: point.budget)
-        error = [2 * point.dppl_se for point in own] if field == "dppl_percent" else None
+        error = [point.dppl_se for point in own] if field == "dppl_percent" else None
         x, y = [100 * point.budget for point in own], [getattr(point, field) for point in own]
         lines.append(Line(name=f"{memory:g} % memory", x=x, y=y, error=error))
     return lines
@@ -132,7 +153,6 @@ def _budget_lines(profile: Profile, field: str) -> list[Line]:
 def _routing_lines(profile: Profile) -> list[Line]:
     layers = range(profile.layers)
     named = {
-        "entropy": profile.entropy_L,
         "reuse by next token": profile.reuse_L,
         "next layer foreseen": profile.next_layer_recall_L,
     }

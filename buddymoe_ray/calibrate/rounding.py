@@ -13,24 +13,35 @@ Legend: R rows routed to the expert, D hidden, F ffn.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from buddymoe_ray.calibrate.rounding_compensated import moment, round_compensated, unbiased, weighted_error
+from buddymoe_ray.calibrate.rounding_compensated import (
+    Metric,
+    moment,
+    round_compensated,
+    round_in,
+    unbiased,
+    weighted_error,
+)
 from buddymoe_ray.kernels.lowbit import LowbitFormat, PackedMatrix, pack
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.kernels.rounding import Rounded, dequantise_rounded, round_plain
 from buddymoe_ray.kernels.rounding_cpu import pack_plain
 
 __all__ = [
+    "ExpertRows",
+    "Metric",
     "Rounded",
     "dequantise_rounded",
     "moment",
     "quantise_expert",
     "quantise_expert_plain",
     "round_compensated",
+    "round_in",
     "round_plain",
     "unbiased",
     "weighted_error",
@@ -39,39 +50,62 @@ __all__ = [
 FEW_ROWS = 8.0  # damping is multiplied by 1 + FEW_ROWS * inputs / rows
 
 
-def quantise_expert(
-    weights: Mapping[str, Tensor],
-    x_RD: Tensor,
-    weight_R: Tensor,
-    fmt: LowbitFormat,
-    math: ExpertMath,
-    *,
-    damping: float = 0.01,
-    passes: int = 4,
-) -> dict[str, Tensor]:
-    """The record of an expert by compensated rounding; plain where `x_RD` has no rows.
+class ExpertRows:
+    """What an expert is rounded for: inputs `x_RD` that the router sent it and their slot weights, whose squares are
+    what an error of a row counts. What all widths need of them is made once. `damping` is of the moments where rows are
+    many; it is more where they are few.
 
-    Args:
-        weights: matrices `[out, in]` (transposed families untransposed) and biases, under the module's names.
-        x_RD: inputs that the router sent the expert.
-        weight_R: slot weight of each row: its square is what an error of the row counts.
-        damping: of the moments, where rows are many; more where they are few.
-        passes: of refitting scales and codes after the error feedback; each costs about half as much as the feedback.
+    `weights` are matrices `[out, in]` (transposed families untransposed) and biases, under the module's names.
     """
-    if x_RD.shape[0] == 0:
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        x_RD: Tensor,
+        weight_R: Tensor,
+        math: ExpertMath,
+        *,
+        damping: float = 0.01,
+    ) -> None:
+        self.weights, self.x_RD, self.weight_R, self.math = weights, x_RD.float(), weight_R, math
+        more = damping * FEW_ROWS / _effective_rows(weight_R)  # what few rows say of K inputs is mostly chance
+        self.damping_D = damping + more * x_RD.shape[1]
+        self.damping_F = damping + more * weights["down_proj"].shape[1]
+
+    @cached_property
+    def moment_DD(self) -> Tensor:
+        """Of the inputs."""
+        return moment(self.x_RD, self.weight_R)
+
+    @cached_property
+    def metric(self) -> Metric | None:
+        """Of the first projection."""
+        return Metric.of(self.moment_DD, damping=self.damping_D)
+
+    @cached_property
+    def exact_RF(self) -> Tensor:
+        """What the exact first projection feeds the second."""
+        return self.hidden(self.weights[self.math.first].float())
+
+    def hidden(self, first: Tensor) -> Tensor:
+        """What a first projection feeds the second."""
+        bias = self.weights[f"{self.math.first}_bias"].float() if self.math.bias else None
+        return self.math.activate(functional.linear(self.x_RD, first, bias))
+
+
+def quantise_expert(rows: ExpertRows, fmt: LowbitFormat, *, passes: int = 4) -> dict[str, Tensor]:
+    """The record of an expert by compensated rounding; plain where there are no rows. `passes` refit scales and codes
+    after the error feedback; each costs about as much as that."""
+    weights, math = rows.weights, rows.math
+    if rows.x_RD.shape[0] == 0:
         return quantise_expert_plain(weights, fmt, math)
-    x = x_RD.float()
     first = weights[math.first].float()
-    more = damping * FEW_ROWS / _effective_rows(weight_R)  # what few rows say of K inputs is mostly chance
-    dampings = [damping + more * x.shape[1], damping + more * weights["down_proj"].shape[1]]
-    H_DD = moment(x, weight_R)
-    rounded = unbiased(round_compensated(first, H_DD, fmt, damping=dampings[0], passes=passes), first, H_DD, fmt)
-    bias = weights[f"{math.first}_bias"].float() if math.bias else None
-    exact_RF = math.activate(functional.linear(x, first, bias))
-    hidden_RF = math.activate(functional.linear(x, dequantise_rounded(rounded, fmt), bias))
-    target = _corrected(weights["down_proj"].float(), exact_RF, hidden_RF, weight_R, dampings[1])
-    H_FF = moment(hidden_RF, weight_R)
-    down = unbiased(round_compensated(target, H_FF, fmt, damping=dampings[1], passes=passes), target, H_FF, fmt)
+    rounded = unbiased(round_in(first, rows.metric, fmt, passes=passes), first, rows.moment_DD, fmt)
+    hidden_RF = rows.hidden(dequantise_rounded(rounded, fmt))
+    H_FF = moment(hidden_RF, rows.weight_R)
+    target = _corrected(rows, hidden_RF, H_FF)
+    down = round_compensated(target, H_FF, fmt, damping=rows.damping_F, passes=passes)
+    down = unbiased(down, target, H_FF, fmt)
     return _named(weights, {math.first: pack(*rounded, fmt), "down_proj": pack(*down, fmt)})
 
 
@@ -81,17 +115,17 @@ def _effective_rows(weight_R: Tensor) -> float:
     return max(1.0, float(square.sum() ** 2 / square.square().sum().clamp_min(1e-300)))
 
 
-def _corrected(W_DF: Tensor, exact_RF: Tensor, ours_RF: Tensor, weight_R: Tensor, damping: float) -> Tensor:
+def _corrected(rows: ExpertRows, ours_RF: Tensor, H_FF: Tensor) -> Tensor:
     """The second projection that best undoes the first one's error: least squares from `ours` to the exact outputs.
 
     W C (H + d)^-1 with C = E[exact ours^T] + d and H = E[ours ours^T] (as in GPTAQ, Li et al. 2025).
     """
-    F = ours_RF.shape[1]
-    H = moment(ours_RF, weight_R)
-    ridge = damping * H.diagonal().mean().clamp_min(1e-30) * torch.eye(F, device=H.device)
-    counted = weight_R.float().square().unsqueeze(1)
-    cross = (exact_RF * counted).T @ ours_RF / counted.sum().clamp_min(1e-30)
-    solution, failed = torch.linalg.solve_ex(H + ridge, cross.T + ridge)  # [F, F]: (C (H + d)^-1)^T
+    W_DF = rows.weights["down_proj"].float()
+    diagonal = rows.damping_F * H_FF.diagonal().mean().clamp_min(1e-30)
+    ridge = diagonal * torch.eye(len(H_FF), device=H_FF.device)
+    counted = rows.weight_R.float().square().unsqueeze(1)
+    cross = (rows.exact_RF * counted).T @ ours_RF / counted.sum().clamp_min(1e-30)
+    solution, failed = torch.linalg.solve_ex(H_FF + ridge, cross.T + ridge)  # [F, F]: (C (H + d)^-1)^T
     return W_DF if int(failed) else W_DF @ solution.T
 
 

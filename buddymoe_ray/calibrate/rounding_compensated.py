@@ -1,13 +1,17 @@
 """Rounds one matrix so that its outputs change least: error feedback, refitted scales, coordinate descent.
 
 Does not know models, layers or corpora: weights and second moments of their inputs come in, codes go out. Invariant:
-each stage keeps or lowers tr((W - Q) H (W - Q)^T), the mean squared output error, and none ends above plain rounding.
+each stage keeps or lowers tr((W - Q) H (W - Q)^T), the mean squared output error, and none ends above plain rounding,
+as far as some rows tell of all.
 Neighbours: kernels.rounding is the start, rounding.py rounds whole experts.
 
-Legend: N outputs, K inputs, G groups of a row, S inputs in a group, n rows of a chunk, R rows (tokens).
+Legend: N outputs, n some of them, K inputs, G groups of a row, S inputs in a group, R rows (tokens).
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +20,7 @@ from torch.nn.functional import pad
 from buddymoe_ray.kernels.lowbit_format import GROUP, LowbitFormat
 from buddymoe_ray.kernels.rounding import (
     FINE_SHARES,
+    STEPS_PER_OCTAVE,
     Rounded,
     dequantise_rounded,
     nearest_code,
@@ -25,7 +30,11 @@ from buddymoe_ray.kernels.rounding import (
     search_scale,
 )
 
-__all__ = ["moment", "round_compensated", "unbiased", "weighted_error"]
+__all__ = ["Metric", "moment", "round_compensated", "round_in", "unbiased", "weighted_error"]
+
+_NEAR = 4 * GROUP
+_TRIED_ROWS = 128
+"""Of the outputs, about: what their errors say of the whole matrix is right to a few per cent."""
 
 
 def moment(x_RK: Tensor, weight_R: Tensor | None = None) -> Tensor:
@@ -41,62 +50,92 @@ def weighted_error(W_NK: Tensor, rounded: Rounded, H_KK: Tensor, fmt: LowbitForm
     return float(((E @ H_KK.float()) * E).sum())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What rounding needs of the second moment of a matrix's inputs, whatever the width: float32 `H_KK`, damped and
+    filled up to whole groups, the `order` int64 [K] in which inputs are rounded, the Cholesky factor of the inverse in
+    that order (None: H is not positive). `inputs` are those that are there."""
+
+    H_KK: Tensor
+    order: Tensor
+    factor: Tensor | None
+    inputs: int
+
+    @classmethod
+    def of(cls, H_KK: Tensor, *, damping: float = 0.01, by_activity: bool = True) -> Metric | None:
+        """Of a second moment of any scale; `damping` is the share of the mean diagonal added to the diagonal,
+        `by_activity` rounds the most active group first. None where it says nothing."""
+        H = H_KK.float()
+        inputs, mean = len(H), float(H.diagonal().mean())
+        if not (bool(torch.isfinite(H).all()) and mean > 0):
+            return None
+        H = H + damping * mean * torch.eye(inputs, device=H.device)
+        if inputs % GROUP:  # filled up with inputs that are hardly ever there
+            H = pad(H, (0, -inputs % GROUP, 0, -inputs % GROUP))
+            H.diagonal()[inputs:] = 1e-6 * mean
+        order = _order(H, by_activity)
+        return cls(H_KK=H, order=order, factor=_inverse_factor(H[order][:, order]), inputs=inputs)
+
+
 def round_compensated(
-    W_NK: Tensor,
-    H_KK: Tensor,
-    fmt: LowbitFormat,
-    *,
-    damping: float = 0.01,
-    by_activity: bool = True,
-    passes: int = 4,
+    W_NK: Tensor, H_KK: Tensor, fmt: LowbitFormat, *, passes: int = 4, damping: float = 0.01, by_activity: bool = True
 ) -> Rounded:
-    """Round so that (W - Q) H (W - Q)^T is small: error feedback, then exact coordinate descent.
+    """`round_in` the metric of a second moment [K, K], see `Metric.of`."""
+    return round_in(W_NK, Metric.of(H_KK, damping=damping, by_activity=by_activity), fmt, passes=passes)
 
-    GPTQ (Frantar et al. 2023, algorithm 1) over groups, the most active first (`by_activity`), each group's scale
-    searched on the weights as already compensated, errors weighted by 1/diag(chol)^2; then `passes` times: scales
-    refitted by least squares in H, codes improved one input at a time (as in QuantEase, Behdin et al. 2023).
 
-    Args:
-        W_NK: float [N, K].
-        H_KK: second moment of the inputs [K, K], any scale.
-        damping: share of the mean diagonal added to the diagonal.
+def round_in(W_NK: Tensor, metric: Metric | None, fmt: LowbitFormat, *, passes: int = 4) -> Rounded:
+    """Round float [N, K] so that (W - Q) H (W - Q)^T is small: error feedback, then exact coordinate descent.
+
+    GPTQ (Frantar et al. 2023, algorithm 1) over groups, each group's scale searched on the weights as already
+    compensated, errors weighted by 1/diag(chol)^2; then `passes` times: scales refitted by least squares in H, codes
+    improved one input at a time (as in QuantEase, Behdin et al. 2023). Plain rounding where some rows say that it is
+    better, or nothing is known of the inputs.
     """
     W = W_NK.float()
-    H = H_KK.float()
-    K, mean = len(H), float(H.diagonal().mean())
-    if not (bool(torch.isfinite(H).all()) and mean > 0):
+    if metric is None:
         return round_plain(W, fmt)
-    H = H + damping * mean * torch.eye(K, device=H.device)
-    unweighted = round_nearest(W, fmt)
-    if K % GROUP:
-        unweighted = unweighted._replace(q=pad(unweighted.q, (0, -K % GROUP), value=fmt.levels // 2))
-        W, H = _filled_up(W, H, 1e-6 * mean)
-    plain = round_nearest(W, fmt, importance_K=H.diagonal())
-    order = _order(H, by_activity)
-    factor = _inverse_factor(H[order][:, order])
-    if factor is None:
-        return plain._replace(q=plain.q[:, :K].contiguous())
-    starts = [plain, unweighted, _feedback(W, factor, order, fmt, plain.base * 2**0.25)]
-    best = min(reversed(starts), key=lambda start: float(_row_errors(W, start, H, fmt).sum()))
+    if metric.factor is None:
+        return _start(W, metric, fmt, by_importance=True)
+    H, some_W = metric.H_KK, _some(W)
+    starts = [_start(some_W, metric, fmt, by_importance=important) for important in (True, False)]
+    larger = float(torch.log2(W.abs().amax() / some_W.abs().amax().clamp_min(1e-30)).clamp(0, 8))  # what others have
+    steps = STEPS_PER_OCTAVE // 4 + math.ceil(STEPS_PER_OCTAVE * larger)
+    W, some_W = (pad(part, (0, -metric.inputs % GROUP)) for part in (W, some_W))
+    best = _feedback(W, metric.factor, metric.order, fmt, starts[0].base * 2 ** (steps / STEPS_PER_OCTAVE))
+    starts = [best._replace(q=_some(best.q), code=_some(best.code)), *(_filled_up(start, fmt) for start in starts)]
+    first = min(range(3), key=lambda at: float(_row_errors(some_W, starts[at], H, fmt).sum()))
+    if first:
+        best = _filled_up(_start(W[:, : metric.inputs], metric, fmt, by_importance=first == 1), fmt)
     for _ in range(passes):
         best = _descend(W, _refit(W, best, H, fmt), H, fmt)
-    return best._replace(q=best.q[:, :K].contiguous())
+    return best._replace(q=best.q[:, : metric.inputs].contiguous())
+
+
+def _start(W: Tensor, metric: Metric, fmt: LowbitFormat, *, by_importance: bool) -> Rounded:
+    """Nearest codes, with scales for the inputs' activity or for none."""
+    activity_K = metric.H_KK.diagonal()[: metric.inputs]
+    return round_nearest(W, fmt, importance_K=activity_K if by_importance else None)
+
+
+def _filled_up(rounded: Rounded, fmt: LowbitFormat) -> Rounded:
+    """With codes of inputs that are hardly ever there, up to whole groups."""
+    return rounded._replace(q=pad(rounded.q, (0, -rounded.q.shape[1] % GROUP), value=fmt.levels // 2))
+
+
+def _some(rows: Tensor) -> Tensor:
+    """At most 255 of them, spread evenly; all where they are no more than that."""
+    return rows[:: max(1, len(rows) // _TRIED_ROWS)]
 
 
 def unbiased(rounded: Rounded, W_NK: Tensor, H_KK: Tensor, fmt: LowbitFormat) -> Rounded:
-    """With the scale of the matrix at which copy and matrix project alike, <W, Q>_H = <W, W>_H: what errs least is
-    smaller than the matrix by its relative error, and so are its outputs."""
-    WH_NK = W_NK.float() @ H_KK.float()
-    wanted, found = float((WH_NK * W_NK).sum()), float((WH_NK * dequantise_rounded(rounded, fmt)).sum())
+    """With the scale of the matrix at which copy and matrix project alike, <W, Q>_H = <W, W>_H, on some of its rows:
+    what errs least is smaller than the matrix by its relative error, and so are its outputs."""
+    W_nK = _some(W_NK.float())
+    copy = rounded._replace(q=_some(rounded.q), code=_some(rounded.code))
+    WH_nK = W_nK @ H_KK.float()
+    wanted, found = float((WH_nK * W_nK).sum()), float((WH_nK * dequantise_rounded(copy, fmt)).sum())
     return rounded._replace(base=rounded.base * wanted / found) if 0 < wanted < 2 * found else rounded
-
-
-def _filled_up(W: Tensor, H: Tensor, moment: float) -> tuple[Tensor, Tensor]:
-    """With inputs that are hardly ever there and have no weight, up to whole groups."""
-    more = -len(H) % GROUP
-    filled = pad(H, (0, more, 0, more))
-    filled.diagonal()[-more:] = moment
-    return pad(W, (0, more)), filled
 
 
 def _order(H: Tensor, by_activity: bool) -> Tensor:
@@ -122,27 +161,31 @@ def _inverse_factor(H: Tensor) -> Tensor | None:
 
 
 def _feedback(W: Tensor, U_KK: Tensor, order: Tensor, fmt: LowbitFormat, base: float) -> Rounded:
-    """GPTQ in blocks of one group: round an input, spread its error over the inputs still to come."""
+    """GPTQ in blocks of one group: round an input, spread its error over the inputs still to come; to those far away
+    the errors of a few groups at once, which reads them less often."""
     (N, K), size = W.shape, GROUP
     left_KN = W.T[order].contiguous()  # inputs first: the loop runs over contiguous rows
-    codes_KN = torch.empty_like(left_KN)
+    codes_KN, errors_KN = torch.empty_like(left_KN), torch.empty_like(left_KN)
     code_NG = torch.empty(N, K // size, dtype=torch.uint8, device=W.device)
     centre = (fmt.levels - 1) / 2
     for at in range(0, K, size):
-        block, codes, U = left_KN[at : at + size], codes_KN[at : at + size], U_KK[at : at + size]
-        local = U[:, at : at + size]
+        span, near = slice(at, at + size), -(-(at + size) // _NEAR) * _NEAR
+        block, codes, errors = left_KN[span], codes_KN[span], errors_KN[span]
+        local = U_KK[span, span]
         weight = local.diagonal().pow(-2).view(1, 1, -1)
         code = nearest_code(search_scale(block.T.unsqueeze(1), fmt, FINE_SHARES, weight), base)
         code_NG[:, int(order[at]) // size] = code[:, 0]
         scale = scale_of(code[:, 0], base)
         inverse = 1 / scale
-        errors = torch.empty_like(block)
         steps = local.diagonal().tolist()
         for i in range(size):
             _round_into(codes[i], block[i], inverse, fmt)
             torch.sub(block[i], (codes[i] - centre).mul_(scale), out=errors[i]).div_(steps[i])
             block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
-        left_KN[at + size :].addmm_(U[:, at + size :].T, errors, alpha=-1)
+        if at + size < near:
+            left_KN[at + size : near].addmm_(U_KK[span, at + size : near].T, errors, alpha=-1)
+        else:
+            left_KN[near:].addmm_(U_KK[near - _NEAR : near, near:].T, errors_KN[near - _NEAR : near], alpha=-1)
     q = codes_KN.to(torch.uint8)[order.argsort()].T.contiguous()
     return Rounded(q, code_NG, base)
 

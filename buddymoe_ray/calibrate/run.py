@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,9 +19,9 @@ import numpy as np
 
 from buddymoe_ray.calibrate.bench import Bench, Footprint
 from buddymoe_ray.calibrate.expected_loss import LossOptions, measure_budgets, measure_losses
-from buddymoe_ray.calibrate.fitting import PASSES, Fitting
-from buddymoe_ray.calibrate.layers import LayerTables, make_layers, parameter_shapes
-from buddymoe_ray.calibrate.pace import compensated_seconds, scored_tokens, traced_tokens
+from buddymoe_ray.calibrate.fitting import Fitting
+from buddymoe_ray.calibrate.layers import LayerTables, make_layers
+from buddymoe_ray.calibrate.pace import scored_tokens, traced_tokens
 from buddymoe_ray.calibrate.tables import make_tables
 from buddymoe_ray.calibrate.trace import record_trace
 from buddymoe_ray.config import BUDDIES, LOWBIT, RECORD_KINDS, EngineConfig
@@ -28,7 +29,6 @@ from buddymoe_ray.engine.build import build_parts
 from buddymoe_ray.engine.evaluate import WINDOW, cut_windows
 from buddymoe_ray.engine.parts import EngineParts
 from buddymoe_ray.errors import ConfigError, ProfileError
-from buddymoe_ray.models.expert_math import expert_math
 from buddymoe_ray.models.fingerprint import model_hash
 from buddymoe_ray.models.profile import NAME, Profile, save_profile
 from buddymoe_ray.models.resolve import resolve_model
@@ -59,8 +59,8 @@ class CalibrationOptions:
             large models only low-bit copies: no other has been worth its time.
         tokens: most tokens traced; None is as many as say enough (pace.py).
         window: tokens of a traced window; None is 512 or the model's limit.
-        compensated: error-compensated rounding; plain is many times faster. None chooses it where it would take at most
-            `rounding_minutes` here.
+        compensated: error-compensated rounding of all experts; plain is many times faster. None compensates the worst
+            experts first, for `rounding_minutes`.
         rank: of low-rank maps.
         quick: leave out what needs the model to run with stand-ins: the profile then serves `fast` only.
         losses: at which memories and budgets, and on how many held-out tokens, stand-ins are measured.
@@ -153,7 +153,8 @@ def _profile(
             folder=standins_folder(options.out),
             model_hash=fingerprint,
             fitting=Fitting(
-                compensated=_compensated(options, parts, trace.tokens),
+                compensated=bool(options.compensated or (options.compensated is None and options.rounding_minutes)),
+                minutes=math.inf if options.compensated else options.rounding_minutes,
                 rank=options.rank,
                 fitted_on=_digest(windows)[:16],
             ),
@@ -199,30 +200,6 @@ def _wants_budgets(options: CalibrationOptions, footprint: Footprint) -> bool:
     if not wanted:
         log.info("no budget curve is measured for %.1f GB of experts. hint: --budgets", footprint.experts / 1e9)
     return wanted
-
-
-def _compensated(options: CalibrationOptions, parts: EngineParts, tokens: int) -> bool:
-    """Whether to round with error compensation; `auto` tries how long that would take."""
-    if options.compensated is not None:
-        return options.compensated
-    layout = parts.experts.cache.layout
-    math = expert_math(parts.loaded.experts[0], layout)
-    experts = sum(layout.experts_per_layer)
-    seconds = compensated_seconds(
-        parameter_shapes(parts, math),
-        experts=experts,
-        widths=sum(kind.startswith("lowbit") and kind != "lowbit8" for kind in options.kinds or ()),
-        rows=tokens * parts.loaded.experts_per_token // max(layout.experts_per_layer),
-        passes=PASSES,
-    )
-    within = seconds <= 60 * options.rounding_minutes
-    if not within:
-        log.warning(
-            "rounding %d experts with error compensation would take about %.0f minutes, more than %g: plain rounding "
-            "is used, which errs more. hint: --rounding compensated, or fewer --kinds",
-            *(experts, seconds / 60, options.rounding_minutes),
-        )
-    return within
 
 
 def _check_writable(out: Path) -> None:

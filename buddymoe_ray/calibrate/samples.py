@@ -9,13 +9,16 @@ Legend: T tokens, K slots, R rows of one expert, n some of them, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from buddymoe_ray.cache import EngineCache
+from buddymoe_ray.calibrate.rounding import ExpertRows
 from buddymoe_ray.calibrate.trace import Trace
 from buddymoe_ray.kernels import ExpertMath, expert_forward, plain_weights
 
@@ -64,6 +67,12 @@ class ExpertSample:
             rows_R = rows_R[(rows_R % _HELD != _HELD - 1) | (rows_R >= self.own)]
         return rows_R if most is None else _spread(rows_R, most)
 
+    @cached_property
+    def rounded_for(self) -> ExpertRows:
+        """All rows to fit on, for the roundings of all widths."""
+        rows_R = self.fitted()
+        return ExpertRows(self.weights, self.inputs(rows_R), self.weight_R[rows_R], plain_math(self.math))
+
     def held(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Blocks `(x_nD, y_nD, weight_n)` of rows that nothing is fitted on, each spread over the whole text.
 
@@ -89,12 +98,14 @@ def plain_math(math: ExpertMath) -> ExpertMath:
     return replace(math, transposed=False)
 
 
-def walk_layer(cache: EngineCache, trace: Trace, layer: int, math: ExpertMath) -> Iterator[ExpertSample]:
-    """Every expert of a layer, in the order the cache lends them."""
+def walk_layer(
+    cache: EngineCache, trace: Trace, layer: int, math: ExpertMath, experts: Sequence[int] | None = None
+) -> Iterator[ExpertSample]:
+    """Every expert of a layer, in the order the cache lends them; or these, in this order."""
     ids_TK, weight_TK, hidden_TD = trace.ids(layer), trace.weights(layer), trace.hidden(layer)
     E, others = cache.layout.experts_per_layer[layer], max(1, len(hidden_TD) // _FEW_ROWS)
-    for leases in cache.stream(layer, range(E), protect_residency=True):
-        for lease in leases:
+    for named in [range(E)] if experts is None else [[expert] for expert in experts]:
+        for lease in chain.from_iterable(cache.stream(layer, named, protect_residency=True)):
             token_R, slot_R = (ids_TK == lease.key.expert).nonzero(as_tuple=True)
             token_R, slot_R = _spread(token_R, _MOST_ROWS), _spread(slot_R, _MOST_ROWS)
             weight_R, own = weight_TK[token_R, slot_R].float(), len(token_R)

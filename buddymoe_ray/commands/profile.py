@@ -59,10 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="some of lowbit2,lowbit3,lowbit4,lowbit8,lowrank,mean,buddy; default all, of large models the first three",
     )
     parser.add_argument(
-        "--rounding", choices=sorted(_COMPENSATED), default="auto", help="of low-bit copies; auto looks at the time"
+        "--rounding",
+        choices=sorted(_COMPENSATED),
+        default="auto",
+        help="of low-bit copies; auto compensates what it may",
     )
     parser.add_argument(
-        "--rounding-minutes", type=float, default=30.0, help="most that auto gives compensated rounding"
+        "--rounding-minutes", type=float, default=30.0, help="that auto compensates, worst experts first"
     )
     parser.add_argument("--rank", type=int, default=8, help="rank of low-rank maps")
     parser.add_argument(
@@ -125,6 +128,8 @@ def _emit(profile: Profile, out: Path, report: Path) -> None:
 
 
 def _print(profile: Profile, out: Path, report: Path) -> None:
+    from buddymoe_ray.calibrate.report import next_command
+
     if profile.comparison:
         print_table(
             [asdict(row) for row in profile.comparison],
@@ -156,6 +161,7 @@ def _print(profile: Profile, out: Path, report: Path) -> None:
             "report": str(report),
             "calibrated on": f"{profile.calibration_tokens:,} tokens",
             "recommended": f"{profile.recommended or 'no stand-in'}: {profile.reason}",
+            "next": next_command(profile),
         }
     )
 

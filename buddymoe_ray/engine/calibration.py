@@ -2,7 +2,9 @@
 
 The process (`calibrate.background`) is niced and ends with this one, whatever ends it; it goes on where an earlier one
 stopped, and waits for one of another engine. A thread waits for it and reads its records; only the step thread touches
-the model. Nothing of a request leaves this process. Invariant: records take what the plan in force reserves.
+the model. Nothing of a request leaves this process. What is reserved for records has slots of experts in it, but while
+the process asks for it and once records are read; again where nothing comes of it. Of a node's slots it stays empty.
+Invariant: records, and what the process holds of experts, take what the plan in force reserves and does not lend.
 """
 
 from __future__ import annotations
@@ -10,14 +12,17 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from buddymoe_ray.cache import ExpertCache
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine import one_call
 from buddymoe_ray.engine.guard import GuardWork
@@ -29,19 +34,26 @@ from buddymoe_ray.models.fingerprint import model_hash
 from buddymoe_ray.models.load import LoadedModel
 from buddymoe_ray.moe import StepState
 from buddymoe_ray.observe import CalibrationSnapshot
-from buddymoe_ray.policy import Guard
-from buddymoe_ray.residency.calibrations import CalibrationFolder, MakerProgress, calibrates, maker_bytes
+from buddymoe_ray.policy import Guard, lend_reserved
+from buddymoe_ray.residency.calibrations import (
+    ROOM_WANTED,
+    CalibrationFolder,
+    MakerProgress,
+    calibrates,
+    maker_bytes,
+)
 from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.residency.standin_records import LateStandins, bring_standins
 from buddymoe_ray.residency.standin_setup import StandinSetup
 from buddymoe_ray.residency.tier import ExpertTier
+from buddymoe_ray.types import SlotPlan
 
 __all__ = ["Calibration", "Checks"]
 
 log = logging.getLogger(__name__)
 
 _MODULE = "buddymoe_ray.calibrate.background"
-_TRIES, _LOGGED_SECONDS = 3, 15.0
+_TRIES, _LOGGED_SECONDS, _ASKED_AGAIN_SECONDS = 3, 15.0, 1.0
 _PACKED_PERCENT = 25.0
 """Experts are calibrated as stored: half the memory of packed ones would not hold a copy of each."""
 
@@ -77,6 +89,8 @@ class Calibration:
         self._config, self._loaded, self._experts, self._sharing = config, loaded, experts, sharing
         self._checks = checks
         self._late: LateStandins | None = None
+        self._plan, self._resized = experts.cache.plan, threading.Event()
+        self._resize: SlotPlan | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._setup, self._failure, self._closed = experts.setup, "", threading.Event()
         self.guard, self._trial = checks.open(experts.setup)
@@ -86,10 +100,15 @@ class Calibration:
             self._failure = "memory is too little for stand-ins of all experts"
         if plan.reserved_bytes:
             self._folder = CalibrationFolder.of(config, model_hash(loaded.folder))
+            if any(plan.lent_slots):
+                spare = plan.reserved_bytes - maker_bytes(loaded.layout)
+                self._resize = lend_reserved(plan, spare if self._folder.text() else 0, loaded.layout.experts_per_layer)
+                self.take_over()
             log.warning(
                 "%s has no profile: mode exact serves while stand-ins are made in %s. %.0f MB of the experts' memory "
-                "are set aside for them. hint: --calibrate off",
+                "are set aside for them%s. hint: --calibrate off",
                 *(config.model, self._folder.path, plan.reserved_bytes / 1e6),
+                " and used until then" if any(plan.lent_slots) else "",
             )
 
     def start(self) -> None:
@@ -98,9 +117,9 @@ class Calibration:
             threading.Thread(target=self._wait, name="calibration", daemon=True).start()
 
     @property
-    def arrived(self) -> bool:
-        """Whether stand-ins wait to be taken over."""
-        return self._late is not None
+    def due(self) -> bool:
+        """Whether stand-ins wait to be taken over, or memory to change hands."""
+        return self._late is not None or self._resize is not None
 
     def snapshot(self) -> CalibrationSnapshot:
         """How far it is. From any thread."""
@@ -126,9 +145,16 @@ class Calibration:
         )
 
     def take_over(self) -> ExpertTier:
-        """Let what has arrived answer from the next pass on. On the step thread, between steps."""
+        """Let what has arrived answer from the next pass on, and memory go where it is wanted. On the step thread,
+        between steps."""
+        wanted, self._resize = self._resize, None
+        if wanted is not None:
+            assert isinstance(self._experts.cache, ExpertCache), "a node's slots are not lent"
+            self._experts.cache.resize(wanted)
+            self._resized.set()
         late, experts = self._late, self._experts
-        assert late is not None, "nothing has arrived"
+        if late is None:
+            return experts
         self._late = None
         try:
             late.settle(experts.cache)
@@ -146,6 +172,7 @@ class Calibration:
     def close(self) -> None:
         """End the process; what it has made stays. Safe to call twice."""
         self._closed.set()
+        self._resized.set()
         if self._process is not None:
             self._process.kill()
         late, self._late = self._late, None
@@ -157,6 +184,7 @@ class Calibration:
         assert self._folder is not None, "nothing is calibrated"
         try:
             self._run(self._folder)
+            self._lend(0)
             if not self._closed.is_set():
                 config, loaded, cache = self._config, self._loaded, self._experts.cache
                 self._late = bring_standins(config, loaded, cache, self._folder.profile, self._sharing)
@@ -164,17 +192,32 @@ class Calibration:
         except Exception as error:
             self._failure = str(error)
             log.warning("stand-ins could not be calibrated: %s", error)
+            self._lend(self._plan.reserved_bytes)
+
+    def _lend(self, nbytes: int) -> None:
+        """Have so much of what is reserved lent to slots; waits until they have given back what is more."""
+        if not any(self._plan.lent_slots):
+            return
+        cache, plan = self._experts.cache, lend_reserved(self._plan, nbytes, self._loaded.layout.experts_per_layer)
+        self._resize = plan
+        self.wake()
+        while sum(cache.plan.lent_slots) > sum(plan.lent_slots) and not self._closed.is_set():
+            if not self._resized.wait(_ASKED_AGAIN_SECONDS):
+                self._resize = plan  # the step thread may have been taking an earlier one
+                self.wake()
+            self._resized.clear()
 
     def _run(self, folder: CalibrationFolder) -> None:
         """Have the folder filled. Raises ProfileError with what the process said."""
         for _ in range(_TRIES):
-            with tempfile.TemporaryFile() as said:
-                self._process = process = self._spawn(folder, said.fileno())
+            ours, theirs = socket.socketpair()
+            with tempfile.TemporaryFile() as said, ours:
+                with theirs:
+                    self._process = process = self._spawn(folder, theirs.fileno(), said.fileno())
                 if self._closed.is_set():
                     process.kill()
-                while (status := self._ended(process)) is None:
-                    made = folder.progress()
-                    log.info("calibration: %s, %.0f %%, %.0f MB", made.phase, made.percent, made.record_bytes / 1e6)
+                self._serve(ours, folder)
+                status = process.wait()
                 if status == 0 or self._closed.is_set():
                     return
                 said.seek(0)
@@ -183,7 +226,27 @@ class Calibration:
                 break  # it said why; one that was killed may have more luck
         raise ProfileError("".join(last) or f"{_MODULE} ended with status {status}. hint: run buddymoe profile")
 
-    def _spawn(self, folder: CalibrationFolder, said: int) -> subprocess.Popen[bytes]:
+    def _serve(self, process: socket.socket, folder: CalibrationFolder) -> None:
+        """Give the process the memory that it asks for, and take it back, until it has ended."""
+        process.settimeout(_LOGGED_SECONDS)
+        spare = self._plan.reserved_bytes - maker_bytes(self._loaded.layout)
+        while True:
+            try:
+                asked = process.recv(1)
+            except TimeoutError:
+                made = folder.progress()
+                log.info("calibration: %s, %.0f %%, %.0f MB", made.phase, made.percent, made.record_bytes / 1e6)
+                continue
+            except ConnectionError:
+                return
+            if not asked:
+                return
+            self._lend(0 if asked == ROOM_WANTED else spare)
+            if asked == ROOM_WANTED:
+                with suppress(OSError):
+                    process.sendall(ROOM_WANTED)
+
+    def _spawn(self, folder: CalibrationFolder, asks: int, said: int) -> subprocess.Popen[bytes]:
         config, cache, stored = self._config, self._experts.cache, self._loaded.layout
         percent = 100 * cache.plan.budget_bytes / stored.total_bytes
         if config.expert_dtype != "native":
@@ -198,15 +261,8 @@ class Calibration:
         paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         return subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,  # it ends when this end is closed, as by kill -9
+            stdin=asks,  # it ends when the other end is closed, as by kill -9
             stdout=subprocess.DEVNULL,
             stderr=said,
             env={**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""},
         )
-
-    @staticmethod
-    def _ended(process: subprocess.Popen[bytes]) -> int | None:
-        try:
-            return process.wait(_LOGGED_SECONDS)
-        except subprocess.TimeoutExpired:
-            return None

@@ -139,11 +139,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a step would do or deliver anything."""
         checks = self._guard is not None and self._guard.has_work()
-        return bool(self._pending) or self._scheduler.has_work() or checks or self.calibration.arrived
+        return bool(self._pending) or self._scheduler.has_work() or checks or self.calibration.due
 
     def step(self) -> list[TokenEvent]:
         """Advance every scheduled sequence and return what became of each."""
-        if self.calibration.arrived and not self._beside.busy:
+        if self.calibration.due and not self._beside.busy:
             self._take_over()
         plan = self._scheduler.schedule()
         self._steps += 1
@@ -237,9 +237,11 @@ class Engine:
             self._experts.close()
 
     def _take_over(self) -> None:
-        """Let stand-ins answer that were calibrated meanwhile."""
-        self._experts = experts = self.calibration.take_over()
-        self._setup, self.standin_bytes = experts.setup, experts.standin_bytes
+        """Let stand-ins answer that were calibrated meanwhile, or experts have their memory."""
+        experts = self.calibration.take_over()
+        if experts is self._experts:
+            return
+        self._experts, self._setup, self.standin_bytes = experts, experts.setup, experts.standin_bytes
         self._guard, self._ahead = self.calibration.guard, None
 
     def _passes(self, planned: Rows[T]) -> list[list[T]]:

@@ -64,6 +64,10 @@ class Runner(Protocol):
         `blocks` are KV blocks for all of it, held by the caller; `prompt` tokens of it (None: all) were not generated.
         """
 
+    def score_side_by_side(self, texts: Rows[Rows[int]], blocks: Rows[Rows[int]]) -> list[Tensor]:
+        """Compute whole texts exactly, in one pass if it may have several: float32 logits `[tokens, V]` of each, which
+        has its own of the `blocks`."""
+
     def release(self, sequence: Sequence | None) -> None:
         """Forget what is kept for a sequence that ended; None: for all."""
 
@@ -116,6 +120,14 @@ class PackedRunner:
     ) -> Iterator[tuple[int, Tensor]]:
         for start in range(0, len(token_ids), chunk):
             yield start, self._chunk(list(token_ids[start : start + chunk]), start, blocks, isolate=False)
+
+    def score_side_by_side(self, texts: Rows[Rows[int]], blocks: Rows[Rows[int]]) -> list[Tensor]:
+        rows, ids, positions = [], list[int](), list[int]()
+        for text, own in zip(texts, blocks, strict=True):
+            rows.append(ChunkRows(row=len(ids), count=len(text), start=0, blocks=tuple(own)))
+            ids += text
+            positions += range(len(text))
+        return list(self._forward(Phase.PREFILL, rows, ids, positions, 0, isolate=False).split([r.count for r in rows]))
 
     def release(self, sequence: Sequence | None) -> None:
         """Nothing is kept per sequence: its blocks are the scheduler's."""
@@ -196,6 +208,10 @@ class SoloRunner:
             logits_nV, cache = self._forward(list(token_ids[:end]), start, cache, keep=0)
             yield start, logits_nV[start - end :]
             start = end
+
+    def score_side_by_side(self, texts: Rows[Rows[int]], blocks: Rows[Rows[int]]) -> list[Tensor]:
+        pairs = zip(texts, blocks, strict=True)
+        return [torch.cat([logits_nV for _, logits_nV in self.score(text, own)]) for text, own in pairs]
 
     def release(self, sequence: Sequence | None) -> None:
         if sequence is None:

@@ -1,4 +1,4 @@
-"""Scores what stand-ins would cost in mode `fast`, a whole window in one pass beside an open exact engine.
+"""Scores what stand-ins would cost in mode `fast`, whole windows in one pass beside an open exact engine.
 
 In `fast` nothing is fetched, so what is resident never changes, and a token's answers do not depend on the steps it is
 decoded in: the rows of a window can be computed at once, with those experts left out that an engine of that memory
@@ -10,7 +10,7 @@ Legend: T tokens of a window, V vocabulary, B scored tokens, K slots, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from buddymoe_ray.cache import StandinPool
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.build import BLOCK_SIZE
 from buddymoe_ray.engine.evaluate import PREFILLED, WINDOW, EvalResult, Totals
@@ -33,6 +34,8 @@ from buddymoe_ray.types import FAST
 
 __all__ = ["Sweep"]
 
+_BLOCKS = -(-WINDOW // BLOCK_SIZE)
+_SIDE_BY_SIDE = 4  # windows of a pass: logits of a large vocabulary take 50 MB each
 _ROWS = WINDOW - 1 - PREFILLED  # that decode computes: the prompt is exact, nothing follows the last token
 
 
@@ -70,15 +73,19 @@ class Sweep:
         found = dict[int, EvalResult | BudgetError](
             (at, plan) for at, plan in enumerate(planned) if isinstance(plan, BudgetError)
         )
-        work = [(group, window) for group in groups for window in windows]
+        # a pass over more windows reads the experts no more often
+        fitting = self._parts.limits.kv_tokens // (_BLOCKS * BLOCK_SIZE)
+        most = max(1, min(_SIDE_BY_SIDE, fitting)) if self._parts.runner.packed else 1
+        batched = [windows[at : at + most] for at in range(0, len(windows), most)]
+        work = [(group, some) for group in groups for some in batched]
         bar = iter(progress(work, total=len(work), desc=what))
         for group in groups:
-            variants = {at: self._opened(plan) for at, plan in group.items()}
-            for window in windows:
+            variants = self._opened(group)
+            for side_by_side in batched:
                 next(bar, None)
-                exact = self._said(window)
+                exact = self._said(side_by_side)
                 for variant in variants.values():
-                    variant.totals.compare(exact, self._said(window, variant))
+                    variant.totals.compare(exact, self._said(side_by_side, variant))
             found |= {at: variant.totals.result() for at, variant in variants.items()}
         next(bar, None)
         return [found[at] for at in range(len(configs))]
@@ -91,34 +98,41 @@ class Sweep:
             return error
 
     def _groups(self, planned: Sequence[PlannedStandins | BudgetError]) -> list[dict[int, PlannedStandins]]:
-        """Whose records are in memory together; each has at least one variant."""
-        groups, held = list[dict[int, PlannedStandins]](), 0
+        """Whose records are in memory together; each has at least one variant. Variants of equal records share them."""
+        groups, held = list[dict[int, PlannedStandins]](), dict[str, int]()
         for at, plan in enumerate(planned):
             if isinstance(plan, BudgetError):
                 continue
-            if not groups or held + plan.nbytes > self._room:
+            more = 0 if plan.setup.binding in held else plan.nbytes
+            if not groups or (more and sum(held.values()) + more > self._room):
                 groups.append({})
-                held = 0
+                held.clear()
             groups[-1][at] = plan
-            held += plan.nbytes
+            held[plan.setup.binding] = plan.nbytes
         return groups
 
-    def _opened(self, planned: PlannedStandins) -> _Variant:
-        parts, plan = self._parts, planned.setup.plan
-        resident = [np.full(count, plan.fully_resident) for count in parts.loaded.layout.experts_per_layer]
-        for layer, named in enumerate(plan.pinned):
-            resident[layer][list(named)] = True
-        return _Variant(standins=planned.open(parts.loaded), resident=resident)
+    def _opened(self, group: Mapping[int, PlannedStandins]) -> dict[int, _Variant]:
+        loaded, pools, variants = self._parts.loaded, dict[str, StandinPool](), dict[int, _Variant]()
+        for at, planned in group.items():
+            setup = planned.setup
+            pool = pools.setdefault(setup.binding, pools.get(setup.binding) or planned.load(loaded))
+            resident = [np.full(count, setup.plan.fully_resident) for count in loaded.layout.experts_per_layer]
+            for layer, named in enumerate(setup.plan.pinned):
+                resident[layer][list(named)] = True
+            variants[at] = _Variant(standins=planned.open(loaded, pool), resident=resident)
+        return variants
 
-    def _said(self, window: tuple[int, ...], variant: _Variant | None = None) -> list[tuple[list[str], Tensor, Tensor]]:
-        """What the engine says about the window's scored tokens, as a step of `Totals.compare`."""
-        step, blocks = self._parts.step, range(-(-WINDOW // BLOCK_SIZE))
-        outcome, logits = StepOutcome.empty(_ROWS), list[Tensor]()
+    def _said(
+        self, windows: Sequence[tuple[int, ...]], variant: _Variant | None = None
+    ) -> list[tuple[list[str], Tensor, Tensor]]:
+        """What the engine says about the windows' scored tokens, each a step of `Totals.compare`."""
+        step, runner = self._parts.step, self._parts.runner
+        outcome = StepOutcome.empty(_ROWS * len(windows))
+        blocks = [range(at * _BLOCKS, (at + 1) * _BLOCKS) for at in range(len(windows))]
         if variant is not None:
             step.answer = lambda *given: self._answer(variant, outcome, *given)
         try:
-            for _, logits_nV in self._parts.runner.score(window[:-1], blocks, chunk=WINDOW):
-                logits.append(logits_nV)
+            logits = runner.score_side_by_side([window[:-1] for window in windows], blocks)
         finally:
             step.answer = None
         if variant is not None:
@@ -127,8 +141,11 @@ class Sweep:
             totals.fetched += int(outcome.fetched_T.sum())
             totals.stood_in += int(outcome.standins_TS.sum())
             totals.expected_rise += float(outcome.loss_T.sum())
-        scored_BV = torch.cat(logits)[PREFILLED - 1 :].log_softmax(dim=-1).cpu()
-        return [([str(hash(window))] * len(scored_BV), scored_BV, torch.tensor(window[PREFILLED:]))]
+        scored = [logits_nV[PREFILLED - 1 :].log_softmax(dim=-1).cpu() for logits_nV in logits]
+        return [
+            ([str(hash(window))] * len(scored_BV), scored_BV, torch.tensor(window[PREFILLED:]))
+            for window, scored_BV in zip(windows, scored, strict=True)
+        ]
 
     def _answer(
         self,
@@ -139,18 +156,20 @@ class Sweep:
         ids_TK: Tensor,
         weight_TK: Tensor,
     ) -> Tensor:
-        """A layer's output: the prompt's rows by the experts, the others as `fast` has it."""
+        """A layer's output: the prompts' rows by the experts, the others as `fast` has it."""
         step, layer = self._parts.step, block.layer
-        at = max(0, len(hidden_TD) - _ROWS)
+        late_T = torch.arange(len(hidden_TD)) % (WINDOW - 1) >= WINDOW - 1 - _ROWS
+        order_T = late_T.to(torch.int8).argsort(stable=True)  # all prompts' rows first
+        rows, at = [part[order_T] for part in (hidden_TD, ids_TK, weight_TK)], int((~late_T).sum())
         if not variant.standins.covers(layer):
-            hit_TK = variant.resident[layer][ids_TK[at:].cpu().numpy()]
+            hit_TK = variant.resident[layer][ids_TK[late_T].cpu().numpy()]
             outcome.count_exact(hit_TK)
             return block.exact(hidden_TD, ids_TK, weight_TK)
-        endless = np.full(_ROWS, np.inf, np.float32)
+        count = len(hidden_TD) - at
+        endless = np.full(count, np.inf, np.float32)
         step.outcome = outcome
-        step.budgets = RowBudgets(mode_T=np.full(_ROWS, FAST, np.int8), allowance_T=endless, price_T=endless)
-        rows = hidden_TD, ids_TK, weight_TK
+        step.budgets = RowBudgets(mode_T=np.full(count, FAST, np.int8), allowance_T=endless, price_T=endless)
         out_TD, resolution = block.stood_in(variant.standins, variant.resident[layer], at, *rows)
         for kind, loss in variant.standins.loss_by_kind(layer, resolution).items():
             variant.totals.expected_by_kind[kind] = variant.totals.expected_by_kind.get(kind, 0.0) + loss
-        return out_TD
+        return out_TD[order_T.argsort()]

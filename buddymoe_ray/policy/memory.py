@@ -7,7 +7,7 @@ keeps every expert resident and then padding, staging and the scratch of the ker
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from buddymoe_ray.errors import BudgetError
 from buddymoe_ray.types import SlotPlan
@@ -18,6 +18,7 @@ __all__ = [
     "Staging",
     "activation_bytes",
     "kv_cache_bytes",
+    "lend_reserved",
     "plan_prefill",
     "plan_staging",
     "rows_held",
@@ -148,6 +149,19 @@ def split_slots(
         layer_slots=layer_slots,
         fully_resident=False,
     )
+
+
+def lend_reserved(plan: SlotPlan, nbytes: int, experts_per_layer: Sequence[int]) -> SlotPlan:
+    """The plan with `nbytes` of what it reserves, and no others, lent to slots of experts, spread over the layers.
+    Two pages of every layer are kept: those that its lent slots share with others."""
+    lent = plan.lent_slots or (0,) * len(plan.layer_slots)
+    own = [slots - more for slots, more in zip(plan.layer_slots, lent, strict=True)]
+    room = min(nbytes, plan.reserved_bytes) - 2 * _PAGE * len(own)
+    slots = _spread(sum(own) + max(0, room) // plan.slot_bytes, experts_per_layer)
+    now = tuple(count - kept for count, kept in zip(slots, own, strict=True))
+    assert min(now) >= 0, f"layers have {slots} slots, must have at least {own}"
+    overhead = plan.overhead_bytes + (sum(lent) - sum(now)) * plan.slot_bytes
+    return replace(plan, layer_slots=slots, lent_slots=now, overhead_bytes=overhead)
 
 
 def _spread(count: int, experts_per_layer: Sequence[int]) -> tuple[int, ...]:

@@ -24,8 +24,19 @@ from buddymoe_ray.errors import ProfileError
 from buddymoe_ray.policy import Measured, split_movable
 from buddymoe_ray.types import ExpertLayout
 
-__all__ = ["SELF_MADE", "CalibrationFolder", "MakerProgress", "calibrates", "maker_bytes", "reserved_bytes"]
+__all__ = [
+    "ROOM_SPARE",
+    "ROOM_WANTED",
+    "SELF_MADE",
+    "CalibrationFolder",
+    "MakerProgress",
+    "calibrates",
+    "maker_bytes",
+    "reserved_bytes",
+]
 
+ROOM_WANTED, ROOM_SPARE = b"+", b"-"
+"""What whoever fills a folder says to its engine about the memory reserved for records; the first is echoed."""
 SELF_MADE = ("lowbit2", "lowbit3", "lowbit4")
 _MAKER_SLOTS = 4
 _PRIOR_LOSS = {"lowbit2": 16.0, "lowbit3": 4.0, "lowbit4": 1.0}

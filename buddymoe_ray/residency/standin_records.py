@@ -51,8 +51,9 @@ class LateStandins:
 def bring_standins(
     config: EngineConfig, loaded: LoadedModel, cache: EngineCache, path: Path, sharing: Sharing | None
 ) -> LateStandins:
-    """Those of a profile that was made meanwhile, in the memory that the cache's plan reserves. From any thread; the
-    cache is not touched. Raises ProfileError, BudgetError, CacheError."""
+    """Those of a profile that was made meanwhile, in the memory that the cache's plan reserves, of which it lends none
+    by now. From any thread; the cache is not touched. Raises ProfileError, BudgetError, CacheError."""
+    assert not any(cache.plan.lent_slots), f"lent slots are {cache.plan.lent_slots}, must be none"
     reserved, device = cache.plan.reserved_bytes, open_device(config.device)
     staging = plan_staging(
         largest_read=largest_read(cache.layout), budget_bytes=reserved, depth=1, share=_STAGING_SHARE

@@ -37,7 +37,7 @@ from buddymoe_ray.moe import (
     StepState,
 )
 from buddymoe_ray.observe import progress
-from buddymoe_ray.policy import MIN_SLOTS, Staging, plan_staging, split_slots
+from buddymoe_ray.policy import MIN_SLOTS, Staging, lend_reserved, plan_staging, split_slots
 from buddymoe_ray.residency.arithmetic import expert_computes, layer_waves, stored_dtype, stored_shapes
 from buddymoe_ray.residency.calibrations import CalibrationFolder, calibrates, reserved_bytes
 from buddymoe_ray.residency.sharing import Sharing, open_host, open_store
@@ -161,9 +161,12 @@ class PlannedStandins:
         """Of the records."""
         return StandinPool.nbytes_for(self.setup.layouts, self.setup.kind_of)
 
-    def open(self, loaded: LoadedModel) -> Standins:
-        """Load the records."""
-        _, pool = load_records(self.setup, loaded, self.staging, None)
+    def load(self, loaded: LoadedModel) -> StandinPool:
+        """The records, in memory."""
+        return load_records(self.setup, loaded, self.staging, None)[1]
+
+    def open(self, loaded: LoadedModel, pool: StandinPool) -> Standins:
+        """What answers with them."""
         return open_standins(self.setup, loaded, self.maths, pool, self.device, self.threads)
 
 
@@ -228,7 +231,10 @@ def plan_memory(
         CalibrationFolder(path.parent).discard()
         setup = None
     if setup is None:
-        return _exact_plan(layout, budgets, _reserved(config, layout, budgets, apart=apart)), None, staging
+        plan = _exact_plan(layout, budgets, _reserved(config, layout, budgets, apart=apart))
+        if node is None and not apart:  # elsewhere the memory of slots cannot be given back
+            plan = lend_reserved(plan, plan.reserved_bytes, layout.experts_per_layer)
+        return plan, None, staging
     return setup.plan, setup, staging
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,24 @@ def test_compensated_rounding_errs_less_than_plain(case: Case, tmp_path: Path, m
     assert float(made[0].errors["lowbit2"].mean()) < 0.9 * float(plain.errors["lowbit2"].mean())
 
 
+def test_the_worst_experts_are_compensated_first_and_time_ends_it(case: Case, tmp_path: Path) -> None:
+    """On a clock that ticks at every look two experts of the first layer have their turn, then one of each."""
+    ticks = count()
+    for name in ("plain", "some"):
+        (tmp_path / name).mkdir()
+    with opened(case.folder) as parts:
+        plain = make(parts, case, tmp_path / "plain", kinds=("lowbit2",), compensated=False)
+        some = make(parts, case, tmp_path / "some", kinds=("lowbit2",), minutes=0.1, clock=lambda: float(next(ticks)))
+        again = make(parts, case, tmp_path / "some", kinds=("lowbit2",), minutes=0.1, clock=lambda: 0.0)
+    better_LE = some.errors["lowbit2"] < plain.errors["lowbit2"]
+    assert better_LE.sum(axis=1).tolist() == [2, 1, 1] and (some.errors["lowbit2"] <= plain.errors["lowbit2"]).all()
+    for layer, better_E in enumerate(better_LE):
+        use_E = np.array([float(case.rows(layer, e)[1].square().sum()) for e in range(len(better_E))])
+        loss_E = use_E * plain.errors["lowbit2"][layer]
+        assert loss_E[better_E].min() > loss_E[~better_E].max()
+    np.testing.assert_allclose(again.errors["lowbit2"], some.errors["lowbit2"], rtol=1e-6)  # kept, as they were
+
+
 def test_pairs_are_least_squares(case: Case, made: tuple[LayerTables, Path]) -> None:
     """Row i: up to 64 tokens routed to i; column j answers with the scale that errs least."""
     tables, _ = made
@@ -287,7 +306,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(case: Case, tmp_path: Path)
     folder = tmp_path / "p.standins"
     with opened(case.folder) as parts:
         with pytest.raises(Interrupted):
-            make(parts, case, tmp_path, kinds=kinds, progress=break_at(19))  # in the third layer of eight experts
+            make(parts, case, tmp_path, kinds=kinds, progress=break_at(35))  # in the third layer of eight experts
         assert parts.step.observer is None and [p.name for p in tmp_path.iterdir()] == ["p.standins"]
         before = stamps(folder)
         assert set(before) == {"lowbit2-00.safetensors", "lowbit2-01.safetensors"} | {

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.functional import pad
 
 from buddymoe_ray.calibrate.rounding import (
+    ExpertRows,
     Rounded,
     dequantise_rounded,
     moment,
@@ -195,6 +196,26 @@ def test_compensation_lowers_the_output_error(bits: int, by_activity: bool) -> N
     assert weighted_error(W, ours, H, fmt) < (0.5 if bits < 8 else 1.0) * weighted_error(W, plain, H, fmt)
 
 
+def test_some_rows_speak_for_all() -> None:
+    """Of many outputs a share is tried; the scales of one that is fifty times as large are known all the same."""
+    fmt, W, H = LowbitFormat(bits=3), _matrix(640, 96), moment(_inputs(2000, 96))
+    W[1] *= 50
+    ours, plain = round_compensated(W, H, fmt, passes=0), round_plain(W, fmt)
+    for rows in (slice(0, 1), slice(1, 2), slice(2, None)):
+        parts = [one._replace(q=one.q[rows], code=one.code[rows]) for one in (ours, plain)]
+        errors = [weighted_error(W[rows], part, H, fmt) for part in parts]
+        assert errors[0] < 0.7 * errors[1]
+
+
+def test_widths_share_what_is_known_of_the_rows() -> None:
+    math, weights = _expert(64, 32)
+    shared = ExpertRows(weights, _inputs(300, 64), torch.ones(300), math)
+    for bits in BITS:
+        alone = ExpertRows(weights, _inputs(300, 64), torch.ones(300), math)
+        ours, spec = (quantise_expert(rows, LowbitFormat(bits=bits)) for rows in (shared, alone))
+        assert all(torch.equal(ours[name], spec[name]) for name in spec)
+
+
 def test_the_moment_measures_the_output_error() -> None:
     fmt, W, x = LowbitFormat(bits=3), _matrix(16, 64), _inputs(300, 64)
     weight = torch.rand(300, generator=torch.Generator().manual_seed(3))
@@ -287,7 +308,7 @@ def test_record_has_its_layout_and_computes_like_the_expert(bits: int, gated: bo
     torch.manual_seed(0)
     math, weights = _expert(64, 32, gated=gated, bias=bias)
     fmt, x = LowbitFormat(bits=bits), _inputs(400, 64) / 4
-    record = quantise_expert(weights, x, torch.ones(400), fmt, math)
+    record = quantise_expert(ExpertRows(weights, x, torch.ones(400), math), fmt)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     layout, _ = record_tensors(shapes, fmt, torch.float32)
     assert {t.name: (t.shape, t.dtype) for t in layout} == {
@@ -306,7 +327,7 @@ def test_experts_by_compensation_beat_plain_ones(bits: int) -> None:
     weight = torch.rand(1500, generator=torch.Generator().manual_seed(2))
     exact = expert_forward(fresh, weights, math)
     error = lambda record: float((exact - lowbit_forward(fresh, record, fmt, math)).square().sum())  # noqa: E731
-    assert error(quantise_expert(weights, x, weight, fmt, math)) < 0.8 * error(
+    assert error(quantise_expert(ExpertRows(weights, x, weight, math), fmt)) < 0.8 * error(
         quantise_expert_plain(weights, fmt, math)
     )
 
@@ -317,7 +338,7 @@ def test_few_rows_are_not_trusted() -> None:
     fmt, fresh = LowbitFormat(bits=3), _inputs(3000, 64)[64:] / 4
     exact = expert_forward(fresh, weights, math)
     error = lambda record: float((exact - lowbit_forward(fresh, record, fmt, math)).square().sum())  # noqa: E731
-    compensated = quantise_expert(weights, _inputs(3000, 64)[:64] / 4, torch.ones(64), fmt, math)
+    compensated = quantise_expert(ExpertRows(weights, _inputs(3000, 64)[:64] / 4, torch.ones(64), math), fmt)
     assert error(compensated) < error(quantise_expert_plain(weights, fmt, math))
 
 
@@ -329,7 +350,7 @@ def test_second_projection_is_rounded_for_what_the_rounded_first_one_gives() -> 
     down = round_compensated(weights["down_proj"], moment(_swiglu(x @ weights[math.first].T)), fmt)
     apart = _swiglu(x @ dequantise_rounded(first, fmt).T) @ dequantise_rounded(down, fmt).T
     exact = expert_forward(x, weights, math)
-    ours = lowbit_forward(x, quantise_expert(weights, x, one, fmt, math), fmt, math)
+    ours = lowbit_forward(x, quantise_expert(ExpertRows(weights, x, one, math), fmt), fmt, math)
     assert float((exact - ours).square().sum()) < float((exact - apart).square().sum())
 
 
@@ -337,7 +358,7 @@ def test_second_projection_is_rounded_for_what_the_rounded_first_one_gives() -> 
 def test_experts_with_few_rows_stay_close_to_plain_ones(rows: int) -> None:
     math, weights = _expert(64, 32)
     fmt, x = LowbitFormat(bits=3), _inputs(500, 64) / 4
-    record = quantise_expert(weights, x[:rows], torch.ones(rows), fmt, math)
+    record = quantise_expert(ExpertRows(weights, x[:rows], torch.ones(rows), math), fmt)
     exact, plain = expert_forward(x, weights, math), quantise_expert_plain(weights, fmt, math)
     error = lambda made: float((exact - lowbit_forward(x, made, fmt, math)).square().sum())  # noqa: E731
     assert error(record) < 4 * error(plain)

@@ -16,7 +16,7 @@ from coded_checkpoints import quantised
 
 from buddymoe_ray.calibrate import run as calibration
 from buddymoe_ray.calibrate.expected_loss import LossOptions
-from buddymoe_ray.calibrate.pace import compensated_seconds, scored_tokens, traced_tokens
+from buddymoe_ray.calibrate.pace import scored_tokens, traced_tokens
 from buddymoe_ray.calibrate.run import KINDS, CalibrationOptions, calibrate
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.evaluate import cut_windows, evaluate
@@ -308,34 +308,16 @@ def test_a_full_disk_is_said(olmoe: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_auto_rounding_looks_at_the_time(olmoe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_rounding_compensates_as_long_as_it_may(olmoe: Path, tmp_path: Path) -> None:
     made = {}
     for minutes in (0.0, 1e9):
         out = tmp_path / str(minutes) / "p.profile"
         made[minutes] = calibrate(
             options_of(olmoe, out, kinds=("lowbit2",), compensated=None, rounding_minutes=minutes)
         )
-        told = "rounding 24 experts with error compensation would take about" in caplog.text
-        assert told == (minutes == 0.0)
-        caplog.clear()
     plain = calibrate(options_of(olmoe, tmp_path / "plain" / "p.profile", kinds=("lowbit2",)))
     np.testing.assert_array_equal(made[0.0].errors["lowbit2"], plain.errors["lowbit2"])
-    assert float(made[1e9].errors["lowbit2"].mean()) < float(plain.errors["lowbit2"].mean())
-
-
-def test_the_estimate_grows_with_the_work() -> None:
-    """On a clock that ticks once per look: what is left is pure proportion."""
-    shapes = {"gate_up_proj": (512, 64), "down_proj": (64, 256), "down_proj_bias": (64,)}
-
-    def estimate(**changes: Any) -> float:
-        ticks = iter(range(1000))
-        chosen: dict[str, Any] = {"experts": 8, "widths": 1, "rows": 512, "passes": 1} | changes
-        return compensated_seconds(shapes, **chosen, clock=lambda: float(next(ticks)))
-
-    once = estimate()
-    assert once == pytest.approx(8 * ((1 + 2) + (1 + 1))), "512 outputs are two tries of 256"
-    assert estimate(experts=16) == pytest.approx(2 * once) and estimate(widths=3) == pytest.approx(3 * once)
-    assert estimate(rows=1024) == pytest.approx(once + 8 * 2) and estimate(experts=0) == 0 == estimate(widths=0)
+    assert float(made[1e9].errors["lowbit2"].mean()) < 0.95 * float(plain.errors["lowbit2"].mean())
 
 
 def test_held_out_text_is_the_end_and_is_not_traced(olmoe: Path, tmp_path: Path) -> None:

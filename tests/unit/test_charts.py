@@ -53,7 +53,7 @@ def test_points_and_error_bars_are_where_they_belong() -> None:
     assert np.array_equal(plot.lines[0].get_xydata(), [[0, 5], [10, NAN], [20, 8]], equal_nan=True)
     bars = np.array(plot.collections[0].get_segments()[0])
     assert bars.tolist() == [[0, 3], [0, 7]]
-    assert [text.get_text() for text in plot.get_legend().get_texts()] == ["a"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a"]
     assert (plot.get_xlabel(), plot.get_ylabel()) == ("x", "y")
 
 
@@ -81,7 +81,7 @@ def test_a_bent_axis_shows_both_sides_of_zero() -> None:
 
 def test_what_is_not_finite_is_left_out() -> None:
     figure = line_chart([Line(name="a", x=[1], y=[2]), Line(name="none", x=[1], y=[NAN])], x="x", y="y")
-    assert figure is not None and [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["a"]
+    assert figure is not None and [t.get_text() for t in figure.legends[0].get_texts()] == ["a"]
     for empty in (
         line_chart([], x="x", y="y"),
         line_chart([Line(name="a", x=[0], y=[NAN])], x="x", y="y"),

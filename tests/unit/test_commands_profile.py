@@ -84,7 +84,7 @@ def test_for_a_person_it_is_readable(model: Path, ids: Path, tmp_path: Path, cap
     arguments = ["--corpus", str(ids), "--out", str(tmp_path / "p.profile"), "--kinds", "mean", *QUICK[:-1]]
     assert main(["profile", "--model", str(model), *arguments]) == 0
     out = capsys.readouterr().out
-    assert "recommended" in out and "{" not in out
+    assert "recommended" in out and "buddymoe profile --model" in out and "{" not in out
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import re
 import xml.etree.ElementTree as ET
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +56,7 @@ def drawn(profile: Profile, name: str) -> Axes:
 
 
 def legend(plot: Axes) -> list[str]:
-    return [text.get_text() for text in plot.get_legend().get_texts()]
+    return [text.get_text() for text in plot.get_figure(root=True).legends[0].get_texts()]
 
 
 def words(found: ET.Element) -> str:
@@ -145,6 +147,53 @@ def test_the_summary_says_when_harms_are_unknown() -> None:
 
 
 @pytest.mark.usefixtures("words_only")
+@pytest.mark.parametrize(
+    ("changes", "command"),
+    [
+        ({}, "buddymoe serve 'my model' --memory 25% --mode bounded"),
+        ({"worse": 0.3}, "buddymoe serve 'my model' --memory 50% --mode bounded"),
+        ({"recommended": None}, "buddymoe serve 'my model' --mode exact"),
+        ({"sensitivity_L": np.full(4, np.nan)}, "buddymoe profile --model 'my model' --corpus FILES"),
+    ],
+)
+def test_verdict_and_next_command_come_first(changes: dict[str, Any], command: str) -> None:
+    changes = dict(changes)
+    more = changes.pop("worse", 0.0)
+    rows = [dataclasses.replace(r, dppl_percent=r.dppl_percent + more * (r.memory_percent < 50)) for r in comparison()]
+    page = render_report(make_profile(model="my model", comparison=tuple(rows), **changes))
+    assert words(next(parsed(page).iter("pre"))) == command
+    order = [page.index(f"<{what}") for what in ('p class="verdict', "pre>", "table", "nav")]
+    assert order == sorted(order)
+
+
+@pytest.mark.usefixtures("words_only")
+def test_tables_and_plots_have_the_same_numbers() -> None:
+    profile = make_profile()
+    found, plot = cells(section(render_report(profile), "stand-ins")), drawn(profile, "standins")
+    for row, bars in zip(found[1:], plot.collections, strict=True):
+        spans = [sorted(float(y) for _, y in bar) for bar in reversed(bars.get_segments())]
+        for cell, (low, high) in zip(row[1:], spans, strict=True):
+            value, error = map(float, cell.split(" ± "))
+            digits = 10 ** -(len(cell.split(" ± ")[0].partition(".")[2]))
+            assert (low + high) / 2 == pytest.approx(value, abs=digits) and (high - low) / 2 == pytest.approx(
+                error, abs=digits
+            )
+    best = cells(section(render_report(profile), "summary"))[1]
+    assert best[1:3] == [found[1][0], found[1][1]]
+
+
+def test_narrow_and_dark_screens_are_served() -> None:
+    """No table is wider for a deeper model, labels keep their size on a phone, plots and page change colours."""
+    page = render_report(make_profile(layers=48, tokens=64))
+    assert max(len(row) for table in parsed(page).iter("table") for row in table.iter("tr")) <= 9
+    drawings = [base64.b64decode(found) for found in re.findall(r"image/svg\+xml;base64,([^\"]+)", page)]
+    widths = {float(re.findall(rb'<svg [^>]*width="([0-9.]+)pt"', drawing)[0]) for drawing in drawings}
+    assert len(drawings) >= 6 and max(widths) <= 420, "a phone shows some 350 points"
+    dark = page.split("prefers-color-scheme: dark")[1].split("body")[0]
+    assert "--paper: #111" in dark and ".chart, .matrix" in dark
+
+
+@pytest.mark.usefixtures("words_only")
 def test_every_stand_in_is_in_table_and_plot() -> None:
     found = section(render_report(make_profile()), "stand-ins")
     rises = cells(found)
@@ -199,8 +248,8 @@ def test_layers_show_sensitivity_and_harm() -> None:
     )
     assert np.allclose([bar.get_height() for bar in drawn(profile, "losses").patches], wanted)
     assert np.allclose([bar.get_height() for bar in drawn(profile, "sensitivity").patches], profile.sensitivity_L)
-    shares = {row[0]: row[1:] for row in cells(found)[1:]}
-    assert shares["drop"] == ["100"] * 4 and shares["lowbit3"] == ["5"] * 4
+    shares = {column[0]: column[1:] for column in zip(*cells(found), strict=True)}
+    assert shares["drop"] == ("100",) * 4 and shares["lowbit3"] == ("5",) * 4
 
 
 @pytest.mark.usefixtures("words_only")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from buddymoe_ray import LLM
 from buddymoe_ray.cache.shared.locks import TABLES_BYTE, FileLocks
 from buddymoe_ray.calibrate import background
 from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.engine import calibration
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.errors import ConfigError, ProfileError, RequestError
 from buddymoe_ray.models.fingerprint import model_hash
@@ -29,6 +32,28 @@ from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent
 PROMPTS = ["def add(a, b):\n", "import os\nimport sys\n", "class Queue:\n    def __init__(self):\n", "The following"]
 MAKER, ALL = 700_000, 4_000_000
 FEW = {"_LEAST_TEXTS": 16, "_MOST_TEXTS": 16, "_CHECKED_TEXTS": 8, "_ROUNDING_MINUTES": 0.0}
+
+IN_STEPS = """
+import sys, time
+from pathlib import Path
+from buddymoe_ray.calibrate.background import _Starter
+
+def reached(name):
+    path = Path(sys.argv[3]) / name
+    path.touch()
+    while path.exists():
+        time.sleep(0.01)
+
+starter = _Starter()
+starter.take_room()
+reached("taken")
+starter.spare_room()
+reached("spare")
+starter.take_room()
+reached("again")
+sys.exit("nothing came of it")
+"""
+"""What asks for memory as a calibration does, and goes on when told to."""
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +108,12 @@ class Unfinished:
         """The other process is done: the engines learn of it, and take over."""
         os.replace(self._folder / "measured.later", self._folder / "measured.json")
         self._locks.close()
-        until = time.monotonic() + 120
-        while not all(engine.calibration.arrived for engine in engines) and time.monotonic() < until:
+        until = time.monotonic() + 300
+        while not all(engine.snapshot().calibration.state == "ready" for engine in engines):
+            assert time.monotonic() < until, [engine.calibration.snapshot() for engine in engines]
             time.sleep(0.05)
-        for engine in engines:
-            assert engine.calibration.arrived, engine.calibration.snapshot()
-            engine.drain()
-            assert engine.snapshot().calibration.state == "ready"
+            for engine in engines:
+                engine.drain()
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +147,46 @@ def test_exact_at_once_and_stand_ins_as_soon_as_there_are_any(
         assert {(r.usage.mode, r.usage.calibration.state) for r in later} == {("bounded", "ready")}
         assert all(r.usage.standins.lowbit > 0 and r.usage.expected_rise <= 0.003 * 24 for r in later)
         assert llm.generate(PROMPTS, mode="exact", max_tokens=24)[0].token_ids == exact_tokens[0]
-        assert engine.cache.plan.layer_slots == plan.layer_slots and 0 < engine.standin_bytes <= plan.reserved_bytes
+        now = engine.cache.plan
+        assert sum(now.layer_slots) == sum(plan.layer_slots) - sum(plan.lent_slots)
+        assert 0 < engine.standin_bytes <= plan.reserved_bytes, "records take what was lent"
         assert plan.slots_total * plan.slot_bytes + plan.overhead_bytes <= plan.budget_bytes
         engine.cache.check_integrity()
+
+
+def test_experts_have_the_memory_of_records_while_nobody_else_has(
+    model: Path, tmp_path: Path, exact_tokens: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it is asked for, and again once nothing came of the calibration."""
+    (tmp_path / "in_steps.py").write_text(IN_STEPS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(calibration, "_MODULE", "in_steps")
+    with served(model, tmp_path / "cache", memory="25%") as llm:
+        engine, folder = llm.engine, folder_in(tmp_path / "cache").path
+
+        def slots(reached: Callable[[], bool]) -> int:
+            until = time.monotonic() + 300
+            while not reached():
+                assert time.monotonic() < until, engine.calibration.snapshot()
+                time.sleep(0.01)
+                engine.drain()
+            plan = engine.cache.plan
+            assert engine.cache.device_bytes + plan.overhead_bytes <= plan.budget_bytes
+            if any(plan.lent_slots):
+                assert [result.token_ids for result in llm.generate(PROMPTS, max_tokens=24)] == exact_tokens
+            engine.cache.check_integrity()
+            return sum(plan.layer_slots)
+
+        taken = slots((folder / "taken").exists)
+        (folder / "taken").unlink()
+        spare = slots(lambda: any(engine.cache.plan.lent_slots) and (folder / "spare").exists())
+        assert taken + 8 < spare
+        (folder / "spare").unlink()
+        assert slots((folder / "again").exists) == taken, "it goes on only once it has the memory"
+        (folder / "again").unlink()
+        assert slots(lambda: any(engine.cache.plan.lent_slots)) > spare
+        state = engine.snapshot().calibration
+        assert (state.state, state.reason) == ("refused", "nothing came of it")
 
 
 def test_workers_of_a_node_take_over_one_copy(
@@ -190,6 +251,30 @@ def test_requests_decide_where_own_texts_say_nothing(
         assert engine.snapshot().free_kv_blocks == engine.snapshot().total_kv_blocks
 
 
+def test_a_shift_of_domain_takes_trust_back(model: Path, cache: Path) -> None:
+    """Stand-ins calibrated on what the model writes are confirmed by code, and cost several times as much in a script
+    that it never saw: that is noticed, and it is exact from then on."""
+    rng = random.Random(0)
+    with served(model, cache, guard_share=1.0) as llm:
+
+        def ask(prompt: str) -> str:
+            usage = llm.generate(prompt, max_tokens=32)[0].usage
+            llm.engine.drain()  # what was sampled is computed again
+            return usage.mode
+
+        assert {ask(PROMPTS[at % 4] + f"# {at}\n") for at in range(12)} == {"bounded"}
+        trusted = llm.engine.snapshot()
+        assert trusted.calibration.state == "ready" and trusted.calibration.factor < 1.5, "requests have confirmed it"
+        foreign = ["".join(chr(rng.randrange(0x430, 0x450)) for _ in range(80)) for _ in range(24)]
+        modes = [ask(text) for text in foreign]
+        noticed = modes.index("exact")
+        assert 0 < noticed <= 16 and set(modes[noticed:]) == {"exact"}
+        now = llm.engine.snapshot()
+        assert now.calibration.state == "collecting" or now.guard.state == "tripped"
+        again, exact = (llm.generate(foreign[0], max_tokens=16, **how)[0] for how in ({}, {"mode": "exact"}))
+        assert again.token_ids == exact.token_ids and again.usage.standins.total == 0
+
+
 def test_what_cannot_be_calibrated_is_said(model: Path, cache: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     with served(model, empty, calibrate="off") as llm:
@@ -242,7 +327,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(tmp_path: Path, monkeypatc
     command += [str(model), "--into", str(folder.path), "--memory-percent", "50"]
     command += ["--maker-bytes", str(MAKER), "--record-bytes", str(ALL)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE)
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not list(folder.path.glob("made.standins/*.safetensors")) and time.monotonic() < until:
         time.sleep(0.005)
     process.kill()

@@ -1,0 +1,75 @@
+"""Slots that give their memory up and get it back: who stays, whose bytes are where, what the process really holds."""
+
+from __future__ import annotations
+
+import mmap
+import random
+from pathlib import Path
+
+import numpy as np
+from experts_on_disk import expert_bytes_of, make_layout
+
+from buddymoe_ray.cache import DiskReader, ExpertCache
+from buddymoe_ray.policy import lend_reserved, split_slots
+from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
+
+COUNTS = (12, 5, 16)
+
+
+def reserving(layout: ExpertLayout, *, slots: int, reserved: int) -> SlotPlan:
+    """A plan of so many slots beside `reserved` bytes."""
+    sizes = {"slot_bytes": layout.slot_bytes, "expert_bytes": layout.expert_bytes}
+    budget = slots * layout.slot_bytes + reserved
+    plan = split_slots(budget_bytes=budget, experts_per_layer=COUNTS, overhead_bytes=reserved, **sizes)
+    return SlotPlan(**{**vars(plan), "reserved_bytes": reserved})
+
+
+def held_bytes(cache: ExpertCache) -> int:
+    """Of the slots' memory, as the kernel's page table has it."""
+    begin = cache._pool.address(0)
+    with Path("/proc/self/pagemap").open("rb") as table:
+        table.seek(begin // mmap.PAGESIZE * 8)
+        entries = np.frombuffer(table.read(-(-cache._pool.nbytes // mmap.PAGESIZE) * 8), np.uint64)
+    return int((entries >> np.uint64(62) > 0).sum()) * mmap.PAGESIZE  # present, or swapped out
+
+
+def test_what_is_lent_comes_from_what_is_reserved_and_goes_back(tmp_path: Path) -> None:
+    layout, _ = make_layout(tmp_path, experts_per_layer=COUNTS, rows=48, cols=160)
+    reserved = 11 * layout.slot_bytes + 2 * mmap.PAGESIZE * len(COUNTS)
+    plan = reserving(layout, slots=12, reserved=reserved)
+    for lent, count in ((0, 0), (reserved, 11), (reserved // 2, 5), (10 * reserved, 11), (-5, 0)):
+        now = lend_reserved(plan, lent, COUNTS)
+        assert sum(now.lent_slots) == count and sum(now.layer_slots) == sum(plan.layer_slots) + count
+        assert now.slots_total * now.slot_bytes + now.overhead_bytes == plan.budget_bytes, "bytes came from nowhere"
+        assert all(a <= min(b, E) for a, b, E in zip(plan.layer_slots, now.layer_slots, COUNTS, strict=True))
+        back = lend_reserved(now, 0, COUNTS)
+        assert (back.layer_slots, back.overhead_bytes) == (plan.layer_slots, plan.overhead_bytes)
+
+
+def test_slots_shrink_and_grow_under_a_cache_in_use(tmp_path: Path) -> None:
+    layout, truth = make_layout(tmp_path, experts_per_layer=COUNTS, rows=48, cols=160)
+    assert layout.slot_bytes > 8 * mmap.PAGESIZE, "pages would say nothing"
+    plan = lend_reserved(reserving(layout, slots=8, reserved=(most := 24 * layout.slot_bytes)), most, COUNTS)
+    rng = random.Random(0)
+    with ExpertCache(layout, plan, reader=DiskReader(depth=2, buffer_bytes=1 << 16)) as cache:
+        cache.warm()
+        for _ in range(60):
+            for layer, count in enumerate(COUNTS):
+                experts = sorted(rng.sample(range(count), 4))
+                cache.count(layer, np.array([experts]))
+                for leases in cache.stream(layer, experts, protect_residency=rng.random() < 0.2):
+                    for lease in leases:
+                        assert expert_bytes_of(dict(lease.tensors())) == truth[lease.key]
+                usage_E = cache._directory.usage.usage_LE[layer, :count].copy()
+                slots, first_wave = cache._directory.slot_of[layer], cache._directory.first_wave
+                own = {e for e in cache.resident(layer) if slots[e] < first_wave}
+                cache.resize(lend_reserved(plan, rng.randrange(most), COUNTS))
+                cache.check_integrity()
+                there = cache.resident(layer) & own
+                assert len(there) == min(len(own), cache.plan.layer_slots[layer])
+                gone = own - there
+                assert not (gone and there) or usage_E[[*gone]].max() <= usage_E[[*there]].min(), "not the least used"
+                for expert in there:  # where it was moved to, without being read again
+                    assert expert_bytes_of(dict(cache._pool.tensors(slots[expert]))) == truth[ExpertKey(layer, expert)]
+                assert cache.device_bytes + cache.plan.overhead_bytes <= cache.plan.budget_bytes
+                assert held_bytes(cache) <= cache.device_bytes + 2 * mmap.PAGESIZE * len(COUNTS)
