@@ -1,9 +1,9 @@
 """Expert bytes and where they are: disk, host, device, and one node's shared memory. Plans are handed in."""
 
 from buddymoe_ray.cache.disk import READ_ON_THE_SPOT, DiskReader, largest_read
-from buddymoe_ray.cache.expert_cache import CacheStats, ExpertCache
+from buddymoe_ray.cache.expert_cache import ExpertCache
 from buddymoe_ray.cache.interface import EngineCache, Experts
-from buddymoe_ray.cache.pool import Glance, Lease, slot_views
+from buddymoe_ray.cache.pool import CacheStats, Glance, Lease, slot_views
 from buddymoe_ray.cache.standin_pool import StandinPool
 
 __all__ = [

@@ -25,30 +25,15 @@ from buddymoe_ray.cache.directory import Directory
 from buddymoe_ray.cache.disk import DiskReader, Ticket
 from buddymoe_ray.cache.host import Host, HostTier, ReadLost
 from buddymoe_ray.cache.host_copies import HostCopies
-from buddymoe_ray.cache.pool import Glance, Lease, SlotPool
+from buddymoe_ray.cache.pool import CacheStats, Glance, Lease, SlotPool
 from buddymoe_ray.device import Copy, Device, open_device
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
-__all__ = ["CacheStats", "ExpertCache", "blame"]
+__all__ = ["ExpertCache", "blame"]
 
 _STAGING_SLOTS = 4
 _POLL_SECONDS = 200e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheStats:
-    """Counters since start. Lookups are per (layer, expert) and call, none where nobody need look; `stall_seconds` is
-    time waiting for bytes."""
-
-    hits: int
-    misses: int
-    bytes_loaded_device: int
-    bytes_read_disk: int
-    bytes_requested_disk: int
-    host_hits: int
-    stall_seconds: float
-    evictions: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from buddymoe_ray.cache.expert_cache import CacheStats
-from buddymoe_ray.cache.pool import Glance, Lease
+from buddymoe_ray.cache.pool import CacheStats, Glance, Lease
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
 __all__ = ["Experts", "EngineCache"]

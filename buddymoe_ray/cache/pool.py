@@ -23,7 +23,7 @@ from buddymoe_ray.types import ExpertKey, ExpertLayout
 
 Ints = npt.NDArray[np.int64]
 
-__all__ = ["Glance", "Lease", "SlotPool", "SlotMemory", "slot_views"]
+__all__ = ["CacheStats", "Glance", "Lease", "SlotPool", "SlotMemory", "slot_views"]
 
 
 class SlotMemory(Protocol):
@@ -86,6 +86,21 @@ class SlotPool:
         """Void every lease of the slot; returns the new generation."""
         self.generation[slot] += 1
         return self.generation[slot]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheStats:
+    """Counters since start. Lookups are per (layer, expert) and call, none where nobody need look; `stall_seconds` is
+    time waiting for bytes."""
+
+    hits: int
+    misses: int
+    bytes_loaded_device: int
+    bytes_read_disk: int
+    bytes_requested_disk: int
+    host_hits: int
+    stall_seconds: float
+    evictions: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from buddymoe_ray.cache.disk import DiskReader
-from buddymoe_ray.cache.expert_cache import CacheStats
-from buddymoe_ray.cache.pool import Glance, Lease
+from buddymoe_ray.cache.pool import CacheStats, Glance, Lease
 from buddymoe_ray.cache.shared.calls import Stalled, StreamState
 from buddymoe_ray.cache.shared.loads import SharedLoads
 from buddymoe_ray.cache.shared.shape import HeaderWord, places_of
