@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 import ray
+from prometheus_client.parser import text_string_to_metric_families
 from serving import Deploy, eventually
 
 from buddymoe_ray import LLM
@@ -137,12 +138,16 @@ def test_metrics_tell_what_the_engine_counted(url: str, client: openai.OpenAI) -
     complete(client, PROMPTS[0], mode="fast")
     (snapshot,) = Client("modes").snapshots()
     text = httpx.get(f"{url}/metrics").text
+    families = text_string_to_metric_families(text)
+    values = {(s.name, *sorted(s.labels.values())): s.value for family in families for s in family.samples}
     [replica] = set(re.findall(r'replica="([^"]+)"', text))
-    who = f'{{model="builtin:tiny",replica="{replica}"'
-    assert f"buddymoe_hits_total{who}}} {snapshot.access_hits}\n" in text
-    assert f'buddymoe_standin_uses_total{who},kind="lowbit"}} {snapshot.standins.lowbit}\n' in text
-    assert f"buddymoe_expected_rise_nats_total{who}}} {snapshot.expected_rise}\n" in text
-    assert f'buddymoe_guard_state{who},state="ok"}} 1.0\n' in text
+    who = {"builtin:tiny", replica}
+    assert values["buddymoe_hits_total", *sorted(who)] == snapshot.access_hits
+    assert values["buddymoe_standin_uses_total", *sorted({*who, "lowbit"})] == snapshot.standins.lowbit
+    assert values["buddymoe_expected_rise_nats_total", *sorted(who)] == snapshot.expected_rise
+    assert values["buddymoe_guard_state", *sorted({*who, "ok"})] == 1.0
+    assert values["vllm:generation_tokens_total", *sorted(who)] == snapshot.requests.generated_tokens > 0
+    assert values["vllm:time_to_first_token_seconds_count", *sorted(who)] > 0
 
     def exported() -> bool:
         nodes = [node for node in ray.nodes() if node["Alive"]]

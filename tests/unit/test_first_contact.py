@@ -272,11 +272,13 @@ def test_profile_and_simulate_are_tables(capsys: pytest.CaptureFixture[str]) -> 
     shares = {"dppl_percent": 12.3, "dppl_se": 0.4, "kl": 0.01, "top1_agreement": 97.0, "miss_rate": 60.0}
     row = ComparisonRow(standin="buddy:coactivation", memory_percent=50.0, tokens=6144, **shares)
     made = SimpleNamespace(comparison=[row], budget_curve=[], calibration_tokens=65536, recommended=None, reason="dear")
+    made.model, made.measured = "./my model", True
     profile._print(made, Path("m.profile"), Path("m.html"))  # type: ignore[arg-type]
     assert main(["simulate", "--gpus", "8", "--layers", "2", "--experts", "16", "--windows", "2"]) == 0
     said = capsys.readouterr().out
     fits(said)
     assert "12.30 ± 0.40" in said and "dear" in said and "eplb" in said
+    assert "buddymoe serve './my model' --mode exact" in said
 
 
 def test_chat_explains_itself_and_its_cost(monkeypatch, capsys) -> None:

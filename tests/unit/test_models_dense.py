@@ -66,7 +66,7 @@ def test_unreadable_file_is_named(tmp_path: Path) -> None:
 
 
 def test_experts_converted_by_more_than_a_copy_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def with_transpose(model: Any) -> list[WeightConverter]:
+    def with_transpose(model: Any, **_: Any) -> list[WeightConverter]:
         down = WeightConverter(
             "mlp.experts.*.down_proj.weight", "mlp.experts.down_proj", [MergeModulelist(0), Transpose(1, 2)]
         )
