@@ -16,6 +16,7 @@ from buddymoe_ray.types import CalibrationState, CalibrationUsage, GuardState, S
 __all__ = [
     "CalibrationSnapshot",
     "EngineSnapshot",
+    "ExpertMap",
     "GuardSnapshot",
     "HistogramSnapshot",
     "RequestsSnapshot",
@@ -129,6 +130,18 @@ class EngineSnapshot:
     guard: GuardSnapshot = field(default_factory=GuardSnapshot)
     calibration: CalibrationSnapshot = field(default_factory=CalibrationSnapshot)
     requests: RequestsSnapshot = field(default_factory=RequestsSnapshot)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertMap:
+    """Where an engine's experts are and how much each is used: a byte per expert, layer by layer.
+
+    Bit 0: in a slot; bit 1: has a stand-in record in memory; from bit 3 on the rounded 31 * sqrt(share), of the layer's
+    latest steps those that asked for it (an access counts half after 32 steps; 0 where nothing is ever evicted).
+    """
+
+    experts_per_layer: tuple[int, ...]
+    cells: bytes
 
 
 class _Bar:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.errors import CacheError, CapacityError, CheckpointError, RequestError
-from buddymoe_ray.observe import EngineSnapshot
+from buddymoe_ray.observe import EngineSnapshot, ExpertMap
 from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.serve.work import Reply, Work, WorkerInfo, WorkerReport
 from buddymoe_ray.serve.worker import Worker
@@ -205,6 +205,10 @@ class FakeEngine:
             residency=0.5,
         )
 
+    def expert_map(self) -> ExpertMap:
+        """One MoE layer of three experts, the first of them resident and in use."""
+        return ExpertMap(experts_per_layer=(3,), cells=bytes([1 | 31 << 3, 2, 0]))
+
     async def check_health(self) -> None:
         """Raises once dead."""
         self._raise_if_dead()
@@ -237,9 +241,9 @@ class LocalWorkers:
         """Of the first."""
         return self.workers[0].info()
 
-    async def reports(self) -> tuple[WorkerReport, ...]:
+    async def reports(self, *, experts: bool = False) -> tuple[WorkerReport, ...]:
         """Of all."""
-        return tuple(worker.report() for worker in self.workers)
+        return tuple(worker.report(experts=experts) for worker in self.workers)
 
     async def health(self) -> tuple[str | None, ...]:
         """Of all."""

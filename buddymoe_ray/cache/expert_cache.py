@@ -85,6 +85,7 @@ class ExpertCache:
         self._copies = HostCopies(self._host, self._pool, self._device) if self._host is not None else None
         self._bytes = None if apart else self._pool.bytes_C.numpy()
         self._directory = Directory(plan, layout.experts_per_layer, self._pool.address)
+        self.usage = self._directory.usage
         self._glances = [Glance(at_E, partial(self._used, layer)) for layer, at_E in enumerate(self._directory.at_E)]
         self._leases: list[Lease | None] = [None] * plan.slots_total
         self._ahead = ReadsAhead[_DeviceLoad](lambda load: self._directory.bring(self._finish(self._ahead, load)))

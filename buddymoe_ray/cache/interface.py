@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from buddymoe_ray.cache.pool import CacheStats, Glance, Lease
+from buddymoe_ray.cache.usage import Usage
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
 __all__ = ["Experts", "EngineCache"]
@@ -43,6 +44,8 @@ class EngineCache(Experts, Protocol):
 
     @property
     def layout(self) -> ExpertLayout: ...
+    @property
+    def usage(self) -> Usage: ...
     @property
     def device_bytes(self) -> int: ...
     @property

@@ -36,3 +36,8 @@ class Usage:
         self.steps_L[layer] += 1
         usage_E = self.usage_LE[layer]
         usage_E[ids] = np.logaddexp2(usage_E[ids], self.steps_L[layer] / _HALF_LIFE)
+
+    def shares(self, layer: int) -> npt.NDArray[np.float64]:
+        """`[E]` in [0, 1]: of the layer's latest steps those that asked for each expert, fading with time."""
+        faded_E = np.exp2(self.usage_LE[layer] - self.steps_L[layer] / _HALF_LIFE)
+        return np.minimum(faded_E * (1 - 2 ** (-1 / _HALF_LIFE)), 1.0)

@@ -18,7 +18,7 @@ from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.parts import EngineLimits
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.errors import BuddyMoEError, CapacityError
-from buddymoe_ray.observe import EngineSnapshot
+from buddymoe_ray.observe import EngineSnapshot, ExpertMap
 from buddymoe_ray.types import GenerationRequest, TokenEvent
 
 __all__ = ["AsyncEngine"]
@@ -87,6 +87,10 @@ class AsyncEngine:
     def snapshot(self) -> EngineSnapshot:
         """Counters of the engine, read without stopping it."""
         return self._engine.snapshot()
+
+    def expert_map(self) -> ExpertMap:
+        """Where the experts are, read without stopping it."""
+        return self._engine.expert_map()
 
     @property
     def link_address(self) -> str:

@@ -34,13 +34,13 @@ from buddymoe_ray.engine.runner import SCORED_CHUNK
 from buddymoe_ray.engine.sampler import Sampled
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.engine.sequence import Sequence
-from buddymoe_ray.engine.snapshot import engine_snapshot
+from buddymoe_ray.engine.snapshot import engine_snapshot, expert_map
 from buddymoe_ray.engine.structured import Grammars
 from buddymoe_ray.engine.terms import terms_of
 from buddymoe_ray.engine.validate import validate
 from buddymoe_ray.errors import BuddyMoEError, CacheError
 from buddymoe_ray.moe import StepOutcome
-from buddymoe_ray.observe import EngineSnapshot, GuardSnapshot
+from buddymoe_ray.observe import EngineSnapshot, ExpertMap, GuardSnapshot
 from buddymoe_ray.residency.peering import Peering, open_peering
 from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.types import GenerationRequest, StructuredOutput, TokenEvent
@@ -74,12 +74,7 @@ class Engine:
 
     @classmethod
     def from_config(
-        cls,
-        config: EngineConfig,
-        *,
-        chooser: Chooser | None = None,
-        text: bool = True,
-        sharing: Sharing | None = None,
+        cls, config: EngineConfig, *, chooser: Chooser | None = None, text: bool = True, sharing: Sharing | None = None
     ) -> Engine:
         """Load the model and wire an engine. `text=False` skips the tokenizer and detokenisation.
 
@@ -203,6 +198,10 @@ class Engine:
             calibration=self.calibration.snapshot(),
             requests=self._times.snapshot(),
         )
+
+    def expert_map(self) -> ExpertMap:
+        """Where the experts are and how much each is used, readable from any thread."""
+        return expert_map(self._experts)
 
     @property
     def link_address(self) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from buddymoe_ray.engine.account import StepTotals
 from buddymoe_ray.engine.scheduler import Scheduler
-from buddymoe_ray.observe import CalibrationSnapshot, EngineSnapshot, GuardSnapshot, RequestsSnapshot
+from buddymoe_ray.observe import CalibrationSnapshot, EngineSnapshot, ExpertMap, GuardSnapshot, RequestsSnapshot
 from buddymoe_ray.residency.tier import ExpertTier
 
-__all__ = ["engine_snapshot"]
+__all__ = ["engine_snapshot", "expert_map"]
 
 
 def engine_snapshot(
@@ -49,3 +51,14 @@ def engine_snapshot(
         calibration=calibration,
         requests=requests,
     )
+
+
+def expert_map(experts: ExpertTier) -> ExpertMap:
+    """What `Engine.expert_map` tells: costs a page's reader a millisecond or two, and steps nothing."""
+    cache, counts = experts.cache, experts.cache.layout.experts_per_layer
+    cells_LE = [cache.resident_mask(layer).astype(np.uint8) for layer in range(len(counts))]
+    for key in {} if experts.setup is None else experts.setup.kind_of:
+        cells_LE[key.layer][key.expert] |= 2
+    for layer, (cells_E, count) in enumerate(zip(cells_LE, counts, strict=True)):
+        cells_E |= np.rint(31 * np.sqrt(cache.usage.shares(layer)[:count])).astype(np.uint8) << 3
+    return ExpertMap(experts_per_layer=tuple(counts), cells=np.concatenate(cells_LE).tobytes())

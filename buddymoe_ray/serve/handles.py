@@ -93,10 +93,10 @@ class ReplicaWorkers:
             return ()
         return tuple(answer for answer in answers if isinstance(answer, EngineSnapshot))
 
-    async def reports(self) -> tuple[WorkerReport, ...]:
+    async def reports(self, *, experts: bool = False) -> tuple[WorkerReport, ...]:
         """Every replica's counters; a replica that does not answer is left out."""
         try:
-            answers = await self._handle.broadcast("report").results_async(
+            answers = await self._handle.broadcast("report", experts=experts).results_async(
                 timeout_s=HEALTH_SECONDS, return_exceptions=True
             )
         except (TimeoutError, RayServeException):

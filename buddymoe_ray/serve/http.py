@@ -6,16 +6,15 @@ Knows neither ray nor engines, so tests drive it in process. On the token path: 
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import json
 import logging
-import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -23,11 +22,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
+from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.answers import prepare_reading
 from buddymoe_ray.errors import CapacityError, RequestError
 from buddymoe_ray.observe import CalibrationSnapshot
 from buddymoe_ray.serve.calls import CHAT, COMPLETIONS, MAX_BODY_BYTES, Endpoint, ModelNames, open_call, too_long
+from buddymoe_ray.serve.dashboard import READ, dashboard_routes, page_routes
 from buddymoe_ray.serve.metrics import exposition
+from buddymoe_ray.serve.recent import Recent
 from buddymoe_ray.serve.refusals import envelope, failure, refusal_of
 from buddymoe_ray.serve.replies import ModelCard, ModelList
 from buddymoe_ray.serve.resume import ResumeLimits, WorkerLost, resumable
@@ -35,12 +37,12 @@ from buddymoe_ray.serve.streaming import Answer
 from buddymoe_ray.serve.wire import parse_body
 from buddymoe_ray.serve.wire_tokens import DetokenizeRequest, TokenizeRequest, tokenize_reply
 from buddymoe_ray.serve.work import Refusal, Spelling, Work, Workers
+from buddymoe_ray.types import Mode
 
 __all__ = ["HttpSettings", "http_app"]
 
 log = logging.getLogger(__name__)
 
-READ = ("GET", "HEAD")
 ABSENT = {
     **dict.fromkeys(
         ("/v1/embeddings", "/embed", "/pooling", "/v1/rerank", "/rerank", "/v1/score", "/score"), "embedding"
@@ -57,7 +59,7 @@ class HttpSettings:
     serves everyone; it is never logged (repr hides it).
 
     `cors_origins` are the origins whose pages may call the service from a browser; `*` is any. What /health says may be
-    `health_seconds` old.
+    `health_seconds` old. Who watches /dashboard is told `mode`, `budget` and, every `dashboard_seconds`, the rest.
     """
 
     model: str
@@ -68,6 +70,9 @@ class HttpSettings:
     health_seconds: float = 1.0
     api_key: str | None = None
     cors_origins: tuple[str, ...] = ()
+    mode: Mode = "exact"
+    budget: float = EngineConfig.budget
+    dashboard_seconds: float = 1.0
 
     @property
     def names(self) -> ModelNames:
@@ -83,6 +88,11 @@ def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
     prepare_reading()
     app = FastAPI(title="buddymoe", openapi_url=None)
     app.include_router(_public_routes(workers, settings))
+    app.include_router(page_routes())
+    watch = dashboard_routes(
+        workers, model=settings.model, mode=settings.mode, budget=settings.budget, seconds=settings.dashboard_seconds
+    )
+    app.include_router(watch, dependencies=[Depends(_key_check(settings.api_key))])
     app.include_router(_metrics_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
     app.include_router(_openai_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
     app.include_router(_token_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
@@ -105,12 +115,13 @@ def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
 
 def _public_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
     router = APIRouter()
-    check, last = _key_check(settings.api_key), _Health(workers, settings.health_seconds)
+    check = _key_check(settings.api_key)
+    last = Recent(partial(_health_of, workers), settings.health_seconds)  # nobody needs a key for it
 
     @router.api_route("/health", methods=[*READ])
     async def health(request: Request) -> Response:
         """200 when every worker is well, else 503; what is not is named to those who may use the service."""
-        problems, calibration = await last.found()
+        problems, calibration = await last.get()
         body: dict[str, object] = {"status": "unhealthy" if problems else "ok"}
         with suppress(_Refused):
             await check(request)
@@ -123,27 +134,13 @@ def _public_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
     return router
 
 
-class _Health:
-    """Asks all workers at most once in so many seconds, however often it is asked: nobody needs a key for it."""
-
-    def __init__(self, workers: Workers, seconds: float) -> None:
-        self._workers, self._seconds = workers, seconds
-        self._asked = -math.inf
-        self._answer: asyncio.Future[tuple[list[str], CalibrationSnapshot]] | None = None
-
-    async def found(self) -> tuple[list[str], CalibrationSnapshot]:
-        """What is wrong with any worker, and the calibration of the one that is least far with it."""
-        now = time.monotonic()
-        if self._answer is None or (self._answer.done() and now - self._asked >= self._seconds):
-            self._asked, self._answer = now, asyncio.ensure_future(self._ask())
-        return await asyncio.shield(self._answer)
-
-    async def _ask(self) -> tuple[list[str], CalibrationSnapshot]:
-        problems = [problem for problem in await self._workers.health() if problem is not None]
-        if problems:
-            return problems, CalibrationSnapshot()  # who does not answer is not asked again
-        found = [report.snapshot.calibration for report in await self._workers.reports()]
-        return [], min(found, key=lambda one: (one.state != "collecting", one.percent), default=CalibrationSnapshot())
+async def _health_of(workers: Workers) -> tuple[list[str], CalibrationSnapshot]:
+    """What is wrong with any worker, and the calibration of the one that is least far with it."""
+    problems = [problem for problem in await workers.health() if problem is not None]
+    if problems:
+        return problems, CalibrationSnapshot()  # who does not answer is not asked again
+    found = [report.snapshot.calibration for report in await workers.reports()]
+    return [], min(found, key=lambda one: (one.state != "collecting", one.percent), default=CalibrationSnapshot())
 
 
 def _metrics_routes(workers: Workers, settings: HttpSettings) -> APIRouter:

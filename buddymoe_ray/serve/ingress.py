@@ -58,6 +58,8 @@ class Ingress:
             limits=limits,
             api_key=args.api_key(),
             cors_origins=args.cors_origins,
+            mode=args.mode,
+            budget=args.budget,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

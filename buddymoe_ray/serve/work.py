@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from buddymoe_ray.engine.answers import AnswerForm
-from buddymoe_ray.observe import EngineSnapshot
+from buddymoe_ray.observe import EngineSnapshot, ExpertMap
 from buddymoe_ray.types import FinishReason, Mode, SamplingParams, Usage
 
 __all__ = [
@@ -222,12 +222,13 @@ class WorkerInfo:
 @dataclass(frozen=True, kw_only=True)
 class WorkerReport:
     """One worker's counters. `replica` is its name among all workers that ever ran, `pid` its process on its node,
-    `devices` the GPUs it was given."""
+    `devices` the GPUs it was given; `experts` is there for who asked for it."""
 
     replica: str
     pid: int
     devices: tuple[str, ...] = ()
     snapshot: EngineSnapshot
+    experts: ExpertMap | None = None
 
 
 class Workers(Protocol):
@@ -241,8 +242,8 @@ class Workers(Protocol):
         """What is served (the same for all workers)."""
         ...
 
-    async def reports(self) -> tuple[WorkerReport, ...]:
-        """Those of all workers that answer."""
+    async def reports(self, *, experts: bool = False) -> tuple[WorkerReport, ...]:
+        """Those of all workers that answer, with where their `experts` are."""
         ...
 
     async def health(self) -> tuple[str | None, ...]:

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from buddymoe_ray.errors import BuddyMoEError, CapacityError, RequestError
 from buddymoe_ray.models.token_bytes import TokenBytes
-from buddymoe_ray.observe import EngineSnapshot
+from buddymoe_ray.observe import EngineSnapshot, ExpertMap
 from buddymoe_ray.serve.deltas import merge
 from buddymoe_ray.serve.prompts import tokenizer_info, usable
 from buddymoe_ray.serve.refusals import in_terms_of, overloaded, refusal_of, unavailable, worker_lost
@@ -42,6 +42,7 @@ class EngineSeam(ServingEngine, Protocol):
     def set_peers(self, peers: Mapping[str, str]) -> None: ...
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]: ...
     def snapshot(self) -> EngineSnapshot: ...
+    def expert_map(self) -> ExpertMap: ...
     async def check_health(self) -> None: ...
     def close(self) -> None: ...
 
@@ -147,10 +148,14 @@ class Worker:
         """The engine's state now."""
         return self._engine.snapshot()
 
-    def report(self) -> WorkerReport:
-        """The same with this worker's name."""
+    def report(self, *, experts: bool = False) -> WorkerReport:
+        """The same with this worker's name, and where its `experts` are."""
         return WorkerReport(
-            replica=self._name, pid=os.getpid(), devices=self._devices, snapshot=self._engine.snapshot()
+            replica=self._name,
+            pid=os.getpid(),
+            devices=self._devices,
+            snapshot=self._engine.snapshot(),
+            experts=self._engine.expert_map() if experts else None,
         )
 
     async def check_health(self) -> None:

@@ -41,7 +41,7 @@ class SharedExpertCache:
         self.store, self._reader, self._tables = store, reader, store.tables
         self.layout, self.plan = store.layout, store.plan
         self.device_bytes = store.nbytes  # of the slots, shared by every worker of the node
-        self._words_at = self._tables.generation.ctypes.data
+        self._words_at, self.usage = self._tables.generation.ctypes.data, self._tables.usage
         self._held: tuple[int, dict[int, int]] | None = None
         self._loads = SharedLoads(store, reader)
         self._entries: list[bytes] = [b""] * self.layout.layers  # of which these are
