@@ -136,8 +136,9 @@ class EngineSnapshot:
 class ExpertMap:
     """Where an engine's experts are and how much each is used: a byte per expert, layer by layer.
 
-    Bit 0: in a slot; bit 1: has a stand-in record in memory; from bit 3 on the rounded 31 * sqrt(share), of the layer's
-    latest steps those that asked for it (an access counts half after 32 steps; 0 where nothing is ever evicted).
+    Bit 0: in a slot; bit 1: has a stand-in record in memory; bit 2: in the host tier; from bit 3 on the rounded 31 *
+    sqrt(share), of the layer's latest steps those that asked for it (an access counts half after 32 steps; 0 where
+    nothing is ever evicted).
     """
 
     experts_per_layer: tuple[int, ...]

@@ -79,10 +79,10 @@ class ExpertCache:
         host_slots = max(host_slots, _STAGING_SLOTS) if apart else host_slots
         self._reader = reader
         self._pool = SlotPool(layout, plan.slots_total, self._device.torch)
-        self._host = host
+        self.host = host
         if host is None and host_slots:
-            self._host = HostTier(layout, slots=host_slots, reader=reader, device=self._device)
-        self._copies = HostCopies(self._host, self._pool, self._device) if self._host is not None else None
+            self.host = HostTier(layout, slots=host_slots, reader=reader, device=self._device)
+        self._copies = HostCopies(self.host, self._pool, self._device) if self.host is not None else None
         self._bytes = None if apart else self._pool.bytes_C.numpy()
         self._directory = Directory(plan, layout.experts_per_layer, self._pool.address)
         self.usage = self._directory.usage
@@ -239,7 +239,7 @@ class ExpertCache:
             bytes_loaded_device=self._loaded,
             bytes_read_disk=self._reader.bytes_read,
             bytes_requested_disk=self._reader.bytes_requested,
-            host_hits=self._host.hits if self._host else 0,
+            host_hits=self.host.hits if self.host else 0,
             stall_seconds=self.stall_seconds,
             evictions=self._directory.evictions,
         )
@@ -252,17 +252,17 @@ class ExpertCache:
             if key is not None:
                 assert lease is not None and lease.key == key, f"slot {slot} holds {key}, its lease says {lease}"
                 assert lease.generation == self._pool.generation[slot], f"{lease} against {self._pool.generation[slot]}"
-        if self._host is not None:
-            self._host.check_integrity()
+        if self.host is not None:
+            self.host.check_integrity()
 
     def close(self) -> None:
         """Wait for what is in flight and close the files. Safe to call twice."""
         if not self._closed:
             self._closed = True
             self._reader.close()
-            if self._host is not None and self._copies is not None:
+            if self.host is not None and self._copies is not None:
                 self._copies.settle()
-                self._host.close()
+                self.host.close()
 
     def __enter__(self) -> ExpertCache:
         return self
@@ -314,11 +314,11 @@ class ExpertCache:
         self._pool.renew(slot)
         self._leases[slot] = None
         try:
-            if self._host is None or self._copies is None:
+            if self.host is None or self._copies is None:
                 assert self._bytes is not None, "a device without host tier must be the CPU"
                 return _DeviceLoad(key, slot, self._reader.submit(self.layout.pieces[key], self._bytes[slot]))
             self._copies.release()
-            fetched = self._host.fetch(key)
+            fetched = self.host.fetch(key)
         except BaseException as error:
             self._directory.abandon(slot)
             blame(error, key)
@@ -355,8 +355,8 @@ class ExpertCache:
             if load.copy is not None:
                 load.copy.wait()
             self._directory.abandon(load.slot)
-            if self._host is not None:
-                self._host.release(load.key, failed=True)
+            if self.host is not None:
+                self.host.release(load.key, failed=True)
             raise
         finally:
             loads.remove(load)
@@ -372,7 +372,7 @@ class ExpertCache:
         """Wait where no slot can be had for what is missing."""
         began = time.perf_counter()
         if not self._ahead.make_room() and not (self._copies is not None and self._copies.release(wait=True)):
-            assert self._host is not None, f"no slot of layer {layer} can be claimed and nothing is in flight"
+            assert self.host is not None, f"no slot of layer {layer} can be claimed and nothing is in flight"
             time.sleep(_POLL_SECONDS)  # other workers lease every slot of the node's host tier
         self.stall_seconds += time.perf_counter() - began
 

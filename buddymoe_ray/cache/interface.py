@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from buddymoe_ray.cache.host import Host
 from buddymoe_ray.cache.pool import CacheStats, Glance, Lease
 from buddymoe_ray.cache.usage import Usage
 from buddymoe_ray.types import ExpertLayout, SlotPlan
@@ -44,6 +45,8 @@ class EngineCache(Experts, Protocol):
 
     @property
     def layout(self) -> ExpertLayout: ...
+    @property
+    def host(self) -> Host | None: ...
     @property
     def usage(self) -> Usage: ...
     @property

@@ -8,6 +8,7 @@ from buddymoe_ray.engine.account import StepTotals
 from buddymoe_ray.engine.scheduler import Scheduler
 from buddymoe_ray.observe import CalibrationSnapshot, EngineSnapshot, ExpertMap, GuardSnapshot, RequestsSnapshot
 from buddymoe_ray.residency.tier import ExpertTier
+from buddymoe_ray.types import ExpertKey
 
 __all__ = ["engine_snapshot", "expert_map"]
 
@@ -59,6 +60,11 @@ def expert_map(experts: ExpertTier) -> ExpertMap:
     cells_LE = [cache.resident_mask(layer).astype(np.uint8) for layer in range(len(counts))]
     for key in {} if experts.setup is None else experts.setup.kind_of:
         cells_LE[key.layer][key.expert] |= 2
+    if (host := cache.host) is not None:
+        for layer, count in enumerate(counts):
+            cells_LE[layer] |= (
+                np.array([host.holds(ExpertKey(layer, expert)) for expert in range(count)], np.uint8) << 2
+            )
     for layer, (cells_E, count) in enumerate(zip(cells_LE, counts, strict=True)):
         cells_E |= np.rint(31 * np.sqrt(cache.usage.shares(layer)[:count])).astype(np.uint8) << 3
     return ExpertMap(experts_per_layer=tuple(counts), cells=np.concatenate(cells_LE).tobytes())

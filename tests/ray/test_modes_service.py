@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterator
@@ -148,6 +149,10 @@ def test_metrics_tell_what_the_engine_counted(url: str, client: openai.OpenAI) -
     assert values["buddymoe_guard_state", *sorted({*who, "ok"})] == 1.0
     assert values["vllm:generation_tokens_total", *sorted(who)] == snapshot.requests.generated_tokens > 0
     assert values["vllm:time_to_first_token_seconds_count", *sorted(who)] > 0
+    [worker] = httpx.get(f"{url}/dashboard/data").json()["workers"]
+    assert (worker["replica"], worker["snapshot"]["access_hits"]) == (replica, snapshot.access_hits)
+    cells = base64.urlsafe_b64decode(worker["experts"]["cells"])
+    assert len(cells) == sum(worker["experts"]["experts_per_layer"]) and any(cell >> 3 for cell in cells)
 
     def exported() -> bool:
         nodes = [node for node in ray.nodes() if node["Alive"]]

@@ -53,6 +53,7 @@ def test_least_recently_used_is_overwritten(opened) -> None:
     tier, truth, _ = opened
     for key in (A, B, A, C):  # B is the oldest when C comes
         assert bring(tier, key) == truth[key]
+    assert [tier.holds(key) for key in (A, B, C)] == [True, False, True]
     misses = tier.misses
     bring(tier, A)
     assert tier.misses == misses
@@ -142,7 +143,7 @@ def test_no_more_host_slots_than_experts_are_allocated(tmp_path: Path) -> None:
         overhead_bytes=0,
     )
     with ExpertCache(layout, plan, reader=DiskReader(buffer_bytes=8192), host_slots=10**4) as cache:
-        assert cache._host is not None and cache._host.pool.count == 18
+        assert cache.host is not None and cache.host.pool.count == 18
 
 
 def test_a_host_slot_is_given_back_once_its_copy_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from buddymoe_ray.serve import dashboard
 from buddymoe_ray.serve.dashboard import EVENTS, READ, Dashboard
 from buddymoe_ray.serve.http import HttpSettings, http_app
 from buddymoe_ray.serve.worker import Worker
-from buddymoe_ray.types import Mode, StandinAccesses
+from buddymoe_ray.types import ExpertKey, Mode, StandinAccesses
 
 PAGE = Path(dashboard.__file__).with_suffix(".html").read_text()
 
@@ -61,8 +61,9 @@ def test_what_the_script_names_is_there() -> None:
     markup, script = PAGE.split("<script>")
     ids = re.findall(r'\bid="([\w-]+)"', markup)
     assert len(ids) == len(set(ids))
-    named = {*re.findall(r'\$\("([\w-]+)"\)', script), *re.findall(r'\["absent", "stood-in", "in-slot"\]', script)}
-    assert named - {'["absent", "stood-in", "in-slot"]'} <= set(ids) and {"absent", "stood-in", "in-slot"} <= set(ids)
+    [swatches] = re.findall(r"\[(.*)\]\.forEach\(\(id,", script)
+    named = {*re.findall(r'\$\("([\w-]+)"\)', script), *re.findall(r'"([\w-]+)"', swatches)}
+    assert len(named) > 20 and named == set(ids) - {"map-title", "answers-title", "links-title", "chat-title"}
     assert {*re.findall(r'(?:for|aria-labelledby|aria-describedby)="([\w-]+)"', markup)} <= set(ids)
     assert set(re.findall(r"<option>(\w+)", markup)) == set(get_args(Mode))
     [kinds] = re.findall(r"const KINDS = \{(.*?)\}", script, re.DOTALL)
@@ -142,7 +143,8 @@ async def _watch_one_event(app: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["exact", "bounded"])
 def test_an_engine_tells_where_its_experts_are(mode: Mode) -> None:
-    with LLM("builtin:tiny", memory="50%", mode=mode, threads=1) as llm:
+    host_memory = "50%" if mode == "exact" else "0"
+    with LLM("builtin:tiny", memory="50%", host_memory=host_memory, mode=mode, threads=1) as llm:
         before = llm.engine.expert_map()
         llm.generate("What is 3 + 4?", max_tokens=8)
         now, cache = llm.engine.expert_map(), llm.engine.cache
@@ -150,9 +152,11 @@ def test_an_engine_tells_where_its_experts_are(mode: Mode) -> None:
         cells_LE = np.frombuffer(now.cells, np.uint8).reshape(len(now.experts_per_layer), -1)
         for layer, cells_E in enumerate(cells_LE):
             assert set(np.flatnonzero(cells_E & 1)) == cache.resident(layer)
+            in_host = [cache.host is not None and cache.host.holds(ExpertKey(layer, e)) for e in range(len(cells_E))]
+            assert list(cells_E & 4 != 0) == in_host
     assert not any(cell >> 3 for cell in before.cells)
     if mode == "exact":
-        assert not (cells_LE & 2).any() and (cells_LE >> 3).any(axis=1).all()
+        assert not (cells_LE & 2).any() and (cells_LE & 4).any() and (cells_LE >> 3).any(axis=1).all()
     else:  # pinned: nothing is evicted, so nothing is counted
         assert (cells_LE & 3).all() and not (cells_LE >> 3).any()
 

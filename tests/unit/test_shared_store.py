@@ -605,6 +605,8 @@ def test_two_devices_share_one_host_tier(node: Node) -> None:
         cache.check_integrity()
     assert first.stats().bytes_requested_disk == LAYERS * 3 * node.layout.expert_bytes
     assert second.stats().bytes_requested_disk == 0 and second.stats().host_hits == LAYERS * 3
+    assert second.host is not None
+    assert [expert for expert in range(EXPERTS) if second.host.holds(ExpertKey(0, expert))] == [0, 1, 2]
     first.close()
     second.close()
     assert not node.path.exists()

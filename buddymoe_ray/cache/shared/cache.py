@@ -37,6 +37,8 @@ _LOADS_IN_ORDER = platform.machine() in ("x86_64", "AMD64")
 class SharedExpertCache:
     """`store` and `reader` belong to this object from now on."""
 
+    host = None  # a node's slots are its host memory
+
     def __init__(self, store: SharedStore, *, reader: DiskReader) -> None:
         self.store, self._reader, self._tables = store, reader, store.tables
         self.layout, self.plan = store.layout, store.plan

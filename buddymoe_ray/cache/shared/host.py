@@ -46,6 +46,10 @@ class SharedHostTier:
         self._device: Device | None = device
         device.pin(self.pool.bytes_C)
 
+    def holds(self, key: ExpertKey) -> bool:
+        """Whether a slot has the expert's bytes now. From any thread; takes no lock."""
+        return bool(self._tables.entry[key.layer, key.expert])
+
     def fetch(self, key: ExpertKey) -> tuple[int, Ticket] | None:
         """A slot that holds the expert once the ticket is done, leased until `release`; None when all are in use."""
         tables = self._tables
