@@ -222,11 +222,13 @@ class WorkerInfo:
 @dataclass(frozen=True, kw_only=True)
 class WorkerReport:
     """One worker's counters. `replica` is its name among all workers that ever ran, `pid` its process on its node,
-    `devices` the GPUs it was given; `experts` is there for who asked for it."""
+    `devices` the GPUs it was given, `links` how many seconds each peer takes to answer; `experts` is there for who
+    asked for it."""
 
     replica: str
     pid: int
     devices: tuple[str, ...] = ()
+    links: Mapping[str, float] = field(default_factory=dict)
     snapshot: EngineSnapshot
     experts: ExpertMap | None = None
 

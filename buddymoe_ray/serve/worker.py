@@ -154,6 +154,7 @@ class Worker:
             replica=self._name,
             pid=os.getpid(),
             devices=self._devices,
+            links=self._engine.link_seconds(),
             snapshot=self._engine.snapshot(),
             experts=self._engine.expert_map() if experts else None,
         )

@@ -72,7 +72,11 @@ def test_what_the_script_names_is_there() -> None:
 
 
 async def test_data_is_what_the_workers_count() -> None:
-    engines = (FakeEngine(), FakeEngine())
+    class Linked(FakeEngine):
+        def link_seconds(self) -> dict[str, float]:
+            return {"other": 0.002}
+
+    engines = (Linked(), Linked())
     async with serving(*engines, mode="bounded", budget=0.01) as client:
         await client.post("/v1/completions", json=TEXT)
         data = (await client.get("/dashboard/data")).json()
@@ -80,7 +84,7 @@ async def test_data_is_what_the_workers_count() -> None:
     assert sorted(worker["snapshot"]["steps"] for worker in data["workers"]) == [0, 6]
     for worker in data["workers"]:
         assert {"hits", "standins", "guard", "calibration", "requests", "expected_rise"} <= set(worker["snapshot"])
-        assert worker["experts"]["experts_per_layer"] == [3]
+        assert worker["experts"]["experts_per_layer"] == [3] and worker["links"] == {"other": 0.002}
         assert base64.urlsafe_b64decode(worker["experts"]["cells"]) == engines[0].expert_map().cells
 
 
