@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 __all__ = ["LLM", "EngineConfig", "EngineResult", "SamplingParams", "Usage", "__version__"]
 
 
-# torch reads this at its first allocation: large tensors in huge pages, which a core reads 1.14 times as fast
+# torch reads this at its first allocation: large tensors in huge pages (see cache/shared/pages.py)
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 

@@ -6,7 +6,6 @@ bytes, not what they mean. Invariant: what is mapped is whole; a filler that die
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.cache.shared.locks import ROW_BYTE, ROWS, TABLES_BYTE, FileLocks, remove_unused
+from buddymoe_ray.cache.shared.pages import map_file
 from buddymoe_ray.cache.shared.store import allocate, open_locked
 from buddymoe_ray.errors import CacheError
 
@@ -28,7 +28,7 @@ _MAGIC = b"BuddyRm1"
 class Room:
     """One attachment: `bytes` is a uint8 tensor that must not be written."""
 
-    def __init__(self, path: Path, locks: FileLocks, memory: mmap.mmap) -> None:
+    def __init__(self, path: Path, locks: FileLocks, memory: memoryview) -> None:
         self._path, self._locks, self._closed = path, locks, False
         self.bytes: Tensor = torch.from_numpy(np.frombuffer(memory, dtype=np.uint8)[_PAGE:])
 
@@ -60,7 +60,7 @@ def open_room(path: Path, nbytes: int, digest: bytes, fill: Callable[[Tensor], N
             if locks.held_elsewhere(ROW_BYTE, ROWS):
                 raise CacheError(f"{path} is in use for another content, must be free. hint: stop the other service")
             allocate(path, fd, total)
-        memory = mmap.mmap(fd, total)
+        memory = map_file(fd, total, made=made)
         if made:
             fill(torch.from_numpy(np.frombuffer(memory, dtype=np.uint8)[_PAGE:]))
             os.pwrite(fd, head, 0)  # last: a file without it is filled anew

@@ -32,6 +32,7 @@ from buddymoe_ray.cache.shared.locks import (
     remove_unused,
     same_file,
 )
+from buddymoe_ray.cache.shared.pages import map_file
 from buddymoe_ray.cache.shared.shape import HeaderWord, StoreShape
 from buddymoe_ray.cache.shared.tables import SharedTables
 from buddymoe_ray.errors import BudgetError, CacheError
@@ -96,7 +97,7 @@ class SharedStore:
             if self.made:
                 before_making()
                 allocate(path, self._fd, self.shape.total_bytes, progress)
-            self._memory = mmap.mmap(self._fd, self.shape.total_bytes)
+            self._memory = map_file(self._fd, self.shape.total_bytes, made=self.made)
             self._array = np.frombuffer(self._memory, dtype=np.uint8)
             self.tables = SharedTables(self._array, self.shape, self._locks)
             if self.made:
