@@ -325,6 +325,7 @@ class Sequence:
             prompt_logprobs=prompt,
             finish_reason=reason,
             usage=self.usage() if reason is not None else None,
+            stop=self._stop.met if reason == "stop" else None,
             error=error,
         )
 

@@ -54,16 +54,18 @@ class StopChecker:
         self._borders = [_borders(stop) for stop in self._stops]
         self._sizes = [0] * len(self._stops)  # how much of each the text ends with
         self.held = ""
+        self.met: str | None = None  # the one that was met
 
     def push(self, text: str) -> tuple[str, bool]:
         """Add text; returns (text that is safe to emit, whether a stop string was met)."""
         if not self._stops:
             return text, False
         window = self.held + text
-        found = [(at + len(stop), at) for stop in self._stops if (at := window.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := window.find(stop)) >= 0]
         if found:
+            _, at, self.met = min(found)
             self.held = ""
-            return window[: min(found)[1]], True
+            return window[:at], True
         keep = max(self._overlap(at, text) for at in range(len(self._stops)))
         self.held = window[len(window) - keep :]
         return window[: len(window) - keep], False

@@ -243,7 +243,6 @@ async def _answer(endpoint: Endpoint, body: bytes, workers: Workers, settings: H
         renderer=call.renderer,
         n=call.work.n,
         choices=call.work.choices,
-        include_usage=call.body.include_usage,
         usage_so_far=call.body.usage_so_far,
     )
     if call.body.stream:
