@@ -330,7 +330,7 @@ def parse_body(body: bytes, model: type[Model]) -> Model:
         ) from None
     if not isinstance(fields, dict):
         raise RequestError(
-            f"the body is a JSON {type(fields).__name__}, must be an object. hint: see OpenAI's API reference"
+            f"the body is a JSON {type(fields).__name__}, must be an object. hint: see the API's reference"
         )
     for name in [name for name in fields if name in NOTES or (name in NEUTRAL and name not in model.model_fields)]:
         value = fields.pop(name)
@@ -362,7 +362,7 @@ def _request_error(error: ValidationError) -> RequestError:
         return RequestError(f"{path} is missing, must be given. hint: add it", param=path)
     if not path:  # two fields that disagree: the message begins with the first one's name
         return RequestError(f"{message}. hint: see README, API", param=message.split(" ", 1)[0])
-    return RequestError(f"{path} is not usable: {message}. hint: see OpenAI's API reference", param=path)
+    return RequestError(f"{path} is not usable: {message}. hint: see the API's reference", param=path)
 
 
 def _not_supported(path: str) -> RequestError:
