@@ -26,6 +26,7 @@ from buddymoe_ray.serve.worker import Worker
 from buddymoe_ray.types import FinishReason, GenerationRequest, StandinAccesses, TokenEvent, TokenLogprob, Usage
 
 __all__ = [
+    "Breaking",
     "FakeEngine",
     "FakeLimits",
     "LocalWorkers",
@@ -219,6 +220,14 @@ def fake_token(request: GenerationRequest, position: int) -> int:
     seed = request.sampling.seed if request.sampling.temperature else 0
     key = f"{request.prompt_token_ids}|{seed}|{position}".encode()
     return ALPHABET[zlib.crc32(key) % len(ALPHABET)]
+
+
+class Breaking(FakeEngine):
+    """Ends with an error after some tokens."""
+
+    def _event(self, request: GenerationRequest, position: int, text: str) -> TokenEvent:
+        event = super()._event(request, position, text)
+        return event if position < 3 else replace(event, finish_reason="error", error="it broke", usage=Usage())
 
 
 class LocalWorkers:

@@ -14,8 +14,10 @@ from buddymoe_ray.errors import ModelNotFound
 from buddymoe_ray.serve.refusals import in_words
 from buddymoe_ray.serve.render import ChatRenderer, CompletionRenderer, Renderer, ReplyHead
 from buddymoe_ray.serve.render_messages import MessagesRenderer
+from buddymoe_ray.serve.render_responses import ResponsesRenderer
 from buddymoe_ray.serve.wire import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from buddymoe_ray.serve.wire_messages import MESSAGES_WORDS, parse_messages
+from buddymoe_ray.serve.wire_responses import RESPONSES_WORDS, parse_response
 from buddymoe_ray.serve.work import Refusal, Work
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "ENDPOINTS",
     "MAX_BODY_BYTES",
     "MESSAGES",
+    "RESPONSES",
     "Call",
     "Endpoint",
     "ModelNames",
@@ -52,6 +55,9 @@ CHAT = Endpoint(path="/v1/chat/completions", prefix="chatcmpl", parse=parse_chat
 COMPLETIONS = Endpoint(path="/v1/completions", prefix="cmpl", parse=parse_completion, renderer=CompletionRenderer)
 MESSAGES = Endpoint(
     path="/v1/messages", prefix="msg", parse=parse_messages, renderer=MessagesRenderer, words=MESSAGES_WORDS
+)
+RESPONSES = Endpoint(
+    path="/v1/responses", prefix="resp", parse=parse_response, renderer=ResponsesRenderer, words=RESPONSES_WORDS
 )
 ENDPOINTS = {endpoint.path: endpoint for endpoint in (CHAT, COMPLETIONS)}
 
@@ -103,6 +109,7 @@ def open_call(
         model=names.model,
         include_usage=parsed.include_usage,
         logprobs=parsed.wants_logprobs,
+        repeats=parsed.repeats,
     )
     with in_words(endpoint.words):
         work = parsed.work(request_id, flush_seconds=flush_seconds)

@@ -31,6 +31,7 @@ from buddymoe_ray.serve.calls import (
     COMPLETIONS,
     MAX_BODY_BYTES,
     MESSAGES,
+    RESPONSES,
     Endpoint,
     ModelNames,
     open_call,
@@ -204,6 +205,10 @@ def _openai_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
     @router.post("/messages")
     async def messages(request: Request) -> Response:
         return await _answer(MESSAGES, await _body(request), workers, settings)
+
+    @router.post("/responses")
+    async def responses(request: Request) -> Response:
+        return await _answer(RESPONSES, await _body(request), workers, settings)
 
     return router
 

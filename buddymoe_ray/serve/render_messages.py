@@ -100,8 +100,8 @@ class MessagesRenderer(ChatReading):
 
 
 def _call(call: ToolCallBody) -> dict[str, Any]:
-    made = call.function
-    return {"type": "tool_use", "id": call.id, "name": made.name, "input": json.loads(made.arguments)}
+    given = json.loads(call.function.arguments, parse_constant=str)  # NaN is not JSON
+    return {"type": "tool_use", "id": call.id, "name": call.function.name, "input": given}
 
 
 def _event(kind: str, **fields: Any) -> bytes:

@@ -7,6 +7,7 @@ of fields whose given value asks for nothing (`NEUTRAL`, `NOTES`). On the token 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
@@ -153,6 +154,11 @@ class _SamplingFields(WireBody):
         if self.structured_outputs is not None and self.response_format is not None:
             raise ValueError("structured_outputs and response_format are given, must be one of them")
         return self
+
+    @property
+    def repeats(self) -> Mapping[str, Any]:
+        """What a reply says of its request."""
+        return {}
 
     @property
     def include_usage(self) -> bool:
@@ -349,7 +355,8 @@ def _request_error(error: ValidationError) -> RequestError:
     """The first thing wrong, named by its path in the body."""
     first = error.errors(include_url=False, include_input=False)[0]
     path = ""
-    for part in first["loc"]:
+    *before, last = first["loc"] or ("",)
+    for part in (*(part for part in before if not str(part).startswith("#")), last):  # those are `by_type`
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":

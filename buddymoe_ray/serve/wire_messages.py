@@ -12,16 +12,8 @@ from typing import Any, Literal
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.serve.refusals import in_words
 from buddymoe_ray.serve.wire import ChatRequest, parse_body
-from buddymoe_ray.serve.wire_messages_parts import (
-    CustomTool,
-    MessagesChoice,
-    Note,
-    OutputConfig,
-    Texts,
-    Thinking,
-    Turn,
-    joined,
-)
+from buddymoe_ray.serve.wire_messages_options import CustomTool, MessagesChoice, OutputConfig, Thinking
+from buddymoe_ray.serve.wire_messages_parts import Note, Texts, Turn, joined
 from buddymoe_ray.serve.wire_parts import WireBody
 
 __all__ = ["MESSAGES_WORDS", "parse_count", "parse_messages"]

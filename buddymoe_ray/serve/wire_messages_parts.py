@@ -1,4 +1,4 @@
-"""What bodies of Anthropic's /v1/messages are made of, and each part as chat completions write it.
+"""The conversation of Anthropic's /v1/messages, turn by turn, and each as chat completions write it.
 
 Types the shapes alone: what they hold is checked as a part of `wire.ChatRequest`.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from buddymoe_ray.serve.wire_parts import Unsupported, WireBody
+from buddymoe_ray.serve.wire_parts import Unsupported, WireBody, by_type, of_types
 
-__all__ = ["CustomTool", "MessagesChoice", "Note", "OutputConfig", "Texts", "Thinking", "Turn", "joined"]
+__all__ = ["Note", "Texts", "Turn", "joined"]
 
 BLOCKS = {"user": ("text", "tool_result"), "assistant": ("text", "thinking", "tool_use"), "system": ("text",)}
 
@@ -21,13 +21,8 @@ Note = dict[str, Any] | None  # how long a cache may keep something at most: cha
 
 def _blocks(value: object) -> object:
     """Content as a list of blocks of the types that are understood."""
-    if isinstance(value, str):
-        return [{"type": "text", "text": value}]
-    for block in value if isinstance(value, list) else ():
-        kind = block.get("type") if isinstance(block, dict) else None
-        if kind not in ("text", "thinking", "tool_use", "tool_result"):
-            raise ValueError(f"blocks of type {kind!r} are not supported, must be text, thinking or of tools")
-    return value
+    given = [{"type": "text", "text": value}] if isinstance(value, str) else value
+    return of_types(given, ("text", "thinking", "tool_use", "tool_result"))
 
 
 class TextBlock(WireBody):
@@ -80,7 +75,13 @@ class ToolResultBlock(WireBody):
         return {"role": "tool", "tool_call_id": self.tool_use_id, "content": text}
 
 
-Block = Annotated[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
+Block = Annotated[
+    Annotated[TextBlock, Tag("#text")]
+    | Annotated[ThinkingBlock, Tag("#thinking")]
+    | Annotated[ToolUseBlock, Tag("#tool_use")]
+    | Annotated[ToolResultBlock, Tag("#tool_result")],
+    Discriminator(by_type),
+]
 
 
 class Turn(WireBody):
@@ -100,14 +101,12 @@ class Turn(WireBody):
         """As chat completions write it: each result is a message of its own."""
         texts = [block for block in self.content if isinstance(block, TextBlock)]
         if self.role == "assistant":
-            return [{"role": "assistant", "content": joined(texts)} | self._thoughts_and_calls()]
+            thoughts = "".join(block.thinking for block in self.content if isinstance(block, ThinkingBlock))
+            calls = [block.call() for block in self.content if isinstance(block, ToolUseBlock)]
+            own = {"reasoning_content": thoughts, "tool_calls": calls}
+            return [{"role": "assistant", "content": joined(texts)} | {k: told for k, told in own.items() if told}]
         told = [block.message() for block in self.content if isinstance(block, ToolResultBlock)]
         return [*told, {"role": self.role, "content": joined(texts)}] if texts or not told else told
-
-    def _thoughts_and_calls(self) -> dict[str, Any]:
-        thoughts = "".join(block.thinking for block in self.content if isinstance(block, ThinkingBlock))
-        calls = [block.call() for block in self.content if isinstance(block, ToolUseBlock)]
-        return ({"reasoning_content": thoughts} if thoughts else {}) | ({"tool_calls": calls} if calls else {})
 
 
 def joined(texts: list[TextBlock]) -> str | list[dict[str, str]]:
@@ -115,61 +114,3 @@ def joined(texts: list[TextBlock]) -> str | list[dict[str, str]]:
     if len(texts) < 2:
         return "".join(block.text for block in texts)
     return [{"type": "text", "text": block.text} for block in texts]
-
-
-class CustomTool(WireBody):
-    """What an answer may call."""
-
-    type: Literal["custom"] | None = None
-    name: str
-    description: str | None = None
-    input_schema: dict[str, Any]
-    strict: bool | None = None
-    cache_control: Note = None
-
-    def tool(self) -> dict[str, Any]:
-        """As chat completions write it."""
-        function = {"name": self.name, "description": self.description, "parameters": self.input_schema}
-        return {"type": "function", "function": function | {"strict": self.strict}}
-
-
-class MessagesChoice(WireBody):
-    """`tool_choice`."""
-
-    type: Literal["auto", "any", "tool", "none"]
-    name: str | None = None
-    disable_parallel_tool_use: bool | None = None
-
-    @model_validator(mode="after")
-    def _a_tool_is_named(self) -> MessagesChoice:
-        if (self.name is None) == (self.type == "tool"):
-            raise ValueError("name must be given with type tool, and with no other")
-        return self
-
-    def fields(self) -> dict[str, Any]:
-        """As chat completions write it."""
-        named = {"type": "function", "function": {"name": self.name}}
-        choice = {"any": "required", "tool": named}.get(self.type, self.type)
-        return {"tool_choice": choice, "parallel_tool_calls": not self.disable_parallel_tool_use}
-
-
-class Thinking(WireBody):
-    """`thinking`. How long a model thinks cannot be set, only whether, where its chat template has a switch."""
-
-    type: Literal["adaptive", "disabled", "enabled"]
-    display: Literal["summarized"] | None = None
-    budget_tokens: Unsupported = None
-
-
-class SchemaFormat(WireBody):
-    """`output_config.format`: what the whole text must be."""
-
-    type: Literal["json_schema"]
-    schema_: dict[str, Any] = Field(alias="schema")
-
-
-class OutputConfig(WireBody):
-    """`output_config`."""
-
-    effort: Unsupported = None
-    format: SchemaFormat | None = None

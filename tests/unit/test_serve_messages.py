@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 from asgi import CHAT, serving, talking_to
-from fakes import FakeEngine, LocalWorkers, exact_usage
+from fakes import Breaking, LocalWorkers, exact_usage
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.answer_forms import THOUGHTS
@@ -23,7 +22,7 @@ from buddymoe_ray.serve.render import ReplyHead
 from buddymoe_ray.serve.render_messages import MessagesRenderer
 from buddymoe_ray.serve.work import Delta, Work
 from buddymoe_ray.serve.worker import Worker
-from buddymoe_ray.types import GenerationRequest, TokenEvent, Usage
+from buddymoe_ray.types import Usage
 
 PATH = "/v1/messages"
 BODY: Any = CHAT
@@ -143,14 +142,6 @@ async def test_tools_in_a_loop(engine: AsyncEngine) -> None:
             assert ended["content"][0]["text"] == unasked["content"][0]["text"].split(stop)[0]
 
 
-class Broken(FakeEngine):
-    """Ends with an error after some tokens."""
-
-    def _event(self, request: GenerationRequest, position: int, text: str) -> TokenEvent:
-        event = super()._event(request, position, text)
-        return event if position < 3 else replace(event, finish_reason="error", error="it broke", usage=Usage())
-
-
 async def test_errors_have_anthropics_shape() -> None:
     refused: dict[str, Any] = {
         "max_tokens": {"max_tokens": 0},
@@ -161,7 +152,9 @@ async def test_errors_have_anthropics_shape() -> None:
         "container": {"container": "c"},
         "tools is given": {"tools": TOOLS},
         "tools[0].type": {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
-        "'image' are not supported": {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
+        "messages[0].content is not usable: type 'image' is not supported": {
+            "messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]
+        },
         "ends with role assistant": {"messages": [*BODY["messages"], {"role": "assistant", "content": "I"}]},
         "user holds a thinking": {"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": ""}]}]},
     }
@@ -173,7 +166,7 @@ async def test_errors_have_anthropics_shape() -> None:
         unknown = await client.post(f"{PATH}/count_tokens", json={"model": "gpt", "messages": BODY["messages"]})
         assert "model is 'gpt'" in error_in(unknown, 404, "not_found_error")
         error_in(await client.post(f"{PATH}/batches", json={}), 404, "not_found_error")
-    async with serving(Broken()) as client:
+    async with serving(Breaking()) as client:
         error_in(await client.post(PATH, json=BODY), 500, "api_error")
         *events, last = events_of((await client.post(PATH, json=BODY | {"stream": True})).text)
         assert last["type"] == "error" and last["error"]["type"] == "api_error"
