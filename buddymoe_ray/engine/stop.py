@@ -16,13 +16,13 @@ from buddymoe_ray.errors import RequestError
 __all__ = ["StopChecker", "special_stops"]
 
 
-def special_stops(stops: Sequence[str], tokenizer: Any) -> frozenset[int]:
-    """Ids of the special tokens that are a stop string: they give no text, so they end the output themselves.
+def special_stops(stops: Sequence[str], tokenizer: Any) -> dict[int, str]:
+    """The stop strings that are a special token, by its id: they give no text, so they end the output themselves.
 
     Raises RequestError for a stop string that holds one beside other text: it would never be met.
     """
     if not stops:
-        return frozenset()
+        return {}
     specials, inside = _specials(tokenizer)
     mixed = next((found[0] for stop in stops if stop not in specials and (found := inside.search(stop))), None)
     if mixed is not None:
@@ -31,7 +31,7 @@ def special_stops(stops: Sequence[str], tokenizer: Any) -> frozenset[int]:
             "hint: stop at the special token alone",
             param="stop",
         )
-    return frozenset(specials[stop] for stop in stops if stop in specials)
+    return {specials[stop]: stop for stop in stops if stop in specials}
 
 
 @lru_cache(maxsize=8)
