@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from asgi import CHAT, serving, talking_to
-from fakes import Breaking, LocalWorkers, exact_usage
+from fakes import Breaking, LocalWorkers, MortalWorkers, exact_usage
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.answer_forms import THOUGHTS
@@ -140,6 +140,19 @@ async def test_tools_in_a_loop(engine: AsyncEngine) -> None:
             ended = joined(events_of(reply.text)) if "stream" in body else reply.json()
             assert (ended["stop_reason"], ended["stop_sequence"]) == ("stop_sequence", stop)
             assert ended["content"][0]["text"] == unasked["content"][0]["text"].split(stop)[0]
+
+
+async def test_a_stream_that_moves_tells_the_same(engine: AsyncEngine) -> None:
+    body = ASKED | {"stream": True}
+    async with talking_to(LocalWorkers(Worker(engine))) as client:
+        whole = joined(events_of((await client.post(PATH, json=body)).text))
+    async with talking_to(MortalWorkers(Worker(engine))) as client:
+        events = events_of((await client.post(PATH, json=body)).text)
+    moved = joined(events)
+    prompt = whole["usage"]["input_tokens"] + whole["usage"]["cache_read_input_tokens"]
+    assert moved["usage"]["buddymoe"]["resumed"] >= 10 and events[0]["message"]["usage"]["input_tokens"] == prompt
+    assert moved["stop_reason"] == whole["stop_reason"] == "tool_use"
+    assert [block["input"] for block in moved["content"]] == [block["input"] for block in whole["content"]]
 
 
 async def test_errors_have_anthropics_shape() -> None:
