@@ -186,7 +186,7 @@ class TokenEvent:
     `text_offsets` come with `logprobs`: the characters at which tokens begin in the request's text, of the next tokens
     for which that is settled. A token whose text is held back is told later than its log probability.
     `prompt_logprobs` come with the first event, one for each token of the prompt, None for its first.
-    `error` is the message of an error that ended the request (finish_reason "error").
+    `stop` is the stop string that ended it, `error` the message of an error that did (finish_reason "error").
     """
 
     request_id: str
@@ -197,6 +197,7 @@ class TokenEvent:
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    stop: str | None = None
     error: str | None = None
 
 

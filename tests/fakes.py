@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -21,14 +22,17 @@ from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.errors import CacheError, CapacityError, CheckpointError, RequestError
 from buddymoe_ray.observe import EngineSnapshot, ExpertMap
 from buddymoe_ray.residency.sharing import Sharing
-from buddymoe_ray.serve.work import Reply, Work, WorkerInfo, WorkerReport
+from buddymoe_ray.serve.resume import WorkerLost
+from buddymoe_ray.serve.work import Batch, Reply, Work, WorkerInfo, WorkerReport
 from buddymoe_ray.serve.worker import Worker
 from buddymoe_ray.types import FinishReason, GenerationRequest, StandinAccesses, TokenEvent, TokenLogprob, Usage
 
 __all__ = [
+    "Breaking",
     "FakeEngine",
     "FakeLimits",
     "LocalWorkers",
+    "MortalWorkers",
     "byte_tokenizer",
     "exact_usage",
     "open_broken_engine",
@@ -225,6 +229,14 @@ def fake_token(request: GenerationRequest, position: int) -> int:
     return ALPHABET[zlib.crc32(key) % len(ALPHABET)]
 
 
+class Breaking(FakeEngine):
+    """Ends with an error after some tokens."""
+
+    def _event(self, request: GenerationRequest, position: int, text: str) -> TokenEvent:
+        event = super()._event(request, position, text)
+        return event if position < 3 else replace(event, finish_reason="error", error="it broke", usage=Usage())
+
+
 class LocalWorkers:
     """Workers in this process: what `ReplicaWorkers` does through ray, without it."""
 
@@ -255,6 +267,24 @@ class LocalWorkers:
         except CapacityError as error:
             return str(error)
         return None
+
+
+class MortalWorkers(LocalWorkers):
+    """The first one dies after some tokens of each request, twice, so that it moves."""
+
+    def generate(self, work: Work) -> AsyncGenerator[Reply, None]:
+        """Until it dies."""
+
+        async def dying() -> AsyncGenerator[Reply, None]:
+            told = 0
+            async with aclosing(self.workers[0].generate(work)) as replies:
+                async for reply in replies:
+                    yield reply
+                    told += sum(len(d.token_ids) for d in reply.deltas) if isinstance(reply, Batch) else 0
+                    if told >= 5 and not (work.resume and len(work.resume[0].token_ids) > 9):
+                        raise WorkerLost("it died")
+
+        return dying()
 
 
 def open_fake_engine(config: EngineConfig, model_id: str, sharing: Sharing | None = None) -> FakeEngine:

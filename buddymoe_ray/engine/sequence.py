@@ -78,7 +78,8 @@ class Sequence:
         self._exact = self._again = 0  # tokens whose KV no stand-in touched; tokens to compute again
         self._digests: list[bytes] = []
         self._ids = list(prompt)
-        self.ends = frozenset(params.stop_token_ids) | special_stops(params.stop, tokenizer)
+        self._special_stops = special_stops(params.stop, tokenizer)
+        self.ends = frozenset(params.stop_token_ids) | self._special_stops.keys()
         self.ends |= frozenset() if params.ignore_eos else eos_token_ids
         self.grammar: GrammarState | None = None
         seed = params.seed if params.seed is not None else _drawn(default_seed, request.request_id)
@@ -325,6 +326,7 @@ class Sequence:
             prompt_logprobs=prompt,
             finish_reason=reason,
             usage=self.usage() if reason is not None else None,
+            stop=self._stop.met or self._special_stops.get(self._ids[-1]) if reason == "stop" else None,
             error=error,
         )
 

@@ -16,13 +16,13 @@ from buddymoe_ray.errors import RequestError
 __all__ = ["StopChecker", "special_stops"]
 
 
-def special_stops(stops: Sequence[str], tokenizer: Any) -> frozenset[int]:
-    """Ids of the special tokens that are a stop string: they give no text, so they end the output themselves.
+def special_stops(stops: Sequence[str], tokenizer: Any) -> dict[int, str]:
+    """The stop strings that are a special token, by its id: they give no text, so they end the output themselves.
 
     Raises RequestError for a stop string that holds one beside other text: it would never be met.
     """
     if not stops:
-        return frozenset()
+        return {}
     specials, inside = _specials(tokenizer)
     mixed = next((found[0] for stop in stops if stop not in specials and (found := inside.search(stop))), None)
     if mixed is not None:
@@ -31,7 +31,7 @@ def special_stops(stops: Sequence[str], tokenizer: Any) -> frozenset[int]:
             "hint: stop at the special token alone",
             param="stop",
         )
-    return frozenset(specials[stop] for stop in stops if stop in specials)
+    return {specials[stop]: stop for stop in stops if stop in specials}
 
 
 @lru_cache(maxsize=8)
@@ -54,16 +54,18 @@ class StopChecker:
         self._borders = [_borders(stop) for stop in self._stops]
         self._sizes = [0] * len(self._stops)  # how much of each the text ends with
         self.held = ""
+        self.met: str | None = None  # the one that was met
 
     def push(self, text: str) -> tuple[str, bool]:
         """Add text; returns (text that is safe to emit, whether a stop string was met)."""
         if not self._stops:
             return text, False
         window = self.held + text
-        found = [(at + len(stop), at) for stop in self._stops if (at := window.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := window.find(stop)) >= 0]
         if found:
+            _, at, self.met = min(found)
             self.held = ""
-            return window[: min(found)[1]], True
+            return window[:at], True
         keep = max(self._overlap(at, text) for at in range(len(self._stops)))
         self.held = window[len(window) - keep :]
         return window[: len(window) - keep], False

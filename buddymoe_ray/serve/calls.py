@@ -1,5 +1,5 @@
-"""One call of OpenAI's API, before anybody answers it: its endpoint, its body checked, what a worker is asked, and who
-writes the reply.
+"""One call of OpenAI's or Anthropic's API, before anybody answers it: its endpoint, its body checked, what a worker is
+asked, and who writes the reply.
 
 Knows neither HTTP nor workers: the routes open a call for a POST, `buddymoe batch` for a line of its input. On the
 token path: bytes → `open_call` → `Work`.
@@ -7,12 +7,17 @@ token path: bytes → `open_call` → `Work`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from buddymoe_ray.errors import ModelNotFound
+from buddymoe_ray.serve.refusals import in_words
 from buddymoe_ray.serve.render import ChatRenderer, CompletionRenderer, Renderer, ReplyHead
+from buddymoe_ray.serve.render_messages import MessagesRenderer
+from buddymoe_ray.serve.render_responses import ResponsesRenderer
 from buddymoe_ray.serve.wire import ChatRequest, CompletionRequest, parse_chat, parse_completion
+from buddymoe_ray.serve.wire_messages import MESSAGES_WORDS, parse_messages
+from buddymoe_ray.serve.wire_responses import RESPONSES_WORDS, parse_response
 from buddymoe_ray.serve.work import Refusal, Work
 
 __all__ = [
@@ -20,6 +25,8 @@ __all__ = [
     "COMPLETIONS",
     "ENDPOINTS",
     "MAX_BODY_BYTES",
+    "MESSAGES",
+    "RESPONSES",
     "Call",
     "Endpoint",
     "ModelNames",
@@ -34,16 +41,24 @@ Body = ChatRequest | CompletionRequest
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """A path that is answered: how its bodies are read, its replies written, and what their ids begin with."""
+    """A path that is answered: how its bodies are read, its replies written, and what their ids begin with. `words` are
+    its names of the fields of chat completions that it calls otherwise."""
 
     path: str
     prefix: str
     parse: Callable[[bytes], Body]
     renderer: Callable[[ReplyHead], Renderer]
+    words: Mapping[str, str] = field(default_factory=dict)
 
 
 CHAT = Endpoint(path="/v1/chat/completions", prefix="chatcmpl", parse=parse_chat, renderer=ChatRenderer)
 COMPLETIONS = Endpoint(path="/v1/completions", prefix="cmpl", parse=parse_completion, renderer=CompletionRenderer)
+MESSAGES = Endpoint(
+    path="/v1/messages", prefix="msg", parse=parse_messages, renderer=MessagesRenderer, words=MESSAGES_WORDS
+)
+RESPONSES = Endpoint(
+    path="/v1/responses", prefix="resp", parse=parse_response, renderer=ResponsesRenderer, words=RESPONSES_WORDS
+)
 ENDPOINTS = {endpoint.path: endpoint for endpoint in (CHAT, COMPLETIONS)}
 
 
@@ -94,8 +109,10 @@ def open_call(
         model=names.model,
         include_usage=parsed.include_usage,
         logprobs=parsed.wants_logprobs,
+        repeats=parsed.repeats,
     )
-    work = parsed.work(request_id, flush_seconds=flush_seconds)
+    with in_words(endpoint.words):
+        work = parsed.work(request_id, flush_seconds=flush_seconds)
     return Call(body=parsed, work=work, renderer=endpoint.renderer(head))
 
 

@@ -61,6 +61,7 @@ def delta_of(choice: int, event: TokenEvent, token_bytes: TokenBytes) -> Delta:
         text_offsets=event.text_offsets,
         finish_reason=event.finish_reason,
         usage=event.usage,
+        stop=event.stop,
         error=event.error,
     )
 
@@ -90,6 +91,7 @@ def _join(parts: list[Delta]) -> Delta:
         text_offsets=tuple(offset for part in parts for offset in part.text_offsets),
         finish_reason=last.finish_reason,
         usage=last.usage,
+        stop=last.stop,
         error=last.error,
     )
 

@@ -1,4 +1,4 @@
-"""The HTTP side: OpenAI's routes as a FastAPI app over `Workers`, with OpenAI's error envelope for every failure.
+"""The HTTP side: OpenAI's and Anthropic's routes as a FastAPI app over `Workers`, with their envelopes for failures.
 
 Knows neither ray nor engines, so tests drive it in process. On the token path: bytes → `calls` → `Workers` →
 `streaming`.
@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -26,15 +26,26 @@ from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.answers import prepare_reading
 from buddymoe_ray.errors import CapacityError, RequestError
 from buddymoe_ray.observe import CalibrationSnapshot
-from buddymoe_ray.serve.calls import CHAT, COMPLETIONS, MAX_BODY_BYTES, Endpoint, ModelNames, open_call, too_long
+from buddymoe_ray.serve.calls import (
+    CHAT,
+    COMPLETIONS,
+    MAX_BODY_BYTES,
+    MESSAGES,
+    RESPONSES,
+    Endpoint,
+    ModelNames,
+    open_call,
+    too_long,
+)
 from buddymoe_ray.serve.dashboard import READ, dashboard_routes, page_routes
 from buddymoe_ray.serve.metrics import exposition
 from buddymoe_ray.serve.recent import Recent
-from buddymoe_ray.serve.refusals import envelope, failure, refusal_of
+from buddymoe_ray.serve.refusals import envelope, failure, in_words, in_words_of, message_error, refusal_of
 from buddymoe_ray.serve.replies import ModelCard, ModelList
 from buddymoe_ray.serve.resume import ResumeLimits, WorkerLost, resumable
 from buddymoe_ray.serve.streaming import Answer
 from buddymoe_ray.serve.wire import parse_body
+from buddymoe_ray.serve.wire_messages import parse_count
 from buddymoe_ray.serve.wire_tokens import DetokenizeRequest, TokenizeRequest, tokenize_reply
 from buddymoe_ray.serve.work import Refusal, Spelling, Work, Workers
 from buddymoe_ray.types import Mode
@@ -188,11 +199,19 @@ def _openai_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
     async def completions(request: Request) -> Response:
         return await _answer(COMPLETIONS, await _body(request), workers, settings)
 
+    @router.post("/messages")
+    async def messages(request: Request) -> Response:
+        return await _answer(MESSAGES, await _body(request), workers, settings)
+
+    @router.post("/responses")
+    async def responses(request: Request) -> Response:
+        return await _answer(RESPONSES, await _body(request), workers, settings)
+
     return router
 
 
 def _token_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
-    """vLLM's, for clients that count tokens, or have no tokenizer of their own."""
+    """For clients that count tokens, or have no tokenizer of their own: vLLM's, and Anthropic's count."""
     router = APIRouter()
 
     async def spelled(work: Work, model: str | None) -> Spelling:
@@ -219,6 +238,13 @@ def _token_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
         asked = parse_body(await _body(request), DetokenizeRequest)
         return JSONResponse({"prompt": (await spelled(asked.work(f"text-{uuid.uuid4().hex}"), asked.model)).text})
 
+    @router.post("/v1/messages/count_tokens")
+    async def count_tokens(request: Request) -> Response:
+        asked = parse_count(await _body(request))
+        with in_words(MESSAGES.words):
+            work = replace(asked.work(f"count-{uuid.uuid4().hex}", flush_seconds=0.0), spells_only=True)
+        return JSONResponse({"input_tokens": len((await spelled(work, asked.model)).token_ids)})
+
     @router.api_route("/tokenizer_info", methods=[*READ])
     async def tokenizer_info() -> Response:
         return JSONResponse(dict((await workers.info()).tokenizer))
@@ -240,17 +266,18 @@ async def _answer(endpoint: Endpoint, body: bytes, workers: Workers, settings: H
         renderer=call.renderer,
         n=call.work.n,
         choices=call.work.choices,
-        include_usage=call.body.include_usage,
         usage_so_far=call.body.usage_so_far,
     )
     if call.body.stream:
         events = await answer.events()
         if isinstance(events, Refusal):
-            return _refused(events)
+            raise _Refused(in_words_of(events, endpoint.words))
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
     whole = await answer.whole()
-    return _refused(whole) if isinstance(whole, Refusal) else _json(whole)
+    if isinstance(whole, Refusal):
+        raise _Refused(in_words_of(whole, endpoint.words))
+    return _json(whole)
 
 
 async def _body(request: Request) -> bytes:
@@ -291,8 +318,10 @@ def _json(body: bytes, *, status: int = 200) -> Response:
     return Response(body, status_code=status, media_type="application/json")
 
 
-def _refused(refusal: Refusal) -> Response:
-    response = _json(envelope(refusal), status=refusal.status)
+def _refused(request: Request, refusal: Refusal) -> Response:
+    """An error as the API that was called writes it."""
+    write = message_error if request.url.path.startswith(MESSAGES.path) else envelope
+    response = _json(write(refusal), status=refusal.status)
     if refusal.retry_after_seconds is not None:
         response.headers["Retry-After"] = str(refusal.retry_after_seconds)
     if refusal.status == 401:
@@ -302,19 +331,18 @@ def _refused(refusal: Refusal) -> Response:
 
 async def _on_refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, _Refused), f"handler of _Refused got {error!r}"
-    return _refused(error.refusal)
+    return _refused(request, error.refusal)
 
 
 async def _on_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError), f"handler of RequestError got {error!r}"
-    return _refused(refusal_of(error))
+    return _refused(request, refusal_of(error))
 
 
 async def _on_capacity_error(request: Request, error: Exception) -> Response:
     """No worker runs, or none answers."""
-    return _refused(
-        Refusal(status=503, kind="server_error", code="unavailable", message=str(error), retry_after_seconds=2)
-    )
+    refusal = Refusal(status=503, kind="server_error", code="unavailable", message=str(error), retry_after_seconds=2)
+    return _refused(request, refusal)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
@@ -324,7 +352,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     absent = next((what for path, what in ABSENT.items() if request.url.path.startswith(path)), None)
     if absent is not None and error.status_code == 404:
         message = f"{request.url.path} is not here: {absent} is not supported by this service. hint: GET /v1/models"
-    response = _refused(Refusal(status=error.status_code, message=message))
+    response = _refused(request, Refusal(status=error.status_code, message=message))
     response.headers.update(error.headers or {})
     return response
 
@@ -336,4 +364,4 @@ async def _on_departure(request: Request, error: Exception) -> Response:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     log.error("%s failed", request.url.path, exc_info=error)
-    return _refused(failure())
+    return _refused(request, failure())

@@ -1,10 +1,14 @@
-"""Refusals: built from errors, written as OpenAI's envelope, and turned back into errors for Python clients.
+"""Refusals: built from errors, written as OpenAI's envelope or Anthropic's, turned back into errors for Python clients.
 
 Knows neither HTTP frameworks nor ray.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 from buddymoe_ray.errors import BuddyMoEError, CapacityError, ModelNotFound, RequestError
@@ -17,6 +21,9 @@ __all__ = [
     "error_of",
     "failure",
     "in_terms_of",
+    "in_words",
+    "in_words_of",
+    "message_error",
     "over_long",
     "overloaded",
     "refusal_of",
@@ -41,6 +48,28 @@ def in_terms_of(refusal: Refusal, work: Work) -> Refusal:
     if refusal.param != "prompt":
         return refusal
     return replace(refusal, param=work.prompt_field, message=refusal.message.replace("prompt", work.prompt_field, 1))
+
+
+def in_words_of(refusal: Refusal, words: Mapping[str, str]) -> Refusal:
+    """A refusal of chat completions in another API's words, by those of chat."""
+    if not words:
+        return refusal
+    known = re.compile(r"\b(?:" + "|".join(map(re.escape, words)) + r")\b")
+
+    def told(text: str) -> str:
+        return known.sub(lambda found: words[found[0]], text)
+
+    return replace(refusal, message=told(refusal.message), param=refusal.param and told(refusal.param))
+
+
+@contextmanager
+def in_words(words: Mapping[str, str]) -> Iterator[None]:
+    """RequestErrors of chat completions leave it in another API's words."""
+    try:
+        yield
+    except RequestError as error:
+        told = in_words_of(refusal_of(error), words)
+        raise RequestError(told.message, param=told.param) from None
 
 
 def over_long(message: str, *, param: str) -> Refusal:
@@ -94,6 +123,14 @@ def envelope(refusal: Refusal) -> bytes:
     """OpenAI's error body."""
     body = ErrorBody(message=refusal.message, type=refusal.kind, param=refusal.param, code=refusal.code)
     return ErrorEnvelope(error=body).to_json()
+
+
+def message_error(refusal: Refusal) -> bytes:
+    """Anthropic's error body."""
+    kinds = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
+    kinds |= {500: "api_error", 503: "overloaded_error", 504: "timeout_error"}
+    error = {"type": kinds.get(refusal.status, "invalid_request_error"), "message": refusal.message}
+    return json.dumps({"type": "error", "error": error}).encode()
 
 
 def error_of(refusal: Refusal) -> BuddyMoEError:

@@ -6,16 +6,15 @@ On the token path: batches → `Renderer.chunk` / `Renderer.whole` → JSON byte
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from buddymoe_ray.engine.answers import AnswerForm, AnswerPiece, AnswerReader
+from buddymoe_ray.engine.answers import AnswerForm
+from buddymoe_ray.serve.reading import ChatReading, server_event, token_counts, usage_body
+from buddymoe_ray.serve.refusals import envelope
 from buddymoe_ray.serve.replies import (
-    BuddyUsage,
-    CalibrationBody,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -26,15 +25,12 @@ from buddymoe_ray.serve.replies import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
-    FunctionBody,
-    PromptTokensBody,
-    StandinsBody,
     TokenLogprobBody,
     ToolCallBody,
     TopLogprobBody,
     UsageBody,
 )
-from buddymoe_ray.serve.work import Delta, TokenText, known_logprob
+from buddymoe_ray.serve.work import Delta, Refusal, TokenText, known_logprob
 from buddymoe_ray.types import Usage
 
 __all__ = ["ChatRenderer", "CompletionRenderer", "ReplyHead", "Renderer"]
@@ -42,13 +38,14 @@ __all__ = ["ChatRenderer", "CompletionRenderer", "ReplyHead", "Renderer"]
 
 @dataclass(frozen=True, kw_only=True)
 class ReplyHead:
-    """What every message of one reply repeats."""
+    """What every message of one reply repeats; `repeats` is what it does of its request."""
 
     id: str
     created: int
     model: str
     include_usage: bool = False
     logprobs: bool = False
+    repeats: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Renderer(Protocol):
@@ -59,11 +56,15 @@ class Renderer(Protocol):
         ...
 
     def chunks(self, delta: Delta, so_far: Usage | None = None) -> list[bytes]:
-        """The stream messages for one delta, perhaps with the tokens used so far."""
+        """The server-sent events for one delta, perhaps with the tokens used so far."""
         ...
 
-    def usage_chunk(self, usage: Usage) -> bytes:
-        """The last message of a stream that asked for usage."""
+    def closing(self, usage: Usage) -> bytes:
+        """The last events of a stream whose choices have all ended."""
+        ...
+
+    def failed(self, refusal: Refusal) -> bytes:
+        """The last event of a stream that cannot go on."""
         ...
 
     def whole(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
@@ -71,49 +72,46 @@ class Renderer(Protocol):
         ...
 
 
-class ChatRenderer:
+class ChatRenderer(ChatReading):
     """/v1/chat/completions."""
 
     def __init__(self, head: ReplyHead) -> None:
+        super().__init__(head.id)
         self.head = head
         self._opened: set[int] = set()
-        self._form: AnswerForm | None = None
-        self._readers: dict[int, AnswerReader] = {}
-        self._calls: dict[int, int] = defaultdict(int)  # by choice, how many were told
-
-    def read_as(self, form: AnswerForm | None) -> None:
-        """From now on texts are read so, if not None."""
-        self._form = form or self._form
 
     def chunks(self, delta: Delta, so_far: Usage | None = None) -> list[bytes]:
         """A chat.completion.chunk; a choice's first one carries the role. A call is told once it is whole, and the end
         after it: clients take a call for whole when something else comes."""
-        first = self._calls[delta.choice]
-        content, reasoning, calls = self._read(delta)
+        content, reasoning, calls = self.read(delta)
         added: dict[str, Any] = {} if delta.choice in self._opened else {"role": "assistant"}
         self._opened.add(delta.choice)
-        if content or self._form is None or added:
+        if content or self.plain or added:
             added["content"] = content
         if reasoning:
             added["reasoning_content"] = reasoning
         if calls:
-            added["tool_calls"] = [call.model_copy(update={"index": at}) for at, call in enumerate(calls, start=first)]
-        reason, usage = self._reason(delta), None if so_far is None else _tokens(so_far)
+            added["tool_calls"] = calls
+        reason, usage = self.reason(delta), None if so_far is None else token_counts(so_far)
         choice = ChatChunkChoice(
             index=delta.choice,
             delta=ChatDelta(**added),
             logprobs=self._logprobs(delta),
             finish_reason=None if calls else reason,
         )
-        told = [self._message([choice], usage)]
+        told = [server_event(self._message([choice], usage))]
         if calls and reason is not None:
             end = ChatChunkChoice(index=delta.choice, delta=ChatDelta(), logprobs=None, finish_reason=reason)
-            told.append(self._message([end], usage))
+            told.append(server_event(self._message([end], usage)))
         return told
 
-    def usage_chunk(self, usage: Usage) -> bytes:
-        """A chunk without choices."""
-        return self._message([], _usage(usage))
+    def closing(self, usage: Usage) -> bytes:
+        """A chunk without choices, if usage was asked for, and [DONE]."""
+        return _closing(self._message([], usage_body(usage)) if self.head.include_usage else None)
+
+    def failed(self, refusal: Refusal) -> bytes:
+        """An error message; no [DONE] follows it."""
+        return server_event(envelope(refusal))
 
     def whole(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
         """A chat.completion."""
@@ -122,7 +120,7 @@ class ChatRenderer:
                 index=delta.choice,
                 message=self._whole_message(delta),
                 logprobs=self._logprobs(delta),
-                finish_reason=_told(self._reason(delta)),
+                finish_reason=_told(self.reason(delta)),
             )
             for delta in sorted(deltas, key=lambda delta: delta.choice)
         ]
@@ -132,41 +130,17 @@ class ChatRenderer:
             created=self.head.created,
             model=self.head.model,
             choices=choices,
-            usage=_usage(usage),
+            usage=usage_body(usage),
         ).to_json()
 
     def _whole_message(self, delta: Delta) -> ChatReplyMessage:
-        content, reasoning, calls = self._read(delta)
+        content, reasoning, calls = self.read(delta)
         more: dict[str, Any] = {"reasoning_content": reasoning} if reasoning else {}
         if calls:
-            more["tool_calls"] = calls
+            more["tool_calls"] = [ToolCallBody(id=call.id, type=call.type, function=call.function) for call in calls]
         return ChatReplyMessage(
             role="assistant", content=content if content or not more else None, refusal=None, **more
         )
-
-    def _read(self, delta: Delta) -> tuple[str, str, list[ToolCallBody]]:
-        """What a delta adds of text, of thoughts, and of calls."""
-        if self._form is None:
-            return delta.text, "", []
-        if delta.choice not in self._readers:
-            self._readers[delta.choice] = AnswerReader(self._form)
-        pieces = self._readers[delta.choice].feed(delta.text, ended=delta.finish_reason is not None)
-        calls = [self._call(delta.choice, piece) for piece in pieces if piece.name]
-        return "".join(piece.text for piece in pieces), "".join(piece.reasoning for piece in pieces), calls
-
-    def _call(self, choice: int, piece: AnswerPiece) -> ToolCallBody:
-        """A call, named by nine letters and digits, which is what some chat templates insist on."""
-        named = f"{self.head.id}/{choice}/{self._calls[choice]}"
-        self._calls[choice] += 1
-        return ToolCallBody(
-            id=hashlib.sha256(named.encode()).hexdigest()[:9],
-            type="function",
-            function=FunctionBody(name=piece.name, arguments=piece.arguments),
-        )
-
-    def _reason(self, delta: Delta) -> str | None:
-        called = delta.finish_reason == "stop" and self._calls[delta.choice] > 0
-        return "tool_calls" if called else delta.finish_reason
 
     def _message(self, choices: list[ChatChunkChoice], usage: UsageBody | None) -> bytes:
         head = self.head
@@ -208,17 +182,22 @@ class CompletionRenderer:
 
     def chunks(self, delta: Delta, so_far: Usage | None = None) -> list[bytes]:
         """A text_completion with what the delta adds."""
-        return [self._message([self._choice(delta)], None if so_far is None else _tokens(so_far))]
+        usage = None if so_far is None else token_counts(so_far)
+        return [server_event(self._message([self._choice(delta)], usage))]
 
-    def usage_chunk(self, usage: Usage) -> bytes:
-        """A text_completion without choices."""
-        return self._message([], _usage(usage))
+    def closing(self, usage: Usage) -> bytes:
+        """A chunk without choices, if usage was asked for, and [DONE]."""
+        return _closing(self._message([], usage_body(usage)) if self.head.include_usage else None)
+
+    def failed(self, refusal: Refusal) -> bytes:
+        """An error message; no [DONE] follows it."""
+        return server_event(envelope(refusal))
 
     def whole(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
         """A text_completion."""
         choices = [self._choice(delta) for delta in sorted(deltas, key=lambda delta: delta.choice)]
         assert all(choice.finish_reason for choice in choices), "a whole reply with a choice that has not ended"
-        return self._message(choices, _usage(usage))
+        return self._message(choices, usage_body(usage))
 
     def _choice(self, delta: Delta) -> CompletionChoice:
         return CompletionChoice(
@@ -273,28 +252,5 @@ def _told(reason: str | None) -> str:
     return reason
 
 
-def _tokens(usage: Usage) -> UsageBody:
-    return UsageBody(
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        total_tokens=usage.prompt_tokens + usage.completion_tokens,
-    )
-
-
-def _usage(usage: Usage) -> UsageBody:
-    spent = BuddyUsage(
-        mode=usage.mode,
-        requested_mode=usage.requested_mode,
-        budget=usage.budget,
-        hits=usage.hits,
-        peer=usage.peer,
-        fetched=usage.fetched,
-        standins=StandinsBody(**asdict(usage.standins)),
-        expected_rise=usage.expected_rise,
-        resumed=usage.resumed,
-        guard=usage.guard,
-        calibration=CalibrationBody(**asdict(usage.calibration)),
-        **({} if usage.record is None else {"record": usage.record}),
-    )
-    details = PromptTokensBody(cached_tokens=usage.cached_tokens)
-    return _tokens(usage).model_copy(update={"prompt_tokens_details": details, "buddymoe": spent})
+def _closing(usage: bytes | None) -> bytes:
+    return b"".join(server_event(message) for message in (usage, b"[DONE]") if message is not None)

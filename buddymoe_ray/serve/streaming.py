@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from buddymoe_ray.serve.deltas import merge, total_usage
-from buddymoe_ray.serve.refusals import envelope, failure
+from buddymoe_ray.serve.refusals import failure
 from buddymoe_ray.serve.render import Renderer
 from buddymoe_ray.serve.work import Batch, Delta, Refusal, Reply
 from buddymoe_ray.types import Usage
@@ -41,7 +41,6 @@ class Answer:
     renderer: Renderer
     n: int
     choices: int
-    include_usage: bool = False
     usage_so_far: bool = False
     _ended: list[Delta] = field(default_factory=list)
     _used: Usage = field(default_factory=Usage)
@@ -77,7 +76,7 @@ class Answer:
         return self._events(first)
 
     async def _events(self, first: Batch) -> AsyncGenerator[bytes, None]:
-        """Chunks in one write per batch. A stream that fails ends with an error message and without [DONE]."""
+        """Chunks in one write per batch. A stream that fails ends with an error message."""
         async with aclosing(self.replies) as replies:
             refusal, chunks = self._chunks(first)
             yield chunks
@@ -92,32 +91,26 @@ class Answer:
 
     def _chunks(self, reply: Reply) -> tuple[Refusal | None, bytes]:
         if isinstance(reply, Refusal):
-            return reply, _event(envelope(reply))
+            return reply, self.renderer.failed(reply)
         messages: list[bytes] = []
         self.renderer.read_as(reply.answer)
         if reply.prompt_token_ids:
             self._used = replace(self._used, prompt_tokens=sum(map(len, reply.prompt_token_ids)))
         for delta in reply.deltas:
             if _failed(delta):
-                return (refusal := failure(delta)), b"".join([*messages, _event(envelope(refusal))])
+                return (refusal := failure(delta)), b"".join([*messages, self.renderer.failed(refusal)])
             made = self._used.completion_tokens + len(delta.token_ids)
             self._used = replace(self._used, completion_tokens=made)
-            chunks = self.renderer.chunks(delta, self._used if self.usage_so_far else None)
-            messages += [_event(chunk) for chunk in chunks]
+            messages += self.renderer.chunks(delta, self._used if self.usage_so_far else None)
             if delta.finish_reason is not None:
                 self._ended.append(delta)
         return None, b"".join(messages)
 
     def _closing(self) -> bytes:
         if len(self._ended) != self.choices:
-            return _event(envelope(failure()))
-        usage = _event(self.renderer.usage_chunk(total_usage(self._ended, n=self.n))) if self.include_usage else b""
-        return usage + _event(b"[DONE]")
+            return self.renderer.failed(failure())
+        return self.renderer.closing(total_usage(self._ended, n=self.n))
 
 
 def _failed(delta: Delta) -> bool:
     return delta.finish_reason in ("error", "cancelled")
-
-
-def _event(data: bytes) -> bytes:
-    return b"data: " + data + b"\n\n"

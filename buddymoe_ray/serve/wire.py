@@ -7,6 +7,7 @@ of fields whose given value asks for nothing (`NEUTRAL`, `NOTES`). On the token 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
@@ -153,6 +154,11 @@ class _SamplingFields(WireBody):
         if self.structured_outputs is not None and self.response_format is not None:
             raise ValueError("structured_outputs and response_format are given, must be one of them")
         return self
+
+    @property
+    def repeats(self) -> Mapping[str, Any]:
+        """What a reply says of its request."""
+        return {}
 
     @property
     def include_usage(self) -> bool:
@@ -330,7 +336,7 @@ def parse_body(body: bytes, model: type[Model]) -> Model:
         ) from None
     if not isinstance(fields, dict):
         raise RequestError(
-            f"the body is a JSON {type(fields).__name__}, must be an object. hint: see OpenAI's API reference"
+            f"the body is a JSON {type(fields).__name__}, must be an object. hint: see the API's reference"
         )
     for name in [name for name in fields if name in NOTES or (name in NEUTRAL and name not in model.model_fields)]:
         value = fields.pop(name)
@@ -349,7 +355,8 @@ def _request_error(error: ValidationError) -> RequestError:
     """The first thing wrong, named by its path in the body."""
     first = error.errors(include_url=False, include_input=False)[0]
     path = ""
-    for part in first["loc"]:
+    *before, last = first["loc"] or ("",)
+    for part in (*(part for part in before if not str(part).startswith("#")), last):  # those are `by_type`
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
@@ -362,7 +369,7 @@ def _request_error(error: ValidationError) -> RequestError:
         return RequestError(f"{path} is missing, must be given. hint: add it", param=path)
     if not path:  # two fields that disagree: the message begins with the first one's name
         return RequestError(f"{message}. hint: see README, API", param=message.split(" ", 1)[0])
-    return RequestError(f"{path} is not usable: {message}. hint: see OpenAI's API reference", param=path)
+    return RequestError(f"{path} is not usable: {message}. hint: see the API's reference", param=path)
 
 
 def _not_supported(path: str) -> RequestError:

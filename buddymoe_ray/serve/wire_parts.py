@@ -13,13 +13,38 @@ from buddymoe_ray.errors import RequestError
 from buddymoe_ray.serve.work import ChatMessage, Terms
 from buddymoe_ray.types import Mode, StructuredOutput
 
-__all__ = ["BuddyOptions", "Message", "NamedTool", "ResponseFormat", "StreamOptions", "Tool", "WireBody", "chosen_tool"]
+__all__ = [
+    "BuddyOptions",
+    "Message",
+    "NamedTool",
+    "ResponseFormat",
+    "StreamOptions",
+    "Tool",
+    "WireBody",
+    "by_type",
+    "chosen_tool",
+    "of_types",
+]
 
 
 class WireBody(BaseModel):
     """A JSON object whose fields are all known, and of the type that they are written as."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def by_type(value: Any) -> str:
+    """Which of several kinds an object is, by its `type`: the kind's Tag, which errors do not name."""
+    return f"#{value.get('type') if isinstance(value, dict) else None}"
+
+
+def of_types(values: object, types: tuple[str, ...]) -> object:
+    """The same. Raises ValueError where it is a list that holds another type than those."""
+    for value in values if isinstance(values, list) else ():
+        kind = value.get("type") if isinstance(value, dict) else None
+        if kind not in types:
+            raise ValueError(f"type {kind!r} is not supported, must be one of {', '.join(types)}")
+    return values
 
 
 def _unsupported(value: object) -> None:

@@ -158,7 +158,7 @@ class Delta:
     """What was added to one choice since its last delta. `usage` comes with the last one (`finish_reason` set).
 
     `text_offsets` are of the first tokens that have none yet, see `types.TokenEvent`.
-    `error` says why a choice ended with `finish_reason` "error".
+    `stop` is the stop string that ended a choice, `error` says why one ended with `finish_reason` "error".
     """
 
     choice: int
@@ -168,6 +168,7 @@ class Delta:
     text_offsets: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    stop: str | None = None
     error: str | None = None
 
 

@@ -1,4 +1,4 @@
-"""The openai client against a running service of `builtin:tiny`: tools in a loop, streams, parsed answers.
+"""The openai client against a running service of `builtin:tiny`: tools in a loop, streams, parsed answers, responses.
 
 Run by hand: `buddymoe serve deployments/tiny-cpu.yaml`, then `python tests/clients/tools_openai.py [URL] [MODEL]`.
 """
@@ -59,6 +59,7 @@ def main(url: str = "http://127.0.0.1:8000/v1", model: str = "builtin:tiny") -> 
             forced = client.chat.completions.create(messages=messages[:1], tool_choice=choice, **asked).choices[0]
             assert forced.message.tool_calls, forced
             json.loads(forced.message.tool_calls[0].function.arguments)  # type: ignore[union-attr]
+        respond(client, model, name, question)
     parsed = client.chat.completions.parse(
         model=model,
         messages=[{"role": "user", "content": "Extract JSON: Anna is 34 and lives in Paris."}],
@@ -67,6 +68,23 @@ def main(url: str = "http://127.0.0.1:8000/v1", model: str = "builtin:tiny") -> 
     )
     print(parsed.choices[0].message.parsed)
     assert parsed.choices[0].message.parsed == Person(name="Anna", age=34, city="Paris")
+
+
+def respond(client: openai.OpenAI, model: str, name: str, question: str) -> None:
+    """The same loop over /v1/responses, streamed."""
+    tools: Any = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    asked: Any = {"model": model, "tools": tools, "temperature": 0, "max_output_tokens": 60}
+    told: Any = [{"role": "user", "content": question}]
+    with client.responses.stream(input=told, **asked) as stream:
+        kinds = [event.type for event in stream]
+        (call,) = stream.get_final_response().output
+    assert call.type == "function_call" and call.name == name and kinds[-1] == "response.completed", (call, kinds)
+    told += [call, {"type": "function_call_output", "call_id": call.call_id, "output": "fine"}]
+    with client.responses.stream(input=told, **asked) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        answer = stream.get_final_response()
+    print(f"responses, {name}: {call.arguments} -> {text!r}")
+    assert answer.status == "completed" and answer.output_text == text, answer
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def test_a_stop_string_across_tokens_is_neither_shown_nor_passed() -> None:
     events = feed(seq, ids)
     assert len(events) < len(ids)
     assert text_of(events) == "a b "
-    assert events[-1].finish_reason == "stop"
+    assert (events[-1].finish_reason, events[-1].stop) == ("stop", "STOP")
     assert events[-1].usage is not None
 
 
@@ -119,7 +119,7 @@ def test_held_text_comes_out_at_the_length() -> None:
 def test_held_text_comes_out_at_the_end_token() -> None:
     seq = make(stop=("STOP",))
     events = feed(seq, [*encode("x STO"), EOS])
-    assert text_of(events) == "x STO"
+    assert text_of(events) == "x STO" and events[-1].stop is None
     assert events[-1].text.endswith("STO")
 
 
@@ -339,6 +339,7 @@ def test_a_model_without_text_has_offsets_of_nothing() -> None:
 def test_a_stop_string_that_only_a_special_token_spells_stops() -> None:
     ids = [*encode(" jumps"), bpe().convert_tokens_to_ids(SPECIALS[2]), *encode(" over")]
     events = feed(make(stop=(SPECIALS[2],), ignore_eos=True), ids)
+    assert events[-1].stop == SPECIALS[2]
     assert (text_of(events), events[-1].finish_reason) == (" jumps", "stop")
     assert len(events) == len(encode(" jumps")) + 1
     spelt = encode(" jumps <|im_") + encode("end|> over")  # as ordinary text it stops as ever

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from asgi import check_error, messages_of, openai_client, serving, talking_to
-from fakes import FakeEngine, LocalWorkers, byte_tokenizer
+from fakes import FakeEngine, LocalWorkers, MortalWorkers, byte_tokenizer
 
 from buddymoe_ray.batch.lines import BatchInput
 from buddymoe_ray.batch.run import BatchRun
@@ -23,8 +22,7 @@ from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.serve.calls import ModelNames
 from buddymoe_ray.serve.prompts import in_form
-from buddymoe_ray.serve.resume import WorkerLost
-from buddymoe_ray.serve.work import Batch, ChatMessage, Reply, ToolUse, Work
+from buddymoe_ray.serve.work import ChatMessage, ToolUse, Work
 from buddymoe_ray.serve.worker import Worker
 from buddymoe_ray.types import SamplingParams
 
@@ -92,23 +90,9 @@ async def test_what_may_be_called_is_the_callers_choice(engine: AsyncEngine) -> 
 @pytest.mark.parametrize("fields", [{}, {"tool_choice": "required", "temperature": 1.0, "seed": 3}])
 async def test_a_stream_that_moves_tells_the_same(engine: AsyncEngine, fields: dict[str, Any]) -> None:
     worker = Worker(engine)
-
-    class Mortal(LocalWorkers):
-        def generate(self, work: Work) -> AsyncGenerator[Reply, None]:
-            async def dying() -> AsyncGenerator[Reply, None]:
-                told = 0
-                async with aclosing(worker.generate(work)) as replies:
-                    async for reply in replies:
-                        yield reply
-                        told += sum(len(d.token_ids) for d in reply.deltas) if isinstance(reply, Batch) else 0
-                        if told >= 5 and not (work.resume and len(work.resume[0].token_ids) > 9):
-                            raise WorkerLost("it died")
-
-            return dying()
-
     async with talking_to(LocalWorkers(worker)) as client:
         whole = await answer(client, **fields)
-    async with talking_to(Mortal(worker)) as client:
+    async with talking_to(MortalWorkers(worker)) as client:
         reply = await client.post(PATH, json=BODY | fields | {"stream": True})
     chunks = [json.loads(message)["choices"][0] for message in messages_of(reply.text)[:-1]]
     deltas = [call for chunk in chunks for call in chunk["delta"].get("tool_calls", [])]

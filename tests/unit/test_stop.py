@@ -100,7 +100,7 @@ def test_the_match_that_is_complete_first_wins() -> None:
             emitted += emit
             if stopped:
                 break
-        assert (emitted, stopped) == ("a", True), f"cut {cut}"
+        assert (emitted, stopped, checker.met) == ("a", True, "b"), f"cut {cut}"
 
 
 def test_an_empty_stop_string_is_a_mistake() -> None:
@@ -127,9 +127,9 @@ def test_many_long_strings_cost_the_same_for_every_character() -> None:
 
 def test_a_special_token_that_is_a_stop_string_ends_by_its_id() -> None:
     end = bpe().convert_tokens_to_ids(SPECIALS[2])
-    assert special_stops(("x", SPECIALS[2]), bpe()) == {end}
-    assert special_stops(("im_end", "<|im_", " "), bpe()) == special_stops((), bpe()) == frozenset()
-    assert special_stops((SPECIALS[2],), None) == frozenset()
+    assert special_stops(("x", SPECIALS[2]), bpe()) == {end: SPECIALS[2]}
+    assert special_stops(("im_end", "<|im_", " "), bpe()) == special_stops((), bpe()) == {}
+    assert special_stops((SPECIALS[2],), None) == {}
 
 
 @pytest.mark.parametrize("stop", [SPECIALS[2] + "\n", "a" + SPECIALS[0], SPECIALS[0] + SPECIALS[2]])

@@ -1,0 +1,103 @@
+"""Bodies of Anthropic's /v1/messages, put into the words of chat completions.
+
+Types the fields; ranges, tools and texts are checked as `wire.ChatRequest`, which is what a body becomes. Invariant:
+what has no counterpart there is refused by name. On the token path: body → `parse_messages` → `.work()`.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from buddymoe_ray.errors import RequestError
+from buddymoe_ray.serve.refusals import in_words
+from buddymoe_ray.serve.wire import ChatRequest, parse_body
+from buddymoe_ray.serve.wire_messages_options import CustomTool, MessagesChoice, OutputConfig, Thinking
+from buddymoe_ray.serve.wire_messages_parts import Note, Texts, Turn, joined
+from buddymoe_ray.serve.wire_parts import WireBody
+
+__all__ = ["MESSAGES_WORDS", "parse_count", "parse_messages"]
+
+MESSAGES_WORDS = {
+    "chat_template_kwargs.enable_thinking": "thinking",
+    "chat_template_kwargs": "thinking",
+    "function.parameters": "input_schema",
+    "response_format.json_schema.schema": "output_config.format.schema",
+    "stop": "stop_sequences",
+}
+"""What fields of chat completions are called here, where it is another name."""
+
+AS_THEY_ARE = ("model", "max_tokens", "temperature", "top_k", "top_p", "buddymoe")
+
+
+class _CountRequest(WireBody):
+    """Body of POST /v1/messages/count_tokens."""
+
+    model: str
+    messages: list[Turn]
+    system: Texts | None = None
+    tools: list[CustomTool] | None = None
+    tool_choice: MessagesChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    cache_control: Note = None
+
+    def fields(self) -> dict[str, Any]:
+        """The same for chat completions."""
+        if self.messages and self.messages[-1].role == "assistant":
+            raise RequestError(
+                "messages ends with role assistant, must end with user: answers are not begun by the caller. "
+                "hint: say in system how to begin",
+                param="messages",
+            )
+        system = [] if self.system is None else [{"role": "system", "content": joined(self.system)}]
+        fields: dict[str, Any] = {"messages": [*system, *(told for turn in self.messages for told in turn.messages())]}
+        fields |= {name: getattr(self, name) for name in AS_THEY_ARE if getattr(self, name, None) is not None}
+        if self.tools:
+            fields["tools"] = [tool.tool() for tool in self.tools]
+        if self.tool_choice is not None:
+            fields |= self.tool_choice.fields()
+        if self.thinking is not None and self.thinking.type != "adaptive":
+            fields["chat_template_kwargs"] = {"enable_thinking": self.thinking.type == "enabled"}
+        if self.output_config is not None and self.output_config.format is not None:
+            schema = {"name": "output", "schema": self.output_config.format.schema_}
+            fields["response_format"] = {"type": "json_schema", "json_schema": schema}
+        return fields
+
+
+class _MessagesRequest(_CountRequest):
+    """Body of POST /v1/messages. `max_tokens` is a demand, as in chat completions."""
+
+    max_tokens: int
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    service_tier: Literal["auto", "standard_only"] | None = None
+    buddymoe: dict[str, Any] | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """The same for chat completions; a stream begins with the prompt's tokens, so these are asked for."""
+        fields = super().fields()
+        if self.stop_sequences is not None:
+            fields["stop"] = self.stop_sequences
+        if self.stream:
+            fields["stream"] = True
+            fields["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+        return fields
+
+
+def parse_messages(body: bytes) -> ChatRequest:
+    """A request for a message, or RequestError naming the field."""
+    return _for_chat(parse_body(body, _MessagesRequest))
+
+
+def parse_count(body: bytes) -> ChatRequest:
+    """A request for a count, or RequestError naming the field."""
+    return _for_chat(parse_body(body, _CountRequest))
+
+
+def _for_chat(asked: _CountRequest) -> ChatRequest:
+    with in_words(MESSAGES_WORDS):
+        return parse_body(json.dumps(asked.fields()).encode(), ChatRequest)

@@ -1,0 +1,117 @@
+"""Bodies of OpenAI's /v1/responses, put into the words of chat completions. Nothing is kept between requests.
+
+Types the fields; ranges, tools and texts are checked as `wire.ChatRequest`, which is what a body becomes. Invariant:
+what has no counterpart there is refused by name. On the token path: body → `parse_response` → `.work()`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from buddymoe_ray.serve.refusals import in_words
+from buddymoe_ray.serve.wire import ChatRequest, parse_body
+from buddymoe_ray.serve.wire_parts import Unsupported, WireBody
+from buddymoe_ray.serve.wire_responses_options import (
+    FunctionTool,
+    Reasoning,
+    ResponseStreamOptions,
+    Stateless,
+    TextConfig,
+    TextFormat,
+)
+from buddymoe_ray.serve.wire_responses_parts import Items
+
+__all__ = ["RESPONSES_WORDS", "parse_response"]
+
+RESPONSES_WORDS = {
+    "function.parameters": "parameters",
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "response_format.json_schema": "text.format",
+    "response_format": "text.format",
+}
+"""What fields of chat completions are called here, where it is another name."""
+
+AS_THEY_ARE = ("model", "temperature", "top_p", "parallel_tool_calls", "stream", "buddymoe")
+REPEATED = ("instructions", "max_output_tokens", "temperature", "top_p")
+
+
+class _ResponseRequest(WireBody):
+    """Body of POST /v1/responses."""
+
+    model: str
+    input: Items
+    instructions: str | None = None
+    tools: list[FunctionTool] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stream: bool | None = None
+    buddymoe: dict[str, Any] | None = None
+    stream_options: ResponseStreamOptions | None = None
+    reasoning: Reasoning | None = None
+    truncation: Literal["disabled"] | None = None
+    include: Unsupported = None
+    max_tool_calls: Unsupported = None
+    prompt: Unsupported = None
+    top_logprobs: Unsupported = None
+    background: Stateless = None
+    conversation: Stateless = None
+    previous_response_id: Stateless = None
+    store: Stateless = None
+
+    def fields(self) -> dict[str, Any]:
+        """The same for chat completions."""
+        messages: list[dict[str, Any]] = []
+        if self.instructions is not None:
+            messages.append({"role": "system", "content": self.instructions})
+        for item in self.input:
+            item.tell(messages)
+        fields: dict[str, Any] = {name: getattr(self, name) for name in AS_THEY_ARE if getattr(self, name) is not None}
+        fields |= {"messages": messages, "tool_choice": self._choice(), "max_completion_tokens": self.max_output_tokens}
+        if self.tools:
+            own = [tool.model_dump(exclude={"type"}) for tool in self.tools]
+            fields["tools"] = [{"type": "function", "function": function} for function in own]
+        if self.text is not None and self.text.format is not None:
+            form = self.text.format.model_dump(exclude={"type"}, exclude_none=True, by_alias=True)
+            fields["response_format"] = {"type": self.text.format.type, **({"json_schema": form} if form else {})}
+        return fields | {"told": self._told()}
+
+    def _choice(self) -> Any:
+        chosen = self.tool_choice
+        named = isinstance(chosen, dict) and chosen.keys() == {"type", "name"}
+        return {"type": chosen["type"], "function": {"name": chosen["name"]}} if named else chosen
+
+    def _told(self) -> dict[str, Any]:
+        """What the reply says of it."""
+        form = None if self.text is None else self.text.format
+        return {
+            **{name: getattr(self, name) for name in REPEATED},
+            "parallel_tool_calls": self.parallel_tool_calls is not False,
+            "text": {"format": (form or TextFormat()).model_dump(exclude_none=True, by_alias=True)},
+            "tool_choice": self.tool_choice or "auto",
+            "tools": [tool.model_dump() for tool in self.tools or ()],
+        }
+
+
+class _ResponseChat(ChatRequest):
+    """A response's request as a chat's; `told` is what its reply says of it."""
+
+    told: dict[str, Any]
+
+    @property
+    def repeats(self) -> Mapping[str, Any]:
+        """What a reply says of its request."""
+        return self.told
+
+
+def parse_response(body: bytes) -> ChatRequest:
+    """A request for a response, or RequestError naming the field."""
+    asked = parse_body(body, _ResponseRequest)
+    with in_words(RESPONSES_WORDS):
+        return parse_body(json.dumps(asked.fields()).encode(), _ResponseChat)

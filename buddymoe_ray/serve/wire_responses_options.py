@@ -1,0 +1,59 @@
+"""What OpenAI's /v1/responses lets a caller choose beside the conversation, and what it cannot be asked for here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from buddymoe_ray.serve.wire_parts import Unsupported, WireBody
+
+__all__ = ["FunctionTool", "Reasoning", "ResponseStreamOptions", "Stateless", "TextConfig", "TextFormat"]
+
+
+def _stateless(value: object) -> None:
+    if value not in (None, False):
+        raise ValueError("nothing is kept between requests, must be left out: send the whole conversation as input")
+
+
+Stateless = Annotated[None, BeforeValidator(_stateless)]
+
+
+class FunctionTool(WireBody):
+    """What an answer may call."""
+
+    type: Literal["function"]
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class TextFormat(WireBody):
+    """`text.format`: what the whole text must be."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class TextConfig(WireBody):
+    """`text`."""
+
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class Reasoning(WireBody):
+    """`reasoning`: a model thinks as it does."""
+
+    effort: Unsupported = None
+    summary: Unsupported = None
+
+
+class ResponseStreamOptions(WireBody):
+    """`stream_options`."""
+
+    include_obfuscation: Unsupported = None

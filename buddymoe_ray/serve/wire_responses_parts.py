@@ -1,0 +1,123 @@
+"""What `input` of OpenAI's /v1/responses is made of, and each item as chat completions write it.
+
+Types the shapes alone: what they hold is checked as a part of `wire.ChatRequest`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+
+from buddymoe_ray.serve.wire_parts import Unsupported, WireBody, by_type, of_types
+
+__all__ = ["Items"]
+
+TEXTS = ("input_text", "output_text", "reasoning_text", "summary_text")
+ITEMS = ("message", "function_call", "function_call_output", "reasoning")
+
+
+def _parts(value: object) -> object:
+    """Content as a list of parts, which are texts."""
+    return of_types([{"type": "input_text", "text": value}] if isinstance(value, str) else value, TEXTS)
+
+
+def _items(value: object) -> object:
+    """`input` as a list of items with a type."""
+    given = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    if not isinstance(given, list):
+        return given
+    return of_types(
+        [{"type": "message", **item} if isinstance(item, dict) and "role" in item else item for item in given], ITEMS
+    )
+
+
+class TextPart(WireBody):
+    """Some text."""
+
+    type: Literal["input_text", "output_text", "reasoning_text", "summary_text"]
+    text: str
+    annotations: Unsupported = None
+    logprobs: Unsupported = None
+
+
+Parts = Annotated[list[TextPart], BeforeValidator(_parts)]
+
+
+class _Item(WireBody):
+    """`id` and `status` are those of an earlier reply: nothing is looked up by them."""
+
+    id: str | None = None
+    status: str | None = None
+
+
+class MessageItem(_Item):
+    """A message."""
+
+    type: Literal["message"]
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Parts
+    phase: Unsupported = None
+
+    def tell(self, messages: list[dict[str, Any]]) -> None:
+        """Add it; an assistant's goes with the thoughts before it."""
+        texts = [part.text for part in self.content]
+        content = texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
+        if self.role == "assistant" and messages and messages[-1].keys() == {"role", "content", "reasoning_content"}:
+            messages[-1]["content"] = content
+        else:
+            messages.append({"role": self.role, "content": content})
+
+
+class CallItem(_Item):
+    """A call that the assistant made before."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+    def tell(self, messages: list[dict[str, Any]]) -> None:
+        """Add it to what the assistant said."""
+        if not messages or messages[-1]["role"] != "assistant":
+            messages.append({"role": "assistant", "content": None})
+        function = {"name": self.name, "arguments": self.arguments}
+        messages[-1].setdefault("tool_calls", []).append({"id": self.call_id, "function": function})
+
+
+class OutputItem(_Item):
+    """What a call came to."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Parts
+
+    def tell(self, messages: list[dict[str, Any]]) -> None:
+        """Add it."""
+        text = "".join(part.text for part in self.output)
+        messages.append({"role": "tool", "tool_call_id": self.call_id, "content": text})
+
+
+class ReasoningItem(_Item):
+    """Thoughts of an earlier answer, or, where it says no more, their summary."""
+
+    type: Literal["reasoning"]
+    summary: Parts = Field(default_factory=list)
+    content: Parts | None = None
+    encrypted_content: Unsupported = None
+
+    def tell(self, messages: list[dict[str, Any]]) -> None:
+        """Add them; what the assistant said comes next."""
+        thoughts = "".join(part.text for part in self.content or self.summary)
+        if thoughts:
+            messages.append({"role": "assistant", "content": "", "reasoning_content": thoughts})
+
+
+Item = Annotated[
+    Annotated[MessageItem, Tag("#message")]
+    | Annotated[CallItem, Tag("#function_call")]
+    | Annotated[OutputItem, Tag("#function_call_output")]
+    | Annotated[ReasoningItem, Tag("#reasoning")],
+    Discriminator(by_type),
+]
+Items = Annotated[list[Item], BeforeValidator(_items)]
