@@ -247,9 +247,10 @@ class SlotTensor:
 class CodeFormat:
     """How a checkpoint stores a quantised matrix [N, K]: a code for each weight and a scale for each block of codes.
 
-    `codes`: `fp8` (e4m3), `int8`, `int4` (less 8 or a zero point) or `mxfp4` (e2m1), the last two two to a byte, the
-    first of them low. `block`: outputs and inputs that share a scale, 0 for all of them. `scale`: torch's name of the
-    scales' dtype, or `e8m0` for powers of two in bytes. `zeros`: each block has a zero point, four bits.
+    `codes`: `fp8` (e4m3), `int8`, `int4` (less 8 or a zero point), `mxfp4` (e2m1), `gptq` or `awq` (four bits less a
+    zero point, [K, N]); those of four bits two to a byte, the first of them low. `block`: outputs and inputs that share
+    a scale, 0 for all of them. `scale`: torch's name of the scales' dtype, or `e8m0` for powers of two in bytes.
+    `zeros`: each block has a zero point, four bits.
     """
 
     codes: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from fakes import FakeEngine, LocalWorkers
 from buddymoe_ray.serve.http import HttpSettings, http_app
 from buddymoe_ray.serve.worker import Worker
 
-__all__ = ["CHAT", "TEXT", "check_error", "messages_of", "openai_client", "serving", "talking_to"]
+__all__ = ["CHAT", "TEXT", "check_error", "messages_of", "named_events_of", "openai_client", "serving", "talking_to"]
 
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 6}
 TEXT = {"model": "fake", "prompt": "hello", "max_tokens": 6}
@@ -44,6 +45,16 @@ def messages_of(body: str) -> list[str]:
     events = body.split("\n\n")
     assert events.pop() == "" and all(event.startswith("data: ") for event in events), body
     return [event.removeprefix("data: ") for event in events]
+
+
+def named_events_of(body: str) -> list[dict[str, Any]]:
+    """The data of every server-sent event, which is named as its type says."""
+    told = []
+    for event in body.removesuffix("\n\n").split("\n\n"):
+        name, data = event.split("\n")
+        told.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {told[-1]['type']}"
+    return told
 
 
 def check_error(response: httpx.Response, status: int, param: str | None = None, code: str | None = None) -> str:

@@ -6,7 +6,6 @@ Invariant: a slot in use (being filled or copied from) is never given to another
 
 from __future__ import annotations
 
-import mmap
 from collections import OrderedDict
 from typing import Protocol
 
@@ -54,14 +53,13 @@ class HostTier:
     def __init__(self, layout: ExpertLayout, *, slots: int, reader: DiskReader, device: Device) -> None:
         assert slots > 0, f"slots is {slots}, must be positive"
         # pages of its own: what shares one with other memory that is pinned cannot be pinned
-        pages = mmap.mmap(-1, slots * layout.slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory = torch.frombuffer(pages, dtype=torch.uint8)
-        self.pool = SlotPool(layout, slots, torch.device("cpu"), memory)
+        self.pool = SlotPool(layout, slots, torch.device("cpu"))
         self._layout, self._reader = layout, reader
         self._bytes: Bytes = self.pool.bytes_C.numpy()
         self._free = list(range(slots))
         self._slot_of: OrderedDict[ExpertKey, int] = OrderedDict()  # least recently used first
         self._busy: dict[ExpertKey, int] = {}
+        self._tickets = dict[int, ReadTicket]()  # of each slot's latest read
         self.hits = self.misses = 0
         self._device: Device | None = device
         device.pin(self.pool.bytes_C)
@@ -74,10 +72,16 @@ class HostTier:
         """A slot that holds the expert once the ticket is done, busy until `release`; None when all slots are busy."""
         slot = self._slot_of.get(key)
         if slot is not None:
-            self.hits += 1
+            ticket = self._tickets[slot]
+            if ticket.lost:  # whoever began to read it gave up, or could not: some of it may still be on its way
+                ticket.settle()
+                self._tickets[slot] = ticket = self._reader.submit(self._layout.pieces[key], self._bytes[slot])
+                self.misses += 1
+            else:
+                self.hits += 1
             self._slot_of.move_to_end(key)
             self._busy[key] = self._busy.get(key, 0) + 1
-            return slot, ReadTicket(())
+            return slot, ticket
         slot = self._claim()
         if slot is None:
             return None
@@ -88,7 +92,7 @@ class HostTier:
             self._free.append(slot)  # never filled, so it must not be found
             raise
         self.misses += 1
-        self._slot_of[key] = slot
+        self._slot_of[key], self._tickets[slot] = slot, ticket
         self._busy[key] = 1
         return slot, ticket
 

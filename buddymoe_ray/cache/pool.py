@@ -41,19 +41,19 @@ class SlotMemory(Protocol):
 
 
 class SlotPool:
-    """`count` slots on `device`, laid out as `layout` says; `memory` is theirs where it is given. On a CPU their own
-    takes no room before it is written, nor once it is `release`d."""
+    """`count` slots on `device`, laid out as `layout` says. On a CPU their memory is pages of its own, which take no
+    room before they are written, nor once they are `release`d."""
 
-    def __init__(self, layout: ExpertLayout, count: int, device: torch.device, memory: Tensor | None = None) -> None:
+    def __init__(self, layout: ExpertLayout, count: int, device: torch.device) -> None:
         assert layout.slot_bytes % 64 == 0, f"slot_bytes is {layout.slot_bytes}, must be a multiple of 64"
         self.count, self.device = count, device
         self._pages: mmap.mmap | None = None
-        if memory is None and device.type == "cpu" and count:
+        if device.type == "cpu" and count:
             self._pages = mmap.mmap(-1, count * layout.slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with suppress(OSError):  # kernels without huge pages
                 self._pages.madvise(mmap.MADV_HUGEPAGE)
             memory = torch.frombuffer(self._pages, dtype=torch.uint8)
-        elif memory is None:
+        else:
             memory = torch.empty(count * layout.slot_bytes, dtype=torch.uint8, device=device)
         self.bytes_C = memory.view(count, layout.slot_bytes)
         self._begin = self.bytes_C.data_ptr()

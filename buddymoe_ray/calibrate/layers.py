@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -91,8 +92,8 @@ def make_layers(
                 tables.errors[kind][layer, sample.expert] = error
         began = clock()
         order = made.worst_first(_use_of_experts(trace, layer, counts[layer]), tables.errors, layer)
-        found = side_by_side(made.improve, walk(experts=order), parts.config.threads)
-        improved += _note(tables, layer, _until(found, clock, left / (L - layer)))
+        with closing(side_by_side(made.improve, walk(experts=order), parts.config.threads)) as found:
+            improved += _note(tables, layer, _until(found, clock, left / (L - layer)))
         left -= clock() - began
         for _ in range(fitting.compensated * counts[layer]):
             next(bar, None)

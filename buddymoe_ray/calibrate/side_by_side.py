@@ -6,7 +6,7 @@ Knows nothing of what is worked on. Invariant: results come in the order of the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -18,9 +18,9 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
-def side_by_side(work: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
+def side_by_side(work: Callable[[A], B], items: Iterable[A], threads: int) -> Generator[B]:
     """`work` of each item. Items are taken in this thread, one more than there are threads at most; torch does not
-    split the work of one further."""
+    split the work of one further. Closing it waits for what was begun."""
     if threads == 1:
         yield from map(work, items)
         return

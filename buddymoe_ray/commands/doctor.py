@@ -224,7 +224,12 @@ def _memory(patient: Patient) -> Iterator[Finding]:
     there = f", of a limit of {_gb(limit)}" if limit is not None else ""
     said = f"{_gb(taken)} of {_gb(available_memory_bytes(patient.root))} that are free{there}"
     yield Finding(name="memory", state="ok", said=said)
-    shm = os.statvfs(patient.root / "dev/shm")
+    try:
+        shm = os.statvfs(patient.root / "dev/shm")
+    except OSError as error:
+        said = f"cannot be looked at: {error.strerror}"
+        yield Finding(name="/dev/shm", state="fault", said=said, hint="mount -t tmpfs tmpfs /dev/shm")
+        return
     free, wanted = shm.f_bavail * shm.f_frsize, min(first.expert_budget_bytes, plan.total_expert_bytes)
     state: State = "ok" if free >= wanted or first.device != "cpu" else "fault"
     hint = "" if state == "ok" else "docker run --shm-size, or mount -o remount,size=… /dev/shm"

@@ -27,6 +27,12 @@ class CallForm(NamedTuple):
 _FUNCTION = {"name": "{name}", "arguments": "{content}"}
 
 
+def _held(name: str, end: str) -> str:
+    """What stands before an end tag, without white space around it. Nothing is tried twice: `\\s*.*?\\s*` takes seconds
+    over some hundred spaces that a call was lost in."""
+    return rf"\s*+(?P<{name}>(?:(?!{end})\S|\s++(?!{end}))*+)\s*+{end}"
+
+
 def _tags(open_: str, close: str, tag: str) -> Template:
     """Calls whose arguments are tags of a key and a value."""
     return {
@@ -65,7 +71,7 @@ CALLS: dict[str, CallForm] = {
         _tags(
             r'\s*<invoke name="(?P<name>[^"]+)">\s*',
             r"\s*</invoke>\s*",
-            r'<parameter name="(?P<key>[^"]+)">\s*(?P<value>.*?)\s*</parameter>',
+            r'<parameter name="(?P<key>[^"]+)">' + _held("value", "</parameter>"),
         ),
         "minimax",
     ),
@@ -94,7 +100,7 @@ CALLS: dict[str, CallForm] = {
         _tags(
             r"\s*<tool_call>\s*<function=(?P<name>[^>\n]+)>\s*",
             r"\s*</function>\s*</tool_call>\s*",
-            r"<parameter=(?P<key>[^>\n]+)>\s*(?P<value>.*?)\s*</parameter>",
+            r"<parameter=(?P<key>[^>\n]+)>" + _held("value", "</parameter>"),
         ),
         "qwen_3_coder",
     ),
@@ -103,7 +109,7 @@ CALLS: dict[str, CallForm] = {
         _tags(
             r"\s*<tool_call>(?P<name>[^\s<{]+)\s*",
             r"\s*</tool_call>\s*",
-            r"<arg_key>\s*(?P<key>.*?)\s*</arg_key>\s*<arg_value>\s*(?P<value>.*?)\s*</arg_value>",
+            "<arg_key>" + _held("key", "</arg_key>") + r"\s*+<arg_value>" + _held("value", "</arg_value>"),
         ),
         "glm_4_7",
     ),

@@ -156,7 +156,8 @@ class GuardWork:
             self._drop()
             raise
         finally:
-            self._spent += time.perf_counter() - began
+            if not idle:
+                self._spent += time.perf_counter() - began
 
     def _go_on(self, until: float) -> None:
         self._until = until

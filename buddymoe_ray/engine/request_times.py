@@ -110,11 +110,12 @@ class RequestTimes:
     def _end(self, seq: Sequence, times: _Times, now: float) -> None:
         self._whole.add(now - times.arrived)
         self._prompt.add(seq.prompt_length)
-        self._output.add(seq.num_output)
+        made = seq.num_output - seq.num_resumed
+        self._output.add(made)
         self._most.add(seq.max_tokens)
         if times.begun is not None and times.first is not None:
             self._prefill.add(times.first - times.begun)
             self._decode.add(times.newest - times.first)
             self._computing.add(times.newest - times.begun)
-            if seq.num_output > 1:
-                self._per_token.add((times.newest - times.first) / (seq.num_output - 1))
+            if made > 1:
+                self._per_token.add((times.newest - times.first) / (made - 1))

@@ -43,10 +43,14 @@ def sample(
 ) -> list[Sampled]:
     """Choose one token per row of float32 logits; for the rows `ruled` by `allowed_RV`, what is left of theirs. Log
     probabilities are of `logits_BV`."""
-    tokens = choose_rows(logits_BV, states) if len(ruled) < len(states) else [0] * len(states)
-    if allowed_RV is not None and ruled:
-        for row, token in zip(ruled, choose_rows(allowed_RV, [states[row] for row in ruled]), strict=True):
-            tokens[row] = token
+    if allowed_RV is None or not ruled:
+        tokens = choose_rows(logits_BV, states)
+    else:
+        tokens, free = [0] * len(states), [row for row in range(len(states)) if row not in set(ruled)]
+        for rows, logits in ((ruled, allowed_RV), (free, logits_BV[free])):
+            chosen = choose_rows(logits, [states[row] for row in rows]) if rows else []
+            for row, token in zip(rows, chosen, strict=True):
+                tokens[row] = token
     found = [Sampled(token_id=token) for token in tokens]
     rows_of: dict[int, list[int]] = {}
     for row, state in enumerate(states):

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from buddymoe_ray.errors import BuddyMoEError, RequestError
@@ -144,11 +145,12 @@ class GrammarState:
     def __init__(self, matcher: Any, ends: frozenset[int], vocab_size: int) -> None:
         self._matcher, self._ends, self._vocab_size = matcher, sorted(ends), vocab_size
         self._seconds = SECONDS
+        self._next: np.ndarray[Any, np.dtype[np.int32]] | None = None  # what may come, where it was asked for
 
     def accept(self, token_id: int) -> None:
         """Take the next token, which is none of the ends. Raises BuddyMoEError when the grammar has no place for it: it
         was chosen elsewhere, or no token of the vocabulary had one; or when following it takes too long."""
-        began = time.thread_time()
+        began, self._next = time.thread_time(), None
         accepted = self._matcher.accept_token(token_id)
         self._seconds += SECONDS_PER_TOKEN - (time.thread_time() - began)
         if self._seconds < 0:
@@ -167,14 +169,21 @@ class GrammarState:
         """Whether the text is whole and nothing can follow."""
         if not self._matcher.is_completed():
             return False
-        mask = np.zeros((1, -(-self._vocab_size // 32)), np.int32)
-        self.fill(mask, 0)
+        self._next = np.zeros((1, -(-self._vocab_size // 32)), np.int32)
+        self._fill(self._next, 0)
+        mask = self._next.copy()
         for token in self._ends:
             mask[0, token // 32] &= ~np.int32(np.uint32(1 << token % 32).view(np.int32))
         return not mask.any()
 
     def fill(self, mask: Any, row: int) -> None:
         """Write which tokens may come next into a row of int32, a bit each."""
+        if self._next is None:
+            self._fill(mask, row)
+        else:  # `ended` has looked
+            mask[row] = torch.from_numpy(self._next[0])
+
+    def _fill(self, mask: Any, row: int) -> None:
         began = time.thread_time()
         self._matcher.fill_next_token_bitmask(mask, row)
         self._seconds -= time.thread_time() - began

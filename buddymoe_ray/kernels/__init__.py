@@ -4,7 +4,7 @@ Knows nothing of residency, slots or models: it gets tensors and returns tensors
 """
 
 from buddymoe_ray.kernels.coded import coded_forward, decoded, plain_weights
-from buddymoe_ray.kernels.coded_format import CodedWeight, coded_shapes
+from buddymoe_ray.kernels.coded_format import COLUMNS, CodedWeight, coded_shapes
 from buddymoe_ray.kernels.cpu import CpuLinear, combine, combine_kernel, decodes, linear_rows, widens
 from buddymoe_ray.kernels.cpu import prepare as prepare_lowbit
 from buddymoe_ray.kernels.decoder import DecoderLayer, DecoderLayers, DecoderParts, Routed, StandinRecords, Tallies
@@ -31,6 +31,7 @@ from buddymoe_ray.kernels.triton.experts import TritonExperts, combine_on_device
 from buddymoe_ray.kernels.upcast import UpcastScratch
 
 __all__ = [
+    "COLUMNS",
     "BLOCK",
     "CodedWeight",
     "ExpertMath",

@@ -6,18 +6,19 @@ AVX-512 with VNNI.
 
 For rows that were bfloat16, as coded_wide.py: the dot product of 32 inputs, less what their zero point takes off, is an
 exact integer. Steps and scales come after it, so the bits of an output depend on its row and its weights alone.
-coded_columns.py, whose walk over groups and outputs this is, computes float32 rows, and all on other CPUs.
+coded_columns.py computes float32 rows, and all on other CPUs.
 
 A product instruction takes four inputs of an output side by side. GPTQ's words hold them, the even ones in the low
-halves of their bytes. AWQ's hold outputs: bytes of four inputs are interleaved, which leaves outputs in another order
-(`_in_order`). All outputs of 32 inputs go before the next 32: with those of a whole group, whose rows lie powers of two
-apart, what was prefetched was gone from the first cache before it was used (awq .7 times as fast).
+halves of their bytes. AWQ's hold outputs: bytes of four inputs are interleaved, which leaves outputs in another order;
+`_end` puts them back. All outputs of 32 inputs go before the next 32: with those of a whole group, whose rows lie
+powers of two apart, what was prefetched was gone from the first cache before it was used (awq .7 times as fast).
 
 Legend: N outputs and K inputs of the matrix, G groups of 32 inputs, R rows, b an `ir.IRBuilder`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -58,6 +59,9 @@ LINE = 64
 BYTES, HALVES = vec(I8, LINE), vec(I16, LINE // 2)
 OUTPUTS = 8 * LANES
 """Of a line of AWQ's words."""
+PANEL = 4096
+ROOM = PANEL + OUTPUTS
+"""Outputs whose totals are on the stack at once, and for how many of a row there is room."""
 
 
 def has_wide_columns(fmt: CodeFormat) -> bool:
@@ -73,8 +77,8 @@ def wide_columns_module_text(fmt: CodeFormat) -> str:
     return str(made.module)
 
 
-class _Wide(Columns):
-    """What both have: the walk, rows, what becomes of a dot product. Totals of a group are in memory, row by row."""
+class _WideColumns(Columns, ABC):
+    """What both have: the walk, rows, what becomes of a dot product. A panel's totals of a group are in memory."""
 
     order: Sequence[int]
     """Of a group's inputs in a row."""
@@ -90,45 +94,46 @@ class _Wide(Columns):
         ends = {(shape, size): self._end(shape, size) for shape, size in shapes}
         b = ir.IRBuilder(kernel.append_basic_block())
         self.clear(b, pairs, R, N)
-        room = b.add(N, I64(OUTPUTS))
-        totals = b.ptrtoint(b.alloca(F32, size=b.mul(room, I64(max(self.rows)))), I64)
+        totals = b.ptrtoint(b.alloca(F32, size=I64(ROOM * max(self.rows))), I64)
         groups = b.sdiv(b.add(K, I64(self._group - 1)), I64(self._group))
         for size, row in blocks(b, R, self.rows):
             at_rows = b.add(pairs, b.mul(row, I64(16)))
-            with loop(b, groups) as group:
-                with loop(b, b.mul(room, I64(size))) as n:
+            with loop(b, b.sdiv(b.add(N, I64(PANEL - 1)), I64(PANEL))) as panel, loop(b, groups) as group:
+                start, k = b.mul(panel, I64(PANEL)), b.mul(group, I64(self._group))
+                with loop(b, I64(ROOM * size)) as n:
                     b.store(F32(0.0), at(b, totals, F32, b.mul(n, I64(4))), align=4)
-                begin = b.mul(group, I64(self._group))
-                left = b.sub(K, begin)
+                here, left = b.sub(totals, b.mul(start, I64(4))), b.sub(K, k)
                 count = b.select(b.icmp_signed("<", left, I64(self._group)), left, I64(self._group))
+                width = b.sub(N, start)
+                width = b.select(b.icmp_signed("<", width, I64(PANEL)), width, I64(PANEL))
                 with loop(b, b.sdiv(b.add(count, I64(GROUP - 1)), I64(GROUP))) as turn:
-                    k = b.add(begin, b.mul(turn, I64(GROUP)))
-                    for shape, n in self._over(b, N, size):
-                        b.call(products[shape, size], [codes, zeros, K, N, k, n, at_rows, totals])
-                for shape, n in self._over(b, N, size):
-                    b.call(ends[shape, size], [scales, zeros, K, N, begin, n, at_rows, totals])
+                    inputs = b.add(k, b.mul(turn, I64(GROUP)))
+                    for shape, n in self._over(b, width, size):
+                        b.call(products[shape, size], [codes, zeros, K, N, inputs, b.add(start, n), at_rows, here])
+                for shape, n in self._over(b, width, size):
+                    b.call(ends[shape, size], [scales, zeros, K, N, k, b.add(start, n), at_rows, here])
         b.ret_void()
 
+    @abstractmethod
     def strips(self, rows: int) -> Sequence[int]:
         """Outputs of the strips that cover all of them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _over(self, b: Any, N: Any, rows: int) -> Iterator[tuple[int, Any]]:
         """Emits what is done to each strip."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _product(self, outputs: int, rows: int) -> Any:
         """`totals += codes . x` of the 32 inputs from k on and the outputs from n on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _end(self, outputs: int, rows: int) -> Any:
         """`out += scale * totals` of the outputs from n on, in the group of input k."""
-        raise NotImplementedError
 
     def _totals(self, b: Any, args: Any, row: int) -> Any:
         """Where those of a row are, from output n on."""
-        _, _, _, N, _, n, _, totals = args
-        return b.add(totals, b.mul(b.add(b.mul(b.add(N, I64(OUTPUTS)), I64(row)), n), I64(4)))
+        _, _, _, _, _, n, _, totals = args
+        return b.add(totals, b.mul(b.add(I64(ROOM * row), n), I64(4)))
 
     def _at_group(self, b: Any, k: Any) -> Any:
         """Bytes from a row's begin."""
@@ -187,7 +192,7 @@ class _Wide(Columns):
         b.ret_void()
 
 
-class _Words(_Wide):
+class _Words(_WideColumns):
     """GPTQ: a word is eight inputs of an output, a lane is an output."""
 
     order = tuple(8 * word + i for word in range(GROUP // 8) for i in (0, 2, 4, 6, 1, 3, 5, 7))
@@ -269,7 +274,7 @@ class _Words(_Wide):
         return tile
 
 
-class _Rows(_Wide):
+class _Rows(_WideColumns):
     """AWQ: a word is eight outputs of an input. A strip is 16 words' outputs, or what is left of them (0)."""
 
     order = range(GROUP)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from buddymoe_ray.types import CodedMatrix, CodeFormat
 
-__all__ = ["AWQ_ORDER", "COLUMNS", "E2M1", "CodedWeight", "coded_shapes", "row_bytes", "scale_grid"]
+__all__ = ["AWQ_ORDER", "COLUMNS", "E2M1", "CodedWeight", "coded_shapes"]
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Values of the lower three bits of an mxfp4 code; the fourth is the sign."""
@@ -24,12 +24,7 @@ COLUMNS = ("gptq", "awq")
 _ZEROS_PER_WORD = 8
 
 
-def row_bytes(fmt: CodeFormat, K: int) -> int:
-    """Bytes of the codes of an output."""
-    return K if fmt.codes in ("fp8", "int8") else -(-K // 8) * 4
-
-
-def scale_grid(fmt: CodeFormat, N: int, K: int) -> tuple[int, int]:
+def _scale_grid(fmt: CodeFormat, N: int, K: int) -> tuple[int, int]:
     """Rows and columns of the scales of a matrix in one part."""
     outputs, inputs = fmt.block
     return -(-N // outputs) if outputs else 1, -(-K // inputs) if inputs else 1
@@ -38,7 +33,7 @@ def scale_grid(fmt: CodeFormat, N: int, K: int) -> tuple[int, int]:
 def coded_shapes(matrix: CodedMatrix) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype, by torch's name, of what the matrix is in a slot: `codes`, `scales`, maybe `zeros`."""
     fmt, N, K = matrix.format, matrix.N, matrix.K
-    R, C = scale_grid(fmt, N // matrix.parts, K)
+    R, C = _scale_grid(fmt, N // matrix.parts, K)
     if fmt.codes in COLUMNS:
         P, n = matrix.parts, N // matrix.parts
         return {

@@ -2,7 +2,7 @@
 AVX-512 with VNNI.
 
     project(codes, scales, zeros, K, N, rows, R)   rows are R pairs (address of a row, address of its outputs)
-    quantise(x, G, row)                            float32 x [32 G] into such a row, `wide_bytes(G)` long
+    quantise(x, G, row)                            float32 x [32 G] into such a row, ROW bytes to four groups
 
 For rows that were bfloat16: as in lowbit_tiles.py a group's dot product is an exact integer, rounded once when it
 becomes a float and once more by the multiply-add that brings its scale; error 4e-5 of the output's norm, and bits that
@@ -56,18 +56,18 @@ BYTES = vec(I8, CODES)
 
 def has_wide(fmt: CodeFormat) -> bool:
     """Whether there is such a kernel for a format."""
-    return fmt.codes in ("mxfp4", "int4") and FOUR % max(1, fmt.block[1]) == 0 and fmt.block[0] == 1
+    return fmt.codes in ("mxfp4", "int4") and fmt.block[0] == 1 and fmt.block[1] > 0 and FOUR % fmt.block[1] == 0
 
 
 def wide_module_text(fmt: CodeFormat) -> str:
     """The module's IR for matrices of `fmt`, which `has_wide` says yes to."""
-    made = _Wide(fmt, permutes=True)
+    made = _WideTiles(fmt, permutes=True)
     made.project()
     made.quantise()
     return str(made.module)
 
 
-class _Wide(CodedTiles):
+class _WideTiles(CodedTiles):
     """Emits one module; the blocks of outputs and rows are those of its parent."""
 
     def __init__(self, fmt: CodeFormat, permutes: bool) -> None:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
-from math import lcm
+from math import lcm, prod
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from buddymoe_ray.kernels.coded_format import COLUMNS, CodedWeight, row_bytes, scale_grid
+from buddymoe_ray.kernels.coded_format import COLUMNS, CodedWeight, coded_shapes
 from buddymoe_ray.kernels.expert_calls import ANYWHERE, ITEM_BYTES, OK, Call, CombineCall, Expert, Product, plan_of
 from buddymoe_ray.kernels.lowbit_format import BLOCK, LowbitFormat, Matrix, PackedMatrix, packed_parts
 from buddymoe_ray.kernels.reference import ExpertMath
@@ -130,13 +130,13 @@ def coded_product(
     places: Mapping[str, int], matrix: CodedMatrix, dtype: torch.dtype, bias: tuple[int, int] = (0, 0)
 ) -> Product:
     """A quantised matrix as it is stored, whose codes, scales and zero points are at `places`; see `product_of`."""
-    fmt, K, n = matrix.format, matrix.K, matrix.N // matrix.parts
-    native, (R, C) = _coded_functions(fmt, dtype != torch.float32), scale_grid(fmt, n, K)
-    at = (places["codes"], places["scales"], places.get("zeros", 0))
-    item = 1 if fmt.scale == "e8m0" else ITEM_BYTES[fmt.scale]
-    R = n if fmt.codes in COLUMNS else R
-    steps = (n * row_bytes(fmt, K), R * C * item, -(-n // 8) * C * 4)
-    return Product(*at, *bias, matrix.N, K, native["project"], native.get("row", 0), matrix.parts, *steps)
+    native, sized = _coded_functions(matrix.format, dtype != torch.float32), coded_shapes(matrix)
+    nbytes = {name: prod(shape) * getattr(torch, kind).itemsize for name, (shape, kind) in sized.items()}
+    parts = ("codes", "scales", "zeros")
+    codes, scales, base = (places.get(name, 0) for name in parts)
+    steps = (nbytes.get(name, 0) // matrix.parts for name in parts)
+    made = native["project"], native.get("row", 0)
+    return Product(codes, scales, base, *bias, matrix.N, matrix.K, *made, matrix.parts, *steps)
 
 
 def bias_bytes(dtype: str) -> int | None:
@@ -198,8 +198,9 @@ class CpuLinear:
     """`y = x W^T + bias` for rows of `dtype`, from a packed matrix or one as stored, plain or quantised. Rows do not
     see each other.
 
-    Rows are multiplied in float32; with packed weights those of another dtype as 16-bit integers (error 4e-5).
-    `threads` share the outputs; the bits do not depend on it. The bias is bfloat16 or float32.
+    Rows are multiplied in float32; those of another dtype, with packed weights and most quantised ones (coded.py), with
+    16 bits (error 4e-5). `threads` share the outputs, but for those of GPTQ and AWQ, which lie side by side; the bits
+    do not depend on it. The bias is bfloat16 or float32.
     Machine code is made here (seconds at the first time on a machine), not in the first call. `plan_at` is what it
     reads, with all outputs in one thread, for as long as the layer lives.
     """

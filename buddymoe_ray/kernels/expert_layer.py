@@ -44,7 +44,7 @@ class ExpertLayer:
     Args:
         layout, fmt, math: experts that `covers` says yes to; `fmt` is None for plain weights as stored, `coded` are
             the quantised ones of `layout`.
-        dtype: of activations. With packed weights all but float32 ones are multiplied as 16-bit integers (error 4e-5).
+        dtype: of activations. All but float32 ones are multiplied with 16 bits, as by `CpuLinear` (error 4e-5).
         threads: share the records of a call; the bits do not depend on it.
 
     Machine code is made here (seconds at the first time on a machine, then .5 s), not in the first step. `plan_at` is

@@ -2,7 +2,7 @@
 
 `experts` computes all accesses of a layer's step in one call, `linear` one matrix; both without the GIL. Works on raw
 addresses, knows no torch: the products themselves are native functions whose addresses come in (lowbit_tiles.py,
-stored_tiles.py, coded_tiles.py), and expert_rows.py does the rest of the arithmetic.
+stored_tiles.py, those of coded.py), and expert_rows.py does the rest of the arithmetic.
 Invariant: the bits of an access depend on its row and its record alone.
 Rows of at most CHUNK accesses of an expert go together, so scratch is bounded.
 numba frees an array after the last statement that names it, and an address of it is no name: scratch that is reached by

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.errors import CheckpointError, UnsupportedModel
-from buddymoe_ray.kernels import CodedWeight, coded_shapes, decoded
+from buddymoe_ray.kernels import COLUMNS, CodedWeight, coded_shapes, decoded
 from buddymoe_ray.models.dense import read_tensor
 from buddymoe_ray.models.schemes import INSTEAD, UNREAD, Scheme
 from buddymoe_ray.models.tensor_index import TensorLocation
@@ -86,6 +86,8 @@ class CodedTensor:
         if block is None or self.codes == "int8":
             one = math.prod(scales.shape) == (stack or 1)
             block = (0, 0) if one and N != 1 else (1, 0)
+        if self.codes in COLUMNS and _SCALES[scales.dtype] == "e8m0":
+            raise UnsupportedModel(f"key {scales.key!r} is stored as {scales.dtype}, must be floats. {INSTEAD}")
         return CodeFormat(codes=self.codes, block=block, scale=_SCALES[scales.dtype], zeros="zeros" in self.places)
 
     def read(self, N: int, K: int) -> CodedWeight:
@@ -106,7 +108,10 @@ class CodedTensor:
             "awq": (8 * columns, rows),
         }.get(self.codes, (rows, columns))
         weight = self.read(N, K)
-        return decoded(weight.named(), weight.matrix)
+        plain = decoded(weight.named(), weight.matrix)
+        if not bool(plain.isfinite().all()):
+            raise CheckpointError(f"key {self.key!r} has weights that are no numbers. hint: download it again")
+        return plain
 
 
 Stored = TensorLocation | CodedTensor

@@ -64,7 +64,7 @@ class Scheme:
     def of(cls, said: Any, where: str) -> Scheme:
         """What a `quantization_config` says. Raises UnsupportedModel."""
         method = said.get("quant_method", "unknown") if isinstance(said, Mapping) else said
-        if method not in METHODS:
+        if not isinstance(said, Mapping) or not isinstance(method, str) or method not in METHODS:
             raise UnsupportedModel(f"{where} is quantised ({method}), must be {', '.join(METHODS)} or plain. {INSTEAD}")
         if method == "mxfp4":
             return cls(method=method, block=(1, 32))
@@ -94,6 +94,9 @@ class Scheme:
                 f"{where} has {bits}-bit {kind} weights with a scale per {strategy}, must be one of "
                 f"{', '.join(f'{bits} per {strategies}' for bits, strategies in _COMPRESSED.items())}. {INSTEAD}"
             )
+        _check(said, "transform_config", (None, {}), where)
+        if bits == 8 and said.get("format") == "pack-quantized":
+            raise UnsupportedModel(f"{where} has packed 8-bit weights (pack-quantized), must be bytes. {INSTEAD}")
         said_block = {"block": first.get("block_structure"), "group": [1, size]}.get(strategy)
         block = None if said_block is None else _block(said_block, where)
         return cls(method="compressed-tensors", block=block, zeros=bits == 4 and symmetric is False)
@@ -135,7 +138,7 @@ class Scheme:
 
 def _check(said: Mapping[str, Any], name: str, served: tuple[object, ...], where: str) -> None:
     if said.get(name) not in served:
-        raise UnsupportedModel(f"{where} is quantised with {name} {said[name]!r}, must be {served[0]!r}. {INSTEAD}")
+        raise UnsupportedModel(f"{where} is quantised with {name} {said.get(name)!r}, must be {served[0]!r}. {INSTEAD}")
 
 
 def _block(said: Any, where: str) -> tuple[int, int]:

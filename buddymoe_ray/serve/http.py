@@ -6,12 +6,13 @@ Knows neither ray nor engines, so tests drive it in process. On the token path: 
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -40,7 +41,7 @@ from buddymoe_ray.serve.calls import (
 from buddymoe_ray.serve.dashboard import READ, dashboard_routes, page_routes
 from buddymoe_ray.serve.metrics import exposition
 from buddymoe_ray.serve.recent import Recent
-from buddymoe_ray.serve.refusals import envelope, failure, in_words, in_words_of, message_error, refusal_of
+from buddymoe_ray.serve.refusals import envelope, failure, in_words, in_words_of, message_error, refusal_of, timed_out
 from buddymoe_ray.serve.replies import ModelCard, ModelList
 from buddymoe_ray.serve.resume import ResumeLimits, WorkerLost, resumable
 from buddymoe_ray.serve.streaming import Answer
@@ -214,16 +215,18 @@ def _token_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
     """For clients that count tokens, or have no tokenizer of their own: vLLM's, and Anthropic's count."""
     router = APIRouter()
 
-    async def spelled(work: Work, model: str | None) -> Spelling:
+    async def spelled(work: Work, model: str | None, words: Mapping[str, str] | None = None) -> Spelling:
         if model is not None:
             settings.names.check(model)
         try:
-            async with aclosing(workers.generate(work)) as replies:
+            async with asyncio.timeout(settings.request_timeout_seconds), aclosing(workers.generate(work)) as replies:
                 reply = await anext(replies)
+        except TimeoutError:
+            raise _Refused(timed_out(settings.request_timeout_seconds)) from None
         except WorkerLost as error:
             raise CapacityError(f"{error}. hint: retry") from error
         if isinstance(reply, Refusal):
-            raise _Refused(reply)
+            raise _Refused(in_words_of(reply, words or {}))
         return reply.spelled[0]
 
     @router.post("/tokenize")
@@ -243,7 +246,7 @@ def _token_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
         asked = parse_count(await _body(request))
         with in_words(MESSAGES.words):
             work = replace(asked.work(f"count-{uuid.uuid4().hex}", flush_seconds=0.0), spells_only=True)
-        return JSONResponse({"input_tokens": len((await spelled(work, asked.model)).token_ids)})
+        return JSONResponse({"input_tokens": len((await spelled(work, asked.model, MESSAGES.words)).token_ids)})
 
     @router.api_route("/tokenizer_info", methods=[*READ])
     async def tokenizer_info() -> Response:

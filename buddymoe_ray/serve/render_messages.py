@@ -39,7 +39,8 @@ class MessagesRenderer(ChatReading):
         told: list[bytes] = []
         if not self._begun:
             self._begun = True
-            begin = self._message([], {"stop_reason": None, "stop_sequence": None}, so_far or Usage())
+            counted = _counted(so_far or Usage())
+            begin = self._message([], {"stop_reason": None, "stop_sequence": None}, counted)
             told += [_event("message_start", message=begin), _event("ping")]
         if reasoning:
             told += self._more("thinking", {"thinking": reasoning}, {"thinking": "", "signature": ""})
@@ -71,11 +72,11 @@ class MessagesRenderer(ChatReading):
             blocks.append({"type": "thinking", "thinking": reasoning, "signature": ""})
         if text:
             blocks.append({"type": "text", "text": text})
-        return json.dumps(self._message([*blocks, *map(_call, calls)], self._reason(delta), usage)).encode()
+        return json.dumps(self._message([*blocks, *map(_call, calls)], self._reason(delta), _usage(usage))).encode()
 
-    def _message(self, blocks: list[dict[str, Any]], end: dict[str, Any], usage: Usage) -> dict[str, Any]:
+    def _message(self, blocks: list[dict[str, Any]], end: dict[str, Any], usage: Any) -> dict[str, Any]:
         head = {"id": self.head.id, "type": "message", "role": "assistant", "model": self.head.model}
-        return {**head, "content": blocks, **end, "usage": _usage(usage)}
+        return {**head, "content": blocks, **end, "usage": usage}
 
     def _reason(self, delta: Delta) -> dict[str, Any]:
         reason = REASONS.get(self.reason(delta) or "", "end_turn" if delta.stop is None else "stop_sequence")
@@ -109,12 +110,15 @@ def _event(kind: str, **fields: Any) -> bytes:
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
+    """With what stand-ins cost, which is known at the end."""
+    return _counted(usage) | {"buddymoe": usage_body(usage).model_dump(exclude_unset=True)["buddymoe"]}
+
+
+def _counted(usage: Usage) -> dict[str, Any]:
     """Anthropic counts tokens that were found in a cache apart."""
-    spent = usage_body(usage).model_dump(exclude_unset=True)
     return {
         "input_tokens": usage.prompt_tokens - usage.cached_tokens,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": usage.cached_tokens,
         "output_tokens": usage.completion_tokens,
-        "buddymoe": spent["buddymoe"],
     }

@@ -77,6 +77,10 @@ class WorkPlan:
         return echo.before(delta, event, token_bytes)
 
 
+_SPELLED = 16
+"""So many times the model's length may be spelled: more took seconds of everybody's, and gigabytes."""
+
+
 class Intake:
     """Says what an engine is to do for some work. `default_max_tokens` is the output limit of work that names none."""
 
@@ -85,11 +89,9 @@ class Intake:
         self._token_characters = longest_token(engine.tokenizer)
 
     def hopeless(self, work: Work) -> Refusal | None:
-        """Why a text cannot fit, whatever its tokens are; quick. Any may be spelled."""
-        if work.spells_only:
-            return None
+        """Why a text cannot fit, whatever its tokens are; quick. What is only spelled may be longer."""
         limits = self._engine.limits
-        most = min(limits.max_model_len, limits.kv_tokens)
+        most = _SPELLED * limits.max_model_len if work.spells_only else min(limits.max_model_len, limits.kv_tokens)
         return hopeless(work, most_tokens=most, token_characters=self._token_characters)
 
     def plan(self, work: Work) -> WorkPlan | Refusal:

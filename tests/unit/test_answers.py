@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from buddymoe_ray.engine.answer_forms import CALLS
 from buddymoe_ray.engine.answers import (
     AnswerForm,
     AnswerPiece,
@@ -252,3 +254,18 @@ def test_what_the_text_must_be_begins_after_thoughts(wanted: dict[str, Any], tex
     assert accepts(begun, f"Hm.</think>{text}") and not accepts(begun, text)
     assert accepts(closed, text) and not accepts(closed, f"<think></think>{text}")
     assert not accepts(free, "Hm.")
+
+
+@pytest.mark.parametrize("form", ["qwen_xml", "minimax", "glm"])
+def test_a_call_that_is_lost_in_white_space_is_given_up_in_one_walk(form: str) -> None:
+    """By what it takes of the patterns: a walk that tries each space twice would not end within a test's time."""
+    tag, run = CALLS[form].read["content_args"]["tag_pattern"], " " * 20_000
+    begun = {
+        "qwen_xml": f"<parameter=a>{run}x{run}y",
+        "minimax": f'<parameter name="a">{run}x{run}y',
+        "glm": f"<arg_key>{run}k{run}</arg_key>{run}<arg_value>{run}y",
+    }[form]
+    assert re.search(tag, begun, re.DOTALL) is None
+    end = "</arg_value>" if form == "glm" else "</parameter>"
+    found = re.search(tag, begun + run + end, re.DOTALL)
+    assert found is not None and found["value"].endswith("y") and found["value"] == found["value"].strip()

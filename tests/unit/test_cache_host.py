@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,23 @@ def test_a_host_slot_is_given_back_once_its_copy_is_done(tmp_path: Path, monkeyp
     assert copies.release(wait=True) and host.fetch(ExpertKey(0, 1)) is not None
     assert bytes(pool.bytes_C[0].numpy()) != bytes(layout.slot_bytes)
     reader.close()
+
+
+def test_a_read_that_was_given_up_is_begun_anew_by_the_next_who_asks(tmp_path: Path) -> None:
+    """Some of it may still be on its way, and never will all of it be there."""
+    layout, truth = make_layout(tmp_path, rows=400, cols=400)
+    with closing(DiskReader(depth=1, buffer_bytes=8192)) as reader:
+        tier, gate = HostTier(layout, slots=2, reader=reader, device=open_device("cpu")), threading.Event()
+        blocked = reader._pool.submit(gate.wait, 30)
+        fetched = tier.fetch(A)
+        assert fetched is not None and fetched[1].cancel()
+        gate.set()
+        again = tier.fetch(A)
+        assert again is not None and again[0] == fetched[0]
+        again[1].wait()
+        assert expert_bytes_of(dict(tier.pool.tensors(again[0]))) == truth[A]
+        tier.release(A, failed=True)  # of the one that gave up
+        tier.release(A)
+        blocked.result()
+        assert bring(tier, A) == truth[A]
+        tier.check_integrity()

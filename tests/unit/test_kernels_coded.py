@@ -238,3 +238,13 @@ def test_a_layer_of_quantised_experts_is_the_reference_of_each(fmt: CodeFormat, 
         torch.testing.assert_close(out_ND[n], exact[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(coded_forward(row, view, layout.coded, math), exact, rtol=1e-4, atol=1e-4)
         assert torch.equal(out_ND[n], layer.expert(row, view)[0])
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt.codes in ("gptq", "awq")], ids=str)
+def test_more_outputs_than_have_their_totals_at_once(fmt: CodeFormat) -> None:
+    N, K = 2 * 4096 + 136, 72
+    weight, x_RK = weight_of(fmt, N, K), torch.randn(3, K, generator=torch.Generator().manual_seed(6)).bfloat16()
+    got = CpuLinear(weight, None, torch.bfloat16, None)(x_RK)
+    exact = x_RK.double() @ decoded(weight.named(), weight.matrix).double().T
+    allowed = exact.abs() / 256 + 3e-4 * exact.square().mean(dim=1, keepdim=True).sqrt()
+    assert bool(((got - exact).abs() <= allowed).all())

@@ -264,6 +264,25 @@ GROUP = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_s
         ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"}, "version 'gemv', must be 'gemm'"),
         ({"quant_method": "gptq", "bits": 4, "group_size": -1}, r"blocks of \[1, -1\]"),
         ({"quant_method": "compressed-tensors", "config_groups": {}}, "0 schemes"),
+        ({"quant_method": "awq", "w_bit": 4, "group_size": 128}, "bits None, must be 4"),
+        ("gptq", r"quantised \(gptq\), must be"),
+        ({"quant_method": ["fp8"]}, r"quantised \(\['fp8'\]\), must be"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": {"a": {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}},
+            },
+            "packed 8-bit weights",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "transform_config": {"config_groups": {"R1": {}}},
+                "config_groups": {"a": {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}},
+            },
+            "transform_config",
+        ),
         (
             {
                 "quant_method": "compressed-tensors",
@@ -287,6 +306,6 @@ GROUP = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_s
         ),
     ],
 )
-def test_other_schemes_are_refused_by_name(said: dict[str, Any], match: str) -> None:
+def test_other_schemes_are_refused_by_name(said: Any, match: str) -> None:
     with pytest.raises(UnsupportedModel, match=match):
         check_method({"quantization_config": said}, "config.json")

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from asgi import CHAT, serving, talking_to
+from asgi import CHAT, named_events_of, serving, talking_to
 from fakes import Breaking, LocalWorkers, MortalWorkers, exact_usage
 
 from buddymoe_ray.config import EngineConfig
@@ -42,16 +42,6 @@ def engine() -> Iterator[AsyncEngine]:
     opened = AsyncEngine(Engine.from_config(EngineConfig(memory="50%", seed=1)), model_id="fake")
     yield opened
     opened.close()
-
-
-def events_of(body: str) -> list[dict[str, Any]]:
-    """The data of every event, which is named as its type says."""
-    told = []
-    for event in body.removesuffix("\n\n").split("\n\n"):
-        name, data = event.split("\n")
-        told.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {told[-1]['type']}"
-    return told
 
 
 def joined(events: list[dict[str, Any]]) -> dict[str, Any]:
@@ -108,7 +98,7 @@ async def test_a_message_in_full_and_as_a_stream() -> None:
             "buddymoe": exact_usage(hits=18, fetched=6),
         },
     }
-    events = events_of(stream.text)
+    events = named_events_of(stream.text)
     assert events[0]["message"]["usage"]["input_tokens"] == 7 == count["input_tokens"]
     whole = joined(events)
     assert whole.pop("id") != name and whole == body
@@ -117,7 +107,7 @@ async def test_a_message_in_full_and_as_a_stream() -> None:
 async def test_tools_in_a_loop(engine: AsyncEngine) -> None:
     async with talking_to(LocalWorkers(Worker(engine))) as client:
         first = (await client.post(PATH, json=ASKED)).json()
-        told = joined(events_of((await client.post(PATH, json=ASKED | {"stream": True})).text))
+        told = joined(named_events_of((await client.post(PATH, json=ASKED | {"stream": True})).text))
         (call,) = first["content"]
         assert call["type"] == "tool_use" and (call["name"], call["input"]) == ("get_weather", {"city": "Paris"})
         assert first["stop_reason"] == told["stop_reason"] == "tool_use"
@@ -137,7 +127,7 @@ async def test_tools_in_a_loop(engine: AsyncEngine) -> None:
         cut = ASKED | {"tool_choice": {"type": "none"}, "stop_sequences": ["never said", stop]}
         for body in (cut, cut | {"stream": True}):
             reply = await client.post(PATH, json=body)
-            ended = joined(events_of(reply.text)) if "stream" in body else reply.json()
+            ended = joined(named_events_of(reply.text)) if "stream" in body else reply.json()
             assert (ended["stop_reason"], ended["stop_sequence"]) == ("stop_sequence", stop)
             assert ended["content"][0]["text"] == unasked["content"][0]["text"].split(stop)[0]
 
@@ -145,9 +135,9 @@ async def test_tools_in_a_loop(engine: AsyncEngine) -> None:
 async def test_a_stream_that_moves_tells_the_same(engine: AsyncEngine) -> None:
     body = ASKED | {"stream": True}
     async with talking_to(LocalWorkers(Worker(engine))) as client:
-        whole = joined(events_of((await client.post(PATH, json=body)).text))
+        whole = joined(named_events_of((await client.post(PATH, json=body)).text))
     async with talking_to(MortalWorkers(Worker(engine))) as client:
-        events = events_of((await client.post(PATH, json=body)).text)
+        events = named_events_of((await client.post(PATH, json=body)).text)
     moved = joined(events)
     prompt = whole["usage"]["input_tokens"] + whole["usage"]["cache_read_input_tokens"]
     assert moved["usage"]["buddymoe"]["resumed"] >= 10 and events[0]["message"]["usage"]["input_tokens"] == prompt
@@ -181,7 +171,7 @@ async def test_errors_have_anthropics_shape() -> None:
         error_in(await client.post(f"{PATH}/batches", json={}), 404, "not_found_error")
     async with serving(Breaking()) as client:
         error_in(await client.post(PATH, json=BODY), 500, "api_error")
-        *events, last = events_of((await client.post(PATH, json=BODY | {"stream": True})).text)
+        *events, last = named_events_of((await client.post(PATH, json=BODY | {"stream": True})).text)
         assert last["type"] == "error" and last["error"]["type"] == "api_error"
         assert "message_stop" not in [event["type"] for event in events]
 
@@ -238,7 +228,7 @@ def test_blocks_follow_each_other() -> None:
         for text in ("<think>I ", "think</think>", "Hel", "lo")
         for event in renderer.chunks(Delta(choice=0, text=text, finish_reason="stop" if text == "lo" else None))
     )
-    message = joined(events_of((told + renderer.closing(Usage(completion_tokens=4))).decode()))
+    message = joined(named_events_of((told + renderer.closing(Usage(completion_tokens=4))).decode()))
     assert message["content"] == [
         {"type": "thinking", "thinking": "I think", "signature": ""},
         {"type": "text", "text": "Hello"},

@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 import pytest
-from asgi import check_error, openai_client, serving, talking_to
+from asgi import check_error, named_events_of, openai_client, serving, talking_to
 from fakes import Breaking, LocalWorkers, exact_usage
 from openai.types.responses import Response
 from pydantic import BaseModel
@@ -49,12 +49,9 @@ def engine() -> Iterator[AsyncEngine]:
 
 
 def events_of(body: str) -> list[dict[str, Any]]:
-    """The data of every event, which is named as its type says and numbered."""
-    told = []
-    for at, event in enumerate(body.removesuffix("\n\n").split("\n\n")):
-        name, data = event.split("\n")
-        told.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {told[-1]['type']}" and told[-1]["sequence_number"] == at
+    """The data of every event, which are numbered."""
+    told = named_events_of(body)
+    assert [event["sequence_number"] for event in told] == list(range(len(told)))
     return told
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 
@@ -176,7 +177,7 @@ class SharedLoads:
         try:
             return self._finish(load)
         except Stalled:
-            self.ahead.add(load)
+            self.ahead.add(replace(load, began=None))  # how long it took is known
             raise
 
     def _finish(self, load: OwnLoad) -> int:

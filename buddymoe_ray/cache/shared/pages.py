@@ -10,6 +10,7 @@ all is as it was. Knows no slots.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 from threading import Thread, get_native_id
@@ -55,7 +56,8 @@ def _collapse(view: memoryview, address: int, *, nice: int = 0) -> None:
     advise = _native("madvise", ctypes.c_int)
     for first in range(0, len(view), _AT_ONCE):
         size = min(_AT_ONCE, len(view) - first)
-        if advise(ctypes.c_void_p(address + first), ctypes.c_size_t(size), _COLLAPSE) != 0:
+        answer = advise(ctypes.c_void_p(address + first), ctypes.c_size_t(size), _COLLAPSE)
+        if answer != 0 and ctypes.get_errno() != errno.EAGAIN:  # of pages that are being written just now
             return
 
 

@@ -39,7 +39,7 @@ FREE, LOADING, READY = 0, 1, 2
 WAVE = -1
 """The partition of slots that belong to no layer."""
 
-PATIENCE_SECONDS = 0.5
+PATIENCE_SECONDS, SHORT_PATIENCE_SECONDS = 0.5, 0.005
 """Nobody holds the tables for so long who is not stopped."""
 
 _REAP_SECONDS = 0.2
@@ -88,10 +88,10 @@ class SharedTables:
 
     @contextmanager
     def locked_soon(self) -> Iterator[None]:
-        """The same for whoever can go on without: raises Stalled where nobody lets go of the tables for a while, and at
-        once as long as that is so."""
+        """The same for whoever can go on without: raises Stalled where nobody lets go of the tables for a while, and
+        soon as long as that is so."""
         if not self._locks.lock(TABLES_BYTE, self._patience):
-            self._patience = 0.0
+            self._patience = SHORT_PATIENCE_SECONDS
             raise Stalled("the store's tables are held by a process that stands still. hint: continue it, or end it")
         self._patience = PATIENCE_SECONDS
         try:
@@ -220,7 +220,7 @@ class SharedTables:
             waves = np.flatnonzero(self.partition == WAVE)
             slot = self.free_of(waves)
             if slot is None:
-                slot = self._victim(waves, self.last_used)
+                slot = self._victim(waves, self.last_used[waves])
         if slot is not None:
             self.take(slot, key)
         return slot
@@ -233,7 +233,7 @@ class SharedTables:
             waves = np.flatnonzero((self.partition == WAVE) & ~kept)
             slot = self.free_of(waves)
             if slot is None:
-                slot = self._victim(waves, self.last_used)
+                slot = self._victim(waves, self.last_used[waves])
         if slot is not None:
             self.take(slot, key)
         return slot
@@ -346,14 +346,13 @@ class SharedTables:
         slot = self.free_of(mine)
         if slot is not None or protect:
             return slot
-        usage_C = self.usage.usage_LE[layer, self.key_expert]
-        return self._victim(mine[~kept[mine] & ~self._is_pinned(mine)], usage_C)
+        mine = mine[~kept[mine] & ~self._is_pinned(mine)]
+        return self._victim(mine, self.usage.usage_LE[layer, self.key_expert[mine]])
 
-    def _victim(self, slots: SlotIds, usage_C: npt.NDArray[Any]) -> int | None:
+    def _victim(self, slots: SlotIds, usage: npt.NDArray[Any]) -> int | None:
         """The least used of the slots that may go."""
-        slots = slots[self.state[slots] == READY]
-        slots = slots[~self.leased(slots)]
-        return int(slots[usage_C[slots].argmin()]) if len(slots) else None
+        may_go = (self.state[slots] == READY) & ~self.leased(slots)
+        return int(slots[may_go][usage[may_go].argmin()]) if may_go.any() else None
 
     def _is_pinned(self, slots: SlotIds) -> npt.NDArray[np.bool_]:
         pinned_C: npt.NDArray[np.uint8] = self.pinned[self.key_layer[slots], self.key_expert[slots]]
