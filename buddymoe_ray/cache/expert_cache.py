@@ -78,7 +78,7 @@ class ExpertCache:
         host_slots = min(host_slots, sum(layout.experts_per_layer))
         host_slots = max(host_slots, _STAGING_SLOTS) if apart else host_slots
         self._reader = reader
-        self._pool = SlotPool(layout, plan.slots_total, self._device.torch)
+        self._pool = SlotPool(layout, plan.slots_total, self._device.torch, lent=any(plan.lent_slots))
         self.host = host
         if host is None and host_slots:
             self.host = HostTier(layout, slots=host_slots, reader=reader, device=self._device)

@@ -42,16 +42,17 @@ class SlotMemory(Protocol):
 
 class SlotPool:
     """`count` slots on `device`, laid out as `layout` says. On a CPU their memory is pages of its own, which take no
-    room before they are written, nor once they are `release`d."""
+    room before they are written, nor once they are `release`d: those that may be are small, for of a huge page what is
+    given back may stay."""
 
-    def __init__(self, layout: ExpertLayout, count: int, device: torch.device) -> None:
+    def __init__(self, layout: ExpertLayout, count: int, device: torch.device, *, lent: bool = False) -> None:
         assert layout.slot_bytes % 64 == 0, f"slot_bytes is {layout.slot_bytes}, must be a multiple of 64"
         self.count, self.device = count, device
         self._pages: mmap.mmap | None = None
         if device.type == "cpu" and count:
             self._pages = mmap.mmap(-1, count * layout.slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with suppress(OSError):  # kernels without huge pages
-                self._pages.madvise(mmap.MADV_HUGEPAGE)
+                self._pages.madvise(mmap.MADV_NOHUGEPAGE if lent else mmap.MADV_HUGEPAGE)
             memory = torch.frombuffer(self._pages, dtype=torch.uint8)
         else:
             memory = torch.empty(count * layout.slot_bytes, dtype=torch.uint8, device=device)

@@ -7,9 +7,11 @@ import random
 from pathlib import Path
 
 import numpy as np
+import torch
 from experts_on_disk import expert_bytes_of, make_layout
 
 from buddymoe_ray.cache import DiskReader, ExpertCache
+from buddymoe_ray.cache.pool import SlotPool
 from buddymoe_ray.policy import lend_reserved, split_slots
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
@@ -73,3 +75,21 @@ def test_slots_shrink_and_grow_under_a_cache_in_use(tmp_path: Path) -> None:
                     assert expert_bytes_of(dict(cache._pool.tensors(slots[expert]))) == truth[ExpertKey(layer, expert)]
                 assert cache.device_bytes + cache.plan.overhead_bytes <= cache.plan.budget_bytes
                 assert held_bytes(cache) <= cache.device_bytes + 2 * mmap.PAGESIZE * len(COUNTS)
+
+
+def test_slots_that_may_be_given_back_are_in_small_pages(tmp_path: Path) -> None:
+    """Of a huge page the kernel keeps what is given back, until somebody is short of memory."""
+    layout, _ = make_layout(tmp_path)
+
+    def flags(pool: SlotPool) -> set[str]:
+        found, here = set[str](), False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if line.startswith("VmFlags:"):
+                found |= {*line.split()[1:]} if here else set()
+            elif "-" in line.split(" ")[0]:
+                begin, end = (int(text, 16) for text in line.split(" ")[0].split("-"))
+                here = begin <= pool.address(0) < end
+        return found
+
+    sized = {"layout": layout, "count": 64, "device": torch.device("cpu")}
+    assert "nh" in flags(SlotPool(**sized, lent=True)) and "hg" in flags(SlotPool(**sized))  # type: ignore[arg-type]
