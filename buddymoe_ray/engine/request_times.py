@@ -110,8 +110,7 @@ class RequestTimes:
     def _end(self, seq: Sequence, times: _Times, now: float) -> None:
         self._whole.add(now - times.arrived)
         self._prompt.add(seq.prompt_length)
-        made = seq.num_output - seq.num_resumed
-        self._output.add(made)
+        self._output.add(made := seq.num_output - seq.num_resumed)
         self._most.add(seq.max_tokens)
         if times.begun is not None and times.first is not None:
             self._prefill.add(times.first - times.begun)

@@ -13,8 +13,7 @@ Measured on a core of Zen 5 beside other work, one row of bfloat16, 2,048 x 2,04
 int8 30, int4 22 to 27, with zero points 30, gptq 23, awq 22, our own packed int8 29 and int4 27; as experts of
 2,048 x 1,024 fp8 35 and mxfp4 34, our own int8 37 and int4 35.
 
-Knows no files. Scales that are not finite are the caller's to refuse; of codes that are no number only `decoded` makes
-none.
+Knows no files. Scales that are not finite are the caller's to refuse; codes that are no number are so for `decoded`.
 
 Legend: N outputs, K inputs of all parts of a matrix.
 """

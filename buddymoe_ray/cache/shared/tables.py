@@ -351,7 +351,8 @@ class SharedTables:
 
     def _victim(self, slots: SlotIds, usage: npt.NDArray[Any]) -> int | None:
         """The least used of the slots that may go."""
-        may_go = (self.state[slots] == READY) & ~self.leased(slots)
+        unread = ~self.leased(slots)
+        may_go = unread & (self.state[slots] == READY)
         return int(slots[may_go][usage[may_go].argmin()]) if may_go.any() else None
 
     def _is_pinned(self, slots: SlotIds) -> npt.NDArray[np.bool_]:
