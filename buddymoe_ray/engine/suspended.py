@@ -1,10 +1,10 @@
 """A forward pass over prompts that can be set aside between any two of its pieces.
 
-Every chunk of rows is a forward of the model in a greenlet of its own, which is suspended where a MoE layer would run
-its experts. Once all chunks are there, the layer's experts run over the rows of all, each of them read once, some at a
-time; then the chunks go on to the next layer. What is set aside holds no lease and no lock, only its rows, so that
-other passes may run meanwhile: their context is put back before each piece. Rows do not see each other, so cutting
-changes no bit. Does not know the scheduler; one thread.
+Some rows, of a long prompt or of several short ones, are a forward of the model in a greenlet of its own, suspended
+where a MoE layer would run its experts. Once all are there, the layer's experts run over the rows of all, each of them
+read once, some at a time; then the forwards go on to the next layer. What is set aside holds no lease and no lock, only
+its rows, so that other passes may run meanwhile: their context is put back before each piece. Rows do not see each
+other, so cutting changes no bit. Does not know the scheduler; one thread.
 
 Legend: T rows, D hidden, K experts per token, V vocabulary.
 """
@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,8 @@ from greenlet import error as GreenletError
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
-from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
+from buddymoe_ray.engine.attention import PagedAttention
+from buddymoe_ray.engine.pieces import Member, Piece, cut_pieces, wanted_rows
 from buddymoe_ray.engine.plain_forward import ForwardPass
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.moe import Accesses, MoEBlock, Phase, ReadAhead, StepState
@@ -51,47 +52,13 @@ class PassParts:
     ahead: ReadAhead | None
 
 
-@dataclass(eq=False)
-class _Member:
-    """A prompt's part of the pass. `blocks` are the KV blocks that it began with, `logits_nV` those that are wanted, by
-    pieces; `lost` says which expert could not be had."""
-
-    chunk: PrefillChunk
-    blocks: list[int]
-    logits_nV: list[Tensor] = field(default_factory=list)
-    lost: str = ""
-    gone: bool = False
-
-    @property
-    def there(self) -> bool:
-        """Whether the prompt still waits for it: it did not end, nor lose its blocks."""
-        return not self.chunk.seq.finished and self.chunk.seq.blocks is self.blocks
-
-
-@dataclass(eq=False)
-class _Piece:
-    """Rows of one forward, and what it waits for."""
-
-    member: _Member
-    packed: PackedPass
-    ids: list[int]
-    positions: list[int]
-    wanted: list[int]  # rows whose logits are
-    thread: greenlet | None = None
-    block: MoEBlock | None = None
-    hidden_TD: Tensor | None = None
-    ids_TK: npt.NDArray[np.int64] | None = None
-    weight_TK: Tensor | None = None
-    y_ND: Tensor | None = None
-
-
 @dataclass(kw_only=True)
 class _Layer:
     """A MoE layer in progress: rows of all pieces, the accesses that are left, by expert, which experts were resident
     before any was read for it and, once that was guessed, what the next layer will want."""
 
     block: MoEBlock
-    pieces: list[_Piece]
+    pieces: list[Piece]
     hidden_TD: Tensor
     ids_TK: npt.NDArray[np.int64]
     y_ND: Tensor
@@ -105,12 +72,12 @@ class SuspendedPass:
 
     def __init__(self, parts: PassParts, chunks: Sequence[PrefillChunk], *, rows: int) -> None:
         self._parts = parts
-        self._members = [_Member(chunk, chunk.seq.blocks) for chunk in chunks]
-        self._ready = deque(piece for member in self._members for piece in self._cut(member, rows))
-        self._waiting: list[_Piece] = []
+        self._members = [Member(chunk, chunk.seq.blocks) for chunk in chunks]
+        self._ready = deque(cut_pieces(self._members, rows, parts.block_size, parts.device))
+        self._waiting: list[Piece] = []
         self._layer: _Layer | None = None
         self._resident_E: npt.NDArray[np.bool_] | None = None  # of the next layer, before any was read for it
-        self._current: _Piece | None = None
+        self._current: Piece | None = None
         self._access_seconds = self._piece_seconds = 0.0  # of an access, of a forward's piece
         self.seconds = 0.0
         for member in self._members:
@@ -167,22 +134,6 @@ class SuspendedPass:
         self._layer = None
         return [member.chunk for member in left]
 
-    def _cut(self, member: _Member, rows: int) -> Iterator[_Piece]:
-        chunk, parts = member.chunk, self._parts
-        for start in range(chunk.start, chunk.end, rows):
-            end = min(start + rows, chunk.end)
-            wanted = {position for position in chunk.also if start <= position < end}
-            if end == chunk.seq.prefill_length:
-                wanted.add(end - 1)
-            span = ChunkRows(row=0, count=end - start, start=start, blocks=tuple(member.blocks))
-            yield _Piece(
-                member=member,
-                packed=PackedPass([span], decode=False, block_size=parts.block_size, device=parts.device),
-                ids=chunk.seq.token_ids(start, end),
-                positions=list(range(start, end)),
-                wanted=[position - start for position in sorted(wanted)],
-            )
-
     def _one(self, seconds: float) -> None:
         """The next piece; of experts as many as that time allows."""
         if self._layer is not None:
@@ -194,7 +145,7 @@ class SuspendedPass:
         else:
             self._layer = self._gathered()
 
-    def _resume(self, piece: _Piece) -> None:
+    def _resume(self, piece: Piece) -> None:
         """Let a forward go on to its next MoE layer, or to its end."""
         step, paged = self._parts.step, self._parts.paged
         if piece.thread is None:
@@ -210,10 +161,11 @@ class SuspendedPass:
         if not piece.thread.dead:
             self._waiting.append(piece)
         elif piece.wanted:
-            piece.member.logits_nV.append(found)
+            for share, logits_nV in zip(piece.shares, found.split([len(s.wanted) for s in piece.shares]), strict=True):
+                share.member.logits_nV.append(logits_nV)
 
     @contextmanager
-    def _context(self, piece: _Piece) -> Iterator[None]:
+    def _context(self, piece: Piece) -> Iterator[None]:
         """What the forward of the piece finds around it."""
         step, paged = self._parts.step, self._parts.paged
         step.begin(Phase.PREFILL, len(piece.ids), isolate=True, tokens=piece.ids)
@@ -223,7 +175,7 @@ class SuspendedPass:
         finally:
             step.suspend = paged.current = self._current = None
 
-    def _forward(self, piece: _Piece) -> Tensor:
+    def _forward(self, piece: Piece) -> Tensor:
         parts = self._parts
         ids_1T, positions_1T = (torch.tensor([row], device=parts.device) for row in (piece.ids, piece.positions))
         keep = torch.tensor(piece.wanted, device=parts.device) if piece.wanted else 1
@@ -252,13 +204,15 @@ class SuspendedPass:
         before_E, self._resident_E = self._resident_E, None
         hidden_TD = torch.cat([piece.hidden_TD for piece in pieces if piece.hidden_TD is not None])
         ids_TK = np.concatenate([piece.ids_TK for piece in pieces if piece.ids_TK is not None])
+        if block is self._parts.last:
+            ids_TK = np.where(wanted_rows(pieces)[:, None], ids_TK, -1)
         rows = Accesses(ids_TK, hidden_TD.device).rows
         return _Layer(
             block=block,
             pieces=pieces,
             hidden_TD=hidden_TD,
             ids_TK=ids_TK,
-            y_ND=hidden_TD.new_empty(ids_TK.size, hidden_TD.shape[1]),
+            y_ND=hidden_TD.new_zeros(ids_TK.size, hidden_TD.shape[1]),
             rest={expert: rows_R.numpy() for expert, (rows_R, _) in rows.items()},
             resident_E=block.resident_mask.copy() if before_E is None else before_E,
         )
@@ -276,7 +230,7 @@ class SuspendedPass:
             resident_E = block.resident_mask
             return sorted(layer.rest, key=lambda expert: not resident_E[expert]), layer.ids_TK.size
         if ahead.expect(block.layer, list(layer.rest)) and layer.coming is None:
-            layer.coming = ahead.coming(block.layer + 1, layer.hidden_TD)
+            layer.coming = ahead.coming(block.layer + 1, self._next_rows(layer))
             self._resident_E = ahead.resident(block.layer + 1)
         if layer.coming:
             ahead.expect(block.layer + 1, layer.coming)
@@ -286,6 +240,13 @@ class SuspendedPass:
         if arrived or not there:
             return arrived[: (len(arrived) + 1) // 2] or list(layer.rest)[:1], layer.ids_TK.size
         return there, layer.ids_TK.size if len(there) == len(layer.rest) else _BETWEEN_ARRIVALS
+
+    def _next_rows(self, layer: _Layer) -> Tensor:
+        """Those whose experts the next layer runs."""
+        last = self._parts.last
+        if last is None or layer.block.layer + 1 < last.layer:
+            return layer.hidden_TD
+        return layer.hidden_TD[torch.from_numpy(wanted_rows(layer.pieces)).to(layer.hidden_TD.device)]
 
     def _run_experts(self, layer: _Layer, seconds: float) -> None:
         """Some of the layer's accesses; of an expert with many rows as many as the time allows."""
@@ -316,7 +277,7 @@ class SuspendedPass:
 
     def _lose(self, layer: _Layer, failed: dict[int, str]) -> None:
         """Rows whose expert could not be had end their prompts."""
-        owners = [piece.member for piece in layer.pieces for _ in piece.ids]
+        owners = [share.member for piece in layer.pieces for share in piece.shares for _ in range(share.count)]
         for row, reason in failed.items():
             if not owners[row].gone:
                 owners[row].lost = reason
@@ -329,16 +290,22 @@ class SuspendedPass:
             assert piece.ids_TK is not None
             piece.y_ND = layer.y_ND[at : at + piece.ids_TK.size]
             at += piece.ids_TK.size
-            if not piece.member.gone:
+            if not piece.gone:
                 self._ready.append(piece)
 
-    def _drop(self, member: _Member) -> None:
+    def _drop(self, member: Member) -> None:
+        """Let go of a prompt, and of those in its forward, which would write where its blocks were: they begin anew."""
+        if member.gone:
+            return
         member.gone = True
         for piece in [*self._ready, *self._waiting, *(self._layer.pieces if self._layer else ())]:
-            if piece.member is member:
+            if piece.gone:
                 _end(piece)
-        self._ready = deque(piece for piece in self._ready if piece.member is not member)
-        self._waiting = [piece for piece in self._waiting if piece.member is not member]
+                for other in (share.member for share in piece.shares if not share.member.gone):
+                    other.chunk.seq.computing = 0
+                    self._drop(other)
+        self._ready = deque(piece for piece in self._ready if not piece.gone)
+        self._waiting = [piece for piece in self._waiting if not piece.gone]
 
 
 @contextmanager
@@ -354,7 +321,7 @@ def _no_modes() -> Iterator[None]:
             torch._C._push_on_torch_function_stack(mode)
 
 
-def _end(piece: _Piece) -> None:
+def _end(piece: Piece) -> None:
     """Unwind a forward where it is; from another thread that cannot be, and it goes with its own."""
     if piece.thread is not None and not piece.thread.dead:
         with suppress(GreenletError, ValueError):

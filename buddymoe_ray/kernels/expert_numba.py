@@ -28,8 +28,8 @@ from buddymoe_ray.kernels.numba_calls import call_native, compiled, items, stamp
 
 __all__ = ["compile_combine", "compile_experts", "compile_linear"]
 
-CHUNK = 64
-"""Rows computed at once: 64 rows of 2,048 inputs stay in the second-level cache."""
+CHUNK = 128
+"""Rows computed at once: 128 rows of 2,048 inputs of two bytes, or 64 in float32, stay in the second-level cache."""
 
 
 class _Scratch(NamedTuple):

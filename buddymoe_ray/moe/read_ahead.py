@@ -99,7 +99,7 @@ class ReadAhead:
 
     def coming(self, layer: int, hidden_TD: Tensor) -> list[int]:
         """What `layer` will ask for, if the layer before reads these rows of a prompt: what most rows want first."""
-        if layer == len(self._choices):
+        if layer == len(self._choices) or not len(hidden_TD):
             return []
         rows_TD = hidden_TD[:: -(-len(hidden_TD) // _PROMPT_ROWS)]
         experts, counts = np.unique(self.choose(layer, rows_TD).numpy(), return_counts=True)

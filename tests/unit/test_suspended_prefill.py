@@ -324,3 +324,62 @@ def test_there_is_room_beside_the_longest_prompt() -> None:
     add("b", 10)
     add("c", 10)
     assert begun() == {"b": 10, "c": 6} and begun() == {}
+
+
+def test_prompts_of_a_kind_wait_for_the_pass_and_begin_together() -> None:
+    """Each in a pass of its own would read all experts again."""
+    pool = Scheduler(num_blocks=99, block_size=4, max_running=30, prefill=Prefill(beside=16, alone=16), suspends=True)
+    for at in range(8):
+        pool.add(Sequence(request(str(at), [1] * 4), max_model_len=400))
+
+    def begun() -> list[Sequence]:
+        found = [chunk.seq for chunk in pool.schedule().prefill]
+        for seq in found:
+            seq.computing = 4
+        return found
+
+    first = begun()
+    assert [seq.request_id for seq in first] == ["0", "1", "2", "3"] and not begun()
+    for seq in first:
+        seq.computing = 0
+        seq.advance(4)
+    assert [seq.request_id for seq in begun()] == ["4", "5", "6", "7"]
+
+
+@pytest.mark.parametrize("after", [1, 4, 9])
+def test_short_prompts_share_a_forward_and_whoever_leaves_it_costs_the_others_time_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    monkeypatch.setattr(beside, "_ROWS_ALONE", 9)
+    texts = {"gone": PROMPTS[0][:4], "stays": PROMPTS[2][:5], "other": PROMPTS[2][:7]}
+    expected = {name: alone(engine, texts[name]) for name in ("stays", "other")}
+    for name, ids in texts.items():
+        engine.add(request(name, ids))
+    events = engine.step()
+    [each] = passes(engine)
+    assert len([*each._ready, *each._waiting, *(each._layer.pieces if each._layer else ())]) == 2
+    for _ in range(after):
+        events += engine.step()
+    engine.cancel("gone")
+    engine.add(request("new", texts["gone"]))  # into the blocks that are free now
+    found = bits([event for event in [*events, *engine.drain()] if event.request_id not in ("gone", "new")])
+    assert found == expected and not passes(engine)
+    engine._scheduler.check_integrity()
+    engine.cache.check_integrity()
+
+
+def test_the_last_layer_runs_experts_of_rows_alone_whose_logits_are_wanted(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = dict[int, int]()
+    run = SuspendedPass._run_experts
+
+    def noted(self: SuspendedPass, layer: Any, seconds: float) -> None:
+        ran.setdefault(layer.block.layer, sum(map(len, layer.rest.values())))
+        run(self, layer, seconds)
+
+    monkeypatch.setattr(SuspendedPass, "_run_experts", noted)
+    engine.add(request("0", PROMPTS[0], 1))
+    engine.drain()
+    top_k = ran[0] // len(PROMPTS[0])
+    assert top_k > 0 and set(ran.values()) == {len(PROMPTS[0]) * top_k, top_k} and ran[max(ran)] == top_k

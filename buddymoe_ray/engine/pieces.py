@@ -1,0 +1,125 @@
+"""What a pass over prompts is made of: each prompt's part, and the rows of each forward.
+
+Legend: T rows, D hidden, K experts per token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from greenlet import greenlet
+from torch import Tensor
+
+from buddymoe_ray.engine.attention import ChunkRows, PackedPass
+from buddymoe_ray.engine.scheduler import PrefillChunk
+from buddymoe_ray.moe import MoEBlock
+
+__all__ = ["Member", "Piece", "cut_pieces", "wanted_rows"]
+
+
+@dataclass(eq=False)
+class Member:
+    """A prompt's part of the pass. `blocks` are the KV blocks that it began with, `logits_nV` those that are wanted, by
+    pieces; `lost` says which expert could not be had."""
+
+    chunk: PrefillChunk
+    blocks: list[int]
+    logits_nV: list[Tensor] = field(default_factory=list)
+    lost: str = ""
+    gone: bool = False
+
+    @property
+    def there(self) -> bool:
+        """Whether the prompt still waits for it: it did not end, nor lose its blocks."""
+        return not self.chunk.seq.finished and self.chunk.seq.blocks is self.blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Tokens `[start, end)` of a member, and those of them whose logits are wanted."""
+
+    member: Member
+    start: int
+    end: int
+    wanted: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """How many rows they are."""
+        return self.end - self.start
+
+
+@dataclass(eq=False)
+class Piece:
+    """Rows of one forward, one member's share after the other's, and what it waits for."""
+
+    shares: list[Share]
+    packed: PackedPass
+    ids: list[int]
+    positions: list[int]
+    wanted: list[int]  # rows whose logits are
+    thread: greenlet | None = None
+    block: MoEBlock | None = None
+    hidden_TD: Tensor | None = None
+    ids_TK: npt.NDArray[np.int64] | None = None
+    weight_TK: Tensor | None = None
+    y_ND: Tensor | None = None
+
+    @property
+    def gone(self) -> bool:
+        """Whether a prompt in it is."""
+        return any(share.member.gone for share in self.shares)
+
+
+def cut_pieces(members: Iterable[Member], rows: int, block_size: int, device: torch.device) -> Iterator[Piece]:
+    """Forwards of at most so many rows: parts of long prompts, and short ones side by side."""
+    for shares in _together(map(_whole, members), rows):
+        spans, ids, positions, wanted = [], list[int](), list[int](), list[int]()
+        for share in shares:
+            blocks = tuple(share.member.blocks)
+            spans.append(ChunkRows(row=len(ids), count=share.count, start=share.start, blocks=blocks))
+            wanted += (len(ids) + position - share.start for position in share.wanted)
+            ids += share.member.chunk.seq.token_ids(share.start, share.end)
+            positions += range(share.start, share.end)
+        packed = PackedPass(spans, decode=False, block_size=block_size, device=device)
+        yield Piece(shares=shares, packed=packed, ids=ids, positions=positions, wanted=wanted)
+
+
+def wanted_rows(pieces: Sequence[Piece]) -> npt.NDArray[np.bool_]:
+    """Which rows of all pieces have logits that are wanted."""
+    wanted_T = np.zeros(sum(len(piece.ids) for piece in pieces), dtype=bool)
+    first = 0
+    for piece in pieces:
+        wanted_T[[first + row for row in piece.wanted]] = True
+        first += len(piece.ids)
+    return wanted_T
+
+
+def _whole(member: Member) -> Share:
+    """All of a member."""
+    chunk = member.chunk
+    wanted = {position for position in chunk.also if chunk.start <= position < chunk.end}
+    if chunk.end == chunk.seq.prefill_length:
+        wanted.add(chunk.end - 1)
+    return Share(member=member, start=chunk.start, end=chunk.end, wanted=tuple(sorted(wanted)))
+
+
+def _together(wholes: Iterable[Share], rows: int) -> Iterator[list[Share]]:
+    some: list[Share] = []
+    for whole in wholes:
+        if some and sum(share.count for share in some) + whole.count > rows:
+            yield some
+            some = []
+        if whole.count < rows:
+            some.append(whole)
+            continue
+        for start in range(whole.start, whole.end, rows):
+            end = min(start + rows, whole.end)
+            wanted = tuple(position for position in whole.wanted if start <= position < end)
+            yield [Share(member=whole.member, start=start, end=end, wanted=wanted)]
+    if some:
+        yield some
