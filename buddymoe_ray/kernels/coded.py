@@ -9,9 +9,10 @@
     awq     the same with 8 outputs to an int32, in AWQ_ORDER, and zero points as they are
 
 `decoded` is the spec of the products: coded_tiles.py and coded_columns.py for float32 rows; for rows of bfloat16, where
-the CPU has what they need, coded_pairs.py (fp8), coded_wide.py (FP4, int4), coded_columns_wide.py (gptq, awq). Measured
-on a core of Zen 5 beside other work, one row of bfloat16, 2,048 x 2,048, GB/s where it reads 41: fp8 32 to 34, int8 30,
-int4 22 to 27, zero points 30, nvfp4 23, gptq 23, awq 22, our own int8 29, int4 27; fp8 as experts 35, mxfp4 34.
+the CPU has what they need, coded_pairs.py (fp8), coded_wide.py (FP4, int4), coded_columns_wide.py (gptq, awq). GB/s by
+the time of its own thread on a core of Zen 5 that reads 44, one row of bfloat16, weights in huge pages, 2,048 x 2,048
+and 1,024 x 2,048: fp8 37 35, int8 33 32, mxfp4 36 34, nvfp4 36 33, int4 33 31, with zero points 37 34, gptq 29 29,
+awq 30 28, our own int8 38 36 and int4 36 33.
 
 Knows no files. Scales that are not finite are the caller's to refuse; codes that are no number are so for `decoded`.
 

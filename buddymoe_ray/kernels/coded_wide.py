@@ -93,6 +93,10 @@ class _WideTiles(CodedTiles):
         totals = [[b.alloca(FLOATS) for _ in w] for _ in x]
         for place in (place for row in totals for place in row):
             b.store(const(FLOATS, 0.0), place)
+        for place, each in ((s[0], outputs * size), *((place, 4) for place, _ in z[:1])):  # of the tile after the next
+            nbytes = b.mul(C, I64(each))
+            with loop(b, b.sdiv(b.add(nbytes, I64(CODES - 1)), I64(CODES))) as line:
+                prefetch(b, b.add(place, b.add(b.mul(nbytes, I64(2)), b.mul(line, I64(CODES)))))
         whole = b.sdiv(K, I64(FOUR))
         with loop(b, whole) as turn:
             offset = b.mul(turn, I64(CODES))

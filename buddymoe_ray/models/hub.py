@@ -44,7 +44,9 @@ def download(repo: str, *, cache_dir: Path | None = None, progress: bool = False
         small, elsewhere = list(SMALL_FILES), list(_SUBFOLDERS)
         folder = Path(snapshot_download(repo, cache_dir=cache_dir, allow_patterns=small, ignore_patterns=elsewhere))
         if not (folder / "config.json").exists():
-            raise CheckpointError(f"{repo} has no config.json, must have one. hint: is it a model repository?")
+            raise CheckpointError(
+                f"{repo} has no config.json, must have one. hint: is it a model repository, of more than GGUF?"
+            )
         config, where = read_json(folder / "config.json"), f"{repo}'s config.json"
         family_of(config, where)
         check_method(with_own_file(text_part(config), folder), where)

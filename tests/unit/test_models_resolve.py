@@ -69,6 +69,17 @@ def test_file_is_refused(tmp_path: Path) -> None:
         resolve_model(str(tmp_path / "model.safetensors"))
 
 
+@pytest.mark.parametrize("name", ["model-Q4_K_M.gguf", "."])
+def test_gguf_is_refused_with_what_else_to_take(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF\3\0\0\0")
+    with pytest.raises(
+        UnsupportedModel, match=r"is GGUF, must be a folder of safetensors\. hint: use a release .* fp8"
+    ):
+        resolve_model(str(tmp_path / name))
+    (tmp_path / "model.safetensors").touch()
+    assert resolve_model(str(tmp_path)) == tmp_path, "other weights count where there are some"
+
+
 def test_hub_id_downloads_what_is_needed_and_runs(hub: HubServer, tmp_path: Path) -> None:
     folder = resolve_model("someone/small-moe", cache_dir=tmp_path / "cache")
     names = {p.name for p in folder.iterdir()}
