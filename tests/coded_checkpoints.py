@@ -53,9 +53,10 @@ def _fp8_tensor(key: str, W: Tensor) -> Made:
     return {key: codes, f"{key}_scale": scale.reshape(()), f"{name}input_scale": torch.ones(())}, plain
 
 
-def _fp8_channel(key: str, W: Tensor) -> Made:
-    codes, scale, plain = fp8(W, 1, W.shape[1], torch.bfloat16)
-    return {key: codes, f"{key}_scale": scale}, plain
+def _fp8_channel(key: str, W: Tensor, scale_dtype: torch.dtype = torch.bfloat16) -> Made:
+    """modelopt's scales are float32 [N], those of compressed-tensors [N, 1]."""
+    codes, scale, plain = fp8(W, 1, W.shape[1], scale_dtype)
+    return {key: codes, f"{key}_scale": scale.flatten() if scale_dtype is torch.float32 else scale}, plain
 
 
 def _int8_channel(key: str, W: Tensor) -> Made:
@@ -184,6 +185,10 @@ SCHEMES: dict[str, tuple[Encoder, dict[str, Any]]] = {
         {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
     ),
     "modelopt-fp8": (_fp8_tensor, _modelopt("FP8", {"num_bits": 8, "type": "float", "dynamic": False})),
+    "modelopt-fp8-channel": (
+        lambda key, W: _fp8_channel(key, W, torch.float32),
+        _modelopt("FP8_PER_CHANNEL_PER_TOKEN", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+    ),
     "modelopt-nvfp4": (
         lambda key, W: _nvfp4(key, W, divides=False),
         _modelopt("NVFP4", {"num_bits": 4, "type": "float", "group_size": 16, "dynamic": False}),

@@ -34,6 +34,7 @@ _SCALES = {
     "float16": "float16",
     "float8_e4m3fn": "float8_e4m3fn",
 }
+_LARGEST_NVFP4 = 6.0 * 448.0
 _WHOLE_INPUTS = {"mxfp4": 32, "nvfp4": 8, "gptq": 8}
 _WHOLE_OUTPUTS = {"gptq": 8, "awq": 8}
 
@@ -151,15 +152,19 @@ def find_coded(config: Mapping[str, Any], locations: Mapping[str, TensorLocation
 
 def check_values(weights: Iterable[CodedTensor]) -> None:
     """Read all scales, and the order of inputs where there is one. Raises CheckpointError for a scale that is no finite
-    number or divides by zero, UnsupportedModel for inputs that are not in their own order."""
+    number or makes weights that are none, UnsupportedModel for inputs that are not in their own order."""
     for weight in sorted(weights, key=lambda weight: (weight.path, weight.places["scales"].offset)):
         scales = weight.places["scales"]
         read_tensor(scales if scales.dtype != "uint8" else replace(scales, dtype="float8_e8m0fnu"))
         whole = weight.places.get("global_scale")
-        if whole is not None and not bool(read_tensor(whole).all()) and weight.divides:
-            raise CheckpointError(
-                f"key {whole.key!r} in {whole.path} is 0, must divide scales. hint: download it again"
-            )
+        if whole is not None:
+            value = read_tensor(whole)
+            most = _LARGEST_NVFP4 / value if weight.divides else _LARGEST_NVFP4 * value
+            if not bool(most.isfinite().all()):
+                raise CheckpointError(
+                    f"key {whole.key!r} in {whole.path} is {value.tolist()}, must leave weights finite. "
+                    "hint: download it again"
+                )
         order = weight.places.get("order")
         if order is None or weight.block is None:
             continue

@@ -23,7 +23,7 @@ METHODS: Mapping[str, str] = {
     "fp8": "e4m3, a scale per block (DeepSeek, Qwen), output channel or tensor",
     "compressed-tensors": "fp8 per block, channel, tensor; int8 per channel, tensor; int4 in groups, zero points too; "
     "NVFP4",
-    "modelopt": "NVFP4; FP8 per tensor",
+    "modelopt": "NVFP4; FP8 per tensor or channel",
     "mxfp4": "the experts of gpt-oss",
     "gptq": "int4 in groups, inputs in their own order",
     "awq": "int4 in groups, version gemm",
@@ -93,7 +93,7 @@ class Scheme:
         if method == "compressed-tensors":
             return cls._of_groups(said, where)
         if method == "modelopt":
-            _check(said, "quant_algo", ("NVFP4", "FP8"), where)
+            _check(said, "quant_algo", ("NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN"), where)
             nvfp4 = said["quant_algo"] == "NVFP4"
             return cls(method=method, block=(1, _NVFP4_GROUP) if nvfp4 else None, nvfp4=nvfp4)
         if method == "fp8":

@@ -52,6 +52,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("mixtral", "ct-nvfp4", {}),
     ("olmoe", "ct-nvfp4", {}),
     ("olmoe", "modelopt-fp8", {}),
+    ("mixtral", "modelopt-fp8-channel", {}),
     ("gpt_oss", "mxfp4", {"hidden_size": 64}),
     ("gpt_oss", "mxfp4", {"hidden_size": 96, "intermediate_size": 64, "num_local_experts": 8}),
 ]
@@ -251,7 +252,13 @@ def _moved(tensors: dict[str, Tensor], key: str, tensor: Tensor) -> None:
         ("gptq", lambda t: t.pop(f"{STEM}qzeros"), CheckpointError, f"{STEM}qzeros' is missing"),
         ("awq", lambda t: t[f"{STEM}scales"].fill_(float("nan")), CheckpointError, f"{STEM}scales.*NaN"),
         ("ct-int4", lambda t: t[f"{KEY}_scale"].fill_(float("inf")), CheckpointError, f"{KEY}_scale.*infinite"),
-        ("ct-nvfp4", lambda t: t[f"{KEY}_global_scale"].zero_(), CheckpointError, f"{KEY}_global_scale.*is 0, must"),
+        (
+            "ct-nvfp4",
+            lambda t: t[f"{KEY}_global_scale"].zero_(),
+            CheckpointError,
+            rf"{KEY}_global_scale.*is \[0\.0\], must",
+        ),
+        ("modelopt-nvfp4", lambda t: t[f"{KEY}_scale_2"].fill_(1e36), CheckpointError, f"{KEY}_scale_2.*is 9.*, must"),
         ("ct-nvfp4", lambda t: t.pop(f"{KEY}_scale"), CheckpointError, f"{KEY}_scale' is missing beside"),
         (
             "modelopt-nvfp4",
