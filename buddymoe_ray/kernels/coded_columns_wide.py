@@ -176,8 +176,11 @@ class _WideColumns(Columns, ABC):
 
     def _scales_at(self, b: Any, scales: Any, place: tuple[Any, Any, Any], v: int) -> Any:
         k, N, n = place
+        size = I64(4 if self._fmt.scale == "float32" else 2)
         output = b.add(b.add(b.mul(b.sdiv(k, I64(self._group)), N), n), I64(v * self._lanes))
-        return self._scale(b, b.add(scales, b.mul(output, I64(4 if self._fmt.scale == "float32" else 2))))
+        here = b.add(scales, b.mul(output, size))
+        prefetch(b, b.add(here, b.mul(N, size)))  # those of the next group
+        return self._scale(b, here)
 
     def quantise(self) -> None:
         """One row to 16 bits. A group that holds an inf or a nan makes all of the row's outputs nan."""
