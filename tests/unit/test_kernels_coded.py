@@ -79,6 +79,14 @@ def weight_of(fmt: CodeFormat, N: int, K: int) -> CodedWeight:
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_a_format_is_known_by_its_name(fmt: CodeFormat) -> None:
+    named = CodeFormat.named(str(fmt))
+    assert named is not None
+    assert (named.codes, named.block, named.zeros) == (fmt.codes, fmt.block, fmt.zeros)
+    assert bool(named.global_scale) == bool(fmt.global_scale)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_a_product_is_the_exact_one_rounded_and_rows_do_not_see_each_other(fmt: CodeFormat) -> None:
     error = 1e-5 if fmt.codes in ("gptq", "awq") else 1e-6  # where sums go by one input after the other
     for N, K in (shape for shape in SHAPES if fits(fmt, *shape)):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -168,10 +169,18 @@ def test_gated_repository_is_reported(hub: HubServer, tmp_path: Path) -> None:
         resolve_model("someone/small-moe", cache_dir=tmp_path / "cache")
 
 
-def test_unsupported_family_downloads_no_weights(hub: HubServer, tmp_path: Path) -> None:
-    config = hub.root / "someone" / "small-moe" / "config.json"
-    config.write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(UnsupportedModel, match="llama"):
+@pytest.mark.parametrize(
+    ("file", "said", "match"),
+    [
+        ("config.json", {"model_type": "llama"}, "llama"),
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "W4A8_AWQ"}}, "quant_algo 'W4A8_AWQ', must be"),
+    ],
+)
+def test_what_is_unsupported_downloads_no_weights(
+    hub: HubServer, tmp_path: Path, file: str, said: dict[str, Any], match: str
+) -> None:
+    (hub.root / "someone" / "small-moe" / file).write_text(json.dumps(said))
+    with pytest.raises(UnsupportedModel, match=match):
         resolve_model("someone/small-moe", cache_dir=tmp_path / "cache")
     assert not any(name.endswith(".safetensors") for name in hub.gets)
 
