@@ -1,6 +1,9 @@
 """A model's name -> the folder of its checkpoint: `builtin:tiny`, a local folder, or a hub id that is downloaded once.
 
 Knows no network: `hub` downloads. Neighbours: every command and the engine start here.
+
+GGUF is refused: of these families transformers 5.23 maps four (qwen2_moe, qwen3_moe, gpt_oss, minimax_m2), and its
+reader (gguf 0.19) goes on for ever over 30 bytes that announce an array of 2**40 numbers.
 """
 
 from __future__ import annotations
