@@ -258,31 +258,36 @@ class SlotTensor:
 class CodeFormat:
     """How a checkpoint stores a quantised matrix [N, K]: a code for each weight and a scale for each block of codes.
 
-    `codes`: `fp8` (e4m3), `int8`, `int4` (less 8 or a zero point), `mxfp4` (e2m1), `gptq` or `awq` (four bits less a
-    zero point, [K, N]); those of four bits two to a byte, the first of them low. `block`: outputs and inputs that share
-    a scale, 0 for all of them. `scale`: torch's name of the scales' dtype, or `e8m0` for powers of two in bytes.
-    `zeros`: each block has a zero point, four bits.
+    `codes`: `fp8` (e4m3), `int8`, `int4` (less 8 or a zero point), `mxfp4` or `nvfp4` (e2m1), `gptq` or `awq` (four
+    bits less a zero point, [K, N]); those of four bits two to a byte, the first of them low. `block`: outputs and
+    inputs that share a scale, 0 for all of them. `scale`: torch's name of the scales' dtype, or `e8m0` for powers of
+    two in bytes. `zeros`: each block has a zero point, four bits. `global_scale`: what is done to all scales with a
+    float32 of the matrix, `*` or `/`; empty where there is none.
     """
 
     codes: str
     block: tuple[int, int]
     scale: str
     zeros: bool = False
+    global_scale: str = ""
 
     def __str__(self) -> str:
-        """For plans and reports: `fp8/128x128`, `int8/channel`, `int4/g128`, `mxfp4`."""
+        """For plans and reports: `fp8/128x128`, `int8/channel`, `int4/g128`, `mxfp4`, `nvfp4`."""
         outputs, inputs = self.block
         shared = f"g{inputs}" if outputs == 1 else f"{outputs}x{inputs}"
         if not inputs:
             shared = "channel" if outputs else "tensor"
-        return "mxfp4" if self.codes == "mxfp4" else f"{self.codes}/{shared}{'+zeros' * self.zeros}"
+        return self.codes if self.codes in ("mxfp4", "nvfp4") else f"{self.codes}/{shared}{'+zeros' * self.zeros}"
 
     @classmethod
     def named(cls, text: str) -> CodeFormat | None:
-        """The format that is told by such a text, but for the dtype of its scales; None for what is none."""
+        """The format that is told by such a text, but for the dtype of its scales and what is done to all of them; None
+        for what is none."""
         codes, _, shared = text.removesuffix("+zeros").partition("/")
         if codes == "mxfp4":
             return cls(codes=codes, block=(1, 32), scale="e8m0")
+        if codes == "nvfp4":
+            return cls(codes=codes, block=(1, 16), scale="float8_e4m3fn", global_scale="*")
         if not shared:
             return None
         if shared.startswith("g"):
@@ -297,7 +302,8 @@ class CodeFormat:
 class CodedMatrix:
     """A quantised matrix [N, K] called `name`: `parts` equal ones, one below the other, each with scales of its own.
 
-    A slot has it as `name.codes`, `name.scales` and, with zero points, `name.zeros`, in the bytes of the checkpoint.
+    A slot has it as `name.codes`, `name.scales` and, where there are such, `name.zeros` or `name.global_scale`, in the
+    bytes of the checkpoint.
     """
 
     name: str

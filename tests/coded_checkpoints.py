@@ -53,9 +53,10 @@ def _fp8_tensor(key: str, W: Tensor) -> Made:
     return {key: codes, f"{key}_scale": scale.reshape(()), f"{name}input_scale": torch.ones(())}, plain
 
 
-def _fp8_channel(key: str, W: Tensor) -> Made:
-    codes, scale, plain = fp8(W, 1, W.shape[1], torch.bfloat16)
-    return {key: codes, f"{key}_scale": scale}, plain
+def _fp8_channel(key: str, W: Tensor, scale_dtype: torch.dtype = torch.bfloat16) -> Made:
+    """modelopt's scales are float32 [N], those of compressed-tensors [N, 1]."""
+    codes, scale, plain = fp8(W, 1, W.shape[1], scale_dtype)
+    return {key: codes, f"{key}_scale": scale.flatten() if scale_dtype is torch.float32 else scale}, plain
 
 
 def _int8_channel(key: str, W: Tensor) -> Made:
@@ -106,6 +107,23 @@ def _columns(key: str, W: Tensor, method: str) -> Made:
     return made, (codes - shift) * spread
 
 
+def _nvfp4(key: str, W: Tensor, divides: bool) -> Made:
+    """In groups of 16 inputs: as compressed-tensors has it, whose scale of all `divides`, or as modelopt."""
+    whole = W.abs().max() / (6 * 448)
+    whole = 1 / whole if divides else whole
+    largest = _largest(W, 1, 16) / 6
+    scale = (largest * whole if divides else largest / whole).clamp(max=448).to(torch.float8_e4m3fn)
+    spread = _repeated(scale.float() / whole if divides else scale.float() * whole, 1, 16, W.shape)
+    codes = ((W / spread.clamp_min(1e-20))[..., None] - E2M1).abs().argmin(dim=-1)
+    blocks, stem = (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8), key.removesuffix("weight")
+    made = {f"{key}_packed" if divides else key: blocks, f"{key}_scale": scale}
+    if divides:
+        made |= {f"{key}_global_scale": whole.reshape(1), f"{stem}input_global_scale": torch.ones(1)}
+    else:
+        made |= {f"{key}_scale_2": whole, f"{stem}input_scale": torch.ones(())}
+    return made, E2M1[codes] * spread
+
+
 def _mxfp4(key: str, stack: Tensor) -> Made:
     """Of a stack `[E, K, N]`, as transformers has it plain."""
     W = stack.transpose(1, 2)
@@ -123,6 +141,17 @@ def _groups(weights: Mapping[str, Any], format: str) -> dict[str, Any]:
         "format": format,
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
         "ignore": ["lm_head", "re:.*mlp.gate$"],
+    }
+
+
+def _modelopt(algorithm: str, weights: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "quant_method": "modelopt",
+        "quant_algo": algorithm,
+        "producer": {"name": "modelopt", "version": "0.40.0"},
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": dict(weights)}},
+        "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+        "ignore": ["lm_head", "model.layers.*.mlp.gate"],
     }
 
 
@@ -154,6 +183,22 @@ SCHEMES: dict[str, tuple[Encoder, dict[str, Any]]] = {
     "awq": (
         lambda key, W: _columns(key, W, "awq"),
         {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
+    ),
+    "modelopt-fp8": (_fp8_tensor, _modelopt("FP8", {"num_bits": 8, "type": "float", "dynamic": False})),
+    "modelopt-fp8-channel": (
+        lambda key, W: _fp8_channel(key, W, torch.float32),
+        _modelopt("FP8_PER_CHANNEL_PER_TOKEN", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+    ),
+    "modelopt-nvfp4": (
+        lambda key, W: _nvfp4(key, W, divides=False),
+        _modelopt("NVFP4", {"num_bits": 4, "type": "float", "group_size": 16, "dynamic": False}),
+    ),
+    "ct-nvfp4": (
+        lambda key, W: _nvfp4(key, W, divides=True),
+        _groups(
+            {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True},
+            "nvfp4-pack-quantized",
+        ),
     ),
     "mxfp4": (_mxfp4, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}),
 }

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hot-sets", type=int, default=1, help="2: the upper half of the vocabulary prefers other experts"
     )
     parser.add_argument(
-        "--format", default="bf16", help="how weights are stored: bf16, fp8, int4 or, of gpt-oss shapes, mxfp4"
+        "--format", default="bf16", help="how weights are stored: bf16, fp8, int4, nvfp4 or, of gpt-oss shapes, mxfp4"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
 

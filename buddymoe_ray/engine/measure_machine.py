@@ -92,7 +92,7 @@ def _coded(fmt: CodeFormat) -> CodedWeight:
         .view(shape)
         for part, (shape, dtype) in coded_shapes(matrix).items()
     }
-    return CodedWeight(matrix=matrix, codes=parts["codes"], scales=parts["scales"], zeros=parts.get("zeros"))
+    return CodedWeight(matrix=matrix, **parts)
 
 
 def _parts(weights: Tensor | PackedMatrix | CodedWeight) -> list[Tensor]:

@@ -2,16 +2,17 @@
 
     fp8     e4m3, a byte                      OCP 8-bit floating point
     mxfp4   e2m1, 16 bytes to 32 inputs       OCP microscaling; the scale is a power of two, biased by 127
+    nvfp4   e2m1, 8 bytes to 16 inputs        the scale is e4m3, × (modelopt) or ÷ (compressed-tensors) a float32
     int8    two's complement
     int4    the code less 8, or less the zero point of its block; 8 codes to an int32, the first in its lowest bits
     gptq    as int4 with zero points, which are stored less 1, but [in, out]: 8 inputs to an int32
     awq     the same with 8 outputs to an int32, in AWQ_ORDER, and zero points as they are
 
-`decoded` is the spec of the products: coded_tiles.py and coded_columns.py for rows of float32; for rows of bfloat16,
-where the CPU has what they need, coded_pairs.py (fp8), coded_wide.py (mxfp4, int4), coded_columns_wide.py (gptq, awq).
-Measured on a core of Zen 5 beside other work, one row of bfloat16, 2,048 x 2,048, GB/s where it reads 41: fp8 32 to 34,
-int8 30, int4 22 to 27, with zero points 30, gptq 23, awq 22, our own packed int8 29 and int4 27; as experts of
-2,048 x 1,024 fp8 35 and mxfp4 34, our own int8 37 and int4 35.
+`decoded` is the spec of the products: coded_tiles.py and coded_columns.py for float32 rows; for rows of bfloat16, where
+the CPU has what they need, coded_pairs.py (fp8), coded_wide.py (FP4, int4), coded_columns_wide.py (gptq, awq). GB/s by
+the time of its own thread on a core of Zen 5 that reads 44, one row of bfloat16, weights in huge pages, 2,048 x 2,048
+and experts of 2,048 x 768: fp8 37 36, int8 33, mxfp4 36 33, nvfp4 36 35, int4 33 31, with zero points 36 30, gptq 30
+29, awq 29 28, our own int8 38 and int4 36.
 
 Knows no files. Scales that are not finite are the caller's to refuse; codes that are no number are so for `decoded`.
 
@@ -40,23 +41,22 @@ def decoded(tensors: Mapping[str, Tensor], matrix: CodedMatrix) -> Tensor:
         return _decoded_columns(tensors, matrix)
     scale = tensors[f"{name}.scales"]
     scale = torch.exp2(scale.double() - 127).float() if fmt.scale == "e8m0" else scale.float()
+    if fmt.global_scale:
+        whole = tensors[f"{name}.global_scale"].repeat_interleave(len(scale) // matrix.parts)[:, None]
+        scale = scale * whole if fmt.global_scale == "*" else scale / whole
     spread = _spread(scale, matrix)
     codes = _values(tensors[f"{name}.codes"], fmt.codes)[:, : matrix.K]
-    if fmt.codes == "int4":
-        if not fmt.zeros:
-            return (codes - 8) * spread
+    if fmt.zeros:
         nibbles = _nibbles(tensors[f"{name}.zeros"].T.contiguous()).T  # packed along the outputs
         zeros = nibbles.reshape(matrix.parts, -1, scale.shape[1])[:, :n].reshape(matrix.N, -1).float()
         return (codes - zeros.repeat_interleave(fmt.block[1], dim=1)[:, : matrix.K]) * spread
-    return codes * spread
+    return (codes - 8 * (fmt.codes == "int4")) * spread
 
 
 def _decoded_columns(tensors: Mapping[str, Tensor], matrix: CodedMatrix) -> Tensor:
     """Part by part, `[in, out]` until the end."""
-    fmt, (codes, scales, zeros) = (
-        matrix.format,
-        (tensors[f"{matrix.name}.{part}"] for part in ("codes", "scales", "zeros")),
-    )
+    fmt = matrix.format
+    codes, scales, zeros = (tensors[f"{matrix.name}.{part}"] for part in ("codes", "scales", "zeros"))
     order = range(8) if fmt.codes == "gptq" else [AWQ_ORDER.index(n) for n in range(8)]
     plain = []
     for code, scale, zero in zip(*(t.chunk(matrix.parts) for t in (codes, scales, zeros)), strict=True):

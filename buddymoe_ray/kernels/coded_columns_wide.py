@@ -10,8 +10,11 @@ coded_columns.py computes float32 rows, and all on other CPUs.
 
 A product instruction takes four inputs of an output side by side. GPTQ's words hold them, the even ones in the low
 halves of their bytes. AWQ's hold outputs: bytes of four inputs are interleaved, which leaves outputs in another order;
-`_end` puts them back. All outputs of 32 inputs go before the next 32: with those of a whole group, whose rows lie
-powers of two apart, what was prefetched was gone from the first cache before it was used (awq .7 times as fast).
+`_end` puts them back. All outputs of 32 inputs (AWQ: of 8, whose dot products wait in memory) go before the next: rows
+lie powers of two apart, and of more of them what was prefetched was gone from the first cache before it was used.
+
+Tried and dropped: prefetches in the order in which codes lie, one by one (.8 times as fast) or in bursts (.9), or to
+the second cache (.8); totals of a whole panel cleared where fewer outputs are (.7); 4 rows of AWQ at once (.6).
 
 Legend: N outputs and K inputs of the matrix, G groups of 32 inputs, R rows, b an `ir.IRBuilder`.
 """
@@ -52,13 +55,14 @@ from buddymoe_ray.types import CodeFormat
 
 __all__ = ["has_wide_columns", "wide_columns_module_text"]
 
-AHEAD = 8
 STEP_BYTES = 2 * GROUP + 8
 """Of a group in a row: upper parts, lower 7 bits, the step, the sum of the inputs in steps."""
 LINE = 64
 BYTES, HALVES = vec(I8, LINE), vec(I16, LINE // 2)
 OUTPUTS = 8 * LANES
 """Of a line of AWQ's words."""
+NEAR = 8
+"""Inputs of AWQ that go together."""
 PANEL = 4096
 ROOM = PANEL + OUTPUTS
 """Outputs whose totals are on the stack at once, and for how many of a row there is room."""
@@ -84,32 +88,40 @@ class _WideColumns(Columns, ABC):
     """Of a group's inputs in a row."""
     rows: Sequence[int]
     """How many at once."""
+    shares: Sequence[int]
+    """Where of a group of 32 inputs those begin that go over all outputs together."""
+    ahead: int
+    """Bytes of a row that the prefetch is ahead, measured: half of it or twice as much cost a tenth."""
 
     def project(self) -> None:
         """Group of a scale by group, 32 inputs at a time."""
         kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 7), "project")
         codes, scales, zeros, K, N, pairs, R = kernel.args
         shapes = [(shape, size) for size in self.rows for shape in self.strips(size)]
-        products = {(shape, size): self._product(shape, size) for shape, size in shapes}
+        products = {(*shape, share): self._product(*shape, share) for shape in shapes for share in self.shares}
         ends = {(shape, size): self._end(shape, size) for shape, size in shapes}
         b = ir.IRBuilder(kernel.append_basic_block())
         self.clear(b, pairs, R, N)
-        totals = b.ptrtoint(b.alloca(F32, size=I64(ROOM * max(self.rows))), I64)
+        totals = b.ptrtoint(b.alloca(F32, size=I64(min(2, len(self.shares)) * ROOM * max(self.rows))), I64)
         groups = b.sdiv(b.add(K, I64(self._group - 1)), I64(self._group))
         for size, row in blocks(b, R, self.rows):
             at_rows = b.add(pairs, b.mul(row, I64(16)))
             with loop(b, b.sdiv(b.add(N, I64(PANEL - 1)), I64(PANEL))) as panel, loop(b, groups) as group:
                 start, k = b.mul(panel, I64(PANEL)), b.mul(group, I64(self._group))
-                with loop(b, I64(ROOM * size)) as n:
-                    b.store(F32(0.0), at(b, totals, F32, b.mul(n, I64(4))), align=4)
                 here, left = b.sub(totals, b.mul(start, I64(4))), b.sub(K, k)
                 count = b.select(b.icmp_signed("<", left, I64(self._group)), left, I64(self._group))
                 width = b.sub(N, start)
                 width = b.select(b.icmp_signed("<", width, I64(PANEL)), width, I64(PANEL))
+                for r in range(size):  # no more than is used, or codes that were prefetched leave the cache
+                    with loop(b, b.sdiv(b.add(width, I64(OUTPUTS - 1)), I64(LANES))) as n:
+                        place = b.add(totals, b.add(b.mul(n, I64(LINE)), I64(4 * ROOM * r)))
+                        b.store(const(FLOATS, 0.0), at(b, place, FLOATS), align=4)
                 with loop(b, b.sdiv(b.add(count, I64(GROUP - 1)), I64(GROUP))) as turn:
                     inputs = b.add(k, b.mul(turn, I64(GROUP)))
-                    for shape, n in self._over(b, width, size):
-                        b.call(products[shape, size], [codes, zeros, K, N, inputs, b.add(start, n), at_rows, here])
+                    for share in self.shares:
+                        for shape, n in self._over(b, width, size):
+                            place = [K, N, inputs, b.add(start, n), at_rows, here]
+                            b.call(products[shape, size, share], [codes, zeros, *place])
                 for shape, n in self._over(b, width, size):
                     b.call(ends[shape, size], [scales, zeros, K, N, k, b.add(start, n), at_rows, here])
         b.ret_void()
@@ -123,15 +135,16 @@ class _WideColumns(Columns, ABC):
         """Emits what is done to each strip."""
 
     @abstractmethod
-    def _product(self, outputs: int, rows: int) -> Any:
-        """`totals += codes . x` of the 32 inputs from k on and the outputs from n on."""
+    def _product(self, outputs: int, rows: int, share: int) -> Any:
+        """`totals += codes . x` of the 32 inputs from k on and the outputs from n on; of a share that is not the last,
+        its part of the dot products."""
 
     @abstractmethod
     def _end(self, outputs: int, rows: int) -> Any:
         """`out += scale * totals` of the outputs from n on, in the group of input k."""
 
     def _totals(self, b: Any, args: Any, row: int) -> Any:
-        """Where those of a row are, from output n on."""
+        """Where those of a row are, from output n on; behind those of all rows are dot products to be gone on with."""
         _, _, _, _, _, n, _, totals = args
         return b.add(totals, b.mul(b.add(I64(ROOM * row), n), I64(4)))
 
@@ -140,36 +153,34 @@ class _WideColumns(Columns, ABC):
         return b.mul(b.sdiv(k, I64(GROUP)), I64(STEP_BYTES))
 
     def _lead(self, b: Any, stride: Any, column: Any, width: int, rows: int) -> Any:
-        """Bytes to the strip that is computed AHEAD strips later, in these rows or in the next."""
-        within = b.icmp_signed("<", b.add(column, I64(AHEAD * width)), stride)
-        return b.add(b.select(within, I64(0), b.mul(stride, I64(rows - 1))), I64(AHEAD * width))
+        """Bytes from a strip to what is computed that far ahead, in these rows or in those after them."""
+        there = b.add(column, I64(self.ahead))
+        down = b.udiv(there, stride)
+        return b.add(I64(self.ahead), b.mul(down, b.mul(stride, I64(rows - 1))))
 
-    def _begin(self, b: Any, halves: Any) -> None:
-        for place in (place for row in halves for both in row for place in both):
-            b.store(const(self._ints, 0), place)
+    def _dot(self, b: Any, total: Any, codes: Sequence[Any], x: Any) -> Any:
+        """`total + codes . x` of inputs from address `x` on, four to each vector of codes: 128 upper + lower."""
+        name, upper = f"llvm.x86.avx512.vpdpbusd.{32 * self._lanes}", const(self._ints, 0)
+        for i, four in enumerate(codes):
+            upper = call(b, name, self._ints, [upper, four, splat(b, load(b, x, I32, 4 * i), self._lanes)])
+            total = call(b, name, self._ints, [total, four, splat(b, load(b, x, I32, GROUP + 4 * i), self._lanes)])
+        return b.add(b.shl(upper, const(self._ints, 7)), total)
 
-    def _dot(self, b: Any, codes: Any, x: Any, place: Any) -> None:
-        """`place += codes . x` of four inputs at address `x`."""
-        operands = [b.load(place), codes, splat(b, load(b, x, I32), self._lanes)]
-        b.store(call(b, f"llvm.x86.avx512.vpdpbusd.{32 * self._lanes}", self._ints, operands), place)
-
-    def _add_dots(self, b: Any, x: Any, middle: Sequence[Any], halves: Sequence[Any], totals: Any) -> None:
-        """`totals += step * (128 upper + lower - zero * sum)` of a group at `x`; what is in brackets is exact."""
+    def _add_dots(self, b: Any, x: Any, middle: Sequence[Any], dots: Sequence[Any], totals: Any) -> None:
+        """`totals += step * (dot - zero * sum)` of a group at `x`; what is in brackets is exact."""
         step, total = (splat(b, load(b, x, F32, 2 * GROUP + at_), self._lanes) for at_ in (0, 4))
-        for v, (zero, (upper, lower)) in enumerate(zip(middle, halves, strict=True)):
-            dot = b.add(b.shl(b.load(upper), const(self._ints, 7)), b.load(lower))
+        for v, (zero, dot) in enumerate(zip(middle, dots, strict=True)):
             value = self._fma(b, b.fneg(zero), total, b.sitofp(dot, self._floats))
             place = at(b, totals, self._floats, 4 * self._lanes * v)
             b.store(self._fma(b, value, step, b.load(place, align=4)), place, align=4)
 
-    def _room(self, b: Any, *sizes: int) -> Any:
-        """Nested lists of places for sums."""
-        return [self._room(b, *sizes[1:]) for _ in range(sizes[0])] if sizes else b.alloca(self._ints)
-
     def _scales_at(self, b: Any, scales: Any, place: tuple[Any, Any, Any], v: int) -> Any:
         k, N, n = place
+        size = I64(4 if self._fmt.scale == "float32" else 2)
         output = b.add(b.add(b.mul(b.sdiv(k, I64(self._group)), N), n), I64(v * self._lanes))
-        return self._scale(b, b.add(scales, b.mul(output, I64(4 if self._fmt.scale == "float32" else 2))))
+        here = b.add(scales, b.mul(output, size))
+        prefetch(b, b.add(here, b.mul(N, size)))  # those of the next group
+        return self._scale(b, here)
 
     def quantise(self) -> None:
         """One row to 16 bits. A group that holds an inf or a nan makes all of the row's outputs nan."""
@@ -197,6 +208,8 @@ class _Words(_WideColumns):
 
     order = tuple(8 * word + i for word in range(GROUP // 8) for i in (0, 2, 4, 6, 1, 3, 5, 7))
     rows = (4, 2, 1)
+    shares = (0,)
+    ahead = 24 * LINE
 
     def strips(self, rows: int) -> Sequence[int]:
         return (64 if rows == 1 else 32, 16, 8)
@@ -206,33 +219,32 @@ class _Words(_WideColumns):
         for eights, n in blocks(b, b.sdiv(N, I64(8)), [outputs // 8 for outputs in strips]):
             yield 8 * eights, b.mul(n, I64(8))
 
-    def _product(self, outputs: int, rows: int) -> Any:
+    def _product(self, outputs: int, rows: int, share: int) -> Any:
         tile = internal(self.module, f"product{outputs}x{rows}", 8)
         codes, zeros, K, N, k, n, pairs, _ = args = tile.args
         b = ir.IRBuilder(tile.append_basic_block())
         self._set(outputs)
         vectors, words = outputs // self._lanes, GROUP // 8
         x = [b.add(load(b, pairs, I64, 16 * r), self._at_group(b, k)) for r in range(rows)]
-        self._ahead = self._lead(b, b.mul(N, I64(4)), b.mul(n, I64(4)), 4 * outputs, GROUP // 8)
-        halves = self._room(b, rows, vectors, 2)
-        self._begin(b, halves)
         stride, width = b.mul(N, I64(4)), 4 * outputs
-        begin = b.add(codes, b.add(b.mul(b.sdiv(k, I64(8)), stride), b.mul(n, I64(4))))
-        there = b.sdiv(b.sub(K, k), I64(8))
-        whole = b.icmp_signed(">=", there, I64(words))
-        with b.if_else(whole) as (all_, some):
-            with all_:
-                for j in range(words):
-                    self._add_word(
-                        b, b.add(begin, b.mul(stride, I64(j))), width, [b.add(p, I64(8 * j)) for p in x], halves
-                    )
-            with some, loop(b, there) as j:
-                rows_at = [b.add(p, b.mul(j, I64(8))) for p in x]
-                self._add_word(b, b.add(begin, b.mul(stride, j)), width, rows_at, halves)
+        ahead = self._lead(b, stride, b.mul(n, I64(4)), width, words)
+        begin = b.add(codes, b.mul(n, I64(4)))
+        some: list[list[Any]] = [[] for _ in range(vectors)]
+        for j in range(words):
+            here, last = b.add(b.sdiv(k, I64(8)), I64(j)), b.sub(b.sdiv(K, I64(8)), I64(1))
+            here = b.select(b.icmp_signed("<", here, last), here, last)  # rows have zeros for inputs that are not there
+            here = b.add(begin, b.mul(here, stride))
+            for line in range(0, width, LINE):
+                prefetch(b, b.add(here, ahead), line)
+            for v, codes_of in enumerate(some):
+                held = load(b, here, vec(I8, 4 * self._lanes), 4 * self._lanes * v)
+                nibbles = b.and_(held, const(held.type, 15)), b.lshr(held, const(held.type, 4))
+                codes_of.extend(b.bitcast(part, self._ints) for part in nibbles)
         packed = b.add(zeros, b.sdiv(b.add(b.mul(b.sdiv(k, I64(self._group)), N), n), I64(2)))
         middle = [self._zero(b, b.add(packed, I64(v * self._lanes // 2))) for v in range(vectors)]
-        for r, (row, both) in enumerate(zip(x, halves, strict=True)):
-            self._add_dots(b, row, middle, both, self._totals(b, args, r))
+        for r, row in enumerate(x):
+            dots = [self._dot(b, const(self._ints, 0), fours, row) for fours in some]
+            self._add_dots(b, row, middle, dots, self._totals(b, args, r))
         b.ret_void()
         return tile
 
@@ -243,20 +255,6 @@ class _Words(_WideColumns):
     def _zero(self, b: Any, place: Any) -> Any:
         held = b.and_(self._nibbles(b, place), const(self._ints, 15))
         return b.fadd(b.uitofp(held, self._floats), const(self._floats, 1.0))
-
-    def _add_word(self, b: Any, here: Any, width: int, rows: Sequence[Any], halves: Any) -> None:
-        """Eight inputs of each output."""
-        kind = vec(I8, 4 * self._lanes)
-        for line in range(0, width, LINE):
-            prefetch(b, b.add(here, self._ahead), line)
-        for v in range(len(halves[0])):
-            held = load(b, here, kind, 4 * self._lanes * v)
-            nibbles = b.and_(held, const(kind, 15)), b.lshr(held, const(kind, 4))
-            evens, odds = (b.bitcast(part, self._ints) for part in nibbles)
-            for row, places in zip(rows, halves, strict=True):
-                for part, place in enumerate(places[v]):
-                    self._dot(b, evens, b.add(row, I64(GROUP * part)), place)
-                    self._dot(b, odds, b.add(row, I64(GROUP * part + 4)), place)
 
     def _end(self, outputs: int, rows: int) -> Any:
         tile = internal(self.module, f"end{outputs}x{rows}", 8)
@@ -279,6 +277,8 @@ class _Rows(_WideColumns):
 
     order = range(GROUP)
     rows = (2, 1)
+    shares = range(0, GROUP, NEAR)
+    ahead = 32 * LINE
 
     def strips(self, rows: int) -> Sequence[int]:
         return (OUTPUTS, 0)
@@ -290,46 +290,45 @@ class _Rows(_WideColumns):
         with b.if_then(b.icmp_signed(">", rest, I64(0))):
             yield 0, b.sub(N, rest)
 
-    def _product(self, outputs: int, rows: int) -> Any:
-        tile = internal(self.module, f"product{outputs}x{rows}", 8)
+    def _product(self, outputs: int, rows: int, share: int) -> Any:
+        tile = internal(self.module, f"product{outputs}x{rows}from{share}", 8)
         codes, zeros, K, N, k, n, pairs, _ = args = tile.args
         b = ir.IRBuilder(tile.append_basic_block())
         self._lanes, self._floats, self._ints = LANES, FLOATS, INTS
         words = None if outputs else b.sdiv(b.sub(N, n), I64(8))
         x = [b.add(load(b, pairs, I64, 16 * r), self._at_group(b, k)) for r in range(rows)]
         stride, column = b.sdiv(N, I64(2)), b.sdiv(n, I64(2))
-        self._ahead = self._lead(b, stride, column, LINE, GROUP)
-        zero_row = self._held(b, b.add(zeros, b.add(b.mul(b.sdiv(k, I64(self._group)), stride), column)), words)
-        begin = b.add(codes, b.add(b.mul(k, stride), column))
-        halves = self._room(b, rows, 4, 2)
-        for half in (0, 1):
-            self._begin(b, halves)
-            self._add_half(b, half, (begin, stride, b.sub(K, k), words), x, halves)
-            middle = self._interleaved(b, [self._half(b, zero_row, half), *[const(BYTES, 0)] * 3])
-            zero = [b.uitofp(part, FLOATS) for part in middle]
-            for r, (row, both) in enumerate(zip(x, halves, strict=True)):
-                self._add_dots(b, row, zero, both, b.add(self._totals(b, args, r), I64(half * 4 * 4 * LANES)))
+        ahead, begin = self._lead(b, stride, column, LINE, NEAR), b.add(codes, column)
+        held = []
+        for i in range(share, share + NEAR):
+            here, last = b.add(k, I64(i)), b.sub(K, I64(1))
+            here = b.select(b.icmp_signed("<", here, last), here, last)  # rows have zeros for inputs that are not there
+            here = b.add(begin, b.mul(here, stride))
+            prefetch(b, b.add(here, ahead))
+            held.append(self._held(b, here, words))
+        mixed = [self._interleaved(b, held[i : i + 4]) for i in range(0, NEAR, 4)]
+        some = [[self._half(b, four[v], half) for four in mixed] for half in (0, 1) for v in range(4)]
+        places = [self._totals(b, args, r + max(self.rows)) for r in range(rows)]
+        dots = [[self._known(b, place, v, share) for v in range(len(some))] for place in places]
+        for v, fours in enumerate(some):
+            for row, known in zip(x, dots, strict=True):
+                known[v] = self._dot(b, known[v], fours, b.add(row, I64(share)))
+        if share == self.shares[-1]:
+            zero_row = b.add(zeros, b.add(b.mul(b.sdiv(k, I64(self._group)), stride), column))
+            zero = self._interleaved(b, [self._held(b, zero_row, words), *[const(BYTES, 0)] * 3])
+            middle = [b.uitofp(self._half(b, part, half), FLOATS) for half in (0, 1) for part in zero]
+            for r, (row, known) in enumerate(zip(x, dots, strict=True)):
+                self._add_dots(b, row, middle, known, self._totals(b, args, r))
+        else:
+            for place, known in zip(places, dots, strict=True):
+                for v, dot in enumerate(known):
+                    b.store(dot, at(b, place, INTS, LINE * v), align=4)
         b.ret_void()
         return tile
 
-    def _add_half(self, b: Any, half: int, place: Any, x: Sequence[Any], halves: Any) -> None:
-        """32 inputs of the outputs in the low or the high halves of bytes."""
-        begin, stride, left, words = place
-        last = b.sub(left, I64(1))
-        with loop(b, I64(GROUP // 4)) as turn:
-            bytes_ = []
-            for i in range(4):
-                k = b.add(b.mul(turn, I64(4)), I64(i))
-                k = b.select(b.icmp_signed("<", k, last), k, last)  # rows have zeros for inputs that are not there
-                here = b.add(begin, b.mul(k, stride))
-                if half == 0:
-                    prefetch(b, b.add(here, self._ahead))
-                bytes_.append(self._half(b, self._held(b, here, words), half))
-            offset = b.mul(turn, I64(4))
-            for v, codes in enumerate(self._interleaved(b, bytes_)):
-                for row, places in zip(x, halves, strict=True):
-                    for part, kept in enumerate(places[v]):
-                        self._dot(b, codes, b.add(b.add(row, offset), I64(GROUP * part)), kept)
+    def _known(self, b: Any, place: Any, v: int, share: int) -> Any:
+        """What the shares before have come to."""
+        return load(b, place, INTS, LINE * v) if share else const(INTS, 0)
 
     def _held(self, b: Any, place: Any, words: Any) -> Any:
         """A line of a row, or the words of it that are there and zeros."""
@@ -339,8 +338,10 @@ class _Rows(_WideColumns):
         operands = [at(b, place, BYTES), I32(1), there, const(BYTES, 0)]
         return call(b, f"llvm.masked.load.v{LINE}i8.p0", BYTES, operands)
 
-    def _half(self, b: Any, held: Any, half: int) -> Any:
-        return b.lshr(held, const(BYTES, 4)) if half else b.and_(held, const(BYTES, 15))
+    def _half(self, b: Any, words: Any, half: int) -> Any:
+        """Of each byte."""
+        held = b.bitcast(words, BYTES)
+        return b.bitcast(b.lshr(held, const(BYTES, 4)) if half else b.and_(held, const(BYTES, 15)), INTS)
 
     def _interleaved(self, b: Any, four: Sequence[Any]) -> list[Any]:
         """Four vectors of bytes as words of one byte of each; lane 4 c + i of vector v is byte 16 c + 4 v + i."""

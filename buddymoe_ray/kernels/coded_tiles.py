@@ -7,6 +7,8 @@ As stored_tiles.py, whose tiles these are: float32 rows, 16 sums to an output, t
 and its weights alone. Codes become float32 exactly; the sums of a block are multiplied by its scale once. Codes that
 are no number (e4m3 has two) count as ±480: quantisers write none, and files are not read for them.
 
+Blocks of 16 inputs are multiplied one by one. A global scale comes last, to the output.
+
 e4m3 and e2m1 go by float16, whose exponents they fit into, shifted: the difference of the biases is part of the scale.
 e4m3 in blocks of whole lines needs no such conversion: see coded_fp8.py.
 With AVX-512 a code of 4 bits is looked up in one permute instead. Reads codes and scales to their last byte and no
@@ -26,7 +28,7 @@ from typing import Any
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from buddymoe_ray.kernels.coded_format import E2M1
+from buddymoe_ray.kernels.coded_format import E2M1, FP4
 from buddymoe_ray.kernels.coded_fp8 import as_floats, bfloat16s
 from buddymoe_ray.kernels.lowbit_format import GROUP
 from buddymoe_ray.kernels.stored_tiles import FLOATS, INTS, LANES, LINE, MANY_ROWS, ONE_ROW, StoredTiles, lane_sum
@@ -52,13 +54,13 @@ from buddymoe_ray.types import CodeFormat
 
 __all__ = ["SCALE_BYTES", "CodedTiles", "coded_module_text", "has_permutes"]
 
-BYTES, _HALVES = vec(I8, LANES), vec(I16, GROUP)
+BYTES = vec(I8, LANES)
 ONE_ROW_OF_32 = {8: (1,), 1: (1,)}
 MANY_ROWS_OF_32 = {4: (4, 2, 1), 1: (4, 2, 1)}
 """With 32 registers: many rows are 1.4 times as fast."""
 _AT_ONCE = 8
 """Scales that are converted at once where blocks are small."""
-SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "e8m0": 1}
+SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "e8m0": 1, "float8_e4m3fn": 1}
 
 
 def has_permutes() -> bool:
@@ -83,15 +85,17 @@ class CodedTiles(StoredTiles):
         self._fmt, self._permutes = fmt, permutes
         self._one = ONE_ROW_OF_32 if permutes else ONE_ROW
         self._many = MANY_ROWS_OF_32 if permutes else MANY_ROWS
-        self.two_to_a_byte = fmt.codes in ("int4", "mxfp4")
+        self.two_to_a_byte = fmt.codes in ("int4", *FP4)
         self._by_lines = fmt.codes == "fp8" and fmt.block[1] % LINE == 0
-        self._group = LINE if self._by_lines else GROUP  # inputs that are multiplied at once
-        self._group_bytes = GROUP // 2 if self.two_to_a_byte else self._group
-        self._factor = 1.0
+        self._group = (
+            LINE if self._by_lines else min(GROUP, fmt.block[1] or GROUP)
+        )  # inputs that are multiplied at once
+        self._group_bytes = self._group // 2 if self.two_to_a_byte else self._group
+        self._factor = 2.0 ** (8 * (fmt.scale == "float8_e4m3fn"))  # what is left of float16's bias
         if fmt.codes == "fp8":
-            self._factor = 2.0**8  # what is left of float16's bias
-        elif fmt.codes == "mxfp4" and not permutes:
-            self._factor = 2.0**14
+            self._factor *= 2.0**8
+        elif fmt.codes in FP4 and not permutes:
+            self._factor *= 2.0**14
 
     def project(self) -> None:
         """Every block of outputs times every block of rows."""
@@ -142,11 +146,19 @@ class CodedTiles(StoredTiles):
         else:
             self._groups(b, I64(0), K)
             self._scale_sums(b, I64(0), None)
-        for out, row in zip(y, self._totals, strict=True):
-            for i, place in enumerate(row):
-                b.store(lane_sum(b, b.load(place)), at(b, out, F32, 4 * i), align=4)
-        b.ret_void()
+        self._finish(b, y, self._totals, zeros)
         return tile
+
+    def _finish(self, b: Any, y: Sequence[Any], totals: Sequence[Sequence[Any]], beside: Any) -> None:
+        """Sums of lanes to the outputs."""
+        factor = load(b, beside, F32) if self._fmt.global_scale else None
+        for out, row in zip(y, totals, strict=True):
+            for i, place in enumerate(row):
+                value = lane_sum(b, b.load(place))
+                if factor is not None:
+                    value = b.fmul(value, factor) if self._fmt.global_scale == "*" else b.fdiv(value, factor)
+                b.store(value, at(b, out, F32, 4 * i), align=4)
+        b.ret_void()
 
     def _blocks(self, b: Any, K: Any, inputs: int) -> None:
         """As many as have their scales converted at once, a line or more at a time, and what is left one by one."""
@@ -246,23 +258,24 @@ class CodedTiles(StoredTiles):
             first, second = (b.sitofp(b.sext(load(b, place, BYTES, LANES * i), INTS), FLOATS) for i in (0, 1))
             return first, second
         if codes == "fp8":
-            bits = b.ashr(b.shl(b.zext(load(b, place, vec(I8, GROUP)), _HALVES), const(_HALVES, 8)), const(_HALVES, 1))
-            return self._from_halves(b, b.and_(bits, const(_HALVES, -0x4080)))
-        held = load(b, place, BYTES)
-        if codes == "mxfp4" and not self._permutes:
-            both = b.shuffle_vector(held, b.lshr(held, const(BYTES, 4)), const(vec(I32, GROUP), (*low, *high)))
-            bits = b.ashr(b.shl(b.zext(both, _HALVES), const(_HALVES, 12)), const(_HALVES, 3))
-            return self._from_halves(b, b.and_(bits, const(_HALVES, -0x7200)))
-        words = b.zext(held, INTS)
-        first, second = (self._nibble(b, nibble, zero) for nibble in (words, b.lshr(words, const(INTS, 4))))
-        return first, second
+            wide = _from_e4m3(b, load(b, place, vec(I8, GROUP)))
+            return [b.shuffle_vector(wide, wide, const(INTS, part)) for part in (low, high)]
+        held = load(b, place, vec(I8, self._group_bytes))
+        if self._group == LANES:
+            words = [b.zext(b.shuffle_vector(held, b.lshr(held, const(held.type, 4)), const(INTS, low)), INTS)]
+        else:
+            words = [b.zext(held, INTS)]
+            words.append(b.lshr(words[0], const(INTS, 4)))
+        return [self._nibble(b, nibble, zero) for nibble in words]
 
     @property
     def order(self) -> list[int] | None:
         """Of the inputs in a row, for so many at a time; None: as they are."""
         if self._by_lines:
             return [4 * i + part for part in (0, 2, 1, 3) for i in range(LANES)]
-        return [*range(0, GROUP, 2), *range(1, GROUP, 2)] if self.two_to_a_byte else None
+        if not self.two_to_a_byte:
+            return None
+        return [g + i for g in range(0, GROUP, self._group) for odd in (0, 1) for i in range(odd, self._group, 2)]
 
     def spread(self) -> None:
         """One row, with zeros for groups that are not there."""
@@ -285,16 +298,11 @@ class CodedTiles(StoredTiles):
                 b.store(some, at(b, row, FLOATS, b.add(offsets[0], I64(4 * part))), align=4)
         b.ret_void()
 
-    def _from_halves(self, b: Any, bits: Any) -> tuple[Any, Any]:
-        """float16s, whose signs came down with their sizes and were left at the top, to float32."""
-        wide = b.fpext(b.bitcast(bits, vec(ir.HalfType(), GROUP)), vec(F32, GROUP))
-        parts = (const(INTS, range(first, first + LANES)) for first in (0, LANES))
-        first, second = (b.shuffle_vector(wide, wide, part) for part in parts)
-        return first, second
-
     def _nibble(self, b: Any, words: Any, zero: Any) -> Any:
         """The lower four bits as they count."""
-        if self._fmt.codes == "mxfp4":
+        if self._fmt.codes in FP4 and not self._permutes:
+            return _from_halves(b, b.trunc(words, vec(I16, LANES)), 12, 3, -0x7200)
+        if self._fmt.codes in FP4:
             return self._looked_up(b, words, (*E2M1, *(-value for value in E2M1)))
         if self._permutes:
             value = self._looked_up(b, words, range(-8, 8) if zero is None else range(16))
@@ -337,6 +345,8 @@ class CodedTiles(StoredTiles):
             scale = b.bitcast(b.shl(b.zext(load(b, place, vec(I16, count)), words), const(words, 16)), floats)
         elif kind == "float16":
             scale = b.fpext(load(b, place, vec(ir.HalfType(), count)), floats)
+        elif kind == "float8_e4m3fn":
+            scale = _from_e4m3(b, load(b, place, vec(I8, count)))
         else:
             bits = b.shl(b.zext(load(b, place, vec(I8, count)), words), const(words, 23))
             scale = b.bitcast(
@@ -359,6 +369,18 @@ class CodedTiles(StoredTiles):
             else:
                 zero = load(b, room, F32, b.mul(near, I64(4)))
             self._zeros.append(splat(b, zero, LANES))
+
+
+def _from_e4m3(b: Any, held: Any) -> Any:
+    """Bytes to float32, 2**8 times too small."""
+    return _from_halves(b, b.zext(held, vec(I16, held.type.count)), 8, 1, -0x4080)
+
+
+def _from_halves(b: Any, held: Any, up: int, down: int, mask: int) -> Any:
+    """What becomes float16s when its sign is shifted up to the top, and its size down to its place, to float32."""
+    bits = b.ashr(b.shl(held, const(held.type, up)), const(held.type, down))
+    halves = b.bitcast(b.and_(bits, const(held.type, mask)), vec(ir.HalfType(), held.type.count))
+    return b.fpext(halves, vec(F32, held.type.count))
 
 
 def _ceil(b: Any, size: Any, whole: int) -> Any:

@@ -1,5 +1,5 @@
-"""The product of 4-bit codes as a checkpoint stores them (mxfp4, int4) with rows of 16-bit integers, as LLVM IR for
-AVX-512 with VNNI.
+"""The product of 4-bit codes as a checkpoint stores them (mxfp4, nvfp4, int4) with rows of 16-bit integers, as LLVM IR
+for AVX-512 with VNNI.
 
     project(codes, scales, zeros, K, N, rows, R)   rows are R pairs (address of a row, address of its outputs)
     quantise(x, G, row)                            float32 x [32 G] into such a row, ROW bytes to four groups
@@ -10,8 +10,8 @@ depend on the row and its weights alone. coded_tiles.py computes float32 rows, a
 
 A vector of 64 bytes of codes is four groups: their even inputs are its low halves, their odd ones its high halves. A
 row has for each four groups, in 384 bytes: upper parts of even and odd inputs, lower 7 bits of even and odd inputs, of
-each group in four lanes the correction for codes that are counted from above 0 (in the first; where there are zero
-points, the sum of the group instead, as a float), and the step.
+each group in four lanes the correction for codes that are counted from above 0 (in the first, of blocks of 16 inputs
+in the first of two; where there are zero points, the sum of the group instead, as a float), and the step.
 
 Legend: N outputs and K inputs of the matrix, G groups of 32 inputs, R rows, b an `ir.IRBuilder`.
 """
@@ -24,11 +24,11 @@ from typing import Any
 
 from llvmlite import ir
 
-from buddymoe_ray.kernels.coded_format import E2M1
+from buddymoe_ray.kernels.coded_format import E2M1, FP4
 from buddymoe_ray.kernels.coded_tiles import SCALE_BYTES, CodedTiles
 from buddymoe_ray.kernels.lowbit_format import GROUP
 from buddymoe_ray.kernels.lowbit_tiles import TOP, to_16_bits
-from buddymoe_ray.kernels.stored_tiles import FLOATS, INTS, LANES, lane_sum
+from buddymoe_ray.kernels.stored_tiles import FLOATS, INTS, LANES
 from buddymoe_ray.kernels.vector_ir import (
     F32,
     I8,
@@ -56,7 +56,7 @@ BYTES = vec(I8, CODES)
 
 def has_wide(fmt: CodeFormat) -> bool:
     """Whether there is such a kernel for a format."""
-    return fmt.codes in ("mxfp4", "int4") and fmt.block[0] == 1 and fmt.block[1] > 0 and FOUR % fmt.block[1] == 0
+    return fmt.codes in ("int4", *FP4) and fmt.block[0] == 1 and fmt.block[1] > 0 and FOUR % fmt.block[1] == 0
 
 
 def wide_module_text(fmt: CodeFormat) -> str:
@@ -76,7 +76,7 @@ class _WideTiles(CodedTiles):
         self._counted = [12 + round(2 * sign * value) for sign in (1, -1) for value in E2M1]  # 0 to 24, in halves
         self._middles: list[tuple[Any, Any]] = []  # where zero points of outputs are, and where in their words
         self._left: tuple[Any, Any] | None = None  # bytes of codes and scales, where four groups are not whole
-        self._middle, self._unit = (12, 0.5) if fmt.codes == "mxfp4" else (8, 1.0)
+        self._middle, self._unit = (12, 0.5) if fmt.codes in FP4 else (8, 1.0)
 
     def _tile(self, outputs: int, rows: int) -> Any:
         """Some outputs of some rows, over all inputs."""
@@ -93,6 +93,10 @@ class _WideTiles(CodedTiles):
         totals = [[b.alloca(FLOATS) for _ in w] for _ in x]
         for place in (place for row in totals for place in row):
             b.store(const(FLOATS, 0.0), place)
+        for place, each in ((s[0], outputs * size), *((place, 4) for place, _ in z[:1])):  # of the tile after the next
+            nbytes = b.mul(C, I64(each))
+            with loop(b, b.sdiv(b.add(nbytes, I64(CODES - 1)), I64(CODES))) as line:
+                prefetch(b, b.add(place, b.add(b.mul(nbytes, I64(2)), b.mul(line, I64(CODES)))))
         whole = b.sdiv(K, I64(FOUR))
         with loop(b, whole) as turn:
             offset = b.mul(turn, I64(CODES))
@@ -110,10 +114,7 @@ class _WideTiles(CodedTiles):
             self._left = b.mul(b.sdiv(b.add(left, I64(7)), I64(8)), I64(4)), b.sub(C, b.mul(whole, I64(per)))
             self._add_four(b, here, factors, [b.add(place, b.mul(whole, I64(ROW))) for place in x], totals)
             self._left = None
-        for out, row in zip(y, totals, strict=True):
-            for i, place in enumerate(row):
-                b.store(lane_sum(b, b.load(place)), at(b, out, F32, 4 * i), align=4)
-        b.ret_void()
+        self._finish(b, y, totals, zeros)
         return tile
 
     def _add_four(self, b: Any, codes: list[Any], scales: list[Any], rows: list[Any], totals: list[list[Any]]) -> None:
@@ -197,9 +198,14 @@ class _WideTiles(CodedTiles):
                         some = b.shuffle_vector(values, values, const(INTS, range(odd, GROUP, 2)))
                         target = at(b, place, vec(I8, LANES), CODES * (2 * part + odd) + LANES * i)
                         b.store(b.trunc(some, vec(I8, LANES)), target, align=1)
-                total = call(b, "llvm.vector.reduce.add.v32i32", I32, [q])
-                total = b.bitcast(b.sitofp(total, F32), I32) if self._fmt.zeros else b.mul(total, I32(-self._middle))
-                lanes = b.insert_element(const(four, 0), total, I32(0))
+                lanes, size = const(four, 0), min(GROUP, self._fmt.block[1])
+                for begin in range(0, GROUP, size):
+                    some = b.shuffle_vector(q, q, const(vec(I32, size), range(begin, begin + size)))
+                    total = call(b, f"llvm.vector.reduce.add.v{size}i32", I32, [some])
+                    total = (
+                        b.bitcast(b.sitofp(total, F32), I32) if self._fmt.zeros else b.mul(total, I32(-self._middle))
+                    )
+                    lanes = b.insert_element(lanes, total, I32(4 * begin // GROUP))
                 b.store(lanes, at(b, place, four, 4 * CODES + 16 * i), align=1)
                 step = splat(b, b.fmul(top, F32(self._unit / TOP)), 4)
                 b.store(step, at(b, place, vec(F32, 4), 5 * CODES + 16 * i), align=1)

@@ -118,10 +118,10 @@ def product_of(matrix: Matrix, fmt: LowbitFormat, dtype: torch.dtype, bias: tupl
 def coded_product(
     places: Mapping[str, int], matrix: CodedMatrix, dtype: torch.dtype, bias: tuple[int, int] = (0, 0)
 ) -> Product:
-    """A quantised matrix as it is stored, whose codes, scales and zero points are at `places`; see `product_of`."""
+    """A quantised matrix as it is stored, whose parts, by name, are at `places`; see `product_of`."""
     native, sized = _coded_functions(matrix.format, dtype != torch.float32), coded_shapes(matrix)
     nbytes = {name: prod(shape) * getattr(torch, kind).itemsize for name, (shape, kind) in sized.items()}
-    parts = ("codes", "scales", "zeros")
+    parts = (*sized, "")[:3]
     codes, scales, base = (places.get(name, 0) for name in parts)
     steps = (nbytes.get(name, 0) // matrix.parts for name in parts)
     made = native["project"], native.get("row", 0)
@@ -135,7 +135,7 @@ def bias_bytes(dtype: str) -> int | None:
 
 def decodes(fmt: CodeFormat) -> bool:
     """Whether this CPU multiplies quantised weights as stored in machine code."""
-    return widens("float16") and (fmt.scale == "e8m0" or fmt.scale in ITEM_BYTES)
+    return widens("float16") and fmt.scale in (*ITEM_BYTES, "e8m0", "float8_e4m3fn")
 
 
 def as_read(x: Tensor) -> Tensor:

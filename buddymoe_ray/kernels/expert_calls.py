@@ -38,10 +38,10 @@ ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 class Product(NamedTuple):
     """A matrix in a record, bytes from the record's begin, and the native functions that multiply with it.
 
-    Plain ones have neither scales nor base; a quantised one as stored has its zero points at `base`. `quantise` turns a
-    row into what `project` reads, 0 where that is float32 as it is; `bias_bytes` are those of an item of the bias, 0
-    for none. Of `parts` equal ones, one below the other, each is multiplied by itself, `code_step`, `scale_step` and
-    `base_step` bytes behind the one before.
+    Plain ones have neither scales nor base; a quantised one as stored has its zero points or global scale at `base`.
+    `quantise` turns a row into what `project` reads, 0 where that is float32 as it is; `bias_bytes` are those of an
+    item of the bias, 0 for none. Of `parts` equal ones, one below the other, each is multiplied by itself, `code_step`,
+    `scale_step` and `base_step` bytes behind the one before.
     """
 
     codes: int

@@ -40,12 +40,10 @@ class CodedLinear(nn.Module):
         if on_meta:
             sized = coded_shapes(matrix)
             parts = {part: torch.empty(n, dtype=getattr(torch, d), device="meta") for part, (n, d) in sized.items()}
-            self.coded = CodedWeight(
-                matrix=matrix, codes=parts["codes"], scales=parts["scales"], zeros=parts.get("zeros")
-            )
+            self.coded = CodedWeight(matrix=matrix, **parts)
         else:
             self.coded = coded.read(self.out_features, self.in_features)
-        for name in ("codes", "scales", "zeros"):  # so that whoever counts the model's bytes finds them
+        for name in coded_shapes(matrix):  # so that whoever counts the model's bytes finds them
             self.register_buffer(name, getattr(self.coded, name), persistent=False)
 
     @property

@@ -1,4 +1,4 @@
-"""Quantised weights of a checkpoint: codes, scales and zero points found and put together.
+"""Quantised weights of a checkpoint: codes, scales and what is beside them found and put together.
 
 `schemes` says by what keys; `CodedTensor.fit` whether a weight of a size can be made of them. Reads headers alone, but
 for `check_values` and weights that are asked for. Static scales of activations are left out: rows are multiplied as
@@ -32,8 +32,10 @@ _SCALES = {
     "float32": "float32",
     "bfloat16": "bfloat16",
     "float16": "float16",
+    "float8_e4m3fn": "float8_e4m3fn",
 }
-_WHOLE_INPUTS = {"mxfp4": 32, "gptq": 8, "awq": 1}
+_LARGEST_NVFP4 = 6.0 * 448.0
+_WHOLE_INPUTS = {"mxfp4": 32, "nvfp4": 8, "gptq": 8}
 _WHOLE_OUTPUTS = {"gptq": 8, "awq": 8}
 
 
@@ -46,6 +48,7 @@ class CodedTensor:
     block: tuple[int, int] | None
     places: Mapping[str, TensorLocation]
     inputs: int | None = None
+    divides: bool = False
 
     @property
     def path(self) -> str:
@@ -64,11 +67,11 @@ class CodedTensor:
                 )
         for part, (shape, dtype) in coded_shapes(matrix).items():
             place = self.places[part]
-            if part == "scales" and not fmt.block[1]:  # [N], [N, 1] and of one number also []
+            if (part == "scales" and not fmt.block[1]) or part == "global_scale":  # [N], [N, 1] and of one number []
                 fits = math.prod(place.shape) == math.prod((*lead, *shape))
             else:
-                fits = place.shape == (*lead, *shape) and (part == "scales" or place.dtype == dtype)
-            if not fits:
+                fits = place.shape == (*lead, *shape)
+            if not fits or (part != "scales" and place.dtype != dtype):
                 raise CheckpointError(
                     f"key {place.key!r} in {place.path} is {place.dtype} {place.shape}, must be {dtype} "
                     f"{(*lead, *shape)} for {fmt} of a weight {(N, K)}. "
@@ -86,9 +89,12 @@ class CodedTensor:
         if block is None or self.codes == "int8":
             one = math.prod(scales.shape) == (stack or 1)
             block = (0, 0) if one and N != 1 else (1, 0)
-        if self.codes in COLUMNS and _SCALES[scales.dtype] == "e8m0":
-            raise UnsupportedModel(f"key {scales.key!r} is stored as {scales.dtype}, must be floats. {INSTEAD}")
-        return CodeFormat(codes=self.codes, block=block, scale=_SCALES[scales.dtype], zeros="zeros" in self.places)
+        scale = _SCALES[scales.dtype]
+        if (self.codes in COLUMNS and scale == "e8m0") or (self.codes == "nvfp4") != (scale == "float8_e4m3fn"):
+            wanted = "float8_e4m3fn" if self.codes == "nvfp4" else "floats"
+            raise UnsupportedModel(f"key {scales.key!r} is stored as {scales.dtype}, must be {wanted}. {INSTEAD}")
+        whole = ("/" if self.divides else "*") if "global_scale" in self.places else ""
+        return CodeFormat(codes=self.codes, block=block, scale=scale, zeros="zeros" in self.places, global_scale=whole)
 
     def read(self, N: int, K: int) -> CodedWeight:
         """All of it in memory, a weight [N, K]. Raises CheckpointError."""
@@ -97,13 +103,14 @@ class CodedTensor:
             part: read_tensor(self.places[part]).view(getattr(torch, dtype)).reshape(shape)
             for part, (shape, dtype) in coded_shapes(matrix).items()
         }
-        return CodedWeight(matrix=matrix, codes=parts["codes"], scales=parts["scales"], zeros=parts.get("zeros"))
+        return CodedWeight(matrix=matrix, **parts)
 
     def plain(self) -> Tensor:
         """The weight in float32, `[N, K]`. Raises CheckpointError."""
         rows, columns = self.places["codes"].shape
         N, K = {
             "int4": (rows, self.inputs or 8 * columns),
+            "nvfp4": (rows, 2 * columns),
             "gptq": (columns, 8 * rows),
             "awq": (8 * columns, rows),
         }.get(self.codes, (rows, columns))
@@ -129,7 +136,9 @@ def find_coded(config: Mapping[str, Any], locations: Mapping[str, TensorLocation
         made = None if scheme is None else scheme.coded(key, place.dtype, locations.keys())
         if made is not None:
             places = {part: locations[name] for part, name in made.keys.items()}
-            found[made.base] = CodedTensor(key=made.base, codes=made.codes, block=made.block, places=places)
+            found[made.base] = CodedTensor(
+                key=made.base, codes=made.codes, block=made.block, places=places, divides=made.divides
+            )
             used |= {*made.keys.values()}
     plain = {key: place for key, place in locations.items() if key not in used and not (said and UNREAD.search(key))}
     for key, place in plain.items():
@@ -143,10 +152,19 @@ def find_coded(config: Mapping[str, Any], locations: Mapping[str, TensorLocation
 
 def check_values(weights: Iterable[CodedTensor]) -> None:
     """Read all scales, and the order of inputs where there is one. Raises CheckpointError for a scale that is no finite
-    number, UnsupportedModel for inputs that are not in their own order."""
+    number or makes weights that are none, UnsupportedModel for inputs that are not in their own order."""
     for weight in sorted(weights, key=lambda weight: (weight.path, weight.places["scales"].offset)):
         scales = weight.places["scales"]
         read_tensor(scales if scales.dtype != "uint8" else replace(scales, dtype="float8_e8m0fnu"))
+        whole = weight.places.get("global_scale")
+        if whole is not None:
+            value = read_tensor(whole)
+            most = _LARGEST_NVFP4 / value if weight.divides else _LARGEST_NVFP4 * value
+            if not bool(most.isfinite().all()):
+                raise CheckpointError(
+                    f"key {whole.key!r} in {whole.path} is {value.tolist()}, must leave weights finite. "
+                    "hint: download it again"
+                )
         order = weight.places.get("order")
         if order is None or weight.block is None:
             continue

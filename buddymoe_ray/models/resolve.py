@@ -1,6 +1,9 @@
 """A model's name -> the folder of its checkpoint: `builtin:tiny`, a local folder, or a hub id that is downloaded once.
 
 Knows no network: `hub` downloads. Neighbours: every command and the engine start here.
+
+GGUF is refused: of these families transformers 5.23 maps four (qwen2_moe, qwen3_moe, gpt_oss, minimax_m2), and its
+reader (gguf 0.19) goes on for ever over 30 bytes that announce an array of 2**40 numbers.
 """
 
 from __future__ import annotations
@@ -8,7 +11,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from buddymoe_ray.errors import CheckpointError
+from buddymoe_ray.errors import CheckpointError, UnsupportedModel
+from buddymoe_ray.models.schemes import INSTEAD
+from buddymoe_ray.models.tensor_index import has_weights
 from buddymoe_ray.models.tiny import path as tiny_path
 
 __all__ = ["BUILTIN_TINY", "is_builtin", "resolve_model"]
@@ -31,7 +36,8 @@ def resolve_model(name: str, *, cache_dir: Path | None = None, progress: bool = 
 
     Raises:
         CheckpointError: there is no such folder or hub id, the hub cannot be reached, or the disk is full.
-        UnsupportedModel: the hub's config.json names a family that cannot be served; no weights were downloaded.
+        UnsupportedModel: GGUF, or the hub's config.json names a family that cannot be served; no weights were
+            downloaded.
     """
     if name == BUILTIN_TINY:
         if not (tiny_path() / "config.json").exists():
@@ -40,6 +46,8 @@ def resolve_model(name: str, *, cache_dir: Path | None = None, progress: bool = 
     if name.startswith("builtin:"):
         raise CheckpointError(f"model is {name!r}, must be {BUILTIN_TINY}, the only one shipped. hint: check spelling")
     folder = Path(name).expanduser()
+    if folder.suffix.lower() == ".gguf" or (folder.is_dir() and not has_weights(folder) and any(folder.glob("*.gguf"))):
+        raise UnsupportedModel(f"model {name!r} is GGUF, must be a folder of safetensors. {INSTEAD}")
     if name and folder.is_dir():
         return folder.resolve()
     if name and folder.exists():

@@ -2,48 +2,69 @@
 scales and zero points are found. Everything else is refused by name.
 
 Pure: no torch, so that a download is refused before its first byte. Sources: transformers 5.23 (fp8, mxfp4),
-compressed-tensors 0.9 (float-quantized, int-quantized, pack-quantized), AutoGPTQ and AutoAWQ (gemm).
+compressed-tensors 0.9 (float-, int-, pack-quantized, nvfp4-pack-quantized), NVIDIA's Model Optimizer (modelopt),
+AutoGPTQ and AutoAWQ (gemm).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from buddymoe_ray.errors import CheckpointError, UnsupportedModel
+from buddymoe_ray.models.tensor_index import read_json
 
-__all__ = ["INSTEAD", "METHODS", "UNREAD", "CodedKeys", "Scheme", "check_method"]
+__all__ = ["INSTEAD", "METHODS", "UNREAD", "CodedKeys", "Scheme", "check_method", "with_own_file"]
 
 METHODS: Mapping[str, str] = {
     "fp8": "e4m3, a scale per block (DeepSeek, Qwen), output channel or tensor",
-    "compressed-tensors": "fp8 per block, channel, tensor; int8 per channel, tensor; int4 in groups, zero points too",
+    "compressed-tensors": "fp8 per block, channel, tensor; int8 per channel, tensor; int4 in groups, zero points too; "
+    "NVFP4",
+    "modelopt": "NVFP4; FP8 per tensor or channel",
     "mxfp4": "the experts of gpt-oss",
     "gptq": "int4 in groups, inputs in their own order",
     "awq": "int4 in groups, version gemm",
 }
 """`quant_method`s that are served, with what of them."""
 INSTEAD = f"hint: use a release of the model in {', '.join(METHODS)}, or the unquantised one"
-UNREAD = re.compile(r"\.(input_scale|input_zero_point|weight_shape|activation_scale|k_scale|v_scale)$")
+UNREAD = re.compile(
+    r"\.(input_scale|input_global_scale|input_zero_point|weight_shape|activation_scale|k_scale|v_scale)$"
+)
 """Keys that no weight needs: static scales of activations and of the KV cache, shapes that codes have themselves."""
 _COMPRESSED = {
     "8-bit float": ("tensor", "channel", "block"),
     "8-bit int": ("tensor", "channel"),
     "4-bit int": ("group",),
+    "4-bit float": ("tensor_group",),
 }
 _PLAIN_CODES = {"float8_e4m3fn": "fp8", "int8": "int8"}
+_NVFP4_GROUP = 16
+_OWN_FILE = "hf_quant_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodedKeys:
     """A quantised weight: `base` is what it would be called unquantised, `keys` are those of its `codes`, `scales`,
-    maybe `zeros` and `order`. `block` as in CodeFormat; None: as the shape of the scales says."""
+    maybe `zeros`, `order` or `global_scale`, by which scales are divided if it `divides`. `block` as in CodeFormat;
+    None: as the shape of the scales says."""
 
     base: str
     codes: str
     block: tuple[int, int] | None
     keys: Mapping[str, str]
+    divides: bool = False
+
+
+def with_own_file(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """What a config says, with what modelopt's file of older releases says of quantisation where it says nothing.
+    Raises CheckpointError."""
+    if config.get("quantization_config") or not (folder / _OWN_FILE).is_file():
+        return config
+    said = read_json(folder / _OWN_FILE).get("quantization")
+    return {**config, "quantization_config": {**said, "quant_method": "modelopt"} if isinstance(said, dict) else said}
 
 
 def check_method(config: Mapping[str, Any], where: str) -> None:
@@ -54,11 +75,12 @@ def check_method(config: Mapping[str, Any], where: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """How a method stores weights; `zeros` says that there must be zero points."""
+    """How a method stores weights; `zeros` says that there must be zero points, `nvfp4` that they are such."""
 
     method: str
     block: tuple[int, int] | None
     zeros: bool = False
+    nvfp4: bool = False
 
     @classmethod
     def of(cls, said: Any, where: str) -> Scheme:
@@ -70,6 +92,10 @@ class Scheme:
             return cls(method=method, block=(1, 32))
         if method == "compressed-tensors":
             return cls._of_groups(said, where)
+        if method == "modelopt":
+            _check(said, "quant_algo", ("NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN"), where)
+            nvfp4 = said["quant_algo"] == "NVFP4"
+            return cls(method=method, block=(1, _NVFP4_GROUP) if nvfp4 else None, nvfp4=nvfp4)
         if method == "fp8":
             _check(said, "expert_dtype", ("fp8", None), where)
             block = said.get("weight_block_size")
@@ -97,6 +123,9 @@ class Scheme:
         _check(said, "transform_config", (None, {}), where)
         if bits == 8 and said.get("format") == "pack-quantized":
             raise UnsupportedModel(f"{where} has packed 8-bit weights (pack-quantized), must be bytes. {INSTEAD}")
+        if kind == "float" and bits == 4:
+            _check(first, "group_size", (_NVFP4_GROUP,), where)
+            return cls(method="compressed-tensors", block=(1, _NVFP4_GROUP), nvfp4=True)
         said_block = {"block": first.get("block_structure"), "group": [1, size]}.get(strategy)
         block = None if said_block is None else _block(said_block, where)
         return cls(method="compressed-tensors", block=block, zeros=bits == 4 and symmetric is False)
@@ -115,6 +144,8 @@ class Scheme:
         if self.method == "mxfp4":
             base = key.removesuffix("_blocks")
             return None if base == key else self._found(base, "mxfp4", {"codes": key, "scales": f"{base}_scales"}, keys)
+        if self.nvfp4:
+            return self._nvfp4(key, dtype, keys)
         base = key.removesuffix("_packed") if key.endswith(".weight_packed") else key
         codes = _PLAIN_CODES.get(dtype) if base == key else "int4"
         if codes is None or UNREAD.search(key) or key.endswith("_zero_point"):
@@ -126,6 +157,15 @@ class Scheme:
         scales = f"{base}_scale" if f"{base}_scale" in keys or codes != "fp8" else f"{base}_scale_inv"
         parts = {"codes": key, "scales": scales} | ({"zeros": zeros} if self.zeros or zeros in keys else {})
         return self._found(base, codes, parts, keys)
+
+    def _nvfp4(self, key: str, dtype: str, keys: Collection[str]) -> CodedKeys | None:
+        divides = self.method == "compressed-tensors"
+        base = key.removesuffix("_packed")
+        if not base.endswith(".weight") or dtype != "uint8" or (base != key) != divides:
+            return None
+        whole = f"{base}_global_scale" if divides else f"{base}_scale_2"
+        parts = {"codes": key, "scales": f"{base}_scale", "global_scale": whole}
+        return replace(self._found(base, "nvfp4", parts, keys), divides=divides)
 
     def _found(self, base: str, codes: str, parts: Mapping[str, str], keys: Collection[str]) -> CodedKeys:
         for name in parts.values():

@@ -38,7 +38,7 @@ from buddymoe_ray.models.hf_loading import (
 )
 from buddymoe_ray.models.quantised import CodedTensor, Stored, find_coded
 from buddymoe_ray.models.resolve import is_builtin
-from buddymoe_ray.models.schemes import check_method
+from buddymoe_ray.models.schemes import check_method, with_own_file
 from buddymoe_ray.models.tensor_index import DTYPE_BYTES, TensorLocation, has_weights, read_index, read_json
 from buddymoe_ray.types import CodedMatrix, ExpertLayout, SlotTensor
 
@@ -176,7 +176,7 @@ def _stored(folder: Path) -> dict[str, Stored]:
 
 
 def _written(folder: Path) -> Mapping[str, Any]:
-    return text_part(read_json(folder / "config.json"))
+    return with_own_file(text_part(read_json(folder / "config.json")), folder)
 
 
 def describe(

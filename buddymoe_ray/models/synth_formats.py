@@ -37,13 +37,21 @@ QUANTISATION: Mapping[str, Mapping[str, Any]] = {
         },
         "ignore": ["lm_head", "re:.*gate$"],
     },
+    "nvfp4": {
+        "quant_method": "modelopt",
+        "quant_algo": "NVFP4",
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float", "group_size": 16}}
+        },
+        "ignore": ["lm_head"],
+    },
     "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]},
 }
 """What config.json says, by the name of the format."""
 _LINEAR = re.compile(r"(_proj|_proj_with_mqa|\.w[123])\.weight$")
 _STACK = re.compile(r"experts\.(gate_up_proj|down_proj)$")
-_LARGEST = {"fp8": 448.0, "int4": 7.0, "mxfp4": 6.0}
-_WIDTHS = {"fp8": 5.0, "int4": 3.0, "mxfp4": 3.0}
+_LARGEST = {"fp8": 448.0, "int4": 7.0, "nvfp4": 6.0, "mxfp4": 6.0}
+_WIDTHS = {"fp8": 5.0, "int4": 3.0, "nvfp4": 3.0, "mxfp4": 3.0}
 """Standard deviations that the largest code stands for."""
 
 
@@ -66,6 +74,10 @@ def _coded(tensor: StoredTensor, fmt: str) -> list[StoredTensor]:
     kinds: dict[str, tuple[tuple[str, str, tuple[int, ...], int], ...]] = {
         "fp8": (("", "F8_E4M3", (N, K), 1), ("_scale_inv", "F32", (-(-N // BLOCK), -(-K // BLOCK)), 4)),
         "int4": (("_packed", "I32", (N, K // 8), 4), ("_scale", "BF16", (N, K // GROUP), 2)),
+        "nvfp4": (
+            *(("", "U8", (N, K // 2), 1), ("_scale", "F8_E4M3", (N, K // 16), 1)),
+            ("_scale_2", "F32", (), 4),
+        ),
         "mxfp4": (("_blocks", "U8", (*stack, N, K // GROUP, 16), 1), ("_scales", "U8", (*stack, N, K // GROUP), 1)),
     }
     return [
@@ -88,7 +100,7 @@ class CodedWeights:
         scale = std * _WIDTHS[self._fmt] / _LARGEST[self._fmt]
         if self._fmt == "mxfp4":
             scale = 2.0 ** round(math.log2(scale))
-        if tensor.key.endswith(("_scale", "_scales", "_scale_inv")):
+        if tensor.key.endswith(("_scale", "_scales", "_scale_inv", "_scale_2")):
             return iter([_bytes(_scales(tensor, scale))])
         return (_bytes(self._codes(piece.float() / scale)) for piece in self._weights.rows(tensor.of))
 
@@ -107,6 +119,8 @@ class CodedWeights:
 
 
 def _scales(tensor: StoredTensor, scale: float) -> Tensor:
+    if tensor.dtype == "F8_E4M3":  # beside a scale of all
+        return torch.ones(tensor.shape, dtype=torch.float8_e4m3fn)
     if tensor.dtype == "U8":
         return torch.full(tensor.shape, round(math.log2(scale)) + 127, dtype=torch.uint8)
     return torch.full(tensor.shape, scale, dtype=torch.float32 if tensor.dtype == "F32" else torch.bfloat16)

@@ -183,7 +183,7 @@ def test_other_families(family: str, tmp_path: Path) -> None:
     assert float((profile.errors["lowbit4"] / profile.energy_LE).mean()) < 0.05
 
 
-@pytest.mark.parametrize(("family", "scheme"), [("olmoe", "fp8"), ("gpt_oss", "mxfp4")])
+@pytest.mark.parametrize(("family", "scheme"), [("olmoe", "fp8"), ("qwen3_moe", "ct-nvfp4"), ("gpt_oss", "mxfp4")])
 def test_stand_ins_of_quantised_experts_are_those_of_what_their_codes_mean(
     family: str, scheme: str, tmp_path: Path
 ) -> None:

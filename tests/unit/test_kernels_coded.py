@@ -40,6 +40,8 @@ FORMATS = [
     CodeFormat(codes="int4", block=(1, 64), scale="bfloat16", zeros=True),
     CodeFormat(codes="gptq", block=(1, 32), scale="float16", zeros=True),
     CodeFormat(codes="awq", block=(1, 128), scale="float16", zeros=True),
+    CodeFormat(codes="nvfp4", block=(1, 16), scale="float8_e4m3fn", global_scale="*"),
+    CodeFormat(codes="nvfp4", block=(1, 16), scale="float8_e4m3fn", global_scale="/"),
     CodeFormat(codes="mxfp4", block=(1, 32), scale="e8m0"),
 ]
 SHAPES = [(48, 96), (1, 32), (7, 64), (130, 416), (34, 608), (264, 1000), (5, 40)]
@@ -58,6 +60,8 @@ def filled(matrix: CodedMatrix, tensors: dict[str, Tensor], seed: int) -> None:
             target.copy_(torch.randint(117, 124, shape, generator=rng))
         elif part == "scales":
             target.copy_(torch.rand(shape, generator=rng) / 50 + 0.001)
+        elif part == "global_scale":
+            target.copy_(torch.rand(shape, generator=rng) + 0.5)
         elif fmt.codes == "fp8":
             target.copy_(torch.randn(shape, generator=rng))
         else:
@@ -71,9 +75,15 @@ def weight_of(fmt: CodeFormat, N: int, K: int) -> CodedWeight:
     sized = coded_shapes(matrix)
     tensors = {f"w.{part}": torch.zeros(shape, dtype=getattr(torch, d)) for part, (shape, d) in sized.items()}
     filled(matrix, tensors, N + K)
-    return CodedWeight(
-        matrix=matrix, codes=tensors["w.codes"], scales=tensors["w.scales"], zeros=tensors.get("w.zeros")
-    )
+    return CodedWeight(matrix=matrix, **{name.removeprefix("w."): tensor for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_a_format_is_known_by_its_name(fmt: CodeFormat) -> None:
+    named = CodeFormat.named(str(fmt))
+    assert named is not None
+    assert (named.codes, named.block, named.zeros) == (fmt.codes, fmt.block, fmt.zeros)
+    assert bool(named.global_scale) == bool(fmt.global_scale)
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
@@ -94,7 +104,7 @@ def test_a_product_is_the_exact_one_rounded_and_rows_do_not_see_each_other(fmt: 
             assert torch.equal(CpuLinear(weight, None, torch.float32, bias, threads=threads)(many)[:11], got)
 
 
-@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt.codes in ("int4", "mxfp4")], ids=str)
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt.codes in ("int4", "mxfp4", "nvfp4")], ids=str)
 def test_codes_looked_up_and_codes_computed_give_the_same_bits(fmt: CodeFormat) -> None:
     N, K = 34, 608
     weight, x_K = weight_of(fmt, N, K), torch.randn(K, generator=torch.Generator().manual_seed(2))
@@ -107,7 +117,7 @@ def test_codes_looked_up_and_codes_computed_give_the_same_bits(fmt: CodeFormat) 
         ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(arguments))(native[name])(*arguments)
 
     call("spread", x_K.data_ptr(), K // 32, row.data_ptr())
-    call("project", places["codes"], places["scales"], places.get("zeros", 0), K, N, pair.data_ptr(), 1)
+    call("project", *(*places.values(), 0)[:3], K, N, pair.data_ptr(), 1)
     assert torch.equal(out, CpuLinear(weight, None, torch.float32, None)(x_K[None])[0])
 
 
@@ -127,6 +137,10 @@ def test_what_is_decoded_is_code_times_scale(scheme: str) -> None:
         "ct-int4-zeros": CodeFormat(codes="int4", block=(1, 32), scale="bfloat16", zeros=True),
         "gptq": CodeFormat(codes="gptq", block=(1, 32), scale="float16", zeros=True),
         "awq": CodeFormat(codes="awq", block=(1, 32), scale="float16", zeros=True),
+        "modelopt-fp8": CodeFormat(codes="fp8", block=(0, 0), scale="float32"),
+        "modelopt-fp8-channel": CodeFormat(codes="fp8", block=(1, 0), scale="float32"),
+        "modelopt-nvfp4": CodeFormat(codes="nvfp4", block=(1, 16), scale="float8_e4m3fn", global_scale="*"),
+        "ct-nvfp4": CodeFormat(codes="nvfp4", block=(1, 16), scale="float8_e4m3fn", global_scale="/"),
         "mxfp4": CodeFormat(codes="mxfp4", block=(1, 32), scale="e8m0"),
     }[scheme]
     matrix = CodedMatrix(name="w", format=fmt, parts=1, N=72, K=96)
@@ -134,7 +148,7 @@ def test_what_is_decoded_is_code_times_scale(scheme: str) -> None:
         coded_shapes(matrix),
         {"codes": ("weight", "_packed", "_blocks"), "zeros": ("_zero_point", "qzeros")},
     )
-    endings["scales"] = ("weight_scale", "_scale_inv", "scales")
+    endings |= {"scales": ("weight_scale", "_scale_inv", "scales"), "global_scale": ("_global_scale", "_scale_2")}
     tensors = {
         f"w.{part}": next(t for name, t in made.items() if name.endswith(endings[part])).reshape(shape)
         for part, (shape, _) in shapes.items()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,17 @@ def test_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="must be the folder around it"):
         resolve_model(str(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["model-Q4_K_M.gguf", "."])
+def test_gguf_is_refused_with_what_else_to_take(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF\3\0\0\0")
+    with pytest.raises(
+        UnsupportedModel, match=r"is GGUF, must be a folder of safetensors\. hint: use a release .* fp8"
+    ):
+        resolve_model(str(tmp_path / name))
+    (tmp_path / "model.safetensors").touch()
+    assert resolve_model(str(tmp_path)) == tmp_path, "other weights count where there are some"
 
 
 def test_hub_id_downloads_what_is_needed_and_runs(hub: HubServer, tmp_path: Path) -> None:
@@ -157,10 +169,18 @@ def test_gated_repository_is_reported(hub: HubServer, tmp_path: Path) -> None:
         resolve_model("someone/small-moe", cache_dir=tmp_path / "cache")
 
 
-def test_unsupported_family_downloads_no_weights(hub: HubServer, tmp_path: Path) -> None:
-    config = hub.root / "someone" / "small-moe" / "config.json"
-    config.write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(UnsupportedModel, match="llama"):
+@pytest.mark.parametrize(
+    ("file", "said", "match"),
+    [
+        ("config.json", {"model_type": "llama"}, "llama"),
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "W4A8_AWQ"}}, "quant_algo 'W4A8_AWQ', must be"),
+    ],
+)
+def test_what_is_unsupported_downloads_no_weights(
+    hub: HubServer, tmp_path: Path, file: str, said: dict[str, Any], match: str
+) -> None:
+    (hub.root / "someone" / "small-moe" / file).write_text(json.dumps(said))
+    with pytest.raises(UnsupportedModel, match=match):
         resolve_model("someone/small-moe", cache_dir=tmp_path / "cache")
     assert not any(name.endswith(".safetensors") for name in hub.gets)
 

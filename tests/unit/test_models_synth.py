@@ -274,6 +274,7 @@ def test_memory_stays_far_below_the_checkpoint(tmp_path: Path) -> None:
         ("olmoe-tiny", "fp8", "fp8/128x128"),
         ("deepseek-v2-tiny", "fp8", "fp8/128x128"),
         ("mixtral-tiny", "int4", "int4/g32"),
+        ("mixtral-tiny", "nvfp4", "nvfp4"),
         ("gpt-oss-tiny", "mxfp4", "mxfp4"),
     ],
 )
@@ -294,7 +295,7 @@ def test_formats_hold_weights_like_the_plain_ones(tmp_path: Path, shape: str, fm
         if fmt != "mxfp4":
             wanted = exact[key].float()
             error = (_decoded(weight, *wanted.shape) - wanted).square().mean() / wanted.square().mean()
-            assert float(error) < {"fp8": 1e-3, "int4": 2e-2}[fmt], key
+            assert float(error) < {"fp8": 1e-3, "int4": 2e-2, "nvfp4": 3e-2}[fmt], key
             continue
         wanted = exact[key][1].float().T  # other numbers of the same distribution
         places = {part: _second(place) for part, place in weight.places.items()}

@@ -30,6 +30,7 @@ from buddymoe_ray.types import ExpertKey
 
 PROMPTS = [torch.randint(5, 160, (3 + 7 * i,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(4)]
 NEW = 20
+UNREAD = ("weight_shape", "g_idx", "input_scale", "input_global_scale")
 WIDER = {"n_routed_experts": 16}  # so that a quarter of the experts has room for two
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen3_moe", "fp8", {}),
@@ -46,12 +47,25 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen3_moe", "gptq", {}),
     ("olmoe", "awq", {}),
     ("deepseek_v3", "awq", WIDER | {"v_head_dim": 16}),
+    ("qwen3_moe", "modelopt-nvfp4", {}),
+    ("deepseek_v3", "modelopt-nvfp4", WIDER),
+    ("mixtral", "ct-nvfp4", {}),
+    ("olmoe", "ct-nvfp4", {}),
+    ("olmoe", "modelopt-fp8", {}),
+    ("mixtral", "modelopt-fp8-channel", {}),
     ("gpt_oss", "mxfp4", {"hidden_size": 64}),
     ("gpt_oss", "mxfp4", {"hidden_size": 96, "intermediate_size": 64, "num_local_experts": 8}),
 ]
 
 
-CODED = [("olmoe", "fp8"), ("mixtral", "ct-int4-zeros"), ("qwen3_moe", "gptq"), ("olmoe", "awq"), ("gpt_oss", "mxfp4")]
+CODED = [
+    ("olmoe", "fp8"),
+    ("mixtral", "ct-int4-zeros"),
+    ("qwen3_moe", "gptq"),
+    ("olmoe", "awq"),
+    ("qwen3_moe", "modelopt-nvfp4"),
+]
+CODED += [("mixtral", "ct-nvfp4"), ("gpt_oss", "mxfp4")]
 
 
 def generated(folder: Path, memory: str = "50%", **options: Any) -> list[list[int]]:
@@ -89,11 +103,22 @@ def test_tokens_of_other_kinds_of_model_are_those_too(tmp_path: Path, family: st
     assert [list(answer.token_ids)] == reference_generate(plain, [prompt], new_tokens=new)
 
 
+def test_what_older_releases_say_in_a_file_of_its_own(tmp_path: Path) -> None:
+    coded, plain = quantised("qwen3_moe", "modelopt-nvfp4", tmp_path)
+    config = json.loads((coded / "config.json").read_text())
+    said = {name: value for name, value in config.pop("quantization_config").items() if name != "quant_method"}
+    (coded / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match=r"stored as (uint8|float8)"):
+        load_model(coded)
+    (coded / "hf_quant_config.json").write_text(json.dumps({"quantization": said}))
+    assert generated(coded) == reference_generate(plain, PROMPTS, new_tokens=NEW)
+
+
 @pytest.mark.parametrize(("family", "scheme"), CODED)
 def test_slots_hold_the_bytes_of_the_files(tmp_path: Path, family: str, scheme: str) -> None:
     coded, plain = quantised(family, scheme, tmp_path, **({"hidden_size": 64} if family == "gpt_oss" else {}))
     stored = {key: place for key, place in read_index(coded).items() if ".experts." in key}
-    unread = sum(place.nbytes for key, place in stored.items() if key.endswith(("weight_shape", "g_idx")))
+    unread = sum(place.nbytes for key, place in stored.items() if key.endswith(UNREAD))
     loaded = load_model(coded, dtype=torch.float32)
     layout = loaded.layout
     assert layout.total_bytes == sum(place.nbytes for place in stored.values()) - unread
@@ -113,13 +138,16 @@ def test_slots_hold_the_bytes_of_the_files(tmp_path: Path, family: str, scheme: 
     reader.close()
 
 
-def test_a_wrong_scale_changes_tokens(tmp_path: Path) -> None:
-    coded, plain = quantised("qwen3_moe", "fp8", tmp_path)
+@pytest.mark.parametrize(
+    ("scheme", "scale"), [("fp8", "scale_inv"), ("modelopt-nvfp4", "scale_2"), ("ct-nvfp4", "global_scale")]
+)
+def test_a_wrong_scale_changes_tokens(tmp_path: Path, scheme: str, scale: str) -> None:
+    coded, plain = quantised("qwen3_moe", scheme, tmp_path)
     expected = reference_generate(plain, PROMPTS, new_tokens=NEW)
     for key in ("model.layers.1.mlp.experts.3.up_proj", "model.layers.1.self_attn.o_proj"):
-        edit(coded, lambda tensors, key=key: tensors[f"{key}.weight_scale_inv"].mul_(8))
+        edit(coded, lambda tensors, key=key: tensors[f"{key}.weight_{scale}"].mul_(8))
         assert generated(coded) != expected
-        edit(coded, lambda tensors, key=key: tensors[f"{key}.weight_scale_inv"].div_(8))
+        edit(coded, lambda tensors, key=key: tensors[f"{key}.weight_{scale}"].div_(8))
     assert generated(coded) == expected
 
 
@@ -224,6 +252,45 @@ def _moved(tensors: dict[str, Tensor], key: str, tensor: Tensor) -> None:
         ("gptq", lambda t: t.pop(f"{STEM}qzeros"), CheckpointError, f"{STEM}qzeros' is missing"),
         ("awq", lambda t: t[f"{STEM}scales"].fill_(float("nan")), CheckpointError, f"{STEM}scales.*NaN"),
         ("ct-int4", lambda t: t[f"{KEY}_scale"].fill_(float("inf")), CheckpointError, f"{KEY}_scale.*infinite"),
+        (
+            "ct-nvfp4",
+            lambda t: t[f"{KEY}_global_scale"].zero_(),
+            CheckpointError,
+            rf"{KEY}_global_scale.*is \[0\.0\], must",
+        ),
+        ("modelopt-nvfp4", lambda t: t[f"{KEY}_scale_2"].fill_(1e36), CheckpointError, f"{KEY}_scale_2.*is 9.*, must"),
+        ("ct-nvfp4", lambda t: t.pop(f"{KEY}_scale"), CheckpointError, f"{KEY}_scale' is missing beside"),
+        (
+            "modelopt-nvfp4",
+            lambda t: t[f"{KEY}_scale"].view(torch.uint8).fill_(0x7F),
+            CheckpointError,
+            f"{KEY}_scale.*NaN",
+        ),
+        (
+            "modelopt-nvfp4",
+            lambda t: t[f"{KEY}_scale_2"].fill_(float("inf")),
+            CheckpointError,
+            f"{KEY}_scale_2.*infinite",
+        ),
+        ("modelopt-nvfp4", lambda t: t.pop(f"{KEY}_scale_2"), CheckpointError, f"{KEY}_scale_2' is missing beside"),
+        (
+            "modelopt-nvfp4",
+            lambda t: _moved(t, f"{KEY}_scale", t[f"{KEY}_scale"][:, :2].clone()),
+            CheckpointError,
+            rf"{KEY}_scale' .*\(24, 2\), must be float8_e4m3fn \(24, 3\) for nvfp4 of a weight \(24, 48\)",
+        ),
+        (
+            "modelopt-nvfp4",
+            lambda t: _moved(t, f"{KEY}_scale", t[f"{KEY}_scale"].float()),
+            UnsupportedModel,
+            f"{KEY}_scale' is stored as float32, must be float8_e4m3fn",
+        ),
+        (
+            "modelopt-nvfp4",
+            lambda t: _moved(t, f"{KEY}_scale_2", t[f"{KEY}_scale_2"].bfloat16()),
+            CheckpointError,
+            f"{KEY}_scale_2' .*bfloat16",
+        ),
     ],
 )
 def test_what_is_damaged_or_mixed_is_refused_by_name(
@@ -302,8 +369,16 @@ GROUP = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_s
                 "quant_method": "compressed-tensors",
                 "config_groups": {"a": {"weights": {"num_bits": 4, "type": "float", "strategy": "tensor_group"}}},
             },
-            "4-bit float weights with a scale per tensor_group",
+            "group_size None, must be 16",
         ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"a": {"weights": {**GROUP["weights"], "type": "float"}}},
+            },
+            "4-bit float weights with a scale per group",
+        ),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "quant_algo 'NVFP4_AWQ', must be 'NVFP4'"),
     ],
 )
 def test_other_schemes_are_refused_by_name(said: Any, match: str) -> None:
