@@ -12,11 +12,12 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from buddymoe_ray.config import EngineConfig
@@ -27,9 +28,11 @@ from buddymoe_ray.kernels import (
     ExpertMath,
     LowbitFormat,
     TritonExperts,
+    coded_shapes,
     dequantise,
     expert_forward,
     pack_plain,
+    plain_weights,
     record_tensors,
 )
 from buddymoe_ray.kernels.reference import ENTERED
@@ -37,11 +40,20 @@ from buddymoe_ray.models.expert_layout import slot_tensors
 from buddymoe_ray.models.reference import reference_generate
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.synth import Popularity, synth_checkpoint
+from buddymoe_ray.types import CodedMatrix, CodeFormat, SlotTensor
 
 __all__ = ["main"]
 
 PROMPTS = ("def add(a, b):\n", "import os\n", "class Queue:\n    def __init__(self):\n", "The following example shows")
 BUDGETS = ("100%", "50%", "25%")
+CODED = (
+    CodeFormat(codes="fp8", block=(128, 128), scale="float32"),
+    CodeFormat(codes="int8", block=(1, 0), scale="bfloat16"),
+    CodeFormat(codes="int4", block=(1, 32), scale="bfloat16"),
+    CodeFormat(codes="mxfp4", block=(1, 32), scale="e8m0"),
+    CodeFormat(codes="gptq", block=(1, 128), scale="float16", zeros=True),
+    CodeFormat(codes="awq", block=(1, 128), scale="float16", zeros=True),
+)
 
 
 def check_exact(device: str, *, new_tokens: int) -> Iterator[dict[str, Any]]:
@@ -58,35 +70,65 @@ def check_exact(device: str, *, new_tokens: int) -> Iterator[dict[str, Any]]:
 
 
 def check_kernels(device: Device) -> Iterator[dict[str, Any]]:
-    """The kernels of a device apart: random experts in every format against float64, rows alone against rows together,
-    and the reference kernels that decode steps enter."""
+    """The kernels of a device apart: random experts in every format against float64, and rows alone against rows
+    together."""
     D, F, rng = 1024, 384, torch.Generator().manual_seed(0)
     shapes = {"gate_up_proj": (2 * F, D), "down_proj": (D, F)}
     plain = {name: torch.randn(shape, generator=rng).mul(0.05).bfloat16() for name, shape in shapes.items()}
     math = ExpertMath(activate=lambda x: functional.silu(x[..., :F]) * x[..., F:])
     x_TD, expert_TK = torch.randn(4, D, generator=rng), torch.zeros(4, 1, dtype=torch.int64)
-    for fmt in (None, *(LowbitFormat(bits=bits) for bits in (8, 4, 3, 2))):
-        if fmt is None:
-            layout = slot_tensors(shapes, dict.fromkeys(shapes, "bfloat16"))
-            stored, weights = plain, plain
-        else:
-            layout, packed = record_tensors(shapes, fmt)[0], {n: pack_plain(w, fmt) for n, w in plain.items()}
-            stored = {name: part for n, matrix in packed.items() for name, part in matrix.named(n).items()}
-            weights = {name: dequantise(matrix, fmt) for name, matrix in packed.items()}
-        slot = torch.zeros(layout[-1].offset + -(-layout[-1].nbytes // 64) * 64, dtype=torch.uint8)
-        for tensor in layout:
-            slot[tensor.offset :][: tensor.nbytes] = stored[tensor.name].contiguous().view(-1).view(torch.uint8)
-        expected = expert_forward(x_TD.double(), {name: weight.double() for name, weight in weights.items()}, math)
-        layer, at_E = TritonExperts(layout=layout, fmt=fmt, math=math), torch.zeros(1, dtype=torch.int64)
-        held, table, rows, experts = (tensor.to(device.torch) for tensor in (slot, at_E, x_TD, expert_TK))
+    for name, made, slot, weights in _experts(shapes, plain, math, rng):
+        expected = expert_forward(x_TD.double(), {key: weight.double() for key, weight in weights.items()}, math)
+        held, table, rows, experts = (
+            tensor.to(device.torch) for tensor in (slot, torch.zeros(1, dtype=torch.int64), x_TD, expert_TK)
+        )
         together, alone = torch.empty_like(rows), torch.empty_like(rows)
-        layer(rows, held, table, experts, together)
+        made(rows, held, table, experts, together)
         for at in range(len(rows)):
-            layer(rows[at : at + 1], held, table, experts[:1], alone[at : at + 1])
+            made(rows[at : at + 1], held, table, experts[:1], alone[at : at + 1])
         error = float((together.cpu().double() - expected).norm() / expected.norm())
         same = torch.equal(together, alone)
-        name = "bfloat16" if fmt is None else f"{fmt.bits} bit"
         yield {"check": "kernels", "format": name, "error": error, "same_bits": same, "ok": error < 1e-5 and same}
+
+
+def _experts(
+    shapes: dict[str, tuple[int, int]], plain: dict[str, Tensor], math: ExpertMath, rng: torch.Generator
+) -> Iterator[tuple[str, TritonExperts, Tensor, Mapping[str, Tensor]]]:
+    """In every format: its name, the kernels, an expert's slot, and the weights that it means."""
+    layout = slot_tensors(shapes, dict.fromkeys(shapes, "bfloat16"))
+    yield "bfloat16", TritonExperts(layout=layout, fmt=None, math=math), _slot(layout, plain), plain
+    for fmt in (LowbitFormat(bits=bits) for bits in (8, 4, 3, 2)):
+        layout, packed = record_tensors(shapes, fmt)[0], {n: pack_plain(w, fmt) for n, w in plain.items()}
+        stored = {name: part for n, matrix in packed.items() for name, part in matrix.named(n).items()}
+        weights = {name: dequantise(matrix, fmt) for name, matrix in packed.items()}
+        yield f"{fmt.bits} bit", TritonExperts(layout=layout, fmt=fmt, math=math), _slot(layout, stored), weights
+    for coded_format in CODED:
+        parts = {"gate_up_proj": 2, "down_proj": 1}
+        coded = [CodedMatrix(name=n, format=coded_format, parts=parts[n], N=N, K=K) for n, (N, K) in shapes.items()]
+        sized = {f"{m.name}.{part}": found for m in coded for part, found in coded_shapes(m).items()}
+        layout = slot_tensors({n: s for n, (s, _) in sized.items()}, {n: dtype for n, (_, dtype) in sized.items()})
+        stored = {tensor.name: _codes(tensor, rng) for tensor in layout}
+        experts = TritonExperts(layout=layout, fmt=None, math=math, coded=coded)
+        yield str(coded_format), experts, _slot(layout, stored), plain_weights(stored, coded)
+
+
+def _codes(tensor: SlotTensor, rng: torch.Generator) -> Tensor:
+    """Random scales, all of which are about as large, or codes, none of which is no number."""
+    if tensor.name.endswith(".scales"):
+        if tensor.dtype == "uint8":
+            return torch.randint(118, 122, tensor.shape, generator=rng, dtype=torch.uint8)
+        return torch.rand(tensor.shape, generator=rng).add(0.5).div(200).to(getattr(torch, tensor.dtype))
+    made = torch.randint(0, 256, (tensor.nbytes,), generator=rng, dtype=torch.uint8)
+    if tensor.dtype == "float8_e4m3fn":
+        made &= 0xBF
+    return made.view(getattr(torch, tensor.dtype)).view(tensor.shape)
+
+
+def _slot(layout: Sequence[SlotTensor], stored: Mapping[str, Tensor]) -> Tensor:
+    slot = torch.zeros(layout[-1].offset + -(-layout[-1].nbytes // 64) * 64, dtype=torch.uint8)
+    for tensor in layout:
+        slot[tensor.offset :][: tensor.nbytes] = stored[tensor.name].contiguous().view(-1).view(torch.uint8)
+    return slot
 
 
 def check_decode(device: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from buddymoe_ray.device import current
 from buddymoe_ray.kernels.cpu import activation_of
 from buddymoe_ray.kernels.lowbit_format import LowbitFormat, matrix_at
 from buddymoe_ray.kernels.reference import ExpertMath
+from buddymoe_ray.kernels.triton.coded_forms import CodedForm, knows_codes
 from buddymoe_ray.kernels.triton.forms import WEIGHTS, Form, Use, power_of_two
 from buddymoe_ray.types import CodedMatrix, SlotTensor
 
@@ -37,6 +38,7 @@ class TritonExperts:
     Args:
         layout, fmt, math: experts that `covers` says yes to; `fmt` is None for plain weights as stored, `math` for maps
             of low rank (`down`, `up`, `bias`) and mean outputs (`bias`), as `lowrank` has them.
+        coded: matrices that lie in slots quantised as a checkpoint stores them: all of an expert's, or none.
         outputs: of a program, at least; None for what suits the machine.
 
     Rows are multiplied in float32, whatever their dtype and that of the weights. Raises ValueError for records that are
@@ -49,9 +51,11 @@ class TritonExperts:
         layout: Sequence[SlotTensor],
         fmt: LowbitFormat | None,
         math: ExpertMath | None,
+        coded: Sequence[CodedMatrix] = (),
         outputs: int | None = None,
     ) -> None:
         self._layout, self._fmt, self._math = {t.name: t for t in layout}, fmt, math
+        self._coded = {matrix.name: matrix for matrix in coded}
         self._outputs = outputs or (_INTERPRETED if interpreted() else _COMPILED)
         self._forms = cache(self._forms_of)
         self._formula = None if math is None else activation_of(math, self._forms(1, 1)[1].K)
@@ -63,18 +67,18 @@ class TritonExperts:
     def covers(
         layout: Sequence[SlotTensor], fmt: LowbitFormat | None, math: ExpertMath, coded: Sequence[CodedMatrix] = ()
     ) -> bool:
-        """Whether the kernels know such experts: not quantised ones as a checkpoint stores them. Raises ValueError for
-        another version's packing."""
-        if coded:
-            return False
+        """Whether the kernels know such experts. Raises ValueError for another version's packing."""
         stored = {tensor.name: tensor for tensor in layout}
         names = (math.first, "down_proj")
         biases = [stored[f"{name}_bias"].dtype for name in names if math.bias]
-        if fmt is not None:
+        if coded:
+            plain, F = list[str](), next(matrix.K for matrix in coded if matrix.name == "down_proj")
+        elif fmt is not None:
             plain, F = list[str](), matrix_at(layout, "down_proj", fmt).K
         else:
             plain, F = [stored[name].dtype for name in names], stored["down_proj"].shape[0 if math.transposed else 1]
-        return WEIGHTS.keys() >= {*plain, *biases} and activation_of(math, F) is not None
+        known = WEIGHTS.keys() >= {*plain, *biases} and knows_codes(coded)
+        return known and activation_of(math, F) is not None
 
     def __call__(self, x_TD: Tensor, records_B: Tensor | None, at_E: Tensor, expert_TK: Tensor, out_ND: Tensor) -> None:
         """Write `out_ND[n] = expert expert_TK.flat[n] over x_TD[n // K]` where the expert has a record.
@@ -112,6 +116,8 @@ class TritonExperts:
     def _form(self, name: str, use: Use) -> Form:
         bias = self._layout.get("bias" if name == "up" else f"{name}_bias")
         place = (0, "") if bias is None else (bias.offset, bias.dtype)
+        if name in self._coded:
+            return CodedForm.coded(self._layout, self._coded[name], place, use)
         if self._fmt is not None:
             return Form.packed([*self._layout.values()], name, self._fmt, place, use)
         transposed = self._math is not None and self._math.transposed
