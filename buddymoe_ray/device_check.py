@@ -1,17 +1,19 @@
 """`python -m buddymoe_ray.device_check`: is this device right, is the budget held, how fast is it? No Ray, no network.
 
-Runs on whatever device there is (`--device`), in a few minutes: the kernels of one apart against float64, greedy tokens
-at several budgets against transformers' own `generate`, the expert pool against its budget in device memory, and a
-first table of tokens/s for `builtin:tiny` and a synthetic checkpoint made on the spot. Prints JSON lines; exit status 1
-when a check fails.
+Runs on whatever device there is (`--device`), in a few minutes: the kernels of one apart against float64, its memory as
+other workers map it, greedy tokens at several budgets against transformers' own `generate`, the expert pool against its
+budget in device memory, and a first table of tokens/s for `builtin:tiny` and a synthetic checkpoint made on the spot.
+Prints JSON lines; exit status 1 when a check fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from torch.nn import functional
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.device import Device, open_device
+from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.llm import LLM
 from buddymoe_ray.engine.measure import BenchLoad, measure
 from buddymoe_ray.kernels import (
@@ -40,12 +43,14 @@ from buddymoe_ray.models.expert_layout import slot_tensors
 from buddymoe_ray.models.reference import reference_generate
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.synth import Popularity, synth_checkpoint
+from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.types import CodedMatrix, CodeFormat, SlotTensor
 
 __all__ = ["main"]
 
 PROMPTS = ("def add(a, b):\n", "import os\n", "class Queue:\n    def __init__(self):\n", "The following example shows")
 BUDGETS = ("100%", "50%", "25%")
+SHARED_BYTES = 64 << 20
 CODED = (
     CodeFormat(codes="fp8", block=(128, 128), scale="float32"),
     CodeFormat(codes="int8", block=(1, 0), scale="bfloat16"),
@@ -142,6 +147,33 @@ def check_decode(device: str) -> dict[str, Any]:
     return {"check": "decode", "reference_kernels": entered[2] - entered[1], "ok": entered[2] == entered[1]}
 
 
+def check_shared(device: Device, name: str) -> Iterator[dict[str, Any]]:
+    """Memory of a device apart as another worker maps it: its bytes, how fast they are copied, and two engines, the
+    second of which fills its slots from the first one's."""
+    shared, began = device.share(SHARED_BYTES), 0.0
+    shared.tensor.fill_(3)
+    mapped, target = device.map(shared.fd, SHARED_BYTES), torch.empty_like(shared.tensor)
+    for copies in (1, 8):
+        began = time.perf_counter()
+        for _ in range(copies):
+            copied = device.copy(target, mapped)
+        copied.wait()
+    speed = 8 * SHARED_BYTES / (time.perf_counter() - began)
+    os.close(shared.fd)
+    yield {"check": "shared memory", "bytes_per_s": speed, "ok": bool((target == 3).all())}
+    config = EngineConfig(memory="50%", device=name, dtype="float32")
+    sharing, engines = Sharing(workers=2, tag=f"check{os.getpid()}"), list[Engine]()
+    try:
+        for _ in range(2):
+            engines.append(Engine.from_config(config, text=False, sharing=sharing))
+        read = [engine.cache.stats().bytes_requested_disk for engine in engines]
+        hits = engines[1].cache.stats().peer_hits
+    finally:
+        for engine in engines:
+            engine.close()
+    yield {"check": "peers", "bytes_read": read, "peer_hits": hits, "ok": hits > 0 and read[1] == 0}
+
+
 def check_budget(device: str) -> dict[str, Any]:
     """Device memory with 25 % of the experts against with all of them: the difference is the budget's."""
     sizes = {}
@@ -213,6 +245,7 @@ def _all(device: str, args: argparse.Namespace, folder: Path) -> Iterator[dict[s
     if open_device(device).apart:
         yield from check_kernels(open_device(device))
         yield check_decode(device)
+        yield from check_shared(open_device(device), device)
     yield from check_exact(device, new_tokens=args.new_tokens)
     yield check_budget(device)
     yield from check_standins(device, new_tokens=args.new_tokens)

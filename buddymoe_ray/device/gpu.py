@@ -10,7 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from buddymoe_ray.device.interface import Copy
+from buddymoe_ray.device.gpu_memory import map_memory, shared_memory
+from buddymoe_ray.device.interface import Copy, SharedMemory
 from buddymoe_ray.errors import BudgetError
 
 __all__ = ["Gpu", "current", "download", "gpu_count", "upload"]
@@ -85,6 +86,14 @@ class Gpu:
     def free_bytes(self) -> int | None:
         """See Device; what torch's allocator keeps is not free."""
         return int(torch.cuda.mem_get_info(self.torch)[0])
+
+    def share(self, nbytes: int) -> SharedMemory:
+        """See Device."""
+        return shared_memory(self.torch, nbytes)
+
+    def map(self, fd: int, nbytes: int) -> Tensor:
+        """See Device."""
+        return map_memory(self.torch, fd, nbytes)
 
     def pin(self, memory: Tensor) -> None:
         """See Device."""

@@ -30,10 +30,8 @@ def pointer(at, DTYPE: tl.constexpr):
         place = at.to(tl.pointer_type(tl.float16))
     elif DTYPE == "float32":
         place = at.to(tl.pointer_type(tl.float32))
-    elif DTYPE == "int32":
-        place = at.to(tl.pointer_type(tl.int32))
     else:
-        place = at.to(tl.pointer_type(tl.uint8))
+        place = at.to(tl.pointer_type(tl.int32 if DTYPE == "int32" else tl.uint8))
     return place
 
 
