@@ -32,21 +32,23 @@ def upload(host: Tensor, where: torch.device) -> Tensor:
     return (host.pin_memory() if where.type == "cuda" else host).to(where, non_blocking=True)
 
 
-def download(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin to bring to the host what was computed so far; who calls the answer waits for that alone, and not for what
-    is computed since."""
-    if tensor.device.type != "cuda":
-        here = tensor.cpu()
+def download(*tensors: Tensor) -> Callable[[], list[Tensor]]:
+    """Begin to bring to the host what was computed so far, on one device; who calls the answer waits for that alone,
+    and not for what is computed since."""
+    where = tensors[0].device
+    if where.type != "cuda":
+        here = [tensor.cpu() for tensor in tensors]
         return lambda: here
-    stream, arrived = _downloads(tensor.device), torch.cuda.Event()
-    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    stream, arrived = _downloads(where), torch.cuda.Event()
+    stream.wait_stream(torch.cuda.current_stream(where))
     with torch.cuda.stream(stream):
-        here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        here.copy_(tensor, non_blocking=True)
+        here = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+        for tensor, copy in zip(tensors, here, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+            tensor.record_stream(stream)
         arrived.record(stream)
-    tensor.record_stream(stream)
 
-    def wait() -> Tensor:
+    def wait() -> list[Tensor]:
         arrived.synchronize()
         return here
 
