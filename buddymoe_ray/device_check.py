@@ -27,6 +27,7 @@ from buddymoe_ray.device import Device, open_device
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.llm import LLM
 from buddymoe_ray.engine.measure import BenchLoad, measure
+from buddymoe_ray.errors import BuddyMoEError
 from buddymoe_ray.kernels import (
     ExpertMath,
     LowbitFormat,
@@ -50,7 +51,7 @@ __all__ = ["main"]
 
 PROMPTS = ("def add(a, b):\n", "import os\n", "class Queue:\n    def __init__(self):\n", "The following example shows")
 BUDGETS = ("100%", "50%", "25%")
-SHARED_BYTES = 64 << 20
+SHARED_BYTES, MANY = 64 << 20, 1024
 CODED = (
     CodeFormat(codes="fp8", block=(128, 128), scale="float32"),
     CodeFormat(codes="int8", block=(1, 0), scale="bfloat16"),
@@ -75,8 +76,8 @@ def check_exact(device: str, *, new_tokens: int) -> Iterator[dict[str, Any]]:
 
 
 def check_kernels(device: Device) -> Iterator[dict[str, Any]]:
-    """The kernels of a device apart: random experts in every format against float64, and rows alone against rows
-    together."""
+    """The kernels of a device apart: random experts in every format against float64, rows alone against rows together,
+    and how fast they read a GPU's memory."""
     D, F, rng = 1024, 384, torch.Generator().manual_seed(0)
     shapes = {"gate_up_proj": (2 * F, D), "down_proj": (D, F)}
     plain = {name: torch.randn(shape, generator=rng).mul(0.05).bfloat16() for name, shape in shapes.items()}
@@ -93,7 +94,23 @@ def check_kernels(device: Device) -> Iterator[dict[str, Any]]:
             made(rows[at : at + 1], held, table, experts[:1], alone[at : at + 1])
         error = float((together.cpu().double() - expected).norm() / expected.norm())
         same = torch.equal(together, alone)
-        yield {"check": "kernels", "format": name, "error": error, "same_bits": same, "ok": error < 1e-5 and same}
+        found = {"error": error, "same_bits": same, "bytes_per_s": _rate(made, held, rows[:1])}
+        yield {"check": "kernels", "format": name, **found, "ok": error < 1e-5 and same}
+
+
+def _rate(experts: TritonExperts, slot: Tensor, row: Tensor) -> float | None:
+    """Of weights that kernels read in one call, of more experts than a GPU's caches hold; None in the
+    interpreter."""
+    if row.device.type == "cpu":
+        return None
+    slots, table = slot.repeat(MANY), torch.arange(MANY, device=row.device) * slot.numel()
+    named, out = torch.arange(MANY, device=row.device)[None], row.new_empty(MANY, row.shape[1])
+    for passes in (3, 30):  # the first ones compile
+        began = time.perf_counter()
+        for _ in range(passes):
+            experts(row, slots, table, named, out)
+        out.cpu()
+    return 30 * slots.numel() / (time.perf_counter() - began)
 
 
 def _experts(
@@ -148,17 +165,20 @@ def check_decode(device: str) -> dict[str, Any]:
 
 
 def check_shared(device: Device, name: str) -> Iterator[dict[str, Any]]:
-    """Memory of a device apart as another worker maps it: its bytes, how fast they are copied, and two engines, the
-    second of which fills its slots from the first one's."""
-    shared, began = device.share(SHARED_BYTES), 0.0
-    shared.tensor.fill_(3)
-    mapped, target = device.map(shared.fd, SHARED_BYTES), torch.empty_like(shared.tensor)
-    for copies in (1, 8):
-        began = time.perf_counter()
-        for _ in range(copies):
-            copied = device.copy(target, mapped)
-        copied.wait()
-    speed = 8 * SHARED_BYTES / (time.perf_counter() - began)
+    """How fast a device apart copies host memory, and its own as another worker maps it; two engines, the second of
+    which fills its slots from the first one's."""
+    host = torch.full((SHARED_BYTES,), 5, dtype=torch.uint8)
+    device.pin(host)
+    target = torch.empty(SHARED_BYTES, dtype=torch.uint8, device=device.torch)
+    yield {"check": "link", "bytes_per_s": _copied(device, target, host), "ok": bool((target == 5).all())}
+    device.unpin(host)
+    try:
+        shared = device.share(SHARED_BYTES)
+        shared.tensor.fill_(3)
+        speed = _copied(device, target, device.map(shared.fd, SHARED_BYTES))
+    except BuddyMoEError as error:
+        yield {"check": "shared memory", "error": str(error), "ok": False}
+        return
     os.close(shared.fd)
     yield {"check": "shared memory", "bytes_per_s": speed, "ok": bool((target == 3).all())}
     config = EngineConfig(memory="50%", device=name, dtype="float32")
@@ -172,6 +192,16 @@ def check_shared(device: Device, name: str) -> Iterator[dict[str, Any]]:
         for engine in engines:
             engine.close()
     yield {"check": "peers", "bytes_read": read, "peer_hits": hits, "ok": hits > 0 and read[1] == 0}
+
+
+def _copied(device: Device, target: Tensor, source: Tensor) -> float:
+    """Bytes per second."""
+    for copies in (1, 8):
+        began = time.perf_counter()
+        for _ in range(copies):
+            copy = device.copy(target, source)
+        copy.wait()
+    return 8 * target.numel() / (time.perf_counter() - began)
 
 
 def check_budget(device: str) -> dict[str, Any]:
