@@ -212,7 +212,7 @@ class SlotPeers:
                 self._hang_up(self._sockets.pop(at))
             else:
                 self._peers = {**self._peers, at: self._mapped(hello, fds)}
-        except (BuddyMoEError, struct.error) as error:  # it stays unmapped for as long as it is there
+        except (BuddyMoEError, RuntimeError, struct.error) as error:  # it stays unmapped for as long as it is there
             log.warning("a peer's device slots cannot be read: %s", error)
         finally:
             for fd in fds:
