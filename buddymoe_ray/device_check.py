@@ -33,6 +33,7 @@ from buddymoe_ray.kernels import (
     LowbitFormat,
     TritonExperts,
     coded_shapes,
+    decode_attention,
     dequantise,
     expert_forward,
     pack_plain,
@@ -51,7 +52,7 @@ __all__ = ["main"]
 
 PROMPTS = ("def add(a, b):\n", "import os\n", "class Queue:\n    def __init__(self):\n", "The following example shows")
 BUDGETS = ("100%", "50%", "25%")
-SHARED_BYTES, MANY = 64 << 20, 1024
+SHARED_BYTES, MANY, KV_BLOCK = 64 << 20, 1024, 16
 CODED = (
     CodeFormat(codes="fp8", block=(128, 128), scale="float32"),
     CodeFormat(codes="int8", block=(1, 0), scale="bfloat16"),
@@ -151,6 +152,30 @@ def _slot(layout: Sequence[SlotTensor], stored: Mapping[str, Tensor]) -> Tensor:
     for tensor in layout:
         slot[tensor.offset :][: tensor.nbytes] = stored[tensor.name].contiguous().view(-1).view(torch.uint8)
     return slot
+
+
+def check_attention(device: Device) -> dict[str, Any]:
+    """Decode attention of a device apart against float64, and how fast it reads a GPU's KV cache."""
+    (B, Q, H, d), apart = (16, 32, 4, 128), device.torch
+    length = 100 if apart.type == "cpu" else 16384
+    M = -(-length // KV_BLOCK)
+    keys, values = (torch.randn(B * M * KV_BLOCK, H, d, device=apart).bfloat16() for _ in range(2))
+    blocks_BM, lengths_B = torch.arange(B * M, device=apart).view(B, M), torch.full((B,), length, device=apart)
+    rows_BQd, pools, context = (
+        torch.randn(B, Q, d, device=apart).bfloat16(),
+        (keys, values, KV_BLOCK),
+        (blocks_BM, lengths_B),
+    )
+    for passes in (1, 3, 30) if apart.type != "cpu" else (1,):
+        began = time.perf_counter()
+        for _ in range(passes):
+            out = decode_attention(rows_BQd, pools, context, scale=d**-0.5, window=None, sinks_Q=None)
+        out.cpu()
+    rate = None if apart.type == "cpu" else 30 * 2 * B * length * H * d * 2 / (time.perf_counter() - began)
+    k_QLd, v_QLd = (t[:length].double().repeat_interleave(Q // H, dim=1).transpose(0, 1) for t in (keys, values))
+    expected = functional.scaled_dot_product_attention(rows_BQd[0, :, None].double(), k_QLd, v_QLd)[:, 0]
+    error = float((out[0].double() - expected).norm() / expected.norm())
+    return {"check": "attention", "error": error, "bytes_per_s": rate, "ok": error < 0.01}
 
 
 def check_decode(device: str) -> dict[str, Any]:
@@ -274,6 +299,7 @@ def main(argv: list[str] | None = None) -> int:
 def _all(device: str, args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     if open_device(device).apart:
         yield from check_kernels(open_device(device))
+        yield check_attention(open_device(device))
         yield check_decode(device)
         yield from check_shared(open_device(device), device)
     yield from check_exact(device, new_tokens=args.new_tokens)

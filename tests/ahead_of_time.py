@@ -29,9 +29,10 @@ from buddymoe_ray.kernels import (
     TritonExperts,
     coded_shapes,
     combine_on_device,
+    decode_attention,
     record_tensors,
 )
-from buddymoe_ray.kernels.triton import experts
+from buddymoe_ray.kernels.triton import launching
 from buddymoe_ray.kernels.triton.forms import Form, Use
 from buddymoe_ray.kernels.triton.products import packed
 from buddymoe_ray.models.expert_layout import slot_tensors
@@ -92,8 +93,8 @@ def layers() -> Iterator[tuple[str, TritonExperts]]:
 
 
 def figures(compiled: Any) -> dict[str, Any]:
-    """Registers, bytes of stack, widths of the loads of weights, instructions for which the smallest numbers are zeros,
-    barriers inside loops of the PTX and in all."""
+    """Registers, bytes of stack, widths of the loads of weights, copies of 16 bytes to shared memory and the bytes of
+    that, instructions for which the smallest numbers are zeros, barriers inside loops of the PTX and in all."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -108,6 +109,8 @@ def figures(compiled: Any) -> dict[str, Any]:
         "narrow": sum(".128" not in line for line in weights),
         "wide": sum(".128" in line for line in weights),
         "barriers_in_loops": barriers_in_loops(compiled.asm["ptx"]),
+        "copied": len(re.findall(r"LDGSTS\S*\.128", code)),
+        "shared": compiled.metadata.shared,
         "flushed": compiled.asm["ptx"].count(".ftz"),
         "barriers": len(re.findall(r"\bBAR\b", code)),
     }
@@ -128,7 +131,8 @@ def barriers_in_loops(ptx: str) -> int:
 
 def main() -> None:
     compiled: list[Any] = []
-    experts._launch = lambda kernel, grid, *args: compiled.append(kernel.warmup(*args, grid=grid, **experts.OPTIONS))  # type: ignore[assignment]
+    options = launching.OPTIONS
+    launching.launch = lambda kernel, grid, *args: compiled.append(kernel.warmup(*args, grid=grid, **options))
     x_TD, expert_TK = torch.empty(1, D, dtype=torch.bfloat16), torch.zeros(1, K, dtype=torch.int64)
     at_E, out_ND = torch.zeros(E, dtype=torch.int64), torch.empty(K, D, dtype=torch.bfloat16)
     records = torch.empty(0, dtype=torch.uint8)
@@ -142,10 +146,22 @@ def main() -> None:
                 compiled.clear()
         combine_on_device(out_ND[None], torch.empty(1, K))
         say("bfloat16", "combine", capability, compiled.pop())
+        for dtype in (torch.bfloat16, torch.float32) if capability == 90 else (torch.bfloat16,):
+            attention(dtype)
+            for part, kernel in zip(("attend", "join"), compiled, strict=True):
+                say(str(dtype).removeprefix("torch."), part, capability, kernel)
+            compiled.clear()
     fmt = LowbitFormat(bits=4)
     form = Form.packed(record_tensors(SHAPES, fmt)[0], "down_proj", fmt, (0, ""), Use(experts=E, shares=1, outputs=1))
     rows = torch.empty(K, F)
     say("4 bit", "misplaced", 90, misplaced.warmup(rows, records, torch.empty(K, D), form, grid=(1, 1)))
+
+
+def attention(dtype: torch.dtype) -> None:
+    Q, H, d = 32, 4, 128  # Qwen3-30B-A3B's
+    pool = torch.empty(64, H, d, dtype=dtype)
+    context = torch.zeros(1, 8, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+    decode_attention(torch.empty(1, Q, d, dtype=dtype), (pool, pool, 16), context, scale=0.1, window=None, sinks_Q=None)
 
 
 def say(name: str, part: str, capability: int, kernel: Any) -> None:

@@ -14,7 +14,7 @@ import triton.language as tl
 from buddymoe_ray.kernels.triton.coded_products import outputs_along, rows, words_along, words_down
 from buddymoe_ray.kernels.triton.products import packed, plain, pointer, transposed
 
-__all__ = ["activate", "combine", "project"]
+__all__ = ["activate", "combine", "project", "put"]
 
 SILU: tl.constexpr = tl.constexpr(0)  # places in `cpu.FORMULAS`; what is left is the last
 GELU: tl.constexpr = tl.constexpr(1)
@@ -30,7 +30,7 @@ def _place(expert_N, at_E, n, FORM: tl.constexpr):
 
 
 @triton.jit
-def _put(place, value, mask):
+def put(place, value, mask):
     """Store float32 rounded to the nearest of what is there; by hand to bfloat16, which the interpreter truncates."""
     if place.dtype.element_ty == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
@@ -48,7 +48,7 @@ def _finish(y, n, record, out, FORM: tl.constexpr):
     DTYPE: tl.constexpr = FORM.bias_dtype
     if DTYPE != "":
         y += tl.load(pointer(record + FORM.bias, DTYPE) + n, mask=n < N, other=0.0).to(tl.float32)
-    _put(out + n, y, n < N)
+    put(out + n, y, n < N)
 
 
 @triton.jit
@@ -143,4 +143,4 @@ def combine(y, weight, out, D: tl.constexpr, K: tl.constexpr, BD: tl.constexpr):
     for k in tl.static_range(K):
         part = tl.load(y + (t * K + k) * D + d, mask=d < D, other=0.0).to(tl.float32)
         total += tl.load(weight + t * K + k).to(tl.float32) * part
-    _put(out + t * D + d, total, d < D)
+    put(out + t * D + d, total, d < D)
