@@ -1,35 +1,43 @@
 """`python -m buddymoe_ray.device_check`: is this device right, is the budget held, how fast is it? No Ray, no network.
 
-Runs on whatever device there is (`--device`), in a few minutes: the kernels of one apart against float64, greedy tokens
-at several budgets against transformers' own `generate`, the expert pool against its budget in device memory, and a
-first table of tokens/s for `builtin:tiny` and a synthetic checkpoint made on the spot. Prints JSON lines; exit status 1
-when a check fails.
+Runs on whatever device there is (`--device`), in a few minutes: the kernels of one apart against float64, its memory as
+other workers map it, greedy tokens at several budgets against transformers' own `generate`, the expert pool against its
+budget in device memory, and a first table of tokens/s for `builtin:tiny` and a synthetic checkpoint made on the spot.
+Prints JSON lines; exit status 1 when a check fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.device import Device, open_device
+from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.llm import LLM
 from buddymoe_ray.engine.measure import BenchLoad, measure
+from buddymoe_ray.errors import BuddyMoEError
 from buddymoe_ray.kernels import (
     ExpertMath,
     LowbitFormat,
     TritonExperts,
+    coded_shapes,
+    decode_attention,
     dequantise,
     expert_forward,
     pack_plain,
+    plain_weights,
     record_tensors,
 )
 from buddymoe_ray.kernels.reference import ENTERED
@@ -37,11 +45,22 @@ from buddymoe_ray.models.expert_layout import slot_tensors
 from buddymoe_ray.models.reference import reference_generate
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.synth import Popularity, synth_checkpoint
+from buddymoe_ray.residency.sharing import Sharing
+from buddymoe_ray.types import CodedMatrix, CodeFormat, SlotTensor
 
 __all__ = ["main"]
 
 PROMPTS = ("def add(a, b):\n", "import os\n", "class Queue:\n    def __init__(self):\n", "The following example shows")
 BUDGETS = ("100%", "50%", "25%")
+SHARED_BYTES, MANY, KV_BLOCK = 64 << 20, 1024, 16
+CODED = (
+    CodeFormat(codes="fp8", block=(128, 128), scale="float32"),
+    CodeFormat(codes="int8", block=(1, 0), scale="bfloat16"),
+    CodeFormat(codes="int4", block=(1, 32), scale="bfloat16"),
+    CodeFormat(codes="mxfp4", block=(1, 32), scale="e8m0"),
+    CodeFormat(codes="gptq", block=(1, 128), scale="float16", zeros=True),
+    CodeFormat(codes="awq", block=(1, 128), scale="float16", zeros=True),
+)
 
 
 def check_exact(device: str, *, new_tokens: int) -> Iterator[dict[str, Any]]:
@@ -59,34 +78,104 @@ def check_exact(device: str, *, new_tokens: int) -> Iterator[dict[str, Any]]:
 
 def check_kernels(device: Device) -> Iterator[dict[str, Any]]:
     """The kernels of a device apart: random experts in every format against float64, rows alone against rows together,
-    and the reference kernels that decode steps enter."""
+    and how fast they read a GPU's memory."""
     D, F, rng = 1024, 384, torch.Generator().manual_seed(0)
     shapes = {"gate_up_proj": (2 * F, D), "down_proj": (D, F)}
     plain = {name: torch.randn(shape, generator=rng).mul(0.05).bfloat16() for name, shape in shapes.items()}
     math = ExpertMath(activate=lambda x: functional.silu(x[..., :F]) * x[..., F:])
     x_TD, expert_TK = torch.randn(4, D, generator=rng), torch.zeros(4, 1, dtype=torch.int64)
-    for fmt in (None, *(LowbitFormat(bits=bits) for bits in (8, 4, 3, 2))):
-        if fmt is None:
-            layout = slot_tensors(shapes, dict.fromkeys(shapes, "bfloat16"))
-            stored, weights = plain, plain
-        else:
-            layout, packed = record_tensors(shapes, fmt)[0], {n: pack_plain(w, fmt) for n, w in plain.items()}
-            stored = {name: part for n, matrix in packed.items() for name, part in matrix.named(n).items()}
-            weights = {name: dequantise(matrix, fmt) for name, matrix in packed.items()}
-        slot = torch.zeros(layout[-1].offset + -(-layout[-1].nbytes // 64) * 64, dtype=torch.uint8)
-        for tensor in layout:
-            slot[tensor.offset :][: tensor.nbytes] = stored[tensor.name].contiguous().view(-1).view(torch.uint8)
-        expected = expert_forward(x_TD.double(), {name: weight.double() for name, weight in weights.items()}, math)
-        layer, at_E = TritonExperts(layout=layout, fmt=fmt, math=math), torch.zeros(1, dtype=torch.int64)
-        held, table, rows, experts = (tensor.to(device.torch) for tensor in (slot, at_E, x_TD, expert_TK))
+    for name, made, slot, weights in _experts(shapes, plain, math, rng):
+        expected = expert_forward(x_TD.double(), {key: weight.double() for key, weight in weights.items()}, math)
+        held, table, rows, experts = (
+            tensor.to(device.torch) for tensor in (slot, torch.zeros(1, dtype=torch.int64), x_TD, expert_TK)
+        )
         together, alone = torch.empty_like(rows), torch.empty_like(rows)
-        layer(rows, held, table, experts, together)
+        made(rows, held, table, experts, together)
         for at in range(len(rows)):
-            layer(rows[at : at + 1], held, table, experts[:1], alone[at : at + 1])
+            made(rows[at : at + 1], held, table, experts[:1], alone[at : at + 1])
         error = float((together.cpu().double() - expected).norm() / expected.norm())
         same = torch.equal(together, alone)
-        name = "bfloat16" if fmt is None else f"{fmt.bits} bit"
-        yield {"check": "kernels", "format": name, "error": error, "same_bits": same, "ok": error < 1e-5 and same}
+        found = {"error": error, "same_bits": same, "bytes_per_s": _rate(made, held, rows[:1])}
+        yield {"check": "kernels", "format": name, **found, "ok": error < 1e-5 and same}
+
+
+def _rate(experts: TritonExperts, slot: Tensor, row: Tensor) -> float | None:
+    """Of weights that kernels read in one call, of more experts than a GPU's caches hold; None in the
+    interpreter."""
+    if row.device.type == "cpu":
+        return None
+    slots, table = slot.repeat(MANY), torch.arange(MANY, device=row.device) * slot.numel()
+    named, out = torch.arange(MANY, device=row.device)[None], row.new_empty(MANY, row.shape[1])
+    for passes in (3, 30):  # the first ones compile
+        began = time.perf_counter()
+        for _ in range(passes):
+            experts(row, slots, table, named, out)
+        out.cpu()
+    return 30 * slots.numel() / (time.perf_counter() - began)
+
+
+def _experts(
+    shapes: dict[str, tuple[int, int]], plain: dict[str, Tensor], math: ExpertMath, rng: torch.Generator
+) -> Iterator[tuple[str, TritonExperts, Tensor, Mapping[str, Tensor]]]:
+    """In every format: its name, the kernels, an expert's slot, and the weights that it means."""
+    layout = slot_tensors(shapes, dict.fromkeys(shapes, "bfloat16"))
+    yield "bfloat16", TritonExperts(layout=layout, fmt=None, math=math), _slot(layout, plain), plain
+    for fmt in (LowbitFormat(bits=bits) for bits in (8, 4, 3, 2)):
+        layout, packed = record_tensors(shapes, fmt)[0], {n: pack_plain(w, fmt) for n, w in plain.items()}
+        stored = {name: part for n, matrix in packed.items() for name, part in matrix.named(n).items()}
+        weights = {name: dequantise(matrix, fmt) for name, matrix in packed.items()}
+        yield f"{fmt.bits} bit", TritonExperts(layout=layout, fmt=fmt, math=math), _slot(layout, stored), weights
+    for coded_format in CODED:
+        parts = {"gate_up_proj": 2, "down_proj": 1}
+        coded = [CodedMatrix(name=n, format=coded_format, parts=parts[n], N=N, K=K) for n, (N, K) in shapes.items()]
+        sized = {f"{m.name}.{part}": found for m in coded for part, found in coded_shapes(m).items()}
+        layout = slot_tensors({n: s for n, (s, _) in sized.items()}, {n: dtype for n, (_, dtype) in sized.items()})
+        stored = {tensor.name: _codes(tensor, rng) for tensor in layout}
+        experts = TritonExperts(layout=layout, fmt=None, math=math, coded=coded)
+        yield str(coded_format), experts, _slot(layout, stored), plain_weights(stored, coded)
+
+
+def _codes(tensor: SlotTensor, rng: torch.Generator) -> Tensor:
+    """Random scales, all of which are about as large, or codes, none of which is no number."""
+    if tensor.name.endswith(".scales"):
+        if tensor.dtype == "uint8":
+            return torch.randint(118, 122, tensor.shape, generator=rng, dtype=torch.uint8)
+        return torch.rand(tensor.shape, generator=rng).add(0.5).div(200).to(getattr(torch, tensor.dtype))
+    made = torch.randint(0, 256, (tensor.nbytes,), generator=rng, dtype=torch.uint8)
+    if tensor.dtype == "float8_e4m3fn":
+        made &= 0xBF
+    return made.view(getattr(torch, tensor.dtype)).view(tensor.shape)
+
+
+def _slot(layout: Sequence[SlotTensor], stored: Mapping[str, Tensor]) -> Tensor:
+    slot = torch.zeros(layout[-1].offset + -(-layout[-1].nbytes // 64) * 64, dtype=torch.uint8)
+    for tensor in layout:
+        slot[tensor.offset :][: tensor.nbytes] = stored[tensor.name].contiguous().view(-1).view(torch.uint8)
+    return slot
+
+
+def check_attention(device: Device) -> dict[str, Any]:
+    """Decode attention of a device apart against float64, and how fast it reads a GPU's KV cache."""
+    (B, Q, H, d), apart = (16, 32, 4, 128), device.torch
+    length = 100 if apart.type == "cpu" else 16384
+    M = -(-length // KV_BLOCK)
+    keys, values = (torch.randn(B * M * KV_BLOCK, H, d, device=apart).bfloat16() for _ in range(2))
+    blocks_BM, lengths_B = torch.arange(B * M, device=apart).view(B, M), torch.full((B,), length, device=apart)
+    rows_BQd, pools, context = (
+        torch.randn(B, Q, d, device=apart).bfloat16(),
+        (keys, values, KV_BLOCK),
+        (blocks_BM, lengths_B),
+    )
+    for passes in (1, 3, 30) if apart.type != "cpu" else (1,):
+        began = time.perf_counter()
+        for _ in range(passes):
+            out = decode_attention(rows_BQd, pools, context, scale=d**-0.5, window=None, sinks_Q=None)
+        out.cpu()
+    rate = None if apart.type == "cpu" else 30 * 2 * B * length * H * d * 2 / (time.perf_counter() - began)
+    k_QLd, v_QLd = (t[:length].double().repeat_interleave(Q // H, dim=1).transpose(0, 1) for t in (keys, values))
+    expected = functional.scaled_dot_product_attention(rows_BQd[0, :, None].double(), k_QLd, v_QLd)[:, 0]
+    error = float((out[0].double() - expected).norm() / expected.norm())
+    return {"check": "attention", "error": error, "bytes_per_s": rate, "ok": error < 0.01}
 
 
 def check_decode(device: str) -> dict[str, Any]:
@@ -98,6 +187,46 @@ def check_decode(device: str) -> dict[str, Any]:
             llm.generate(list(PROMPTS), max_tokens=new_tokens)
             entered.append(ENTERED.total() - before)
     return {"check": "decode", "reference_kernels": entered[2] - entered[1], "ok": entered[2] == entered[1]}
+
+
+def check_shared(device: Device, name: str) -> Iterator[dict[str, Any]]:
+    """How fast a device apart copies host memory, and its own as another worker maps it; two engines, the second of
+    which fills its slots from the first one's."""
+    host = torch.full((SHARED_BYTES,), 5, dtype=torch.uint8)
+    device.pin(host)
+    target = torch.empty(SHARED_BYTES, dtype=torch.uint8, device=device.torch)
+    yield {"check": "link", "bytes_per_s": _copied(device, target, host), "ok": bool((target == 5).all())}
+    device.unpin(host)
+    try:
+        shared = device.share(SHARED_BYTES)
+        shared.tensor.fill_(3)
+        speed = _copied(device, target, device.map(shared.fd, SHARED_BYTES))
+    except BuddyMoEError as error:
+        yield {"check": "shared memory", "error": str(error), "ok": False}
+        return
+    os.close(shared.fd)
+    yield {"check": "shared memory", "bytes_per_s": speed, "ok": bool((target == 3).all())}
+    config = EngineConfig(memory="50%", device=name, dtype="float32")
+    sharing, engines = Sharing(workers=2, tag=f"check{os.getpid()}"), list[Engine]()
+    try:
+        for _ in range(2):
+            engines.append(Engine.from_config(config, text=False, sharing=sharing))
+        read = [engine.cache.stats().bytes_requested_disk for engine in engines]
+        hits = engines[1].cache.stats().peer_hits
+    finally:
+        for engine in engines:
+            engine.close()
+    yield {"check": "peers", "bytes_read": read, "peer_hits": hits, "ok": hits > 0 and read[1] == 0}
+
+
+def _copied(device: Device, target: Tensor, source: Tensor) -> float:
+    """Bytes per second."""
+    for copies in (1, 8):
+        began = time.perf_counter()
+        for _ in range(copies):
+            copy = device.copy(target, source)
+        copy.wait()
+    return 8 * target.numel() / (time.perf_counter() - began)
 
 
 def check_budget(device: str) -> dict[str, Any]:
@@ -170,7 +299,9 @@ def main(argv: list[str] | None = None) -> int:
 def _all(device: str, args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     if open_device(device).apart:
         yield from check_kernels(open_device(device))
+        yield check_attention(open_device(device))
         yield check_decode(device)
+        yield from check_shared(open_device(device), device)
     yield from check_exact(device, new_tokens=args.new_tokens)
     yield check_budget(device)
     yield from check_standins(device, new_tokens=args.new_tokens)

@@ -23,18 +23,34 @@ from lowbit_records import silu_gate
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from buddymoe_ray.kernels import ExpertMath, LowbitFormat, TritonExperts, combine_on_device, record_tensors
-from buddymoe_ray.kernels.triton import experts
+from buddymoe_ray.kernels import (
+    ExpertMath,
+    LowbitFormat,
+    TritonExperts,
+    coded_shapes,
+    combine_on_device,
+    decode_attention,
+    record_tensors,
+)
+from buddymoe_ray.kernels.triton import launching
 from buddymoe_ray.kernels.triton.forms import Form, Use
 from buddymoe_ray.kernels.triton.products import packed
 from buddymoe_ray.models.expert_layout import slot_tensors
-from buddymoe_ray.types import SlotTensor
+from buddymoe_ray.types import CodedMatrix, CodeFormat
 
 D, F, K, E = 2048, 768, 8, 128  # Qwen3-30B-A3B's
 SHAPES = {"gate_up_proj": (2 * F, D), "down_proj": (D, F)}
 MATH = ExpertMath(activate=silu_gate)
 PLAIN = ("bfloat16", "float32")
-EVERYWHERE = ("4 bit", "bfloat16")
+CODED = [
+    CodeFormat(codes="fp8", block=(128, 128), scale="float32"),
+    CodeFormat(codes="int8", block=(1, 0), scale="bfloat16"),
+    CodeFormat(codes="int4", block=(1, 128), scale="bfloat16", zeros=True),
+    CodeFormat(codes="mxfp4", block=(1, 32), scale="e8m0"),
+    CodeFormat(codes="gptq", block=(1, 128), scale="float16", zeros=True),
+    CodeFormat(codes="awq", block=(1, 128), scale="float16", zeros=True),
+]
+EVERYWHERE = ("4 bit", "bfloat16", "fp8/128x128", "mxfp4")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -56,19 +72,29 @@ def misplaced(x, records, out, FORM: tl.constexpr):
     tl.store(out + tl.arange(0, 16), tl.reshape(y, [16]))
 
 
-def layouts() -> Iterator[tuple[str, tuple[SlotTensor, ...], LowbitFormat | None, ExpertMath]]:
+def layers() -> Iterator[tuple[str, TritonExperts]]:
     for bits in (8, 4, 3, 2):
         fmt = LowbitFormat(bits=bits)
-        yield f"{bits} bit", record_tensors(SHAPES, fmt)[0], fmt, MATH
+        yield f"{bits} bit", TritonExperts(layout=record_tensors(SHAPES, fmt)[0], fmt=fmt, math=MATH)
     for dtype in PLAIN:
-        yield dtype, slot_tensors(SHAPES, dict.fromkeys(SHAPES, dtype)), None, MATH
+        layout = slot_tensors(SHAPES, dict.fromkeys(SHAPES, dtype))
+        yield dtype, TritonExperts(layout=layout, fmt=None, math=MATH)
     turned = {name: shape[::-1] for name, shape in SHAPES.items()}
     layout = slot_tensors(turned, dict.fromkeys(turned, "bfloat16"))
-    yield "transposed", layout, None, replace(MATH, transposed=True)
+    yield "transposed", TritonExperts(layout=layout, fmt=None, math=replace(MATH, transposed=True))
+    for fmt in CODED:
+        coded = [
+            CodedMatrix(name=name, format=fmt, parts=parts, N=SHAPES[name][0], K=SHAPES[name][1])
+            for name, parts in (("gate_up_proj", 2), ("down_proj", 1))
+        ]
+        sized = {f"{m.name}.{part}": found for m in coded for part, found in coded_shapes(m).items()}
+        layout = slot_tensors({n: s for n, (s, _) in sized.items()}, {n: dtype for n, (_, dtype) in sized.items()})
+        yield str(fmt), TritonExperts(layout=layout, fmt=None, math=MATH, coded=coded)
 
 
 def figures(compiled: Any) -> dict[str, Any]:
-    """Registers, bytes of stack, widths of the loads of weights, barriers inside loops of the PTX and in all."""
+    """Registers, bytes of stack, widths of the loads of weights, copies of 16 bytes to shared memory and the bytes of
+    that, instructions for which the smallest numbers are zeros, barriers inside loops of the PTX and in all."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -83,6 +109,9 @@ def figures(compiled: Any) -> dict[str, Any]:
         "narrow": sum(".128" not in line for line in weights),
         "wide": sum(".128" in line for line in weights),
         "barriers_in_loops": barriers_in_loops(compiled.asm["ptx"]),
+        "copied": len(re.findall(r"LDGSTS\S*\.128", code)),
+        "shared": compiled.metadata.shared,
+        "flushed": compiled.asm["ptx"].count(".ftz"),
         "barriers": len(re.findall(r"\bBAR\b", code)),
     }
 
@@ -102,24 +131,37 @@ def barriers_in_loops(ptx: str) -> int:
 
 def main() -> None:
     compiled: list[Any] = []
-    experts._launch = lambda kernel, grid, *args: compiled.append(kernel.warmup(*args, grid=grid, **experts.OPTIONS))  # type: ignore[assignment]
+    options = launching.OPTIONS
+    launching.launch = lambda kernel, grid, *args: compiled.append(kernel.warmup(*args, grid=grid, **options))
     x_TD, expert_TK = torch.empty(1, D, dtype=torch.bfloat16), torch.zeros(1, K, dtype=torch.int64)
     at_E, out_ND = torch.zeros(E, dtype=torch.int64), torch.empty(K, D, dtype=torch.bfloat16)
+    records = torch.empty(0, dtype=torch.uint8)
     for capability in (80, 90, 100, 120):
         driver.set_active(NoGpu(capability))  # type: ignore[arg-type]
-        for name, layout, fmt, math in layouts():
+        for name, layer in layers():
             if capability == 90 or name in EVERYWHERE:
-                records = torch.empty(0, dtype=torch.uint8) if fmt else None
-                TritonExperts(layout=layout, fmt=fmt, math=math)(x_TD, records, at_E, expert_TK, out_ND)
+                layer(x_TD, records if name.endswith("bit") else None, at_E, expert_TK, out_ND)
                 for part, kernel in zip(("first", "activate", "down"), compiled, strict=True):
                     say(name, part, capability, kernel)
                 compiled.clear()
         combine_on_device(out_ND[None], torch.empty(1, K))
         say("bfloat16", "combine", capability, compiled.pop())
+        for dtype in (torch.bfloat16, torch.float32) if capability == 90 else (torch.bfloat16,):
+            attention(dtype)
+            for part, kernel in zip(("attend", "join"), compiled, strict=True):
+                say(str(dtype).removeprefix("torch."), part, capability, kernel)
+            compiled.clear()
     fmt = LowbitFormat(bits=4)
     form = Form.packed(record_tensors(SHAPES, fmt)[0], "down_proj", fmt, (0, ""), Use(experts=E, shares=1, outputs=1))
-    rows, records = torch.empty(K, F), torch.empty(0, dtype=torch.uint8)
+    rows = torch.empty(K, F)
     say("4 bit", "misplaced", 90, misplaced.warmup(rows, records, torch.empty(K, D), form, grid=(1, 1)))
+
+
+def attention(dtype: torch.dtype) -> None:
+    Q, H, d = 32, 4, 128  # Qwen3-30B-A3B's
+    pool = torch.empty(64, H, d, dtype=dtype)
+    context = torch.zeros(1, 8, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+    decode_attention(torch.empty(1, Q, d, dtype=dtype), (pool, pool, 16), context, scale=0.1, window=None, sinks_Q=None)
 
 
 def say(name: str, part: str, capability: int, kernel: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from cards_table import cards_table
 from families_table import families_table
 
 from buddymoe_ray.config import EngineConfig, option_notes
@@ -319,7 +320,8 @@ def figures_page(text: str) -> str:
 
 def options_page(text: str) -> str:
     """`deployments/README.md` with its tables made anew."""
-    return _filled(text, {"config": config_table(), "service": service_table(), "families": families_table()})
+    tables = {"config": config_table(), "service": service_table(), "cards": cards_table()}
+    return _filled(text, tables | {"families": families_table()})
 
 
 def _filled(text: str, tables: dict[str, str]) -> str:

@@ -4,6 +4,7 @@ from buddymoe_ray.cache.disk import READ_ON_THE_SPOT, DiskReader, largest_read
 from buddymoe_ray.cache.expert_cache import ExpertCache
 from buddymoe_ray.cache.interface import EngineCache, Experts
 from buddymoe_ray.cache.pool import CacheStats, Glance, Lease, slot_views
+from buddymoe_ray.cache.slot_peers import SlotPeers
 from buddymoe_ray.cache.standin_pool import StandinPool
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Experts",
     "Glance",
     "Lease",
+    "SlotPeers",
     "StandinPool",
     "largest_read",
     "slot_views",

@@ -1,8 +1,7 @@
 """The expert cache: brings experts into device slots and lends them out, in waves when there are more than slots.
 
-`stream` is the only way in. It starts reading what is missing, lends what is resident while the disk works, then lends
-the rest as it arrives. All bookkeeping happens on the caller's thread; reader threads only write bytes. Does not know
-models, routing or policy: the slot plan is handed in.
+`stream` is the only way in. It starts reading what is missing, lends what is resident meanwhile, then the rest as it
+arrives. All bookkeeping is the caller's thread's; reader threads only write bytes. Does not know models nor policy.
 
 Invariants: device bytes never exceed the plan; a slot that is lent or being filled is never claimed; after a failed
 load the cache is consistent and usable.
@@ -26,6 +25,7 @@ from buddymoe_ray.cache.disk import DiskReader, Ticket
 from buddymoe_ray.cache.host import Host, HostTier, ReadLost
 from buddymoe_ray.cache.host_copies import HostCopies
 from buddymoe_ray.cache.pool import CacheStats, Glance, Lease, SlotPool
+from buddymoe_ray.cache.slot_peers import SlotPeers
 from buddymoe_ray.device import Copy, Device, open_device
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
@@ -58,6 +58,7 @@ class ExpertCache:
         device: where the slots are; None is the CPU. One apart always goes through host slots (at least 4).
         host_slots: experts a host tier of this cache's own keeps; 0 is none.
         host: a host tier shared with others, closed with the cache, instead.
+        peers: memory for the slots, of a device apart, and others' slots to read from; closed with the cache.
     """
 
     def __init__(
@@ -69,17 +70,17 @@ class ExpertCache:
         device: Device | None = None,
         host_slots: int = 0,
         host: Host | None = None,
+        peers: SlotPeers | None = None,
     ) -> None:
         assert plan.slot_bytes == layout.slot_bytes, f"plan {plan.slot_bytes}, layout {layout.slot_bytes} bytes a slot"
         self.layout, self.plan = layout, plan
         self._device = device or open_device("cpu")
         apart = self._device.apart
-        # more host slots than experts would only be pinned and never filled
-        host_slots = min(host_slots, sum(layout.experts_per_layer))
+        host_slots = min(host_slots, sum(layout.experts_per_layer))  # more would be pinned and never filled
         host_slots = max(host_slots, _STAGING_SLOTS) if apart else host_slots
         self._reader = reader
-        self._pool = SlotPool(layout, plan.slots_total, self._device.torch, lent=any(plan.lent_slots))
-        self.host = host
+        self._pool = SlotPool(layout, plan.slots_total, self._device.torch, lent=any(plan.lent_slots), shared=peers)
+        self.host, self._peers = host, peers
         if host is None and host_slots:
             self.host = HostTier(layout, slots=host_slots, reader=reader, device=self._device)
         self._copies = HostCopies(self.host, self._pool, self._device) if self.host is not None else None
@@ -240,6 +241,7 @@ class ExpertCache:
             bytes_read_disk=self._reader.bytes_read,
             bytes_requested_disk=self._reader.bytes_requested,
             host_hits=self.host.hits if self.host else 0,
+            peer_hits=self._peers.hits if self._peers else 0,
             stall_seconds=self.stall_seconds,
             evictions=self._directory.evictions,
         )
@@ -263,6 +265,8 @@ class ExpertCache:
             if self.host is not None and self._copies is not None:
                 self._copies.settle()
                 self.host.close()
+            if self._peers is not None:
+                self._peers.close()
 
     def __enter__(self) -> ExpertCache:
         return self
@@ -318,6 +322,8 @@ class ExpertCache:
                 assert self._bytes is not None, "a device without host tier must be the CPU"
                 return _DeviceLoad(key, slot, self._reader.submit(self.layout.pieces[key], self._bytes[slot]))
             self._copies.release()
+            if self._peers and (read := self._peers.read(key, self._pool.bytes_C[slot])) is not None:
+                return _DeviceLoad(key, slot, read)
             fetched = self.host.fetch(key)
         except BaseException as error:
             self._directory.abandon(slot)
@@ -355,14 +361,15 @@ class ExpertCache:
             if load.copy is not None:
                 load.copy.wait()
             self._directory.abandon(load.slot)
-            if self.host is not None:
+            if self.host is not None and load.host_slot is not None:
                 self.host.release(load.key, failed=True)
             raise
         finally:
             loads.remove(load)
-        if self._copies is not None:
-            assert load.host_slot is not None, f"{load.key} passed through the host without a slot"
-            self._copies.admit(load.key, load.copy or self._copies.begin(load.slot, load.host_slot))
+        if self._copies is not None and load.host_slot is not None:
+            self._copies.admit(load.key, load.slot, load.copy or self._copies.begin(load.slot, load.host_slot))
+        else:
+            self._pool.publish(load.key, load.slot, self._pool.generation[load.slot])
         self._loaded += self.layout.expert_bytes
         self._directory.commit(load.key, load.slot)
         self._leases[load.slot] = Lease(load.key, load.slot, self._pool.generation[load.slot], self._pool)

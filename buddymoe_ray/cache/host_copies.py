@@ -21,24 +21,25 @@ class HostCopies:
 
     def __init__(self, host: Host, pool: SlotPool, device: Device) -> None:
         self._host, self._pool, self._device = host, pool, device
-        self._admitted = deque[tuple[ExpertKey, Copy]]()
+        self._admitted = deque[tuple[ExpertKey, int, int, Copy]]()  # with slot and generation
 
     def begin(self, slot: int, host_slot: int) -> Copy:
         """Copy a host slot that has its bytes, once what was computed so far has read the device slot."""
         return self._device.copy(self._pool.bytes_C[slot], self._host.pool.bytes_C[host_slot])
 
-    def admit(self, key: ExpertKey, copy: Copy) -> None:
-        """What is computed from now on may read the expert."""
+    def admit(self, key: ExpertKey, slot: int, copy: Copy) -> None:
+        """What is computed from now on may read the expert in its slot."""
         self._device.admit(copy)
-        self._admitted.append((key, copy))
+        self._admitted.append((key, slot, self._pool.generation[slot], copy))
         self.release()
 
     def release(self, *, wait: bool = False) -> bool:
         """Give back the host slots whose copies are done, with `wait` of the oldest at least; whether one was."""
         released = False
-        while self._admitted and ((wait and not released) or self._admitted[0][1].done()):
-            key, copy = self._admitted.popleft()
+        while self._admitted and ((wait and not released) or self._admitted[0][-1].done()):
+            key, slot, generation, copy = self._admitted.popleft()
             copy.wait()
+            self._pool.publish(key, slot, generation)
             self._host.release(key)
             released = True
         return released

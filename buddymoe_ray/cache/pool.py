@@ -23,7 +23,7 @@ from buddymoe_ray.types import ExpertKey, ExpertLayout
 
 Ints = npt.NDArray[np.int64]
 
-__all__ = ["CacheStats", "Glance", "Lease", "SlotPool", "SlotMemory", "slot_views"]
+__all__ = ["CacheStats", "Glance", "Lease", "SharedSlots", "SlotPool", "SlotMemory", "slot_views"]
 
 
 class SlotMemory(Protocol):
@@ -40,16 +40,35 @@ class SlotMemory(Protocol):
         """Where the slot's bytes begin in this process."""
 
 
+class SharedSlots(Protocol):
+    """Memory of slots that other processes read: `slot_peers.SlotPeers`."""
+
+    @property
+    def memory(self) -> Tensor: ...
+    def publish(self, slot: int, key: ExpertKey) -> None: ...
+    def withdraw(self, slot: int) -> None: ...
+
+
 class SlotPool:
     """`count` slots on `device`, laid out as `layout` says. On a CPU their memory is pages of its own, which take no
     room before they are written, nor once they are `release`d: those that may be are small, for of a huge page what is
-    given back may stay."""
+    given back may stay. `shared`: their memory is that instead."""
 
-    def __init__(self, layout: ExpertLayout, count: int, device: torch.device, *, lent: bool = False) -> None:
+    def __init__(
+        self,
+        layout: ExpertLayout,
+        count: int,
+        device: torch.device,
+        *,
+        lent: bool = False,
+        shared: SharedSlots | None = None,
+    ) -> None:
         assert layout.slot_bytes % 64 == 0, f"slot_bytes is {layout.slot_bytes}, must be a multiple of 64"
-        self.count, self.device = count, device
+        self.count, self.device, self._shared = count, device, shared
         self._pages: mmap.mmap | None = None
-        if device.type == "cpu" and count:
+        if shared is not None:
+            memory = shared.memory
+        elif device.type == "cpu" and count:
             self._pages = mmap.mmap(-1, count * layout.slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with suppress(OSError):  # kernels without huge pages
                 self._pages.madvise(mmap.MADV_NOHUGEPAGE if lent else mmap.MADV_HUGEPAGE)
@@ -83,8 +102,15 @@ class SlotPool:
         if begin < stop:
             self._pages.madvise(mmap.MADV_DONTNEED, begin, stop - begin)
 
+    def publish(self, key: ExpertKey, slot: int, generation: int) -> None:
+        """The expert's bytes are in the slot, on the device: others may read them, if that was not long ago."""
+        if self._shared is not None and self.generation[slot] == generation:
+            self._shared.publish(slot, key)
+
     def renew(self, slot: int) -> int:
         """Void every lease of the slot; returns the new generation."""
+        if self._shared is not None:
+            self._shared.withdraw(slot)
         self.generation[slot] += 1
         return self.generation[slot]
 
@@ -100,6 +126,7 @@ class CacheStats:
     bytes_read_disk: int
     bytes_requested_disk: int
     host_hits: int
+    peer_hits: int
     stall_seconds: float
     evictions: int
 

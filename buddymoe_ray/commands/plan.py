@@ -30,6 +30,7 @@ __all__ = ["add_arguments", "measured_speed", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `plan`."""
     add_engine_arguments(parser)
+    parser.add_argument("--gpus", metavar="GPUS", help="plan for GPUs that need not be here, like 24GiB or 2x24GiB")
     add_json_argument(parser)
 
 
@@ -40,10 +41,14 @@ def run(args: argparse.Namespace) -> int:
 
     config = engine_config(args)
     folder = resolve_model(args.model, progress=not args.json)
-    from buddymoe_ray.residency.devices import list_gpus  # late: what comes now imports torch
+    from buddymoe_ray.residency.devices import list_gpus, supposed_gpus  # late: what comes now imports torch
     from buddymoe_ray.residency.plan import make_plan, planned_shape
 
-    gpus, shape = list_gpus(), planned_shape(config, folder)
+    if args.gpus is not None:
+        config, gpus = _on_gpus(config), supposed_gpus(args.gpus)
+    else:
+        gpus = list_gpus()
+    shape = planned_shape(config, folder)
     planned = partial(make_plan, folder=folder, gpus=gpus, shape=shape)
     plan = planned(config)  # what cannot be is told before anything is measured
     if plan.devices[0].device == "cpu" and plan.has_weights:
@@ -55,6 +60,14 @@ def run(args: argparse.Namespace) -> int:
         has_profile = config.profile or default_profile_path(folder)
         _print(plan, [planned(replace(config, mode=mode)) for mode in get_args(Mode)] if has_profile else [plan])
     return 0
+
+
+def _on_gpus(config: EngineConfig) -> EngineConfig:
+    from buddymoe_ray.errors import ConfigError
+
+    if not config.device.startswith(("auto", "cuda")):
+        raise ConfigError(f"device is {config.device!r}, must be auto or cuda beside --gpus. hint: leave it out")
+    return replace(config, device="cuda" if config.device == "auto" else config.device)
 
 
 def measured_speed(config: EngineConfig, folder: Path, shape: ModelShape) -> MachineSpeed:

@@ -10,10 +10,10 @@ import torch
 
 from buddymoe_ray.device.gpu import Gpu, current, download, gpu_count, upload
 from buddymoe_ray.device.host import Host
-from buddymoe_ray.device.interface import Copy, Device
+from buddymoe_ray.device.interface import Copy, Device, SharedMemory
 from buddymoe_ray.errors import ConfigError
 
-__all__ = ["Copy", "Device", "current", "download", "open_device", "upload"]
+__all__ = ["Copy", "Device", "SharedMemory", "current", "download", "open_device", "upload"]
 
 
 def open_device(name: str) -> Device:

@@ -10,7 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from buddymoe_ray.device.interface import Copy
+from buddymoe_ray.device.gpu_memory import map_memory, shared_memory
+from buddymoe_ray.device.interface import Copy, SharedMemory
 from buddymoe_ray.errors import BudgetError
 
 __all__ = ["Gpu", "current", "download", "gpu_count", "upload"]
@@ -31,21 +32,23 @@ def upload(host: Tensor, where: torch.device) -> Tensor:
     return (host.pin_memory() if where.type == "cuda" else host).to(where, non_blocking=True)
 
 
-def download(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin to bring to the host what was computed so far; who calls the answer waits for that alone, and not for what
-    is computed since."""
-    if tensor.device.type != "cuda":
-        here = tensor.cpu()
+def download(*tensors: Tensor) -> Callable[[], list[Tensor]]:
+    """Begin to bring to the host what was computed so far, on one device; who calls the answer waits for that alone,
+    and not for what is computed since."""
+    where = tensors[0].device
+    if where.type != "cuda":
+        here = [tensor.cpu() for tensor in tensors]
         return lambda: here
-    stream, arrived = _downloads(tensor.device), torch.cuda.Event()
-    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    stream, arrived = _downloads(where), torch.cuda.Event()
+    stream.wait_stream(torch.cuda.current_stream(where))
     with torch.cuda.stream(stream):
-        here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        here.copy_(tensor, non_blocking=True)
+        here = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+        for tensor, copy in zip(tensors, here, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+            tensor.record_stream(stream)
         arrived.record(stream)
-    tensor.record_stream(stream)
 
-    def wait() -> Tensor:
+    def wait() -> list[Tensor]:
         arrived.synchronize()
         return here
 
@@ -85,6 +88,14 @@ class Gpu:
     def free_bytes(self) -> int | None:
         """See Device; what torch's allocator keeps is not free."""
         return int(torch.cuda.mem_get_info(self.torch)[0])
+
+    def share(self, nbytes: int) -> SharedMemory:
+        """See Device."""
+        return shared_memory(self.torch, nbytes)
+
+    def map(self, fd: int, nbytes: int) -> Tensor:
+        """See Device."""
+        return map_memory(self.torch, fd, nbytes)
 
     def pin(self, memory: Tensor) -> None:
         """See Device."""

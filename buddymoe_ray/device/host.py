@@ -6,6 +6,9 @@ source back before `done`, reads wrong bytes here too.
 
 from __future__ import annotations
 
+import fcntl
+import mmap
+import os
 import platform
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,9 +17,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from buddymoe_ray.device.interface import Copy
+from buddymoe_ray.device.interface import Copy, SharedMemory
+from buddymoe_ray.errors import BudgetError, CacheError
 
 __all__ = ["Host"]
+
+_FIXED_SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class _Copied:
@@ -42,6 +48,31 @@ class Host:
     def free_bytes(self) -> int | None:
         """See Device."""
         return None
+
+    def share(self, nbytes: int) -> SharedMemory:
+        """See Device; a file without a name, of fixed size."""
+        fd = os.memfd_create("buddymoe", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.posix_fallocate(fd, 0, nbytes)  # now, and not when it is written
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FIXED_SIZE)
+            memory = mmap.mmap(fd, nbytes)
+        except OSError as error:
+            os.close(fd)
+            raise BudgetError(
+                f"{nbytes} bytes of shared memory cannot be had ({error.strerror}). hint: lower --memory"
+            ) from error
+        return SharedMemory(tensor=torch.frombuffer(memory, dtype=torch.uint8), fd=fd)
+
+    def map(self, fd: int, nbytes: int) -> Tensor:
+        """See Device."""
+        try:
+            fixed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _FIXED_SIZE == _FIXED_SIZE and os.fstat(fd).st_size == nbytes
+            memory = mmap.mmap(fd, nbytes, flags=mmap.MAP_PRIVATE) if fixed else None  # what is written here stays here
+        except OSError as error:
+            raise CacheError(f"memory cannot be mapped ({error.strerror}). hint: restart the workers") from error
+        if memory is None:
+            raise CacheError(f"memory is no {nbytes} bytes of fixed size. hint: restart the workers")
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
     def pin(self, memory: Tensor) -> None:
         """See Device; every page will do."""

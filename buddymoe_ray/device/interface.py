@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Copy", "Device"]
+__all__ = ["Copy", "Device", "SharedMemory"]
 
 
 class Copy(Protocol):
@@ -18,6 +19,15 @@ class Copy(Protocol):
 
     def wait(self) -> None:
         """Until then. Raises what went wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedMemory:
+    """uint8 `tensor` of a device's memory, and the file descriptor by which other processes map it: its holder's, who
+    closes it. The memory is there for as long as a tensor on it, the descriptor or a mapping is."""
+
+    tensor: Tensor
+    fd: int
 
 
 class Device(Protocol):
@@ -32,6 +42,13 @@ class Device(Protocol):
     def name(self) -> str: ...
     def free_bytes(self) -> int | None:
         """Of its own memory; None where that is the host's."""
+
+    def share(self, nbytes: int) -> SharedMemory:
+        """Memory that other processes can map, not yet written. Raises BudgetError or CacheError where none is had."""
+
+    def map(self, fd: int, nbytes: int) -> Tensor:
+        """uint8, of memory that another process shares, to be read; unmapped with the last tensor on it. Raises
+        CacheError for what is no such memory of that size."""
 
     def pin(self, memory: Tensor) -> None:
         """Have the device read host memory without the host's help. Raises BudgetError where that is refused."""

@@ -1,8 +1,9 @@
 """Attention over the paged KV cache, registered with transformers under the name `buddymoe_paged`.
 
 All rows of a pass lie in one packed sequence `[1, heads, T, d]`; `PackedPass` says which rows belong to whom. On a CPU
-one call of `kernels.PagedLayer` computes them all where keys and values are. Elsewhere it is torch: decode rows of all
-sequences share one padded attention call, every prefill chunk has its own. Does not know the scheduler.
+one call of `kernels.PagedLayer` computes them all where keys and values are; on a device apart `decode_attention` those
+of decode. Else it is torch: decode rows of all sequences share one padded attention call, every prefill chunk has its
+own. Does not know the scheduler.
 
 Legend: T rows, B sequences, Q query heads, H key-value heads, G = Q / H, d head size, L context length.
 """
@@ -23,7 +24,7 @@ from torch.nn import functional
 from buddymoe_ray.device import upload
 from buddymoe_ray.engine.kv import KVPool, KVShape, contiguous_start
 from buddymoe_ray.errors import CheckpointError, UnsupportedModel
-from buddymoe_ray.kernels import PagedLayer
+from buddymoe_ray.kernels import PagedLayer, decode_attention
 
 __all__ = ["NAME", "ChunkRows", "PagedAttention", "PackedPass", "attach", "register"]
 
@@ -97,6 +98,15 @@ class PackedPass:
         return upload(torch.tensor([chunk.end for chunk in self.chunks]), self._device)
 
     @cached_property
+    def blocks_BM(self) -> Tensor:
+        """Of a decode pass, the block tables one below the other; of so many columns that kernels are made once."""
+        most = max(len(chunk.blocks) for chunk in self.chunks)
+        blocks_BM = torch.zeros(len(self.chunks), -(-most // 16) * 16, dtype=torch.int64)
+        for row, chunk in enumerate(self.chunks):
+            blocks_BM[row, : len(chunk.blocks)] = torch.tensor(chunk.blocks)
+        return upload(blocks_BM, self._device)
+
+    @cached_property
     def padded_BL(self) -> Tensor | None:
         """The positions that the rows of a decode pass read, None where there are not several rows."""
         if not self.decode or len(self.chunks) == 1:
@@ -136,13 +146,14 @@ class PagedAttention:
         self.current: PackedPass | None = None
         self.shapes: dict[int, KVShape] = {}
         self._threads: int | None = None
+        self._apart = False
         self._layers: dict[int, PagedLayer] = {}
 
-    def open(self, pool: KVPool, *, threads: int = 1) -> None:
-        """From now on keys and values are in `pool`. On a CPU the kernels read them, with `threads`; they are made
-        here and not in the first step."""
-        self.pool, self._layers = pool, {}
-        if all(PagedLayer.covers(keys.dtype, keys.device) for keys in pool.keys_NHd.values()):
+    def open(self, pool: KVPool, *, threads: int = 1, apart: bool = False) -> None:
+        """From now on keys and values are in `pool`, of a device `apart` or not. On a CPU the kernels read them, with
+        `threads`; they are made here and not in the first step."""
+        self.pool, self._layers, self._apart = pool, {}, apart
+        if not apart and all(PagedLayer.covers(keys.dtype, keys.device) for keys in pool.keys_NHd.values()):
             self._threads = threads
             for dtype in {keys.dtype for keys in pool.keys_NHd.values()}:
                 PagedLayer.prepare(dtype)
@@ -191,6 +202,9 @@ class PagedAttention:
             attend = self._layers.get(layer) or self._layer(layer, len(q_QTd), scale, window, sinks)
             return attend((q_QTd, k_HTd, v_HTd), current.spans_S4, current.blocks, current.longest)
         self.pool.write(layer, k_HTd.transpose(0, 1), v_HTd.transpose(0, 1), self.current.slots_T)
+        if self._apart and self.current.decode:
+            rows, context = q_QTd.transpose(0, 1), (self.current.blocks_BM, self.current.lengths_B)
+            return decode_attention(rows, self.pool.of(layer), context, scale=scale, window=window, sinks_Q=sinks)
         if self.current.padded_BL is not None:
             return self._decode(layer, q_QTd, scale, window, sinks)
         return self._chunks(layer, q_QTd, scale, window, sinks)

@@ -184,7 +184,7 @@ class _KVSize:
         pool = KVPool(  # with one block more, for a token of the engine's own
             shapes, blocks=blocks + 1, block_size=BLOCK_SIZE, dtype=loaded.compute_dtype, device=loaded.device
         )
-        paged.open(pool, threads=config.threads)
+        paged.open(pool, threads=config.threads, apart=experts.device.apart)
         one_call.attach(loaded, experts.blocks, paged, step)
         compute = choose_forward(loaded, paged, step)
         parts = None

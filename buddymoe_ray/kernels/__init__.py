@@ -28,7 +28,9 @@ from buddymoe_ray.kernels.rounding_cpu import pack_plain
 from buddymoe_ray.kernels.router import CpuRouter
 from buddymoe_ray.kernels.slot_words import unchanged
 from buddymoe_ray.kernels.stored import widens
-from buddymoe_ray.kernels.triton.experts import TritonExperts, combine_on_device, interpreted
+from buddymoe_ray.kernels.triton.attention import decode_attention
+from buddymoe_ray.kernels.triton.experts import TritonExperts, combine_on_device
+from buddymoe_ray.kernels.triton.launching import interpreted
 from buddymoe_ray.kernels.upcast import UpcastScratch
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "combine",
     "combine_on_device",
     "combine_kernel",
+    "decode_attention",
     "decoded",
     "decodes",
     "dequantise",

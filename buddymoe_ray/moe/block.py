@@ -96,7 +96,7 @@ class MoEBlock:
         if step.suspend is not None:
             return step.suspend(self, hidden_TD, ids, weight_TK)
         if step.phase is not _DECODE:
-            return self.exact(hidden_TD, ids_TK, weight_TK)
+            return self._exact(hidden_TD, ids, weight_TK)
         y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
         self._look_ahead(hidden_TD, guess_TK)
         if not glanced and self._all_resident(hidden_TD, ids_TK, ids, y_ND):
@@ -124,8 +124,11 @@ class MoEBlock:
 
     def exact(self, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """The layer's output for some rows by the experts themselves, evicting nothing that is resident."""
-        y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
-        accesses = Accesses(ids_TK.cpu().numpy(), hidden_TD.device)
+        return self._exact(hidden_TD, ids_TK.cpu().numpy(), weight_TK)
+
+    def _exact(self, hidden_TD: Tensor, ids_TK: Ints, weight_TK: Tensor) -> Tensor:
+        y_ND = hidden_TD.new_empty(ids_TK.size, hidden_TD.shape[1])
+        accesses = Accesses(ids_TK, hidden_TD.device)
         self.run(hidden_TD, accesses, accesses.experts, y_ND)
         return self.combined(y_ND, weight_TK)
 
@@ -156,10 +159,10 @@ class MoEBlock:
         asked = [ids_TK]
         if standins is not None and standins.may_answer(self.layer, step):  # or their policy would wait for what runs
             asked += [weight_TK.float(), *([step.scores[self.layer]] if self.layer in step.scores else [])]
-        coming = [] if self._compute.complete else [download(tensor) for tensor in asked]
+        coming = None if self._compute.complete else download(*asked)
         y_ND = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
         self._compute.resident(hidden_TD, ids_TK, glance.at_E, y_ND)
-        told = [wait() for wait in coming]
+        told = [] if coming is None else coming()
         ids = told[0].numpy() if told else None
         if ids is None or ((glance.at_E[ids] >= 0).all() and self._settled(glance, ids)):
             step.outcome.count_hits(ids_TK.shape[1])

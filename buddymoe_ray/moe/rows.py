@@ -35,6 +35,11 @@ class Accesses:
         return experts
 
     @cached_property
+    def named_TK(self) -> Tensor:
+        """`expert_TK` on the device."""
+        return upload(torch.from_numpy(self.expert_TK), self._device)
+
+    @cached_property
     def rows(self) -> Rows:
         """The rows of every expert named, on the device."""
         expert_N = self.expert_TK.reshape(-1)

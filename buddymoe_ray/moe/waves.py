@@ -107,8 +107,8 @@ class OnDevice:
         at_E = np.full(self._experts, -1, np.int64)
         for lease in leases:
             at_E[lease.key.expert] = lease.address()
-        expert_TK = upload(torch.from_numpy(accesses.expert_TK), hidden_TD.device)
-        self.resident(hidden_TD, expert_TK, at_E, y_ND)
+        table_E = upload(torch.from_numpy(at_E), hidden_TD.device)  # the one of residents stays
+        self._layer(hidden_TD, None, table_E, accesses.named_TK, y_ND)
 
     def resident(self, hidden_TD: Tensor, ids_TK: Tensor, at_E: Ints, y_ND: Tensor) -> bool:
         """See WaveCompute; experts that are not at hand, and others' accesses, are left alone."""

@@ -56,7 +56,7 @@ def layer_waves(
         _check_triton(device)
     if not device.apart or not all(TritonExperts.covers(stored, packed, math, coded) for math in maths):
         return [(wave, wave) for wave in prompts]
-    made = partial(TritonExperts, layout=stored, fmt=packed)
+    made = partial(TritonExperts, layout=stored, fmt=packed, coded=coded)
     decoding = [OnDevice(made(math=math), count, complete=complete) for math, count in zip(maths, counts, strict=True)]
     return list(zip(decoding, prompts, strict=True))
 

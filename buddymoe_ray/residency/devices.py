@@ -6,17 +6,22 @@ in a fake, everything else the real module. A node without NVIDIA's driver has n
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import pynvml
 
-__all__ = ["GpuInfo", "list_gpus"]
+from buddymoe_ray.config import parse_memory
+from buddymoe_ray.errors import ConfigError
+
+__all__ = ["GpuInfo", "list_gpus", "supposed_gpus"]
 
 # bytes/s per lane and direction, after encoding, by PCIe generation
 _PCIE_LANE = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.563e9}
 _MAX_NVLINKS = 18
+_MOST_GPUS, _DRIVERS_BYTES = 64, 512 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,27 @@ def list_gpus(nvml: ModuleType | Any = pynvml) -> tuple[GpuInfo, ...]:
         return tuple(_gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount()))
     finally:
         nvml.nvmlShutdown()
+
+
+def supposed_gpus(text: str) -> tuple[GpuInfo, ...]:
+    """`24GiB`, or `2x24GiB`: GPUs of that memory, on PCIe 4, less half a GiB for the driver. Raises ConfigError."""
+    found = re.fullmatch(r"(?:(\d+)x)?(.+)", text)
+    count, size = (int(found[1] or 1), found[2]) if found else (0, text)
+    nbytes = parse_memory(size, total_expert_bytes=0, name="gpus")
+    if not 0 < count <= _MOST_GPUS or nbytes <= _DRIVERS_BYTES:
+        raise ConfigError(f"gpus is {text!r}, must be like 24GiB or 2x24GiB. hint: say what a GPU's memory is")
+    return tuple(
+        GpuInfo(
+            index=index,
+            name="supposed",
+            total_bytes=nbytes,
+            free_bytes=nbytes - _DRIVERS_BYTES,
+            pcie_bytes_s=16 * _PCIE_LANE[4],
+            nvlinks=0,
+            numa_node=None,
+        )
+        for index in range(count)
+    )
 
 
 def _gpu(nvml: Any, index: int) -> GpuInfo:

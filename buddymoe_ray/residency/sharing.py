@@ -8,6 +8,7 @@ Invariant: slots and records of the node stay within `workers` times the budget 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from buddymoe_ray.cache import DiskReader, StandinPool
+from buddymoe_ray.cache import DiskReader, SlotPeers, StandinPool
 from buddymoe_ray.cache.shared import (
     FOLDER,
     Room,
@@ -30,13 +31,15 @@ from buddymoe_ray.cache.shared import (
     sweep,
 )
 from buddymoe_ray.device import Device
-from buddymoe_ray.errors import BudgetError, ConfigError
+from buddymoe_ray.errors import BudgetError, CacheError, ConfigError
 from buddymoe_ray.policy import split_slots
 from buddymoe_ray.residency.machine import available_memory_bytes
 from buddymoe_ray.residency.standin_setup import StandinSetup
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
-__all__ = ["Sharing", "StoreSpec", "open_host", "open_records", "open_store"]
+__all__ = ["Sharing", "StoreSpec", "open_host", "open_peers", "open_records", "open_store"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,6 +138,19 @@ def open_host(
         workers=sharing.workers,
     )
     return SharedHostTier(_attach(sharing, spec_of(sharing, layout, plan), progress), reader=reader, device=device)
+
+
+def open_peers(sharing: Sharing, layout: ExpertLayout, plan: SlotPlan, device: Device) -> SlotPeers | None:
+    """Slots on a device apart that the node's workers read from each other, whatever the budget of each; None where it
+    is alone, or the device shares no memory."""
+    if sharing.workers < 2:
+        return None
+    digest = store_digest(layout, None)
+    try:
+        return SlotPeers(device, slots=plan.slots_total, slot_bytes=layout.slot_bytes, digest=digest, tag=sharing.tag)
+    except CacheError as error:
+        log.warning("device slots are not shared with this node's other workers: %s", error)
+        return None
 
 
 def _attach(sharing: Sharing, spec: StoreSpec, progress: Callable[..., Iterable[Any]]) -> SharedStore:

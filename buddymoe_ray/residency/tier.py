@@ -40,7 +40,7 @@ from buddymoe_ray.observe import progress
 from buddymoe_ray.policy import MIN_SLOTS, Staging, lend_reserved, plan_staging, split_slots
 from buddymoe_ray.residency.arithmetic import expert_computes, layer_waves, stored_dtype, stored_shapes
 from buddymoe_ray.residency.calibrations import CalibrationFolder, calibrates, reserved_bytes
-from buddymoe_ray.residency.sharing import Sharing, open_host, open_store
+from buddymoe_ray.residency.sharing import Sharing, open_host, open_peers, open_store
 from buddymoe_ray.residency.standin_records import load_records, open_standins
 from buddymoe_ray.residency.standin_setup import (
     NodeBudget,
@@ -288,14 +288,16 @@ def _open_cache(
     host = None
     if sharing is not None and host_bytes:
         host = open_host(sharing, layout, host_bytes, reader, device, progress)
-    return ExpertCache(
-        layout,
-        plan,
-        reader=reader,
-        device=device,
-        host_slots=host_bytes // layout.slot_bytes,
-        host=host,
+    slots, peers = (
+        host_bytes // layout.slot_bytes,
+        None if sharing is None else open_peers(sharing, layout, plan, device),
     )
+    try:
+        return ExpertCache(layout, plan, reader=reader, device=device, host_slots=slots, host=host, peers=peers)
+    except BaseException:
+        if peers is not None:
+            peers.close()
+        raise
 
 
 def _recoded(config: EngineConfig, loaded: LoadedModel, maths: list[ExpertMath]) -> LoadedModel:

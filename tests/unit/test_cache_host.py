@@ -164,7 +164,7 @@ def test_a_host_slot_is_given_back_once_its_copy_is_done(tmp_path: Path, monkeyp
     fetched = host.fetch(ExpertKey(0, 0))
     assert fetched is not None
     fetched[1].wait()
-    copies.admit(ExpertKey(0, 0), copies.begin(0, fetched[0]))
+    copies.admit(ExpertKey(0, 0), 0, copies.begin(0, fetched[0]))
     assert host.fetch(ExpertKey(0, 1)) is None and not copies.release()
     may_go.set()
     assert copies.release(wait=True) and host.fetch(ExpertKey(0, 1)) is not None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ast
+import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from test_architecture import FILES, layer_of, parsed
 
 from buddymoe_ray.device import Device, host, open_device
-from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.errors import CacheError, ConfigError
 
 GPU = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -42,6 +44,37 @@ def test_a_copy_waits_for_what_reads_its_target(device: Device) -> None:
     copy = device.copy(target, torch.zeros(1 << 20, dtype=torch.int64))
     device.admit(copy)
     assert int(before) == 3 << 20 and int(target.sum()) == 0
+
+
+def test_shared_memory_is_what_its_owner_writes(device: Device) -> None:
+    memory = device.share(4 << 20)
+    memory.tensor.fill_(3)
+    mapped = device.map(memory.fd, 4 << 20)
+    os.close(memory.fd)
+    assert mapped.device == device.torch and bool((mapped == 3).all())
+    memory.tensor[7] = 9
+    assert int(mapped[7]) == 9, "the same memory, and no copy of it"
+    del memory
+    assert int(mapped[7]) == 9, "it is there for as long as somebody maps it"
+
+
+def test_what_is_not_shared_memory_of_that_size_is_not_mapped(device: Device, tmp_path: Path) -> None:
+    memory = device.share(4096)
+    with (tmp_path / "file").open("w+b") as file, pytest.raises(CacheError, match=r"\. hint: "):
+        file.truncate(4096)  # of which somebody could take away what is read
+        device.map(file.fileno(), 4096)
+    if device.torch.type == "cpu":
+        with pytest.raises(CacheError, match="no 8192 bytes of fixed size"):
+            device.map(memory.fd, 8192)
+    os.close(memory.fd)
+
+
+def test_what_a_reader_of_the_twin_writes_stays_with_it() -> None:
+    twin = open_device("interpret")
+    memory = twin.share(4096)
+    twin.map(memory.fd, 4096).fill_(5)
+    assert int(memory.tensor.max()) == 0
+    os.close(memory.fd)
 
 
 def test_the_twin_copies_when_it_gets_to_it(monkeypatch: pytest.MonkeyPatch) -> None:

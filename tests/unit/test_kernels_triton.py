@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from lowbit_records import Shapes, gelu_gate, gpt_oss_gate, random_records, relu2, silu_gate, views_of, weights_of
+from test_kernels_coded import filled, layout_of
 from torch import Tensor
 from torch.nn import functional
 
-from buddymoe_ray.kernels import ExpertMath, LowbitFormat, lowrank_forward, mean_forward, record_tensors
+from buddymoe_ray.cache import slot_views
+from buddymoe_ray.kernels import ExpertMath, LowbitFormat, lowrank_forward, mean_forward, plain_weights, record_tensors
 from buddymoe_ray.kernels.reference import combine, expert_forward
 from buddymoe_ray.kernels.triton.experts import TritonExperts, combine_on_device
 from buddymoe_ray.models.expert_layout import slot_tensors
+from buddymoe_ray.types import CodeFormat
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 D, F, E, K = 48, 24, 4, 2  # no multiple of a tile
@@ -55,7 +58,7 @@ def rows(T: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 def run(layer: TritonExperts, memory: Tensor, nbytes: int, x_TD: Tensor, expert_TK: Tensor) -> Tensor:
     held = memory.to(DEVICE)
     at_E = torch.tensor([place * nbytes if place >= 0 else -1 for place in AT], device=DEVICE)
-    out_ND = torch.full((expert_TK.numel(), D), 7.0, dtype=x_TD.dtype, device=DEVICE)
+    out_ND = torch.full((expert_TK.numel(), x_TD.shape[1]), 7.0, dtype=x_TD.dtype, device=DEVICE)
     layer(x_TD.to(DEVICE), held, at_E, expert_TK.to(DEVICE), out_ND)
     addressed = torch.full_like(out_ND, 7.0)
     at_E = torch.where(at_E < 0, at_E, at_E + held.data_ptr())
@@ -64,7 +67,14 @@ def run(layer: TritonExperts, memory: Tensor, nbytes: int, x_TD: Tensor, expert_
     return out_ND.cpu()
 
 
-def check(out_ND: Tensor, x_TD: Tensor, expert_TK: Tensor, math: ExpertMath, weights: list[dict[str, Tensor]]) -> None:
+def check(
+    out_ND: Tensor,
+    x_TD: Tensor,
+    expert_TK: Tensor,
+    math: ExpertMath,
+    weights: list[dict[str, Tensor]],
+    error: float = 1e-6,
+) -> None:
     """Against the reference in float64; float32 sums of so few terms, rounded once to the dtype of the rows."""
     wide = [{name: tensor.double() for name, tensor in tensors.items()} for tensors in weights]
     for n, expert in enumerate(expert_TK.flatten().tolist()):
@@ -72,7 +82,7 @@ def check(out_ND: Tensor, x_TD: Tensor, expert_TK: Tensor, math: ExpertMath, wei
             assert bool((out_ND[n] == 7.0).all()), "an access that others answer was written"
             continue
         expected = expert_forward(x_TD[n // K][None].double(), wide[AT[expert]], math)[0]
-        slack = torch.finfo(out_ND.dtype).eps / 2 * expected.abs() + 1e-6 * expected.abs().max()
+        slack = torch.finfo(out_ND.dtype).eps / 2 * expected.abs() + error * expected.abs().max()
         assert bool(((out_ND[n].double() - expected).abs() <= slack).all()), f"access {n}"
 
 
@@ -97,6 +107,48 @@ def test_plain_weights(dtype: str, transposed: bool) -> None:
     layer = TritonExperts(layout=layout, fmt=None, math=math)
     x_TD, expert_TK = rows(3, getattr(torch, dtype))
     check(run(layer, memory, nbytes, x_TD, expert_TK), x_TD, expert_TK, math, views)
+
+
+CODED = [
+    CodeFormat(codes="fp8", block=(16, 32), scale="float32"),
+    CodeFormat(codes="fp8", block=(128, 128), scale="bfloat16"),
+    CodeFormat(codes="fp8", block=(0, 0), scale="float16"),
+    CodeFormat(codes="int8", block=(1, 0), scale="float32"),
+    CodeFormat(codes="int4", block=(1, 32), scale="float16"),
+    CodeFormat(codes="int4", block=(1, 64), scale="bfloat16", zeros=True),
+    CodeFormat(codes="gptq", block=(1, 32), scale="float16", zeros=True),
+    CodeFormat(codes="awq", block=(1, 32), scale="float16", zeros=True),
+    CodeFormat(codes="awq", block=(1, 128), scale="float16", zeros=True),
+    CodeFormat(codes="mxfp4", block=(1, 32), scale="e8m0"),
+]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("fmt", CODED, ids=str)
+def test_quantised_matrices_as_checkpoints_store_them(fmt: CodeFormat, biased: bool) -> None:
+    """In one part, interleaved and with biases, or in two; no multiple of a tile."""
+    math = MATHS["interleaved" if biased else "silu"]
+    layout, rng = layout_of(fmt, math, 64 if fmt.codes == "mxfp4" else 40), torch.Generator().manual_seed(4)
+    assert TritonExperts.covers(layout.tensors, None, math, layout.coded)
+    memory = torch.zeros(3 * layout.slot_bytes, dtype=torch.uint8)
+    views = [slot_views(slot, layout) for slot in memory.split(layout.slot_bytes)]
+    for at, view in enumerate(views):
+        for matrix in layout.coded:
+            filled(matrix, view, at)
+            if fmt.codes == "fp8":  # also those without a leading one
+                view[f"{matrix.name}.codes"].view(torch.uint8).flatten()[:120].copy_(torch.arange(120))
+            if fmt.scale == "e8m0":
+                view[f"{matrix.name}.scales"][0, 0] = 0
+        for key, tensor in view.items():
+            if key.endswith("_bias"):
+                tensor.copy_(torch.randn(tensor.shape, generator=rng))
+    weights = [dict(plain_weights(view, layout.coded)) for view in views]
+    _, expert_TK = rows(2)
+    x_TD = torch.randn(2, weights[0]["down_proj"].shape[0], generator=rng)
+    layer = TritonExperts(layout=layout.tensors, fmt=None, math=math, coded=layout.coded)
+    together = run(layer, memory, layout.slot_bytes, x_TD, expert_TK)
+    check(together, x_TD, expert_TK, math, weights, error=4e-6)  # the reference's weights are rounded
+    assert torch.equal(run(layer, memory, layout.slot_bytes, x_TD[:1], expert_TK[:1]), together[:K])
 
 
 @pytest.mark.parametrize("name", MATHS)
@@ -151,6 +203,8 @@ def test_what_no_kernel_knows_is_not_covered() -> None:
     assert not TritonExperts.covers(plain, None, normed)
     coded = slot_tensors(shapes, dict.fromkeys(shapes, "int8"))
     assert not TritonExperts.covers(coded, None, MATHS["silu"])
+    layout = layout_of(CodeFormat(codes="int4", block=(1, 16), scale="float16"), MATHS["silu"], F)
+    assert not TritonExperts.covers(layout.tensors, None, MATHS["silu"], layout.coded), "two scales to a load"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

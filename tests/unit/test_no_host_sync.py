@@ -25,7 +25,7 @@ from buddymoe_ray.engine.kv import KVPool
 from buddymoe_ray.engine.plain_forward import own_forward
 from buddymoe_ray.engine.runner import PackedRunner, probe
 from buddymoe_ray.kernels import TritonExperts
-from buddymoe_ray.kernels.triton import experts as launcher
+from buddymoe_ray.kernels.triton import launching
 from buddymoe_ray.models.expert_math import expert_math
 from buddymoe_ray.models.experts_hook import attach
 from buddymoe_ray.models.families import FAMILIES
@@ -83,7 +83,7 @@ def runner_on_meta(folder: Path, *, complete: bool) -> PackedRunner:
     attention.attach(loaded.model, paged)
     probe(loaded, step, use_cache=False)
     pool = KVPool(dict(sorted(paged.shapes.items())), blocks=8, block_size=4, dtype=torch.float32, device=META)
-    paged.open(pool)
+    paged.open(pool, apart=True)
     return PackedRunner(own_forward(loaded.model), paged, pool, step, device=META)
 
 
@@ -94,7 +94,7 @@ def decode(runner: PackedRunner, count: int) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "_launch", lambda *_: None)
+    monkeypatch.setattr(launching, "launch", lambda *_: None)
 
 
 @pytest.mark.parametrize("model_type", PACKED)

@@ -10,9 +10,10 @@ import pytest
 from transformers import MixtralConfig
 
 from buddymoe_ray import LLM, EngineConfig
+from buddymoe_ray.cli import main
 from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.models.resolve import resolve_model
-from buddymoe_ray.residency.devices import list_gpus
+from buddymoe_ray.residency.devices import list_gpus, supposed_gpus
 from buddymoe_ray.residency.machine import available_memory_bytes, cgroup_limit_bytes
 from buddymoe_ray.residency.plan import make_plan
 
@@ -115,6 +116,26 @@ def test_a_plan_that_cannot_fit_says_what_would(mixtral: Path) -> None:
 def test_a_gpu_that_is_not_there_is_refused(mixtral: Path) -> None:
     with pytest.raises(ConfigError, match="must be one of 2 GPUs"):
         make_plan(EngineConfig(device="cuda:5"), mixtral, gpus=list_gpus(FakeNvml(2)))
+
+
+def test_gpus_that_are_not_here_can_be_planned_for(mixtral: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", "--model", str(mixtral), "--memory", "20GiB", "--max-model-len", "4096", "--json"]
+    assert main([*asked, "--gpus", "2x48GiB"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [d["device"] for d in plan["devices"]] == ["cuda:0", "cuda:1"]
+    assert {(d["available_bytes"], d["expert_budget_bytes"]) for d in plan["devices"]} == {
+        (48 * GIB - GIB // 2, 20 * GIB)
+    }
+    assert main([*asked, "--gpus", "16GiB"]) == 1
+    assert "cuda:0 needs" in capsys.readouterr().err
+    assert main([*asked, "--gpus", "16GiB", "--device", "cpu"]) == 2
+    assert "device is 'cpu', must be auto or cuda beside --gpus" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "24", "0x24GiB", "50%", "x24GiB", "99x24GiB", "24 cards"])
+def test_gpus_that_cannot_be_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"gpus is .*, must be like .*\. hint: "):
+        supposed_gpus(text)
 
 
 def fake_root(root: Path, *, cgroup: str, limits: dict[str, str], available_kib: int = 1 << 22) -> Path:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from coded_checkpoints import quantised
 from torch import Tensor
 
 from buddymoe_ray.engine.llm import LLM
@@ -30,15 +32,17 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 
 
-def answers(device: str, options: dict[str, Any], *, new_tokens: int) -> tuple[list[EngineResult], Counter[str]]:
+def answers(
+    device: str, options: dict[str, Any], *, new_tokens: int, model: str = "builtin:tiny", prompts: Any = PROMPTS
+) -> tuple[list[EngineResult], Counter[str]]:
     """Of greedy requests, and the reference kernels entered by their decode steps."""
     before = ENTERED.copy()
-    with LLM("builtin:tiny", dtype="float32", device=device, guard_share=0.0, max_running=2, **options) as llm:
-        llm.generate(PROMPTS, max_tokens=1)  # by the prompts alone, so to say
-        prompts = ENTERED - before
-        assert device == "cpu" or prompts or "expert_dtype" in options, "nothing would be seen if it were entered"
-        results = llm.generate(PROMPTS, max_tokens=new_tokens)
-    return results, ENTERED - before - prompts - prompts
+    with LLM(model, dtype="float32", device=device, guard_share=0.0, max_running=2, **options) as llm:
+        llm.generate(prompts, max_tokens=1)  # by the prompts alone, so to say
+        entered = ENTERED - before
+        assert device == "cpu" or entered or "expert_dtype" in options, "nothing would be seen if it were entered"
+        results = llm.generate(prompts, max_tokens=new_tokens)
+    return results, ENTERED - before - entered - entered
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -51,6 +55,26 @@ def test_tokens_are_the_cpus_and_no_reference_kernel_is_entered(name: str) -> No
     assert sum(u.hits + u.fetched + u.standins.total for u in used) == 2 * 2 * 4 * 4
     assert (sum(u.fetched for u in used) > 0) is (name in ("fetching", "served packed", "buddies"))
     assert (sum(u.standins.total for u in used) > 0) is (name in ("standing in", "buddies"))
+
+
+GPT_OSS = {"hidden_size": 64, "num_local_experts": 8}
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "sizes"),
+    [("qwen3_moe", "fp8", {}), ("gpt_oss", "mxfp4", GPT_OSS)],
+)
+def test_quantised_checkpoints_enter_none_either(
+    family: str, scheme: str, sizes: dict[str, int], tmp_path: Path
+) -> None:
+    coded, _ = quantised(family, scheme, tmp_path, **sizes)
+    options, prompts = {"memory": "75%"}, [[5, 17, 90], [44, 7, 31, 8]]
+    (expected, _), (got, entered) = (
+        answers(device, options, new_tokens=3, model=str(coded), prompts=prompts) for device in ("cpu", DEVICE)
+    )
+    assert [r.token_ids for r in got] == [r.token_ids for r in expected]
+    assert not entered, f"decode steps entered {entered}"
+    assert all(r.usage.fetched > 0 for r in got)
 
 
 def test_kernels_for_the_wrong_machine_are_refused() -> None:

@@ -236,6 +236,7 @@ class SharedExpertCache:
             bytes_read_disk=self._reader.bytes_read,
             bytes_requested_disk=self._reader.bytes_requested,
             host_hits=int(counted[Counter.SHARED]),
+            peer_hits=0,
             stall_seconds=self.stall_seconds,
             evictions=int(self._tables.head[HeaderWord.EVICTIONS]),
         )

@@ -54,8 +54,8 @@ FOLDER = Path("/dev/shm")
 _ALLOCATED_AT_ONCE = 64 << 20
 
 
-def store_digest(layout: ExpertLayout, plan: SlotPlan) -> bytes:
-    """32 bytes that differ when slots, plan or the checkpoint's files (by size and time) do."""
+def store_digest(layout: ExpertLayout, plan: SlotPlan | None) -> bytes:
+    """32 bytes that differ when slots, the plan (None is any) or the checkpoint's files (by size and time) do."""
     files = sorted({piece.path for pieces in layout.pieces.values() for piece in pieces})
     stamps = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
     text = repr((layout.tensors, layout.slot_bytes, layout.experts_per_layer, plan, stamps))

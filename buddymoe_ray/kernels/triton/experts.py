@@ -1,6 +1,6 @@
 """A layer's experts on a GPU, or in Triton's interpreter on a CPU: the twin of `expert_layer.ExpertLayer`.
 
-Sizes, formats and launches; imports triton at the first call. Every access is computed by itself, so an output's bits
+Sizes and formats; imports triton at the first call. Every access is computed by itself, so an output's bits
 depend on its row and its expert alone, at every number of rows. Nothing here waits for the device.
 
 Legend: T tokens, K experts per token, N = T*K accesses, E experts, B bytes, D hidden, F ffn.
@@ -8,27 +8,26 @@ Legend: T tokens, K experts per token, N = T*K accesses, E experts, B bytes, D h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from buddymoe_ray.device import current
 from buddymoe_ray.kernels.cpu import activation_of
 from buddymoe_ray.kernels.lowbit_format import LowbitFormat, matrix_at
 from buddymoe_ray.kernels.reference import ExpertMath
+from buddymoe_ray.kernels.triton import launching
+from buddymoe_ray.kernels.triton.coded_forms import CodedForm, knows_codes
 from buddymoe_ray.kernels.triton.forms import WEIGHTS, Form, Use, power_of_two
 from buddymoe_ray.types import CodedMatrix, SlotTensor
 
-__all__ = ["OPTIONS", "TritonExperts", "combine_on_device"]
+__all__ = ["TritonExperts", "combine_on_device"]
 
 _INTERPRETED = 256  # outputs of a program: what it costs there is the number of programs
 _COMPILED = 1  # as few as fill its threads
 _BLOCK = 256
-OPTIONS: Mapping[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
-"""Of every kernel; named, because a default that changes would change bits."""
 
 
 class TritonExperts:
@@ -37,6 +36,7 @@ class TritonExperts:
     Args:
         layout, fmt, math: experts that `covers` says yes to; `fmt` is None for plain weights as stored, `math` for maps
             of low rank (`down`, `up`, `bias`) and mean outputs (`bias`), as `lowrank` has them.
+        coded: matrices that lie in slots quantised as a checkpoint stores them: all of an expert's, or none.
         outputs: of a program, at least; None for what suits the machine.
 
     Rows are multiplied in float32, whatever their dtype and that of the weights. Raises ValueError for records that are
@@ -49,10 +49,12 @@ class TritonExperts:
         layout: Sequence[SlotTensor],
         fmt: LowbitFormat | None,
         math: ExpertMath | None,
+        coded: Sequence[CodedMatrix] = (),
         outputs: int | None = None,
     ) -> None:
         self._layout, self._fmt, self._math = {t.name: t for t in layout}, fmt, math
-        self._outputs = outputs or (_INTERPRETED if interpreted() else _COMPILED)
+        self._coded = {matrix.name: matrix for matrix in coded}
+        self._outputs = outputs or (_INTERPRETED if launching.interpreted() else _COMPILED)
         self._forms = cache(self._forms_of)
         self._formula = None if math is None else activation_of(math, self._forms(1, 1)[1].K)
         assert math is None or self._formula is not None, (
@@ -63,18 +65,18 @@ class TritonExperts:
     def covers(
         layout: Sequence[SlotTensor], fmt: LowbitFormat | None, math: ExpertMath, coded: Sequence[CodedMatrix] = ()
     ) -> bool:
-        """Whether the kernels know such experts: not quantised ones as a checkpoint stores them. Raises ValueError for
-        another version's packing."""
-        if coded:
-            return False
+        """Whether the kernels know such experts. Raises ValueError for another version's packing."""
         stored = {tensor.name: tensor for tensor in layout}
         names = (math.first, "down_proj")
         biases = [stored[f"{name}_bias"].dtype for name in names if math.bias]
-        if fmt is not None:
+        if coded:
+            plain, F = list[str](), next(matrix.K for matrix in coded if matrix.name == "down_proj")
+        elif fmt is not None:
             plain, F = list[str](), matrix_at(layout, "down_proj", fmt).K
         else:
             plain, F = [stored[name].dtype for name in names], stored["down_proj"].shape[0 if math.transposed else 1]
-        return WEIGHTS.keys() >= {*plain, *biases} and activation_of(math, F) is not None
+        known = WEIGHTS.keys() >= {*plain, *biases} and knows_codes(coded)
+        return known and activation_of(math, F) is not None
 
     def __call__(self, x_TD: Tensor, records_B: Tensor | None, at_E: Tensor, expert_TK: Tensor, out_ND: Tensor) -> None:
         """Write `out_ND[n] = expert expert_TK.flat[n] over x_TD[n // K]` where the expert has a record.
@@ -93,13 +95,13 @@ class TritonExperts:
         programs, expert_N, rows = _programs(), expert_TK.contiguous(), x_TD.contiguous()
         if first is not None:
             x, rows = rows, torch.empty(N, first.N, dtype=torch.float32, device=x_TD.device)
-            _launch(programs.project, (first.programs, N), x, records_B, expert_N, at_E, rows, first)
+            launching.launch(programs.project, (first.programs, N), x, records_B, expert_N, at_E, rows, first)
         if self._formula is not None:
             both, rows = rows, torch.empty(N, down.K, dtype=torch.float32, device=x_TD.device)
             block = min(power_of_two(down.K), _BLOCK)
             grid = (-(-down.K // block), N)
-            _launch(programs.activate, grid, both, expert_N, at_E, rows, down, self._formula, block)
-        _launch(programs.project, (down.programs, N), rows, records_B, expert_N, at_E, out_ND, down)
+            launching.launch(programs.activate, grid, both, expert_N, at_E, rows, down, self._formula, block)
+        launching.launch(programs.project, (down.programs, N), rows, records_B, expert_N, at_E, out_ND, down)
 
     def _forms_of(self, shares: int, experts: int) -> tuple[Form | None, Form]:
         """Of the first product, where there is one, and the second."""
@@ -112,6 +114,8 @@ class TritonExperts:
     def _form(self, name: str, use: Use) -> Form:
         bias = self._layout.get("bias" if name == "up" else f"{name}_bias")
         place = (0, "") if bias is None else (bias.offset, bias.dtype)
+        if name in self._coded:
+            return CodedForm.coded(self._layout, self._coded[name], place, use)
         if self._fmt is not None:
             return Form.packed([*self._layout.values()], name, self._fmt, place, use)
         transposed = self._math is not None and self._math.transposed
@@ -125,20 +129,8 @@ def combine_on_device(y_TKD: Tensor, weight_TK: Tensor) -> Tensor:
     block = min(power_of_two(D), _BLOCK)
     if T:
         y, weight = y_TKD.contiguous(), weight_TK.contiguous()
-        _launch(_programs().combine, (-(-D // block), T), y, weight, out_TD, D, K, block)
+        launching.launch(_programs().combine, (-(-D // block), T), y, weight, out_TD, D, K, block)
     return out_TD
-
-
-def interpreted() -> bool:
-    """Whether this process runs Triton's kernels in the interpreter: TRITON_INTERPRET=1 when triton was imported."""
-    from triton import JITFunction
-
-    return not isinstance(_programs().project, JITFunction)
-
-
-def _launch(kernel: Any, grid: tuple[int, int], *args: Any) -> None:
-    with current(args[0].device):
-        kernel[grid](*args, **OPTIONS)
 
 
 def _programs() -> Any:

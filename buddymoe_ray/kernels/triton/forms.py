@@ -13,11 +13,12 @@ from dataclasses import astuple, dataclass, replace
 from buddymoe_ray.kernels.lowbit_format import BLOCK, LowbitFormat, matrix_at
 from buddymoe_ray.types import SlotTensor
 
-__all__ = ["WEIGHTS", "Form", "Use", "power_of_two"]
+__all__ = ["THREADS", "WEIGHTS", "Form", "Use", "lanes_of", "power_of_two"]
 
 WEIGHTS: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of an item of plain weights and of biases, by torch's name of the dtype."""
-_THREADS = 128
+THREADS = 128
+"""Of a program."""
 _LANES = 32
 _ROWS_ACROSS = 16  # inputs that a tile of a transposed matrix has
 
@@ -62,6 +63,13 @@ class Form:
         return "_".join(str(part) for part in astuple(self))
 
     @property
+    def kind(self) -> str:
+        """Which product it is: `packed`, `constant`, `transposed`, `plain`, or that of codes."""
+        if self.bits or not self.weights:
+            return "packed" if self.bits else "constant"
+        return "transposed" if self.transposed else "plain"
+
+    @property
     def programs(self) -> int:
         """Of a row."""
         return -(-self.N // self.outputs)
@@ -86,7 +94,7 @@ class Form:
             bias=bias[0],
             bias_dtype=bias[1],
             outputs=max(BLOCK, min(use.outputs, power_of_two(matrix.N))),
-            lanes=_THREADS,
+            lanes=THREADS,
             items=4,
         )
 
@@ -100,12 +108,12 @@ class Form:
     def plain(cls, tensor: SlotTensor, bias: tuple[int, str], use: Use, *, transposed: bool) -> Form:
         """Of a matrix as it is stored: `[out, in]`, or `[in, out]` where it is transposed."""
         N, K = tensor.shape[::-1] if transposed else tensor.shape
-        items, lanes, least = 16 // WEIGHTS[tensor.dtype], _ROWS_ACROSS, _THREADS
+        items, lanes, least = 16 // WEIGHTS[tensor.dtype], _ROWS_ACROSS, THREADS
         if not transposed:
             while K % items:
                 items //= 2
-            lanes = _lanes(K // items)
-            least = max(4, _THREADS // lanes)
+            lanes = lanes_of(K // items)
+            least = max(4, THREADS // lanes)
         return cls(
             E=use.experts,
             shares=use.shares,
@@ -130,7 +138,7 @@ def power_of_two(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 
 
-def _lanes(chunks: int) -> int:
+def lanes_of(chunks: int) -> int:
     """Of a row: the most that waste no more than a quarter of the loads."""
     lanes = _LANES
     while lanes > 1 and -(-chunks // lanes) * lanes * 3 > chunks * 4:

@@ -14,11 +14,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["packed", "plain", "transposed"]
+__all__ = ["packed", "plain", "pointer", "transposed"]
 
 GROUP: tl.constexpr = tl.constexpr(32)
 BLOCK: tl.constexpr = tl.constexpr(16)
 STEPS_PER_OCTAVE: tl.constexpr = tl.constexpr(24)
+
+
+@triton.jit
+def pointer(at, DTYPE: tl.constexpr):
+    """Of a dtype, by torch's name; to bytes where it is another."""
+    if DTYPE == "bfloat16":
+        place = at.to(tl.pointer_type(tl.bfloat16))
+    elif DTYPE == "float16":
+        place = at.to(tl.pointer_type(tl.float16))
+    elif DTYPE == "float32":
+        place = at.to(tl.pointer_type(tl.float32))
+    else:
+        place = at.to(tl.pointer_type(tl.int32 if DTYPE == "int32" else tl.uint8))
+    return place
 
 
 @triton.jit

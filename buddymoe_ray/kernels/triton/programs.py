@@ -11,9 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from buddymoe_ray.kernels.triton.products import packed, plain, transposed
+from buddymoe_ray.kernels.triton.coded_products import outputs_along, rows, words_along, words_down
+from buddymoe_ray.kernels.triton.products import packed, plain, pointer, transposed
 
-__all__ = ["activate", "combine", "project"]
+__all__ = ["activate", "combine", "project", "put"]
 
 SILU: tl.constexpr = tl.constexpr(0)  # places in `cpu.FORMULAS`; what is left is the last
 GELU: tl.constexpr = tl.constexpr(1)
@@ -29,18 +30,7 @@ def _place(expert_N, at_E, n, FORM: tl.constexpr):
 
 
 @triton.jit
-def _pointer(at, DTYPE: tl.constexpr):
-    if DTYPE == "bfloat16":
-        place = at.to(tl.pointer_type(tl.bfloat16))
-    elif DTYPE == "float16":
-        place = at.to(tl.pointer_type(tl.float16))
-    else:
-        place = at.to(tl.pointer_type(tl.float32))
-    return place
-
-
-@triton.jit
-def _put(place, value, mask):
+def put(place, value, mask):
     """Store float32 rounded to the nearest of what is there; by hand to bfloat16, which the interpreter truncates."""
     if place.dtype.element_ty == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
@@ -57,8 +47,8 @@ def _finish(y, n, record, out, FORM: tl.constexpr):
     N: tl.constexpr = FORM.N
     DTYPE: tl.constexpr = FORM.bias_dtype
     if DTYPE != "":
-        y += tl.load(_pointer(record + FORM.bias, DTYPE) + n, mask=n < N, other=0.0).to(tl.float32)
-    _put(out + n, y, n < N)
+        y += tl.load(pointer(record + FORM.bias, DTYPE) + n, mask=n < N, other=0.0).to(tl.float32)
+    put(out + n, y, n < N)
 
 
 @triton.jit
@@ -71,25 +61,50 @@ def project(x, records, expert_N, at_E, out, FORM: tl.constexpr):
         if records is not None:
             begin += records.to(tl.int64)
         record = tl.multiple_of(begin.to(tl.pointer_type(tl.uint8)), 16)
-        B: tl.constexpr = FORM.outputs
         row = x + (n // FORM.shares).to(tl.int64) * FORM.K
-        target = out + n.to(tl.int64) * FORM.N
-        if FORM.bits == 0:
-            outputs = tl.program_id(0) * B + tl.arange(0, B)
-            WEIGHTS: tl.constexpr = FORM.weights
-            base = _pointer(record + FORM.codes, WEIGHTS)
-            if WEIGHTS == "":
-                y = tl.full([B], 0.0, tl.float32)
-            else:
-                y = transposed(base, outputs, row, FORM) if FORM.transposed else plain(base, outputs, row, FORM)
-            _finish(y, outputs, record, target, FORM)
+        some, y = _some(record, row, FORM)
+        _finish(y, some, record, out + n.to(tl.int64) * FORM.N, FORM)
+
+
+@triton.jit
+def _some(record, x, FORM: tl.constexpr):
+    """A program's outputs, before the bias: which of a row they are, and what they come to, of one shape."""
+    B: tl.constexpr = FORM.outputs
+    at = tl.program_id(0)
+    KIND: tl.constexpr = FORM.kind
+    if KIND == "packed":
+        A: tl.constexpr = B // 16
+        TILES: tl.constexpr = (FORM.N + 15) // 16
+        tile = at * A + tl.arange(0, A)
+        n = tile[:, None] * 16 + tl.arange(0, 16)[None, :]
+        y = packed(record + FORM.codes, record + FORM.scales, tl.minimum(tile, TILES - 1), x, FORM)
+        y = y * tl.load(pointer(record + FORM.base, "float32"))
+    elif KIND == "rows":
+        first, two = at * B + tl.arange(0, B // 4), tl.arange(0, 2)
+        n = first[:, None, None] + (two[None, :, None] + 2 * two[None, None, :]) * (B // 4)
+        y = rows(record, first, x, FORM)
+    elif KIND == "gptq" or KIND == "awq":
+        PART: tl.constexpr = FORM.N // FORM.parts
+        EACH: tl.constexpr = FORM.programs // FORM.parts
+        part, begin = at // EACH, at % EACH * B
+        n = begin + tl.arange(0, B)
+        if KIND == "gptq":
+            y = words_down(record, part, n, x, FORM)
         else:
-            A: tl.constexpr = B // 16
-            TILES: tl.constexpr = (FORM.N + 15) // 16
-            tile = tl.program_id(0) * A + tl.arange(0, A)
-            y = packed(record + FORM.codes, record + FORM.scales, tl.minimum(tile, TILES - 1), row, FORM)
-            y = y * tl.load(_pointer(record + FORM.base, "float32"))
-            _finish(y, tile[:, None] * 16 + tl.arange(0, 16)[None, :], record, target, FORM)
+            v = begin // 2 + tl.arange(0, B // 2)
+            n = outputs_along(v)[:, None] + 2 * tl.arange(0, 2)[None, :]
+            y = words_along(record, part, begin, x, FORM)
+        n = tl.where(n < PART, part * PART + n, FORM.N)
+    else:
+        n = at * B + tl.arange(0, B)
+        base = pointer(record + FORM.codes, FORM.weights)
+        if KIND == "plain":
+            y = plain(base, n, x, FORM)
+        elif KIND == "transposed":
+            y = transposed(base, n, x, FORM)
+        else:
+            y = tl.full([B], 0.0, tl.float32)
+    return n, y
 
 
 @triton.jit
@@ -128,4 +143,4 @@ def combine(y, weight, out, D: tl.constexpr, K: tl.constexpr, BD: tl.constexpr):
     for k in tl.static_range(K):
         part = tl.load(y + (t * K + k) * D + d, mask=d < D, other=0.0).to(tl.float32)
         total += tl.load(weight + t * K + k).to(tl.float32) * part
-    _put(out + t * D + d, total, d < D)
+    put(out + t * D + d, total, d < D)
