@@ -67,7 +67,7 @@ class MachineSpeed:
 @dataclass(frozen=True, kw_only=True)
 class TokenWork:
     """What a token asks for. `dense_bytes` are read every step, without what is looked up by row; `head_bytes` of them
-    see only the last token of a prompt; `active` are a
+    see only the last token of a prompt; `kv_bytes` are those of a token in the KV cache; `active` are a
     token's accesses in all layers, of which the shares `missed` and `stood_in` are no hits; of all `experts` the share
     `absent` is not resident."""
 
@@ -75,6 +75,7 @@ class TokenWork:
     dense_dtype: str
     dense_bytes: int
     head_bytes: int
+    kv_bytes: int
     expert_dtype: str
     expert_bytes: int
     active: int
@@ -86,11 +87,11 @@ class TokenWork:
     absent: float = 0.0
 
 
-def decode_seconds(work: TokenWork, speed: MachineSpeed) -> float:
-    """Of one step of one sequence."""
+def decode_seconds(work: TokenWork, speed: MachineSpeed, context: int) -> float:
+    """Of one step of one sequence of so many tokens."""
     own = work.active * (1 - work.stood_in)
     arithmetic = speed.step_seconds + work.layers * speed.layer_seconds
-    arithmetic += speed.weights_seconds(work.dense_dtype, work.dense_bytes)
+    arithmetic += speed.weights_seconds(work.dense_dtype, work.dense_bytes + context * work.kv_bytes)
     arithmetic += speed.weights_seconds(work.expert_dtype, own * work.expert_bytes)
     if work.stood_in:
         arithmetic += speed.weights_seconds(_RECORDS, work.active * work.stood_in * work.standin_bytes)
@@ -139,6 +140,7 @@ def token_work(
         dense_dtype=dense,
         dense_bytes=shape.dense_bytes - shape.embedding_bytes,
         head_bytes=shape.head_bytes,
+        kv_bytes=shape.kv_bytes_per_token,
         expert_dtype=experts,
         expert_bytes=shape.expert_bytes,
         active=shape.experts_per_token * shape.moe_layers,

@@ -31,6 +31,7 @@ WORK = TokenWork(
     dense_dtype="int8",
     dense_bytes=10_000_000,
     head_bytes=0,
+    kv_bytes=0,
     expert_dtype="int4",
     expert_bytes=1_000_000,
     active=40,
@@ -48,12 +49,13 @@ def test_rates_between_measured_rows_are_interpolated_and_beyond_them_proportion
 
 def test_a_step_is_its_weights_its_overhead_and_what_it_waits_for() -> None:
     resident = 0.001 + 10 * 0.0001 + 0.01 + 40 * 0.0005
-    assert decode_seconds(WORK, SPEED) == pytest.approx(resident)
+    assert decode_seconds(WORK, SPEED, 512) == pytest.approx(resident)
+    assert decode_seconds(replace(WORK, kv_bytes=2000), SPEED, 512) == pytest.approx(resident + 2000 * 512 / 1e9)
     half = replace(WORK, missed=0.5)  # .2 s of reads
-    assert decode_seconds(half, SPEED) == pytest.approx(0.2 + 0.7 * resident)
-    assert decode_seconds(replace(half, reads_ahead=True), SPEED) == pytest.approx(0.2 + 0.2 * resident)
+    assert decode_seconds(half, SPEED, 512) == pytest.approx(0.2 + 0.7 * resident)
+    assert decode_seconds(replace(half, reads_ahead=True), SPEED, 512) == pytest.approx(0.2 + 0.2 * resident)
     stood_in = replace(WORK, stood_in=0.5, standin_bytes=500_000.0)
-    assert decode_seconds(stood_in, SPEED) == pytest.approx(resident - 20 * 0.0005 + 20 * 0.00025)
+    assert decode_seconds(stood_in, SPEED, 512) == pytest.approx(resident - 20 * 0.0005 + 20 * 0.00025)
 
 
 def test_a_prompt_reads_each_absent_expert_once() -> None:
