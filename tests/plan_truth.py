@@ -69,9 +69,10 @@ def rows(spec: str, folder: Path) -> Iterator[Row]:
     numbers = {name: int(value) for name, _, value in (field.partition("=") for field in fields)}
     synth.SHAPES[spec] = {**synth.SHAPES[base], **numbers}  # type: ignore[index]
     model = synth.synth_checkpoint(spec, folder / "model", fmt=fmt or "bf16")
-    np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, numbers.get("vocab_size", 1024), 24_000))
+    vocab = json.loads((model / "config.json").read_text())["vocab_size"]
+    np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, vocab, 24_000))
     flags = [part for option in options for part in ("--" + option.partition("=")[0], option.partition("=")[2])]
-    served = ["--model", str(model), "--max-model-len", "1024", *flags]
+    served = ["--model", str(model), "--max-model-len", "600", *flags]
     few = ["--tokens", "4096", "--loss-tokens", "512", "--kinds", "lowbit2,lowbit3,lowbit4", "--rounding", "plain"]
     told("profile", *served, "--corpus", str(folder / "ids.npy"), *few)
     drawn = ["--prompt-tokens", str(PROMPT), "--new-tokens", str(NEW), "--reps", str(REPS), "--temperature", "1"]
