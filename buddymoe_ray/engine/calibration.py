@@ -192,9 +192,9 @@ class Calibration:
         """Until everything is made and read."""
         assert self._folder is not None, "nothing is calibrated"
         try:
-            if self._lender is not None:  # else that is done
-                self._lend(self._spare)
-            if not self._folder.finished:
+            if not self._folder.finished:  # another worker of the node may have, before this one came
+                if self._lender is not None:
+                    self._lend(self._spare)
                 self._run(self._folder)
             self._lend(0)
             if not self._closed.is_set():
