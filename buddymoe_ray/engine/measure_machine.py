@@ -41,6 +41,7 @@ _FEW = 8
 _READ_SECONDS, _IN_FLIGHT = 0.3, 4
 _SMALL, _SHALLOW, _DEEP = "qwen3-tiny", 1, 3
 _STEPS = 256
+_PROMPT, _PROMPTS = 256, 5
 
 
 def measure_machine(dtypes: Iterable[str], shards: Iterable[Path], *, expert_bytes: int, threads: int) -> MachineSpeed:
@@ -61,6 +62,7 @@ def measure_machine(dtypes: Iterable[str], shards: Iterable[Path], *, expert_byt
         disk_bytes_s=_disk_bytes_s(list(shards), expert_bytes),
         step_seconds=overhead["step_seconds"],
         layer_seconds=overhead["layer_seconds"],
+        token_seconds=overhead["token_seconds"],
     )
 
 
@@ -111,27 +113,42 @@ def _copied(weights: Tensor | PackedMatrix | CodedWeight) -> Tensor | PackedMatr
 
 
 def _overhead(threads: int) -> dict[str, float]:
-    """Seconds of a step without layers, and of a layer: the fastest of engines of one and of three small layers, each
-    step of one beside a step of the other, so that a slow second is a slow second of both."""
+    """Seconds of a step without layers, of a layer, and of a prompt's token in a layer: the fastest of engines of one
+    and of three small layers, each step of one beside a step of the other, so that a slow second is a slow second of
+    both."""
     with ExitStack() as stack:
         engines = [stack.enter_context(_small_engine(layers, threads)) for layers in (_SHALLOW, _DEEP)]
+        prompts = [[_prompt_seconds(engine, at, threads) for engine in engines] for at in range(_PROMPTS)]
+        for engine in engines:
+            _add(engine, (1,) * 16, tokens=_STEPS)
         pairs = [[_seconds(engine.step, threads) for engine in engines] for _ in range(_STEPS)]
     shallow, deep = (min(seconds) for seconds in zip(*pairs, strict=True))
     layer = max(0.0, (deep - shallow) / (_DEEP - _SHALLOW))
-    return {"step_seconds": max(0.0, shallow - _SHALLOW * layer), "layer_seconds": layer}
+    short, long = (min(seconds) for seconds in zip(*prompts, strict=True))
+    token = max(0.0, (long - short) / (_DEEP - _SHALLOW) / _PROMPT)
+    return {"step_seconds": max(0.0, shallow - _SHALLOW * layer), "layer_seconds": layer, "token_seconds": token}
 
 
 @contextmanager
 def _small_engine(layers: int, threads: int) -> Iterator[Engine]:
-    """In the midst of a request that outlasts the measurement."""
+    """Of so many layers that compute next to nothing."""
     with tempfile.TemporaryDirectory() as folder:
         model = synth_checkpoint(_SMALL, Path(folder) / "model", layers=layers)
         with closing(
             Engine.from_config(EngineConfig(model=str(model), memory="100%", device="cpu", threads=threads))
         ) as engine:
-            sampling = SamplingParams(temperature=0.0, max_tokens=_STEPS, ignore_eos=True)
-            engine.add(GenerationRequest(request_id="0", prompt_token_ids=(1,) * 16, sampling=sampling))
             yield engine
+
+
+def _prompt_seconds(engine: Engine, at: int, threads: int) -> float:
+    """Of a prompt that is like none before."""
+    _add(engine, tuple(random.Random(at).choices(range(engine.vocab_size), k=_PROMPT)), tokens=1)
+    return _seconds(engine.drain, threads)
+
+
+def _add(engine: Engine, prompt: tuple[int, ...], *, tokens: int) -> None:
+    sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    engine.add(GenerationRequest(request_id="0", prompt_token_ids=prompt, sampling=sampling))
 
 
 def _disk_bytes_s(shards: list[Path], expert_bytes: int) -> float:

@@ -42,8 +42,9 @@ _WAITED, _WAITED_READ_AHEAD = 0.7, 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class MachineSpeed:
-    """`weights_bytes_s[dtype][rows]`: bytes of weights multiplied in a second with so many rows; `step_seconds` and
-    `layer_seconds`: what a step and each of its layers take besides; `disk_bytes_s`: of reads as large as experts.
+    """`weights_bytes_s[dtype][rows]`: bytes of weights multiplied in a second with so many rows; `step_seconds`,
+    `layer_seconds` and `token_seconds`: what a step, each of its layers, and each token of a prompt in each of them
+    take besides; `disk_bytes_s`: of reads as large as experts.
 
     `measured` is False where the figures are guesses."""
 
@@ -51,6 +52,7 @@ class MachineSpeed:
     disk_bytes_s: float
     step_seconds: float = 0.0
     layer_seconds: float = 0.0
+    token_seconds: float = 0.0
     measured: bool = True
 
     def weights_seconds(self, dtype: str, nbytes: float, rows: float = 1) -> float:
@@ -106,7 +108,7 @@ def prefill_seconds(work: TokenWork, speed: MachineSpeed, tokens: int) -> float:
     accesses = work.active / max(1, work.layers) * tokens
     used = per_layer * (1 - (1 - 1 / per_layer) ** accesses) if per_layer else 0.0
     total = used * work.layers * work.expert_bytes
-    arithmetic = speed.step_seconds + work.layers * speed.layer_seconds
+    arithmetic = speed.step_seconds + work.layers * (speed.layer_seconds + tokens * speed.token_seconds)
     arithmetic += speed.weights_seconds(work.dense_dtype, work.dense_bytes - work.head_bytes, tokens)
     arithmetic += speed.weights_seconds(work.dense_dtype, work.head_bytes)
     arithmetic += speed.weights_seconds(work.expert_dtype, total, accesses / used if used else 1)

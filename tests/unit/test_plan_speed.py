@@ -69,6 +69,8 @@ def test_a_prompt_reads_each_absent_expert_once() -> None:
         replace(head, absent=0.0), SPEED, 100
     )
     assert saved == pytest.approx(0.005 * (10 * 100 / 64 - 1))
+    rows = replace(SPEED, token_seconds=1e-5)
+    assert prefill_seconds(WORK, rows, 100) == pytest.approx(prefill_seconds(WORK, SPEED, 100) + 10 * 100 * 1e-5)
     one = prefill_seconds(replace(long, dense_bytes=0), replace(SPEED, disk_bytes_s=1e5), 1)
     assert one == pytest.approx(1e3 * 0.75 * 36.4e6 / 1e8, rel=0.01)  # of 4 draws out of 16, 3.64 differ
 
@@ -87,7 +89,12 @@ def test_a_machine_is_measured_once_and_what_is_damaged_again(tmp_path: Path, mo
     [kept] = tmp_path.glob("speed-*.json")
     rates = first.weights_bytes_s["int4"]
     assert set(rates) == set(ROWS) and min(rates.values()) > 0 and first.disk_bytes_s > 0
-    assert first.step_seconds >= 0 and first.layer_seconds >= 0 and first.step_seconds + first.layer_seconds > 0
+    assert (
+        first.token_seconds > 0
+        and first.step_seconds >= 0
+        and first.layer_seconds >= 0
+        and first.step_seconds + first.layer_seconds > 0
+    )
     assert measured("int4", "float32").weights_bytes_s["int4"] == rates, "only what is new is measured"
     monkeypatch.setattr(module, "_weights_bytes_s", lambda *_: pytest.fail("measured again"))
     again = measured("int4", "float32")
