@@ -52,10 +52,12 @@ class Row:
         }
 
 
-def told(*args: str) -> dict[str, Any]:
-    """What a command says, as its last record. Raises SystemExit."""
+def told(*args: str) -> dict[str, Any] | None:
+    """What a command says, as its last record; None where memory is too little. Raises SystemExit."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         status = command([*args, "--json"])
+    if status == 1 and args[0] == "plan":
+        return None
     if status:
         raise SystemExit(f"buddymoe {' '.join(args)} ended with {status}")
     return dict(json.loads(out.getvalue().splitlines()[-1]))
@@ -72,14 +74,18 @@ def rows(spec: str, folder: Path) -> Iterator[Row]:
     vocab = json.loads((model / "config.json").read_text())["vocab_size"]
     np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, vocab, 24_000))
     flags = [part for option in options for part in ("--" + option.partition("=")[0], option.partition("=")[2])]
-    served = ["--model", str(model), "--max-model-len", "600", *flags]
+    calibrated = ["--model", str(model), "--max-model-len", "600"]
+    served = [*calibrated, *flags]
     few = ["--tokens", "4096", "--loss-tokens", "512", "--kinds", "lowbit2,lowbit3,lowbit4", "--rounding", "plain"]
-    told("profile", *served, "--corpus", str(folder / "ids.npy"), *few)
+    told("profile", *calibrated, "--corpus", str(folder / "ids.npy"), *few)
     drawn = ["--prompt-tokens", str(PROMPT), "--new-tokens", str(NEW), "--reps", str(REPS), "--temperature", "1"]
     for memory in MEMORIES:
         for mode in MODES:
             planned = told("plan", *served, "--memory", memory, "--mode", mode)
+            if planned is None:
+                continue
             found = told("bench", *served, "--memory", memory, "--mode", mode, *drawn)
+            assert found is not None, "it was planned"
             yield Row(
                 shape=spec,
                 memory=memory,
