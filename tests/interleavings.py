@@ -35,7 +35,7 @@ from greenlet import getcurrent, greenlet
 
 from buddymoe_ray.cache import ahead, expert_cache
 from buddymoe_ray.cache.pool import Glance, Lease
-from buddymoe_ray.cache.shared import SharedStore, cache, calls, host, loads, locks, mover, shape, tables
+from buddymoe_ray.cache.shared import SharedStore, cache, calls, host, lending, loads, locks, mover, shape, tables
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.kernels import slot_words
 from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotPlan, SlotTensor
@@ -74,6 +74,7 @@ class Actor:
     in_lock: bool = False
     state: str = "live"  # live, stopped, done or dead
     seen: int = 0
+    lends: int | None = None  # how many of the lent slots it leaves to experts: the others have no memory
     passed: Counter[str] = field(default_factory=Counter)
     reads: list[_Read] = field(default_factory=list)
     thread: greenlet | None = None
@@ -93,6 +94,8 @@ class Actor:
 
     def look(self, slot: int) -> set[int]:
         """The bytes of a slot, whoever may write them."""
+        if _world is not None and slot in _world.holes:
+            raise Violation(f"{self.name} reads slot {slot}, whose memory was given back: it comes back with that")
         return set(self.stores[-1].bytes_C[slot].tolist())
 
     def use_copies(self, leases: Sequence[Lease]) -> None:
@@ -225,7 +228,9 @@ def _watched(array: np.ndarray[Any, Any], label: str) -> _Watched:
 class World:
     """One node: a store's file in `folder`, actors, and what may happen next."""
 
-    def __init__(self, folder: Path, *, slots: int = 1, waves: int = 1, layers: int = 1, experts: int = 3) -> None:
+    def __init__(
+        self, folder: Path, *, slots: int = 1, waves: int = 1, layers: int = 1, lent: int = 0, experts: int = 3
+    ) -> None:
         self.path = folder / f"buddymoe-{os.geteuid()}-x.experts"
         self.path.unlink(missing_ok=True)
         self.layout = ExpertLayout(
@@ -245,9 +250,12 @@ class World:
             slot_bytes=SLOT,
             overhead_bytes=0,
             wave_slots=waves,
-            layer_slots=(slots,) * layers,
+            layer_slots=(slots + lent,) * layers,
             fully_resident=False,
+            reserved_bytes=lent * SLOT,
+            lent_slots=(lent,) * layers if lent else (),
         )
+        self.holes = set[int]()  # slots without memory
         self.actors: dict[str, Actor] = {}
         self.current: Actor | None = None
         self.owner: Actor | None = None  # whose files and reads are made now
@@ -336,6 +344,7 @@ class World:
             raise Violation(self.violation)
         if self.unlinked:
             self._check_files()
+        self._check_memory()
 
     def wrote(self, by: Actor | None) -> None:
         """Somebody changed what others may wait for."""
@@ -377,13 +386,13 @@ class World:
         """Tells this state from others."""
         actors = tuple(
             (
-                (a.state, a.label, a.in_lock, a.able(), self.written(a) != a.seen),
+                (a.state, a.label, a.in_lock, a.able(), self.written(a) != a.seen, a.lends),
                 _frames(a),
                 tuple((r.key, r.landed, r.failed, r.cancelled) for r in a.reads),
             )
             for a in self.actors.values()
         )
-        return hash((actors, self._memory(), self.kills, self.stops, self.failures, self.ticks))
+        return hash((actors, self._memory(), frozenset(self.holes), self.kills, self.stops, self.failures, self.ticks))
 
     def dispose(self) -> None:
         """End all actors without effect."""
@@ -483,6 +492,20 @@ class World:
             for store in actor.stores if actor.state != "dead" else ():
                 if store.tables.row >= 0 and not locks_same_file(self.path, store._fd):
                     raise Violation(f"{actor.name} is attached to a file that was unlinked")
+
+    def _check_memory(self) -> None:
+        first = self.plan.slots_total - sum(self.plan.lent_slots)
+        for actor in self.actors.values():
+            beyond = range(self.plan.slots_total if actor.lends is None else first + actor.lends, self.plan.slots_total)
+            if actor.state != "dead" and not self.holes.issuperset(beyond):
+                raise Violation(f"{actor.name} wants the memory of {beyond}, and only {self.holes} have none")
+            for store in actor.stores if self.holes and actor.state != "dead" else ():
+                if store._fd < 0:
+                    continue
+                if store.bytes_C[sorted(self.holes)].any():
+                    raise Violation(f"something was written to a slot of {self.holes}, whose memory was given back")
+                if (np.asarray(store.tables.partition)[sorted(self.holes)] != tables.UNUSED).any():
+                    raise Violation(f"a slot of {self.holes} may be used, and its memory was given back")
 
     def _memory(self) -> tuple[Any, ...]:
         found: list[Any] = []
@@ -650,6 +673,21 @@ def _read_alone(slot: calls.OwnSlot, key: ExpertKey) -> Lease:
     return _alone(slot, key)
 
 
+def _given_back(store: SharedStore, first: int) -> None:
+    point("punch")
+    if _world is not None:
+        _world.holes |= set(range(first, store.shape.slots))
+        _world.wrote(_world.current)
+    store.bytes_C[first:] = 0
+
+
+def _taken_back(store: SharedStore, slot: int) -> None:
+    point("fallocate")
+    if _world is not None:
+        _world.holes.discard(slot)
+        _world.wrote(_world.current)
+
+
 @contextlib.contextmanager
 def instrumented() -> Iterator[None]:
     """Production code runs with points inside the block."""
@@ -665,6 +703,9 @@ def instrumented() -> Iterator[None]:
         (os, "unlink", _unlinked),
         (os, "open", _opened),
         (calls.OwnSlot, "read", _read_alone),
+        (SharedStore, "give_back", _given_back),
+        (SharedStore, "take_back", _taken_back),
+        (lending, "_pause", lambda: point("pause")),
     ]
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("buddymoe_ray.cache"):

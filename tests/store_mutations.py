@@ -16,13 +16,13 @@ from interleavings import explore, instrumented
 from store_scenarios import scenarios
 
 from buddymoe_ray.cache import ahead, expert_cache
-from buddymoe_ray.cache.shared import cache, host, loads, locks, mover, store, tables
+from buddymoe_ray.cache.shared import cache, host, lending, loads, locks, mover, store, tables
 from buddymoe_ray.kernels import slot_words
 
 __all__ = ["MUTATIONS", "Mutation"]
 
 Cache, Loads, Tables = cache.SharedExpertCache, loads.SharedLoads, tables.SharedTables
-Mover, Ahead = mover.Mover, ahead.ReadsAhead
+Mover, Ahead, Lender = mover.Mover, ahead.ReadsAhead, lending.Lender
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ MUTATIONS = [
         "ahead",
         "A:settle#1 B:sleep#2 A+0 B:sleep#3 A:end#1",
     ),
-    Mutation(store, "open_locked", "locks.lock(TABLES_BYTE)", "pass", "start", "A:write-pid#1 B:end#1"),
+    Mutation(store, "open_locked", "locks.lock(TABLES_BYTE)", "pass", "start", "A:write-usage#1 B:end#1"),
     Mutation(store, "open_locked", "if same_file(path, fd):", "if True:", "start", "A:lock#1 B:close#3 A:end#1"),
     Mutation(
         locks,
@@ -390,6 +390,91 @@ MUTATIONS = [
         "devices, killed",
         "A:unlock#1 !A B:sleep#2 B+0 B:sleep#3",
     ),
+    Mutation(Lender, "_emptied", LOCKED, UNLOCKED, "lent", "A:read-looks#4 L:write-slot_of#1 !L"),
+    Mutation(
+        Lender,
+        "_emptied",
+        "tables.reap()",
+        "pass",
+        "lent",
+        "A:write-head#2 !A L:sleep#2 ~ L:sleep#3 ~ L:sleep#4 ~ L:sleep#5",
+    ),
+    Mutation(Lender, "_emptied", " | (tables.partition[slots] != UNUSED)", "", "lent, and read", "L:end#1"),
+    Mutation(
+        Lender,
+        "_emptied",
+        "if tables.state[slot] in (FREE, READY):",
+        "if True:",
+        "lent, and read",
+        "A:settle#1 L:sleep#2 A+0 L:sleep#3 A:read-looks#4 L:end#1",
+    ),
+    Mutation(
+        Lender,
+        "_emptied",
+        "(tables.state[slots] != FREE).any() or ",
+        "",
+        "lent, by two",
+        "L:write-lends#1 N:write-loader#1 L:lock#1 N:fallocate#1 L:compute#2 N:end#1",
+    ),
+    Mutation(
+        Lender, "_emptied", " or tables.leased(slots).any()", "", "lent", "A:read-generation#1 L:compute#2 A:end#1"
+    ),
+    Mutation(
+        Lender, "_looked", "words[row] % 2 and ", "False and ", "lent, and looked at", "A:compute#1 L:compute#2 A:end#1"
+    ),
+    Mutation(
+        Lender,
+        "_looked",
+        " and tables.looks[row, 0] == words[row]",
+        "",
+        "lent, and looked at",
+        "A:read-entry#1 L:sleep#2 A:write-looks#3 L:sleep#3 ~ L:sleep#4 ~ L:sleep#5 ~ L:sleep#6",
+    ),
+    Mutation(
+        Lender,
+        "_looked",
+        " and tables.alive(row)",
+        "",
+        "lent, and looked at",
+        "A:read-entry#1 L:sleep#2 A:read-looks#3 !A L:sleep#3 ~ L:sleep#4 ~ L:sleep#5 ~ L:sleep#6",
+    ),
+    Mutation(Lender, "_use", LOCKED, UNLOCKED, "lent, by two", "L:write-lends#1 N:read-state#1 L:compute#2 N:end#1"),
+    Mutation(Lender, "_use", "slot >= self._first + tables.lent", "False", "lent, by two", "L:end#1"),
+    Mutation(
+        Lender,
+        "_use",
+        "tables.free_of(np.array([slot])) is None",
+        "False",
+        "lent, by two, and again",
+        "L:lock#6 N:fallocate#1 L:end#1",
+    ),
+    Mutation(
+        Lender,
+        "_use",
+        "tables.reserve(slot)",
+        "pass",
+        "lent, by two",
+        "L:write-lends#1 N:write-head#9 L:lock#1 N:fallocate#1 L:compute#2 N:end#1",
+    ),
+    Mutation(
+        Lender,
+        "_use",
+        LOCKED,
+        UNLOCKED,
+        "lent, by two",
+        "L:write-lends#1 N:write-loader#1 L:lock#1 N:write-loader#2 L:compute#2 N:end#1",
+        nth=2,
+    ),
+    Mutation(
+        Tables,
+        "lent",
+        "np.where(self.pid != 0, self.lends, self.shape.lent).min()",
+        "self.lends[self.row]",
+        "lent, by two",
+        "L:compute#2 N:end#1",
+    ),
+    Mutation(Cache, "glance", "self._tables.look()", "pass", "lent, and looked at", "A:compute#1 L:compute#2 A:end#1"),
+    Mutation(Mover, "_exchange", " and not lent", "", "lent, for a wave", "M:read-entry#2 L:end#1"),
 ]
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from interleavings import Actor, Reader, Violation, World, explore, instrumented, point, truth
 
 from buddymoe_ray.cache import ExpertCache
-from buddymoe_ray.cache.shared import Move, Mover, SharedExpertCache, SharedHostTier, SharedStore, sweep
+from buddymoe_ray.cache.shared import Lender, Move, Mover, SharedExpertCache, SharedHostTier, SharedStore, sweep
 from buddymoe_ray.device import open_device
 from buddymoe_ray.kernels import slot_words
 from buddymoe_ray.types import ExpertKey, SlotPlan
@@ -78,6 +78,12 @@ def glancer(world: World, *experts: int) -> Prepare:
         cache = SharedExpertCache(store, reader=Reader())  # type: ignore[arg-type]
 
         def program(me: Actor) -> None:
+            try:
+                take_a_look(me)
+            finally:
+                cache.settle_ahead()
+
+        def take_a_look(me: Actor) -> None:
             glance = cache.glance(0)
             assert glance is not None and glance.words_2E is not None, "loads are in order here"
             if (glance.at_E[ids] < 0).any():
@@ -107,6 +113,24 @@ def keeper(world: World, *moves: Move) -> Prepare:
             with store.tables.locked():
                 store.tables.reap()
             mover.run(moves)
+
+        return program
+
+    return prepare
+
+
+def lender(world: World, *counts: int) -> Prepare:
+    """Leaves so many of the lent slots to experts and has the memory of the others, then as many as come next."""
+
+    def prepare(me: Actor) -> Callable[[Actor], None]:
+        own = Lender(world.attach(me))
+
+        def program(me: Actor) -> None:
+            for count in counts:
+                me.lends = None if me.lends is None else max(me.lends, count)
+                assert own.lend(count, lambda: False), "nobody stops it"
+                me.lends = count
+                point("compute")
 
         return program
 
@@ -202,10 +226,11 @@ def _scenario(
     victims: str = "",
     patience: int = 3,
     slots: int = 1,
+    lent: int = 0,
     stops: bool = False,
 ) -> Scenario:
     def make() -> World:
-        world = World(folder, slots=slots)
+        world = World(folder, slots=slots, lent=lent)
         world.victims, world.patience, world.may_stop = frozenset(victims or actors), patience, stops
         for name, prepare in actors.items():
             world.actor(name, prepare(world))
@@ -231,6 +256,10 @@ def _keeper(*moves: Move) -> Callable[[World], Prepare]:
 
 def _device(*experts: int) -> Callable[[World], Prepare]:
     return lambda world: device(world, *experts)
+
+
+def _lender(*counts: int) -> Callable[[World], Prepare]:
+    return lambda world: lender(world, *counts)
 
 
 def scenarios(folder: Path) -> dict[str, Scenario]:
@@ -298,6 +327,18 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
         ),
         "stopped, moving": _scenario(folder, {"M": _keeper(swap), "B": _worker(1, 0)}, X, victims="M", stops=True),
         "stopped, ending": _scenario(folder, {"A": _worker(0), "B": leaver}, victims="A", stops=True, patience=6),
+        "lent": _scenario(folder, {"A": _worker(1), "L": _lender(0)}, X, Y, kills=1, lent=1),
+        "lent, and read": _scenario(folder, {"A": _worker(1), "L": _lender(0)}, X, kills=1, failures=1, lent=1),
+        "lent, and looked at": _scenario(folder, {"A": _glancer(1), "L": _lender(0)}, X, Y, kills=1, lent=1),
+        "lent, by two": _scenario(folder, {"L": _lender(0), "N": _lender(0, 1)}, X, Y, kills=1, lent=1),
+        "lent, by two, and again": _scenario(folder, {"L": _lender(0, 1), "N": _lender(0, 1)}, X, lent=1),
+        "lent, and moved": _scenario(
+            folder, {"M": _keeper(Move(load=Z, evict=Y)), "L": _lender(0)}, X, Y, kills=1, failures=1, lent=1
+        ),
+        "lent, for a wave": _scenario(
+            folder, {"M": _keeper(Move(load=Z, evict=Y)), "L": _lender(0)}, X, Y, Z, kills=1, lent=1
+        ),
+        "lent, and again": _scenario(folder, {"L": _lender(0, 1), "A": _worker(1, 2)}, X, Y, kills=1, lent=1),
         "start": _scenario(folder, {"A": starter, "B": starter}, kills=1),
         "sweep": _scenario(folder, {"A": starter, "S": sweeper}, kills=1),
         "devices": _scenario(folder, {"A": _device(0), "B": _device(1, 2)}, failures=1),

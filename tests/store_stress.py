@@ -2,7 +2,8 @@
 
     python tests/store_stress.py SECONDS [CHECK ...]
 
-Readers glance, stream and hold at random, a mover exchanges experts, a driver sends SIGSTOP, SIGCONT and SIGKILL and
+Readers glance, stream and hold at random, a mover exchanges experts, a lender gives slots' memory back and has it again
+(of what it gave back nothing may be there), a driver sends SIGSTOP, SIGCONT and SIGKILL and
 starts anew what it killed. Prints a line of JSON for the store as it is; then, for each CHECK that is named (`CHECKS`),
 one for the store without it, which must find wrong bytes: a stress that finds none proves nothing. The driver forks
 its processes, for an import takes seconds; it attaches to no store before they are gone, as a fork keeps the locks of
@@ -30,17 +31,27 @@ import numpy as np
 from store_mutations import Mutation
 
 from buddymoe_ray.cache import DiskReader
-from buddymoe_ray.cache.shared import Move, Mover, SharedExpertCache, SharedStore, store_digest, store_path
+from buddymoe_ray.cache.shared import (
+    Lender,
+    Move,
+    Mover,
+    SharedExpertCache,
+    SharedStore,
+    lending,
+    store_digest,
+    store_path,
+)
 from buddymoe_ray.cache.shared.tables import FREE, LOADING, SharedTables
 from buddymoe_ray.kernels import slot_words
 from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotPlan, SlotTensor
 
-LAYERS, EXPERTS, SLOTS, WAVES = 2, 6, 3, 3
+LAYERS, EXPERTS, SLOTS, WAVES, LENT = 2, 6, 3, 3, 1
 WORDS = 1 << 15  # of 8 bytes in an expert: to look at one takes as long as to read one
 RIGHT, CONFLICTS, WRONG, MOVES, ATTACHED, END = range(6)  # columns of the tallies
 CHECKS: dict[str, Mutation] = {
     "unchanged": Mutation(slot_words, "unchanged", " == OK", " != 0", "", ""),
     "generation": Mutation(SharedTables, "take", "self.generation[slot] += 1", "pass", "", ""),
+    "looked": Mutation(lending.Lender, "_looked", "words[row] % 2 and ", "False and ", "", ""),
     "leased": Mutation(SharedTables, "_victim", "~self.leased(slots)", "self.state[slots] == READY", "", ""),
 }
 Actor = Callable[["Node", random.Random, Any], None]
@@ -103,8 +114,10 @@ def make_node(folder: Path) -> Node:
         slot_bytes=8 * WORDS,
         overhead_bytes=0,
         wave_slots=WAVES,
-        layer_slots=(SLOTS,) * LAYERS,
+        layer_slots=(SLOTS + LENT,) * LAYERS,
         fully_resident=False,
+        reserved_bytes=8 * WORDS * LENT * LAYERS,
+        lent_slots=(LENT,) * LAYERS,
     )
     (folder / "shm").mkdir()
     return Node(folder / "shm", layout, plan)
@@ -130,6 +143,7 @@ def read(node: Node, rng: random.Random, tally: Any, glances: float = 0.95) -> N
             ids = rng.sample(there.tolist(), min(2, len(there)))
             right = all(same(ExpertKey(layer, expert), int(glance.at_E[expert])) for expert in ids)
             counts = slot_words.unchanged(np.array([ids], np.int64), glance.words_2E)
+            store.tables.look(over=True)
             tally[RIGHT if right and counts else WRONG if counts else CONFLICTS] += 1
             continue
         wanted = rng.sample(range(EXPERTS), rng.randint(1, 3))
@@ -157,6 +171,22 @@ def move(node: Node, rng: random.Random, tally: Any) -> None:
         moved = mover.run([Move(load=ExpertKey(layer, load), evict=ExpertKey(layer, evict))], lambda: bool(tally[END]))
         tally[MOVES] += moved.moves
     mover.close()
+    store.close()
+
+
+def lend(node: Node, rng: random.Random, tally: Any) -> None:
+    """Leaves more and fewer of the lent slots to experts; what it has is its own for a while."""
+    lender, store = Lender(node.store()), node.store()
+    while not tally[END]:
+        count = rng.randrange(LENT * LAYERS + 1)
+        if not lender.lend(count, lambda: bool(tally[END])):
+            continue
+        _, most = store.shape.span(0, store.shape.slots - LENT * LAYERS + count)
+        until = time.monotonic() + rng.uniform(0.0, 0.02)
+        while time.monotonic() < until:
+            tally[RIGHT if 512 * store.path.stat().st_blocks <= most + 4096 else WRONG] += 1
+            time.sleep(0.001)
+    lender.close()
     store.close()
 
 
@@ -217,12 +247,12 @@ class Family:
 
 def run(node: Node, seconds: float, rng: random.Random, *, until_wrong: bool = False) -> Outcome:
     """Readers and a mover for so many seconds, under signals; or until a byte is wrong."""
-    actors = [read, read, load, move]
+    actors = [read, read, load, move, lend]
     family, found = Family(node, actors, rng), Outcome()
     until = time.monotonic() + seconds
     while time.monotonic() < until and not (until_wrong and any(tally[WRONG] for tally in family.tallies)):
         time.sleep(rng.uniform(0.001, 0.01))
-        at = rng.choice((0, 0, 1, 1, 2, 3))
+        at = rng.choice((0, 0, 1, 1, 2, 3, 4))
         if rng.random() < 0.1:
             family.kill(at)
             family.start(at)

@@ -219,7 +219,7 @@ class HostStore:
     def _report(self) -> NodeReport:
         accesses_LE = self._tables.accesses.sum(axis=0)
         counts_LE, self._accesses_LE = (accesses_LE - self._accesses_LE).astype(np.float32), accesses_LE
-        plan, layer_slots = self._spec.plan, int((self._tables.partition != WAVE).sum())
+        plan, layer_slots = self._spec.plan, int((self._tables.partition >= 0).sum())
         return NodeReport(
             node=self._node,
             links=tuple(known.address for _, known in sorted(self._workers.items()) if known.address),

@@ -73,6 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--beside", type=int, default=0, help="tokens of a prompt that arrives while the others decode; 0: none"
     )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="of the tokens; random weights repeat themselves at 0, and hit"
+    )
     parser.add_argument("--reps", type=int, default=3, help="repetitions within an engine")
     parser.add_argument("--rounds", type=int, default=1, help="times each row is run, alternating")
     parser.add_argument("--workers", default="1", help="engines side by side on this node; a list makes rows: 1,2")
@@ -139,7 +142,7 @@ def _config(args: argparse.Namespace, mode: str, **changes: Any) -> EngineConfig
 
 
 def _in_children(
-    config: EngineConfig, workload: dict[str, int], ids: tuple[int, ...], workers: int, isolated: bool
+    config: EngineConfig, workload: dict[str, Any], ids: tuple[int, ...], workers: int, isolated: bool
 ) -> dict[str, Any]:
     """One record of `workers` engines side by side, each in a process of its own; with one worker it is that one's."""
     context = multiprocessing.get_context("forkserver")
@@ -168,7 +171,7 @@ def _in_children(
 
 
 def _measure(
-    config: EngineConfig, workload: dict[str, int], ids: tuple[int, ...], shared: int, gate: Barrier, sender: Connection
+    config: EngineConfig, workload: dict[str, Any], ids: tuple[int, ...], shared: int, gate: Barrier, sender: Connection
 ) -> None:
     """Runs in the child; the parent never imports torch, so the engine has the memory to itself."""
     from buddymoe_ray.engine.measure import BenchLoad, measure
@@ -198,10 +201,9 @@ def _together(records: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def _workload(args: argparse.Namespace, batch: int) -> dict[str, int]:
-    return {"batch": batch} | {
-        name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "reps", "turns", "beside")
-    }
+def _workload(args: argparse.Namespace, batch: int) -> dict[str, Any]:
+    names = ("prompt_tokens", "new_tokens", "reps", "turns", "beside", "temperature")
+    return {"batch": batch} | {name: getattr(args, name) for name in names}
 
 
 def _corpus_ids(args: argparse.Namespace) -> tuple[int, ...]:

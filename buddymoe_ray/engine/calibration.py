@@ -3,7 +3,8 @@
 The process (`calibrate.background`) is niced and ends with this one, whatever ends it; it goes on where an earlier one
 stopped, and waits for one of another engine. A thread waits for it and reads its records; only the step thread touches
 the model. Nothing of a request leaves this process. What is reserved for records has slots of experts in it, but while
-the process asks for it and once records are read; again where nothing comes of it. Of a node's slots it stays empty.
+the process asks for it and once records are read; again where nothing comes of it. Of a node's slots every engine says
+so much, and those that want the memory have it.
 Invariant: records, and what the process holds of experts, take what the plan in force reserves and does not lend.
 """
 
@@ -23,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from buddymoe_ray.cache import ExpertCache
+from buddymoe_ray.cache.shared import Lender, SharedExpertCache
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine import one_call
 from buddymoe_ray.engine.guard import GuardWork
@@ -53,7 +55,7 @@ __all__ = ["Calibration", "Checks"]
 log = logging.getLogger(__name__)
 
 _MODULE = "buddymoe_ray.calibrate.background"
-_TRIES, _LOGGED_SECONDS, _ASKED_AGAIN_SECONDS = 3, 15.0, 1.0
+_TRIES, _LOGGED_SECONDS, _ASKED_AGAIN_SECONDS, _JOINED_SECONDS = 3, 15.0, 1.0, 5.0
 _PACKED_PERCENT = 25.0
 """Experts are calibrated as stored: half the memory of packed ones would not hold a copy of each."""
 
@@ -91,6 +93,8 @@ class Calibration:
         self._late: LateStandins | None = None
         self._plan, self._resized = experts.cache.plan, threading.Event()
         self._resize: SlotPlan | None = None
+        self._lender: Lender | None = None
+        self._thread = threading.Thread(target=self._wait, name="calibration", daemon=True)
         self._process: subprocess.Popen[bytes] | None = None
         self._setup, self._failure, self._closed = experts.setup, "", threading.Event()
         self.guard, self._trial = checks.open(experts.setup)
@@ -100,9 +104,10 @@ class Calibration:
             self._failure = "memory is too little for stand-ins of all experts"
         if plan.reserved_bytes:
             self._folder = CalibrationFolder.of(config, model_hash(loaded.folder))
-            if any(plan.lent_slots):
-                spare = plan.reserved_bytes - maker_bytes(loaded.layout)
-                self._resize = lend_reserved(plan, spare if self._folder.text() else 0, loaded.layout.experts_per_layer)
+            if any(plan.lent_slots) and isinstance(experts.cache, SharedExpertCache):
+                self._lender = Lender(experts.cache.store.again())
+            elif any(plan.lent_slots):
+                self._resize = self._lending(self._spare if self._folder.text() else 0)
                 self.take_over()
             log.warning(
                 "%s has no profile: mode exact serves while stand-ins are made in %s. %.0f MB of the experts' memory "
@@ -114,7 +119,7 @@ class Calibration:
     def start(self) -> None:
         """Have made what is missing. What can be taken over later is waited for by a thread."""
         if self._folder is not None:
-            threading.Thread(target=self._wait, name="calibration", daemon=True).start()
+            self._thread.start()
 
     @property
     def due(self) -> bool:
@@ -149,7 +154,7 @@ class Calibration:
         between steps."""
         wanted, self._resize = self._resize, None
         if wanted is not None:
-            assert isinstance(self._experts.cache, ExpertCache), "a node's slots are not lent"
+            assert isinstance(self._experts.cache, ExpertCache), "a node's slots are lent by others"
             self._experts.cache.resize(wanted)
             self._resized.set()
         late, experts = self._late, self._experts
@@ -175,6 +180,10 @@ class Calibration:
         self._resized.set()
         if self._process is not None:
             self._process.kill()
+        if self._thread.is_alive():
+            self._thread.join(_JOINED_SECONDS)
+        if self._lender is not None and not self._thread.is_alive():
+            self._lender.close()
         late, self._late = self._late, None
         if late is not None and late.room is not None:
             late.room.close()
@@ -183,7 +192,10 @@ class Calibration:
         """Until everything is made and read."""
         assert self._folder is not None, "nothing is calibrated"
         try:
-            self._run(self._folder)
+            if not self._folder.finished:  # another worker of the node may have, before this one came
+                if self._lender is not None:
+                    self._lend(self._spare)
+                self._run(self._folder)
             self._lend(0)
             if not self._closed.is_set():
                 config, loaded, cache = self._config, self._loaded, self._experts.cache
@@ -198,7 +210,11 @@ class Calibration:
         """Have so much of what is reserved lent to slots; waits until they have given back what is more."""
         if not any(self._plan.lent_slots):
             return
-        cache, plan = self._experts.cache, lend_reserved(self._plan, nbytes, self._loaded.layout.experts_per_layer)
+        cache, plan = self._experts.cache, self._lending(nbytes)
+        if self._lender is not None:
+            if self._lender.lend(sum(plan.lent_slots), self._closed.is_set):
+                cache.plan = plan
+            return
         self._resize = plan
         self.wake()
         while sum(cache.plan.lent_slots) > sum(plan.lent_slots) and not self._closed.is_set():
@@ -206,6 +222,14 @@ class Calibration:
                 self._resize = plan  # the step thread may have been taking an earlier one
                 self.wake()
             self._resized.clear()
+
+    def _lending(self, nbytes: int) -> SlotPlan:
+        return lend_reserved(self._plan, nbytes, self._loaded.layout.experts_per_layer)
+
+    @property
+    def _spare(self) -> int:
+        """What is reserved and not for whoever calibrates."""
+        return self._plan.reserved_bytes - maker_bytes(self._loaded.layout)
 
     def _run(self, folder: CalibrationFolder) -> None:
         """Have the folder filled. Raises ProfileError with what the process said."""
@@ -229,7 +253,6 @@ class Calibration:
     def _serve(self, process: socket.socket, folder: CalibrationFolder) -> None:
         """Give the process the memory that it asks for, and take it back, until it has ended."""
         process.settimeout(_LOGGED_SECONDS)
-        spare = self._plan.reserved_bytes - maker_bytes(self._loaded.layout)
         while True:
             try:
                 asked = process.recv(1)
@@ -241,7 +264,7 @@ class Calibration:
                 return
             if not asked:
                 return
-            self._lend(0 if asked == ROOM_WANTED else spare)
+            self._lend(0 if asked == ROOM_WANTED else self._spare)
             if asked == ROOM_WANTED:
                 with suppress(OSError):
                     process.sendall(ROOM_WANTED)

@@ -27,7 +27,7 @@ __all__ = ["Measurement", "BenchLoad", "measure"]
 class BenchLoad:
     """`batch` requests of `prompt_tokens` random or given ids, `new_tokens` each, `reps` times over. With 2 `turns`
     every prompt comes once more, with its answer appended, for one token. With `beside` the requests also decode beside
-    a prompt of so many tokens."""
+    a prompt of so many tokens. With a `temperature` tokens are drawn: random weights repeat themselves else."""
 
     batch: int
     prompt_tokens: int
@@ -37,6 +37,11 @@ class BenchLoad:
     seed: int = 0
     turns: int = 1
     beside: int = 0
+    temperature: float = 0.0
+
+    def sampling(self, new_tokens: int) -> SamplingParams:
+        """The same for every engine."""
+        return SamplingParams(temperature=self.temperature, seed=self.seed, max_tokens=new_tokens, ignore_eos=True)
 
     def prompts(self, rep: int, vocab_size: int) -> list[tuple[int, ...]]:
         """Different prompts for every repetition, the same for every engine."""
@@ -130,14 +135,15 @@ def measure(
     engine = Engine.from_config(config, sharing=sharing)
     load_seconds = time.perf_counter() - started
     try:
-        _run(engine, workload.prompts(-1, engine.vocab_size), new_tokens=2, tag="warm")
+        few, many, one = (workload.sampling(count) for count in (2, workload.new_tokens, 1))
+        _run(engine, workload.prompts(-1, engine.vocab_size), few, tag="warm")
         reps, seconds, besides = list[_Rep](), list[_Rep](), list[Beside]()
         for r in range(workload.reps):
             gate()
             prompts = workload.prompts(r, engine.vocab_size)
-            reps.append(_run(engine, prompts, new_tokens=workload.new_tokens, tag=f"r{r}"))
+            reps.append(_run(engine, prompts, many, tag=f"r{r}"))
             if workload.turns > 1:
-                seconds.append(_run(engine, reps[-1].answered, new_tokens=1, tag=f"r{r}-again"))
+                seconds.append(_run(engine, reps[-1].answered, one, tag=f"r{r}-again"))
             if workload.beside:
                 besides.append(run_beside(engine, prompts, workload.long_prompts(r, engine.vocab_size)))
         gate()
@@ -146,8 +152,7 @@ def measure(
         engine.close()
 
 
-def _run(engine: Engine, prompts: Sequence[tuple[int, ...]], *, new_tokens: int, tag: str) -> _Rep:
-    sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+def _run(engine: Engine, prompts: Sequence[tuple[int, ...]], sampling: SamplingParams, *, tag: str) -> _Rep:
     for at, prompt in enumerate(prompts):
         engine.add(GenerationRequest(request_id=f"{tag}-{at}", prompt_token_ids=prompt, sampling=sampling))
     begin, before = time.perf_counter(), engine.snapshot()

@@ -18,12 +18,15 @@ from buddymoe_ray.config import cache_folder
 __all__ = ["kept_at", "read_kept", "write_kept"]
 
 
+_METHOD = "3: CPU time of one thread, prompts"
+
+
 def kept_at(threads: int) -> Path:
     """By what the figures depend on."""
     kernels = hashlib.sha256(
         b"".join(map(Path.read_bytes, sorted(Path(buddymoe_ray.kernels.__file__).parent.glob("*.py"))))
     )
-    versions = [kernels.hexdigest(), torch.__version__, platform.machine(), _cpu_name()]
+    versions = [_METHOD, kernels.hexdigest(), torch.__version__, platform.machine(), _cpu_name()]
     key = hashlib.sha256(json.dumps([*versions, os.cpu_count(), threads]).encode()).hexdigest()[:16]
     return cache_folder() / f"speed-{key}.json"
 

@@ -24,7 +24,7 @@ from buddymoe_ray.cache.shared import SharedExpertCache
 from buddymoe_ray.errors import LinkError
 from buddymoe_ray.links import LinkServer, PeerLinks, PendingAnswer, derive_secret
 from buddymoe_ray.moe import ExpertCompute
-from buddymoe_ray.residency.sharing import Sharing, spec_of
+from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.residency.tier import ExpertTier
 
 __all__ = ["PeerService", "Peering", "RemoteExperts", "open_peering"]
@@ -173,8 +173,7 @@ class Peering:
             (layout.tensors, layout.coded, layout.slot_bytes, layout.experts_per_layer)
         )  # workers of another model stay out
         secret = derive_secret(sharing.secret.encode(), purpose)
-        spec = spec_of(sharing, cache.layout, cache.plan)
-        self._own = SharedExpertCache(spec.open(), reader=DiskReader(depth=1, buffer_bytes=4096))
+        self._own = SharedExpertCache(cache.store.again(), reader=DiskReader(depth=1, buffer_bytes=4096))
         try:
             service = PeerService(self._own, tier.new_compute())
             self._server = LinkServer(service, secret=secret, address=f"{sharing.host}:0")

@@ -219,7 +219,7 @@ def _predicted(
         "predicted_hit_percent": 100 * hit,
         "predicted_standin_percent": 100 * stood_in,
         "predicted_miss_bytes_per_token": work.missed * work.active * work.expert_bytes,
-        "predicted_decode_tok_s": 1 / decode_seconds(work, speed),
+        "predicted_decode_tok_s": 1 / decode_seconds(work, speed, prompt),
         "predicted_ttft_seconds": prefill_seconds(work, speed, prompt),
     }
 

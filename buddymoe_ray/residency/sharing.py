@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from buddymoe_ray.cache.shared import (
     store_path,
     sweep,
 )
+from buddymoe_ray.cache.shared.locks import ROW_BYTE, ROWS, FileLocks
 from buddymoe_ray.device import Device
 from buddymoe_ray.errors import BudgetError, CacheError, ConfigError
 from buddymoe_ray.policy import split_slots
@@ -37,7 +39,7 @@ from buddymoe_ray.residency.machine import available_memory_bytes
 from buddymoe_ray.residency.standin_setup import StandinSetup
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
-__all__ = ["Sharing", "StoreSpec", "open_host", "open_peers", "open_records", "open_store"]
+__all__ = ["Sharing", "StoreSpec", "in_use", "open_host", "open_peers", "open_records", "open_store"]
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +107,19 @@ def spec_of(
     digest = store_digest(layout, plan)
     path = store_path(digest, tag=sharing.tag, folder=sharing.folder)
     return StoreSpec(path=path, layout=layout, plan=plan, digest=digest, tag=sharing.tag, standin_LE=standin_LE)
+
+
+def in_use(sharing: Sharing, layout: ExpertLayout, plan: SlotPlan) -> bool:
+    """Whether anybody is attached to the store that a node has under this plan."""
+    try:
+        fd = os.open(spec_of(sharing, layout, plan).path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    locks = FileLocks(fd)
+    try:
+        return locks.held_elsewhere(ROW_BYTE, ROWS)
+    finally:
+        locks.close()
 
 
 def open_store(

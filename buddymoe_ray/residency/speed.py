@@ -42,8 +42,9 @@ _WAITED, _WAITED_READ_AHEAD = 0.7, 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class MachineSpeed:
-    """`weights_bytes_s[dtype][rows]`: bytes of weights multiplied in a second with so many rows; `step_seconds` and
-    `layer_seconds`: what a step and each of its layers take besides; `disk_bytes_s`: of reads as large as experts.
+    """`weights_bytes_s[dtype][rows]`: bytes of weights multiplied in a second with so many rows; `step_seconds`,
+    `layer_seconds` and `token_seconds`: what a step, each of its layers, and each token of a prompt in each of them
+    take besides; `disk_bytes_s`: of reads as large as experts.
 
     `measured` is False where the figures are guesses."""
 
@@ -51,6 +52,7 @@ class MachineSpeed:
     disk_bytes_s: float
     step_seconds: float = 0.0
     layer_seconds: float = 0.0
+    token_seconds: float = 0.0
     measured: bool = True
 
     def weights_seconds(self, dtype: str, nbytes: float, rows: float = 1) -> float:
@@ -67,7 +69,7 @@ class MachineSpeed:
 @dataclass(frozen=True, kw_only=True)
 class TokenWork:
     """What a token asks for. `dense_bytes` are read every step, without what is looked up by row; `head_bytes` of them
-    see only the last token of a prompt; `active` are a
+    see only the last token of a prompt; `kv_bytes` are those of a token in the KV cache; `active` are a
     token's accesses in all layers, of which the shares `missed` and `stood_in` are no hits; of all `experts` the share
     `absent` is not resident."""
 
@@ -75,6 +77,7 @@ class TokenWork:
     dense_dtype: str
     dense_bytes: int
     head_bytes: int
+    kv_bytes: int
     expert_dtype: str
     expert_bytes: int
     active: int
@@ -86,11 +89,11 @@ class TokenWork:
     absent: float = 0.0
 
 
-def decode_seconds(work: TokenWork, speed: MachineSpeed) -> float:
-    """Of one step of one sequence."""
+def decode_seconds(work: TokenWork, speed: MachineSpeed, context: int) -> float:
+    """Of one step of one sequence of so many tokens."""
     own = work.active * (1 - work.stood_in)
     arithmetic = speed.step_seconds + work.layers * speed.layer_seconds
-    arithmetic += speed.weights_seconds(work.dense_dtype, work.dense_bytes)
+    arithmetic += speed.weights_seconds(work.dense_dtype, work.dense_bytes + context * work.kv_bytes)
     arithmetic += speed.weights_seconds(work.expert_dtype, own * work.expert_bytes)
     if work.stood_in:
         arithmetic += speed.weights_seconds(_RECORDS, work.active * work.stood_in * work.standin_bytes)
@@ -105,7 +108,7 @@ def prefill_seconds(work: TokenWork, speed: MachineSpeed, tokens: int) -> float:
     accesses = work.active / max(1, work.layers) * tokens
     used = per_layer * (1 - (1 - 1 / per_layer) ** accesses) if per_layer else 0.0
     total = used * work.layers * work.expert_bytes
-    arithmetic = speed.step_seconds + work.layers * speed.layer_seconds
+    arithmetic = speed.step_seconds + work.layers * (speed.layer_seconds + tokens * speed.token_seconds)
     arithmetic += speed.weights_seconds(work.dense_dtype, work.dense_bytes - work.head_bytes, tokens)
     arithmetic += speed.weights_seconds(work.dense_dtype, work.head_bytes)
     arithmetic += speed.weights_seconds(work.expert_dtype, total, accesses / used if used else 1)
@@ -139,6 +142,7 @@ def token_work(
         dense_dtype=dense,
         dense_bytes=shape.dense_bytes - shape.embedding_bytes,
         head_bytes=shape.head_bytes,
+        kv_bytes=shape.kv_bytes_per_token,
         expert_dtype=experts,
         expert_bytes=shape.expert_bytes,
         active=shape.experts_per_token * shape.moe_layers,

@@ -40,7 +40,7 @@ from buddymoe_ray.observe import progress
 from buddymoe_ray.policy import MIN_SLOTS, Staging, lend_reserved, plan_staging, split_slots
 from buddymoe_ray.residency.arithmetic import expert_computes, layer_waves, stored_dtype, stored_shapes
 from buddymoe_ray.residency.calibrations import CalibrationFolder, calibrates, reserved_bytes
-from buddymoe_ray.residency.sharing import Sharing, open_host, open_peers, open_store
+from buddymoe_ray.residency.sharing import Sharing, in_use, open_host, open_peers, open_store
 from buddymoe_ray.residency.standin_records import load_records, open_standins
 from buddymoe_ray.residency.standin_setup import (
     NodeBudget,
@@ -230,11 +230,13 @@ def plan_memory(
         log.warning("what was calibrated before is made again: %s", error)
         CalibrationFolder(path.parent).discard()
         setup = None
-    if setup is None:
+    if setup is None or (node is not None and path is not None and self_made(config, folder, path)):
         plan = _exact_plan(layout, budgets, _reserved(config, layout, budgets, apart=apart))
-        if node is None and not apart:  # elsewhere the memory of slots cannot be given back
+        if not apart:  # there the memory of slots cannot be given back
             plan = lend_reserved(plan, plan.reserved_bytes, layout.experts_per_layer)
-        return plan, None, staging
+        # who was there before stand-ins were goes on under this plan, and with a node's memory there is one
+        if setup is None or (node is not None and in_use(node, layout, plan)):
+            return plan, None, staging
     return setup.plan, setup, staging
 
 

@@ -31,6 +31,7 @@ WORK = TokenWork(
     dense_dtype="int8",
     dense_bytes=10_000_000,
     head_bytes=0,
+    kv_bytes=0,
     expert_dtype="int4",
     expert_bytes=1_000_000,
     active=40,
@@ -48,12 +49,13 @@ def test_rates_between_measured_rows_are_interpolated_and_beyond_them_proportion
 
 def test_a_step_is_its_weights_its_overhead_and_what_it_waits_for() -> None:
     resident = 0.001 + 10 * 0.0001 + 0.01 + 40 * 0.0005
-    assert decode_seconds(WORK, SPEED) == pytest.approx(resident)
+    assert decode_seconds(WORK, SPEED, 512) == pytest.approx(resident)
+    assert decode_seconds(replace(WORK, kv_bytes=2000), SPEED, 512) == pytest.approx(resident + 2000 * 512 / 1e9)
     half = replace(WORK, missed=0.5)  # .2 s of reads
-    assert decode_seconds(half, SPEED) == pytest.approx(0.2 + 0.7 * resident)
-    assert decode_seconds(replace(half, reads_ahead=True), SPEED) == pytest.approx(0.2 + 0.2 * resident)
+    assert decode_seconds(half, SPEED, 512) == pytest.approx(0.2 + 0.7 * resident)
+    assert decode_seconds(replace(half, reads_ahead=True), SPEED, 512) == pytest.approx(0.2 + 0.2 * resident)
     stood_in = replace(WORK, stood_in=0.5, standin_bytes=500_000.0)
-    assert decode_seconds(stood_in, SPEED) == pytest.approx(resident - 20 * 0.0005 + 20 * 0.00025)
+    assert decode_seconds(stood_in, SPEED, 512) == pytest.approx(resident - 20 * 0.0005 + 20 * 0.00025)
 
 
 def test_a_prompt_reads_each_absent_expert_once() -> None:
@@ -67,6 +69,8 @@ def test_a_prompt_reads_each_absent_expert_once() -> None:
         replace(head, absent=0.0), SPEED, 100
     )
     assert saved == pytest.approx(0.005 * (10 * 100 / 64 - 1))
+    rows = replace(SPEED, token_seconds=1e-5)
+    assert prefill_seconds(WORK, rows, 100) == pytest.approx(prefill_seconds(WORK, SPEED, 100) + 10 * 100 * 1e-5)
     one = prefill_seconds(replace(long, dense_bytes=0), replace(SPEED, disk_bytes_s=1e5), 1)
     assert one == pytest.approx(1e3 * 0.75 * 36.4e6 / 1e8, rel=0.01)  # of 4 draws out of 16, 3.64 differ
 
@@ -85,7 +89,12 @@ def test_a_machine_is_measured_once_and_what_is_damaged_again(tmp_path: Path, mo
     [kept] = tmp_path.glob("speed-*.json")
     rates = first.weights_bytes_s["int4"]
     assert set(rates) == set(ROWS) and min(rates.values()) > 0 and first.disk_bytes_s > 0
-    assert first.step_seconds >= 0 and first.layer_seconds >= 0 and first.step_seconds + first.layer_seconds > 0
+    assert (
+        first.token_seconds > 0
+        and first.step_seconds >= 0
+        and first.layer_seconds >= 0
+        and first.step_seconds + first.layer_seconds > 0
+    )
     assert measured("int4", "float32").weights_bytes_s["int4"] == rates, "only what is new is measured"
     monkeypatch.setattr(module, "_weights_bytes_s", lambda *_: pytest.fail("measured again"))
     again = measured("int4", "float32")

@@ -9,8 +9,10 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,10 @@ class Unfinished:
         """The other process is done: the engines learn of it, and take over."""
         os.replace(self._folder / "measured.later", self._folder / "measured.json")
         self._locks.close()
+        self.wait(*engines)
+
+    def wait(self, *engines: Engine) -> None:
+        """Until they have taken over."""
         until = time.monotonic() + 300
         while not all(engine.snapshot().calibration.state == "ready" for engine in engines):
             assert time.monotonic() < until, [engine.calibration.snapshot() for engine in engines]
@@ -195,7 +201,18 @@ def test_workers_of_a_node_take_over_one_copy(
     unfinished, shared = Unfinished(cache), tmp_path / "shm"
     shared.mkdir()
     config = EngineConfig(model=str(model), memory="25%", mode="bounded", cache_dir=str(cache), max_running=4)
-    engines = [Engine.from_config(config, sharing=Sharing(workers=2, folder=shared, movable=True)) for _ in range(2)]
+    sharing = Sharing(workers=2, folder=shared, movable=True)
+    engines = [Engine.from_config(config, sharing=sharing) for _ in range(2)]
+    plan, held = engines[0].cache.plan, [0]
+
+    def watch() -> None:
+        while engines:
+            with suppress(FileNotFoundError):  # removed in between
+                held.append(sum(path.stat().st_blocks * 512 for path in shared.iterdir()))
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
 
     def said(engine: Engine) -> list[TokenEvent]:
         ids = tuple(engine.encode(PROMPTS[0]))
@@ -205,17 +222,24 @@ def test_workers_of_a_node_take_over_one_copy(
 
     for engine in engines:
         assert tuple(token for event in said(engine) for token in event.token_ids) == exact_tokens[0]
+        there = sum(len(engine.cache.resident(layer)) for layer in range(len(plan.layer_slots)))
+        assert there > plan.slots_total - sum(plan.lent_slots), "nothing is lent"
     unfinished.finish(*engines)
+    engines.pop().close()
+    engines.append(Engine.from_config(config, sharing=sharing))  # as after a crash: with those who are there
+    unfinished.wait(*engines)
     for engine in engines:
         usage = said(engine)[-1].usage
         assert usage is not None and usage.mode == "bounded" and usage.standins.lowbit > 0
-    files = {path.suffix: path.stat().st_size for path in shared.iterdir()}
-    budget = engines[0].cache.plan.budget_bytes
-    assert set(files) == {".experts", ".records"} and sum(files.values()) <= budget + (256 << 10), "one copy of all"
+    assert {path.suffix for path in shared.iterdir()} == {".experts", ".records"}, "one copy of all"
     for engine in engines:
         engine.cache.check_integrity()
-        engine.close()
-    assert not list(shared.iterdir())
+        assert engine.cache.plan.slots_total == plan.slots_total - sum(plan.lent_slots)
+        assert engine.cache.device_bytes == engine.cache.plan.slots_total * plan.slot_bytes
+    while engines:
+        engines.pop().close()
+    watcher.join()
+    assert not list(shared.iterdir()) and 0 < max(held) <= plan.budget_bytes + (256 << 10), "what nobody had yet"
 
 
 def test_the_next_engine_finds_it_and_begins_with_half_the_budget(model: Path, cache: Path) -> None:

@@ -39,9 +39,9 @@ def test_who_makes_a_file_and_who_comes_later_see_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(pages, "_BESIDE", beside)
     path, fd = file
-    first = np.frombuffer(map_file(fd, NBYTES, made=True), dtype=np.uint8)
+    first = np.frombuffer(map_file(fd, NBYTES, huge=NBYTES), dtype=np.uint8)
     first[:] = np.arange(NBYTES) % 251
-    second = np.frombuffer(map_file(fd, NBYTES, made=False), dtype=np.uint8)
+    second = np.frombuffer(map_file(fd, NBYTES, huge=0), dtype=np.uint8)
     for view in (first, second):
         assert view.ctypes.data % (2 << 20) == 0 and len(view) == NBYTES
     second[-1] = 7
@@ -57,12 +57,12 @@ def test_who_makes_a_file_and_who_comes_later_see_the_same_bytes(
 
 def test_small_files_and_files_that_cannot_be_mapped(file: tuple[Path, int]) -> None:
     path, fd = file
-    small = map_file(fd, 4096, made=True)
+    small = map_file(fd, 4096, huge=4096)
     small[:4] = b"abcd"
     assert os.pread(fd, 4, 0) == b"abcd" and mapped(path) == 1
     readonly = os.open(path, os.O_RDONLY)
     try:
         with pytest.raises(OSError, match="Permission denied"):
-            map_file(readonly, NBYTES, made=True)
+            map_file(readonly, NBYTES, huge=NBYTES)
     finally:
         os.close(readonly)

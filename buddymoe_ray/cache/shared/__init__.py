@@ -10,18 +10,21 @@ calls     one `stream` in progress; a slot of one's own, for when others stand s
 host      the tier below a GPU, the twin of `cache.host`
 mover     background migration: experts in and out while others compute
 janitor   removes files when every process was killed
+lending   slots whose memory is reserved for others, and given back to them
 room      bytes written once and read by all (stand-in records)
 """
 
 from buddymoe_ray.cache.shared.cache import SharedExpertCache
 from buddymoe_ray.cache.shared.host import SharedHostTier
 from buddymoe_ray.cache.shared.janitor import watch
+from buddymoe_ray.cache.shared.lending import Lender
 from buddymoe_ray.cache.shared.mover import Move, Moved, Mover
 from buddymoe_ray.cache.shared.room import Room, open_room
 from buddymoe_ray.cache.shared.store import FOLDER, SharedStore, store_digest, store_path, sweep
 
 __all__ = [
     "FOLDER",
+    "Lender",
     "Move",
     "Moved",
     "Mover",

@@ -42,12 +42,16 @@ class SharedExpertCache:
     def __init__(self, store: SharedStore, *, reader: DiskReader) -> None:
         self.store, self._reader, self._tables = store, reader, store.tables
         self.layout, self.plan = store.layout, store.plan
-        self.device_bytes = store.nbytes  # of the slots, shared by every worker of the node
         self._words_at, self.usage = self._tables.generation.ctypes.data, self._tables.usage
         self._held: tuple[int, dict[int, int]] | None = None
         self._loads = SharedLoads(store, reader)
         self._entries: list[bytes] = [b""] * self.layout.layers  # of which these are
         self._glances: list[Glance | None] = [None] * self.layout.layers
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the slots in use, shared by every worker of the node."""
+        return self.store.nbytes
 
     @property
     def read_mode(self) -> str:
@@ -83,6 +87,7 @@ class SharedExpertCache:
         """Those of the experts that are resident, none of which is evicted inside the block; none if that is not
         known."""
         assert self._held is None, f"layer {self._held} is held, must be none"
+        self._tables.look(over=True)
         if not experts:
             yield experts
             return
@@ -105,6 +110,7 @@ class SharedExpertCache:
         if not _LOADS_IN_ORDER:
             return None
         self._loads.ahead.land()
+        self._tables.look()
         entries = self._tables.glance(layer)
         if entries != self._entries[layer]:
             self._entries[layer], self._glances[layer] = entries, self._glance_at(entries)
@@ -117,6 +123,7 @@ class SharedExpertCache:
         words_2E = np.stack([np.where(slots_E >= 0, self._words_at + 8 * slots_E, 0), generations_E])
 
         def used(ids: npt.NDArray[np.int64]) -> None:
+            self._tables.look(over=True)
             slots = slots_E[ids]
             slots = slots[slots >= 0]
             self._tables.touch(slots)
@@ -148,6 +155,7 @@ class SharedExpertCache:
 
     def settle_ahead(self) -> None:
         """Give up what was read ahead and not asked for; waits for what is under way."""
+        self._tables.look(over=True)
         self._loads.ahead.settle()
 
     def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
@@ -164,6 +172,7 @@ class SharedExpertCache:
         Raises:
             CacheError: an expert's bytes could not be read.
         """
+        self._tables.look(over=True)
         if not experts:
             return
         assert len(set(experts)) == len(experts), f"experts are {list(experts)}, must each be named once"

@@ -127,7 +127,8 @@ class Mover:
     def _exchange(self, now: int, slot: int) -> None:
         """Give the expert in wave slot `now`, if it is one, the role of `slot`; the caller holds the lock."""
         tables = self._tables
-        if tables.partition[now] == WAVE:
+        lent = slot >= tables.shape.slots - tables.shape.lent  # it may go, and wave slots may not
+        if tables.partition[now] == WAVE and not lent:
             tables.partition[slot] = WAVE  # first: killed in between there is one wave slot more, and not less
             tables.partition[now] = tables.key_layer[now]
 

@@ -16,18 +16,19 @@ import os
 from threading import Thread, get_native_id
 from typing import Any
 
-__all__ = ["map_file"]
+__all__ = ["map_file", "punch"]
 
 _HUGE, _COLLAPSE = 2 << 20, 25
 _AT_ONCE, _BESIDE = 8 << 20, 64 << 20
 _NORESERVE, _FIXED = 0x4000, 0x10
+_PUNCH_HOLE = 0x02 | 0x01  # and keep the size
 _FAILED = ctypes.c_void_p(-1).value
 
 
-def map_file(fd: int, nbytes: int, *, made: bool) -> memoryview:
-    """All of a file, shared and writable, for as long as the view or what is made of it is there. Who `made` it has it
-    put into huge pages, as far as the kernel has some; large ones beside what goes on, by a niced thread: it is some
-    three seconds of a core a GB. Raises OSError."""
+def map_file(fd: int, nbytes: int, *, huge: int) -> memoryview:
+    """All of a file, shared and writable, for as long as the view or what is made of it is there. Who made it has its
+    first `huge` bytes put into huge pages, as far as the kernel has some; many beside what goes on, by a niced thread:
+    it is some three seconds of a core a GB. Raises OSError."""
     if nbytes < _HUGE:
         return memoryview(mmap.mmap(fd, nbytes))
     # Python maps where the kernel likes: the file takes the place of memory that is large enough, and goes with it
@@ -42,11 +43,20 @@ def map_file(fd: int, nbytes: int, *, made: bool) -> memoryview:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     view = memoryview(around)[begin : begin + nbytes]
-    if made and nbytes <= _BESIDE:
-        _collapse(view, place + begin)
-    elif made:
-        Thread(target=_collapse, args=(view, place + begin), kwargs={"nice": 19}, daemon=True).start()
+    if huge > _BESIDE:
+        Thread(target=_collapse, args=(view[:huge], place + begin), kwargs={"nice": 19}, daemon=True).start()
+    else:
+        _collapse(view[:huge], place + begin)
     return view
+
+
+def punch(fd: int, begin: int, end: int) -> None:
+    """Give the kernel back the pages of these bytes of a file, whoever has mapped them: they are 0, and take no memory
+    until somebody looks at them. Raises OSError."""
+    size = ctypes.c_longlong(end - begin)
+    if _native("fallocate", ctypes.c_int)(fd, _PUNCH_HOLE, ctypes.c_longlong(begin), size) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def _collapse(view: memoryview, address: int, *, nice: int = 0) -> None:

@@ -60,7 +60,7 @@ def open_room(path: Path, nbytes: int, digest: bytes, fill: Callable[[Tensor], N
             if locks.held_elsewhere(ROW_BYTE, ROWS):
                 raise CacheError(f"{path} is in use for another content, must be free. hint: stop the other service")
             allocate(path, fd, total)
-        memory = map_file(fd, total, made=made)
+        memory = map_file(fd, total, huge=total if made else 0)
         if made:
             fill(torch.from_numpy(np.frombuffer(memory, dtype=np.uint8)[_PAGE:]))
             os.pwrite(fd, head, 0)  # last: a file without it is filled anew

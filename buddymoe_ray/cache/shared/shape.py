@@ -17,7 +17,7 @@ import numpy.typing as npt
 from buddymoe_ray.cache.shared.locks import ROWS
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
-__all__ = ["HeaderWord", "StoreShape", "entry_of", "places_of"]
+__all__ = ["HeaderWord", "StoreShape", "entry_of", "places_of", "roles_of"]
 
 _PAGE = 4096
 _DIGEST_AT, _DIGEST_BYTES = 1024, 32
@@ -29,17 +29,18 @@ class HeaderWord:
 
     MAGIC, VERSION, READY, CLOCK, DIRTY, EPOCH, EVICTIONS, SLOTS, SLOT_BYTES = range(9)
     MAGIC_WORD = 0x425544_44594D4F
-    VERSION_WORD = 3
+    VERSION_WORD = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreShape:
-    """Sizes of one store."""
+    """Sizes of one store; the last `lent` of its slots have memory that is reserved for others."""
 
     slots: int
     slot_bytes: int
     layers: int
     experts: int
+    lent: int = 0
 
     @classmethod
     def of(cls, layout: ExpertLayout, plan: SlotPlan) -> StoreShape:
@@ -49,6 +50,7 @@ class StoreShape:
             slot_bytes=layout.slot_bytes,
             layers=len(layout.experts_per_layer),
             experts=max(layout.experts_per_layer),
+            lent=sum(plan.lent_slots),
         )
 
     def fields(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
@@ -63,6 +65,8 @@ class StoreShape:
             "entry": (np.uint64, LE),
             "steps": (np.int64, (self.layers,)),
             "accesses": (np.uint64, (P, *LE)),
+            "looks": (np.uint64, (P, 8)),
+            "lends": (np.int64, (P,)),
             "key_layer": (np.int32, (C,)),
             "key_expert": (np.int32, (C,)),
             "slot_of": (np.int32, LE),
@@ -86,6 +90,10 @@ class StoreShape:
         """Size of the file."""
         return _aligned(self.data_offset + self.slots * self.slot_bytes, _PAGE)
 
+    def span(self, first: int, end: int) -> tuple[int, int]:
+        """Where in the file the bytes of these slots are."""
+        return self.data_offset + first * self.slot_bytes, self.data_offset + end * self.slot_bytes
+
     def head(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
         """The header's words."""
         return memory[: 8 * 16].view(np.uint64)
@@ -108,6 +116,18 @@ class StoreShape:
         """`[C, slot_bytes]` of the slots."""
         begin = self.data_offset
         return memory[begin : begin + self.slots * self.slot_bytes].reshape(self.slots, self.slot_bytes)
+
+
+def roles_of(plan: SlotPlan, wave: int) -> list[int]:
+    """The layer of each slot, `wave` of those that belong to none; lent ones come last, in the order in which
+    `policy.lend_reserved` lends them."""
+    lent = plan.lent_slots or (0,) * len(plan.layer_slots)
+    own = [count - more for count, more in zip(plan.layer_slots, lent, strict=True)]
+    tail = sorted(
+        (count + at, la) for la, (count, more) in enumerate(zip(own, lent, strict=True)) for at in range(more)
+    )
+    roles = [layer for layer, count in enumerate(own) for _ in range(count)]
+    return [*roles, *[wave] * plan.wave_slots, *(layer for _, layer in tail)]
 
 
 def entry_of(slot: int, generation: int) -> int:

@@ -32,9 +32,9 @@ from buddymoe_ray.cache.shared.locks import (
     remove_unused,
     same_file,
 )
-from buddymoe_ray.cache.shared.pages import map_file
+from buddymoe_ray.cache.shared.pages import map_file, punch
 from buddymoe_ray.cache.shared.shape import HeaderWord, StoreShape
-from buddymoe_ray.cache.shared.tables import SharedTables
+from buddymoe_ray.cache.shared.tables import UNUSED, SharedTables
 from buddymoe_ray.errors import BudgetError, CacheError
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
@@ -97,7 +97,7 @@ class SharedStore:
             if self.made:
                 before_making()
                 allocate(path, self._fd, self.shape.total_bytes, progress)
-            self._memory = map_file(self._fd, self.shape.total_bytes, made=self.made)
+            self._memory = map_file(self._fd, self.shape.total_bytes, huge=self._huge if self.made else 0)
             self._array = np.frombuffer(self._memory, dtype=np.uint8)
             self.tables = SharedTables(self._array, self.shape, self._locks)
             if self.made:
@@ -122,8 +122,8 @@ class SharedStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots: the node's one copy."""
-        return self.shape.slots * self.shape.slot_bytes
+        """Bytes of all slots that are in use: the node's one copy."""
+        return int((self.tables.partition != UNUSED).sum()) * self.shape.slot_bytes
 
     @property
     def attached(self) -> int:
@@ -140,6 +140,21 @@ class SharedStore:
     def address(self, slot: int) -> int:
         """Where the slot's bytes begin in this process."""
         return self._begin + slot * self.shape.slot_bytes
+
+    def again(self) -> SharedStore:
+        """Another attachment to the same file, for another thread. Raises CacheError."""
+        return SharedStore(self.path, self.layout, self.plan, self._digest)
+
+    def give_back(self, first: int) -> None:
+        """Give the kernel back the memory of all slots from this one on, which hold nothing and are nobody's."""
+        begin = -(-self.shape.span(first, first)[0] // mmap.PAGESIZE) * mmap.PAGESIZE
+        if begin < self.shape.total_bytes:
+            punch(self._fd, begin, self.shape.total_bytes)
+
+    def take_back(self, slot: int) -> None:
+        """Have memory for a slot again. Raises OSError: there is none left."""
+        begin, end = self.shape.span(slot, slot + 1)
+        os.posix_fallocate(self._fd, begin, end - begin)
 
     def own(self) -> bool:
         """Become the store's owner, who keeps the file while no worker is attached; False when there is one."""
@@ -171,6 +186,11 @@ class SharedStore:
         if self._locks.held_elsewhere(ROW_BYTE, ROWS):
             raise CacheError(f"{self.path} is another store in use, must be free. hint: stop the other service first")
         return False
+
+    @property
+    def _huge(self) -> int:
+        """So many bytes may be in huge pages: of those the kernel keeps what is given back."""
+        return self.shape.span(self.shape.slots - self.shape.lent, 0)[0] if self.shape.lent else self.shape.total_bytes
 
     def _write_head(self) -> None:
         head = self.tables.head

@@ -28,16 +28,16 @@ import numpy.typing as npt
 
 from buddymoe_ray.cache.shared.calls import Stalled
 from buddymoe_ray.cache.shared.locks import ROW_BYTE, ROWS, TABLES_BYTE, FileLocks
-from buddymoe_ray.cache.shared.shape import HeaderWord, StoreShape, entry_of
+from buddymoe_ray.cache.shared.shape import HeaderWord, StoreShape, entry_of, roles_of
 from buddymoe_ray.cache.usage import Usage
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, SlotPlan
 
-__all__ = ["FREE", "LOADING", "PATIENCE_SECONDS", "READY", "WAVE", "Counter", "SharedTables"]
+__all__ = ["FREE", "LOADING", "PATIENCE_SECONDS", "READY", "UNUSED", "WAVE", "Counter", "SharedTables"]
 
 FREE, LOADING, READY = 0, 1, 2
-WAVE = -1
-"""The partition of slots that belong to no layer."""
+WAVE, UNUSED = -1, -2
+"""The partition of slots that belong to no layer, and of those whose memory is lent to nobody."""
 
 PATIENCE_SECONDS, SHORT_PATIENCE_SECONDS = 0.5, 0.005
 """Nobody holds the tables for so long who is not stopped."""
@@ -69,7 +69,7 @@ class SharedTables:
         self.key_layer, self.key_expert = views["key_layer"], views["key_expert"]
         self.partition, self.loader, self.state = views["partition"], views["loader"], views["state"]
         self.slot_of, self.entry, self.pinned = views["slot_of"], views["entry"], views["pinned"]
-        self.lease = views["lease"]
+        self.lease, self.lends, self.looks = views["lease"], views["lends"], views["looks"]
         self.row, self._reaped, self._patience = -1, time.monotonic(), PATIENCE_SECONDS
 
     @contextmanager
@@ -101,27 +101,10 @@ class SharedTables:
             self._locks.unlock(TABLES_BYTE)
 
     def initialise(self, plan: SlotPlan) -> None:
-        """Empty tables; the caller holds the lock and nobody is attached."""
-        for table in (
-            self.pid,
-            self.counters,
-            self.accesses,
-            self.generation,
-            self.last_used,
-            self.usage.steps_L,
-            self.state,
-            self.entry,
-        ):
-            table[...] = 0
-        self.pinned[...] = 0
+        """Tables of a file that is all 0 as yet; the caller holds the lock and nobody is attached."""
         self.usage.usage_LE[...] = -np.inf
-        self.lease[...] = 0
         self.key_layer[...] = self.key_expert[...] = self.slot_of[...] = self.loader[...] = -1
-        at = 0
-        for layer, count in enumerate(plan.layer_slots):
-            self.partition[at : at + count] = layer
-            at += count
-        self.partition[at:] = WAVE
+        self.partition[...] = roles_of(plan, WAVE)
         for layer, named in enumerate(plan.pinned):
             self.pinned[layer, list(named)] = 1
 
@@ -133,7 +116,8 @@ class SharedTables:
             for row in np.flatnonzero(self.pid == 0).tolist():
                 if self._locks.try_lock(ROW_BYTE + row):
                     self.lease[row] = 0
-                    self.counters[row] = 0
+                    self.counters[row] = self.looks[row] = 0
+                    self.lends[row] = self.shape.lent
                     self.pid[row] = os.getpid()
                     self.row = row
                     return
@@ -170,6 +154,19 @@ class SharedTables:
     def alive(self, row: int) -> bool:
         """Whether the process of a row lives."""
         return row == self.row or self._locks.held_elsewhere(ROW_BYTE + row)
+
+    @property
+    def lent(self) -> int:
+        """How many of the lent slots may be used, as far as everybody is concerned; the caller holds the lock."""
+        return int(np.where(self.pid != 0, self.lends, self.shape.lent).min())
+
+    def look(self, *, over: bool = False) -> None:
+        """From now on this row may be reading slots without a lease, until it is `over`; needs no lock.
+
+        Its word is odd meanwhile, and another one each time: so whoever gives memory back can tell that it is over.
+        """
+        if self.shape.lent and int(self.looks[self.row, 0]) % 2 == over:
+            self.looks[self.row, 0] += 1
 
     def hold(self, layer: int, experts: Sequence[int]) -> dict[int, int]:
         """Lease what is READY of the experts in `layer`'s own slots; returns the slot of each such expert. The caller
