@@ -23,16 +23,18 @@ from buddymoe_ray.engine.parts import EngineLimits, EngineParts
 from buddymoe_ray.engine.plain_forward import choose_forward
 from buddymoe_ray.engine.runner import PackedRunner, Runner, SoloRunner, probe
 from buddymoe_ray.engine.scheduler import Scheduler
+from buddymoe_ray.engine.states import StatePool
 from buddymoe_ray.engine.suspended import PassParts
 from buddymoe_ray.engine.validate import checked_sampling
 from buddymoe_ray.errors import BudgetError, CheckpointError, ConfigError, RequestError
 from buddymoe_ray.models.load import LoadedModel, load_model, on_kernels
+from buddymoe_ray.models.recurrent import StateShapes, attach_states
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.shape import generation_defaults, meta_model
 from buddymoe_ray.models.tokenizer import load_tokenizer
 from buddymoe_ray.moe import MoEBlock, StepState
 from buddymoe_ray.observe import progress
-from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill
+from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill, state_slots
 from buddymoe_ray.residency.machine import available_memory_bytes, refuse_dense_dtype, torch_dtype
 from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.residency.tier import ExpertTier, open_experts
@@ -120,8 +122,11 @@ def _prefill(config: EngineConfig, loaded: LoadedModel, experts: ExpertTier) -> 
 
 def _reuses(config: EngineConfig, runner: Runner) -> bool:
     """Whether texts share KV blocks. Raises ConfigError where they cannot."""
-    if config.prefix_cache == "on" and not runner.packed:
-        raise ConfigError("prefix_cache is 'on', must be auto or off where batching is solo. hint: leave it at auto")
+    if config.prefix_cache == "on" and not runner.shares:
+        raise ConfigError(
+            "prefix_cache is 'on', must be auto or off where batching is solo or layers carry a state from token to "
+            "token. hint: leave it at auto"
+        )
     return config.prefix_cache == "on" or (config.prefix_cache == "auto" and runner.repeatable)
 
 
@@ -161,16 +166,18 @@ class _KVSize:
             probe(loaded, step, use_cache=True)
             blocks = config.max_running * _blocks(wanted)
             return cls(blocks=blocks, max_model_len=wanted, runner=SoloRunner(loaded, step))
-        paged = attention.PagedAttention()
+        paged, carried = attention.PagedAttention(), StateShapes()
         attention.attach(loaded.model, paged)
+        attach_states(loaded.model, carried)
         probe(loaded, step, use_cache=False)
         shapes = dict(sorted(paged.shapes.items()))
         per_block = KVPool.bytes_per_token(shapes, loaded.compute_dtype) * BLOCK_SIZE
-        promised = config.max_running * _blocks(wanted)
-        fitting = _kv_budget(config, promised * per_block, experts.device, workers) // per_block
+        promised, held = config.max_running * _blocks(wanted), state_slots(config.max_running) * carried.nbytes
+        fitting = (_kv_budget(config, promised * per_block + held, experts.device, workers) - held) // per_block
         if fitting < 2:
             raise BudgetError(
-                f"KV cache is {fitting} blocks of {per_block} bytes, must be at least 2. hint: raise kv_memory"
+                f"KV cache is {max(0, fitting)} blocks of {per_block} bytes beside {held} bytes of sequences' states, "
+                "must be at least 2. hint: raise kv_memory or lower max_running"
             )
         blocks = min(fitting, promised)
         max_model_len = min(wanted, blocks * BLOCK_SIZE)
@@ -185,22 +192,34 @@ class _KVSize:
             shapes, blocks=blocks + 1, block_size=BLOCK_SIZE, dtype=loaded.compute_dtype, device=loaded.device
         )
         paged.open(pool, threads=config.threads)
-        one_call.attach(loaded, experts.blocks, paged, step)
-        compute = choose_forward(loaded, paged, step)
-        parts = None
-        if paged.by_kernel and all(block.kernel is not None for block in experts.blocks):  # so rows do not see others
-            parts = PassParts(
-                compute=compute,
-                paged=paged,
-                step=step,
-                block_size=BLOCK_SIZE,
-                device=loaded.device,
-                layers=len(experts.blocks),
-                last=_last_block(loaded, experts),
-                ahead=experts.ahead,
-            )
-        runner = PackedRunner(compute, paged, pool, step, device=loaded.device, parts=parts)
-        return cls(blocks=blocks, max_model_len=max_model_len, runner=runner)
+        states = None
+        if carried.of:
+            states = StatePool(carried, paged, max_running=config.max_running, device=loaded.device)
+            attach_states(loaded.model, states)
+        return cls(
+            blocks=blocks, max_model_len=max_model_len, runner=_packed_runner(loaded, experts, paged, step, states)
+        )
+
+
+def _packed_runner(
+    loaded: LoadedModel, experts: ExpertTier, paged: attention.PagedAttention, step: StepState, states: StatePool | None
+) -> PackedRunner:
+    """Over an open `paged`."""
+    one_call.attach(loaded, experts.blocks, paged, step)
+    compute, parts = choose_forward(loaded, paged, step), None
+    by_rows = paged.by_kernel and all(block.kernel is not None for block in experts.blocks)
+    if by_rows and states is None:  # then rows do not see others, nor how their text was cut into passes
+        parts = PassParts(
+            compute=compute,
+            paged=paged,
+            step=step,
+            block_size=BLOCK_SIZE,
+            device=loaded.device,
+            layers=len(experts.blocks),
+            last=_last_block(loaded, experts),
+            ahead=experts.ahead,
+        )
+    return PackedRunner(compute, paged, step, device=loaded.device, parts=parts, states=states)
 
 
 def _last_block(loaded: LoadedModel, experts: ExpertTier) -> MoEBlock | None:

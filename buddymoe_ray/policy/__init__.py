@@ -21,6 +21,7 @@ from buddymoe_ray.policy.memory import (
     plan_staging,
     rows_held,
     split_slots,
+    state_slots,
 )
 from buddymoe_ray.policy.misses import Action, Misses, MissPolicy, Reason, Resolution, RowBudgets
 from buddymoe_ray.policy.placement.map import PlacementMap, Step, migration_steps, previous_held, publish
@@ -93,4 +94,5 @@ __all__ = [
     "split_movable",
     "rows_held",
     "split_slots",
+    "state_slots",
 ]

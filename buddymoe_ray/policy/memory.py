@@ -23,6 +23,7 @@ __all__ = [
     "plan_staging",
     "rows_held",
     "split_slots",
+    "state_slots",
 ]
 
 MIN_SLOTS = 2
@@ -61,6 +62,12 @@ def plan_staging(
 def kv_cache_bytes(*, promised: int, explicit: bool, free: int) -> int:
     """Bytes of a KV cache: what is promised, within .9 of the free ones; within .25 if nobody wrote it down."""
     return min(promised, int(free * (0.9 if explicit else 0.25)))
+
+
+def state_slots(max_running: int) -> int:
+    """Slots for what layers carry from token to token: two of every sequence, and of a text computed beside them, for a
+    pass that reads one writes the other."""
+    return 2 * (max_running + 1)
 
 
 def activation_bytes(*, hidden: int, experts_per_token: int, item_bytes: int) -> int:

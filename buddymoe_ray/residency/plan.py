@@ -19,7 +19,7 @@ from buddymoe_ray.device import open_device
 from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.models.expert_dtype import recoded_tensors
 from buddymoe_ray.models.shape import ModelShape, describe
-from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill
+from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill, state_slots
 from buddymoe_ray.residency.devices import GpuInfo
 from buddymoe_ray.residency.machine import (
     available_memory_bytes,
@@ -85,7 +85,8 @@ class Plan:
 
     `standins` counts the experts answered by each kind of record, of `standin_bytes` in all (part of `overhead_bytes`);
     `expected_rise_fast` is the calibrated loss (nats per token) if nothing is ever fetched. `kv_tokens` of a device are
-    those of all sequences together; `max_running` of `max_model_len` each are what the config promises.
+    those of all sequences together; `max_running` of `max_model_len` each are what the config promises. `state_bytes`
+    is what layers carry of a sequence from token to token: with all of them `kv_cache_bytes` of a device.
     `activation_bytes` are what prompts take while they are computed, `prefill_tokens` of them at once.
     """
 
@@ -113,6 +114,7 @@ class Plan:
     max_model_len: int
     max_running: int
     kv_bytes_per_token: int
+    state_bytes: int
     prefill_tokens: int
     activation_bytes: int
     devices: tuple[DevicePlan, ...]
@@ -157,8 +159,7 @@ def make_plan(
         )
     places = _places(config, gpus)
     layout, apart = _layout(shape), config.device == "interpret" or places[0].device != "cpu"
-    compute, as_stored = getattr(torch, shape.compute_dtype), not apart and shape.as_stored
-    scratch = scratch_bytes(layout, compute, as_stored=as_stored)
+    scratch = scratch_bytes(layout, getattr(torch, shape.compute_dtype), as_stored=not apart and shape.as_stored)
     planned = config if shape.has_weights else config.exactly()  # no weights, nothing to bind a profile to
     slots, setup, _ = plan_memory(planned, layout, folder=folder, apart=apart, scratch=scratch)
     length = min(config.max_model_len or shape.max_positions, shape.max_positions)
@@ -190,6 +191,7 @@ def make_plan(
         max_model_len=length,
         max_running=config.max_running,
         kv_bytes_per_token=shape.kv_bytes_per_token,
+        state_bytes=shape.state_bytes,
         prefill_tokens=prefill.alone,
         activation_bytes=prefill.nbytes,
         devices=devices,
@@ -305,7 +307,8 @@ def _device(config: EngineConfig, shape: ModelShape, length: int, slots: SlotPla
             f"hint: lower --memory to {max(0, free) / 2**30:.2f}GiB or less"
         )
     free -= experts
-    promised = config.max_running * length * shape.kv_bytes_per_token
+    states = state_slots(config.max_running) * shape.state_bytes
+    promised = config.max_running * length * shape.kv_bytes_per_token + states
     explicit = config.max_model_len is not None
     if config.kv_memory != "auto":
         kv, wanted = parse_memory(config.kv_memory, total_expert_bytes=0), "kv_memory"
@@ -316,9 +319,15 @@ def _device(config: EngineConfig, shape: ModelShape, length: int, slots: SlotPla
     room = kv_cache_bytes(promised=kv, explicit=True, free=free)
     if kv > room:
         raise BudgetError(
-            f"{wanted} is {_gib(kv)} of KV cache at {shape.kv_bytes_per_token:,} bytes a token, must be at most the "
-            f"{_gib(room)} that {place.device} leaves beside dense weights ({_gib(shape.dense_bytes)}) and experts "
-            f"({_gib(experts)}). hint: lower --max-running, --max-model-len or --memory"
+            f"{wanted} is {_gib(kv)} of KV cache at {shape.kv_bytes_per_token:,} bytes a token, {_gib(states)} of it "
+            f"sequences' states, must be at most the {_gib(room)} that {place.device} leaves beside dense weights "
+            f"({_gib(shape.dense_bytes)}) and experts ({_gib(experts)}). hint: lower --max-running, --max-model-len or "
+            "--memory"
+        )
+    if kv <= states > 0:
+        raise BudgetError(
+            f"{wanted} is {kv} bytes, must be more than the {states} of {config.max_running} sequences' states. "
+            "hint: lower --max-running or --memory"
         )
     resident = sum(slots.layer_slots)
     return DevicePlan(
@@ -326,7 +335,7 @@ def _device(config: EngineConfig, shape: ModelShape, length: int, slots: SlotPla
         dense_bytes=shape.dense_bytes,
         expert_budget_bytes=slots.budget_bytes,
         kv_cache_bytes=min(kv, promised),
-        kv_tokens=min(kv, promised) // shape.kv_bytes_per_token,
+        kv_tokens=(min(kv, promised) - states) // shape.kv_bytes_per_token,
         slots=slots.slots_total,
         wave_slots=slots.wave_slots,
         layer_slots=slots.layer_slots,
