@@ -34,7 +34,7 @@ from buddymoe_ray.models.shape import generation_defaults, meta_model
 from buddymoe_ray.models.tokenizer import load_tokenizer
 from buddymoe_ray.moe import MoEBlock, StepState
 from buddymoe_ray.observe import progress
-from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill, state_slots
+from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill, split_kv, state_slots
 from buddymoe_ray.residency.machine import available_memory_bytes, refuse_dense_dtype, torch_dtype
 from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.residency.tier import ExpertTier, open_experts
@@ -66,7 +66,7 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
         scheduler = Scheduler(
             num_blocks=kv.blocks,
             block_size=BLOCK_SIZE,
-            max_running=config.max_running,
+            max_running=kv.max_running,
             prefill=_prefill(config, loaded, experts)
             if packed
             else Prefill(beside=kv.max_model_len, alone=kv.max_model_len),
@@ -83,7 +83,7 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
             sharing=sharing,
             step=step,
             limits=EngineLimits(
-                max_model_len=kv.max_model_len, max_running=config.max_running, kv_tokens=kv.blocks * BLOCK_SIZE
+                max_model_len=kv.max_model_len, max_running=kv.max_running, kv_tokens=kv.blocks * BLOCK_SIZE
             ),
             vocab_size=loaded.vocab_size,
             loaded=loaded,
@@ -142,6 +142,7 @@ class _KVSize:
     """The KV cache that fits and the runner that uses it."""
 
     blocks: int
+    max_running: int
     max_model_len: int
     runner: Runner
 
@@ -164,27 +165,35 @@ class _KVSize:
             )
         if not packed:
             probe(loaded, step, use_cache=True)
-            blocks = config.max_running * _blocks(wanted)
-            return cls(blocks=blocks, max_model_len=wanted, runner=SoloRunner(loaded, step))
+            running, solo = config.max_running, SoloRunner(loaded, step)
+            return cls(blocks=running * _blocks(wanted), max_running=running, max_model_len=wanted, runner=solo)
         paged, carried = attention.PagedAttention(), StateShapes()
         attention.attach(loaded.model, paged)
         attach_states(loaded.model, carried)
         probe(loaded, step, use_cache=False)
         shapes = dict(sorted(paged.shapes.items()))
         per_block = KVPool.bytes_per_token(shapes, loaded.compute_dtype) * BLOCK_SIZE
-        promised, held = config.max_running * _blocks(wanted), state_slots(config.max_running) * carried.nbytes
-        fitting = (_kv_budget(config, promised * per_block + held, experts.device, workers) - held) // per_block
-        if fitting < 2:
+        state, sequence = carried.nbytes, _blocks(wanted) * per_block
+        most = config.max_running * sequence + state_slots(config.max_running) * state
+        budget = _kv_budget(config, most, experts.device, workers)
+        split = split_kv(budget, max_running=config.max_running, sequence=sequence, state=state)
+        fitting, promised = split.tokens // per_block, split.running * _blocks(wanted)
+        if not split.running or fitting < 2:
             raise BudgetError(
-                f"KV cache is {max(0, fitting)} blocks of {per_block} bytes beside {held} bytes of sequences' states, "
-                "must be at least 2. hint: raise kv_memory or lower max_running"
+                f"KV cache is {fitting} blocks of {per_block} bytes and states of {split.running} sequences, {state} "
+                "bytes each, must be at least 2 and of 1. hint: raise kv_memory"
             )
         blocks = min(fitting, promised)
+        if split.running < config.max_running:
+            log.warning(
+                "max_running is lowered from %d to %d: there is no room for states of more, of %d bytes each",
+                *(config.max_running, split.running, state),
+            )
         max_model_len = min(wanted, blocks * BLOCK_SIZE)
         if config.max_model_len is not None and blocks < promised:
             log.warning(
                 "the KV cache holds %d tokens, max_running %d of max_model_len %d are %d: some will wait",
-                *(blocks * BLOCK_SIZE, config.max_running, wanted, promised * BLOCK_SIZE),
+                *(blocks * BLOCK_SIZE, split.running, wanted, promised * BLOCK_SIZE),
             )
         if max_model_len < wanted:
             log.warning("max_model_len is lowered from %d to %d: the KV cache holds no more", wanted, max_model_len)
@@ -192,19 +201,17 @@ class _KVSize:
             shapes, blocks=blocks + 1, block_size=BLOCK_SIZE, dtype=loaded.compute_dtype, device=loaded.device
         )
         paged.open(pool, threads=config.threads)
-        states = None
-        if carried.of:
-            states = StatePool(carried, paged, max_running=config.max_running, device=loaded.device)
-            attach_states(loaded.model, states)
-        return cls(
-            blocks=blocks, max_model_len=max_model_len, runner=_packed_runner(loaded, experts, paged, step, states)
-        )
+        states = StatePool(carried, paged, running=split.running, device=loaded.device) if carried.of else None
+        runner = _packed_runner(loaded, experts, paged, step, states)
+        return cls(blocks=blocks, max_running=split.running, max_model_len=max_model_len, runner=runner)
 
 
 def _packed_runner(
     loaded: LoadedModel, experts: ExpertTier, paged: attention.PagedAttention, step: StepState, states: StatePool | None
 ) -> PackedRunner:
     """Over an open `paged`."""
+    if states is not None:
+        attach_states(loaded.model, states)
     one_call.attach(loaded, experts.blocks, paged, step)
     compute, parts = choose_forward(loaded, paged, step), None
     by_rows = paged.by_kernel and all(block.kernel is not None for block in experts.blocks)

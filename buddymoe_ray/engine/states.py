@@ -30,10 +30,10 @@ Where = slice | Tensor
 
 
 class StatePool:
-    """Of `max_running` sequences and of one text that is computed beside them."""
+    """Of `running` sequences and of one text that is computed beside them."""
 
-    def __init__(self, shapes: StateShapes, paged: PagedAttention, *, max_running: int, device: torch.device) -> None:
-        self._slots = state_slots(max_running)
+    def __init__(self, shapes: StateShapes, paged: PagedAttention, *, running: int, device: torch.device) -> None:
+        self._slots = state_slots(running)
         self._paged, self._device = paged, device
         self._parts_S = {
             layer: tuple(

@@ -20,6 +20,7 @@ from buddymoe_ray.policy.memory import (
     plan_prefill,
     plan_staging,
     rows_held,
+    split_kv,
     split_slots,
     state_slots,
 )
@@ -93,6 +94,7 @@ __all__ = [
     "solve",
     "split_movable",
     "rows_held",
+    "split_kv",
     "split_slots",
     "state_slots",
 ]

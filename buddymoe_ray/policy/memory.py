@@ -14,6 +14,7 @@ from buddymoe_ray.types import SlotPlan
 
 __all__ = [
     "MIN_SLOTS",
+    "KVSplit",
     "Prefill",
     "Staging",
     "activation_bytes",
@@ -22,6 +23,7 @@ __all__ = [
     "plan_prefill",
     "plan_staging",
     "rows_held",
+    "split_kv",
     "split_slots",
     "state_slots",
 ]
@@ -64,10 +66,29 @@ def kv_cache_bytes(*, promised: int, explicit: bool, free: int) -> int:
     return min(promised, int(free * (0.9 if explicit else 0.25)))
 
 
-def state_slots(max_running: int) -> int:
+def state_slots(running: int) -> int:
     """Slots for what layers carry from token to token: two of every sequence, and of a text computed beside them, for a
     pass that reads one writes the other."""
-    return 2 * (max_running + 1)
+    return 2 * (running + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVSplit:
+    """A KV cache's bytes: `states` of `running` sequences, and keys and values of `tokens`."""
+
+    running: int
+    states: int
+    tokens: int
+
+
+def split_kv(nbytes: int, *, max_running: int, sequence: int, state: int) -> KVSplit:
+    """Cut `nbytes`; of one sequence keys and values are `sequence` bytes, states `state`. Where there is not room for
+    `max_running`, as many run as have their states in half of it, which may be none."""
+    running = max_running
+    if state and nbytes < max_running * sequence + state_slots(max_running) * state:
+        running = max(0, min(max_running, nbytes // 2 // state // 2 - 1))
+    states = state_slots(running) * state
+    return KVSplit(running=running, states=states, tokens=max(0, nbytes - states))
 
 
 def activation_bytes(*, hidden: int, experts_per_token: int, item_bytes: int) -> int:

@@ -19,7 +19,7 @@ from buddymoe_ray.device import open_device
 from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.models.expert_dtype import recoded_tensors
 from buddymoe_ray.models.shape import ModelShape, describe
-from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill, state_slots
+from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill, split_kv, state_slots
 from buddymoe_ray.residency.devices import GpuInfo
 from buddymoe_ray.residency.machine import (
     available_memory_bytes,
@@ -69,6 +69,7 @@ class DevicePlan(_Place):
 
     dense_bytes: int
     expert_budget_bytes: int
+    max_running: int
     kv_cache_bytes: int
     kv_tokens: int
     slots: int
@@ -85,8 +86,8 @@ class Plan:
 
     `standins` counts the experts answered by each kind of record, of `standin_bytes` in all (part of `overhead_bytes`);
     `expected_rise_fast` is the calibrated loss (nats per token) if nothing is ever fetched. `kv_tokens` of a device are
-    those of all sequences together; `max_running` of `max_model_len` each are what the config promises. `state_bytes`
-    is what layers carry of a sequence from token to token: with all of them `kv_cache_bytes` of a device.
+    those of all sequences together; `max_running` of `max_model_len` each are what the config promises, or fewer, where
+    there is no room for their states: `state_bytes` is what layers carry of one from token to token, in two slots.
     `activation_bytes` are what prompts take while they are computed, `prefill_tokens` of them at once.
     """
 
@@ -189,7 +190,7 @@ def make_plan(
         expected_rise_fast=None if setup is None or setup.refusal else setup.expected_loss,
         overhead_bytes=slots.overhead_bytes,
         max_model_len=length,
-        max_running=config.max_running,
+        max_running=min(device.max_running for device in devices),
         kv_bytes_per_token=shape.kv_bytes_per_token,
         state_bytes=shape.state_bytes,
         prefill_tokens=prefill.alone,
@@ -307,8 +308,8 @@ def _device(config: EngineConfig, shape: ModelShape, length: int, slots: SlotPla
             f"hint: lower --memory to {max(0, free) / 2**30:.2f}GiB or less"
         )
     free -= experts
-    states = state_slots(config.max_running) * shape.state_bytes
-    promised = config.max_running * length * shape.kv_bytes_per_token + states
+    sequence = length * shape.kv_bytes_per_token
+    promised = config.max_running * sequence + state_slots(config.max_running) * shape.state_bytes
     explicit = config.max_model_len is not None
     if config.kv_memory != "auto":
         kv, wanted = parse_memory(config.kv_memory, total_expert_bytes=0), "kv_memory"
@@ -319,23 +320,25 @@ def _device(config: EngineConfig, shape: ModelShape, length: int, slots: SlotPla
     room = kv_cache_bytes(promised=kv, explicit=True, free=free)
     if kv > room:
         raise BudgetError(
-            f"{wanted} is {_gib(kv)} of KV cache at {shape.kv_bytes_per_token:,} bytes a token, {_gib(states)} of it "
-            f"sequences' states, must be at most the {_gib(room)} that {place.device} leaves beside dense weights "
-            f"({_gib(shape.dense_bytes)}) and experts ({_gib(experts)}). hint: lower --max-running, --max-model-len or "
-            "--memory"
+            f"{wanted} is {_gib(kv)} of KV cache at {shape.kv_bytes_per_token:,} bytes a token and "
+            f"{shape.state_bytes:,} a sequence's states, must be at most the {_gib(room)} that {place.device} leaves "
+            f"beside dense weights ({_gib(shape.dense_bytes)}) and experts ({_gib(experts)}). "
+            "hint: lower --max-running, --max-model-len or --memory"
         )
-    if kv <= states > 0:
+    split = split_kv(kv, max_running=config.max_running, sequence=sequence, state=shape.state_bytes)
+    if not split.running:
         raise BudgetError(
-            f"{wanted} is {kv} bytes, must be more than the {states} of {config.max_running} sequences' states. "
-            "hint: lower --max-running or --memory"
+            f"{wanted} is {kv} bytes, must have room in half of it for states of a sequence and of a text beside it, "
+            f"twice {shape.state_bytes} bytes each. hint: lower --memory"
         )
-    resident = sum(slots.layer_slots)
+    resident, tokens = sum(slots.layer_slots), min(split.tokens, split.running * sequence) // shape.kv_bytes_per_token
     return DevicePlan(
         **asdict(place),
         dense_bytes=shape.dense_bytes,
         expert_budget_bytes=slots.budget_bytes,
-        kv_cache_bytes=min(kv, promised),
-        kv_tokens=(min(kv, promised) - states) // shape.kv_bytes_per_token,
+        max_running=split.running,
+        kv_cache_bytes=split.states + tokens * shape.kv_bytes_per_token,
+        kv_tokens=tokens,
         slots=slots.slots_total,
         wave_slots=slots.wave_slots,
         layer_slots=slots.layer_slots,

@@ -173,24 +173,31 @@ def test_texts_are_scored_in_pieces_beside_others(folder: Path) -> None:
 
 
 def test_states_are_in_the_plan_and_within_the_memory(folder: Path) -> None:
-    shape = describe(folder)
+    shape, prompts = describe(folder), [PROMPTS[at] * 2 for at in (2, 5, 0)]
     states = state_slots(3) * shape.state_bytes
-    held = states + 8 * 16 * shape.kv_bytes_per_token
-    options: dict[str, Any] = {"memory": "50%", "max_running": 3, "max_model_len": 64}
+    held = states + 12 * 16 * shape.kv_bytes_per_token  # for prompts and answers of 6, 5 and 4 blocks
+    options: dict[str, Any] = {"memory": "50%", "max_running": 3, "max_model_len": 128}
     with LLM(str(folder), kv_memory=str(held), **options) as llm:
         engine = llm.engine
         parts = [part for layer in states_of(engine)._parts_S.values() for part in layer if part is not None]
         assert sum(part.nbytes for part in parts) == states > 0
-        assert engine.limits.kv_tokens == 8 * 16
-        found = tokens_of(engine, PROMPTS[:3] * 2)  # of 2 to 4 blocks: not all have room at once
+        assert engine.limits.kv_tokens == 12 * 16
+        found = tokens_of(engine, prompts * 2)
         assert found[:3] == found[3:] and engine.snapshot().preemptions == 0
     config = EngineConfig(model=str(folder), kv_memory=str(held), **options)
     planned = make_plan(config, folder, gpus=[])
     assert planned.batching == "packed" and planned.state_bytes == shape.state_bytes
-    assert (planned.devices[0].kv_tokens, planned.devices[0].kv_cache_bytes) == (8 * 16, held)
-    short = EngineConfig(model=str(folder), kv_memory=str(states), **options)
+    assert (planned.devices[0].kv_tokens, planned.devices[0].kv_cache_bytes) == (12 * 16, held)
+    few = {**options, "max_running": 9, "kv_memory": str(2 * state_slots(2) * shape.state_bytes)}
+    with LLM(str(folder), **few) as llm:
+        assert llm.engine.limits.max_running == 2  # so that their states are half of it
+        assert tokens_of(llm.engine, prompts) == found[:3]
+        engine = llm.engine
+    device = make_plan(EngineConfig(model=str(folder), **few), folder, gpus=[]).devices[0]
+    assert (device.max_running, device.kv_tokens // 16) == (2, engine.limits.kv_tokens // 16)
+    short = EngineConfig(model=str(folder), **{**options, "kv_memory": str(7 * shape.state_bytes)})
     for refused in (lambda: make_plan(short, folder, gpus=[]), lambda: build_parts(short, text=False)):
-        with pytest.raises(BudgetError, match=f"{states} .*states"):
+        with pytest.raises(BudgetError, match="states"):
             refused()
 
 
