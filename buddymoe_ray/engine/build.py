@@ -67,7 +67,7 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
             num_blocks=kv.blocks,
             block_size=BLOCK_SIZE,
             max_running=kv.max_running,
-            prefill=_prefill(config, loaded, experts)
+            prefill=_prefill(config, loaded, experts, fixed=not kv.runner.shares)
             if packed
             else Prefill(beside=kv.max_model_len, alone=kv.max_model_len),
             grows=kv.runner.repeatable,
@@ -110,13 +110,14 @@ def _sampling_defaults(config: EngineConfig, folder: Path) -> dict[str, Any]:
     return {name: plain[name] for name in found}
 
 
-def _prefill(config: EngineConfig, loaded: LoadedModel, experts: ExpertTier) -> Prefill:
+def _prefill(config: EngineConfig, loaded: LoadedModel, experts: ExpertTier, *, fixed: bool) -> Prefill:
     return plan_prefill(
         config.prefill_chunk,
         hidden=loaded.hidden_size,
         experts_per_token=loaded.experts_per_token,
         item_bytes=loaded.compute_dtype.itemsize,
         fully_resident=experts.cache.plan.fully_resident,
+        fixed=fixed,
     )
 
 

@@ -118,7 +118,10 @@ class Scheduler:
         prefill = []
         for seq in self._admitted.values():
             if room > 0 and not seq.prompt_computed and not seq.computing:
-                end = min(seq.prefill_length, seq.num_computed + room)
+                most = self._prefill.beside if self._prefill.fixed else room
+                end = min(seq.prefill_length, seq.num_computed + most)
+                if end - seq.num_computed > room:
+                    break  # it is not cut elsewhere than if it were alone
                 prefill.append(PrefillChunk(seq=seq, start=seq.num_computed, end=end))
                 room -= end - seq.num_computed
         return StepPlan(prefill=tuple(prefill), decode=decode)

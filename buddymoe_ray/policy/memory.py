@@ -99,11 +99,12 @@ def activation_bytes(*, hidden: int, experts_per_token: int, item_bytes: int) ->
 @dataclass(frozen=True, kw_only=True)
 class Prefill:
     """Most prompt tokens of a pass: `beside` sequences that decode, or another pass, and `alone`. `row_bytes` are what
-    a token's activations take meanwhile."""
+    a token's activations take meanwhile. `fixed`: a prompt is cut at multiples of `beside`, whoever else there is."""
 
     beside: int
     alone: int
     row_bytes: int = 0
+    fixed: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -112,14 +113,21 @@ class Prefill:
 
 
 def plan_prefill(
-    asked: int | None, *, hidden: int, experts_per_token: int, item_bytes: int, fully_resident: bool
+    asked: int | None,
+    *,
+    hidden: int,
+    experts_per_token: int,
+    item_bytes: int,
+    fully_resident: bool,
+    fixed: bool = False,
 ) -> Prefill:
     """What was `asked` for, else 512 tokens. Every pass reads the missing experts once more, so one alone then takes as
-    many tokens as 256 MiB of activations hold."""
+    many tokens as 256 MiB of activations hold; where bits depend on the cuts, which are `fixed` then, every one."""
     beside = asked or _PREFILL_BESIDE
     row_bytes = activation_bytes(hidden=hidden, experts_per_token=experts_per_token, item_bytes=item_bytes)
-    alone = beside if asked is not None or fully_resident else max(beside, rows_held(row_bytes))
-    return Prefill(beside=beside, alone=alone, row_bytes=row_bytes)
+    small = asked is not None or (fully_resident and not fixed)
+    alone = beside if small else max(beside, rows_held(row_bytes))
+    return Prefill(beside=alone if fixed else beside, alone=alone, row_bytes=row_bytes, fixed=fixed)
 
 
 def rows_held(row_bytes: int) -> int:

@@ -246,6 +246,7 @@ def _prefill(config: EngineConfig, shape: ModelShape, slots: SlotPlan) -> Prefil
         experts_per_token=shape.experts_per_token,
         item_bytes=getattr(torch, shape.compute_dtype).itemsize,
         fully_resident=slots.fully_resident,
+        fixed=shape.state_bytes > 0,
     )
 
 
