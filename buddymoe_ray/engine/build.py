@@ -128,7 +128,7 @@ def _reuses(config: EngineConfig, runner: Runner) -> bool:
             "prefix_cache is 'on', must be auto or off where batching is solo or layers carry a state from token to "
             "token. hint: leave it at auto"
         )
-    return config.prefix_cache == "on" or (config.prefix_cache == "auto" and runner.repeatable)
+    return config.prefix_cache == "on" or (config.prefix_cache == "auto" and runner.repeatable and runner.shares)
 
 
 def _packed(config: EngineConfig, folder: Path) -> bool:
@@ -215,8 +215,8 @@ def _packed_runner(
         attach_states(loaded.model, states)
     one_call.attach(loaded, experts.blocks, paged, step)
     compute, parts = choose_forward(loaded, paged, step), None
-    by_rows = paged.by_kernel and all(block.kernel is not None for block in experts.blocks)
-    if by_rows and states is None:  # then rows do not see others, nor how their text was cut into passes
+    by_rows = paged.by_kernel and all(block.kernel is not None for block in experts.blocks)  # rows do not see others
+    if by_rows and states is None:  # nor how their text was cut into passes
         parts = PassParts(
             compute=compute,
             paged=paged,
@@ -227,7 +227,8 @@ def _packed_runner(
             last=_last_block(loaded, experts),
             ahead=experts.ahead,
         )
-    return PackedRunner(compute, paged, step, device=loaded.device, parts=parts, states=states)
+    device = loaded.device
+    return PackedRunner(compute, paged, step, device=device, repeatable=by_rows, parts=parts, states=states)
 
 
 def _last_block(loaded: LoadedModel, experts: ExpertTier) -> MoEBlock | None:

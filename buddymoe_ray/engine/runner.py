@@ -75,7 +75,8 @@ class Runner(Protocol):
 
 
 class PackedRunner:
-    """Ragged rows of all sequences in one pass. `parts` if kernels compute all of it; `states` if layers carry any."""
+    """Ragged rows of all sequences in one pass. `repeatable` if rows do not see others, `parts` if kernels compute all
+    of it, `states` if layers carry any."""
 
     packed = True
 
@@ -86,19 +87,18 @@ class PackedRunner:
         step: StepState,
         *,
         device: torch.device,
+        repeatable: bool = False,
         parts: PassParts | None = None,
         states: StatePool | None = None,
     ) -> None:
         self._compute, self._device = compute, device
         self._paged, self._step, self._states = paged, step, states
-        self.repeatable, self.parts, self.shares = parts is not None, parts, states is None
+        self.repeatable, self.parts, self.shares = repeatable, parts, states is None
 
     def prefill(self, chunks: Rows[PrefillChunk]) -> Tensor:
         rows, ids, positions = [], list[int](), list[int]()
         for chunk in chunks:
-            count = chunk.end - chunk.start
-            blocks = tuple(chunk.seq.blocks)
-            rows.append(ChunkRows(row=len(ids), count=count, start=chunk.start, blocks=blocks, owner=chunk.seq))
+            rows.append(_rows_of(chunk, len(ids)))
             ids += chunk.seq.token_ids(chunk.start, chunk.end)
             positions += range(chunk.start, chunk.end)
         last = upload(torch.tensor([r.row + r.count - 1 for r in rows]), self._device)
@@ -106,9 +106,7 @@ class PackedRunner:
 
     def prefill_whole(self, chunks: Rows[PrefillChunk]) -> Tensor:
         [chunk] = chunks
-        seq, start = chunk.seq, chunk.start
-        rows = ChunkRows(row=0, count=chunk.end - start, start=start, blocks=tuple(seq.blocks), owner=seq)
-        return self._chunk(seq.token_ids(start, chunk.end), rows, isolate=True)
+        return self._chunk(chunk.seq.token_ids(chunk.start, chunk.end), _rows_of(chunk, 0), isolate=True)
 
     def decode(self, sequences: Rows[Sequence], terms: StepTerms) -> tuple[Tensor, StepOutcome]:
         rows, ids, positions = [], [], []
@@ -127,7 +125,7 @@ class PackedRunner:
         try:
             for start in range(0, len(token_ids), chunk):
                 ids = list(token_ids[start : start + chunk])
-                rows = ChunkRows(row=0, count=len(ids), start=start, blocks=tuple(blocks), owner=owner)
+                rows = ChunkRows(row=0, count=len(ids), start=start, blocks=tuple(blocks), owner=owner, prompt=prompt)
                 yield start, self._chunk(ids, rows, isolate=False)
         finally:
             if self._states is not None:
@@ -168,6 +166,18 @@ class PackedRunner:
         with nullcontext() if states is None else states.passing(rows, decode=decode), torch.inference_mode():
             ids_1T, positions_1T = (upload(torch.tensor([row]), self._device) for row in (ids, positions))
             return self._compute(ids_1T, positions_1T, keep).float()
+
+
+def _rows_of(chunk: PrefillChunk, row: int) -> ChunkRows:
+    seq, start = chunk.seq, chunk.start
+    return ChunkRows(
+        row=row,
+        count=chunk.end - start,
+        start=start,
+        blocks=tuple(seq.blocks),
+        owner=seq,
+        prompt=seq.prompt_length,
+    )
 
 
 class SoloRunner:

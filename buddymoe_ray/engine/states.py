@@ -1,8 +1,9 @@
 """The states of layers that carry one from token to token, of every sequence: slots beside the blocks of the KV cache.
 
 A pass reads one slot of each of its sequences and writes another; once it has come to its end the second is the
-sequence's and the first is free. So a pass that failed half way has changed nothing, and may be computed again. Rows of
-a decode pass go through a layer as a batch; a prompt's chunk goes alone. Slots are allocated once. Invariant: every
+sequence's and the first is free: a pass that failed half way has changed nothing, and may be computed again. Rows of a
+decode pass go through a layer as a batch, a prompt's chunk alone, and so does each generated token that is computed
+again, for a layer's rule over several tokens has other bits than its steps. Slots are allocated once. Invariant: every
 slot is free or holds one sequence's states (`check_integrity`).
 
 Legend: T rows of a pass, D hidden, B sequences, S slots.
@@ -25,16 +26,14 @@ from buddymoe_ray.policy import state_slots
 
 __all__ = ["StatePool"]
 
-Where = slice | Tensor
-"""Slots, of as many sequences."""
+Where = slice | Tensor  # slots, of as many sequences
 
 
 class StatePool:
     """Of `running` sequences and of one text that is computed beside them."""
 
     def __init__(self, shapes: StateShapes, paged: PagedAttention, *, running: int, device: torch.device) -> None:
-        self._slots = state_slots(running)
-        self._paged, self._device = paged, device
+        self._slots, self._paged, self._device = state_slots(running), paged, device
         self._parts_S = {
             layer: tuple(
                 None if part is None else torch.zeros(self._slots, *part[0], dtype=part[1], device=device)
@@ -84,10 +83,11 @@ class StatePool:
         current, outs = self._paged.current, []
         assert current is not None, "a layer runs in a pass"
         for chunk in current.chunks:
-            states = self._read(layer, self._one(self._at[chunk.owner])) if chunk.start else RowStates()
-            outs.append(compute(rows_1TD[:, chunk.row : chunk.row + chunk.count], states))
+            states = self._read(layer, self._where([self._at[chunk.owner]])) if chunk.start else RowStates()
+            rows_1nD = rows_1TD[:, chunk.row : chunk.row + chunk.count]
+            outs += [compute(part, states) for part in rows_1nD.split(_calls(chunk), dim=1)]
             if chunk.owner in self._next:
-                self._write(layer, self._one(self._next[chunk.owner]), states)
+                self._write(layer, self._where([self._next[chunk.owner]]), states)
         return outs[0] if len(outs) == 1 else tuple(torch.cat(parts, dim=1) for parts in zip(*outs, strict=True))
 
     def check_integrity(self) -> None:
@@ -107,12 +107,14 @@ class StatePool:
             if part_S is not None and part is not None:
                 part_S[slots] = part
 
-    @staticmethod
-    def _one(slot: int) -> slice:
-        return slice(slot, slot + 1)
-
     def _where(self, slots: list[int]) -> Where:
         start = contiguous_start(slots)
         if start is not None:
             return slice(start, start + len(slots))
         return upload(torch.tensor(slots), self._device)
+
+
+def _calls(chunk: ChunkRows) -> list[int]:
+    """The tokens of each call of a layer."""
+    together = chunk.count if chunk.prompt is None else min(chunk.count, max(0, chunk.prompt - chunk.start))
+    return [together] * (together > 0) + [1] * (chunk.count - together)

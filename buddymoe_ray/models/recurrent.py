@@ -50,12 +50,12 @@ class RowStates:
         width = conv_kernel_size or conv_states.shape[-1]
         known = conv_states if self.conv is None else torch.cat([self.conv, conv_states], dim=-1)
         known = functional.pad(known, (max(0, width - known.shape[-1]), 0))
-        self.conv = known[..., -width:]
+        self.conv = known[..., -width:].contiguous()  # as it will lie when the next call reads it, for its bits
         return known
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0) -> Tensor:
         """From now on the state is this."""
-        self.recurrent = recurrent_states
+        self.recurrent = recurrent_states.contiguous()
         return recurrent_states
 
     def get_linear_cache(self, layer_idx: int) -> Tensor | None:
@@ -64,7 +64,7 @@ class RowStates:
 
     def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
         """From now on the state is this."""
-        self.recurrent = linear_cache
+        self.recurrent = linear_cache.contiguous()
 
     def is_recording_past(self, layer_idx: int) -> bool:
         """Nothing is ever taken back."""

@@ -31,6 +31,7 @@ _VECTORS = 64
 """Items that torch takes at once, at most: two vectors of 512 bits of bfloat16."""
 _ACTIVATIONS = {kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values()}
 _ELEMENTWISE = {torch.sigmoid, Tensor.sigmoid, functional.softplus, torch.log}
+_PRODUCTS = {torch.matmul, Tensor.matmul}
 
 
 def rows_apart(model: nn.Module, routers: Iterable[nn.Module | None]) -> None:
@@ -54,10 +55,11 @@ def rows_apart(model: nn.Module, routers: Iterable[nn.Module | None]) -> None:
 
 
 def _scales(module: nn.Module) -> bool:
-    """Whether an attention has a gate for what it answers, or scales queries by the logarithm of their positions."""
+    """Whether an attention has a gate for what it answers, or scales queries by the logarithm of their positions, or a
+    state space multiplies its time steps by a weight itself."""
     rope = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
     gated = hasattr(module, "gate_proj") or hasattr(module, "g_proj") or "llama_4_scaling_beta" in rope
-    return hasattr(module, "o_proj") and gated
+    return (hasattr(module, "o_proj") and gated) or hasattr(module, "output_gate") or hasattr(module, "dt_proj")
 
 
 class WholeVectors(nn.Module):
@@ -164,12 +166,23 @@ class _LinearsByRows(TorchFunctionMode):
     ) -> Any:
         if func in _ELEMENTWISE and not kwargs:
             return _padded(func, args[0])
+        if func in _PRODUCTS and args[1].ndim == 3 and not kwargs:
+            return self._product(*args)
         if func is not functional.linear or kwargs:
             return func(*args, **(kwargs or {}))
-        made = self._made.get(id(args[1])) if len(args) == 2 else None
-        if made is not None:
-            return made(args[0])
-        return (linear_rows if widens(args[1].dtype) else func)(*args)
+        return self._linear(*args) if widens(args[1].dtype) else func(*args)
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        """A matrix, or one for each row of a batch, with a batch `[B, K, N]`."""
+        if a.ndim == 2 and widens(a.dtype):
+            return self._linear(b.transpose(1, 2), a).transpose(1, 2)
+        return torch.cat(
+            [torch.matmul(a if a.ndim == 2 else a[row : row + 1], b[row : row + 1]) for row in range(len(b))]
+        )
+
+    def _linear(self, x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        made = None if bias else self._made.get(id(weight))
+        return linear_rows(x, weight, *bias) if made is None else made(x)
 
 
 def _by_rows(module: nn.Module) -> Callable[..., Any]:

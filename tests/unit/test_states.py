@@ -28,11 +28,10 @@ from buddymoe_ray.policy import state_slots
 from buddymoe_ray.residency.plan import make_plan
 from buddymoe_ray.types import GenerationRequest, SamplingParams
 
-NEW = 10
+NEW, KEPT = 10, 6
 PROMPTS = [[5 + (7 * i + 3 * j) % 90 for j in range(n)] for i, n in enumerate((23, 3, 41, 1, 17, 30, 9))]
 WHOLE_VECTORS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"intermediate_size": 128},
-    "minimax": {"hidden_size": 64, "head_dim": 16},
 }
 """Sizes that torch's elementwise functions leave nothing over of, as those of releases are."""
 
@@ -46,6 +45,23 @@ def states_of(engine: Engine) -> StatePool:
 def request(name: str, prompt: list[int], new: int = NEW) -> GenerationRequest:
     sampling = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
     return GenerationRequest(request_id=name, prompt_token_ids=tuple(prompt), sampling=sampling)
+
+
+def again(engine: Engine, texts: list[list[tuple[int, float]]]) -> list[list[tuple[int, float]]]:
+    """Tokens and log probabilities after the first `KEPT`, which each request brings."""
+    for at, text in enumerate(texts):
+        have = tuple(token for token, _ in text[:KEPT])
+        sampling = SamplingParams(temperature=0.0, max_tokens=NEW, logprobs=0)
+        engine.add(
+            GenerationRequest(
+                request_id=str(at), prompt_token_ids=tuple(PROMPTS[at]), sampling=sampling, resumed_token_ids=have
+            )
+        )
+    found: list[list[tuple[int, float]]] = [[] for _ in texts]
+    for event in engine.drain():
+        assert event.error is None, event.error
+        found[int(event.request_id)] += [(item.token_id, float(item.logprob or 0)) for item in event.logprobs]
+    return found
 
 
 def tokens_of(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
@@ -67,13 +83,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [(name, "float32") for name in sorted(CARRYING - {"jamba"})] + [("jamba", "bfloat16"), ("qwen3_next", "bfloat16")],
+    [(name, "float32") for name in sorted(CARRYING)] + [("nemotron_h", "bfloat16"), ("qwen3_next", "bfloat16")],
 )
 def test_rows_share_a_call_and_keep_their_bits(
     family: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In any company and at every budget: prompts are cut at the same tokens, too. Jamba's time steps are a product of
-    torch's, whose float32 bits depend on the batch."""
+    """In any company and at every budget, and where what was generated is resumed."""
     build_checkpoint(family, tmp_path, eos_token_id=None, **WHOLE_VECTORS.get(family, {}))
     rows, read = set[int](), StatePool._read
 
@@ -89,8 +104,10 @@ def test_rows_share_a_call_and_keep_their_bits(
         with LLM(str(tmp_path), memory=memory, dtype=dtype, **sizes) as llm:
             results = llm.generate(PROMPTS[: max(3, count)], max_tokens=NEW, logprobs=0)
             states_of(llm.engine).check_integrity()
-        seen.append([[(item.token_id, item.logprob) for item in result.logprobs] for result in results[:3]])
-        assert max(rows) == count, f"{sorted(rows)} sequences in a call, must be up to {count}"
+            seen.append([[(item.token_id, item.logprob) for item in result.logprobs] for result in results[:3]])
+            assert max(rows) == count, f"{sorted(rows)} sequences in a call, must be up to {count}"
+            if count == 7:
+                assert again(llm.engine, seen[0]) == [bits[KEPT:] for bits in seen[0]]
     assert all(bits == seen[0] for bits in seen)
 
 
@@ -116,6 +133,23 @@ def test_a_pass_that_failed_half_way_has_changed_no_state(folder: Path) -> None:
         assert failed == [4, 2, 2] * 2, f"passes of {failed} rows failed"
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("family", ["kimi_linear", "lfm2_moe", "zaya"])
+def test_a_preempted_text_is_computed_again_to_the_same_bits(family: str, tmp_path: Path) -> None:
+    """Prompt and what was generated. From whom blocks are taken, the states are taken too."""
+    build_checkpoint(family, tmp_path, eos_token_id=None, **WHOLE_VECTORS.get(family, {}))
+    shape, seen, preempted = describe(tmp_path), [], []
+    for blocks in (25, 9):
+        held = state_slots(5) * shape.state_bytes + blocks * 16 * shape.kv_bytes_per_token
+        sizes: dict[str, Any] = {"max_running": 5, "max_model_len": 80, "prefill_chunk": 16, "kv_memory": str(held)}
+        with LLM(str(tmp_path), memory="50%", **sizes) as llm:
+            assert llm.engine.limits.max_running == 5 and llm.engine.limits.kv_tokens == 16 * blocks
+            results = llm.generate(PROMPTS[:5], max_tokens=37, logprobs=0)
+            states_of(llm.engine).check_integrity()
+            preempted.append(llm.engine.snapshot().preemptions)
+        seen.append([[(item.token_id, item.logprob) for item in result.logprobs] for result in results])
+    assert seen[0] == seen[1] and preempted[0] == 0 < preempted[1]
 
 
 def test_slots_are_free_when_requests_end_however_they_do(folder: Path) -> None:
@@ -185,7 +219,7 @@ def test_states_are_in_the_plan_and_within_the_memory(folder: Path) -> None:
         assert sum(part.nbytes for part in parts) == states > 0
         assert engine.limits.kv_tokens == 12 * 16
         found = tokens_of(engine, prompts * 2)
-        assert found[:3] == found[3:] and engine.snapshot().preemptions == 0
+        assert found[:3] == found[3:]
     config = EngineConfig(model=str(folder), kv_memory=str(held), **options)
     planned = make_plan(config, folder, gpus=[])
     assert planned.batching == "packed" and planned.state_bytes == shape.state_bytes
