@@ -9,7 +9,7 @@ Legend: B sequences, T rows, D hidden, C channels of a convolution.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["RowStates", "RunRows", "StateKeeper", "StateShapes", "attach_states"]
+__all__ = ["RowStates", "RunRows", "StateKeeper", "StateShapes", "attach_states", "carrying_layers"]
 
 _CARRYING = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
 """Types of layers that keep a state of fixed size."""
@@ -134,20 +134,27 @@ class _Carrying:
 
 def attach_states(model: nn.Module, keeper: StateKeeper) -> None:
     """Have the model's layers that carry a state run by `keeper` from now on."""
-    config: Any = model.config
-    types = getattr(config, "layer_types", None) or ()
-    for module in model.modules():
-        layer: Any = getattr(module, "layer_idx", None)
+    forgetful = getattr(model.config, "model_type", "") in _FORGETFUL
+    for layer, module in carrying_layers(model):
         if isinstance(forward := module.__dict__.get("forward"), _Carrying):
             forward.keeper = keeper
-        elif isinstance(layer, int) and layer < len(types) and types[layer] in _CARRYING and _asks(module):
-            made = _Carrying(module, layer, keeper, one_by_one=config.model_type in _FORGETFUL)
-            module.forward = made  # type: ignore[method-assign]
+        else:
+            module.forward = _Carrying(module, layer, keeper, one_by_one=forgetful)  # type: ignore[method-assign]
+
+
+def carrying_layers(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+    """The modules of a model that carry a state, with the numbers of their layers."""
+    types = getattr(getattr(model, "config", None), "layer_types", None) or ()
+    for module in model.modules():
+        layer: Any = getattr(module, "layer_idx", None)
+        if isinstance(layer, int) and layer < len(types) and types[layer] in _CARRYING and _asks(module):
+            yield layer, module
 
 
 def _asks(module: nn.Module) -> bool:
     """Whether it is the module itself that asks a cache, and none of its parts."""
+    own: Any = type(module)
     inside = (part for part in module.modules() if part is not module)
-    return any(name in signature(module.forward).parameters for name in _CACHES) and not any(
+    return any(name in signature(own.forward).parameters for name in _CACHES) and not any(
         hasattr(part, "layer_idx") for part in inside
     )
