@@ -93,14 +93,15 @@ class EngineConfig:
             far as the device has room beside dense weights and experts.
         prefill_chunk: most prompt tokens computed in one step, whoever waits; None is 512, or, where experts are
             missing, as many as 256 MiB of activations hold, so that a prompt reads each expert once: on CPU in most
-            families set aside for decode steps, so that these wait at most about three times as long as alone.
+            families set aside for decode steps, so that these wait at most about three times as long as alone. Where
+            layers carry a state always as many, which nobody makes fewer: its bits depend on where a prompt is cut.
         prefix_cache: whether what was computed of a text serves later ones with the same beginning, as long as the KV
-            cache has room: `auto` where it changes no bit (on CPU, in most families), `on` wherever rows share a pass,
-            `off`. What a stand-in had a part in is never shared.
+            cache has room: `auto` where it changes no bit (on CPU, in most families), `on` wherever rows share a pass
+            and no layer carries a state, `off`. What a stand-in had a part in is never shared.
         read_ahead: whether experts are read before a layer asks for them (CPU): `auto` for prompts, and in decode steps
             where guesses are measured to pay, `off`.
         batching: `packed` (ragged rows over a paged KV cache), `solo` (transformers' own cache, a forward per sequence;
-            for families with recurrent state), `auto` picks by family.
+            for families whose attention chooses keys by an indexer), `auto` picks by family.
         seed: seeds the requests that bring none.
         generation_config: what requests of a service leave open is sampled as the checkpoint's generation_config.json
             says (`auto`), or as OpenAI's API does (`none`). `LLM.generate` is greedy where it is told nothing.

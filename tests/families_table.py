@@ -10,7 +10,7 @@ from families import tiny_config
 from family_cases import CASES, REFUSED
 from whole_models import WHOLE
 
-from buddymoe_ray.models.families import FAMILIES
+from buddymoe_ray.models.families import CARRYING, FAMILIES
 from buddymoe_ray.models.hf_loading import architecture
 
 __all__ = ["families_table", "unserved"]
@@ -50,7 +50,7 @@ def families_table() -> str:
             ", ".join([f"`{name}`", *inside]),
             architecture(config).removesuffix("ForCausalLM"),
             _attention(config),
-            "packed" if family.packed else "solo",
+            "solo" if not family.packed else "packed, states" if name in CARRYING else "packed",
             "; ".join(proven) or "–",
             "; ".join(refused) or "–",
         )

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tiny_configs import FULL, SLIDING
+from tiny_configs import FULL, LINEAR, SLIDING
 
 from buddymoe_ray.models.families import FAMILIES
 
@@ -133,6 +133,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma4_text", {"use_bidirectional_attention": "all"}, "is_causal false"),
     ("gemma4_text", {"enable_moe_block": False}, "no routed experts"),
     ("granitemoehybrid", {"num_local_experts": 0}, "num_local_experts"),
+    ("granitemoehybrid", {"layer_types": [LINEAR] * 3}, "layer_types"),
     ("phimoe", scaled("linear", 12, short_mscale=1.1, long_mscale=1.3), "original_max_position_embeddings"),
 ]
 """Switches that a family's config knows and that are refused, with what the refusal names."""

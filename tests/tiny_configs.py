@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["BASE", "FULL", "SLIDING", "THOROUGH", "TINY_CONFIGS"]
+__all__ = ["BASE", "FULL", "LINEAR", "SLIDING", "THOROUGH", "TINY_CONFIGS"]
 
 BASE: dict[str, Any] = {
     "vocab_size": 160,

@@ -107,7 +107,8 @@ def _print(plan: Plan, modes: list[Plan]) -> None:
         if rise is not None
         else "none",
         "KV cache": f"{first.kv_tokens:,} tokens at {decimal(plan.kv_bytes_per_token)}; {plan.max_running} sequences "
-        f"side by side, each up to {plan.max_model_len:,}",
+        f"side by side, each up to {plan.max_model_len:,}"
+        + (f", with states of {decimal(plan.state_bytes)} each" if plan.state_bytes else ""),
         "prompts": f"{decimal(plan.activation_bytes)} of activations, up to {plan.prefill_tokens:,} tokens in a pass",
         "host memory": f"{decimal(plan.host_tier_bytes)} of experts between device and disk",
     }

@@ -36,12 +36,16 @@ _PLAIN = {"dropout", "sliding_window", "s_aux", "position_ids", "use_cache"}
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkRows:
-    """One sequence's part of a pass: rows `[row, row + count)` are its tokens `[start, start + count)`."""
+    """One sequence's part of a pass: rows `[row, row + count)` are its tokens `[start, start + count)`. `owner` keeps
+    the states that layers carry from one to the next; None: they are not wanted after the pass. Tokens from position
+    `prompt` on (None: none) were generated: such layers compute them one by one, as they did then."""
 
     row: int
     count: int
     start: int
     blocks: tuple[int, ...]
+    owner: object | None = None
+    prompt: int | None = None
 
     @property
     def end(self) -> int:

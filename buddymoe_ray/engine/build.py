@@ -23,16 +23,18 @@ from buddymoe_ray.engine.parts import EngineLimits, EngineParts
 from buddymoe_ray.engine.plain_forward import choose_forward
 from buddymoe_ray.engine.runner import PackedRunner, Runner, SoloRunner, probe
 from buddymoe_ray.engine.scheduler import Scheduler
+from buddymoe_ray.engine.states import StatePool
 from buddymoe_ray.engine.suspended import PassParts
 from buddymoe_ray.engine.validate import checked_sampling
 from buddymoe_ray.errors import BudgetError, CheckpointError, ConfigError, RequestError
 from buddymoe_ray.models.load import LoadedModel, load_model, on_kernels
+from buddymoe_ray.models.recurrent import StateShapes, attach_states
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.shape import generation_defaults, meta_model
 from buddymoe_ray.models.tokenizer import load_tokenizer
 from buddymoe_ray.moe import MoEBlock, StepState
 from buddymoe_ray.observe import progress
-from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill
+from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill, split_kv, state_slots
 from buddymoe_ray.residency.machine import available_memory_bytes, refuse_dense_dtype, torch_dtype
 from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.residency.tier import ExpertTier, open_experts
@@ -64,8 +66,8 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
         scheduler = Scheduler(
             num_blocks=kv.blocks,
             block_size=BLOCK_SIZE,
-            max_running=config.max_running,
-            prefill=_prefill(config, loaded, experts)
+            max_running=kv.max_running,
+            prefill=_prefill(config, loaded, experts, fixed=not kv.runner.shares)
             if packed
             else Prefill(beside=kv.max_model_len, alone=kv.max_model_len),
             grows=kv.runner.repeatable,
@@ -81,7 +83,7 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
             sharing=sharing,
             step=step,
             limits=EngineLimits(
-                max_model_len=kv.max_model_len, max_running=config.max_running, kv_tokens=kv.blocks * BLOCK_SIZE
+                max_model_len=kv.max_model_len, max_running=kv.max_running, kv_tokens=kv.blocks * BLOCK_SIZE
             ),
             vocab_size=loaded.vocab_size,
             loaded=loaded,
@@ -108,21 +110,25 @@ def _sampling_defaults(config: EngineConfig, folder: Path) -> dict[str, Any]:
     return {name: plain[name] for name in found}
 
 
-def _prefill(config: EngineConfig, loaded: LoadedModel, experts: ExpertTier) -> Prefill:
+def _prefill(config: EngineConfig, loaded: LoadedModel, experts: ExpertTier, *, fixed: bool) -> Prefill:
     return plan_prefill(
         config.prefill_chunk,
         hidden=loaded.hidden_size,
         experts_per_token=loaded.experts_per_token,
         item_bytes=loaded.compute_dtype.itemsize,
         fully_resident=experts.cache.plan.fully_resident,
+        fixed=fixed,
     )
 
 
 def _reuses(config: EngineConfig, runner: Runner) -> bool:
     """Whether texts share KV blocks. Raises ConfigError where they cannot."""
-    if config.prefix_cache == "on" and not runner.packed:
-        raise ConfigError("prefix_cache is 'on', must be auto or off where batching is solo. hint: leave it at auto")
-    return config.prefix_cache == "on" or (config.prefix_cache == "auto" and runner.repeatable)
+    if config.prefix_cache == "on" and not runner.shares:
+        raise ConfigError(
+            "prefix_cache is 'on', must be auto or off where batching is solo or layers carry a state from token to "
+            "token. hint: leave it at auto"
+        )
+    return config.prefix_cache == "on" or (config.prefix_cache == "auto" and runner.repeatable and runner.shares)
 
 
 def _packed(config: EngineConfig, folder: Path) -> bool:
@@ -137,6 +143,7 @@ class _KVSize:
     """The KV cache that fits and the runner that uses it."""
 
     blocks: int
+    max_running: int
     max_model_len: int
     runner: Runner
 
@@ -159,25 +166,35 @@ class _KVSize:
             )
         if not packed:
             probe(loaded, step, use_cache=True)
-            blocks = config.max_running * _blocks(wanted)
-            return cls(blocks=blocks, max_model_len=wanted, runner=SoloRunner(loaded, step))
-        paged = attention.PagedAttention()
+            running, solo = config.max_running, SoloRunner(loaded, step)
+            return cls(blocks=running * _blocks(wanted), max_running=running, max_model_len=wanted, runner=solo)
+        paged, carried = attention.PagedAttention(), StateShapes()
         attention.attach(loaded.model, paged)
+        attach_states(loaded.model, carried)
         probe(loaded, step, use_cache=False)
         shapes = dict(sorted(paged.shapes.items()))
         per_block = KVPool.bytes_per_token(shapes, loaded.compute_dtype) * BLOCK_SIZE
-        promised = config.max_running * _blocks(wanted)
-        fitting = _kv_budget(config, promised * per_block, experts.device, workers) // per_block
-        if fitting < 2:
+        state, sequence = carried.nbytes, _blocks(wanted) * per_block
+        most = config.max_running * sequence + state_slots(config.max_running) * state
+        budget = _kv_budget(config, most, experts.device, workers)
+        split = split_kv(budget, max_running=config.max_running, sequence=sequence, state=state)
+        fitting, promised = split.tokens // per_block, split.running * _blocks(wanted)
+        if not split.running or fitting < 2:
             raise BudgetError(
-                f"KV cache is {fitting} blocks of {per_block} bytes, must be at least 2. hint: raise kv_memory"
+                f"KV cache is {fitting} blocks of {per_block} bytes and states of {split.running} sequences, {state} "
+                "bytes each, must be at least 2 and of 1. hint: raise kv_memory"
             )
         blocks = min(fitting, promised)
+        if split.running < config.max_running:
+            log.warning(
+                "max_running is lowered from %d to %d: there is no room for states of more, of %d bytes each",
+                *(config.max_running, split.running, state),
+            )
         max_model_len = min(wanted, blocks * BLOCK_SIZE)
         if config.max_model_len is not None and blocks < promised:
             log.warning(
                 "the KV cache holds %d tokens, max_running %d of max_model_len %d are %d: some will wait",
-                *(blocks * BLOCK_SIZE, config.max_running, wanted, promised * BLOCK_SIZE),
+                *(blocks * BLOCK_SIZE, split.running, wanted, promised * BLOCK_SIZE),
             )
         if max_model_len < wanted:
             log.warning("max_model_len is lowered from %d to %d: the KV cache holds no more", wanted, max_model_len)
@@ -185,22 +202,33 @@ class _KVSize:
             shapes, blocks=blocks + 1, block_size=BLOCK_SIZE, dtype=loaded.compute_dtype, device=loaded.device
         )
         paged.open(pool, threads=config.threads, apart=experts.device.apart)
-        one_call.attach(loaded, experts.blocks, paged, step)
-        compute = choose_forward(loaded, paged, step)
-        parts = None
-        if paged.by_kernel and all(block.kernel is not None for block in experts.blocks):  # so rows do not see others
-            parts = PassParts(
-                compute=compute,
-                paged=paged,
-                step=step,
-                block_size=BLOCK_SIZE,
-                device=loaded.device,
-                layers=len(experts.blocks),
-                last=_last_block(loaded, experts),
-                ahead=experts.ahead,
-            )
-        runner = PackedRunner(compute, paged, pool, step, device=loaded.device, parts=parts)
-        return cls(blocks=blocks, max_model_len=max_model_len, runner=runner)
+        states = StatePool(carried, paged, running=split.running, device=loaded.device) if carried.of else None
+        runner = _packed_runner(loaded, experts, paged, step, states)
+        return cls(blocks=blocks, max_running=split.running, max_model_len=max_model_len, runner=runner)
+
+
+def _packed_runner(
+    loaded: LoadedModel, experts: ExpertTier, paged: attention.PagedAttention, step: StepState, states: StatePool | None
+) -> PackedRunner:
+    """Over an open `paged`."""
+    if states is not None:
+        attach_states(loaded.model, states)
+    one_call.attach(loaded, experts.blocks, paged, step)
+    compute, parts = choose_forward(loaded, paged, step), None
+    by_rows = paged.by_kernel and all(block.kernel is not None for block in experts.blocks)  # rows do not see others
+    if by_rows and states is None:  # nor how their text was cut into passes
+        parts = PassParts(
+            compute=compute,
+            paged=paged,
+            step=step,
+            block_size=BLOCK_SIZE,
+            device=loaded.device,
+            layers=len(experts.blocks),
+            last=_last_block(loaded, experts),
+            ahead=experts.ahead,
+        )
+    device = loaded.device
+    return PackedRunner(compute, paged, step, device=device, repeatable=by_rows, parts=parts, states=states)
 
 
 def _last_block(loaded: LoadedModel, experts: ExpertTier) -> MoEBlock | None:

@@ -141,6 +141,8 @@ class Engine:
         if self.calibration.due and not self._beside.busy:
             self._take_over()
         plan = self._scheduler.schedule()
+        for seq in plan.preempted:
+            self._runner.release(seq)
         self._steps += 1
         self._times.begun(chunk.seq for chunk in plan.prefill)
         try:

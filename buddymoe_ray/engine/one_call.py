@@ -175,8 +175,8 @@ class _Watch(nn.Module):
         super().__init__()
         self.mlp = mlp
 
-    def forward(self, x: Tensor) -> Any:
-        self.read, answer = x, self.mlp(x)
+    def forward(self, x: Tensor, *more: Any) -> Any:
+        self.read, answer = x, self.mlp(x, *more)
         self.noise = _noise(x) if isinstance(answer, Tensor) and answer.shape == x.shape else None
         return answer if self.noise is None else self.noise
 
@@ -316,6 +316,9 @@ def _parts(layer: Any, attention: Any) -> DecoderParts | None:
     inside = [None if norm is None else _norm(norm) for norm in norms.values()]
     if None in linears or None in around or (norms["q_norm"] is not None and None in inside) or attention is None:
         return None
+    Q, H, d, dv = attention.heads
+    if [attn.get_submodule(f"{name}_proj").out_features for name in "qkv"] != [Q * d, H * d, H * dv]:
+        return None  # queries come with their gates
     return DecoderParts(*around, *inside, *linears, attention=attention)  # type: ignore[arg-type,misc]
 
 

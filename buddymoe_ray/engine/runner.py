@@ -1,8 +1,8 @@
 """Turns a scheduled step into forward passes and logits. Two twins behind one seam.
 
-`PackedRunner` lays the rows of all sequences into one packed pass over the paged KV cache. `SoloRunner` runs one
-forward per sequence on transformers' own cache: slower, right for families with recurrent state, and the oracle of the
-other. Neither knows the scheduler, sampling or text.
+`PackedRunner` lays the rows of all sequences into one packed pass over the paged KV cache and the pool of states.
+`SoloRunner` runs one forward per sequence on transformers' own cache: slower, right for any family, and the oracle of
+the other. Neither knows the scheduler, sampling or text.
 
 Legend: T rows, B sequences, V vocabulary.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from buddymoe_ray.device import upload
 from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
-from buddymoe_ray.engine.kv import KVPool
 from buddymoe_ray.engine.plain_forward import ForwardPass, own_forward
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.engine.sequence import Sequence
+from buddymoe_ray.engine.states import StatePool
 from buddymoe_ray.engine.suspended import PassParts
 from buddymoe_ray.models.hf_loading import recomputes_at_switch, refusing, switch_length
 from buddymoe_ray.models.load import LoadedModel
@@ -37,13 +38,14 @@ class Runner(Protocol):
     """What the engine asks of a model.
 
     `packed`: a pass may have several sequences, and one that failed may be computed again. `repeatable`: a token's KV
-    has the same bits whenever it is computed, and in whatever pass. `parts` are what passes that can be set aside are
-    made of, None where none can. A row whose expert could not be had is in the step's `failed`, by its number in the
-    pass; the others are worth what they always are.
+    has the same bits whenever it is computed, and in whatever pass. `shares`: a text may begin with the KV blocks of
+    another. `parts` are what passes that can be set aside are made of, None where none can. A row whose expert could
+    not be had is in the step's `failed`, by its number in the pass; the others are worth what they always are.
     """
 
     packed: bool
     repeatable: bool
+    shares: bool
     parts: PassParts | None
 
     def prefill(self, chunks: Rows[PrefillChunk]) -> Tensor:
@@ -73,7 +75,8 @@ class Runner(Protocol):
 
 
 class PackedRunner:
-    """Ragged rows of all sequences in one pass. `parts` if kernels compute all of it."""
+    """Ragged rows of all sequences in one pass. `repeatable` if rows do not see others, `parts` if kernels compute all
+    of it, `states` if layers carry any."""
 
     packed = True
 
@@ -81,21 +84,21 @@ class PackedRunner:
         self,
         compute: ForwardPass,
         paged: PagedAttention,
-        pool: KVPool,
         step: StepState,
         *,
         device: torch.device,
+        repeatable: bool = False,
         parts: PassParts | None = None,
+        states: StatePool | None = None,
     ) -> None:
         self._compute, self._device = compute, device
-        self._paged, self._pool, self._step = paged, pool, step
-        self.repeatable, self.parts = parts is not None, parts
+        self._paged, self._step, self._states = paged, step, states
+        self.repeatable, self.parts, self.shares = repeatable, parts, states is None
 
     def prefill(self, chunks: Rows[PrefillChunk]) -> Tensor:
         rows, ids, positions = [], list[int](), list[int]()
         for chunk in chunks:
-            count = chunk.end - chunk.start
-            rows.append(ChunkRows(row=len(ids), count=count, start=chunk.start, blocks=tuple(chunk.seq.blocks)))
+            rows.append(_rows_of(chunk, len(ids)))
             ids += chunk.seq.token_ids(chunk.start, chunk.end)
             positions += range(chunk.start, chunk.end)
         last = upload(torch.tensor([r.row + r.count - 1 for r in rows]), self._device)
@@ -103,13 +106,13 @@ class PackedRunner:
 
     def prefill_whole(self, chunks: Rows[PrefillChunk]) -> Tensor:
         [chunk] = chunks
-        return self._chunk(chunk.seq.token_ids(chunk.start, chunk.end), chunk.start, chunk.seq.blocks, isolate=True)
+        return self._chunk(chunk.seq.token_ids(chunk.start, chunk.end), _rows_of(chunk, 0), isolate=True)
 
     def decode(self, sequences: Rows[Sequence], terms: StepTerms) -> tuple[Tensor, StepOutcome]:
         rows, ids, positions = [], [], []
         for row, seq in enumerate(sequences):
             at = seq.num_computed
-            rows.append(ChunkRows(row=row, count=1, start=at, blocks=tuple(seq.blocks)))
+            rows.append(ChunkRows(row=row, count=1, start=at, blocks=tuple(seq.blocks), owner=seq))
             ids += seq.token_ids(at, at + 1)
             positions.append(at)
         logits_BV = self._forward(Phase.DECODE, rows, ids, positions, 0, terms)
@@ -118,8 +121,15 @@ class PackedRunner:
     def score(
         self, token_ids: Rows[int], blocks: Rows[int], *, prompt: int | None = None, chunk: int = SCORED_CHUNK
     ) -> Iterator[tuple[int, Tensor]]:
-        for start in range(0, len(token_ids), chunk):
-            yield start, self._chunk(list(token_ids[start : start + chunk]), start, blocks, isolate=False)
+        owner = object() if len(token_ids) > chunk else None
+        try:
+            for start in range(0, len(token_ids), chunk):
+                ids = list(token_ids[start : start + chunk])
+                rows = ChunkRows(row=0, count=len(ids), start=start, blocks=tuple(blocks), owner=owner, prompt=prompt)
+                yield start, self._chunk(ids, rows, isolate=False)
+        finally:
+            if self._states is not None:
+                self._states.release(owner)
 
     def score_side_by_side(self, texts: Rows[Rows[int]], blocks: Rows[Rows[int]]) -> list[Tensor]:
         rows, ids, positions = [], list[int](), list[int]()
@@ -130,12 +140,14 @@ class PackedRunner:
         return list(self._forward(Phase.PREFILL, rows, ids, positions, 0, isolate=False).split([r.count for r in rows]))
 
     def release(self, sequence: Sequence | None) -> None:
-        """Nothing is kept per sequence: its blocks are the scheduler's."""
+        """States alone are kept per sequence: its blocks are the scheduler's."""
+        if self._states is not None and sequence is None:
+            self._states.reset()
+        elif self._states is not None:
+            self._states.release(sequence)
 
-    def _chunk(self, ids: list[int], start: int, blocks: Rows[int], *, isolate: bool) -> Tensor:
-        rows = [ChunkRows(row=0, count=len(ids), start=start, blocks=tuple(blocks))]
-        positions = list(range(start, start + len(ids)))
-        return self._forward(Phase.PREFILL, rows, ids, positions, 0, isolate=isolate)
+    def _chunk(self, ids: list[int], rows: ChunkRows, *, isolate: bool) -> Tensor:
+        return self._forward(Phase.PREFILL, [rows], ids, list(range(rows.start, rows.end)), 0, isolate=isolate)
 
     def _forward(
         self,
@@ -149,17 +161,29 @@ class PackedRunner:
         isolate: bool = True,
     ) -> Tensor:
         self._step.begin(phase, len(ids), terms, isolate=isolate, tokens=ids)
-        decode = phase is Phase.DECODE
-        self._paged.current = PackedPass(rows, decode=decode, block_size=self._pool.block_size, device=self._device)
-        with torch.inference_mode():
+        decode, states = phase is Phase.DECODE, self._states
+        self._paged.current = PackedPass(rows, decode=decode, block_size=self._paged.block_size, device=self._device)
+        with nullcontext() if states is None else states.passing(rows, decode=decode), torch.inference_mode():
             ids_1T, positions_1T = (upload(torch.tensor([row]), self._device) for row in (ids, positions))
             return self._compute(ids_1T, positions_1T, keep).float()
+
+
+def _rows_of(chunk: PrefillChunk, row: int) -> ChunkRows:
+    seq, start = chunk.seq, chunk.start
+    return ChunkRows(
+        row=row,
+        count=chunk.end - start,
+        start=start,
+        blocks=tuple(seq.blocks),
+        owner=seq,
+        prompt=seq.prompt_length,
+    )
 
 
 class SoloRunner:
     """One forward per sequence on the model's own cache, fed as `generate` feeds it; a prompt is computed whole."""
 
-    packed = repeatable = False
+    packed = repeatable = shares = False
     parts: PassParts | None = None
 
     def __init__(self, loaded: LoadedModel, step: StepState) -> None:

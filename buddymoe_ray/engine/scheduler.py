@@ -36,10 +36,11 @@ class PrefillChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """One step: prompt chunks, and sequences that decode one token each."""
+    """One step: prompt chunks, and sequences that decode one token each. From the `preempted` all was taken."""
 
     prefill: tuple[PrefillChunk, ...]
     decode: tuple[Sequence, ...]
+    preempted: tuple[Sequence, ...] = ()
 
 
 class Scheduler:
@@ -114,8 +115,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Give running sequences their blocks, admit what fits, then plan one step."""
-        if self._grows:
-            self._grow()
+        preempted = self._grow() if self._grows else []
         self._admit()
         decode = tuple(seq for seq in self._admitted.values() if seq.prompt_computed)
         room, longest = self._room(bool(decode))
@@ -123,10 +123,13 @@ class Scheduler:
         for seq in self._admitted.values():
             left = seq.prefill_length - seq.num_computed
             if room > 0 and 0 < left <= longest and not seq.computing:
-                end = min(seq.prefill_length, seq.num_computed + room)
+                most = self._prefill.beside if self._prefill.fixed else room
+                end = min(seq.prefill_length, seq.num_computed + most)
+                if end - seq.num_computed > room:
+                    break  # it is not cut elsewhere than if it were alone
                 prefill.append(PrefillChunk(seq=seq, start=seq.num_computed, end=end))
                 room -= end - seq.num_computed
-        return StepPlan(prefill=tuple(prefill), decode=decode)
+        return StepPlan(prefill=tuple(prefill), decode=decode, preempted=tuple(preempted))
 
     def finish(self, seq: Sequence) -> None:
         """Free what the sequence holds; one that was never admitted holds nothing."""
@@ -212,18 +215,26 @@ class Scheduler:
 
     def _first_blocks(self, seq: Sequence) -> int:
         """Blocks that a sequence is admitted with: of one that grows, for what is known and a token more."""
-        if self._grows and not seq.repeats:
+        if self._grows and not self._stays(seq):
             return self._blocks_for(min(seq.prefill_length + 1, seq.max_length))
         return self._blocks_for(seq.max_length)
 
-    def _grow(self) -> None:
-        """A block for every sequence whose next token has none, the oldest first."""
+    def _stays(self, seq: Sequence) -> bool:
+        """Whether it cannot be computed again to the same bits: a prompt that is scored is cut into small pieces."""
+        return seq.repeats or (self._prefill.fixed and seq.request.sampling.prompt_logprobs is not None)
+
+    def _grow(self) -> list[Sequence]:
+        """A block for every sequence whose next token has none, the oldest first; from whom all was taken for that."""
+        preempted = list[Sequence]()
         for seq in list(self._admitted.values()):
             while seq.request_id in self._admitted and len(seq.blocks) * self._block_size <= seq.num_computed:
                 if self._allocator.can_allocate(1):
                     seq.blocks += self._allocator.allocate(1)
                 else:
-                    self._preempt(next(s for s in reversed(self._admitted.values()) if s is seq or not s.repeats))
+                    youngest = reversed(self._admitted.values())
+                    preempted.append(next(s for s in youngest if s is seq or not self._stays(s)))
+                    self._preempt(preempted[-1])
+        return preempted
 
     def _preempt(self, seq: Sequence) -> None:
         del self._admitted[seq.request_id]

@@ -23,6 +23,8 @@ _COUNTS = (
     *("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("max_position_embeddings", "intermediate_size", "moe_intermediate_size", "n_group", "topk_group"),
 )
+_KEYLESS = {"linear_attention", "conv", "moe", "mlp"}
+"""Types of layers without keys and values: transformers does not generate with these alone."""
 _ROPE_NUMBERS = ("rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor")
 
 
@@ -51,6 +53,9 @@ def check_config(config: PreTrainedConfig, written: Mapping[str, Any], where: st
         _check_rope(rope, where)
         if kind and rope.get("rope_type") == "dynamic":
             raise _refusal(where, f"rope_type of {kind}", "dynamic", "one whose frequencies do not follow a text")
+    types: set[Any] = {*(getattr(config, "layer_types", None) or ("full_attention",))}
+    if types <= _KEYLESS:
+        raise _refusal(where, "layer_types", sorted(types), "of layers of which at least one attends")
     activation = getattr(config, "hidden_act", None)
     if activation is not None and activation not in ACT2FN:
         raise _refusal(where, "hidden_act", activation, "an activation that transformers knows")

@@ -69,6 +69,7 @@ def _linears(model: PreTrainedModel) -> dict[str, nn.Linear | CodedLinear]:
         if type(module) in (nn.Linear, CodedLinear)
         and id(module) not in left
         and f"{name}.weight" not in wide
+        and not name.endswith(".dt_proj")  # jamba multiplies by its weight without it
         and min(module.in_features, module.out_features) >= BLOCK
     }
 

@@ -1,7 +1,7 @@
 """The model families that can be served, and what each one's sequences need to remember.
 
-Pure table; knows neither torch nor transformers. `packed` families keep nothing but keys and values per token, so rows
-of many sequences share one pass; `solo` families carry recurrent or hybrid state and run one forward per sequence.
+Pure table; knows neither torch nor transformers. `packed` families keep keys and values per token, and some a state of
+fixed size per layer, so rows of many sequences share one pass; `solo` families run one forward per sequence.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from buddymoe_ray.errors import UnsupportedModel
 
-__all__ = ["FAMILIES", "WINDOWED", "Family", "family_of", "text_part"]
+__all__ = ["CARRYING", "FAMILIES", "WINDOWED", "Family", "family_of", "text_part"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,19 +30,25 @@ _PACKED = (
 WINDOWED = frozenset(
     {
         *("afmoe", "cohere2_moe", "dots1", "exaone_moe", "flint", "gemma4_text", "gpt_oss", "granitemoe_swa"),
-        *("kolibri1", "laguna", "mellum", "mimo_v2_flash", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe"),
+        *("kolibri1", "laguna", "mellum", "mimo_v2_flash", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe", "zaya"),
     }
 )
 """Families that keep to the same sliding window in prompts and in decode steps."""
 
-_SOLO = (
-    *("axk2", "bailing_hybrid", "deepseek_v32", "deepseek_v4", "glm_moe_dsa", "granitemoehybrid", "hy_v4", "jamba"),
-    *("kimi_linear", "lfm2_moe", "minimax", "minimax_m3_vl_text", "nemotron_h", "qwen3_5_moe_text", "qwen3_next"),
-    "zaya",
+CARRYING = frozenset(
+    {
+        *("bailing_hybrid", "granitemoehybrid", "jamba", "kimi_linear", "lfm2_moe", "minimax", "nemotron_h"),
+        *("qwen3_5_moe_text", "qwen3_next", "zaya"),
+    }
 )
+"""Packed families with layers that carry a state of fixed size from token to token."""
+
+_SOLO = ("axk2", "deepseek_v32", "deepseek_v4", "glm_moe_dsa", "hy_v4", "minimax_m3_vl_text")
+"""An indexer, with a cache of its own, chooses the keys or blocks of keys that are attended to, or (deepseek_v4) those
+of several tokens are compressed into one: neither is what a paged KV cache holds."""
 
 FAMILIES: Mapping[str, Family] = {
-    name: Family(model_type=name, packed=name not in _SOLO) for name in sorted({*_PACKED, *WINDOWED, *_SOLO})
+    name: Family(model_type=name, packed=name not in _SOLO) for name in sorted({*_PACKED, *WINDOWED, *CARRYING, *_SOLO})
 }
 
 _OF_MORE = frozenset({"aria", "gemma4", "kimi_k25", "minimax_m3_vl", "mistral3", "qwen3_5_moe"})

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.activations import ACT2CLS
 
 from buddymoe_ray.kernels import CpuLinear, CpuNorm, CpuRouter, linear_rows, widens
+from buddymoe_ray.models.recurrent import carrying_layers
 
 __all__ = ["RowNorm", "SoftmaxRouter", "WholeVectors", "rows_apart"]
 
@@ -31,6 +32,10 @@ _VECTORS = 64
 """Items that torch takes at once, at most: two vectors of 512 bits of bfloat16."""
 _ACTIVATIONS = {kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values()}
 _ELEMENTWISE = {torch.sigmoid, Tensor.sigmoid, functional.softplus, torch.log}
+_OF_STATES = {*_ELEMENTWISE, functional.silu, torch.exp, Tensor.exp}
+_BATCH = 4096
+"""Rows, at most: what has more along its first dimension is a weight."""
+_PRODUCTS = {torch.matmul, Tensor.matmul}
 
 
 def rows_apart(model: nn.Module, routers: Iterable[nn.Module | None]) -> None:
@@ -48,6 +53,8 @@ def rows_apart(model: nn.Module, routers: Iterable[nn.Module | None]) -> None:
         if made is not None:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, made)
+    for _, layer in carrying_layers(model):
+        layer.forward = _by_rows(layer, batched=True)  # type: ignore[method-assign]
     for router in routers:
         if router is not None:
             router.forward = _softmax_router(router) or _by_rows(router)  # type: ignore[method-assign]
@@ -153,31 +160,51 @@ def _chooses_as(mine: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
 
 class _LinearsByRows(TorchFunctionMode):
     """While it is on, linears are computed by the kernels: by `made` for weights in it (by id), else anew each time.
-    Elementwise functions see whole vectors."""
+    Elementwise functions see whole vectors. `batched`: rows are what lies along the first dimension."""
 
-    def __init__(self, made: Mapping[int, CpuLinear]) -> None:
+    def __init__(self, made: Mapping[int, CpuLinear], *, batched: bool) -> None:
         super().__init__()
-        self._made = made
+        self._made, self._batched = made, batched
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if (
+            self._batched
+            and func in _OF_STATES
+            and args[0].ndim
+            and len(args) == 1
+            and not any((kwargs or {}).values())
+        ):
+            shape = args[0].shape
+            return func(*args) if shape[0] > _BATCH else _padded(func, args[0].reshape(shape[0], -1)).view(shape)
+        if self._batched and func in _PRODUCTS and args[1].ndim == 3:
+            return self._product(*args)
         if func in _ELEMENTWISE and not kwargs:
             return _padded(func, args[0])
         if func is not functional.linear or kwargs:
             return func(*args, **(kwargs or {}))
-        made = self._made.get(id(args[1])) if len(args) == 2 else None
-        if made is not None:
-            return made(args[0])
-        return (linear_rows if widens(args[1].dtype) else func)(*args)
+        return self._linear(*args) if widens(args[1].dtype) else func(*args)
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        """A matrix, or one for each row of a batch, with a batch `[B, K, N]`."""
+        if a.ndim == 2 and widens(a.dtype):
+            return self._linear(b.transpose(1, 2), a).transpose(1, 2)
+        return torch.cat(
+            [torch.matmul(a if a.ndim == 2 else a[row : row + 1], b[row : row + 1]) for row in range(len(b))]
+        )
+
+    def _linear(self, x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        made = None if bias else self._made.get(id(weight))
+        return linear_rows(x, weight, *bias) if made is None else made(x)
 
 
-def _by_rows(module: nn.Module) -> Callable[..., Any]:
+def _by_rows(module: nn.Module, *, batched: bool = False) -> Callable[..., Any]:
     """The forward of a router, or of what has more of the kind, its linears and elementwise functions row by row."""
     own = module.parameters(recurse=False)
     weights = [weight for weight in own if weight.ndim == 2 and widens(weight.dtype)]
     made = {id(weight): CpuLinear(weight.detach(), None, weight.dtype, None) for weight in weights}
-    forward, mode = module.forward, _LinearsByRows(made)
+    forward, mode = module.forward, _LinearsByRows(made, batched=batched)
 
     @wraps(forward)
     def by_rows(*args: Any, **kwargs: Any) -> Any:

@@ -37,6 +37,7 @@ from buddymoe_ray.models.hf_loading import (
     switch_length,
 )
 from buddymoe_ray.models.quantised import CodedTensor, Stored, find_coded
+from buddymoe_ray.models.recurrent import StateShapes, attach_states
 from buddymoe_ray.models.resolve import is_builtin
 from buddymoe_ray.models.schemes import check_method, with_own_file
 from buddymoe_ray.models.tensor_index import DTYPE_BYTES, TensorLocation, has_weights, read_index, read_json
@@ -82,7 +83,8 @@ class ModelShape:
     a folder with a config alone. `transposed`: experts' matrices are stored `[in, out]`; `as_stored`: a CPU computes
     with their bytes as they are. `coded` are those of an expert that are stored quantised; `dense_format` is how most
     dense weights lie.
-    `kv_bytes_per_token` is that of all attention layers.
+    `kv_bytes_per_token` is that of all attention layers, `state_bytes` what others carry of a sequence from token to
+    token.
     """
 
     model_type: str
@@ -109,6 +111,7 @@ class ModelShape:
     transposed: bool
     as_stored: bool
     kv_bytes_per_token: int
+    state_bytes: int
 
 
 def auto_dtype(folder: Path) -> torch.dtype:
@@ -262,7 +265,8 @@ def max_positions(config: PreTrainedConfig) -> int:
 def _shape(model: PreTrainedModel, family: Family, layout: ExpertLayout, *, weights: bool) -> ModelShape:
     config, experts = model.config, list(experts_modules(model).values())
     maths = [expert_math(module, layout) for module in experts]
-    head = model.get_output_embeddings()
+    head, carried = model.get_output_embeddings(), StateShapes()
+    attach_states(model, carried)
     return ModelShape(
         model_type=family.model_type,
         packed=family.packed,
@@ -288,6 +292,7 @@ def _shape(model: PreTrainedModel, family: Family, layout: ExpertLayout, *, weig
         transposed=maths[0].transposed,
         as_stored=read_as_stored(maths, layout),
         kv_bytes_per_token=_kv_bytes_per_token(model),
+        state_bytes=carried.nbytes,  # known since that pass
     )
 
 

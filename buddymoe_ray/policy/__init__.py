@@ -20,7 +20,9 @@ from buddymoe_ray.policy.memory import (
     plan_prefill,
     plan_staging,
     rows_held,
+    split_kv,
     split_slots,
+    state_slots,
 )
 from buddymoe_ray.policy.misses import Action, Misses, MissPolicy, Reason, Resolution, RowBudgets
 from buddymoe_ray.policy.placement.map import PlacementMap, Step, migration_steps, previous_held, publish
@@ -92,5 +94,7 @@ __all__ = [
     "solve",
     "split_movable",
     "rows_held",
+    "split_kv",
     "split_slots",
+    "state_slots",
 ]

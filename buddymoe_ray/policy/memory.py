@@ -14,6 +14,7 @@ from buddymoe_ray.types import SlotPlan
 
 __all__ = [
     "MIN_SLOTS",
+    "KVSplit",
     "Prefill",
     "Staging",
     "activation_bytes",
@@ -22,7 +23,9 @@ __all__ = [
     "plan_prefill",
     "plan_staging",
     "rows_held",
+    "split_kv",
     "split_slots",
+    "state_slots",
 ]
 
 MIN_SLOTS = 2
@@ -63,6 +66,31 @@ def kv_cache_bytes(*, promised: int, explicit: bool, free: int) -> int:
     return min(promised, int(free * (0.9 if explicit else 0.25)))
 
 
+def state_slots(running: int) -> int:
+    """Slots for what layers carry from token to token: two of every sequence, and of a text computed beside them, for a
+    pass that reads one writes the other."""
+    return 2 * (running + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVSplit:
+    """A KV cache's bytes: `states` of `running` sequences, and keys and values of `tokens`."""
+
+    running: int
+    states: int
+    tokens: int
+
+
+def split_kv(nbytes: int, *, max_running: int, sequence: int, state: int) -> KVSplit:
+    """Cut `nbytes`; of one sequence keys and values are `sequence` bytes, states `state`. Where there is not room for
+    `max_running`, as many run as have their states in half of it, which may be none."""
+    running = max_running
+    if state and nbytes < max_running * sequence + state_slots(max_running) * state:
+        running = max(0, min(max_running, nbytes // 2 // state // 2 - 1))
+    states = state_slots(running) * state
+    return KVSplit(running=running, states=states, tokens=max(0, nbytes - states))
+
+
 def activation_bytes(*, hidden: int, experts_per_token: int, item_bytes: int) -> int:
     """Of a row: what experts answer (per access, and a copy), attention and norms."""
     return (2 * experts_per_token + 12) * hidden * item_bytes
@@ -71,11 +99,12 @@ def activation_bytes(*, hidden: int, experts_per_token: int, item_bytes: int) ->
 @dataclass(frozen=True, kw_only=True)
 class Prefill:
     """Most prompt tokens of a pass: `beside` sequences that decode, or another pass, and `alone`. `row_bytes` are what
-    a token's activations take meanwhile."""
+    a token's activations take meanwhile. `fixed`: a prompt is cut at multiples of `beside`, whoever else there is."""
 
     beside: int
     alone: int
     row_bytes: int = 0
+    fixed: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -84,14 +113,21 @@ class Prefill:
 
 
 def plan_prefill(
-    asked: int | None, *, hidden: int, experts_per_token: int, item_bytes: int, fully_resident: bool
+    asked: int | None,
+    *,
+    hidden: int,
+    experts_per_token: int,
+    item_bytes: int,
+    fully_resident: bool,
+    fixed: bool = False,
 ) -> Prefill:
     """What was `asked` for, else 512 tokens. Every pass reads the missing experts once more, so one alone then takes as
-    many tokens as 256 MiB of activations hold."""
+    many tokens as 256 MiB of activations hold; where bits depend on the cuts, which are `fixed` then, every one."""
     beside = asked or _PREFILL_BESIDE
     row_bytes = activation_bytes(hidden=hidden, experts_per_token=experts_per_token, item_bytes=item_bytes)
-    alone = beside if asked is not None or fully_resident else max(beside, rows_held(row_bytes))
-    return Prefill(beside=beside, alone=alone, row_bytes=row_bytes)
+    small = asked is not None or (fully_resident and not fixed)
+    alone = beside if small else max(beside, rows_held(row_bytes))
+    return Prefill(beside=alone if fixed else beside, alone=alone, row_bytes=row_bytes, fixed=fixed)
 
 
 def rows_held(row_bytes: int) -> int:

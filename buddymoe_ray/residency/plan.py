@@ -19,7 +19,7 @@ from buddymoe_ray.device import open_device
 from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.models.expert_dtype import recoded_tensors
 from buddymoe_ray.models.shape import ModelShape, describe
-from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill
+from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill, split_kv, state_slots
 from buddymoe_ray.residency.devices import GpuInfo
 from buddymoe_ray.residency.machine import (
     available_memory_bytes,
@@ -69,6 +69,7 @@ class DevicePlan(_Place):
 
     dense_bytes: int
     expert_budget_bytes: int
+    max_running: int
     kv_cache_bytes: int
     kv_tokens: int
     slots: int
@@ -85,7 +86,8 @@ class Plan:
 
     `standins` counts the experts answered by each kind of record, of `standin_bytes` in all (part of `overhead_bytes`);
     `expected_rise_fast` is the calibrated loss (nats per token) if nothing is ever fetched. `kv_tokens` of a device are
-    those of all sequences together; `max_running` of `max_model_len` each are what the config promises.
+    those of all sequences together; `max_running` of `max_model_len` each are what the config promises, or fewer, where
+    there is no room for their states: `state_bytes` is what layers carry of one from token to token, in two slots.
     `activation_bytes` are what prompts take while they are computed, `prefill_tokens` of them at once.
     """
 
@@ -113,6 +115,7 @@ class Plan:
     max_model_len: int
     max_running: int
     kv_bytes_per_token: int
+    state_bytes: int
     prefill_tokens: int
     activation_bytes: int
     devices: tuple[DevicePlan, ...]
@@ -157,8 +160,7 @@ def make_plan(
         )
     places = _places(config, gpus)
     layout, apart = _layout(shape), config.device == "interpret" or places[0].device != "cpu"
-    compute, as_stored = getattr(torch, shape.compute_dtype), not apart and shape.as_stored
-    scratch = scratch_bytes(layout, compute, as_stored=as_stored)
+    scratch = scratch_bytes(layout, getattr(torch, shape.compute_dtype), as_stored=not apart and shape.as_stored)
     planned = config if shape.has_weights else config.exactly()  # no weights, nothing to bind a profile to
     slots, setup, _ = plan_memory(planned, layout, folder=folder, apart=apart, scratch=scratch)
     length = min(config.max_model_len or shape.max_positions, shape.max_positions)
@@ -188,8 +190,9 @@ def make_plan(
         expected_rise_fast=None if setup is None or setup.refusal else setup.expected_loss,
         overhead_bytes=slots.overhead_bytes,
         max_model_len=length,
-        max_running=config.max_running,
+        max_running=min(device.max_running for device in devices),
         kv_bytes_per_token=shape.kv_bytes_per_token,
+        state_bytes=shape.state_bytes,
         prefill_tokens=prefill.alone,
         activation_bytes=prefill.nbytes,
         devices=devices,
@@ -243,6 +246,7 @@ def _prefill(config: EngineConfig, shape: ModelShape, slots: SlotPlan) -> Prefil
         experts_per_token=shape.experts_per_token,
         item_bytes=getattr(torch, shape.compute_dtype).itemsize,
         fully_resident=slots.fully_resident,
+        fixed=shape.state_bytes > 0,
     )
 
 
@@ -305,7 +309,8 @@ def _device(config: EngineConfig, shape: ModelShape, length: int, slots: SlotPla
             f"hint: lower --memory to {max(0, free) / 2**30:.2f}GiB or less"
         )
     free -= experts
-    promised = config.max_running * length * shape.kv_bytes_per_token
+    sequence = length * shape.kv_bytes_per_token
+    promised = config.max_running * sequence + state_slots(config.max_running) * shape.state_bytes
     explicit = config.max_model_len is not None
     if config.kv_memory != "auto":
         kv, wanted = parse_memory(config.kv_memory, total_expert_bytes=0), "kv_memory"
@@ -316,17 +321,25 @@ def _device(config: EngineConfig, shape: ModelShape, length: int, slots: SlotPla
     room = kv_cache_bytes(promised=kv, explicit=True, free=free)
     if kv > room:
         raise BudgetError(
-            f"{wanted} is {_gib(kv)} of KV cache at {shape.kv_bytes_per_token:,} bytes a token, must be at most the "
-            f"{_gib(room)} that {place.device} leaves beside dense weights ({_gib(shape.dense_bytes)}) and experts "
-            f"({_gib(experts)}). hint: lower --max-running, --max-model-len or --memory"
+            f"{wanted} is {_gib(kv)} of KV cache at {shape.kv_bytes_per_token:,} bytes a token and "
+            f"{shape.state_bytes:,} a sequence's states, must be at most the {_gib(room)} that {place.device} leaves "
+            f"beside dense weights ({_gib(shape.dense_bytes)}) and experts ({_gib(experts)}). "
+            "hint: lower --max-running, --max-model-len or --memory"
         )
-    resident = sum(slots.layer_slots)
+    split = split_kv(kv, max_running=config.max_running, sequence=sequence, state=shape.state_bytes)
+    if not split.running:
+        raise BudgetError(
+            f"{wanted} is {kv} bytes, must have room in half of it for states of a sequence and of a text beside it, "
+            f"twice {shape.state_bytes} bytes each. hint: lower --memory"
+        )
+    resident, tokens = sum(slots.layer_slots), min(split.tokens, split.running * sequence) // shape.kv_bytes_per_token
     return DevicePlan(
         **asdict(place),
         dense_bytes=shape.dense_bytes,
         expert_budget_bytes=slots.budget_bytes,
-        kv_cache_bytes=min(kv, promised),
-        kv_tokens=min(kv, promised) // shape.kv_bytes_per_token,
+        max_running=split.running,
+        kv_cache_bytes=split.states + tokens * shape.kv_bytes_per_token,
+        kv_tokens=tokens,
         slots=slots.slots_total,
         wave_slots=slots.wave_slots,
         layer_slots=slots.layer_slots,

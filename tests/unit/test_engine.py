@@ -156,8 +156,8 @@ def test_unknown_options_and_models_are_refused() -> None:
         LLM("/nowhere/at/all")
 
 
-def test_packed_batching_is_refused_for_recurrent_families(tmp_path: Path) -> None:
-    build_checkpoint("qwen3_next", tmp_path)
+def test_packed_batching_is_refused_where_an_indexer_chooses_keys(tmp_path: Path) -> None:
+    build_checkpoint("deepseek_v32", tmp_path)
     with pytest.raises(ConfigError, match="must be 'solo'"):
         LLM(str(tmp_path), batching="packed")
 

@@ -107,7 +107,7 @@ def test_greedy_tokens_are_those_of_generate(
 
 @pytest.mark.parametrize("name", ["olmoe", "qwen3_next"])
 def test_the_solo_runner_is_the_twin_of_the_packed_one(tmp_path: Path, name: str) -> None:
-    """Same tokens from transformers' own cache; families with recurrent state are served by it alone."""
+    """Same tokens from transformers' own cache."""
     build_checkpoint(name, tmp_path)
     prompts = token_prompts(160, count=5)
     expected = reference_generate(tmp_path, prompts, new_tokens=16)

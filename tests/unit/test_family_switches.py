@@ -128,7 +128,7 @@ def test_the_text_part_of_a_model_of_more_is_served(model_type: str, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "case", ["mixtral", "qwen2_moe, window", "gpt_oss", "deepseek_v2, greedy, no q rank", "glm4_moe, groups"]
+    "case", ["mixtral", "qwen2_moe, window", "gpt_oss", "deepseek_v2, greedy, no q rank", "jamba", "qwen3_next"]
 )
 def test_solo_twin_of_packed_families(case: str, tmp_path: Path) -> None:
     family, fields = CASES[case]

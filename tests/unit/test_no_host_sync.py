@@ -28,12 +28,12 @@ from buddymoe_ray.kernels import TritonExperts
 from buddymoe_ray.kernels.triton import launching
 from buddymoe_ray.models.expert_math import expert_math
 from buddymoe_ray.models.experts_hook import attach
-from buddymoe_ray.models.families import FAMILIES
+from buddymoe_ray.models.families import CARRYING, FAMILIES
 from buddymoe_ray.models.load import load_model
 from buddymoe_ray.moe import MoEBlock, OnDevice, Phase, StepState
 
 META = torch.device("meta")
-PACKED = sorted(name for name, family in FAMILIES.items() if family.packed)
+PACKED = sorted(name for name, family in FAMILIES.items() if family.packed and name not in CARRYING)
 BLOCKS = ((0, 1), (2,), (5, 3))  # of three sequences, of four tokens each; the last one's do not lie side by side
 LENGTHS = (7, 2, 6)
 THEIR_OWN = {"phimoe": 1}
@@ -84,7 +84,7 @@ def runner_on_meta(folder: Path, *, complete: bool) -> PackedRunner:
     probe(loaded, step, use_cache=False)
     pool = KVPool(dict(sorted(paged.shapes.items())), blocks=8, block_size=4, dtype=torch.float32, device=META)
     paged.open(pool, apart=True)
-    return PackedRunner(own_forward(loaded.model), paged, pool, step, device=META)
+    return PackedRunner(own_forward(loaded.model), paged, step, device=META)
 
 
 def decode(runner: PackedRunner, count: int) -> Tensor:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from buddymoe_ray.config import parse_memory
 from buddymoe_ray.errors import BudgetError, ConfigError
-from buddymoe_ray.policy import plan_staging, split_slots
+from buddymoe_ray.policy import plan_staging, split_kv, split_slots, state_slots
 
 
 @pytest.mark.parametrize(
@@ -82,3 +82,20 @@ def test_staging_is_a_few_per_cent(piece: int, budget: int) -> None:
     assert staging.nbytes <= max(4096, 0.06 * budget)
     if budget > 1 << 30:
         assert staging.depth == 4
+
+
+@given(
+    nbytes=st.integers(0, 10**6),
+    most=st.integers(1, 40),
+    sequence=st.integers(1, 10**4),
+    state=st.integers(0, 10**4),
+)
+def test_states_and_tokens_share_a_cache(nbytes: int, most: int, sequence: int, state: int) -> None:
+    split = split_kv(nbytes, max_running=most, sequence=sequence, state=state)
+    assert split.states == state_slots(split.running) * state and 0 <= split.running <= most
+    if nbytes >= most * sequence + state_slots(most) * state or not state:
+        assert split.running == most and split.tokens == nbytes - split.states
+    elif split.running:
+        assert split.states <= nbytes // 2 and split.tokens == nbytes - split.states
+    if split.running < most:
+        assert state_slots(split.running + 1) * state > nbytes // 2 - 1

@@ -120,6 +120,22 @@ def test_a_prompt_alone_is_computed_in_larger_parts_than_beside_others() -> None
     assert [(c.start, c.end) for c in pool.schedule().prefill] == [(11, 30)]
 
 
+def test_where_bits_depend_on_it_a_prompt_is_cut_as_if_it_were_alone() -> None:
+    pool = Scheduler(num_blocks=100, block_size=4, max_running=8, prefill=Prefill(beside=8, alone=8, fixed=True))
+    lengths = {"a": 21, "b": 3, "c": 18, "d": 2}
+    for name, length in lengths.items():
+        pool.add(make(name, prompt=length, max_tokens=4))
+    steps = []
+    while pool.num_waiting or not all(seq.prompt_computed for seq in pool._admitted.values()):
+        plan = pool.schedule()
+        steps.append([(chunk.seq.request_id, chunk.start, chunk.end) for chunk in plan.prefill])
+        carry_out(pool, plan)
+    assert steps == [
+        *([("a", 0, 8)], [("a", 8, 16)], [("a", 16, 21), ("b", 0, 3)], [("c", 0, 8)], [("c", 8, 16)]),
+        [("c", 16, 18), ("d", 0, 2)],
+    ]
+
+
 def test_no_more_than_max_running_are_admitted() -> None:
     pool = scheduler(max_running=3, blocks=100, chunk=100)
     for n in range(5):
