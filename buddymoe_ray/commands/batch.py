@@ -28,11 +28,11 @@ from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.observe import progress
 
 if TYPE_CHECKING:
-    from buddymoe_ray.batch.journal import Journal, JournalEntry
-    from buddymoe_ray.batch.lines import BatchInput
     from buddymoe_ray.batch.run import BatchRun
     from buddymoe_ray.engine.engine import Engine
     from buddymoe_ray.serve.args import ServeArgs
+    from buddymoe_ray.serve.batches.journal import Journal, JournalEntry
+    from buddymoe_ray.serve.batches.lines import BatchInput
 
 __all__ = ["add_arguments", "run"]
 
@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
     """Answer every line; exit status 0."""
     config = engine_config(args, max_running=EngineConfig.max_running if args.max_running is None else args.max_running)
     service = _service(args)
-    from buddymoe_ray.batch.lines import BatchInput  # late: what comes now imports numpy and pydantic
-    from buddymoe_ray.batch.output import write_output
+    from buddymoe_ray.serve.batches.lines import BatchInput  # late: what comes now imports numpy and pydantic
+    from buddymoe_ray.serve.batches.output import write_output
 
     output = Path(args.output).resolve()
     with closing(BatchInput(Path(args.input))) as source, closing(_journal(args, config, source, output)) as journal:
@@ -109,9 +109,9 @@ def _service(args: argparse.Namespace) -> ServeArgs:
 
 def _journal(args: argparse.Namespace, config: EngineConfig, source: BatchInput, output: Path) -> Journal:
     """The journal of this batch, with what an earlier run of it finished. Raises ConfigError."""
-    from buddymoe_ray.batch.journal import Journal
     from buddymoe_ray.models.fingerprint import model_hash
     from buddymoe_ray.models.resolve import resolve_model
+    from buddymoe_ray.serve.batches.journal import Journal
 
     path = output.with_name(output.name + ".partial")
     if source.path.resolve() in (output, path) or (output.exists() and not output.is_file()):

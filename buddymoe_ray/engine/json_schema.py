@@ -55,11 +55,14 @@ def checked_output(value: object, field: str = "structured_outputs") -> Structur
         return _checked(kind, source, field)
     if not isinstance(value, Mapping):
         raise _refused(field, f"is {value!r:.80}", 'a mapping such as {"json": {...}}')
-    given = {str(name): item for name, item in value.items() if item not in (None, False)}
+    unset = {"json_object": False}
+    given = {str(name): item for name, item in value.items() if item is not None and item is not unset.get(name)}
     kinds = [name for name in get_args(StructuredKind) if name != "structural_tag"]
     if len(given) != 1 or not given.keys() <= {*kinds}:
         raise _refused(field, f"holds {sorted(value)!r:.200}", f"exactly one of {', '.join(kinds)}")
     wanted, source = next(iter(given.items()))
+    if wanted == "json_object" and source is not True:
+        raise _refused(f"{field}.json_object", f"is {source!r:.80}", "true")
     if wanted == "json" and isinstance(source, str):
         source = _loaded(source, field)
     return _checked(wanted, source, field)  # type: ignore[arg-type]

@@ -6,13 +6,14 @@ errors.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from buddymoe_ray.config import EngineConfig, api_key_from_environment, near_miss, refuse_unknown
+from buddymoe_ray.config import EngineConfig, api_key_from_environment, cache_folder, near_miss, refuse_unknown
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.types import Mode
 
@@ -55,6 +56,7 @@ class ServeArgs(BaseModel):
         migration_mb_per_second: most that moving experts reads from each node's disk, in 10^6 bytes.
         api_key_env: name of the environment variable that holds the API key; read where the ingress runs.
         require_api_key: refuse to start when that variable is unset.
+        files_mb: most that files and batches of /v1/files take on the ingress's disk, in 10^6 bytes; 0 keeps none.
         cors_origins: origins whose pages may call the service from a browser, as `https://chat.example.org`, or `*`
             for any; none by default.
     """
@@ -106,6 +108,7 @@ class ServeArgs(BaseModel):
     migration_mb_per_second: float = Field(default=200, gt=0)
     api_key_env: str = Field(default="BUDDYMOE_API_KEY", min_length=1)
     require_api_key: bool = False
+    files_mb: int = Field(default=1000, ge=0)
     cors_origins: tuple[Origin, ...] = ()
 
     @classmethod
@@ -151,6 +154,11 @@ class ServeArgs(BaseModel):
     def engine_config(self) -> EngineConfig:
         """The engine's own options."""
         return EngineConfig.from_options(**{name: getattr(self, name) for name in EngineConfig.names()})
+
+    def files_folder(self) -> Path:
+        """Where files and batches of this model are kept."""
+        base = Path(self.cache_dir).expanduser() if self.cache_dir else cache_folder()
+        return base / "files" / hashlib.sha256(self.served_name.encode()).hexdigest()[:16]
 
     def api_key(self) -> str | None:
         """The key clients must send, from the environment of the calling process; None serves everyone."""

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -27,21 +28,33 @@ from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.answers import prepare_reading
 from buddymoe_ray.errors import CapacityError, RequestError
 from buddymoe_ray.observe import CalibrationSnapshot
+from buddymoe_ray.serve.batches.routes import batch_routes
+from buddymoe_ray.serve.batches.runner import BatchRunner
+from buddymoe_ray.serve.batches.store import FileStore
 from buddymoe_ray.serve.calls import (
     CHAT,
     COMPLETIONS,
-    MAX_BODY_BYTES,
     MESSAGES,
     RESPONSES,
     Endpoint,
     ModelNames,
     open_call,
-    too_long,
 )
 from buddymoe_ray.serve.dashboard import READ, dashboard_routes, page_routes
 from buddymoe_ray.serve.metrics import exposition
+from buddymoe_ray.serve.openapi import allowed_methods, schema_routes
+from buddymoe_ray.serve.reading_bodies import whole_body
 from buddymoe_ray.serve.recent import Recent
-from buddymoe_ray.serve.refusals import envelope, failure, in_words, in_words_of, message_error, refusal_of, timed_out
+from buddymoe_ray.serve.refusals import (
+    Refused,
+    envelope,
+    failure,
+    in_words,
+    in_words_of,
+    message_error,
+    refusal_of,
+    timed_out,
+)
 from buddymoe_ray.serve.replies import ModelCard, ModelList
 from buddymoe_ray.serve.resume import ResumeLimits, WorkerLost, resumable
 from buddymoe_ray.serve.streaming import Answer
@@ -72,6 +85,7 @@ class HttpSettings:
 
     `cors_origins` are the origins whose pages may call the service from a browser; `*` is any. What /health says may be
     `health_seconds` old. Who watches /dashboard is told `mode`, `budget` and, every `dashboard_seconds`, the rest.
+    Files and batches are kept in `files_folder`, at most `files_bytes`; without one they are refused.
     """
 
     model: str
@@ -85,6 +99,8 @@ class HttpSettings:
     mode: Mode = "exact"
     budget: float = EngineConfig.budget
     dashboard_seconds: float = 1.0
+    files_folder: Path | None = None
+    files_bytes: int = 10**9
 
     @property
     def names(self) -> ModelNames:
@@ -98,9 +114,19 @@ class HttpSettings:
 def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
     """The service's routes over `workers`."""
     prepare_reading()
-    app = FastAPI(title="buddymoe", openapi_url=None)
+    runner = BatchRunner.over(
+        workers,
+        settings.names,
+        FileStore(settings.files_folder, quota=settings.files_bytes),
+        limits=settings.limits,
+        seconds=settings.request_timeout_seconds,
+    )
+    app = FastAPI(title="buddymoe", openapi_url=None, lifespan=runner.lifespan)
     app.include_router(_public_routes(workers, settings))
-    app.include_router(page_routes())
+    for page in ("dashboard", "docs"):
+        app.include_router(page_routes(page))
+    app.include_router(schema_routes())
+    app.include_router(batch_routes(runner, model=settings.model), dependencies=[Depends(_key_check(settings.api_key))])
     watch = dashboard_routes(
         workers, model=settings.model, mode=settings.mode, budget=settings.budget, seconds=settings.dashboard_seconds
     )
@@ -108,7 +134,7 @@ def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
     app.include_router(_metrics_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
     app.include_router(_openai_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
     app.include_router(_token_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
-    app.add_exception_handler(_Refused, _on_refused)
+    app.add_exception_handler(Refused, _on_refused)
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(CapacityError, _on_capacity_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -118,7 +144,7 @@ def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=[*READ, "POST"],
+            allow_methods=[*READ, "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["Retry-After"],
         )
@@ -135,7 +161,7 @@ def _public_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
         """200 when every worker is well, else 503; what is not is named to those who may use the service."""
         problems, calibration = await last.get()
         body: dict[str, object] = {"status": "unhealthy" if problems else "ok"}
-        with suppress(_Refused):
+        with suppress(Refused):
             await check(request)
             body["problems"] = problems
             if calibration.state != "none":
@@ -194,19 +220,19 @@ def _openai_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
 
     @router.post("/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await _answer(CHAT, await _body(request), workers, settings)
+        return await _answer(CHAT, await whole_body(request), workers, settings)
 
     @router.post("/completions")
     async def completions(request: Request) -> Response:
-        return await _answer(COMPLETIONS, await _body(request), workers, settings)
+        return await _answer(COMPLETIONS, await whole_body(request), workers, settings)
 
     @router.post("/messages")
     async def messages(request: Request) -> Response:
-        return await _answer(MESSAGES, await _body(request), workers, settings)
+        return await _answer(MESSAGES, await whole_body(request), workers, settings)
 
     @router.post("/responses")
     async def responses(request: Request) -> Response:
-        return await _answer(RESPONSES, await _body(request), workers, settings)
+        return await _answer(RESPONSES, await whole_body(request), workers, settings)
 
     return router
 
@@ -222,28 +248,28 @@ def _token_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
             async with asyncio.timeout(settings.request_timeout_seconds), aclosing(workers.generate(work)) as replies:
                 reply = await anext(replies)
         except TimeoutError:
-            raise _Refused(timed_out(settings.request_timeout_seconds)) from None
+            raise Refused(timed_out(settings.request_timeout_seconds)) from None
         except WorkerLost as error:
             raise CapacityError(f"{error}. hint: retry") from error
         if isinstance(reply, Refusal):
-            raise _Refused(in_words_of(reply, words or {}))
+            raise Refused(in_words_of(reply, words or {}))
         return reply.spelled[0]
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        asked = parse_body(await _body(request), TokenizeRequest)
+        asked = parse_body(await whole_body(request), TokenizeRequest)
         found = await spelled(asked.work(f"tokens-{uuid.uuid4().hex}"), asked.model)
         length = (await workers.info()).max_model_len
         return JSONResponse(tokenize_reply(found, max_model_len=length, names=asked.return_token_strs))
 
     @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        asked = parse_body(await _body(request), DetokenizeRequest)
+        asked = parse_body(await whole_body(request), DetokenizeRequest)
         return JSONResponse({"prompt": (await spelled(asked.work(f"text-{uuid.uuid4().hex}"), asked.model)).text})
 
     @router.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request) -> Response:
-        asked = parse_count(await _body(request))
+        asked = parse_count(await whole_body(request))
         with in_words(MESSAGES.words):
             work = replace(asked.work(f"count-{uuid.uuid4().hex}", flush_seconds=0.0), spells_only=True)
         return JSONResponse({"input_tokens": len((await spelled(work, asked.model, MESSAGES.words)).token_ids)})
@@ -274,32 +300,20 @@ async def _answer(endpoint: Endpoint, body: bytes, workers: Workers, settings: H
     if call.body.stream:
         events = await answer.events()
         if isinstance(events, Refusal):
-            raise _Refused(in_words_of(events, endpoint.words))
+            raise Refused(in_words_of(events, endpoint.words))
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
     whole = await answer.whole()
     if isinstance(whole, Refusal):
-        raise _Refused(in_words_of(whole, endpoint.words))
+        raise Refused(in_words_of(whole, endpoint.words))
     return _json(whole)
-
-
-async def _body(request: Request) -> bytes:
-    """The request's body, refused while it is read when it is too long."""
-    chunks: list[bytes] = []
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > MAX_BODY_BYTES:
-            raise _Refused(too_long())
-        chunks.append(chunk)
-    return b"".join(chunks)
 
 
 def _key_check(api_key: str | None) -> Callable[[Request], Awaitable[None]]:
     async def check(request: Request) -> None:
         if api_key is not None and not any(hmac.compare_digest(given, api_key.encode()) for given in _keys(request)):
             message = "the API key is missing or wrong. hint: send Authorization: Bearer <key>, or x-api-key: <key>"
-            raise _Refused(Refusal(status=401, message=message, code="invalid_api_key"))
+            raise Refused(Refusal(status=401, message=message, code="invalid_api_key"))
 
     return check
 
@@ -309,12 +323,6 @@ def _keys(request: Request) -> list[bytes]:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     bearer = [token.strip(" ")] if scheme.lower() == "bearer" else []
     return [key.encode("latin-1") for key in (*bearer, *request.headers.getlist("x-api-key"))]
-
-
-class _Refused(Exception):
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.message)
-        self.refusal = refusal
 
 
 def _json(body: bytes, *, status: int = 200) -> Response:
@@ -333,7 +341,7 @@ def _refused(request: Request, refusal: Refusal) -> Response:
 
 
 async def _on_refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, _Refused), f"handler of _Refused got {error!r}"
+    assert isinstance(error, Refused), f"handler of Refused got {error!r}"
     return _refused(request, error.refusal)
 
 
@@ -357,6 +365,8 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
         message = f"{request.url.path} is not here: {absent} is not supported by this service. hint: GET /v1/models"
     response = _refused(request, Refusal(status=error.status_code, message=message))
     response.headers.update(error.headers or {})
+    if error.status_code == 405 and (methods := allowed_methods(request.url.path)):  # the framework names one route's
+        response.headers["Allow"] = ", ".join(methods)
     return response
 
 

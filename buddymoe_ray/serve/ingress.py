@@ -60,6 +60,8 @@ class Ingress:
             cors_origins=args.cors_origins,
             mode=args.mode,
             budget=args.budget,
+            files_folder=args.files_folder(),
+            files_bytes=args.files_mb * 10**6,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -17,6 +17,8 @@ from buddymoe_ray.serve.work import Delta, Refusal, Work
 
 __all__ = [
     "WORKER_LOST",
+    "Refused",
+    "absent",
     "envelope",
     "error_of",
     "failure",
@@ -43,6 +45,11 @@ def refusal_of(error: RequestError) -> Refusal:
     return Refusal(status=400, message=str(error), param=error.param)
 
 
+def absent(what: str, name: str) -> Refusal:
+    """There is nothing of that name, or it is somebody else's."""
+    return Refusal(status=404, message=f"there is no {what} {name!r:.80}. hint: list them", code="not_found")
+
+
 def in_terms_of(refusal: Refusal, work: Work) -> Refusal:
     """An engine's refusal as the caller knows the field: engines know prompts, not messages."""
     if refusal.param != "prompt":
@@ -60,6 +67,14 @@ def in_words_of(refusal: Refusal, words: Mapping[str, str]) -> Refusal:
         return known.sub(lambda found: words[found[0]], text)
 
     return replace(refusal, message=told(refusal.message), param=refusal.param and told(refusal.param))
+
+
+class Refused(Exception):
+    """A call that ends with `refusal`."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class TextPart(WireBody):
     logprobs: Unsupported = None
 
 
-Parts = Annotated[list[TextPart], BeforeValidator(_parts)]
+Parts = Annotated[list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])]
 
 
 class _Item(WireBody):
@@ -54,7 +54,7 @@ class _Item(WireBody):
 class MessageItem(_Item):
     """A message."""
 
-    type: Literal["message"]
+    type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: Parts
     phase: Unsupported = None
@@ -120,4 +120,4 @@ Item = Annotated[
     | Annotated[ReasoningItem, Tag("#reasoning")],
     Discriminator(by_type),
 ]
-Items = Annotated[list[Item], BeforeValidator(_items)]
+Items = Annotated[list[Item], BeforeValidator(_items, json_schema_input_type=str | list[Item])]

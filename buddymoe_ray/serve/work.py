@@ -101,6 +101,7 @@ class Work:
         echo: every choice's text begins with its prompt.
         add_special_tokens: the tokenizer may put its special tokens around prompts that are text.
         spells_only: what the prompts' tokens and texts are is all that is asked for: one batch without deltas.
+        gives_way: a worker takes it where nobody else waits, and sends it away (503) when somebody does.
         resume: the choices to answer, when the work moved here from another worker; empty is all, from their start.
             The first batch is then empty and says that the worker has the work.
     """
@@ -123,6 +124,7 @@ class Work:
     echo: bool = False
     add_special_tokens: bool = True
     spells_only: bool = False
+    gives_way: bool = False
     resume: tuple[ResumedChoice, ...] = ()
 
     @property

@@ -19,6 +19,7 @@ from buddymoe_ray.errors import BuddyMoEError, CapacityError, RequestError
 from buddymoe_ray.models.token_bytes import TokenBytes
 from buddymoe_ray.observe import EngineSnapshot, ExpertMap
 from buddymoe_ray.serve.deltas import merge
+from buddymoe_ray.serve.guests import Guests
 from buddymoe_ray.serve.prompts import tokenizer_info, usable
 from buddymoe_ray.serve.refusals import in_terms_of, overloaded, refusal_of, unavailable, worker_lost
 from buddymoe_ray.serve.work import Batch, Delta, Refusal, Reply, Work, WorkerInfo, WorkerReport
@@ -79,7 +80,7 @@ class Worker:
         self._bytes = TokenBytes(engine.tokenizer)
         self._intake = Intake(engine, default_max_tokens=default_max_tokens)
         self._most_answers = engine.limits.max_running + max_queued_requests
-        self._answers = 0
+        self._answers, self._guests = 0, Guests(retry_after_seconds=retry_after_seconds)
         self._running: dict[str, asyncio.Task[None]] = {}  # by the engine's request id
         self._retry_after = retry_after_seconds
         if engine.sampling_defaults:
@@ -96,10 +97,16 @@ class Worker:
         except RequestError as error:
             yield refusal_of(error)
             return
-        if self._answers and self._answers + answers > self._most_answers:
+        most = self._engine.limits.max_running if work.gives_way else self._most_answers
+        if self._answers and self._answers + answers > most:
             yield overloaded(calls=self._answers, retry_after_seconds=self._retry_after)
             return
         self._answers += answers
+        items: asyncio.Queue[Delta | Refusal] = asyncio.Queue()
+        if work.gives_way:
+            self._guests.add(items, answers)
+        elif not work.spells_only:
+            self._answers -= self._guests.send_away(self._answers - self._engine.limits.max_running)
         tasks: list[asyncio.Task[None]] = []
         try:
             planned = await self._plan(work)
@@ -113,7 +120,6 @@ class Worker:
                 await self._engine.check_health()  # a dead one would take it, and cost it a move
                 yield Batch(deltas=())
                 await self._displace({request.request_id for request in planned.requests.values()})
-            items: asyncio.Queue[Delta | Refusal] = asyncio.Queue()
             tasks += [self._start(choice, planned, items) for choice in planned.requests]
             prompts, answer = planned.prompts if work.report_prompts else (), planned.answer
             batches = _Batches(items, len(tasks), work.flush_seconds, self._beat_seconds)
@@ -127,7 +133,7 @@ class Worker:
         except CapacityError as error:
             yield worker_lost(str(error), retry_after_seconds=self._retry_after)
         finally:
-            self._answers -= answers
+            self._answers -= self._guests.leave(items) if work.gives_way else answers
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

@@ -19,8 +19,6 @@ from asgi import talking_to
 from fakes import LocalWorkers
 
 from buddymoe_ray import LLM
-from buddymoe_ray.batch.journal import Journal, JournalEntry
-from buddymoe_ray.batch.lines import BatchInput, LineError
 from buddymoe_ray.batch.rows import most_rows, refill_at
 from buddymoe_ray.batch.sizes import sized
 from buddymoe_ray.cli import main
@@ -29,6 +27,8 @@ from buddymoe_ray.engine.async_engine import AsyncEngine
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.errors import BuddyMoEError, CacheError, ConfigError, RequestError
+from buddymoe_ray.serve.batches.journal import Journal, JournalEntry
+from buddymoe_ray.serve.batches.lines import BatchInput, LineError
 from buddymoe_ray.serve.calls import MAX_BODY_BYTES
 from buddymoe_ray.serve.worker import Worker
 from buddymoe_ray.types import GenerationRequest, SamplingParams
@@ -560,7 +560,7 @@ def test_an_input_that_cannot_be_used_is_refused(shared, tmp_path: Path, monkeyp
 
 
 def test_two_ids_whose_marks_collide_are_no_duplicates(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("buddymoe_ray.batch.lines._mark", lambda fields: 5)
+    monkeypatch.setattr("buddymoe_ray.serve.batches.lines._mark", lambda fields: 5)
     source = BatchInput(written(tmp_path, [line("a", prompt="x"), line("b", prompt="x"), line("a", prompt="x")]))
     found = [source.read(at) for at in range(3)]
     assert [isinstance(each, LineError) for each in found] == [False, False, True]
