@@ -147,9 +147,10 @@ def _check_values(part: dict[str, Any], types: list[str], place: str, field: str
             if keyword == "required" and part[keyword] == []:
                 continue
             raise _refused(field, f"has {keyword} {part[keyword]!r:.80} at {place:.200}", f"a filled {kind.__name__}")
-    absent = next((name for name in part.get("required", ()) if name not in part.get("properties", {})), None)
-    if absent is not None:
-        raise _refused(field, f"has required {absent!r:.80} at {place:.200}", "names of properties alone")
+    named = list(part.get("properties", {}))
+    absent = [name for name in part.get("required", ()) if name not in named]
+    if absent:
+        raise _refused(field, f"has required {absent[0]!r:.80} at {place:.200}", "names of properties alone")
     trap = _trap(str(part.get("pattern", "")))
     if trap is not None:
         raise _refused(field, f"has pattern {part['pattern']!r:.80} at {place:.200}", f"without {trap!r:.20} there")

@@ -121,7 +121,7 @@ def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
         limits=settings.limits,
         seconds=settings.request_timeout_seconds,
     )
-    app = FastAPI(title="buddymoe", openapi_url=None, lifespan=runner.lifespan)
+    app = FastAPI(title="buddymoe", openapi_url=None, redirect_slashes=False, lifespan=runner.lifespan)
     app.include_router(_public_routes(workers, settings))
     for page in ("dashboard", "docs"):
         app.include_router(page_routes(page))
@@ -331,7 +331,7 @@ def _json(body: bytes, *, status: int = 200) -> Response:
 
 def _refused(request: Request, refusal: Refusal) -> Response:
     """An error as the API that was called writes it."""
-    write = message_error if request.url.path.startswith(MESSAGES.path) else envelope
+    write = message_error if request.scope["path"].startswith(MESSAGES.path) else envelope
     response = _json(write(refusal), status=refusal.status)
     if refusal.retry_after_seconds is not None:
         response.headers["Retry-After"] = str(refusal.retry_after_seconds)
@@ -359,14 +359,15 @@ async def _on_capacity_error(request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     """Unknown paths and methods, in the same envelope."""
     assert isinstance(error, HTTPException), f"handler of HTTPException got {error!r}"
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    absent = next((what for path, what in ABSENT.items() if request.url.path.startswith(path)), None)
-    if absent is not None and error.status_code == 404:
-        message = f"{request.url.path} is not here: {absent} is not supported by this service. hint: GET /v1/models"
+    path, headers = request.scope["path"], dict(error.headers or {})
+    message = f"{request.method} {path}: {error.detail}"
+    what = next((what for known, what in ABSENT.items() if path.startswith(known)), None)
+    if what is not None and error.status_code == 404:
+        message = f"{path} is not here: {what} is not supported by this service. hint: GET /v1/models"
+    if error.status_code == 405:  # the framework names the methods of one route alone
+        headers["Allow"] = ", ".join(allowed_methods(path)) or headers.get("Allow", "")
     response = _refused(request, Refusal(status=error.status_code, message=message))
-    response.headers.update(error.headers or {})
-    if error.status_code == 405 and (methods := allowed_methods(request.url.path)):  # the framework names one route's
-        response.headers["Allow"] = ", ".join(methods)
+    response.headers.update(headers)
     return response
 
 
@@ -376,5 +377,5 @@ async def _on_departure(request: Request, error: Exception) -> Response:
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    log.error("%s failed", request.url.path, exc_info=error)
+    log.error("%s failed", request.scope["path"], exc_info=error)
     return _refused(request, failure())
