@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         "serving": f"{options.served_name} at {url}/v1",
         "mode": options.mode + (f", at most {options.budget:g} nats per token" if options.mode == "bounded" else ""),
         "memory": f"{options.memory} of the experts, {options.workers} workers",
-        "pages": f"{url}/dashboard, {url}/health, {url}/metrics",
+        "pages": f"{url}/dashboard, {url}/docs, {url}/health, {url}/metrics",
     }
     if args.json:
         emit({"url": f"{url}/v1", "model": options.served_name, "mode": options.mode, "memory": options.memory})

@@ -270,7 +270,8 @@ def openapi_document() -> dict[str, Any]:
 _ABOUT = (
     "OpenAI's and Anthropic's APIs. Where the service has a key, send it as `Authorization: Bearer` or `x-api-key`. "
     "`buddymoe` in a body says how missing experts may be answered; `usage.buddymoe` what that cost. Fields that are "
-    "not listed are refused by name; so is what a model, its template or a grammar cannot do, with status 400."
+    "not listed are refused by name; so is what a model, its template or a grammar cannot do, with status 400. "
+    "Examples name `builtin:tiny`; GET /v1/models says what is served."
 )
 
 
