@@ -142,6 +142,7 @@ class ResponseReasoningForm(_ItemForm):
     type: Literal["reasoning"]
     summary: list[Any]
     content: list[ResponseThoughtForm]
+    encrypted_content: str = ""
 
 
 class ResponseCallForm(_ItemForm):
@@ -178,11 +179,13 @@ class ResponseForm(_Form):
     previous_response_id: None
     store: Literal[False]
     truncation: Literal["disabled"]
+    include: list[str]
     instructions: str | None
     max_output_tokens: int | None
     temperature: float | None
     top_p: float | None
     parallel_tool_calls: bool
+    reasoning: dict[Literal["effort", "summary"], str | None]
     text: dict[str, Any]
     tool_choice: Any
     tools: list[dict[str, Any]]

@@ -18,6 +18,7 @@ from buddymoe_ray.errors import RequestError
 from buddymoe_ray.serve.wire_parts import (
     Buddy,
     BuddyOptions,
+    Effort,
     MaxTokens,
     Message,
     NamedTool,
@@ -31,7 +32,7 @@ from buddymoe_ray.serve.wire_parts import (
     WireBody,
     written_as,
 )
-from buddymoe_ray.serve.work import Prompt, ToolUse, Work
+from buddymoe_ray.serve.work import Prompt, Thinking, ToolUse, Work
 from buddymoe_ray.types import SamplingParams, StructuredOutput
 
 __all__ = ["ChatRequest", "CompletionRequest", "parse_body", "parse_chat", "parse_completion"]
@@ -219,6 +220,8 @@ class ChatRequest(_SamplingFields):
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[Tool] | None = None
+    reasoning_effort: Effort | None = None
+    thinking_token_budget: int | None = Field(default=None, ge=0)
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
 
@@ -259,6 +262,9 @@ class ChatRequest(_SamplingFields):
                 checked_schema(tool.function.parameters or {}, f"tools[{at}].function.parameters")
         return use
 
+    def _thinking(self) -> Thinking:
+        return Thinking(effort=self.reasoning_effort, budget=self.thinking_token_budget)
+
     @property
     def wants_logprobs(self) -> bool:
         """Whether the reply tells log probabilities."""
@@ -271,6 +277,7 @@ class ChatRequest(_SamplingFields):
             messages=tuple(message.record() for message in self.messages),
             template_options=self.chat_template_kwargs or {},
             tools=self._tool_use(),
+            thinking=self._thinking(),
             reads_answer=True,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             max_tokens=self.max_completion_tokens or self.max_tokens,

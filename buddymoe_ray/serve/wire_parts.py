@@ -17,6 +17,7 @@ __all__ = [
     "Buddy",
     "BuddyOptions",
     "ChosenTool",
+    "Effort",
     "MaxTokens",
     "Message",
     "NamedTool",
@@ -76,6 +77,9 @@ MaxTokens = Annotated[int, Field(ge=1)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class StreamOptions(WireBody):

@@ -39,6 +39,7 @@ RESPONSES_WORDS = {
     "function.parameters": "parameters",
     "max_completion_tokens": "max_output_tokens",
     "messages": "input",
+    "reasoning_effort": "reasoning.effort",
     "response_format.json_schema": "text.format",
     "response_format": "text.format",
 }
@@ -68,7 +69,7 @@ class ResponseRequest(WireBody):
     stream_options: ResponseStreamOptions | None = None
     reasoning: Reasoning | None = None
     truncation: Literal["disabled"] | None = None
-    include: Unsupported = None
+    include: list[Literal["reasoning.encrypted_content"]] | None = None
     max_tool_calls: Unsupported = None
     prompt: Unsupported = None
     top_logprobs: Unsupported = None
@@ -86,6 +87,8 @@ class ResponseRequest(WireBody):
             item.tell(messages)
         fields = self.model_dump(include=AS_THEY_ARE, exclude_none=True)
         fields |= {"messages": messages, "tool_choice": self._choice(), "max_completion_tokens": self.max_output_tokens}
+        if self.reasoning is not None:
+            fields["reasoning_effort"] = self.reasoning.effort
         if self.tools:
             own = [tool.model_dump(exclude={"type"}) for tool in self.tools]
             fields["tools"] = [{"type": "function", "function": function} for function in own]
@@ -104,7 +107,9 @@ class ResponseRequest(WireBody):
         form = None if self.text is None else self.text.format
         return {
             **{name: getattr(self, name) for name in REPEATED},
+            "include": self.include or [],
             "parallel_tool_calls": self.parallel_tool_calls is not False,
+            "reasoning": (self.reasoning or Reasoning()).model_dump(),
             "text": {"format": (form or TextFormat()).model_dump(exclude_none=True, by_alias=True)},
             "tool_choice": self.tool_choice or "auto",
             "tools": [tool.model_dump() for tool in self.tools or ()],

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from buddymoe_ray.serve.wire_parts import ToolName, Unsupported, WireBody
+from buddymoe_ray.serve.wire_parts import Effort, ToolName, Unsupported, WireBody
 
 __all__ = [
     "ChosenFunction",
@@ -62,10 +62,10 @@ class TextConfig(WireBody):
 
 
 class Reasoning(WireBody):
-    """`reasoning`: a model thinks as it does."""
+    """`reasoning`. Of summaries the most detailed that there is, `auto`, is none."""
 
-    effort: Unsupported = None
-    summary: Unsupported = None
+    effort: Effort | None = None
+    summary: Literal["auto"] | None = None
 
 
 class ResponseStreamOptions(WireBody):
