@@ -161,17 +161,15 @@ async def test_lines_wait_while_others_do_and_come_out_the_same(tmp_path: Path) 
     async with serving(engine, files_folder=tmp_path) as http:
         client = openai_client(http)
         batch = await begun(client, lines(6, max_tokens=20))
-        waited = []
-        for at in range(12):
-            asked = time.monotonic()
-            await client.completions.create(model="fake", prompt=f"now {at}", max_tokens=1)
-            waited.append(time.monotonic() - asked)
+        await ended(client, batch.id, "in_progress")
+        while not engine.cancelled:  # somebody's place was a line's
+            await client.completions.create(model="fake", prompt="now", max_tokens=1, n=2)
         done = await ended(client, batch.id)
         texts = [each["response"]["body"]["choices"][0]["text"] for each in await told(client, done.output_file_id)]
         for at, text in enumerate(texts):
             alone = await client.completions.create(model="fake", prompt=f"prompt {at}", max_tokens=20, temperature=0)
             assert text == alone.choices[0].text
-    assert done.request_counts.completed == 6 and len(waited) == 12
+    assert done.request_counts.completed == 6
 
 
 async def test_a_line_that_its_workers_die_of_ends_alone(tmp_path: Path) -> None:

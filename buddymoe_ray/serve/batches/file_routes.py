@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import Response, StreamingResponse
 from starlette.datastructures import UploadFile
 from starlette.types import Message
 
@@ -16,7 +17,7 @@ from buddymoe_ray.errors import ConfigError, RequestError
 from buddymoe_ray.serve.batches.asking import conflict, every, owner_of, page, said, the
 from buddymoe_ray.serve.batches.lines import BatchInput, LineError
 from buddymoe_ray.serve.batches.records import BatchObject, FileDeleted, FileList, FileObject
-from buddymoe_ray.serve.batches.store import FileStore
+from buddymoe_ray.serve.batches.store import FileStore, no_room
 from buddymoe_ray.serve.dashboard import READ
 from buddymoe_ray.serve.refusals import Refused
 from buddymoe_ray.serve.work import Refusal
@@ -36,10 +37,13 @@ def file_routes(store: FileStore) -> APIRouter:
     @router.post("")
     async def upload(request: Request) -> Response:
         store.check()
-        async with uploads, Request(request.scope, _bounded(request)).form(max_files=1, max_fields=8) as form:
-            file = _checked_form(form)
-            name = (file.filename or "")[-200:]
-            made = await asyncio.to_thread(partial(store.add, file.file, filename=name, owner=owner_of(request)))
+        try:
+            async with uploads, Request(request.scope, _bounded(request)).form(max_files=1, max_fields=8) as form:
+                file = _checked_form(form)
+                name = (file.filename or "")[-200:]
+                made = await asyncio.to_thread(partial(store.add, file.file, filename=name, owner=owner_of(request)))
+        except OSError as error:  # of the temporary file
+            raise Refused(no_room(str(error.strerror))) from error
         try:
             await asyncio.to_thread(_check_lines, store, made)
         except BaseException:
@@ -72,9 +76,17 @@ def file_routes(store: FileStore) -> APIRouter:
     @router.api_route("/{file_id}/content", methods=[*READ])
     async def content(request: Request, file_id: str) -> Response:
         found = await the(store, FileObject, file_id, request)
-        return FileResponse(store.data(found.id), media_type="application/octet-stream", filename=found.filename)
+        pieces = _pieces(store.data(found.id)) if request.method == "GET" else iter(())
+        headers = {"Content-Length": str(found.bytes)}
+        return StreamingResponse(pieces, media_type="application/octet-stream", headers=headers)
 
     return router
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 18):
+            yield piece
 
 
 def _bounded(request: Request) -> Callable[[], Awaitable[Message]]:

@@ -79,7 +79,7 @@ class LineService:
             replies = resumable(work, attempt, self.limits, seconds=self.seconds)
             answer = Answer(replies=replies, renderer=call.renderer, n=work.n, choices=work.choices)
             whole = await answer.whole()
-            if not isinstance(whole, Refusal) or whole.status != 503 or lost > self.limits.moves:
+            if not isinstance(whole, Refusal) or whole.status not in (429, 503) or lost > self.limits.moves:
                 return answers.replied(at, line, whole)
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)

@@ -25,7 +25,7 @@ from buddymoe_ray.serve.batches.records import BatchObject, FileObject
 from buddymoe_ray.serve.refusals import Refused, absent
 from buddymoe_ray.serve.work import Refusal
 
-__all__ = ["MOST_FILES", "FileStore", "Kept"]
+__all__ = ["MOST_FILES", "FileStore", "Kept", "no_room"]
 
 MOST_FILES = 1000
 MOST_BATCHES = 1000
@@ -52,6 +52,7 @@ class FileStore:
         self._folder = folder or Path()
         self._quota = quota
         self.problem = "this service keeps no files" if folder is None or quota == 0 else private_folder(folder)
+        self._seen: dict[Path, tuple[tuple[int, int], Kept]] = {}
         if not self.problem:
             self._sweep()
 
@@ -71,7 +72,7 @@ class FileStore:
     def add(self, source: BinaryIO, *, filename: str, owner: str) -> FileObject:
         """Keep what `source` holds, durably. Raises Refused when there is no room."""
         if sum(1 for _ in self._records("file")) >= MOST_FILES:
-            raise Refused(_full(f"{MOST_FILES} files are kept"))
+            raise Refused(no_room(f"{MOST_FILES} files are kept"))
         name, room, size = f"file-{secrets.token_hex(16)}", self.room(), 0
         path = self.data(name)
         try:
@@ -79,14 +80,14 @@ class FileStore:
                 while piece := source.read(_PIECE):
                     size += len(piece)
                     if size > room:
-                        raise Refused(_full("its share of the disk is used up"))
+                        raise Refused(no_room("its share of the disk is used up"))
                     file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
         except BaseException as error:
             path.unlink(missing_ok=True)
             if isinstance(error, OSError):
-                raise Refused(_full(str(error.strerror))) from error
+                raise Refused(no_room(str(error.strerror))) from error
             raise
         return self._register(name, filename, "batch", owner)
 
@@ -152,10 +153,15 @@ class FileStore:
                 yield kept
 
     def _read(self, path: Path) -> Kept | None:
-        """A record; None if it is not there, or is none."""
+        """A record, which is read once as long as it stays; None if it is not there, or is none."""
         try:
-            return Kept.model_validate_json(path.read_bytes())
+            found = path.stat()
+            place, seen = (found.st_ino, found.st_mtime_ns), self._seen.get(path)
+            if seen is None or seen[0] != place:
+                seen = self._seen[path] = place, Kept.model_validate_json(path.read_bytes())
+            return seen[1]
         except (OSError, ValidationError):
+            self._seen.pop(path, None)
             return None
 
     def _sweep(self) -> None:
@@ -178,6 +184,7 @@ def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
         return None
 
 
-def _full(reason: str) -> Refusal:
+def no_room(reason: str) -> Refusal:
+    """A file that cannot be kept."""
     message = f"the file cannot be kept ({reason}). hint: delete files, or raise files_mb"
     return Refusal(status=413, message=message, param="file", code="files_full")
