@@ -80,7 +80,8 @@ class Worker:
         self._bytes = TokenBytes(engine.tokenizer)
         self._intake = Intake(engine, default_max_tokens=default_max_tokens)
         self._most_answers = engine.limits.max_running + max_queued_requests
-        self._answers, self._guests = 0, Guests(retry_after_seconds=retry_after_seconds)
+        self._answers = 0
+        self._guests = Guests(places=engine.limits.max_running, retry_after_seconds=retry_after_seconds)
         self._running: dict[str, asyncio.Task[None]] = {}  # by the engine's request id
         self._retry_after = retry_after_seconds
         if engine.sampling_defaults:
@@ -97,16 +98,15 @@ class Worker:
         except RequestError as error:
             yield refusal_of(error)
             return
-        most = self._engine.limits.max_running if work.gives_way else self._most_answers
-        if self._answers and self._answers + answers > most:
-            yield overloaded(calls=self._answers, retry_after_seconds=self._retry_after)
+        if not self._guests.fit(self._answers, answers) if work.gives_way else not self._has_room(answers):
+            yield overloaded(calls=self._answers + self._guests.answers, retry_after_seconds=self._retry_after)
             return
-        self._answers += answers
         items: asyncio.Queue[Delta | Refusal] = asyncio.Queue()
         if work.gives_way:
             self._guests.add(items, answers)
-        elif not work.spells_only:
-            self._answers -= self._guests.send_away(self._answers - self._engine.limits.max_running)
+        else:
+            self._answers += answers
+            self._guests.make_room(0 if work.spells_only else self._answers)
         tasks: list[asyncio.Task[None]] = []
         try:
             planned = await self._plan(work)
@@ -133,7 +133,8 @@ class Worker:
         except CapacityError as error:
             yield worker_lost(str(error), retry_after_seconds=self._retry_after)
         finally:
-            self._answers -= self._guests.leave(items) if work.gives_way else answers
+            self._answers -= 0 if work.gives_way else answers
+            self._guests.leave(items)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -172,6 +173,9 @@ class Worker:
     def close(self) -> None:
         """Stop the engine."""
         self._engine.close()
+
+    def _has_room(self, answers: int) -> bool:
+        return not self._answers or self._answers + answers <= self._most_answers
 
     async def _plan(self, work: Work) -> WorkPlan | Refusal:
         """One engine request per choice to answer, all checked before the first starts."""
