@@ -107,7 +107,7 @@ class GenerationRequest:
     answered as it says, so the same tokens come out whatever is resident now. `resumed_token_ids` are output tokens
     that the caller already has, from another engine: this one goes on after them, and its events tell what is new. A
     request with `record` or `replay` cannot be resumed. Requests share what was computed of a common beginning only if
-    their `cache_salt` is the same.
+    their `cache_salt` is the same. Requests of different `tenant`s wait for no more than their share of each other.
     """
 
     request_id: str
@@ -119,6 +119,7 @@ class GenerationRequest:
     replay: str | None = None
     resumed_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

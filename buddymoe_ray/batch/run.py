@@ -146,6 +146,10 @@ class BatchRun:
             call = open_call(line.endpoint, line.body, self._names, unique=self._unique(at), created=int(time.time()))
             if call.body.stream:
                 raise RequestError("stream is true, must be false in a batch. hint: leave it out", param="stream")
+            if call.work.timeout is not None:
+                raise RequestError(
+                    "buddymoe.timeout is given, must not be in a batch. hint: leave it out", param="buddymoe.timeout"
+                )
             work = usable(call.work)
         except RequestError as error:
             return self._refused(at, line, refusal_of(error))

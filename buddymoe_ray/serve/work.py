@@ -7,6 +7,7 @@ Choices are numbered prompt by prompt: choice = prompt * n + k.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -98,6 +99,9 @@ class Work:
         flush_seconds: tokens of this much time share a batch; None is one batch with everything at the end.
         report_prompts: send the prompts' token ids with the first batch.
         cache_salt: only calls with the same share what was computed of a common beginning.
+        tenant: who asks, for workers to be fair; empty is nobody in particular.
+        timeout: seconds the caller wants to wait for the whole answer at most; whoever makes the call sees to it.
+        begin_within: a worker that foresees that it could not begin within so many seconds refuses.
         echo: every choice's text begins with its prompt.
         add_special_tokens: the tokenizer may put its special tokens around prompts that are text.
         spells_only: what the prompts' tokens and texts are is all that is asked for: one batch without deltas.
@@ -120,6 +124,9 @@ class Work:
     flush_seconds: float | None = None
     report_prompts: bool = False
     cache_salt: str = ""
+    tenant: str = ""
+    timeout: float | None = None
+    begin_within: float = math.inf
     echo: bool = False
     add_special_tokens: bool = True
     spells_only: bool = False
