@@ -6,6 +6,7 @@ errors.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -49,7 +50,8 @@ class ServeArgs(BaseModel):
         queue_seconds: a request that would wait longer to begin, by what is measured, is answered 429 with Retry-After;
             None is as long as it may take in all.
         max_moves: how often a stream may go on at another worker when the one it is on dies.
-        drain_seconds: how long running requests may go on when the service stops or is replaced.
+        drain_seconds: how long running requests may go on when the service stops or a worker is replaced; what is left
+            then goes on at another worker that answers alike, once there is one.
         routing: `affinity` keeps prompts of a common prefix at one worker while its queue is not much longer than the
             shortest; `pow2` is Ray's own choice of the shorter of two queues.
         placement: `dynamic` moves experts between nodes and tiers as their use shifts; `static` keeps what was resident
@@ -157,6 +159,11 @@ class ServeArgs(BaseModel):
     def engine_config(self) -> EngineConfig:
         """The engine's own options."""
         return EngineConfig.from_options(**{name: getattr(self, name) for name in EngineConfig.names()})
+
+    def binding(self) -> str:
+        """The same for workers of services that may answer for each other."""
+        told = {"model": self.model, "default_max_tokens": self.default_max_tokens, **self.engine_config().binding()}
+        return json.dumps(told)
 
     def api_key(self) -> str | None:
         """The key clients must send, from the environment of the calling process; None serves everyone."""

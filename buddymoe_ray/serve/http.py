@@ -75,10 +75,10 @@ class HttpSettings:
     """What the routes need to know. `path` is the model as it was given, which clients may ask for too. Without
     `api_key`, which is never logged (repr hides it), and `api_keys`, a file of named ones, everyone is served.
 
-    A request that names no limit may come to `default_max_tokens`; one that would wait longer than `queue_seconds` to
-    begin is refused. `cors_origins` are the origins whose pages may call the service from a browser; `*` is any. What
-    /health says may be `health_seconds` old. Who watches /dashboard is told `mode`, `budget` and, every
-    `dashboard_seconds`, the rest.
+    What moves to another worker goes on where `binding` is the same. A request that names no limit may come to
+    `default_max_tokens`; one that would wait longer than `queue_seconds` to begin is refused. `cors_origins` are the
+    origins whose pages may call the service from a browser; `*` is any. What /health says may be `health_seconds` old.
+    Who watches /dashboard is told `mode`, `budget` and, every `dashboard_seconds`, the rest.
     """
 
     model: str
@@ -87,6 +87,7 @@ class HttpSettings:
     request_timeout_seconds: float = 600
     limits: ResumeLimits = field(default_factory=ResumeLimits)
     health_seconds: float = 1.0
+    binding: str = ""
     queue_seconds: float = math.inf
     default_max_tokens: int = 1024
     api_key: str | None = None
@@ -280,7 +281,7 @@ async def _answer(endpoint: Endpoint, request: Request, workers: Workers, settin
         flush_seconds=settings.flush_seconds,
     )
     seconds = min(call.work.timeout or math.inf, settings.request_timeout_seconds)
-    work = tenant.own(replace(call.work, begin_within=min(seconds, settings.queue_seconds)))
+    work = tenant.own(replace(call.work, begin_within=min(seconds, settings.queue_seconds), binding=settings.binding))
     visit = tenant.begin(
         prompt=len(body) // BYTES_PER_TOKEN, output=work.choices * (work.max_tokens or settings.default_max_tokens)
     )

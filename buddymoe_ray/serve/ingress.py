@@ -58,6 +58,7 @@ class Ingress:
             flush_seconds=args.flush_ms / 1000,
             request_timeout_seconds=args.request_timeout_seconds,
             limits=limits,
+            binding=args.binding(),
             queue_seconds=math.inf if args.queue_seconds is None else args.queue_seconds,
             default_max_tokens=args.default_max_tokens,
             api_key=args.api_key(),

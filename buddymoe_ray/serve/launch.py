@@ -65,7 +65,8 @@ def _drain(name: str, seconds: float) -> None:
         left = serve.get_app_handle(name).drain.remote(seconds).result(timeout_s=seconds + REPLY_SECONDS)
         if left:
             log.warning("%d requests did not end within drain_seconds (%g s) and are cut off", left, seconds)
-        serve.delete(name)  # waits until the last bytes are sent
+        elif not ray_address_from_environment():
+            serve.delete(name)  # waits until the last bytes are sent
     except (RayError, RayServeException, TimeoutError) as error:
         log.warning("the service could not be drained: %s", error)
     except KeyboardInterrupt:

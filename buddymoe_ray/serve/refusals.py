@@ -17,6 +17,7 @@ from buddymoe_ray.serve.replies import ErrorBody, ErrorEnvelope
 from buddymoe_ray.serve.work import Delta, Refusal, Work
 
 __all__ = [
+    "STOPPED",
     "WORKER_LOST",
     "envelope",
     "error_of",
@@ -36,6 +37,8 @@ __all__ = [
 
 WORKER_LOST = "worker_lost"
 """`code` of a worker that cannot answer any more; its callers move on."""
+STOPPED = "stopped"
+"""`code` where no worker will come any more."""
 
 
 def refusal_of(error: RequestError) -> Refusal:

@@ -105,6 +105,7 @@ class Work:
         echo: every choice's text begins with its prompt.
         add_special_tokens: the tokenizer may put its special tokens around prompts that are text.
         spells_only: what the prompts' tokens and texts are is all that is asked for: one batch without deltas.
+        binding: only a worker with the same may go on with it, where it is not empty: another's tokens may differ.
         resume: the choices to answer, when the work moved here from another worker; empty is all, from their start.
             The first batch is then empty and says that the worker has the work.
     """
@@ -130,6 +131,7 @@ class Work:
     echo: bool = False
     add_special_tokens: bool = True
     spells_only: bool = False
+    binding: str = ""
     resume: tuple[ResumedChoice, ...] = ()
 
     @property

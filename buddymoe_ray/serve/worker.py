@@ -67,6 +67,8 @@ class Worker:
         beat_seconds: a call that has nothing to say for so long says an empty batch: its caller knows that it lives.
     """
 
+    _binding = ""
+
     def __init__(
         self,
         engine: EngineSeam,
@@ -100,6 +102,9 @@ class Worker:
             work, answers = usable(work), len(work.resume) or work.choices
         except RequestError as error:
             yield refusal_of(error)
+            return
+        if work.resume and work.binding not in ("", self._binding):
+            yield unavailable("the service was replaced by another", retry_after_seconds=self._retry_after)
             return
         if not self._has_room(work.tenant, answers):
             yield overloaded(calls=self._answers.total(), retry_after_seconds=self._retry_after)
