@@ -187,8 +187,11 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._waiting:
+            full = len(self._admitted) >= self._max_running
+            if full and self._fair.alone:
+                return
             turn = self._fair.next(map(_tenant, self._waiting.values()))
-            if len(self._admitted) >= self._max_running and self._beyond_share(turn) is None:
+            if full and self._beyond_share(turn) is None:
                 return
             seq = next(seq for seq in self._waiting.values() if _tenant(seq) == turn)
             found = self._found(seq)

@@ -27,9 +27,14 @@ class FairShare:
         where the least of them stands."""
         there = set(present)
         if not there:
-            self._spent.clear()
+            self._spent = {tenant: 0}
         elif tenant not in there:
             self._spent[tenant] = max(self.spent(tenant), min(map(self.spent, there)))
+
+    @property
+    def alone(self) -> bool:
+        """Whether there was one tenant only since nobody was there."""
+        return len(self._spent) < 2
 
     def charge(self, tenant: str, tokens: int) -> None:
         """So much was, or is going to be, computed for it."""

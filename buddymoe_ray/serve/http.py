@@ -176,7 +176,8 @@ def _metrics_routes(workers: Workers, settings: HttpSettings, tenants: Tenants) 
     async def metrics(request: Request) -> Response:
         """Every worker's counters for Prometheus. They tell what all tenants do, so the key guards them."""
         accept = request.headers.get("accept", "")
-        text, media_type = exposition(settings.model, await workers.reports(), tenants.counters(), accept=accept)
+        counters = tenants.counters(request.state.tenant)
+        text, media_type = exposition(settings.model, await workers.reports(), counters, accept=accept)
         return Response(text, media_type=media_type)
 
     return router

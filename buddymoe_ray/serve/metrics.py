@@ -107,7 +107,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("buddymoe_running", "Requests being computed.", lambda s: s.running),
     _gauge("buddymoe_waiting", "Requests admitted and not yet begun.", lambda s: s.waiting),
     _gauge("buddymoe_free_kv_blocks", "KV blocks that no request holds.", lambda s: s.free_kv_blocks),
-    _counter("buddymoe_preemptions", "Requests whose KV blocks went to an older one.", lambda s: s.preemptions),
+    _counter("buddymoe_preemptions", "Requests set aside for older ones or other tenants.", lambda s: s.preemptions),
     _counter("buddymoe_prompt_tokens", "Prompt tokens of requests begun.", lambda s: s.prompt_tokens),
     _counter("buddymoe_cached_tokens", "Of these, those that were not computed again.", lambda s: s.cached_tokens),
     Metric(
@@ -153,7 +153,7 @@ VLLM_METRICS: tuple[Metric, ...] = (
     _gauge("vllm:num_requests_waiting", "Requests admitted and not yet begun.", lambda s: s.waiting),
     _gauge("vllm:kv_cache_usage_perc", "Share of the KV blocks that requests hold: 1 is all.", _kv_usage),
     _gauge("vllm:gpu_cache_usage_perc", "The same, by an older name.", _kv_usage),
-    _counter("vllm:num_preemptions", "Requests whose KV blocks went to an older one.", lambda s: s.preemptions),
+    _counter("vllm:num_preemptions", "Requests set aside for older ones or other tenants.", lambda s: s.preemptions),
     _counter("vllm:prefix_cache_queries", "Prompt tokens that were looked up.", lambda s: s.prompt_tokens),
     _counter("vllm:prefix_cache_hits", "Prompt tokens that were found.", lambda s: s.cached_tokens),
     _counter("vllm:prompt_tokens", "Prompt tokens of requests begun.", lambda s: s.prompt_tokens),

@@ -16,7 +16,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from buddymoe_ray.policy.rates import TokenBucket
-from buddymoe_ray.serve.keys import ApiKey, KeyLimits, KeyRing
+from buddymoe_ray.serve.keys import SINGLE, ApiKey, KeyLimits, KeyRing
 from buddymoe_ray.serve.work import Refusal, Reply, Work
 
 __all__ = ["RATE_HEADERS", "Tenant", "TenantCounters", "Tenants", "Visit"]
@@ -185,9 +185,10 @@ class Tenants:
             return self._nobody if self._ring.open else None
         return self._of(key) if self._ring.has_names else self._nobody
 
-    def counters(self) -> Mapping[str, TenantCounters]:
-        """By name, of the keys that are good now, where they have names."""
-        return {key.name: self._of(key).counters for key in self._ring.keys} if self._ring.has_names else {}
+    def counters(self, reader: Tenant) -> Mapping[str, TenantCounters]:
+        """By name, of the keys that are good now, where they have names: of all for the environment's, else its own."""
+        keys = self._ring.keys if self._ring.has_names else ()
+        return {key.name: self._of(key).counters for key in keys if reader.name in (SINGLE, key.name)}
 
     def _of(self, key: ApiKey) -> Tenant:
         if key.name not in self._known:

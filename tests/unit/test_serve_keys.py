@@ -170,7 +170,8 @@ async def test_the_file_guards_the_api_and_names_are_told(tmp_path: Path, caplog
             check_error(await client.post("/v1/completions", json=TEXT, headers=headers), 401, None, "invalid_api_key")
         for query in (f"?api_key={alice}", f"?x-api-key={alice}", f"?key={alice}"):
             check_error(await client.post(f"/v1/completions{query}", json=TEXT), 401, None, "invalid_api_key")
-        text = (await client.get("/metrics", headers=with_key(bob))).text
+        text, own = [(await client.get("/metrics", headers=with_key(key))).text for key in ("sk-old", bob)]
+    assert 'key="bob"' in own and 'key="alice"' not in own, "one tenant does not read what another does"
     assert [request.tenant for request in engine.seen] == ["alice", "bob", "default"]
     assert len({request.cache_salt for request in engine.seen}) == 3, "no tenant learns what another has asked"
     counted = dict(re.findall(r'^buddymoe_key_requests_total\{key="(\w+)",model="fake"\} ([\d.]+)$', text, re.M))
@@ -224,7 +225,7 @@ async def test_requests_beyond_a_limit_are_told_when_to_come_back(tmp_path: Path
         assert (other.status_code, other.json()["error"]["type"]) == (429, "rate_limit_error")
         assert (await client.get("/v1/models", headers=with_key(key))).status_code == 200
         assert (await limited(client, free)).status_code == 200, "others are not touched"
-        metrics = (await client.get("/metrics", headers=with_key(free))).text
+        metrics = (await client.get("/metrics", headers=with_key(key))).text
     assert 'buddymoe_key_refused_total{key="alice",model="fake"} 3.0' in metrics
 
 
