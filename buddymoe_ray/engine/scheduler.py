@@ -69,7 +69,7 @@ class Scheduler:
         self._waiting: dict[str, Sequence] = {}  # in order of arrival
         self._admitted: dict[str, Sequence] = {}
         self._lent: set[int] = set()
-        self._fair = FairShare()
+        self._turns, self._prompt_turns = FairShare(), FairShare()  # of places, and of room in a step
 
     @property
     def num_waiting(self) -> int:
@@ -103,7 +103,7 @@ class Scheduler:
                 "hint: lower max_tokens",
                 param="max_tokens",
             )
-        self._fair.join(_tenant(seq), map(_tenant, (*self._admitted.values(), *self._waiting.values())))
+        self._turns.join(_tenant(seq), map(_tenant, (*self._admitted.values(), *self._waiting.values())))
         self._waiting[seq.request_id] = seq
 
     def cancel(self, request_id: str) -> Sequence | None:
@@ -121,14 +121,15 @@ class Scheduler:
         self._admit()
         decode = tuple(seq for seq in self._admitted.values() if seq.prompt_computed)
         for seq in decode:
-            self._fair.charge(_tenant(seq), GENERATED_WEIGHT)
+            self._turns.charge(_tenant(seq), GENERATED_WEIGHT)
         room = self._room(bool(decode))
         prefill = []
-        for seq in self._admitted.values():
-            if room > 0 and not seq.prompt_computed and not seq.computing:
+        for seq in sorted(self._prompts(), key=lambda seq: self._prompt_turns.spent(_tenant(seq))):
+            if room > 0 and not seq.computing:
                 end = min(seq.prefill_length, seq.num_computed + room)
                 prefill.append(PrefillChunk(seq=seq, start=seq.num_computed, end=end))
                 room -= end - seq.num_computed
+                self._prompt_turns.charge(_tenant(seq), end - seq.num_computed)
         return StepPlan(prefill=tuple(prefill), decode=decode)
 
     def finish(self, seq: Sequence) -> None:
@@ -185,12 +186,16 @@ class Scheduler:
         # beside the longest there is room for others, which are not to wait for its end
         return self._prefill.beside - sum(begun) + max(begun) if begun else self._prefill.alone
 
+    def _prompts(self) -> list[Sequence]:
+        """Those that are being computed."""
+        return [seq for seq in self._admitted.values() if not seq.prompt_computed]
+
     def _admit(self) -> None:
         while self._waiting:
             full = len(self._admitted) >= self._max_running
-            if full and self._fair.alone:
+            if full and self._turns.alone:
                 return
-            turn = self._fair.next(map(_tenant, self._waiting.values()))
+            turn = self._turns.next(map(_tenant, self._waiting.values()))
             if full and self._beyond_share(turn) is None:
                 return
             seq = next(seq for seq in self._waiting.values() if _tenant(seq) == turn)
@@ -205,8 +210,9 @@ class Scheduler:
             if not seq.preempted:
                 self.prompt_tokens += seq.prompt_length
                 self.cached_tokens += min(seq.prompt_length, len(found) * self._block_size)
-                self._fair.charge(turn, seq.prefill_length - len(found) * self._block_size)
+                self._turns.charge(turn, seq.prefill_length - len(found) * self._block_size)
             seq.begin(found + self._allocator.allocate(wanted), len(found), self._block_size)
+            self._prompt_turns.join(turn, map(_tenant, self._prompts()))
             self._admitted[seq.request_id] = seq
 
     def _fits(self, blocks: int) -> bool:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from buddymoe_ray.config import EngineConfig, api_key_from_environment, near_miss, refuse_unknown
 from buddymoe_ray.errors import ConfigError
@@ -24,6 +24,11 @@ __all__ = ["ServeArgs"]
 def _number_as_text(value: object) -> object:
     """YAML reads `0` and `1073741824` as numbers; a memory option is text."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _absolute(path: str) -> str:
+    """For processes that run elsewhere."""
+    return str(Path(path).expanduser().absolute())
 
 
 MemoryText = Annotated[str, BeforeValidator(_number_as_text)]
@@ -113,7 +118,7 @@ class ServeArgs(BaseModel):
     migration_mb_per_second: float = Field(default=200, gt=0)
     api_key_env: str = Field(default="BUDDYMOE_API_KEY", min_length=1)
     require_api_key: bool = False
-    api_keys: str | None = None
+    api_keys: Annotated[str, AfterValidator(_absolute)] | None = None
     cors_origins: tuple[Origin, ...] = ()
 
     @classmethod

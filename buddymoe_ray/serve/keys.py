@@ -130,7 +130,7 @@ def _parsed(path: Path, content: bytes) -> tuple[ApiKey, ...]:
         error = refused.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(at) for at in error["loc"] if at != "[key]")
         raise ConfigError(f"{path}: {where}: {error['msg']}. hint: see deployments/README.md, API keys") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no TOML ({error}), must be. hint: see deployments/README.md, API keys") from None
     names = {entry.sha256: name for name, entry in entries.items()}
     twice = next((name for name, entry in entries.items() if names[entry.sha256] != name), None)

@@ -409,6 +409,20 @@ def test_tenants_that_always_wait_get_the_same() -> None:
     assert pool.preemptions < 10, "who has a place keeps it"
 
 
+def test_a_short_prompt_does_not_wait_for_another_tenants_long_ones() -> None:
+    pool = scheduler(blocks=400, chunk=8)
+    for at in range(3):
+        pool.add(make(f"a{at}", 14, 4, "a"))
+    carry_out(pool, pool.schedule())
+    pool.add(make("b", 6, 4, "b"))
+    order = []
+    for _ in range(2):
+        plan = pool.schedule()
+        order.append(ids_of(plan)[0])
+        carry_out(pool, plan)
+    assert order == [["a0", "a1"], ["b", "a1"]], "as much of another's as of its own, not all"
+
+
 def test_room_in_the_cache_is_shared_like_places() -> None:
     pool = growing(blocks=16, max_running=8)
     for at in range(3):

@@ -117,6 +117,17 @@ def test_there_are_deployments() -> None:
     assert {"tiny-cpu", "mixtral", "olmoe", "qwen3-30b-a3b", "deepseek-v2-lite"} <= names
 
 
+def test_a_keys_file_is_found_from_elsewhere_and_binds_nothing(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ServeArgs(api_keys="keys.toml")
+    assert args.api_keys == str(tmp_path / "keys.toml")
+    with pytest.raises(ConfigError, match=r"cannot be read.*hint: buddymoe key"):
+        args.key_ring()
+    assert args.binding() == ServeArgs(memory="90%", threads=3).binding(), "these change no answer in exact"
+    others = [{"model": "x"}, {"expert_dtype": "int8"}, {"default_max_tokens": 5}, {"seed": 1}, {"mode": "bounded"}]
+    assert len({ServeArgs(**other).binding() for other in others}) == 5 and args.binding() == ServeArgs().binding()
+
+
 @pytest.mark.parametrize("path", DEPLOYMENTS, ids=lambda path: path.stem)
 def test_every_deployment_is_what_ray_and_we_accept(path: Path) -> None:
     schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))

@@ -75,6 +75,8 @@ ENTRY = f'[alice]\nsha256 = "{HASH}"\n'
         ("[alice\n", "no TOML"),
         (ENTRY + ENTRY, "no TOML"),
         ("\ud800", "no TOML"),
+        ("a = " + "[" * 100_000, "no TOML"),
+        (ENTRY + "tokens_per_minute = " + "9" * 5000, "no TOML"),
         ("alice = 1\n", "alice"),
         ("[alice]\n", "sha256: Field required"),
         (f'[alice]\nsha256 = "{KEY}"\n', "alice.sha256"),
