@@ -161,7 +161,7 @@ async def stream(client: httpx.AsyncClient, key: int, asked: list[Question], tal
         except httpx.HTTPStatusError as error:
             if error.response.status_code not in (429, 503):
                 tally.faults.append(f"refused: {error.response.status_code} {error.response.text}")
-            tally.refused[f"{error.response.status_code} {error.response.json()['error']['code']}"] += 1
+            tally.refused[f"key {key}: {error.response.status_code} {error.response.json()['error']['code']}"] += 1
             await asyncio.sleep(min(float(error.response.headers["retry-after"]), 10.0))
         except (httpx.HTTPError, ValueError) as error:
             tally.faults.append(f"lost after {told} pieces: {error!r}")

@@ -186,7 +186,7 @@ class Worker:
         if isinstance(planned, Refusal) or work.resume:
             return planned
         tokens = sum(map(_most_tokens, planned.requests.values()))
-        seconds = self._forecast.seconds(len(planned.requests), tokens, time.monotonic())
+        seconds = self._forecast.seconds(work.tenant, len(planned.requests), tokens, time.monotonic())
         if seconds > work.begin_within:
             return too_late(seconds, within=work.begin_within, retry_after_seconds=self._retry_after)
         return planned
@@ -219,7 +219,7 @@ class Worker:
     async def _run(self, choice: int, planned: WorkPlan, items: asyncio.Queue[Delta | Refusal]) -> None:
         """Move one sequence's events to `items`; its end is always told, as a last delta or a refusal."""
         request, made = planned.requests[choice], 0
-        self._forecast.arrive(_most_tokens(request), time.monotonic())
+        self._forecast.arrive(request.tenant, _most_tokens(request), time.monotonic())
         try:
             async with aclosing(self._engine.generate(request)) as events:  # type: ignore[type-var]
                 async for event in events:
@@ -239,7 +239,7 @@ class Worker:
             items.put_nowait(Delta(choice=choice, finish_reason="error", error="internal error. hint: see the log"))
         finally:
             held = len(request.prompt_token_ids) + len(request.resumed_token_ids) + made
-            self._forecast.end(_most_tokens(request), held, time.monotonic())
+            self._forecast.end(request.tenant, _most_tokens(request), held, time.monotonic())
 
 
 def _most_tokens(request: GenerationRequest) -> int:

@@ -92,48 +92,61 @@ def served(places: int, seconds_each: float, ends: int, *, tokens: int = 10, use
     """A worker with always two in its queue, whose sequences take so long; and when that was."""
     forecast, now = Forecast(places=places, tokens=10_000), 0.0
     for _ in range(places + 2):
-        forecast.arrive(tokens, now)
+        forecast.arrive("a", tokens, now)
     for _ in range(ends):
         now += seconds_each / places
-        forecast.end(tokens, used, now)
-        forecast.arrive(tokens, now)
+        forecast.end("a", tokens, used, now)
+        forecast.arrive("a", tokens, now)
     return forecast, now
 
 
 def test_a_wait_is_foretold_from_what_is_measured() -> None:
     forecast, now = served(4, 8.0, 40)
-    assert forecast.seconds(1, 10, now) == pytest.approx(6), "three must end, one every two seconds"
-    assert forecast.seconds(10, 100, now) == pytest.approx(24)
-    assert forecast.seconds(0, 0, now) == pytest.approx(4)
-    stuck = forecast.seconds(1, 10, now + 600)
+    assert forecast.seconds("a", 1, 10, now) == pytest.approx(6), "three must end, one every two seconds"
+    assert forecast.seconds("a", 10, 100, now) == pytest.approx(24)
+    assert forecast.seconds("a", 0, 0, now) == pytest.approx(4)
+    stuck = forecast.seconds("a", 1, 10, now + 600)
     assert stuck > 600, "where nothing ends any more the wait grows"
+
+
+def test_a_tenant_waits_for_its_own_share() -> None:
+    forecast, now = served(4, 8.0, 40)
+    for _ in range(100):
+        forecast.arrive("a", 10, now)
+    assert forecast.seconds("a", 1, 10, now) > 200
+    assert forecast.seconds("b", 1, 10, now) == 0, "its turn is next"
+    assert forecast.seconds("b", 5, 50, now) == pytest.approx(12), "three beyond its half, one every four seconds"
+    for _ in range(3):
+        forecast.arrive("b", 10, now)
+    assert forecast.seconds("b", 1, 10, now) == pytest.approx(8)
+    assert 0 < forecast.seconds("c", 2, 20, now) < 8, "a third has a third"
 
 
 def test_nothing_is_foretold_that_was_not_measured() -> None:
     forecast = Forecast(places=4, tokens=100)
     for _ in range(50):
-        forecast.arrive(10, 0.0)
-    assert forecast.seconds(100, 1000, 1000.0) == 0, "none has ended"
+        forecast.arrive("a", 10, 0.0)
+    assert forecast.seconds("a", 100, 1000, 1000.0) == 0, "none has ended"
     forecast, now = served(4, 8.0, 40)
     for _ in range(6):
-        forecast.end(10, 10, now)
-    assert forecast.seconds(4, 40, now) == 0, "there is room"
+        forecast.end("a", 10, 10, now)
+    assert forecast.seconds("a", 4, 40, now) == 0, "there is room"
 
 
 def test_room_in_the_cache_is_waited_for_as_it_is_really_used() -> None:
     forecast, now = Forecast(places=100, tokens=400), 0.0
     for _ in range(5):
-        forecast.arrive(100, now)
+        forecast.arrive("a", 100, now)
     for _ in range(200):
         now += 1.0
-        forecast.end(100, 100, now)
-        forecast.arrive(100, now)
-    assert forecast.seconds(1, 100, now) == pytest.approx(2, rel=0.01), "200 tokens too many, 100 free a second"
+        forecast.end("a", 100, 100, now)
+        forecast.arrive("a", 100, now)
+    assert forecast.seconds("a", 1, 100, now) == pytest.approx(2, rel=0.01), "200 tokens too many, 100 free a second"
     for _ in range(2000):
         now += 1.0
-        forecast.end(100, 10, now)
-        forecast.arrive(100, now)
-    assert forecast.seconds(1, 100, now) == 0, "few come to what they may"
+        forecast.end("a", 100, 10, now)
+        forecast.arrive("a", 100, now)
+    assert forecast.seconds("a", 1, 100, now) == 0, "few come to what they may"
 
 
 def test_a_forecast_stands_any_order_of_events() -> None:
@@ -141,9 +154,9 @@ def test_a_forecast_stands_any_order_of_events() -> None:
     for _ in range(3000):
         now += rng.choice((0.0, 0.0, 0.1, 1000.0, -5.0))
         if live and rng.random() < 0.5:
-            forecast.end(20, rng.randrange(21), now)
+            forecast.end("a", 20, rng.randrange(21), now)
             live -= 1
         else:
-            forecast.arrive(20, now)
+            forecast.arrive("a", 20, now)
             live += 1
-        assert 0 <= forecast.seconds(rng.randrange(5), rng.randrange(100), now) < float("inf")
+        assert 0 <= forecast.seconds("a", rng.randrange(5), rng.randrange(100), now) < float("inf")
