@@ -154,8 +154,8 @@ class KeyRing:
         self._single = () if single is None else (ApiKey(name=SINGLE, digest=_digest(single.encode())),)
         self._path = None if path is None else Path(path).expanduser()
         self._clock, self._looked, self._complaint = clock, clock(), ""
-        self._content = b"" if self._path is None else _bytes_of(self._path)
-        self._named = () if self._path is None else _parsed(self._path, self._content)
+        self._content = None if self._path is None else _bytes_of(self._path)
+        self._named = () if self._path is None else read_keys(self._path)
 
     @property
     def open(self) -> bool:
@@ -192,18 +192,17 @@ class KeyRing:
         """Read the file anew, at most once a second; what is wrong with it is said once."""
         if self._path is None or self._clock() - self._looked < LOOK_SECONDS:
             return
-        self._looked = self._clock()
+        self._looked, content = self._clock(), None
         try:
             content = _bytes_of(self._path)
             if content != self._content:
-                self._named = _parsed(self._path, content)
+                self._named, self._complaint = _parsed(self._path, content), ""
                 log.info("%s: %d API keys from now on", self._path, len(self._named))
-            self._content, complaint = content, ""
         except ConfigError as error:
-            complaint = str(error)
-        if complaint and complaint != self._complaint:
-            log.error("the API keys stay as they were: %s", complaint)
-        self._complaint = complaint
+            if str(error) != self._complaint:
+                log.error("the API keys stay as they were: %s", error)
+            self._complaint = str(error)
+        self._content = content  # a bad one is not read over and over
 
 
 def _digest(key: bytes) -> bytes:

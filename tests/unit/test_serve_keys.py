@@ -18,7 +18,7 @@ from fakes import FakeEngine, FakeLimits, LocalWorkers
 from buddymoe_ray.cli import main
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.serve.http import HttpSettings, http_app
-from buddymoe_ray.serve.keys import MOST_BYTES, KeyRing, add_key, read_keys
+from buddymoe_ray.serve.keys import MOST_BYTES, KeyLimits, KeyRing, _parsed, add_key, read_keys
 from buddymoe_ray.serve.tenants import Tenant, TenantCounters, Visit
 from buddymoe_ray.serve.worker import Worker
 
@@ -118,7 +118,7 @@ def test_others_may_not_write_and_it_must_be_a_file(tmp_path: Path) -> None:
     assert read_keys(link), "as a mounted secret is"
 
 
-def test_changes_are_taken_over_and_bad_ones_are_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_changes_are_taken_over_and_bad_ones_are_not(tmp_path: Path, caplog, monkeypatch) -> None:
     clock, path = Clock(), keys_file(tmp_path, ENTRY)
     ring = KeyRing("sk-\u00e9", str(path), clock=clock)
 
@@ -138,6 +138,13 @@ def test_changes_are_taken_over_and_bad_ones_are_not(tmp_path: Path, caplog: pyt
             assert (found(KEY), found(bob)) == ("alice", "bob"), "the last good ones stay"
     assert len([r for r in caplog.records if "stay as they were" in r.message]) == 4, "each is said once"
     path.rmdir()
+    parsed: list[int] = []
+    monkeypatch.setattr("buddymoe_ray.serve.keys._parsed", lambda *given: parsed.append(1) or _parsed(*given))
+    keys_file(tmp_path, "[" * 1000)
+    for _ in range(5):
+        clock.now += 1.5
+        ring.find([])
+    assert len(parsed) == 1, "a bad one is not read over and over"
     keys_file(tmp_path, ENTRY.replace("alice", "carl"))
     clock.now += 1.5
     assert (found(KEY), found(bob)) == ("carl", None), "a key is revoked without a restart"
@@ -245,8 +252,6 @@ async def test_tokens_are_foreseen_and_settled(tmp_path: Path) -> None:
 
 
 def visited(tokens: int | None, **limits: int) -> tuple[Tenant, Visit]:
-    from buddymoe_ray.serve.keys import KeyLimits
-
     tenant = Tenant("alice", KeyLimits(**limits), Clock())
     visit = tenant.begin(prompt=50, output=tokens or 0)
     assert isinstance(visit, Visit)
