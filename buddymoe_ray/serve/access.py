@@ -8,12 +8,10 @@ from __future__ import annotations
 from starlette.requests import Request
 
 from buddymoe_ray.serve.refusals import unavailable
-from buddymoe_ray.serve.tenants import Tenants
+from buddymoe_ray.serve.tenants import STOPPING, Tenants
 from buddymoe_ray.serve.work import Refusal
 
-__all__ = ["STOPPING", "admit"]
-
-STOPPING = "the service is stopping"
+__all__ = ["admit"]
 
 
 def admit(request: Request, tenants: Tenants, *, retry_after_seconds: int) -> Refusal | None:

@@ -27,7 +27,7 @@ from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.answers import prepare_reading
 from buddymoe_ray.errors import CapacityError, RequestError
 from buddymoe_ray.observe import CalibrationSnapshot
-from buddymoe_ray.serve.access import STOPPING, admit
+from buddymoe_ray.serve.access import admit
 from buddymoe_ray.serve.calls import (
     CHAT,
     COMPLETIONS,
@@ -47,7 +47,7 @@ from buddymoe_ray.serve.refusals import envelope, failure, in_words, in_words_of
 from buddymoe_ray.serve.replies import ModelCard, ModelList
 from buddymoe_ray.serve.resume import ResumeLimits, WorkerLost, resumable
 from buddymoe_ray.serve.streaming import Answer
-from buddymoe_ray.serve.tenants import RATE_HEADERS, Tenant, Tenants
+from buddymoe_ray.serve.tenants import RATE_HEADERS, STOPPING, Tenant, Tenants
 from buddymoe_ray.serve.wire import parse_body
 from buddymoe_ray.serve.wire_messages import parse_count
 from buddymoe_ray.serve.wire_tokens import DetokenizeRequest, TokenizeRequest, tokenize_reply

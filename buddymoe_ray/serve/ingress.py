@@ -75,6 +75,6 @@ class Ingress:
         return self._app
 
     async def drain(self, seconds: float) -> int:
-        """Refuse what is new from now on. How many requests still run when all have ended or the time is over."""
+        """Refuse what is new from now on, until all requests have ended or the time is over: how many it ended."""
         tenants: Tenants = self._app.state.tenants
         return await tenants.close(seconds)

@@ -64,7 +64,7 @@ def _drain(name: str, seconds: float) -> None:
     try:
         left = serve.get_app_handle(name).drain.remote(seconds).result(timeout_s=seconds + REPLY_SECONDS)
         if left:
-            log.warning("%d requests did not end within drain_seconds (%g s) and are cut off", left, seconds)
+            log.warning("%d requests did not end within drain_seconds (%g s)", left, seconds)
         elif not ray_address_from_environment():
             serve.delete(name)  # waits until the last bytes are sent
     except (RayError, RayServeException, TimeoutError) as error:

@@ -17,12 +17,15 @@ from dataclasses import dataclass, replace
 
 from buddymoe_ray.policy.rates import TokenBucket
 from buddymoe_ray.serve.keys import SINGLE, ApiKey, KeyLimits, KeyRing
+from buddymoe_ray.serve.refusals import unavailable
 from buddymoe_ray.serve.work import Refusal, Reply, Work
 
-__all__ = ["RATE_HEADERS", "Tenant", "TenantCounters", "Tenants", "Visit"]
+__all__ = ["RATE_HEADERS", "STOPPING", "Tenant", "TenantCounters", "Tenants", "Visit"]
 
 log = logging.getLogger(__name__)
 
+STOPPING = "the service is stopping"
+LAST_SECONDS, RETRY_SECONDS = 1.0, 2
 HEADERS = ("limit", "remaining", "reset")
 RATES = {"requests": "requests_per_minute", "tokens": "tokens_per_minute"}
 """What is limited by the minute, and the limits' names."""
@@ -44,7 +47,7 @@ class Tenant:
 
     def __init__(self, name: str, limits: KeyLimits, clock: Callable[[], float]) -> None:
         self.name, self.limits, self.counters = name, limits, TenantCounters()
-        self._clock, self.running = clock, 0
+        self._clock, self.running, self.over = clock, 0, False
         self._buckets = {kind: TokenBucket(most, now=clock()) for kind, most in _rates(limits).items()}
 
     def follow(self, limits: KeyLimits) -> None:
@@ -134,6 +137,9 @@ class Visit:
         try:
             async with aclosing(replies):
                 async for reply in replies:
+                    if self._tenant.over:
+                        yield unavailable(STOPPING, retry_after_seconds=RETRY_SECONDS)
+                        return
                     self._note(reply, n)
                     yield reply
         finally:
@@ -167,11 +173,17 @@ class Tenants:
         self.closed = False
 
     async def close(self, seconds: float) -> int:
-        """Nobody may begin any more. How many requests still run when all have ended, or so many seconds are over."""
+        """Nobody may begin any more. Returns when all requests have ended, or so many seconds are over: how many had no
+        time to end. Those are told so with their next tokens."""
         self.closed, until = True, self._clock() + seconds
         while self.running and self._clock() < until:
             await asyncio.sleep(0.1)
-        return self.running
+        left = self.running
+        if left:
+            for tenant in (self._nobody, *self._known.values()):
+                tenant.over = True
+            await asyncio.sleep(LAST_SECONDS)
+        return left
 
     @property
     def running(self) -> int:

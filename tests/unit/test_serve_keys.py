@@ -307,6 +307,19 @@ async def test_a_service_that_stops_ends_what_runs_and_begins_nothing() -> None:
         assert await app.state.tenants.close(0) == 0
 
 
+async def test_what_has_no_time_to_end_is_told_so() -> None:
+    engine = FakeEngine(delay=0.02)
+    app = http_app(LocalWorkers(Worker(engine)), HttpSettings(model="fake", flush_seconds=0.0))
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        running = asyncio.create_task(client.post("/v1/completions", json=TEXT | {"max_tokens": 100, "stream": True}))
+        while not engine.running:
+            await asyncio.sleep(0.01)
+        assert await app.state.tenants.close(0.1) == 1
+        *_, last, nothing = (await running).text.split("\n\n")
+        assert "the service is stopping" in last and nothing == "" and not engine.running
+
+
 async def test_a_deadline_ends_a_request(tmp_path: Path) -> None:
     engine = FakeEngine(delay=0.05)
     async with serving(engine) as client:
