@@ -36,14 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
-# With another of these a request may be answered differently, so a journal goes on with the same ones only. Where
-# stand-ins answer, what is resident matters too.
-_ANSWERS = (
-    *("mode", "budget", "standin", "standin_layers", "policy", "profile", "calibrate", "guard_share"),
-    *("expert_dtype", "dense_dtype", "dtype", "device", "batching", "prefix_cache"),
-    *("max_model_len", "seed", "generation_config"),
-)
-_RESIDENT = ("memory", "host_memory")
 _SERVICE = ("model_name", "default_max_tokens")
 _SYNC_SECONDS = 0.5
 _NOTHING_DONE = dict.fromkeys(("prompt_tokens", "tokens", "seconds", "preemptions", "max_running"), 0) | dict.fromkeys(
@@ -118,9 +110,8 @@ def _journal(args: argparse.Namespace, config: EngineConfig, source: BatchInput,
         raise ConfigError(f"output is {output}, must be a file of its own. hint: choose another name")
     if not path.exists():
         _refuse_finished(output, args.restart)
-    names = _ANSWERS if config.mode == "exact" else _ANSWERS + _RESIDENT
     binding: dict[str, object] = {"input": source.digest, "model": model_hash(resolve_model(args.model))}
-    binding |= {name: getattr(config, name) for name in names} | {name: getattr(args, name) for name in _SERVICE}
+    binding |= config.binding() | {name: getattr(args, name) for name in _SERVICE}
     journal = Journal.open(path, binding, count=len(source), restart=args.restart)
     try:
         if not journal.found:  # then the run that had it may have ended just now

@@ -7,9 +7,9 @@ Knows neither ray nor engines, so tests drive it in process. On the token path: 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
+import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
@@ -28,6 +28,7 @@ from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.answers import prepare_reading
 from buddymoe_ray.errors import CapacityError, RequestError
 from buddymoe_ray.observe import CalibrationSnapshot
+from buddymoe_ray.serve.access import admit
 from buddymoe_ray.serve.batches.routes import batch_routes
 from buddymoe_ray.serve.batches.runner import BatchRunner
 from buddymoe_ray.serve.batches.store import FileStore
@@ -41,6 +42,7 @@ from buddymoe_ray.serve.calls import (
     open_call,
 )
 from buddymoe_ray.serve.dashboard import READ, dashboard_routes, page_routes
+from buddymoe_ray.serve.keys import KeyRing
 from buddymoe_ray.serve.metrics import exposition
 from buddymoe_ray.serve.openapi import allowed_methods, schema_routes
 from buddymoe_ray.serve.reading_bodies import whole_body
@@ -58,6 +60,7 @@ from buddymoe_ray.serve.refusals import (
 from buddymoe_ray.serve.replies import ModelCard, ModelList
 from buddymoe_ray.serve.resume import ResumeLimits, WorkerLost, resumable
 from buddymoe_ray.serve.streaming import Answer
+from buddymoe_ray.serve.tenants import RATE_HEADERS, STOPPING, Tenant, Tenants
 from buddymoe_ray.serve.wire import parse_body
 from buddymoe_ray.serve.wire_messages import parse_count
 from buddymoe_ray.serve.wire_tokens import DetokenizeRequest, TokenizeRequest, tokenize_reply
@@ -76,16 +79,20 @@ ABSENT = {
     **{"/v1/images": "making images", "/v1/audio": "audio", "/v1/moderations": "moderation"},
 }
 """Paths of other services of the kind, and what they would do."""
+BYTES_PER_TOKEN = 4
+"""Of a body, before its tokens are known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HttpSettings:
-    """What the routes need to know. `path` is the model as it was given, which clients may ask for too. `api_key` None
-    serves everyone; it is never logged (repr hides it).
+    """What the routes need to know. `path` is the model as it was given, which clients may ask for too. Without
+    `api_key`, which is never logged (repr hides it), and `api_keys`, a file of named ones, everyone is served.
 
-    `cors_origins` are the origins whose pages may call the service from a browser; `*` is any. What /health says may be
-    `health_seconds` old. Who watches /dashboard is told `mode`, `budget` and, every `dashboard_seconds`, the rest.
-    Files and batches are kept in `files_folder`, at most `files_bytes`; without one they are refused.
+    What moves to another worker goes on where `binding` is the same. A request that names no limit may come to
+    `default_max_tokens`; one that would wait longer than `queue_seconds` to begin is refused. `cors_origins` are the
+    origins whose pages may call the service from a browser; `*` is any. What /health says may be `health_seconds` old.
+    Who watches /dashboard is told `mode`, `budget` and, every `dashboard_seconds`, the rest. Files and batches are kept
+    in `files_folder`, at most `files_bytes`; without one they are refused.
     """
 
     model: str
@@ -94,7 +101,11 @@ class HttpSettings:
     request_timeout_seconds: float = 600
     limits: ResumeLimits = field(default_factory=ResumeLimits)
     health_seconds: float = 1.0
+    binding: str = ""
+    queue_seconds: float = math.inf
+    default_max_tokens: int = 1024
     api_key: str | None = None
+    api_keys: str | None = None
     cors_origins: tuple[str, ...] = ()
     mode: Mode = "exact"
     budget: float = EngineConfig.budget
@@ -112,7 +123,7 @@ class HttpSettings:
 
 
 def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
-    """The service's routes over `workers`."""
+    """The service's routes over `workers`; `app.state.tenants` are its `Tenants`."""
     prepare_reading()
     runner = BatchRunner.over(
         workers,
@@ -120,20 +131,23 @@ def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
         FileStore(settings.files_folder, quota=settings.files_bytes),
         limits=settings.limits,
         seconds=settings.request_timeout_seconds,
+        binding=settings.binding,
     )
     app = FastAPI(title="buddymoe", openapi_url=None, redirect_slashes=False, lifespan=runner.lifespan)
-    app.include_router(_public_routes(workers, settings))
+    app.state.tenants = tenants = Tenants(KeyRing(settings.api_key, settings.api_keys))
+    guarded = [Depends(_key_check(tenants, settings.limits.retry_after_seconds))]
+    app.include_router(_public_routes(workers, settings, tenants))
     for page in ("dashboard", "docs"):
         app.include_router(page_routes(page))
     app.include_router(schema_routes())
-    app.include_router(batch_routes(runner, model=settings.model), dependencies=[Depends(_key_check(settings.api_key))])
+    app.include_router(batch_routes(runner, model=settings.model), dependencies=guarded)
     watch = dashboard_routes(
         workers, model=settings.model, mode=settings.mode, budget=settings.budget, seconds=settings.dashboard_seconds
     )
-    app.include_router(watch, dependencies=[Depends(_key_check(settings.api_key))])
-    app.include_router(_metrics_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
-    app.include_router(_openai_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
-    app.include_router(_token_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
+    app.include_router(watch, dependencies=guarded)
+    app.include_router(_metrics_routes(workers, settings, tenants), dependencies=guarded)
+    app.include_router(_openai_routes(workers, settings), dependencies=guarded)
+    app.include_router(_token_routes(workers, settings), dependencies=guarded)
     app.add_exception_handler(Refused, _on_refused)
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(CapacityError, _on_capacity_error)
@@ -146,20 +160,21 @@ def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
             allow_origins=settings.cors_origins,
             allow_methods=[*READ, "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["Retry-After"],
+            expose_headers=["Retry-After", *RATE_HEADERS],
         )
     return app
 
 
-def _public_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
+def _public_routes(workers: Workers, settings: HttpSettings, tenants: Tenants) -> APIRouter:
     router = APIRouter()
-    check = _key_check(settings.api_key)
+    check = _key_check(tenants, settings.limits.retry_after_seconds)
     last = Recent(partial(_health_of, workers), settings.health_seconds)  # nobody needs a key for it
 
     @router.api_route("/health", methods=[*READ])
     async def health(request: Request) -> Response:
         """200 when every worker is well, else 503; what is not is named to those who may use the service."""
         problems, calibration = await last.get()
+        problems = [*problems, STOPPING] if tenants.closed else problems
         body: dict[str, object] = {"status": "unhealthy" if problems else "ok"}
         with suppress(Refused):
             await check(request)
@@ -181,14 +196,15 @@ async def _health_of(workers: Workers) -> tuple[list[str], CalibrationSnapshot]:
     return [], min(found, key=lambda one: (one.state != "collecting", one.percent), default=CalibrationSnapshot())
 
 
-def _metrics_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
+def _metrics_routes(workers: Workers, settings: HttpSettings, tenants: Tenants) -> APIRouter:
     router = APIRouter()
 
     @router.api_route("/metrics", methods=[*READ])
     async def metrics(request: Request) -> Response:
         """Every worker's counters for Prometheus. They tell what all tenants do, so the key guards them."""
         accept = request.headers.get("accept", "")
-        text, media_type = exposition(settings.model, await workers.reports(), accept=accept)
+        counters = tenants.counters(request.state.tenant)
+        text, media_type = exposition(settings.model, await workers.reports(), counters, accept=accept)
         return Response(text, media_type=media_type)
 
     return router
@@ -220,19 +236,19 @@ def _openai_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
 
     @router.post("/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await _answer(CHAT, await whole_body(request), workers, settings)
+        return await _answer(CHAT, request, workers, settings)
 
     @router.post("/completions")
     async def completions(request: Request) -> Response:
-        return await _answer(COMPLETIONS, await whole_body(request), workers, settings)
+        return await _answer(COMPLETIONS, request, workers, settings)
 
     @router.post("/messages")
     async def messages(request: Request) -> Response:
-        return await _answer(MESSAGES, await whole_body(request), workers, settings)
+        return await _answer(MESSAGES, request, workers, settings)
 
     @router.post("/responses")
     async def responses(request: Request) -> Response:
-        return await _answer(RESPONSES, await whole_body(request), workers, settings)
+        return await _answer(RESPONSES, request, workers, settings)
 
     return router
 
@@ -281,7 +297,9 @@ def _token_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
     return router
 
 
-async def _answer(endpoint: Endpoint, body: bytes, workers: Workers, settings: HttpSettings) -> Response:
+async def _answer(endpoint: Endpoint, request: Request, workers: Workers, settings: HttpSettings) -> Response:
+    tenant: Tenant = request.state.tenant
+    body = await whole_body(request)
     call = open_call(
         endpoint,
         body,
@@ -290,49 +308,49 @@ async def _answer(endpoint: Endpoint, body: bytes, workers: Workers, settings: H
         created=int(time.time()),
         flush_seconds=settings.flush_seconds,
     )
+    seconds = min(call.work.timeout or math.inf, settings.request_timeout_seconds)
+    work = tenant.own(replace(call.work, begin_within=min(seconds, settings.queue_seconds), binding=settings.binding))
+    visit = tenant.begin(
+        prompt=len(body) // BYTES_PER_TOKEN, output=work.choices * (work.max_tokens or settings.default_max_tokens)
+    )
+    if isinstance(visit, Refusal):
+        raise Refused(visit)
     answer = Answer(
-        replies=resumable(call.work, workers.generate, settings.limits, seconds=settings.request_timeout_seconds),
+        replies=visit.metered(resumable(work, workers.generate, settings.limits, seconds=seconds), n=work.n),
         renderer=call.renderer,
-        n=call.work.n,
-        choices=call.work.choices,
+        n=work.n,
+        choices=work.choices,
         usage_so_far=call.body.usage_so_far,
     )
     if call.body.stream:
         events = await answer.events()
         if isinstance(events, Refusal):
             raise Refused(in_words_of(events, endpoint.words))
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **tenant.headers()}
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
     whole = await answer.whole()
     if isinstance(whole, Refusal):
         raise Refused(in_words_of(whole, endpoint.words))
-    return _json(whole)
+    return _json(whole, headers=tenant.headers())
 
 
-def _key_check(api_key: str | None) -> Callable[[Request], Awaitable[None]]:
+def _key_check(tenants: Tenants, retry_after_seconds: int) -> Callable[[Request], Awaitable[None]]:
     async def check(request: Request) -> None:
-        if api_key is not None and not any(hmac.compare_digest(given, api_key.encode()) for given in _keys(request)):
-            message = "the API key is missing or wrong. hint: send Authorization: Bearer <key>, or x-api-key: <key>"
-            raise Refused(Refusal(status=401, message=message, code="invalid_api_key"))
+        if (refusal := admit(request, tenants, retry_after_seconds=retry_after_seconds)) is not None:
+            raise Refused(refusal)
 
     return check
 
 
-def _keys(request: Request) -> list[bytes]:
-    """The keys a request brings. Schemes are case-insensitive, and one or more spaces follow (RFC 9110, 11.4)."""
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    bearer = [token.strip(" ")] if scheme.lower() == "bearer" else []
-    return [key.encode("latin-1") for key in (*bearer, *request.headers.getlist("x-api-key"))]
-
-
-def _json(body: bytes, *, status: int = 200) -> Response:
-    return Response(body, status_code=status, media_type="application/json")
+def _json(body: bytes, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(body, status_code=status, media_type="application/json", headers=headers)
 
 
 def _refused(request: Request, refusal: Refusal) -> Response:
     """An error as the API that was called writes it."""
     write = message_error if request.scope["path"].startswith(MESSAGES.path) else envelope
-    response = _json(write(refusal), status=refusal.status)
+    tenant: Tenant | None = getattr(request.state, "tenant", None)
+    response = _json(write(refusal), status=refusal.status, headers=tenant.headers() if tenant else None)
     if refusal.retry_after_seconds is not None:
         response.headers["Retry-After"] = str(refusal.retry_after_seconds)
     if refusal.status == 401:

@@ -280,7 +280,8 @@ def _operation(each: Operation, refs: dict[Any, Any], *, head: bool = False) -> 
     if each.events is not None:
         content[SSE] = {"schema": _event(refs[each.events])}
     good = {str(status): {"description": MEANINGS[status], "content": content} for status in each.statuses}
-    errors = each.errors if each.open else (401, *each.errors)
+    errors = {*each.errors} if each.open else {401, *each.errors}
+    errors |= {429, 503} if each.method == "POST" else set()  # a key's limits; a service that stops
     failed = {str(status): _failure(status, refs[each.error]) for status in sorted(errors)}
     places = [("path", name, {"type": "string", "minLength": 1}, "") for name in re.findall(r"\{(\w+)\}", each.path)]
     places += [("query", *each) for each in each.query]

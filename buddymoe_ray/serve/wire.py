@@ -192,6 +192,7 @@ class _SamplingFields(WireBody):
             flush_seconds=flush_seconds if self.stream else None,
             report_prompts=self.usage_so_far,
             cache_salt=self.cache_salt or "",
+            timeout=self.buddymoe.timeout,
             **own,
         )
 

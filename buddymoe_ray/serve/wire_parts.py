@@ -100,13 +100,15 @@ class BuddyOptions(WireBody):
     """The `buddymoe` block of a request; what is not given is the service's default.
 
     `budget` is in nats of expected extra loss per generated token and belongs to mode `bounded`. `record` asks for
-    `usage.buddymoe.record`, and `replay` is such a record: the request is answered as it says.
+    `usage.buddymoe.record`, and `replay` is such a record: the request is answered as it says. After `timeout` seconds
+    it ends with an error, finished or not.
     """
 
     mode: Mode | None = None
     budget: float | None = Field(default=None, ge=0, le=1)
     record: bool | None = None
     replay: str | None = None
+    timeout: float | None = Field(default=None, gt=0, le=86400)
 
     def terms(self) -> Terms:
         """For a worker."""

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.serve.batches.records import LONGEST_LIST, BatchObject, FileObject
 from buddymoe_ray.serve.batches.store import FileStore
+from buddymoe_ray.serve.tenants import Tenant
 from buddymoe_ray.serve.work import Refusal
 
 __all__ = ["conflict", "every", "owner_of", "page", "said", "the"]
@@ -21,7 +22,8 @@ Record = TypeVar("Record", FileObject, BatchObject)
 
 def owner_of(request: Request) -> str:
     """Whose request it is: the name of the key it brings, where keys have names."""
-    return str(getattr(getattr(request.state, "tenant", None), "name", ""))
+    tenant: Tenant = request.state.tenant
+    return tenant.name
 
 
 async def the(store: FileStore, kind: type[Record], name: str, request: Request) -> Record:

@@ -35,6 +35,10 @@ class LineAnswers:
             call = open_call(line.endpoint, line.body, self._names, unique=self._unique(at), created=int(time.time()))
             if call.body.stream:
                 raise RequestError("stream is true, must be false in a batch. hint: leave it out", param="stream")
+            if call.work.timeout is not None:
+                raise RequestError(
+                    "buddymoe.timeout is given, must not be in a batch. hint: leave it out", param="buddymoe.timeout"
+                )
             return replace(call, work=usable(call.work))
         except RequestError as error:
             return refusal_of(error)

@@ -55,6 +55,7 @@ class LineService:
     places: Places
     limits: ResumeLimits
     seconds: float
+    binding: str = ""
 
     async def answer(self, answers: LineAnswers, at: int, line: BatchLine, owner: str) -> JournalEntry:
         """A line's reply, or why it has none; however long it takes until there is a place for it."""
@@ -75,7 +76,7 @@ class LineService:
             if isinstance(call, Refusal):
                 return answers.replied(at, line, call)
             salt = f"{owner}/{call.work.cache_salt}" if owner else call.work.cache_salt
-            work = replace(call.work, gives_way=True, cache_salt=salt)
+            work = replace(call.work, gives_way=True, tenant=owner, binding=self.binding, cache_salt=salt)
             replies = resumable(work, attempt, self.limits, seconds=self.seconds)
             answer = Answer(replies=replies, renderer=call.renderer, n=work.n, choices=work.choices)
             whole = await answer.whole()

@@ -38,10 +38,19 @@ class BatchRunner:
 
     @classmethod
     def over(
-        cls, workers: Workers, names: ModelNames, store: FileStore, *, limits: ResumeLimits, seconds: float
+        cls,
+        workers: Workers,
+        names: ModelNames,
+        store: FileStore,
+        *,
+        limits: ResumeLimits,
+        seconds: float,
+        binding: str,
     ) -> BatchRunner:
         """One whose lines go to `workers`."""
-        service = LineService(workers=workers, names=names, places=Places(), limits=limits, seconds=seconds)
+        service = LineService(
+            workers=workers, names=names, places=Places(), limits=limits, seconds=seconds, binding=binding
+        )
         return cls(store, service)
 
     @asynccontextmanager
