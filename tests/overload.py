@@ -176,7 +176,7 @@ async def workers(client: httpx.AsyncClient) -> list[int]:
 async def killing(client: httpx.AsyncClient, every: float, tally: Tally, seed: int) -> None:
     """End one of several workers, again and again."""
     rng = random.Random(seed)
-    while every:
+    while True:
         await asyncio.sleep(every)
         pids = await workers(client)
         if len(pids) > 1:
@@ -217,8 +217,9 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     asked = await answered(clients[0], questions())
     owners = [0] * (args.streams - len(keys) + 1) + [*range(1, len(keys))]
     began = time.monotonic()
-    beside = [asyncio.create_task(killing(clients[0], args.kill_every, tally, args.seed))]
-    beside += [asyncio.create_task(watching(tally))]
+    beside = [asyncio.create_task(watching(tally))]
+    if args.kill_every:
+        beside += [asyncio.create_task(killing(clients[0], args.kill_every, tally, args.seed))]
     tasks = [
         asyncio.create_task(stream(clients[key], key, asked, tally, args.seed + at)) for at, key in enumerate(owners)
     ]

@@ -6,6 +6,7 @@ key where it runs. Holds no weights and no tokenizer: prompts are rendered by th
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -70,6 +71,7 @@ class Ingress:
             files_bytes=args.files_mb * 10**6,
         )
 
+        logging.getLogger("buddymoe_ray").parent = logging.getLogger("ray.serve")  # what Serve keeps of a replica
         self._app = http_app(reached, settings)
         self._app.add_middleware(Departures)
 
