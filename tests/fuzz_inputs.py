@@ -51,6 +51,7 @@ from buddymoe_ray.serve.batches.journal import Journal, JournalEntry
 from buddymoe_ray.serve.batches.lines import BatchInput, LineError
 from buddymoe_ray.serve.calls import CHAT, COMPLETIONS, MESSAGES, RESPONSES, ModelNames, open_call
 from buddymoe_ray.serve.http import HttpSettings, http_app
+from buddymoe_ray.serve.keys import read_keys
 from buddymoe_ray.serve.openapi import OPERATIONS, openapi_document
 from buddymoe_ray.serve.prompts import encode, usable
 from buddymoe_ray.serve.wire import parse_body
@@ -410,6 +411,19 @@ def batch(rng: random.Random) -> None:
         assert [*again.entries()] == entries, "what the journal kept is not what was put there"
 
 
+def keys(rng: random.Random) -> None:
+    """A file of named keys."""
+    path, names = scratch() / "keys.toml", ("alice", "bob", rng.choice(("alice", "a b", "", "default")))
+    lines = [f'[{name}]\nsha256 = "{sha256(name.encode()).hexdigest()}"\n' for name in names[: rng.randint(0, 3)]]
+    lines += [f"{rng.choice(('tokens_per_minute', 'x'))} = {rng.choice((*NUMBERS, '[]', 'true'))}\n"] * rng.randint(
+        0, 2
+    )
+    path.write_bytes(scratched("".join(lines).encode(), rng))
+    path.chmod(0o600)
+    with suppress(ConfigError):
+        read_keys(path)
+
+
 @cache
 def profile_fields() -> dict[str, Any]:
     path = scratch() / "whole.profile"
@@ -508,7 +522,8 @@ PARSERS: dict[str, tuple[float, Callable[[random.Random], None]]] = {
     "answer": (0.08, answer),
     "batch": (0.05, batch),
     "profile": (0.03, profile),
-    "headers": (0.03, headers),
+    "headers": (0.02, headers),
+    "keys": (0.01, keys),
     "template": (0.01, template),
 }
 """By name: its share of the inputs, by what they cost, and what makes and reads one."""

@@ -19,6 +19,7 @@ FEW = {
     "answer": 150,
     "batch": 60,
     "profile": 100,
+    "keys": 100,
     "headers": 60,
     "template": 20,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import multiprocessing
 import os
@@ -132,6 +133,29 @@ def test_nobody_sees_what_another_keeps(tmp_path: Path) -> None:
         with pytest.raises(Refused) as refused:
             store.find(FileObject, name, owner)
         assert refused.value.refusal.status == 404
+
+
+async def test_a_key_sees_what_was_made_with_keys_of_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("alice", "bob")}
+    path.write_text("".join(f'[{name}]\nsha256 = "{digest}"\n' for name, digest in digests.items()))
+    path.chmod(0o600)
+    async with serving(api_keys=str(path), files_folder=tmp_path / "files") as http:
+        alice, bob = openai_client(http, "alice"), openai_client(http, "bob")
+        batch = await begun(alice, lines(2))
+        done = await ended(alice, batch.id)
+        names = [batch.input_file_id, done.output_file_id]
+        assert [each.id async for each in bob.files.list()] == [each.id async for each in bob.batches.list()] == []
+        for name in names:
+            for call in (bob.files.retrieve, bob.files.content, bob.files.delete):
+                with pytest.raises(openai.NotFoundError):
+                    await call(name)
+        for ask in (bob.batches.retrieve, bob.batches.cancel):
+            with pytest.raises(openai.NotFoundError):
+                await ask(batch.id)
+        with pytest.raises(openai.NotFoundError):
+            await bob.batches.create(input_file_id=names[0], **CREATED)
+        assert sorted([each.id async for each in alice.files.list()]) == sorted(names)
 
 
 async def test_a_worker_sends_guests_away_when_others_need_their_place() -> None:
