@@ -125,7 +125,7 @@ def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
     app.include_router(_public_routes(workers, settings))
     for page in ("dashboard", "docs"):
         app.include_router(page_routes(page))
-    app.include_router(schema_routes())
+    app.include_router(schema_routes(keyed=settings.api_key is not None))
     app.include_router(batch_routes(runner, model=settings.model), dependencies=[Depends(_key_check(settings.api_key))])
     watch = dashboard_routes(
         workers, model=settings.model, mode=settings.mode, budget=settings.budget, seconds=settings.dashboard_seconds
