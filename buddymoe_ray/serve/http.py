@@ -134,12 +134,13 @@ def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
         binding=settings.binding,
     )
     app = FastAPI(title="buddymoe", openapi_url=None, redirect_slashes=False, lifespan=runner.lifespan)
-    app.state.tenants = tenants = Tenants(KeyRing(settings.api_key, settings.api_keys))
+    ring = KeyRing(settings.api_key, settings.api_keys)
+    app.state.tenants = tenants = Tenants(ring)
     guarded = [Depends(_key_check(tenants, settings.limits.retry_after_seconds))]
     app.include_router(_public_routes(workers, settings, tenants))
     for page in ("dashboard", "docs"):
         app.include_router(page_routes(page))
-    app.include_router(schema_routes())
+    app.include_router(schema_routes(keyed=not ring.open))
     app.include_router(batch_routes(runner, model=settings.model), dependencies=guarded)
     watch = dashboard_routes(
         workers, model=settings.model, mode=settings.mode, budget=settings.budget, seconds=settings.dashboard_seconds

@@ -231,8 +231,8 @@ def allowed_methods(path: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def openapi_document() -> dict[str, Any]:
-    """The schema, as OpenAPI 3.1 writes it."""
+def openapi_document(*, keyed: bool = False) -> dict[str, Any]:
+    """The schema, as OpenAPI 3.1 writes it; of a service that asks for a key where `keyed`."""
     kinds = {kind for each in OPERATIONS for kind in (each.body, each.reply, each.events, each.error) if kind}
     kinds |= {UploadForm}
     inputs = [(kind, "serialization" if kind is Dashboard else "validation", TypeAdapter(kind)) for kind in kinds]
@@ -250,9 +250,9 @@ def openapi_document() -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for each in OPERATIONS:
         written = paths.setdefault(each.path, {})
-        written[each.method.lower()] = _operation(each, refs)
+        written[each.method.lower()] = _operation(each, refs, keyed=keyed)
         if each.method in READ:
-            written["head"] = _operation(each, refs, head=True)
+            written["head"] = _operation(each, refs, keyed=keyed, head=True)
     return {
         "openapi": "3.1.0",
         "info": {"title": "buddymoe", "version": buddymoe_ray.__version__, "description": _ABOUT},
@@ -275,12 +275,12 @@ _ABOUT = (
 )
 
 
-def _operation(each: Operation, refs: dict[Any, Any], *, head: bool = False) -> dict[str, Any]:
+def _operation(each: Operation, refs: dict[Any, Any], *, keyed: bool, head: bool = False) -> dict[str, Any]:
     content: dict[str, Any] = {media: {"schema": refs[each.reply] if each.reply else {}} for media in each.replies}
     if each.events is not None:
         content[SSE] = {"schema": _event(refs[each.events])}
     good = {str(status): {"description": MEANINGS[status], "content": content} for status in each.statuses}
-    errors = {*each.errors} if each.open else {401, *each.errors}
+    errors = {401, *each.errors} if keyed and not each.open else {*each.errors}
     errors |= {429, 503} if each.method == "POST" else set()  # a key's limits; a service that stops
     failed = {str(status): _failure(status, refs[each.error]) for status in sorted(errors)}
     places = [("path", name, {"type": "string", "minLength": 1}, "") for name in re.findall(r"\{(\w+)\}", each.path)]
@@ -288,7 +288,7 @@ def _operation(each: Operation, refs: dict[Any, Any], *, head: bool = False) -> 
     written: dict[str, Any] = {
         "operationId": re.sub(r"\W+", "_", f"{'HEAD' if head else each.method}{each.path}").strip("_").lower(),
         "summary": each.summary,
-        "security": [] if each.open else [{"bearer": []}, {"x-api-key": []}, {}],
+        "security": [] if each.open or not keyed else [{"bearer": []}, {"x-api-key": []}],
         "responses": good | failed,
     }
     if head:
@@ -321,10 +321,10 @@ def _failure(status: int, form: dict[str, Any]) -> dict[str, Any]:
     return {"description": MEANINGS[status], "headers": headers, "content": {JSON: {"schema": form}}}
 
 
-def schema_routes() -> APIRouter:
-    """/openapi.json, made once."""
+def schema_routes(*, keyed: bool) -> APIRouter:
+    """/openapi.json, made once, of a service that asks for a key where `keyed`."""
     router = APIRouter()
-    document = json.dumps(openapi_document()).encode()
+    document = json.dumps(openapi_document(keyed=keyed)).encode()
 
     @router.api_route("/openapi.json", methods=[*READ])
     async def openapi() -> Response:

@@ -26,6 +26,9 @@ positive_data_acceptance.expected-statuses = ["2xx", 400, 401, 404, 409, 413, 42
 """
 
 
+KEY = "sesame"
+
+
 def main() -> int:
     """Serve, unless there is a URL, and run it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -41,12 +44,13 @@ def main() -> int:
         schema.write_text(json.dumps(named(httpx.get(f"{url}/openapi.json").json(), url)))
         command = [str(Path(args.schemathesis).absolute()), "--config-file", "schemathesis.toml", "run", schema.name]
         command += f"--url {url} --checks all --max-examples {args.examples} --seed 1 --continue-on-failure".split()
+        command += ["-H", f"Authorization: Bearer {KEY}"]
         return subprocess.run([*command, *rest], cwd=folder, check=False).returncode
 
 
 def named(schema: Any, url: str) -> Any:
     """The schema with the one name of a model that is served: it says text, and any other would be answered 404."""
-    [model] = httpx.get(f"{url}/v1/models").json()["data"]
+    [model] = httpx.get(f"{url}/v1/models", headers={"x-api-key": KEY}).json()["data"]
     for form in schema["components"]["schemas"].values():
         if "model" in form.get("properties", {}) and form["description"].startswith("Body of"):
             names = [model["id"]] if "model" in form.get("required", ()) else [model["id"], None]
@@ -70,7 +74,7 @@ def serve(files: Path) -> str:
         def _trouble(self, request: GenerationRequest, position: int) -> None:
             pass
 
-    settings = HttpSettings(model="builtin:tiny", files_folder=files, dashboard_seconds=0.01)
+    settings = HttpSettings(model="builtin:tiny", files_folder=files, dashboard_seconds=0.01, api_key=KEY)
     app = http_app(LocalWorkers(Worker(Letters(model_id="builtin:tiny"))), settings)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     threading.Thread(target=server.run, daemon=True).start()

@@ -105,7 +105,10 @@ async def test_schema_and_docs_need_no_key_and_load_nothing_else() -> None:
     async with serving(api_key="secret") as client:
         told, page = await client.get("/openapi.json"), await client.get("/docs")
         check_error(await client.get("/v1/files"), 401, code="invalid_api_key")
-    assert told.json() == json.loads(json.dumps(DOCUMENT)) and "secret" not in told.text
+    keyed = openapi_document(keyed=True)
+    assert told.json() == json.loads(json.dumps(keyed)) and "secret" not in told.text
+    assert keyed["paths"]["/v1/files"]["get"]["security"] == [{"bearer": []}, {"x-api-key": []}]
+    assert "401" in keyed["paths"]["/v1/files"]["get"]["responses"] and not keyed["paths"]["/docs"]["get"]["security"]
     text = Path(dashboard.__file__).with_name("docs.html").read_text()
     assert page.text == text and page.headers["content-security-policy"].startswith("default-src 'none'; script-src ")
     assert not re.findall(r"\bsrc=|https?:|@import|\burl\(|\bstyle=|\bon\w+=", text)

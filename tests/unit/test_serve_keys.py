@@ -342,7 +342,7 @@ async def test_what_could_not_begin_in_time_is_refused_at_once() -> None:
         replies = await asyncio.gather(*asked)
         assert {reply.status_code for reply in replies} == {200}, "nothing was measured before"
         running = [asyncio.create_task(client.post("/v1/completions", json=TEXT | {"max_tokens": 100})) for _ in "abc"]
-        while len(engine.running) < 3:
+        while len(engine.running) < 2:  # the third may be refused already
             await asyncio.sleep(0.01)
         refused = await client.post("/v1/completions", json=TEXT | {"max_tokens": 3})
         message = check_error(refused, 429, None, "overloaded")
