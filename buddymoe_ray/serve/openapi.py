@@ -286,7 +286,7 @@ def _operation(each: Operation, refs: dict[Any, Any], *, keyed: bool, head: bool
     places = [("path", name, {"type": "string", "minLength": 1}, "") for name in re.findall(r"\{(\w+)\}", each.path)]
     places += [("query", *each) for each in each.query]
     written: dict[str, Any] = {
-        "operationId": re.sub(r"\W+", "_", f"{'HEAD' if head else each.method}{each.path}").strip("_").lower(),
+        "operationId": _name("HEAD" if head else each.method, each.path),
         "summary": each.summary,
         "security": [] if each.open or not keyed else [{"bearer": []}, {"x-api-key": []}],
         "responses": good | failed,
@@ -294,6 +294,8 @@ def _operation(each: Operation, refs: dict[Any, Any], *, keyed: bool, head: bool
     if head:
         for reply in written["responses"].values():
             reply.pop("content", None)
+    if each.method == "POST" and each.reply in (FileObject, BatchObject):
+        written["responses"]["200"]["links"] = _links(each.path)
     if places:
         written["parameters"] = [
             {"in": where, "name": name, "required": where == "path", "schema": schema, "description": meaning}
@@ -305,6 +307,25 @@ def _operation(each: Operation, refs: dict[Any, Any], *, keyed: bool, head: bool
     if each.upload:
         written["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": refs[UploadForm]}}}
     return written
+
+
+def _name(method: str, path: str) -> str:
+    return re.sub(r"\W+", "_", f"{method}{path}").strip("_").lower()
+
+
+def _links(path: str) -> dict[str, Any]:
+    """What may be done with a thing that was made, by its id."""
+    found = {}
+    for each in OPERATIONS:
+        parameter = re.match(re.escape(path) + r"/\{(\w+)\}", each.path)
+        if parameter is not None:
+            name = _name(each.method, each.path)
+            found[name] = {"operationId": name, "parameters": {parameter[1]: "$response.body#/id"}}
+    made = next((each for each in OPERATIONS if each.body is BatchRequest and path == "/v1/files"), None)
+    if made is not None:
+        asked = {**(made.example or {}), "input_file_id": "$response.body#/id", "endpoint": COMPLETIONS.path}
+        found["batch"] = {"operationId": _name(made.method, made.path), "requestBody": asked}
+    return found
 
 
 def _event(form: dict[str, Any]) -> dict[str, Any]:

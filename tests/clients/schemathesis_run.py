@@ -49,12 +49,16 @@ def main() -> int:
 
 
 def named(schema: Any, url: str) -> Any:
-    """The schema with the one name of a model that is served: it says text, and any other would be answered 404."""
+    """The schema with the one name of a model that is served, and a file of lines: it says text and bytes, and hardly
+    any would be accepted."""
     [model] = httpx.get(f"{url}/v1/models", headers={"x-api-key": KEY}).json()["data"]
     for form in schema["components"]["schemas"].values():
         if "model" in form.get("properties", {}) and form["description"].startswith("Body of"):
             names = [model["id"]] if "model" in form.get("required", ()) else [model["id"], None]
             form["properties"]["model"] = {"enum": names}
+    body = {"model": model["id"], "prompt": "hello", "max_tokens": 2}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    schema["components"]["schemas"]["UploadForm"]["properties"]["file"]["enum"] = [json.dumps(line)]
     return schema
 
 
