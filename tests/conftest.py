@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadFileScheduling
 
 OWN_RAY = "tests/ray/test_cluster_up.py"  # `ray up` starts one on fixed ports: before the others' is there
@@ -21,6 +22,11 @@ LONGEST = ("exactness", "calibrate_run", "commands", "standin_engine")
 FIRST = ("ray", *(f"tests/unit/test_{name}.py" for name in LONGEST))
 
 gc.disable()  # until all is imported
+
+settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)  # cores are shared: no test is timed
+settings.load_profile("untimed")
 
 if not Path("/dev/nvidiactl").exists():  # read when triton is imported, which torch does: kernels run without a GPU
     os.environ["TRITON_INTERPRET"] = "1"

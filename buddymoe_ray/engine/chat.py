@@ -15,7 +15,7 @@ from typing import Any
 
 from buddymoe_ray.errors import RequestError
 
-__all__ = ["encode_chat", "encode_prompt", "opening_of"]
+__all__ = ["encode_chat", "encode_prompt", "opening_of", "template_variables"]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 # a part, or arguments, that a template wrote out as Python does: it reads them in another form
@@ -94,6 +94,15 @@ def opening_of(tokenizer: Any, options: Mapping[str, Any]) -> str:
     return whole[len(without) :] if whole.startswith(without) else ""
 
 
+def template_variables(tokenizer: Any) -> frozenset[str]:
+    """What the chat template reads beside messages; nothing where there is none."""
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        return frozenset()
+    from transformers.utils.chat_template_utils import _get_template_variables  # describing a service needs none of it
+
+    return frozenset(_get_template_variables(tokenizer.get_chat_template()) - {"messages"})
+
+
 def _rendered(
     tokenizer: Any, messages: Sequence[Message], options: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]
 ) -> str:
@@ -117,11 +126,7 @@ def _check_tools(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _check_options(tokenizer: Any, options: Mapping[str, Any]) -> None:
-    if not options:
-        return
-    from transformers.utils.chat_template_utils import _get_template_variables  # describing a service needs none of it
-
-    known = _get_template_variables(tokenizer.get_chat_template()) - {"messages"}
+    known = template_variables(tokenizer) if options else frozenset()
     for name in options.keys() - known:
         raise RequestError(
             f"chat_template_kwargs.{name} is given, must be a variable that the model's chat template reads "

@@ -1,9 +1,9 @@
-"""Who picks the next tokens of sequences from their logits: the sampler under each one's grammar, or whoever is put in
+"""Who picks the next tokens of sequences from their logits: the sampler under each one's rule, or whoever is put in
 its place to score a text.
 
 Knows sequences, not when they run. On the token path: runner → `choose` → `Sequence.append`.
 
-Legend: B sequences, R of them with a grammar, V vocabulary.
+Legend: B sequences, R of them with a rule, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Chooser(Protocol):
 
 
 class SamplingChooser:
-    """The chooser that serves: each sequence's own SamplingParams, of what its grammar allows."""
+    """The chooser that serves: each sequence's own SamplingParams, of what its rule allows."""
 
     def __init__(self, device: torch.device) -> None:
         prepare_sampling(device)
 
     def choose(self, logits_BV: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
-        ruled = {row: seq.grammar for row, seq in enumerate(sequences) if seq.grammar is not None}
+        ruled = {row: seq.rule for row, seq in enumerate(sequences) if seq.rule is not None}
         states, allowed_RV = [seq.sampling_state for seq in sequences], logits_BV[:0]
         if ruled:
             allowed_RV = logits_BV[[*ruled]]

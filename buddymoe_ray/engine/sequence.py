@@ -21,7 +21,8 @@ from buddymoe_ray.engine.detokenize import IncrementalDetokenizer
 from buddymoe_ray.engine.replay import Replay
 from buddymoe_ray.engine.sampler import Sampled, SamplingState, reported
 from buddymoe_ray.engine.stop import StopChecker, special_stops
-from buddymoe_ray.engine.structured import GrammarState
+from buddymoe_ray.engine.structured import GrammarState, TokenRule
+from buddymoe_ray.engine.thoughts import ThoughtLimit
 from buddymoe_ray.errors import BuddyMoEError, RequestError
 from buddymoe_ray.types import FinishReason, GenerationRequest, TokenEvent, TokenLogprob, Usage
 
@@ -82,6 +83,7 @@ class Sequence:
         self.ends = frozenset(params.stop_token_ids) | self._special_stops.keys()
         self.ends |= frozenset() if params.ignore_eos else eos_token_ids
         self.grammar: GrammarState | None = None
+        self._thoughts = None if request.thoughts is None else ThoughtLimit(request.thoughts)
         seed = params.seed if params.seed is not None else _drawn(default_seed, request.request_id)
         self.sampling_state = SamplingState(params=params, seed=seed, token_ids=self._ids, prompt_length=len(prompt))
         self._detokenizer = (
@@ -167,6 +169,11 @@ class Sequence:
         if self.num_output and grammar.ended:
             raise _ended("stop", self.num_output, self.num_output)
         self.grammar = grammar
+
+    @property
+    def rule(self) -> TokenRule | None:
+        """What says which tokens may come next, if not all may."""
+        return self._thoughts if self._thoughts is not None and self._thoughts.spent else self.grammar
 
     def advance(self, count: int, *, exact: bool = True) -> None:
         """Note that `count` more tokens have their KV; `exact` if no stand-in could have answered."""
@@ -262,6 +269,8 @@ class Sequence:
         self._ids.append(token_id)
         if token_id in self.ends:
             return "", False, "stop"
+        if self._thoughts is not None:
+            self._thoughts.accept(token_id)
         if self.grammar is not None:
             self.grammar.accept(token_id)
         text, stopped = self._stop.push(self._text([token_id]))

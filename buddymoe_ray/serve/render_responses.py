@@ -13,6 +13,7 @@ from typing import Any
 from buddymoe_ray.serve.reading import ChatReading, server_event, usage_body
 from buddymoe_ray.serve.render import ReplyHead
 from buddymoe_ray.serve.replies import ToolCallBody
+from buddymoe_ray.serve.wire_responses_parts import ENCRYPTED, packed_thoughts
 from buddymoe_ray.serve.work import Delta, Refusal
 from buddymoe_ray.types import Usage
 
@@ -104,6 +105,8 @@ class ResponsesRenderer(ChatReading):
             return []
         name, self._open = self._open, ""
         part = self._items[-1]["content"][0]
+        if name == "reasoning_text" and ENCRYPTED in self.head.repeats.get("include", ()):
+            self._items[-1]["encrypted_content"] = packed_thoughts(part["text"])
         more: dict[str, Any] = {"logprobs": []} if name == "output_text" else {}
         return [
             self._event(f"response.{name}.done", **self._place(), text=part["text"], **more),

@@ -17,6 +17,7 @@ from buddymoe_ray.engine.validate import plain_text
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.serve.wire_parts import (
     BuddyOptions,
+    Effort,
     Message,
     NamedTool,
     ResponseFormat,
@@ -25,7 +26,7 @@ from buddymoe_ray.serve.wire_parts import (
     WireBody,
     chosen_tool,
 )
-from buddymoe_ray.serve.work import Prompt, ToolUse, Work
+from buddymoe_ray.serve.work import Prompt, Thinking, ToolUse, Work
 from buddymoe_ray.types import SamplingParams, StructuredOutput
 
 __all__ = ["ChatRequest", "CompletionRequest", "parse_body", "parse_chat", "parse_completion"]
@@ -210,6 +211,8 @@ class ChatRequest(_SamplingFields):
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[Tool] | None = None
+    reasoning_effort: Effort | None = None
+    thinking_token_budget: int | None = Field(default=None, ge=0)
     tool_choice: Annotated[Any, AfterValidator(chosen_tool)] = None
     parallel_tool_calls: bool | None = None
 
@@ -250,6 +253,9 @@ class ChatRequest(_SamplingFields):
                 checked_schema(tool.function.parameters or {}, f"tools[{at}].function.parameters")
         return use
 
+    def _thinking(self) -> Thinking:
+        return Thinking(effort=self.reasoning_effort, budget=self.thinking_token_budget)
+
     @property
     def wants_logprobs(self) -> bool:
         """Whether the reply tells log probabilities."""
@@ -262,6 +268,7 @@ class ChatRequest(_SamplingFields):
             messages=tuple(message.record() for message in self.messages),
             template_options=self.chat_template_kwargs or {},
             tools=self._tool_use(),
+            thinking=self._thinking(),
             reads_answer=True,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             max_tokens=self.max_completion_tokens or self.max_tokens,

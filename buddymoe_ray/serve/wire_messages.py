@@ -7,14 +7,16 @@ what has no counterpart there is refused by name. On the token path: body → `p
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any, Literal
 
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.serve.refusals import in_words
 from buddymoe_ray.serve.wire import ChatRequest, parse_body
-from buddymoe_ray.serve.wire_messages_options import CustomTool, MessagesChoice, OutputConfig, Thinking
+from buddymoe_ray.serve.wire_messages_options import CustomTool, MessagesChoice, OutputConfig, ThinkingOptions
 from buddymoe_ray.serve.wire_messages_parts import Note, Texts, Turn, joined
 from buddymoe_ray.serve.wire_parts import WireBody
+from buddymoe_ray.serve.work import Thinking
 
 __all__ = ["MESSAGES_WORDS", "parse_count", "parse_messages"]
 
@@ -22,8 +24,10 @@ MESSAGES_WORDS = {
     "chat_template_kwargs.enable_thinking": "thinking",
     "chat_template_kwargs": "thinking",
     "function.parameters": "input_schema",
+    "reasoning_effort": "output_config.effort",
     "response_format.json_schema.schema": "output_config.format.schema",
     "stop": "stop_sequences",
+    "thinking_token_budget": "thinking.budget_tokens",
 }
 """What fields of chat completions are called here, where it is another name."""
 
@@ -38,7 +42,7 @@ class _CountRequest(WireBody):
     system: Texts | None = None
     tools: list[CustomTool] | None = None
     tool_choice: MessagesChoice | None = None
-    thinking: Thinking | None = None
+    thinking: ThinkingOptions | None = None
     output_config: OutputConfig | None = None
     cache_control: Note = None
 
@@ -57,8 +61,11 @@ class _CountRequest(WireBody):
             fields["tools"] = [tool.tool() for tool in self.tools]
         if self.tool_choice is not None:
             fields |= self.tool_choice.fields()
-        if self.thinking is not None and self.thinking.type != "adaptive":
-            fields["chat_template_kwargs"] = {"enable_thinking": self.thinking.type == "enabled"}
+        if self.thinking is not None:
+            fields["thinks"] = {"adaptive": None, "disabled": False, "enabled": True}[self.thinking.type]
+            fields["thinking_token_budget"] = self.thinking.budget_tokens
+        if self.output_config is not None:
+            fields["reasoning_effort"] = self.output_config.effort
         if self.output_config is not None and self.output_config.format is not None:
             schema = {"name": "output", "schema": self.output_config.format.schema_}
             fields["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -88,6 +95,15 @@ class _MessagesRequest(_CountRequest):
         return fields
 
 
+class _MessagesChat(ChatRequest):
+    """A message's request as a chat's; `thinks` is whether it is to."""
+
+    thinks: bool | None = None
+
+    def _thinking(self) -> Thinking:
+        return replace(super()._thinking(), enabled=self.thinks, usual="high")
+
+
 def parse_messages(body: bytes) -> ChatRequest:
     """A request for a message, or RequestError naming the field."""
     return _for_chat(parse_body(body, _MessagesRequest))
@@ -100,4 +116,4 @@ def parse_count(body: bytes) -> ChatRequest:
 
 def _for_chat(asked: _CountRequest) -> ChatRequest:
     with in_words(MESSAGES_WORDS):
-        return parse_body(json.dumps(asked.fields()).encode(), ChatRequest)
+        return parse_body(json.dumps(asked.fields()).encode(), _MessagesChat)

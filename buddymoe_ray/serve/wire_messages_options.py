@@ -7,9 +7,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from buddymoe_ray.serve.wire_messages_parts import Note
-from buddymoe_ray.serve.wire_parts import Unsupported, WireBody
+from buddymoe_ray.serve.wire_parts import Effort, WireBody
 
-__all__ = ["CustomTool", "MessagesChoice", "OutputConfig", "Thinking"]
+__all__ = ["CustomTool", "MessagesChoice", "OutputConfig", "ThinkingOptions"]
 
 
 class CustomTool(WireBody):
@@ -48,12 +48,18 @@ class MessagesChoice(WireBody):
         return {"tool_choice": choice, "parallel_tool_calls": not self.disable_parallel_tool_use}
 
 
-class Thinking(WireBody):
-    """`thinking`. How long a model thinks cannot be set, only whether, where its chat template has a switch."""
+class ThinkingOptions(WireBody):
+    """`thinking`: whether, and for how many tokens at most."""
 
     type: Literal["adaptive", "disabled", "enabled"]
     display: Literal["summarized"] | None = None
-    budget_tokens: Unsupported = None
+    budget_tokens: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _a_budget_is_of_thoughts(self) -> ThinkingOptions:
+        if self.budget_tokens is not None and self.type != "enabled":
+            raise ValueError(f"budget_tokens is given with type {self.type}, must be given with type enabled alone")
+        return self
 
 
 class SchemaFormat(WireBody):
@@ -66,5 +72,5 @@ class SchemaFormat(WireBody):
 class OutputConfig(WireBody):
     """`output_config`."""
 
-    effort: Unsupported = None
+    effort: Effort | None = None
     format: SchemaFormat | None = None

@@ -15,6 +15,7 @@ from buddymoe_ray.types import Mode, StructuredOutput
 
 __all__ = [
     "BuddyOptions",
+    "Effort",
     "Message",
     "NamedTool",
     "ResponseFormat",
@@ -53,6 +54,9 @@ def _unsupported(value: object) -> None:
 
 
 Unsupported = Annotated[None, BeforeValidator(_unsupported)]  # a standard field whose empty value alone is understood
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class StreamOptions(WireBody):

@@ -29,6 +29,7 @@ RESPONSES_WORDS = {
     "function.parameters": "parameters",
     "max_completion_tokens": "max_output_tokens",
     "messages": "input",
+    "reasoning_effort": "reasoning.effort",
     "response_format.json_schema": "text.format",
     "response_format": "text.format",
 }
@@ -56,7 +57,7 @@ class _ResponseRequest(WireBody):
     stream_options: ResponseStreamOptions | None = None
     reasoning: Reasoning | None = None
     truncation: Literal["disabled"] | None = None
-    include: Unsupported = None
+    include: list[Literal["reasoning.encrypted_content"]] | None = None
     max_tool_calls: Unsupported = None
     prompt: Unsupported = None
     top_logprobs: Unsupported = None
@@ -74,6 +75,8 @@ class _ResponseRequest(WireBody):
             item.tell(messages)
         fields: dict[str, Any] = {name: getattr(self, name) for name in AS_THEY_ARE if getattr(self, name) is not None}
         fields |= {"messages": messages, "tool_choice": self._choice(), "max_completion_tokens": self.max_output_tokens}
+        if self.reasoning is not None:
+            fields["reasoning_effort"] = self.reasoning.effort
         if self.tools:
             own = [tool.model_dump(exclude={"type"}) for tool in self.tools]
             fields["tools"] = [{"type": "function", "function": function} for function in own]
@@ -92,7 +95,9 @@ class _ResponseRequest(WireBody):
         form = None if self.text is None else self.text.format
         return {
             **{name: getattr(self, name) for name in REPEATED},
+            "include": self.include or [],
             "parallel_tool_calls": self.parallel_tool_calls is not False,
+            "reasoning": (self.reasoning or Reasoning()).model_dump(),
             "text": {"format": (form or TextFormat()).model_dump(exclude_none=True, by_alias=True)},
             "tool_choice": self.tool_choice or "auto",
             "tools": [tool.model_dump() for tool in self.tools or ()],

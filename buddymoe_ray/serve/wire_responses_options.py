@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from buddymoe_ray.serve.wire_parts import Unsupported, WireBody
+from buddymoe_ray.serve.wire_parts import Effort, Unsupported, WireBody
 
 __all__ = ["FunctionTool", "Reasoning", "ResponseStreamOptions", "Stateless", "TextConfig", "TextFormat"]
 
@@ -47,10 +47,10 @@ class TextConfig(WireBody):
 
 
 class Reasoning(WireBody):
-    """`reasoning`: a model thinks as it does."""
+    """`reasoning`. Of summaries the most detailed that there is, `auto`, is none."""
 
-    effort: Unsupported = None
-    summary: Unsupported = None
+    effort: Effort | None = None
+    summary: Literal["auto"] | None = None
 
 
 class ResponseStreamOptions(WireBody):

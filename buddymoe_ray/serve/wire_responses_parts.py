@@ -5,15 +5,18 @@ Types the shapes alone: what they hold is checked as a part of `wire.ChatRequest
 
 from __future__ import annotations
 
+import base64
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from buddymoe_ray.serve.wire_parts import Unsupported, WireBody, by_type, of_types
 
-__all__ = ["Items"]
+__all__ = ["ENCRYPTED", "Items", "packed_thoughts"]
 
 TEXTS = ("input_text", "output_text", "reasoning_text", "summary_text")
+ENCRYPTED = "reasoning.encrypted_content"
+"""What clients `include` that keep conversations to themselves."""
 ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 
 
@@ -30,6 +33,9 @@ def _items(value: object) -> object:
     return of_types(
         [{"type": "message", **item} if isinstance(item, dict) and "role" in item else item for item in given], ITEMS
     )
+
+
+THOUGHTFUL = {"role", "content", "reasoning_content"}  # a message whose text or calls may still come
 
 
 class TextPart(WireBody):
@@ -63,7 +69,7 @@ class MessageItem(_Item):
         """Add it; an assistant's goes with the thoughts before it."""
         texts = [part.text for part in self.content]
         content = texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
-        if self.role == "assistant" and messages and messages[-1].keys() == {"role", "content", "reasoning_content"}:
+        if self.role == "assistant" and messages and messages[-1].keys() == THOUGHTFUL:
             messages[-1]["content"] = content
         else:
             messages.append({"role": self.role, "content": content})
@@ -98,18 +104,33 @@ class OutputItem(_Item):
         messages.append({"role": "tool", "tool_call_id": self.call_id, "content": text})
 
 
+def packed_thoughts(text: str) -> str:
+    """Thoughts as `encrypted_content`: they are no secret of ours, so it is base64."""
+    return base64.b64encode(text.encode(errors="replace")).decode()
+
+
+def _unpacked(value: object) -> object:
+    try:
+        return base64.b64decode(value, validate=True).decode() if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError("must be sent as it came from this service") from None
+
+
 class ReasoningItem(_Item):
-    """Thoughts of an earlier answer, or, where it says no more, their summary."""
+    """Thoughts of an earlier answer; where it says no more, what its `encrypted_content` holds, or their summary."""
 
     type: Literal["reasoning"]
     summary: Parts = Field(default_factory=list)
     content: Parts | None = None
-    encrypted_content: Unsupported = None
+    encrypted_content: Annotated[str | None, BeforeValidator(_unpacked)] = None
 
     def tell(self, messages: list[dict[str, Any]]) -> None:
-        """Add them; what the assistant said comes next."""
-        thoughts = "".join(part.text for part in self.content or self.summary)
-        if thoughts:
+        """Add them to those just before; what the assistant said comes next."""
+        told = [part.text for part in self.content or ()] or [self.encrypted_content or ""]
+        thoughts = "".join(told) or "".join(part.text for part in self.summary)
+        if thoughts and messages and messages[-1].keys() == THOUGHTFUL and not messages[-1]["content"]:
+            messages[-1]["reasoning_content"] += f"\n{thoughts}"
+        elif thoughts:
             messages.append({"role": "assistant", "content": "", "reasoning_content": thoughts})
 
 

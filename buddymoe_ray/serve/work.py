@@ -26,6 +26,7 @@ __all__ = [
     "ResumedChoice",
     "Spelling",
     "Terms",
+    "Thinking",
     "TokenText",
     "ToolUse",
     "Work",
@@ -63,6 +64,22 @@ class ToolUse:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Thinking:
+    """How much a model is to think before it answers; None leaves it to the model.
+
+    Args:
+        enabled: whether at all.
+        effort: a word that chat templates know. `usual` is the one that asks for what a model does anyway.
+        budget: most tokens of thoughts; then their end is written for it.
+    """
+
+    enabled: bool | None = None
+    effort: str | None = None
+    usual: str = "medium"
+    budget: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Terms:
     """How a request's missing experts are answered; the fields are those of `types.GenerationRequest`."""
 
@@ -90,6 +107,7 @@ class Work:
         messages: a conversation, rendered by the model's chat template.
         template_options: variables for the chat template, beside the messages.
         tools: what the answer may call.
+        thinking: how much the model is to think about a conversation.
         reads_answer: the caller reads thoughts and calls out of the text, and wants to know how.
         sampling: how tokens are chosen. Choice k of a prompt uses `seed + k`. Its `max_tokens` is not read.
         given: fields of `sampling` that the caller named; the others are as the checkpoint says, where it does.
@@ -115,6 +133,7 @@ class Work:
     messages: tuple[ChatMessage, ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
     tools: ToolUse | None = None
+    thinking: Thinking = Thinking()
     reads_answer: bool = False
     sampling: SamplingParams
     given: frozenset[str] = frozenset()

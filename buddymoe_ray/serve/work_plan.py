@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from buddymoe_ray.engine.answers import AnswerForm
+from buddymoe_ray.engine.thoughts import thought_budget
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.models.token_bytes import TokenBytes
 from buddymoe_ray.serve.deltas import Echo, delta_of
@@ -27,6 +28,7 @@ from buddymoe_ray.serve.prompts import (
     spelling_of,
 )
 from buddymoe_ray.serve.refusals import failure, refusal_of
+from buddymoe_ray.serve.thinking import in_template
 from buddymoe_ray.serve.work import Delta, Refusal, Spelling, Work
 from buddymoe_ray.types import GenerationRequest, TokenEvent
 
@@ -97,12 +99,14 @@ class Intake:
     def plan(self, work: Work) -> WorkPlan | Refusal:
         """One engine request per choice to answer, or why there is none. Takes its time over a long text."""
         try:
-            chosen = resumed_choices(work)
-            prompts = encode(self._engine.tokenizer, work)
+            chosen, tokenizer = resumed_choices(work), self._engine.tokenizer
+            work = in_template(tokenizer, work)
+            prompts = encode(tokenizer, work)
             if work.spells_only:
-                spelled = tuple(spelling_of(self._engine.tokenizer, prompt) for prompt in prompts)
+                spelled = tuple(spelling_of(tokenizer, prompt) for prompt in prompts)
                 return WorkPlan(requests={}, prompts=prompts, spelled=spelled)
-            work, answer = in_form(self._engine.tokenizer, work)
+            work, answer = in_form(tokenizer, work)
+            thoughts = thought_budget(tokenizer, answer, work.thinking.budget)
         except RequestError as error:
             return refusal_of(error)
         except Exception:
@@ -115,7 +119,9 @@ class Intake:
             limit = self._output_limit(len(prompt), work)
             if isinstance(limit, Refusal):
                 return limit
-            requests |= {choice: self._request(work, prompt, choice, limit, chosen[choice]) for choice in choices}
+            for choice in choices:
+                request = self._request(work, prompt, choice, limit, chosen[choice])
+                requests[choice] = replace(request, thoughts=thoughts)
             if work.echo:
                 told = echo_of(self._engine.tokenizer, work.prompts[at], prompt)
                 echoes |= {choice: replace(told, told=bool(chosen[choice])) for choice in choices}

@@ -170,7 +170,7 @@ def test_special_tokens_among_the_marks_are_text(name: str) -> None:
     assert answer_form(tokenizer, {}, TOOLS).specials  # type: ignore[union-attr]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(sorted(FORMS)), st.integers(0, 2**32))
 def test_what_is_broken_comes_back_as_text_and_no_word_is_lost(name: str, seed: int) -> None:
     """Words between pieces of the form's own marks: each is in the text, the thoughts, a name or arguments."""

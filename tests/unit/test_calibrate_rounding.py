@@ -106,7 +106,7 @@ def _left(W: Tensor, q: Tensor, fmt: LowbitFormat) -> Tensor:
     return 1 - wu.square() / (ww * uu)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     bits=st.sampled_from(BITS),
     N=st.integers(1, 40),
@@ -272,7 +272,7 @@ def test_singular_and_bad_moments_fall_back_to_something_sane() -> None:
     assert weighted_error(W, rounded, single, fmt) <= weighted_error(W, round_plain(W, fmt), single, fmt)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     bits=st.sampled_from(BITS),
     N=st.integers(1, 9),

@@ -24,7 +24,7 @@ def image_of(markup: str) -> bytes:
     return base64.b64decode(re.findall(r"base64,([^\"]+)", markup)[0])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text())
 def test_any_text_makes_a_well_formed_page(text: str) -> None:
     page = rendered("simulation.html", {"title": text, "embedded": embedded, "hits": None, "speeds": None})

@@ -65,7 +65,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @example(prompt="", text="🙂", chunk_sizes=[1])
 @example(prompt="", text="ÀÀÀÀÀ一👩\u200d👩\u200d👧\u200d👦", chunk_sizes=[5, 12])
 @example(prompt="", text="e\u0301" * 20 + "世", chunk_sizes=[17])
@@ -79,7 +79,7 @@ def test_byte_level_text_is_exact_at_any_cut(prompt: str, text: str, chunk_sizes
     assert BROKEN not in "".join(pushed)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @example(prompt="🙂你", text="世界", chunk_sizes=[1])
 @example(prompt="é你好🙂", text="世 界", chunk_sizes=[1])
 @example(prompt="the", text=" 世界 over", chunk_sizes=[2])
@@ -93,7 +93,7 @@ def test_byte_fallback_text_is_exact_at_any_cut(prompt: str, text: str, chunk_si
     assert BROKEN not in "".join(pushed)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     words=st.lists(st.sampled_from(TEXT.split()), max_size=30),
     prompt=st.lists(st.sampled_from(TEXT.split()), max_size=10),
@@ -237,7 +237,7 @@ def test_the_test_text_is_worth_testing() -> None:
     assert len(encode(byte_fallback(), "🙂")) >= 4
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @example(prompt="a", text="naïve 🙂ü", noise=[], chunk_sizes=[1])
 @given(
     prompt=texts,

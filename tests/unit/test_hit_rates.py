@@ -69,7 +69,7 @@ def test_served_is_that_of_a_simulated_cache(layers: int, experts: int, top_k: i
         assert found[la].tolist() == pytest.approx(wanted)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), experts=st.integers(2, 6), top_k=st.integers(1, 3), tokens=st.integers(1, 7))
 def test_the_oracle_cannot_be_beaten(seed: int, experts: int, top_k: int, tokens: int) -> None:
     top_k = min(top_k, experts)

@@ -28,7 +28,7 @@ BITS = [2, 3, 4, 8]
 
 
 @pytest.mark.parametrize("bits", BITS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(N=st.integers(1, 40), K=st.integers(1, 100), seed=st.integers(0, 999))
 def test_unpack_inverts_pack(bits: int, N: int, K: int, seed: int) -> None:
     fmt = LowbitFormat(bits=bits)

@@ -22,7 +22,7 @@ LARGE = Effort(fill_rounds=2, exchange_cells=0)
 
 
 @given(seeds)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_objective_is_the_cheapest_way_of_every_use(seed: int) -> None:
     problem = random_problem(seed)
     held_PN = np.random.default_rng(seed).random((len(problem.pools), problem.experts)) < 0.4
@@ -32,7 +32,7 @@ def test_the_objective_is_the_cheapest_way_of_every_use(seed: int) -> None:
 
 
 @given(seeds)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_values_are_differences_of_the_objective(seed: int) -> None:
     problem = random_problem(seed)
     rng = np.random.default_rng(seed)
@@ -50,7 +50,7 @@ def test_values_are_differences_of_the_objective(seed: int) -> None:
 
 
 @given(seeds, st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_map_keeps_every_rule(seed: int, large: bool) -> None:
     problem = random_problem(seed)
     effort = LARGE if large else None
@@ -64,7 +64,7 @@ def test_a_map_keeps_every_rule(seed: int, large: bool) -> None:
 
 
 @given(seeds)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_equal_problems_get_equal_maps_and_nothing_moves_without_a_reason(seed: int) -> None:
     problem = random_problem(seed)
     first = solve(problem)

@@ -18,7 +18,7 @@ seeds = st.integers(0, 10_000)
 
 
 @given(seeds)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_baseline_keeps_to_bytes_and_replicas(seed: int) -> None:
     problem = random_problem(seed)
     for rule in (round_robin, static, eplb, oracle):
@@ -44,7 +44,7 @@ def test_round_robin_and_static_place_as_they_say() -> None:
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=9), st.integers(0, 30), st.integers(1, 6))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_replicas_go_to_the_highest_load_per_replica(load: list[int], slots: int, most: int) -> None:
     load_E = np.array(load, dtype=float)
     copies_E = replicas_by_load(load_E, slots, most)
@@ -71,7 +71,7 @@ def test_eplb_spreads_load_evenly() -> None:
 
 
 @given(seeds, st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_a_mover_may_stop_anywhere(seed: int, from_nothing: bool) -> None:
     problem = random_problem(seed)
     old = None if from_nothing else solve(problem)

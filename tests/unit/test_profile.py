@@ -358,7 +358,7 @@ def test_rows_of_other_columns_are_named(saved: Path) -> None:
     assert "comparison is otherwise" in refused(rewrite(saved, lambda body: body["comparison"][0].pop("kl")))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_random_damage_is_a_profile_error_or_harmless(data: st.DataObject, tmp_path_factory: Any) -> None:
     """Whatever bytes change inside a sealed body, loading either refuses cleanly or gives a valid profile."""

@@ -158,7 +158,7 @@ def test_support_and_frequencies_are_those_of_transformers(how: dict[str, Any]) 
     assert far_from(seen, probs_V) < 4.5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     logits_seed=st.integers(0, 10_000),
     temperature=st.floats(0.3, 2.0),

@@ -358,7 +358,7 @@ def test_random_operations_follow_the_rules(seed: int) -> None:
     assert model.pool.free_blocks == model.blocks
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(randomness=st.randoms(use_true_random=False), operations=st.integers(1, 60))
 def test_any_operations_follow_the_rules(randomness: random.Random, operations: int) -> None:
     model = Model(randomness)

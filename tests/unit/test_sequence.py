@@ -153,7 +153,7 @@ def test_an_unfinished_character_is_dropped_at_the_length() -> None:
     assert text_of(feed(seq, ids)) == "ab"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     text=st.text(alphabet="ab 世🙂", max_size=20),
     stops=st.lists(st.text(alphabet="ab 世🙂", min_size=1, max_size=4), max_size=2),

@@ -20,7 +20,7 @@ from buddymoe_ray.errors import RequestError
 from buddymoe_ray.serve.calls import MESSAGES, ModelNames, open_call
 from buddymoe_ray.serve.render import ReplyHead
 from buddymoe_ray.serve.render_messages import MessagesRenderer
-from buddymoe_ray.serve.work import Delta, Work
+from buddymoe_ray.serve.work import Delta, Thinking, Work
 from buddymoe_ray.serve.worker import Worker
 from buddymoe_ray.types import Usage
 
@@ -150,8 +150,10 @@ async def test_errors_have_anthropics_shape() -> None:
         "max_tokens": {"max_tokens": 0},
         "temperature": {"temperature": 3},
         "stop_sequences": {"stop_sequences": [""]},
-        "thinking": {"thinking": {"type": "disabled"}},  # this template has no such switch
-        "thinking.budget_tokens": {"thinking": {"type": "enabled", "budget_tokens": 1024}},
+        "thinking": {"thinking": {"type": "enabled", "budget_tokens": 1024}},  # this model has no thoughts
+        "thinking.budget_tokens": {"thinking": {"type": "enabled", "budget_tokens": -1}},
+        "budget_tokens": {"thinking": {"type": "disabled", "budget_tokens": 1024}},
+        "output_config.effort": {"output_config": {"effort": "max"}},
         "container": {"container": "c"},
         "tools is given": {"tools": TOOLS},
         "tools[0].type": {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
@@ -211,6 +213,10 @@ def test_a_conversation_is_put_into_the_words_of_chat() -> None:
     assert work.messages[2].reasoning_content == "Hm." and work.messages[3].tool_call_id == "c1"
     assert work.messages[2].tool_calls[0]["function"] == {"name": "get_news", "arguments": {"city": "Rome"}}
     assert work.tools is not None and not work.tools.several and work.max_tokens == 60
+    assert work.thinking == Thinking(usual="high")
+    thinks = {"thinking": {"type": "enabled", "budget_tokens": 1024}, "output_config": {"effort": "low"}}
+    assert opened(asked | thinks).thinking == Thinking(enabled=True, effort="low", usual="high", budget=1024)
+    assert opened(asked | {"thinking": {"type": "disabled"}}).thinking.enabled is False
     form = {"format": {"type": "json_schema", "schema": {"type": "object", "not": {}}}}
     with pytest.raises(RequestError, match=r"output_config\.format\.schema"):
         opened(BODY | {"output_config": form})

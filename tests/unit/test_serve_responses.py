@@ -18,9 +18,11 @@ from buddymoe_ray.engine.answer_forms import THOUGHTS
 from buddymoe_ray.engine.answers import AnswerForm
 from buddymoe_ray.engine.async_engine import AsyncEngine
 from buddymoe_ray.engine.engine import Engine
+from buddymoe_ray.errors import RequestError
 from buddymoe_ray.serve.calls import RESPONSES, ModelNames, open_call
 from buddymoe_ray.serve.render import ReplyHead
 from buddymoe_ray.serve.render_responses import ResponsesRenderer
+from buddymoe_ray.serve.wire_responses_parts import packed_thoughts
 from buddymoe_ray.serve.work import Delta
 from buddymoe_ray.serve.worker import Worker
 from buddymoe_ray.types import Usage
@@ -126,7 +128,7 @@ async def test_what_cannot_be_is_refused_by_name() -> None:
         "input": {"input": [{"type": "item_reference", "id": "i"}]},
         "max_output_tokens": {"max_output_tokens": 0},
         "temperature": {"temperature": 3},
-        "include": {"include": ["reasoning.encrypted_content"]},
+        "include[0]": {"include": ["message.output_text.logprobs"]},
         "reasoning.effort": {"reasoning": {"effort": "high"}},
         "text.format": {"text": {"format": {"type": "json_schema", "name": "n", "schema": {"not": {}}}}},
         "tools": {"tools": TOOLS},
@@ -141,7 +143,8 @@ async def test_what_cannot_be_is_refused_by_name() -> None:
         assert told.startswith("input and max_output_tokens are 7 + 1000 tokens")
         with pytest.raises(openai.BadRequestError, match="send the whole conversation as input"):
             await openai_client(client).responses.create(model="fake", input="x", previous_response_id="resp_1")
-        neutral = {"store": False, "background": False, "include": [], "reasoning": {"effort": None}, "metadata": {}}
+        neutral = {"store": False, "background": False, "include": [], "metadata": {}}
+        neutral |= {"reasoning": {"effort": "medium", "summary": "auto"}}
         assert (await client.post(PATH, json=BODY | neutral)).status_code == 200
 
 
@@ -157,6 +160,7 @@ def test_a_conversation_is_put_into_the_words_of_chat() -> None:
     items = [
         QUESTION,
         {"type": "reasoning", "id": "r1", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
+        {"type": "reasoning", "id": "r2", "summary": [], "encrypted_content": packed_thoughts("So: ☃")},
         {"role": "assistant", "content": [{"type": "output_text", "text": "Let me see.", "annotations": []}]},
         {"type": "function_call", "call_id": "c1", "name": "get_news", "arguments": '{"city": "Rome"}'},
         {"type": "function_call", "call_id": "c2", "name": "get_news", "arguments": '{"city": "Oslo"}'},
@@ -164,7 +168,8 @@ def test_a_conversation_is_put_into_the_words_of_chat() -> None:
         {"type": "function_call_output", "call_id": "c2", "output": "rain"},
         {"type": "function_call", "call_id": "c3", "name": "get_weather", "arguments": "{}"},
     ]
-    body = json.dumps(ASKED | {"input": items, "instructions": "Be brief.", "parallel_tool_calls": False})
+    asked = ASKED | {"input": items, "instructions": "Be brief.", "parallel_tool_calls": False}
+    body = json.dumps(asked | {"reasoning": {"effort": "low"}})
     work = open_call(RESPONSES, body.encode(), ModelNames(model="fake"), unique="1", created=0).work
     assert [(m.role, m.content, len(m.tool_calls)) for m in work.messages] == [
         ("system", "Be brief.", 0),
@@ -174,14 +179,20 @@ def test_a_conversation_is_put_into_the_words_of_chat() -> None:
         ("tool", "rain", 0),
         ("assistant", None, 1),
     ]
-    assert work.messages[2].reasoning_content == "Hm." and work.messages[4].tool_call_id == "c2"
+    assert work.messages[2].reasoning_content == "Hm.\nSo: ☃" and work.messages[4].tool_call_id == "c2"
     assert work.tools is not None and not work.tools.several and work.limit_field == "max_completion_tokens"
+    assert work.thinking.effort == "low"
+    for thoughts in ("not base64", "/w=="):
+        wrong = json.dumps(ASKED | {"input": [items[0], items[2] | {"encrypted_content": thoughts}]})
+        with pytest.raises(RequestError, match="must be sent as it came from this service"):
+            open_call(RESPONSES, wrong.encode(), ModelNames(model="fake"), unique="1", created=0)
 
 
 def test_items_follow_each_other() -> None:
     fields = {"content": {"repeats": True, "join": ""}, "reasoning_content": THOUGHTS}
     form = AnswerForm(template={"start_anchor_pattern": r"\A", "fields": fields})
-    whole, stream = (ResponsesRenderer(ReplyHead(id="resp-1", created=0, model="m")) for _ in range(2))
+    head = ReplyHead(id="resp-1", created=0, model="m", repeats={"include": ["reasoning.encrypted_content"]})
+    whole, stream = ResponsesRenderer(head), ResponsesRenderer(head)
     for renderer in (whole, stream):
         renderer.read_as(form)
     texts = ("<think>I ", "think</think>", "Hel", "lo")
@@ -198,6 +209,7 @@ def test_items_follow_each_other() -> None:
         ("reasoning", "I think", "completed"),
         ("message", "Hello", "incomplete"),
     ]
+    assert body["output"][0]["encrypted_content"] == packed_thoughts("I think")
     kinds = [event["type"].removeprefix("response.") for event in events]
     assert kinds[2:5] == ["output_item.added", "content_part.added", "reasoning_text.delta"]
     assert kinds.index("reasoning_text.done") < kinds.index("output_text.delta")

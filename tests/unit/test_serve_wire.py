@@ -8,7 +8,7 @@ from typing import Any
 import openai.types.chat.completion_create_params as chat_types
 import openai.types.completion_create_params as completion_types
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from buddymoe_ray.errors import RequestError
@@ -435,7 +435,6 @@ field_names = st.sampled_from(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a loaded machine draws slowly
 @given(st.dictionaries(field_names, json_values, max_size=5))
 def test_any_object_is_parsed_or_refused_and_nothing_else(fields: dict[str, Any]) -> None:
     body = json.dumps({"model": "m"} | fields).encode()

@@ -37,7 +37,7 @@ def must_hold(text: str, wanted: list[str]) -> int:
     return max(ends, default=0)
 
 
-@settings(max_examples=700, deadline=None)
+@settings(max_examples=700)
 @example(text="abc", wanted=["abc", "b"], at=[2])
 @example(text="aab", wanted=["aab", "ab"], at=[])
 @example(text="ababc", wanted=["abc"], at=[1, 2, 3, 4])

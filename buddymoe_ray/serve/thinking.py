@@ -1,0 +1,63 @@
+"""What a request asks of a model's thoughts, as variables of its chat template. Each has its effect or is refused.
+
+Knows the tokenizer, not the engine. On the token path: `Work` → `in_template` → `prompts.encode`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from buddymoe_ray.engine.answers import answer_form
+from buddymoe_ray.engine.chat import template_variables
+from buddymoe_ray.errors import RequestError
+from buddymoe_ray.serve.work import Work
+
+__all__ = ["in_template"]
+
+_SWITCHES = ("enable_thinking", "thinking")
+"""What templates call the variable that turns thoughts on or off: Qwen's and GLM's; DeepSeek's and Granite's."""
+
+
+def in_template(tokenizer: Any, work: Work) -> Work:
+    """The same work, with what it asks of thoughts in `template_options`; what stands there already wins.
+
+    Raises:
+        RequestError: the model's chat template has no place for it.
+    """
+    wish = work.thinking
+    known = template_variables(tokenizer) if work.messages and (wish.enabled, wish.effort) != (None, None) else ()
+    if not known:  # a conversation without a template is refused where it is rendered
+        return work
+    options: dict[str, Any] = {}
+    enabled = wish.enabled
+    if "reasoning_effort" in known:
+        options |= {"reasoning_effort": wish.effort} if wish.effort is not None else {}
+    elif wish.effort == "none":
+        enabled = False
+    elif wish.effort not in (None, wish.usual):
+        raise RequestError(
+            f"reasoning_effort is {wish.effort}, must be {wish.usual}, none or left out: the model's chat template "
+            "reads no such variable. hint: limit thoughts by thinking_token_budget",
+            param="reasoning_effort",
+        )
+    switch = next((name for name in _SWITCHES if name in known), None)
+    if enabled is not None and switch is not None:
+        options[switch] = enabled
+    work = replace(work, template_options=options | dict(work.template_options))
+    if enabled is not None and switch is None:
+        _check_is(enabled, tokenizer, work)
+    return work
+
+
+def _check_is(enabled: bool, tokenizer: Any, work: Work) -> None:
+    """Raises RequestError unless the model thinks, or does not, without being told."""
+    form = answer_form(tokenizer, work.template_options)
+    thinks = form is not None and form.thinks
+    if thinks != enabled:
+        always = "thinks whatever it is asked" if thinks else "writes no thoughts"
+        raise RequestError(
+            f"chat_template_kwargs.enable_thinking is {str(enabled).lower()}, must be left out: this model {always}. "
+            "hint: leave it out",
+            param="chat_template_kwargs.enable_thinking",
+        )
