@@ -5,7 +5,7 @@ Knows nothing of residency, slots or models: it gets tensors and returns tensors
 
 from buddymoe_ray.kernels.coded import coded_forward, decoded, plain_weights
 from buddymoe_ray.kernels.coded_format import COLUMNS, CodedWeight, coded_shapes
-from buddymoe_ray.kernels.cpu import CpuLinear, combine, combine_kernel, decodes, linear_rows, widens
+from buddymoe_ray.kernels.cpu import CpuLinear, combine, combine_kernel, decodes, linear_rows
 from buddymoe_ray.kernels.cpu import prepare as prepare_lowbit
 from buddymoe_ray.kernels.decoder import DecoderLayer, DecoderLayers, DecoderParts, Routed, StandinRecords, Tallies
 from buddymoe_ray.kernels.expert_layer import ExpertLayer
@@ -27,6 +27,7 @@ from buddymoe_ray.kernels.reference import ExpertMath, expert_forward
 from buddymoe_ray.kernels.rounding_cpu import pack_plain
 from buddymoe_ray.kernels.router import CpuRouter
 from buddymoe_ray.kernels.slot_words import unchanged
+from buddymoe_ray.kernels.stored import widens
 from buddymoe_ray.kernels.triton.experts import TritonExperts, combine_on_device, interpreted
 from buddymoe_ray.kernels.upcast import UpcastScratch
 

@@ -204,10 +204,10 @@ def _write(call: Any, plan: Any, block: Any, scratch: Any, r: Any, total: Any) -
     out, row = scratch.outputs[r * width : (r + 1) * width], scratch.row
     for i in range(width):
         row[i] = out[i] / total
-    if plan.spread:  # even ones of a group came first
+    if plan.spread:  # odd ones of a group came first
         for g in range(0, width, GROUP):
             for i in range(GROUP // 2):
-                out[g + 2 * i], out[g + 2 * i + 1] = row[g + i], row[g + GROUP // 2 + i]
+                out[g + 2 * i + 1], out[g + 2 * i] = row[g + i], row[g + GROUP // 2 + i]
     else:
         for i in range(width):
             out[i] = row[i]

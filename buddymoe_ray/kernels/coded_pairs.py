@@ -24,7 +24,7 @@ from buddymoe_ray.kernels.coded_fp8 import bfloat16s
 from buddymoe_ray.kernels.coded_tiles import CodedTiles
 from buddymoe_ray.kernels.lowbit_format import GROUP
 from buddymoe_ray.kernels.stored_tiles import FLOATS, INTS, LANES, LINE
-from buddymoe_ray.kernels.vector_ir import F32, I8, I16, I32, I64, VOID, at, call, const, load, loop, vec
+from buddymoe_ray.kernels.vector_ir import F32, I8, I32, I64, VOID, at, call, const, load, loop, nearest_halves, vec
 from buddymoe_ray.types import CodeFormat
 
 __all__ = ["has_pairs", "pairs_module_text"]
@@ -68,19 +68,11 @@ class _Pairs(CodedTiles):
                 g = b.add(b.mul(turn, I64(2)), I64(i))
                 source = b.select(b.icmp_signed("<", g, G), b.add(x, b.mul(g, I64(4 * GROUP))), none)
                 value = load(b, source, floats)
-                upper = self._nearest(b, value)
+                upper = nearest_halves(b, value)
                 back = b.bitcast(b.shl(b.zext(upper, vec(I32, GROUP)), const(vec(I32, GROUP), 16)), floats)
-                for part, halves in enumerate((upper, self._nearest(b, b.fsub(value, back)))):
+                for part, halves in enumerate((upper, nearest_halves(b, b.fsub(value, back)))):
                     for odd in (0, 1):
                         some = b.shuffle_vector(halves, halves, const(INTS, range(odd, GROUP, 2)))
                         offset = b.add(b.mul(turn, I64(4 * LINE)), I64(LINE * (2 * part + odd) + 2 * LANES * i))
                         b.store(some, at(b, row, some.type, offset), align=1)
         b.ret_void()
-
-    def _nearest(self, b: Any, value: Any) -> Any:
-        """Upper halves of float32s, to nearest even; of what is no number, still none."""
-        bits, kind = b.bitcast(value, vec(I32, GROUP)), vec(I32, GROUP)
-        even = b.and_(b.lshr(bits, const(kind, 16)), const(kind, 1))
-        rounded = b.add(bits, b.add(even, const(kind, 0x7FFF)))
-        finite = b.icmp_unsigned("<", b.and_(bits, const(kind, 0x7FFFFFFF)), const(kind, 0x7F800000))
-        return b.trunc(b.lshr(b.select(finite, rounded, const(kind, 0x7FC00000)), const(kind, 16)), vec(I16, GROUP))

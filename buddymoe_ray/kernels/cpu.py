@@ -8,7 +8,6 @@ Legend: R rows of one expert or matrix, D hidden, F ffn, N outputs and K inputs 
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -30,6 +29,7 @@ from buddymoe_ray.kernels.lowbit_format import BLOCK, LowbitFormat, Matrix, Pack
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.kernels.reference import combine as combine_reference
 from buddymoe_ray.kernels.rowwise import rowwise
+from buddymoe_ray.kernels.stored import stored_product, widens
 from buddymoe_ray.types import CodedMatrix, CodeFormat
 
 __all__ = [
@@ -50,9 +50,6 @@ __all__ = [
     "linear_kernel",
     "prepare",
     "product_of",
-    "stored_functions",
-    "stored_product",
-    "widens",
 ]
 
 T = TypeVar("T")
@@ -118,14 +115,6 @@ def product_of(matrix: Matrix, fmt: LowbitFormat, dtype: torch.dtype, bias: tupl
     return Product(codes, scales, base, *bias, N, K, native["project"], native.get("quantise", 0))
 
 
-def stored_product(
-    place: int, shape: tuple[int, int], weights: str | torch.dtype, bias: tuple[int, int] = (0, 0)
-) -> Product:
-    """A matrix [N, K] as it is stored, in the dtype `weights`, for float32 rows; see `product_of`."""
-    native = stored_functions(weights)
-    return Product(place, 0, 0, *bias, *shape, native["project"], native.get("spread", 0))
-
-
 def coded_product(
     places: Mapping[str, int], matrix: CodedMatrix, dtype: torch.dtype, bias: tuple[int, int] = (0, 0)
 ) -> Product:
@@ -144,25 +133,9 @@ def bias_bytes(dtype: str) -> int | None:
     return None if dtype == "float16" else ITEM_BYTES.get(dtype)
 
 
-@cache
-def widens(weights: str | torch.dtype) -> bool:
-    """Whether this CPU multiplies weights stored in a dtype in machine code."""
-    import llvmlite.binding as llvm
-
-    name = _name(weights)
-    if platform.machine() in ("aarch64", "arm64"):
-        return name in ITEM_BYTES
-    has = llvm.get_host_cpu_features()
-    return name in ITEM_BYTES and bool(has.get("fma")) and (name != "float16" or bool(has.get("f16c")))
-
-
 def decodes(fmt: CodeFormat) -> bool:
     """Whether this CPU multiplies quantised weights as stored in machine code."""
     return widens("float16") and (fmt.scale == "e8m0" or fmt.scale in ITEM_BYTES)
-
-
-def _name(dtype: str | torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def as_read(x: Tensor) -> Tensor:
@@ -198,9 +171,9 @@ class CpuLinear:
     """`y = x W^T + bias` for rows of `dtype`, from a packed matrix or one as stored, plain or quantised. Rows do not
     see each other.
 
-    Rows are multiplied in float32; those of another dtype, with packed weights and most quantised ones (coded.py), with
-    16 bits (error 4e-5). `threads` share the outputs, but for those of GPTQ and AWQ, which lie side by side; the bits
-    do not depend on it. The bias is bfloat16 or float32.
+    Rows are multiplied in float32, or as they are where they and the weights are bfloat16; those of another dtype, with
+    packed weights and most quantised ones (coded.py), with 16 bits (error 4e-5). `threads` share the outputs, but for
+    those of GPTQ and AWQ, which lie side by side; the bits do not depend on it. The bias is bfloat16 or float32.
     Machine code is made here (seconds at the first time on a machine), not in the first call. `plan_at` is what it
     reads, with all outputs in one thread, for as long as the layer lives.
     """
@@ -229,7 +202,7 @@ class CpuLinear:
             if bias_N is not None:
                 bias = (bias_N[begin:].data_ptr(), bias_N.itemsize)
             if isinstance(weight, Tensor):
-                product = stored_product(weight[begin:].data_ptr(), (count, self._K), weight.dtype, bias)
+                product = stored_product(weight[begin:].data_ptr(), (count, self._K), weight.dtype, dtype, bias)
             elif isinstance(weight, CodedWeight):
                 product = coded_product(weight.places(begin), replace(weight.matrix, N=count), dtype, bias)
             else:
@@ -320,20 +293,6 @@ def prepare(fmt: LowbitFormat, dtype: torch.dtype) -> None:
     _tiles(fmt, dtype != torch.float32)
     experts_kernel()
     linear_kernel()
-
-
-def stored_functions(weights: str | torch.dtype) -> Mapping[str, int]:
-    """Addresses of what stored_tiles.py writes for weights of that dtype; made, or loaded, by the first call."""
-    return _stored_functions(_name(weights))
-
-
-@cache
-def _stored_functions(name: str) -> Mapping[str, int]:
-    from buddymoe_ray.kernels.machine_code import native_functions
-    from buddymoe_ray.kernels.stored_tiles import stored_module_text
-
-    names = ("project", "project_strided", "blend") + (("spread",) if name == "bfloat16" else ())
-    return native_functions(stored_module_text(name), names)
 
 
 @cache

@@ -27,12 +27,11 @@ from buddymoe_ray.kernels.cpu import (
     experts_kernel,
     in_threads,
     product_of,
-    stored_product,
-    widens,
 )
 from buddymoe_ray.kernels.expert_calls import ANYWHERE, NO_SUCH_EXPERT, NO_SUCH_RECORD, OK, Expert, Product, plan_of
 from buddymoe_ray.kernels.lowbit_format import LowbitFormat, matrix_at
 from buddymoe_ray.kernels.reference import ExpertMath
+from buddymoe_ray.kernels.stored import stored_product, widens
 from buddymoe_ray.types import CodedMatrix, SlotTensor
 
 __all__ = ["ExpertLayer"]
@@ -170,7 +169,7 @@ def _product(
         return coded_product(parts, fmt, dtype, place)
     if fmt is None:
         N, K = tensors[name].shape
-        return stored_product(tensors[name].offset, (N, K), tensors[name].dtype, place)
+        return stored_product(tensors[name].offset, (N, K), tensors[name].dtype, dtype, place)
     return product_of(matrix_at(layout, name, fmt), fmt, dtype, place)
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.kernels.attention_calls import AttentionCall, AttentionPlan
-from buddymoe_ray.kernels.cpu import Kernel, in_threads, stored_functions, widens
+from buddymoe_ray.kernels.cpu import Kernel, in_threads
+from buddymoe_ray.kernels.stored import stored_functions, widens
 
 __all__ = ["PagedLayer"]
 

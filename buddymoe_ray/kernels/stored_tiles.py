@@ -7,8 +7,9 @@
                                                      those of the one before
     blend(weights, stride, K, N, rows, R)            the transposed product, added: a row of N numbers times the matrix,
                                                      in rising order of n, to an output of whole groups
-    spread(x, G, row)    bfloat16 only: float32 x [32 G] with the even inputs of a group before the odd ones, for one
-                         shift or mask widens every other weight of a vector; `blend` leaves its outputs so
+    spread(x, G, row)    bfloat16 only: float32 x [32 G] with the odd inputs of a group before the even ones, for one
+                         mask or shift widens every other weight of a vector; `blend` leaves its outputs so
+    spread_rounded(...)  the same of the nearest bfloat16s
 
 Rows are float32; those over inputs are padded with zeros to whole groups of 32. Products are exact or rounded once by a
 fused multiply-add, 16 sums to an output of `project`, which are added in a fixed tree: the bits of an output depend on
@@ -17,7 +18,8 @@ its row and its weights alone, not on the rows or outputs beside it, nor on the 
 Reads weights to their last byte and no further: a last group that is not whole is copied first.
 
 Tried and dropped: no prefetch of the next outputs' weights (1.1 times as long at one row of bfloat16); 6 outputs at
-once for one row, 4 rows at once (do not fit into 16 registers).
+once for one row, 4 rows at once (do not fit into 16 registers); where there are 32, 8 outputs of 3 rows, 6 of 4, 2 and
+3 of 8 (.6, .95, .6 and .9 times as fast as 4 of 5 at 16 rows).
 
 Legend: N outputs and K inputs of the matrix, G groups of 32 inputs, R rows, b an `ir.IRBuilder`.
 """
@@ -44,6 +46,7 @@ from buddymoe_ray.kernels.vector_ir import (
     internal,
     load,
     loop,
+    nearest_halves,
     prefetch,
     splat,
     vec,
@@ -60,29 +63,33 @@ Shape = dict[int, tuple[int, ...]]
 ONE_ROW: Shape = {4: (1,), 1: (1,)}
 MANY_ROWS: Shape = {2: (3, 2, 1), 1: (3, 2, 1)}
 """Outputs at once, each with the numbers of rows at once."""
+MANY_ROWS_WIDE: Shape = {4: (5, 4, 3, 2, 1), 1: (4, 1)}
 
 
-def stored_module_text(dtype: str) -> str:
-    """The module's IR for weights of `dtype`."""
-    made = StoredTiles(dtype)
+def stored_module_text(dtype: str, *, registers: int = 16) -> str:
+    """The module's IR for weights of `dtype`, on a CPU with so many vector registers."""
+    made = StoredTiles(dtype, many_rows=MANY_ROWS if registers < 32 else MANY_ROWS_WIDE)
     made.project()
     made.blend()
     if dtype == "bfloat16":
-        made.spread()
+        made.spread_row("spread", rounded=False)
+        made.spread_row("spread_rounded", rounded=True)
     return str(made.module)
 
 
 class StoredTiles:
-    """Emits one module."""
+    """Emits one module. `row_bytes` are those of a group of a row."""
 
-    def __init__(self, dtype: str) -> None:
+    row_bytes = 4 * GROUP
+
+    def __init__(self, dtype: str, *, many_rows: Shape = MANY_ROWS) -> None:
         self.module = ir.Module(name=f"stored-{dtype}")
-        self._dtype, self._bytes = dtype, ITEM_BYTES[dtype]
+        self._dtype, self._bytes, self._shapes = dtype, ITEM_BYTES[dtype], (ONE_ROW, many_rows)
         self._group_bytes = GROUP * self._bytes
 
     def project(self) -> None:
         """Every block of outputs times every block of rows."""
-        shapes = (ONE_ROW, MANY_ROWS)
+        shapes = self._shapes
         tiles = {
             (outputs, rows): self._tile(outputs, rows)
             for outputs, rows in sorted({(o, r) for shape in shapes for o, several in shape.items() for r in several})
@@ -125,12 +132,12 @@ class StoredTiles:
             for place in here:
                 for line in range(0, self._group_bytes, LINE):
                     prefetch(b, b.add(place, ahead), line)
-            self._add_group(b, here, [b.add(place, b.mul(g, I64(4 * GROUP))) for place in x], sums)
+            self._add_group(b, here, [b.add(place, b.mul(g, I64(self.row_bytes))) for place in x], sums)
         with b.if_then(b.icmp_signed(">", rest, I64(0))):
             offset = b.mul(whole, I64(self._group_bytes))
             for copy, place in zip(part, w, strict=True):
                 self._copy(b, b.add(place, offset), copy, b.mul(rest, I64(self._bytes)))
-            self._add_group(b, part, [b.add(place, b.mul(whole, I64(4 * GROUP))) for place in x], sums)
+            self._add_group(b, part, [b.add(place, b.mul(whole, I64(self.row_bytes))) for place in x], sums)
         for out, row in zip(y, sums, strict=True):
             for n, place in enumerate(row):
                 b.store(lane_sum(b, b.load(place)), at(b, out, F32, 4 * n), align=4)
@@ -158,13 +165,13 @@ class StoredTiles:
                     b.store(call(b, f"llvm.fma.v{LANES}f32", FLOATS, [weight, x, b.load(place)]), place)
 
     def _widened(self, b: Any, place: Any, half: int) -> Any:
-        """Half of a group as float32: in bfloat16 its even or its odd weights."""
+        """Half of a group as float32: in bfloat16 its odd or its even weights."""
         if self._dtype == "float32":
             return load(b, place, FLOATS, 4 * LANES * half)
         if self._dtype == "float16":
             return b.fpext(load(b, place, vec(ir.HalfType(), LANES), 2 * LANES * half), FLOATS)
         pairs = load(b, place, INTS)
-        bits = b.and_(pairs, const(INTS, -0x10000)) if half else b.shl(pairs, const(INTS, 16))
+        bits = b.shl(pairs, const(INTS, 16)) if half else b.and_(pairs, const(INTS, -0x10000))
         return b.bitcast(bits, FLOATS)
 
     def blend(self) -> None:
@@ -220,14 +227,17 @@ class StoredTiles:
                 total = call(b, f"llvm.fma.v{LANES}f32", FLOATS, [weight, x, b.load(halves[half])])
                 b.store(total, halves[half])
 
-    def spread(self) -> None:
+    def spread_row(self, name: str, *, rounded: bool) -> None:
         """One row."""
-        kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 3), "spread")
+        kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 3), name)
         x, G, row = kernel.args
-        b, group = ir.IRBuilder(kernel.append_basic_block()), vec(F32, GROUP)
-        order = const(vec(I32, GROUP), [*range(0, GROUP, 2), *range(1, GROUP, 2)])
+        b, group, words = ir.IRBuilder(kernel.append_basic_block()), vec(F32, GROUP), vec(I32, GROUP)
+        order = const(words, [*range(1, GROUP, 2), *range(0, GROUP, 2)])
         with loop(b, G) as g:
             value, offset = load(b, x, group, b.mul(g, I64(4 * GROUP))), b.mul(g, I64(4 * GROUP))
+            if rounded:
+                halves = b.zext(nearest_halves(b, value), words)
+                value = b.bitcast(b.shl(halves, const(words, 16)), group)
             b.store(b.shuffle_vector(value, value, order), at(b, row, group, offset), align=1)
         b.ret_void()
 

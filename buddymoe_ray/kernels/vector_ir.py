@@ -29,6 +29,7 @@ __all__ = [
     "internal",
     "load",
     "loop",
+    "nearest_halves",
     "prefetch",
     "splat",
     "vec",
@@ -73,6 +74,16 @@ def call(b: Any, name: str, result: Any, args: Sequence[Any]) -> Any:
     if found is None:
         found = ir.Function(b.module, ir.FunctionType(result, [arg.type for arg in args]), name)
     return b.call(found, args)
+
+
+def nearest_halves(b: Any, value: Any) -> Any:
+    """The nearest bfloat16s (int16) of float32s, ties to even; of what is no number, still none."""
+    words, halves = (vec(item, value.type.count) for item in (I32, I16))
+    bits = b.bitcast(value, words)
+    even = b.and_(b.lshr(bits, const(words, 16)), const(words, 1))
+    rounded = b.add(bits, b.add(even, const(words, 0x7FFF)))
+    finite = b.icmp_unsigned("<=", b.and_(bits, const(words, 0x7FFFFFFF)), const(words, 0x7F800000))
+    return b.trunc(b.lshr(b.select(finite, rounded, const(words, 0x7FC00000)), const(words, 16)), halves)
 
 
 def prefetch(b: Any, address: Any, offset: int = 0) -> None:

@@ -9,7 +9,12 @@ from lowbit_records import gelu_gate, gpt_oss_gate, relu2, silu_gate
 from torch import Tensor, nn
 
 from buddymoe_ray.cache import slot_views
-from buddymoe_ray.kernels import CpuLinear, ExpertLayer, ExpertMath, expert_forward, widens
+from buddymoe_ray.kernels import CpuLinear, ExpertLayer, ExpertMath, expert_forward, stored, widens
+from buddymoe_ray.kernels.cpu import FIRST_AT, linear_kernel
+from buddymoe_ray.kernels.expert_calls import ANYWHERE, OK, Call, Expert, plan_of
+from buddymoe_ray.kernels.machine_code import native_functions
+from buddymoe_ray.kernels.stored_dots import has_dots
+from buddymoe_ray.kernels.stored_tiles import stored_module_text
 from buddymoe_ray.models.dense_dtype import StoredLinear
 from buddymoe_ray.models.expert_layout import slot_tensors
 from buddymoe_ray.types import ExpertLayout
@@ -65,6 +70,35 @@ def test_infinite_and_missing_numbers_stay_what_they_are() -> None:
     x_RK[0, 7], x_RK[1, 39] = float("nan"), float("inf")
     got = linear_of(weight, torch.float32)(x_RK)
     assert bool(got[0].isnan().all()) and bool(got[1].isinf().all()) and bool((got[2] == 40).all())
+
+
+@pytest.mark.skipif(not has_dots(), reason="no bfloat16 products")
+@pytest.mark.parametrize("shape", WIDTHS)
+@pytest.mark.parametrize("R", [1, 2, 3, 4, 5, 11, 23])
+def test_bfloat16_products_have_the_bits_of_fused_additions(
+    shape: tuple[int, int], R: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one CPU has an instruction for, others compute to the last bit, in tiles of any size."""
+    rng = torch.Generator().manual_seed(R)
+    weight = (torch.randn(shape, generator=rng) * 3 ** torch.randn(shape, generator=rng)).bfloat16()
+    x_RK = torch.randn(R, shape[1], generator=rng).bfloat16()
+    x_RK[0, 0] = float("inf")
+    dots = linear_of(weight, torch.bfloat16)(x_RK)
+    for registers in (16, 32):
+        names = ("project", "spread_rounded")
+        made = dict(native_functions(stored_module_text("bfloat16", registers=registers), names)) | {"spread": 0}
+        monkeypatch.setattr(stored, "_dot_functions", lambda: {})
+        monkeypatch.setattr(stored, "_stored_functions", lambda _, made=made: made)
+        assert torch.equal(linear_of(weight, torch.bfloat16)(x_RK).view(torch.int16), dots.view(torch.int16))
+
+
+def test_what_an_expert_computes_between_its_products_is_rounded_as_its_rows_are() -> None:
+    weight, x_RK = torch.randn(9, 40).bfloat16(), torch.randn(3, 40)
+    product = stored.stored_product(weight.data_ptr(), (9, 40), weight.dtype, torch.bfloat16)
+    plan, out = plan_of(Expert(0, 0), product, product), torch.empty(3, 9)
+    call = Call(x_RK.data_ptr(), out.data_ptr(), 0, ANYWHERE, 4, N=3)
+    assert linear_kernel()(tuple(call), plan.ctypes.data + FIRST_AT) == OK
+    assert torch.equal(out, linear_of(weight, torch.float32)(x_RK.bfloat16().float()))
 
 
 MATHS = {

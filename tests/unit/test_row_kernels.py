@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from buddymoe_ray import LLM
-from buddymoe_ray.kernels import CpuNorm, cpu, decoder, machine_code, norm, numba_calls, paged_attention
+from buddymoe_ray.kernels import CpuNorm, cpu, decoder, machine_code, norm, numba_calls, paged_attention, stored
 from buddymoe_ray.models.row_kernels import RowNorm, WholeVectors, rows_apart
 
 
@@ -113,8 +113,9 @@ def test_a_router_in_either_precision_sees_one_row() -> None:
 def test_no_step_has_machine_code_to_make(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an engine needs is there when it is: one router multiplies in float32, one family has experts by torch."""
     build_checkpoint(family, tmp_path, dtype=torch.bfloat16)
-    makers = (cpu.combine_kernel, cpu.experts_kernel, cpu.linear_kernel, cpu._stored_functions, cpu._tiles)
-    for maker in (*makers, norm.norm_kernel, paged_attention.attention_kernel, decoder.decoder_kernel):
+    makers = (cpu.combine_kernel, cpu.experts_kernel, cpu.linear_kernel, cpu._tiles)
+    made = (*makers, stored._stored_functions, stored._dot_functions)
+    for maker in (*made, norm.norm_kernel, paged_attention.attention_kernel, decoder.decoder_kernel):
         maker.cache_clear()
     with LLM(str(tmp_path), memory="60%", max_model_len=64) as llm:
         for module in (machine_code, numba_calls):
