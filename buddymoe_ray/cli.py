@@ -24,6 +24,7 @@ __all__ = ["build_parser", "main"]
 COMMANDS = {
     "serve": "check a deployment and serve it: an OpenAI API on Ray Serve",
     "doctor": "look for what would keep a model or deployment from being served well here",
+    "key": "make a named API key, and put its hash into a service's file",
     "chat": "talk to a model in the terminal",
     "batch": "answer a file of requests, as many side by side as memory allows",
     "eval": "score a corpus, or the answers to tasks, against the exact engine",

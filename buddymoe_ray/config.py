@@ -41,6 +41,12 @@ INEXACT = (  # without effect in `exact`
     *("budget", "standin", "standin_layers", "policy", "profile", "guard_share"),
     *("calibrate", "cache_dir"),
 )
+ANSWERS = (  # with another of these a request may be answered differently
+    *("mode", "budget", "standin", "standin_layers", "policy", "profile", "calibrate", "guard_share"),
+    *("expert_dtype", "dense_dtype", "dtype", "device", "batching", "prefix_cache"),
+    *("max_model_len", "seed", "generation_config"),
+)
+RESIDENT = ("memory", "host_memory")  # so it may with these, where stand-ins answer
 EXPERT_DTYPES = ("native", "bf16", "int8", "int4")
 DENSE_DTYPES = ("native", "int8", "int4")
 POLICIES = ("ladder", "buddymoe")
@@ -180,6 +186,11 @@ class EngineConfig:
         """The same in mode `exact`, without what has no effect there."""
         unused = {name: getattr(EngineConfig, name) for name in INEXACT}
         return replace(self, **{"mode": "exact", **unused, **changes})
+
+    def binding(self) -> dict[str, object]:
+        """What its answers depend on, beside the model: what was begun may be gone on with under the same alone."""
+        names = ANSWERS if self.mode == "exact" else ANSWERS + RESIDENT
+        return {name: getattr(self, name) for name in names}
 
     def chosen_layers(self) -> frozenset[int] | None:
         """`standin_layers` as numbers, None for all. Raises ConfigError."""

@@ -117,7 +117,8 @@ class GenerationRequest:
     answered as it says, so the same tokens come out whatever is resident now. `resumed_token_ids` are output tokens
     that the caller already has, from another engine: this one goes on after them, and its events tell what is new. A
     request with `record` or `replay` cannot be resumed. Requests share what was computed of a common beginning only if
-    their `cache_salt` is the same. `thoughts` is how long the model may think, if there is a limit.
+    their `cache_salt` is the same. `thoughts` is how long the model may think, if there is a limit. Requests of
+    different `tenant`s wait for no more than their share of each other.
     """
 
     request_id: str
@@ -130,6 +131,7 @@ class GenerationRequest:
     resumed_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
     thoughts: ThoughtBudget | None = None
+    tenant: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,16 +5,30 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 from fakes import FakeEngine, LocalWorkers
 
 from buddymoe_ray.serve.http import HttpSettings, http_app
+from buddymoe_ray.serve.openapi import openapi_document
 from buddymoe_ray.serve.worker import Worker
 
-__all__ = ["CHAT", "TEXT", "check_error", "messages_of", "named_events_of", "openai_client", "serving", "talking_to"]
+__all__ = [
+    "CHAT",
+    "TEXT",
+    "check_error",
+    "conforms",
+    "messages_of",
+    "named_events_of",
+    "openai_client",
+    "schema_of",
+    "serving",
+    "talking_to",
+]
 
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 6}
 TEXT = {"model": "fake", "prompt": "hello", "max_tokens": 6}
@@ -66,3 +80,25 @@ def check_error(response: httpx.Response, status: int, param: str | None = None,
     message = error["message"]
     assert isinstance(message, str)
     return message
+
+
+@cache
+def _document() -> dict[str, Any]:
+    return openapi_document()
+
+
+def schema_of(body: type[Any] | None) -> dict[str, Any]:
+    """What the schema says of a body."""
+    assert body is not None
+    described: dict[str, Any] = _document()["components"]["schemas"][body.__name__]
+    return described
+
+
+def conforms(told: Any, path: str, method: str = "post", *, status: int = 200, event: bool = False) -> None:
+    """A reply, or an event of one, is as /openapi.json says."""
+    content = _document()["paths"][path][method]["responses"][str(status)]["content"]
+    wanted = content["text/event-stream" if event else "application/json"]["schema"]
+    wanted = wanted["properties"]["data"]["anyOf"][0]["contentSchema"] if event else wanted
+    whole = {**wanted, "components": _document()["components"]}
+    wrong = next(jsonschema.Draft202012Validator(whole).iter_errors(told), None)
+    assert wrong is None, f"{method} {path}: {wrong.message} at {list(wrong.absolute_path)} of {told}"

@@ -7,25 +7,22 @@ refusal or a LineError; not more lines are open than have a row, but for the las
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from buddymoe_ray.batch.journal import JournalEntry
-from buddymoe_ray.batch.lines import BatchInput, BatchLine, LineError
 from buddymoe_ray.batch.rows import refill_at
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.interrupts import interrupts_wait
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.models.token_bytes import TokenBytes
-from buddymoe_ray.serve.calls import MAX_BODY_BYTES, Call, ModelNames, open_call, too_long
+from buddymoe_ray.serve.batches.entries import LineAnswers
+from buddymoe_ray.serve.batches.journal import JournalEntry
+from buddymoe_ray.serve.batches.lines import BatchInput, BatchLine, LineError
+from buddymoe_ray.serve.calls import Call, ModelNames
 from buddymoe_ray.serve.deltas import merge, total_usage
-from buddymoe_ray.serve.prompts import usable
-from buddymoe_ray.serve.refusals import envelope, failure, in_terms_of, refusal_of
+from buddymoe_ray.serve.refusals import failure, in_terms_of, refusal_of
 from buddymoe_ray.serve.streaming import whole_reply
 from buddymoe_ray.serve.work import Delta, Refusal, Work
 from buddymoe_ray.serve.work_plan import Intake, WorkPlan
@@ -93,7 +90,8 @@ class BatchRun:
     def __init__(
         self, engine: Engine, source: BatchInput, names: ModelNames, *, default_max_tokens: int, rows: int
     ) -> None:
-        self._engine, self._source, self._names, self._rows = engine, source, names, rows
+        self._engine, self._source, self._rows = engine, source, rows
+        self._answers = LineAnswers(source, names)
         self._intake = Intake(engine, default_max_tokens=default_max_tokens)
         self._bytes = TokenBytes(engine.tokenizer)
         self._owners: dict[str, tuple[_OpenLine, int]] = {}  # by the engine's request id
@@ -139,18 +137,12 @@ class BatchRun:
     def _begin(self, at: int) -> JournalEntry | None:
         line = self._source.read(at)
         if isinstance(line, LineError):
-            return self._unreadable(at, line)
-        if len(line.body) > MAX_BODY_BYTES:
-            return self._refused(at, line, too_long())
-        try:
-            call = open_call(line.endpoint, line.body, self._names, unique=self._unique(at), created=int(time.time()))
-            if call.body.stream:
-                raise RequestError("stream is true, must be false in a batch. hint: leave it out", param="stream")
-            work = usable(call.work)
-        except RequestError as error:
-            return self._refused(at, line, refusal_of(error))
-        refusal = self._admit(_OpenLine(at=at, line=line, call=call, running=work.choices), work)
-        return None if refusal is None else self._refused(at, line, refusal)
+            return self._answers.failed(at, line)
+        call = self._answers.open(at, line)
+        if isinstance(call, Refusal):
+            return self._answers.replied(at, line, call)
+        refusal = self._admit(_OpenLine(at=at, line=line, call=call, running=call.work.choices), call.work)
+        return None if refusal is None else self._answers.replied(at, line, refusal)
 
     def _admit(self, opened: _OpenLine, work: Work) -> Refusal | None:
         """Hand all choices of a line to the engine, or none and say why."""
@@ -191,29 +183,6 @@ class BatchRun:
     def _replied(self, opened: _OpenLine) -> JournalEntry:
         work = opened.call.work
         whole = whole_reply(opened.deltas, opened.call.renderer, n=work.n, choices=work.choices)
-        if isinstance(whole, Refusal):
-            return self._refused(opened.at, opened.line, whole)
-        self.spent.add(total_usage(merge(opened.deltas), n=work.n), work.choices)
-        return self._entry(opened.at, opened.line.custom_id, 200, whole)
-
-    def _refused(self, at: int, line: BatchLine, refusal: Refusal) -> JournalEntry:
-        return self._entry(at, line.custom_id, refusal.status, envelope(refusal))
-
-    def _unreadable(self, at: int, line: LineError) -> JournalEntry:
-        error = json.dumps({"code": line.code, "message": line.message})
-        return JournalEntry(at, 0, self._line(at, line.custom_id, b"null", error))
-
-    def _entry(self, at: int, custom_id: str, status: int, body: bytes) -> JournalEntry:
-        head = f'{{"status_code": {status}, "request_id": "req_{self._unique(at)}", "body": '
-        return JournalEntry(at, status, self._line(at, custom_id, head.encode() + body + b"}", "null"))
-
-    def _line(self, at: int, custom_id: str | None, response: bytes, error: str) -> bytes:
-        """A line of OpenAI's batch output. Bodies stay the bytes that HTTP would send."""
-        head = f'{{"id": "batch_req_{self._unique(at)}", "custom_id": {json.dumps(custom_id)}, "response": '
-        return head.encode() + response + f', "error": {error}}}'.encode()
-
-    def _unique(self, at: int) -> str:
-        """What the ids of a line's answer hold: the same in every run over the same input, so that a request without
-        seed draws the same numbers when it is computed again."""
-        named = f"{self._source.digest}/{self._source.number(at)}"
-        return hashlib.sha256(named.encode()).hexdigest()[:32]
+        if not isinstance(whole, Refusal):
+            self.spent.add(total_usage(merge(opened.deltas), n=work.n), work.choices)
+        return self._answers.replied(opened.at, opened.line, whole)

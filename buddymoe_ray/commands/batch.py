@@ -28,22 +28,14 @@ from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.observe import progress
 
 if TYPE_CHECKING:
-    from buddymoe_ray.batch.journal import Journal, JournalEntry
-    from buddymoe_ray.batch.lines import BatchInput
     from buddymoe_ray.batch.run import BatchRun
     from buddymoe_ray.engine.engine import Engine
     from buddymoe_ray.serve.args import ServeArgs
+    from buddymoe_ray.serve.batches.journal import Journal, JournalEntry
+    from buddymoe_ray.serve.batches.lines import BatchInput
 
 __all__ = ["add_arguments", "run"]
 
-# With another of these a request may be answered differently, so a journal goes on with the same ones only. Where
-# stand-ins answer, what is resident matters too.
-_ANSWERS = (
-    *("mode", "budget", "standin", "standin_layers", "policy", "profile", "calibrate", "guard_share"),
-    *("expert_dtype", "dense_dtype", "dtype", "device", "batching", "prefix_cache"),
-    *("max_model_len", "seed", "generation_config"),
-)
-_RESIDENT = ("memory", "host_memory")
 _SERVICE = ("model_name", "default_max_tokens")
 _SYNC_SECONDS = 0.5
 _NOTHING_DONE = dict.fromkeys(("prompt_tokens", "tokens", "seconds", "preemptions", "max_running"), 0) | dict.fromkeys(
@@ -84,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
     """Answer every line; exit status 0."""
     config = engine_config(args, max_running=EngineConfig.max_running if args.max_running is None else args.max_running)
     service = _service(args)
-    from buddymoe_ray.batch.lines import BatchInput  # late: what comes now imports numpy and pydantic
-    from buddymoe_ray.batch.output import write_output
+    from buddymoe_ray.serve.batches.lines import BatchInput  # late: what comes now imports numpy and pydantic
+    from buddymoe_ray.serve.batches.output import write_output
 
     output = Path(args.output).resolve()
     with closing(BatchInput(Path(args.input))) as source, closing(_journal(args, config, source, output)) as journal:
@@ -109,18 +101,17 @@ def _service(args: argparse.Namespace) -> ServeArgs:
 
 def _journal(args: argparse.Namespace, config: EngineConfig, source: BatchInput, output: Path) -> Journal:
     """The journal of this batch, with what an earlier run of it finished. Raises ConfigError."""
-    from buddymoe_ray.batch.journal import Journal
     from buddymoe_ray.models.fingerprint import model_hash
     from buddymoe_ray.models.resolve import resolve_model
+    from buddymoe_ray.serve.batches.journal import Journal
 
     path = output.with_name(output.name + ".partial")
     if source.path.resolve() in (output, path) or (output.exists() and not output.is_file()):
         raise ConfigError(f"output is {output}, must be a file of its own. hint: choose another name")
     if not path.exists():
         _refuse_finished(output, args.restart)
-    names = _ANSWERS if config.mode == "exact" else _ANSWERS + _RESIDENT
     binding: dict[str, object] = {"input": source.digest, "model": model_hash(resolve_model(args.model))}
-    binding |= {name: getattr(config, name) for name in names} | {name: getattr(args, name) for name in _SERVICE}
+    binding |= config.binding() | {name: getattr(args, name) for name in _SERVICE}
     journal = Journal.open(path, binding, count=len(source), restart=args.restart)
     try:
         if not journal.found:  # then the run that had it may have ended just now

@@ -130,12 +130,12 @@ def _deployment(patient: Patient) -> Iterator[Finding]:
 def _address(patient: Patient) -> Iterator[Finding]:
     assert patient.options is not None and patient.http is not None
     host, port = patient.http["host"], patient.http["port"]
-    key = patient.options.api_key()
-    if key is None and host not in ("127.0.0.1", "localhost", "::1"):
-        hint = f"export {patient.options.api_key_env}, or listen at 127.0.0.1"
+    ring = patient.options.key_ring()
+    if ring.open and host not in ("127.0.0.1", "localhost", "::1"):
+        hint = f"export {patient.options.api_key_env}, or --api-keys, or listen at 127.0.0.1"
         yield Finding(name="key", state="fault", said=f"{host} is open to others, and there is no key", hint=hint)
     else:
-        yield Finding(name="key", state="ok", said="needed" if key else f"none, only {host} is served")
+        yield Finding(name="key", state="ok", said=f"none, only {host} is served" if ring.open else ring.description)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as door:
         door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     http, application = read_deployment(args.what)
     http |= {name: getattr(args, name) for name in _HTTP if hasattr(args, name)}
     options = ServeArgs.from_options(application["args"] | given)
-    _check(options)
+    keys = _check(options)
     url = f"http://{http['host']}:{http['port']}{application['route_prefix'].rstrip('/')}"
     from buddymoe_ray.serve.launch import start, wait  # late: ray
 
@@ -59,14 +59,16 @@ def run(args: argparse.Namespace) -> int:
         "serving": f"{options.served_name} at {url}/v1",
         "mode": options.mode + (f", at most {options.budget:g} nats per token" if options.mode == "bounded" else ""),
         "memory": f"{options.memory} of the experts, {options.workers} workers",
-        "pages": f"{url}/dashboard, {url}/health, {url}/metrics",
+        "keys": keys,
+        "pages": f"{url}/dashboard, {url}/docs, {url}/health, {url}/metrics",
     }
     if args.json:
-        emit({"url": f"{url}/v1", "model": options.served_name, "mode": options.mode, "memory": options.memory})
+        named = {"model": options.served_name, "mode": options.mode, "memory": options.memory, "keys": keys}
+        emit({"url": f"{url}/v1", **named, "page": f"{url}/dashboard"})
     else:
         print_facts(facts)
         print("Ctrl-C ends the service", flush=True)
-    wait(application["name"])
+    wait(application["name"], drain_seconds=options.drain_seconds)
     return 0
 
 
@@ -103,12 +105,12 @@ def read_deployment(what: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return _HTTP | http, _DEFAULTS | application | {"args": options}
 
 
-def _check(options: ServeArgs) -> None:
-    """What this machine can say before ray starts. Raises ConfigError, CheckpointError."""
+def _check(options: ServeArgs) -> str:
+    """What this machine can say before ray starts; who will be served. Raises ConfigError, CheckpointError."""
     from buddymoe_ray.models.resolve import resolve_model
     from buddymoe_ray.residency.devices import list_gpus
 
-    options.api_key()
+    keys = options.key_ring()
     if options.served_name != options.model or options.model.startswith("builtin:"):  # a hub id is the workers' to load
         resolve_model(options.model)
     gpus = len(list_gpus())
@@ -117,3 +119,4 @@ def _check(options: ServeArgs) -> None:
             f"num_gpus is {options.num_gpus:g}, must be at most the {gpus} GPUs of this machine. "
             "hint: --num-gpus 0 --device cpu computes on the CPU"
         )
+    return keys.description

@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from buddymoe_ray.errors import RequestError
@@ -68,19 +69,25 @@ def encode_chat(
     _check_tools(tokenizer, tools)
 
     def render(shaped: Sequence[Message]) -> str:
-        try:
-            text = _rendered(tokenizer, shaped, options or {}, tools)
-        except Exception as error:  # a template is a program, and a conversation its input: whatever it raises
-            raise RequestError(
-                f"messages do not fit the chat template: {error or type(error).__name__}. hint: check roles",
-                param="messages",
-            ) from error
-        return text
+        with _refusing():
+            return _rendered(tokenizer, shaped, options or {}, tools)
 
     ids: list[int] = tokenizer.encode(render(_as_read(messages, render)), add_special_tokens=False)
     if not ids:
         raise RequestError("messages come to no token, must be at least one. hint: send some text", param="messages")
     return ids
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """A template is a program, and a conversation its input: whatever it raises is a RequestError."""
+    try:
+        yield
+    except Exception as error:
+        raise RequestError(
+            f"messages do not fit the chat template: {error or type(error).__name__}. hint: check roles",
+            param="messages",
+        ) from error
 
 
 def opening_of(tokenizer: Any, options: Mapping[str, Any]) -> str:
@@ -126,7 +133,8 @@ def _check_tools(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _check_options(tokenizer: Any, options: Mapping[str, Any]) -> None:
-    known = template_variables(tokenizer) if options else frozenset()
+    with _refusing():
+        known = template_variables(tokenizer) if options else frozenset()
     for name in options.keys() - known:
         raise RequestError(
             f"chat_template_kwargs.{name} is given, must be a variable that the model's chat template reads "

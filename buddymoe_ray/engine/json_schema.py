@@ -55,11 +55,14 @@ def checked_output(value: object, field: str = "structured_outputs") -> Structur
         return _checked(kind, source, field)
     if not isinstance(value, Mapping):
         raise _refused(field, f"is {value!r:.80}", 'a mapping such as {"json": {...}}')
-    given = {str(name): item for name, item in value.items() if item not in (None, False)}
+    unset = {"json_object": False}
+    given = {str(name): item for name, item in value.items() if item is not None and item is not unset.get(name)}
     kinds = [name for name in get_args(StructuredKind) if name != "structural_tag"]
     if len(given) != 1 or not given.keys() <= {*kinds}:
         raise _refused(field, f"holds {sorted(value)!r:.200}", f"exactly one of {', '.join(kinds)}")
     wanted, source = next(iter(given.items()))
+    if wanted == "json_object" and source is not True:
+        raise _refused(f"{field}.json_object", f"is {source!r:.80}", "true")
     if wanted == "json" and isinstance(source, str):
         source = _loaded(source, field)
     return _checked(wanted, source, field)  # type: ignore[arg-type]
@@ -144,9 +147,10 @@ def _check_values(part: dict[str, Any], types: list[str], place: str, field: str
             if keyword == "required" and part[keyword] == []:
                 continue
             raise _refused(field, f"has {keyword} {part[keyword]!r:.80} at {place:.200}", f"a filled {kind.__name__}")
-    absent = next((name for name in part.get("required", ()) if name not in part.get("properties", {})), None)
-    if absent is not None:
-        raise _refused(field, f"has required {absent!r:.80} at {place:.200}", "names of properties alone")
+    named = list(part.get("properties", {}))
+    absent = [name for name in part.get("required", ()) if name not in named]
+    if absent:
+        raise _refused(field, f"has required {absent[0]!r:.80} at {place:.200}", "names of properties alone")
     trap = _trap(str(part.get("pattern", "")))
     if trap is not None:
         raise _refused(field, f"has pattern {part['pattern']!r:.80} at {place:.200}", f"without {trap!r:.20} there")

@@ -1,20 +1,24 @@
 """Continuous batching: which sequences prefill and which decode in the next step. Touches no tensor and no clock.
 
-First come, first served. With `grows` a sequence takes blocks as its text grows, and where none is left the youngest
-gives up its own and waits at the head of the queue, to be computed again: for runners that do so to the same bits.
-Without, a sequence is admitted only when blocks for all it may ever need are free. With `reuses` it begins with the
-blocks that hold the same beginning. With `suspends` prompts that were begun are still being computed when others begin.
+Tenants take turns by what was computed for each (`policy.fair`), the requests of each first come, first served. With
+`grows` a sequence takes blocks as its text grows, and where none is left the youngest gives up its own and waits ahead
+of its tenant's others, to be computed again: for runners that do so to the same bits. There a tenant that has none
+admitted gets the place of the youngest of who has the most. Without, a sequence is admitted only when blocks for all it
+may ever need are free. With `reuses` it begins with the blocks that hold the same beginning. With `suspends` prompts
+that were begun are still being computed when others begin.
 Invariant: blocks held by sequences and free blocks make up the pool (`check_integrity`).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from buddymoe_ray.engine.blocks import BlockAllocator
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.policy import Prefill
+from buddymoe_ray.policy.fair import GENERATED_WEIGHT, FairShare
 
 __all__ = ["SHORT", "PrefillChunk", "Scheduler", "StepPlan"]
 
@@ -70,6 +74,7 @@ class Scheduler:
         self._waiting: dict[str, Sequence] = {}  # in order of arrival
         self._admitted: dict[str, Sequence] = {}
         self._lent: set[int] = set()
+        self._turns, self._prompt_turns = FairShare(), FairShare()  # of places, and of room in a step
 
     @property
     def num_waiting(self) -> int:
@@ -103,6 +108,7 @@ class Scheduler:
                 "hint: lower max_tokens",
                 param="max_tokens",
             )
+        self._turns.join(_tenant(seq), map(_tenant, (*self._admitted.values(), *self._waiting.values())))
         self._waiting[seq.request_id] = seq
 
     def cancel(self, request_id: str) -> Sequence | None:
@@ -115,21 +121,25 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Give running sequences their blocks, admit what fits, then plan one step."""
-        preempted = self._grow() if self._grows else []
+        self._preempted: list[Sequence] = []
+        if self._grows:
+            self._grow()
         self._admit()
         decode = tuple(seq for seq in self._admitted.values() if seq.prompt_computed)
+        for seq in decode:
+            self._turns.charge(_tenant(seq), GENERATED_WEIGHT)
         room, longest = self._room(bool(decode))
         prefill = []
-        for seq in self._admitted.values():
-            left = seq.prefill_length - seq.num_computed
-            if room > 0 and 0 < left <= longest and not seq.computing:
+        for seq in sorted(self._prompts(), key=lambda seq: self._prompt_turns.spent(_tenant(seq))):
+            if room > 0 and seq.prefill_length - seq.num_computed <= longest and not seq.computing:
                 most = self._prefill.beside if self._prefill.fixed else room
                 end = min(seq.prefill_length, seq.num_computed + most)
                 if end - seq.num_computed > room:
                     break  # it is not cut elsewhere than if it were alone
                 prefill.append(PrefillChunk(seq=seq, start=seq.num_computed, end=end))
                 room -= end - seq.num_computed
-        return StepPlan(prefill=tuple(prefill), decode=decode, preempted=tuple(preempted))
+                self._prompt_turns.charge(_tenant(seq), end - seq.num_computed)
+        return StepPlan(prefill=tuple(prefill), decode=decode, preempted=tuple(self._preempted))
 
     def finish(self, seq: Sequence) -> None:
         """Free what the sequence holds; one that was never admitted holds nothing."""
@@ -192,20 +202,47 @@ class Scheduler:
         beside = sum(left for left in begun if left <= short)
         return (0 if beside else self._prefill.beside), self._prefill.beside if many else short
 
+    def _prompts(self) -> list[Sequence]:
+        """Those that are being computed."""
+        return [seq for seq in self._admitted.values() if not seq.prompt_computed]
+
     def _admit(self) -> None:
-        while self._waiting and len(self._admitted) < self._max_running:
-            seq = next(iter(self._waiting.values()))
+        while self._waiting:
+            full = len(self._admitted) >= self._max_running
+            if full and self._turns.alone:
+                return
+            turn = self._turns.next(map(_tenant, self._waiting.values()))
+            if full and self._beyond_share(turn) is None:
+                return
+            seq = next(seq for seq in self._waiting.values() if _tenant(seq) == turn)
             found = self._found(seq)
             wanted = self._first_blocks(seq) - len(found)
-            if not self._allocator.can_allocate(wanted + self._allocator.idle(found) + self._spare):
-                return
+            while not self._fits(wanted + self._allocator.idle(found)):
+                if (last := self._beyond_share(turn)) is None:
+                    return
+                self._preempt(last)
             del self._waiting[seq.request_id]
             self._allocator.share(found)
             if not seq.preempted:
                 self.prompt_tokens += seq.prompt_length
                 self.cached_tokens += min(seq.prompt_length, len(found) * self._block_size)
+                self._turns.charge(turn, seq.prefill_length - len(found) * self._block_size)
             seq.begin(found + self._allocator.allocate(wanted), len(found), self._block_size)
+            self._prompt_turns.join(turn, map(_tenant, self._prompts()))
             self._admitted[seq.request_id] = seq
+
+    def _fits(self, blocks: int) -> bool:
+        """Whether one more may be admitted that needs so many."""
+        return len(self._admitted) < self._max_running and self._allocator.can_allocate(blocks + self._spare)
+
+    def _beyond_share(self, tenant: str) -> Sequence | None:
+        """Who makes room for a tenant that has none admitted: the youngest of who has the most, and more than one."""
+        held = Counter(map(_tenant, self._admitted.values()))
+        if not self._grows or not held or tenant in held:
+            return None
+        [(most, count)] = held.most_common(1)
+        mine = (seq for seq in reversed(self._admitted.values()) if _tenant(seq) == most)
+        return next((seq for seq in mine if seq.prompt_computed and not self._stays(seq)), None) if count > 1 else None
 
     def _found(self, seq: Sequence) -> list[int]:
         """Blocks that hold the beginning of a waiting sequence; its last token is computed, for what comes next."""
@@ -223,25 +260,27 @@ class Scheduler:
         """Whether it cannot be computed again to the same bits: a prompt that is scored is cut into small pieces."""
         return seq.repeats or (self._prefill.fixed and seq.request.sampling.prompt_logprobs is not None)
 
-    def _grow(self) -> list[Sequence]:
-        """A block for every sequence whose next token has none, the oldest first; from whom all was taken for that."""
-        preempted = list[Sequence]()
+    def _grow(self) -> None:
+        """A block for every sequence whose next token has none, the oldest first."""
         for seq in list(self._admitted.values()):
             while seq.request_id in self._admitted and len(seq.blocks) * self._block_size <= seq.num_computed:
                 if self._allocator.can_allocate(1):
                     seq.blocks += self._allocator.allocate(1)
                 else:
                     youngest = reversed(self._admitted.values())
-                    preempted.append(next(s for s in youngest if s is seq or not self._stays(s)))
-                    self._preempt(preempted[-1])
-        return preempted
+                    self._preempt(next(s for s in youngest if s is seq or not self._stays(s)))
 
     def _preempt(self, seq: Sequence) -> None:
         del self._admitted[seq.request_id]
         self._allocator.release(seq.blocks)
         seq.preempt()
+        self._preempted.append(seq)
         self._waiting = {seq.request_id: seq, **self._waiting}
         self.preemptions += 1
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_size)
+
+
+def _tenant(seq: Sequence) -> str:
+    return seq.request.tenant

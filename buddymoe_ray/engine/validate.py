@@ -61,6 +61,7 @@ def validate(request: GenerationRequest, *, vocab_size: int) -> GenerationReques
         replay=replay,
         resumed_token_ids=resumed,
         cache_salt=plain_text("cache_salt", request.cache_salt),
+        tenant=plain_text("tenant", request.tenant),
     )
 
 

@@ -69,7 +69,8 @@ def application(args: ServeArgs, *, open_engine: OpenEngine) -> Application:
         max_ongoing_requests=INGRESS_ONGOING,
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
         graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=args.drain_seconds,
+        # when all is replaced, the old ingress sees its streams through, which go on at the new workers
+        graceful_shutdown_timeout_s=args.drain_seconds + args.request_timeout_seconds,
     )(serve.ingress()(Ingress))
     app: Application = ingress.bind(args, worker.bind(args, open_engine, secrets.token_hex(32), most))
     return app

@@ -6,14 +6,17 @@ errors.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from buddymoe_ray.config import EngineConfig, api_key_from_environment, near_miss, refuse_unknown
+from buddymoe_ray.config import EngineConfig, api_key_from_environment, cache_folder, near_miss, refuse_unknown
 from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.serve.keys import KeyRing
 from buddymoe_ray.types import Mode
 
 __all__ = ["ServeArgs"]
@@ -22,6 +25,11 @@ __all__ = ["ServeArgs"]
 def _number_as_text(value: object) -> object:
     """YAML reads `0` and `1073741824` as numbers; a memory option is text."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _absolute(path: str) -> str:
+    """For processes that run elsewhere."""
+    return str(Path(path).expanduser().absolute())
 
 
 MemoryText = Annotated[str, BeforeValidator(_number_as_text)]
@@ -45,8 +53,11 @@ class ServeArgs(BaseModel):
         max_queued_requests: requests that may wait at each worker; the next one is answered 503 with Retry-After.
         retry_after_seconds: what Retry-After says.
         request_timeout_seconds: most time for one request, queue included; then 504.
+        queue_seconds: a request that would wait longer to begin, by what is measured, is answered 429 with Retry-After;
+            None is as long as it may take in all.
         max_moves: how often a stream may go on at another worker when the one it is on dies.
-        drain_seconds: how long running requests may go on when the service stops or is replaced.
+        drain_seconds: how long running requests may go on when the service stops or a worker is replaced; what is left
+            then goes on at another worker that answers alike, once there is one.
         routing: `affinity` keeps prompts of a common prefix at one worker while its queue is not much longer than the
             shortest; `pow2` is Ray's own choice of the shorter of two queues.
         placement: `dynamic` moves experts between nodes and tiers as their use shifts; `static` keeps what was resident
@@ -54,7 +65,9 @@ class ServeArgs(BaseModel):
         placement_window_seconds: how often accesses are counted and the map is renewed.
         migration_mb_per_second: most that moving experts reads from each node's disk, in 10^6 bytes.
         api_key_env: name of the environment variable that holds the API key; read where the ingress runs.
-        require_api_key: refuse to start when that variable is unset.
+        require_api_key: refuse to start when that variable is unset and no `api_keys` are given.
+        api_keys: TOML file of named API keys and their limits, see below; on every node where the ingress may run.
+        files_mb: most that files and batches of /v1/files take on the ingress's disk, in 10^6 bytes; 0 keeps none.
         cors_origins: origins whose pages may call the service from a browser, as `https://chat.example.org`, or `*`
             for any; none by default.
     """
@@ -98,6 +111,7 @@ class ServeArgs(BaseModel):
     max_queued_requests: int = Field(default=256, ge=0)
     retry_after_seconds: int = Field(default=2, ge=1)
     request_timeout_seconds: float = Field(default=600, gt=0)
+    queue_seconds: float | None = Field(default=None, gt=0)
     max_moves: int = Field(default=3, ge=0)
     drain_seconds: float = Field(default=30, ge=0)
     routing: Literal["affinity", "pow2"] = "affinity"
@@ -106,6 +120,8 @@ class ServeArgs(BaseModel):
     migration_mb_per_second: float = Field(default=200, gt=0)
     api_key_env: str = Field(default="BUDDYMOE_API_KEY", min_length=1)
     require_api_key: bool = False
+    api_keys: Annotated[str, AfterValidator(_absolute)] | None = None
+    files_mb: int = Field(default=1000, ge=0)
     cors_origins: tuple[Origin, ...] = ()
 
     @classmethod
@@ -152,12 +168,26 @@ class ServeArgs(BaseModel):
         """The engine's own options."""
         return EngineConfig.from_options(**{name: getattr(self, name) for name in EngineConfig.names()})
 
+    def files_folder(self) -> Path:
+        """Where files and batches of this model are kept."""
+        base = Path(self.cache_dir).expanduser() if self.cache_dir else cache_folder()
+        return base / "files" / hashlib.sha256(self.served_name.encode()).hexdigest()[:16]
+
+    def binding(self) -> str:
+        """The same for workers of services that may answer for each other."""
+        told = {"model": self.model, "default_max_tokens": self.default_max_tokens, **self.engine_config().binding()}
+        return json.dumps(told)
+
     def api_key(self) -> str | None:
         """The key clients must send, from the environment of the calling process; None serves everyone."""
         key = api_key_from_environment(self.api_key_env)
-        if key is None and self.require_api_key:
+        if key is None and self.require_api_key and self.api_keys is None:
             raise ConfigError(
                 f"environment variable {self.api_key_env} is unset, must hold the API key (require_api_key is true). "
                 f"hint: export {self.api_key_env} where the ingress runs, before the cluster starts"
             )
         return key
+
+    def key_ring(self) -> KeyRing:
+        """All keys that clients may send, as the calling process finds them. Raises ConfigError."""
+        return KeyRing(self.api_key(), self.api_keys)

@@ -45,10 +45,10 @@ class Dashboard:
         return to_json(self, bytes_mode="base64", inf_nan_mode="null")
 
 
-def page_routes() -> APIRouter:
-    """The page alone, under a policy that lets nothing run or be loaded but what is in it."""
+def page_routes(name: str) -> APIRouter:
+    """The page of that name alone, under a policy that lets nothing run or be loaded but what is in it."""
     router = APIRouter()
-    page = Path(__file__).with_suffix(".html").read_bytes()
+    page = Path(__file__).with_name(f"{name}.html").read_bytes()
     headers = {
         "Content-Security-Policy": "; ".join(
             (
@@ -63,8 +63,8 @@ def page_routes() -> APIRouter:
         "Cache-Control": "no-cache",
     }
 
-    @router.api_route("/dashboard", methods=[*READ])
-    async def dashboard() -> Response:
+    @router.api_route(f"/{name}", methods=[*READ])
+    async def whole() -> Response:
         return Response(page, media_type="text/html; charset=utf-8", headers=headers)
 
     return router

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -19,10 +20,11 @@ from ray import serve
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.schema import ApplicationStatus
 
 from buddymoe_ray.errors import CapacityError, ConfigError
 from buddymoe_ray.observe import EngineSnapshot
-from buddymoe_ray.serve.refusals import failure, overloaded, unavailable
+from buddymoe_ray.serve.refusals import STOPPED, failure, overloaded, unavailable
 from buddymoe_ray.serve.resume import WorkerLost
 from buddymoe_ray.serve.work import Refusal, Reply, Work, WorkerInfo, WorkerReport
 
@@ -43,16 +45,17 @@ class ReplicaWorkers:
 
     def __init__(self, handle: DeploymentHandle[Any], *, retry_after_seconds: int = 2, num_gpus: float = 0) -> None:
         self._handle, self._num_gpus = handle, num_gpus
-        self._looked_at, self._absent = -math.inf, ""
+        self._looked_at, self._absent, self._ending = -math.inf, "", False
         self._streaming = handle.options(stream=True)
         self._retry_after = retry_after_seconds
 
     async def generate(self, work: Work) -> AsyncGenerator[Reply, None]:
-        """Answer `work` on one replica: an attempt of `resume.resumable`. What moves waits for a replica, new work is
-        refused while none runs. Raises WorkerLost."""
-        absent = "" if work.resume else await self._why_absent()
-        if absent:
-            yield unavailable(absent, retry_after_seconds=self._retry_after)
+        """Answer `work` on one replica: an attempt of `resume.resumable`. What moves waits for a replica while the
+        application is to stay, new work is refused while none runs. Raises WorkerLost."""
+        absent = await self._why_absent()
+        if absent and (self._ending or not work.resume):
+            refusal = unavailable(absent, retry_after_seconds=self._retry_after)
+            yield replace(refusal, code=STOPPED) if self._ending else refusal
             return
         response = self._streaming.generate.remote(work)
         assert isinstance(response, DeploymentResponseGenerator), f"a streaming handle answered {response!r}"
@@ -123,6 +126,7 @@ class ReplicaWorkers:
 
     def _look(self) -> str:
         found = serve.status().applications.get(self._handle.app_name)
+        self._ending = found is not None and found.status == ApplicationStatus.DELETING
         deployment = None if found is None else found.deployments.get(self._handle.deployment_name)
         counts = {} if deployment is None else {at.lower(): count for at, count in deployment.replica_states.items()}
         if deployment is None or counts.get("running"):

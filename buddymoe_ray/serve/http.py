@@ -7,15 +7,16 @@ Knows neither ray nor engines, so tests drive it in process. On the token path: 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
+import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -27,24 +28,39 @@ from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.answers import prepare_reading
 from buddymoe_ray.errors import CapacityError, RequestError
 from buddymoe_ray.observe import CalibrationSnapshot
+from buddymoe_ray.serve.access import admit
+from buddymoe_ray.serve.batches.routes import batch_routes
+from buddymoe_ray.serve.batches.runner import BatchRunner
+from buddymoe_ray.serve.batches.store import FileStore
 from buddymoe_ray.serve.calls import (
     CHAT,
     COMPLETIONS,
-    MAX_BODY_BYTES,
     MESSAGES,
     RESPONSES,
     Endpoint,
     ModelNames,
     open_call,
-    too_long,
 )
 from buddymoe_ray.serve.dashboard import READ, dashboard_routes, page_routes
+from buddymoe_ray.serve.keys import KeyRing
 from buddymoe_ray.serve.metrics import exposition
+from buddymoe_ray.serve.openapi import allowed_methods, schema_routes
+from buddymoe_ray.serve.reading_bodies import whole_body
 from buddymoe_ray.serve.recent import Recent
-from buddymoe_ray.serve.refusals import envelope, failure, in_words, in_words_of, message_error, refusal_of, timed_out
+from buddymoe_ray.serve.refusals import (
+    Refused,
+    envelope,
+    failure,
+    in_words,
+    in_words_of,
+    message_error,
+    refusal_of,
+    timed_out,
+)
 from buddymoe_ray.serve.replies import ModelCard, ModelList
 from buddymoe_ray.serve.resume import ResumeLimits, WorkerLost, resumable
 from buddymoe_ray.serve.streaming import Answer
+from buddymoe_ray.serve.tenants import RATE_HEADERS, STOPPING, Tenant, Tenants
 from buddymoe_ray.serve.wire import parse_body
 from buddymoe_ray.serve.wire_messages import parse_count
 from buddymoe_ray.serve.wire_tokens import DetokenizeRequest, TokenizeRequest, tokenize_reply
@@ -63,15 +79,20 @@ ABSENT = {
     **{"/v1/images": "making images", "/v1/audio": "audio", "/v1/moderations": "moderation"},
 }
 """Paths of other services of the kind, and what they would do."""
+BYTES_PER_TOKEN = 4
+"""Of a body, before its tokens are known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HttpSettings:
-    """What the routes need to know. `path` is the model as it was given, which clients may ask for too. `api_key` None
-    serves everyone; it is never logged (repr hides it).
+    """What the routes need to know. `path` is the model as it was given, which clients may ask for too. Without
+    `api_key`, which is never logged (repr hides it), and `api_keys`, a file of named ones, everyone is served.
 
-    `cors_origins` are the origins whose pages may call the service from a browser; `*` is any. What /health says may be
-    `health_seconds` old. Who watches /dashboard is told `mode`, `budget` and, every `dashboard_seconds`, the rest.
+    What moves to another worker goes on where `binding` is the same. A request that names no limit may come to
+    `default_max_tokens`; one that would wait longer than `queue_seconds` to begin is refused. `cors_origins` are the
+    origins whose pages may call the service from a browser; `*` is any. What /health says may be `health_seconds` old.
+    Who watches /dashboard is told `mode`, `budget` and, every `dashboard_seconds`, the rest. Files and batches are kept
+    in `files_folder`, at most `files_bytes`; without one they are refused.
     """
 
     model: str
@@ -80,11 +101,17 @@ class HttpSettings:
     request_timeout_seconds: float = 600
     limits: ResumeLimits = field(default_factory=ResumeLimits)
     health_seconds: float = 1.0
+    binding: str = ""
+    queue_seconds: float = math.inf
+    default_max_tokens: int = 1024
     api_key: str | None = None
+    api_keys: str | None = None
     cors_origins: tuple[str, ...] = ()
     mode: Mode = "exact"
     budget: float = EngineConfig.budget
     dashboard_seconds: float = 1.0
+    files_folder: Path | None = None
+    files_bytes: int = 10**9
 
     @property
     def names(self) -> ModelNames:
@@ -96,19 +123,33 @@ class HttpSettings:
 
 
 def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
-    """The service's routes over `workers`."""
+    """The service's routes over `workers`; `app.state.tenants` are its `Tenants`."""
     prepare_reading()
-    app = FastAPI(title="buddymoe", openapi_url=None)
-    app.include_router(_public_routes(workers, settings))
-    app.include_router(page_routes())
+    runner = BatchRunner.over(
+        workers,
+        settings.names,
+        FileStore(settings.files_folder, quota=settings.files_bytes),
+        limits=settings.limits,
+        seconds=settings.request_timeout_seconds,
+        binding=settings.binding,
+    )
+    app = FastAPI(title="buddymoe", openapi_url=None, redirect_slashes=False, lifespan=runner.lifespan)
+    ring = KeyRing(settings.api_key, settings.api_keys)
+    app.state.tenants = tenants = Tenants(ring)
+    guarded = [Depends(_key_check(tenants, settings.limits.retry_after_seconds))]
+    app.include_router(_public_routes(workers, settings, tenants))
+    for page in ("dashboard", "docs"):
+        app.include_router(page_routes(page))
+    app.include_router(schema_routes(keyed=not ring.open))
+    app.include_router(batch_routes(runner, model=settings.model), dependencies=guarded)
     watch = dashboard_routes(
         workers, model=settings.model, mode=settings.mode, budget=settings.budget, seconds=settings.dashboard_seconds
     )
-    app.include_router(watch, dependencies=[Depends(_key_check(settings.api_key))])
-    app.include_router(_metrics_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
-    app.include_router(_openai_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
-    app.include_router(_token_routes(workers, settings), dependencies=[Depends(_key_check(settings.api_key))])
-    app.add_exception_handler(_Refused, _on_refused)
+    app.include_router(watch, dependencies=guarded)
+    app.include_router(_metrics_routes(workers, settings, tenants), dependencies=guarded)
+    app.include_router(_openai_routes(workers, settings), dependencies=guarded)
+    app.include_router(_token_routes(workers, settings), dependencies=guarded)
+    app.add_exception_handler(Refused, _on_refused)
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(CapacityError, _on_capacity_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -118,24 +159,25 @@ def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=[*READ, "POST"],
+            allow_methods=[*READ, "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["Retry-After"],
+            expose_headers=["Retry-After", *RATE_HEADERS],
         )
     return app
 
 
-def _public_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
+def _public_routes(workers: Workers, settings: HttpSettings, tenants: Tenants) -> APIRouter:
     router = APIRouter()
-    check = _key_check(settings.api_key)
+    check = _key_check(tenants, settings.limits.retry_after_seconds)
     last = Recent(partial(_health_of, workers), settings.health_seconds)  # nobody needs a key for it
 
     @router.api_route("/health", methods=[*READ])
     async def health(request: Request) -> Response:
         """200 when every worker is well, else 503; what is not is named to those who may use the service."""
         problems, calibration = await last.get()
+        problems = [*problems, STOPPING] if tenants.closed else problems
         body: dict[str, object] = {"status": "unhealthy" if problems else "ok"}
-        with suppress(_Refused):
+        with suppress(Refused):
             await check(request)
             body["problems"] = problems
             if calibration.state != "none":
@@ -155,14 +197,15 @@ async def _health_of(workers: Workers) -> tuple[list[str], CalibrationSnapshot]:
     return [], min(found, key=lambda one: (one.state != "collecting", one.percent), default=CalibrationSnapshot())
 
 
-def _metrics_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
+def _metrics_routes(workers: Workers, settings: HttpSettings, tenants: Tenants) -> APIRouter:
     router = APIRouter()
 
     @router.api_route("/metrics", methods=[*READ])
     async def metrics(request: Request) -> Response:
         """Every worker's counters for Prometheus. They tell what all tenants do, so the key guards them."""
         accept = request.headers.get("accept", "")
-        text, media_type = exposition(settings.model, await workers.reports(), accept=accept)
+        counters = tenants.counters(request.state.tenant)
+        text, media_type = exposition(settings.model, await workers.reports(), counters, accept=accept)
         return Response(text, media_type=media_type)
 
     return router
@@ -194,19 +237,19 @@ def _openai_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
 
     @router.post("/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await _answer(CHAT, await _body(request), workers, settings)
+        return await _answer(CHAT, request, workers, settings)
 
     @router.post("/completions")
     async def completions(request: Request) -> Response:
-        return await _answer(COMPLETIONS, await _body(request), workers, settings)
+        return await _answer(COMPLETIONS, request, workers, settings)
 
     @router.post("/messages")
     async def messages(request: Request) -> Response:
-        return await _answer(MESSAGES, await _body(request), workers, settings)
+        return await _answer(MESSAGES, request, workers, settings)
 
     @router.post("/responses")
     async def responses(request: Request) -> Response:
-        return await _answer(RESPONSES, await _body(request), workers, settings)
+        return await _answer(RESPONSES, request, workers, settings)
 
     return router
 
@@ -222,28 +265,28 @@ def _token_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
             async with asyncio.timeout(settings.request_timeout_seconds), aclosing(workers.generate(work)) as replies:
                 reply = await anext(replies)
         except TimeoutError:
-            raise _Refused(timed_out(settings.request_timeout_seconds)) from None
+            raise Refused(timed_out(settings.request_timeout_seconds)) from None
         except WorkerLost as error:
             raise CapacityError(f"{error}. hint: retry") from error
         if isinstance(reply, Refusal):
-            raise _Refused(in_words_of(reply, words or {}))
+            raise Refused(in_words_of(reply, words or {}))
         return reply.spelled[0]
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        asked = parse_body(await _body(request), TokenizeRequest)
+        asked = parse_body(await whole_body(request), TokenizeRequest)
         found = await spelled(asked.work(f"tokens-{uuid.uuid4().hex}"), asked.model)
         length = (await workers.info()).max_model_len
         return JSONResponse(tokenize_reply(found, max_model_len=length, names=asked.return_token_strs))
 
     @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        asked = parse_body(await _body(request), DetokenizeRequest)
+        asked = parse_body(await whole_body(request), DetokenizeRequest)
         return JSONResponse({"prompt": (await spelled(asked.work(f"text-{uuid.uuid4().hex}"), asked.model)).text})
 
     @router.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request) -> Response:
-        asked = parse_count(await _body(request))
+        asked = parse_count(await whole_body(request))
         with in_words(MESSAGES.words):
             work = replace(asked.work(f"count-{uuid.uuid4().hex}", flush_seconds=0.0), spells_only=True)
         return JSONResponse({"input_tokens": len((await spelled(work, asked.model, MESSAGES.words)).token_ids)})
@@ -255,7 +298,9 @@ def _token_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
     return router
 
 
-async def _answer(endpoint: Endpoint, body: bytes, workers: Workers, settings: HttpSettings) -> Response:
+async def _answer(endpoint: Endpoint, request: Request, workers: Workers, settings: HttpSettings) -> Response:
+    tenant: Tenant = request.state.tenant
+    body = await whole_body(request)
     call = open_call(
         endpoint,
         body,
@@ -264,67 +309,49 @@ async def _answer(endpoint: Endpoint, body: bytes, workers: Workers, settings: H
         created=int(time.time()),
         flush_seconds=settings.flush_seconds,
     )
+    seconds = min(call.work.timeout or math.inf, settings.request_timeout_seconds)
+    work = tenant.own(replace(call.work, begin_within=min(seconds, settings.queue_seconds), binding=settings.binding))
+    visit = tenant.begin(
+        prompt=len(body) // BYTES_PER_TOKEN, output=work.choices * (work.max_tokens or settings.default_max_tokens)
+    )
+    if isinstance(visit, Refusal):
+        raise Refused(visit)
     answer = Answer(
-        replies=resumable(call.work, workers.generate, settings.limits, seconds=settings.request_timeout_seconds),
+        replies=visit.metered(resumable(work, workers.generate, settings.limits, seconds=seconds), n=work.n),
         renderer=call.renderer,
-        n=call.work.n,
-        choices=call.work.choices,
+        n=work.n,
+        choices=work.choices,
         usage_so_far=call.body.usage_so_far,
     )
     if call.body.stream:
         events = await answer.events()
         if isinstance(events, Refusal):
-            raise _Refused(in_words_of(events, endpoint.words))
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            raise Refused(in_words_of(events, endpoint.words))
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **tenant.headers()}
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
     whole = await answer.whole()
     if isinstance(whole, Refusal):
-        raise _Refused(in_words_of(whole, endpoint.words))
-    return _json(whole)
+        raise Refused(in_words_of(whole, endpoint.words))
+    return _json(whole, headers=tenant.headers())
 
 
-async def _body(request: Request) -> bytes:
-    """The request's body, refused while it is read when it is too long."""
-    chunks: list[bytes] = []
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > MAX_BODY_BYTES:
-            raise _Refused(too_long())
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def _key_check(api_key: str | None) -> Callable[[Request], Awaitable[None]]:
+def _key_check(tenants: Tenants, retry_after_seconds: int) -> Callable[[Request], Awaitable[None]]:
     async def check(request: Request) -> None:
-        if api_key is not None and not any(hmac.compare_digest(given, api_key.encode()) for given in _keys(request)):
-            message = "the API key is missing or wrong. hint: send Authorization: Bearer <key>, or x-api-key: <key>"
-            raise _Refused(Refusal(status=401, message=message, code="invalid_api_key"))
+        if (refusal := admit(request, tenants, retry_after_seconds=retry_after_seconds)) is not None:
+            raise Refused(refusal)
 
     return check
 
 
-def _keys(request: Request) -> list[bytes]:
-    """The keys a request brings. Schemes are case-insensitive, and one or more spaces follow (RFC 9110, 11.4)."""
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    bearer = [token.strip(" ")] if scheme.lower() == "bearer" else []
-    return [key.encode("latin-1") for key in (*bearer, *request.headers.getlist("x-api-key"))]
-
-
-class _Refused(Exception):
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.message)
-        self.refusal = refusal
-
-
-def _json(body: bytes, *, status: int = 200) -> Response:
-    return Response(body, status_code=status, media_type="application/json")
+def _json(body: bytes, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(body, status_code=status, media_type="application/json", headers=headers)
 
 
 def _refused(request: Request, refusal: Refusal) -> Response:
     """An error as the API that was called writes it."""
-    write = message_error if request.url.path.startswith(MESSAGES.path) else envelope
-    response = _json(write(refusal), status=refusal.status)
+    write = message_error if request.scope["path"].startswith(MESSAGES.path) else envelope
+    tenant: Tenant | None = getattr(request.state, "tenant", None)
+    response = _json(write(refusal), status=refusal.status, headers=tenant.headers() if tenant else None)
     if refusal.retry_after_seconds is not None:
         response.headers["Retry-After"] = str(refusal.retry_after_seconds)
     if refusal.status == 401:
@@ -333,7 +360,7 @@ def _refused(request: Request, refusal: Refusal) -> Response:
 
 
 async def _on_refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, _Refused), f"handler of _Refused got {error!r}"
+    assert isinstance(error, Refused), f"handler of Refused got {error!r}"
     return _refused(request, error.refusal)
 
 
@@ -351,12 +378,15 @@ async def _on_capacity_error(request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     """Unknown paths and methods, in the same envelope."""
     assert isinstance(error, HTTPException), f"handler of HTTPException got {error!r}"
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    absent = next((what for path, what in ABSENT.items() if request.url.path.startswith(path)), None)
-    if absent is not None and error.status_code == 404:
-        message = f"{request.url.path} is not here: {absent} is not supported by this service. hint: GET /v1/models"
+    path, headers = request.scope["path"], dict(error.headers or {})
+    message = f"{request.method} {path}: {error.detail}"
+    what = next((what for known, what in ABSENT.items() if path.startswith(known)), None)
+    if what is not None and error.status_code == 404:
+        message = f"{path} is not here: {what} is not supported by this service. hint: GET /v1/models"
+    if error.status_code == 405:  # the framework names the methods of one route alone
+        headers["Allow"] = ", ".join(allowed_methods(path)) or headers.get("Allow", "")
     response = _refused(request, Refusal(status=error.status_code, message=message))
-    response.headers.update(error.headers or {})
+    response.headers.update(headers)
     return response
 
 
@@ -366,5 +396,5 @@ async def _on_departure(request: Request, error: Exception) -> Response:
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    log.error("%s failed", request.url.path, exc_info=error)
+    log.error("%s failed", request.scope["path"], exc_info=error)
     return _refused(request, failure())

@@ -6,6 +6,8 @@ key where it runs. Holds no weights and no tokenizer: prompts are rendered by th
 
 from __future__ import annotations
 
+import logging
+import math
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,6 +19,7 @@ from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.handles import ReplicaWorkers
 from buddymoe_ray.serve.http import HttpSettings, http_app
 from buddymoe_ray.serve.resume import ResumeLimits
+from buddymoe_ray.serve.tenants import Tenants
 
 __all__ = ["Departures", "Ingress"]
 
@@ -49,20 +52,33 @@ class Ingress:
             wait_seconds=args.request_timeout_seconds,
             retry_after_seconds=args.retry_after_seconds,
         )
-        self._workers = ReplicaWorkers(workers, retry_after_seconds=args.retry_after_seconds, num_gpus=args.num_gpus)
-        self._settings = HttpSettings(
+        reached = ReplicaWorkers(workers, retry_after_seconds=args.retry_after_seconds, num_gpus=args.num_gpus)
+        settings = HttpSettings(
             model=args.served_name,
             path=args.model,
             flush_seconds=args.flush_ms / 1000,
             request_timeout_seconds=args.request_timeout_seconds,
             limits=limits,
+            binding=args.binding(),
+            queue_seconds=math.inf if args.queue_seconds is None else args.queue_seconds,
+            default_max_tokens=args.default_max_tokens,
             api_key=args.api_key(),
+            api_keys=args.api_keys,
             cors_origins=args.cors_origins,
             mode=args.mode,
             budget=args.budget,
+            files_folder=args.files_folder(),
+            files_bytes=args.files_mb * 10**6,
         )
 
+        logging.getLogger("buddymoe_ray").parent = logging.getLogger("ray.serve")  # what Serve keeps of a replica
+        self._app = http_app(reached, settings)
+        self._app.add_middleware(Departures)
+
     def __serve_build_asgi_app__(self) -> FastAPI:
-        app = http_app(self._workers, self._settings)
-        app.add_middleware(Departures)
-        return app
+        return self._app
+
+    async def drain(self, seconds: float) -> int:
+        """Refuse what is new from now on, until all requests have ended or the time is over: how many it ended."""
+        tenants: Tenants = self._app.state.tenants
+        return await tenants.close(seconds)

@@ -13,6 +13,8 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from buddymoe_ray.config import ray_address_from_environment
 from buddymoe_ray.errors import BuddyMoEError
@@ -20,6 +22,11 @@ from buddymoe_ray.serve.app import build_app
 from buddymoe_ray.serve.args import ServeArgs
 
 __all__ = ["start", "wait"]
+
+log = logging.getLogger(__name__)
+
+REPLY_SECONDS = 5.0
+"""For an ingress to say that it is done."""
 
 
 def start(options: ServeArgs, *, name: str, route_prefix: str, http: dict[str, Any]) -> None:
@@ -39,15 +46,31 @@ def start(options: ServeArgs, *, name: str, route_prefix: str, http: dict[str, A
         raise BuddyMoEError((reasons or lines)[-1]) from error
 
 
-def wait(name: str) -> None:
-    """Until Ctrl-C or SIGTERM; then running requests end and the application stops."""
+def wait(name: str, *, drain_seconds: float) -> None:
+    """Until Ctrl-C or SIGTERM; then new requests are refused, running ones end, and the application stops."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
+        _drain(name, drain_seconds)
         _stop(name)
+
+
+def _drain(name: str, seconds: float) -> None:
+    """Give running requests their time; a second Ctrl-C takes it from them. Serve, told to stop, ends its proxies at
+    once, and all streams with them."""
+    try:
+        left = serve.get_app_handle(name).drain.remote(seconds).result(timeout_s=seconds + REPLY_SECONDS)
+        if left:
+            log.warning("%d requests did not end within drain_seconds (%g s)", left, seconds)
+        elif not ray_address_from_environment():
+            serve.delete(name)  # waits until the last bytes are sent
+    except (RayError, RayServeException, TimeoutError) as error:
+        log.warning("the service could not be drained: %s", error)
+    except KeyboardInterrupt:
+        log.warning("running requests are cut off")
 
 
 def _stop(name: str) -> None:

@@ -1,8 +1,9 @@
 """What a worker's engine counts, as named metrics, and their text form for Prometheus.
 
 Pure: knows neither HTTP nor ray. Invariant: one table, `METRICS`, is what every exporter exports; labels are `model`,
-`replica` and at most one more of a handful of values, so a service has few dozen series per worker. What vLLM counts as
-well has vLLM's names and labels beside them (`VLLM_METRICS`; an engine is a replica): its dashboards show it.
+`replica` and at most one more of a handful of values, so a service has few dozen series per worker, and four per named
+API key. What vLLM counts as well has vLLM's names and labels beside them (`VLLM_METRICS`; an engine is a replica): its
+dashboards show it.
 Neighbours: `http` serves the text at /metrics, `ray_metrics` feeds `METRICS` to ray's own exporter.
 """
 
@@ -20,11 +21,18 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from buddymoe_ray.observe import EngineSnapshot, HistogramSnapshot, RequestsSnapshot
+from buddymoe_ray.serve.tenants import TenantCounters
 from buddymoe_ray.serve.work import WorkerReport
 from buddymoe_ray.types import CalibrationState, FinishReason, GuardState
 
 __all__ = ["METRICS", "VLLM_HISTOGRAMS", "VLLM_METRICS", "Metric", "exposition"]
 
+TENANT_METRICS = {
+    "requests": "Requests with a named API key.",
+    "refused": "Of these, those beyond its limits.",
+    "prompt_tokens": "Prompt tokens of its requests that ended.",
+    "generated_tokens": "Tokens generated for them.",
+}
 PLAIN_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 ALLOWUTF8 = "allow-utf-8"
@@ -99,7 +107,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("buddymoe_running", "Requests being computed.", lambda s: s.running),
     _gauge("buddymoe_waiting", "Requests admitted and not yet begun.", lambda s: s.waiting),
     _gauge("buddymoe_free_kv_blocks", "KV blocks that no request holds.", lambda s: s.free_kv_blocks),
-    _counter("buddymoe_preemptions", "Requests whose KV blocks went to an older one.", lambda s: s.preemptions),
+    _counter("buddymoe_preemptions", "Requests set aside for older ones or other tenants.", lambda s: s.preemptions),
     _counter("buddymoe_prompt_tokens", "Prompt tokens of requests begun.", lambda s: s.prompt_tokens),
     _counter("buddymoe_cached_tokens", "Of these, those that were not computed again.", lambda s: s.cached_tokens),
     Metric(
@@ -145,7 +153,7 @@ VLLM_METRICS: tuple[Metric, ...] = (
     _gauge("vllm:num_requests_waiting", "Requests admitted and not yet begun.", lambda s: s.waiting),
     _gauge("vllm:kv_cache_usage_perc", "Share of the KV blocks that requests hold: 1 is all.", _kv_usage),
     _gauge("vllm:gpu_cache_usage_perc", "The same, by an older name.", _kv_usage),
-    _counter("vllm:num_preemptions", "Requests whose KV blocks went to an older one.", lambda s: s.preemptions),
+    _counter("vllm:num_preemptions", "Requests set aside for older ones or other tenants.", lambda s: s.preemptions),
     _counter("vllm:prefix_cache_queries", "Prompt tokens that were looked up.", lambda s: s.prompt_tokens),
     _counter("vllm:prefix_cache_hits", "Prompt tokens that were found.", lambda s: s.cached_tokens),
     _counter("vllm:prompt_tokens", "Prompt tokens of requests begun.", lambda s: s.prompt_tokens),
@@ -175,9 +183,16 @@ VLLM_HISTOGRAMS: tuple[_Histogram, ...] = (
 )
 
 
-def exposition(model: str, reports: Iterable[WorkerReport], *, accept: str = "") -> tuple[bytes, str]:
-    """All workers' metrics and their content type: OpenMetrics 1.0 for who accepts it, else Prometheus' 0.0.4."""
-    families = _Families(model, sorted(reports, key=lambda report: report.replica))
+def exposition(
+    model: str,
+    reports: Iterable[WorkerReport],
+    tenants: Mapping[str, TenantCounters] | None = None,
+    *,
+    accept: str = "",
+) -> tuple[bytes, str]:
+    """All workers' metrics, and those of each named API key, and their content type: OpenMetrics 1.0 for who accepts
+    it, else Prometheus' 0.0.4."""
+    families = _Families(model, sorted(reports, key=lambda report: report.replica), tenants or {})
     # names as they are: by default the library makes underscores of vLLM's colons
     if "application/openmetrics-text" in accept:
         return openmetrics.generate_latest(families, escaping=ALLOWUTF8), OPEN_METRICS
@@ -190,6 +205,7 @@ class _Families(Collector):
 
     model: str
     reports: list[WorkerReport]
+    tenants: Mapping[str, TenantCounters]
 
     def collect(self) -> Iterator[Family]:
         workers = GaugeMetricFamily("buddymoe_workers", "Workers that answered.", labels=["model"])
@@ -207,6 +223,11 @@ class _Families(Collector):
                 buckets = list(zip(upper, map(float, accumulate(held.counts)), strict=True))
                 found.add_metric([self.model, report.replica], buckets, sum_value=held.total)
             yield found
+        for name, help_ in TENANT_METRICS.items():
+            counted = CounterMetricFamily(f"buddymoe_key_{name}", help_, labels=["model", "key"])
+            for key, counters in self.tenants.items():
+                counted.add_metric([self.model, key], getattr(counters, name))
+            yield counted
 
     def _family(self, metric: Metric, labels: tuple[str, str]) -> Family:
         make = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily

@@ -6,6 +6,7 @@ Knows neither HTTP frameworks nor ray.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,10 @@ from buddymoe_ray.serve.replies import ErrorBody, ErrorEnvelope
 from buddymoe_ray.serve.work import Delta, Refusal, Work
 
 __all__ = [
+    "STOPPED",
     "WORKER_LOST",
+    "Refused",
+    "absent",
     "envelope",
     "error_of",
     "failure",
@@ -28,12 +32,15 @@ __all__ = [
     "overloaded",
     "refusal_of",
     "timed_out",
+    "too_late",
     "unavailable",
     "worker_lost",
 ]
 
 WORKER_LOST = "worker_lost"
 """`code` of a worker that cannot answer any more; its callers move on."""
+STOPPED = "stopped"
+"""`code` where no worker will come any more."""
 
 
 def refusal_of(error: RequestError) -> Refusal:
@@ -41,6 +48,11 @@ def refusal_of(error: RequestError) -> Refusal:
     if isinstance(error, ModelNotFound):
         return Refusal(status=404, message=str(error), param=error.param, code="model_not_found")
     return Refusal(status=400, message=str(error), param=error.param)
+
+
+def absent(what: str, name: str) -> Refusal:
+    """There is nothing of that name, or it is somebody else's."""
+    return Refusal(status=404, message=f"there is no {what} {name!r:.80}. hint: list them", code="not_found")
 
 
 def in_terms_of(refusal: Refusal, work: Work) -> Refusal:
@@ -60,6 +72,14 @@ def in_words_of(refusal: Refusal, words: Mapping[str, str]) -> Refusal:
         return known.sub(lambda found: words[found[0]], text)
 
     return replace(refusal, message=told(refusal.message), param=refusal.param and told(refusal.param))
+
+
+class Refused(Exception):
+    """A call that ends with `refusal`."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
 
 
 @contextmanager
@@ -88,6 +108,19 @@ def overloaded(*, calls: int, retry_after_seconds: int) -> Refusal:
     )
 
 
+def too_late(seconds: float, *, within: float, retry_after_seconds: int) -> Refusal:
+    """By what is measured it could not begin in time."""
+    after = max(retry_after_seconds, math.ceil(seconds - within))
+    return Refusal(
+        status=429,
+        kind="overloaded_error",
+        code="overloaded",
+        message=f"the request would wait about {seconds:.0f} s to begin, must begin within {within:g} s. "
+        f"hint: retry after {after} s",
+        retry_after_seconds=after,
+    )
+
+
 def unavailable(reason: str, *, retry_after_seconds: int) -> Refusal:
     """No worker can answer now."""
     return Refusal(
@@ -106,7 +139,8 @@ def worker_lost(reason: str, *, retry_after_seconds: int) -> Refusal:
 
 def timed_out(seconds: float) -> Refusal:
     """The request took longer than the service allows."""
-    message = f"the request took more than {seconds:g} s. hint: ask for fewer tokens, or raise request_timeout_seconds"
+    hint = "ask for fewer tokens, or raise buddymoe.timeout or the service's request_timeout_seconds"
+    message = f"the request took more than {seconds:g} s. hint: {hint}"
     return Refusal(status=504, kind="server_error", code="timeout", message=message)
 
 
@@ -137,8 +171,8 @@ def error_of(refusal: Refusal) -> BuddyMoEError:
     """The exception a Python client raises for a refusal."""
     if refusal.status == 404:
         return ModelNotFound(refusal.message, param=refusal.param)
-    if refusal.status < 500:
+    if refusal.status < 500 and refusal.status != 429:
         return RequestError(refusal.message, param=refusal.param)
-    if refusal.status == 503:
+    if refusal.status in (429, 503):
         return CapacityError(refusal.message)
     return BuddyMoEError(refusal.message)

@@ -58,6 +58,7 @@ class WorkerReplica(Worker):
             name=replica,
             devices=assigned_devices(),
         )
+        self._binding = args.binding()
         if assigned_devices() and not _cuda_is_here():
             log.warning("ray assigned GPU %s and torch sees no CUDA device: the CPU computes", assigned_devices())
         self._metrics = RayMetrics(model=args.served_name, replica=replica)

@@ -17,7 +17,7 @@ import math
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 
-from buddymoe_ray.serve.refusals import WORKER_LOST, failure, timed_out, unavailable
+from buddymoe_ray.serve.refusals import STOPPED, WORKER_LOST, failure, timed_out, unavailable
 from buddymoe_ray.serve.work import Batch, Refusal, Reply, ResumedChoice, Work
 
 __all__ = ["ResumeLimits", "Transcript", "WorkerLost", "resumable"]
@@ -163,7 +163,7 @@ async def _next(source: AsyncGenerator[Reply, None], until: float) -> tuple[Repl
 
 
 def _full(reply: Reply | None) -> bool:
-    return isinstance(reply, Refusal) and reply.status == 503  # or not there yet
+    return isinstance(reply, Refusal) and reply.status == 503 and reply.code != STOPPED  # or not there yet
 
 
 def _exhausted(limits: ResumeLimits, *, moves: int, counts: bool, over: bool) -> str | None:

@@ -16,15 +16,21 @@ from buddymoe_ray.engine.json_schema import checked_output, checked_schema
 from buddymoe_ray.engine.validate import plain_text
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.serve.wire_parts import (
+    Buddy,
     BuddyOptions,
     Effort,
+    MaxTokens,
     Message,
     NamedTool,
+    OutputForms,
     ResponseFormat,
     StreamOptions,
+    Temperature,
     Tool,
+    ToolChoice,
+    TopP,
     WireBody,
-    chosen_tool,
+    written_as,
 )
 from buddymoe_ray.serve.work import Prompt, Thinking, ToolUse, Work
 from buddymoe_ray.types import SamplingParams, StructuredOutput
@@ -59,10 +65,10 @@ NOTES = frozenset({"metadata", "prompt_cache_key", "prompt_cache_retention", "sa
 SAMPLING = ("temperature", "top_p", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 Model = TypeVar("Model", bound=WireBody)
-
-
-def _no_null(value: object) -> object:
-    return {} if value is None else value
+Item = TypeVar("Item")
+Many = Annotated[list[Item], Field(min_length=1)]
+Ids = Many[Annotated[int, Field(ge=0)]]
+StopText = Annotated[str, Field(min_length=1)]
 
 
 def _stop_list(value: object) -> object:
@@ -113,24 +119,28 @@ class _SamplingFields(WireBody):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: float | None = Field(default=None, gt=0, le=10)
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, AfterValidator(_bias_by_id)] = (
-        None
+        Field(default=None, json_schema_extra={"propertyNames": {"pattern": "^(0|[1-9][0-9]*)$"}})
     )
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: MaxTokens | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
-    stop: Annotated[list[str] | None, BeforeValidator(_stop_list), AfterValidator(_stops_are_text)] = None
+    stop: Annotated[
+        list[str] | None,
+        BeforeValidator(_stop_list, json_schema_input_type=StopText | list[StopText] | None),
+        AfterValidator(_stops_are_text),
+    ] = None
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: float | None = Field(default=None, ge=0, le=2)
+    temperature: Temperature | None = None
     top_k: int | None = Field(default=None, ge=-1)
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: TopP | None = None
     min_p: float | None = Field(default=None, ge=0, le=1)
     response_format: ResponseFormat | None = None
-    structured_outputs: dict[str, Any] | None = None
+    structured_outputs: Annotated[dict[str, Any] | None, written_as(OutputForms | None)] = None
     cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
-    buddymoe: Annotated[BuddyOptions, BeforeValidator(_no_null)] = BuddyOptions()
+    buddymoe: Buddy = BuddyOptions()
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> _SamplingFields:
@@ -182,6 +192,7 @@ class _SamplingFields(WireBody):
             flush_seconds=flush_seconds if self.stream else None,
             report_prompts=self.usage_so_far,
             cache_salt=self.cache_salt or "",
+            timeout=self.buddymoe.timeout,
             **own,
         )
 
@@ -205,14 +216,14 @@ class ChatRequest(_SamplingFields):
     """Body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[Tool] | None = None
     reasoning_effort: Effort | None = None
     thinking_token_budget: int | None = Field(default=None, ge=0)
-    tool_choice: Annotated[Any, AfterValidator(chosen_tool)] = None
+    tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
@@ -279,7 +290,7 @@ class ChatRequest(_SamplingFields):
 class CompletionRequest(_SamplingFields):
     """Body of POST /v1/completions."""
 
-    prompt: Annotated[Any, AfterValidator(_prompts)]
+    prompt: Annotated[Any, BeforeValidator(_prompts, json_schema_input_type=str | Many[str] | Ids | Many[Ids])]
     logprobs: int | None = Field(default=None, ge=0, le=20)
     max_tokens: int | None = Field(default=None, ge=0)
     echo: bool | None = None
@@ -345,7 +356,8 @@ def parse_body(body: bytes, model: type[Model]) -> Model:
         raise RequestError(
             f"the body is a JSON {type(fields).__name__}, must be an object. hint: see the API's reference"
         )
-    for name in [name for name in fields if name in NOTES or (name in NEUTRAL and name not in model.model_fields)]:
+    notes = (NOTES | NEUTRAL.keys()) - model.model_fields.keys() if model.takes_notes else ()
+    for name in [name for name in fields if name in notes]:
         value = fields.pop(name)
         if name in NEUTRAL and not any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL[name]):
             raise _not_supported(name)

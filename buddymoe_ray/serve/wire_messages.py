@@ -10,15 +10,17 @@ import json
 from dataclasses import replace
 from typing import Any, Literal
 
+from pydantic import Field
+
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.serve.refusals import in_words
-from buddymoe_ray.serve.wire import ChatRequest, parse_body
+from buddymoe_ray.serve.wire import ChatRequest, StopText, parse_body
 from buddymoe_ray.serve.wire_messages_options import CustomTool, MessagesChoice, OutputConfig, ThinkingOptions
 from buddymoe_ray.serve.wire_messages_parts import Note, Texts, Turn, joined
-from buddymoe_ray.serve.wire_parts import WireBody
+from buddymoe_ray.serve.wire_parts import BuddyOptions, MaxTokens, Temperature, TopP, WireBody
 from buddymoe_ray.serve.work import Thinking
 
-__all__ = ["MESSAGES_WORDS", "parse_count", "parse_messages"]
+__all__ = ["MESSAGES_WORDS", "CountRequest", "MessagesRequest", "parse_count", "parse_messages"]
 
 MESSAGES_WORDS = {
     "chat_template_kwargs.enable_thinking": "thinking",
@@ -31,14 +33,14 @@ MESSAGES_WORDS = {
 }
 """What fields of chat completions are called here, where it is another name."""
 
-AS_THEY_ARE = ("model", "max_tokens", "temperature", "top_k", "top_p", "buddymoe")
+AS_THEY_ARE = {"model", "max_tokens", "temperature", "top_k", "top_p", "buddymoe"}
 
 
-class _CountRequest(WireBody):
+class CountRequest(WireBody):
     """Body of POST /v1/messages/count_tokens."""
 
     model: str
-    messages: list[Turn]
+    messages: list[Turn] = Field(min_length=1)
     system: Texts | None = None
     tools: list[CustomTool] | None = None
     tool_choice: MessagesChoice | None = None
@@ -48,7 +50,7 @@ class _CountRequest(WireBody):
 
     def fields(self) -> dict[str, Any]:
         """The same for chat completions."""
-        if self.messages and self.messages[-1].role == "assistant":
+        if self.messages[-1].role == "assistant":
             raise RequestError(
                 "messages ends with role assistant, must end with user: answers are not begun by the caller. "
                 "hint: say in system how to begin",
@@ -56,7 +58,7 @@ class _CountRequest(WireBody):
             )
         system = [] if self.system is None else [{"role": "system", "content": joined(self.system)}]
         fields: dict[str, Any] = {"messages": [*system, *(told for turn in self.messages for told in turn.messages())]}
-        fields |= {name: getattr(self, name) for name in AS_THEY_ARE if getattr(self, name, None) is not None}
+        fields |= self.model_dump(include=AS_THEY_ARE, exclude_none=True)
         if self.tools:
             fields["tools"] = [tool.tool() for tool in self.tools]
         if self.tool_choice is not None:
@@ -72,17 +74,17 @@ class _CountRequest(WireBody):
         return fields
 
 
-class _MessagesRequest(_CountRequest):
+class MessagesRequest(CountRequest):
     """Body of POST /v1/messages. `max_tokens` is a demand, as in chat completions."""
 
-    max_tokens: int
-    stop_sequences: list[str] | None = None
+    max_tokens: MaxTokens
+    stop_sequences: list[StopText] | None = None
     stream: bool | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
+    temperature: Temperature | None = None
+    top_k: int | None = Field(default=None, ge=-1)
+    top_p: TopP | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
-    buddymoe: dict[str, Any] | None = None
+    buddymoe: BuddyOptions | None = None
 
     def fields(self) -> dict[str, Any]:
         """The same for chat completions; a stream begins with the prompt's tokens, so these are asked for."""
@@ -106,14 +108,14 @@ class _MessagesChat(ChatRequest):
 
 def parse_messages(body: bytes) -> ChatRequest:
     """A request for a message, or RequestError naming the field."""
-    return _for_chat(parse_body(body, _MessagesRequest))
+    return _for_chat(parse_body(body, MessagesRequest))
 
 
 def parse_count(body: bytes) -> ChatRequest:
     """A request for a count, or RequestError naming the field."""
-    return _for_chat(parse_body(body, _CountRequest))
+    return _for_chat(parse_body(body, CountRequest))
 
 
-def _for_chat(asked: _CountRequest) -> ChatRequest:
+def _for_chat(asked: CountRequest) -> ChatRequest:
     with in_words(MESSAGES_WORDS):
         return parse_body(json.dumps(asked.fields()).encode(), _MessagesChat)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from buddymoe_ray.serve.wire_messages_parts import Note
-from buddymoe_ray.serve.wire_parts import Effort, WireBody
+from buddymoe_ray.serve.wire_parts import Effort, ToolName, WireBody
 
 __all__ = ["CustomTool", "MessagesChoice", "OutputConfig", "ThinkingOptions"]
 
@@ -16,7 +16,7 @@ class CustomTool(WireBody):
     """What an answer may call."""
 
     type: Literal["custom"] | None = None
-    name: str
+    name: ToolName
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None

@@ -57,7 +57,7 @@ class ToolUseBlock(WireBody):
         return {"id": self.id, "function": {"name": self.name, "arguments": json.dumps(self.input)}}
 
 
-Texts = Annotated[list[TextBlock], BeforeValidator(_blocks)]
+Texts = Annotated[list[TextBlock], BeforeValidator(_blocks, json_schema_input_type=str | list[TextBlock])]
 
 
 class ToolResultBlock(WireBody):
@@ -88,7 +88,7 @@ class Turn(WireBody):
     """One message."""
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[Block], BeforeValidator(_blocks)]
+    content: Annotated[list[Block], BeforeValidator(_blocks, json_schema_input_type=str | list[Block])]
 
     @model_validator(mode="after")
     def _blocks_are_the_roles(self) -> Turn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
@@ -14,17 +14,25 @@ from buddymoe_ray.serve.work import ChatMessage, Terms
 from buddymoe_ray.types import Mode, StructuredOutput
 
 __all__ = [
+    "Buddy",
     "BuddyOptions",
+    "ChosenTool",
     "Effort",
+    "MaxTokens",
     "Message",
     "NamedTool",
+    "OutputForms",
     "ResponseFormat",
     "StreamOptions",
+    "Temperature",
     "Tool",
+    "ToolChoice",
+    "ToolName",
+    "TopP",
     "WireBody",
     "by_type",
-    "chosen_tool",
     "of_types",
+    "written_as",
 ]
 
 
@@ -32,6 +40,14 @@ class WireBody(BaseModel):
     """A JSON object whose fields are all known, and of the type that they are written as."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    takes_notes: ClassVar[bool] = True
+    """Whether a body of it may hold the standard fields that ask for nothing: `wire.NEUTRAL` and `wire.NOTES`."""
+
+
+def written_as(form: Any) -> BeforeValidator:
+    """For a field that is checked later: the schema says that it is written as `form`."""
+    return BeforeValidator(lambda value: value, json_schema_input_type=form)
 
 
 def by_type(value: Any) -> str:
@@ -49,11 +65,18 @@ def of_types(values: object, types: tuple[str, ...]) -> object:
 
 
 def _unsupported(value: object) -> None:
-    if value not in (None, [], False):
+    if not (value is None or value is False or value == []):
         raise PydanticCustomError("unsupported", "unsupported")
 
 
-Unsupported = Annotated[None, BeforeValidator(_unsupported)]  # a standard field whose empty value alone is understood
+Nothing = Annotated[list[Any], Field(max_length=0)] | Literal[False] | None
+Unsupported = Annotated[None, BeforeValidator(_unsupported, json_schema_input_type=Nothing)]
+"""A standard field whose empty value alone is understood."""
+
+MaxTokens = Annotated[int, Field(ge=1)]
+Temperature = Annotated[float, Field(ge=0, le=2)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -77,17 +100,35 @@ class BuddyOptions(WireBody):
     """The `buddymoe` block of a request; what is not given is the service's default.
 
     `budget` is in nats of expected extra loss per generated token and belongs to mode `bounded`. `record` asks for
-    `usage.buddymoe.record`, and `replay` is such a record: the request is answered as it says.
+    `usage.buddymoe.record`, and `replay` is such a record: the request is answered as it says. After `timeout` seconds
+    it ends with an error, finished or not.
     """
 
     mode: Mode | None = None
     budget: float | None = Field(default=None, ge=0, le=1)
     record: bool | None = None
     replay: str | None = None
+    timeout: float | None = Field(default=None, gt=0, le=86400)
 
     def terms(self) -> Terms:
         """For a worker."""
         return Terms(mode=self.mode, budget=self.budget, record=bool(self.record), replay=self.replay)
+
+
+class ContentPart(BaseModel):
+    """One part of a message's content, as it is written; `_content` reads it. Other fields must be null."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, None]
+
+    type: Literal["text"]
+    text: str
+
+
+Buddy = Annotated[
+    BuddyOptions,
+    BeforeValidator(lambda value: {} if value is None else value, json_schema_input_type=BuddyOptions | None),
+]
 
 
 def _content(value: object, info: ValidationInfo) -> object:
@@ -139,7 +180,7 @@ class ToolCall(WireBody):
 class OfferedFunction(WireBody):
     """`function` of a tool. `strict` changes nothing: arguments are enforced where calls are forced."""
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -162,20 +203,33 @@ class NamedTool(WireBody):
     name: str
 
 
+class ChosenTool(WireBody):
+    """The same as it is written; `chosen_tool` reads it."""
+
+    type: Literal["function"]
+    function: NamedTool
+
+
 def chosen_tool(value: Any) -> Literal["none", "auto", "required"] | NamedTool | None:
     """`tool_choice` in any of its forms. Raises ValueError."""
     if value is None or value in ("none", "auto", "required"):
         return value  # type: ignore[no-any-return]
     function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or len(function) + len(value) > 3:
         raise ValueError('must be none, auto, required or {"type": "function", "function": {"name": ...}}')
     return NamedTool(name=function["name"])
+
+
+ToolChoice = Annotated[
+    Any, BeforeValidator(chosen_tool, json_schema_input_type=Literal["none", "auto", "required"] | ChosenTool | None)
+]
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class Message(WireBody):
     """One chat message: text only. Clients send replies back as they came, with fields that are empty here."""
 
-    role: str
+    role: str = Field(json_schema_extra={"enum": list(ROLES)})
     annotations: Unsupported = None
     audio: Unsupported = None
     function_call: Unsupported = None
@@ -183,12 +237,14 @@ class Message(WireBody):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-    content: Annotated[str | tuple[str, ...] | None, BeforeValidator(_content)] = Field(None, validate_default=True)
+    content: Annotated[
+        str | tuple[str, ...] | None, BeforeValidator(_content, json_schema_input_type=str | list[ContentPart] | None)
+    ] = Field(None, validate_default=True)
     name: str | None = None
 
     @model_validator(mode="after")
     def _role_is_known(self) -> Message:
-        if self.role not in ("system", "developer", "user", "assistant", "tool"):
+        if self.role not in ROLES:
             raise ValueError(f"role is {self.role!r}, must be system, developer, user, assistant or tool")
         return self
 
@@ -211,6 +267,16 @@ class Message(WireBody):
             tool_calls=tuple(call.record() for call in self.tool_calls or ()),
             tool_call_id=self.tool_call_id,
         )
+
+
+class OutputForms(WireBody):
+    """`structured_outputs` as it is written: one of its fields; `checked_output` reads it."""
+
+    json_: dict[str, Any] | bool | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 class JsonSchema(WireBody):

@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from buddymoe_ray.serve.refusals import in_words
 from buddymoe_ray.serve.wire import ChatRequest, parse_body
-from buddymoe_ray.serve.wire_parts import Unsupported, WireBody
+from buddymoe_ray.serve.wire_parts import (
+    BuddyOptions,
+    ChosenTool,
+    MaxTokens,
+    Temperature,
+    TopP,
+    Unsupported,
+    WireBody,
+    written_as,
+)
 from buddymoe_ray.serve.wire_responses_options import (
+    ChosenFunction,
     FunctionTool,
     Reasoning,
     ResponseStreamOptions,
@@ -23,7 +33,7 @@ from buddymoe_ray.serve.wire_responses_options import (
 )
 from buddymoe_ray.serve.wire_responses_parts import Items
 
-__all__ = ["RESPONSES_WORDS", "parse_response"]
+__all__ = ["RESPONSES_WORDS", "ResponseRequest", "parse_response"]
 
 RESPONSES_WORDS = {
     "function.parameters": "parameters",
@@ -35,25 +45,27 @@ RESPONSES_WORDS = {
 }
 """What fields of chat completions are called here, where it is another name."""
 
-AS_THEY_ARE = ("model", "temperature", "top_p", "parallel_tool_calls", "stream", "buddymoe")
+AS_THEY_ARE = {"model", "temperature", "top_p", "parallel_tool_calls", "stream", "buddymoe"}
 REPEATED = ("instructions", "max_output_tokens", "temperature", "top_p")
 
 
-class _ResponseRequest(WireBody):
+class ResponseRequest(WireBody):
     """Body of POST /v1/responses."""
 
     model: str
     input: Items
     instructions: str | None = None
     tools: list[FunctionTool] | None = None
-    tool_choice: Any = None
+    tool_choice: Annotated[
+        Any, written_as(Literal["none", "auto", "required"] | ChosenFunction | ChosenTool | None)
+    ] = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
-    max_output_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
+    max_output_tokens: MaxTokens | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     stream: bool | None = None
-    buddymoe: dict[str, Any] | None = None
+    buddymoe: BuddyOptions | None = None
     stream_options: ResponseStreamOptions | None = None
     reasoning: Reasoning | None = None
     truncation: Literal["disabled"] | None = None
@@ -73,7 +85,7 @@ class _ResponseRequest(WireBody):
             messages.append({"role": "system", "content": self.instructions})
         for item in self.input:
             item.tell(messages)
-        fields: dict[str, Any] = {name: getattr(self, name) for name in AS_THEY_ARE if getattr(self, name) is not None}
+        fields = self.model_dump(include=AS_THEY_ARE, exclude_none=True)
         fields |= {"messages": messages, "tool_choice": self._choice(), "max_completion_tokens": self.max_output_tokens}
         if self.reasoning is not None:
             fields["reasoning_effort"] = self.reasoning.effort
@@ -117,6 +129,6 @@ class _ResponseChat(ChatRequest):
 
 def parse_response(body: bytes) -> ChatRequest:
     """A request for a response, or RequestError naming the field."""
-    asked = parse_body(body, _ResponseRequest)
+    asked = parse_body(body, ResponseRequest)
     with in_words(RESPONSES_WORDS):
         return parse_body(json.dumps(asked.fields()).encode(), _ResponseChat)

@@ -6,27 +6,42 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from buddymoe_ray.serve.wire_parts import Effort, Unsupported, WireBody
+from buddymoe_ray.serve.wire_parts import Effort, ToolName, Unsupported, WireBody
 
-__all__ = ["FunctionTool", "Reasoning", "ResponseStreamOptions", "Stateless", "TextConfig", "TextFormat"]
+__all__ = [
+    "ChosenFunction",
+    "FunctionTool",
+    "Reasoning",
+    "ResponseStreamOptions",
+    "Stateless",
+    "TextConfig",
+    "TextFormat",
+]
 
 
 def _stateless(value: object) -> None:
-    if value not in (None, False):
+    if value is not None and value is not False:
         raise ValueError("nothing is kept between requests, must be left out: send the whole conversation as input")
 
 
-Stateless = Annotated[None, BeforeValidator(_stateless)]
+Stateless = Annotated[None, BeforeValidator(_stateless, json_schema_input_type=Literal[False] | None)]
 
 
 class FunctionTool(WireBody):
     """What an answer may call."""
 
     type: Literal["function"]
-    name: str
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+
+
+class ChosenFunction(WireBody):
+    """`tool_choice` of one tool."""
+
+    type: Literal["function"]
+    name: str
 
 
 class TextFormat(WireBody):

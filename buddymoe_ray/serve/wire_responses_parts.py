@@ -47,7 +47,7 @@ class TextPart(WireBody):
     logprobs: Unsupported = None
 
 
-Parts = Annotated[list[TextPart], BeforeValidator(_parts)]
+Parts = Annotated[list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])]
 
 
 class _Item(WireBody):
@@ -60,7 +60,7 @@ class _Item(WireBody):
 class MessageItem(_Item):
     """A message."""
 
-    type: Literal["message"]
+    type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: Parts
     phase: Unsupported = None
@@ -141,4 +141,4 @@ Item = Annotated[
     | Annotated[ReasoningItem, Tag("#reasoning")],
     Discriminator(by_type),
 ]
-Items = Annotated[list[Item], BeforeValidator(_items)]
+Items = Annotated[list[Item], BeforeValidator(_items, json_schema_input_type=str | list[Item])]

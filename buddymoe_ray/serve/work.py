@@ -7,6 +7,7 @@ Choices are numbered prompt by prompt: choice = prompt * n + k.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -116,9 +117,14 @@ class Work:
         flush_seconds: tokens of this much time share a batch; None is one batch with everything at the end.
         report_prompts: send the prompts' token ids with the first batch.
         cache_salt: only calls with the same share what was computed of a common beginning.
+        tenant: who asks, for workers to be fair; empty is nobody in particular.
+        timeout: seconds the caller wants to wait for the whole answer at most; whoever makes the call sees to it.
+        begin_within: a worker that foresees that it could not begin within so many seconds refuses.
         echo: every choice's text begins with its prompt.
         add_special_tokens: the tokenizer may put its special tokens around prompts that are text.
         spells_only: what the prompts' tokens and texts are is all that is asked for: one batch without deltas.
+        gives_way: a worker takes it where nobody else waits, and sends it away (503) when somebody does.
+        binding: only a worker with the same may go on with it, where it is not empty: another's tokens may differ.
         resume: the choices to answer, when the work moved here from another worker; empty is all, from their start.
             The first batch is then empty and says that the worker has the work.
     """
@@ -139,9 +145,14 @@ class Work:
     flush_seconds: float | None = None
     report_prompts: bool = False
     cache_salt: str = ""
+    tenant: str = ""
+    timeout: float | None = None
+    begin_within: float = math.inf
     echo: bool = False
     add_special_tokens: bool = True
     spells_only: bool = False
+    gives_way: bool = False
+    binding: str = ""
     resume: tuple[ResumedChoice, ...] = ()
 
     @property

@@ -152,4 +152,5 @@ class Intake:
             replay=work.terms.replay,
             resumed_token_ids=resumed,
             cache_salt=work.cache_salt,
+            tenant=work.tenant,
         )

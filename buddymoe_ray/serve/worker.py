@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -18,9 +20,12 @@ from typing import Protocol
 from buddymoe_ray.errors import BuddyMoEError, CapacityError, RequestError
 from buddymoe_ray.models.token_bytes import TokenBytes
 from buddymoe_ray.observe import EngineSnapshot, ExpertMap
+from buddymoe_ray.policy.fair import may_queue
+from buddymoe_ray.policy.forecast import Forecast
 from buddymoe_ray.serve.deltas import merge
+from buddymoe_ray.serve.guests import Guests
 from buddymoe_ray.serve.prompts import tokenizer_info, usable
-from buddymoe_ray.serve.refusals import in_terms_of, overloaded, refusal_of, unavailable, worker_lost
+from buddymoe_ray.serve.refusals import in_terms_of, overloaded, refusal_of, too_late, unavailable, worker_lost
 from buddymoe_ray.serve.work import Batch, Delta, Refusal, Reply, Work, WorkerInfo, WorkerReport
 from buddymoe_ray.serve.work_plan import Intake, Limits, ServingEngine, WorkPlan
 from buddymoe_ray.types import GenerationRequest, TokenEvent
@@ -63,6 +68,8 @@ class Worker:
         beat_seconds: a call that has nothing to say for so long says an empty batch: its caller knows that it lives.
     """
 
+    _binding = ""
+
     def __init__(
         self,
         engine: EngineSeam,
@@ -79,7 +86,9 @@ class Worker:
         self._bytes = TokenBytes(engine.tokenizer)
         self._intake = Intake(engine, default_max_tokens=default_max_tokens)
         self._most_answers = engine.limits.max_running + max_queued_requests
-        self._answers = 0
+        self._answers = Counter[str]()  # by tenant
+        self._guests = Guests(places=engine.limits.max_running, retry_after_seconds=retry_after_seconds)
+        self._forecast = Forecast(places=engine.limits.max_running, tokens=engine.limits.kv_tokens)
         self._running: dict[str, asyncio.Task[None]] = {}  # by the engine's request id
         self._retry_after = retry_after_seconds
         if engine.sampling_defaults:
@@ -96,10 +105,19 @@ class Worker:
         except RequestError as error:
             yield refusal_of(error)
             return
-        if self._answers and self._answers + answers > self._most_answers:
-            yield overloaded(calls=self._answers, retry_after_seconds=self._retry_after)
+        if work.resume and work.binding not in ("", self._binding):
+            yield unavailable("the service was replaced by another", retry_after_seconds=self._retry_after)
             return
-        self._answers += answers
+        others, room = self._answers.total(), not work.gives_way and self._has_room(work.tenant, answers)
+        if not room and not (work.gives_way and self._guests.fit(others, answers)):
+            yield overloaded(calls=others + self._guests.answers, retry_after_seconds=self._retry_after)
+            return
+        items: asyncio.Queue[Delta | Refusal] = asyncio.Queue()
+        if work.gives_way:
+            self._guests.add(items, answers)
+        else:
+            self._answers[work.tenant] += answers
+            self._guests.make_room(0 if work.spells_only else others + answers)
         tasks: list[asyncio.Task[None]] = []
         try:
             planned = await self._plan(work)
@@ -113,7 +131,6 @@ class Worker:
                 await self._engine.check_health()  # a dead one would take it, and cost it a move
                 yield Batch(deltas=())
                 await self._displace({request.request_id for request in planned.requests.values()})
-            items: asyncio.Queue[Delta | Refusal] = asyncio.Queue()
             tasks += [self._start(choice, planned, items) for choice in planned.requests]
             prompts, answer = planned.prompts if work.report_prompts else (), planned.answer
             batches = _Batches(items, len(tasks), work.flush_seconds, self._beat_seconds)
@@ -127,7 +144,8 @@ class Worker:
         except CapacityError as error:
             yield worker_lost(str(error), retry_after_seconds=self._retry_after)
         finally:
-            self._answers -= answers
+            self._answers -= Counter({work.tenant: 0 if work.gives_way else answers})
+            self._guests.leave(items)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -172,7 +190,21 @@ class Worker:
         refused = self._intake.hopeless(work)
         if refused is not None:
             return refused
-        return await asyncio.to_thread(self._intake.plan, work)  # a long one must not stop streams
+        planned = await asyncio.to_thread(self._intake.plan, work)  # a long one must not stop streams
+        if isinstance(planned, Refusal) or work.resume:
+            return planned
+        tokens = sum(map(_most_tokens, planned.requests.values()))
+        seconds = self._forecast.seconds(work.tenant, len(planned.requests), tokens, time.monotonic())
+        if seconds > work.begin_within:
+            return too_late(seconds, within=work.begin_within, retry_after_seconds=self._retry_after)
+        return planned
+
+    def _has_room(self, tenant: str, answers: int) -> bool:
+        """Whether so many more may run or wait. Of one of several tenants fewer may than of all."""
+        own, total, most = self._answers[tenant], self._answers.total(), self._most_answers
+        if not total:
+            return True
+        return total + answers <= most and (not tenant or may_queue(answers, own=own, total=total, most=most))
 
     def _start(self, choice: int, planned: WorkPlan, items: asyncio.Queue[Delta | Refusal]) -> asyncio.Task[None]:
         request = planned.requests[choice]
@@ -194,10 +226,12 @@ class Worker:
 
     async def _run(self, choice: int, planned: WorkPlan, items: asyncio.Queue[Delta | Refusal]) -> None:
         """Move one sequence's events to `items`; its end is always told, as a last delta or a refusal."""
-        request = planned.requests[choice]
+        request, made = planned.requests[choice], 0
+        self._forecast.arrive(request.tenant, _most_tokens(request), time.monotonic())
         try:
             async with aclosing(self._engine.generate(request)) as events:  # type: ignore[type-var]
                 async for event in events:
+                    made += len(event.token_ids)
                     items.put_nowait(planned.delta_of(choice, event, self._bytes))
         except RequestError as error:
             items.put_nowait(refusal_of(error))
@@ -211,6 +245,13 @@ class Worker:
         except Exception:  # the client gets an answer whatever happened; the log says what
             log.exception("sequence %s failed", request.request_id)
             items.put_nowait(Delta(choice=choice, finish_reason="error", error="internal error. hint: see the log"))
+        finally:
+            held = len(request.prompt_token_ids) + len(request.resumed_token_ids) + made
+            self._forecast.end(request.tenant, _most_tokens(request), held, time.monotonic())
+
+
+def _most_tokens(request: GenerationRequest) -> int:
+    return len(request.prompt_token_ids) + request.sampling.max_tokens
 
 
 class _Batches:

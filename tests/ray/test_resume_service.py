@@ -277,3 +277,30 @@ async def test_real_streams_outlive_a_killed_worker(tiny: str, record_property: 
             killed = await asyncio.to_thread(kill_the_busiest, "tiny", streams)
     assert [watched.text for watched in streams] == whole
     report(record_property, streams, killed.lost)
+
+
+async def test_a_service_is_replaced_and_stops_without_losing_a_stream(deploy: Deploy) -> None:
+    """A stream that its old worker has no time for goes on at a new one; one that runs when the service stops ends."""
+    options: dict[str, Any] = {"open_engine": open_fake_engine, "model_name": "fake", "num_cpus": 0, "flush_ms": 0}
+    url = await asyncio.to_thread(deploy, "replaced", drain_seconds=1, **options)
+    [old] = await asyncio.to_thread(workers_of, "replaced")
+    watched, drained = Watched(), Watched()
+    async with openai_client(url) as http:
+        long = {"model": "fake", "prompt": "long", "max_tokens": 250, "seed": 3}
+        stream = asyncio.create_task(over_http(http, watched, **long))
+        await begun([watched], 3)
+        await asyncio.to_thread(deploy, "replaced", drain_seconds=20, **options)
+        await stream
+        [new] = await asyncio.to_thread(workers_of, "replaced")
+        assert old.replica != new.replica and watched.text == expected("long", 3, 250)
+        short = asyncio.create_task(over_http(http, drained, model="fake", prompt="short", max_tokens=TOKENS, seed=4))
+        await begun([drained], 3)
+        handle: Any = serve.get_app_handle("replaced")
+        left = asyncio.create_task(asyncio.to_thread(handle.drain.remote(20).result))
+        while httpx.get(f"{url}/health").status_code == 200:
+            await asyncio.sleep(0.05)
+        refused = httpx.post(f"{url}/v1/completions", json={"model": "fake", "prompt": "late"})
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
+        await short
+        assert await left == 0 and drained.text == expected("short", 4)
+    assert watched.resumed > 0, "it was at two workers"

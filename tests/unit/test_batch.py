@@ -19,8 +19,6 @@ from asgi import talking_to
 from fakes import LocalWorkers
 
 from buddymoe_ray import LLM
-from buddymoe_ray.batch.journal import Journal, JournalEntry
-from buddymoe_ray.batch.lines import BatchInput, LineError
 from buddymoe_ray.batch.rows import most_rows, refill_at
 from buddymoe_ray.batch.sizes import sized
 from buddymoe_ray.cli import main
@@ -29,6 +27,8 @@ from buddymoe_ray.engine.async_engine import AsyncEngine
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.errors import BuddyMoEError, CacheError, ConfigError, RequestError
+from buddymoe_ray.serve.batches.journal import Journal, JournalEntry
+from buddymoe_ray.serve.batches.lines import BatchInput, LineError
 from buddymoe_ray.serve.calls import MAX_BODY_BYTES
 from buddymoe_ray.serve.worker import Worker
 from buddymoe_ray.types import GenerationRequest, SamplingParams
@@ -193,6 +193,7 @@ def test_bad_lines_are_told_in_their_place_and_cost_nobody_else_anything(shared,
         line("i", prompt="x", user="y" * MAX_BODY_BYTES),
         "x" * (MAX_BODY_BYTES + (2 << 20)),
         good[2],
+        line("j", prompt="x", buddymoe={"timeout": 5}),
     ]
     answers = run(written(tmp_path, lines))
     codes = [(each["error"] or {}).get("code") for each in answers]
@@ -200,7 +201,7 @@ def test_bad_lines_are_told_in_their_place_and_cost_nobody_else_anything(shared,
         *(None, "invalid_json_line", "invalid_json_line", "missing_required_parameter", "invalid_custom_id"),
         *("invalid_custom_id", None, "duplicate_custom_id", "invalid_method", "invalid_url", "invalid_url"),
         *("missing_required_parameter", "unknown_parameter", "invalid_json_line", None, None, "invalid_json_line"),
-        None,
+        *(None, None),
     ]
     numbers = [2, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 18]
     bad = [each for each in answers if each["error"]]
@@ -210,10 +211,11 @@ def test_bad_lines_are_told_in_their_place_and_cost_nobody_else_anything(shared,
     streamed, large = answers[14]["response"], answers[15]["response"]
     assert streamed["status_code"] == 400 and streamed["body"]["error"]["param"] == "stream"
     assert large["status_code"] == 413
+    assert answers[18]["response"]["body"]["error"]["param"] == "buddymoe.timeout", "nobody waits for it"
     alone = run(written(tmp_path, good), "--restart")
     assert [texts([answers[at]]) for at in (0, 6, 17)] == [[text] for text in texts(alone)]
     said = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
-    assert (said[0]["requests"], said[0]["ok"], said[0]["failed"]) == (18, 3, 15)
+    assert (said[0]["requests"], said[0]["ok"], said[0]["failed"]) == (19, 3, 16)
 
 
 def test_seeds_are_honoured_and_without_one_a_file_draws_the_same_again(shared, resident, tmp_path: Path) -> None:
@@ -560,7 +562,7 @@ def test_an_input_that_cannot_be_used_is_refused(shared, tmp_path: Path, monkeyp
 
 
 def test_two_ids_whose_marks_collide_are_no_duplicates(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("buddymoe_ray.batch.lines._mark", lambda fields: 5)
+    monkeypatch.setattr("buddymoe_ray.serve.batches.lines._mark", lambda fields: 5)
     source = BatchInput(written(tmp_path, [line("a", prompt="x"), line("b", prompt="x"), line("a", prompt="x")]))
     found = [source.read(at) for at in range(3)]
     assert [isinstance(each, LineError) for each in found] == [False, False, True]

@@ -106,6 +106,11 @@ def test_content_the_template_cannot_render_is_a_request_error(content: Any) -> 
         encode_chat(tokenizer_with(CHATML), [{"role": "user", "content": content}])
 
 
+def test_a_template_that_is_none_is_said_also_where_its_variables_are_asked_for() -> None:
+    with pytest.raises(RequestError, match="do not fit the chat template"):
+        encode_chat(tokenizer_with("{% for m"), [{"role": "user", "content": "x"}], {"enable_thinking": True})
+
+
 def test_a_missing_content_is_a_request_error() -> None:
     with pytest.raises(RequestError, match="do not fit the chat template"):
         encode_chat(tokenizer_with(CHATML), [{"role": "user"}])

@@ -15,6 +15,7 @@ from buddymoe_ray.cli import main
 from buddymoe_ray.commands import doctor
 from buddymoe_ray.commands.doctor import Finding, Patient, examine, word
 from buddymoe_ray.models.resolve import resolve_model
+from buddymoe_ray.serve.keys import add_key
 
 TINY = """
 http_options: {host: 127.0.0.1, port: PORT}
@@ -90,8 +91,11 @@ def test_a_port_that_is_taken_and_a_checkpoint_that_is_not_there(tmp_path: Path)
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
         door.listen()
-        text = TINY.replace("PORT", str(door.getsockname()[1])).replace("args: {", "args: {model: /nowhere, ")
+        add_key(tmp_path / "keys.toml", "alice", {})
+        options = f"args: {{model: /nowhere, api_keys: {tmp_path}/keys.toml, "
+        text = TINY.replace("PORT", str(door.getsockname()[1])).replace("args: {", options)
         found = by_name(Patient(what=yaml_at(tmp_path, text)))
+    assert found["key"].state == "ok" and "1 named" in found["key"].said
     assert found["port"].state == "fault" and "another" in found["port"].hint
     assert found["checkpoint"].state == "fault" and "memory" not in found
     assert main(["doctor", "/nowhere"]) == 1

@@ -4,6 +4,7 @@ residency, hits and stand-ins, and README's path for an own model as it is typed
 from __future__ import annotations
 
 import io
+import json
 import re
 import shlex
 import signal
@@ -31,7 +32,8 @@ from buddymoe_ray.residency.plan import make_plan
 from buddymoe_ray.serve import launch
 from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.handles import ReplicaWorkers
-from buddymoe_ray.serve.work import Refusal, Work
+from buddymoe_ray.serve.refusals import STOPPED
+from buddymoe_ray.serve.work import Refusal, ResumedChoice, Work
 from buddymoe_ray.types import SamplingParams
 
 ROOT = Path(__file__).parents[2]
@@ -144,7 +146,7 @@ def test_serve_starts_what_was_typed(tmp_path, monkeypatch, capsys) -> None:
     """Flags win over the file; the URL, mode and memory are told."""
     seen: dict[str, Any] = {}
     monkeypatch.setattr(launch, "start", lambda options, **places: seen.update(places, options=options))
-    monkeypatch.setattr(launch, "wait", lambda name: None)
+    monkeypatch.setattr(launch, "wait", lambda name, **_: None)
     path = deployment(tmp_path, args_flush_ms=5)
     assert main(["serve", str(path), "--memory", "30%", "--workers", "2", "--port", "8123", "--cors-origins", "*"]) == 0
     options = seen["options"]
@@ -153,6 +155,15 @@ def test_serve_starts_what_was_typed(tmp_path, monkeypatch, capsys) -> None:
     assert (seen["name"], seen["route_prefix"], seen["http"]["port"]) == ("buddymoe", "/", 8123)
     said = capsys.readouterr().out
     assert "builtin:tiny at http://127.0.0.1:8123/v1" in said and "30%" in said and "bounded" in said
+    assert "none: whoever reaches it is served" in said and "http://127.0.0.1:8123/dashboard" in said
+    keys = tmp_path / "keys.toml"
+    assert main(["key", "alice", "--file", str(keys)]) == main(["serve", "--api-keys", str(keys)]) == 0
+    assert "1 named of" in capsys.readouterr().out
+    monkeypatch.setenv("BUDDYMOE_API_KEY", "sk-x")
+    assert main(["serve", "--api-keys", str(keys), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["keys"] == f"one of the environment, 1 named of {keys}"
+    keys.chmod(0o666)
+    assert main(["serve", "--api-keys", str(keys)]) == 2 and "chmod 600" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("joined", ["", "10.0.0.1:6379"])
@@ -167,15 +178,19 @@ def test_only_a_named_cluster_is_joined_and_left_as_it_was(joined: str, monkeypa
         monkeypatch.setattr(f"ray.serve.{name}", lambda *_, **__: None)
     monkeypatch.setattr("ray.serve.delete", lambda name: done.append(f"{name} ends"))
     monkeypatch.setattr("ray.serve.shutdown", lambda: done.append("serve ends"))
+    ended = SimpleNamespace(result=lambda timeout_s: 0)
+    drain = SimpleNamespace(remote=lambda seconds: done.append(f"{seconds:g} s to drain") or ended)
+    monkeypatch.setattr("ray.serve.get_app_handle", lambda name: SimpleNamespace(drain=drain))
     monkeypatch.setattr(launch.time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
     launch.start(ServeArgs(), name="mine", route_prefix="/", http={})
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
-        launch.wait("mine")
+        launch.wait("mine", drain_seconds=7.0)
     finally:
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
             signal.signal(number, handler)
-    assert done == ([joined, "mine ends"] if joined else ["local", "serve ends", "ray ends"])
+    own = ["local", "7 s to drain", "mine ends", "serve ends", "ray ends"]
+    assert done == ([joined, "7 s to drain", "mine ends"] if joined else own)
 
 
 async def test_a_models_id_is_its_folders_name(tmp_path: Path) -> None:
@@ -191,11 +206,13 @@ async def test_a_models_id_is_its_folders_name(tmp_path: Path) -> None:
     check_error(other, 404, "model", "model_not_found")
 
 
-def replicas(monkeypatch: pytest.MonkeyPatch, *, gpus: float = 0, message: str = "", **states: int) -> ReplicaWorkers:
+def replicas(
+    monkeypatch: pytest.MonkeyPatch, *, gpus: float = 0, message: str = "", status: str = "RUNNING", **states: int
+) -> ReplicaWorkers:
     """Workers of a deployment in these states."""
     found = SimpleNamespace(replica_states={name.upper(): count for name, count in states.items()}, message=message)
-    status = SimpleNamespace(applications={"buddymoe": SimpleNamespace(deployments={"worker": found})})
-    monkeypatch.setattr("ray.serve.status", lambda: status)
+    application = SimpleNamespace(deployments={"worker": found}, status=status)
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications={"buddymoe": application}))
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
     handle: Any = SimpleNamespace(app_name="buddymoe", deployment_name="worker", options=lambda **_: None)
     return ReplicaWorkers(handle, num_gpus=gpus)
@@ -225,6 +242,13 @@ async def test_routes_answer_while_no_worker_runs(workers, said, monkeypatch) ->
     assert isinstance(refusal, Refusal) and refusal.status == 503
     with pytest.raises(CapacityError, match=re.escape(said)):
         replicas(monkeypatch, **workers).info_sync()
+
+
+async def test_what_moves_does_not_wait_for_a_service_that_is_deleted(monkeypatch) -> None:
+    moved = Work(request_id="r", prompts=("x",), sampling=SamplingParams(), resume=(ResumedChoice(choice=0),))
+    workers = replicas(monkeypatch, status="DELETING", stopping=1)
+    (refusal,) = [reply async for reply in workers.generate(moved)]
+    assert isinstance(refusal, Refusal) and (refusal.status, refusal.code) == (503, STOPPED)
 
 
 def fits(text: str) -> None:
@@ -377,7 +401,7 @@ def test_readmes_own_model_path_as_typed(tmp_path, monkeypatch, capsys) -> None:
     seen: list[Any] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch, "start", lambda options, **_: seen.append(options))
-    monkeypatch.setattr(launch, "wait", lambda name: None)
+    monkeypatch.setattr(launch, "wait", lambda name, **_: None)
     lines = [shlex.split(line) for line in block.splitlines()]
     assert [words[:2] for words in lines] == [["buddymoe", "plan"], ["buddymoe", "profile"], ["buddymoe", "serve"]]
     for words in lines:

@@ -4,6 +4,7 @@ changes, nobody starves, and what a stand-in had a part in is nobody else's."""
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Memory:
 def test_everybody_reads_the_own_text_and_ends(seed: int, reuses: bool) -> None:
     """Random texts of few tokens, cancelled at random, in a cache that holds a few of them."""
     rng = random.Random(seed)
+    tenants = "aaab" if seed % 2 else " "
     blocks, size = rng.choice([(7, 4), (12, 2), (30, 4)])
     pool = Scheduler(
         num_blocks=blocks,
@@ -65,6 +67,7 @@ def test_everybody_reads_the_own_text_and_ends(seed: int, reuses: bool) -> None:
             prompt = tuple(rng.randrange(2) for _ in range(rng.randint(1, 11)))
             sampling = SamplingParams(max_tokens=rng.randint(1, 12))
             asked = GenerationRequest(request_id=str(begun), prompt_token_ids=prompt, sampling=sampling)
+            asked = replace(asked, tenant=rng.choice(tenants))
             begun += 1
             try:
                 pool.add(seq := Sequence(asked, max_model_len=100))
@@ -256,3 +259,30 @@ def test_a_failing_request_leaves_what_others_share_alone(monkeypatch: pytest.Mo
         llm.engine._scheduler.check_integrity()
     assert after[-1].usage is not None and after[-1].usage.cached_tokens > 0
     assert [event.logprobs for event in after] == [event.logprobs for event in whole]
+
+
+def test_another_tenant_has_its_turn_and_no_token_changes() -> None:
+    """Two places, six requests of one tenant, then one of another: it does not wait for any of them to end."""
+    sampling = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    with LLM("builtin:tiny", memory="50%", max_running=2) as llm:
+        alone = [each.token_ids for each in llm.generate(PROMPTS[:7], max_tokens=40, temperature=0.0, ignore_eos=True)]
+        prompts = [tuple(llm.engine.encode(text)) for text in PROMPTS[:7]]
+        made: dict[str, list[int]] = {}
+        order: list[str] = []
+
+        def add(at: int, tenant: str) -> None:
+            asked = GenerationRequest(request_id=str(at), prompt_token_ids=prompts[at], sampling=sampling)
+            llm.engine.add(replace(asked, tenant=tenant))
+
+        for at in range(6):
+            add(at, "many")
+        for step in range(1000):
+            if step == 10:
+                add(6, "one")
+            for event in llm.engine.step():
+                made.setdefault(event.request_id, []).extend(event.token_ids)
+                order += [event.request_id] if event.finish_reason else []
+            if step > 10 and not llm.engine.has_work():
+                break
+        assert llm.engine.snapshot().preemptions == 1 and order.index("6") <= 2, order
+        assert [tuple(made[str(at)]) for at in range(7)] == alone

@@ -17,7 +17,7 @@ from fakes import FakeEngine, LocalWorkers
 
 from buddymoe_ray.serve.deltas import merge, total_usage
 from buddymoe_ray.serve.prompts import resumed_choices
-from buddymoe_ray.serve.refusals import failure, overloaded, unavailable
+from buddymoe_ray.serve.refusals import STOPPED, failure, overloaded, unavailable
 from buddymoe_ray.serve.resume import ResumeLimits, WorkerLost, resumable
 from buddymoe_ray.serve.work import Batch, Delta, Refusal, Reply, ResumedChoice, Terms, Work
 from buddymoe_ray.serve.worker import Worker
@@ -369,3 +369,20 @@ async def test_a_worker_with_a_dead_engine_takes_nothing_that_moves() -> None:
         engine.die()
     same(await told(workers, asked), whole)
     assert len(workers.asked) == 7 and workers.beats == 1
+
+
+async def test_only_a_worker_that_answers_alike_goes_on() -> None:
+    """While a service is replaced, workers of both run: another model's tokens are no continuation."""
+    asked = work(binding="old")
+    whole = await told(LocalWorkers(Worker(FakeEngine())), asked)
+    workers = Mortals(3, None, None, limits=ResumeLimits(wait_seconds=20.0))
+    workers.workers[1]._binding, workers.workers[2]._binding = "new", "old"
+    same(await told(workers, asked), whole)
+    assert [len(engine.seen) for engine in workers.engines] == [1, 0, 1]
+    assert len(await told(LocalWorkers(workers.workers[1]), asked)) == 1, "who begins may begin anywhere"
+
+
+async def test_where_no_worker_will_come_nothing_is_waited_for() -> None:
+    ended = replace(unavailable("no worker runs", retry_after_seconds=2), code=STOPPED)
+    workers = Mortals(2, ended, limits=ResumeLimits(wait_seconds=1000.0))
+    assert await refused(workers, work()) == ended

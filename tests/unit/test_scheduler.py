@@ -18,9 +18,12 @@ from buddymoe_ray.types import GenerationRequest, SamplingParams
 MAX_LEN = 10_000
 
 
-def make(request_id: str, prompt: int, max_tokens: int) -> Sequence:
+def make(request_id: str, prompt: int, max_tokens: int, tenant: str = "") -> Sequence:
     request = GenerationRequest(
-        request_id=request_id, prompt_token_ids=(1,) * prompt, sampling=SamplingParams(max_tokens=max_tokens)
+        request_id=request_id,
+        prompt_token_ids=(1,) * prompt,
+        sampling=SamplingParams(max_tokens=max_tokens),
+        tenant=tenant,
     )
     return Sequence(request, max_model_len=MAX_LEN)
 
@@ -377,3 +380,117 @@ def test_any_operations_follow_the_rules(randomness: random.Random, operations: 
     model = Model(randomness)
     for _ in range(operations):
         model.operate()
+
+
+def growing(*, blocks: int, max_running: int) -> Scheduler:
+    room = Prefill(beside=64, alone=64)
+    return Scheduler(num_blocks=blocks, block_size=4, max_running=max_running, prefill=room, grows=True)
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_one_tenant_with_many_requests_does_not_starve_another(grows: bool) -> None:
+    pool = growing(blocks=400, max_running=4) if grows else scheduler(blocks=400, max_running=4)
+    for at in range(64):
+        pool.add(make(f"a{at}", 5, 40, "a"))
+    for _ in range(10):
+        carry_out(pool, pool.schedule())
+    pool.add(make("b", 5, 10, "b"))
+    steps = 0
+    while "b" in {*pool._waiting, *pool._admitted}:
+        carry_out(pool, pool.schedule())
+        pool.check_integrity()
+        steps += 1
+    assert steps <= (14 if grows else 60), "it has the next place that is free, or one that is taken for it at once"
+    assert pool.preemptions == int(grows)
+    while pool.has_work():
+        carry_out(pool, pool.schedule())
+    assert pool.free_blocks == 400
+
+
+def test_tenants_that_always_wait_get_the_same() -> None:
+    pool, made = growing(blocks=400, max_running=6), {"a": 0, "b": 0}
+    count = 0
+    for _ in range(1500):
+        while sum(seq.request.tenant == "a" for seq in pool._waiting.values()) < 20:
+            pool.add(make(f"a{(count := count + 1)}", 4, 9, "a"))
+        while sum(seq.request.tenant == "b" for seq in pool._waiting.values()) < 2:
+            pool.add(make(f"b{(count := count + 1)}", 20, 30, "b"))
+        plan = pool.schedule()
+        for seq in plan.decode:
+            made[seq.request.tenant] += 2
+        for chunk in plan.prefill:
+            made[chunk.seq.request.tenant] += chunk.end - chunk.start
+        carry_out(pool, plan)
+    assert made["a"] == pytest.approx(made["b"], rel=0.05), "short requests or long ones, many or few"
+    assert pool.preemptions < 10, "who has a place keeps it"
+
+
+def test_a_short_prompt_does_not_wait_for_another_tenants_long_ones() -> None:
+    pool = scheduler(blocks=400, chunk=8)
+    for at in range(3):
+        pool.add(make(f"a{at}", 14, 4, "a"))
+    carry_out(pool, pool.schedule())
+    pool.add(make("b", 6, 4, "b"))
+    order = []
+    for _ in range(2):
+        plan = pool.schedule()
+        order.append(ids_of(plan)[0])
+        carry_out(pool, plan)
+    assert order == [["a0", "a1"], ["b", "a1"]], "as much of another's as of its own, not all"
+
+
+def test_room_in_the_cache_is_shared_like_places() -> None:
+    pool = growing(blocks=16, max_running=8)
+    for at in range(3):
+        pool.add(make(f"a{at}", 17, 40, "a"))
+    for _ in range(3):
+        carry_out(pool, pool.schedule())
+    assert pool.num_running == 2 and pool.free_blocks == 6, "too few beside what the two want next"
+    pool.add(make("b", 20, 4, "b"))
+    carry_out(pool, pool.schedule())
+    carry_out(pool, pool.schedule())
+    assert {seq.request.tenant for seq in pool._admitted.values()} == {"a", "b"}
+    pool.check_integrity()
+
+
+def test_what_repeats_a_record_and_whose_prompt_is_computed_keep_their_places() -> None:
+    pool = growing(blocks=400, max_running=2)
+    for at in range(4):
+        pool.add(make(f"a{at}", 200, 4, "a"))
+    pool.schedule()
+    pool.add(make("b", 5, 4, "b"))
+    pool.schedule()
+    assert pool.preemptions == 0, "a prompt is not begun twice"
+    alone = growing(blocks=400, max_running=2)
+    for name in "abc":
+        alone.add(make(name, 5, 40, name))
+    for _ in range(20):
+        carry_out(alone, alone.schedule())
+    assert alone.preemptions == 0, "who has one place keeps it"
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_tenants_at_random_all_come_to_their_end(seed: int) -> None:
+    rng = random.Random(seed)
+    pool = growing(blocks=rng.randrange(12, 60), max_running=rng.randrange(1, 6))
+    live: dict[str, Sequence] = {}
+    for at in range(40):
+        seq = make(str(at), rng.randrange(1, 30), rng.randrange(1, 15), rng.choice("aaab") + rng.choice(["", "c"]))
+        pool.add(seq)
+        live[seq.request_id] = seq
+        for _ in range(rng.randrange(4)):
+            carry_out(pool, pool.schedule())
+            pool.check_integrity()
+        if rng.random() < 0.2:
+            gone = rng.choice([*live.values()])
+            if not gone.finished:
+                gone.finish("cancelled")
+                pool.cancel(gone.request_id)
+                pool.finish(gone)
+    for _ in range(3000):
+        if not pool.has_work():
+            break
+        carry_out(pool, pool.schedule())
+        pool.check_integrity()
+    assert not pool.has_work() and all(seq.finished for seq in live.values())

@@ -18,6 +18,7 @@ from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.serve.app import application, build_app
 from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.handles import APP_NAME
+from buddymoe_ray.serve.keys import add_key
 from buddymoe_ray.serve.replica import open_async_engine
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +116,20 @@ def test_the_key_is_read_from_the_named_variable(monkeypatch: pytest.MonkeyPatch
 def test_there_are_deployments() -> None:
     names = {path.stem for path in DEPLOYMENTS}
     assert {"tiny-cpu", "mixtral", "olmoe", "qwen3-30b-a3b", "deepseek-v2-lite"} <= names
+
+
+def test_a_keys_file_is_found_from_elsewhere_and_binds_nothing(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BUDDYMOE_API_KEY", raising=False)
+    args = ServeArgs(api_keys="keys.toml", require_api_key=True)
+    assert args.api_keys == str(tmp_path / "keys.toml")
+    with pytest.raises(ConfigError, match=r"cannot be read.*hint: buddymoe key"):
+        args.key_ring()
+    add_key(tmp_path / "keys.toml", "alice", {})
+    assert not args.key_ring().open
+    assert args.binding() == ServeArgs(memory="90%", threads=3).binding(), "these change no answer in exact"
+    others = [{"model": "x"}, {"expert_dtype": "int8"}, {"default_max_tokens": 5}, {"seed": 1}, {"mode": "bounded"}]
+    assert len({ServeArgs(**other).binding() for other in others}) == 5 and args.binding() == ServeArgs().binding()
 
 
 @pytest.mark.parametrize("path", DEPLOYMENTS, ids=lambda path: path.stem)

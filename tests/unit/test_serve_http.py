@@ -13,7 +13,8 @@ import pytest
 from asgi import CHAT, TEXT, check_error, messages_of, openai_client, serving, talking_to
 from fakes import FakeEngine, FakeLimits, LocalWorkers, exact_usage
 
-from buddymoe_ray.serve.http import MAX_BODY_BYTES, HttpSettings
+from buddymoe_ray.serve.calls import MAX_BODY_BYTES
+from buddymoe_ray.serve.http import HttpSettings
 from buddymoe_ray.serve.worker import Worker
 from buddymoe_ray.types import GenerationRequest, TokenEvent, TokenLogprob
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from asgi import CHAT, named_events_of, serving, talking_to
+from asgi import CHAT, conforms, named_events_of, serving, talking_to
 from fakes import Breaking, LocalWorkers, MortalWorkers, exact_usage
 
 from buddymoe_ray.config import EngineConfig
@@ -116,6 +116,8 @@ async def test_tools_in_a_loop(engine: AsyncEngine) -> None:
         messages = [*ASKED["messages"], {"role": "assistant", "content": first["content"]}]
         messages.append({"role": "user", "content": [result]})
         second = (await client.post(PATH, json=ASKED | {"messages": messages})).json()
+        for reply in (first, second):
+            conforms(reply, PATH)
         assert second["stop_reason"] == "end_turn" and [b["type"] for b in second["content"]] == ["text"]
         assert second["usage"]["input_tokens"] + second["usage"]["cache_read_input_tokens"] > 60
         for choice, names in (({"type": "tool", "name": "get_news"}, {"get_news"}), ({"type": "any"}, {"get_weather"})):

@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 import pytest
-from asgi import check_error, named_events_of, openai_client, serving, talking_to
+from asgi import check_error, conforms, named_events_of, openai_client, serving, talking_to
 from fakes import Breaking, LocalWorkers, exact_usage
 from openai.types.responses import Response
 from pydantic import BaseModel
@@ -110,6 +110,8 @@ async def test_tools_in_a_loop(engine: AsyncEngine) -> None:
         result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny, 21 degrees"}
         second = await responses.create(input=[QUESTION, call, result], instructions="Be brief.", **ASKED)
         assert second.status == "completed" and second.output_text and second.instructions == "Be brief."
+        for reply in (first, second):
+            conforms(reply.model_dump(mode="json", exclude_unset=True, warnings=False), PATH)
         named: Any = {"type": "function", "name": "get_news"}
         forced = await responses.create(input=[QUESTION], tool_choice=named, **ASKED)
         assert [item.name for item in forced.output if item.type == "function_call"] == ["get_news"]

@@ -11,15 +11,15 @@ from typing import Any
 
 import httpx
 import pytest
-from asgi import check_error, messages_of, openai_client, serving, talking_to
+from asgi import check_error, conforms, messages_of, openai_client, serving, talking_to
 from fakes import FakeEngine, LocalWorkers, MortalWorkers, byte_tokenizer
 
-from buddymoe_ray.batch.lines import BatchInput
 from buddymoe_ray.batch.run import BatchRun
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.async_engine import AsyncEngine
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.errors import RequestError
+from buddymoe_ray.serve.batches.lines import BatchInput
 from buddymoe_ray.serve.calls import ModelNames
 from buddymoe_ray.serve.prompts import in_form
 from buddymoe_ray.serve.work import ChatMessage, ToolUse, Work
@@ -83,6 +83,7 @@ async def test_what_may_be_called_is_the_callers_choice(engine: AsyncEngine) -> 
                 assert must["finish_reason"] == "length" or calls
                 assert all(set(json.loads(call["function"]["arguments"])) >= {"city"} for call in calls)
                 assert len(calls) <= 1 or fields.get("parallel_tool_calls") is not False
+        conforms((await client.post(PATH, json=BODY)).json(), PATH)
         cut = await answer(client, max_tokens=12)
         assert cut["finish_reason"] == "length" and cut["message"]["content"].startswith("<tool_call>")
 

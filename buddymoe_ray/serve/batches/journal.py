@@ -73,6 +73,11 @@ class Journal:
             raise
         return journal
 
+    @property
+    def size(self) -> int:
+        """Bytes of all entries."""
+        return self._end
+
     def has(self, at: int) -> bool:
         """Whether the entry of that position is there."""
         return self._places[at] > 0
@@ -89,9 +94,14 @@ class Journal:
     def sync(self, *, after: float = 0.0) -> None:
         """Make all entries durable; with `after` only if the last time was so many seconds ago."""
         if self._dirty and time.monotonic() - self._synced_at >= after:
-            with self._refusing():
-                os.fsync(self._fd)
-            self._synced_at, self._dirty = time.monotonic(), False
+            self._dirty = False  # before: in a thread, what is appended meanwhile waits for the next time
+            try:
+                with self._refusing():
+                    os.fsync(self._fd)
+            except BuddyMoEError:
+                self._dirty = True
+                raise
+            self._synced_at = time.monotonic()
 
     def entries(self) -> Iterator[JournalEntry]:
         """All entries, in order of position. Raises BuddyMoEError when one is missing or was damaged meanwhile."""

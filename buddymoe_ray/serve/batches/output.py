@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from buddymoe_ray.batch.journal import folder_synced
 from buddymoe_ray.errors import BuddyMoEError
+from buddymoe_ray.serve.batches.journal import folder_synced
 
 __all__ = ["write_output"]
 
