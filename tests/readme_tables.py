@@ -161,6 +161,25 @@ def peers_table() -> str:
     return "\n".join(rows)
 
 
+def vllm_table() -> str:
+    """Rounds of beside_vllm.py."""
+    rounds = records("vllm")
+    rows = ["| | sequences | vLLM tok/s | ours tok/s | ratio | by CPU seconds |", "|---|---|---|---|---|---|"]
+    for what, batch in dict.fromkeys((r["what"], r["batch"]) for r in rounds):
+        theirs, ours = (
+            [r for r in rounds if (r["engine"], r["what"], r["batch"]) == (name, what, batch)]
+            for name in ("vllm", "buddymoe_ray")
+        )
+        pairs = list(zip(theirs, ours, strict=True))
+        speeds = [[r["tok_s"] for r in side] for side in (theirs, ours)]
+        speeds.append([own["tok_s"] / other["tok_s"] for other, own in pairs])
+        shown = " | ".join(f"{median(c):.3g} ({min(c):.3g}–{max(c):.3g})" for c in speeds)
+        by_cpu = median([own["tok_cpu_s"] / other["tok_cpu_s"] for other, own in pairs])
+        name = what if what == "decode" else f"prefill of {ours[0]['prompt_tokens']:,} tokens each"
+        rows.append(f"| {name} | {batch} | {shown} | {by_cpu:.3g} |")
+    return "\n".join(rows)
+
+
 def prompts_table() -> str:
     """Rows of `buddymoe bench --turns 2 --json`, with the `prefill_chunk` that was given."""
     rows = [
@@ -303,6 +322,7 @@ def figures_page(text: str) -> str:
         "placement": placement_table(),
         "speed": speed_table(),
         "peers": peers_table(),
+        "vllm": vllm_table(),
         "prompts": prompts_table(),
         "beside": beside_table(),
         "lowbit": lowbit_table(),

@@ -35,7 +35,7 @@ class SamplingChooser:
         prepare_sampling(device)
 
     def choose(self, logits_BV: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
-        ruled = {row: seq.rule for row, seq in enumerate(sequences) if seq.rule is not None}
+        ruled = {row: rule for row, seq in enumerate(sequences) if (rule := seq.rule) is not None}
         states, allowed_RV = [seq.sampling_state for seq in sequences], logits_BV[:0]
         if ruled:
             allowed_RV = logits_BV[[*ruled]]

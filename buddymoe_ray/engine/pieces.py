@@ -24,7 +24,7 @@ __all__ = ["Member", "Piece", "cut_pieces", "wanted_rows"]
 @dataclass(eq=False)
 class Member:
     """A prompt's part of the pass. `blocks` are the KV blocks that it began with, `logits_nV` those that are wanted, by
-    pieces; `lost` says which expert could not be had."""
+    pieces; `lost` says which expert could not be had. One that is `gone` has no forward any more."""
 
     chunk: PrefillChunk
     blocks: list[int]

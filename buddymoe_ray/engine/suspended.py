@@ -126,9 +126,9 @@ class SuspendedPass:
 
     def close(self) -> list[PrefillChunk]:
         """Give the pass up; returns the chunks of prompts that still wait for it, also of those that lost an expert."""
+        left = [member for member in self._members if member.there]
         for member in self._members:
             self._drop(member)
-        left = [member for member in self._members if member.there]
         for member in left:
             member.chunk.seq.computing = 0
         self._layer = None
@@ -204,15 +204,16 @@ class SuspendedPass:
         before_E, self._resident_E = self._resident_E, None
         hidden_TD = torch.cat([piece.hidden_TD for piece in pieces if piece.hidden_TD is not None])
         ids_TK = np.concatenate([piece.ids_TK for piece in pieces if piece.ids_TK is not None])
+        outputs = hidden_TD.new_empty
         if block is self._parts.last:
-            ids_TK = np.where(wanted_rows(pieces)[:, None], ids_TK, -1)
+            ids_TK, outputs = np.where(wanted_rows(pieces)[:, None], ids_TK, -1), hidden_TD.new_zeros
         rows = Accesses(ids_TK, hidden_TD.device).rows
         return _Layer(
             block=block,
             pieces=pieces,
             hidden_TD=hidden_TD,
             ids_TK=ids_TK,
-            y_ND=hidden_TD.new_zeros(ids_TK.size, hidden_TD.shape[1]),
+            y_ND=outputs(ids_TK.size, hidden_TD.shape[1]),
             rest={expert: rows_R.numpy() for expert, (rows_R, _) in rows.items()},
             resident_E=block.resident_mask.copy() if before_E is None else before_E,
         )
@@ -302,7 +303,7 @@ class SuspendedPass:
             if piece.gone:
                 _end(piece)
                 for other in (share.member for share in piece.shares if not share.member.gone):
-                    other.chunk.seq.computing = 0
+                    other.chunk.seq.computing, other.blocks = 0, []  # another pass may have it
                     self._drop(other)
         self._ready = deque(piece for piece in self._ready if not piece.gone)
         self._waiting = [piece for piece in self._waiting if not piece.gone]

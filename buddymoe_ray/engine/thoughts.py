@@ -35,7 +35,7 @@ def thought_budget(tokenizer: Any, form: AnswerForm | None, tokens: int | None) 
             for pattern, mark in ((field.open_re, begin), (field.close_re, end))
         ]
         if all(read) and len(told[1]) == 1:
-            begun = form.opening.endswith(begin)
+            begun = form.opening.rfind(begin) > form.opening.rfind(end)
             return ThoughtBudget(tokens=tokens, begin=() if begun else tuple(told[0]), end=told[1][0])
     raise RequestError(
         "thinking_token_budget is given, must be left out: no token of this model is known to end its thoughts. "

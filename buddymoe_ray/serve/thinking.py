@@ -26,15 +26,15 @@ def in_template(tokenizer: Any, work: Work) -> Work:
         RequestError: the model's chat template has no place for it.
     """
     wish = work.thinking
-    known = template_variables(tokenizer) if work.messages and (wish.enabled, wish.effort) != (None, None) else ()
-    if not known:  # a conversation without a template is refused where it is rendered
+    asks = work.messages and (wish.enabled, wish.effort) != (None, None)
+    if not asks or not getattr(tokenizer, "chat_template", None):  # without one it is refused where it is rendered
         return work
-    options: dict[str, Any] = {}
-    enabled = wish.enabled
+    known, options = template_variables(tokenizer), dict[str, Any]()
+    enabled, field = wish.enabled, "chat_template_kwargs.enable_thinking"
     if "reasoning_effort" in known:
         options |= {"reasoning_effort": wish.effort} if wish.effort is not None else {}
     elif wish.effort == "none":
-        enabled = False
+        enabled, field = False, "reasoning_effort"
     elif wish.effort not in (None, wish.usual):
         raise RequestError(
             f"reasoning_effort is {wish.effort}, must be {wish.usual}, none or left out: the model's chat template "
@@ -46,18 +46,18 @@ def in_template(tokenizer: Any, work: Work) -> Work:
         options[switch] = enabled
     work = replace(work, template_options=options | dict(work.template_options))
     if enabled is not None and switch is None:
-        _check_is(enabled, tokenizer, work)
+        _check_is(enabled, field, tokenizer, work)
     return work
 
 
-def _check_is(enabled: bool, tokenizer: Any, work: Work) -> None:
-    """Raises RequestError unless the model thinks, or does not, without being told."""
+def _check_is(enabled: bool, field: str, tokenizer: Any, work: Work) -> None:
+    """Raises RequestError, naming the field, unless the model thinks, or does not, without being told."""
     form = answer_form(tokenizer, work.template_options)
     thinks = form is not None and form.thinks
     if thinks != enabled:
         always = "thinks whatever it is asked" if thinks else "writes no thoughts"
         raise RequestError(
-            f"chat_template_kwargs.enable_thinking is {str(enabled).lower()}, must be left out: this model {always}. "
+            f"{field} asks for {'thoughts' if enabled else 'none'}, must be left out: this model {always}. "
             "hint: leave it out",
-            param="chat_template_kwargs.enable_thinking",
+            param=field,
         )

@@ -383,3 +383,26 @@ def test_the_last_layer_runs_experts_of_rows_alone_whose_logits_are_wanted(
     engine.drain()
     top_k = ran[0] // len(PROMPTS[0])
     assert top_k > 0 and set(ran.values()) == {len(PROMPTS[0]) * top_k, top_k} and ran[max(ran)] == top_k
+
+
+def test_who_began_anew_is_not_given_up_with_the_pass_that_it_left(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else two passes would count its tokens."""
+    monkeypatch.setattr(beside, "_ROWS_ALONE", 9)
+    texts = {"gone": PROMPTS[0][:4], "stays": PROMPTS[2][:5], "other": PROMPTS[2][:7]}
+    expected = {name: alone(engine, texts[name]) for name in ("stays", "other")}
+    for name, ids in texts.items():
+        engine.add(request(name, ids))
+    events = engine.step()
+    [first] = passes(engine)
+    engine.cancel("gone")
+    first.leave()
+    [stays] = [member for member in first._members if member.chunk.seq.request_id == "stays"]
+    assert stays.gone and not stays.there and stays.chunk.seq.computing == 0
+    left = [chunk.seq.request_id for chunk in first.close()]
+    assert left == ["other"]
+    engine._beside.reset()
+    found = bits([event for event in [*events, *engine.drain()] if event.request_id != "gone"])
+    assert found == expected
+    engine._scheduler.check_integrity()

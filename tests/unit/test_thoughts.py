@@ -20,6 +20,7 @@ from buddymoe_ray.serve.thinking import in_template
 from buddymoe_ray.serve.work import ChatMessage, Thinking, Work
 from buddymoe_ray.types import GenerationRequest, SamplingParams, ThoughtBudget
 
+WRITES = "{{ messages[0]['content'] }}"
 THINKS = "{# </think> #}{{ messages[0]['content'] }}{% if add_generation_prompt %}<|im_start|>OPENING{% endif %}"
 SWITCHED = "{{ '<think>' if enable_thinking is not defined or enable_thinking else '<think></think>' }}"
 
@@ -109,6 +110,8 @@ def test_where_thoughts_end_is_known_by_a_token_of_its_own() -> None:
     (begin,), (end,) = (begun.encode(mark, add_special_tokens=False) for mark in ("<think>", "</think>"))
     assert thought_budget(begun, answer_form(begun, {}), 9) == ThoughtBudget(tokens=9, begin=(), end=end)
     assert thought_budget(free, answer_form(free, {}), 9) == ThoughtBudget(tokens=9, begin=(begin,), end=end)
+    led = tokenizer_of("<think>So,")
+    assert thought_budget(led, answer_form(led, {}), 9) == ThoughtBudget(tokens=9, begin=(), end=end)
     closed = tokenizer_of("<think></think>")
     assert thought_budget(closed, answer_form(closed, {}), 9) is None and thought_budget(free, None, 9) is None
     spelled = tokenizer_of("<think>", marks=())
@@ -123,7 +126,8 @@ def test_where_thoughts_end_is_known_by_a_token_of_its_own() -> None:
 
 def test_wishes_have_their_effect_or_are_refused() -> None:
     switched, plain, always = tokenizer_of(SWITCHED), copy.deepcopy(bpe()), tokenizer_of("<think>")
-    plain.chat_template = "{{ messages[0]['content'] }}{{ reasoning_effort }}"
+    bare = copy.deepcopy(plain)
+    plain.chat_template, bare.chat_template = WRITES + "{{ reasoning_effort }}", WRITES
     for wish, options in (
         (Thinking(enabled=False), {"enable_thinking": False}),
         (Thinking(enabled=True), {"enable_thinking": True}),
@@ -139,8 +143,11 @@ def test_wishes_have_their_effect_or_are_refused() -> None:
     assert in_template(always, work_of(Thinking(enabled=True))).template_options == {}
     for tokenizer, wish, named in (
         (switched, Thinking(effort="high"), "reasoning_effort is high"),
-        (plain, Thinking(enabled=True), "enable_thinking is true.* writes no thoughts"),
-        (always, Thinking(enabled=False), "enable_thinking is false.* thinks whatever it is asked"),
+        (plain, Thinking(enabled=True), "enable_thinking asks for thoughts.* writes no thoughts"),
+        (always, Thinking(enabled=False), "enable_thinking asks for none.* thinks whatever it is asked"),
+        (always, Thinking(effort="none"), "^reasoning_effort asks for none.* thinks whatever it is asked"),
+        (bare, Thinking(effort="high"), "reasoning_effort is high"),
+        (bare, Thinking(enabled=True), "writes no thoughts"),
     ):
         with pytest.raises(RequestError, match=named):
             in_template(tokenizer, work_of(wish))
