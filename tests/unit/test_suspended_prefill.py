@@ -134,7 +134,7 @@ def test_who_loses_its_blocks_begins_again(tmp_path: Path, pieces: None) -> None
     small = {"memory": "40%", "max_model_len": 64, "prefix_cache": "off", "max_running": 8}
     with LLM(str(tmp_path), **small) as llm:
         expected = [alone(llm.engine, PROMPTS[2], 45), alone(llm.engine, PROMPTS[0])]
-        pool: Any = llm.engine._runner._pool  # type: ignore[attr-defined]
+        pool: Any = llm.engine._runner._paged.pool  # type: ignore[attr-defined]
         kept = [*pool.keys_NHd.values(), *pool.values_NHd.values()]
         block = sum(part.nbytes for part in kept) // pool.blocks
     with LLM(str(tmp_path), kv_memory=str(6 * block), **small) as llm:
