@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 APP_NAME = "buddymoe"
 WORKER_NAME = "worker"
 HEALTH_SECONDS = 5.0
-LOOK_SECONDS = 1.0  # whether a worker runs is asked so often at most, and only while requests come
+LOOK_SECONDS = 1.0  # while a worker runs, whether one does is asked so often at most, and only while requests come
 LOST = (RayActorError, NodeDiedError, ObjectLostError, WorkerCrashedError)  # the replica, or its node with its replies
 
 
@@ -117,9 +117,9 @@ class ReplicaWorkers:
         return tuple(None if answer is None else _one_line(answer) for answer in answers) or ("no worker runs",)
 
     async def _why_absent(self) -> str:
-        """Why no replica runs; empty when one does, as of a moment ago."""
+        """Why no replica runs; empty when one does, as of a moment ago. Nobody is refused for what was a moment ago."""
         now = time.monotonic()
-        if now - self._looked_at >= LOOK_SECONDS:
+        if self._absent or now - self._looked_at >= LOOK_SECONDS:
             self._looked_at = now
             self._absent = await asyncio.to_thread(self._look)
         return self._absent

@@ -218,6 +218,14 @@ def replicas(
     return ReplicaWorkers(handle, num_gpus=gpus)
 
 
+async def test_nobody_is_refused_for_what_was_a_moment_ago(monkeypatch) -> None:
+    workers = replicas(monkeypatch, starting=2)
+    with pytest.raises(CapacityError, match="2 starting"):
+        await workers.info()
+    running = replicas(monkeypatch, running=2)
+    assert [await workers._why_absent(), await running._why_absent()] == ["", ""]
+
+
 @pytest.mark.parametrize(
     ("workers", "said"),
     [
