@@ -125,7 +125,7 @@ def coded_product(
     codes, scales, base = (places.get(name, 0) for name in parts)
     steps = (nbytes.get(name, 0) // matrix.parts for name in parts)
     made = native["project"], native.get("row", 0)
-    return Product(codes, scales, base, *bias, matrix.N, matrix.K, *made, matrix.parts, *steps)
+    return Product(codes, scales, base, *bias, matrix.N, matrix.K, *made, 1, matrix.parts, *steps)
 
 
 def bias_bytes(dtype: str) -> int | None:

@@ -17,9 +17,11 @@ import numpy.typing as npt
 __all__ = [
     "ANYWHERE",
     "ITEM_BYTES",
+    "LINE",
     "NO_SUCH_EXPERT",
     "NO_SUCH_RECORD",
     "OK",
+    "PANEL",
     "Call",
     "CombineCall",
     "Expert",
@@ -31,6 +33,8 @@ OK, NO_SUCH_EXPERT, NO_SUCH_RECORD = 1, 2, 3
 """What a call answers: when it is not OK, nothing was computed. 0 is no answer, see numba_calls.py."""
 ANYWHERE = 1 << 62
 """Bytes of the records of a call that gives addresses."""
+LINE, PANEL = 64, 6
+"""Bytes of a row that lie together in a panel, and its rows: one stream from the second-level cache instead of six."""
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Dtypes of weights that can be read as stored, by torch's names."""
 
@@ -39,9 +43,10 @@ class Product(NamedTuple):
     """A matrix in a record, bytes from the record's begin, and the native functions that multiply with it.
 
     Plain ones have neither scales nor base; a quantised one as stored has its zero points or global scale at `base`.
-    `quantise` turns a row into what `project` reads, 0 where that is float32 as it is; `bias_bytes` are those of an
-    item of the bias, 0 for none. Of `parts` equal ones, one below the other, each is multiplied by itself, `code_step`,
-    `scale_step` and `base_step` bytes behind the one before.
+    `quantise` turns a row into what `project` reads, 0 where that is float32 as it is: lines of 64 bytes, each beside
+    those of the other rows of its `panel`. `bias_bytes` are those of an item of the bias, 0 for none. Of `parts` equal
+    ones, one below the other, each is multiplied by itself, `code_step`, `scale_step` and `base_step` bytes behind the
+    one before.
     """
 
     codes: int
@@ -53,6 +58,7 @@ class Product(NamedTuple):
     K: int
     project: int
     quantise: int
+    panel: int = 1
     parts: int = 1
     code_step: int = 0
     scale_step: int = 0

@@ -21,7 +21,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray, float32, njit
 
-from buddymoe_ray.kernels.expert_calls import NO_SUCH_EXPERT, NO_SUCH_RECORD, OK, Call, CombineCall, Expert, Product
+from buddymoe_ray.kernels.expert_calls import (
+    LINE,
+    NO_SUCH_EXPERT,
+    NO_SUCH_RECORD,
+    OK,
+    PANEL,
+    Call,
+    CombineCall,
+    Expert,
+    Product,
+)
 from buddymoe_ray.kernels.expert_rows import activate, add_bias, floats_at, ints_at, read_row, write_row
 from buddymoe_ray.kernels.lowbit_format import BLOCK, GROUP
 from buddymoe_ray.kernels.numba_calls import call_native, compiled, items, stamp_of
@@ -70,6 +80,12 @@ def _stride(K: Any) -> Any:
 
 
 @njit
+def _rows_bytes(R: Any, K: Any) -> Any:
+    """Of rows as multiplied, in whole panels."""
+    return (R + PANEL - 1) // PANEL * PANEL * _stride(K)
+
+
+@njit
 def _multiply(product: Any, record: Any, rows_of: Any, scratch: Any, out: Any) -> None:
     """`out[r] = W @ x[r] + bias` of rows at addresses `scratch.x_at`; rows of `out` are padded to whole blocks.
 
@@ -81,7 +97,7 @@ def _multiply(product: Any, record: Any, rows_of: Any, scratch: Any, out: Any) -
     row, rows, row_at, out_at = scratch.row, scratch.rows.ctypes.data, scratch.row.ctypes.data, out.ctypes.data
     row[K:] = float32(0.0)
     for r in range(R):
-        place = rows + r * stride
+        place = rows + r // product.panel * product.panel * stride + r % product.panel * LINE
         if product.quantise != 0:
             read_row(scratch.x_at[r], item_bytes, row[:K])
             _native(product.quantise, (row_at, G, place))
@@ -154,7 +170,7 @@ def experts(call_at: Any, plan_at: Any) -> Any:
     D, F = first.K, down.K
     scratch = _Scratch(
         np.empty(max(_groups(D), _groups(F)) * GROUP, np.float32),
-        np.empty(most * max(_stride(D), _stride(F)), np.uint8),
+        np.empty(_rows_bytes(most, max(D, F)), np.uint8),
         np.empty((most, 2), np.int64),
         np.empty(most, np.int64),
         np.empty(most * _whole(first.N), np.float32),
@@ -201,7 +217,7 @@ def linear(call_at: Any, product_at: Any) -> Any:
     most, none = min(CHUNK, call.N), np.empty(0, np.float32)
     scratch = _Scratch(
         np.empty(_groups(K) * GROUP, np.float32),
-        np.empty(most * _stride(K), np.uint8),
+        np.empty(_rows_bytes(most, K), np.uint8),
         np.empty((most, 2), np.int64),
         np.empty(most, np.int64),
         np.empty(most * row, np.float32),

@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-from buddymoe_ray.kernels.expert_calls import ITEM_BYTES, Product
+from buddymoe_ray.kernels.expert_calls import ITEM_BYTES, PANEL, Product
 
 __all__ = ["stored_functions", "stored_product", "widens"]
 
@@ -37,11 +37,11 @@ def stored_product(
     a place and the bytes of an item."""
     name = _name(weights)
     native = stored_functions(name)
-    project, row = native["project"], native.get("spread", 0)
+    made: tuple[int, ...] = native["project"], native.get("spread", 0)
     if name == "bfloat16" and rows == torch.bfloat16:
         dots = _dot_functions()
-        project, row = (dots["project"], dots["round"]) if dots else (project, native["spread_rounded"])
-    return Product(place, 0, 0, *bias, *shape, project, row)
+        made = (dots["project"], dots["round"], PANEL) if dots else (native["project"], native["spread_rounded"])
+    return Product(place, 0, 0, *bias, *shape, *made)
 
 
 def stored_functions(weights: str | torch.dtype) -> Mapping[str, int]:

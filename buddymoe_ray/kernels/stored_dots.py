@@ -6,8 +6,10 @@ bfloat16 products.
 
 To the bits of stored_tiles.py over the same rows, but that numbers below 1.2e-38 count as none: the instruction adds a
 word's upper product to its sum, then its lower one, rounding each time (measured on Zen 5; Intel says the same), and
-its lanes are the 16 sums of an output there. A core of Zen 5, 2,048 x 2,048 from memory, GB/s of weights at 1, 4, 8, 16
-and 32 rows: 35, 30, 29, 17, 10, where float32 rows take 33, 30, 21, 12, 5.5 (2 outputs of 3 rows: 15, 7, 3 from 8 on).
+its lanes are the 16 sums of an output there. A core of Zen 5, 2,048 x 2,048 from memory, GB/s of weights at 1, 4, 8,
+16, 32 and 128 rows: 31, 26, 25, 19, 11 and 3.4 (435 of 530 GFLOP/s), where float32 rows take 33, 30, 21, 12, 5.5. By
+rows that lie one behind the other 16 to 128 of them take 1.2 times as long: their streams from the second-level cache
+are too many.
 
 Legend: N outputs and K inputs of the matrix, G groups of 32 inputs, R rows, b an `ir.IRBuilder`.
 """
@@ -20,13 +22,14 @@ from typing import Any
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+from buddymoe_ray.kernels.expert_calls import LINE, PANEL
 from buddymoe_ray.kernels.lowbit_format import GROUP
-from buddymoe_ray.kernels.stored_tiles import FLOATS, INTS, LINE, Shape, StoredTiles
+from buddymoe_ray.kernels.stored_tiles import FLOATS, INTS, Shape, StoredTiles
 from buddymoe_ray.kernels.vector_ir import F32, I64, VOID, at, call, load, loop, nearest_halves, vec
 
 __all__ = ["dots_module_text", "has_dots"]
 
-MANY_ROWS: Shape = {4: (6, 5, 4, 3, 2, 1), 1: (4, 1)}
+MANY_ROWS: Shape = {4: tuple(range(PANEL, 0, -1)), 1: (1,)}
 
 
 def has_dots() -> bool:
@@ -46,7 +49,7 @@ def dots_module_text() -> str:
 class _Dots(StoredTiles):
     """Emits the module."""
 
-    row_bytes = 2 * GROUP
+    row_bytes, panel = 2 * GROUP, PANEL
 
     def _add_group(self, b: Any, weights: Sequence[Any], rows: Sequence[Any], sums: list[list[Any]]) -> None:
         wide = [load(b, place, INTS) for place in weights]
@@ -64,5 +67,5 @@ class _Dots(StoredTiles):
         b = ir.IRBuilder(kernel.append_basic_block())
         with loop(b, G) as g:
             halves = nearest_halves(b, load(b, x, vec(F32, GROUP), b.mul(g, I64(4 * GROUP))))
-            b.store(halves, at(b, row, halves.type, b.mul(g, I64(LINE))), align=1)
+            b.store(halves, at(b, row, halves.type, b.mul(g, I64(LINE * PANEL))), align=1)
         b.ret_void()
