@@ -86,9 +86,9 @@ def nearest_halves(b: Any, value: Any) -> Any:
     return b.trunc(b.lshr(b.select(finite, rounded, const(words, 0x7FC00000)), const(words, 16)), halves)
 
 
-def prefetch(b: Any, address: Any, offset: int = 0) -> None:
-    """Bring a line into the nearest cache; never faults."""
-    call(b, "llvm.prefetch.p0", VOID, [at(b, address, I8, offset), I32(0), I32(3), I32(1)])
+def prefetch(b: Any, address: Any, offset: int = 0, *, nearest: bool = True) -> None:
+    """Bring a line into the nearest cache, or the one behind it; never faults."""
+    call(b, "llvm.prefetch.p0", VOID, [at(b, address, I8, offset), I32(0), I32(3 if nearest else 2), I32(1)])
 
 
 def internal(module: Any, name: str, arguments: int) -> Any:
