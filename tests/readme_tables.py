@@ -239,6 +239,24 @@ def rounding_table() -> str:
     return "\n".join(rows)
 
 
+def split_table() -> str:
+    """Rows of `python tests/split_experts.py`: by disk, two pieces over one piece."""
+    found = records("split")
+    disks = sorted({r["disk_gbps"] for r in found})
+    titles = [f"{disk:g} GB/s" for disk in disks]
+    rows = [f"| routes | memory | {' | '.join(titles)} | best, reads cost no time of the thread |"]
+    rows.append("|---|---|" + "---|" * (len(disks) + 1))
+    for name, memory in dict.fromkeys((r["routes"], r["memory"]) for r in found):
+        mine = [r for r in found if (r["routes"], r["memory"]) == (name, memory)]
+        ratios = {(r["disk_gbps"], r["handling_us"] > 0): r["ms"][1] / r["ms"][0] for r in mine}
+        read = {r["disk_gbps"]: r["mb"][1] / r["mb"][0] for r in mine if r["handling_us"]}
+        cells = [f"{ratios[disk, True]:.2f} ({read[disk]:.2f})" for disk in disks]
+        free = min(disks, key=lambda disk: ratios[disk, False])
+        cells.append(f"{ratios[free, False]:.2f} at {free:g} GB/s")
+        rows.append(f"| {name} | {memory}% | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def dense_table() -> str:
     """Rows of `buddymoe eval --mode exact --dense-dtype X --json`."""
     rows = ["| dense weights | rise % | KL×1000 | top-1 |", "|---|---|---|---|"]
@@ -326,6 +344,7 @@ def figures_page(text: str) -> str:
         "prompts": prompts_table(),
         "beside": beside_table(),
         "lowbit": lowbit_table(),
+        "split": split_table(),
         "dense": dense_table(),
         "rounding": rounding_table(),
         "workers": workers_table(),

@@ -303,6 +303,9 @@ def test_a_decode_that_was_held_up_makes_no_long_slices() -> None:
     for _ in range(40):
         turns.decoded(0.1)
     assert turns._slice(True) > 0.15, "but it gets used to what lasts"
+    for at in range(40):
+        turns.decoded(0.03 if at % 5 == 0 else 0.01)
+    assert turns._slice(True) > 0.05, "and to what happens often"
 
 
 def test_there_is_room_beside_the_longest_prompt() -> None:
