@@ -88,7 +88,8 @@ class EngineConfig:
         expert_dtype: precision the experts are served in: `native`, `bf16`, `int8`, `int4`.
         dense_dtype: precision of attention, shared experts and output head: `native`, `int8`, `int4` (CPU only). Mode
             `exact` is exact to it.
-        guard_share: share of `bounded` and `fast` sequences recomputed exactly to check their cost; 0 is off.
+        guard_share: share of `bounded` and `fast` sequences recomputed exactly to check their cost and correct what
+            later ones are charged; 0 is off.
         dtype: compute dtype; `auto` is float32 for `builtin:tiny` and float32 checkpoints, else the checkpoint's.
         device: `auto` (cuda when there is one, else cpu), `cpu`, `cuda`, `cuda:1`, or `interpret`: experts take a GPU's
             path on the CPU, in Triton's interpreter, to debug it (TRITON_INTERPRET=1; seconds a token).

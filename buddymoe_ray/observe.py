@@ -32,13 +32,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class GuardSnapshot:
-    """What the guard has seen. Means are per token, in nats, over the latest `sampled_tokens`; `reason` says why it
-    tripped or is off."""
+    """What the guard has seen. Means are per token, in nats, over the latest `sampled_tokens`, `predicted` is before it
+    is multiplied with `factor`, as what is charged now is; `reason` says why it tripped or is off."""
 
     state: GuardState = "off"
     measured_kl: float = 0.0
     measured_se: float = 0.0
     predicted: float = 0.0
+    factor: float = 1.0
     sampled_tokens: int = 0
     reason: str = ""
 
@@ -46,8 +47,8 @@ class GuardSnapshot:
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSnapshot:
     """How far an engine's own calibration is: `percent` of the work in the background, `record_bytes` on the disk,
-    stand-ins measured on `tokens`. What they are said to cost is multiplied by `factor` before it is charged; inf while
-    they may not answer, and `reason` says why."""
+    stand-ins measured on `tokens`. What they are said to cost is multiplied by `factor` before it is charged (the
+    guard's, where nothing is on trial); inf while they may not answer, and `reason` says why."""
 
     state: CalibrationState = "none"
     tokens: int = 0

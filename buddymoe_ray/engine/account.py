@@ -93,8 +93,9 @@ class Account:
         if self._ledger is not None:
             self._ledger.accrue()
 
-    def settle(self, outcome: StepOutcome, row: int) -> None:
-        """Add what the expert accesses of one row of a decode step came to, and charge their expected loss (nats)."""
+    def settle(self, outcome: StepOutcome, row: int) -> float:
+        """Add what the expert accesses of one row of a decode step came to, and charge their expected loss; returns
+        that (nats)."""
         self.hits += int(outcome.hits_T[row])
         self.peer += int(outcome.peer_T[row])
         self.fetched += int(outcome.fetched_T[row])
@@ -107,10 +108,11 @@ class Account:
         if self.recorder is not None:
             self.recorder.add(self.steps, outcome.substitutions.get(row, []))
         self.steps += 1
+        return loss
 
 
 class StepTotals:
-    """Expert accesses of all requests since start."""
+    """Expert accesses of all requests since start; `expected_rise` is what they were charged (nats)."""
 
     def __init__(self) -> None:
         self.hits = self.peer = self.fetched = 0
@@ -127,7 +129,6 @@ class StepTotals:
         self.hits += int(outcome.hits_T.sum())
         self.peer += int(outcome.peer_T.sum())
         self.fetched += int(outcome.fetched_T.sum())
-        self.expected_rise += float(outcome.loss_T.sum())
         self._standins = [a + b for a, b in zip(self._standins, outcome.standins_TS.sum(axis=0).tolist(), strict=True)]
 
 

@@ -139,7 +139,7 @@ class Calibration:
                 reason=refusal or ("" if trust.state == "ready" else trust.reason),
             )
         if self._folder is None and not self._failure:
-            return CalibrationSnapshot()
+            return CalibrationSnapshot(factor=1.0 if self.guard is None else self.guard.factor)
         made = MakerProgress() if self._folder is None else self._folder.progress()
         return CalibrationSnapshot(
             state="refused" if self._failure else "collecting",

@@ -324,7 +324,7 @@ class Engine:
                 seq.advance(counts[row], exact=exactly or outcome is None)  # in decode: if it leaves a prompt's KV
                 self._scheduler.remember(seq)
                 if outcome is not None:
-                    seq.account.settle(outcome, row)
+                    self._spent.expected_rise += seq.account.settle(outcome, row)
                     if self._guard is not None:
                         self._guard.watch(seq, logits_BV[row], float(outcome.loss_T[row]))
                 if seq.prompt_computed and seq.max_tokens:

@@ -106,6 +106,11 @@ class GuardWork:
         """`ok` or `tripped`."""
         return self._guard.state
 
+    @property
+    def factor(self) -> float:
+        """What expected losses are multiplied with before they are charged; those on trial have their own."""
+        return self._guard.factor if self._trial is None else 1.0
+
     def snapshot(self) -> GuardSnapshot:
         """What it has measured."""
         seen = self._guard.snapshot()
@@ -114,6 +119,7 @@ class GuardWork:
             measured_kl=seen.measured,
             measured_se=seen.standard_error,
             predicted=seen.predicted,
+            factor=self.factor,
             sampled_tokens=seen.tokens,
             reason=seen.reason,
         )

@@ -11,7 +11,7 @@ import random
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import cycle
@@ -29,6 +29,7 @@ from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.measured_file import kept_at, read_kept, write_kept
 from buddymoe_ray.kernels import CodedWeight, CpuLinear, PackedMatrix, coded_shapes, pack_plain
 from buddymoe_ray.models.expert_dtype import format_of
+from buddymoe_ray.models.shape import describe
 from buddymoe_ray.models.synth import synth_checkpoint
 from buddymoe_ray.observe import progress
 from buddymoe_ray.residency.speed import ROWS, MachineSpeed
@@ -42,7 +43,7 @@ _FEW = 8
 _READ_SECONDS, _IN_FLIGHT, _FLYING_BYTES = 0.1, 4, 64 << 20
 _SMALL, _SHALLOW, _DEEP = "qwen3-tiny", 1, 3
 _STEPS = 256
-_PROMPT, _PROMPTS = 256, 5
+_SHORT, _LONG, _PROMPTS = 128, 448, 5
 
 
 def measure_machine(dtypes: Iterable[str], shards: Iterable[Path], *, expert_bytes: int, threads: int) -> MachineSpeed:
@@ -64,6 +65,7 @@ def measure_machine(dtypes: Iterable[str], shards: Iterable[Path], *, expert_byt
         step_seconds=overhead["step_seconds"],
         layer_seconds=overhead["layer_seconds"],
         token_seconds=overhead["token_seconds"],
+        pair_seconds=overhead["pair_seconds"],
     )
 
 
@@ -114,20 +116,31 @@ def _copied(weights: Tensor | PackedMatrix | CodedWeight) -> Tensor | PackedMatr
 
 
 def _overhead(threads: int) -> dict[str, float]:
-    """Seconds of a step without layers, of a layer, and of a prompt's token in a layer: the fastest of engines of one
-    and of three small layers, each step of one beside a step of the other, so that a slow second is a slow second of
-    both."""
+    """Seconds of a step without layers, of a layer, and of a prompt's token and of what it looks at in a layer: the
+    fastest of engines of one and of three small layers, each step of one beside a step of the other, so that a slow
+    second is a slow second of both."""
     with ExitStack() as stack:
         engines = [stack.enter_context(_small_engine(layers, threads)) for layers in (_SHALLOW, _DEEP)]
-        prompts = [[_prompt_seconds(engine, at, threads) for engine in engines] for at in range(_PROMPTS)]
+        width = describe(Path(engines[0].config.model)).query_width / _SHALLOW
+        short, long = (_per_token(engines, tokens, threads) for tokens in (_SHORT, _LONG))
         for engine in engines:
             _add(engine, (1,) * 16, tokens=_STEPS)
         pairs = [[_seconds(engine.step, threads) for engine in engines] for _ in range(_STEPS)]
     shallow, deep = (min(seconds) for seconds in zip(*pairs, strict=True))
-    layer = max(0.0, (deep - shallow) / (_DEEP - _SHALLOW))
-    short, long = (min(seconds) for seconds in zip(*prompts, strict=True))
-    token = max(0.0, (long - short) / (_DEEP - _SHALLOW) / _PROMPT)
-    return {"step_seconds": max(0.0, shallow - _SHALLOW * layer), "layer_seconds": layer, "token_seconds": token}
+    layer, seen = max(0.0, (deep - shallow) / (_DEEP - _SHALLOW)), max(0.0, (long - short) / (_LONG - _SHORT))
+    return {
+        "step_seconds": max(0.0, shallow - _SHALLOW * layer),
+        "layer_seconds": layer,
+        "token_seconds": max(0.0, short - _SHORT * seen),
+        "pair_seconds": 2 * seen / width,  # a token looks at half of the prompt
+    }
+
+
+def _per_token(engines: Sequence[Engine], tokens: int, threads: int) -> float:
+    """Seconds of one token of a prompt of so many, in one layer."""
+    prompts = [[_prompt_seconds(engine, at, tokens, threads) for engine in engines] for at in range(_PROMPTS)]
+    shallow, deep = (min(seconds) for seconds in zip(*prompts, strict=True))
+    return max(0.0, (deep - shallow) / (_DEEP - _SHALLOW) / tokens)
 
 
 @contextmanager
@@ -141,9 +154,10 @@ def _small_engine(layers: int, threads: int) -> Iterator[Engine]:
             yield engine
 
 
-def _prompt_seconds(engine: Engine, at: int, threads: int) -> float:
+def _prompt_seconds(engine: Engine, at: int, tokens: int, threads: int) -> float:
     """Of a prompt that is like none before."""
-    _add(engine, tuple(random.Random(at).choices(range(engine.vocab_size), k=_PROMPT)), tokens=1)
+    drawn = random.Random(f"{tokens}-{at}")
+    _add(engine, tuple(drawn.choices(range(engine.vocab_size), k=tokens)), tokens=1)
     return _seconds(engine.drain, threads)
 
 

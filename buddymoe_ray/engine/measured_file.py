@@ -18,7 +18,7 @@ from buddymoe_ray.config import cache_folder
 __all__ = ["kept_at", "read_kept", "write_kept"]
 
 
-_METHOD = "3: CPU time of one thread, prompts"
+_METHOD = "4: CPU time of one thread, prompts of two lengths, softmax"
 
 
 def kept_at(threads: int) -> Path:

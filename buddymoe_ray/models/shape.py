@@ -83,7 +83,8 @@ class ModelShape:
     a folder with a config alone. `transposed`: experts' matrices are stored `[in, out]`; `as_stored`: a CPU computes
     with their bytes as they are. `coded` are those of an expert that are stored quantised; `dense_format` is how most
     dense weights lie.
-    `kv_bytes_per_token` is that of all attention layers, `state_bytes` what others carry of a sequence from token to
+    `kv_bytes_per_token` is that of all attention layers, `query_width` how many numbers a token's queries are in them
+    (a head's softmax takes as long as `_SOFTMAX` of those), `state_bytes` what others carry of a sequence from token to
     token.
     """
 
@@ -111,6 +112,7 @@ class ModelShape:
     transposed: bool
     as_stored: bool
     kv_bytes_per_token: int
+    query_width: int
     state_bytes: int
 
 
@@ -291,7 +293,7 @@ def _shape(model: PreTrainedModel, family: Family, layout: ExpertLayout, *, weig
         max_positions=max_positions(config),
         transposed=maths[0].transposed,
         as_stored=read_as_stored(maths, layout),
-        kv_bytes_per_token=_kv_bytes_per_token(model),
+        **_attention_sizes(model),
         state_bytes=carried.nbytes,  # known since that pass
     )
 
@@ -307,12 +309,14 @@ def _dense_format(model: PreTrainedModel) -> str:
     return held.most_common(1)[0][0] if held else str(model.config.dtype).removeprefix("torch.")
 
 
-def _kv_bytes_per_token(model: PreTrainedModel) -> int:
-    """What one token's keys and values take in all attention layers: one token's pass on meta shows their shapes."""
-    seen: list[Tensor] = []
+def _attention_sizes(model: PreTrainedModel) -> dict[str, int]:
+    """What one token's keys and values take in all attention layers, and the numbers of its queries: one token's pass
+    on meta shows their shapes."""
+    seen, queries = list[Tensor](), list[Tensor]()
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         seen.extend((key, value))
+        queries.append(query)
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     AttentionInterface.register(_SIZING, attend)
@@ -330,10 +334,17 @@ def _kv_bytes_per_token(model: PreTrainedModel) -> int:
         model(input_ids=zero[0, 0], attention_mask=zero, use_cache=False, logits_to_keep=1)
     model.config.rope_parameters = rope
     model.set_attn_implementation(was)
-    return sum(tensor.nbytes for tensor in seen)
+    return {"kv_bytes_per_token": sum(t.nbytes for t in seen), "query_width": sum(map(_width, queries))}
+
+
+def _width(query: Tensor) -> int:
+    """Of one layer: `[1, heads, 1, numbers of a head]`."""
+    return query.shape[1] * (query.shape[3] + _SOFTMAX)
 
 
 _SIZING = "buddymoe_sizing"
+_SOFTMAX = 32
+"""A number of a head of 128 took half as long as one of a head of 32."""
 
 
 def _narrowed(family: Family, model: PreTrainedModel) -> Family:

@@ -10,13 +10,13 @@ it, `policy.guard` goes on watching once it trusts.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 from buddymoe_ray.types import CalibrationState
 
-__all__ = ["Measured", "Trust", "may_replay", "upper_ratio"]
+__all__ = ["LossRatio", "Measured", "Trust", "loss_ratio", "may_replay", "upper_ratio"]
 
 _ALPHA, _LEAST, _GROWTH, _WINDOW = 0.05, 8, 1.5, 512
 _LEAST_RATIO, _MOST_RATIO = 1.0, 2.0
@@ -35,16 +35,30 @@ class Measured:
     predicted: float
 
 
-def upper_ratio(samples: Sequence[Measured], alpha: float) -> float:
-    """The bound that the ratio of divergence to expectation exceeds with probability `alpha`; inf where nothing is
-    known: fewer than 8 texts, or nothing expected."""
+@dataclass(frozen=True, kw_only=True)
+class LossRatio:
+    """Divergence by expectation, over all texts."""
+
+    value: float
+    standard_error: float
+
+
+def loss_ratio(samples: Collection[Measured]) -> LossRatio | None:
+    """Of these texts; None where nothing is known: fewer than 8, or nothing expected, or none of it finite."""
     count, predicted = len(samples), math.fsum(sample.predicted for sample in samples)
     if count < _LEAST or not predicted > 0:
-        return math.inf
+        return None
     ratio = math.fsum(sample.kl for sample in samples) / predicted
     spread = math.fsum((sample.kl - ratio * sample.predicted) ** 2 for sample in samples)
-    bound = ratio + _t_quantile(1 - alpha, count - 1) * math.sqrt(spread * count / (count - 1)) / predicted
-    return bound if math.isfinite(bound) else math.inf
+    found = LossRatio(value=ratio, standard_error=math.sqrt(spread * count / (count - 1)) / predicted)
+    return found if math.isfinite(found.value + found.standard_error) else None
+
+
+def upper_ratio(samples: Sequence[Measured], alpha: float) -> float:
+    """The bound that the ratio of divergence to expectation exceeds with probability `alpha`; inf where nothing is
+    known."""
+    found = loss_ratio(samples)
+    return math.inf if found is None else found.value + _t_quantile(1 - alpha, len(samples) - 1) * found.standard_error
 
 
 def may_replay(spent: float, elapsed: float, *, idle: bool) -> bool:

@@ -216,7 +216,7 @@ def _predicted(
     routing = "uniform" if hit is None else "profile"
     hit = sum(slots.layer_slots) / sum(shape.experts_per_layer) if hit is None else hit
     stood_in = (1 - hit) * stood_in_share(config, setup)
-    work = token_work(config, shape, setup, hit=hit, stood_in=stood_in)
+    work = token_work(config, shape, setup, slots, hit=hit, stood_in=stood_in)
     return {
         "predicted_routing": routing,
         "predicted_hit_percent": 100 * hit,

@@ -14,6 +14,7 @@ from buddymoe_ray.cache import READ_ON_THE_SPOT
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.models.shape import ModelShape
 from buddymoe_ray.residency.standin_setup import StandinSetup
+from buddymoe_ray.types import SlotPlan
 
 __all__ = [
     "GUESSED_DISK",
@@ -38,13 +39,16 @@ _RECORDS = "int4"  # whose rate is taken for that of all stand-ins
 _WAITED, _WAITED_READ_AHEAD = 0.7, 0.2
 """Share of the shorter of arithmetic and reads that the other does not hide. Measured with 4-bit experts of an OLMoE of
 8 layers at 25 %, 63 ms of arithmetic and 46 of reads a token: 95 ms, with reads ahead 71."""
+_BROUGHT_SECONDS = 4e-4
+"""Of the thread that computes, for each expert that a prompt brings: asking, taking over, a call of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MachineSpeed:
     """`weights_bytes_s[dtype][rows]`: bytes of weights multiplied in a second with so many rows; `step_seconds`,
     `layer_seconds` and `token_seconds`: what a step, each of its layers, and each token of a prompt in each of them
-    take besides; `disk_bytes_s`: of reads as large as experts.
+    take besides; `pair_seconds`: what each number of a prompt's queries takes for each token that it looks at;
+    `disk_bytes_s`: of reads as large as experts.
 
     `measured` is False where the figures are guesses."""
 
@@ -53,6 +57,7 @@ class MachineSpeed:
     step_seconds: float = 0.0
     layer_seconds: float = 0.0
     token_seconds: float = 0.0
+    pair_seconds: float = 0.0
     measured: bool = True
 
     def weights_seconds(self, dtype: str, nbytes: float, rows: float = 1) -> float:
@@ -69,9 +74,9 @@ class MachineSpeed:
 @dataclass(frozen=True, kw_only=True)
 class TokenWork:
     """What a token asks for. `dense_bytes` are read every step, without what is looked up by row; `head_bytes` of them
-    see only the last token of a prompt; `kv_bytes` are those of a token in the KV cache; `active` are a
-    token's accesses in all layers, of which the shares `missed` and `stood_in` are no hits; of all `experts` the share
-    `absent` is not resident."""
+    see only the last token of a prompt; `kv_bytes` are those of a token in the KV cache, `query_width` the numbers of
+    its queries; `active` are a token's accesses in all layers, of which the shares `missed` and `stood_in` are no hits;
+    of all `experts` the share `absent` is not resident, and prompts read that into `wave_slots`."""
 
     layers: int
     dense_dtype: str
@@ -87,6 +92,8 @@ class TokenWork:
     standin_bytes: float = 0.0
     reads_ahead: bool = False
     absent: float = 0.0
+    wave_slots: int = 0
+    query_width: int = 0
 
 
 def decode_seconds(work: TokenWork, speed: MachineSpeed, context: int) -> float:
@@ -103,17 +110,31 @@ def decode_seconds(work: TokenWork, speed: MachineSpeed, context: int) -> float:
 
 
 def prefill_seconds(work: TokenWork, speed: MachineSpeed, tokens: int) -> float:
-    """Of a prompt in one pass: prompts are exact in every mode, and read each missing expert that they use once."""
-    per_layer = work.experts / max(1, work.layers)
-    accesses = work.active / max(1, work.layers) * tokens
-    used = per_layer * (1 - (1 - 1 / per_layer) ** accesses) if per_layer else 0.0
-    total = used * work.layers * work.expert_bytes
-    arithmetic = speed.step_seconds + work.layers * (speed.layer_seconds + tokens * speed.token_seconds)
-    arithmetic += speed.weights_seconds(work.dense_dtype, work.dense_bytes - work.head_bytes, tokens)
-    arithmetic += speed.weights_seconds(work.dense_dtype, work.head_bytes)
-    arithmetic += speed.weights_seconds(work.expert_dtype, total, accesses / used if used else 1)
-    reads = work.absent * total / speed.disk_bytes_s
-    return max(arithmetic, reads) + _WAITED_READ_AHEAD * min(arithmetic, reads)
+    """Of a prompt in one pass: prompts are exact in every mode, and read each missing expert that they use once; of the
+    last layer only the last token's.
+
+    Reads overlap with experts' arithmetic, not with what comes before it in a layer: they pass through wave slots, and
+    these are full with what was read ahead.
+    """
+    layers = max(1, work.layers)
+    dense = speed.layer_seconds + tokens * speed.token_seconds
+    dense += speed.weights_seconds(work.dense_dtype, (work.dense_bytes - work.head_bytes) / layers, tokens)
+    dense += work.query_width / layers * tokens * tokens / 2 * speed.pair_seconds
+    most = _layer_seconds(work, speed, dense, tokens)
+    head = speed.weights_seconds(work.dense_dtype, work.head_bytes)
+    return speed.step_seconds + (layers - 1) * most + _layer_seconds(work, speed, dense, 1) + head
+
+
+def _layer_seconds(work: TokenWork, speed: MachineSpeed, dense: float, rows: int) -> float:
+    """Of one layer of a prompt, so many rows of which need its experts, behind `dense` seconds of other work."""
+    experts, accesses = work.experts / max(1, work.layers), work.active / max(1, work.layers) * rows
+    used = experts * (1 - (1 - 1 / experts) ** accesses) if experts else 0.0
+    arithmetic = speed.weights_seconds(work.expert_dtype, used * work.expert_bytes, accesses / used if used else 1)
+    each, missing = work.expert_bytes / speed.disk_bytes_s, work.absent * used
+    ahead = min(dense, work.wave_slots * each, missing * each) if work.reads_ahead else 0.0
+    reads, arithmetic = missing * each - ahead, arithmetic + missing * _BROUGHT_SECONDS
+    waited = _WAITED_READ_AHEAD if work.reads_ahead else _WAITED
+    return dense + max(arithmetic, reads) + waited * min(arithmetic, reads)
 
 
 def weight_dtypes(config: EngineConfig, shape: ModelShape) -> tuple[str, str]:
@@ -132,7 +153,13 @@ def guessed_speed(config: EngineConfig, shape: ModelShape, link_bytes_s: float) 
 
 
 def token_work(
-    config: EngineConfig, shape: ModelShape, setup: StandinSetup | None, *, hit: float, stood_in: float
+    config: EngineConfig,
+    shape: ModelShape,
+    setup: StandinSetup | None,
+    slots: SlotPlan,
+    *,
+    hit: float,
+    stood_in: float,
 ) -> TokenWork:
     """Of a model that is served so, with the shares of its accesses that `hit` and are `stood_in` for."""
     dense, experts = weight_dtypes(config, shape)
@@ -151,7 +178,9 @@ def token_work(
         stood_in=stood_in,
         standin_bytes=sum(records) / len(records) if records else 0.0,
         reads_ahead=config.read_ahead != "off" and setup is None and shape.expert_bytes > READ_ON_THE_SPOT,
-        absent=1 - hit,
+        absent=1 - sum(slots.layer_slots) / sum(shape.experts_per_layer),
+        wave_slots=slots.wave_slots,
+        query_width=shape.query_width,
     )
 
 

@@ -132,8 +132,9 @@ METRICS: tuple[Metric, ...] = (
     _gauge("buddymoe_guard_measured_kl", "Measured cost of stand-ins (nats per token).", lambda s: s.guard.measured_kl),
     _gauge("buddymoe_guard_measured_se", "Standard error of the measured cost.", lambda s: s.guard.measured_se),
     _gauge(
-        "buddymoe_guard_predicted", "Charged cost of the same tokens (nats per token).", lambda s: s.guard.predicted
+        "buddymoe_guard_predicted", "Calibrated cost of the same tokens (nats per token).", lambda s: s.guard.predicted
     ),
+    _gauge("buddymoe_guard_factor", "What is charged by what was calibrated, as measured.", lambda s: s.guard.factor),
     _gauge("buddymoe_guard_sampled_tokens", "Tokens these means are over.", lambda s: s.guard.sampled_tokens),
 )
 

@@ -81,6 +81,22 @@ def test_it_measures_the_divergence_of_the_sampled_steps() -> None:
         assert llm.engine.snapshot().guard.state == "off"
 
 
+def test_later_requests_are_charged_what_earlier_ones_were_found_to_cost() -> None:
+    """Code costs less than the shipped profile says; the factor is the guard's, told, and on every charge."""
+    with LLM(memory="40%", mode="fast", guard_share=1.0, max_running=1) as llm:
+        usages = []
+        for prompt in PROMPTS[:8]:  # one after the other, each measured before the next
+            usages.append(llm.generate(prompt, max_tokens=24, ignore_eos=True)[0].usage)
+            llm.engine.drain()
+        guard, before = llm.engine.snapshot().guard, llm.engine.snapshot().expected_rise
+        assert before == pytest.approx(sum(usage.expected_rise for usage in usages))
+        assert before == pytest.approx(guard.predicted * guard.sampled_tokens) and guard.sampled_tokens == 8 * 23
+        assert 0.5 <= guard.factor < 0.9 and guard.factor * guard.predicted >= guard.measured_kl
+        again = llm.generate(PROMPTS[0], max_tokens=24, ignore_eos=True)[0].usage
+        assert again.expected_rise == pytest.approx(guard.factor * usages[0].expected_rise, rel=0.05)
+        assert llm.engine.snapshot().expected_rise - before == pytest.approx(again.expected_rise)
+
+
 def asked(llm: LLM, prompt: str, tokens: int) -> None:
     sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     ids = tuple(llm.engine.encode(prompt))

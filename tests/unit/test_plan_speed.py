@@ -58,21 +58,35 @@ def test_a_step_is_its_weights_its_overhead_and_what_it_waits_for() -> None:
     assert decode_seconds(stood_in, SPEED, 512) == pytest.approx(resident - 20 * 0.0005 + 20 * 0.00025)
 
 
-def test_a_prompt_reads_each_absent_expert_once() -> None:
-    """16 experts a layer, 4 a token: 100 tokens use all of them, one uses 4."""
+def test_a_prompt_reads_each_absent_expert_once_and_the_last_layer_only_the_last_token_s() -> None:
+    """16 experts a layer, 4 a token: 100 tokens use all of them, one uses 3.64 of 16."""
+    slow, one = replace(SPEED, disk_bytes_s=1e5), 16 * (1 - (15 / 16) ** 4)
     long = replace(WORK, absent=0.75)
-    reads = 0.75 * 160e6 / 1e8
-    assert reads < prefill_seconds(long, SPEED, 100) < prefill_seconds(long, SPEED, 200)
-    assert prefill_seconds(long, replace(SPEED, disk_bytes_s=1e5), 100) == pytest.approx(1e3 * reads, rel=0.01)
-    head = replace(long, head_bytes=5_000_000)  # of one row instead of 100
-    saved = prefill_seconds(replace(long, absent=0.0), SPEED, 100) - prefill_seconds(
-        replace(head, absent=0.0), SPEED, 100
+    assert prefill_seconds(long, slow, 100) == pytest.approx(0.75 * (144 + one) * 1e6 / 1e5, rel=0.01)
+    assert prefill_seconds(replace(long, dense_bytes=0), slow, 1) == pytest.approx(
+        0.75 * 10 * one * 1e6 / 1e5, rel=0.01
     )
+    assert prefill_seconds(long, SPEED, 100) < prefill_seconds(long, SPEED, 200)
+    head = replace(WORK, head_bytes=5_000_000)  # of one row instead of 100
+    saved = prefill_seconds(WORK, SPEED, 100) - prefill_seconds(head, SPEED, 100)
     assert saved == pytest.approx(0.005 * (10 * 100 / 64 - 1))
     rows = replace(SPEED, token_seconds=1e-5)
     assert prefill_seconds(WORK, rows, 100) == pytest.approx(prefill_seconds(WORK, SPEED, 100) + 10 * 100 * 1e-5)
-    one = prefill_seconds(replace(long, dense_bytes=0), replace(SPEED, disk_bytes_s=1e5), 1)
-    assert one == pytest.approx(1e3 * 0.75 * 36.4e6 / 1e8, rel=0.01)  # of 4 draws out of 16, 3.64 differ
+    pairs = prefill_seconds(replace(WORK, query_width=2000), replace(SPEED, pair_seconds=1e-9), 100)
+    assert pairs == pytest.approx(prefill_seconds(WORK, SPEED, 100) + 2000 * 100 * 50 * 1e-9)
+
+
+def test_what_comes_before_a_layer_s_experts_hides_no_more_reads_than_wave_slots_hold() -> None:
+    """In each of 10 layers 1 s of attention, then 12 absent experts of .01 s each and more arithmetic than that; in the
+    last layer 2.7, and less."""
+    work, attends = replace(WORK, dense_bytes=0, absent=0.75, reads_ahead=True), replace(SPEED, layer_seconds=1.0)
+
+    def seconds(waves: int, *, ahead: bool = True) -> float:
+        return prefill_seconds(replace(work, wave_slots=waves, reads_ahead=ahead), attends, 1000)
+
+    assert seconds(0) - seconds(2) == pytest.approx(0.2 * 9 * 2 * 0.01 + 2 * 0.01)
+    assert seconds(2) > seconds(12) == seconds(1000), "there is no more to read"
+    assert seconds(0) < seconds(0, ahead=False) == seconds(12, ahead=False)
 
 
 def test_a_machine_is_measured_once_and_what_is_damaged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,45 @@ def test_the_standard_error_is_right() -> None:
     assert scatter == pytest.approx(float(np.mean([v.standard_error for v in views])), rel=0.15)
 
 
+@pytest.mark.parametrize("ratio", [0.6, 1.0, 1.8])
+def test_what_is_charged_comes_to_within_30_percent_of_what_is_measured(ratio: float) -> None:
+    """Of 200 services most are right after some dozens of sampled requests, though single ones differ widely."""
+    rng, right = np.random.default_rng(5), 0
+    for _ in range(200):
+        guard = Guard(limit=100.0)
+        for _ in range(40):
+            guard.observe(request(rng, 0.002 * ratio), [0.002] * 48)
+        right += abs(guard.factor / ratio - 1) <= 0.3
+    assert right >= 190, f"{right} of 200 are within 30 %"
+
+
+def test_charges_are_corrected_no_further_than_the_measurements_are_certain() -> None:
+    guard = Guard(limit=100.0)
+    feed(guard, [0.001] * 7)
+    assert guard.factor == 1.0, "of 7 requests nothing is known"
+    feed(guard, [0.001])
+    assert guard.factor == pytest.approx(0.5)
+    feed(guard, [0.0] * 80)
+    assert guard.factor == 0.5, "what was seen of a heavy tail may be too little"
+    scattered = Guard(limit=100.0)
+    feed(scattered, [0.0004, 0.0044] * 8)  # 1.2 times, give or take .26
+    assert scattered.factor == 1.0
+    scattered.observe([math.nan] * 64, [0.002] * 64)
+    assert scattered.factor == 1.0
+
+
+def test_what_was_learnt_outlives_a_trip() -> None:
+    """Else a service would charge too little again, and trip again."""
+    guard = Guard(limit=0.01)
+    feed(guard, [0.008] * 10, predicted=0.002)
+    assert guard.factor == pytest.approx(4.0) and guard.state == "ok"
+    feed(guard, [0.05] * 6, predicted=0.002)
+    assert guard.state == "tripped" and guard.factor > 4
+    learnt = guard.factor
+    guard.generated(4096)
+    assert guard.state == "ok" and guard.snapshot().tokens == 0 and guard.factor == learnt
+
+
 def test_honest_stand_ins_are_left_alone() -> None:
     """At two thirds of the limit, 100 services of 200 sampled requests each."""
     rng, tripped = np.random.default_rng(2), 0

@@ -33,8 +33,8 @@ from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent
 
 PROMPTS = ["def add(a, b):\n", "import os\nimport sys\n", "class Queue:\n    def __init__(self):\n", "The following"]
 MAKER, ALL = 700_000, 4_000_000
-CHECKED = 24
-FEW = {"_LEAST_TEXTS": 40, "_MOST_TEXTS": 40, "_CHECKED_TEXTS": CHECKED, "_ROUNDING_MINUTES": 0.0}
+CHECKED = background._CHECKED_TEXTS
+FEW = {"_LEAST_TEXTS": 40, "_MOST_TEXTS": 40, "_ROUNDING_MINUTES": 0.0}
 """A text that a model wrote may cost five times what is expected: of 8 of them the bound was luck (1.9, 3.9)."""
 
 IN_STEPS = """

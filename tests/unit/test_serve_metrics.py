@@ -74,7 +74,9 @@ SNAPSHOT = EngineSnapshot(
     read_ahead_useful_bytes=22,
     read_ahead_wasted_bytes=23,
     calibration=CalibrationSnapshot(state="collecting", tokens=24, percent=25.5, record_bytes=26),
-    guard=GuardSnapshot(state="tripped", measured_kl=0.5, measured_se=0.125, predicted=0.0625, sampled_tokens=17),
+    guard=GuardSnapshot(
+        state="tripped", measured_kl=0.5, measured_se=0.125, predicted=0.0625, factor=1.25, sampled_tokens=17
+    ),
 )
 REQUESTS = replace(SNAPSHOT, requests=timed())
 FIRST = ("model", "replica", "model_name", "engine")
@@ -141,6 +143,7 @@ def test_every_count_of_a_worker_is_written_under_its_name() -> None:
         ("buddymoe_guard_measured_kl", who): 0.5,
         ("buddymoe_guard_measured_se", who): 0.125,
         ("buddymoe_guard_predicted", who): 0.0625,
+        ("buddymoe_guard_factor", who): 1.25,
         ("buddymoe_guard_sampled_tokens", who): 17,
     }
 
@@ -163,7 +166,7 @@ def test_labels_are_escaped() -> None:
 
 
 def test_series_are_few_whatever_is_served() -> None:
-    assert sum(len(metric.read(SNAPSHOT)) for metric in METRICS) <= 36
+    assert sum(len(metric.read(SNAPSHOT)) for metric in METRICS) <= 37
     bounds = [len(histogram.read(REQUESTS).bounds) for histogram in VLLM_HISTOGRAMS]
     assert sum(bounds) + sum(len(metric.read(SNAPSHOT)) for metric in VLLM_METRICS) <= 320
     kinds = next(metric for metric in METRICS if metric.label == "kind")
