@@ -234,17 +234,15 @@ def _packed_runner(
             last=_last_block(loaded, experts),
             ahead=experts.ahead,
         )
-    recorded, device = None, loaded.device
+    runner = PackedRunner(compute, paged, step, device=loaded.device, repeatable=by_rows, parts=parts, states=states)
     if experts.device.apart and states is not None:
         log.info("decode steps are not recorded: layers carry a state from token to token")
     elif experts.device.apart:
         K = loaded.experts_per_token
-        recorded = RecordedDecode(
+        runner.recorded = RecordedDecode(
             compute, paged, step, experts.blocks, device=experts.device, experts_per_token=K, room=room
         )
-    return PackedRunner(
-        compute, paged, step, device=device, repeatable=by_rows, parts=parts, states=states, recorded=recorded
-    )
+    return runner
 
 
 def _last_block(loaded: LoadedModel, experts: ExpertTier) -> MoEBlock | None:

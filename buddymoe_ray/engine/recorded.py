@@ -92,14 +92,19 @@ class _RecordedStep:
         (columns, self._nobody), where, K = owner.room, owner.device.torch, owner.experts_per_token
         self._step, self._paged, self._owner = owner.step, owner.paged, owner
         self._T, self._L, self._reach = T, len(owner.blocks), len(owner.blocks)
-        self._head = torch.zeros(5 * T + 2, dtype=torch.int64, device=where)
+        self._head = torch.zeros(5 * T + 1, dtype=torch.int64, device=where)
         self._ids, self._positions, slots_T, lengths_T, mode_T = self._head[: 5 * T].view(5, T)
-        self._budgets_2T = torch.zeros(2, T, device=where)
+        self._left_LT, self._price_T = torch.zeros(self._L + 1, T, device=where), torch.zeros(T, device=where)
+        self._stalled_L = torch.full((self._L + 1,), self._L, device=where)
         self._blocks_TM = torch.full((T, columns), self._nobody, device=where)
-        stalled, count = self._head[5 * T :].split(1)
-        price_T, left_T = self._budgets_2T
         self._told = Told(
-            rows=RowTerms(stalled=stalled, count=count, mode_T=mode_T, price_T=price_T, left_T=left_T),
+            rows=RowTerms(
+                stalled_L=self._stalled_L,
+                count=self._head[5 * T :],
+                mode_T=mode_T,
+                price_T=self._price_T,
+                left_LT=self._left_LT,
+            ),
             told_L3TK=torch.zeros(self._L, 3, T, K, dtype=torch.int64, device=where),
             weight_LTK=torch.zeros(self._L, T, K, device=where),
         )
@@ -128,12 +133,12 @@ class _RecordedStep:
         )
         if self._step.budgets is not None:
             head[4, :B] = self._step.budgets.mode_T
-        self._head.copy_(upload(torch.from_numpy(np.append(head, [self._L, B])), where))
+        self._head.copy_(upload(torch.from_numpy(np.append(head, B)), where))
         blocks = np.full((T, max((len(row.blocks) for row in rows), default=1)), self._nobody)
         for row, chunk in enumerate(rows):
             blocks[row, : len(chunk.blocks)] = chunk.blocks
         self._blocks_TM[:, : blocks.shape[1]].copy_(upload(torch.from_numpy(blocks), where))
-        self._fill_budgets()
+        self._begin_at(0)
 
     def replay(self, B: int) -> None:
         """Compute the step of the first B rows, and book it."""
@@ -150,9 +155,10 @@ class _RecordedStep:
             through = end == L
             self._recording.replay(at, end + through)
             stalled, told_n3TK, weight_nTK = (
-                part.numpy() for part in download(told.rows.stalled, told.told_L3TK[at:end], told.weight_LTK[at:end])()
+                part.numpy()
+                for part in download(self._stalled_L[end], told.told_L3TK[at:end], told.weight_LTK[at:end])()
             )
-            stop = min(int(stalled[0]), end)
+            stop = min(int(stalled), end)
             for n in range(stop - at):
                 ids_TK, _, own_TK = told_n3TK[n, :, :B]
                 self._layers[at + n].block.answered(ids_TK, own_TK, weight_nTK[n, :B])
@@ -160,19 +166,18 @@ class _RecordedStep:
             if stop < end:
                 self._layers[stop].bring(told_n3TK[stop - at, 0, :B], self._step.scores)
                 through, stop = False, stop + 1
-                told.rows.stalled.fill_(L)
-                self._fill_budgets()
+                self._begin_at(stop)
             at = stop
         if not through:
             self._recording.replay(L, L + 1)
 
-    def _fill_budgets(self) -> None:
-        """What rows may spend from here on, by the host's accounts."""
+    def _begin_at(self, layer: int) -> None:
+        """Nothing stalled before it, and rows may spend what the host's accounts leave them."""
+        self._stalled_L[layer].fill_(self._L)
         budgets = self._step.budgets
         if budgets is not None:
-            both = np.zeros((2, self._T), np.float32)
-            both[:, : len(budgets.mode_T)] = budgets.price_T, budgets.allowance_T
-            self._budgets_2T.copy_(upload(torch.from_numpy(both), self._budgets_2T.device))
+            for values, target_T in ((budgets.allowance_T, self._left_LT[layer]), (budgets.price_T, self._price_T)):
+                target_T[: len(values)].copy_(upload(torch.from_numpy(values), target_T.device))
 
     def _record(self) -> tuple[Tensor, Recording]:
         """The logits `[T, V]` that a replay writes. Raises RuntimeError where something cannot be recorded."""

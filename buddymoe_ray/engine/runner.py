@@ -91,9 +91,9 @@ class PackedRunner:
         repeatable: bool = False,
         parts: PassParts | None = None,
         states: StatePool | None = None,
-        recorded: RecordedDecode | None = None,
     ) -> None:
-        self._compute, self._device, self._recorded = compute, device, recorded
+        self._compute, self._device = compute, device
+        self.recorded: RecordedDecode | None = None
         self._paged, self._step, self._states = paged, step, states
         self.repeatable, self.parts, self.shares = repeatable, parts, states is None
 
@@ -117,7 +117,7 @@ class PackedRunner:
             rows.append(ChunkRows(row=row, count=1, start=at, blocks=tuple(seq.blocks), owner=seq))
             ids += seq.token_ids(at, at + 1)
             positions.append(at)
-        logits_BV = None if self._recorded is None else self._recorded.decode(rows, ids, terms)
+        logits_BV = None if self.recorded is None else self.recorded.decode(rows, ids, terms)
         if logits_BV is None:
             logits_BV = self._forward(Phase.DECODE, rows, ids, positions, 0, terms)
         return logits_BV, self._step.outcome

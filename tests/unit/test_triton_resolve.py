@@ -42,11 +42,11 @@ def answered(misses: Misses, own: Own | None, *, stalled: int = 1) -> tuple[torc
         return torch.from_numpy(np.ascontiguousarray(values)).to(DEVICE, dtype)
 
     terms = RowTerms(
-        stalled=put(np.array([stalled]), torch.int64),
+        stalled_L=put(np.array([stalled, 99]), torch.int64),
         count=put(np.array([T]), torch.int64),
         mode_T=put(np.concatenate([rows.mode_T, none]), torch.int32),
         price_T=put(np.concatenate([rows.price_T, none]), torch.float32),
-        left_T=put(np.concatenate([rows.allowance_T, none]), torch.float32),
+        left_LT=put(np.stack([np.concatenate([rows.allowance_T, none]), np.full(T + PADDING, np.nan)]), torch.float32),
     )
     told = torch.full((3, T + PADDING, K), 99, device=DEVICE)
     ids = put(np.concatenate([misses.ids_TK, np.zeros((PADDING, K), np.int64)]), torch.int64)
@@ -55,7 +55,8 @@ def answered(misses: Misses, own: Own | None, *, stalled: int = 1) -> tuple[torc
     records = own and (put(own.has_LE[0], torch.uint8), put(own.loss_LE[0], torch.float32))
     resolve_on_device(0, ids, weight, at_E, records, terms, told)
     assert bool((told[1:, T:] == -1).all()), "padding is nobody's"
-    return told[:, :T].cpu(), int(terms.stalled), terms.left_T[:T].cpu().numpy()
+    left_T = terms.left_LT[0 if own is None else 1, :T]
+    return told[:, :T].cpu(), int(terms.stalled_L[1]), left_T.cpu().numpy()
 
 
 def test_it_decides_as_the_policy_or_leaves_it_to_the_host() -> None:

@@ -149,10 +149,10 @@ def combine(y, weight, out, D: tl.constexpr, K: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def resolve(ids, weight, at_E, records, rows, told, layer, SIZES: tl.constexpr):
+def resolve(ids, weight, tables, rows, told, layer, SIZES: tl.constexpr):
     """Who answers a layer's accesses: see `resolve.resolve_on_device`; grid (1,)."""
     stalled, count, mode, price, left = rows
-    can_E, loss_E = records
+    at_E, can_E, loss_E = tables
     N: tl.constexpr = SIZES.T * SIZES.K
     t, k = tl.arange(0, SIZES.PT), tl.arange(0, SIZES.PK)
     place = t[:, None] * SIZES.K + k[None, :]
@@ -161,11 +161,11 @@ def resolve(ids, weight, at_E, records, rows, told, layer, SIZES: tl.constexpr):
     asked = inside & (t[:, None] < tl.load(count)) & (e >= 0) & (e < SIZES.E)
     there = tl.load(at_E + e, mask=asked, other=-1) >= 0
     missing = asked & (there == 0)
-    first = tl.load(stalled)
+    first = tl.load(stalled + layer)
     if can_E is not None:
         row = t < SIZES.T
         modes, prices = tl.load(mode + t, mask=row, other=0), tl.load(price + t, mask=row, other=0.0)
-        allowances = tl.load(left + t, mask=row, other=0.0)
+        allowances = tl.load(left + layer * SIZES.T + t, mask=row, other=0.0)
         w = tl.load(weight + place, mask=missing, other=0.0)
         loss = tl.where(missing, w * w * tl.load(loss_E + e, mask=missing, other=0.0), 0.0)
         paid = (modes == FAST)[:, None] | ((modes == BOUNDED)[:, None] & (loss <= prices[:, None]))
@@ -177,11 +177,11 @@ def resolve(ids, weight, at_E, records, rows, told, layer, SIZES: tl.constexpr):
         unpaid = tl.sum(missing.to(tl.int32), axis=1)
     stops = tl.sum(unpaid, axis=0) > 0
     runs = first > layer
-    tl.store(stalled, tl.where(runs & stops, layer, first))
+    tl.store(stalled + layer + 1, tl.where(runs & stops, layer, first))  # elsewhere: other warps read what was
     answers = runs & (stops == 0)
     tl.store(told + place, e, mask=inside)
     tl.store(told + N + place, tl.where(there & runs, e, -1), mask=inside)
     tl.store(told + 2 * N + place, tl.where(missing & answers, e, -1), mask=inside)
     if can_E is not None:
         spent = tl.where(answers, tl.sum(loss, axis=1), 0.0)
-        tl.store(left + t, allowances - spent, mask=row)
+        tl.store(left + (layer + 1) * SIZES.T + t, allowances - spent, mask=row)

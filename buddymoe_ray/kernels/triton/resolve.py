@@ -4,7 +4,7 @@ What it decides is what `policy.Ladder` would, or else it leaves the layer to th
 where all others have records that all rows can pay for, these answer. Where one must be brought, or rows must choose,
 the layer stalls, and it and those behind it are the host's, which brings the expert.
 
-Legend: T rows, K slots, E experts.
+Legend: L layers, T rows, K slots, E experts.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _MARGIN = 1 + 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class RowTerms:
-    """Of the rows of a step, on the device: `stalled` int64 [1] the first layer that stalled, at the step's begin more
-    than any; `count` int64 [1] rows that are no padding; `mode_T` int32, `price_T` and `left_T` float32 as
-    `policy.RowBudgets`, of which `left_T` is charged."""
+    """Of the rows of a step, on the device, before its first layer and behind each of the L: `stalled_L` int64 [L + 1]
+    the first layer that stalled, L for none; `left_LT` float32 [L + 1, T] what rows may spend. `count` int64 [1] rows
+    that are no padding; `mode_T` int64 and `price_T` float32 as `policy.RowBudgets`."""
 
-    stalled: Tensor
+    stalled_L: Tensor
     count: Tensor
     mode_T: Tensor
     price_T: Tensor
-    left_T: Tensor
+    left_LT: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,7 @@ def resolve_on_device(
     (T, K), E = ids_TK.shape, len(at_E)
     assert told_3TK.shape == (3, T, K) and told_3TK.is_contiguous(), f"told is {tuple(told_3TK.shape)}"
     sizes = _Sizes(T=T, K=K, E=E, PT=power_of_two(T), PK=power_of_two(K), margin=_MARGIN)
-    terms = (rows.stalled, rows.count, rows.mode_T, rows.price_T, rows.left_T)
+    terms = (rows.stalled_L, rows.count, rows.mode_T, rows.price_T, rows.left_LT)
     ids, weight = ids_TK.contiguous(), weight_TK.contiguous()
-    launching.launch(programs.resolve, (1,), ids, weight, at_E, records or (None, None), terms, told_3TK, layer, sizes)
+    tables = (at_E, *(records or (None, None)))
+    launching.launch(programs.resolve, (1,), ids, weight, tables, terms, told_3TK, layer, sizes)
