@@ -42,12 +42,14 @@ class HostRecording:
     """What `compute` calls, cut where it says so."""
 
     def __init__(self, compute: Callable[[Callable[[], None]], None]) -> None:
-        recorder = _Recorder()
+        recorder, asked = _Recorder(), torch.cuda.is_current_stream_capturing
         _making.recorder = recorder
+        torch.cuda.is_current_stream_capturing = lambda: hasattr(_making, "recorder")  # transformers looks away then
         try:
             with recorder:
                 compute(recorder.cut)
         finally:
+            torch.cuda.is_current_stream_capturing = asked
             del _making.recorder
         self._pieces = recorder.pieces
 

@@ -21,7 +21,7 @@ from buddymoe_ray.engine.calibration import Calibration, Checks
 from buddymoe_ray.engine.kv import KVPool
 from buddymoe_ray.engine.parts import EngineLimits, EngineParts
 from buddymoe_ray.engine.plain_forward import choose_forward
-from buddymoe_ray.engine.recorded import RecordedDecode
+from buddymoe_ray.engine.recorded import RecordedDecode, StepSizes
 from buddymoe_ray.engine.runner import PackedRunner, Runner, SoloRunner, probe
 from buddymoe_ray.engine.scheduler import Scheduler
 from buddymoe_ray.engine.states import StatePool
@@ -57,7 +57,7 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
     packed = _packed(config, folder)
     attention.register()
     name = attention.NAME if packed else None
-    refuse_dense_dtype(config, device.torch)
+    refuse_dense_dtype(config, apart=device.apart)
     loaded = load_model(folder, dtype=torch_dtype(config.dtype), device=device.torch, attn=name)
     if not device.apart:
         loaded = on_kernels(loaded, config.dense_dtype, threads=config.threads, progress=progress)
@@ -235,12 +235,10 @@ def _packed_runner(
             ahead=experts.ahead,
         )
     runner = PackedRunner(compute, paged, step, device=loaded.device, repeatable=by_rows, parts=parts, states=states)
-    if experts.device.apart and states is not None:
-        log.info("decode steps are not recorded: layers carry a state from token to token")
-    elif experts.device.apart:
-        K = loaded.experts_per_token
+    if experts.device.apart:
+        sizes = StepSizes(experts_per_token=loaded.experts_per_token, columns=room[0], nobody=room[1])
         runner.recorded = RecordedDecode(
-            compute, paged, step, experts.blocks, device=experts.device, experts_per_token=K, room=room
+            compute, paged, step, experts.blocks, device=experts.device, sizes=sizes, states=states
         )
     return runner
 

@@ -1,10 +1,11 @@
 """Decode steps of a device apart, recorded once for a number of rows and replayed: no Python of the model runs.
 
 Numbers of rows are powers of two. Rows of padding hold token 0 at position 0 of the block that is nobody's, their own
-token is their whole context, and no expert runs for them. Where an expert may be missing, the recording is cut in each
-MoE layer, behind its experts: the host launches pieces ahead, looks once at which layer stalled, has the block bring
-what is missing there, and goes on behind it. What ran ahead of a stall ran in vain but for its dense parts' time, so
-the host looks twice as far ahead as it last came. Accounts are the host's, of layers that count, once each.
+token is their whole context, states that layers carry are nobody's, and no expert runs for them. Where an expert may be
+missing, the recording is cut in each MoE layer, behind its experts: the host launches pieces ahead, looks once at which
+layer stalled, has the block bring what is missing there, and goes on behind it. What ran ahead of a stall ran in vain,
+without experts, so the host looks twice as far ahead as it last came. Accounts are the host's, of layers that count,
+once each.
 
 Legend: L MoE layers, T rows of a recording, B rows of a step, K slots, M columns of block tables, V vocabulary.
 """
@@ -12,7 +13,10 @@ Legend: L MoE layers, T rows of a recording, B rows of a step, K slots, M column
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -22,22 +26,29 @@ from torch import Tensor
 from buddymoe_ray.device import Device, Recording, download, upload
 from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
 from buddymoe_ray.engine.plain_forward import ForwardPass
+from buddymoe_ray.engine.states import StatePool
 from buddymoe_ray.kernels import RowTerms
 from buddymoe_ray.moe import DeviceTables, MoEBlock, Phase, RecordedLayer, StepState, StepTerms, Told
 
-__all__ = ["RecordedDecode"]
+__all__ = ["REPLAYED", "RecordedDecode", "StepSizes"]
+
+REPLAYED = Counter[int]()
+"""Decode steps that were replayed in this process, by rows of the recording."""
 
 log = logging.getLogger(__name__)
 
 
-class RecordedDecode:
-    """Of an engine whose experts are computed on a device apart.
+@dataclass(frozen=True, kw_only=True)
+class StepSizes:
+    """K, of every layer; M, of the longest text; the block for rows of padding."""
 
-    Args:
-        compute, paged, step, blocks: as the runner has them.
-        experts_per_token: K of every layer.
-        room: M, of the longest text, and the block for rows of padding.
-    """
+    experts_per_token: int
+    columns: int
+    nobody: int
+
+
+class RecordedDecode:
+    """Of an engine whose experts are computed on a device apart; what it is given is as the runner has it."""
 
     def __init__(
         self,
@@ -47,11 +58,11 @@ class RecordedDecode:
         blocks: Sequence[MoEBlock],
         *,
         device: Device,
-        experts_per_token: int,
-        room: tuple[int, int],
+        sizes: StepSizes,
+        states: StatePool | None = None,
     ) -> None:
         self.compute, self.paged, self.step, self.blocks = compute, paged, step, tuple(blocks)
-        self.device, self.experts_per_token, self.room = device, experts_per_token, room
+        self.device, self.sizes, self.states = device, sizes, states
         self._standins = blocks[0].standins
         self._steps = dict[int, _RecordedStep]()
         self._refused = False
@@ -59,16 +70,19 @@ class RecordedDecode:
     def decode(self, rows: Sequence[ChunkRows], ids: list[int], terms: StepTerms) -> Tensor | None:
         """Float32 logits `[B, V]`, and the step's outcome; None, with nothing done, for a pass that is watched or
         repeats another, and where nothing can be recorded."""
-        step = self.step
+        step, states = self.step, self.states
         if self._refused or step.observer is not None or step.answer is not None or terms.overlays:
+            return None
+        if states is not None and not all(row.start and row.owner is not None for row in rows):
             return None
         with torch.inference_mode():
             recorded = self._recorded(1 << (len(rows) - 1).bit_length())
             if recorded is None:
                 return None
             step.begin(Phase.DECODE, len(rows), terms, isolate=True, tokens=ids)
-            recorded.fill(rows, ids)
-            recorded.replay(len(rows))
+            with nullcontext() if states is None else states.passing(rows, decode=True):
+                recorded.fill(rows, ids)
+                recorded.replay(len(rows))
             return recorded.logits[: len(rows)].clone()  # what is kept of it outlives the next step
 
     def _recorded(self, T: int) -> _RecordedStep | None:
@@ -89,18 +103,18 @@ class _RecordedStep:
     """For T rows: the buffers that a replay reads, and what it writes."""
 
     def __init__(self, owner: RecordedDecode, T: int) -> None:
-        (columns, self._nobody), where, K = owner.room, owner.device.torch, owner.experts_per_token
+        where, K = owner.device.torch, owner.sizes.experts_per_token
         self._step, self._paged, self._owner = owner.step, owner.paged, owner
         self._T, self._L, self._reach = T, len(owner.blocks), len(owner.blocks)
-        self._head = torch.zeros(5 * T + 1, dtype=torch.int64, device=where)
-        self._ids, self._positions, slots_T, lengths_T, mode_T = self._head[: 5 * T].view(5, T)
+        self._head = torch.zeros(7 * T + 1, dtype=torch.int64, device=where)
+        self._ids, self._positions, slots_T, lengths_T, mode_T, *self._places = self._head[: 7 * T].view(7, T)
         self._left_LT, self._price_T = torch.zeros(self._L + 1, T, device=where), torch.zeros(T, device=where)
         self._stalled_L = torch.full((self._L + 1,), self._L, device=where)
-        self._blocks_TM = torch.full((T, columns), self._nobody, device=where)
+        self._blocks_TM = torch.full((T, owner.sizes.columns), owner.sizes.nobody, device=where)
         self._told = Told(
             rows=RowTerms(
                 stalled_L=self._stalled_L,
-                count=self._head[5 * T :],
+                count=self._head[7 * T :],
                 mode_T=mode_T,
                 price_T=self._price_T,
                 left_LT=self._left_LT,
@@ -123,8 +137,9 @@ class _RecordedStep:
     def fill(self, rows: Sequence[ChunkRows], ids: list[int]) -> None:
         """Write what the step is about; `RowBudgets` are the step's."""
         B, T, size, where = len(rows), self._T, self._paged.block_size, self._head.device
-        head = np.zeros((5, T), np.int64)
-        head[2], head[3] = self._nobody * size, 1
+        nobody, states = self._owner.sizes.nobody, self._owner.states
+        head = np.zeros((7, T), np.int64)
+        head[2], head[3] = nobody * size, 1
         head[:4, :B] = (
             ids,
             [row.start for row in rows],
@@ -133,8 +148,10 @@ class _RecordedStep:
         )
         if self._step.budgets is not None:
             head[4, :B] = self._step.budgets.mode_T
+        if states is not None:
+            head[5:] = states.places(rows, T)
         self._head.copy_(upload(torch.from_numpy(np.append(head, B)), where))
-        blocks = np.full((T, max((len(row.blocks) for row in rows), default=1)), self._nobody)
+        blocks = np.full((T, max((len(row.blocks) for row in rows), default=1)), nobody)
         for row, chunk in enumerate(rows):
             blocks[row, : len(chunk.blocks)] = chunk.blocks
         self._blocks_TM[:, : blocks.shape[1]].copy_(upload(torch.from_numpy(blocks), where))
@@ -142,9 +159,10 @@ class _RecordedStep:
 
     def replay(self, B: int) -> None:
         """Compute the step of the first B rows, and book it."""
+        REPLAYED[self._T] += 1
         if self._complete:
             self._recording.replay(0, 1)
-            self._step.outcome.count_hits(self._L * self._owner.experts_per_token)
+            self._step.outcome.count_hits(self._L * self._owner.sizes.experts_per_token)
             return
         told, at, L = self._told, 0, self._L
         through = False
@@ -181,7 +199,7 @@ class _RecordedStep:
 
     def _record(self) -> tuple[Tensor, Recording]:
         """The logits `[T, V]` that a replay writes. Raises RuntimeError where something cannot be recorded."""
-        found = list[Tensor]()
+        found, states = list[Tensor](), self._owner.states
 
         def compute(cut: Callable[[], None]) -> None:
             self._layers.clear()
@@ -189,7 +207,8 @@ class _RecordedStep:
             found[:] = [self._owner.compute(self._ids[None], self._positions[None], 0).float()]
 
         try:
-            recording = self._owner.device.record(compute)
+            with nullcontext() if states is None else states.fixed(*self._places):
+                recording = self._owner.device.record(compute)
         finally:
             self._paged.current = self._step.answer = None
         return found[0], recording
@@ -198,7 +217,7 @@ class _RecordedStep:
         self, cut: Callable[[], None], block: MoEBlock, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor
     ) -> Tensor:
         """A layer's part of the recording."""
-        layer, K = block.layer, self._owner.experts_per_token
+        layer, K = block.layer, self._owner.sizes.experts_per_token
         if layer != len(self._layers) or ids_TK.shape != (self._T, K):
             raise RuntimeError(f"layer {layer} has experts {tuple(ids_TK.shape)}, must have {(self._T, K)}, in order")
         scores = self._step.scores.get(layer)

@@ -25,7 +25,7 @@ from buddymoe_ray.engine import attention
 from buddymoe_ray.engine.attention import ChunkRows
 from buddymoe_ray.engine.kv import KVPool
 from buddymoe_ray.engine.plain_forward import own_forward
-from buddymoe_ray.engine.recorded import RecordedDecode
+from buddymoe_ray.engine.recorded import RecordedDecode, StepSizes
 from buddymoe_ray.engine.runner import PackedRunner, probe
 from buddymoe_ray.kernels import TritonExperts
 from buddymoe_ray.kernels.triton import launching
@@ -89,9 +89,9 @@ def runner_on_meta(folder: Path, *, complete: bool) -> PackedRunner:
     paged.open(pool, apart=True)
     compute, blocks = own_forward(loaded.model), [module.__dict__["buddymoe_block"] for module in loaded.experts]
     twin: Any = SimpleNamespace(torch=META, record=HostRecording)
-    K = loaded.experts_per_token
+    sizes = StepSizes(experts_per_token=loaded.experts_per_token, columns=16, nobody=7)
     runner = PackedRunner(compute, paged, step, device=META)
-    runner.recorded = RecordedDecode(compute, paged, step, blocks, device=twin, experts_per_token=K, room=(16, 7))
+    runner.recorded = RecordedDecode(compute, paged, step, blocks, device=twin, sizes=sizes)
     return runner
 
 

@@ -19,7 +19,7 @@ from buddymoe_ray.calibrate.run import CalibrationOptions, calibrate
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.llm import LLM
-from buddymoe_ray.engine.recorded import RecordedDecode, _RecordedStep
+from buddymoe_ray.engine.recorded import REPLAYED, RecordedDecode, _RecordedStep
 from buddymoe_ray.engine.runner import PackedRunner
 from buddymoe_ray.moe import DeviceTables, MoEBlock, OnDevice, RecordedLayer
 from buddymoe_ray.types import GenerationRequest, SamplingParams, Usage
@@ -188,3 +188,15 @@ def test_what_cannot_be_recorded_says_why_and_is_computed_all_the_same(
     assert "decode steps are not recorded" in caplog.text and caplog.text.count("not recorded") == 1
     with opened(model, "cpu") as engine:
         assert found == answers(engine, steps=3, modes=("exact",))["exact"][0]
+
+
+@pytest.mark.parametrize("family", ["jamba", "qwen3_next"])
+def test_states_that_layers_carry_are_each_rows_own(family: str, tmp_path: Path) -> None:
+    """Of three rows beside one of padding."""
+    build_checkpoint(family, tmp_path)
+    found, before = list[list[tuple[int, ...]]](), REPLAYED.copy()
+    for device in ("cpu", DEVICE):
+        with LLM(str(tmp_path), dtype="float32", device=device, memory="75%", max_running=3, guard_share=0.0) as llm:
+            results = llm.generate([[5, 17, 90], [44, 7, 31, 8], [9, 9]], max_tokens=4)
+            found.append([result.token_ids for result in results])
+    assert found[0] == found[1] and (REPLAYED - before)[4] > 1
