@@ -44,7 +44,8 @@ class HostRecording:
     def __init__(self, compute: Callable[[Callable[[], None]], None]) -> None:
         recorder, asked = _Recorder(), torch.cuda.is_current_stream_capturing
         _making.recorder = recorder
-        torch.cuda.is_current_stream_capturing = lambda: hasattr(_making, "recorder")  # transformers looks away then
+        # so that transformers looks into no tensor; right for other threads, too
+        torch.cuda.is_current_stream_capturing = lambda: hasattr(_making, "recorder") or asked()
         try:
             with recorder:
                 compute(recorder.cut)

@@ -35,13 +35,14 @@ class Told:
     rows: RowTerms
     told_L3TK: Tensor
     weight_LTK: Tensor
-    outputs: dict[torch.dtype, Tensor] = field(default_factory=dict)
+    outputs: dict[tuple[torch.dtype, int], Tensor] = field(default_factory=dict)
 
     def outputs_ND(self, hidden_TD: Tensor) -> Tensor:
         """Of so many accesses; numbers from the beginning, as rows of padding are never written."""
-        if hidden_TD.dtype not in self.outputs:
-            self.outputs[hidden_TD.dtype] = hidden_TD.new_zeros(self.weight_LTK[0].numel(), hidden_TD.shape[1])
-        return self.outputs[hidden_TD.dtype]
+        key = (hidden_TD.dtype, hidden_TD.shape[1])
+        if key not in self.outputs:
+            self.outputs[key] = hidden_TD.new_zeros(self.weight_LTK[0].numel(), hidden_TD.shape[1])
+        return self.outputs[key]
 
 
 @dataclass(frozen=True, kw_only=True)

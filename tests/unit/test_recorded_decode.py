@@ -96,7 +96,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, seen: Counter[str]) -> None:
 def test_steps_of_all_modes_are_the_eager_engines(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """66 tokens, with hits, fetches into other experts' slots, stand-ins and stalls between replays."""
     with opened(model, "cpu") as engine:
-        resident = {mode: tokens for mode, (tokens, _) in answers(engine, steps=22).items()}
+        expected = {mode: tokens for mode, (tokens, _) in answers(engine, steps=22).items()}
     with opened(model, DEVICE, recorded=False) as engine:
         eager = answers(engine, steps=22)
     seen, tables = Counter[str](), set[bytes]()
@@ -110,14 +110,14 @@ def test_steps_of_all_modes_are_the_eager_engines(model: Path, monkeypatch: pyte
 
         monkeypatch.setattr(DeviceTables, "renew", renewed)
         replayed = answers(engine, steps=22)
-    assert {mode: tokens for mode, (tokens, _) in replayed.items()} == resident
+    assert {mode: tokens for mode, (tokens, _) in replayed.items()} == expected
     usages, others = ([usage for _, usage in answered.values()] for answered in (replayed, eager))
     for usage, other in zip(usages, others, strict=True):  # sums are of other bits beside a row of padding
         assert replace(usage, expected_rise=other.expected_rise) == other, (
             "hits, fetches, stand-ins, none of them twice"
         )
         assert usage.expected_rise == pytest.approx(other.expected_rise, rel=1e-4)
-    assert {mode: tokens for mode, (tokens, _) in eager.items()} == resident
+    assert {mode: tokens for mode, (tokens, _) in eager.items()} == expected
     assert [usage.hits + usage.fetched + usage.standins.total for usage in usages] == 3 * [21 * 2 * 2]
     assert all(usage.hits and usage.fetched for usage in usages) and all(u.standins.lowbit for u in usages[1:])
     assert seen["bring"] > 5 and seen["answered"] > 5 and seen["bring"] + seen["answered"] == 21 * 2
