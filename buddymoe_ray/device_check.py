@@ -27,6 +27,7 @@ from buddymoe_ray.device import Device, open_device
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.llm import LLM
 from buddymoe_ray.engine.measure import BenchLoad, measure
+from buddymoe_ray.engine.recorded import REPLAYED
 from buddymoe_ray.errors import BuddyMoEError
 from buddymoe_ray.kernels import (
     ExpertMath,
@@ -179,14 +180,16 @@ def check_attention(device: Device) -> dict[str, Any]:
 
 
 def check_decode(device: str) -> dict[str, Any]:
-    """Decode steps of a device apart enter no reference kernel."""
-    entered = []
+    """Decode steps of a device apart enter no reference kernel, and are replayed: `check_exact` sees their tokens."""
+    entered, before = list[int](), REPLAYED.copy()
     with LLM("builtin:tiny", memory="50%", mode="fast", device=device, guard_share=0.0) as llm:
         for new_tokens in (1, 1, 5):  # prompts, which may, are the same
-            before = ENTERED.total()
+            already = ENTERED.total()
             llm.generate(list(PROMPTS), max_tokens=new_tokens)
-            entered.append(ENTERED.total() - before)
-    return {"check": "decode", "reference_kernels": entered[2] - entered[1], "ok": entered[2] == entered[1]}
+            entered.append(ENTERED.total() - already)
+    replayed, ok = REPLAYED - before, entered[2] == entered[1]
+    steps = {"replayed_steps_by_rows": dict(replayed)}
+    return {"check": "decode", "reference_kernels": entered[2] - entered[1]} | steps | {"ok": ok and bool(replayed)}
 
 
 def check_shared(device: Device, name: str) -> Iterator[dict[str, Any]]:

@@ -26,11 +26,13 @@ from triton.runtime.driver import driver
 from buddymoe_ray.kernels import (
     ExpertMath,
     LowbitFormat,
+    RowTerms,
     TritonExperts,
     coded_shapes,
     combine_on_device,
     decode_attention,
     record_tensors,
+    resolve_on_device,
 )
 from buddymoe_ray.kernels.triton import launching
 from buddymoe_ray.kernels.triton.forms import Form, Use
@@ -146,6 +148,9 @@ def main() -> None:
                 compiled.clear()
         combine_on_device(out_ND[None], torch.empty(1, K))
         say("bfloat16", "combine", capability, compiled.pop())
+        for known in (None, (torch.ones(E, dtype=torch.uint8), torch.ones(E))):
+            resolving(at_E, known)
+            say("hits" if known is None else "records", "resolve", capability, compiled.pop())
         for dtype in (torch.bfloat16, torch.float32) if capability == 90 else (torch.bfloat16,):
             attention(dtype)
             for part, kernel in zip(("attend", "join"), compiled, strict=True):
@@ -162,6 +167,14 @@ def attention(dtype: torch.dtype) -> None:
     pool = torch.empty(64, H, d, dtype=dtype)
     context = torch.zeros(1, 8, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
     decode_attention(torch.empty(1, Q, d, dtype=dtype), (pool, pool, 16), context, scale=0.1, window=None, sinks_Q=None)
+
+
+def resolving(at_E: torch.Tensor, records: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+    T, L, one = 64, 48, torch.zeros(1, dtype=torch.int64)
+    mode_T, ids_TK = torch.zeros(T, dtype=torch.int64), torch.zeros(T, K, dtype=torch.int64)
+    stalled_L, left_LT = torch.zeros(L + 1, dtype=torch.int64), torch.zeros(L + 1, T)
+    rows = RowTerms(stalled_L=stalled_L, count=one, mode_T=mode_T, price_T=torch.zeros(T), left_LT=left_LT)
+    resolve_on_device(2, ids_TK, torch.zeros(T, K), at_E, records, rows, torch.zeros(3, T, K, dtype=torch.int64))
 
 
 def say(name: str, part: str, capability: int, kernel: Any) -> None:

@@ -6,14 +6,23 @@ Knows bytes, not what they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from buddymoe_ray.device.gpu import Gpu, current, download, gpu_count, upload
 from buddymoe_ray.device.host import Host
-from buddymoe_ray.device.interface import Copy, Device, SharedMemory
+from buddymoe_ray.device.host_recording import noted
+from buddymoe_ray.device.interface import Copy, Device, Recording, SharedMemory
 from buddymoe_ray.errors import ConfigError
 
-__all__ = ["Copy", "Device", "SharedMemory", "current", "download", "open_device", "upload"]
+__all__ = ["Copy", "Device", "Recording", "SharedMemory", "download", "launch_on", "open_device", "upload"]
+
+
+def launch_on(where: torch.device, run: Callable[[], None]) -> None:
+    """Run what launches a kernel there that torch does not know of; a recording in progress has it too."""
+    with current(where):
+        noted(run)
 
 
 def open_device(name: str) -> Device:

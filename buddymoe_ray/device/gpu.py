@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.device.gpu_memory import map_memory, shared_memory
-from buddymoe_ray.device.interface import Copy, SharedMemory
+from buddymoe_ray.device.gpu_recording import GpuRecording
+from buddymoe_ray.device.interface import Copy, Recording, SharedMemory
 from buddymoe_ray.errors import BudgetError
 
 __all__ = ["Gpu", "current", "download", "gpu_count", "upload"]
@@ -125,3 +126,7 @@ class Gpu:
         """See Device."""
         assert isinstance(copy, _Event), f"copy is {copy}, must be this device's"
         torch.cuda.current_stream(self.torch).wait_event(copy.event)
+
+    def record(self, compute: Callable[[Callable[[], None]], None]) -> Recording:
+        """See Device."""
+        return GpuRecording(self.torch, compute)

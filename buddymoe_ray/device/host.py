@@ -17,7 +17,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from buddymoe_ray.device.interface import Copy, SharedMemory
+from buddymoe_ray.device.host_recording import HostRecording
+from buddymoe_ray.device.interface import Copy, Recording, SharedMemory
 from buddymoe_ray.errors import BudgetError, CacheError
 
 __all__ = ["Host"]
@@ -90,6 +91,10 @@ class Host:
     def admit(self, copy: Copy) -> None:
         """See Device; what is computed is computed by the caller, who waits."""
         copy.wait()
+
+    def record(self, compute: Callable[[Callable[[], None]], None]) -> Recording:
+        """See Device."""
+        return HostRecording(compute)
 
     @cached_property
     def _copies(self) -> ThreadPoolExecutor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Copy", "Device", "SharedMemory"]
+__all__ = ["Copy", "Device", "Recording", "SharedMemory"]
 
 
 class Copy(Protocol):
@@ -28,6 +29,14 @@ class SharedMemory:
 
     tensor: Tensor
     fd: int
+
+
+class Recording(Protocol):
+    """What a device computed once, in pieces, to be computed again without the host: from what the buffers that were
+    there before hold by then, into the memory that was written then."""
+
+    def replay(self, first: int, end: int) -> None:
+        """Begin to compute the pieces `[first, end)`; nobody waits for them."""
 
 
 class Device(Protocol):
@@ -61,3 +70,7 @@ class Device(Protocol):
 
     def admit(self, copy: Copy) -> None:
         """What is computed from now on reads the copy; whoever calls need not wait for it."""
+
+    def record(self, compute: Callable[[Callable[[], None]], None]) -> Recording:
+        """Of what `compute` launches; it calls what it is given where a piece ends. What it writes is worth nothing
+        before the first replay. Raises RuntimeError where it waits for the device."""

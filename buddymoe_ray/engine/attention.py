@@ -64,6 +64,13 @@ class PackedPass:
         self.masks: dict[Any, Tensor | None] = {}
         self._block_size, self._device = block_size, device
 
+    @classmethod
+    def fixed(cls, slots_T: Tensor, blocks_BM: Tensor, lengths_B: Tensor) -> PackedPass:
+        """Of decode rows that are told by what these hold when they are read, on a device apart."""
+        made = cls((), decode=True, block_size=0, device=slots_T.device)
+        made.slots_T, made.blocks_BM, made.lengths_B = slots_T, blocks_BM, lengths_B
+        return made
+
     @cached_property
     def spans_S4(self) -> Tensor:
         """See `PagedLayer`."""

@@ -21,6 +21,7 @@ from buddymoe_ray.engine.calibration import Calibration, Checks
 from buddymoe_ray.engine.kv import KVPool
 from buddymoe_ray.engine.parts import EngineLimits, EngineParts
 from buddymoe_ray.engine.plain_forward import choose_forward
+from buddymoe_ray.engine.recorded import RecordedDecode, StepSizes
 from buddymoe_ray.engine.runner import PackedRunner, Runner, SoloRunner, probe
 from buddymoe_ray.engine.scheduler import Scheduler
 from buddymoe_ray.engine.states import StatePool
@@ -56,9 +57,10 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
     packed = _packed(config, folder)
     attention.register()
     name = attention.NAME if packed else None
-    refuse_dense_dtype(config, device.torch)
+    refuse_dense_dtype(config, apart=device.apart)
     loaded = load_model(folder, dtype=torch_dtype(config.dtype), device=device.torch, attn=name)
-    loaded = on_kernels(loaded, config.dense_dtype, threads=config.threads, progress=progress)
+    if not device.apart:
+        loaded = on_kernels(loaded, config.dense_dtype, threads=config.threads, progress=progress)
     step = StepState()
     experts = open_experts(config, loaded, step, device, sharing)
     try:
@@ -203,14 +205,19 @@ class _KVSize:
         )
         paged.open(pool, threads=config.threads, apart=experts.device.apart)
         states = StatePool(carried, paged, running=split.running, device=loaded.device) if carried.of else None
-        runner = _packed_runner(loaded, experts, paged, step, states)
+        runner = _packed_runner(loaded, experts, paged, step, states, (_blocks(max_model_len), blocks))
         return cls(blocks=blocks, max_running=split.running, max_model_len=max_model_len, runner=runner)
 
 
 def _packed_runner(
-    loaded: LoadedModel, experts: ExpertTier, paged: attention.PagedAttention, step: StepState, states: StatePool | None
+    loaded: LoadedModel,
+    experts: ExpertTier,
+    paged: attention.PagedAttention,
+    step: StepState,
+    states: StatePool | None,
+    room: tuple[int, int],
 ) -> PackedRunner:
-    """Over an open `paged`."""
+    """Over an open `paged`; `room` is the most blocks of a text, and the block that is nobody's."""
     if states is not None:
         attach_states(loaded.model, states)
     one_call.attach(loaded, experts.blocks, paged, step)
@@ -227,8 +234,13 @@ def _packed_runner(
             last=_last_block(loaded, experts),
             ahead=experts.ahead,
         )
-    device = loaded.device
-    return PackedRunner(compute, paged, step, device=device, repeatable=by_rows, parts=parts, states=states)
+    runner = PackedRunner(compute, paged, step, device=loaded.device, repeatable=by_rows, parts=parts, states=states)
+    if experts.device.apart:
+        sizes = StepSizes(experts_per_token=loaded.experts_per_token, columns=room[0], nobody=room[1])
+        runner.recorded = RecordedDecode(
+            compute, paged, step, experts.blocks, device=experts.device, sizes=sizes, states=states
+        )
+    return runner
 
 
 def _last_block(loaded: LoadedModel, experts: ExpertTier) -> MoEBlock | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from buddymoe_ray.device import upload
 from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
 from buddymoe_ray.engine.plain_forward import ForwardPass, own_forward
+from buddymoe_ray.engine.recorded import RecordedDecode
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.engine.states import StatePool
@@ -76,7 +77,7 @@ class Runner(Protocol):
 
 class PackedRunner:
     """Ragged rows of all sequences in one pass. `repeatable` if rows do not see others, `parts` if kernels compute all
-    of it, `states` if layers carry any."""
+    of it, `states` if layers carry any; `recorded` has decode steps that are replayed."""
 
     packed = True
 
@@ -92,6 +93,7 @@ class PackedRunner:
         states: StatePool | None = None,
     ) -> None:
         self._compute, self._device = compute, device
+        self.recorded: RecordedDecode | None = None
         self._paged, self._step, self._states = paged, step, states
         self.repeatable, self.parts, self.shares = repeatable, parts, states is None
 
@@ -115,7 +117,9 @@ class PackedRunner:
             rows.append(ChunkRows(row=row, count=1, start=at, blocks=tuple(seq.blocks), owner=seq))
             ids += seq.token_ids(at, at + 1)
             positions.append(at)
-        logits_BV = self._forward(Phase.DECODE, rows, ids, positions, 0, terms)
+        logits_BV = None if self.recorded is None else self.recorded.decode(rows, ids, terms)
+        if logits_BV is None:
+            logits_BV = self._forward(Phase.DECODE, rows, ids, positions, 0, terms)
         return logits_BV, self._step.outcome
 
     def score(

@@ -72,6 +72,21 @@ class StatePool:
             self._free = sorted(self._free + taken)
             self._next, self._batch = {}, None
 
+    @contextmanager
+    def fixed(self, reads_T: Tensor, writes_T: Tensor) -> Iterator[None]:
+        """Rows of a pass read and write the slots that these hold when they are read."""
+        self._batch = reads_T, writes_T
+        try:
+            yield
+        finally:
+            self._batch = None
+
+    def places(self, chunks: Sequence[ChunkRows], rows: int) -> list[list[int]]:
+        """In a decode pass over these: the slots that so many rows read, and those that they write. Rows of padding
+        have one that is nobody's."""
+        padding = [self._free[0]] * (rows - len(chunks))
+        return [[slots[chunk.owner] for chunk in chunks] + padding for slots in (self._at, self._next)]
+
     def run(self, layer: int, rows_1TD: Tensor, compute: RunRows) -> tuple[Tensor, ...]:
         """See `StateKeeper`. Texts of nobody leave nothing behind."""
         if self._batch is not None:

@@ -31,6 +31,7 @@ from buddymoe_ray.kernels.stored import widens
 from buddymoe_ray.kernels.triton.attention import decode_attention
 from buddymoe_ray.kernels.triton.experts import TritonExperts, combine_on_device
 from buddymoe_ray.kernels.triton.launching import interpreted
+from buddymoe_ray.kernels.triton.resolve import RowTerms, resolve_on_device
 from buddymoe_ray.kernels.upcast import UpcastScratch
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "PackedMatrix",
     "PagedLayer",
     "Routed",
+    "RowTerms",
     "StandinRecords",
     "Tallies",
     "TritonExperts",
@@ -76,6 +78,7 @@ __all__ = [
     "plain_weights",
     "prepare_lowbit",
     "record_tensors",
+    "resolve_on_device",
     "unchanged",
     "unpack",
     "widens",

@@ -23,6 +23,8 @@ __all__ = ["RowStates", "RunRows", "StateKeeper", "StateShapes", "attach_states"
 _CARRYING = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
 """Types of layers that keep a state of fixed size."""
 _CACHES = ("cache_params", "past_key_values")
+_MASKS = ("attention_mask", "mask")
+"""Of padding, of which there is none; transformers looks whether there is, but not where a device records."""
 _FORGETFUL = frozenset({"jamba"})
 """Families whose scan over several tokens begins at zero, whatever state is there."""
 
@@ -114,6 +116,7 @@ class _Carrying:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        given |= {name: None for name in _MASKS if name in self._names}
         plural = False
 
         def compute(rows_BTD: Tensor, states: RowStates) -> tuple[Tensor, ...]:

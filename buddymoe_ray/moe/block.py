@@ -31,7 +31,7 @@ from buddymoe_ray.moe.read_ahead import ReadAhead
 from buddymoe_ray.moe.rows import Accesses
 from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Phase, StepState
-from buddymoe_ray.moe.waves import WaveCompute
+from buddymoe_ray.moe.waves import OnDevice, WaveCompute
 from buddymoe_ray.policy import Action, Resolution
 
 __all__ = ["MoEBlock"]
@@ -152,6 +152,28 @@ class MoEBlock:
     def combined(self, y_ND: Tensor, weight_TK: Tensor) -> Tensor:
         """The sum `[T, D]` of the experts' outputs, in slot order."""
         return self._compute.combine(y_ND.view(*weight_TK.shape, -1), weight_TK).to(y_ND.dtype)
+
+    @property
+    def on_device(self) -> OnDevice | None:
+        """What computes decode beside the host, where there is such a thing."""
+        return self._compute if isinstance(self._compute, OnDevice) else None
+
+    def bring(self, hidden_TD: Tensor, ids_TK: Ints, weight_TK: Tensor, y_ND: Tensor) -> Tensor:
+        """Of a decode layer that stalled, with its hits in `y_ND`: compute the rest; the weights to combine it with."""
+        return self._decode(hidden_TD, ids_TK, weight_TK, y_ND, hits_ran=True)
+
+    def answered(self, ids_TK: Ints, own_TK: Ints, weight_TK: npt.NDArray[np.float32]) -> None:
+        """Book a decode layer whose accesses experts answered, and records those that `own_TK` names, else -1."""
+        if (own_TK < 0).all():
+            glance = self._cache.glance(self.layer)
+            assert glance is not None, "slots of a device apart can be looked at"
+            self.settle(glance, ids_TK)
+            self._step.outcome.count_hits(ids_TK.shape[1])
+            return
+        assert self._standins is not None, f"records answered in layer {self.layer}, must be somebody's"
+        self._count(ids_TK)
+        resolution = self._standins.taken(self.layer, ids_TK, own_TK, weight_TK)
+        self._standins.book(self.layer, resolution, self._step)
 
     def _beside(self, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, glance: Glance) -> Tensor:
         """Of a decode pass, beside the host: experts that are there run before it knows who is missing."""

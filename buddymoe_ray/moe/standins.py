@@ -17,11 +17,11 @@ from torch import Tensor
 
 from buddymoe_ray.cache import StandinPool
 from buddymoe_ray.device import upload
-from buddymoe_ray.kernels import ExpertLayer, StandinRecords
+from buddymoe_ray.kernels import ExpertLayer, StandinRecords, TritonExperts
 from buddymoe_ray.moe.outcome import ANSWER_STANDINS, STANDIN_KINDS, standin_kind
 from buddymoe_ray.moe.standin_compute import RecordCompute
 from buddymoe_ray.moe.step import Overlay, StepState
-from buddymoe_ray.policy import Action, Ladder, Misses, MissPolicy, Resolution
+from buddymoe_ray.policy import Action, Ladder, Misses, MissPolicy, Reason, Resolution
 from buddymoe_ray.types import ExpertKey
 
 __all__ = ["Standins"]
@@ -120,6 +120,38 @@ class Standins:
             at_E=at_E,
             loss_E=np.ascontiguousarray(own.loss_LE[layer], np.float32),
             column_E=self._columns[layer].astype(np.int64) + ANSWER_STANDINS,
+        )
+
+    def tables(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Who has a record that kernels on its device know (uint8 `[E]`), and the expected loss of an access per
+        squared router weight; None where others may answer too, or nobody does."""
+        own = self._policy.own if isinstance(self._policy, Ladder) else None
+        known = {kind for kind in self._compute if isinstance(self._compute[kind][layer], TritonExperts)}
+        if own is None or not known or layer not in self._layers:
+            return None
+        can_E = own.has_LE[layer] & np.array([kind in known for kind in self._kinds[layer]])
+        tables = (can_E.astype(np.uint8), own.loss_LE[layer].astype(np.float32))
+        can_E, loss_E = (torch.from_numpy(table).to(self.pool.bytes.device) for table in tables)
+        return can_E, loss_E
+
+    def run(self, layer: int, x_TD: Tensor, own_TK: Tensor, out_ND: Tensor) -> None:
+        """`answer` for whoever is named on the device."""
+        for compute, at_LE in ((self._compute[kind], self._at[kind]) for kind in self._compute):
+            if isinstance(compute[layer], TritonExperts):
+                compute[layer](x_TD, self.pool.bytes, at_LE[layer], own_TK, out_ND)
+
+    def taken(self, layer: int, ids_TK: Ints, own_TK: Ints, weight_TK: npt.NDArray[np.float32]) -> Resolution:
+        """What `resolve` says where all that is missing is answered by experts' own records, those of `own_TK`."""
+        own = self._policy.own if isinstance(self._policy, Ladder) else None
+        assert own is not None, "records answered, must be by a policy of experts' own"
+        taken_TK = own_TK >= 0
+        loss_TK = np.where(taken_TK, np.square(weight_TK) * own.loss_LE[layer][ids_TK], np.float32(0))
+        return Resolution(
+            action_TK=np.where(taken_TK, np.int8(Action.OWN), np.int8(Action.HIT)),
+            expert_TK=ids_TK,
+            weight_TK=weight_TK,
+            loss_TK=loss_TK,
+            reason_TK=np.where(taken_TK, np.int8(Reason.SUBSTITUTED), np.int8(Reason.RESIDENT)),
         )
 
     def answer(self, layer: int, x_TD: Tensor, named_TK: Ints, out_ND: Tensor) -> None:

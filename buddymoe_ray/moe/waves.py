@@ -99,8 +99,16 @@ class OnDevice:
     kernel, beside, combine = None, True, staticmethod(combine_on_device)
 
     def __init__(self, layer: TritonExperts, experts: int, *, complete: bool) -> None:
-        self._layer, self._experts, self.complete = layer, experts, complete
+        self.kernels, self._experts, self.complete = layer, experts, complete
         self._known_E, self._table_E = np.full(experts, -1, np.int64), torch.empty(0)
+
+    def table(self, at_E: Ints, device: torch.device) -> Tensor:
+        """Where experts are, on the device: one tensor, to be read by what is launched from now on."""
+        if not self._table_E.numel() or not np.array_equal(at_E, self._known_E):
+            self._known_E = at_E.copy()
+            new_E = upload(torch.from_numpy(at_E.copy()), device)
+            self._table_E = self._table_E.copy_(new_E) if self._table_E.numel() else new_E
+        return self._table_E
 
     def __call__(self, hidden_TD: Tensor, accesses: Accesses, leases: Sequence[Lease], y_ND: Tensor) -> None:
         """See WaveCompute."""
@@ -108,12 +116,9 @@ class OnDevice:
         for lease in leases:
             at_E[lease.key.expert] = lease.address()
         table_E = upload(torch.from_numpy(at_E), hidden_TD.device)  # the one of residents stays
-        self._layer(hidden_TD, None, table_E, accesses.named_TK, y_ND)
+        self.kernels(hidden_TD, None, table_E, accesses.named_TK, y_ND)
 
     def resident(self, hidden_TD: Tensor, ids_TK: Tensor, at_E: Ints, y_ND: Tensor) -> bool:
         """See WaveCompute; experts that are not at hand, and others' accesses, are left alone."""
-        if not self._table_E.numel() or not np.array_equal(at_E, self._known_E):
-            self._known_E = at_E.copy()
-            self._table_E = upload(torch.from_numpy(self._known_E), hidden_TD.device)
-        self._layer(hidden_TD, None, self._table_E, ids_TK, y_ND)
+        self.kernels(hidden_TD, None, self.table(at_E, hidden_TD.device), ids_TK, y_ND)
         return True

@@ -40,10 +40,11 @@ def cgroup_limit_bytes(root: Path = Path("/")) -> tuple[int | None, int]:
     return tightest, used
 
 
-def refuse_dense_dtype(config: EngineConfig, device: torch.device) -> None:
-    """Raise ConfigError where packed dense weights have no kernel."""
-    if config.dense_dtype != "native" and device.type != "cpu":
-        raise ConfigError(f"dense_dtype is {config.dense_dtype!r}, must be native on {device.type}. hint: --device cpu")
+def refuse_dense_dtype(config: EngineConfig, *, apart: bool) -> None:
+    """Raise ConfigError where packed dense weights have no kernel: on a device apart."""
+    if config.dense_dtype != "native" and apart:
+        where = "cuda" if config.device == "auto" else config.device
+        raise ConfigError(f"dense_dtype is {config.dense_dtype!r}, must be native on {where}. hint: --device cpu")
 
 
 def torch_dtype(name: str) -> torch.dtype | None:

@@ -269,6 +269,7 @@ def _served(shape: ModelShape, expert_dtype: str) -> ModelShape:
 
 def _places(config: EngineConfig, gpus: Sequence[GpuInfo]) -> list[_Place]:
     if config.device in _ON_CPU or (config.device == "auto" and not gpus):
+        refuse_dense_dtype(config, apart=config.device == "interpret")
         free = available_memory_bytes()
         speed = GUESSED_DISK
         cpu = _Place(
@@ -284,7 +285,7 @@ def _places(config: EngineConfig, gpus: Sequence[GpuInfo]) -> list[_Place]:
     wanted = [gpu for gpu in gpus if config.device in ("auto", "cuda", f"cuda:{gpu.index}")]
     if not wanted:
         raise ConfigError(f"device is {config.device!r}, must be one of {len(gpus)} GPUs. hint: use device auto")
-    refuse_dense_dtype(config, torch.device("cuda"))
+    refuse_dense_dtype(config, apart=True)
     return [
         _Place(
             device=f"cuda:{gpu.index}",

@@ -48,11 +48,12 @@ def test_a_wave_leaves_the_table_of_residents_as_it_is(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("mode", "tensors"), [("exact", 1), ("fast", 2)])
 def test_a_layer_waits_for_the_device_once(mode: str, tensors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a decode step; for the ids alone where no stand-in may answer."""
+    """In a decode step that is not recorded; for the ids alone where no stand-in may answer."""
     asked, download = list[int](), block.download  # type: ignore[attr-defined]
     monkeypatch.setattr(block, "download", lambda *args: asked.append(len(args)) or download(*args))
     device = "cuda" if DEVICE == "cuda" else "interpret"
     with LLM("builtin:tiny", memory="50%", mode=mode, device=device, guard_share=0.0) as llm:
+        llm.engine._runner.recorded = None
         llm.generate(["def add(a, b):\n"], max_tokens=3)
         assert asked == 2 * len(llm.engine._experts.blocks) * [tensors]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from buddymoe_ray.cache import Glance
+from buddymoe_ray.device.host_recording import HostRecording
 from buddymoe_ray.engine import attention
 from buddymoe_ray.engine.attention import ChunkRows
 from buddymoe_ray.engine.kv import KVPool
 from buddymoe_ray.engine.plain_forward import own_forward
+from buddymoe_ray.engine.recorded import RecordedDecode, StepSizes
 from buddymoe_ray.engine.runner import PackedRunner, probe
 from buddymoe_ray.kernels import TritonExperts
 from buddymoe_ray.kernels.triton import launching
@@ -30,7 +33,7 @@ from buddymoe_ray.models.expert_math import expert_math
 from buddymoe_ray.models.experts_hook import attach
 from buddymoe_ray.models.families import CARRYING, FAMILIES
 from buddymoe_ray.models.load import load_model
-from buddymoe_ray.moe import MoEBlock, OnDevice, Phase, StepState
+from buddymoe_ray.moe import MoEBlock, OnDevice, Phase, StepState, StepTerms
 
 META = torch.device("meta")
 PACKED = sorted(name for name, family in FAMILIES.items() if family.packed and name not in CARRYING)
@@ -84,12 +87,32 @@ def runner_on_meta(folder: Path, *, complete: bool) -> PackedRunner:
     probe(loaded, step, use_cache=False)
     pool = KVPool(dict(sorted(paged.shapes.items())), blocks=8, block_size=4, dtype=torch.float32, device=META)
     paged.open(pool, apart=True)
-    return PackedRunner(own_forward(loaded.model), paged, step, device=META)
+    compute, blocks = own_forward(loaded.model), [module.__dict__["buddymoe_block"] for module in loaded.experts]
+    twin: Any = SimpleNamespace(torch=META, record=HostRecording)
+    sizes = StepSizes(experts_per_token=loaded.experts_per_token, columns=16, nobody=7)
+    runner = PackedRunner(compute, paged, step, device=META)
+    runner.recorded = RecordedDecode(compute, paged, step, blocks, device=twin, sizes=sizes)
+    return runner
 
 
 def decode(runner: PackedRunner, count: int) -> Tensor:
     rows = [ChunkRows(row=at, count=1, start=LENGTHS[at], blocks=BLOCKS[at]) for at in range(count)]
     return runner._forward(Phase.DECODE, rows, list(range(count)), list(LENGTHS[:count]), 0)
+
+
+@pytest.mark.parametrize("model_type", PACKED)
+def test_a_step_is_recorded_and_replayed(model_type: str, tmp_path: Path) -> None:
+    """Without the Python of the model; where nothing is missing in one piece."""
+    build_checkpoint(model_type, tmp_path)
+    runner = runner_on_meta(tmp_path, complete=True)
+    recorded = runner.recorded
+    assert recorded is not None
+    for count in (1, 3):
+        rows = [ChunkRows(row=at, count=1, start=LENGTHS[at], blocks=BLOCKS[at]) for at in range(count)]
+        for _ in range(2):
+            logits_BV = recorded.decode(rows, list(range(count)), StepTerms())
+            assert logits_BV is not None and len(logits_BV) == count
+    assert sorted(recorded._steps) == [1, 4]
 
 
 @pytest.fixture(autouse=True)

@@ -46,6 +46,13 @@ def test_the_other_kernels_are_small(figures: list[dict[str, Any]]) -> None:
     assert len(others) == 34 and all(found["stack"] == 0 and found["registers"] <= 40 for found in others), others
 
 
+def test_who_answers_is_one_program_for_all_rows(figures: list[dict[str, Any]]) -> None:
+    """Of 64 rows."""
+    found = [found for found in figures if found["kernel"] == "resolve"]
+    assert Counter(each["capability"] for each in found) == dict.fromkeys((80, 90, 100, 120), 2)
+    assert all(each["stack"] == 0 and each["registers"] <= 48 for each in found), found
+
+
 def test_attention_copies_keys_and_values_16_bytes_at_a_time(figures: list[dict[str, Any]]) -> None:
     """To shared memory that every GPU has, while it computes with what came before."""
     found = [found for found in figures if found["kernel"] == "attend"]

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from buddymoe_ray.engine.llm import LLM
 from buddymoe_ray.errors import ConfigError
-from buddymoe_ray.kernels import TritonExperts
 from buddymoe_ray.kernels.reference import ENTERED
 from buddymoe_ray.residency.arithmetic import _check_triton
 from buddymoe_ray.types import EngineResult
@@ -84,19 +83,34 @@ def test_kernels_for_the_wrong_machine_are_refused() -> None:
         _check_triton(elsewhere)
 
 
-def test_what_is_there_runs_before_the_host_knows_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And does not run again: in a step that misses something, every access is computed once."""
-    computed, run = Counter[str](), TritonExperts.__call__
+class Watched:
+    """A kernel that counts the accesses of records and of experts that it computes, in a replay as in a launch."""
 
-    def counted(self: TritonExperts, x: Tensor, records: Tensor | None, at_E: Tensor, ids: Tensor, out: Tensor) -> None:
-        there = (ids >= 0) & (at_E[ids.clamp(min=0)] >= 0)
-        computed["records" if records is not None else "experts"] += int(there.sum())
-        run(self, x, records, at_E, ids, out)
+    def __init__(self, kernel: Any, computed: Counter[str]) -> None:
+        self._kernel, self._computed = kernel, computed
 
-    monkeypatch.setattr(TritonExperts, "__call__", counted)
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(x: Tensor, records: Tensor | None, ids: Tensor, at_E: Tensor, *args: Any, **options: Any) -> None:
+            there = (ids >= 0) & (at_E[ids.clamp(min=0)] >= 0)
+            self._computed["records" if records is not None else "experts"] += int(there.sum())
+            self._kernel[grid](x, records, ids, at_E, *args, **options)
+
+        return run
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_what_is_there_runs_before_the_host_knows_what_is_missing(
+    recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And does not run again: in a step that misses something, every access is computed once, by two products."""
+    from buddymoe_ray.kernels.triton import programs
+
+    computed = Counter[str]()
+    monkeypatch.setattr(programs, "project", Watched(programs.project, computed))
     for mode in ("exact", "fast"):
         computed.clear()
-        (result, _) = answers(DEVICE, {"memory": "50%", "mode": mode}, new_tokens=3)[0]
-        assert computed.total() == 2 * 2 * 4 * 4, "of two requests, two steps, four layers, four experts of a token"
-        assert computed["records"] == (0 if mode == "exact" else 2 * 2 * 4 * 4 - computed["experts"])
-        assert result.usage.hits > 0
+        with LLM("builtin:tiny", dtype="float32", device=DEVICE, guard_share=0.0, memory="50%", mode=mode) as llm:
+            llm.engine._runner.recorded = llm.engine._runner.recorded if recorded else None
+            [result] = llm.generate(PROMPTS[:1], max_tokens=3)
+        assert computed.total() == 2 * 2 * 4 * 4, "of two products, two steps, four layers, four experts of a token"
+        assert computed["records"] == 2 * result.usage.standins.total and result.usage.hits > 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from buddymoe_ray.device import current
+from buddymoe_ray.device import launch_on
 
 __all__ = ["OPTIONS", "interpreted", "launch"]
 
@@ -27,5 +27,4 @@ def interpreted() -> bool:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any) -> None:
     """Run programs of a kernel where its first argument is."""
-    with current(args[0].device):
-        kernel[grid](*args, **OPTIONS)
+    launch_on(args[0].device, lambda: kernel[grid](*args, **OPTIONS))

@@ -1,4 +1,4 @@
-"""The kernels of a layer's experts, in Triton: project, activate, project again, combine in slot order.
+"""The kernels of a layer's experts, in Triton: resolve, project, activate, project again, combine in slot order.
 
 The table `at_E` says where the record or slot of every expert begins, negative where it has none here: programs of
 those accesses end at once, and what others answer is left alone. Launched by `experts`, which knows the formats.
@@ -14,11 +14,13 @@ import triton.language as tl
 from buddymoe_ray.kernels.triton.coded_products import outputs_along, rows, words_along, words_down
 from buddymoe_ray.kernels.triton.products import packed, plain, pointer, transposed
 
-__all__ = ["activate", "combine", "project", "put"]
+__all__ = ["activate", "combine", "project", "put", "resolve"]
 
 SILU: tl.constexpr = tl.constexpr(0)  # places in `cpu.FORMULAS`; what is left is the last
 GELU: tl.constexpr = tl.constexpr(1)
 CLAMPED: tl.constexpr = tl.constexpr(2)
+BOUNDED: tl.constexpr = tl.constexpr(1)  # modes as `types` has them
+FAST: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
@@ -144,3 +146,42 @@ def combine(y, weight, out, D: tl.constexpr, K: tl.constexpr, BD: tl.constexpr):
         part = tl.load(y + (t * K + k) * D + d, mask=d < D, other=0.0).to(tl.float32)
         total += tl.load(weight + t * K + k).to(tl.float32) * part
     put(out + t * D + d, total, d < D)
+
+
+@triton.jit
+def resolve(ids, weight, tables, rows, told, layer, SIZES: tl.constexpr):
+    """Who answers a layer's accesses: see `resolve.resolve_on_device`; grid (1,)."""
+    stalled, count, mode, price, left = rows
+    at_E, can_E, loss_E = tables
+    N: tl.constexpr = SIZES.T * SIZES.K
+    t, k = tl.arange(0, SIZES.PT), tl.arange(0, SIZES.PK)
+    place = t[:, None] * SIZES.K + k[None, :]
+    inside = (t[:, None] < SIZES.T) & (k[None, :] < SIZES.K)
+    e = tl.load(ids + place, mask=inside, other=-1)
+    asked = inside & (t[:, None] < tl.load(count)) & (e >= 0) & (e < SIZES.E)
+    there = tl.load(at_E + e, mask=asked, other=-1) >= 0
+    missing = asked & (there == 0)
+    first = tl.load(stalled + layer)
+    if can_E is not None:
+        row = t < SIZES.T
+        modes, prices = tl.load(mode + t, mask=row, other=0), tl.load(price + t, mask=row, other=0.0)
+        allowances = tl.load(left + layer * SIZES.T + t, mask=row, other=0.0)
+        w = tl.load(weight + place, mask=missing, other=0.0)
+        loss = tl.where(missing, w * w * tl.load(loss_E + e, mask=missing, other=0.0), 0.0)
+        paid = (modes == FAST)[:, None] | ((modes == BOUNDED)[:, None] & (loss <= prices[:, None]))
+        open_ = missing & ((tl.load(can_E + e, mask=missing, other=0) == 0) | (paid == 0))
+        total = tl.sum(loss.to(tl.float64), axis=1) * SIZES.margin
+        dear = (modes == BOUNDED) & (total > 0.0) & ((total <= allowances) == 0)
+        unpaid = tl.sum(open_.to(tl.int32), axis=1) + dear.to(tl.int32)
+    else:
+        unpaid = tl.sum(missing.to(tl.int32), axis=1)
+    stops = tl.sum(unpaid, axis=0) > 0
+    runs = first > layer
+    tl.store(stalled + layer + 1, tl.where(runs & stops, layer, first))  # elsewhere: other warps read what was
+    answers = runs & (stops == 0)
+    tl.store(told + place, e, mask=inside)
+    tl.store(told + N + place, tl.where(there & runs, e, -1), mask=inside)
+    tl.store(told + 2 * N + place, tl.where(missing & answers, e, -1), mask=inside)
+    if can_E is not None:
+        spent = tl.where(answers, tl.sum(loss, axis=1), 0.0)
+        tl.store(left + (layer + 1) * SIZES.T + t, allowances - spent, mask=row)

@@ -1,0 +1,227 @@
+"""Decode steps of a device apart, recorded once for a number of rows and replayed: no Python of the model runs.
+
+Numbers of rows are powers of two. Rows of padding hold token 0 at position 0 of the block that is nobody's, their own
+token is their whole context, states that layers carry are nobody's, and no expert runs for them. Where an expert may be
+missing, the recording is cut in each MoE layer, behind its experts: the host launches pieces ahead, looks once at which
+layer stalled, has the block bring what is missing there, and goes on behind it. What ran ahead of a stall ran in vain,
+without experts, so the host looks twice as far ahead as it last came. Accounts are the host's, of layers that count,
+once each.
+
+Legend: L MoE layers, T rows of a recording, B rows of a step, K slots, M columns of block tables, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from buddymoe_ray.device import Device, Recording, download, upload
+from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
+from buddymoe_ray.engine.plain_forward import ForwardPass
+from buddymoe_ray.engine.states import StatePool
+from buddymoe_ray.kernels import RowTerms
+from buddymoe_ray.moe import DeviceTables, MoEBlock, Phase, RecordedLayer, StepState, StepTerms, Told
+
+__all__ = ["REPLAYED", "RecordedDecode", "StepSizes"]
+
+REPLAYED = Counter[int]()
+"""Decode steps that were replayed in this process, by rows of the recording."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSizes:
+    """K, of every layer; M, of the longest text; the block for rows of padding."""
+
+    experts_per_token: int
+    columns: int
+    nobody: int
+
+
+class RecordedDecode:
+    """Of an engine whose experts are computed on a device apart; what it is given is as the runner has it."""
+
+    def __init__(
+        self,
+        compute: ForwardPass,
+        paged: PagedAttention,
+        step: StepState,
+        blocks: Sequence[MoEBlock],
+        *,
+        device: Device,
+        sizes: StepSizes,
+        states: StatePool | None = None,
+    ) -> None:
+        self.compute, self.paged, self.step, self.blocks = compute, paged, step, tuple(blocks)
+        self.device, self.sizes, self.states = device, sizes, states
+        self._standins = blocks[0].standins
+        self._steps = dict[int, _RecordedStep]()
+        self._refused = False
+
+    def decode(self, rows: Sequence[ChunkRows], ids: list[int], terms: StepTerms) -> Tensor | None:
+        """Float32 logits `[B, V]`, and the step's outcome; None, with nothing done, for a pass that is watched or
+        repeats another, and where nothing can be recorded."""
+        step, states = self.step, self.states
+        if self._refused or step.observer is not None or step.answer is not None or terms.overlays:
+            return None
+        if states is not None and not all(row.start and row.owner is not None for row in rows):
+            return None
+        with torch.inference_mode():
+            recorded = self._recorded(1 << (len(rows) - 1).bit_length())
+            if recorded is None:
+                return None
+            step.begin(Phase.DECODE, len(rows), terms, isolate=True, tokens=ids)
+            with nullcontext() if states is None else states.passing(rows, decode=True):
+                recorded.fill(rows, ids)
+                recorded.replay(len(rows))
+            return recorded.logits[: len(rows)].clone()  # what is kept of it outlives the next step
+
+    def _recorded(self, T: int) -> _RecordedStep | None:
+        """For T rows; made at the first such step, and again once others stand in."""
+        if self.blocks[0].standins is not self._standins:
+            self._steps, self._standins = {}, self.blocks[0].standins
+        if T not in self._steps:
+            try:
+                self._steps[T] = _RecordedStep(self, T)
+            except RuntimeError as error:
+                self._refused = True
+                log.warning("decode steps are not recorded, every one asks Python and the host: %s", error)
+                return None
+        return self._steps[T]
+
+
+class _RecordedStep:
+    """For T rows: the buffers that a replay reads, and what it writes."""
+
+    def __init__(self, owner: RecordedDecode, T: int) -> None:
+        where, K = owner.device.torch, owner.sizes.experts_per_token
+        self._step, self._paged, self._owner = owner.step, owner.paged, owner
+        self._T, self._L, self._reach = T, len(owner.blocks), len(owner.blocks)
+        self._head = torch.zeros(7 * T + 1, dtype=torch.int64, device=where)
+        self._ids, self._positions, slots_T, lengths_T, mode_T, *self._places = self._head[: 7 * T].view(7, T)
+        self._left_LT, self._price_T = torch.zeros(self._L + 1, T, device=where), torch.zeros(T, device=where)
+        self._stalled_L = torch.full((self._L + 1,), self._L, device=where)
+        self._blocks_TM = torch.full((T, owner.sizes.columns), owner.sizes.nobody, device=where)
+        self._told = Told(
+            rows=RowTerms(
+                stalled_L=self._stalled_L,
+                count=self._head[7 * T :],
+                mode_T=mode_T,
+                price_T=self._price_T,
+                left_LT=self._left_LT,
+            ),
+            told_L3TK=torch.zeros(self._L, 3, T, K, dtype=torch.int64, device=where),
+            weight_LTK=torch.zeros(self._L, T, K, device=where),
+        )
+        self._pass = PackedPass.fixed(slots_T, self._blocks_TM, lengths_T)
+        self._step.begin(Phase.DECODE, T)
+        tables = [DeviceTables.of(block, where) for block in owner.blocks]
+        self._tables = [table for table in tables if table is not None]
+        if len(self._tables) < self._L:
+            raise RuntimeError("no kernels know what its experts compute")
+        self._complete = all(table.compute.complete for table in self._tables)
+        self._layers = list[RecordedLayer]()
+        self.fill((), [])
+        self.logits, self._recording = self._record()
+        log.info("decode steps of %d rows are recorded", T)
+
+    def fill(self, rows: Sequence[ChunkRows], ids: list[int]) -> None:
+        """Write what the step is about; `RowBudgets` are the step's."""
+        B, T, size, where = len(rows), self._T, self._paged.block_size, self._head.device
+        nobody, states = self._owner.sizes.nobody, self._owner.states
+        head = np.zeros((7, T), np.int64)
+        head[2], head[3] = nobody * size, 1
+        head[:4, :B] = (
+            ids,
+            [row.start for row in rows],
+            [row.blocks[row.start // size] * size + row.start % size for row in rows],
+            [row.end for row in rows],
+        )
+        if self._step.budgets is not None:
+            head[4, :B] = self._step.budgets.mode_T
+        if states is not None:
+            head[5:] = states.places(rows, T)
+        self._head.copy_(upload(torch.from_numpy(np.append(head, B)), where))
+        blocks = np.full((T, max((len(row.blocks) for row in rows), default=1)), nobody)
+        for row, chunk in enumerate(rows):
+            blocks[row, : len(chunk.blocks)] = chunk.blocks
+        self._blocks_TM[:, : blocks.shape[1]].copy_(upload(torch.from_numpy(blocks), where))
+        self._begin_at(0)
+
+    def replay(self, B: int) -> None:
+        """Compute the step of the first B rows, and book it."""
+        REPLAYED[self._T] += 1
+        if self._complete:
+            self._recording.replay(0, 1)
+            self._step.outcome.count_hits(self._L * self._owner.sizes.experts_per_token)
+            return
+        told, at, L = self._told, 0, self._L
+        through = False
+        while at < L:
+            end = min(L, at + self._reach)
+            for table in self._tables[at:end]:
+                table.renew()
+            through = end == L
+            self._recording.replay(at, end + through)
+            stalled, told_n3TK, weight_nTK = (
+                part.numpy()
+                for part in download(self._stalled_L[end], told.told_L3TK[at:end], told.weight_LTK[at:end])()
+            )
+            stop = min(int(stalled), end)
+            for n in range(stop - at):
+                ids_TK, _, own_TK = told_n3TK[n, :, :B]
+                self._layers[at + n].block.answered(ids_TK, own_TK, weight_nTK[n, :B])
+            self._reach = 2 * (stop - at) or 1
+            if stop < end:
+                self._layers[stop].bring(told_n3TK[stop - at, 0, :B], self._step.scores)
+                through, stop = False, stop + 1
+                self._begin_at(stop)
+            at = stop
+        if not through:
+            self._recording.replay(L, L + 1)
+
+    def _begin_at(self, layer: int) -> None:
+        """Nothing stalled before it, and rows may spend what the host's accounts leave them."""
+        self._stalled_L[layer].fill_(self._L)
+        budgets = self._step.budgets
+        if budgets is not None:
+            for values, target_T in ((budgets.allowance_T, self._left_LT[layer]), (budgets.price_T, self._price_T)):
+                target_T[: len(values)].copy_(upload(torch.from_numpy(values), target_T.device))
+
+    def _record(self) -> tuple[Tensor, Recording]:
+        """The logits `[T, V]` that a replay writes. Raises RuntimeError where something cannot be recorded."""
+        found, states = list[Tensor](), self._owner.states
+
+        def compute(cut: Callable[[], None]) -> None:
+            self._layers.clear()
+            self._paged.current, self._step.answer = self._pass, partial(self._layer, cut)
+            found[:] = [self._owner.compute(self._ids[None], self._positions[None], 0).float()]
+
+        try:
+            with nullcontext() if states is None else states.fixed(*self._places):
+                recording = self._owner.device.record(compute)
+        finally:
+            self._paged.current = self._step.answer = None
+        return found[0], recording
+
+    def _layer(
+        self, cut: Callable[[], None], block: MoEBlock, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor
+    ) -> Tensor:
+        """A layer's part of the recording."""
+        layer, K = block.layer, self._owner.sizes.experts_per_token
+        if layer != len(self._layers) or ids_TK.shape != (self._T, K):
+            raise RuntimeError(f"layer {layer} has experts {tuple(ids_TK.shape)}, must have {(self._T, K)}, in order")
+        scores = self._step.scores.get(layer)
+        self._layers.append(RecordedLayer(self._tables[layer], self._told, hidden_TD, ids_TK, weight_TK, scores))
+        if not self._complete:
+            cut()
+        return self._layers[layer].combined()
