@@ -214,9 +214,10 @@ def _predicted(
     prompt: int,
 ) -> dict[str, Any]:
     routing = "uniform" if hit is None else "profile"
-    hit = sum(slots.layer_slots) / sum(shape.experts_per_layer) if hit is None else hit
+    resident = sum(slots.layer_slots) / sum(shape.experts_per_layer)
+    hit = resident if hit is None else hit
     stood_in = (1 - hit) * stood_in_share(config, setup)
-    work = token_work(config, shape, setup, hit=hit, stood_in=stood_in)
+    work = token_work(config, shape, setup, resident=resident, hit=hit, stood_in=stood_in)
     return {
         "predicted_routing": routing,
         "predicted_hit_percent": 100 * hit,

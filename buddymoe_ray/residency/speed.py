@@ -2,11 +2,13 @@
 
 A decode step multiplies its weights once, at the rate of the kernel that reads them, and costs something besides, by
 step and by layer. What must be read from disk overlaps with that: a layer's experts are computed in the order in which
-they arrive, and where layers are read ahead little is left to wait for. `engine.measure_machine` measures.
+they arrive, and where layers are read ahead little is left to wait for. Of several GPUs, a miss is read from another's
+slots where it is there, and a prompt's misses over the links of all. `engine.measure_machine` measures.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -44,12 +46,14 @@ _WAITED, _WAITED_READ_AHEAD = 0.7, 0.2
 class MachineSpeed:
     """`weights_bytes_s[dtype][rows]`: bytes of weights multiplied in a second with so many rows; `step_seconds`,
     `layer_seconds` and `token_seconds`: what a step, each of its layers, and each token of a prompt in each of them
-    take besides; `disk_bytes_s`: of reads as large as experts.
+    take besides; `disk_bytes_s`: of reads as large as experts, on a GPU of its link to the host; `peer_bytes_s`: of
+    reads from another GPU's slots.
 
     `measured` is False where the figures are guesses."""
 
     weights_bytes_s: Mapping[str, Mapping[int, float]]
     disk_bytes_s: float
+    peer_bytes_s: float = math.inf
     step_seconds: float = 0.0
     layer_seconds: float = 0.0
     token_seconds: float = 0.0
@@ -87,6 +91,7 @@ class TokenWork:
     standin_bytes: float = 0.0
     reads_ahead: bool = False
     absent: float = 0.0
+    at_peers: float = 0.0
 
 
 def decode_seconds(work: TokenWork, speed: MachineSpeed, context: int) -> float:
@@ -97,13 +102,14 @@ def decode_seconds(work: TokenWork, speed: MachineSpeed, context: int) -> float:
     arithmetic += speed.weights_seconds(work.expert_dtype, own * work.expert_bytes)
     if work.stood_in:
         arithmetic += speed.weights_seconds(_RECORDS, work.active * work.stood_in * work.standin_bytes)
-    reads = work.active * work.missed * work.expert_bytes / speed.disk_bytes_s
+    reads = _read_seconds(work, speed, work.active * work.missed * work.expert_bytes, links=1)
     waited = _WAITED_READ_AHEAD if work.reads_ahead else _WAITED
-    return max(arithmetic, reads) + waited * min(arithmetic, reads)
+    return _together(work, arithmetic, reads, waited)
 
 
-def prefill_seconds(work: TokenWork, speed: MachineSpeed, tokens: int) -> float:
-    """Of a prompt in one pass: prompts are exact in every mode, and read each missing expert that they use once."""
+def prefill_seconds(work: TokenWork, speed: MachineSpeed, tokens: int, *, links: int = 1) -> float:
+    """Of a prompt in one pass: prompts are exact in every mode, and read each missing expert that they use once, over
+    the links of so many GPUs."""
     per_layer = work.experts / max(1, work.layers)
     accesses = work.active / max(1, work.layers) * tokens
     used = per_layer * (1 - (1 - 1 / per_layer) ** accesses) if per_layer else 0.0
@@ -112,8 +118,19 @@ def prefill_seconds(work: TokenWork, speed: MachineSpeed, tokens: int) -> float:
     arithmetic += speed.weights_seconds(work.dense_dtype, work.dense_bytes - work.head_bytes, tokens)
     arithmetic += speed.weights_seconds(work.dense_dtype, work.head_bytes)
     arithmetic += speed.weights_seconds(work.expert_dtype, total, accesses / used if used else 1)
-    reads = work.absent * total / speed.disk_bytes_s
-    return max(arithmetic, reads) + _WAITED_READ_AHEAD * min(arithmetic, reads)
+    reads = _read_seconds(work, speed, work.absent * total, links=links)
+    return _together(work, arithmetic, reads, _WAITED_READ_AHEAD)
+
+
+def _read_seconds(work: TokenWork, speed: MachineSpeed, nbytes: float, *, links: int) -> float:
+    """What others read comes from them."""
+    own = nbytes * (1 - work.at_peers) / links
+    return own / speed.disk_bytes_s + (nbytes - own) / speed.peer_bytes_s
+
+
+def _together(work: TokenWork, arithmetic: float, reads: float, waited: float) -> float:
+    """Both, with what of the shorter the other does not hide: all of it where who computes reads, too."""
+    return max(arithmetic, reads) + (1.0 if work.expert_bytes <= READ_ON_THE_SPOT else waited) * min(arithmetic, reads)
 
 
 def weight_dtypes(config: EngineConfig, shape: ModelShape) -> tuple[str, str]:
@@ -132,9 +149,16 @@ def guessed_speed(config: EngineConfig, shape: ModelShape, link_bytes_s: float) 
 
 
 def token_work(
-    config: EngineConfig, shape: ModelShape, setup: StandinSetup | None, *, hit: float, stood_in: float
+    config: EngineConfig,
+    shape: ModelShape,
+    setup: StandinSetup | None,
+    *,
+    resident: float,
+    hit: float,
+    stood_in: float,
 ) -> TokenWork:
-    """Of a model that is served so, with the shares of its accesses that `hit` and are `stood_in` for."""
+    """Of a model that is served so, with the share of its experts that are `resident`, and those of its accesses that
+    `hit` and are `stood_in` for."""
     dense, experts = weight_dtypes(config, shape)
     records = [] if setup is None else [setup.layouts[kind].slot_bytes for kind in setup.kind_of.values()]
     return TokenWork(
@@ -151,7 +175,7 @@ def token_work(
         stood_in=stood_in,
         standin_bytes=sum(records) / len(records) if records else 0.0,
         reads_ahead=config.read_ahead != "off" and setup is None and shape.expert_bytes > READ_ON_THE_SPOT,
-        absent=1 - hit,
+        absent=1 - resident,
     )
 
 
