@@ -74,32 +74,28 @@ def shape_of(config: dict[str, Any], folder: Path) -> ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Holding:
-    """Of all experts, the share in a GPU's slots and in those of its node; with other slots' experts `shared`, a GPU
-    reads them there."""
+    """The share of all experts that a GPU's slots hold; `sharing` GPUs hold different ones and read each other's."""
 
     own: float
-    node: float
-    shared: bool
+    sharing: int
 
     @classmethod
-    def of(cls, memory: float, mode: str, gpus: int, *, scale: float, shared: bool) -> Holding | None:
+    def of(cls, memory: float, mode: str, card: Card, gpus: int, *, scale: float) -> Holding | None:
         """None where copies of all experts leave no slots."""
         own = memory - STANDIN / scale if mode in ("bounded", "fast") else memory
-        shared = shared and mode != "static"
-        return cls(own=own, node=min(1.0, gpus * own) if shared else own, shared=shared) if own > 0 else None
-
-    def at_peers(self, own: float, node: float) -> float:
-        """Of what is not one's own."""
-        return (node - own) / (1 - own) if own < 1 else 0.0
+        shared = card.peer > card.host and mode != "static"
+        return cls(own=own, sharing=gpus if shared else 1) if own > 0 else None
 
 
 def work_of(shape: ModelShape, scale: float, mode: str, holding: Holding) -> tuple[TokenWork, TokenWork]:
-    """What a token asks for, and what a prompt does, which uses all experts alike."""
-    node = holding.node if mode == "static" else holding.node**SKEW_POWER
-    hit = node * holding.own / holding.node
+    """What a token asks for, and what a prompt does, which uses all experts alike; of those that no GPU holds each
+    that shares brings as many."""
+    own, together = holding.own, min(1.0, holding.own * holding.sharing)
+    node = together if mode == "static" else together**SKEW_POWER
+    hit = node * own / together
     fetched = {"bounded": FETCHED_BOUNDED, "fast": 0.0}.get(mode, 1.0) * (1 - hit)
     config, stood_in = EngineConfig(read_ahead="off"), 1 - hit - fetched
-    work = token_work(config, shape, None, resident=holding.own, hit=hit, stood_in=stood_in)
+    work = token_work(config, shape, None, resident=own, hit=hit, stood_in=stood_in, workers=holding.sharing)
     work = replace(
         work,
         dense_dtype="bfloat16",
@@ -108,9 +104,9 @@ def work_of(shape: ModelShape, scale: float, mode: str, holding: Holding) -> tup
         head_bytes=int(scale * work.head_bytes),
         expert_bytes=int(scale * work.expert_bytes),
         standin_bytes=STANDIN * work.expert_bytes,
-        at_peers=holding.at_peers(hit, node),
     )
-    return work, replace(work, at_peers=holding.at_peers(holding.own, holding.node))
+    prompt = replace(work, at_peers=1 - (1 - work.at_peers) / holding.sharing)
+    return replace(work, at_peers=(node - hit) / (1 - hit) if hit < 1 else 0.0), prompt
 
 
 def rows(name: str, folder: Path) -> Iterator[dict[str, Any]]:
@@ -118,11 +114,10 @@ def rows(name: str, folder: Path) -> Iterator[dict[str, Any]]:
     config, scale = MODELS[name]
     shape = shape_of(config, folder)
     for card, gpus, memory, mode in product(CARDS, GPUS, MEMORIES, MODES):
-        holding = Holding.of(memory, mode, gpus, scale=scale, shared=card.peer > card.host)
+        holding = Holding.of(memory, mode, card, gpus, scale=scale)
         if holding is None:
             continue
         token, prompt = work_of(shape, scale, mode, holding)
-        speed, links = card.speed(), gpus if holding.shared else 1
         yield {
             "model": name,
             "card": card.name,
@@ -130,8 +125,8 @@ def rows(name: str, folder: Path) -> Iterator[dict[str, Any]]:
             "memory": memory,
             "mode": mode,
             "gib": round(memory * scale * shape.total_expert_bytes / 2**30, 1),
-            "tok_s": float(f"{gpus / seconds(token, speed, mode):.4g}"),
-            "ttft_s": float(f"{prefill_seconds(prompt, speed, PROMPT, links=links):.4g}"),
+            "tok_s": float(f"{gpus / seconds(token, card.speed(), mode):.4g}"),
+            "ttft_s": float(f"{prefill_seconds(prompt, card.speed(), PROMPT):.4g}"),
         }
 
 

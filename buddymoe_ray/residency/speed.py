@@ -3,7 +3,7 @@
 A decode step multiplies its weights once, at the rate of the kernel that reads them, and costs something besides, by
 step and by layer. What must be read from disk overlaps with that: a layer's experts are computed in the order in which
 they arrive, and where layers are read ahead little is left to wait for. Of several GPUs, a miss is read from another's
-slots where it is there, and a prompt's misses over the links of all. `engine.measure_machine` measures.
+slots where it is there. `engine.measure_machine` measures.
 """
 
 from __future__ import annotations
@@ -102,14 +102,13 @@ def decode_seconds(work: TokenWork, speed: MachineSpeed, context: int) -> float:
     arithmetic += speed.weights_seconds(work.expert_dtype, own * work.expert_bytes)
     if work.stood_in:
         arithmetic += speed.weights_seconds(_RECORDS, work.active * work.stood_in * work.standin_bytes)
-    reads = _read_seconds(work, speed, work.active * work.missed * work.expert_bytes, links=1)
+    reads = _read_seconds(work, speed, work.active * work.missed * work.expert_bytes)
     waited = _WAITED_READ_AHEAD if work.reads_ahead else _WAITED
     return _together(work, arithmetic, reads, waited)
 
 
-def prefill_seconds(work: TokenWork, speed: MachineSpeed, tokens: int, *, links: int = 1) -> float:
-    """Of a prompt in one pass: prompts are exact in every mode, and read each missing expert that they use once, over
-    the links of so many GPUs."""
+def prefill_seconds(work: TokenWork, speed: MachineSpeed, tokens: int) -> float:
+    """Of a prompt in one pass: prompts are exact in every mode, and read each missing expert that they use once."""
     per_layer = work.experts / max(1, work.layers)
     accesses = work.active / max(1, work.layers) * tokens
     used = per_layer * (1 - (1 - 1 / per_layer) ** accesses) if per_layer else 0.0
@@ -118,14 +117,12 @@ def prefill_seconds(work: TokenWork, speed: MachineSpeed, tokens: int, *, links:
     arithmetic += speed.weights_seconds(work.dense_dtype, work.dense_bytes - work.head_bytes, tokens)
     arithmetic += speed.weights_seconds(work.dense_dtype, work.head_bytes)
     arithmetic += speed.weights_seconds(work.expert_dtype, total, accesses / used if used else 1)
-    reads = _read_seconds(work, speed, work.absent * total, links=links)
+    reads = _read_seconds(work, speed, work.absent * total)
     return _together(work, arithmetic, reads, _WAITED_READ_AHEAD)
 
 
-def _read_seconds(work: TokenWork, speed: MachineSpeed, nbytes: float, *, links: int) -> float:
-    """What others read comes from them."""
-    own = nbytes * (1 - work.at_peers) / links
-    return own / speed.disk_bytes_s + (nbytes - own) / speed.peer_bytes_s
+def _read_seconds(work: TokenWork, speed: MachineSpeed, nbytes: float) -> float:
+    return nbytes * ((1 - work.at_peers) / speed.disk_bytes_s + work.at_peers / speed.peer_bytes_s)
 
 
 def _together(work: TokenWork, arithmetic: float, reads: float, waited: float) -> float:
@@ -141,11 +138,12 @@ def weight_dtypes(config: EngineConfig, shape: ModelShape) -> tuple[str, str]:
     return dense, {"bf16": "bfloat16"}.get(experts, experts)
 
 
-def guessed_speed(config: EngineConfig, shape: ModelShape, link_bytes_s: float) -> MachineSpeed:
+def guessed_speed(config: EngineConfig, shape: ModelShape, link_bytes_s: float, peer_bytes_s: float) -> MachineSpeed:
     """Where nothing was measured."""
     rates = dict.fromkeys(ROWS, GUESSED_RAM)
     dtypes = {*weight_dtypes(config, shape), "int4"}
-    return MachineSpeed(weights_bytes_s=dict.fromkeys(dtypes, rates), disk_bytes_s=link_bytes_s, measured=False)
+    weights = dict.fromkeys(dtypes, rates)
+    return MachineSpeed(weights_bytes_s=weights, disk_bytes_s=link_bytes_s, peer_bytes_s=peer_bytes_s, measured=False)
 
 
 def token_work(
@@ -156,9 +154,11 @@ def token_work(
     resident: float,
     hit: float,
     stood_in: float,
+    workers: int = 1,
 ) -> TokenWork:
     """Of a model that is served so, with the share of its experts that are `resident`, and those of its accesses that
-    `hit` and are `stood_in` for."""
+    `hit` and are `stood_in` for; slots of a node's `workers` that read each other's hold different experts as far as
+    there are."""
     dense, experts = weight_dtypes(config, shape)
     records = [] if setup is None else [setup.layouts[kind].slot_bytes for kind in setup.kind_of.values()]
     return TokenWork(
@@ -176,6 +176,7 @@ def token_work(
         standin_bytes=sum(records) / len(records) if records else 0.0,
         reads_ahead=config.read_ahead != "off" and setup is None and shape.expert_bytes > READ_ON_THE_SPOT,
         absent=1 - resident,
+        at_peers=(min(1.0, workers * resident) - resident) / (1 - resident) if resident < 1 else 0.0,
     )
 
 

@@ -62,6 +62,7 @@ SNAPSHOT = EngineSnapshot(
     bytes_loaded_device=8,
     bytes_read_disk=9,
     stall_seconds=1.5,
+    peer_slot_reads=6,
     access_hits=10,
     access_peer=18,
     access_fetched=11,
@@ -118,6 +119,7 @@ def test_every_count_of_a_worker_is_written_under_its_name() -> None:
         ("buddymoe_residency", who): 0.75,
         ("buddymoe_steps_total", who): 5,
         ("buddymoe_stall_seconds_total", who): 1.5,
+        ("buddymoe_peer_slot_reads_total", who): 6,
         ("buddymoe_read_bytes_total", who): 9,
         ("buddymoe_loaded_bytes_total", who): 8,
         ("buddymoe_running", who): 1,
@@ -163,7 +165,7 @@ def test_labels_are_escaped() -> None:
 
 
 def test_series_are_few_whatever_is_served() -> None:
-    assert sum(len(metric.read(SNAPSHOT)) for metric in METRICS) <= 36
+    assert sum(len(metric.read(SNAPSHOT)) for metric in METRICS) <= 37
     bounds = [len(histogram.read(REQUESTS).bounds) for histogram in VLLM_HISTOGRAMS]
     assert sum(bounds) + sum(len(metric.read(SNAPSHOT)) for metric in VLLM_METRICS) <= 320
     kinds = next(metric for metric in METRICS if metric.label == "kind")

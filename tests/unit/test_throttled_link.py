@@ -40,16 +40,15 @@ def test_the_bytes_of_a_token_are_those_that_the_link_carries(memory: str, mode:
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4])
-def test_links_that_read_a_prompt_together_each_read_their_share(gpus: int) -> None:
-    shape, card = planned_shape(config_of(TINY, "50%", "exact"), resolve_model(TINY)), CARDS[-1]
-    slow = replace(card, host=1.0, peer=math.inf).speed()  # so that seconds are bytes over each link
-    for shared in (True, False):
-        holding = Holding.of(0.25, "exact", gpus, scale=1.0, shared=shared)
-        assert holding is not None
+def test_gpus_that_share_bring_from_the_host_what_none_of_them_holds(gpus: int) -> None:
+    """A token all of it, of a prompt each its share."""
+    shape, nvlink = planned_shape(config_of(TINY, "50%", "exact"), resolve_model(TINY)), CARDS[-1]
+    slow = replace(nvlink, host=1.0, peer=math.inf).speed()  # so that seconds are bytes of the link to the host
+    for card, sharing in ((nvlink, gpus), (CARDS[0], 1)):
+        holding = Holding.of(0.2, "exact", card, gpus, scale=1.0)
+        assert holding is not None and holding.sharing == sharing
         token, prompt = work_of(shape, 1.0, "exact", holding)
-        elsewhere = 1 - (min(1.0, 0.25 * gpus) if shared else 0.25)
-        links = gpus if shared else 1
-        read = elsewhere * shape.total_expert_bytes / links
-        assert prefill_seconds(prompt, slow, 100_000, links=links) == pytest.approx(read, rel=1e-3, abs=1.0)
-        asked = token.active * token.missed * token.expert_bytes * (1 - token.at_peers)
+        read = (1 - 0.2 * sharing) * shape.total_expert_bytes / sharing
+        assert prefill_seconds(prompt, slow, 100_000) == pytest.approx(read, rel=1e-3, abs=1.0)
+        asked = token.active * token.expert_bytes * (1 - (0.2 * sharing) ** 0.7)
         assert decode_seconds(token, slow, 0) == pytest.approx(asked, rel=1e-3, abs=1.0)
