@@ -28,6 +28,7 @@ __all__ = [
     "parse_memory",
     "private_folder",
     "ray_address_from_environment",
+    "visible_gpus_from_environment",
     "refuse_unknown",
 ]
 
@@ -277,6 +278,11 @@ def private_folder(folder: Path) -> str:
 def ray_address_from_environment() -> str | None:
     """The ray cluster to join, or None to start one."""
     return os.environ.get("RAY_ADDRESS") or None
+
+
+def visible_gpus_from_environment() -> tuple[str, ...]:
+    """Ids of the GPUs that CUDA shows to this process, in its order; none where it shows all."""
+    return tuple(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
 
 
 def api_key_from_environment(variable: str = "BUDDYMOE_API_KEY") -> str | None:

@@ -99,7 +99,8 @@ class EngineSnapshot:
     """State of one engine at one moment; counters are cumulative since start.
 
     `hits` and `misses` count (layer, expert) lookups of the cache, `bytes_read_disk` what the disk was asked for
-    (alignment included), `stall_seconds` the time the model waited for experts. `access_hits`, `access_peer`,
+    (alignment included), `stall_seconds` the time the model waited for experts; `peer_slot_reads` are misses that were
+    copied from the slots of another GPU of the node. `access_hits`, `access_peer`,
     `access_fetched` and `standins` count (token, slot) accesses of decode steps, `expected_rise` the nats charged for
     stand-ins. `residency` is the share of the routed experts that are in device slots (the node's, where shared).
     `read_ahead_useful_bytes` and `.._wasted_bytes` are of experts whose reading was begun on a guess that turned out
@@ -117,6 +118,7 @@ class EngineSnapshot:
     bytes_loaded_device: int
     bytes_read_disk: int
     stall_seconds: float
+    peer_slot_reads: int = 0
     access_hits: int = 0
     access_peer: int = 0
     access_fetched: int = 0

@@ -8,11 +8,14 @@ prompt, seed and position alone.
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -22,9 +25,10 @@ from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.errors import CacheError, CapacityError, CheckpointError, RequestError
 from buddymoe_ray.observe import EngineSnapshot, ExpertMap
 from buddymoe_ray.residency.sharing import Sharing
+from buddymoe_ray.serve.replica import open_async_engine
 from buddymoe_ray.serve.resume import WorkerLost
 from buddymoe_ray.serve.work import Batch, Reply, Work, WorkerInfo, WorkerReport
-from buddymoe_ray.serve.worker import Worker
+from buddymoe_ray.serve.worker import EngineSeam, Worker
 from buddymoe_ray.types import FinishReason, GenerationRequest, StandinAccesses, TokenEvent, TokenLogprob, Usage
 
 __all__ = [
@@ -292,6 +296,13 @@ def open_fake_engine(config: EngineConfig, model_id: str, sharing: Sharing | Non
     length = config.max_model_len or 4096
     limits = FakeLimits(max_model_len=length, max_running=config.max_running, kv_tokens=64 * length)
     return FakeEngine(model_id=model_id, delay=0.02, limits=limits)
+
+
+def open_engine_and_note_gpus(config: EngineConfig, model_id: str, sharing: Sharing | None = None) -> EngineSeam:
+    """The real one, beside a file in the model's folder with the GPUs that CUDA would show to its process."""
+    seen = {"visible": os.environ.get("CUDA_VISIBLE_DEVICES"), "device": config.device}
+    (Path(config.model) / f"seen-{os.getpid()}.json").write_text(json.dumps(seen))
+    return open_async_engine(config, model_id, sharing)
 
 
 def open_broken_engine(config: EngineConfig, model_id: str, sharing: Sharing | None = None) -> FakeEngine:

@@ -310,6 +310,37 @@ def delayed_table() -> str:
     return "\n".join(rows)
 
 
+def throttled_table() -> str:
+    """Rows of `tests/throttled_link.py`."""
+    rows = [
+        "| model | memory | mode | link MB/s | tok/s, foretold / measured | first token s | hits % | MB read / token |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in records("throttled"):
+        said, was = r["foretold"], r["measured"]
+        pairs = [f"{said[key]:.3g} / {was[key]:.3g}" for key in ("tok_s", "ttft_s", "hit_percent")]
+        pairs.append(f"{said['read_bytes'] / 1e6:.2f} / {was['read_bytes'] / 1e6:.2f}")
+        told = (r["model"], r["memory"], r["mode"], f"{r['link_bytes_s'] / 1e6:.3g}", *pairs)
+        rows.append(f"| {' | '.join(told)} |")
+    return "\n".join(rows)
+
+
+def nodes_table() -> str:
+    """Rows of `tests/nodes_of_gpus.py`, of one and of all GPUs; – where copies of all experts do not fit."""
+    found = {(r["model"], r["memory"], r["card"], r["mode"], r["gpus"]): r for r in records("nodes")}
+    gpus, modes = (sorted({key[4] for key in found}), list(dict.fromkeys(key[3] for key in found)))
+    ends = [gpus[0], gpus[-1]]
+    titles = [f"tok/s of {count}: {' / '.join(modes)}" for count in ends]
+    first = f"first token s, {' / '.join(map(str, gpus))} reading together"
+    rows = [f"| model | memory of each | links | {' | '.join(titles)} | {first} |", "|---|---|---|---|---|---|"]
+    for model, memory, card in dict.fromkeys(key[:3] for key in found):
+        told = [found[model, memory, card, modes[0], 1]["gib"]]
+        cells = [" / ".join(_speed(found.get((model, memory, card, mode, count))) for mode in modes) for count in ends]
+        cells.append(" / ".join(f"{found[model, memory, card, 'exact', count]['ttft_s']:.3g}" for count in gpus))
+        rows.append(f"| {model} | {100 * memory:.0f} %, {told[0]:.0f} GiB | {card} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def failures_table(name: str) -> str:
     """Rows of `tests/cluster_scenario.py --kill` or `tests/namespaces.py`."""
     found = records(name)
@@ -353,6 +384,8 @@ def figures_page(text: str) -> str:
         "delayed": delayed_table(),
         "failures": failures_table("failures"),
         "network": failures_table("network"),
+        "throttled": throttled_table(),
+        "nodes": nodes_table(),
     }
     return _filled(text, tables)
 
@@ -379,6 +412,11 @@ def _rise(record: dict[str, Any] | None) -> str:
     shown = f"{rise:.0f} ± {error:.0f}" if rise >= 10 else f"{rise:.2f} ± {error:.2f}"
     fetched = record.get("policy") == "buddymoe"
     return f"{shown} ({record['fetched_fraction']:.0f}% fetched)" if fetched else shown
+
+
+def _speed(record: dict[str, Any] | None) -> str:
+    speed = 0.0 if record is None else record["tok_s"]
+    return "–" if record is None else f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"
 
 
 def _points(record: dict[str, Any]) -> str:

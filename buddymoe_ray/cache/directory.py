@@ -9,27 +9,49 @@ Legend: E experts of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from buddymoe_ray.cache.usage import Usage
 from buddymoe_ray.types import ExpertKey, SlotPlan
 
 __all__ = ["Directory"]
 
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+_PEERS_NEARER = 2.0
+"""log2 of how much nearer a peer's slots are than what is below: NVLink carries four times what PCIe 5 does."""
+
+
+class Held(Protocol):
+    """What the node's other workers hold: `slot_peers.SlotPeers`."""
+
+    @property
+    def place(self) -> int:
+        """This worker's among all of them, from 0."""
+
+    def experts(self, layer: int) -> Sequence[int]:
+        """Those of a layer that some other has."""
+
 
 class Directory:
     """Tables of a slot plan; `at_E` is the `address` of every expert's slot, -1 where it has none. Of a layer's slots
-    the one whose expert is least in `usage` is evicted first, of wave slots the one used longest ago."""
+    the one whose expert is least in `usage` is evicted first, of wave slots the one used longest ago. What `peers`
+    hold is worth as much less as it is nearer there than below: so what all use is in the slots of all, and of the rest
+    a node holds one of each as far as it can (after SYMI, 2504.19925: replicas by popularity)."""
 
     def __init__(
         self,
         plan: SlotPlan,
         experts_per_layer: tuple[int, ...],
         address: Callable[[int], int] = int,
+        peers: Held | None = None,
     ) -> None:
-        self.plan, self._address = plan, address
+        self.plan, self._address, self._peers = plan, address, peers
         self.at_E = [np.full(count, -1, np.int64) for count in experts_per_layer]
         self.key_of: list[ExpertKey | None] = [None] * plan.slots_total
         self.slot_of: list[list[int]] = [[-1] * count for count in experts_per_layer]
@@ -55,6 +77,14 @@ class Directory:
         self._claimed: set[int] = set()
         self.evictions = 0
 
+    def to_fill(self, layer: int) -> list[int]:
+        """Experts for all slots of a layer, of those that it does not hold: pinned ones, else the first that are there,
+        after those of workers before this one."""
+        slots, count = self.slot_of[layer], self.plan.layer_slots[layer]
+        first = self._peers.place * count if self._peers else 0
+        wanted = self.plan.pinned[layer] if self.plan.pinned else range(first, first + count)
+        return [expert for expert in (e % len(slots) for e in wanted) if slots[expert] < 0]
+
     def claim(self, layer: int, *, protect_residency: bool) -> int | None:
         """A slot for an expert of `layer` that is to be loaded, emptied; None when all are leased or being filled.
 
@@ -74,6 +104,15 @@ class Directory:
         if slot is not None:
             self._claimed.add(slot)
         return slot
+
+    def admits(self, key: ExpertKey) -> bool:
+        """Whether an expert is worth more in its layer's slots than what would go for it: one that a peer has and that
+        is not passes through a wave slot."""
+        if self._peers is None or key.expert not in self._peers.experts(key.layer):
+            return True
+        expert_C = self._expert_C[slice(*self._begin[key.layer : key.layer + 2])]
+        mine = self._worth(key.layer, np.array([key.expert]))
+        return bool((self._worth(key.layer, expert_C[expert_C >= 0]) < mine).any())
 
     def claim_ahead(self, layer: int, staying: set[int], *, protect_residency: bool) -> int | None:
         """A slot for an expert that was not asked for yet; none of `staying` is evicted. One of the layer's own or,
@@ -182,7 +221,7 @@ class Directory:
     def _evict(self, partition: int, staying: set[int]) -> int | None:
         begin, end = self._begin[partition : partition + 2]
         expert_C = self._expert_C[begin:end]
-        usage_C = self._used_at_C[begin:end] if partition == self._waves else self.usage.usage_LE[partition, expert_C]
+        usage_C = self._used_at_C[begin:end] if partition == self._waves else self._worth(partition, expert_C)
         may_go = expert_C >= 0
         may_go[[slot - begin for slot in staying if begin <= slot < end]] = False
         allowed = may_go.nonzero()[0]
@@ -194,6 +233,13 @@ class Directory:
         self._forget(slot, key)
         self.evictions += 1
         return slot
+
+    def _worth(self, layer: int, expert_C: Ints) -> Floats:
+        """log2 of the accesses that each of a layer's experts gets, times how far away it is."""
+        usage_C = self.usage.usage_LE[layer, expert_C]
+        if self._peers is None:
+            return usage_C
+        return usage_C - _PEERS_NEARER * np.isin(expert_C, self._peers.experts(layer))
 
     def _forget(self, slot: int, key: ExpertKey) -> None:
         """The slot no longer holds `key`."""

@@ -85,7 +85,7 @@ class ExpertCache:
             self.host = HostTier(layout, slots=host_slots, reader=reader, device=self._device)
         self._copies = HostCopies(self.host, self._pool, self._device) if self.host is not None else None
         self._bytes = None if apart else self._pool.bytes_C.numpy()
-        self._directory = Directory(plan, layout.experts_per_layer, self._pool.address)
+        self._directory = Directory(plan, layout.experts_per_layer, self._pool.address, peers)
         self.usage = self._directory.usage
         self._glances = [Glance(at_E, partial(self._used, layer)) for layer, at_E in enumerate(self._directory.at_E)]
         self._leases: list[Lease | None] = [None] * plan.slots_total
@@ -208,12 +208,9 @@ class ExpertCache:
                 self._directory.kept.clear()
 
     def warm(self, progress: Callable[..., Iterable[int]] = lambda items, **_: items) -> None:
-        """Fill every layer's slots: with the experts the plan pins, else with the first ones."""
+        """Fill every layer's slots: with the experts the plan pins, else with any, but others than peers have."""
         for layer in progress(range(len(self.plan.layer_slots)), total=len(self.plan.layer_slots), desc="experts"):
-            slots = self._directory.slot_of[layer]
-            wanted = self.plan.pinned[layer] if self.plan.pinned else range(self.plan.layer_slots[layer])
-            absent = [e for e in wanted if slots[e] < 0]
-            for _ in self.stream(layer, absent, protect_residency=True):
+            for _ in self.stream(layer, self._directory.to_fill(layer), protect_residency=True):
                 pass
         self._hits = self._misses = 0
         self.stall_seconds = 0.0
@@ -304,7 +301,8 @@ class ExpertCache:
     def _start(self, missing: deque[ExpertKey], loads: deque[_DeviceLoad], protect: bool) -> None:
         """Start loads while there are experts missing and slots to be had."""
         while missing:
-            slot = self._directory.claim(missing[0].layer, protect_residency=protect)
+            protected = protect or not self._directory.admits(missing[0])
+            slot = self._directory.claim(missing[0].layer, protect_residency=protected)
             if slot is None:
                 return
             load = self._begin(missing[0], slot)

@@ -104,6 +104,15 @@ class SlotPeers:
         """Peers whose slots are mapped."""
         return len(self._peers)
 
+    @property
+    def place(self) -> int:
+        """Among the node's workers, from 0."""
+        return self._at
+
+    def experts(self, layer: int) -> list[int]:
+        """Those of a layer that peers hold."""
+        return [expert for peer in self._peers.values() for expert in peer.table.experts(layer).tolist()]
+
     def publish(self, slot: int, key: ExpertKey) -> None:
         """The slot's bytes have arrived on the device."""
         self._table.publish(slot, key)

@@ -70,6 +70,11 @@ class SlotTable:
                 return slot, word
         return None
 
+    def experts(self, layer: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Those of a layer that some slot holds now, in any order."""
+        key_C = self._key_C[(self._word_C % 2 == 0) & (self._key_C >> 32 == layer)]
+        return key_C & 0xFFFFFFFF if self.is_current else key_C[:0]
+
     def holds(self, slot: int, word: int) -> bool:
         """Whether nothing was done to the slot since its word was `word`."""
         return int(self._word_C[slot]) == word and self.is_current

@@ -100,7 +100,8 @@ class Gpu:
 
     def pin(self, memory: Tensor) -> None:
         """See Device."""
-        code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+        with current(self.torch):  # what another GPU pins is not pinned for this one
+            code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
         if code != 0:
             raise BudgetError(
                 f"CUDA refused to pin {memory.numel()} bytes of host memory (error {code}), must be allowed to. "
@@ -109,7 +110,8 @@ class Gpu:
 
     def unpin(self, memory: Tensor) -> None:
         """See Device."""
-        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+        with current(self.torch):
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
     def copy(self, target: Tensor, source: Tensor) -> Copy:
         """See Device; of pageable memory the host's share is done at once."""

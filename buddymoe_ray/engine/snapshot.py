@@ -40,6 +40,7 @@ def engine_snapshot(
         bytes_loaded_device=stats.bytes_loaded_device,
         bytes_read_disk=stats.bytes_read_disk,
         stall_seconds=stats.stall_seconds,
+        peer_slot_reads=stats.peer_hits,
         access_hits=spent.hits,
         access_peer=spent.peer,
         access_fetched=spent.fetched,

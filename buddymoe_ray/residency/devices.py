@@ -20,7 +20,7 @@ __all__ = ["GpuInfo", "list_gpus", "supposed_gpus"]
 
 # bytes/s per lane and direction, after encoding, by PCIe generation
 _PCIE_LANE = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.563e9}
-_MAX_NVLINKS = 18
+_MAX_NVLINKS, _NVLINK = 18, 25e9  # bytes/s of one and direction, from the third generation on
 _MOST_GPUS, _DRIVERS_BYTES = 64, 512 << 20
 
 
@@ -35,6 +35,11 @@ class GpuInfo:
     pcie_bytes_s: float
     nvlinks: int
     numa_node: int | None
+
+    @property
+    def peer_bytes_s(self) -> float:
+        """Reads of another GPU's memory: by NVLink, else by PCIe."""
+        return self.nvlinks * _NVLINK or self.pcie_bytes_s
 
 
 def list_gpus(nvml: ModuleType | Any = pynvml) -> tuple[GpuInfo, ...]:

@@ -61,6 +61,7 @@ class _Place:
     numa_node: int | None
     link: str
     link_bytes_s: float
+    peer_bytes_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +167,7 @@ def make_plan(
     length = min(config.max_model_len or shape.max_positions, shape.max_positions)
     devices, prefill = tuple(_device(config, shape, length, slots, p) for p in places), _prefill(config, shape, slots)
     host = parse_memory(config.host_memory, total_expert_bytes=shape.total_expert_bytes)
-    speed = speed or guessed_speed(config, shape, devices[0].link_bytes_s)
+    speed = speed or guessed_speed(config, shape, devices[0].link_bytes_s, devices[0].peer_bytes_s)
     return Plan(
         path=str(folder.resolve()),
         model_type=shape.model_type,
@@ -199,7 +200,7 @@ def make_plan(
         host_tier_bytes=min(host, shape.total_expert_bytes),
         disk_tier_bytes=shape.total_expert_bytes,
         memory_limit_bytes=cgroup_limit_bytes()[0],
-        **_predicted(config, shape, setup, slots, speed, expected_hits(config, folder, slots), min(PROMPT, length)),
+        **_predicted(config, shape, setup, slots, expected_hits(config, folder, slots), devices, speed),
         speed=speed,
     )
 
@@ -209,14 +210,17 @@ def _predicted(
     shape: ModelShape,
     setup: StandinSetup | None,
     slots: SlotPlan,
-    speed: MachineSpeed,
     hit: float | None,
-    prompt: int,
+    devices: Sequence[DevicePlan],
+    speed: MachineSpeed,
 ) -> dict[str, Any]:
     routing = "uniform" if hit is None else "profile"
-    hit = sum(slots.layer_slots) / sum(shape.experts_per_layer) if hit is None else hit
+    resident = sum(slots.layer_slots) / sum(shape.experts_per_layer)
+    hit = resident if hit is None else hit
     stood_in = (1 - hit) * stood_in_share(config, setup)
-    work = token_work(config, shape, setup, slots, hit=hit, stood_in=stood_in)
+    work = token_work(config, shape, setup, resident=resident, hit=hit, stood_in=stood_in, workers=len(devices))
+    work = replace(work, wave_slots=slots.wave_slots)
+    prompt = min(PROMPT, config.max_model_len or PROMPT, shape.max_positions)
     return {
         "predicted_routing": routing,
         "predicted_hit_percent": 100 * hit,
@@ -280,6 +284,7 @@ def _places(config: EngineConfig, gpus: Sequence[GpuInfo]) -> list[_Place]:
             numa_node=None,
             link="disk",
             link_bytes_s=speed,
+            peer_bytes_s=speed,
         )
         return [cpu]
     wanted = [gpu for gpu in gpus if config.device in ("auto", "cuda", f"cuda:{gpu.index}")]
@@ -295,6 +300,7 @@ def _places(config: EngineConfig, gpus: Sequence[GpuInfo]) -> list[_Place]:
             numa_node=gpu.numa_node,
             link="pcie",
             link_bytes_s=gpu.pcie_bytes_s or GUESSED_RAM,
+            peer_bytes_s=gpu.peer_bytes_s or GUESSED_RAM,
         )
         for gpu in wanted
     ]

@@ -2,11 +2,13 @@
 
 A decode step multiplies its weights once, at the rate of the kernel that reads them, and costs something besides, by
 step and by layer. What must be read from disk overlaps with that: a layer's experts are computed in the order in which
-they arrive, and where layers are read ahead little is left to wait for. `engine.measure_machine` measures.
+they arrive, and where layers are read ahead little is left to wait for. Of several GPUs, a miss is read from another's
+slots where it is there. `engine.measure_machine` measures.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,7 +16,6 @@ from buddymoe_ray.cache import READ_ON_THE_SPOT
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.models.shape import ModelShape
 from buddymoe_ray.residency.standin_setup import StandinSetup
-from buddymoe_ray.types import SlotPlan
 
 __all__ = [
     "GUESSED_DISK",
@@ -39,8 +40,6 @@ _RECORDS = "int4"  # whose rate is taken for that of all stand-ins
 _WAITED, _WAITED_READ_AHEAD = 0.7, 0.2
 """Share of the shorter of arithmetic and reads that the other does not hide. Measured with 4-bit experts of an OLMoE of
 8 layers at 25 %, 63 ms of arithmetic and 46 of reads a token: 95 ms, with reads ahead 71."""
-_BROUGHT_SECONDS = 4e-4
-"""Of the thread that computes, for each expert that a prompt brings: asking, taking over, a call of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +47,19 @@ class MachineSpeed:
     """`weights_bytes_s[dtype][rows]`: bytes of weights multiplied in a second with so many rows; `step_seconds`,
     `layer_seconds` and `token_seconds`: what a step, each of its layers, and each token of a prompt in each of them
     take besides; `pair_seconds`: what each number of a prompt's queries takes for each token that it looks at;
-    `disk_bytes_s`: of reads as large as experts.
+    `brought_seconds`: what each expert that a prompt brings costs the thread that computes; `disk_bytes_s`: of reads as
+    large as experts, on a GPU of its link to the host; `peer_bytes_s`: of reads from another GPU's slots.
 
     `measured` is False where the figures are guesses."""
 
     weights_bytes_s: Mapping[str, Mapping[int, float]]
     disk_bytes_s: float
+    peer_bytes_s: float = math.inf
     step_seconds: float = 0.0
     layer_seconds: float = 0.0
     token_seconds: float = 0.0
     pair_seconds: float = 0.0
+    brought_seconds: float = 0.0
     measured: bool = True
 
     def weights_seconds(self, dtype: str, nbytes: float, rows: float = 1) -> float:
@@ -92,6 +94,7 @@ class TokenWork:
     standin_bytes: float = 0.0
     reads_ahead: bool = False
     absent: float = 0.0
+    at_peers: float = 0.0
     wave_slots: int = 0
     query_width: int = 0
 
@@ -104,9 +107,9 @@ def decode_seconds(work: TokenWork, speed: MachineSpeed, context: int) -> float:
     arithmetic += speed.weights_seconds(work.expert_dtype, own * work.expert_bytes)
     if work.stood_in:
         arithmetic += speed.weights_seconds(_RECORDS, work.active * work.stood_in * work.standin_bytes)
-    reads = work.active * work.missed * work.expert_bytes / speed.disk_bytes_s
+    reads = _read_seconds(work, speed, work.active * work.missed * work.expert_bytes)
     waited = _WAITED_READ_AHEAD if work.reads_ahead else _WAITED
-    return max(arithmetic, reads) + waited * min(arithmetic, reads)
+    return _together(work, arithmetic, reads, waited)
 
 
 def prefill_seconds(work: TokenWork, speed: MachineSpeed, tokens: int) -> float:
@@ -130,11 +133,20 @@ def _layer_seconds(work: TokenWork, speed: MachineSpeed, dense: float, rows: int
     experts, accesses = work.experts / max(1, work.layers), work.active / max(1, work.layers) * rows
     used = experts * (1 - (1 - 1 / experts) ** accesses) if experts else 0.0
     arithmetic = speed.weights_seconds(work.expert_dtype, used * work.expert_bytes, accesses / used if used else 1)
-    each, missing = work.expert_bytes / speed.disk_bytes_s, work.absent * used
+    each, missing = _read_seconds(work, speed, work.expert_bytes), work.absent * used
     ahead = min(dense, work.wave_slots * each, missing * each) if work.reads_ahead else 0.0
-    reads, arithmetic = missing * each - ahead, arithmetic + missing * _BROUGHT_SECONDS
+    reads, arithmetic = missing * each - ahead, arithmetic + missing * speed.brought_seconds
     waited = _WAITED_READ_AHEAD if work.reads_ahead else _WAITED
-    return dense + max(arithmetic, reads) + waited * min(arithmetic, reads)
+    return dense + _together(work, arithmetic, reads, waited)
+
+
+def _read_seconds(work: TokenWork, speed: MachineSpeed, nbytes: float) -> float:
+    return nbytes * ((1 - work.at_peers) / speed.disk_bytes_s + work.at_peers / speed.peer_bytes_s)
+
+
+def _together(work: TokenWork, arithmetic: float, reads: float, waited: float) -> float:
+    """Both, with what of the shorter the other does not hide: all of it where who computes reads, too."""
+    return max(arithmetic, reads) + (1.0 if work.expert_bytes <= READ_ON_THE_SPOT else waited) * min(arithmetic, reads)
 
 
 def weight_dtypes(config: EngineConfig, shape: ModelShape) -> tuple[str, str]:
@@ -145,23 +157,27 @@ def weight_dtypes(config: EngineConfig, shape: ModelShape) -> tuple[str, str]:
     return dense, {"bf16": "bfloat16"}.get(experts, experts)
 
 
-def guessed_speed(config: EngineConfig, shape: ModelShape, link_bytes_s: float) -> MachineSpeed:
+def guessed_speed(config: EngineConfig, shape: ModelShape, link_bytes_s: float, peer_bytes_s: float) -> MachineSpeed:
     """Where nothing was measured."""
     rates = dict.fromkeys(ROWS, GUESSED_RAM)
     dtypes = {*weight_dtypes(config, shape), "int4"}
-    return MachineSpeed(weights_bytes_s=dict.fromkeys(dtypes, rates), disk_bytes_s=link_bytes_s, measured=False)
+    weights = dict.fromkeys(dtypes, rates)
+    return MachineSpeed(weights_bytes_s=weights, disk_bytes_s=link_bytes_s, peer_bytes_s=peer_bytes_s, measured=False)
 
 
 def token_work(
     config: EngineConfig,
     shape: ModelShape,
     setup: StandinSetup | None,
-    slots: SlotPlan,
     *,
+    resident: float,
     hit: float,
     stood_in: float,
+    workers: int = 1,
 ) -> TokenWork:
-    """Of a model that is served so, with the shares of its accesses that `hit` and are `stood_in` for."""
+    """Of a model that is served so, with the share of its experts that are `resident`, and those of its accesses that
+    `hit` and are `stood_in` for; slots of a node's `workers` that read each other's hold different experts as far as
+    there are."""
     dense, experts = weight_dtypes(config, shape)
     records = [] if setup is None else [setup.layouts[kind].slot_bytes for kind in setup.kind_of.values()]
     return TokenWork(
@@ -178,8 +194,8 @@ def token_work(
         stood_in=stood_in,
         standin_bytes=sum(records) / len(records) if records else 0.0,
         reads_ahead=config.read_ahead != "off" and setup is None and shape.expert_bytes > READ_ON_THE_SPOT,
-        absent=1 - sum(slots.layer_slots) / sum(shape.experts_per_layer),
-        wave_slots=slots.wave_slots,
+        absent=1 - resident,
+        at_peers=(min(1.0, workers * resident) - resident) / (1 - resident) if resident < 1 else 0.0,
         query_width=shape.query_width,
     )
 

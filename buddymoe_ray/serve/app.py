@@ -15,7 +15,7 @@ from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.handles import WORKER_NAME
 from buddymoe_ray.serve.ingress import Ingress
 from buddymoe_ray.serve.replica import OpenEngine, WorkerReplica, open_async_engine
-from buddymoe_ray.serve.resources import resolve_workers
+from buddymoe_ray.serve.resources import SEES_ALL_GPUS, resolve_workers
 from buddymoe_ray.serve.router import affinity_routing
 
 __all__ = ["application", "build_app"]
@@ -50,10 +50,13 @@ def application(args: ServeArgs, *, open_engine: OpenEngine) -> Application:
         }
     if args.routing == "affinity":
         options["request_router_config"] = affinity_routing(args.max_running)
+    actor: dict[str, Any] = {"num_cpus": args.num_cpus, "num_gpus": args.num_gpus}
+    if args.num_gpus > 0:
+        actor["runtime_env"] = {"env_vars": dict(SEES_ALL_GPUS)}
     worker = serve.deployment(
         name=WORKER_NAME,
         **options,
-        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+        ray_actor_options=actor,
         max_ongoing_requests=args.max_running + args.max_queued_requests + CONTROL_CALLS,
         max_queued_requests=args.max_queued_requests,
         max_constructor_retry_count=CONSTRUCTOR_TRIES,

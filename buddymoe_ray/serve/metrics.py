@@ -92,6 +92,11 @@ METRICS: tuple[Metric, ...] = (
     _gauge("buddymoe_residency", "Share of the routed experts in device slots.", lambda s: s.residency),
     _counter("buddymoe_steps", "Engine steps.", lambda s: s.steps),
     _counter("buddymoe_stall_seconds", "Time the model waited for experts.", lambda s: s.stall_seconds),
+    _counter(
+        "buddymoe_peer_slot_reads",
+        "Experts copied from the slots of another GPU of the node.",
+        lambda s: s.peer_slot_reads,
+    ),
     _counter("buddymoe_read_bytes", "Bytes of experts asked of the disk.", lambda s: s.bytes_read_disk),
     _counter(
         "buddymoe_read_ahead_useful_bytes",

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import ray
 from ray import serve
 
-from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.config import EngineConfig, visible_gpus_from_environment
 from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.ray_metrics import RayMetrics
-from buddymoe_ray.serve.resources import assigned_devices, workers_on_node
+from buddymoe_ray.serve.resources import assigned_devices, own_device, workers_on_node
 from buddymoe_ray.serve.worker import EngineSeam, Worker
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class WorkerReplica(Worker):
         replica = context.replica_id.unique_id
         self._memory = _node_memory(args, service=context.app_name, secret=secret, most_workers=most_workers)
         super().__init__(
-            open_engine(args.engine_config(), args.served_name, self._memory.sharing()),
+            open_engine(_on_own_gpu(args.engine_config()), args.served_name, self._memory.sharing()),
             default_max_tokens=args.default_max_tokens,
             max_queued_requests=args.max_queued_requests,
             retry_after_seconds=args.retry_after_seconds,
@@ -77,6 +78,13 @@ class WorkerReplica(Worker):
         if hasattr(self, "_engine"):  # absent when it could not be opened
             self._memory.close()
             self.close()
+
+
+def _on_own_gpu(config: EngineConfig) -> EngineConfig:
+    """The config of the GPU that ray assigned, where there is one."""
+    if not assigned_devices() or not _cuda_is_here():
+        return config
+    return replace(config, device=own_device(config.device, assigned_devices(), visible_gpus_from_environment()))
 
 
 def _cuda_is_here() -> bool:

@@ -93,6 +93,17 @@ def test_no_driver_and_no_gpu_are_no_devices() -> None:
     assert isinstance(list_gpus(), tuple)  # the real module, whatever this machine has
 
 
+def test_a_plan_of_several_gpus_reads_what_they_hold_of_each_other(mixtral: Path) -> None:
+    """100 GB/s by NVLink instead of 63 by PCIe; a driver that tells of no links gives no more than one GPU has."""
+
+    def seconds(gpus: int, *silent: str) -> float:
+        found = list_gpus(FakeNvml(gpus, silent=silent))
+        return make_plan(EngineConfig(memory="25%"), mixtral, gpus=found).predicted_ttft_seconds
+
+    assert seconds(4) < seconds(2) < seconds(1)
+    assert seconds(4, "nvlink") == pytest.approx(seconds(1))
+
+
 def test_mixtral_from_its_config_alone(mixtral: Path) -> None:
     plan = make_plan(EngineConfig(memory="25%"), mixtral, gpus=list_gpus(FakeNvml(2)))
     assert not plan.has_weights and plan.model_type == "mixtral" and plan.moe_layers == 32

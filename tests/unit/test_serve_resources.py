@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from buddymoe_ray.serve.resources import resolve_workers, workers_on_node
+from buddymoe_ray.serve.resources import own_device, resolve_workers, workers_on_node
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,20 @@ def test_workers_of_a_node_are_those_that_find_room(
 ) -> None:
     node = {"CPU": 4.0, "GPU": 2.0}
     assert workers_on_node(workers, num_cpus=num_cpus, num_gpus=num_gpus, node=node) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "assigned", "visible", "expected"),
+    [
+        ("auto", ("3",), (), "cuda:3"),
+        ("cuda", ("6", "7"), ("4", "5", "6", "7"), "cuda:2"),
+        ("auto", ("GPU-b",), ("GPU-a", "GPU-b"), "cuda:1"),
+        ("cuda:1", ("0",), (), "cuda:1"),
+        ("interpret", ("1",), (), "interpret"),
+        ("auto", (), (), "auto"),
+    ],
+)
+def test_a_worker_that_sees_all_gpus_owns_the_one_that_it_was_given(
+    device: str, assigned: tuple[str, ...], visible: tuple[str, ...], expected: str
+) -> None:
+    assert own_device(device, assigned, visible) == expected

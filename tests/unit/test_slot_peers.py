@@ -119,23 +119,20 @@ def test_caches_read_what_the_other_has_and_every_byte_is_right(tmp_path: Path) 
         cache.close()
 
 
-def test_an_engines_slots_are_filled_from_anothers_and_its_tokens_are_the_same() -> None:
+def test_what_an_engine_lacks_is_read_of_another_and_its_tokens_are_the_same() -> None:
     config = EngineConfig(memory="50%", device="interpret", dtype="float32")
     sharing = Sharing(workers=2, tag=uuid.uuid4().hex)
     answers, read = list[list[int]](), list[int]()
     engines = [Engine.from_config(config, text=False, sharing=sharing) for _ in range(2)]
     for engine in engines:
         read.append(engine.cache.stats().bytes_requested_disk)
-        sampling = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
-        engine.add(GenerationRequest(request_id="r", prompt_token_ids=(5, 6, 7, 8), sampling=sampling))
+        sampling = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+        engine.add(GenerationRequest(request_id="r", prompt_token_ids=(5, 6), sampling=sampling))
         answers.append([token for event in engine.drain() for token in event.token_ids])
     alone = Engine.from_config(EngineConfig(memory="50%", dtype="float32"), text=False)
-    alone.add(GenerationRequest(request_id="r", prompt_token_ids=(5, 6, 7, 8), sampling=sampling))
+    alone.add(GenerationRequest(request_id="r", prompt_token_ids=(5, 6), sampling=sampling))
     assert answers == 2 * [[token for event in alone.drain() for token in event.token_ids]]
-    assert read[0] > 0 and read[1] == 0, f"{read} bytes read from disk to fill the slots"
-    plan = engines[1].cache.plan
-    assert engines[1].cache.stats().peer_hits > sum(plan.layer_slots), (
-        "nothing that the first had fetched was read there"
-    )
+    assert read[0] == read[1] > 0, f"{read} bytes read from disk to fill the slots"
+    assert engines[1].cache.stats().peer_hits > 0, "nothing that the first has was read there"
     for engine in (*engines, alone):
         engine.close()
