@@ -91,11 +91,13 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprob:
-    """Log probability (nats, of the model's own distribution before temperature) of one generated token."""
+    """Log probability (nats, of the model's own distribution before temperature) of one generated token. Of the expert
+    accesses of the step that chose it, stand-ins answered `standins`."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    standins: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -169,12 +169,13 @@ class Work:
 @dataclass(frozen=True, kw_only=True)
 class TokenText:
     """One token with its log probability (nats; None for the first of a prompt) and its bytes, which may be a part of a
-    character."""
+    character. `standins` is that of `types.TokenLogprob`."""
 
     token_id: int
     logprob: float | None
     data: bytes
     top: tuple[TokenText, ...] = ()
+    standins: int = 0
 
 
 def known_logprob(entry: TokenText) -> float:
