@@ -61,8 +61,8 @@ from buddymoe_ray.serve.replies import ModelCard, ModelList
 from buddymoe_ray.serve.resume import ResumeLimits, WorkerLost, resumable
 from buddymoe_ray.serve.streaming import Answer
 from buddymoe_ray.serve.tenants import RATE_HEADERS, STOPPING, Tenant, Tenants
-from buddymoe_ray.serve.wire import parse_body
 from buddymoe_ray.serve.wire_messages import parse_count
+from buddymoe_ray.serve.wire_parsing import parse_body
 from buddymoe_ray.serve.wire_tokens import DetokenizeRequest, TokenizeRequest, tokenize_reply
 from buddymoe_ray.serve.work import Refusal, Spelling, Work, Workers
 from buddymoe_ray.types import Mode

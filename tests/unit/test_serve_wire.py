@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from buddymoe_ray.errors import RequestError
-from buddymoe_ray.serve.wire import MAX_CHOICES, NEUTRAL, NOTES, parse_chat, parse_completion
+from buddymoe_ray.serve.wire import MAX_CHOICES, parse_chat, parse_completion
+from buddymoe_ray.serve.wire_parsing import NEUTRAL, NOTES
 from buddymoe_ray.serve.work import ChatMessage, Terms, ToolUse, Work
 from buddymoe_ray.types import SamplingParams
 
@@ -181,11 +182,26 @@ def test_template_options_arrive() -> None:
 
 
 def test_what_messages_cannot_carry_is_named() -> None:
-    for name in ("function_call", "refusal", "audio"):
+    for name in ("function_call", "audio"):
         for content in ({}, {"content": None}, {"content": "x"}):
             refused = refusal_of_chat(messages=[*HELLO, {"role": "assistant", name: [{"id": "1"}], **content}])
             assert refused.param == f"messages[1].{name}"
             assert f"messages[1].{name} is not supported" in str(refused)
+    refusal = {"type": "refusal", "refusal": "no"}
+    for message in ({"role": "user", "content": [refusal]}, {"role": "system", "content": "x", "refusal": "no"}):
+        refused = refusal_of_chat(messages=[message])
+        assert refused.param is not None and refused.param.startswith("messages[0]") and "refusal" in str(refused)
+
+
+def test_what_the_assistant_would_not_answer_is_text() -> None:
+    part = {"type": "refusal", "refusal": "I cannot."}
+    for fields, content in (
+        ({"content": [part]}, ("I cannot.",)),
+        ({"content": [{"type": "text", "text": "Well."}, part]}, ("Well.", "I cannot.")),
+        ({"content": None, "refusal": "I cannot."}, "I cannot."),
+        ({"content": "Well.", "refusal": "I cannot."}, ("Well.", "I cannot.")),
+    ):
+        assert chat(messages=[*HELLO, {"role": "assistant", **fields}]).messages[1].content == content
 
 
 TOOL = {"type": "function", "function": {"name": "get-time", "description": "d", "parameters": {"type": "object"}}}
@@ -224,7 +240,8 @@ def test_calls_and_their_results_can_be_sent_back_as_they_came() -> None:
     for arguments in ("{", "[]", "3"):
         bad = {**call, "function": {"name": "f", "arguments": arguments}}
         refused = refusal_of_chat(messages=[*HELLO, {"role": "assistant", "tool_calls": [bad]}])
-        assert refused.param == "messages" and "must be a JSON object" in str(refused)
+        assert refused.param == "messages[1].tool_calls[0].function.arguments"
+        assert "must be a JSON object" in str(refused)
 
 
 def test_token_limits_of_both_names() -> None:
