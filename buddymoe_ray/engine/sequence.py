@@ -270,6 +270,8 @@ class Sequence:
         """Add a token: the text it frees, whether a stop string was met, and how the output ends by it, if so."""
         self._ids.append(token_id)
         if token_id in self.ends:
+            if self.grammar is not None:
+                self.grammar.end()
             return "", False, "stop"
         if self._thoughts is not None:
             self._thoughts.accept(token_id)

@@ -217,7 +217,7 @@ class ChatRequest(_SamplingFields):
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.name not in names:
             raise ValueError(f"tool_choice names {self.tool_choice.name!r}, must be one of tools")
         if self.tool_choice == "required" and not names:
-            raise ValueError("tool_choice is required, must come with tools")
+            raise ValueError("tool_choice asks for a call, must come with tools")
         if names and self.tool_choice != "none" and self._output() is not None:
             raise ValueError("tools and a format of the whole text are given, must be one of them")
         return self

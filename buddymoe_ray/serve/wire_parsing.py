@@ -82,6 +82,8 @@ def checked(fields: Mapping[str, Any], model: type[Model]) -> Model:
 def _request_error(error: ValidationError) -> RequestError:
     """The first thing wrong, named by its path in the body."""
     first = error.errors(include_url=False, include_input=False)[0]
+    if first["type"] == "json_invalid":  # to one reader, which goes less deep
+        return RequestError(f"the body cannot be read ({first['msg']}). hint: nest it less")
     path = ""
     own = len(first["loc"]) - (first["type"] == "extra_forbidden")  # else the last is the caller's word
     for at, part in enumerate(first["loc"]):

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from buddymoe_ray.errors import RequestError
+from buddymoe_ray.serve.prompts import usable
 from buddymoe_ray.serve.wire import MAX_CHOICES, parse_chat, parse_completion
 from buddymoe_ray.serve.wire_parsing import NEUTRAL, NOTES
 from buddymoe_ray.serve.work import ChatMessage, Terms, ToolUse, Work
@@ -428,18 +429,27 @@ def test_a_reply_can_be_sent_back_as_it_came() -> None:
     assert chat(messages=[*HELLO, reply]).messages[1] == ChatMessage(role="assistant", content="x")
 
 
+DEEP = b'{"model": "m", "messages": [], "chat_template_kwargs": {"a": ' + b"[" * 900 + b"]" * 900 + b"}}"
+
+
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b"3", b'"x"', b"\xff\xfe", b"{'a': 1}", b"[" * 100_000, b'{"model": "m"']
+    "body", [b"", b"{", b"[]", b"3", b'"x"', b"\xff\xfe", b"{'a': 1}", b"[" * 100_000, DEEP, b'{"model": "m"']
 )
 def test_what_is_no_json_object_is_refused(body: bytes) -> None:
-    with pytest.raises(RequestError, match="body"):
+    with pytest.raises(RequestError, match="body") as caught:
         parse_chat(body)
+    assert caught.value.param is None
 
 
 def test_numbers_that_json_does_not_have_are_refused() -> None:
     with pytest.raises(RequestError) as caught:
         parse_chat(b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}')
     assert caught.value.param == "temperature"
+
+
+def test_a_number_that_is_too_large_is_not_told_to_be_larger() -> None:
+    with pytest.raises(RequestError, match=r"must be in \[1, "):
+        usable(chat(max_tokens=10**30))
 
 
 json_values = st.recursive(
