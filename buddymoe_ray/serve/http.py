@@ -29,6 +29,7 @@ from buddymoe_ray.engine.answers import prepare_reading
 from buddymoe_ray.errors import CapacityError, RequestError
 from buddymoe_ray.observe import CalibrationSnapshot
 from buddymoe_ray.serve.access import admit
+from buddymoe_ray.serve.batches.job import LineService
 from buddymoe_ray.serve.batches.routes import batch_routes
 from buddymoe_ray.serve.batches.runner import BatchRunner
 from buddymoe_ray.serve.batches.store import FileStore
@@ -60,7 +61,7 @@ from buddymoe_ray.serve.refusals import (
 from buddymoe_ray.serve.replies import ModelCard, ModelList
 from buddymoe_ray.serve.resume import ResumeLimits, WorkerLost, resumable
 from buddymoe_ray.serve.streaming import Answer
-from buddymoe_ray.serve.tenants import RATE_HEADERS, STOPPING, Tenant, Tenants
+from buddymoe_ray.serve.tenants import RATE_HEADERS, STOPPING, Foreseen, Tenant, Tenants
 from buddymoe_ray.serve.wire_messages import parse_count
 from buddymoe_ray.serve.wire_parsing import parse_body
 from buddymoe_ray.serve.wire_tokens import DetokenizeRequest, TokenizeRequest, tokenize_reply
@@ -79,8 +80,6 @@ ABSENT = {
     **{"/v1/images": "making images", "/v1/audio": "audio", "/v1/moderations": "moderation"},
 }
 """Paths of other services of the kind, and what they would do."""
-BYTES_PER_TOKEN = 4
-"""Of a body, before its tokens are known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,17 +124,20 @@ class HttpSettings:
 def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
     """The service's routes over `workers`; `app.state.tenants` are its `Tenants`."""
     prepare_reading()
-    runner = BatchRunner.over(
-        workers,
-        settings.names,
-        FileStore(settings.files_folder, quota=settings.files_bytes),
+    ring = KeyRing(settings.api_key, settings.api_keys)
+    tenants = Tenants(ring)
+    lines = LineService(
+        workers=workers,
+        tenants=tenants,
+        names=settings.names,
         limits=settings.limits,
         seconds=settings.request_timeout_seconds,
+        default_max_tokens=settings.default_max_tokens,
         binding=settings.binding,
     )
+    runner = BatchRunner(FileStore(settings.files_folder, quota=settings.files_bytes), lines)
     app = FastAPI(title="buddymoe", openapi_url=None, redirect_slashes=False, lifespan=runner.lifespan)
-    ring = KeyRing(settings.api_key, settings.api_keys)
-    app.state.tenants = tenants = Tenants(ring)
+    app.state.tenants = tenants
     guarded = [Depends(_key_check(tenants, settings.limits.retry_after_seconds))]
     app.include_router(_public_routes(workers, settings, tenants))
     for page in ("dashboard", "docs"):
@@ -311,9 +313,7 @@ async def _answer(endpoint: Endpoint, request: Request, workers: Workers, settin
     )
     seconds = min(call.work.timeout or math.inf, settings.request_timeout_seconds)
     work = tenant.own(replace(call.work, begin_within=min(seconds, settings.queue_seconds), binding=settings.binding))
-    visit = tenant.begin(
-        prompt=len(body) // BYTES_PER_TOKEN, output=work.choices * (work.max_tokens or settings.default_max_tokens)
-    )
+    visit = tenant.begin(Foreseen.of(work, body, default_max_tokens=settings.default_max_tokens))
     if isinstance(visit, Refusal):
         raise Refused(visit)
     answer = Answer(
