@@ -207,7 +207,7 @@ def _metrics_routes(workers: Workers, settings: HttpSettings, tenants: Tenants) 
         """Every worker's counters for Prometheus. They tell what all tenants do, so the key guards them."""
         accept = request.headers.get("accept", "")
         counters = tenants.counters(request.state.tenant)
-        text, media_type = exposition(settings.model, await workers.reports(), counters, accept=accept)
+        text, media_type = exposition(settings.model, await workers.reports(experts=True), counters, accept=accept)
         return Response(text, media_type=media_type)
 
     return router
