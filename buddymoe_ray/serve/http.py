@@ -46,7 +46,7 @@ from buddymoe_ray.serve.dashboard import READ, dashboard_routes, page_routes
 from buddymoe_ray.serve.keys import KeyRing
 from buddymoe_ray.serve.metrics import exposition
 from buddymoe_ray.serve.openapi import allowed_methods, schema_routes
-from buddymoe_ray.serve.reading_bodies import whole_body
+from buddymoe_ray.serve.reading_bodies import apart, whole_body
 from buddymoe_ray.serve.recent import Recent
 from buddymoe_ray.serve.refusals import (
     Refused,
@@ -288,7 +288,8 @@ def _token_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
 
     @router.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request) -> Response:
-        asked = parse_count(await whole_body(request))
+        body = await whole_body(request)
+        asked = await apart(partial(parse_count, body), body)
         with in_words(MESSAGES.words):
             work = replace(asked.work(f"count-{uuid.uuid4().hex}", flush_seconds=0.0), spells_only=True)
         return JSONResponse({"input_tokens": len((await spelled(work, asked.model, MESSAGES.words)).token_ids)})
@@ -303,14 +304,8 @@ def _token_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
 async def _answer(endpoint: Endpoint, request: Request, workers: Workers, settings: HttpSettings) -> Response:
     tenant: Tenant = request.state.tenant
     body = await whole_body(request)
-    call = open_call(
-        endpoint,
-        body,
-        settings.names,
-        unique=uuid.uuid4().hex,
-        created=int(time.time()),
-        flush_seconds=settings.flush_seconds,
-    )
+    opened = partial(open_call, endpoint, body, settings.names, flush_seconds=settings.flush_seconds)
+    call = await apart(partial(opened, unique=uuid.uuid4().hex, created=int(time.time())), body)
     seconds = min(call.work.timeout or math.inf, settings.request_timeout_seconds)
     work = tenant.own(replace(call.work, begin_within=min(seconds, settings.queue_seconds), binding=settings.binding))
     visit = tenant.begin(Foreseen.of(work, body, default_max_tokens=settings.default_max_tokens))

@@ -25,6 +25,7 @@ from buddymoe_ray.serve.batches.places import Places
 from buddymoe_ray.serve.batches.records import BatchErrors, BatchObject, BatchProblem, Moment, RequestCounts
 from buddymoe_ray.serve.batches.store import FileStore, Kept
 from buddymoe_ray.serve.calls import Call, ModelNames
+from buddymoe_ray.serve.reading_bodies import apart
 from buddymoe_ray.serve.refusals import WORKER_LOST, failure
 from buddymoe_ray.serve.resume import FIRST_PAUSE, ResumeLimits, WorkerLost, resumable
 from buddymoe_ray.serve.streaming import Answer
@@ -93,7 +94,7 @@ class LineService:
                 return answers.replied(at, line, whole)
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-            opened = answers.open(at, line)  # a renderer writes one reply
+            opened = await apart(partial(answers.open, at, line), line.body)  # a renderer writes one reply
             assert isinstance(opened, Call), f"line {at} was a request before"
             call, visit = opened, await self.turn(opened, line, owner, again=True)
 
@@ -195,7 +196,7 @@ class BatchJob:
                 if isinstance(line, LineError):
                     journal.append(answers.failed(at, line))
                     continue
-                call = answers.open(at, line)
+                call = await apart(partial(answers.open, at, line), line.body)
                 if isinstance(call, Refusal):
                     journal.append(answers.replied(at, line, call))
                     continue
