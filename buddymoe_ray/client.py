@@ -198,6 +198,7 @@ def _event(work: Work, delta: Delta) -> TokenEvent:
                 token_id=entry.token_id,
                 logprob=known_logprob(entry),
                 top=tuple((top.token_id, known_logprob(top)) for top in entry.top),
+                standins=entry.standins,
             )
             for entry in delta.logprobs
         ),

@@ -91,11 +91,13 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprob:
-    """Log probability (nats, of the model's own distribution before temperature) of one generated token."""
+    """Log probability (nats, of the model's own distribution before temperature) of one generated token. Of the expert
+    accesses of the step that chose it, stand-ins answered `standins`."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    standins: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +120,7 @@ class GenerationRequest:
     that the caller already has, from another engine: this one goes on after them, and its events tell what is new. A
     request with `record` or `replay` cannot be resumed. Requests share what was computed of a common beginning only if
     their `cache_salt` is the same. `thoughts` is how long the model may think, if there is a limit. Requests of
-    different `tenant`s wait for no more than their share of each other.
+    different `tenant`s wait for no more than their share of each other, which is as large as their `weight`.
     """
 
     request_id: str
@@ -132,6 +134,7 @@ class GenerationRequest:
     cache_salt: str = ""
     thoughts: ThoughtBudget | None = None
     tenant: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,11 +147,15 @@ class FakeEngine:
             request_id=request.request_id,
             token_ids=(token,),
             text=piece,
-            logprobs=() if wanted is None else (TokenLogprob(token_id=token, logprob=-0.5, top=top),),
+            logprobs=() if wanted is None else (self._chosen(request, token, top),),
             text_offsets=() if wanted is None else (len(text),),
             finish_reason=reason,
             usage=self._usage(request, position + 1) if reason else None,
         )
+
+    def _chosen(self, request: GenerationRequest, token: int, top: tuple[tuple[int, float], ...]) -> TokenLogprob:
+        standins = 0 if request.mode in (None, "exact") else 2
+        return TokenLogprob(token_id=token, logprob=-0.5, top=top, standins=standins)
 
     def _usage(self, request: GenerationRequest, tokens: int) -> Usage:
         prompt = len(request.prompt_token_ids)

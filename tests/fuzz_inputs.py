@@ -54,7 +54,7 @@ from buddymoe_ray.serve.http import HttpSettings, http_app
 from buddymoe_ray.serve.keys import read_keys
 from buddymoe_ray.serve.openapi import OPERATIONS, openapi_document
 from buddymoe_ray.serve.prompts import encode, usable
-from buddymoe_ray.serve.wire import parse_body
+from buddymoe_ray.serve.wire_parsing import parse_body
 from buddymoe_ray.serve.work import Refusal
 from buddymoe_ray.serve.worker import Worker
 

@@ -17,6 +17,7 @@ _LIMITS = {
     "tokens_per_minute": "most tokens a minute, of prompts and answers",
     "concurrent_requests": "most requests side by side",
 }
+_WEIGHT = "its share where keys wait for each other, beside 1 of others"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, note in _LIMITS.items():
         add_option(parser, name, None, f"{note} (none: no limit)", kind="int")
+    add_option(parser, "weight", None, f"{_WEIGHT} (none: 1)", kind="float")
     add_json_argument(parser)
 
 
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from buddymoe_ray.serve.keys import add_key
 
     path = Path(args.file).expanduser()
-    key = add_key(path, args.name, {name: getattr(args, name) for name in _LIMITS})
+    key = add_key(path, args.name, {name: getattr(args, name) for name in (*_LIMITS, "weight")})
     if args.json:
         emit({"name": args.name, "key": key, "file": str(path)})
     else:

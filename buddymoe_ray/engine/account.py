@@ -50,6 +50,7 @@ class Account:
         self.guard: GuardState = "off"
         self.recorder, self.calibration, self._factor = recorder, calibration, factor
         self.hits = self.peer = self.fetched = self.steps = 0
+        self.stood_in = 0  # accesses of the latest decode step that stand-ins answered, until its token is taken
         self.expected_rise = 0.0
         self._price = price
         self._ledger = Ledger(budget) if mode == "bounded" else None
@@ -99,7 +100,9 @@ class Account:
         self.hits += int(outcome.hits_T[row])
         self.peer += int(outcome.peer_T[row])
         self.fetched += int(outcome.fetched_T[row])
-        self._standins = [a + b for a, b in zip(self._standins, outcome.standins_TS[row].tolist(), strict=True)]
+        standins = outcome.standins_TS[row].tolist()
+        self._standins = [a + b for a, b in zip(self._standins, standins, strict=True)]
+        self.stood_in = sum(standins)
         loss = float(outcome.loss_T[row])
         loss = loss * self._factor if loss else 0.0
         self.expected_rise += loss

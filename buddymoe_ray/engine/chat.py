@@ -102,12 +102,12 @@ def opening_of(tokenizer: Any, options: Mapping[str, Any]) -> str:
 
 
 def template_variables(tokenizer: Any) -> frozenset[str]:
-    """What the chat template reads beside messages; nothing where there is none."""
+    """What the chat template reads beside messages and tools; nothing where there is none."""
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return frozenset()
     from transformers.utils.chat_template_utils import _get_template_variables  # describing a service needs none of it
 
-    return frozenset(_get_template_variables(tokenizer.get_chat_template()) - {"messages"})
+    return frozenset(_get_template_variables(tokenizer.get_chat_template()) - {"messages", "tools"})
 
 
 def _rendered(

@@ -127,7 +127,7 @@ class Scheduler:
         self._admit()
         decode = tuple(seq for seq in self._admitted.values() if seq.prompt_computed)
         for seq in decode:
-            self._turns.charge(_tenant(seq), GENERATED_WEIGHT)
+            self._turns.charge(_tenant(seq), GENERATED_WEIGHT, seq.request.weight)
         room, longest = self._room(bool(decode))
         prefill = []
         for seq in sorted(self._prompts(), key=lambda seq: self._prompt_turns.spent(_tenant(seq))):
@@ -138,7 +138,7 @@ class Scheduler:
                     break  # it is not cut elsewhere than if it were alone
                 prefill.append(PrefillChunk(seq=seq, start=seq.num_computed, end=end))
                 room -= end - seq.num_computed
-                self._prompt_turns.charge(_tenant(seq), end - seq.num_computed)
+                self._prompt_turns.charge(_tenant(seq), end - seq.num_computed, seq.request.weight)
         return StepPlan(prefill=tuple(prefill), decode=decode, preempted=tuple(self._preempted))
 
     def finish(self, seq: Sequence) -> None:
@@ -227,7 +227,7 @@ class Scheduler:
             if not seq.preempted:
                 self.prompt_tokens += seq.prompt_length
                 self.cached_tokens += min(seq.prompt_length, len(found) * self._block_size)
-                self._turns.charge(turn, seq.prefill_length - len(found) * self._block_size)
+                self._turns.charge(turn, seq.prefill_length - len(found) * self._block_size, seq.request.weight)
             seq.begin(found + self._allocator.allocate(wanted), len(found), self._block_size)
             self._prompt_turns.join(turn, map(_tenant, self._prompts()))
             self._admitted[seq.request_id] = seq

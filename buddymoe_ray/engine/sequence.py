@@ -225,8 +225,10 @@ class Sequence:
             rest, stopped = self._rest()
             text, reason = text + rest, "stop" if stopped else reason
         logprobs: tuple[TokenLogprob, ...] = ()
+        standins, self.account.stood_in = self.account.stood_in, 0  # a prompt's own pass adds none
         if sampled.logprob is not None:
-            logprobs = (TokenLogprob(token_id=sampled.token_id, logprob=sampled.logprob, top=sampled.top),)
+            told = TokenLogprob(token_id=sampled.token_id, logprob=sampled.logprob, top=sampled.top, standins=standins)
+            logprobs = (told,)
         return self._event((sampled.token_id,), text, reason, logprobs=logprobs)
 
     def finish(self, reason: FinishReason, *, error: str | None = None) -> TokenEvent:
@@ -268,6 +270,8 @@ class Sequence:
         """Add a token: the text it frees, whether a stop string was met, and how the output ends by it, if so."""
         self._ids.append(token_id)
         if token_id in self.ends:
+            if self.grammar is not None:
+                self.grammar.end()
             return "", False, "stop"
         if self._thoughts is not None:
             self._thoughts.accept(token_id)

@@ -64,7 +64,7 @@ class Grammars:
             specials: whether special tokens give text.
 
         Raises:
-            RequestError: there is no tokenizer, or no such grammar can be made or is too large.
+            RequestError: there is no tokenizer, or no such grammar can be made, is too large or has no text.
         """
         from xgrammar import GrammarMatcher
 
@@ -74,7 +74,13 @@ class Grammars:
                 param=wanted.field.split(".")[0],
             )
         matcher = GrammarMatcher(self._grammar(wanted, specials), override_stop_tokens=sorted(ends) or None)
-        return GrammarState(matcher, ends, self._vocab_size)
+        state = GrammarState(matcher, ends, self._vocab_size)
+        if not state.allowed().any() and not matcher.is_completed():
+            raise RequestError(
+                f"{wanted.field} allows no token at all, must allow some text. hint: check it",
+                param=wanted.field.split(".")[0],
+            )
+        return state
 
     def _grammar(self, wanted: StructuredOutput, specials: bool) -> Any:
         key = (wanted.kind, wanted.source, specials)
@@ -164,14 +170,27 @@ class GrammarState:
                 "hint: this vocabulary may have no text of it"
             )
 
+    def end(self) -> None:
+        """An end is chosen. Raises BuddyMoEError where the text is not whole: then nothing had a place."""
+        if not self._matcher.is_completed():
+            raise BuddyMoEError(
+                "the text is not whole and no token may come, must be one that the grammar allows. hint: it comes to "
+                "a dead end"
+            )
+
+    def allowed(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """Which tokens may come next: a row of int32, a bit each. They are found once."""
+        if self._next is None:
+            self._next = np.zeros((1, -(-self._vocab_size // 32)), np.int32)
+            self._fill(self._next, 0)
+        return self._next
+
     @property
     def ended(self) -> bool:
         """Whether the text is whole and nothing can follow."""
         if not self._matcher.is_completed():
             return False
-        self._next = np.zeros((1, -(-self._vocab_size // 32)), np.int32)
-        self._fill(self._next, 0)
-        mask = self._next.copy()
+        mask = self.allowed().copy()
         for token in self._ends:
             mask[0, token // 32] &= ~np.int32(np.uint32(1 << token % 32).view(np.int32))
         return not mask.any()
@@ -180,7 +199,7 @@ class GrammarState:
         """Write which tokens may come next into a row of int32, a bit each."""
         if self._next is None:
             self._fill(mask, row)
-        else:  # `ended` has looked
+        else:  # it is known
             mask[row] = torch.from_numpy(self._next[0])
 
     def _fill(self, mask: Any, row: int) -> None:

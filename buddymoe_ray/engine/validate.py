@@ -138,7 +138,8 @@ def whole(name: str, value: object, least: int, most: int = _LARGEST) -> int:
     if not _is_whole(value):
         raise _refused(name, value, "an integer", "write 2, not 2.0 or true")
     if not least <= value <= most:  # type: ignore[operator]
-        must = f"at least {least}" if most == _LARGEST else f"in [{least}, {most}]"
+        below = value < least  # type: ignore[operator]
+        must = f"at least {least}" if most == _LARGEST and below else f"in [{least}, {most}]"
         raise _refused(name, value, must, "see the API's range")
     return int(value)  # type: ignore[call-overload, no-any-return]
 

@@ -1,8 +1,9 @@
 """Who is next when several tenants wait, and how much of a queue one of them may fill.
 
-Virtual token counters: a tenant's counter grows with what is computed for it, and of those who wait the one with the
-least is next (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, algorithm 2). No capacity is kept
-for anybody: who is alone has all of it. Pure: knows neither sequences nor a clock, nor how a tenant is known.
+Virtual token counters: a tenant's counter grows with what is computed for it, divided by its weight, and of those who
+wait the one with the least is next (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, algorithm 2).
+No capacity is kept for anybody: who is alone has all of it. Pure: knows neither sequences nor a clock, nor how a tenant
+is known.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ class FairShare:
     """Counters of tenants, by name."""
 
     def __init__(self) -> None:
-        self._spent: dict[str, int] = {}
+        self._spent: dict[str, float] = {}
 
     def join(self, tenant: str, present: Iterable[str]) -> None:
         """A request of `tenant` comes while those `present` wait or run. Who was away has no credit for it: it begins
         where the least of them stands."""
         there = set(present)
         if not there:
-            self._spent = {tenant: 0}
+            self._spent = {tenant: 0.0}
         elif tenant not in there:
             self._spent[tenant] = max(self.spent(tenant), min(map(self.spent, there)))
 
@@ -36,11 +37,11 @@ class FairShare:
         """Whether there was one tenant only since nobody was there."""
         return len(self._spent) < 2
 
-    def charge(self, tenant: str, tokens: int) -> None:
-        """So much was, or is going to be, computed for it."""
-        self._spent[tenant] = self.spent(tenant) + tokens
+    def charge(self, tenant: str, tokens: int, weight: float = 1.0) -> None:
+        """So much was, or is going to be, computed for it; one of weight 2 has twice as much of what others have."""
+        self._spent[tenant] = self.spent(tenant) + tokens / weight
 
-    def spent(self, tenant: str) -> int:
+    def spent(self, tenant: str) -> float:
         """The counter."""
         return self._spent.get(tenant, 0)
 

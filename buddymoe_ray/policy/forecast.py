@@ -24,13 +24,15 @@ class Forecast:
     def __init__(self, *, places: int, tokens: int) -> None:
         self._places, self._tokens = places, tokens
         self._running, self._most = Counter[str](), Counter[str]()  # by tenant: sequences, and what they may come to
+        self._weights: dict[str, float] = {}
         self._ends = self._ended = self._used = 0.0  # sequences, what they might have come to, what they came to
         self._freed = self._freed_tokens = self._seconds = 0.0  # in so many seconds with a queue
         self._since: float | None = None
 
-    def arrive(self, tenant: str, tokens: int, now: float) -> None:
+    def arrive(self, tenant: str, tokens: int, now: float, *, weight: float = 1.0) -> None:
         """A sequence that may come to so many tokens waits or runs."""
         self._look(now)
+        self._weights[tenant] = weight
         self._running[tenant] += 1
         self._most[tenant] += tokens
         self._watch(now)
@@ -43,18 +45,20 @@ class Forecast:
         self._ends, self._ended, self._used = self._ends + 1, self._ended + tokens, self._used + used
         self._running -= Counter({tenant: 1})
         self._most -= Counter({tenant: tokens})
+        self._weights = {name: weight for name, weight in self._weights.items() if name in self._running}
         self._watch(now)
 
-    def seconds(self, tenant: str, sequences: int, tokens: int, now: float) -> float:
+    def seconds(self, tenant: str, sequences: int, tokens: int, now: float, *, weight: float = 1.0) -> float:
         """Until that many more, of at most so many tokens in all, have all begun; 0 where nothing is known."""
         self._look(now)
         if self._ends < self._places:  # their ends may come in one heap
             return 0.0
-        own = self._wait(self._running[tenant] + sequences, self._most[tenant] + tokens, len({*self._running, tenant}))
+        shares = sum((self._weights | {tenant: weight}).values()) / weight
+        own = self._wait(self._running[tenant] + sequences, self._most[tenant] + tokens, shares)
         return min(own, self._wait(self._running.total() + sequences, self._most.total() + tokens, 1))
 
-    def _wait(self, sequences: int, tokens: int, shares: int) -> float:
-        """Until all of these have a place and room, with one of so many equal shares."""
+    def _wait(self, sequences: int, tokens: int, shares: float) -> float:
+        """Until all of these have a place and room, with one of so many shares."""
         places, room = self._excess(sequences, tokens, shares)
         waits = [0.0]
         if places > 0 and self._freed:
@@ -63,7 +67,7 @@ class Forecast:
             waits.append(room * shares * self._seconds / self._freed_tokens)
         return max(waits)
 
-    def _excess(self, sequences: int, tokens: int, shares: int) -> tuple[float, float]:
+    def _excess(self, sequences: int, tokens: int, shares: float) -> tuple[float, float]:
         """Places and tokens that are wanted and not there."""
         used = self._used / self._ended if self._ended else 1.0  # few come to what they may
         return sequences - self._places / shares, used * tokens - self._tokens / shares

@@ -69,7 +69,13 @@ def delta_of(choice: int, event: TokenEvent, token_bytes: TokenBytes) -> Delta:
 def described(entry: TokenLogprob, token_bytes: TokenBytes) -> TokenText:
     """An engine's log probability with its bytes and those of its alternatives."""
     top = tuple(TokenText(token_id=id_, logprob=value, data=token_bytes(id_)) for id_, value in entry.top)
-    return TokenText(token_id=entry.token_id, logprob=entry.logprob, data=token_bytes(entry.token_id), top=top)
+    return TokenText(
+        token_id=entry.token_id,
+        logprob=entry.logprob,
+        data=token_bytes(entry.token_id),
+        top=top,
+        standins=entry.standins,
+    )
 
 
 def merge(deltas: Iterable[Delta]) -> tuple[Delta, ...]:

@@ -29,6 +29,7 @@ from buddymoe_ray.engine.answers import prepare_reading
 from buddymoe_ray.errors import CapacityError, RequestError
 from buddymoe_ray.observe import CalibrationSnapshot
 from buddymoe_ray.serve.access import admit
+from buddymoe_ray.serve.batches.job import LineService
 from buddymoe_ray.serve.batches.routes import batch_routes
 from buddymoe_ray.serve.batches.runner import BatchRunner
 from buddymoe_ray.serve.batches.store import FileStore
@@ -45,7 +46,7 @@ from buddymoe_ray.serve.dashboard import READ, dashboard_routes, page_routes
 from buddymoe_ray.serve.keys import KeyRing
 from buddymoe_ray.serve.metrics import exposition
 from buddymoe_ray.serve.openapi import allowed_methods, schema_routes
-from buddymoe_ray.serve.reading_bodies import whole_body
+from buddymoe_ray.serve.reading_bodies import apart, whole_body
 from buddymoe_ray.serve.recent import Recent
 from buddymoe_ray.serve.refusals import (
     Refused,
@@ -60,9 +61,9 @@ from buddymoe_ray.serve.refusals import (
 from buddymoe_ray.serve.replies import ModelCard, ModelList
 from buddymoe_ray.serve.resume import ResumeLimits, WorkerLost, resumable
 from buddymoe_ray.serve.streaming import Answer
-from buddymoe_ray.serve.tenants import RATE_HEADERS, STOPPING, Tenant, Tenants
-from buddymoe_ray.serve.wire import parse_body
+from buddymoe_ray.serve.tenants import RATE_HEADERS, STOPPING, Foreseen, Tenant, Tenants
 from buddymoe_ray.serve.wire_messages import parse_count
+from buddymoe_ray.serve.wire_parsing import parse_body
 from buddymoe_ray.serve.wire_tokens import DetokenizeRequest, TokenizeRequest, tokenize_reply
 from buddymoe_ray.serve.work import Refusal, Spelling, Work, Workers
 from buddymoe_ray.types import Mode
@@ -79,8 +80,6 @@ ABSENT = {
     **{"/v1/images": "making images", "/v1/audio": "audio", "/v1/moderations": "moderation"},
 }
 """Paths of other services of the kind, and what they would do."""
-BYTES_PER_TOKEN = 4
-"""Of a body, before its tokens are known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,17 +124,20 @@ class HttpSettings:
 def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
     """The service's routes over `workers`; `app.state.tenants` are its `Tenants`."""
     prepare_reading()
-    runner = BatchRunner.over(
-        workers,
-        settings.names,
-        FileStore(settings.files_folder, quota=settings.files_bytes),
+    ring = KeyRing(settings.api_key, settings.api_keys)
+    tenants = Tenants(ring)
+    lines = LineService(
+        workers=workers,
+        tenants=tenants,
+        names=settings.names,
         limits=settings.limits,
         seconds=settings.request_timeout_seconds,
+        default_max_tokens=settings.default_max_tokens,
         binding=settings.binding,
     )
+    runner = BatchRunner(FileStore(settings.files_folder, quota=settings.files_bytes), lines)
     app = FastAPI(title="buddymoe", openapi_url=None, redirect_slashes=False, lifespan=runner.lifespan)
-    ring = KeyRing(settings.api_key, settings.api_keys)
-    app.state.tenants = tenants = Tenants(ring)
+    app.state.tenants = tenants
     guarded = [Depends(_key_check(tenants, settings.limits.retry_after_seconds))]
     app.include_router(_public_routes(workers, settings, tenants))
     for page in ("dashboard", "docs"):
@@ -205,7 +207,7 @@ def _metrics_routes(workers: Workers, settings: HttpSettings, tenants: Tenants) 
         """Every worker's counters for Prometheus. They tell what all tenants do, so the key guards them."""
         accept = request.headers.get("accept", "")
         counters = tenants.counters(request.state.tenant)
-        text, media_type = exposition(settings.model, await workers.reports(), counters, accept=accept)
+        text, media_type = exposition(settings.model, await workers.reports(experts=True), counters, accept=accept)
         return Response(text, media_type=media_type)
 
     return router
@@ -286,7 +288,8 @@ def _token_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
 
     @router.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request) -> Response:
-        asked = parse_count(await whole_body(request))
+        body = await whole_body(request)
+        asked = await apart(partial(parse_count, body), body)
         with in_words(MESSAGES.words):
             work = replace(asked.work(f"count-{uuid.uuid4().hex}", flush_seconds=0.0), spells_only=True)
         return JSONResponse({"input_tokens": len((await spelled(work, asked.model, MESSAGES.words)).token_ids)})
@@ -301,19 +304,11 @@ def _token_routes(workers: Workers, settings: HttpSettings) -> APIRouter:
 async def _answer(endpoint: Endpoint, request: Request, workers: Workers, settings: HttpSettings) -> Response:
     tenant: Tenant = request.state.tenant
     body = await whole_body(request)
-    call = open_call(
-        endpoint,
-        body,
-        settings.names,
-        unique=uuid.uuid4().hex,
-        created=int(time.time()),
-        flush_seconds=settings.flush_seconds,
-    )
+    opened = partial(open_call, endpoint, body, settings.names, flush_seconds=settings.flush_seconds)
+    call = await apart(partial(opened, unique=uuid.uuid4().hex, created=int(time.time())), body)
     seconds = min(call.work.timeout or math.inf, settings.request_timeout_seconds)
     work = tenant.own(replace(call.work, begin_within=min(seconds, settings.queue_seconds), binding=settings.binding))
-    visit = tenant.begin(
-        prompt=len(body) // BYTES_PER_TOKEN, output=work.choices * (work.max_tokens or settings.default_max_tokens)
-    )
+    visit = tenant.begin(Foreseen.of(work, body, default_max_tokens=settings.default_max_tokens))
     if isinstance(visit, Refusal):
         raise Refused(visit)
     answer = Answer(

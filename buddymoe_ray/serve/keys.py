@@ -5,6 +5,7 @@
     requests_per_minute = 60      # these are optional: what is not named is not limited
     tokens_per_minute = 20000
     concurrent_requests = 4
+    weight = 2                    # of its turns beside other keys'; 1 unless told
 
 Keys are 256 random bits, so a plain SHA-256 tells nobody anything: salts and slow hashes are for secrets that can be
 guessed. Hence `buddymoe key` makes keys and takes none. Invariant: a file that cannot be used, or is gone, changes
@@ -46,13 +47,15 @@ _Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 
 
 class KeyLimits(BaseModel):
-    """What may be done with a key; None is no limit. A key that may do nothing is one to take out of the file."""
+    """What may be done with a key; None is no limit. A key that may do nothing is one to take out of the file. Where
+    keys wait for each other each has a share as large as its `weight`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     requests_per_minute: _Most = None
     tokens_per_minute: _Most = None
     concurrent_requests: _Most = None
+    weight: Annotated[float, Field(strict=True, ge=0.1, le=100)] = 1.0
 
 
 class _Entry(KeyLimits):
@@ -76,7 +79,7 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     return _parsed(path, _bytes_of(path))
 
 
-def add_key(path: Path, name: str, limits: Mapping[str, int | None]) -> str:
+def add_key(path: Path, name: str, limits: Mapping[str, float | None]) -> str:
     """A new key of that name, which is nowhere but in what is returned; its hash is in the file, made if need be, with
     those of its limits that are not None.
 

@@ -2,8 +2,8 @@
 
 Pure: knows neither HTTP nor ray. Invariant: one table, `METRICS`, is what every exporter exports; labels are `model`,
 `replica` and at most one more of a handful of values, so a service has few dozen series per worker, and four per named
-API key. What vLLM counts as well has vLLM's names and labels beside them (`VLLM_METRICS`; an engine is a replica): its
-dashboards show it.
+API key, however many layers, experts and peers there are. What vLLM counts as well has vLLM's names and labels beside
+them (`VLLM_METRICS`; an engine is a replica): its dashboards show it.
 Neighbours: `http` serves the text at /metrics, `ray_metrics` feeds `METRICS` to ray's own exporter.
 """
 
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from statistics import median
 from typing import Literal, get_args
 
 import prometheus_client.openmetrics.exposition as openmetrics
@@ -205,6 +206,60 @@ def exposition(
     return generate_latest(families, escaping=ALLOWUTF8), PLAIN_TEXT
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Spread:
+    """Of many values the least, the median and the most, or the first few: a series for each of these words."""
+
+    name: str
+    help: str
+    label: str
+    read: Callable[[WorkerReport], Mapping[str, float]]
+
+
+def _ends(values: Iterable[float]) -> Mapping[str, float]:
+    found = sorted(values)
+    return {"least": found[0], "median": median(found), "most": found[-1]} if found else {}
+
+
+def _residency_by_layer(report: WorkerReport) -> Mapping[str, float]:
+    return _ends(sum(cell & 1 for cell in layer) / len(layer) for layer in _layers(report))
+
+
+def _hottest(report: WorkerReport) -> Mapping[str, float]:
+    cells = sorted((cell >> 3 for layer in _layers(report) for cell in layer), reverse=True)[:HOTTEST]
+    return {str(rank): (cell / 31) ** 2 for rank, cell in enumerate(cells, start=1)}
+
+
+def _layers(report: WorkerReport) -> Iterator[bytes]:
+    """Cells of an `ExpertMap`, layer by layer."""
+    if report.experts is not None:
+        ends = list(accumulate(report.experts.experts_per_layer, initial=0))
+        yield from (report.experts.cells[begin:end] for begin, end in pairwise(ends) if begin < end)
+
+
+HOTTEST = 8
+SPREADS = (
+    _Spread(
+        name="buddymoe_layer_residency",
+        help="Share of a layer's experts in slots.",
+        label="layers",
+        read=_residency_by_layer,
+    ),
+    _Spread(
+        name="buddymoe_expert_use",
+        help="Share of steps that ask for the hottest experts, by rank.",
+        label="rank",
+        read=_hottest,
+    ),
+    _Spread(
+        name="buddymoe_link_seconds",
+        help="How long peers take to answer.",
+        label="peers",
+        read=lambda report: _ends(report.links.values()),
+    ),
+)
+
+
 @dataclass(frozen=True)
 class _Families(Collector):
     """Every metric with the values of all workers."""
@@ -229,6 +284,12 @@ class _Families(Collector):
                 buckets = list(zip(upper, map(float, accumulate(held.counts)), strict=True))
                 found.add_metric([self.model, report.replica], buckets, sum_value=held.total)
             yield found
+        for spread in SPREADS:
+            gauge = GaugeMetricFamily(spread.name, spread.help, labels=["model", "replica", spread.label])
+            for report in self.reports:
+                for word, value in spread.read(report).items():
+                    gauge.add_metric([self.model, report.replica, word], value)
+            yield gauge
         for name, help_ in TENANT_METRICS.items():
             counted = CounterMetricFamily(f"buddymoe_key_{name}", help_, labels=["model", "key"])
             for key, counters in self.tenants.items():

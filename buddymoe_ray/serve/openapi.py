@@ -40,8 +40,9 @@ from buddymoe_ray.serve.openapi_replies import (
     TokenizeForm,
 )
 from buddymoe_ray.serve.replies import ChatChunk, ChatCompletion, Completion, ErrorEnvelope, ModelCard, ModelList
-from buddymoe_ray.serve.wire import NEUTRAL, NOTES, ChatRequest, CompletionRequest
+from buddymoe_ray.serve.wire import ChatRequest, CompletionRequest
 from buddymoe_ray.serve.wire_messages import CountRequest, MessagesRequest
+from buddymoe_ray.serve.wire_parsing import NEUTRAL, NOTES
 from buddymoe_ray.serve.wire_parts import WireBody
 from buddymoe_ray.serve.wire_responses import ResponseRequest
 from buddymoe_ray.serve.wire_tokens import DetokenizeRequest, TokenizeRequest

@@ -66,7 +66,7 @@ def in_words_of(refusal: Refusal, words: Mapping[str, str]) -> Refusal:
     """A refusal of chat completions in another API's words, by those of chat."""
     if not words:
         return refusal
-    known = re.compile(r"\b(?:" + "|".join(map(re.escape, words)) + r")\b")
+    known = re.compile(r"(?<![\w'\"])(?:" + "|".join(map(re.escape, words)) + r")(?![\w'\"])")  # quoted is the caller's
 
     def told(text: str) -> str:
         return known.sub(lambda found: words[found[0]], text)

@@ -163,6 +163,7 @@ class ChatRenderer(ChatReading):
                     TopLogprobBody(token=_text(top), logprob=known_logprob(top), bytes=list(top.data))
                     for top in entry.top
                 ],
+                standins=entry.standins,
             )
             for entry in delta.logprobs
         ]

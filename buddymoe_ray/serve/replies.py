@@ -131,12 +131,14 @@ class TopLogprobBody(_JsonBody):
 
 
 class TokenLogprobBody(_JsonBody):
-    """The chosen token at one position, with its alternatives."""
+    """The chosen token at one position, with its alternatives. Of the expert accesses of the step that chose it,
+    stand-ins answered `standins`."""
 
     token: str
     logprob: float
     bytes: list[int]
     top_logprobs: list[TopLogprobBody]
+    standins: int = 0
 
 
 class ChatLogprobs(_JsonBody):

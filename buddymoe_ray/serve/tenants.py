@@ -20,12 +20,14 @@ from buddymoe_ray.serve.keys import SINGLE, ApiKey, KeyLimits, KeyRing
 from buddymoe_ray.serve.refusals import unavailable
 from buddymoe_ray.serve.work import Refusal, Reply, Work
 
-__all__ = ["RATE_HEADERS", "STOPPING", "Tenant", "TenantCounters", "Tenants", "Visit"]
+__all__ = ["RATE_HEADERS", "STOPPING", "Foreseen", "Tenant", "TenantCounters", "Tenants", "Visit"]
 
 log = logging.getLogger(__name__)
 
 STOPPING = "the service is stopping"
-LAST_SECONDS, RETRY_SECONDS = 1.0, 2
+LAST_SECONDS, RETRY_SECONDS, POLL_SECONDS = 1.0, 2, 0.1
+BYTES_PER_TOKEN = 4
+"""Of a body, before its tokens are known."""
 HEADERS = ("limit", "remaining", "reset")
 RATES = {"requests": "requests_per_minute", "tokens": "tokens_per_minute"}
 """What is limited by the minute, and the limits' names."""
@@ -40,6 +42,25 @@ class TenantCounters:
     refused: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreseen:
+    """Tokens that a request may take, before those of its prompt are counted."""
+
+    prompt: int
+    output: int
+
+    @classmethod
+    def of(cls, work: Work, body: bytes, *, default_max_tokens: int) -> Foreseen:
+        """Of a request by its body, and what it asks of a worker."""
+        output = default_max_tokens if work.max_tokens is None else work.max_tokens
+        return cls(prompt=len(body) // BYTES_PER_TOKEN, output=work.choices * output)
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.prompt + self.output
 
 
 class Tenant:
@@ -62,23 +83,35 @@ class Tenant:
     def own(self, work: Work) -> Work:
         """Work as this tenant's: it shares what was computed of a beginning with no other."""
         salt = f"{self.name}/{work.cache_salt}" if self.name else work.cache_salt
-        return replace(work, tenant=self.name, cache_salt=salt)
+        return replace(work, tenant=self.name, cache_salt=salt, weight=self.limits.weight)
 
     def ask(self) -> Refusal | None:
         """A request comes; counts as one."""
         self.counters.requests += 1
         return self._take("requests", 1)
 
-    def begin(self, *, prompt: int, output: int) -> Visit | Refusal:
+    def begin(self, tokens: Foreseen) -> Visit | Refusal:
         """It is understood, and will take about so many tokens; what is returned must be ended."""
         most = self.limits.concurrent_requests
         if most is not None and self.running >= most:
             return self._refuse("concurrent_requests", f"{most} requests run", 1.0)
-        refusal = self._take("tokens", prompt + output)
+        refusal = self._take("tokens", tokens.total)
         if refusal is not None:
             return refusal
         self.running += 1
-        return Visit(self, prompt=prompt, output=output)
+        return Visit(self, tokens)
+
+    async def turn(self, tokens: Foreseen, *, again: bool = False) -> Visit:
+        """The same for what can wait, once there is room within the limits; half of them, and a place, are left to who
+        waits for an answer. What comes `again` was counted as a request."""
+        wanted = {"requests": 0 if again else 1, "tokens": tokens.total}
+        while (seconds := self._wait(wanted)) > 0:
+            await asyncio.sleep(min(seconds, LAST_SECONDS))
+        for kind, bucket in self._buckets.items():
+            bucket.take(wanted[kind], self._clock())
+        self.counters.requests += wanted["requests"]
+        self.running += 1
+        return Visit(self, tokens)
 
     def headers(self) -> dict[str, str]:
         """OpenAI's `x-ratelimit-*` of what is limited by the minute."""
@@ -94,12 +127,20 @@ class Tenant:
         self.running -= 1
         self.counters.prompt_tokens += visit.prompt_tokens
         self.counters.generated_tokens += visit.generated_tokens
+        used = visit.prompt_tokens + visit.generated_tokens
         if "tokens" in self._buckets:
-            used = visit.prompt_tokens + visit.generated_tokens
-            self._buckets["tokens"].take(used - visit.foreseen, self._clock())
-        if self.name:
+            self._buckets["tokens"].take(used - visit.foreseen.total, self._clock())
+        if self.name and used:
             counts = visit.prompt_tokens, visit.generated_tokens
             log.info("key %s: %d prompt and %d generated tokens", self.name, *counts)
+
+    def _wait(self, wanted: Mapping[str, int]) -> float:
+        """Seconds until so much may be taken by what can wait, as far as is known."""
+        most = self.limits.concurrent_requests
+        if most is not None and self.running >= max(1, most - 1):
+            return POLL_SECONDS
+        now, buckets = self._clock(), self._buckets.items()
+        return max((bucket.wait(wanted[kind] + bucket.per_minute / 2, now) for kind, bucket in buckets), default=0.0)
 
     def _take(self, kind: str, amount: int) -> Refusal | None:
         bucket, now = self._buckets.get(kind), self._clock()
@@ -125,10 +166,10 @@ class Tenant:
 
 
 class Visit:
-    """One request of a tenant while it is answered, foreseen to take so many tokens."""
+    """One request of a tenant while it is answered."""
 
-    def __init__(self, tenant: Tenant, *, prompt: int, output: int) -> None:
-        self._tenant, self._prompt, self.foreseen = tenant, prompt, prompt + output
+    def __init__(self, tenant: Tenant, foreseen: Foreseen) -> None:
+        self._tenant, self.foreseen = tenant, foreseen
         self.prompt_tokens = self.generated_tokens = 0
         self._known = self._ended = False
 
@@ -149,7 +190,7 @@ class Visit:
         """Nothing more comes. Who leaves before the prompt's tokens are told pays what was foreseen of it."""
         if not self._ended:
             self._ended = True
-            self.prompt_tokens = self.prompt_tokens if self._known else self._prompt
+            self.prompt_tokens = self.prompt_tokens if self._known else self.foreseen.prompt
             self._tenant.settle(self)
 
     def _note(self, reply: Reply, n: int) -> None:
@@ -177,7 +218,7 @@ class Tenants:
         time to end. Those are told so with their next tokens."""
         self.closed, until = True, self._clock() + seconds
         while self.running and self._clock() < until:
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(POLL_SECONDS)
         left = self.running
         if left:
             for tenant in (self._nobody, *self._known.values()):
@@ -196,6 +237,13 @@ class Tenants:
         if key is None:
             return self._nobody if self._ring.open else None
         return self._of(key) if self._ring.has_names else self._nobody
+
+    def named(self, name: str) -> Tenant:
+        """Who has, or had, a key of that name; nobody in particular without one."""
+        key = next((key for key in self._ring.keys if key.name == name), None) if name else None
+        if key is not None:
+            return self._of(key)
+        return self._known.setdefault(name, Tenant(name, KeyLimits(), self._clock)) if name else self._nobody
 
     def counters(self, reader: Tenant) -> Mapping[str, TenantCounters]:
         """By name, of the keys that are good now, where they have names: of all for the environment's, else its own."""

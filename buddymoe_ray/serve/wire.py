@@ -1,20 +1,18 @@
 """OpenAI request bodies: typed, checked, turned into `Work`. What is not understood is refused by name, never dropped.
 
 Knows neither HTTP nor workers. Invariant: every field of an accepted body is honoured, or is in one of the two tables
-of fields whose given value asks for nothing (`NEUTRAL`, `NOTES`). On the token path: body → `parse_*` → `.work()`.
+of fields whose given value asks for nothing (`wire_parsing`). On the token path: body → `parse_*` → `.work()`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from buddymoe_ray.engine.json_schema import checked_output, checked_schema
-from buddymoe_ray.engine.validate import plain_text
-from buddymoe_ray.errors import RequestError
+from buddymoe_ray.serve.wire_parsing import parse_body
 from buddymoe_ray.serve.wire_parts import (
     Buddy,
     BuddyOptions,
@@ -35,36 +33,13 @@ from buddymoe_ray.serve.wire_parts import (
 from buddymoe_ray.serve.work import Prompt, Thinking, ToolUse, Work
 from buddymoe_ray.types import SamplingParams, StructuredOutput
 
-__all__ = ["ChatRequest", "CompletionRequest", "parse_body", "parse_chat", "parse_completion"]
+__all__ = ["ChatRequest", "CompletionRequest", "StopText", "parse_chat", "parse_completion"]
 
 MAX_CHOICES = 128
 
-# Standard fields that are not built, with the values that ask for nothing. Any other value is refused.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "echo": (None, False),
-    "function_call": (None, "none"),
-    "functions": (None, []),
-    "modalities": (None, ["text"]),
-    "moderation": (None,),
-    "parallel_tool_calls": (None, True, False),
-    "prediction": (None,),
-    "prompt_cache_options": (None, {}, {"mode": "implicit"}),
-    "reasoning_effort": (None,),
-    "service_tier": (None, "auto", "default"),
-    "store": (None, False),
-    "suffix": (None,),
-    "tool_choice": (None, "none"),
-    "tools": (None, []),
-    "verbosity": (None, "medium"),
-    "web_search_options": (None,),
-}
-# Standard fields that label a request, or say how long a cache may keep it at most; they change nothing in its answer.
-NOTES = frozenset({"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user"})
 # Sampling fields that go into SamplingParams under their own name.
 SAMPLING = ("temperature", "top_p", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
-Model = TypeVar("Model", bound=WireBody)
 Item = TypeVar("Item")
 Many = Annotated[list[Item], Field(min_length=1)]
 Ids = Many[Annotated[int, Field(ge=0)]]
@@ -242,7 +217,7 @@ class ChatRequest(_SamplingFields):
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.name not in names:
             raise ValueError(f"tool_choice names {self.tool_choice.name!r}, must be one of tools")
         if self.tool_choice == "required" and not names:
-            raise ValueError("tool_choice is required, must come with tools")
+            raise ValueError("tool_choice asks for a call, must come with tools")
         if names and self.tool_choice != "none" and self._output() is not None:
             raise ValueError("tools and a format of the whole text are given, must be one of them")
         return self
@@ -342,54 +317,3 @@ def parse_chat(body: bytes) -> ChatRequest:
 def parse_completion(body: bytes) -> CompletionRequest:
     """A completion request, or RequestError naming the field."""
     return parse_body(body, CompletionRequest)
-
-
-def parse_body(body: bytes, model: type[Model]) -> Model:
-    """A request of that model, or RequestError naming the field."""
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(
-            f"the body is not JSON ({error}). hint: send an object with Content-Type application/json"
-        ) from None
-    if not isinstance(fields, dict):
-        raise RequestError(
-            f"the body is a JSON {type(fields).__name__}, must be an object. hint: see the API's reference"
-        )
-    notes = (NOTES | NEUTRAL.keys()) - model.model_fields.keys() if model.takes_notes else ()
-    for name in [name for name in fields if name in notes]:
-        value = fields.pop(name)
-        if name in NEUTRAL and not any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL[name]):
-            raise _not_supported(name)
-    text = json.dumps(fields)
-    for name, value in fields.items() if "\\ud" in text else ():  # half characters may be among those
-        plain_text(plain_text("the body", name), json.dumps(value, ensure_ascii=False))
-    try:
-        return model.model_validate_json(text)
-    except ValidationError as error:
-        raise _request_error(error) from None
-
-
-def _request_error(error: ValidationError) -> RequestError:
-    """The first thing wrong, named by its path in the body."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    path = ""
-    *before, last = first["loc"] or ("",)
-    for part in (*(part for part in before if not str(part).startswith("#")), last):  # those are `by_type`
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        return RequestError(
-            f"{path} is not a field of this service, must be left out. hint: check its spelling", param=path
-        )
-    if first["type"] == "unsupported":
-        return _not_supported(path)
-    if first["type"] == "missing":
-        return RequestError(f"{path} is missing, must be given. hint: add it", param=path)
-    if not path:  # two fields that disagree: the message begins with the first one's name
-        return RequestError(f"{message}. hint: see README, API", param=message.split(" ", 1)[0])
-    return RequestError(f"{path} is not usable: {message}. hint: see the API's reference", param=path)
-
-
-def _not_supported(path: str) -> RequestError:
-    return RequestError(f"{path} is not supported by this service, must be left out. hint: remove it", param=path)

@@ -6,7 +6,6 @@ what has no counterpart there is refused by name. On the token path: body → `p
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,9 +13,10 @@ from pydantic import Field
 
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.serve.refusals import in_words
-from buddymoe_ray.serve.wire import ChatRequest, StopText, parse_body
+from buddymoe_ray.serve.wire import ChatRequest, StopText
 from buddymoe_ray.serve.wire_messages_options import CustomTool, MessagesChoice, OutputConfig, ThinkingOptions
 from buddymoe_ray.serve.wire_messages_parts import Note, Texts, Turn, joined
+from buddymoe_ray.serve.wire_parsing import checked, parse_body
 from buddymoe_ray.serve.wire_parts import BuddyOptions, MaxTokens, Temperature, TopP, WireBody
 from buddymoe_ray.serve.work import Thinking
 
@@ -56,8 +56,8 @@ class CountRequest(WireBody):
                 "hint: say in system how to begin",
                 param="messages",
             )
-        system = [] if self.system is None else [{"role": "system", "content": joined(self.system)}]
-        fields: dict[str, Any] = {"messages": [*system, *(told for turn in self.messages for told in turn.messages())]}
+        system = [] if self.system is None else [joined("system", self.system)]
+        fields: dict[str, Any] = {"messages": [*system, *(each for turn in self.messages for each in turn.messages())]}
         fields |= self.model_dump(include=AS_THEY_ARE, exclude_none=True)
         if self.tools:
             fields["tools"] = [tool.tool() for tool in self.tools]
@@ -118,4 +118,4 @@ def parse_count(body: bytes) -> ChatRequest:
 
 def _for_chat(asked: CountRequest) -> ChatRequest:
     with in_words(MESSAGES_WORDS):
-        return parse_body(json.dumps(asked.fields()).encode(), _MessagesChat)
+        return checked(asked.fields(), _MessagesChat)

@@ -5,12 +5,11 @@ Types the shapes alone: what they hold is checked as a part of `wire.ChatRequest
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from buddymoe_ray.serve.wire_parts import Unsupported, WireBody, by_type, of_types
+from buddymoe_ray.serve.wire_parts import CalledFunction, Message, ToolCall, Unsupported, WireBody, by_type, told
 
 __all__ = ["Note", "Texts", "Turn", "joined"]
 
@@ -20,9 +19,8 @@ Note = dict[str, Any] | None  # how long a cache may keep something at most: cha
 
 
 def _blocks(value: object) -> object:
-    """Content as a list of blocks of the types that are understood."""
-    given = [{"type": "text", "text": value}] if isinstance(value, str) else value
-    return of_types(given, ("text", "thinking", "tool_use", "tool_result"))
+    """Content as a list of blocks."""
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 class TextBlock(WireBody):
@@ -47,14 +45,15 @@ class ToolUseBlock(WireBody):
 
     type: Literal["tool_use"]
     id: str
-    name: str
+    name: str = Field(min_length=1)
     input: dict[str, Any]
     cache_control: Note = None
     caller: Unsupported = None
 
-    def call(self) -> dict[str, Any]:
-        """As chat completions write it."""
-        return {"id": self.id, "function": {"name": self.name, "arguments": json.dumps(self.input)}}
+    def call(self) -> ToolCall:
+        """As chat completions have it."""
+        function = CalledFunction.model_construct(name=self.name, arguments=self.input)
+        return ToolCall.model_construct(id=self.id, function=function)
 
 
 Texts = Annotated[list[TextBlock], BeforeValidator(_blocks, json_schema_input_type=str | list[TextBlock])]
@@ -69,10 +68,10 @@ class ToolResultBlock(WireBody):
     is_error: bool | None = None
     cache_control: Note = None
 
-    def message(self) -> dict[str, Any]:
-        """As chat completions write it."""
+    def message(self) -> Message:
+        """As chat completions have it."""
         text = ("Error: " if self.is_error else "") + "".join(block.text for block in self.content)
-        return {"role": "tool", "tool_call_id": self.tool_use_id, "content": text}
+        return Message.model_construct(role="tool", tool_call_id=self.tool_use_id, content=text)
 
 
 Block = Annotated[
@@ -97,20 +96,18 @@ class Turn(WireBody):
             raise ValueError(f"content of role {self.role} holds a {wrong}, must be of {', '.join(BLOCKS[self.role])}")
         return self
 
-    def messages(self) -> list[dict[str, Any]]:
-        """As chat completions write it: each result is a message of its own."""
+    def messages(self) -> list[Message]:
+        """As chat completions have it: each result is a message of its own."""
         texts = [block for block in self.content if isinstance(block, TextBlock)]
         if self.role == "assistant":
             thoughts = "".join(block.thinking for block in self.content if isinstance(block, ThinkingBlock))
             calls = [block.call() for block in self.content if isinstance(block, ToolUseBlock)]
-            own = {"reasoning_content": thoughts, "tool_calls": calls}
-            return [{"role": "assistant", "content": joined(texts)} | {k: told for k, told in own.items() if told}]
-        told = [block.message() for block in self.content if isinstance(block, ToolResultBlock)]
-        return [*told, {"role": self.role, "content": joined(texts)}] if texts or not told else told
+            return [joined("assistant", texts, reasoning_content=thoughts, tool_calls=calls)]
+        results = [block.message() for block in self.content if isinstance(block, ToolResultBlock)]
+        return [*results, joined(self.role, texts)] if texts or not results else results
 
 
-def joined(texts: list[TextBlock]) -> str | list[dict[str, str]]:
-    """The content of a message."""
-    if len(texts) < 2:
-        return "".join(block.text for block in texts)
-    return [{"type": "text", "text": block.text} for block in texts]
+def joined(role: str, texts: list[TextBlock], **more: Any) -> Message:
+    """A message of these texts, which were checked with the turn that they are of."""
+    content = told([block.text for block in texts] or [""])
+    return Message.model_construct(role=role, content=content, **more)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from buddymoe_ray.engine.json_schema import checked_output
-from buddymoe_ray.errors import RequestError
 from buddymoe_ray.serve.work import ChatMessage, Terms
 from buddymoe_ray.types import Mode, StructuredOutput
 
@@ -20,6 +20,7 @@ __all__ = [
     "Effort",
     "MaxTokens",
     "Message",
+    "RefusalPart",
     "NamedTool",
     "OutputForms",
     "ResponseFormat",
@@ -31,7 +32,8 @@ __all__ = [
     "TopP",
     "WireBody",
     "by_type",
-    "of_types",
+    "called_with",
+    "told",
     "written_as",
 ]
 
@@ -42,7 +44,7 @@ class WireBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     takes_notes: ClassVar[bool] = True
-    """Whether a body of it may hold the standard fields that ask for nothing: `wire.NEUTRAL` and `wire.NOTES`."""
+    """Whether a body of it may hold the standard fields that ask for nothing: `wire_parsing.NEUTRAL` and `NOTES`."""
 
 
 def written_as(form: Any) -> BeforeValidator:
@@ -53,15 +55,6 @@ def written_as(form: Any) -> BeforeValidator:
 def by_type(value: Any) -> str:
     """Which of several kinds an object is, by its `type`: the kind's Tag, which errors do not name."""
     return f"#{value.get('type') if isinstance(value, dict) else None}"
-
-
-def of_types(values: object, types: tuple[str, ...]) -> object:
-    """The same. Raises ValueError where it is a list that holds another type than those."""
-    for value in values if isinstance(values, list) else ():
-        kind = value.get("type") if isinstance(value, dict) else None
-        if kind not in types:
-            raise ValueError(f"type {kind!r} is not supported, must be one of {', '.join(types)}")
-    return values
 
 
 def _unsupported(value: object) -> None:
@@ -125,6 +118,18 @@ class ContentPart(BaseModel):
     text: str
 
 
+class RefusalPart(WireBody):
+    """What the assistant said when it would not answer: a text like others."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        """That."""
+        return self.refusal
+
+
 Buddy = Annotated[
     BuddyOptions,
     BeforeValidator(lambda value: {} if value is None else value, json_schema_input_type=BuddyOptions | None),
@@ -132,26 +137,42 @@ Buddy = Annotated[
 
 
 def _content(value: object, info: ValidationInfo) -> object:
-    """Message content: a text, typed parts as a tuple of their texts, or None beside calls. Parts other than text are
-    refused."""
-    if isinstance(value, str) or (value is None and info.data.get("tool_calls")):
+    """Message content: a text, typed parts as a tuple of their texts, or None beside calls or a refusal. Parts other
+    than text are refused."""
+    if isinstance(value, str) or (value is None and (info.data.get("tool_calls") or info.data.get("refusal"))):
         return value
     if not isinstance(value, list):
         raise ValueError("must be a text, or a list of content parts")
+    names = ("text", "refusal") if info.data.get("role") == "assistant" else ("text",)
     texts = []
-    for part in value:
-        known = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        if not known or any(part[name] is not None for name in part.keys() - {"type", "text"}):
-            raise ValueError('content parts must be {"type": "text", "text": ...}; images and audio are not supported')
-        texts.append(part["text"])
+    for at, part in enumerate(value):
+        name = part.get("type") if isinstance(part, dict) else None
+        known = name in names and isinstance(part.get(name), str)
+        if not known or any(part[key] is not None for key in part.keys() - {"type", name}):
+            raise ValueError(
+                f'part {at} is of type {name!r:.80}, must be {{"type": "text", "text": ...}}; images and audio are not '
+                "supported"
+            )
+        texts.append(part[name])
     return tuple(texts)
+
+
+def called_with(value: object) -> dict[str, Any]:
+    """What a function was called with, of the JSON that clients send back as text. Raises ValueError."""
+    try:
+        given = json.loads(value or "{}") if isinstance(value, str) else None
+    except (ValueError, RecursionError):
+        given = None
+    if not isinstance(given, dict):
+        raise ValueError(f"{value!r:.80} must be a JSON object in a text: send calls back as they came")
+    return given
 
 
 class CalledFunction(WireBody):
     """`function` of a call in a message."""
 
     name: str = Field(min_length=1)
-    arguments: str
+    arguments: Annotated[dict[str, Any], BeforeValidator(called_with, json_schema_input_type=str)]
 
 
 class ToolCall(WireBody):
@@ -163,18 +184,8 @@ class ToolCall(WireBody):
     function: CalledFunction
 
     def record(self) -> dict[str, Any]:
-        """As templates know it: arguments are an object. Raises RequestError."""
-        try:
-            arguments = json.loads(self.function.arguments or "{}")
-        except (ValueError, RecursionError):
-            arguments = None
-        if not isinstance(arguments, dict):
-            raise RequestError(
-                f"tool_calls holds arguments {self.function.arguments!r:.80}, must be a JSON object. "
-                "hint: send calls back as they came",
-                param="messages",
-            )
-        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+        """As templates know it."""
+        return {"id": self.id, "type": "function", "function": self.function.model_dump()}
 
 
 class OfferedFunction(WireBody):
@@ -233,12 +244,13 @@ class Message(WireBody):
     annotations: Unsupported = None
     audio: Unsupported = None
     function_call: Unsupported = None
-    refusal: Unsupported = None
+    refusal: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     content: Annotated[
-        str | tuple[str, ...] | None, BeforeValidator(_content, json_schema_input_type=str | list[ContentPart] | None)
+        str | tuple[str, ...] | None,
+        BeforeValidator(_content, json_schema_input_type=str | list[ContentPart | RefusalPart] | None),
     ] = Field(None, validate_default=True)
     name: str | None = None
 
@@ -250,23 +262,31 @@ class Message(WireBody):
 
     @model_validator(mode="after")
     def _fields_are_the_roles(self) -> Message:
-        if (self.tool_calls or self.reasoning_content) and self.role != "assistant":
-            raise ValueError(f"tool_calls and reasoning_content are given, must be of role assistant, not {self.role}")
+        if (self.tool_calls or self.reasoning_content or self.refusal) and self.role != "assistant":
+            raise ValueError(
+                f"tool_calls, reasoning_content or refusal is given, must be of role assistant, not {self.role}"
+            )
         if (self.tool_call_id is None) == (self.role == "tool"):
             raise ValueError("tool_call_id must be given with role tool, and with no other")
         return self
 
     def record(self) -> ChatMessage:
-        """As templates know it: `developer` is OpenAI's newer name of `system`."""
+        """As templates know it: `developer` is OpenAI's newer name of `system`, and a refusal is what was said."""
         role = "system" if self.role == "developer" else self.role
+        texts = (self.content,) if isinstance(self.content, str) else self.content or ()
         return ChatMessage(
             role=role,
-            content=self.content,
+            content=told((*texts, self.refusal)) if self.refusal else self.content,
             name=self.name,
             reasoning_content=self.reasoning_content,
             tool_calls=tuple(call.record() for call in self.tool_calls or ()),
             tool_call_id=self.tool_call_id,
         )
+
+
+def told(texts: Sequence[str]) -> str | tuple[str, ...]:
+    """The content of a message of these texts."""
+    return texts[0] if len(texts) == 1 else tuple(texts)
 
 
 class OutputForms(WireBody):

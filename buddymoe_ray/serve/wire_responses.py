@@ -6,16 +6,17 @@ what has no counterpart there is refused by name. On the token path: body → `p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from buddymoe_ray.serve.refusals import in_words
-from buddymoe_ray.serve.wire import ChatRequest, parse_body
+from buddymoe_ray.serve.wire import ChatRequest
+from buddymoe_ray.serve.wire_parsing import checked, parse_body
 from buddymoe_ray.serve.wire_parts import (
     BuddyOptions,
     ChosenTool,
     MaxTokens,
+    Message,
     Temperature,
     TopP,
     Unsupported,
@@ -80,11 +81,12 @@ class ResponseRequest(WireBody):
 
     def fields(self) -> dict[str, Any]:
         """The same for chat completions."""
-        messages: list[dict[str, Any]] = []
+        told: list[dict[str, Any]] = []
         if self.instructions is not None:
-            messages.append({"role": "system", "content": self.instructions})
+            told.append({"role": "system", "content": self.instructions})
         for item in self.input:
-            item.tell(messages)
+            item.tell(told)
+        messages = [Message.model_construct(**message) for message in told]
         fields = self.model_dump(include=AS_THEY_ARE, exclude_none=True)
         fields |= {"messages": messages, "tool_choice": self._choice(), "max_completion_tokens": self.max_output_tokens}
         if self.reasoning is not None:
@@ -131,4 +133,4 @@ def parse_response(body: bytes) -> ChatRequest:
     """A request for a response, or RequestError naming the field."""
     asked = parse_body(body, ResponseRequest)
     with in_words(RESPONSES_WORDS):
-        return parse_body(json.dumps(asked.fields()).encode(), _ResponseChat)
+        return checked(asked.fields(), _ResponseChat)

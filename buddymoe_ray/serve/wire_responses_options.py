@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from buddymoe_ray.serve.wire_parts import Effort, ToolName, Unsupported, WireBody
 
@@ -52,6 +52,13 @@ class TextFormat(WireBody):
     description: str | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _schema_goes_with_type(self) -> TextFormat:
+        wanted = self.type == "json_schema"
+        if (self.name is not None, self.schema_ is not None) != (wanted, wanted):
+            raise ValueError("name and schema must be given with type json_schema, and with no other")
+        return self
 
 
 class TextConfig(WireBody):

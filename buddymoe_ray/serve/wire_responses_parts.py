@@ -8,21 +8,28 @@ from __future__ import annotations
 import base64
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from buddymoe_ray.serve.wire_parts import Unsupported, WireBody, by_type, of_types
+from buddymoe_ray.serve.wire_parts import (
+    CalledFunction,
+    RefusalPart,
+    ToolCall,
+    Unsupported,
+    WireBody,
+    by_type,
+    called_with,
+    told,
+)
 
 __all__ = ["ENCRYPTED", "Items", "packed_thoughts"]
 
-TEXTS = ("input_text", "output_text", "reasoning_text", "summary_text")
 ENCRYPTED = "reasoning.encrypted_content"
 """What clients `include` that keep conversations to themselves."""
-ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 
 
 def _parts(value: object) -> object:
-    """Content as a list of parts, which are texts."""
-    return of_types([{"type": "input_text", "text": value}] if isinstance(value, str) else value, TEXTS)
+    """Content as a list of parts."""
+    return [{"type": "input_text", "text": value}] if isinstance(value, str) else value
 
 
 def _items(value: object) -> object:
@@ -30,9 +37,7 @@ def _items(value: object) -> object:
     given = [{"role": "user", "content": value}] if isinstance(value, str) else value
     if not isinstance(given, list):
         return given
-    return of_types(
-        [{"type": "message", **item} if isinstance(item, dict) and "role" in item else item for item in given], ITEMS
-    )
+    return [{"type": "message", **item} if isinstance(item, dict) and "role" in item else item for item in given]
 
 
 THOUGHTFUL = {"role", "content", "reasoning_content"}  # a message whose text or calls may still come
@@ -48,6 +53,10 @@ class TextPart(WireBody):
 
 
 Parts = Annotated[list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])]
+Said = Annotated[
+    Annotated[TextPart, Tag("#text")] | Annotated[RefusalPart, Tag("#refusal")],
+    Discriminator(lambda value: "#refusal" if by_type(value) == "#refusal" else "#text"),
+]
 
 
 class _Item(WireBody):
@@ -62,13 +71,18 @@ class MessageItem(_Item):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: Parts
+    content: Annotated[list[Said], BeforeValidator(_parts, json_schema_input_type=str | list[Said])]
     phase: Unsupported = None
+
+    @model_validator(mode="after")
+    def _the_assistant_refuses(self) -> MessageItem:
+        if self.role != "assistant" and any(isinstance(part, RefusalPart) for part in self.content):
+            raise ValueError(f"content of role {self.role} holds a refusal, which is the assistant's")
+        return self
 
     def tell(self, messages: list[dict[str, Any]]) -> None:
         """Add it; an assistant's goes with the thoughts before it."""
-        texts = [part.text for part in self.content]
-        content = texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
+        content = told([part.text for part in self.content])
         if self.role == "assistant" and messages and messages[-1].keys() == THOUGHTFUL:
             messages[-1]["content"] = content
         else:
@@ -80,15 +94,16 @@ class CallItem(_Item):
 
     type: Literal["function_call"]
     call_id: str
-    name: str
-    arguments: str
+    name: str = Field(min_length=1)
+    arguments: Annotated[dict[str, Any], BeforeValidator(called_with, json_schema_input_type=str)]
 
     def tell(self, messages: list[dict[str, Any]]) -> None:
         """Add it to what the assistant said."""
         if not messages or messages[-1]["role"] != "assistant":
             messages.append({"role": "assistant", "content": None})
-        function = {"name": self.name, "arguments": self.arguments}
-        messages[-1].setdefault("tool_calls", []).append({"id": self.call_id, "function": function})
+        function = CalledFunction.model_construct(name=self.name, arguments=self.arguments)
+        call = ToolCall.model_construct(id=self.call_id, function=function)
+        messages[-1].setdefault("tool_calls", []).append(call)
 
 
 class OutputItem(_Item):

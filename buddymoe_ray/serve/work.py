@@ -117,7 +117,8 @@ class Work:
         flush_seconds: tokens of this much time share a batch; None is one batch with everything at the end.
         report_prompts: send the prompts' token ids with the first batch.
         cache_salt: only calls with the same share what was computed of a common beginning.
-        tenant: who asks, for workers to be fair; empty is nobody in particular.
+        tenant: who asks, for workers to be fair; empty is nobody in particular. `weight` is how large a share it has
+            beside those of others.
         timeout: seconds the caller wants to wait for the whole answer at most; whoever makes the call sees to it.
         begin_within: a worker that foresees that it could not begin within so many seconds refuses.
         echo: every choice's text begins with its prompt.
@@ -146,6 +147,7 @@ class Work:
     report_prompts: bool = False
     cache_salt: str = ""
     tenant: str = ""
+    weight: float = 1.0
     timeout: float | None = None
     begin_within: float = math.inf
     echo: bool = False
@@ -169,12 +171,13 @@ class Work:
 @dataclass(frozen=True, kw_only=True)
 class TokenText:
     """One token with its log probability (nats; None for the first of a prompt) and its bytes, which may be a part of a
-    character."""
+    character. `standins` is that of `types.TokenLogprob`."""
 
     token_id: int
     logprob: float | None
     data: bytes
     top: tuple[TokenText, ...] = ()
+    standins: int = 0
 
 
 def known_logprob(entry: TokenText) -> float:

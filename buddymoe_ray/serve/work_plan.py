@@ -153,4 +153,5 @@ class Intake:
             resumed_token_ids=resumed,
             cache_salt=work.cache_salt,
             tenant=work.tenant,
+            weight=work.weight,
         )

@@ -194,7 +194,8 @@ class Worker:
         if isinstance(planned, Refusal) or work.resume:
             return planned
         tokens = sum(map(_most_tokens, planned.requests.values()))
-        seconds = self._forecast.seconds(work.tenant, len(planned.requests), tokens, time.monotonic())
+        now = time.monotonic()
+        seconds = self._forecast.seconds(work.tenant, len(planned.requests), tokens, now, weight=work.weight)
         if seconds > work.begin_within:
             return too_late(seconds, within=work.begin_within, retry_after_seconds=self._retry_after)
         return planned
@@ -227,7 +228,7 @@ class Worker:
     async def _run(self, choice: int, planned: WorkPlan, items: asyncio.Queue[Delta | Refusal]) -> None:
         """Move one sequence's events to `items`; its end is always told, as a last delta or a refusal."""
         request, made = planned.requests[choice], 0
-        self._forecast.arrive(request.tenant, _most_tokens(request), time.monotonic())
+        self._forecast.arrive(request.tenant, _most_tokens(request), time.monotonic(), weight=request.weight)
         try:
             async with aclosing(self._engine.generate(request)) as events:  # type: ignore[type-var]
                 async for event in events:

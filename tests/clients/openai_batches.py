@@ -50,8 +50,9 @@ def main(url: str = "http://127.0.0.1:8000/v1", model: str = "builtin:tiny") -> 
 
 
 def batches(client: openai.OpenAI, model: str) -> None:
-    """A file through a batch, beside the same requests one by one."""
-    bodies: Any = [{"model": model, "prompt": f"{at} + {at} =", "max_tokens": 8, "temperature": 0} for at in range(20)]
+    """A file through a batch, beside the same requests one by one: in `exact`, where no request feels others."""
+    exact = {"model": model, "max_tokens": 8, "temperature": 0, "buddymoe": {"mode": "exact"}}
+    bodies: Any = [exact | {"prompt": f"{at} + {at} ="} for at in range(20)]
     lines = [
         {"custom_id": str(at), "method": "POST", "url": "/v1/completions", "body": body}
         for at, body in enumerate([*bodies, bodies[0] | {"temperature": 9}])
@@ -67,7 +68,7 @@ def batches(client: openai.OpenAI, model: str) -> None:
     assert batch.status == "completed" and batch.output_file_id and batch.error_file_id, batch
     answers = [json.loads(each) for each in client.files.content(batch.output_file_id).text.splitlines()]
     for body, answer in zip(bodies, answers, strict=True):
-        alone = client.completions.create(**body).choices[0].text
+        alone = client.completions.create(model=model, prompt=body["prompt"], extra_body=body).choices[0].text
         assert answer["response"]["body"]["choices"][0]["text"] == alone, (answer, alone)
     [wrong] = client.files.content(batch.error_file_id).text.splitlines()
     assert json.loads(wrong)["response"]["status_code"] == 400, wrong

@@ -89,7 +89,12 @@ def ask(page: Page) -> None:
     page.get_by_label("Mode").select_option("bounded")
     page.get_by_role("button", name="Send").click()
     page.wait_for_selector("article.answer p:has-text('expected rise')", timeout=60_000)
-    print("asked:", " / ".join(page.locator("article.answer").inner_text().split("\n")))
+    answer = page.locator("article.answer")
+    print("asked:", " / ".join(answer.inner_text().split("\n")))
+    touched = int(answer.inner_text().split(" tokens touched by stand-ins")[0].split(" ")[-1])
+    marks = answer.locator("mark").all_inner_texts()
+    print("marked:", marks)
+    assert len(marks) <= touched and (marks or not touched), "the end is a token too, and is not shown"
 
 
 def keyboard(page: Page) -> None:

@@ -209,7 +209,8 @@ def test_template_options_have_their_effect_or_are_refused() -> None:
     hello = [{"role": "user", "content": "x"}]
     assert tokenizer.decode(encode_chat(tokenizer, hello, {"think": "hard"})).endswith("assistant\n<think hard>")
     assert tokenizer.decode(encode_chat(tokenizer, hello, {"add_generation_prompt": False})).endswith("<|im_end|>\n")
-    for name in ("thnk", "messages", "tokenize", "chat_template", "self"):
+    tokenizer = tokenizer_with("{% if tools %}{{ tools }}{% endif %}" + tokenizer.chat_template)
+    for name in ("thnk", "messages", "tools", "tokenize", "chat_template", "self"):
         with pytest.raises(RequestError, match=rf"chat_template_kwargs\.{name} is given.*think") as caught:
             encode_chat(tokenizer, hello, {name: 1})
         assert caught.value.param == "chat_template_kwargs"

@@ -21,7 +21,7 @@ from buddymoe_ray.serve import dashboard
 from buddymoe_ray.serve.calls import ENDPOINTS, MESSAGES, RESPONSES
 from buddymoe_ray.serve.http import HttpSettings, http_app
 from buddymoe_ray.serve.openapi import OPERATIONS, Operation, openapi_document
-from buddymoe_ray.serve.wire import NEUTRAL, NOTES, parse_body
+from buddymoe_ray.serve.wire_parsing import NEUTRAL, NOTES, parse_body
 
 DOCUMENT = openapi_document()
 BODIES = [each for each in OPERATIONS if each.body is not None]

@@ -120,6 +120,7 @@ def test_a_tenant_waits_for_its_own_share() -> None:
         forecast.arrive("b", 10, now)
     assert forecast.seconds("b", 1, 10, now) == pytest.approx(8)
     assert 0 < forecast.seconds("c", 2, 20, now) < 8, "a third has a third"
+    assert forecast.seconds("c", 2, 20, now, weight=8.0) == 0, "or eight tenths, by its weight"
 
 
 def test_nothing_is_foretold_that_was_not_measured() -> None:

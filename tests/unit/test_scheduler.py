@@ -18,12 +18,13 @@ from buddymoe_ray.types import GenerationRequest, SamplingParams
 MAX_LEN = 10_000
 
 
-def make(request_id: str, prompt: int, max_tokens: int, tenant: str = "") -> Sequence:
+def make(request_id: str, prompt: int, max_tokens: int, tenant: str = "", weight: float = 1.0) -> Sequence:
     request = GenerationRequest(
         request_id=request_id,
         prompt_token_ids=(1,) * prompt,
         sampling=SamplingParams(max_tokens=max_tokens),
         tenant=tenant,
+        weight=weight,
     )
     return Sequence(request, max_model_len=MAX_LEN)
 
@@ -407,12 +408,13 @@ def test_one_tenant_with_many_requests_does_not_starve_another(grows: bool) -> N
     assert pool.free_blocks == 400
 
 
-def test_tenants_that_always_wait_get_the_same() -> None:
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_tenants_that_always_wait_get_what_they_weigh(weight: float) -> None:
     pool, made = growing(blocks=400, max_running=6), {"a": 0, "b": 0}
     count = 0
     for _ in range(1500):
         while sum(seq.request.tenant == "a" for seq in pool._waiting.values()) < 20:
-            pool.add(make(f"a{(count := count + 1)}", 4, 9, "a"))
+            pool.add(make(f"a{(count := count + 1)}", 4, 9, "a", weight))
         while sum(seq.request.tenant == "b" for seq in pool._waiting.values()) < 2:
             pool.add(make(f"b{(count := count + 1)}", 20, 30, "b"))
         plan = pool.schedule()
@@ -421,8 +423,8 @@ def test_tenants_that_always_wait_get_the_same() -> None:
         for chunk in plan.prefill:
             made[chunk.seq.request.tenant] += chunk.end - chunk.start
         carry_out(pool, plan)
-    assert made["a"] == pytest.approx(made["b"], rel=0.05), "short requests or long ones, many or few"
-    assert pool.preemptions < 10, "who has a place keeps it"
+    assert made["a"] == pytest.approx(weight * made["b"], rel=0.06), "short requests or long ones, many or few"
+    assert pool.preemptions < 30, "who has a place keeps it"
 
 
 def test_a_short_prompt_does_not_wait_for_another_tenants_long_ones() -> None:

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -25,6 +26,7 @@ from buddymoe_ray.serve.batches import file_routes, job, routes
 from buddymoe_ray.serve.batches.records import FileObject
 from buddymoe_ray.serve.batches.store import FileStore
 from buddymoe_ray.serve.http import HttpSettings, http_app
+from buddymoe_ray.serve.keys import add_key
 from buddymoe_ray.serve.refusals import Refused
 from buddymoe_ray.serve.resume import ResumeLimits, WorkerLost
 from buddymoe_ray.serve.work import Batch, Refusal, Reply, Work
@@ -158,6 +160,46 @@ async def test_a_key_sees_what_was_made_with_keys_of_its_name(tmp_path: Path) ->
         assert sorted([each.id async for each in alice.files.list()]) == sorted(names)
 
 
+async def test_lines_wait_within_the_limits_of_their_key(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    keys = [add_key(path, "alice", {"tokens_per_minute": 120, "concurrent_requests": 2}), add_key(path, "bob", {})]
+    async with serving(api_keys=str(path), files_folder=tmp_path / "files") as http:
+        alice, bob = (openai_client(http, key) for key in keys)
+        batch = await begun(alice, lines(20))
+        while (await alice.batches.retrieve(batch.id)).request_counts.completed < 3:
+            await asyncio.sleep(0.01)
+        assert (await ended(bob, (await begun(bob, lines(20))).id)).request_counts.completed == 20, (
+            "nobody waits for it"
+        )
+        asked = await alice.completions.create(model="fake", prompt="now", max_tokens=20)
+        assert asked.usage is not None and asked.usage.completion_tokens == 20, "half of the limit is not for batches"
+        now = await alice.batches.retrieve(batch.id)
+        assert now.status == "in_progress" and now.request_counts.completed < 15
+        counted = (await http.get("/metrics", headers={"x-api-key": keys[0]})).text
+        await alice.batches.cancel(batch.id)
+        await ended(alice, batch.id)
+    requests, tokens = (
+        float(re.findall(rf"^buddymoe_key_{name}_total{{\S+ ([\d.]+)$", counted, re.M)[0])
+        for name in ("requests", "generated_tokens")
+    )
+    assert requests >= 3 and tokens >= 20 + 3 * 5
+
+
+async def test_lines_leave_a_place_to_who_waits_for_an_answer(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    key, engine = add_key(path, "alice", {"concurrent_requests": 2}), FakeEngine(delay=0.002)
+    async with serving(engine, api_keys=str(path), files_folder=tmp_path / "files") as http:
+        client = openai_client(http, key)
+        batch = await begun(client, lines(4, max_tokens=10))
+        await ended(client, batch.id, "in_progress")
+        while not engine.running:
+            await asyncio.sleep(0.001)
+        for _ in range(5):
+            await client.completions.create(model="fake", prompt="now", max_tokens=2)
+            assert len(engine.running) < 2
+        assert (await ended(client, batch.id)).request_counts.completed == 4
+
+
 async def test_a_worker_sends_guests_away_when_others_need_their_place() -> None:
     worker = Worker(FakeEngine(delay=0.005, limits=FakeLimits(max_running=2)))
     ask = SamplingParams(temperature=0.0)
@@ -187,7 +229,9 @@ async def test_lines_wait_while_others_do_and_come_out_the_same(tmp_path: Path) 
         batch = await begun(client, lines(6, max_tokens=20))
         await ended(client, batch.id, "in_progress")
         while not engine.cancelled:  # somebody's place was a line's
-            await client.completions.create(model="fake", prompt="now", max_tokens=1, n=2)
+            if engine.running:  # else lines that were sent away would find no place for long
+                await client.completions.create(model="fake", prompt="now", max_tokens=1, n=2)
+            await asyncio.sleep(0.001)
         done = await ended(client, batch.id)
         texts = [each["response"]["body"]["choices"][0]["text"] for each in await told(client, done.output_file_id)]
         for at, text in enumerate(texts):

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from asgi import TEXT, check_error, messages_of, serving
+from asgi import CHAT, TEXT, check_error, messages_of, serving
 from fakes import FakeEngine, LocalWorkers
 
 from buddymoe_ray import LLM
@@ -86,6 +86,18 @@ async def test_data_is_what_the_workers_count() -> None:
         assert {"hits", "standins", "guard", "calibration", "requests", "expected_rise"} <= set(worker["snapshot"])
         assert worker["experts"]["experts_per_layer"] == [3] and worker["links"] == {"other": 0.002}
         assert base64.urlsafe_b64decode(worker["experts"]["cells"]) == engines[0].expert_map().cells
+
+
+async def test_tokens_say_what_stand_ins_had_a_part_in_them() -> None:
+    async with serving(mode="bounded") as client:
+        for mode, expected in (("exact", 0), ("bounded", 2)):
+            asked = CHAT | {"logprobs": True, "buddymoe": {"mode": mode}}
+            whole = (await client.post("/v1/chat/completions", json=asked)).json()
+            told = messages_of((await client.post("/v1/chat/completions", json=asked | {"stream": True})).text)[:-1]
+            streamed = [entry for message in told for entry in json.loads(message)["choices"][0]["logprobs"]["content"]]
+            for tokens in (whole["choices"][0]["logprobs"]["content"], streamed):
+                assert [token["standins"] for token in tokens] == [expected] * CHAT["max_tokens"]
+    assert {"bytes", "standins"} <= set(re.findall(r"token\.(\w+)", PAGE)), "the page marks them"
 
 
 def test_many_experts_are_few_bytes_and_infinity_is_null() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 from asgi import CHAT, TEXT, check_error, messages_of, openai_client, serving, talking_to
 from fakes import FakeEngine, FakeLimits, LocalWorkers, exact_usage
 
-from buddymoe_ray.serve.calls import MAX_BODY_BYTES
+from buddymoe_ray.serve import http
+from buddymoe_ray.serve.calls import MAX_BODY_BYTES, Call, Endpoint
 from buddymoe_ray.serve.http import HttpSettings
 from buddymoe_ray.serve.worker import Worker
 from buddymoe_ray.types import GenerationRequest, TokenEvent, TokenLogprob
@@ -369,6 +371,25 @@ async def test_what_an_engine_says_of_a_prompt_is_said_of_the_callers_field() ->
                 await client.post("/v1/chat/completions", json=asked), 400, "messages", "context_length_exceeded"
             )
             assert f"messages and {name} are" in message and f"lower {name} to" in message
+
+
+async def test_a_long_body_is_read_beside_what_runs() -> None:
+    long = {"model": "fake", "messages": [{"role": "user", "content": "x"}] * 4000, "max_tokens": 1}
+    seen: dict[str, int] = {}
+    parsed = http.open_call
+
+    def watched(endpoint: Endpoint, body: bytes, *rest: Any, **more: Any) -> Call:
+        seen["long" if len(body) > 1000 else "short"] = threading.get_ident()
+        return parsed(endpoint, body, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(http, "open_call", watched)
+        async with serving() as client:
+            check_error(
+                await client.post("/v1/chat/completions", json=long), 400, "messages", "context_length_exceeded"
+            )
+            assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
+    assert seen["short"] == threading.get_ident() != seen["long"], "others' streams go on meanwhile"
 
 
 async def test_sixteen_streams_at_once_are_each_their_own() -> None:

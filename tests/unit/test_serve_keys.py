@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from buddymoe_ray.cli import main
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.serve.http import HttpSettings, http_app
 from buddymoe_ray.serve.keys import MOST_BYTES, KeyLimits, KeyRing, _parsed, add_key, read_keys
-from buddymoe_ray.serve.tenants import Tenant, TenantCounters, Visit
+from buddymoe_ray.serve.tenants import Foreseen, Tenant, TenantCounters, Visit
+from buddymoe_ray.serve.work import Work
 from buddymoe_ray.serve.worker import Worker
+from buddymoe_ray.types import SamplingParams
 
 KEY = "sk-a-key-of-somebody"
 HASH = hashlib.sha256(KEY.encode()).hexdigest()
@@ -49,10 +52,11 @@ def test_a_key_is_shown_once_and_only_its_hash_is_kept(tmp_path: Path, capsys: p
     words = ["key", "alice", "--file", str(path), "--requests-per-minute", "60", "--json"]
     assert main(words) == 0
     told = json.loads(capsys.readouterr().out)
-    assert main(["key", "bob", "--file", str(path)]) == 0
+    assert main(["key", "bob", "--file", str(path), "--weight", "2.5"]) == 0
     assert re.search(r"sk-[\w-]{43}\b", capsys.readouterr().out)
     alice, bob = read_keys(path)
     assert (alice.name, bob.name, alice.limits.requests_per_minute) == ("alice", "bob", 60)
+    assert (alice.limits.weight, bob.limits.weight) == (1.0, 2.5)
     assert alice.digest == hashlib.sha256(told["key"].encode()).digest() != bob.digest
     assert told["key"] not in path.read_text() and path.stat().st_mode & 0o777 == 0o600
     assert [each.name for each in path.parent.iterdir()] == ["keys.toml"], "nothing is left beside it"
@@ -77,6 +81,8 @@ ENTRY = f'[alice]\nsha256 = "{HASH}"\n'
         ("\ud800", "no TOML"),
         ("a = " + "[" * 100_000, "no TOML"),
         (ENTRY + "tokens_per_minute = " + "9" * 5000, "no TOML"),
+        (ENTRY + "weight = 0", "weight"),
+        (ENTRY + "weight = nan", "weight"),
         ("alice = 1\n", "alice"),
         ("[alice]\n", "sha256: Field required"),
         (f'[alice]\nsha256 = "{KEY}"\n', "alice.sha256"),
@@ -170,7 +176,7 @@ def test_every_key_is_compared_and_few_are_looked_at(tmp_path: Path, monkeypatch
 async def test_the_file_guards_the_api_and_names_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     path = tmp_path / "keys.toml"
-    alice, bob = add_key(path, "alice", {}), add_key(path, "bob", {})
+    alice, bob = add_key(path, "alice", {}), add_key(path, "bob", {"weight": 3})
     engine = FakeEngine()
     async with serving(engine, api_keys=str(path), api_key="sk-old") as client:
         for key in (alice, bob, "sk-old"):
@@ -181,7 +187,7 @@ async def test_the_file_guards_the_api_and_names_are_told(tmp_path: Path, caplog
             check_error(await client.post(f"/v1/completions{query}", json=TEXT), 401, None, "invalid_api_key")
         text, own = [(await client.get("/metrics", headers=with_key(key))).text for key in ("sk-old", bob)]
     assert 'key="bob"' in own and 'key="alice"' not in own, "one tenant does not read what another does"
-    assert [request.tenant for request in engine.seen] == ["alice", "bob", "default"]
+    assert [(request.tenant, request.weight) for request in engine.seen] == [("alice", 1), ("bob", 3), ("default", 1)]
     assert len({request.cache_salt for request in engine.seen}) == 3, "no tenant learns what another has asked"
     counted = dict(re.findall(r'^buddymoe_key_requests_total\{key="(\w+)",model="fake"\} ([\d.]+)$', text, re.M))
     assert counted == {"alice": "1.0", "bob": "1.0", "default": "1.0"}
@@ -250,18 +256,21 @@ async def test_tokens_are_foreseen_and_settled(tmp_path: Path) -> None:
         used = 1000 - int(reply.headers["x-ratelimit-remaining-tokens"])
         message = check_error(reply, 429, None, "rate_limit_exceeded")
         assert "tokens_per_minute" in message and 880 <= used <= 1000
+    scored = Work(request_id="s", prompts=("x", "y"), sampling=SamplingParams(), max_tokens=0, echo=True)
+    asked = replace(scored, max_tokens=None)
+    assert [Foreseen.of(work, b"x" * 40, default_max_tokens=7).total for work in (scored, asked)] == [10, 10 + 2 * 7]
 
 
 def visited(tokens: int | None, **limits: int) -> tuple[Tenant, Visit]:
     tenant = Tenant("alice", KeyLimits(**limits), Clock())
-    visit = tenant.begin(prompt=50, output=tokens or 0)
+    visit = tenant.begin(Foreseen(prompt=50, output=tokens or 0))
     assert isinstance(visit, Visit)
     return tenant, visit
 
 
 async def test_who_leaves_early_pays_for_the_prompt() -> None:
     tenant, visit = visited(10, tokens_per_minute=1000, concurrent_requests=1)
-    refused = tenant.begin(prompt=1, output=1)
+    refused = tenant.begin(Foreseen(prompt=1, output=1))
     assert not isinstance(refused, Visit) and refused.status == 429 and refused.retry_after_seconds == 1
     visit.end()
     visit.end()

@@ -159,7 +159,7 @@ async def test_errors_have_anthropics_shape() -> None:
         "container": {"container": "c"},
         "tools is given": {"tools": TOOLS},
         "tools[0].type": {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
-        "messages[0].content is not usable: type 'image' is not supported": {
+        "messages[0].content[0].type is 'image', which is not supported": {
             "messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]
         },
         "ends with role assistant": {"messages": [*BODY["messages"], {"role": "assistant", "content": "I"}]},
@@ -225,6 +225,13 @@ def test_a_conversation_is_put_into_the_words_of_chat() -> None:
     wrong = TOOLS[0] | {"input_schema": {"type": "object", "not": {}}}
     with pytest.raises(RequestError, match=r"^tools\[0\]\.input_schema"):
         opened(ASKED | {"tools": [wrong], "tool_choice": {"type": "any"}})
+    named = {"type": "tool", "name": "stop"}
+    with pytest.raises(RequestError, match=r"^tool_choice names 'stop', must be"):
+        opened(ASKED | {"tool_choice": named})
+    turns[0]["content"] = [*blocks[:2], blocks[2] | {"name": ""}]
+    with pytest.raises(RequestError) as refused:
+        opened(asked)
+    assert refused.value.param == "messages[1].content[2].name", "as the caller counts, system and results apart"
 
 
 def test_blocks_follow_each_other() -> None:

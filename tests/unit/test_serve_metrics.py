@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from buddymoe_ray.engine.request_times import RequestTimes
 from buddymoe_ray.engine.sequence import Sequence
-from buddymoe_ray.observe import CalibrationSnapshot, EngineSnapshot, GuardSnapshot, RequestsSnapshot
+from buddymoe_ray.observe import CalibrationSnapshot, EngineSnapshot, ExpertMap, GuardSnapshot, RequestsSnapshot
 from buddymoe_ray.serve import ray_metrics
 from buddymoe_ray.serve.metrics import METRICS, VLLM_HISTOGRAMS, VLLM_METRICS, exposition
 from buddymoe_ray.serve.ray_metrics import RayMetrics
@@ -175,6 +176,28 @@ def test_series_are_few_whatever_is_served() -> None:
     assert set(kinds.read(SNAPSHOT)) == {field.name for field in fields(StandinAccesses)}
     assert len({metric.name for metric in METRICS}) == len(METRICS)
     assert all(re.fullmatch(r"buddymoe(_[a-z]+)+", metric.name) and metric.help.endswith(".") for metric in METRICS)
+
+
+def test_series_are_as_many_for_48_layers_of_128_experts_as_for_one_of_8() -> None:
+    rng, texts = random.Random(1), []
+    for layers, experts, peers in ((1, 8, 1), (48, 128, 127)):
+        cells = bytes(rng.randrange(256) for _ in range(layers * experts))
+        spread = ExpertMap(experts_per_layer=(experts,) * layers, cells=cells)
+        links = {f"peer {at}": 0.001 * (at + 1) for at in range(peers)}
+        report = WorkerReport(replica="a", pid=1, snapshot=REQUESTS, experts=spread, links=links)
+        texts.append(parsed(written("m", [report])))
+    few, many = texts
+    assert set(few) == set(many) and len(ours(many)) < 60 and len(many) < 420
+    own = {key: value for key, value in many.items() if "layer_" in key[0] or "use" in key[0] or "link" in key[0]}
+    rows = [cells[at : at + 128] for at in range(0, len(cells), 128)]
+    shares = sorted(sum(cell & 1 for cell in row) / 128 for row in rows)
+    who = 'model="m",replica="a"'
+    assert own[("buddymoe_layer_residency", f'{who},layers="least"')] == shares[0]
+    assert own[("buddymoe_layer_residency", f'{who},layers="most"')] == shares[-1]
+    assert (
+        own[("buddymoe_expert_use", f'{who},rank="1"')] == 1 and ("buddymoe_expert_use", f'{who},rank="9"') not in own
+    )
+    assert own[("buddymoe_link_seconds", f'{who},peers="median"')] == pytest.approx(0.064)
 
 
 def test_what_vllm_counts_too_has_its_names_for_its_dashboards() -> None:

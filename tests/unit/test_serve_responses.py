@@ -126,8 +126,12 @@ async def test_what_cannot_be_is_refused_by_name() -> None:
         **{name: {name: "resp_1"} for name in ("previous_response_id", "conversation")},
         **{name: {name: True} for name in ("store", "background")},
         "tools[0].type": {"tools": [{"type": "web_search"}]},
-        "input[0].content": {"input": image},
-        "input": {"input": [{"type": "item_reference", "id": "i"}]},
+        "input[0].content[0].type": {"input": image},
+        "input[0].type": {"input": [{"type": "item_reference", "id": "i"}]},
+        "input[1].arguments": {
+            "input": [QUESTION, {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{"}]
+        },
+        "input[0]": {"input": [QUESTION | {"content": [{"type": "refusal", "refusal": "no"}]}]},
         "max_output_tokens": {"max_output_tokens": 0},
         "temperature": {"temperature": 3},
         "include[0]": {"include": ["message.output_text.logprobs"]},
@@ -140,6 +144,8 @@ async def test_what_cannot_be_is_refused_by_name() -> None:
         for param, fields in refused.items():
             told = check_error(await client.post(PATH, json=BODY | fields), 400, param)
             assert told.startswith(param) and "hint: " in told
+        unnamed = {"text": {"format": {"type": "json_schema", "schema": {}}}}
+        assert "name and schema" in check_error(await client.post(PATH, json=BODY | unnamed), 400, "text.format")
         long = await client.post(PATH, json=BODY | {"max_output_tokens": 1000})
         told = check_error(long, 400, "input", "context_length_exceeded")
         assert told.startswith("input and max_output_tokens are 7 + 1000 tokens")
@@ -163,7 +169,7 @@ def test_a_conversation_is_put_into_the_words_of_chat() -> None:
         QUESTION,
         {"type": "reasoning", "id": "r1", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
         {"type": "reasoning", "id": "r2", "summary": [], "encrypted_content": packed_thoughts("So: ☃")},
-        {"role": "assistant", "content": [{"type": "output_text", "text": "Let me see.", "annotations": []}]},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "Let me see."}]},
         {"type": "function_call", "call_id": "c1", "name": "get_news", "arguments": '{"city": "Rome"}'},
         {"type": "function_call", "call_id": "c2", "name": "get_news", "arguments": '{"city": "Oslo"}'},
         {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "none"}]},

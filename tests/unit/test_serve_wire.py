@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from buddymoe_ray.errors import RequestError
-from buddymoe_ray.serve.wire import MAX_CHOICES, NEUTRAL, NOTES, parse_chat, parse_completion
+from buddymoe_ray.serve.prompts import usable
+from buddymoe_ray.serve.wire import MAX_CHOICES, parse_chat, parse_completion
+from buddymoe_ray.serve.wire_parsing import NEUTRAL, NOTES
 from buddymoe_ray.serve.work import ChatMessage, Terms, ToolUse, Work
 from buddymoe_ray.types import SamplingParams
 
@@ -181,11 +183,26 @@ def test_template_options_arrive() -> None:
 
 
 def test_what_messages_cannot_carry_is_named() -> None:
-    for name in ("function_call", "refusal", "audio"):
+    for name in ("function_call", "audio"):
         for content in ({}, {"content": None}, {"content": "x"}):
             refused = refusal_of_chat(messages=[*HELLO, {"role": "assistant", name: [{"id": "1"}], **content}])
             assert refused.param == f"messages[1].{name}"
             assert f"messages[1].{name} is not supported" in str(refused)
+    refusal = {"type": "refusal", "refusal": "no"}
+    for message in ({"role": "user", "content": [refusal]}, {"role": "system", "content": "x", "refusal": "no"}):
+        refused = refusal_of_chat(messages=[message])
+        assert refused.param is not None and refused.param.startswith("messages[0]") and "refusal" in str(refused)
+
+
+def test_what_the_assistant_would_not_answer_is_text() -> None:
+    part = {"type": "refusal", "refusal": "I cannot."}
+    for fields, content in (
+        ({"content": [part]}, ("I cannot.",)),
+        ({"content": [{"type": "text", "text": "Well."}, part]}, ("Well.", "I cannot.")),
+        ({"content": None, "refusal": "I cannot."}, "I cannot."),
+        ({"content": "Well.", "refusal": "I cannot."}, ("Well.", "I cannot.")),
+    ):
+        assert chat(messages=[*HELLO, {"role": "assistant", **fields}]).messages[1].content == content
 
 
 TOOL = {"type": "function", "function": {"name": "get-time", "description": "d", "parameters": {"type": "object"}}}
@@ -224,7 +241,8 @@ def test_calls_and_their_results_can_be_sent_back_as_they_came() -> None:
     for arguments in ("{", "[]", "3"):
         bad = {**call, "function": {"name": "f", "arguments": arguments}}
         refused = refusal_of_chat(messages=[*HELLO, {"role": "assistant", "tool_calls": [bad]}])
-        assert refused.param == "messages" and "must be a JSON object" in str(refused)
+        assert refused.param == "messages[1].tool_calls[0].function.arguments"
+        assert "must be a JSON object" in str(refused)
 
 
 def test_token_limits_of_both_names() -> None:
@@ -411,18 +429,27 @@ def test_a_reply_can_be_sent_back_as_it_came() -> None:
     assert chat(messages=[*HELLO, reply]).messages[1] == ChatMessage(role="assistant", content="x")
 
 
+DEEP = b'{"model": "m", "messages": [], "chat_template_kwargs": {"a": ' + b"[" * 900 + b"]" * 900 + b"}}"
+
+
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b"3", b'"x"', b"\xff\xfe", b"{'a': 1}", b"[" * 100_000, b'{"model": "m"']
+    "body", [b"", b"{", b"[]", b"3", b'"x"', b"\xff\xfe", b"{'a': 1}", b"[" * 100_000, DEEP, b'{"model": "m"']
 )
 def test_what_is_no_json_object_is_refused(body: bytes) -> None:
-    with pytest.raises(RequestError, match="body"):
+    with pytest.raises(RequestError, match="body") as caught:
         parse_chat(body)
+    assert caught.value.param is None
 
 
 def test_numbers_that_json_does_not_have_are_refused() -> None:
     with pytest.raises(RequestError) as caught:
         parse_chat(b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}')
     assert caught.value.param == "temperature"
+
+
+def test_a_number_that_is_too_large_is_not_told_to_be_larger() -> None:
+    with pytest.raises(RequestError, match=r"must be in \[1, "):
+        usable(chat(max_tokens=10**30))
 
 
 json_values = st.recursive(

@@ -47,9 +47,10 @@ def test_fast_reads_nothing_in_decode_and_says_what_it_cost() -> None:
 @pytest.mark.parametrize("budget", [0.0, 0.001, 0.003, 0.03])
 def test_bounded_never_charges_more_than_its_budget(budget: float) -> None:
     with served(budget=budget, max_running=4) as llm:
-        results = llm.generate(PROMPTS, max_tokens=32)
+        results = llm.generate(PROMPTS, max_tokens=32, logprobs=0)
     for result in results:
-        usage = result.usage
+        usage, by_token = result.usage, [entry.standins for entry in result.logprobs]
+        assert sum(by_token) == usage.standins.total and by_token[0] == 0, "a prompt is computed exactly"
         assert usage.expected_rise <= budget * len(result.token_ids)
         assert usage.budget == budget and usage.mode == "bounded"
         assert usage.hits + usage.fetched + usage.standins.total == (len(result.token_ids) - 1) * 16

@@ -181,6 +181,7 @@ def test_whose_blocks_are_taken_follows_on() -> None:
         ({"json": ["a"]}, "must be a JSON schema"),
         ({"regex": "(a"}, "no grammar (Regex parsing error"),
         ({"grammar": "root ::= b"}, "no grammar (EBNF"),
+        ({"grammar": "root ::= root"}, "allows no token at all"),
         ({"choice": []}, "a list of texts"),
         ({"choice": ["a"], "regex": "a"}, "exactly one of json, json_object, regex, choice, grammar"),
         ({"whitespace_pattern": " "}, "exactly one of"),
@@ -241,6 +242,13 @@ def test_what_a_vocabulary_cannot_spell_is_told() -> None:
         grammar.accept(ord("b"))
     with pytest.raises(RequestError, match="a model without tokenizer"):
         Grammars(None, 9).open(checked_output({"choice": ["a"]}), frozenset())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_dead_end_is_no_whole_text(llm: LLM, temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, structured_outputs={"grammar": 'root ::= "a" b\nb ::= b'})
+    with pytest.raises(BuddyMoEError, match=r"no place|no token may come"):
+        llm.generate("x", params)
 
 
 def test_a_grammar_that_takes_ever_longer_ends_its_request_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,10 +24,12 @@ from buddymoe_ray.serve.batches.lines import BatchInput, BatchLine, LineError
 from buddymoe_ray.serve.batches.places import Places
 from buddymoe_ray.serve.batches.records import BatchErrors, BatchObject, BatchProblem, Moment, RequestCounts
 from buddymoe_ray.serve.batches.store import FileStore, Kept
-from buddymoe_ray.serve.calls import ModelNames
+from buddymoe_ray.serve.calls import Call, ModelNames
+from buddymoe_ray.serve.reading_bodies import apart
 from buddymoe_ray.serve.refusals import WORKER_LOST, failure
 from buddymoe_ray.serve.resume import FIRST_PAUSE, ResumeLimits, WorkerLost, resumable
 from buddymoe_ray.serve.streaming import Answer
+from buddymoe_ray.serve.tenants import Foreseen, Tenants, Visit
 from buddymoe_ray.serve.work import Refusal, Reply, Work, Workers
 
 __all__ = ["BatchJob", "LineService"]
@@ -47,18 +49,30 @@ ENDS: dict[str, tuple[Moment, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LineService:
-    """Who answers lines: workers, whose places all batches share. A line may take `seconds`, and is answered with the
-    loss of its worker when it met with that more often than `limits` let it move."""
+    """Who answers lines: workers, whose places all batches share, within the limits of `tenants`. A line may take
+    `seconds`, and is answered with the loss of its worker when it met with that more often than `limits` let it
+    move."""
 
     workers: Workers
+    tenants: Tenants
     names: ModelNames
-    places: Places
     limits: ResumeLimits
     seconds: float
+    default_max_tokens: int
     binding: str = ""
+    places: Places = field(default_factory=Places)
 
-    async def answer(self, answers: LineAnswers, at: int, line: BatchLine, owner: str) -> JournalEntry:
-        """A line's reply, or why it has none; however long it takes until there is a place for it."""
+    async def turn(self, call: Call, line: BatchLine, owner: str, *, again: bool = False) -> Visit:
+        """Wait until its owner's limits allow a line. Where the service stops none begins."""
+        while self.tenants.closed:
+            await asyncio.sleep(LONGEST_PAUSE)
+        tokens = Foreseen.of(call.work, line.body, default_max_tokens=self.default_max_tokens)
+        return await self.tenants.named(owner).turn(tokens, again=again)
+
+    async def answer(
+        self, answers: LineAnswers, at: int, line: BatchLine, owner: str, call: Call, visit: Visit
+    ) -> JournalEntry:
+        """A line's reply to a call whose turn it is, or why it has none; however long it takes until there is room."""
         lost, pause = 0, FIRST_PAUSE
 
         async def attempt(work: Work) -> AsyncGenerator[Reply, None]:
@@ -72,18 +86,17 @@ class LineService:
                 raise
 
         while True:
-            call = answers.open(at, line)
-            if isinstance(call, Refusal):
-                return answers.replied(at, line, call)
-            salt = f"{owner}/{call.work.cache_salt}" if owner else call.work.cache_salt
-            work = replace(call.work, gives_way=True, tenant=owner, binding=self.binding, cache_salt=salt)
-            replies = resumable(work, attempt, self.limits, seconds=self.seconds)
+            work = self.tenants.named(owner).own(replace(call.work, gives_way=True, binding=self.binding))
+            replies = visit.metered(resumable(work, attempt, self.limits, seconds=self.seconds), n=work.n)
             answer = Answer(replies=replies, renderer=call.renderer, n=work.n, choices=work.choices)
             whole = await answer.whole()
             if not isinstance(whole, Refusal) or whole.status not in (429, 503) or lost > self.limits.moves:
                 return answers.replied(at, line, whole)
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
+            opened = await apart(partial(answers.open, at, line), line.body)  # a renderer writes one reply
+            assert isinstance(opened, Call), f"line {at} was a request before"
+            call, visit = opened, await self.turn(opened, line, owner, again=True)
 
 
 class BatchJob:
@@ -163,11 +176,11 @@ class BatchJob:
         return moment
 
     async def _lines(self, source: BatchInput, answers: LineAnswers, journal: Journal) -> None:
-        """Answer what the journal has not, each line in a place of its own."""
+        """Answer what the journal has not, each line when its owner's limits allow it and in a place of its own."""
 
-        async def one(at: int, line: BatchLine) -> None:
+        async def one(at: int, line: BatchLine, call: Call, visit: Visit) -> None:
             try:
-                entry = await self._service.answer(answers, at, line, self._owner)
+                entry = await self._service.answer(answers, at, line, self._owner, call, visit)
             except Exception:  # whatever is wrong with one line, the others go on
                 log.exception("line %d of %s failed", source.number(at), self._batch.id)
                 entry = answers.replied(at, line, failure())
@@ -183,8 +196,17 @@ class BatchJob:
                 if isinstance(line, LineError):
                     journal.append(answers.failed(at, line))
                     continue
-                await self._service.places.take()
-                group.create_task(one(at, line))
+                call = await apart(partial(answers.open, at, line), line.body)
+                if isinstance(call, Refusal):
+                    journal.append(answers.replied(at, line, call))
+                    continue
+                visit = await self._service.turn(call, line, self._owner)
+                try:
+                    await self._service.places.take()
+                except BaseException:
+                    visit.end()
+                    raise
+                group.create_task(one(at, line, call, visit))
 
     async def _sync(self, journal: Journal) -> None:
         """Make entries durable now and then, as long as there is room to write all of them once more at the end."""

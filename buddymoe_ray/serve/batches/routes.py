@@ -24,7 +24,7 @@ from buddymoe_ray.serve.calls import ENDPOINTS
 from buddymoe_ray.serve.dashboard import READ
 from buddymoe_ray.serve.reading_bodies import whole_body
 from buddymoe_ray.serve.refusals import Refused
-from buddymoe_ray.serve.wire import parse_body
+from buddymoe_ray.serve.wire_parsing import parse_body
 from buddymoe_ray.serve.work import Refusal
 
 __all__ = ["MOST_UNFINISHED", "batch_routes"]

@@ -12,12 +12,8 @@ from contextlib import asynccontextmanager, suppress
 
 from buddymoe_ray.errors import BuddyMoEError
 from buddymoe_ray.serve.batches.job import BatchJob, LineService
-from buddymoe_ray.serve.batches.places import Places
 from buddymoe_ray.serve.batches.records import BatchObject
 from buddymoe_ray.serve.batches.store import FileStore
-from buddymoe_ray.serve.calls import ModelNames
-from buddymoe_ray.serve.resume import ResumeLimits
-from buddymoe_ray.serve.work import Workers
 
 __all__ = ["BatchRunner"]
 
@@ -35,23 +31,6 @@ class BatchRunner:
         self._jobs: dict[str, BatchJob] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._look: asyncio.Task[None] | None = None
-
-    @classmethod
-    def over(
-        cls,
-        workers: Workers,
-        names: ModelNames,
-        store: FileStore,
-        *,
-        limits: ResumeLimits,
-        seconds: float,
-        binding: str,
-    ) -> BatchRunner:
-        """One whose lines go to `workers`."""
-        service = LineService(
-            workers=workers, names=names, places=Places(), limits=limits, seconds=seconds, binding=binding
-        )
-        return cls(store, service)
 
     @asynccontextmanager
     async def lifespan(self, app: object) -> AsyncGenerator[None, None]:

@@ -1,0 +1,150 @@
+"""What HTTP and the page cost: tokens per second of a running service of `builtin:tiny`, beside the bare engine's.
+
+    buddymoe serve deployments/tiny-cpu.yaml --mode exact --memory 100% --max-running 16
+    python tests/http_cost.py [--streams 16] [--seconds 20] [--rounds 5] [--json]
+
+By hand, on a quiet machine: the service computes with one thread; proxy, ingress and this client want the other core.
+In each round the bare engine of this process, the service, and the service while two pages watch it take turns, in an
+order that changes; each is measured once its streams are under way, by what the engine itself counts. Says the medians
+of rates, of what HTTP has of the bare engine, and of what the page costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from itertools import count
+from statistics import median
+from typing import Any
+
+import httpx
+
+from buddymoe_ray import LLM
+from buddymoe_ray.commands.common import emit, print_facts
+from buddymoe_ray.types import GenerationRequest, SamplingParams
+
+MODEL = "builtin:tiny"
+TOKENS = 200
+"""Of an answer: streams begin and end as they do in life, and seldom enough."""
+WARM_SECONDS = 2.0
+PAGES = 2
+
+
+def prompt(at: int) -> str:
+    """No two begin alike, so none finds what another computed."""
+    return f"{at}: def add(a, b):"
+
+
+def bare(llm: LLM, streams: int, seconds: float) -> float:
+    """Tokens per second of the engine alone, with as many requests all the time."""
+    engine, numbers, made, began = llm.engine, count(), 0, 0.0
+    sampling = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+
+    def ask() -> None:
+        at = next(numbers)
+        ids = tuple(engine.encode(prompt(at)))
+        engine.add(GenerationRequest(request_id=str(at), prompt_token_ids=ids, sampling=sampling, mode="exact"))
+
+    for _ in range(streams):
+        ask()
+    start = time.perf_counter()
+    while not began or time.perf_counter() - began < seconds:
+        for event in engine.step():
+            made += len(event.token_ids)
+            if event.finish_reason is not None:
+                ask()
+        if not began and time.perf_counter() - start >= WARM_SECONDS:
+            began, made = time.perf_counter(), 0
+    rate = made / (time.perf_counter() - began)
+    for at in range(next(numbers)):
+        engine.cancel(str(at))
+    engine.drain()
+    return rate
+
+
+async def served(url: str, streams: int, seconds: float, *, pages: int) -> float:
+    """The same of the service, by its workers' own counters, while so many pages watch it."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False) as client:
+        numbers = count()
+
+        async def stream() -> None:
+            while True:
+                body = {"model": MODEL, "prompt": prompt(next(numbers)), "max_tokens": TOKENS, "ignore_eos": True}
+                body |= {"temperature": 0, "stream": True, "buddymoe": {"mode": "exact"}}
+                async with client.stream("POST", "/v1/completions", json=body) as reply:
+                    reply.raise_for_status()
+                    async for _ in reply.aiter_raw():
+                        pass
+
+        async def page() -> None:
+            while True:
+                async with client.stream("GET", "/dashboard/events") as reply:
+                    async for _ in reply.aiter_raw():
+                        pass
+
+        async def generated() -> int:
+            workers = (await client.get("/dashboard/data")).json()["workers"]
+            return sum(worker["snapshot"]["requests"]["generated_tokens"] for worker in workers)
+
+        tasks = [asyncio.create_task(stream()) for _ in range(streams)]
+        tasks += [asyncio.create_task(page()) for _ in range(pages)]
+        await asyncio.sleep(WARM_SECONDS)
+        before, began = await generated(), time.perf_counter()
+        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+        rate = (await generated() - before) / (time.perf_counter() - began)
+        failed = [task.exception() for task in tasks if task.done()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    assert not failed, failed
+    return rate
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Rounds of all three, and what they come to."""
+    rates: dict[str, list[float]] = {"bare": [], "http": [], "page": []}
+    with LLM(MODEL, memory=args.memory, mode="exact", threads=1, max_running=args.streams) as llm:
+        for turn in range(args.rounds):
+            names = list(rates)
+            for name in names[turn % 3 :] + names[: turn % 3]:
+                if name == "bare":
+                    rates[name].append(bare(llm, args.streams, args.seconds))
+                else:
+                    pages = PAGES if name == "page" else 0
+                    rates[name].append(asyncio.run(served(args.url, args.streams, args.seconds, pages=pages)))
+    shares = [100 * http / alone for http, alone in zip(rates["http"], rates["bare"], strict=True)]
+    costs = [100 * (1 - page / http) for page, http in zip(rates["page"], rates["http"], strict=True)]
+    return {
+        "streams": args.streams,
+        "rounds": args.rounds,
+        **{f"{name}_tok_s": round(median(found), 1) for name, found in rates.items()},
+        "http_percent_of_bare": round(median(shares), 1),
+        "http_percent_by_round": [round(share, 1) for share in shares],
+        "page_cost_percent": round(median(costs), 1),
+        "page_cost_percent_by_round": [round(cost, 1) for cost in costs],
+    }
+
+
+def main() -> int:
+    """Print what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--memory", default="100%", help="of the bare engine; the service's must be the same")
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    found = measure(args := parser.parse_args())
+    if args.json:
+        emit(found)
+    else:
+        print_facts({name: json.dumps(value) for name, value in found.items()}, title="what HTTP and the page cost")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
