@@ -28,7 +28,8 @@ from torch import Tensor
 from buddymoe_ray.actors.host_store import HostStore, KeeperOptions
 from buddymoe_ray.actors.placement import Placement, PlacementOptions
 from buddymoe_ray.actors.words import StoreStatus
-from buddymoe_ray.cache.shared import SharedExpertCache, SharedStore
+from buddymoe_ray.cache import ExpertCache
+from buddymoe_ray.cache.shared import SharedStore
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.sampler import Sampled
@@ -234,7 +235,7 @@ def _accesses(engine: Engine) -> Any:
 
 
 def _store(engine: Engine) -> SharedStore:
-    assert isinstance(engine.cache, SharedExpertCache), "the engine shares nothing"
+    assert isinstance(engine.cache, ExpertCache), "the engine shares nothing"
     return engine.cache.store
 
 

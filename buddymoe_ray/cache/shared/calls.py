@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from buddymoe_ray.cache.disk import DiskReader, ReadTicket
+from buddymoe_ray.cache.disk import DiskReader, Ticket
 from buddymoe_ray.cache.pool import Lease, SlotPool
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout
 
-__all__ = ["FIRST_PAUSE_SECONDS", "OwnLoad", "OwnSlot", "Stalled", "StreamState"]
+__all__ = ["FIRST_PAUSE_SECONDS", "OwnLoad", "OwnSlot", "ReadLost", "Stalled", "StreamState"]
 
 FIRST_PAUSE_SECONDS = 50e-6
 
@@ -26,13 +26,17 @@ class Stalled(CacheError):
     """Somebody who stands still has what is needed."""
 
 
+class ReadLost(CacheError):
+    """Whoever was reading the expert failed or was killed: it is to be fetched again."""
+
+
 @dataclass(frozen=True, slots=True)
 class OwnLoad:
     """An expert that this worker reads; it `began` to wait for it then, if it did."""
 
     key: ExpertKey
     slot: int
-    ticket: ReadTicket
+    ticket: Ticket
     began: float | None
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from buddymoe_ray.cache.shared.calls import Stalled
-from buddymoe_ray.cache.shared.locks import ROW_BYTE, ROWS, TABLES_BYTE, FileLocks
+from buddymoe_ray.cache.shared.locks import ROW_BYTE, ROWS, TABLES_BYTE, FileLocks, NoLocks
 from buddymoe_ray.cache.shared.shape import HeaderWord, StoreShape, entry_of, roles_of
 from buddymoe_ray.cache.usage import Usage
 from buddymoe_ray.errors import CacheError
@@ -57,9 +57,9 @@ class Counter(IntEnum):
 
 
 class SharedTables:
-    """The tables over `memory`, as seen by one row. Made by `SharedStore`; one thread per row."""
+    """The tables over `memory`, as seen by one row. Made by a store; one thread per row."""
 
-    def __init__(self, memory: npt.NDArray[np.uint8], shape: StoreShape, locks: FileLocks) -> None:
+    def __init__(self, memory: npt.NDArray[np.uint8], shape: StoreShape, locks: FileLocks | NoLocks) -> None:
         self.shape, self._locks = shape, locks
         self.head = shape.head(memory)
         views: dict[str, npt.NDArray[Any]] = shape.views(memory)

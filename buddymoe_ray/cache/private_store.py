@@ -1,0 +1,86 @@
+"""A store with one row: slots and tables in memory of this process, where nobody else ever is.
+
+So no lock is taken, nobody is waited for, and what is computed from slots needs no second look at their words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from buddymoe_ray.cache.pool import SlotPool
+from buddymoe_ray.cache.shared.locks import NoLocks
+from buddymoe_ray.cache.shared.shape import StoreShape
+from buddymoe_ray.cache.shared.tables import UNUSED, SharedTables
+from buddymoe_ray.device import Device, open_device
+from buddymoe_ray.types import ExpertLayout, SlotPlan
+
+__all__ = ["PrivateStore"]
+
+
+class PrivateStore:
+    """Slots of `plan` on `device` (None is the CPU), in `memory` where it is given, and who holds what."""
+
+    alone = True
+
+    def __init__(
+        self, layout: ExpertLayout, plan: SlotPlan, *, device: Device | None = None, memory: Tensor | None = None
+    ) -> None:
+        assert plan.slot_bytes == layout.slot_bytes, f"plan {plan.slot_bytes}, layout {layout.slot_bytes} bytes a slot"
+        self.layout, self.plan, self.device = layout, plan, device or open_device("cpu")
+        self.shape = StoreShape.of(layout, plan, rows=1)
+        self._pool = SlotPool(layout, plan.slots_total, self.device.torch, lent=any(plan.lent_slots), memory=memory)
+        self.tensor_C = self._pool.bytes_C
+        self.tables = SharedTables(np.zeros(self.shape.data_offset, np.uint8), self.shape, NoLocks())
+        self.tables.initialise(plan)
+        self.tables.join()
+
+    @classmethod
+    def of_waves(cls, layout: ExpertLayout, slots: int) -> PrivateStore:
+        """Host slots that are any layer's: what was used longest ago goes first."""
+        plan = SlotPlan(
+            budget_bytes=slots * layout.slot_bytes,
+            slot_bytes=layout.slot_bytes,
+            overhead_bytes=0,
+            wave_slots=slots,
+            layer_slots=(0,) * len(layout.experts_per_layer),
+            fully_resident=False,
+        )
+        return cls(layout, plan)
+
+    @property
+    def bytes_C(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """`[C, slot_bytes]` of slots on the CPU."""
+        found: np.ndarray[Any, np.dtype[np.uint8]] = self.tensor_C.numpy()
+        return found
+
+    @property
+    def generation(self) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+        """`[C]` how often each slot's content changed; a lease remembers it."""
+        return self.tables.generation
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots that are in use."""
+        return int((self.tables.partition != UNUSED).sum()) * self.shape.slot_bytes
+
+    def tensors(self, slot: int) -> Mapping[str, Tensor]:
+        """The slot's parameters by name, as views in their stored dtype."""
+        return self._pool.tensors(slot)
+
+    def address(self, slot: int) -> int:
+        """Where the slot's bytes begin."""
+        return self._pool.address(slot)
+
+    def give_back(self, first: int) -> None:
+        """Give the kernel back the memory of all slots from this one on, which hold nothing."""
+        self._pool.release(first, self.shape.slots)
+
+    def take_back(self, slot: int) -> None:
+        """It has memory again once it is written."""
+
+    def close(self) -> None:
+        """The slots go with the object."""
