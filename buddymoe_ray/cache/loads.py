@@ -8,6 +8,7 @@ once it may. Invariant: after a failed or interrupted load the slot is free.
 from __future__ import annotations
 
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import replace
 
@@ -103,7 +104,7 @@ class Loads:
         finally:
             self.stall_seconds += time.perf_counter() - began
 
-    def settle(self, call: StreamState) -> None:
+    def settle(self, call: StreamState, tries: int = 4) -> None:
         """After an end: keep what arrives, free what fails, let go of the rest."""
         self._tables.release([slot for _, slot in call.ready] + [slot for _, slot in call.waits])
         call.ready.clear()
@@ -111,10 +112,10 @@ class Loads:
         try:
             while call.loads:
                 with suppress(CacheError):  # met by whoever needs the expert
-                    self._tables.release([self._conclude(call.loads.popleft())])
+                    self._tables.release([self._conclude(call.loads[0], call.loads)])
         finally:
-            if call.loads:  # interrupted: the others must be settled all the same
-                self.settle(call)
+            if call.loads and tries:  # interrupted: the others must be settled all the same
+                self.settle(call, tries - 1)
 
     def alone(self, key: ExpertKey) -> Lease:
         """The expert for this worker alone."""
@@ -131,15 +132,9 @@ class Loads:
         return lease
 
     def _land(self, load: OwnLoad) -> None:
-        try:
-            self._tables.release([self._finish(load)])
+        with suppress(Stalled):  # it is tried again
+            self._tables.release([self._finish(load, self.ahead)])
             self.brought_C[load.slot] = self._tables.last_used[load.slot]
-        except Stalled:
-            return  # it is tried again
-        except BaseException:
-            self.ahead.remove(load)
-            raise
-        self.ahead.remove(load)
 
     def _check_patience(self, call: StreamState) -> None:
         """Raises Stalled where nothing has come for long; whoever was not in time before is not waited for again."""
@@ -159,9 +154,8 @@ class Loads:
         self.ahead.land()  # another worker may wait for it, and we for what that one has read ahead
         before = len(call.ready)
         for load in [load for load in call.loads if load.ticket.done()]:
-            call.loads.remove(load)
             try:
-                call.ready.append((load.key, self._conclude(load)))
+                call.ready.append((load.key, self._conclude(load, call.loads)))
                 self.kept_C[load.slot] = True
             except ReadLost:
                 call.missing.append(load.key)
@@ -187,28 +181,31 @@ class Loads:
                 call.missing.append(key)
         return changed
 
-    def _conclude(self, load: OwnLoad) -> int:
+    def _conclude(self, load: OwnLoad, loads: deque[OwnLoad]) -> int:
         """`_finish`, but what may not be made READY now will be before long."""
         try:
-            return self._finish(load)
+            return self._finish(load, loads)
         except Stalled:
+            loads.remove(load)
             self.ahead.add(replace(load, began=None))  # how long it took is known
             raise
 
-    def _finish(self, load: OwnLoad) -> int:
-        """The expert is read: make it READY. Its lease stays."""
+    def _finish(self, load: OwnLoad, loads: deque[OwnLoad] | ReadsAhead[OwnLoad]) -> int:
+        """The expert is read: make it READY, and it is none of the `loads` any more. Its lease stays."""
         try:
             load.ticket.wait()
         except BaseException as error:
             _blame(error, load.key)
             load.ticket.settle()
             self._abandon(load.slot)
+            loads.remove(load)
             raise
         tables = self._tables
         if load.began is not None:
             self.fetch_seconds += _SMOOTHING * (time.perf_counter() - load.began - self.fetch_seconds)
         with tables.locked_soon():
             tables.commit(load.slot)
+        loads.remove(load)
         tables.counters[tables.row, Counter.BYTES] += self._store.layout.expert_bytes
         return load.slot
 
