@@ -46,7 +46,7 @@ SLOT, HALF = 64, 32
 DIGEST = b"d" * 32
 _TICK, _MOST_STEPS = 1.0, 2000
 _FREE = ("read", "write", "compute", "open", "unlink")  # from these an actor looks at tables, bytes or files
-_LOOSE = {"counters", "accesses", "last_used"}  # tables that decide nothing, or only by their order
+_LOOSE = {"accesses", "last_used"}  # tables that decide nothing, or only by their order
 _IGNORED = {"fd", "reaped", "began", "pause", "end", "patience", "store", "stop", "progress", "pool"}
 
 Program = Callable[["Actor"], None]
@@ -621,7 +621,7 @@ class _Locks(locks.FileLocks):
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
-        if _world is not None and _world.owner is not None:
+        if _world is not None and _world.owner is not None and fd >= 0:
             _world.owner.fds.add(fd)
 
     def lock(self, at: int, seconds: float | None = None) -> bool:

@@ -29,7 +29,7 @@ from buddymoe_ray.cache.private_store import PrivateStore
 from buddymoe_ray.cache.shared.calls import Stalled, StreamState
 from buddymoe_ray.cache.shared.interface import Store
 from buddymoe_ray.cache.shared.shape import HeaderWord, places_of
-from buddymoe_ray.cache.shared.tables import READY, WAVE, Counter, SlotIds
+from buddymoe_ray.cache.shared.tables import READY, WAVE, SlotIds
 from buddymoe_ray.cache.slot_peers import SlotPeers
 from buddymoe_ray.cache.sources import DiskSource, HostSource, Source
 from buddymoe_ray.device import Device, open_device
@@ -140,7 +140,7 @@ class ExpertCache:
         return self._glances[layer]
 
     def _glance_at(self, entries: bytes) -> Glance:
-        tables, (slots_E, generations_E) = self._tables, places_of(entries)
+        tables, counts, (slots_E, generations_E) = self._tables, self._loads.counts, places_of(entries)
         slots_E[slots_E >= self.store.shape.slots] = -1  # others could write what leads out of the store
         at_E = np.where(slots_E >= 0, self.store.address(0) + slots_E * self.store.shape.slot_bytes, -1)
         words_2E = None
@@ -155,7 +155,7 @@ class ExpertCache:
             there.discard(-1)
             if not waves.isdisjoint(there):
                 tables.touch(np.array([*waves & there]))
-            tables.counters[tables.row, Counter.HITS] += len(there)
+            counts.hits += len(there)
 
         return Glance(at_E, used, words_2E)
 
@@ -276,19 +276,20 @@ class ExpertCache:
             absent = self._absent(layer)
             for _ in self.stream(layer, absent, protect_residency=True):
                 pass
-        self._tables.counters[self._tables.row] = 0
+        counts = self._loads.counts
+        counts.hits = counts.misses = counts.shared = 0
         self._loads.stall_seconds = 0.0
 
     def stats(self) -> CacheStats:
         """This worker's counters; readable from any thread."""
-        counted = self._tables.counters[self._tables.row]
+        counts = self._loads.counts
         return CacheStats(
-            hits=int(counted[Counter.HITS]),
-            misses=int(counted[Counter.MISSES]),
-            bytes_loaded_device=int(counted[Counter.BYTES]),
+            hits=counts.hits,
+            misses=counts.misses,
+            bytes_loaded_device=counts.nbytes,
             bytes_read_disk=self._reader.bytes_read,
             bytes_requested_disk=self._reader.bytes_requested,
-            host_hits=int(counted[Counter.SHARED]) + (0 if self.host is None else self.host.hits),
+            host_hits=counts.shared + (0 if self.host is None else self.host.hits),
             peer_hits=self._source.peer_hits,
             stall_seconds=self.stall_seconds,
             evictions=int(self._tables.head[HeaderWord.EVICTIONS]),
@@ -320,7 +321,7 @@ class ExpertCache:
 
     def _hits(self, layer: int, experts: Sequence[int], slots: SlotIds) -> tuple[Lease, ...]:
         """The leases of a call that misses nothing: the usual one, so it has a short way."""
-        self._tables.counters[self._tables.row, Counter.HITS] += len(slots)
+        self._loads.counts.hits += len(slots)
         generations = self._tables.generation[slots].tolist()
         return tuple(
             Lease(ExpertKey(layer, expert), slot, generation, self.store)
@@ -331,7 +332,7 @@ class ExpertCache:
         self, keys: Sequence[ExpertKey], slots: Sequence[int], is_ready: Sequence[bool], call: StreamState
     ) -> None:
         """Sort the experts of a call: resident ones are ready, some are being read by others, some are missing."""
-        tables, counters = self._tables, self._tables.counters[self._tables.row]
+        tables, counts = self._tables, self._loads.counts
         for key, slot, ready in zip(keys, slots, is_ready, strict=True):
             if ready:
                 call.ready.append((key, slot))
@@ -343,9 +344,9 @@ class ExpertCache:
             else:
                 call.missing.append(key)
         self._loads.kept_C[[slot for _, slot in call.ready]] = True
-        counters[Counter.HITS] += len(call.ready)
-        counters[Counter.MISSES] += len(keys) - len(call.ready)
-        counters[Counter.SHARED] += len(call.waits)
+        counts.hits += len(call.ready)
+        counts.misses += len(keys) - len(call.ready)
+        counts.shared += len(call.waits)
 
     def _lend(self, call: StreamState) -> Iterator[tuple[Lease, ...]]:
         """One wave of what is ready; its leases end when the iterator advances or closes."""

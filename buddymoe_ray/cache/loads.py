@@ -17,9 +17,9 @@ import numpy as np
 from buddymoe_ray.cache.ahead import ReadsAhead
 from buddymoe_ray.cache.disk import DiskReader
 from buddymoe_ray.cache.pool import Lease
-from buddymoe_ray.cache.shared.calls import OwnLoad, OwnSlot, ReadLost, Stalled, StreamState
+from buddymoe_ray.cache.shared.calls import Counts, OwnLoad, OwnSlot, ReadLost, Stalled, StreamState
 from buddymoe_ray.cache.shared.interface import Store
-from buddymoe_ray.cache.shared.tables import PATIENCE_SECONDS, Counter
+from buddymoe_ray.cache.shared.tables import PATIENCE_SECONDS
 from buddymoe_ray.cache.sources import Source
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey
@@ -38,7 +38,7 @@ class Loads:
     def __init__(self, store: Store, source: Source, reader: DiskReader) -> None:
         self._store, self._source, self._tables = store, source, store.tables
         self.fetch_seconds = store.layout.expert_bytes / _ASSUMED_BYTES_PER_SECOND
-        self.stall_seconds = 0.0
+        self.stall_seconds, self.counts = 0.0, Counts()
         self.kept_C = np.zeros(store.shape.slots, dtype=bool)
         self.ahead = ReadsAhead[OwnLoad](self._land)
         self.brought_C = ~np.zeros_like(self._tables.last_used)
@@ -57,7 +57,7 @@ class Loads:
                     found = int(tables.slot_of[key.layer, key.expert])
                     tables.lease[tables.row, found] += 1
                     call.waits.append((key, found))
-                    tables.counters[tables.row, Counter.SHARED] += 1
+                    self.counts.shared += 1
                 else:
                     slot = tables.claim(key, protect=protect, kept=self.kept_C)
                     if slot is None:
@@ -128,7 +128,7 @@ class Loads:
             raise
         finally:
             self.stall_seconds += time.perf_counter() - began
-        self._tables.counters[self._tables.row, Counter.BYTES] += self._store.layout.expert_bytes
+        self.counts.nbytes += self._store.layout.expert_bytes
         return lease
 
     def _land(self, load: OwnLoad) -> None:
@@ -206,7 +206,7 @@ class Loads:
         with tables.locked_soon():
             tables.commit(load.slot)
         loads.remove(load)
-        tables.counters[tables.row, Counter.BYTES] += self._store.layout.expert_bytes
+        self.counts.nbytes += self._store.layout.expert_bytes
         return load.slot
 
     def _abandon(self, slot: int) -> None:

@@ -12,7 +12,7 @@ import mmap
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -108,8 +108,7 @@ class CacheStats:
     evictions: int
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(NamedTuple):
     """The right to use one expert's weights until the stream that gave it advances."""
 
     key: ExpertKey

@@ -5,20 +5,51 @@ So no lock is taken, nobody is waited for, and what is computed from slots needs
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
 
 from buddymoe_ray.cache.pool import SlotPool
-from buddymoe_ray.cache.shared.locks import NoLocks
+from buddymoe_ray.cache.shared.locks import FileLocks
 from buddymoe_ray.cache.shared.shape import StoreShape
 from buddymoe_ray.cache.shared.tables import UNUSED, SharedTables
 from buddymoe_ray.device import Device, open_device
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
 __all__ = ["PrivateStore"]
+
+
+class _OwnTables(SharedTables):
+    """Tables whose one row is this process: it has the lock at all times, and the lock is the tables themselves."""
+
+    def __init__(self, plan: SlotPlan, shape: StoreShape) -> None:
+        super().__init__(np.zeros(shape.data_offset, np.uint8), shape, FileLocks(-1))
+        self.initialise(plan)
+        self.row, self.pid[0], self.lends[0], self._dirty = 0, os.getpid(), shape.lent, False
+
+    def locked(self) -> Self:  # type: ignore[override]  # a context manager all the same
+        """See SharedTables."""
+        return self
+
+    locked_soon = locked  # type: ignore[assignment]
+
+    def __enter__(self) -> None:
+        if self._dirty:
+            self._repair()
+        self._dirty = True
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._dirty = kind is not None
+
+    def reap(self) -> int:
+        """See SharedTables."""
+        return 0
+
+    def reap_now_and_then(self) -> None:
+        """See SharedTables."""
 
 
 class PrivateStore:
@@ -34,9 +65,7 @@ class PrivateStore:
         self.shape = StoreShape.of(layout, plan, rows=1)
         self._pool = SlotPool(layout, plan.slots_total, self.device.torch, lent=any(plan.lent_slots), memory=memory)
         self.tensor_C = self._pool.bytes_C
-        self.tables = SharedTables(np.zeros(self.shape.data_offset, np.uint8), self.shape, NoLocks())
-        self.tables.initialise(plan)
-        self.tables.join()
+        self.tables: SharedTables = _OwnTables(plan, self.shape)
 
     @classmethod
     def of_waves(cls, layout: ExpertLayout, slots: int) -> PrivateStore:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["OWNER_BYTE", "ROWS", "ROW_BYTE", "TABLES_BYTE", "FileLocks", "NoLocks", "remove_unused", "same_file"]
+__all__ = ["OWNER_BYTE", "ROWS", "ROW_BYTE", "TABLES_BYTE", "FileLocks", "remove_unused", "same_file"]
 
 ROWS = 64
 """Most processes and threads that may be attached to one file."""
@@ -77,30 +77,6 @@ class FileLocks:
             yield
         finally:
             self.unlock(at)
-
-
-class NoLocks:
-    """Of memory that one thread of one process has for itself: every lock is had at once."""
-
-    def lock(self, at: int, seconds: float | None = None) -> bool:
-        """See FileLocks."""
-        return True
-
-    def try_lock(self, at: int) -> bool:
-        """See FileLocks."""
-        return True
-
-    def unlock(self, at: int) -> None:
-        """See FileLocks."""
-
-    def held_elsewhere(self, at: int, count: int = 1) -> bool:
-        """See FileLocks."""
-        return False
-
-    @contextmanager
-    def locked(self, at: int) -> Iterator[None]:
-        """See FileLocks."""
-        yield
 
 
 def remove_unused(paths: Iterable[Path], *, dry: bool = False, empty: bool = True) -> list[Path]:

@@ -29,7 +29,7 @@ class HeaderWord:
 
     MAGIC, VERSION, READY, CLOCK, DIRTY, EPOCH, EVICTIONS, SLOTS, SLOT_BYTES = range(9)
     MAGIC_WORD = 0x425544_44594D4F
-    VERSION_WORD = 4
+    VERSION_WORD = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,6 @@ class StoreShape:
         C, LE, P = self.slots, (self.layers, self.experts), self.rows
         return {
             "pid": (np.int64, (P,)),
-            "counters": (np.uint64, (P, 8)),
             "generation": (np.uint64, (C,)),
             "last_used": (np.uint64, (C,)),
             "usage": (np.float64, LE),

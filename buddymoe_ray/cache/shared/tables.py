@@ -20,20 +20,19 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from buddymoe_ray.cache.shared.calls import Stalled
-from buddymoe_ray.cache.shared.locks import ROW_BYTE, ROWS, TABLES_BYTE, FileLocks, NoLocks
+from buddymoe_ray.cache.shared.locks import ROW_BYTE, ROWS, TABLES_BYTE, FileLocks
 from buddymoe_ray.cache.shared.shape import HeaderWord, StoreShape, entry_of, roles_of
 from buddymoe_ray.cache.usage import Usage
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, SlotPlan
 
-__all__ = ["FREE", "LOADING", "PATIENCE_SECONDS", "READY", "UNUSED", "WAVE", "Counter", "SharedTables"]
+__all__ = ["FREE", "LOADING", "PATIENCE_SECONDS", "READY", "UNUSED", "WAVE", "SharedTables"]
 
 FREE, LOADING, READY = 0, 1, 2
 WAVE, UNUSED = -1, -2
@@ -47,23 +46,14 @@ _REAP_SECONDS = 0.2
 SlotIds = npt.NDArray[np.int64]
 
 
-class Counter(IntEnum):
-    """Columns of a row's counters."""
-
-    HITS = 0
-    MISSES = 1
-    SHARED = 2  # misses that another row was loading already
-    BYTES = 3
-
-
 class SharedTables:
     """The tables over `memory`, as seen by one row. Made by a store; one thread per row."""
 
-    def __init__(self, memory: npt.NDArray[np.uint8], shape: StoreShape, locks: FileLocks | NoLocks) -> None:
+    def __init__(self, memory: npt.NDArray[np.uint8], shape: StoreShape, locks: FileLocks) -> None:
         self.shape, self._locks = shape, locks
         self.head = shape.head(memory)
         views: dict[str, npt.NDArray[Any]] = shape.views(memory)
-        self.pid, self.counters, self.accesses = views["pid"], views["counters"], views["accesses"]
+        self.pid, self.accesses = views["pid"], views["accesses"]
         self.generation, self.last_used = views["generation"], views["last_used"]
         self.usage = Usage(views["usage"], views["steps"])
         self.key_layer, self.key_expert = views["key_layer"], views["key_expert"]
@@ -116,7 +106,7 @@ class SharedTables:
             for row in np.flatnonzero(self.pid == 0).tolist():
                 if self._locks.try_lock(ROW_BYTE + row):
                     self.lease[row] = 0
-                    self.counters[row] = self.looks[row] = 0
+                    self.looks[row] = 0
                     self.lends[row] = self.shape.lent
                     self.pid[row] = os.getpid()
                     self.row = row
@@ -335,6 +325,8 @@ class SharedTables:
     def free_of(self, slots: SlotIds) -> int | None:
         """A FREE one of the slots that nobody leases; the caller holds the lock."""
         free = slots[self.state[slots] == FREE]
+        if not len(free):
+            return None
         free = free[~self.leased(free)]  # a retired slot whose mover was killed may still be in a computation
         return int(free[0]) if len(free) else None
 
