@@ -61,9 +61,10 @@ class PrivateStore:
         self, layout: ExpertLayout, plan: SlotPlan, *, device: Device | None = None, memory: Tensor | None = None
     ) -> None:
         assert plan.slot_bytes == layout.slot_bytes, f"plan {plan.slot_bytes}, layout {layout.slot_bytes} bytes a slot"
-        self.layout, self.plan, self.device = layout, plan, device or open_device("cpu")
+        self.layout, self.plan = layout, plan
         self.shape = StoreShape.of(layout, plan, rows=1)
-        self._pool = SlotPool(layout, plan.slots_total, self.device.torch, lent=any(plan.lent_slots), memory=memory)
+        where = (device or open_device("cpu")).torch
+        self._pool = SlotPool(layout, plan.slots_total, where, lent=any(plan.lent_slots), memory=memory)
         self.tensor_C = self._pool.bytes_C
         self.tables: SharedTables = _OwnTables(plan, self.shape)
 

@@ -28,16 +28,16 @@ class Source(Protocol):
     @property
     def peer_hits(self) -> int: ...
     def begin(self, key: ExpertKey, slot: int) -> Ticket | None:
-        """Begin to fill a slot with an expert; None when that cannot be now. Raises CacheError."""
+        """Begin to fill a slot with an expert; None while every host slot is in use. Raises CacheError."""
 
     def make_room(self) -> bool:
-        """Wait for one of those things of which one could not begin, if it may be waited for here."""
-
-    def close(self) -> None:
-        """Wait for what is under way."""
+        """Give back a host slot, waiting for the copy out of it; whether there was any."""
 
     def settle(self) -> None:
-        """Wait for copies out of host slots."""
+        """Give back all of them."""
+
+    def close(self) -> None:
+        """The same, and let go of host tier and peers. Safe to call twice."""
 
 
 class DiskSource:
@@ -102,16 +102,16 @@ class HostSource:
         self._release()
 
     def make_room(self) -> bool:
-        """Give back a host slot, waiting for its copy; whether there was any."""
+        """See Source."""
         return self._release(wait=True)
 
     def settle(self) -> None:
-        """Give back all of them."""
+        """See Source."""
         while self._release(wait=True):
             pass
 
     def close(self) -> None:
-        """Let go of host slots and peers. Safe to call twice."""
+        """See Source."""
         self.settle()
         self.host.close()
         if self._peers is not None:

@@ -204,10 +204,7 @@ class SharedTables:
         """
         slot = self._own(key.layer, protect=protect, kept=kept)
         if slot is None:
-            waves = np.flatnonzero(self.partition == WAVE)
-            slot = self.free_of(waves)
-            if slot is None:
-                slot = self._victim(waves, self.last_used[waves])
+            slot = self._wave(self.partition == WAVE)
         if slot is not None:
             self.take(slot, key)
         return slot
@@ -217,10 +214,7 @@ class SharedTables:
         protected, of the wave slots without those `kept`."""
         slot = self._own(key.layer, protect=protect, kept=kept)
         if slot is None and protect:
-            waves = np.flatnonzero((self.partition == WAVE) & ~kept)
-            slot = self.free_of(waves)
-            if slot is None:
-                slot = self._victim(waves, self.last_used[waves])
+            slot = self._wave((self.partition == WAVE) & ~kept)
         if slot is not None:
             self.take(slot, key)
         return slot
@@ -337,6 +331,11 @@ class SharedTables:
             return slot
         mine = mine[~kept[mine] & ~self._is_pinned(mine)]
         return self._victim(mine, self.usage.usage_LE[layer, self.key_expert[mine]])
+
+    def _wave(self, among_C: npt.NDArray[np.bool_]) -> int | None:
+        waves = np.flatnonzero(among_C)
+        slot = self.free_of(waves)
+        return self._victim(waves, self.last_used[waves]) if slot is None else slot
 
     def _victim(self, slots: SlotIds, usage: npt.NDArray[Any]) -> int | None:
         """The least used of the slots that may go."""
