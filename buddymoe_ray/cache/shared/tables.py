@@ -302,19 +302,20 @@ class SharedTables:
     def check_integrity(self) -> None:
         """Assert that tables and slots mirror each other; takes the lock."""
         with self.locked():
-            held = np.flatnonzero((self.state != FREE) & (self.key_layer >= 0)).tolist()  # without retired ones
-            forward = {(la, e): int(self.slot_of[la, e]) for la, e in np.argwhere(self.slot_of >= 0).tolist()}
-            backward = {(int(self.key_layer[s]), int(self.key_expert[s])): s for s in held}
-            assert forward == backward and len(held) == len(backward), f"experts say {forward}, slots say {backward}"
-            ready = {(int(self.key_layer[s]), int(self.key_expert[s])) for s in held if self.state[s] == READY}
-            entries = {(la, e): int(self.entry[la, e]) for la, e in np.argwhere(self.entry).tolist()}
-            wanted = {key: self._entry_of(backward[key]) for key in ready}
-            assert entries == wanted, f"entries are {entries}, slots say {wanted}"
+            held = np.flatnonzero((self.state != FREE) & (self.key_layer >= 0))  # without retired ones
+            layers, experts, homes = self.key_layer[held], self.key_expert[held], self.partition[held]
+            slot_of, entry = np.full(self.slot_of.shape, -1), np.zeros(self.entry.shape, np.uint64)
+            slot_of[layers, experts] = held
+            whole = np.array_equal(slot_of, np.asarray(self.slot_of)) and (slot_of >= 0).sum() == len(held)
+            assert whole, f"experts say {self.slot_of.tolist()}, slots say {slot_of.tolist()} and are {held.tolist()}"
+            for slot in held[self.state[held] == READY].tolist():
+                entry[self.key_layer[slot], self.key_expert[slot]] = self._entry_of(slot)
+            found = np.asarray(self.entry)
+            assert np.array_equal(entry, found), f"entries are {found.tolist()}, slots say {entry.tolist()}"
             loaders = {int(self.loader[s]) for s in held if self.state[s] == LOADING}
             assert all(self.pid[row] for row in loaders), f"rows {loaders} load, rows {np.flatnonzero(self.pid)} live"
-            for slot in held:
-                home = int(self.partition[slot])
-                assert home in (WAVE, self.key_layer[slot]), f"slot {slot} of {home} holds layer {self.key_layer[slot]}"
+            astray = held[(homes != WAVE) & (homes != layers)].tolist()
+            assert not astray, f"slots {astray} hold experts of other layers than their own"
 
     def free_of(self, slots: SlotIds) -> int | None:
         """A FREE one of the slots that nobody leases; the caller holds the lock."""
