@@ -2,7 +2,8 @@
 
 A glance writes nothing, so two readers find what one does. Whole, with a kill anywhere: a reader with a writer, a
 repairer and a sweeper 28,103 states (185 s on a busy core), two readers with a writer 5,148; each node with one who
-stands still 977 to 11,788, but "stopped", of which 40,910 were tried.
+stands still 977 to 11,788, but "stopped", of which 40,910 were tried; workers of a GPU over one host tier 2,860 to
+34,114 (27 s).
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def test_another_worker_and_a_mover_change_what_is_resident_while_peers_are_aske
     slow_disk(here)
     acquainted(here)
     cache = here.cache
-    assert isinstance(cache, ExpertCache)
+    assert isinstance(cache.store, SharedStore)
     spec, done = cache.store, threading.Event()
     experts = [ExpertKey(la, e) for la, count in enumerate(cache.layout.experts_per_layer) for e in range(count)]
 
