@@ -28,7 +28,7 @@ from torch import Tensor
 from buddymoe_ray.actors.host_store import HostStore, KeeperOptions
 from buddymoe_ray.actors.placement import Placement, PlacementOptions
 from buddymoe_ray.actors.words import StoreStatus
-from buddymoe_ray.cache.shared import SharedExpertCache, SharedStore
+from buddymoe_ray.cache.shared import SharedStore
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.sampler import Sampled
@@ -234,8 +234,9 @@ def _accesses(engine: Engine) -> Any:
 
 
 def _store(engine: Engine) -> SharedStore:
-    assert isinstance(engine.cache, SharedExpertCache), "the engine shares nothing"
-    return engine.cache.store
+    store = engine.cache.store
+    assert isinstance(store, SharedStore), "the engine shares nothing"
+    return store
 
 
 def _oracle(engine: Engine, windows: list[_Window]) -> float:

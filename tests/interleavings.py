@@ -33,9 +33,9 @@ from typing import Any
 import numpy as np
 from greenlet import getcurrent, greenlet
 
-from buddymoe_ray.cache import ahead, expert_cache
+from buddymoe_ray.cache import ExpertCache, HostTier, ahead, loads
 from buddymoe_ray.cache.pool import Glance, Lease
-from buddymoe_ray.cache.shared import SharedStore, cache, calls, host, lending, loads, locks, mover, shape, tables
+from buddymoe_ray.cache.shared import SharedStore, calls, lending, locks, mover, shape, tables
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.kernels import slot_words
 from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotPlan, SlotTensor
@@ -46,7 +46,7 @@ SLOT, HALF = 64, 32
 DIGEST = b"d" * 32
 _TICK, _MOST_STEPS = 1.0, 2000
 _FREE = ("read", "write", "compute", "open", "unlink")  # from these an actor looks at tables, bytes or files
-_LOOSE = {"counters", "accesses", "last_used"}  # tables that decide nothing, or only by their order
+_LOOSE = {"accesses", "last_used"}  # tables that decide nothing, or only by their order
 _IGNORED = {"fd", "reaped", "began", "pause", "end", "patience", "store", "stop", "progress", "pool"}
 
 Program = Callable[["Actor"], None]
@@ -216,7 +216,12 @@ def _before_read(table: _Watched) -> None:
 
 
 def _watched_views(shape_: shape.StoreShape, memory: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    return {name: v if name in _LOOSE else _watched(v, name) for name, v in _views(shape_, memory).items()}
+    loose = shape_.fields() if shape_.rows == 1 else _LOOSE  # what is private nobody else sees
+    return {name: v if name in loose else _watched(v, name) for name, v in _views(shape_, memory).items()}
+
+
+def _watched_head(shape_: shape.StoreShape, memory: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return _head(shape_, memory) if shape_.rows == 1 else _watched(_head(shape_, memory), "head")
 
 
 def _watched(array: np.ndarray[Any, Any], label: str) -> _Watched:
@@ -551,7 +556,7 @@ def _frozen(value: Any) -> Any:
 def _freezer(kind: type) -> Callable[[Any], Any]:
     if issubclass(kind, np.generic):
         return lambda value: value.item()
-    if is_dataclass(kind) and kind.__module__.startswith("buddymoe_ray.cache.shared."):
+    if is_dataclass(kind) and kind.__module__.startswith("buddymoe_ray.cache."):
         names = [f.name for f in fields(kind) if f.name not in _IGNORED]
         return lambda value: tuple([_frozen(getattr(value, name)) for name in names])
     return lambda _: None
@@ -577,8 +582,12 @@ _FREEZERS: dict[type, Callable[[Any], Any]] = {
     np.ndarray: lambda value: value.tobytes() if value.size <= SLOT else None,
     types.GeneratorType: _generator,
     _Read: lambda value: (value.key, value.landed, value.failed, value.cancelled),
-    cache.SharedExpertCache: lambda value: (_frozen(value._held), _frozen(value._loads)),
-    loads.SharedLoads: lambda value: (
+    ExpertCache: lambda value: (
+        _frozen(value._held),
+        _frozen(value._loads),
+        value._tables.key_expert.tobytes() + value._tables.state.tobytes() if value.store.alone else None,
+    ),
+    loads.Loads: lambda value: (
         value.kept_C.tobytes(),
         _frozen(value.ahead),
         _frozen(value._stalled),
@@ -587,8 +596,7 @@ _FREEZERS: dict[type, Callable[[Any], Any]] = {
     ),
     Glance: lambda value: (value.at_E >= 0).tobytes() + value.words_2E[1].tobytes(),
     ahead.ReadsAhead: lambda value: (_frozen(value._loads), _frozen(value._cancelled)),
-    host.SharedHostTier: lambda value: (_frozen(value._slots), _frozen(value._reading)),
-    expert_cache.ExpertCache: lambda value: (_frozen(value._directory.key_of), frozenset(value._directory.leased)),
+    HostTier: lambda value: _frozen(value._reading),
     mover.Moved: lambda value: (value.moves, value.skipped),
 }
 
@@ -613,7 +621,7 @@ class _Locks(locks.FileLocks):
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
-        if _world is not None and _world.owner is not None:
+        if _world is not None and _world.owner is not None and fd >= 0:
             _world.owner.fds.add(fd)
 
     def lock(self, at: int, seconds: float | None = None) -> bool:
@@ -697,7 +705,7 @@ def instrumented() -> Iterator[None]:
     data_offset = functools.cache(shape.StoreShape.data_offset.fget)  # type: ignore[attr-defined]
     changes: list[tuple[Any, str, Any]] = [
         (shape.StoreShape, "views", _watched_views),
-        (shape.StoreShape, "head", lambda shape_, memory: _watched(_head(shape_, memory), "head")),
+        (shape.StoreShape, "head", _watched_head),
         (shape.StoreShape, "data_offset", property(data_offset)),
         (os, "close", _closed),
         (os, "unlink", _unlinked),

@@ -15,13 +15,13 @@ from typing import Any
 from interleavings import explore, instrumented
 from store_scenarios import scenarios
 
-from buddymoe_ray.cache import ahead, expert_cache
-from buddymoe_ray.cache.shared import cache, host, lending, loads, locks, mover, store, tables
+from buddymoe_ray.cache import ExpertCache, HostTier, ahead, host, loads
+from buddymoe_ray.cache.shared import lending, locks, mover, store, tables
 from buddymoe_ray.kernels import slot_words
 
 __all__ = ["MUTATIONS", "Mutation"]
 
-Cache, Loads, Tables = cache.SharedExpertCache, loads.SharedLoads, tables.SharedTables
+Cache, Loads, Tables = ExpertCache, loads.Loads, tables.SharedTables
 Mover, Ahead, Lender = mover.Mover, ahead.ReadsAhead, lending.Lender
 
 
@@ -134,7 +134,7 @@ MUTATIONS = [
         "B:settle#1 M:read-resident#2 B+0 B:write-lease#3 ~ A:end#1",
     ),
     Mutation(
-        host.SharedHostTier,
+        HostTier,
         "fetch",
         LOCKED,
         UNLOCKED,
@@ -148,14 +148,6 @@ MUTATIONS = [
         UNLOCKED,
         "devices, killed",
         "A:wait#1 B:sleep#2 A+0 B:sleep#3 A:write-state#2 !A B:sleep#4 B+0 B:sleep#5",
-    ),
-    Mutation(
-        host._Awaited,
-        "_arrived",
-        "with self.store.tables.locked():",
-        UNLOCKED,
-        "devices, failed",
-        "A:wait#1 B:read-state#3 A-0 B:read-state#4 A:write-lease#3 B:end#1",
     ),
     Mutation(
         Loads,
@@ -383,9 +375,9 @@ MUTATIONS = [
         "A:write-head#1 =A",
     ),
     Mutation(
-        expert_cache.ExpertCache,
-        "_arrived",
-        "missing.append(load.key)",
+        Loads,
+        "_gather",
+        "call.missing.append(load.key)",
         "raise",
         "devices, killed",
         "A:unlock#1 !A B:sleep#2 B+0 B:sleep#3",
@@ -446,7 +438,7 @@ MUTATIONS = [
         "tables.free_of(np.array([slot])) is None",
         "False",
         "lent, by two, and again",
-        "L:lock#6 N:fallocate#1 L:end#1",
+        "L:lock#4 N:fallocate#1 L:end#1",
     ),
     Mutation(
         Lender,

@@ -30,17 +30,8 @@ from typing import Any
 import numpy as np
 from store_mutations import Mutation
 
-from buddymoe_ray.cache import DiskReader
-from buddymoe_ray.cache.shared import (
-    Lender,
-    Move,
-    Mover,
-    SharedExpertCache,
-    SharedStore,
-    lending,
-    store_digest,
-    store_path,
-)
+from buddymoe_ray.cache import DiskReader, ExpertCache
+from buddymoe_ray.cache.shared import Lender, Move, Mover, SharedStore, lending, store_digest, store_path
 from buddymoe_ray.cache.shared.tables import FREE, LOADING, SharedTables
 from buddymoe_ray.kernels import slot_words
 from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotPlan, SlotTensor
@@ -126,7 +117,7 @@ def make_node(folder: Path) -> Node:
 def read(node: Node, rng: random.Random, tally: Any, glances: float = 0.95) -> None:
     """One step of a reader after the other; of so many a part are glances."""
     store = node.store()
-    cache = SharedExpertCache(store, reader=DiskReader(depth=2, buffer_bytes=16384))
+    cache = ExpertCache(store, reader=DiskReader(depth=2, buffer_bytes=16384))
     words_C = store.bytes_C.view(np.uint64)
     first = store.address(0)
 

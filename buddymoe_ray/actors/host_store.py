@@ -20,8 +20,8 @@ from typing import Protocol
 import numpy as np
 
 from buddymoe_ray.actors.words import Directive, NodeReport, StoreStatus
-from buddymoe_ray.cache import DiskReader
-from buddymoe_ray.cache.shared import Move, Mover, SharedExpertCache, watch
+from buddymoe_ray.cache import DiskReader, ExpertCache
+from buddymoe_ray.cache.shared import Move, Mover, watch
 from buddymoe_ray.cache.shared.shape import HeaderWord
 from buddymoe_ray.cache.shared.tables import READY, WAVE
 from buddymoe_ray.errors import BuddyMoEError
@@ -97,7 +97,7 @@ class HostStore:
         self._store.own()
         watch(spec.path.parent, spec.tag)
         self._tables = self._store.tables
-        self._cache = SharedExpertCache(self._store, reader=DiskReader(depth=_DEPTH, buffer_bytes=_BUFFER_BYTES))
+        self._cache = ExpertCache(self._store, reader=DiskReader(depth=_DEPTH, buffer_bytes=_BUFFER_BYTES))
         self._mover = Mover(
             self._store,
             DiskReader(depth=1, buffer_bytes=_BUFFER_BYTES),

@@ -71,11 +71,6 @@ class ReadTicket:
         """Whether nothing is in flight any more, well or ill."""
         return all(part.done() for part in self.parts)
 
-    @property
-    def lost(self) -> bool:
-        """Whether what was asked for will not be there: a read failed, or was cancelled though others may go on."""
-        return any(part.cancelled() or (part.done() and part.exception() is not None) for part in self.parts)
-
     def wait(self) -> None:
         """Block until nothing is in flight, then raise CacheError if a read failed or was cancelled."""
         wait(self.parts)

@@ -1,103 +1,73 @@
-"""The expert cache: brings experts into device slots and lends them out, in waves when there are more than slots.
+"""The expert cache: brings experts into slots and lends them out, in waves when there are more than slots.
 
 `stream` is the only way in. It starts reading what is missing, lends what is resident meanwhile, then the rest as it
-arrives. All bookkeeping is the caller's thread's; reader threads only write bytes. Does not know models nor policy.
-
-Invariants: device bytes never exceed the plan; a slot that is lent or being filled is never claimed; after a failed
-load the cache is consistent and usable.
+arrives. Slots are a store's: private, of which this is the one user, or a node's, with neighbours in the same slots. An
+expert that any worker of the node loaded is a hit for all; two that miss the same one read it once. Waiting is always
+for something that goes on without this worker (a read, or a lease that its holder is computing with), and while it
+waits it holds nothing that others need: so there is no deadlock. Where those it waits for stand still, it reads for
+itself (`calls.OwnSlot`), and what it has loaded becomes READY once it may. Does not know models, routing or policy.
+Invariants: those of `tables`; slots never exceed the plan; after a failed or interrupted load the slot is free.
 """
 
 from __future__ import annotations
 
+import platform
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
-from functools import partial
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from buddymoe_ray.cache.ahead import ReadsAhead
-from buddymoe_ray.cache.directory import Directory
-from buddymoe_ray.cache.disk import DiskReader, Ticket
-from buddymoe_ray.cache.host import Host, HostTier, ReadLost
-from buddymoe_ray.cache.host_copies import HostCopies
-from buddymoe_ray.cache.pool import CacheStats, Glance, Lease, SlotPool
+from buddymoe_ray.cache.disk import DiskReader
+from buddymoe_ray.cache.host import HostTier
+from buddymoe_ray.cache.loads import Loads
+from buddymoe_ray.cache.pool import CacheStats, Glance, Lease
+from buddymoe_ray.cache.private_store import PrivateStore
+from buddymoe_ray.cache.shared.calls import Stalled, StreamState
+from buddymoe_ray.cache.shared.interface import Store
+from buddymoe_ray.cache.shared.shape import HeaderWord, places_of
+from buddymoe_ray.cache.shared.tables import READY, WAVE, SlotIds
 from buddymoe_ray.cache.slot_peers import SlotPeers
-from buddymoe_ray.device import Copy, Device, open_device
+from buddymoe_ray.cache.sources import DiskSource, HostSource, Source
+from buddymoe_ray.device import Device, open_device
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
-__all__ = ["ExpertCache", "blame"]
+__all__ = ["ExpertCache", "open_private"]
 
+Bools = npt.NDArray[np.bool_]
 _STAGING_SLOTS = 4
-_POLL_SECONDS = 200e-6
 
-
-@dataclass(frozen=True, slots=True)
-class _DeviceLoad:
-    """An expert on its way into a claimed device slot; `host_slot` is where it passes through, if it does, `copy` what
-    has begun behind it."""
-
-    key: ExpertKey
-    slot: int
-    ticket: Ticket
-    host_slot: int | None = None
-    copy: Copy | None = None
+_LOADS_IN_ORDER = platform.machine() in ("x86_64", "AMD64")
+"""Whether bytes, entries and generations are seen in the order in which they were written; else leases are taken."""
 
 
 class ExpertCache:
-    """Device slots over an optional host tier over the checkpoint's files.
+    """Slots of `store`, filled from `source` (None: straight from disk) with what `reader` reads; all of them belong to
+    this object from now on."""
 
-    Args:
-        layout: how an expert lies in a slot and where its bytes are on disk.
-        plan: slots per layer and for waves; its `slot_bytes` must be the layout's.
-        reader: the disk tier; closed with the cache.
-        device: where the slots are; None is the CPU. One apart always goes through host slots (at least 4).
-        host_slots: experts a host tier of this cache's own keeps; 0 is none.
-        host: a host tier shared with others, closed with the cache, instead.
-        peers: memory for the slots, of a device apart, and others' slots to read from; closed with the cache.
-    """
+    def __init__(self, store: Store, *, reader: DiskReader, source: Source | None = None) -> None:
+        self.store, self._reader, self._tables = store, reader, store.tables
+        self.layout, self.plan = store.layout, store.plan
+        self._source = source or DiskSource(store, reader)
+        self._words_at, self.usage = self._tables.generation.ctypes.data, self._tables.usage
+        self._held: tuple[int, dict[int, int]] | None = None
+        self._loads = Loads(store, self._source, reader)
+        self._entries: list[bytes] = [b""] * self.layout.layers  # of which these are
+        self._glances: list[Glance | None] = [None] * self.layout.layers
 
-    def __init__(
-        self,
-        layout: ExpertLayout,
-        plan: SlotPlan,
-        *,
-        reader: DiskReader,
-        device: Device | None = None,
-        host_slots: int = 0,
-        host: Host | None = None,
-        peers: SlotPeers | None = None,
-    ) -> None:
-        assert plan.slot_bytes == layout.slot_bytes, f"plan {plan.slot_bytes}, layout {layout.slot_bytes} bytes a slot"
-        self.layout, self.plan = layout, plan
-        self._device = device or open_device("cpu")
-        apart = self._device.apart
-        host_slots = min(host_slots, sum(layout.experts_per_layer))  # more would be pinned and never filled
-        host_slots = max(host_slots, _STAGING_SLOTS) if apart else host_slots
-        self._reader = reader
-        self._pool = SlotPool(layout, plan.slots_total, self._device.torch, lent=any(plan.lent_slots), shared=peers)
-        self.host, self._peers = host, peers
-        if host is None and host_slots:
-            self.host = HostTier(layout, slots=host_slots, reader=reader, device=self._device)
-        self._copies = HostCopies(self.host, self._pool, self._device) if self.host is not None else None
-        self._bytes = None if apart else self._pool.bytes_C.numpy()
-        self._directory = Directory(plan, layout.experts_per_layer, self._pool.address, peers)
-        self.usage = self._directory.usage
-        self._glances = [Glance(at_E, partial(self._used, layer)) for layer, at_E in enumerate(self._directory.at_E)]
-        self._leases: list[Lease | None] = [None] * plan.slots_total
-        self._ahead = ReadsAhead[_DeviceLoad](lambda load: self._directory.bring(self._finish(self._ahead, load)))
-        self._hits = self._misses = self._loaded = 0
-        self.stall_seconds = 0.0  # waited for bytes
-        self._closed = False
+    @property
+    def host(self) -> HostTier | None:
+        """The tier below; None where the slots are in host memory themselves."""
+        return self._source.host
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of the slots in use."""
-        return self.plan.slots_total * self.layout.slot_bytes
+        """Bytes of the slots in use, of a node's store by all of its workers."""
+        return self.store.nbytes
 
     @property
     def read_mode(self) -> str:
@@ -106,63 +76,134 @@ class ExpertCache:
 
     @property
     def read_seconds(self) -> float:
-        """What the disk takes for an expert, of what it has read so far; 0 before."""
+        """What the disk takes for an expert, of what this worker has read so far; 0 before."""
         return self._reader.seconds(self.layout.expert_bytes)
 
+    @property
+    def fetch_seconds(self) -> float:
+        """What one expert takes from the disk, lately, with all that is waited for."""
+        return self._loads.fetch_seconds
+
+    @property
+    def stall_seconds(self) -> float:
+        """The time waited for bytes so far."""
+        return self._loads.stall_seconds
+
     def resident(self, layer: int) -> frozenset[int]:
-        """Experts of a layer that are in device slots."""
+        """Experts of a layer that are in slots now."""
         return frozenset(self.resident_mask(layer).nonzero()[0].tolist())
 
-    def resident_mask(self, layer: int) -> npt.NDArray[np.bool_]:
-        """`[E]`, True where resident; a live view, not to be written."""
-        return self._directory.resident_E[layer]
+    def resident_mask(self, layer: int) -> Bools:
+        """`[E]`, True where resident now: other workers change it."""
+        found: Bools = self._tables.entry[layer, : self.layout.experts_per_layer[layer]] != 0
+        return found
 
-    def holding(self, layer: int, experts: Sequence[int]) -> AbstractContextManager[Sequence[int]]:
-        """Those of the experts that are resident, for a block in which none is evicted but by this thread's loads."""
-        resident_E = self.resident_mask(layer)
-        return nullcontext([expert for expert in experts if resident_E[expert]])
+    @contextmanager
+    def holding(self, layer: int, experts: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Those of the experts that are resident, none of which is evicted inside the block but by this thread's loads;
+        none if that is not known."""
+        assert self._held is None, f"layer {self._held} is held, must be none"
+        if self.store.alone:
+            resident_E = self.resident_mask(layer)
+            yield [expert for expert in experts if resident_E[expert]]
+            return
+        self._tables.look(over=True)
+        if not experts:
+            yield experts
+            return
+        held = dict[int, int]()
+        with suppress(Stalled), self._tables.locked_soon():
+            held = self._tables.hold(layer, experts)
+        self._held = (layer, held)
+        try:
+            yield list(held)
+        finally:
+            self._held = None
+            self._tables.release(list(held.values()))
+
+    def glance(self, layer: int) -> Glance | None:
+        """Where the layer's experts are that are READY; None where a glance is not safe. Takes no lock and no lease:
+        others may evict them meanwhile, which the slots' words tell: these are their generations.
+
+        Made anew only where something moved: with the check afterwards 4 µs of a layer of 64 experts, 11 before.
+        """
+        if not (_LOADS_IN_ORDER or self.store.alone):
+            return None
+        self._loads.ahead.land()
+        self._tables.look()
+        entries = self._tables.glance(layer)
+        if entries != self._entries[layer]:
+            self._entries[layer], self._glances[layer] = (
+                entries,
+                self._glance_at(entries[: 8 * self.layout.experts_per_layer[layer]]),
+            )
+        return self._glances[layer]
+
+    def _glance_at(self, entries: bytes) -> Glance:
+        tables, counts, (slots_E, generations_E) = self._tables, self._loads.counts, places_of(entries)
+        slots_E[slots_E >= self.store.shape.slots] = -1  # others could write what leads out of the store
+        at_E = np.where(slots_E >= 0, self.store.address(0) + slots_E * self.store.shape.slot_bytes, -1)
+        words_2E = None
+        if not self.store.alone:
+            words_2E = np.stack([np.where(slots_E >= 0, self._words_at + 8 * slots_E, 0), generations_E])
+        wave_E = (slots_E >= 0) & (tables.partition[slots_E] == WAVE)
+        slots, waves = slots_E.tolist(), frozenset(slots_E[wave_E].tolist())
+
+        def used(ids: npt.NDArray[np.int64]) -> None:
+            tables.look(over=True)
+            there = {slots[expert] for expert in ids.ravel().tolist()}
+            there.discard(-1)
+            if not waves.isdisjoint(there):
+                tables.touch(np.array([*waves & there]))
+            counts.hits += len(there)
+
+        return Glance(at_E, used, words_2E)
 
     def read_ahead(self, layer: int, experts: Sequence[int], *, protect_residency: bool = False) -> bool:
         """Begin to read those of the experts that are missing, as far as the layer has slots that hold none of them;
         with `protect_residency`, for prompts, as far as wave slots do. Returns whether all are there or on their way.
 
         `stream` takes over what it asks for; one that does not protect residency, as decode does, gives up the rest, as
-        far as it was not begun; what was is kept. An error is met by whoever asks for the expert.
+        far as it was not begun; what was is kept. An error is met by whoever asks for the expert. Nobody sees an expert
+        before its reader looks again: so `settle_ahead`.
         """
-        self._ahead.land()
-        slots = self._directory.slot_of[layer]
-        staying = {slots[expert] for expert in experts}
-        if protect_residency:
-            self._directory.expect(staying)
-        for expert in experts:
-            key = ExpertKey(layer, expert)
-            if slots[expert] >= 0 or key in self._ahead:
-                continue
-            slot = self._directory.claim_ahead(layer, staying, protect_residency=protect_residency)
+        self._loads.ahead.land()
+        slot_of_E, last_used_C = self._tables.slot_of[layer], self._tables.last_used
+        slots = slot_of_E[list(experts)]
+        there = slots[slots >= 0]
+        self._loads.brought_C[there] = last_used_C[there]
+        kept_C = (self._loads.brought_C == last_used_C) & protect_residency
+        kept_C[there] = True
+        for key in [ExpertKey(layer, expert) for expert, slot in zip(experts, slots, strict=True) if slot < 0]:
+            slot = None
+            with suppress(Stalled), self._tables.locked_soon():
+                if slot_of_E[key.expert] >= 0:
+                    continue
+                slot = self._tables.claim_ahead(key, protect=protect_residency, kept=kept_C)
             if slot is None:
                 return False
-            with suppress(CacheError):
-                load = self._begin(key, slot)
+            with suppress(CacheError):  # met by whoever asks for the expert
+                load = self._loads.submit(key, slot)
                 if load is None:
                     return False
-                self._ahead.add(load)
+                self._loads.ahead.add(replace(load, began=None))
         return True
 
     def settle_ahead(self) -> None:
         """Give up what was read ahead and not asked for; waits for what is under way."""
-        self._ahead.settle()
-        if self._copies is not None:
-            self._copies.settle()
-
-    def glance(self, layer: int) -> Glance:
-        """Where the layer's experts are; they stay until this thread streams."""
-        self._ahead.land()
-        return self._glances[layer]
+        self._tables.look(over=True)
+        self._loads.ahead.settle()
+        self._source.settle()
 
     def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
-        """Note accesses of experts, of any shape: what is used least is evicted first."""
-        if not (self.plan.fully_resident or self.plan.pinned):  # else nothing of a layer's is evicted
-            self._directory.usage.note(layer, ids)
+        """Note accesses of experts, of any shape, for whoever places them; what is used least is evicted first."""
+        if self.store.alone:
+            if self.plan.fully_resident or self.plan.pinned:  # nothing of a layer's is evicted
+                return
+        else:
+            accesses_E = self._tables.accesses[self._tables.row, layer]
+            accesses_E += np.bincount(ids.reshape(-1), minlength=len(accesses_E)).astype(np.uint64)
+        self.usage.note(layer, ids)
 
     def stream(
         self, layer: int, experts: Sequence[int], *, protect_residency: bool
@@ -175,224 +216,173 @@ class ExpertCache:
         Raises:
             CacheError: an expert's bytes could not be read. Other loads of the call are finished and kept.
         """
-        slots, loads = self._directory.slot_of[layer], self._taken_over(layer, experts)
-        if not protect_residency:
-            self._ahead.give_up()
-        protect_residency = protect_residency or bool(self.plan.pinned)
-        resident = [slots[e] for e in experts if slots[e] >= 0]
-        self._hits += len(resident)
-        if len(resident) == len(experts):
-            yield from self._lend(resident)
+        self._tables.look(over=True)
+        if not experts:
             return
-        absent = [ExpertKey(layer, e) for e in experts if slots[e] < 0]
-        assert len(set(absent)) == len(absent), f"experts are {list(experts)}, must each be named once"
-        self._misses += len(absent)
-        coming = {load.key for load in loads}
-        missing = deque(key for key in absent if key not in coming)
-        self._directory.leased.update(resident)
-        self._directory.kept.update(resident)
+        assert len(set(experts)) == len(experts), f"experts are {list(experts)}, must each be named once"
+        if self._held is not None and self._held[0] == layer and self._held[1].keys() >= set(experts):
+            slots = np.array([self._held[1][expert] for expert in experts])  # leased, so there is nobody to ask
+            self._tables.touch(slots)
+            yield self._hits(layer, experts, slots)
+            return
+        rest = dict.fromkeys(experts)
         try:
-            self._start(missing, loads, protect_residency)
-            yield from self._lend(resident)
-            while missing or loads:
-                self._start(missing, loads, protect_residency)
-                if loads:
-                    yield from self._lend(self._arrived(loads, missing))
-                else:
-                    self._await_slot(layer)
-        finally:
-            self._directory.leased.difference_update(resident)
+            with closing(self._stream(layer, experts, protect_residency)) as waves:
+                for leases in waves:
+                    for lease in leases:
+                        del rest[lease.key.expert]
+                    yield leases
+        except Stalled:
+            for expert in rest:
+                yield (self._loads.alone(ExpertKey(layer, expert)),)
+
+    def _stream(
+        self, layer: int, experts: Sequence[int], protect_residency: bool
+    ) -> Generator[tuple[Lease, ...], None, None]:
+        """Together with the others; raises Stalled where that takes for ever, and holds nothing then."""
+        self._loads.ahead.land()
+        if not protect_residency:
+            self._loads.ahead.give_up(layer, experts)
+        with self._tables.locked_soon():
+            slots = self._tables.look_up(layer, experts)
+            # of these the lease keeps the bytes from now on
+            ready = (slots >= 0) & (self._tables.state[slots] == READY)
+        if ready.all():
             try:
-                self._settle(loads)
+                yield self._hits(layer, experts, slots)
             finally:
-                self._directory.kept.clear()
+                self._tables.release(slots)
+            return
+        protect = protect_residency or bool(self.plan.pinned)
+        call = StreamState(time.monotonic())
+        try:
+            self._sort([ExpertKey(layer, e) for e in experts], slots.tolist(), ready.tolist(), call)
+            self._loads.start(call, protect)
+            yield from self._lend(call)
+            while call.missing or call.loads or call.waits:
+                self._loads.start(call, protect)
+                self._loads.wait(call)
+                yield from self._lend(call)
+        finally:
+            self._loads.settle(call)
+            self._loads.kept_C[:] = False
 
     def warm(self, progress: Callable[..., Iterable[int]] = lambda items, **_: items) -> None:
-        """Fill every layer's slots: with the experts the plan pins, else with any, but others than peers have."""
-        for layer in progress(range(len(self.plan.layer_slots)), total=len(self.plan.layer_slots), desc="experts"):
-            for _ in self.stream(layer, self._directory.to_fill(layer), protect_residency=True):
+        """Fill every layer's slots, together with whoever else does: with what is pinned, else with any."""
+        layers = len(self.plan.layer_slots)
+        first = self._tables.row % layers  # workers that start together begin with different layers
+        order = [(first + at) % layers for at in range(layers)]
+        for layer in progress(order, total=layers, desc="experts"):
+            absent = self._absent(layer)
+            for _ in self.stream(layer, absent, protect_residency=True):
                 pass
-        self._hits = self._misses = 0
-        self.stall_seconds = 0.0
-
-    def resize(self, plan: SlotPlan) -> None:
-        """Keep to another plan from now on, of no more slots in any layer than at first; between two steps."""
-        self._ahead.settle()
-        first = 0
-        for layer, most in enumerate(self._directory.plan.layer_slots):
-            for slot, to in self._directory.resize(layer, plan.layer_slots[layer]):
-                self._pool.bytes_C[to] = self._pool.bytes_C[slot]
-                key = self._directory.key_of[to]
-                assert key is not None, f"slot {to} was moved to and holds nothing"
-                self._leases[slot], self._leases[to] = None, Lease(key, to, self._pool.renew(to), self._pool)
-            self._pool.release(first + plan.layer_slots[layer], first + most)
-            first += most
-        self.plan = plan
+        counts = self._loads.counts
+        counts.hits = counts.misses = counts.shared = 0
+        self._loads.stall_seconds = 0.0
 
     def stats(self) -> CacheStats:
-        """Counters so far; readable from any thread."""
+        """This worker's counters; readable from any thread."""
+        counts = self._loads.counts
         return CacheStats(
-            hits=self._hits,
-            misses=self._misses,
-            bytes_loaded_device=self._loaded,
+            hits=counts.hits,
+            misses=counts.misses,
+            bytes_loaded_device=counts.nbytes,
             bytes_read_disk=self._reader.bytes_read,
             bytes_requested_disk=self._reader.bytes_requested,
-            host_hits=self.host.hits if self.host else 0,
-            peer_hits=self._peers.hits if self._peers else 0,
+            host_hits=counts.shared + (0 if self.host is None else self.host.hits),
+            peer_hits=self._source.peer_hits,
             stall_seconds=self.stall_seconds,
-            evictions=self._directory.evictions,
+            evictions=int(self._tables.head[HeaderWord.EVICTIONS]),
         )
 
     def check_integrity(self) -> None:
-        """Assert every invariant; both sides are in the message."""
-        self._directory.check_integrity()
-        for slot, key in enumerate(self._directory.key_of):
-            lease = self._leases[slot]
-            if key is not None:
-                assert lease is not None and lease.key == key, f"slot {slot} holds {key}, its lease says {lease}"
-                assert lease.generation == self._pool.generation[slot], f"{lease} against {self._pool.generation[slot]}"
+        """Assert every invariant of the tables; both sides are in the message."""
+        self._tables.check_integrity()
         if self.host is not None:
             self.host.check_integrity()
 
     def close(self) -> None:
-        """Wait for what is in flight and close the files. Safe to call twice."""
-        if not self._closed:
-            self._closed = True
-            self._reader.close()
-            if self.host is not None and self._copies is not None:
-                self._copies.settle()
-                self.host.close()
-            if self._peers is not None:
-                self._peers.close()
+        """Wait for what is in flight, close the files, give the row back. Safe to call twice."""
+        self._reader.close()
+        self._source.close()
+        self.store.close()
 
-    def __enter__(self) -> ExpertCache:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _used(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
-        slots, directory = self._directory.slot_of[layer], self._directory
-        used = {slots[expert] for expert in ids.ravel().tolist() if slots[expert] >= 0}
-        if used and max(used) >= directory.first_wave:
-            for slot in used:
-                directory.touch(slot)
-        self._hits += len(used)
+    def _absent(self, layer: int) -> list[int]:
+        tables, count = self._tables, self.layout.experts_per_layer[layer]
+        pinned, slots = np.flatnonzero(tables.pinned[layer]).tolist(), int((tables.partition == layer).sum())
+        first = tables.first(layer, slots)
+        wanted = pinned or [e % count for e in range(first, first + min(count, slots))]
+        return [e for e in wanted if not tables.entry[layer, e]]
 
-    def _taken_over(self, layer: int, experts: Sequence[int]) -> deque[_DeviceLoad]:
-        """Loads of the experts that were begun ahead."""
-        self._ahead.land()
-        asked = [key for key in (ExpertKey(layer, expert) for expert in experts) if key in self._ahead]
-        return deque(self._ahead.take(key) for key in asked)
+    def _hits(self, layer: int, experts: Sequence[int], slots: SlotIds) -> tuple[Lease, ...]:
+        """The leases of a call that misses nothing: the usual one, so it has a short way."""
+        self._loads.counts.hits += len(slots)
+        generations = self._tables.generation[slots].tolist()
+        return tuple(
+            Lease(ExpertKey(layer, expert), slot, generation, self.store)
+            for expert, slot, generation in zip(experts, slots.tolist(), generations, strict=True)
+        )
 
-    def _lend(self, slots: Sequence[int]) -> Iterator[tuple[Lease, ...]]:
-        """One wave of resident experts; nothing to lend is no wave."""
-        if not slots:
+    def _sort(
+        self, keys: Sequence[ExpertKey], slots: Sequence[int], is_ready: Sequence[bool], call: StreamState
+    ) -> None:
+        """Sort the experts of a call: resident ones are ready, some are being read by others, some are missing."""
+        tables, counts = self._tables, self._loads.counts
+        for key, slot, ready in zip(keys, slots, is_ready, strict=True):
+            if ready:
+                call.ready.append((key, slot))
+            elif key in self._loads.ahead:
+                tables.release([slot])  # looked up, and held by the load already
+                call.loads.append(self._loads.ahead.take(key))
+            elif slot >= 0:
+                call.waits.append((key, slot))
+            else:
+                call.missing.append(key)
+        self._loads.kept_C[[slot for _, slot in call.ready]] = True
+        counts.hits += len(call.ready)
+        counts.misses += len(keys) - len(call.ready)
+        counts.shared += len(call.waits)
+
+    def _lend(self, call: StreamState) -> Iterator[tuple[Lease, ...]]:
+        """One wave of what is ready; its leases end when the iterator advances or closes."""
+        if not call.ready:
             return
-        leased, touch = self._directory.leased, self._directory.touch
-        for slot in slots:
-            touch(slot)
-        leased.update(slots)
+        ready, call.ready = call.ready, []
+        tables = self._tables
         try:
-            yield tuple(self._leases[slot] for slot in slots)  # type: ignore[misc]
+            yield tuple(Lease(key, slot, int(tables.generation[slot]), self.store) for key, slot in ready)
         finally:
-            leased.difference_update(slots)
-
-    def _start(self, missing: deque[ExpertKey], loads: deque[_DeviceLoad], protect: bool) -> None:
-        """Start loads while there are experts missing and slots to be had."""
-        while missing:
-            protected = protect or not self._directory.admits(missing[0])
-            slot = self._directory.claim(missing[0].layer, protect_residency=protected)
-            if slot is None:
-                return
-            load = self._begin(missing[0], slot)
-            if load is None:
-                return
-            missing.popleft()
-            loads.append(load)
-
-    def _begin(self, key: ExpertKey, slot: int) -> _DeviceLoad | None:
-        """Start one load; None when the host tier is busy to the last slot."""
-        self._pool.renew(slot)
-        self._leases[slot] = None
-        try:
-            if self.host is None or self._copies is None:
-                assert self._bytes is not None, "a device without host tier must be the CPU"
-                return _DeviceLoad(key, slot, self._reader.submit(self.layout.pieces[key], self._bytes[slot]))
-            self._copies.release()
-            if self._peers and (read := self._peers.read(key, self._pool.bytes_C[slot])) is not None:
-                return _DeviceLoad(key, slot, read)
-            fetched = self.host.fetch(key)
-        except BaseException as error:
-            self._directory.abandon(slot)
-            blame(error, key)
-            raise
-        if fetched is None:
-            self._directory.abandon(slot)
-            return None
-        host_slot, ticket = fetched
-        copy = self._copies.begin(slot, host_slot) if ticket.done() else None  # beside what is computed meanwhile
-        return _DeviceLoad(key, slot, ticket, host_slot, copy)
-
-    def _arrived(self, loads: deque[_DeviceLoad], missing: deque[ExpertKey]) -> list[int]:
-        """Slots of the oldest load and of every other that is done; waits for the oldest. What another worker should
-        have read and did not is missing again."""
-        slots, began = list[int](), time.perf_counter()
-        try:
-            for load in [loads[0], *(load for at, load in enumerate(loads) if at and load.ticket.done())]:
-                try:
-                    slots.append(self._finish(loads, load))
-                except ReadLost:
-                    missing.append(load.key)
-        finally:
-            self.stall_seconds += time.perf_counter() - began
-        self._directory.kept.update(slots)
-        return slots
-
-    def _finish(self, loads: deque[_DeviceLoad] | ReadsAhead[_DeviceLoad], load: _DeviceLoad) -> int:
-        """Wait for the bytes, copy them to the device if they passed through the host, make the expert resident."""
-        try:
-            load.ticket.wait()
-        except BaseException as error:
-            blame(error, load.key)
-            load.ticket.settle()  # an interrupt leaves reads in flight; they must not land in a slot with a new owner
-            if load.copy is not None:
-                load.copy.wait()
-            self._directory.abandon(load.slot)
-            if self.host is not None and load.host_slot is not None:
-                self.host.release(load.key, failed=True)
-            raise
-        finally:
-            loads.remove(load)
-        if self._copies is not None and load.host_slot is not None:
-            self._copies.admit(load.key, load.slot, load.copy or self._copies.begin(load.slot, load.host_slot))
-        else:
-            self._pool.publish(load.key, load.slot, self._pool.generation[load.slot])
-        self._loaded += self.layout.expert_bytes
-        self._directory.commit(load.key, load.slot)
-        self._leases[load.slot] = Lease(load.key, load.slot, self._pool.generation[load.slot], self._pool)
-        return load.slot
-
-    def _await_slot(self, layer: int) -> None:
-        """Wait where no slot can be had for what is missing."""
-        began = time.perf_counter()
-        if not self._ahead.make_room() and not (self._copies is not None and self._copies.release(wait=True)):
-            assert self.host is not None, f"no slot of layer {layer} can be claimed and nothing is in flight"
-            time.sleep(_POLL_SECONDS)  # other workers lease every slot of the node's host tier
-        self.stall_seconds += time.perf_counter() - began
-
-    def _settle(self, loads: deque[_DeviceLoad]) -> None:
-        """After an early end: keep what arrives, free what fails. Errors are met by whoever needs the expert."""
-        try:
-            while loads:
-                with suppress(CacheError):
-                    self._finish(loads, loads[0])
-        finally:
-            if loads:  # interrupted: the others must be settled all the same
-                self._settle(loads)
+            tables.release([slot for _, slot in ready])
 
 
-def blame(error: BaseException, key: ExpertKey) -> None:
-    """Note in a CacheError which expert could not be had."""
-    if isinstance(error, CacheError):
-        error.expert = key.expert
+def open_private(
+    layout: ExpertLayout,
+    plan: SlotPlan,
+    *,
+    reader: DiskReader,
+    device: Device | None = None,
+    host_slots: int = 0,
+    host: HostTier | None = None,
+    peers: SlotPeers | None = None,
+) -> ExpertCache:
+    """A cache with slots of its own on `device`, None is the CPU; one apart always goes through host slots, at least 4.
+
+    Args:
+        host_slots: experts a host tier of this cache's own keeps; 0 is none.
+        host: a host tier shared with others, closed with the cache, instead.
+        peers: memory for the slots, of a device apart, and others' slots to read from; closed with the cache.
+    """
+    device = device or open_device("cpu")
+    store = PrivateStore(layout, plan, device=device, peers=peers)
+    host_slots = min(host_slots, sum(layout.experts_per_layer))  # more would be pinned and never filled
+    host_slots = max(host_slots, _STAGING_SLOTS) if device.apart else host_slots
+    if host is None and host_slots:
+        host = HostTier(PrivateStore.of_waves(layout, host_slots), reader=reader, device=device)
+    source = None if host is None else HostSource(store, host, device, peers)
+    return ExpertCache(store, reader=reader, source=source)

@@ -1,123 +1,181 @@
 """The host tier: whole experts in host memory, between the disk and a device that reads it without help.
 
-Fixed slots, least recently used is evicted. The expert cache copies from its slots and says when a copy is done.
-Invariant: a slot in use (being filled or copied from) is never given to another expert.
+Its slots are a store's: this worker's own, of which the one used longest ago is overwritten, or a node's, where an
+expert that any worker read is a copy over PCIe for all, and two that miss the same one read it once. Whoever copies
+from a slot says when the copy is done. Invariant: a slot is leased from `fetch` to `release`, so nobody overwrites what
+is being copied.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import Protocol
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from buddymoe_ray.cache.disk import Bytes, DiskReader, ReadTicket, Ticket
-from buddymoe_ray.cache.pool import SlotPool
+from buddymoe_ray.cache.disk import DiskReader, ReadTicket, Ticket
+from buddymoe_ray.cache.shared.calls import ReadLost
+from buddymoe_ray.cache.shared.interface import Store
+from buddymoe_ray.cache.shared.tables import READY
 from buddymoe_ray.device import Device
 from buddymoe_ray.errors import CacheError
-from buddymoe_ray.types import ExpertKey, ExpertLayout
+from buddymoe_ray.types import ExpertKey
 
-__all__ = ["Host", "HostPool", "HostTier", "ReadLost"]
+__all__ = ["HostTier"]
 
-
-class ReadLost(CacheError):
-    """Whoever was reading the expert failed or was killed: it is to be fetched again."""
-
-
-class HostPool(Protocol):
-    """A host tier's slots."""
-
-    @property
-    def bytes_C(self) -> Tensor:
-        """`[C, slot_bytes]` uint8."""
-
-
-class Host(Protocol):
-    """A host tier, as the expert cache uses it: `HostTier`, or `shared.SharedHostTier`."""
-
-    @property
-    def pool(self) -> HostPool: ...
-    @property
-    def hits(self) -> int: ...
-    def holds(self, key: ExpertKey) -> bool: ...
-    def fetch(self, key: ExpertKey) -> tuple[int, Ticket] | None: ...
-    def release(self, key: ExpertKey, *, failed: bool = False) -> None: ...
-    def check_integrity(self) -> None: ...
-    def close(self) -> None: ...
+_POLL_SECONDS = 200e-6
 
 
 class HostTier:
-    """`slots` experts in host memory over `reader`, for `device`."""
+    """`store` belongs to this object; reads go through `reader`, which is its owner's."""
 
-    def __init__(self, layout: ExpertLayout, *, slots: int, reader: DiskReader, device: Device) -> None:
-        assert slots > 0, f"slots is {slots}, must be positive"
-        # pages of its own: what shares one with other memory that is pinned cannot be pinned
-        self.pool = SlotPool(layout, slots, torch.device("cpu"))
-        self._layout, self._reader = layout, reader
-        self._bytes: Bytes = self.pool.bytes_C.numpy()
-        self._free = list(range(slots))
-        self._slot_of: OrderedDict[ExpertKey, int] = OrderedDict()  # least recently used first
-        self._busy: dict[ExpertKey, int] = {}
-        self._tickets = dict[int, ReadTicket]()  # of each slot's latest read
+    def __init__(self, store: Store, *, reader: DiskReader, device: Device) -> None:
+        self.store, self._reader, self._tables = store, reader, store.tables
+        self.tensor_C = store.tensor_C
+        self._reading: list[_Read] = []
+        self._nothing_kept = np.zeros(store.shape.slots, dtype=bool)
         self.hits = self.misses = 0
         self._device: Device | None = device
-        device.pin(self.pool.bytes_C)
+        device.pin(self.tensor_C)
 
     def holds(self, key: ExpertKey) -> bool:
-        """Whether a slot is the expert's, filled or being filled. From any thread."""
-        return key in self._slot_of
+        """Whether a slot has the expert's bytes now. From any thread; takes no lock."""
+        return bool(self._tables.entry[key.layer, key.expert])
 
     def fetch(self, key: ExpertKey) -> tuple[int, Ticket] | None:
-        """A slot that holds the expert once the ticket is done, busy until `release`; None when all slots are busy."""
-        slot = self._slot_of.get(key)
-        if slot is not None:
-            ticket = self._tickets[slot]
-            if ticket.lost:  # whoever began to read it gave up, or could not: some of it may still be on its way
-                ticket.settle()
-                self._tickets[slot] = ticket = self._reader.submit(self._layout.pieces[key], self._bytes[slot])
-                self.misses += 1
-            else:
-                self.hits += 1
-            self._slot_of.move_to_end(key)
-            self._busy[key] = self._busy.get(key, 0) + 1
-            return slot, ticket
-        slot = self._claim()
-        if slot is None:
-            return None
-        self.pool.renew(slot)
+        """A slot that holds the expert once the ticket is done, leased until `release`; None when all are in use."""
+        tables = self._tables
+        tables.reap_now_and_then()
+        for read in self._reading:
+            if read.cancelled:  # some of it may still be on its way, and never will all of it be there
+                read.conclude()
+        with tables.locked():
+            slot = int(tables.look_up(key.layer, [key.expert])[0])
+            found = slot >= 0
+            if not found:
+                claimed = tables.claim(key, protect=False, kept=self._nothing_kept)
+                if claimed is None:
+                    return None
+                slot = claimed
+            ready = bool(tables.state[slot] == READY)
+        if found:
+            self.hits += 1
+            own = (read for read in self._reading if read.slot == slot and not read.concluded)
+            return slot, ReadTicket(()) if ready else next(own, _Awaited(self.store, slot, key, self._poll))
         try:
-            ticket = self._reader.submit(self._layout.pieces[key], self._bytes[slot])
+            ticket = self._reader.submit(self.store.layout.pieces[key], self.store.bytes_C[slot])
         except BaseException:
-            self._free.append(slot)  # never filled, so it must not be found
+            with tables.locked():
+                tables.vacate(slot)
+            self.release(slot)
             raise
         self.misses += 1
-        self._slot_of[key], self._tickets[slot] = slot, ticket
-        self._busy[key] = 1
-        return slot, ticket
+        self._reading.append(_Read(self.store, slot, ticket))
+        return slot, self._reading[-1]
 
-    def release(self, key: ExpertKey, *, failed: bool = False) -> None:
-        """The copy out of the expert's slot is done; after a failed read the slot is free again."""
-        self._busy[key] -= 1
-        if not self._busy[key]:
-            del self._busy[key]
-            if failed:
-                self._free.append(self._slot_of.pop(key))
-
-    def close(self) -> None:
-        """The slots go with the object. Safe to call twice."""
-        if self._device is not None:
-            self._device.unpin(self.pool.bytes_C)
-            self._device = None
+    def release(self, slot: int) -> None:
+        """The copy out of the slot is done, or was given up; a failed read freed the slot itself."""
+        self._poll()
+        self._tables.release([slot])
 
     def check_integrity(self) -> None:
-        """Slots are free or hold one expert each."""
-        used = list(self._slot_of.values())
-        assert sorted([*used, *self._free]) == list(range(self.pool.count)), f"held {used}, free {self._free}"
-        assert set(self._busy) <= set(self._slot_of), f"busy {self._busy} of {list(self._slot_of)}"
+        """Assert the invariants of the tables."""
+        self._tables.check_integrity()
 
-    def _claim(self) -> int | None:
-        if self._free:
-            return self._free.pop()
-        victim = next((key for key in self._slot_of if key not in self._busy), None)
-        return None if victim is None else self._slot_of.pop(victim)
+    def close(self) -> None:
+        """Let go of the store. Safe to call twice."""
+        if self._device is not None:
+            self._device.unpin(self.tensor_C)
+            self._device = None
+        self.store.close()
+
+    def _poll(self) -> None:
+        """Conclude what this worker has read."""
+        for read in self._reading:
+            if read.done():
+                read.conclude()
+        self._reading = [read for read in self._reading if not read.concluded]
+
+
+@dataclass
+class _Read:
+    """A read of this worker's own: once concluded the slot is READY, or free again."""
+
+    store: Store
+    slot: int
+    ticket: ReadTicket
+    error: BaseException | None = None
+    concluded: bool = False
+    cancelled: bool = False
+
+    def done(self) -> bool:
+        return self.ticket.done()
+
+    def wait(self) -> None:
+        self.conclude()
+        if self.error is not None:
+            raise self.error
+
+    def settle(self) -> None:
+        self.ticket.settle()
+        self.conclude()
+
+    def cancel(self) -> bool:
+        """Others may wait for it, where there are others."""
+        self.cancelled |= self.store.alone and self.ticket.cancel()
+        return self.cancelled
+
+    def conclude(self) -> None:
+        """Wait for the bytes and tell everybody; once. Raises what interrupts it."""
+        if self.concluded:
+            return
+        tables = self.store.tables
+        try:
+            self.ticket.wait()
+        except BaseException as error:
+            self.ticket.settle()
+            self.error = error
+        with tables.locked():
+            if self.error is None:
+                tables.commit(self.slot)
+            else:
+                tables.vacate(self.slot)
+        self.concluded = True
+        if self.error is not None and not isinstance(self.error, CacheError):
+            raise self.error
+
+
+@dataclass(frozen=True)
+class _Awaited:
+    """A read of another worker's. While it is waited for, `poll` concludes our own: two workers that wait for each
+    other's reads would wait for ever."""
+
+    store: Store
+    slot: int
+    key: ExpertKey
+    poll: Callable[[], None]
+
+    def done(self) -> bool:
+        return self._arrived() is not None
+
+    def wait(self) -> None:
+        while (arrived := self._arrived()) is None:
+            self.settle()
+        if not arrived:
+            raise ReadLost(f"{self.key} was not read by the worker of this node that had begun to. hint: read it again")
+
+    def settle(self) -> None:
+        """Nothing of ours is in flight: some time passes for whoever looks again."""
+        self.poll()
+        time.sleep(_POLL_SECONDS)
+        self.store.tables.reap_now_and_then()
+
+    def cancel(self) -> bool:
+        """It is not ours."""
+        return False
+
+    def _arrived(self) -> bool | None:
+        """Under the lock so that bytes are read after it; `wait` looks again at what `done` found."""
+        with self.store.tables.locked():
+            return self.store.tables.arrived(self.slot)

@@ -1,4 +1,4 @@
-"""The device tier's memory: one tensor of equal slots, allocated once, and the leases that make using it safe.
+"""Memory of equal slots, allocated once, and the leases that make using it safe.
 
 A slot's generation moves on whenever its content does; a lease remembers the generation it was given, so stale use is
 an assertion and never a wrong weight. Knows slots and bytes, not which expert should be where.
@@ -12,7 +12,7 @@ import mmap
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +23,11 @@ from buddymoe_ray.types import ExpertKey, ExpertLayout
 
 Ints = npt.NDArray[np.int64]
 
-__all__ = ["CacheStats", "Glance", "Lease", "SharedSlots", "SlotPool", "SlotMemory", "slot_views"]
+__all__ = ["CacheStats", "Glance", "Lease", "SlotPool", "SlotMemory", "slot_views"]
 
 
 class SlotMemory(Protocol):
-    """Where leased slots are: `SlotPool`, or a shared store."""
+    """Where leased slots are: a store, or a `SlotPool`."""
 
     @property
     def generation(self) -> Any:
@@ -40,19 +40,10 @@ class SlotMemory(Protocol):
         """Where the slot's bytes begin in this process."""
 
 
-class SharedSlots(Protocol):
-    """Memory of slots that other processes read: `slot_peers.SlotPeers`."""
-
-    @property
-    def memory(self) -> Tensor: ...
-    def publish(self, slot: int, key: ExpertKey) -> None: ...
-    def withdraw(self, slot: int) -> None: ...
-
-
 class SlotPool:
     """`count` slots on `device`, laid out as `layout` says. On a CPU their memory is pages of its own, which take no
     room before they are written, nor once they are `release`d: those that may be are small, for of a huge page what is
-    given back may stay. `shared`: their memory is that instead."""
+    given back may stay. `memory`: uint8 to use instead."""
 
     def __init__(
         self,
@@ -61,29 +52,22 @@ class SlotPool:
         device: torch.device,
         *,
         lent: bool = False,
-        shared: SharedSlots | None = None,
+        memory: Tensor | None = None,
     ) -> None:
         assert layout.slot_bytes % 64 == 0, f"slot_bytes is {layout.slot_bytes}, must be a multiple of 64"
-        self.count, self.device, self._shared = count, device, shared
+        self.device = device
         self._pages: mmap.mmap | None = None
-        if shared is not None:
-            memory = shared.memory
-        elif device.type == "cpu" and count:
+        if memory is None and device.type == "cpu" and count:
             self._pages = mmap.mmap(-1, count * layout.slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with suppress(OSError):  # kernels without huge pages
                 self._pages.madvise(mmap.MADV_NOHUGEPAGE if lent else mmap.MADV_HUGEPAGE)
             memory = torch.frombuffer(self._pages, dtype=torch.uint8)
-        else:
+        elif memory is None:
             memory = torch.empty(count * layout.slot_bytes, dtype=torch.uint8, device=device)
         self.bytes_C = memory.view(count, layout.slot_bytes)
         self._begin = self.bytes_C.data_ptr()
         self.generation = [0] * count
         self._views = [slot_views(self.bytes_C[slot], layout) for slot in range(count)]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all slots."""
-        return self.bytes_C.numel()
 
     def tensors(self, slot: int) -> Mapping[str, Tensor]:
         """The slot's parameters by name, as views in their stored dtype."""
@@ -102,15 +86,8 @@ class SlotPool:
         if begin < stop:
             self._pages.madvise(mmap.MADV_DONTNEED, begin, stop - begin)
 
-    def publish(self, key: ExpertKey, slot: int, generation: int) -> None:
-        """The expert's bytes are in the slot, on the device: others may read them, if that was not long ago."""
-        if self._shared is not None and self.generation[slot] == generation:
-            self._shared.publish(slot, key)
-
     def renew(self, slot: int) -> int:
         """Void every lease of the slot; returns the new generation."""
-        if self._shared is not None:
-            self._shared.withdraw(slot)
         self.generation[slot] += 1
         return self.generation[slot]
 
@@ -131,8 +108,7 @@ class CacheStats:
     evictions: int
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(NamedTuple):
     """The right to use one expert's weights until the stream that gave it advances."""
 
     key: ExpertKey

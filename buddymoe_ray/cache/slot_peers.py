@@ -20,7 +20,7 @@ from functools import partial
 
 from torch import Tensor
 
-from buddymoe_ray.cache.host import ReadLost
+from buddymoe_ray.cache.shared.calls import ReadLost
 from buddymoe_ray.cache.slot_table import SlotTable
 from buddymoe_ray.device import Copy, Device, open_device
 from buddymoe_ray.errors import BuddyMoEError, CacheError

@@ -17,7 +17,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from buddymoe_ray.cache import EngineCache
+from buddymoe_ray.cache import ExpertCache
 from buddymoe_ray.calibrate.rounding import ExpertRows
 from buddymoe_ray.calibrate.trace import Trace
 from buddymoe_ray.kernels import ExpertMath, expert_forward, plain_weights
@@ -99,7 +99,7 @@ def plain_math(math: ExpertMath) -> ExpertMath:
 
 
 def walk_layer(
-    cache: EngineCache, trace: Trace, layer: int, math: ExpertMath, experts: Sequence[int] | None = None
+    cache: ExpertCache, trace: Trace, layer: int, math: ExpertMath, experts: Sequence[int] | None = None
 ) -> Iterator[ExpertSample]:
     """Every expert of a layer, in the order the cache lends them; or these, in this order."""
     ids_TK, weight_TK, hidden_TD = trace.ids(layer), trace.weights(layer), trace.hidden(layer)

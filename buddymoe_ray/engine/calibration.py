@@ -23,8 +23,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from buddymoe_ray.cache import ExpertCache
-from buddymoe_ray.cache.shared import Lender, SharedExpertCache
+from buddymoe_ray.cache.shared import Lender, SharedStore
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine import one_call
 from buddymoe_ray.engine.guard import GuardWork
@@ -104,8 +103,8 @@ class Calibration:
             self._failure = "memory is too little for stand-ins of all experts"
         if plan.reserved_bytes:
             self._folder = CalibrationFolder.of(config, model_hash(loaded.folder))
-            if any(plan.lent_slots) and isinstance(experts.cache, SharedExpertCache):
-                self._lender = Lender(experts.cache.store.again())
+            if any(plan.lent_slots) and isinstance(store := experts.cache.store, SharedStore):
+                self._lender = Lender(store.again())
             elif any(plan.lent_slots):
                 self._resize = self._lending(self._spare if self._folder.text() else 0)
                 self.take_over()
@@ -154,8 +153,10 @@ class Calibration:
         between steps."""
         wanted, self._resize = self._resize, None
         if wanted is not None:
-            assert isinstance(self._experts.cache, ExpertCache), "a node's slots are lent by others"
-            self._experts.cache.resize(wanted)
+            cache = self._experts.cache
+            cache.settle_ahead()
+            if Lender(cache.store).lend(sum(wanted.lent_slots), self._closed.is_set):
+                cache.plan = wanted
             self._resized.set()
         late, experts = self._late, self._experts
         if late is None:

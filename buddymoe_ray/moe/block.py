@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from buddymoe_ray.cache import Experts, Glance
+from buddymoe_ray.cache import ExpertCache, Glance
 from buddymoe_ray.device import download, upload
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.kernels import ExpertLayer, StandinRecords, unchanged
@@ -56,7 +56,7 @@ class MoEBlock:
         self,
         *,
         layer: int,
-        cache: Experts,
+        cache: ExpertCache,
         compute: WaveCompute,
         step: StepState,
         standins: Standins | None,

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from buddymoe_ray.cache import Experts
+from buddymoe_ray.cache import ExpertCache
 from buddymoe_ray.moe.first_layer import FirstLayer
 from buddymoe_ray.observe import smoothed
 from buddymoe_ray.policy import ReadAheadGain
@@ -52,7 +52,7 @@ class ReadAhead:
     """
 
     def __init__(
-        self, cache: Experts, choices: Sequence[Choice], *, experts_per_token: int, first: FirstLayer | None
+        self, cache: ExpertCache, choices: Sequence[Choice], *, experts_per_token: int, first: FirstLayer | None
     ) -> None:
         ways = len(choices) + 1
         self.gain = ReadAheadGain(ways, experts_per_token)

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from buddymoe_ray.cache import DiskReader
-from buddymoe_ray.cache.shared import SharedExpertCache
+from buddymoe_ray.cache import DiskReader, ExpertCache
+from buddymoe_ray.cache.shared import SharedStore
 from buddymoe_ray.errors import LinkError
 from buddymoe_ray.links import LinkServer, PeerLinks, PendingAnswer, derive_secret
 from buddymoe_ray.moe import ExpertCompute
@@ -39,7 +39,7 @@ Bools = npt.NDArray[np.bool_]
 class PeerService:
     """What this worker does for its peers; the link server calls it."""
 
-    def __init__(self, cache: SharedExpertCache, computes: Sequence[ExpertCompute]) -> None:
+    def __init__(self, cache: ExpertCache, computes: Sequence[ExpertCompute]) -> None:
         self._cache, self._computes = cache, computes
         self._lock = threading.Lock()
 
@@ -167,13 +167,13 @@ class Peering:
 
     def __init__(self, tier: ExpertTier, sharing: Sharing) -> None:
         cache = tier.cache
-        assert isinstance(cache, SharedExpertCache), "only a shared store is linked"
+        assert isinstance(cache.store, SharedStore), "only a node's store is linked"
         layout = cache.layout
         purpose = repr(
             (layout.tensors, layout.coded, layout.slot_bytes, layout.experts_per_layer)
         )  # workers of another model stay out
         secret = derive_secret(sharing.secret.encode(), purpose)
-        self._own = SharedExpertCache(cache.store.again(), reader=DiskReader(depth=1, buffer_bytes=4096))
+        self._own = ExpertCache(cache.store.again(), reader=DiskReader(depth=1, buffer_bytes=4096))
         try:
             service = PeerService(self._own, tier.new_compute())
             self._server = LinkServer(service, secret=secret, address=f"{sharing.host}:0")
@@ -210,6 +210,6 @@ class Peering:
 def open_peering(tier: ExpertTier, sharing: Sharing) -> Peering | None:
     """Links to other nodes' workers, where it may have any and the experts are in a shared store. Raises LinkError,
     CacheError."""
-    if not sharing.linked or not isinstance(tier.cache, SharedExpertCache):
+    if not sharing.linked or tier.cache.store.alone:
         return None
     return Peering(tier, sharing)

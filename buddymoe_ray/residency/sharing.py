@@ -19,12 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from buddymoe_ray.cache import DiskReader, SlotPeers, StandinPool
+from buddymoe_ray.cache import DiskReader, ExpertCache, HostTier, SlotPeers, StandinPool
 from buddymoe_ray.cache.shared import (
     FOLDER,
     Room,
-    SharedExpertCache,
-    SharedHostTier,
     SharedStore,
     open_room,
     store_digest,
@@ -129,10 +127,10 @@ def open_store(
     plan: SlotPlan,
     reader: DiskReader,
     progress: Callable[..., Iterable[Any]],
-) -> SharedExpertCache:
+) -> ExpertCache:
     """Attach to the node's store, made now if it is not there. Raises BudgetError, CacheError."""
     spec = spec_of(sharing, layout, plan, None if setup is None or not sharing.movable else setup.access_loss_LE)
-    return SharedExpertCache(_attach(sharing, spec, progress), reader=reader)
+    return ExpertCache(_attach(sharing, spec, progress), reader=reader)
 
 
 def open_host(
@@ -142,7 +140,7 @@ def open_host(
     reader: DiskReader,
     device: Device,
     progress: Callable[..., Iterable[Any]],
-) -> SharedHostTier:
+) -> HostTier:
     """The node's one host tier below its GPUs, of every worker's `host_bytes` together. Raises as `open_store`."""
     plan = split_slots(
         budget_bytes=sharing.workers * host_bytes,
@@ -152,7 +150,7 @@ def open_host(
         overhead_bytes=0,
         workers=sharing.workers,
     )
-    return SharedHostTier(_attach(sharing, spec_of(sharing, layout, plan), progress), reader=reader, device=device)
+    return HostTier(_attach(sharing, spec_of(sharing, layout, plan), progress), reader=reader, device=device)
 
 
 def open_peers(sharing: Sharing, layout: ExpertLayout, plan: SlotPlan, device: Device) -> SlotPeers | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from buddymoe_ray.cache import DiskReader, EngineCache, StandinPool, largest_read
+from buddymoe_ray.cache import DiskReader, ExpertCache, StandinPool, largest_read
 from buddymoe_ray.cache.shared import Room
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.device import Device, open_device
@@ -37,7 +37,7 @@ class LateStandins:
     standins: Standins
     room: Room | None
 
-    def settle(self, cache: EngineCache) -> None:
+    def settle(self, cache: ExpertCache) -> None:
         """Make those experts resident that are to be, for good. Raises CacheError; the plan is in force even so."""
         cache.settle_ahead()
         try:
@@ -49,7 +49,7 @@ class LateStandins:
 
 
 def bring_standins(
-    config: EngineConfig, loaded: LoadedModel, cache: EngineCache, path: Path, sharing: Sharing | None
+    config: EngineConfig, loaded: LoadedModel, cache: ExpertCache, path: Path, sharing: Sharing | None
 ) -> LateStandins:
     """Those of a profile that was made meanwhile, in the memory that the cache's plan reserves, of which it lends none
     by now. From any thread; the cache is not touched. Raises ProfileError, BudgetError, CacheError."""

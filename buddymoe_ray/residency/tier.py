@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from buddymoe_ray.cache import READ_ON_THE_SPOT, DiskReader, EngineCache, ExpertCache, StandinPool, largest_read
+from buddymoe_ray.cache import READ_ON_THE_SPOT, DiskReader, ExpertCache, StandinPool, largest_read, open_private
 from buddymoe_ray.cache.shared import Room
 from buddymoe_ray.config import EngineConfig, parse_memory
 from buddymoe_ray.device import Device, open_device
@@ -77,7 +77,7 @@ class ExpertTier:
     """
 
     device: Device
-    cache: EngineCache
+    cache: ExpertCache
     setup: StandinSetup | None
     standin_bytes: int
     room: Room | None
@@ -282,7 +282,7 @@ def _open_cache(
     device: Device,
     sharing: Sharing | None,
     setup: StandinSetup | None,
-) -> EngineCache:
+) -> ExpertCache:
     reader = DiskReader(depth=staging.depth, buffer_bytes=staging.buffer_bytes)
     if sharing is not None and not device.apart:
         return open_store(sharing, layout, setup, plan, reader, progress)
@@ -295,7 +295,7 @@ def _open_cache(
         None if sharing is None else open_peers(sharing, layout, plan, device),
     )
     try:
-        return ExpertCache(layout, plan, reader=reader, device=device, host_slots=slots, host=host, peers=peers)
+        return open_private(layout, plan, reader=reader, device=device, host_slots=slots, host=host, peers=peers)
     except BaseException:
         if peers is not None:
             peers.close()
@@ -315,7 +315,7 @@ def _recoded(config: EngineConfig, loaded: LoadedModel, maths: list[ExpertMath])
 
 
 def _read_ahead(
-    config: EngineConfig, loaded: LoadedModel, cache: EngineCache, *, apart: bool, stands_in: bool
+    config: EngineConfig, loaded: LoadedModel, cache: ExpertCache, *, apart: bool, stands_in: bool
 ) -> ReadAhead | None:
     """What reads the next layer's experts ahead; None where that cannot be, or nothing is to be hidden."""
     plan, layout = cache.plan, loaded.layout

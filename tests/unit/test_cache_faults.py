@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from experts_on_disk import expert_bytes_of, make_layout
 
-from buddymoe_ray.cache import DiskReader, ExpertCache
+from buddymoe_ray.cache import DiskReader, ExpertCache, open_private
 from buddymoe_ray.cache.disk import Bytes, ReadTicket
 from buddymoe_ray.device import open_device
 from buddymoe_ray.errors import CacheError
@@ -56,7 +56,7 @@ def open_cache(layout: ExpertLayout, slots: int, *, reader: DiskReader, host_slo
         overhead_bytes=0,
     )
     device = open_device("interpret" if host_slots >= 4 else "cpu")  # with the copies of a GPU
-    return ExpertCache(layout, plan, reader=reader, device=device, host_slots=host_slots)
+    return open_private(layout, plan, reader=reader, device=device, host_slots=host_slots)
 
 
 def lend_all(cache: ExpertCache, truth: dict, layer: int, experts: list[int]) -> None:  # type: ignore[type-arg]

@@ -8,13 +8,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-import torch
 from experts_on_disk import expert_bytes_of, make_layout
 
-from buddymoe_ray.cache import DiskReader, ExpertCache
-from buddymoe_ray.cache.host import HostTier
-from buddymoe_ray.cache.host_copies import HostCopies
-from buddymoe_ray.cache.pool import SlotPool
+from buddymoe_ray.cache import DiskReader, HostTier, open_private
+from buddymoe_ray.cache.private_store import PrivateStore
+from buddymoe_ray.cache.sources import HostSource
 from buddymoe_ray.device import Copy, open_device
 from buddymoe_ray.device import host as twin
 from buddymoe_ray.errors import CacheError
@@ -28,7 +26,7 @@ A, B, C = (ExpertKey(0, expert) for expert in range(3))
 def opened(tmp_path: Path):
     layout, truth = make_layout(tmp_path)
     reader = DiskReader(depth=2, buffer_bytes=8192)
-    yield HostTier(layout, slots=2, reader=reader, device=open_device("cpu")), truth, reader
+    yield HostTier(PrivateStore.of_waves(layout, 2), reader=reader, device=open_device("cpu")), truth, reader
     reader.close()
 
 
@@ -37,8 +35,8 @@ def bring(tier: HostTier, key: ExpertKey) -> bytes:
     assert fetched is not None, f"no slot for {key}"
     slot, ticket = fetched
     ticket.wait()
-    data = expert_bytes_of(dict(tier.pool.tensors(slot)))
-    tier.release(key)
+    data = expert_bytes_of(dict(tier.store.tensors(slot)))
+    tier.release(slot)
     return data
 
 
@@ -69,10 +67,10 @@ def test_busy_slots_are_never_overwritten(opened) -> None:
     assert tier.fetch(C) is None, "both slots are busy"
     first[1].wait()
     second[1].wait()
-    tier.release(A)
+    tier.release(first[0])
     assert bring(tier, C) == truth[C]
-    assert expert_bytes_of(dict(tier.pool.tensors(second[0]))) == truth[B]
-    tier.release(B)
+    assert expert_bytes_of(dict(tier.store.tensors(second[0]))) == truth[B]
+    tier.release(second[0])
     tier.check_integrity()
 
 
@@ -82,22 +80,22 @@ def test_an_expert_fetched_twice_is_busy_until_released_twice(opened) -> None:
         fetched = tier.fetch(A)
         assert fetched is not None
         fetched[1].wait()
-    tier.release(A)
+    tier.release(fetched[0])
     assert tier.fetch(B) is not None and tier.fetch(C) is None
-    tier.release(A)
+    tier.release(fetched[0])
     assert tier.fetch(C) is not None
 
 
 def test_a_failed_read_leaves_nothing_to_find(opened) -> None:
     tier, truth, _ = opened
-    path = Path(tier._layout.pieces[A][0].path)
+    path = Path(tier.store.layout.pieces[A][0].path)
     whole = path.read_bytes()
     path.write_bytes(b"")
     fetched = tier.fetch(A)
     assert fetched is not None
     with pytest.raises(CacheError, match="ends before byte"):
         fetched[1].wait()
-    tier.release(A, failed=True)
+    tier.release(fetched[0])
     tier.check_integrity()
     path.write_bytes(whole)
     assert bring(tier, A) == truth[A] and tier.hits == 0
@@ -120,8 +118,8 @@ def test_random_fetches_and_releases_keep_every_byte(opened) -> None:
     for _ in range(2000):
         if held and rng.random() < 0.5:
             key, slot = held.pop(rng.randrange(len(held)))
-            assert expert_bytes_of(dict(tier.pool.tensors(slot))) == truth[key], f"{key} was overwritten while busy"
-            tier.release(key)
+            assert expert_bytes_of(dict(tier.store.tensors(slot))) == truth[key], f"{key} was overwritten while busy"
+            tier.release(slot)
         else:
             key = rng.choice(keys)
             fetched = tier.fetch(key)
@@ -143,8 +141,8 @@ def test_no_more_host_slots_than_experts_are_allocated(tmp_path: Path) -> None:
         experts_per_layer=layout.experts_per_layer,
         overhead_bytes=0,
     )
-    with ExpertCache(layout, plan, reader=DiskReader(buffer_bytes=8192), host_slots=10**4) as cache:
-        assert cache.host is not None and cache.host.pool.count == 18
+    with open_private(layout, plan, reader=DiskReader(buffer_bytes=8192), host_slots=10**4) as cache:
+        assert cache.host is not None and cache.host.store.shape.slots == 18
 
 
 def test_a_host_slot_is_given_back_once_its_copy_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,17 +156,16 @@ def test_a_host_slot_is_given_back_once_its_copy_is_done(tmp_path: Path, monkeyp
     monkeypatch.setattr(twin, "_move", lambda *args: (may_go.wait(10), moved(*args)))
     layout, _ = make_layout(tmp_path, experts_per_layer=(2,))
     reader = DiskReader(buffer_bytes=8192)
-    host = HostTier(layout, slots=1, reader=reader, device=open_device("cpu"))
-    pool = SlotPool(layout, 1, torch.device("cpu"))
-    copies = HostCopies(host, pool, Beside(apart=True))
-    fetched = host.fetch(ExpertKey(0, 0))
-    assert fetched is not None
-    fetched[1].wait()
-    copies.admit(ExpertKey(0, 0), 0, copies.begin(0, fetched[0]))
-    assert host.fetch(ExpertKey(0, 1)) is None and not copies.release()
+    host = HostTier(PrivateStore.of_waves(layout, 1), reader=reader, device=open_device("cpu"))
+    store = PrivateStore.of_waves(layout, 2)
+    source = HostSource(store, host, Beside(apart=True))
+    ticket = source.begin(ExpertKey(0, 0), 0)
+    assert ticket is not None
+    ticket.wait()
+    assert source.begin(ExpertKey(0, 1), 1) is None
     may_go.set()
-    assert copies.release(wait=True) and host.fetch(ExpertKey(0, 1)) is not None
-    assert bytes(pool.bytes_C[0].numpy()) != bytes(layout.slot_bytes)
+    assert source.make_room() and source.begin(ExpertKey(0, 1), 1) is not None
+    assert bytes(store.bytes_C[0]) != bytes(layout.slot_bytes)
     reader.close()
 
 
@@ -176,17 +173,18 @@ def test_a_read_that_was_given_up_is_begun_anew_by_the_next_who_asks(tmp_path: P
     """Some of it may still be on its way, and never will all of it be there."""
     layout, truth = make_layout(tmp_path, rows=400, cols=400)
     with closing(DiskReader(depth=1, buffer_bytes=8192)) as reader:
-        tier, gate = HostTier(layout, slots=2, reader=reader, device=open_device("cpu")), threading.Event()
+        tier = HostTier(PrivateStore.of_waves(layout, 2), reader=reader, device=open_device("cpu"))
+        gate = threading.Event()
         blocked = reader._pool.submit(gate.wait, 30)
         fetched = tier.fetch(A)
         assert fetched is not None and fetched[1].cancel()
         gate.set()
         again = tier.fetch(A)
-        assert again is not None and again[0] == fetched[0]
+        assert again is not None
         again[1].wait()
-        assert expert_bytes_of(dict(tier.pool.tensors(again[0]))) == truth[A]
-        tier.release(A, failed=True)  # of the one that gave up
-        tier.release(A)
+        assert expert_bytes_of(dict(tier.store.tensors(again[0]))) == truth[A]
+        tier.release(fetched[0])  # of the one that gave up
+        tier.release(again[0])
         blocked.result()
         assert bring(tier, A) == truth[A]
         tier.check_integrity()

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from experts_on_disk import expert_bytes_of, make_layout
 
-from buddymoe_ray.cache import DiskReader, ExpertCache
+from buddymoe_ray.cache import DiskReader, ExpertCache, open_private
 from buddymoe_ray.cache.pool import SlotPool
+from buddymoe_ray.cache.shared import Lender
 from buddymoe_ray.policy import lend_reserved, split_slots
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
@@ -28,10 +29,10 @@ def reserving(layout: ExpertLayout, *, slots: int, reserved: int) -> SlotPlan:
 
 def held_bytes(cache: ExpertCache) -> int:
     """Of the slots' memory, as the kernel's page table has it."""
-    begin = cache._pool.address(0)
+    begin = cache.store.address(0)
     with Path("/proc/self/pagemap").open("rb") as table:
         table.seek(begin // mmap.PAGESIZE * 8)
-        entries = np.frombuffer(table.read(-(-cache._pool.nbytes // mmap.PAGESIZE) * 8), np.uint64)
+        entries = np.frombuffer(table.read(-(-cache.store.tensor_C.numel() // mmap.PAGESIZE) * 8), np.uint64)
     return int((entries >> np.uint64(62) > 0).sum()) * mmap.PAGESIZE  # present, or swapped out
 
 
@@ -53,8 +54,9 @@ def test_slots_shrink_and_grow_under_a_cache_in_use(tmp_path: Path) -> None:
     assert layout.slot_bytes > 8 * mmap.PAGESIZE, "pages would say nothing"
     plan = lend_reserved(reserving(layout, slots=8, reserved=(most := 24 * layout.slot_bytes)), most, COUNTS)
     rng = random.Random(0)
-    with ExpertCache(layout, plan, reader=DiskReader(depth=2, buffer_bytes=1 << 16)) as cache:
+    with open_private(layout, plan, reader=DiskReader(depth=2, buffer_bytes=1 << 16)) as cache:
         cache.warm()
+        lender = Lender(cache.store)
         for _ in range(60):
             for layer, count in enumerate(COUNTS):
                 experts = sorted(rng.sample(range(count), 4))
@@ -62,19 +64,13 @@ def test_slots_shrink_and_grow_under_a_cache_in_use(tmp_path: Path) -> None:
                 for leases in cache.stream(layer, experts, protect_residency=rng.random() < 0.2):
                     for lease in leases:
                         assert expert_bytes_of(dict(lease.tensors())) == truth[lease.key]
-                usage_E = cache._directory.usage.usage_LE[layer, :count].copy()
-                slots, first_wave = cache._directory.slot_of[layer], cache._directory.first_wave
-                own = {e for e in cache.resident(layer) if slots[e] < first_wave}
-                cache.resize(lend_reserved(plan, rng.randrange(most), COUNTS))
+                assert lender.lend(lent := rng.randrange(sum(plan.lent_slots) + 1), lambda: False)
                 cache.check_integrity()
-                there = cache.resident(layer) & own
-                assert len(there) == min(len(own), cache.plan.layer_slots[layer])
-                gone = own - there
-                assert not (gone and there) or usage_E[[*gone]].max() <= usage_E[[*there]].min(), "not the least used"
-                for expert in there:  # where it was moved to, without being read again
-                    assert expert_bytes_of(dict(cache._pool.tensors(slots[expert]))) == truth[ExpertKey(layer, expert)]
-                assert cache.device_bytes + cache.plan.overhead_bytes <= cache.plan.budget_bytes
-                assert held_bytes(cache) <= cache.device_bytes + 2 * mmap.PAGESIZE * len(COUNTS)
+                for expert in cache.resident(layer):  # what stayed was not read again
+                    slot = int(cache.store.tables.slot_of[layer, expert])
+                    assert expert_bytes_of(dict(cache.store.tensors(slot))) == truth[ExpertKey(layer, expert)]
+                assert cache.device_bytes == (plan.slots_total - sum(plan.lent_slots) + lent) * plan.slot_bytes
+                assert held_bytes(cache) <= cache.device_bytes + 2 * mmap.PAGESIZE
 
 
 def test_slots_that_may_be_given_back_are_in_small_pages(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from experts_on_disk import make_layout
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buddymoe_ray.cache import DiskReader, ExpertCache
-from buddymoe_ray.cache.shared import SharedExpertCache, SharedStore
+from buddymoe_ray.cache import DiskReader, ExpertCache, open_private
+from buddymoe_ray.cache.shared import SharedStore
 from buddymoe_ray.cache.usage import Usage
 from buddymoe_ray.types import SlotPlan
 
@@ -70,9 +70,9 @@ def test_popular_experts_stay_and_new_ones_come(kind: str, tmp_path: Path) -> No
     )
     reader, cache = DiskReader(depth=2, buffer_bytes=16384), None
     if kind == "private":
-        cache = ExpertCache(layout, plan, reader=reader)
+        cache = open_private(layout, plan, reader=reader)
     else:
-        cache = SharedExpertCache(SharedStore(tmp_path / "store", layout, plan, b"\1" * 32), reader=reader)
+        cache = ExpertCache(SharedStore(tmp_path / "store", layout, plan, b"\1" * 32), reader=reader)
     weight_E = np.arange(1, EXPERTS + 1) ** -1.2
     before_SK, after_SK = routes(weight_E, 400, 0), routes(weight_E[::-1], 400, 1)
     try:

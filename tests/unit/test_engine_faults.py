@@ -65,7 +65,7 @@ def clean(engine: Engine) -> None:
     engine._scheduler.check_integrity()
     seen = engine.snapshot()
     assert (seen.running, seen.waiting, seen.free_kv_blocks) == (0, 0, seen.total_kv_blocks)
-    assert not engine.has_work() and not engine.cache._directory._claimed and not engine.cache._directory.leased  # type: ignore[attr-defined]
+    assert not engine.has_work() and not engine.cache.store.tables.lease.any()
 
 
 class Broken(Exception):
@@ -221,9 +221,9 @@ INNER: list[tuple[str, Callable[[LLM], Any], str]] = [
     ("account", lambda llm: Account, "settle"),
     ("detokenise", lambda llm: IncrementalDetokenizer, "push"),
     ("stream", lambda llm: llm.engine.cache, "stream"),
-    ("claim", lambda llm: llm.engine.cache._directory, "claim"),
+    ("claim", lambda llm: llm.engine.cache.store.tables, "claim"),
     ("submit", lambda llm: DiskReader, "submit"),
-    ("finish", lambda llm: llm.engine.cache, "_finish"),
+    ("finish", lambda llm: llm.engine.cache._loads, "_finish"),
     ("add", lambda llm: llm.engine, "add"),
 ]
 

@@ -12,6 +12,7 @@ import pytest
 from test_slot_peers import until
 
 from buddymoe_ray.cache import ExpertCache
+from buddymoe_ray.cache.sources import HostSource
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.models.synth import synth_checkpoint
@@ -44,8 +45,16 @@ def cache_of(engine: Engine) -> ExpertCache:
 
 def held(engine: Engine) -> list[tuple[int, int]]:
     """Experts in the layers' own slots."""
-    key_of, waves = cache_of(engine)._directory.key_of, cache_of(engine)._directory.first_wave
-    return [(key.layer, key.expert) for key in key_of[:waves] if key is not None]
+    tables = cache_of(engine).store.tables
+    own = np.flatnonzero((tables.partition >= 0) & (tables.key_layer >= 0)).tolist()
+    return [(int(tables.key_layer[slot]), int(tables.key_expert[slot])) for slot in own]
+
+
+def peers_of(cache: ExpertCache) -> int:
+    """How many workers' slots it reads."""
+    source = cache._source
+    assert isinstance(source, HostSource) and source._peers is not None, f"{source} has no peers"
+    return source._peers.count
 
 
 @pytest.mark.parametrize(("gpus", "memory"), [(2, "75%"), (8, "50%")])
@@ -56,8 +65,7 @@ def test_workers_hold_different_experts_and_read_each_others(mixtral: str, gpus:
             stack.enter_context(closing(Engine.from_config(config_of(mixtral, memory), text=False, sharing=sharing)))
             for _ in range(gpus)
         ]
-        peers = [cache_of(engine)._peers for engine in engines]
-        until(lambda: all(each is not None and each.count == gpus - 1 for each in peers))
+        until(lambda: all(peers_of(cache_of(engine)) == gpus - 1 for engine in engines))
         alone = stack.enter_context(closing(Engine.from_config(config_of(mixtral, "100%", "cpu"), text=False)))
         copies = Counter(key for engine in engines for key in held(engine))
         assert len(copies) == LAYERS * EXPERTS, "an expert is in nobody's slots"
@@ -84,7 +92,7 @@ def test_what_all_use_comes_to_be_in_the_slots_of_all_and_the_rest_in_one(mixtra
             )
             for _ in range(4)
         ]
-        until(lambda: all(cache._peers is not None and cache._peers.count == 3 for cache in caches))
+        until(lambda: all(peers_of(cache) == 3 for cache in caches))
         hot, rng = [1, 6], random.Random(0)
         for _ in range(150):
             for cache in caches:

@@ -15,8 +15,8 @@ from experts_on_disk import expert_bytes_of, make_layout
 
 from buddymoe_ray.actors.host_store import HostStore, KeeperOptions
 from buddymoe_ray.actors.words import Directive, NodeReport
-from buddymoe_ray.cache import DiskReader
-from buddymoe_ray.cache.shared import SharedExpertCache, watch
+from buddymoe_ray.cache import DiskReader, ExpertCache
+from buddymoe_ray.cache.shared import watch
 from buddymoe_ray.cache.shared.locks import ROW_BYTE, FileLocks
 from buddymoe_ray.residency.sharing import Sharing, StoreSpec, spec_of
 from buddymoe_ray.types import ExpertKey, SlotPlan
@@ -55,8 +55,8 @@ def spec(tmp_path: Path) -> StoreSpec:
     return made
 
 
-def worker(spec: StoreSpec) -> SharedExpertCache:
-    return SharedExpertCache(spec.open(), reader=DiskReader(depth=2, buffer_bytes=16384))
+def worker(spec: StoreSpec) -> ExpertCache:
+    return ExpertCache(spec.open(), reader=DiskReader(depth=2, buffer_bytes=16384))
 
 
 @pytest.fixture

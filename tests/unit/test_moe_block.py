@@ -10,7 +10,7 @@ import pytest
 import torch
 from experts_on_disk import make_layout
 
-from buddymoe_ray.cache import DiskReader, ExpertCache, Glance
+from buddymoe_ray.cache import DiskReader, Glance, open_private
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.kernels import ExpertMath, UpcastScratch, combine, expert_forward
 from buddymoe_ray.moe import MoEBlock, OneByOne, Phase, StepState
@@ -33,7 +33,7 @@ class Opened:
             experts_per_layer=layout.experts_per_layer,
             overhead_bytes=0,
         )
-        self.cache = ExpertCache(layout, plan, reader=DiskReader(buffer_bytes=8192))
+        self.cache = open_private(layout, plan, reader=DiskReader(buffer_bytes=8192))
         self.step = StepState()
         shapes = {t.name: t.shape for t in layout.tensors}
         # gate_up_proj is stored in bfloat16, down_proj in float32; the scratch widens both to float32

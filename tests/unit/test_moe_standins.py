@@ -14,7 +14,7 @@ import torch
 from experts_on_disk import make_layout
 from torch import Tensor
 
-from buddymoe_ray.cache import DiskReader, ExpertCache, StandinPool
+from buddymoe_ray.cache import DiskReader, StandinPool, open_private
 from buddymoe_ray.device import open_device
 from buddymoe_ray.kernels import ExpertMath, UpcastScratch, combine, expert_forward
 from buddymoe_ray.moe import MoEBlock, OneByOne, Overlay, Phase, Standins, StepState, StepTerms, record_computes
@@ -67,7 +67,7 @@ class Opened:
             fully_resident=False,
             pinned=PINNED,
         )
-        self.cache = ExpertCache(self.layout, plan, reader=DiskReader(buffer_bytes=8192))
+        self.cache = open_private(self.layout, plan, reader=DiskReader(buffer_bytes=8192))
         self.cache.warm()
         self.means, records = mean_records(tmp_path)
         kind_of = {ExpertKey(la, e): "mean" for la in range(3) for e in range(2, 6)}

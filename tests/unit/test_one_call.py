@@ -226,10 +226,10 @@ def test_of_layers_computed_together_those_count_whose_experts_stayed(
         with LLM("builtin:tiny", guard_share=0.0, **options) as llm:  # type: ignore[arg-type]
             cache: Any = llm.engine.cache
             for layer in lost:
-                at_E, word = cache._glances[layer].at_E, np.zeros(1, np.int64)
-                moved = np.tile([[word.ctypes.data], [1]], len(at_E))  # seen was 1, found is 0
+                seen, word = cache.glance(layer), np.zeros(1, np.int64)
+                moved = np.tile([[word.ctypes.data], [1]], len(seen.at_E))  # seen was 1, found is 0
                 words.append(word)
-                cache._glances[layer] = Glance(at_E, cache._glances[layer].used, moved)
+                cache._glances[layer] = Glance(seen.at_E, seen.used, moved)
             results = llm.generate(["def add(a, b):", "import os"], max_tokens=12, temperature=0.0, logprobs=0)
             return [([(item.token_id, item.logprob) for item in r.logprobs], r.usage) for r in results]
 

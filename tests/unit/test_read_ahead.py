@@ -17,7 +17,7 @@ from families import build_checkpoint
 
 import buddymoe_ray.residency.tier as tier
 from buddymoe_ray import LLM
-from buddymoe_ray.cache import DiskReader, ExpertCache
+from buddymoe_ray.cache import DiskReader, ExpertCache, open_private
 from buddymoe_ray.cache.disk import Bytes, ReadTicket, _Read
 from buddymoe_ray.errors import CacheError, ConfigError
 from buddymoe_ray.moe import FirstLayer, MoEBlock, ReadAhead
@@ -102,7 +102,7 @@ def opened(tmp_path: Path) -> Any:
         overhead_bytes=0,
     )
     reader = Slow()
-    with ExpertCache(layout, plan, reader=reader) as cache:
+    with open_private(layout, plan, reader=reader) as cache:
         cache.warm()
         yield cache, truth, reader
         reader.gate.set()
@@ -119,9 +119,9 @@ def lend(cache: ExpertCache, truth: dict[ExpertKey, bytes], layer: int, experts:
 
 def arrive(cache: ExpertCache) -> None:
     """All that was begun ahead."""
-    for load in cache._ahead._loads.values():
+    for load in cache._loads.ahead._loads.values():
         load.ticket.settle()
-    cache._ahead.land()
+    cache._loads.ahead.land()
 
 
 def absent(cache: ExpertCache, layer: int) -> list[int]:
@@ -200,7 +200,7 @@ def test_random_guesses_change_no_byte_and_leak_no_slot(opened: Any) -> None:
             cache.settle_ahead()
         cache.check_integrity()
     cache.settle_ahead()
-    assert not cache._directory._claimed, "no slot is claimed for ever"
+    assert not cache.store.tables.lease.any(), "no slot is claimed for ever"
 
 
 @pytest.fixture
@@ -306,7 +306,7 @@ def test_the_first_layer_is_read_for_tokens_that_were_chosen(tmp_path: Path, eag
         for layer in range(1, 3):
             read(layer, range(8))
         engine.cancel("a")
-        assert not cache._ahead._loads, "nobody else waits for what nobody goes on with"
+        assert not cache._loads.ahead._loads, "nobody else waits for what nobody goes on with"
         cache.check_integrity()
 
 

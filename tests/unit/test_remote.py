@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from link_proxy import DelayProxy
 
-from buddymoe_ray.cache import DiskReader
-from buddymoe_ray.cache.shared import Move, Mover, SharedExpertCache, SharedStore
+from buddymoe_ray.cache import DiskReader, ExpertCache
+from buddymoe_ray.cache.shared import Move, Mover, SharedStore
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.residency.peering import RemoteExperts
@@ -105,14 +105,14 @@ def test_another_worker_and_a_mover_change_what_is_resident_while_peers_are_aske
     slow_disk(here)
     acquainted(here)
     cache = here.cache
-    assert isinstance(cache, SharedExpertCache)
+    assert isinstance(cache.store, SharedStore)
     spec, done = cache.store, threading.Event()
     experts = [ExpertKey(la, e) for la, count in enumerate(cache.layout.experts_per_layer) for e in range(count)]
 
     def disturb(seed: int) -> None:
         rng = random.Random(seed)
         store = SharedStore(spec.path, spec.layout, spec.plan, spec._digest)
-        other = SharedExpertCache(store, reader=DiskReader(depth=1))
+        other = ExpertCache(store, reader=DiskReader(depth=1))
         mover = Mover(store, DiskReader(depth=1), bytes_per_second=1e12)
         while not done.is_set():
             key, evict = rng.sample(experts, 2)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from experts_on_disk import expert_bytes_of, make_layout
 
-from buddymoe_ray.cache import DiskReader
-from buddymoe_ray.cache.shared import Lender, SharedExpertCache, SharedStore, store_digest, store_path
+from buddymoe_ray.cache import DiskReader, ExpertCache
+from buddymoe_ray.cache.shared import Lender, SharedStore, store_digest, store_path
 from buddymoe_ray.cache.shared.tables import UNUSED, WAVE
 from buddymoe_ray.policy import lend_reserved, split_slots
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
@@ -36,14 +36,14 @@ class Node:
         self.stores.append(SharedStore(self.path, self.layout, self.plan, store_digest(self.layout, self.plan)))
         return self.stores[-1]
 
-    def cache(self) -> SharedExpertCache:
-        return SharedExpertCache(self.store(), reader=DiskReader(depth=1, buffer_bytes=1 << 16))
+    def cache(self) -> ExpertCache:
+        return ExpertCache(self.store(), reader=DiskReader(depth=1, buffer_bytes=1 << 16))
 
     @property
     def lent(self) -> int:
         return sum(self.plan.lent_slots)
 
-    def use(self, cache: SharedExpertCache) -> None:
+    def use(self, cache: ExpertCache) -> None:
         for layer, count in enumerate(COUNTS):
             for leases in cache.stream(layer, range(count), protect_residency=False):
                 assert all(expert_bytes_of(dict(lease.tensors())) == self.truth[lease.key] for lease in leases)

@@ -20,18 +20,9 @@ import pytest
 import torch
 from experts_on_disk import expert_bytes_of, make_layout
 
-from buddymoe_ray.cache import DiskReader, ExpertCache, slot_views
+from buddymoe_ray.cache import DiskReader, ExpertCache, HostTier, open_private, slot_views
 from buddymoe_ray.cache.disk import ReadTicket
-from buddymoe_ray.cache.shared import (
-    Move,
-    Mover,
-    SharedExpertCache,
-    SharedHostTier,
-    SharedStore,
-    open_room,
-    store_digest,
-    sweep,
-)
+from buddymoe_ray.cache.shared import Move, Mover, SharedStore, open_room, store_digest, sweep
 from buddymoe_ray.cache.shared.locks import TABLES_BYTE
 from buddymoe_ray.cache.shared.shape import entry_of
 from buddymoe_ray.cache.shared.store import store_path
@@ -52,7 +43,7 @@ class Node:
     layout: ExpertLayout
     truth: dict[ExpertKey, bytes]
     plan: SlotPlan
-    opened: list[SharedExpertCache] = field(default_factory=list)
+    opened: list[ExpertCache] = field(default_factory=list)
 
     @property
     def digest(self) -> bytes:
@@ -65,8 +56,8 @@ class Node:
     def store(self) -> SharedStore:
         return SharedStore(self.path, self.layout, self.plan, self.digest)
 
-    def cache(self) -> SharedExpertCache:
-        self.opened.append(SharedExpertCache(self.store(), reader=DiskReader(depth=2, buffer_bytes=16384)))
+    def cache(self) -> ExpertCache:
+        self.opened.append(ExpertCache(self.store(), reader=DiskReader(depth=2, buffer_bytes=16384)))
         return self.opened[-1]
 
 
@@ -95,7 +86,7 @@ def node(tmp_path: Path) -> Iterator[Node]:
 
 
 def access(
-    node: Node, cache: SharedExpertCache | ExpertCache, layer: int, experts: list[int], *, protect: bool = False
+    node: Node, cache: ExpertCache | ExpertCache, layer: int, experts: list[int], *, protect: bool = False
 ) -> None:
     """Stream the experts and hold every lease against the truth."""
     seen = []
@@ -131,7 +122,7 @@ def test_threads_share_under_load(node: Node) -> None:
     caches = [node.cache() for _ in range(4)]
     errors: list[BaseException] = []
 
-    def work(cache: SharedExpertCache, seed: int) -> None:
+    def work(cache: ExpertCache, seed: int) -> None:
         rng = random.Random(seed)
         try:
             for _ in range(150):
@@ -187,7 +178,7 @@ def _hold_and_hang(folder: Path, layout: ExpertLayout, plan: SlotPlan, ready: ob
     """A child that leases an expert and claims a slot it never fills."""
     digest = store_digest(layout, plan)
     store = SharedStore(store_path(digest, folder=folder), layout, plan, digest)
-    cache = SharedExpertCache(store, reader=DiskReader(depth=1, buffer_bytes=16384))
+    cache = ExpertCache(store, reader=DiskReader(depth=1, buffer_bytes=16384))
     stream = cache.stream(0, [0], protect_residency=False)
     next(stream)
     with store.tables.locked():
@@ -415,7 +406,7 @@ def test_migration_under_load_keeps_bytes_right(node: Node) -> None:
     base.close()
 
 
-def glanced(node: Node, cache: SharedExpertCache, layer: int, experts: list[int]) -> bool | None:
+def glanced(node: Node, cache: ExpertCache, layer: int, experts: list[int]) -> bool | None:
     """Copy experts without a lease: None when not all were there, else whether the copies count, and then they must be
     right."""
     ids, glance = np.array([experts]), cache.glance(layer)
@@ -465,7 +456,7 @@ def test_glances_under_load_are_right(node: Node) -> None:
     cache, others = node.cache(), [node.cache(), node.cache()]
     done, errors, seen = threading.Event(), list[BaseException](), Counter[bool | None]()
 
-    def work(other: SharedExpertCache, seed: int) -> None:
+    def work(other: ExpertCache, seed: int) -> None:
         rng = random.Random(seed)
         try:
             for _ in range(300):
@@ -504,7 +495,7 @@ class Interrupted(DiskReader):
 
 def test_nobody_waits_for_one_who_stands_still_with_the_tables(node: Node) -> None:
     still, reader = node.store(), Interrupted(depth=2, buffer_bytes=16384)
-    mine = SharedExpertCache(node.store(), reader=reader)
+    mine = ExpertCache(node.store(), reader=reader)
     node.opened.append(mine)
     access(node, mine, 0, [0, 1])
     with still.tables.locked():
@@ -592,9 +583,9 @@ def test_a_room_is_filled_once(tmp_path: Path) -> None:
 def host_cache(node: Node) -> ExpertCache:
     """Two device slots a layer of its own over the node's host tier: a GPU worker, with the CPU as its device."""
     reader = DiskReader(depth=2, buffer_bytes=16384)
-    host = SharedHostTier(node.store(), reader=reader, device=open_device("cpu"))
+    host = HostTier(node.store(), reader=reader, device=open_device("cpu"))
     plan = make_plan(node.layout, layer_slots=2, waves=2)
-    return ExpertCache(node.layout, plan, reader=reader, host=host)
+    return open_private(node.layout, plan, reader=reader, host=host)
 
 
 def test_two_devices_share_one_host_tier(node: Node) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from buddymoe_ray.cache.shared import SharedExpertCache
+from buddymoe_ray.cache.shared import SharedStore
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.errors import BudgetError, ConfigError
@@ -130,7 +130,8 @@ def test_the_keeper_hears_of_the_store_before_anyone_attaches(folder: Path) -> N
         kept.append(spec)
 
     engine = opened(folder, 1, keeper=keep)[0]
-    assert isinstance(engine.cache, SharedExpertCache) and kept[0].path == engine.cache.store.path
+    store = engine.cache.store
+    assert isinstance(store, SharedStore) and kept[0].path == store.path
     engine.close()
 
 

@@ -17,8 +17,8 @@ from experts_on_disk import make_layout
 from slot_churn import DIGEST, SLOT, churn, open_peers
 from test_cache_stream import access
 
-from buddymoe_ray.cache import DiskReader, ExpertCache, SlotPeers
-from buddymoe_ray.cache.host import ReadLost
+from buddymoe_ray.cache import DiskReader, ExpertCache, SlotPeers, open_private
+from buddymoe_ray.cache.shared.calls import ReadLost
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.device import open_device
 from buddymoe_ray.engine.engine import Engine
@@ -106,7 +106,7 @@ def test_caches_read_what_the_other_has_and_every_byte_is_right(tmp_path: Path) 
     for _ in range(2):
         shared = SlotPeers(device, slots=plan.slots_total, slot_bytes=layout.slot_bytes, digest=DIGEST, tag=tag)
         reader = DiskReader(depth=4, buffer_bytes=8192)
-        caches.append(ExpertCache(layout, plan, reader=reader, device=device, host_slots=4, peers=shared))
+        caches.append(open_private(layout, plan, reader=reader, device=device, host_slots=4, peers=shared))
     for _ in range(400):
         cache, layer = rng.choice(caches), rng.randrange(3)
         access(cache, truth, layer, sorted(rng.sample(range(6), rng.randint(1, 4))), rng.random() < 0.3)

@@ -2,20 +2,16 @@
 
 locks     byte-range locks that the kernel releases when a process dies
 shape     where every table lies in the file
+interface what a cache asks of a store, a node's or a private one
 tables    who holds what: slots, leases, rows; every change under one lock
 store     the file itself: create, attach, sweep
-cache     `stream` over the shared slots, the twin of `cache.expert_cache`
-loads     what this worker reads, and what it waits for others to read
 calls     one `stream` in progress; a slot of one's own, for when others stand still
-host      the tier below a GPU, the twin of `cache.host`
 mover     background migration: experts in and out while others compute
 janitor   removes files when every process was killed
 lending   slots whose memory is reserved for others, and given back to them
 room      bytes written once and read by all (stand-in records)
 """
 
-from buddymoe_ray.cache.shared.cache import SharedExpertCache
-from buddymoe_ray.cache.shared.host import SharedHostTier
 from buddymoe_ray.cache.shared.janitor import watch
 from buddymoe_ray.cache.shared.lending import Lender
 from buddymoe_ray.cache.shared.mover import Move, Moved, Mover
@@ -29,8 +25,6 @@ __all__ = [
     "Moved",
     "Mover",
     "Room",
-    "SharedExpertCache",
-    "SharedHostTier",
     "SharedStore",
     "open_room",
     "store_digest",

@@ -12,18 +12,32 @@ from dataclasses import dataclass, field
 
 import torch
 
-from buddymoe_ray.cache.disk import DiskReader, ReadTicket
+from buddymoe_ray.cache.disk import DiskReader, Ticket
 from buddymoe_ray.cache.pool import Lease, SlotPool
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout
 
-__all__ = ["FIRST_PAUSE_SECONDS", "OwnLoad", "OwnSlot", "Stalled", "StreamState"]
+__all__ = ["Counts", "FIRST_PAUSE_SECONDS", "OwnLoad", "OwnSlot", "ReadLost", "Stalled", "StreamState"]
 
 FIRST_PAUSE_SECONDS = 50e-6
 
 
+@dataclass(slots=True)
+class Counts:
+    """Lookups of one user of a store, bytes that it read, and what `shared` of its misses others were reading."""
+
+    hits: int = 0
+    misses: int = 0
+    shared: int = 0
+    nbytes: int = 0
+
+
 class Stalled(CacheError):
     """Somebody who stands still has what is needed."""
+
+
+class ReadLost(CacheError):
+    """Whoever was reading the expert failed or was killed: it is to be fetched again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +46,7 @@ class OwnLoad:
 
     key: ExpertKey
     slot: int
-    ticket: ReadTicket
+    ticket: Ticket
     began: float | None
 
 

@@ -16,8 +16,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from buddymoe_ray.cache.shared.interface import Store
 from buddymoe_ray.cache.shared.shape import roles_of
-from buddymoe_ray.cache.shared.store import SharedStore, sweep
 from buddymoe_ray.cache.shared.tables import FREE, READY, UNUSED, WAVE
 
 __all__ = ["Lender"]
@@ -28,7 +28,7 @@ _POLL_SECONDS = 2e-3
 class Lender:
     """`store` is an attachment of this object's own."""
 
-    def __init__(self, store: SharedStore) -> None:
+    def __init__(self, store: Store) -> None:
         self._store, self._tables = store, store.tables
         self._first = store.shape.slots - store.shape.lent
 
@@ -81,7 +81,6 @@ class Lender:
         tables, roles = self._tables, roles_of(self._store.plan, WAVE)
         if not (tables.partition[self._first :] == UNUSED).any():
             return
-        sweep(self._store.path.parent)  # what a killed process left has the same memory
         for slot in range(self._first, self._store.shape.slots):
             with tables.locked():
                 if stop() or slot >= self._first + tables.lent:

@@ -29,21 +29,23 @@ class HeaderWord:
 
     MAGIC, VERSION, READY, CLOCK, DIRTY, EPOCH, EVICTIONS, SLOTS, SLOT_BYTES = range(9)
     MAGIC_WORD = 0x425544_44594D4F
-    VERSION_WORD = 4
+    VERSION_WORD = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreShape:
-    """Sizes of one store; the last `lent` of its slots have memory that is reserved for others."""
+    """Sizes of one store; the last `lent` of its slots have memory that is reserved for others, and `rows` may be
+    attached."""
 
     slots: int
     slot_bytes: int
     layers: int
     experts: int
     lent: int = 0
+    rows: int = ROWS
 
     @classmethod
-    def of(cls, layout: ExpertLayout, plan: SlotPlan) -> StoreShape:
+    def of(cls, layout: ExpertLayout, plan: SlotPlan, rows: int = ROWS) -> StoreShape:
         """The shape for a model's experts under a plan."""
         return cls(
             slots=plan.slots_total,
@@ -51,14 +53,14 @@ class StoreShape:
             layers=len(layout.experts_per_layer),
             experts=max(layout.experts_per_layer),
             lent=sum(plan.lent_slots),
+            rows=rows,
         )
 
     def fields(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
         """Every table's dtype and shape, in file order. See `tables.SharedTables` for what they mean."""
-        C, LE, P = self.slots, (self.layers, self.experts), ROWS
+        C, LE, P = self.slots, (self.layers, self.experts), self.rows
         return {
             "pid": (np.int64, (P,)),
-            "counters": (np.uint64, (P, 8)),
             "generation": (np.uint64, (C,)),
             "last_used": (np.uint64, (C,)),
             "usage": (np.float64, LE),

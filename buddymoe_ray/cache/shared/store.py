@@ -69,7 +69,7 @@ def store_path(digest: bytes, *, tag: str = "", folder: Path = FOLDER) -> Path:
 
 
 class SharedStore:
-    """One attachment to a store: its memory, its tables, a row of its own. Use it from one thread.
+    """One attachment to a node's store: its memory, its tables, a row of its own. Use it from one thread.
 
     `before_making` is called when the file has to be made, while nobody else makes it; it may raise.
 
@@ -77,6 +77,8 @@ class SharedStore:
         BudgetError: the file does not fit the folder's file system.
         CacheError: the file belongs to somebody else, or every row is taken.
     """
+
+    alone = False
 
     def __init__(
         self,
@@ -111,8 +113,8 @@ class SharedStore:
             raise
         self._locks.unlock(TABLES_BYTE)
         self.bytes_C = self.shape.slot_bytes_of(self._array)
-        self._tensor = torch.from_numpy(self.bytes_C)
-        self._begin = self._tensor.data_ptr()
+        self.tensor_C = torch.from_numpy(self.bytes_C)
+        self._begin = self.tensor_C.data_ptr()
         self._views: list[Mapping[str, Tensor] | None] = [None] * self.shape.slots
 
     @property
@@ -134,7 +136,7 @@ class SharedStore:
         """The slot's parameters by name, as views in their stored dtype."""
         views = self._views[slot]
         if views is None:
-            views = self._views[slot] = slot_views(self._tensor[slot], self.layout)
+            views = self._views[slot] = slot_views(self.tensor_C[slot], self.layout)
         return views
 
     def address(self, slot: int) -> int:
@@ -154,7 +156,11 @@ class SharedStore:
     def take_back(self, slot: int) -> None:
         """Have memory for a slot again. Raises OSError: there is none left."""
         begin, end = self.shape.span(slot, slot + 1)
-        os.posix_fallocate(self._fd, begin, end - begin)
+        try:
+            os.posix_fallocate(self._fd, begin, end - begin)
+        except OSError:
+            sweep(self.path.parent)  # what a killed process left has the same memory
+            os.posix_fallocate(self._fd, begin, end - begin)
 
     def own(self) -> bool:
         """Become the store's owner, who keeps the file while no worker is attached; False when there is one."""

@@ -20,7 +20,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ from buddymoe_ray.cache.usage import Usage
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, SlotPlan
 
-__all__ = ["FREE", "LOADING", "PATIENCE_SECONDS", "READY", "UNUSED", "WAVE", "Counter", "SharedTables"]
+__all__ = ["FREE", "LOADING", "PATIENCE_SECONDS", "READY", "UNUSED", "WAVE", "SharedTables"]
 
 FREE, LOADING, READY = 0, 1, 2
 WAVE, UNUSED = -1, -2
@@ -47,23 +46,14 @@ _REAP_SECONDS = 0.2
 SlotIds = npt.NDArray[np.int64]
 
 
-class Counter(IntEnum):
-    """Columns of a row's counters."""
-
-    HITS = 0
-    MISSES = 1
-    SHARED = 2  # misses that another row was loading already
-    BYTES = 3
-
-
 class SharedTables:
-    """The tables over `memory`, as seen by one row. Made by `SharedStore`; one thread per row."""
+    """The tables over `memory`, as seen by one row. Made by a store; one thread per row."""
 
     def __init__(self, memory: npt.NDArray[np.uint8], shape: StoreShape, locks: FileLocks) -> None:
         self.shape, self._locks = shape, locks
         self.head = shape.head(memory)
         views: dict[str, npt.NDArray[Any]] = shape.views(memory)
-        self.pid, self.counters, self.accesses = views["pid"], views["counters"], views["accesses"]
+        self.pid, self.accesses = views["pid"], views["accesses"]
         self.generation, self.last_used = views["generation"], views["last_used"]
         self.usage = Usage(views["usage"], views["steps"])
         self.key_layer, self.key_expert = views["key_layer"], views["key_expert"]
@@ -116,7 +106,7 @@ class SharedTables:
             for row in np.flatnonzero(self.pid == 0).tolist():
                 if self._locks.try_lock(ROW_BYTE + row):
                     self.lease[row] = 0
-                    self.counters[row] = self.looks[row] = 0
+                    self.looks[row] = 0
                     self.lends[row] = self.shape.lent
                     self.pid[row] = os.getpid()
                     self.row = row
@@ -214,10 +204,7 @@ class SharedTables:
         """
         slot = self._own(key.layer, protect=protect, kept=kept)
         if slot is None:
-            waves = np.flatnonzero(self.partition == WAVE)
-            slot = self.free_of(waves)
-            if slot is None:
-                slot = self._victim(waves, self.last_used[waves])
+            slot = self._wave(self.partition == WAVE)
         if slot is not None:
             self.take(slot, key)
         return slot
@@ -227,13 +214,18 @@ class SharedTables:
         protected, of the wave slots without those `kept`."""
         slot = self._own(key.layer, protect=protect, kept=kept)
         if slot is None and protect:
-            waves = np.flatnonzero((self.partition == WAVE) & ~kept)
-            slot = self.free_of(waves)
-            if slot is None:
-                slot = self._victim(waves, self.last_used[waves])
+            slot = self._wave((self.partition == WAVE) & ~kept)
         if slot is not None:
             self.take(slot, key)
         return slot
+
+    def admits(self, key: ExpertKey) -> bool:
+        """Whether the expert may go where another of its layer was."""
+        return True
+
+    def first(self, layer: int, slots: int) -> int:
+        """The first of the experts that so many slots of a layer are filled with."""
+        return 0
 
     def arrived(self, slot: int) -> bool | None:
         """Whether the expert that another row was loading into `slot` when it was leased is there; False when that
@@ -318,23 +310,26 @@ class SharedTables:
     def check_integrity(self) -> None:
         """Assert that tables and slots mirror each other; takes the lock."""
         with self.locked():
-            held = np.flatnonzero((self.state != FREE) & (self.key_layer >= 0)).tolist()  # without retired ones
-            forward = {(la, e): int(self.slot_of[la, e]) for la, e in np.argwhere(self.slot_of >= 0).tolist()}
-            backward = {(int(self.key_layer[s]), int(self.key_expert[s])): s for s in held}
-            assert forward == backward and len(held) == len(backward), f"experts say {forward}, slots say {backward}"
-            ready = {(int(self.key_layer[s]), int(self.key_expert[s])) for s in held if self.state[s] == READY}
-            entries = {(la, e): int(self.entry[la, e]) for la, e in np.argwhere(self.entry).tolist()}
-            wanted = {key: self._entry_of(backward[key]) for key in ready}
-            assert entries == wanted, f"entries are {entries}, slots say {wanted}"
+            held = np.flatnonzero((self.state != FREE) & (self.key_layer >= 0))  # without retired ones
+            layers, experts, homes = self.key_layer[held], self.key_expert[held], self.partition[held]
+            slot_of, entry = np.full(self.slot_of.shape, -1), np.zeros(self.entry.shape, np.uint64)
+            slot_of[layers, experts] = held
+            whole = np.array_equal(slot_of, np.asarray(self.slot_of)) and (slot_of >= 0).sum() == len(held)
+            assert whole, f"experts say {self.slot_of.tolist()}, slots say {slot_of.tolist()} and are {held.tolist()}"
+            for slot in held[self.state[held] == READY].tolist():
+                entry[self.key_layer[slot], self.key_expert[slot]] = self._entry_of(slot)
+            found = np.asarray(self.entry)
+            assert np.array_equal(entry, found), f"entries are {found.tolist()}, slots say {entry.tolist()}"
             loaders = {int(self.loader[s]) for s in held if self.state[s] == LOADING}
             assert all(self.pid[row] for row in loaders), f"rows {loaders} load, rows {np.flatnonzero(self.pid)} live"
-            for slot in held:
-                home = int(self.partition[slot])
-                assert home in (WAVE, self.key_layer[slot]), f"slot {slot} of {home} holds layer {self.key_layer[slot]}"
+            astray = held[(homes != WAVE) & (homes != layers)].tolist()
+            assert not astray, f"slots {astray} hold experts of other layers than their own"
 
     def free_of(self, slots: SlotIds) -> int | None:
         """A FREE one of the slots that nobody leases; the caller holds the lock."""
         free = slots[self.state[slots] == FREE]
+        if not len(free):
+            return None
         free = free[~self.leased(free)]  # a retired slot whose mover was killed may still be in a computation
         return int(free[0]) if len(free) else None
 
@@ -344,7 +339,16 @@ class SharedTables:
         if slot is not None or protect:
             return slot
         mine = mine[~kept[mine] & ~self._is_pinned(mine)]
-        return self._victim(mine, self.usage.usage_LE[layer, self.key_expert[mine]])
+        return self._victim(mine, self._worth(layer, self.key_expert[mine]))
+
+    def _worth(self, layer: int, experts: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """log2 of the accesses that each of a layer's experts gets."""
+        return self.usage.usage_LE[layer, experts]
+
+    def _wave(self, among_C: npt.NDArray[np.bool_]) -> int | None:
+        waves = np.flatnonzero(among_C)
+        slot = self.free_of(waves)
+        return self._victim(waves, self.last_used[waves]) if slot is None else slot
 
     def _victim(self, slots: SlotIds, usage: npt.NDArray[Any]) -> int | None:
         """The least used of the slots that may go."""

@@ -1,4 +1,4 @@
-"""Experts on their way into a shared store's slots: what this worker reads, and what it waits for others to read.
+"""Experts on their way into a store's slots: what this worker reads, and what it waits for others to read.
 
 Neighbours: `cache` asks for what a layer needs and lends it, `tables` says who holds what. Waits are bounded: where
 those waited for stand still, what this worker needs is read into its own slot, and what it has loaded becomes READY
@@ -8,6 +8,7 @@ once it may. Invariant: after a failed or interrupted load the slot is free.
 from __future__ import annotations
 
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import replace
 
@@ -15,33 +16,33 @@ import numpy as np
 
 from buddymoe_ray.cache.ahead import ReadsAhead
 from buddymoe_ray.cache.disk import DiskReader
-from buddymoe_ray.cache.expert_cache import blame
 from buddymoe_ray.cache.pool import Lease
-from buddymoe_ray.cache.shared.calls import OwnLoad, OwnSlot, Stalled, StreamState
-from buddymoe_ray.cache.shared.store import SharedStore
-from buddymoe_ray.cache.shared.tables import PATIENCE_SECONDS, Counter
+from buddymoe_ray.cache.shared.calls import Counts, OwnLoad, OwnSlot, ReadLost, Stalled, StreamState
+from buddymoe_ray.cache.shared.interface import Store
+from buddymoe_ray.cache.shared.tables import PATIENCE_SECONDS
+from buddymoe_ray.cache.sources import Source
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey
 
-__all__ = ["SharedLoads"]
+__all__ = ["Loads"]
 
 _ASSUMED_BYTES_PER_SECOND, _SMOOTHING = 500e6, 0.1
 _LONGEST_POLL_SECONDS = 2e-3
 
 
-class SharedLoads:
+class Loads:
     """Loads of one attachment. `fetch_seconds` is what one expert takes from the disk, lately, `stall_seconds` the time
     waited for bytes so far; `kept_C` are slots that the call in progress will lend again, `brought_C` the last use of
     what was read ahead, until one asks."""
 
-    def __init__(self, store: SharedStore, reader: DiskReader) -> None:
-        self._store, self._reader, self._tables = store, reader, store.tables
+    def __init__(self, store: Store, source: Source, reader: DiskReader) -> None:
+        self._store, self._source, self._tables = store, source, store.tables
         self.fetch_seconds = store.layout.expert_bytes / _ASSUMED_BYTES_PER_SECOND
-        self.stall_seconds = 0.0
+        self.stall_seconds, self.counts = 0.0, Counts()
         self.kept_C = np.zeros(store.shape.slots, dtype=bool)
         self.ahead = ReadsAhead[OwnLoad](self._land)
         self.brought_C = ~np.zeros_like(self._tables.last_used)
-        self._own_slot = OwnSlot(store.layout, reader)
+        self._own_slot = None if store.alone else OwnSlot(store.layout, reader)
         self._stalled: dict[int, int] = {}  # slots that somebody did not fill in time, by their generation
         self._crowded = False  # no slot could be had in time, the last time
 
@@ -56,25 +57,32 @@ class SharedLoads:
                     found = int(tables.slot_of[key.layer, key.expert])
                     tables.lease[tables.row, found] += 1
                     call.waits.append((key, found))
-                    tables.counters[tables.row, Counter.SHARED] += 1
+                    self.counts.shared += 1
                 else:
-                    slot = tables.claim(key, protect=protect, kept=self.kept_C)
+                    slot = tables.claim(key, protect=protect or not tables.admits(key), kept=self.kept_C)
                     if slot is None:
                         return
+            load = None if slot is None else self.submit(key, slot)
+            if slot is not None and load is None:
+                return
             call.missing.popleft()
-            if slot is not None:
+            if load is not None:
                 self._crowded = False
-                call.loads.append(self.submit(key, slot))
+                call.loads.append(load)
 
-    def submit(self, key: ExpertKey, slot: int) -> OwnLoad:
-        """Begin to read an expert into the slot that was claimed for it. Raises CacheError, and the slot is free."""
+    def submit(self, key: ExpertKey, slot: int) -> OwnLoad | None:
+        """Begin to read an expert into the slot that was claimed for it; None where that must wait. Then, and where it
+        raises CacheError, the slot is free."""
         try:
-            ticket = self._reader.submit(self._store.layout.pieces[key], self._store.bytes_C[slot])
-            return OwnLoad(key, slot, ticket, time.perf_counter())
+            ticket = self._source.begin(key, slot)
         except BaseException as error:
             self._abandon(slot)
-            blame(error, key)
+            _blame(error, key)
             raise
+        if ticket is None:
+            self._abandon(slot)
+            return None
+        return OwnLoad(key, slot, ticket, time.perf_counter())
 
     def wait(self, call: StreamState) -> None:
         """Wait until something is ready, or may be had that could not before."""
@@ -84,6 +92,8 @@ class SharedLoads:
                 if call.loads:
                     call.loads[0].ticket.settle()
                     continue
+                if self._store.alone and (self.ahead.make_room() or self._source.make_room()):
+                    return
                 self._check_patience(call)
                 time.sleep(call.pause)
                 call.pause = min(2 * call.pause, _LONGEST_POLL_SECONDS)
@@ -94,7 +104,7 @@ class SharedLoads:
         finally:
             self.stall_seconds += time.perf_counter() - began
 
-    def settle(self, call: StreamState) -> None:
+    def settle(self, call: StreamState, tries: int = 4) -> None:
         """After an end: keep what arrives, free what fails, let go of the rest."""
         self._tables.release([slot for _, slot in call.ready] + [slot for _, slot in call.waits])
         call.ready.clear()
@@ -102,37 +112,34 @@ class SharedLoads:
         try:
             while call.loads:
                 with suppress(CacheError):  # met by whoever needs the expert
-                    self._tables.release([self._conclude(call.loads.popleft())])
+                    self._tables.release([self._conclude(call.loads[0], call.loads)])
         finally:
-            if call.loads:  # interrupted: the others must be settled all the same
-                self.settle(call)
+            if call.loads and tries:  # interrupted: the others must be settled all the same
+                self.settle(call, tries - 1)
 
     def alone(self, key: ExpertKey) -> Lease:
         """The expert for this worker alone."""
+        assert self._own_slot is not None, f"nobody but this worker has {key}"
         began = time.perf_counter()
         try:
             lease = self._own_slot.read(key)
         except BaseException as error:
-            blame(error, key)
+            _blame(error, key)
             raise
         finally:
             self.stall_seconds += time.perf_counter() - began
-        self._tables.counters[self._tables.row, Counter.BYTES] += self._store.layout.expert_bytes
+        self.counts.nbytes += self._store.layout.expert_bytes
         return lease
 
     def _land(self, load: OwnLoad) -> None:
-        try:
-            self._tables.release([self._finish(load)])
+        with suppress(Stalled):  # it is tried again
+            self._tables.release([self._finish(load, self.ahead)])
             self.brought_C[load.slot] = self._tables.last_used[load.slot]
-        except Stalled:
-            return  # it is tried again
-        except BaseException:
-            self.ahead.remove(load)
-            raise
-        self.ahead.remove(load)
 
     def _check_patience(self, call: StreamState) -> None:
         """Raises Stalled where nothing has come for long; whoever was not in time before is not waited for again."""
+        if self._store.alone:  # nobody stands still but those who have a node's host slots, and they are waited for
+            return
         slots, generation = [slot for _, slot in call.waits], self._tables.generation
         known = self._crowded if call.missing else True
         known = known and all(slot in self._stalled and self._stalled[slot] == generation[slot] for slot in slots)
@@ -147,9 +154,11 @@ class SharedLoads:
         self.ahead.land()  # another worker may wait for it, and we for what that one has read ahead
         before = len(call.ready)
         for load in [load for load in call.loads if load.ticket.done()]:
-            call.loads.remove(load)
-            call.ready.append((load.key, self._conclude(load)))
-            self.kept_C[load.slot] = True
+            try:
+                call.ready.append((load.key, self._conclude(load, call.loads)))
+                self.kept_C[load.slot] = True
+            except ReadLost:
+                call.missing.append(load.key)
         return self._others(call) or len(call.ready) > before
 
     def _others(self, call: StreamState) -> bool:
@@ -172,32 +181,41 @@ class SharedLoads:
                 call.missing.append(key)
         return changed
 
-    def _conclude(self, load: OwnLoad) -> int:
+    def _conclude(self, load: OwnLoad, loads: deque[OwnLoad]) -> int:
         """`_finish`, but what may not be made READY now will be before long."""
         try:
-            return self._finish(load)
+            return self._finish(load, loads)
         except Stalled:
+            loads.remove(load)
             self.ahead.add(replace(load, began=None))  # how long it took is known
             raise
 
-    def _finish(self, load: OwnLoad) -> int:
-        """The expert is read: make it READY. Its lease stays."""
+    def _finish(self, load: OwnLoad, loads: deque[OwnLoad] | ReadsAhead[OwnLoad]) -> int:
+        """The expert is read: make it READY, and it is none of the `loads` any more. Its lease stays."""
         try:
             load.ticket.wait()
         except BaseException as error:
-            blame(error, load.key)
+            _blame(error, load.key)
             load.ticket.settle()
             self._abandon(load.slot)
+            loads.remove(load)
             raise
         tables = self._tables
         if load.began is not None:
             self.fetch_seconds += _SMOOTHING * (time.perf_counter() - load.began - self.fetch_seconds)
         with tables.locked_soon():
             tables.commit(load.slot)
-        tables.counters[tables.row, Counter.BYTES] += self._store.layout.expert_bytes
+        loads.remove(load)
+        self.counts.nbytes += self._store.layout.expert_bytes
         return load.slot
 
     def _abandon(self, slot: int) -> None:
         with self._tables.locked_soon():
             self._tables.vacate(slot)
         self._tables.release([slot])
+
+
+def _blame(error: BaseException, key: ExpertKey) -> None:
+    """Note in a CacheError which expert could not be had."""
+    if isinstance(error, CacheError):
+        error.expert = key.expert
