@@ -29,14 +29,13 @@ from buddymoe_ray.observe import smoothed
 
 __all__ = ["PrefillBeside"]
 
-_SHARE, _ALONE_SECONDS, _LEAST_SECONDS = 1.9, 0.1, 2e-3
+_SHARE, _ALONE_SECONDS, _LEAST_SECONDS, _SMOOTHING = 1.9, 0.1, 2e-3, 0.2
 _RECENT, _SLOW = 32, 0.9
 """A decode is slow if it takes longer than so many of the latest."""
 _ROWS_BESIDE, _ROWS_ALONE = 16, 128
 """Of a forward: as few as need be for half a slice to be a layer's without experts; as many where nobody decodes."""
 _AT_ONCE = 128
 """So many tokens are computed at once before it is known how long they take."""
-_SMOOTHING = 0.2
 
 
 class PrefillBeside:
