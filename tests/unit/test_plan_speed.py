@@ -11,12 +11,14 @@ import pytest
 from families import build_checkpoint
 
 from buddymoe_ray.cli import main
+from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine import measure_machine as module
 from buddymoe_ray.engine import measured_file
 from buddymoe_ray.engine.measure_machine import measure_machine
 from buddymoe_ray.models.fingerprint import model_hash
 from buddymoe_ray.models.profile import default_profile_path, load_profile
 from buddymoe_ray.models.resolve import resolve_model
+from buddymoe_ray.residency.plan import make_plan
 from buddymoe_ray.residency.routes import served_hits
 from buddymoe_ray.residency.speed import ROWS, MachineSpeed, TokenWork, decode_seconds, prefill_seconds
 
@@ -45,6 +47,18 @@ def test_rates_between_measured_rows_are_interpolated_and_beyond_them_proportion
     assert SPEED.weights_seconds("int8", 1e9, 8) == 2.0
     assert SPEED.weights_seconds("int8", 1e9, 4.5) == pytest.approx(1.5)
     assert SPEED.weights_seconds("int8", 1e9, 128) == pytest.approx(20.0)
+
+
+@pytest.mark.parametrize(
+    ("memory", "budget", "found"), [("25%", 0.0003, 0.409), ("25%", 0.003, 0.888), ("37.5%", 0.001, 0.826)]
+)
+def test_a_budget_pays_for_most_misses_as_most_are_cheap(memory: str, budget: float, found: float) -> None:
+    """What stand-ins answered of the misses of `builtin:tiny` on held-out code."""
+    plan = make_plan(EngineConfig(memory=memory, mode="bounded", budget=budget), resolve_model("builtin:tiny"), gpus=())
+    missed = 100 - plan.predicted_hit_percent
+    assert plan.predicted_standin_percent / missed == pytest.approx(found, abs=0.06)
+    none = make_plan(EngineConfig(memory=memory, mode="bounded", budget=0.0), resolve_model("builtin:tiny"), gpus=())
+    assert none.predicted_standin_percent == 0
 
 
 def test_a_step_is_its_weights_its_overhead_and_what_it_waits_for() -> None:
