@@ -81,8 +81,8 @@ def _stride(K: Any) -> Any:
 
 @njit
 def _rows_bytes(R: Any, K: Any) -> Any:
-    """Of rows as multiplied, in whole panels."""
-    return (R + PANEL - 1) // PANEL * PANEL * _stride(K)
+    """Of rows as multiplied, in whole panels, and of room to begin them with a cache line."""
+    return (R + PANEL - 1) // PANEL * PANEL * _stride(K) + LINE
 
 
 @njit
@@ -94,7 +94,8 @@ def _multiply(product: Any, record: Any, rows_of: Any, scratch: Any, out: Any) -
     R, item_bytes = rows_of
     K, G = product.K, _groups(product.K)
     width, stride = _whole(product.N), _stride(K)
-    row, rows, row_at, out_at = scratch.row, scratch.rows.ctypes.data, scratch.row.ctypes.data, out.ctypes.data
+    row, row_at, out_at = scratch.row, scratch.row.ctypes.data, out.ctypes.data
+    rows = (scratch.rows.ctypes.data + LINE - 1) // LINE * LINE
     row[K:] = float32(0.0)
     for r in range(R):
         place = rows + r // product.panel * product.panel * stride + r % product.panel * LINE

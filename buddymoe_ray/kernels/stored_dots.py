@@ -6,10 +6,11 @@ bfloat16 products.
 
 To the bits of stored_tiles.py over the same rows, but that numbers below 1.2e-38 count as none: the instruction adds a
 word's upper product to its sum, then its lower one, rounding each time (measured on Zen 5; Intel says the same), and
-its lanes are the 16 sums of an output there. A core of Zen 5, 2,048 x 2,048 from memory, GB/s of weights at 1, 4, 8,
-16, 32 and 128 rows: 31, 26, 25, 19, 11 and 3.4 (435 of 530 GFLOP/s), where float32 rows take 33, 30, 21, 12, 5.5. By
-rows that lie one behind the other 16 to 128 of them take 1.2 times as long: their streams from the second-level cache
-are too many.
+its lanes are the 16 sums of an output there. A core of Zen 5, 2,048 x 2,048 from memory
+at 35 GB/s, GB/s of weights at 1, 4, 8, 16, 32 and 128 rows: 31, 29, 24, 20, 10.5 and 3.4 (435 of 530 GFLOP/s), where
+float32 rows take 33, 30, 21, 12, 5.5. Few rows go over one output after the other, so that weights are read as they
+lie: four outputs at once take 1.2 times as long, six rows so 1.25 times. By rows that lie one behind the other 16 to
+128 of them take 1.2 times as long: their streams from the second-level cache are too many.
 
 Legend: N outputs and K inputs of the matrix, G groups of 32 inputs, R rows, b an `ir.IRBuilder`.
 """
@@ -49,7 +50,7 @@ def dots_module_text() -> str:
 class _Dots(StoredTiles):
     """Emits the module."""
 
-    row_bytes, panel = 2 * GROUP, PANEL
+    row_bytes, panel, in_turn = 2 * GROUP, PANEL, 4
 
     def _add_group(self, b: Any, weights: Sequence[Any], rows: Sequence[Any], sums: list[list[Any]]) -> None:
         wide = [load(b, place, INTS) for place in weights]

@@ -56,6 +56,7 @@ __all__ = ["StoredTiles", "lane_sum", "lane_sums", "stored_module_text"]
 
 LANES = 16
 FLOATS, INTS = vec(F32, LANES), vec(I32, LANES)
+AHEAD_BYTES = 8192
 NEAR, BLEND_ROWS = 16, (2, 1)
 """Rows of the matrix that `blend` goes over at once, for so many rows at once."""
 Shape = dict[int, tuple[int, ...]]
@@ -78,31 +79,38 @@ def stored_module_text(dtype: str, *, registers: int = 16) -> str:
 
 class StoredTiles:
     """Emits one module. `row_bytes` are those of a group of a row; the same group of `panel` rows lies side by side,
-    and blocks of rows begin with a panel."""
+    and blocks of rows begin with a panel. With up to `in_turn` rows outputs are computed one after the other."""
 
-    row_bytes, panel = 4 * GROUP, 1
+    row_bytes, panel, in_turn = 4 * GROUP, 1, 0
 
     def __init__(self, dtype: str, *, many_rows: Shape = MANY_ROWS) -> None:
         self.module = ir.Module(name=f"stored-{dtype}")
-        self._dtype, self._bytes, self._shapes = dtype, ITEM_BYTES[dtype], (ONE_ROW, many_rows)
+        few_rows = {4: tuple(range(self.in_turn, 0, -1)), 1: (1,)} if self.in_turn else ONE_ROW
+        self._dtype, self._bytes, self._shapes = dtype, ITEM_BYTES[dtype], (few_rows, many_rows)
         self._group_bytes = GROUP * self._bytes
 
     def project(self) -> None:
         """Every block of outputs times every block of rows."""
         shapes = self._shapes
-        sizes = sorted({(o, r) for shape in shapes for o, several in shape.items() for r in several})
-        tiles = {(o, r): [self._stored_tile(o, r, ahead) for ahead in sorted({0, -(-o // 2), o})] for o, r in sizes}
+        tiles = dict[tuple[int, int, bool], list[Any]]()
+        for shape, in_turn in zip(shapes, (self.in_turn > 0, False), strict=True):
+            for o, r in ((o, r) for o, several in shape.items() for r in several if (o, r, in_turn) not in tiles):
+                aheads = [0] if in_turn else sorted({0, -(-o // 2), o})
+                tiles[o, r, in_turn] = [self._stored_tile(o, r, ahead, in_turn=in_turn) for ahead in aheads]
         kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 6), "project_strided")
         weights, stride, K, N, rows, R = kernel.args
         b = ir.IRBuilder(kernel.append_basic_block())
-        with b.if_else(b.icmp_signed("==", R, I64(1))) as branches:
-            for branch, shape in zip(branches, shapes, strict=True):
+        with b.if_else(b.icmp_signed("<=", R, I64(max(1, self.in_turn)))) as branches:
+            for branch, shape, in_turn in zip(branches, shapes, (self.in_turn > 0, False), strict=True):
                 with branch:
                     for outputs, n in blocks(b, N, shape):
                         place, column = b.add(weights, b.mul(n, stride)), b.mul(n, I64(4))
                         for size, row in blocks(b, R, shape[outputs]):
                             args = [place, stride, K, b.add(rows, b.mul(row, I64(16))), column]
-                            self._call(b, tiles[outputs, size], args, (row, R), outputs, shape[outputs][0])
+                            if in_turn:
+                                b.call(tiles[outputs, size, True][0], [*args, I64(0)])
+                            else:
+                                self._call(b, tiles[outputs, size, False], args, (row, R), outputs, shape[outputs][0])
         b.ret_void()
         plain = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 7), "project")
         weights, _, _, K, N, rows, R = plain.args
@@ -128,9 +136,10 @@ class StoredTiles:
                     second = b.add(there, b.mul(stride, I64(outputs // 2)))
                     b.call(tiles[1], [*args, b.select(first, there, second)])
 
-    def _stored_tile(self, outputs: int, rows: int, ahead: int) -> Any:
-        """Some outputs of some rows, over all inputs, while the weights of so many come that lie `there`."""
-        tile = internal(self.module, f"tile{outputs}x{rows}ahead{ahead}", 6)
+    def _stored_tile(self, outputs: int, rows: int, ahead: int, *, in_turn: bool) -> Any:
+        """Some outputs of some rows, over all inputs, while the weights of so many come that lie `there`; `in_turn`,
+        where the next ones are at hand by themselves, one output after the other."""
+        tile = internal(self.module, f"tile{outputs}x{rows}{'turn' if in_turn else 'ahead'}{ahead}", 6)
         weights, stride, K, pairs, column, there = tile.args
         b = ir.IRBuilder(tile.append_basic_block())
         coming = [b.add(there, b.mul(stride, I64(n))) for n in range(ahead)]
@@ -144,18 +153,22 @@ class StoredTiles:
         for place in (place for row in sums for place in row):
             b.store(const(FLOATS, 0.0), place)
         whole, rest = b.sdiv(K, I64(GROUP)), b.srem(K, I64(GROUP))
-        with loop(b, whole) as g:
-            offset = b.mul(g, I64(self._group_bytes))
-            here = [b.add(place, offset) for place in w]
-            for place in coming:
-                for line in range(0, self._group_bytes, LINE):
-                    prefetch(b, b.add(place, offset), line, nearest=rows == 1 or ahead < outputs)
-            self._add_group(b, here, [b.add(place, b.mul(g, step)) for place in x], sums)
-        with b.if_then(b.icmp_signed(">", rest, I64(0))):
-            offset = b.mul(whole, I64(self._group_bytes))
-            for copy, place in zip(part, w, strict=True):
-                self._copy(b, b.add(place, offset), copy, b.mul(rest, I64(self._bytes)))
-            self._add_group(b, part, [b.add(place, b.mul(whole, step)) for place in x], sums)
+        for turn in [[n] for n in range(outputs)] if in_turn else [list(range(outputs))]:
+            mine = [[row[n] for n in turn] for row in sums]
+            with loop(b, whole) as g:
+                offset = b.mul(g, I64(self._group_bytes))
+                here = [b.add(w[n], offset) for n in turn]
+                for place in coming:
+                    for line in range(0, self._group_bytes, LINE):
+                        prefetch(b, b.add(place, offset), line, nearest=rows == 1 or ahead < outputs)
+                if in_turn:
+                    prefetch(b, here[0], AHEAD_BYTES)
+                self._add_group(b, here, [b.add(place, b.mul(g, step)) for place in x], mine)
+            with b.if_then(b.icmp_signed(">", rest, I64(0))):
+                offset = b.mul(whole, I64(self._group_bytes))
+                for n in turn:
+                    self._copy(b, b.add(w[n], offset), part[n], b.mul(rest, I64(self._bytes)))
+                self._add_group(b, [part[n] for n in turn], [b.add(place, b.mul(whole, step)) for place in x], mine)
         for out, row in zip(y, sums, strict=True):
             totals = lane_sums(b, [b.load(place) for place in row])
             b.store(totals, at(b, out, totals.type), align=4)
