@@ -10,7 +10,8 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,18 +27,19 @@ __all__ = ["AsyncEngine"]
 log = logging.getLogger(__name__)
 
 
+_Events = asyncio.Queue[TokenEvent | BaseException]
+
+
 @dataclass
 class _Stream:
     """Where one request's events go: a queue on the loop that asked."""
 
     loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[TokenEvent | BaseException]
+    events: _Events
 
     def put(self, item: TokenEvent | BaseException) -> None:
-        try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, item)
-        except RuntimeError:  # the loop is closed: its client is gone, and the request is cancelled by its own finally
-            log.debug("dropped an event: the client's event loop is closed")
+        """From any thread."""
+        _put(self.loop, [(self.events, item)])
 
 
 class AsyncEngine:
@@ -150,14 +152,12 @@ class AsyncEngine:
     def _cancel(self, request_id: str) -> None:
         if self._streams.pop(request_id, None) is not None and self._failure is None:
             self._engine.cancel(request_id)
-            for event in self._engine.take_events():  # now: the name may be another's before the next step
-                self._deliver(event)
+            self._deliver(self._engine.take_events())  # now: the name may be another's before the next step
 
     def _loop(self) -> None:
         try:
             while self._run_commands():
-                for event in self._engine.step():
-                    self._deliver(event)
+                self._deliver(self._engine.step())
         except BaseException as error:  # the thread ends here; every waiting client must learn of it
             log.exception("the engine's step thread died")
             self._fail_all(CapacityError(f"engine is stopped by {error!r}, must be running. hint: restart the replica"))
@@ -173,12 +173,17 @@ class AsyncEngine:
                 return False
             command()
 
-    def _deliver(self, event: TokenEvent) -> None:
-        stream = self._streams.get(event.request_id)
-        if stream is not None:
-            stream.put(event)
-            if event.finish_reason is not None:
-                self._streams.pop(event.request_id, None)
+    def _deliver(self, events: Iterable[TokenEvent]) -> None:
+        """A step's events, with one word to each loop that asked: it costs more than a small model's token."""
+        found = defaultdict[asyncio.AbstractEventLoop, list[tuple[_Events, TokenEvent | BaseException]]](list)
+        for event in events:
+            stream = self._streams.get(event.request_id)
+            if stream is not None:
+                found[stream.loop].append((stream.events, event))
+                if event.finish_reason is not None:
+                    self._streams.pop(event.request_id, None)
+        for loop, items in found.items():
+            _put(loop, items)
 
     def _fail_all(self, error: BuddyMoEError) -> None:
         """Refuse everything from now on and tell every waiting client, those still in the queue included."""
@@ -191,3 +196,14 @@ class AsyncEngine:
         streams, self._streams = list(self._streams.values()), {}
         for stream in streams:
             stream.put(error)
+
+
+def _put(loop: asyncio.AbstractEventLoop, items: list[tuple[_Events, TokenEvent | BaseException]]) -> None:
+    def run() -> None:
+        for events, item in items:
+            events.put_nowait(item)
+
+    try:
+        loop.call_soon_threadsafe(run)
+    except RuntimeError:  # the loop is closed: its client is gone, and the request is cancelled by its own finally
+        log.debug("dropped an event: the client's event loop is closed")

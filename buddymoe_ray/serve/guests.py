@@ -5,14 +5,10 @@ Knows no engines.
 
 from __future__ import annotations
 
-import asyncio
-
+from buddymoe_ray.serve.flushing import Items
 from buddymoe_ray.serve.refusals import unavailable
-from buddymoe_ray.serve.work import Delta, Refusal
 
 __all__ = ["Guests"]
-
-Items = asyncio.Queue[Delta | Refusal]
 
 
 class Guests:

@@ -22,7 +22,7 @@ from buddymoe_ray.models.token_bytes import TokenBytes
 from buddymoe_ray.observe import EngineSnapshot, ExpertMap
 from buddymoe_ray.policy.fair import may_queue
 from buddymoe_ray.policy.forecast import Forecast
-from buddymoe_ray.serve.deltas import merge
+from buddymoe_ray.serve.flushing import Batches, Items
 from buddymoe_ray.serve.guests import Guests
 from buddymoe_ray.serve.prompts import tokenizer_info, usable
 from buddymoe_ray.serve.refusals import in_terms_of, overloaded, refusal_of, too_late, unavailable, worker_lost
@@ -112,7 +112,7 @@ class Worker:
         if not room and not (work.gives_way and self._guests.fit(others, answers)):
             yield overloaded(calls=others + self._guests.answers, retry_after_seconds=self._retry_after)
             return
-        items: asyncio.Queue[Delta | Refusal] = asyncio.Queue()
+        items = Items()
         if work.gives_way:
             self._guests.add(items, answers)
         else:
@@ -133,7 +133,13 @@ class Worker:
                 await self._displace({request.request_id for request in planned.requests.values()})
             tasks += [self._start(choice, planned, items) for choice in planned.requests]
             prompts, answer = planned.prompts if work.report_prompts else (), planned.answer
-            batches = _Batches(items, len(tasks), work.flush_seconds, self._beat_seconds)
+            batches = Batches(
+                items,
+                len(tasks),
+                flush_seconds=work.flush_seconds,
+                beat_seconds=self._beat_seconds,
+                calls=self._answers.total,
+            )
             while batches.open_choices:
                 reply = await batches.next()
                 if isinstance(reply, Refusal):
@@ -207,7 +213,7 @@ class Worker:
             return True
         return total + answers <= most and (not tenant or may_queue(answers, own=own, total=total, most=most))
 
-    def _start(self, choice: int, planned: WorkPlan, items: asyncio.Queue[Delta | Refusal]) -> asyncio.Task[None]:
+    def _start(self, choice: int, planned: WorkPlan, items: Items) -> asyncio.Task[None]:
         request = planned.requests[choice]
         task = asyncio.create_task(self._run(choice, planned, items))
         self._running[request.request_id] = task
@@ -225,7 +231,7 @@ class Worker:
             task.cancel()
         await asyncio.gather(*earlier, return_exceptions=True)
 
-    async def _run(self, choice: int, planned: WorkPlan, items: asyncio.Queue[Delta | Refusal]) -> None:
+    async def _run(self, choice: int, planned: WorkPlan, items: Items) -> None:
         """Move one sequence's events to `items`; its end is always told, as a last delta or a refusal."""
         request, made = planned.requests[choice], 0
         self._forecast.arrive(request.tenant, _most_tokens(request), time.monotonic(), weight=request.weight)
@@ -253,50 +259,3 @@ class Worker:
 
 def _most_tokens(request: GenerationRequest) -> int:
     return len(request.prompt_token_ids) + request.sampling.max_tokens
-
-
-class _Batches:
-    """What arrives, in batches: the first tokens at once, then at most every `flush_seconds`; None: all at the end."""
-
-    def __init__(
-        self,
-        items: asyncio.Queue[Delta | Refusal],
-        open_choices: int,
-        flush_seconds: float | None,
-        beat_seconds: float,
-    ) -> None:
-        self._items, self.open_choices = items, open_choices
-        self._now = asyncio.get_running_loop().time
-        self._flush_seconds, self._beat_seconds = flush_seconds, beat_seconds
-        self._flush_at = self._now() if flush_seconds is not None else float("inf")
-        self._beat_at = self._now() + beat_seconds
-        self._deltas: list[Delta] = []
-
-    async def next(self) -> Reply:
-        """The next batch, an empty one after `beat_seconds` without, or a refusal, which is the end."""
-        while self.open_choices and (not self._deltas or self._now() < self._flush_at or not self._items.empty()):
-            if self._now() >= self._beat_at:
-                self._beat_at = self._now() + self._beat_seconds
-                return Batch(deltas=())
-            until = min(self._flush_at, self._beat_at) if self._deltas else self._beat_at
-            item = await _next(self._items, until - self._now())
-            if isinstance(item, Refusal):
-                self.open_choices = 0
-                return item
-            if item is not None:
-                self._deltas.append(item)
-                self.open_choices -= item.finish_reason is not None
-        batch, self._deltas = Batch(deltas=merge(self._deltas)), []
-        self._flush_at, self._beat_at = self._now() + (self._flush_seconds or 0), self._now() + self._beat_seconds
-        return batch
-
-
-async def _next(items: asyncio.Queue[Delta | Refusal], seconds: float) -> Delta | Refusal | None:
-    """The next item, or None when it does not come within `seconds`."""
-    if not items.empty():
-        return items.get_nowait()
-    try:
-        async with asyncio.timeout(seconds):
-            return await items.get()
-    except TimeoutError:
-        return None
