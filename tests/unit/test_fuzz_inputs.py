@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import fuzz_inputs
 import pytest
@@ -31,11 +32,12 @@ def test_nothing_but_what_is_declared_is_raised(name: str) -> None:
 
 
 def test_a_crash_a_hang_and_growth_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = []
+    kept = list[mmap]()
 
     def faulty(rng: random.Random) -> None:
         at = len(kept)
-        kept.append(bytes([rng.randrange(1, 256)]) * 2_000_000)
+        kept.append(mmap(-1, 2_000_000, flags=MAP_PRIVATE | MAP_ANONYMOUS))  # no memory that is free already
+        kept[-1][:] = bytes([rng.randrange(1, 256)]) * 2_000_000
         if at == 3:
             raise KeyError("nobody declared this")
         if at == 5:
