@@ -132,7 +132,7 @@ class HostStore:
         return StoreStatus(
             path=str(self._spec.path),
             node=self._node,
-            nbytes=self._store.nbytes,
+            nbytes=self._store.tables.nbytes,
             attached=int((tables.pid != 0).sum()) - 1,
             resident=int((tables.state == READY).sum()),
             made=self._store.made,

@@ -67,7 +67,7 @@ class ExpertCache:
     @property
     def device_bytes(self) -> int:
         """Bytes of the slots in use, of a node's store by all of its workers."""
-        return self.store.nbytes
+        return self._tables.nbytes
 
     @property
     def read_mode(self) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from buddymoe_ray.cache.pool import SlotPool
 from buddymoe_ray.cache.shared.locks import FileLocks
 from buddymoe_ray.cache.shared.shape import StoreShape
-from buddymoe_ray.cache.shared.tables import UNUSED, SharedTables
+from buddymoe_ray.cache.shared.tables import SharedTables
 from buddymoe_ray.cache.slot_peers import SlotPeers
 from buddymoe_ray.device import Device, open_device
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
@@ -121,11 +121,6 @@ class PrivateStore:
     def generation(self) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
         """`[C]` how often each slot's content changed; a lease remembers it."""
         return self.tables.generation
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all slots that are in use."""
-        return int((self.tables.partition != UNUSED).sum()) * self.shape.slot_bytes
 
     def tensors(self, slot: int) -> Mapping[str, Tensor]:
         """The slot's parameters by name, as views in their stored dtype."""

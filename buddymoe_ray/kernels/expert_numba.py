@@ -26,7 +26,6 @@ from buddymoe_ray.kernels.expert_calls import (
     NO_SUCH_EXPERT,
     NO_SUCH_RECORD,
     OK,
-    PANEL,
     Call,
     CombineCall,
     Expert,
@@ -80,9 +79,9 @@ def _stride(K: Any) -> Any:
 
 
 @njit
-def _rows_bytes(R: Any, K: Any) -> Any:
+def _rows_bytes(R: Any, product: Any) -> Any:
     """Of rows as multiplied, in whole panels, and of room to begin them with a cache line."""
-    return (R + PANEL - 1) // PANEL * PANEL * _stride(K) + LINE
+    return (R + product.panel - 1) // product.panel * product.panel * _stride(product.K) + LINE
 
 
 @njit
@@ -171,7 +170,7 @@ def experts(call_at: Any, plan_at: Any) -> Any:
     D, F = first.K, down.K
     scratch = _Scratch(
         np.empty(max(_groups(D), _groups(F)) * GROUP, np.float32),
-        np.empty(_rows_bytes(most, max(D, F)), np.uint8),
+        np.empty(max(_rows_bytes(most, first), _rows_bytes(most, down)), np.uint8),
         np.empty((most, 2), np.int64),
         np.empty(most, np.int64),
         np.empty(most * _whole(first.N), np.float32),
@@ -218,7 +217,7 @@ def linear(call_at: Any, product_at: Any) -> Any:
     most, none = min(CHUNK, call.N), np.empty(0, np.float32)
     scratch = _Scratch(
         np.empty(_groups(K) * GROUP, np.float32),
-        np.empty(_rows_bytes(most, K), np.uint8),
+        np.empty(_rows_bytes(most, product), np.uint8),
         np.empty((most, 2), np.int64),
         np.empty(most, np.int64),
         np.empty(most * row, np.float32),

@@ -55,7 +55,7 @@ class Node:
         _, end = store.shape.span(0, store.shape.slots - self.lent + used)
         assert self.path.stat().st_blocks * 512 <= end + 4096
         assert (store.tables.partition != UNUSED).sum() == store.shape.slots - self.lent + used
-        assert store.nbytes + self.plan.overhead_bytes <= self.plan.budget_bytes
+        assert store.tables.nbytes + self.plan.overhead_bytes <= self.plan.budget_bytes
 
 
 @pytest.fixture

@@ -349,22 +349,29 @@ def test_prompts_of_a_kind_wait_for_the_pass_and_begin_together() -> None:
     assert [seq.request_id for seq in begun()] == ["4", "5", "6", "7"]
 
 
+SHORT_TEXTS = {"gone": PROMPTS[0][:4], "stays": PROMPTS[2][:5], "other": PROMPTS[2][:7]}
+
+
+def three_short(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[TokenEvent]]:
+    """Begun; what those that stay come to alone, and the events of the first step. Two share a forward."""
+    monkeypatch.setattr(beside, "_ROWS_ALONE", 9)
+    expected = {name: alone(engine, SHORT_TEXTS[name]) for name in ("stays", "other")}
+    for name, ids in SHORT_TEXTS.items():
+        engine.add(request(name, ids))
+    return expected, engine.step()
+
+
 @pytest.mark.parametrize("after", [1, 4, 9])
 def test_short_prompts_share_a_forward_and_whoever_leaves_it_costs_the_others_time_alone(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    monkeypatch.setattr(beside, "_ROWS_ALONE", 9)
-    texts = {"gone": PROMPTS[0][:4], "stays": PROMPTS[2][:5], "other": PROMPTS[2][:7]}
-    expected = {name: alone(engine, texts[name]) for name in ("stays", "other")}
-    for name, ids in texts.items():
-        engine.add(request(name, ids))
-    events = engine.step()
+    expected, events = three_short(engine, monkeypatch)
     [each] = passes(engine)
     assert len([*each._ready, *each._waiting, *(each._layer.pieces if each._layer else ())]) == 2
     for _ in range(after):
         events += engine.step()
     engine.cancel("gone")
-    engine.add(request("new", texts["gone"]))  # into the blocks that are free now
+    engine.add(request("new", SHORT_TEXTS["gone"]))  # into the blocks that are free now
     found = bits([event for event in [*events, *engine.drain()] if event.request_id not in ("gone", "new")])
     assert found == expected and not passes(engine)
     engine._scheduler.check_integrity()
@@ -392,12 +399,7 @@ def test_who_began_anew_is_not_given_up_with_the_pass_that_it_left(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else two passes would count its tokens."""
-    monkeypatch.setattr(beside, "_ROWS_ALONE", 9)
-    texts = {"gone": PROMPTS[0][:4], "stays": PROMPTS[2][:5], "other": PROMPTS[2][:7]}
-    expected = {name: alone(engine, texts[name]) for name in ("stays", "other")}
-    for name, ids in texts.items():
-        engine.add(request(name, ids))
-    events = engine.step()
+    expected, events = three_short(engine, monkeypatch)
     [first] = passes(engine)
     engine.cancel("gone")
     first.leave()

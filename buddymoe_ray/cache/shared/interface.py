@@ -41,10 +41,6 @@ class Store(Protocol):
     def generation(self) -> Any:
         """How often each slot's content changed; indexed by slot."""
 
-    @property
-    def nbytes(self) -> int:
-        """Of the slots that are in use."""
-
     def tensors(self, slot: int) -> Mapping[str, Tensor]: ...
     def address(self, slot: int) -> int: ...
     def give_back(self, first: int) -> None: ...

@@ -34,7 +34,7 @@ from buddymoe_ray.cache.shared.locks import (
 )
 from buddymoe_ray.cache.shared.pages import map_file, punch
 from buddymoe_ray.cache.shared.shape import HeaderWord, StoreShape
-from buddymoe_ray.cache.shared.tables import UNUSED, SharedTables
+from buddymoe_ray.cache.shared.tables import SharedTables
 from buddymoe_ray.errors import BudgetError, CacheError
 from buddymoe_ray.types import ExpertLayout, SlotPlan
 
@@ -121,11 +121,6 @@ class SharedStore:
     def generation(self) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
         """`[C]` how often each slot's content changed; a lease remembers it."""
         return self.tables.generation
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all slots that are in use: the node's one copy."""
-        return int((self.tables.partition != UNUSED).sum()) * self.shape.slot_bytes
 
     @property
     def attached(self) -> int:

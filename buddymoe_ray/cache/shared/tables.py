@@ -146,6 +146,11 @@ class SharedTables:
         return row == self.row or self._locks.held_elsewhere(ROW_BYTE + row)
 
     @property
+    def nbytes(self) -> int:
+        """Of the slots in use: of a node's, the one copy."""
+        return int((self.partition != UNUSED).sum()) * self.shape.slot_bytes
+
+    @property
     def lent(self) -> int:
         """How many of the lent slots may be used, as far as everybody is concerned; the caller holds the lock."""
         return int(np.where(self.pid != 0, self.lends, self.shape.lent).min())
@@ -317,7 +322,7 @@ class SharedTables:
             whole = np.array_equal(slot_of, np.asarray(self.slot_of)) and (slot_of >= 0).sum() == len(held)
             assert whole, f"experts say {self.slot_of.tolist()}, slots say {slot_of.tolist()} and are {held.tolist()}"
             for slot in held[self.state[held] == READY].tolist():
-                entry[self.key_layer[slot], self.key_expert[slot]] = self._entry_of(slot)
+                entry[self.key_layer[slot], self.key_expert[slot]] = entry_of(slot, int(self.generation[slot]))
             found = np.asarray(self.entry)
             assert np.array_equal(entry, found), f"entries are {found.tolist()}, slots say {entry.tolist()}"
             loaders = {int(self.loader[s]) for s in held if self.state[s] == LOADING}
@@ -367,10 +372,7 @@ class SharedTables:
 
     def _publish(self, slot: int) -> None:
         """Whoever wants the slot's expert finds it."""
-        self.entry[self.key_layer[slot], self.key_expert[slot]] = self._entry_of(slot)
-
-    def _entry_of(self, slot: int) -> int:
-        return entry_of(slot, int(self.generation[slot]))
+        self.entry[self.key_layer[slot], self.key_expert[slot]] = entry_of(slot, int(self.generation[slot]))
 
     def _void(self, row: int) -> None:
         """A row's leases end and what it was loading is free again."""
