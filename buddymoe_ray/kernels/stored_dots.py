@@ -9,8 +9,11 @@ word's upper product to its sum, then its lower one, rounding each time (measure
 its lanes are the 16 sums of an output there. A core of Zen 5, 2,048 x 2,048 from memory
 at 35 GB/s, GB/s of weights at 1, 4, 8, 16, 32 and 128 rows: 31, 29, 24, 20, 10.5 and 3.4 (435 of 530 GFLOP/s), where
 float32 rows take 33, 30, 21, 12, 5.5. Few rows go over one output after the other, so that weights are read as they
-lie: four outputs at once take 1.2 times as long, six rows so 1.25 times. By rows that lie one behind the other 16 to
-128 of them take 1.2 times as long: their streams from the second-level cache are too many.
+lie: four outputs at once take 1.2 times as long. Five to twelve rows go over two (1,024 inputs: .8 of the time of four,
+one is slower than both), as long as the nearest cache holds them: 10 rows of 2,048 inputs take 1.3 times as long so,
+4 of 14,336 1.5 times. To go over a stretch of inputs of 16 outputs at a time, with the sums set aside, is 1.2 to 1.3
+times as slow, but for 14,336 inputs (.8). By rows that lie one behind the other 16 to 128 of them take 1.2 times as
+long: their streams from the second-level cache are too many.
 
 Legend: N outputs and K inputs of the matrix, G groups of 32 inputs, R rows, b an `ir.IRBuilder`.
 """
@@ -50,7 +53,7 @@ def dots_module_text() -> str:
 class _Dots(StoredTiles):
     """Emits the module."""
 
-    row_bytes, panel, in_turn = 2 * GROUP, PANEL, 4
+    row_bytes, panel, in_turn = 2 * GROUP, PANEL, 12
 
     def _add_group(self, b: Any, weights: Sequence[Any], rows: Sequence[Any], sums: list[list[Any]]) -> None:
         wide = [load(b, place, INTS) for place in weights]

@@ -59,6 +59,7 @@ FLOATS, INTS = vec(F32, LANES), vec(I32, LANES)
 AHEAD_BYTES = 8192
 NEAR, BLEND_ROWS = 16, (2, 1)
 """Rows of the matrix that `blend` goes over at once, for so many rows at once."""
+NEAR_BYTES = 32768
 Shape = dict[int, tuple[int, ...]]
 ONE_ROW: Shape = {4: (1,), 1: (1,)}
 MANY_ROWS: Shape = {2: (3, 2, 1), 1: (3, 2, 1)}
@@ -79,7 +80,8 @@ def stored_module_text(dtype: str, *, registers: int = 16) -> str:
 
 class StoredTiles:
     """Emits one module. `row_bytes` are those of a group of a row; the same group of `panel` rows lies side by side,
-    and blocks of rows begin with a panel. With up to `in_turn` rows outputs are computed one after the other."""
+    and blocks of rows begin with a panel. Up to `in_turn` rows that are near go over few outputs at once,
+    one after the other."""
 
     row_bytes, panel, in_turn = 4 * GROUP, 1, 0
 
@@ -100,7 +102,11 @@ class StoredTiles:
         kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 6), "project_strided")
         weights, stride, K, N, rows, R = kernel.args
         b = ir.IRBuilder(kernel.append_basic_block())
-        with b.if_else(b.icmp_signed("<=", R, I64(max(1, self.in_turn)))) as branches:
+        few = b.icmp_signed("<=", R, I64(max(1, self.in_turn)))
+        if self.in_turn:
+            near = I64(NEAR_BYTES * GROUP // self.row_bytes)
+            few = b.and_(few, b.icmp_signed("<=", b.mul(R, K), near))
+        with b.if_else(few) as branches:
             for branch, shape, in_turn in zip(branches, shapes, (self.in_turn > 0, False), strict=True):
                 with branch:
                     for outputs, n in blocks(b, N, shape):
@@ -138,7 +144,7 @@ class StoredTiles:
 
     def _stored_tile(self, outputs: int, rows: int, ahead: int, *, in_turn: bool) -> Any:
         """Some outputs of some rows, over all inputs, while the weights of so many come that lie `there`; `in_turn`,
-        where the next ones are at hand by themselves, one output after the other."""
+        where the next ones are at hand by themselves, one output after the other, or two where rows are many enough."""
         tile = internal(self.module, f"tile{outputs}x{rows}{'turn' if in_turn else 'ahead'}{ahead}", 6)
         weights, stride, K, pairs, column, there = tile.args
         b = ir.IRBuilder(tile.append_basic_block())
@@ -146,14 +152,15 @@ class StoredTiles:
         w = [b.add(weights, b.mul(stride, I64(n))) for n in range(outputs)]
         x = [load(b, pairs, I64, 16 * r) for r in range(rows)]
         if self.panel > 1:
-            x = [b.add(x[0], I64(self.row_bytes * r)) for r in range(rows)]
+            x = [b.add(x[r - r % self.panel], I64(self.row_bytes * (r % self.panel))) for r in range(rows)]
         y = [b.add(load(b, pairs, I64, 16 * r + 8), column) for r in range(rows)]
         sums = [[b.alloca(FLOATS) for _ in w] for _ in x]
         part, step = [self._room(b) for _ in w], I64(self.row_bytes * self.panel)
         for place in (place for row in sums for place in row):
             b.store(const(FLOATS, 0.0), place)
         whole, rest = b.sdiv(K, I64(GROUP)), b.srem(K, I64(GROUP))
-        for turn in [[n] for n in range(outputs)] if in_turn else [list(range(outputs))]:
+        at_once = outputs if not in_turn else min(outputs, 1 if rows <= 4 else 2)
+        for turn in (list(range(n, n + at_once)) for n in range(0, outputs, at_once)):
             mine = [[row[n] for n in turn] for row in sums]
             with loop(b, whole) as g:
                 offset = b.mul(g, I64(self._group_bytes))
@@ -162,7 +169,8 @@ class StoredTiles:
                     for line in range(0, self._group_bytes, LINE):
                         prefetch(b, b.add(place, offset), line, nearest=rows == 1 or ahead < outputs)
                 if in_turn:
-                    prefetch(b, here[0], AHEAD_BYTES)
+                    for place in here:
+                        prefetch(b, place, AHEAD_BYTES)
                 self._add_group(b, here, [b.add(place, b.mul(g, step)) for place in x], mine)
             with b.if_then(b.icmp_signed(">", rest, I64(0))):
                 offset = b.mul(whole, I64(self._group_bytes))
