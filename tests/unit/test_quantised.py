@@ -91,6 +91,7 @@ def test_tokens_are_those_of_code_times_scale(
     [
         ("deepseek_v32", "fp8"),  # computes some of its linear layers in float32, whatever the rest does
         ("hy_v4", "ct-int4"),  # asks linear layers for their dtype
+        ("jamba", "ct-fp8"),  # multiplies by a linear layer's weight without it
         ("kimi_k25", "ct-int4"),  # more than text
         ("qwen3_5_moe_text", "fp8"),
     ],
