@@ -177,9 +177,7 @@ def _pieces(event: Mapping[str, Any]) -> list[AnswerPiece]:
     if kind == "region_close" and field == "tool_calls":
         value = event["value"]
         return [
-            AnswerPiece(
-                name=call["function"]["name"], arguments=json.dumps(call["function"]["arguments"], ensure_ascii=False)
-            )
+            AnswerPiece(name=call["function"]["name"], arguments=_written(call["function"]["arguments"]))
             for call in (value if isinstance(value, list) else [value])
         ]
     if kind != "region_chunk" or field == "tool_calls" or not event["text"]:
@@ -221,12 +219,22 @@ def _parser(form: AnswerForm) -> Any:
     return Parser(form.template, prefix=form.opening, tools=[dict(tool) for tool in form.tools])
 
 
+def _written(arguments: Mapping[str, Any]) -> str:
+    """As JSON, U+FFFD for half a character, which is no text. Raises ValueError for NaN and infinity."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+
+
 def _are_calls(value: Any) -> bool:
-    """Whether it is a call, or some: each with a name, and arguments that are an object."""
+    """Whether it is a call, or some: each with a name, and arguments that are an object. Raises ValueError for what
+    cannot be told."""
     calls = value if isinstance(value, list) else [value]
     functions = [call.get("function") if isinstance(call, dict) else None for call in calls]
     return bool(functions) and all(
-        isinstance(found, dict) and isinstance(found.get("name"), str) and isinstance(found.get("arguments"), dict)
+        isinstance(found, dict)
+        and isinstance(name := found.get("name"), str)
+        and name.encode()
+        and isinstance(found.get("arguments"), dict)
+        and _written(found["arguments"])
         for found in functions
     )
 

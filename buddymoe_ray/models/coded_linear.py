@@ -16,7 +16,10 @@ from transformers import PreTrainedModel
 from buddymoe_ray.kernels import CodedWeight, CpuLinear, coded_shapes, decoded
 from buddymoe_ray.models.quantised import CodedTensor
 
-__all__ = ["CodedLinear", "keep_coded", "read_bias", "replace_module"]
+__all__ = ["BARE", "CodedLinear", "keep_coded", "read_bias", "replace_module"]
+
+BARE = ".dt_proj"
+"""What linear layers are called whose weight is multiplied by without them (jamba): it must be plain."""
 
 
 def keep_coded(model: PreTrainedModel, linears: Mapping[str, CodedTensor], *, on_meta: bool = False) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from buddymoe_ray.kernels import BLOCK, CpuLinear, LowbitFormat, pack_plain, packed_shapes, widens
-from buddymoe_ray.models.coded_linear import CodedLinear, read_bias, replace_module
+from buddymoe_ray.models.coded_linear import BARE, CodedLinear, read_bias, replace_module
 from buddymoe_ray.models.hf_loading import experts_modules, kept_in_float32
 from buddymoe_ray.models.router_hook import find_routers
 
@@ -69,7 +69,7 @@ def _linears(model: PreTrainedModel) -> dict[str, nn.Linear | CodedLinear]:
         if type(module) in (nn.Linear, CodedLinear)
         and id(module) not in left
         and f"{name}.weight" not in wide
-        and not name.endswith(".dt_proj")  # jamba multiplies by its weight without it
+        and not name.endswith(BARE)
         and min(module.in_features, module.out_features) >= BLOCK
     }
 

@@ -60,7 +60,11 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     text = config.get("text_config")
     if config.get("model_type") not in _OF_MORE or not isinstance(text, Mapping):
         return config
-    shared = {name: config[name] for name in ("quantization_config", "dtype", "torch_dtype") if name in config}
+    shared = {
+        name: config[name]
+        for name in ("quantization_config", "compression_config", "dtype", "torch_dtype")
+        if name in config
+    }
     kind = text.get("model_type")
     return {**shared, **text, "model_type": "deepseek_v3" if kind == "kimi_k2" else kind}  # as transformers reads it
 

@@ -142,7 +142,8 @@ def find_coded(config: Mapping[str, Any], locations: Mapping[str, TensorLocation
             used |= {*made.keys.values()}
     plain = {key: place for key, place in locations.items() if key not in used and not (said and UNREAD.search(key))}
     for key, place in plain.items():
-        if place.dtype.startswith("float8"):  # codes without what would give them a meaning
+        whole = place.dtype in ("int8", "uint8") and key.endswith("weight")
+        if whole or place.dtype.startswith("float8"):  # codes without what would give them a meaning
             raise UnsupportedModel(
                 f"key {key!r} in {place.path} is stored as {place.dtype}, must be one of bfloat16, float16, float32 or "
                 f"what quantization_config names. {INSTEAD}"

@@ -59,8 +59,10 @@ class CodedKeys:
 
 
 def with_own_file(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """What a config says, with what modelopt's file of older releases says of quantisation where it says nothing.
-    Raises CheckpointError."""
+    """What a config says, with what older releases have elsewhere of quantisation where it says nothing: those of
+    compressed-tensors under another name, modelopt's in a file. Raises CheckpointError."""
+    if not config.get("quantization_config") and config.get("compression_config"):
+        return {**config, "quantization_config": config["compression_config"]}
     if config.get("quantization_config") or not (folder / _OWN_FILE).is_file():
         return config
     said = read_json(folder / _OWN_FILE).get("quantization")

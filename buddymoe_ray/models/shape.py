@@ -20,7 +20,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from buddymoe_ray.errors import CheckpointError
 from buddymoe_ray.kernels import decodes
-from buddymoe_ray.models.coded_linear import CodedLinear, keep_coded
+from buddymoe_ray.models.coded_linear import BARE, CodedLinear, keep_coded
 from buddymoe_ray.models.config_check import EXPERTS_PER_TOKEN
 from buddymoe_ray.models.dense_dtype import pack_dense
 from buddymoe_ray.models.expert_layout import EXPERT_DTYPES, expert_layout, slot_tensors
@@ -151,7 +151,7 @@ def meta_model(
         found, (name, linear) = stored[key], modules.get(target or "", ("", None))
         if isinstance(found, CodedTensor) and linear is not None:
             matrix = found.fit(name, linear.out_features, linear.in_features)
-            if on_cpu and decodes(matrix.format):
+            if on_cpu and decodes(matrix.format) and not name.endswith(BARE):
                 linears[name] = found
                 continue
             found = replace(found, inputs=linear.in_features)

@@ -101,7 +101,7 @@ class MessagesRenderer(ChatReading):
 
 
 def _call(call: ToolCallBody) -> dict[str, Any]:
-    given = json.loads(call.function.arguments, parse_constant=str)  # NaN is not JSON
+    given = json.loads(call.function.arguments)
     return {"type": "tool_use", "id": call.id, "name": call.function.name, "input": given}
 
 

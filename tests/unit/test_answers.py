@@ -184,6 +184,26 @@ def test_what_is_broken_comes_back_as_text_and_no_word_is_lost(name: str, seed: 
     assert all(word in everywhere for word in words), (text, told)
 
 
+@pytest.mark.parametrize("wrong", ["NaN", "-1e999"])
+@pytest.mark.parametrize("name", ["hermes", "deepseek_v3_1", "mistral", "mistral_named", "granite"])
+def test_a_call_that_no_client_could_read_is_text(name: str, wrong: str) -> None:
+    text = FORMS[name][1].replace("3", wrong)
+    told = read(form_of(name), text)
+    assert told.name == "" and told.text.count(wrong) == 2
+
+
+@pytest.mark.parametrize("called", ['""', '"\\ud83d"'])
+@pytest.mark.parametrize("name", ["hermes", "mistral", "granite"])
+def test_a_call_of_nothing_is_text(name: str, called: str) -> None:
+    told = read(form_of(name), FORMS[name][1].replace('"get-weather"', called))
+    assert told.name == "" and told.text.count(f'"name": {called}') == 2
+
+
+def test_half_a_character_in_a_call_does_not_end_the_reply() -> None:
+    told = read(form_of("hermes"), FORMS["hermes"][1].replace("Ulm", r"a\ud83db \ud83d\ude00"))
+    assert told.arguments.split("} ")[0] == '{"city": "a\ufffdb 😀", "days": 3'
+
+
 def _pieces(text: str) -> list[str]:
     """Marks, JSON signs and words of a form."""
     import re

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from coded_checkpoints import edit, quantised
+from safetensors.torch import load_file
 from torch import Tensor
 
 from buddymoe_ray import LLM
@@ -91,6 +92,7 @@ def test_tokens_are_those_of_code_times_scale(
     [
         ("deepseek_v32", "fp8"),  # computes some of its linear layers in float32, whatever the rest does
         ("hy_v4", "ct-int4"),  # asks linear layers for their dtype
+        ("jamba", "ct-fp8"),  # multiplies by a linear layer's weight without it
         ("kimi_k25", "ct-int4"),  # more than text
         ("qwen3_5_moe_text", "fp8"),
     ],
@@ -112,6 +114,18 @@ def test_what_older_releases_say_in_a_file_of_its_own(tmp_path: Path) -> None:
         load_model(coded)
     (coded / "hf_quant_config.json").write_text(json.dumps({"quantization": said}))
     assert generated(coded) == reference_generate(plain, PROMPTS, new_tokens=NEW)
+
+
+def test_what_older_releases_say_under_another_name(tmp_path: Path) -> None:
+    coded, plain = quantised("qwen3_moe", "ct-int8", tmp_path)
+    config = json.loads((coded / "config.json").read_text())
+    said = config.pop("quantization_config")
+    (coded / "config.json").write_text(json.dumps(config))
+    edit(coded, lambda t: t.update({k: v for k, v in load_file(plain / "model.safetensors").items() if "experts" in k}))
+    with pytest.raises(UnsupportedModel, match=r"self_attn.*stored as int8, must be .* what quantization_config names"):
+        load_model(coded)
+    (coded / "config.json").write_text(json.dumps({**config, "compression_config": said}))
+    assert auto_dtype(coded) is torch.float32 and load_model(coded).layout.coded == ()
 
 
 @pytest.mark.parametrize(("family", "scheme"), CODED)
