@@ -1,6 +1,6 @@
 """Small stand-ins for the narrow seams: an engine without a model, its tokenizer, and workers without ray.
 
-`FakeEngine` keeps AsyncEngine's contract (events in order, usage with the last, closing the iterator cancels, resumed
+`FakeEngine` keeps AsyncEngine's contract (events in order, usage with the last, cancelling it cancels, resumed
 tokens are not told again), so what is proven over it holds for the path above the engine. Its tokens are a function of
 prompt, seed and position alone.
 """
@@ -11,7 +11,7 @@ import asyncio
 import json
 import os
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import cache
@@ -108,8 +108,8 @@ class FakeEngine:
         self.closed = False
         self._died: CapacityError | None = None
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
-        """The request's events, in pieces of one token."""
+    async def run(self, request: GenerationRequest, tell: Callable[[TokenEvent], None]) -> None:
+        """Tells the request's events, in pieces of one token."""
         self._raise_if_dead()
         self.seen.append(request)
         if 1 in request.prompt_token_ids:
@@ -123,12 +123,13 @@ class FakeEngine:
             text = bytes(resumed).decode()
             for position in range(len(resumed), request.sampling.max_tokens):
                 await asyncio.sleep(self.delay)
+                await asyncio.sleep(0)  # whoever was woken by the last token reads it first
                 self.steps += 1
                 self._trouble(request, position)
                 event = self._event(request, position, text)
                 text += event.text
                 ended = event.finish_reason is not None
-                yield event
+                tell(event)
                 if ended:
                     return
         finally:

@@ -1,7 +1,8 @@
-"""An Engine for asyncio: one background thread steps it, each request is an async iterator of TokenEvents.
+"""An Engine for asyncio: one background thread steps it, each request is a coroutine that lasts until it has ended.
 
 Knows threads and event loops, not HTTP or Ray. Invariant: only the step thread touches the engine; others hand it
-commands through a queue that it empties before every step, so a cancelled request is gone one step later.
+commands through a queue that it empties before every step, so a cancelled request is gone one step later. Events are
+told on the step thread: to wake an event loop for each costs more than a small model's token.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,19 +27,29 @@ __all__ = ["AsyncEngine"]
 log = logging.getLogger(__name__)
 
 
-_Events = asyncio.Queue[TokenEvent | BaseException]
-
-
-@dataclass
+@dataclass(frozen=True)
 class _Stream:
-    """Where one request's events go: a queue on the loop that asked."""
+    """One request that runs: who takes its events, and the loop on which its end is waited for."""
 
+    tell: Callable[[TokenEvent], None]
     loop: asyncio.AbstractEventLoop
-    events: _Events
+    ended: asyncio.Future[None]
 
-    def put(self, item: TokenEvent | BaseException) -> None:
+    def end(self, error: BaseException | None = None) -> None:
         """From any thread."""
-        _put(self.loop, [(self.events, item)])
+
+        def run() -> None:
+            if self.ended.done():  # whoever waited has left
+                return
+            if error is None:
+                self.ended.set_result(None)
+            else:
+                self.ended.set_exception(error)
+
+        try:
+            self.loop.call_soon_threadsafe(run)
+        except RuntimeError:  # the loop is closed: its client is gone, and the request with it
+            log.debug("nobody is told how a request ended: its event loop is closed")
 
 
 class AsyncEngine:
@@ -60,8 +70,9 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._loop, name="engine-step", daemon=True)
         self._thread.start()
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
-        """Yield the request's events until its finish_reason. Closing the iterator cancels the request.
+    async def run(self, request: GenerationRequest, tell: Callable[[TokenEvent], None]) -> None:
+        """Run a request to its end; cancelling this cancels it. `tell` takes its events as they come, the last with its
+        finish_reason, on the step thread: it must be quick and raise nothing.
 
         Raises:
             RequestError: the request is not usable (too long, bad parameter), before the first event.
@@ -71,20 +82,14 @@ class AsyncEngine:
         seq = await asyncio.to_thread(
             self._engine.prepare, request
         )  # a long record must hold up neither loop nor steps
-        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
-        finished = False
+        loop = asyncio.get_running_loop()
+        stream = _Stream(tell, loop, loop.create_future())
         self._submit(lambda: self._add(seq, stream))
         try:
-            while not finished:
-                item = await stream.events.get()
-                if isinstance(item, BaseException):
-                    finished = True
-                    raise item
-                finished = item.finish_reason is not None
-                yield item
-        finally:
-            if not finished:
-                self._submit_quietly(lambda: self._cancel(request.request_id))
+            await stream.ended
+        except asyncio.CancelledError:
+            self._submit_quietly(lambda: self._cancel(request.request_id))
+            raise
 
     def snapshot(self) -> EngineSnapshot:
         """Counters of the engine, read without stopping it."""
@@ -145,7 +150,7 @@ class AsyncEngine:
             self._raise_if_dead()
             self._engine.admit(seq)
         except Exception as error:  # whatever is wrong with one request is told to its caller, and the others go on
-            stream.put(error)
+            stream.end(error)
         else:
             self._streams[seq.request_id] = stream
 
@@ -174,16 +179,12 @@ class AsyncEngine:
             command()
 
     def _deliver(self, events: Iterable[TokenEvent]) -> None:
-        """A step's events, with one word to each loop that asked: it costs more than a small model's token."""
-        found = defaultdict[asyncio.AbstractEventLoop, list[tuple[_Events, TokenEvent | BaseException]]](list)
         for event in events:
             stream = self._streams.get(event.request_id)
             if stream is not None:
-                found[stream.loop].append((stream.events, event))
+                stream.tell(event)
                 if event.finish_reason is not None:
-                    self._streams.pop(event.request_id, None)
-        for loop, items in found.items():
-            _put(loop, items)
+                    self._streams.pop(event.request_id).end()
 
     def _fail_all(self, error: BuddyMoEError) -> None:
         """Refuse everything from now on and tell every waiting client, those still in the queue included."""
@@ -195,15 +196,4 @@ class AsyncEngine:
                 command()
         streams, self._streams = list(self._streams.values()), {}
         for stream in streams:
-            stream.put(error)
-
-
-def _put(loop: asyncio.AbstractEventLoop, items: list[tuple[_Events, TokenEvent | BaseException]]) -> None:
-    def run() -> None:
-        for events, item in items:
-            events.put_nowait(item)
-
-    try:
-        loop.call_soon_threadsafe(run)
-    except RuntimeError:  # the loop is closed: its client is gone, and the request is cancelled by its own finally
-        log.debug("dropped an event: the client's event loop is closed")
+            stream.end(error)

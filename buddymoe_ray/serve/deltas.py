@@ -5,15 +5,18 @@ Pure; knows neither HTTP nor engines. Used by the worker (to batch) and by whoev
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
+from typing import TypeVar
 
 from buddymoe_ray.models.token_bytes import TokenBytes
 from buddymoe_ray.serve.work import Delta, TokenText
 from buddymoe_ray.types import StandinAccesses, TokenEvent, TokenLogprob, Usage
 
-__all__ = ["Echo", "delta_of", "described", "merge", "total_usage"]
+__all__ = ["Echo", "delta_of", "described", "joined", "merge", "total_usage"]
+
+Part = TypeVar("Part", Delta, TokenEvent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +86,17 @@ def merge(deltas: Iterable[Delta]) -> tuple[Delta, ...]:
     by_choice: dict[int, list[Delta]] = {}
     for delta in deltas:
         by_choice.setdefault(delta.choice, []).append(delta)
-    return tuple(parts[0] if len(parts) == 1 else _join(parts) for parts in by_choice.values())
+    return tuple(map(joined, by_choice.values()))
 
 
-def _join(parts: list[Delta]) -> Delta:
-    assert all(part.finish_reason is None for part in parts[:-1]), f"choice {parts[0].choice} goes on after its end"
+def joined(parts: Sequence[Part]) -> Part:
+    """What follows each other, of one choice or request: texts and tokens are joined, the end is the last one's."""
+    if len(parts) == 1:
+        return parts[0]
+    assert all(part.finish_reason is None for part in parts[:-1]), f"{parts[0]} goes on after its end"
     last = parts[-1]
-    return Delta(
-        choice=last.choice,
+    return replace(
+        parts[0],
         token_ids=tuple(token for part in parts for token in part.token_ids),
         text="".join(part.text for part in parts),
         logprobs=tuple(logprob for part in parts for logprob in part.logprobs),

@@ -41,4 +41,4 @@ class Guests:
         """Others have so many answers: guests go until all have a place, as far as there are guests."""
         while self._calls and others + self.answers > self._places:
             items, _ = self._calls.popitem()
-            items.put_nowait(unavailable("others need its place", retry_after_seconds=self._retry_after))
+            items.put(unavailable("others need its place", retry_after_seconds=self._retry_after))

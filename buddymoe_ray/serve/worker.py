@@ -12,8 +12,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -26,7 +25,7 @@ from buddymoe_ray.serve.flushing import Batches, Items
 from buddymoe_ray.serve.guests import Guests
 from buddymoe_ray.serve.prompts import tokenizer_info, usable
 from buddymoe_ray.serve.refusals import in_terms_of, overloaded, refusal_of, too_late, unavailable, worker_lost
-from buddymoe_ray.serve.work import Batch, Delta, Refusal, Reply, Work, WorkerInfo, WorkerReport
+from buddymoe_ray.serve.work import Batch, Refusal, Reply, Work, WorkerInfo, WorkerReport
 from buddymoe_ray.serve.work_plan import Intake, Limits, ServingEngine, WorkPlan
 from buddymoe_ray.types import GenerationRequest, TokenEvent
 
@@ -45,7 +44,7 @@ class EngineSeam(ServingEngine, Protocol):
     def link(self) -> None: ...
     def link_seconds(self) -> Mapping[str, float]: ...
     def set_peers(self, peers: Mapping[str, str]) -> None: ...
-    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]: ...
+    async def run(self, request: GenerationRequest, tell: Callable[[TokenEvent], None]) -> None: ...
     def snapshot(self) -> EngineSnapshot: ...
     def expert_map(self) -> ExpertMap: ...
     async def check_health(self) -> None: ...
@@ -131,11 +130,13 @@ class Worker:
                 await self._engine.check_health()  # a dead one would take it, and cost it a move
                 yield Batch(deltas=())
                 await self._displace({request.request_id for request in planned.requests.values()})
-            tasks += [self._start(choice, planned, items) for choice in planned.requests]
+            tasks += [self._start(request, items) for request in planned.requests.values()]
+            choices = {request.request_id: choice for choice, request in planned.requests.items()}
             prompts, answer = planned.prompts if work.report_prompts else (), planned.answer
             batches = Batches(
                 items,
                 len(tasks),
+                delta_of=lambda event: planned.delta_of(choices[event.request_id], event, self._bytes),
                 flush_seconds=work.flush_seconds,
                 beat_seconds=self._beat_seconds,
                 calls=self._answers.total,
@@ -213,9 +214,8 @@ class Worker:
             return True
         return total + answers <= most and (not tenant or may_queue(answers, own=own, total=total, most=most))
 
-    def _start(self, choice: int, planned: WorkPlan, items: Items) -> asyncio.Task[None]:
-        request = planned.requests[choice]
-        task = asyncio.create_task(self._run(choice, planned, items))
+    def _start(self, request: GenerationRequest, items: Items) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._run(request, items))
         self._running[request.request_id] = task
         task.add_done_callback(lambda done: self._forget(request.request_id, done))
         return task
@@ -231,27 +231,34 @@ class Worker:
             task.cancel()
         await asyncio.gather(*earlier, return_exceptions=True)
 
-    async def _run(self, choice: int, planned: WorkPlan, items: Items) -> None:
-        """Move one sequence's events to `items`; its end is always told, as a last delta or a refusal."""
-        request, made = planned.requests[choice], 0
+    async def _run(self, request: GenerationRequest, items: Items) -> None:
+        """Have one sequence say its events to `items`; its end is always told, as a last event or a refusal."""
+        made = 0
+
+        def tell(event: TokenEvent) -> None:
+            nonlocal made
+            made += len(event.token_ids)
+            items.put(event)
+
+        def fail(error: str) -> None:
+            end = TokenEvent(request_id=request.request_id, token_ids=(), text="", finish_reason="error", error=error)
+            items.put(end)
+
         self._forecast.arrive(request.tenant, _most_tokens(request), time.monotonic(), weight=request.weight)
         try:
-            async with aclosing(self._engine.generate(request)) as events:  # type: ignore[type-var]
-                async for event in events:
-                    made += len(event.token_ids)
-                    items.put_nowait(planned.delta_of(choice, event, self._bytes))
+            await self._engine.run(request, tell)
         except RequestError as error:
-            items.put_nowait(refusal_of(error))
+            items.put(refusal_of(error))
         except CapacityError as error:
-            items.put_nowait(worker_lost(str(error), retry_after_seconds=self._retry_after))
+            items.put(worker_lost(str(error), retry_after_seconds=self._retry_after))
         except asyncio.CancelledError:  # displaced, or nobody reads on
-            items.put_nowait(unavailable("the request goes on elsewhere", retry_after_seconds=self._retry_after))
+            items.put(unavailable("the request goes on elsewhere", retry_after_seconds=self._retry_after))
             raise
         except BuddyMoEError as error:
-            items.put_nowait(Delta(choice=choice, finish_reason="error", error=str(error)))
+            fail(str(error))
         except Exception:  # the client gets an answer whatever happened; the log says what
             log.exception("sequence %s failed", request.request_id)
-            items.put_nowait(Delta(choice=choice, finish_reason="error", error="internal error. hint: see the log"))
+            fail("internal error. hint: see the log")
         finally:
             held = len(request.prompt_token_ids) + len(request.resumed_token_ids) + made
             self._forecast.end(request.tenant, _most_tokens(request), held, time.monotonic())

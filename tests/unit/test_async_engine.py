@@ -14,7 +14,7 @@ from buddymoe_ray import EngineConfig, SamplingParams
 from buddymoe_ray.engine.async_engine import AsyncEngine
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.errors import CapacityError, RequestError
-from buddymoe_ray.types import GenerationRequest
+from buddymoe_ray.types import GenerationRequest, TokenEvent
 
 
 def request(name: str, *ids: int, max_tokens: int = 8) -> GenerationRequest:
@@ -37,7 +37,17 @@ def running(folder: Path):
 
 
 async def tokens_of(engine: AsyncEngine, made: GenerationRequest) -> list[int]:
-    return [token async for event in engine.generate(made) for token in event.token_ids]
+    events: list[TokenEvent] = []
+    await engine.run(made, events.append)
+    return [token for event in events for token in event.token_ids]
+
+
+async def begun(engine: AsyncEngine, made: GenerationRequest) -> asyncio.Task[None]:
+    """A request that has told its first event."""
+    loop, first = asyncio.get_running_loop(), asyncio.Event()
+    task = asyncio.create_task(engine.run(made, lambda event: loop.call_soon_threadsafe(first.set) and None))
+    await first.wait()
+    return task
 
 
 async def test_streams_side_by_side_equal_streams_alone(running: AsyncEngine) -> None:
@@ -48,11 +58,10 @@ async def test_streams_side_by_side_equal_streams_alone(running: AsyncEngine) ->
 
 
 async def test_leaving_a_stream_frees_its_slot_within_a_step(running: AsyncEngine) -> None:
-    stream = running.generate(request("long", max_tokens=200))
-    await anext(stream)
+    stream = await begun(running, request("long", max_tokens=200))
     assert running.snapshot().running == 1
     at = running.snapshot().steps
-    await stream.aclose()
+    stream.cancel()
     while running.snapshot().running:
         await asyncio.sleep(0.001)
     assert running.snapshot().steps <= at + 3  # the step in flight, and those run before the command was seen
@@ -69,16 +78,14 @@ async def test_a_dead_step_thread_fails_every_client_and_the_health_check(folder
     engine = Engine.from_config(EngineConfig(model=str(folder), memory="50%"))
     made = AsyncEngine(engine)
     await made.check_health()
-    stream = made.generate(request("victim", max_tokens=200))
-    await anext(stream)
+    stream = await begun(made, request("victim", max_tokens=200))
 
     def broken(*_: object) -> None:
         raise RuntimeError("the device fell off the bus")
 
     engine._runner.decode = broken  # type: ignore[method-assign]
     with pytest.raises(CapacityError, match="fell off the bus"):
-        async for _ in stream:
-            pass
+        await stream
     with pytest.raises(CapacityError, match="restart"):
         await made.check_health()
     with pytest.raises(CapacityError):
@@ -88,12 +95,10 @@ async def test_a_dead_step_thread_fails_every_client_and_the_health_check(folder
 
 async def test_closing_fails_what_is_unfinished(folder: Path) -> None:
     made = AsyncEngine(Engine.from_config(EngineConfig(model=str(folder), memory="50%")))
-    stream = made.generate(request("unfinished", max_tokens=200))
-    await anext(stream)
+    stream = await begun(made, request("unfinished", max_tokens=200))
     await asyncio.to_thread(made.close)
     with pytest.raises(CapacityError, match="closed"):
-        async for _ in stream:
-            pass
+        await stream
     made.close()
     with pytest.raises(CapacityError, match="closed"):
         await tokens_of(made, request("late"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -10,14 +11,20 @@ from buddymoe_ray.serve import flushing
 from buddymoe_ray.serve.flushing import Batches, Items
 from buddymoe_ray.serve.refusals import unavailable
 from buddymoe_ray.serve.work import Batch, Delta, Refusal
+from buddymoe_ray.types import FinishReason, TokenEvent
 
 
-def delta(text: str, *, end: bool = False, choice: int = 0) -> Delta:
-    return Delta(choice=choice, text=text, finish_reason="stop" if end else None)
+def event(text: str, *, end: bool = False, choice: int = 0, tokens: int = 1) -> TokenEvent:
+    reason: FinishReason | None = "stop" if end else None
+    return TokenEvent(request_id=str(choice), token_ids=(7,) * tokens, text=text, finish_reason=reason)
+
+
+def delta_of(event: TokenEvent) -> Delta:
+    return Delta(choice=int(event.request_id), text=event.text, finish_reason=event.finish_reason)
 
 
 def batches_of(items: Items, *, calls: int = 1, flush_seconds: float | None = 0.025, choices: int = 1) -> Batches:
-    return Batches(items, choices, flush_seconds=flush_seconds, beat_seconds=60, calls=lambda: calls)
+    return Batches(items, choices, delta_of=delta_of, flush_seconds=flush_seconds, beat_seconds=60, calls=lambda: calls)
 
 
 async def said(batches: Batches) -> str:
@@ -27,43 +34,77 @@ async def said(batches: Batches) -> str:
 
 
 @pytest.mark.parametrize(
-    ("calls", "flush_seconds", "pause"), [(1, 0.025, 0.025), (16, 0.025, 0.08), (900, 0.025, 0.1), (900, 0.0, 0.0)]
+    ("calls", "flush_seconds", "tokens", "pause"),
+    [
+        (1, 0.025, 1, 0.025),
+        (16, 0.025, 1, 0.08),
+        (900, 0.025, 1, 0.1),
+        (1, 0.025, 400, 0.025),
+        (8, 0.025, 400, 0.125),
+        (900, 0.025, 400, 0.25),  # faster than anybody reads
+        (900, 0.5, 400, 0.5),
+        (900, 0.0, 400, 0.0),
+    ],
 )
-async def test_a_worker_of_many_calls_hands_on_less_often(calls: int, flush_seconds: float, pause: float) -> None:
-    items = Items()
-    batches = batches_of(items, calls=calls, flush_seconds=flush_seconds)
-    items.put_nowait(delta("a"))
-    assert await said(batches) == "a"
-    assert batches._flush_at - batches._beat_at + 60 == pytest.approx(pause)
+async def test_a_worker_of_many_calls_hands_on_less_often_and_all_together(
+    calls: int, flush_seconds: float, tokens: int, pause: float
+) -> None:
+    for _ in range(2):
+        batches = batches_of(items := Items(), calls=calls, flush_seconds=flush_seconds)
+        items.put(event("a", tokens=tokens))
+        assert await said(batches) == "a", "the first tokens at once"
+        now, times = batches._beat_at - 60, batches._flush_at / (pause or 1)
+        assert now <= batches._flush_at <= now + pause
+        assert not pause or times == pytest.approx(round(times)), "others flush then, too"
 
 
 async def test_who_waits_for_a_flush_is_woken_by_an_end_and_not_by_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flushing, "LONGEST_PAUSE", 3600.0)
     items = Items()
     batches = batches_of(items, calls=10**6, choices=2)
-    items.put_nowait(delta("a"))
+    items.put(event("a"))
     assert await said(batches) == "a"
-    items.put_nowait(delta("b"))
+    items.put(event("b"))
     reading = asyncio.create_task(said(batches))
     await asyncio.sleep(0)
-    waiter = items._waiter
     for text in "cde":
-        items.put_nowait(delta(text))
+        items.put(event(text))
         await asyncio.sleep(0)
-        assert items._waiter is waiter and waiter is not None and not waiter.done(), "a token that waits wakes nobody"
-    items.put_nowait(delta("f", end=True))
+        assert items._waits and not items._news.is_set(), "a token that waits wakes nobody"
+    items.put(event("f", end=True))
     await asyncio.sleep(0)
     assert not reading.done(), "the other choice goes on, and its tokens wait"
-    items.put_nowait(delta("g", end=True, choice=1))
+    items.put(event("g", end=True, choice=1))
     assert await reading == "bcdefg" and not batches.open_choices
 
 
 async def test_a_refusal_is_told_at_once() -> None:
     items, refusal = Items(), unavailable("gone", retry_after_seconds=1)
     batches = batches_of(items, flush_seconds=None)
-    items.put_nowait(delta("a"))
+    items.put(event("a"))
     reading = asyncio.create_task(batches.next())
     await asyncio.sleep(0)
-    items.put_nowait(refusal)
+    items.put(refusal)
     found = await reading
     assert isinstance(found, Refusal) and found == refusal and not batches.open_choices
+
+
+@pytest.mark.parametrize("flush_seconds", [0.0, 1e-4])
+async def test_nothing_that_another_thread_says_is_lost_or_late(flush_seconds: float) -> None:
+    """The reader begins to wait just when something is said, often."""
+    items = Items()
+    batches, told = batches_of(items, flush_seconds=flush_seconds), list[str]()
+
+    def say() -> None:
+        for at in range(600):
+            items.put(event(f"{at} ", end=at == 599))
+            if at % 3:
+                while items._items:
+                    time.sleep(0)  # until it is read: what is missed now would only be found at the next beat
+
+    saying = asyncio.create_task(asyncio.to_thread(say))
+    async with asyncio.timeout(30):
+        while batches.open_choices:
+            told.append(await said(batches))
+    await saying
+    assert "".join(told) == "".join(f"{at} " for at in range(600))
