@@ -5,7 +5,8 @@ token is their whole context, states that layers carry are nobody's, and no expe
 missing, the recording is cut in each MoE layer, behind its experts: the host launches pieces ahead, looks once at which
 layer stalled, has the block bring what is missing there, and goes on behind it. What ran ahead of a stall ran in vain,
 without experts, so the host looks twice as far ahead as it last came. Accounts are the host's, of layers that count,
-once each.
+once each. Where steps came through without a stall and the device can choose all tokens, the next one is begun behind
+them before the host knows any: see `in_flight`.
 
 Legend: L MoE layers, T rows of a recording, B rows of a step, K slots, M columns of block tables, V vocabulary.
 """
@@ -14,21 +15,27 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from buddymoe_ray.device import Device, Recording, download, upload
 from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
+from buddymoe_ray.engine.in_flight import AHEAD, Chosen, StepInFlight, budgets_of, chooses_alone, rows_behind
 from buddymoe_ray.engine.plain_forward import ForwardPass
+from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.engine.states import StatePool
 from buddymoe_ray.kernels import RowTerms
-from buddymoe_ray.moe import DeviceTables, MoEBlock, Phase, RecordedLayer, StepState, StepTerms, Told
+from buddymoe_ray.kernels.sample import choose_sorted, settings_of
+from buddymoe_ray.moe import DeviceTables, MoEBlock, Phase, RecordedLayer, StepState, StepTerms, Told, affordable
+from buddymoe_ray.policy import RowBudgets
 
 __all__ = ["REPLAYED", "RecordedDecode", "StepSizes"]
 
@@ -36,6 +43,8 @@ REPLAYED = Counter[int]()
 """Decode steps that were replayed in this process, by rows of the recording."""
 
 log = logging.getLogger(__name__)
+
+_MOST_DOUBT = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +57,15 @@ class StepSizes:
 
 
 class RecordedDecode:
-    """Of an engine whose experts are computed on a device apart; what it is given is as the runner has it."""
+    """Of an engine whose experts are computed on a device apart; what it is given is as the runner has it. `ahead`:
+    steps may be begun ahead, for whoever asks for the `chosen` tokens."""
 
     def __init__(
         self,
         compute: ForwardPass,
         paged: PagedAttention,
         step: StepState,
-        blocks: Sequence[MoEBlock],
+        blocks: Rows[MoEBlock],
         *,
         device: Device,
         sizes: StepSizes,
@@ -65,12 +75,28 @@ class RecordedDecode:
         self.device, self.sizes, self.states = device, sizes, states
         self._standins = blocks[0].standins
         self._steps = dict[int, _RecordedStep]()
-        self._refused = False
+        self._refused = self.ahead = False
+        self._flight: StepInFlight | None = None
+        self._chosen: Chosen = {}
+        self._clean, self._doubt = 0, 1  # steps without a stall so far, and how many are wanted to begin one ahead
 
-    def decode(self, rows: Sequence[ChunkRows], ids: list[int], terms: StepTerms) -> Tensor | None:
+    def forget(self) -> None:
+        """Whatever was begun ahead, and the tokens that were chosen."""
+        self._flight, self._chosen = None, {}
+
+    def chosen(self, sequences: Rows[Sequence]) -> list[int] | None:
+        """The next tokens of these, where the device chose them in the latest step; only with `ahead` it does."""
+        found = [self._chosen.get(seq, (-1, -1)) for seq in sequences]
+        known = all(
+            position == seq.sampling_state.position for (position, _), seq in zip(found, sequences, strict=True)
+        )
+        return [token for _, token in found] if known else None
+
+    def decode(self, rows: Rows[ChunkRows], ids: list[int], terms: StepTerms) -> Tensor | None:
         """Float32 logits `[B, V]`, and the step's outcome; None, with nothing done, for a pass that is watched or
         repeats another, and where nothing can be recorded."""
-        step, states = self.step, self.states
+        step, states, flight, known = self.step, self.states, self._flight, self._chosen
+        self.forget()
         if self._refused or step.observer is not None or step.answer is not None or terms.overlays:
             return None
         if states is not None and not all(row.start and row.owner is not None for row in rows):
@@ -80,15 +106,80 @@ class RecordedDecode:
             if recorded is None:
                 return None
             step.begin(Phase.DECODE, len(rows), terms, isolate=True, tokens=ids)
+            if flight is not None and (at := flight.find(rows, ids, terms.budgets, known)):
+                if self._land(flight, at, rows, terms):
+                    return flight.logits(at)
+                self._flight, self._clean, self._doubt = None, 0, min(2 * self._doubt, _MOST_DOUBT)
+                step.begin(Phase.DECODE, len(rows), terms, isolate=True, tokens=ids)
             with nullcontext() if states is None else states.passing(rows, decode=True):
-                recorded.fill(rows, ids)
-                recorded.replay(len(rows))
-            return recorded.logits[: len(rows)].clone()  # what is kept of it outlives the next step
+                recorded.fill(rows, ids, terms.budgets)
+                self._clean = self._clean + 1 if recorded.replay(len(rows)) else 0
+            logits_BV = recorded.logits[: len(rows)].clone()  # what is kept of it outlives the next step
+            sequences = chooses_alone(rows) if self.ahead else []
+            if sequences:
+                tokens_B = choose_sorted(logits_BV, settings_of([seq.sampling_state for seq in sequences]))
+                arrive = download(tokens_B)
+                if self._clean >= self._doubt:
+                    self._begin_behind([*range(len(rows))], rows, tokens_B, terms.budgets)
+                self._take(rows, arrive()[0].tolist())
+            return logits_BV
+
+    def _land(self, flight: StepInFlight, at: list[int], rows: Rows[ChunkRows], terms: StepTerms) -> bool:
+        """Take a step that was begun as the one that is wanted, if it came through; the one behind it is begun first,
+        so the device goes on meanwhile."""
+        if sequences := chooses_alone(rows):
+            self._begin_behind(at, rows, flight.tokens_B, terms.budgets, flight.stalled)
+        tokens_B, *told = (part.numpy() for part in flight.arrive())
+        K = self.sizes.experts_per_token
+        if told:
+            stalled, told_L3BK, weight_LBK = told[0], told[1][:, :, at], told[2][:, at]
+            if int(stalled) != len(self.blocks) or not affordable(self.blocks, told_L3BK, weight_LBK, terms.budgets):
+                return False
+            for block, (ids_BK, _, own_BK), weight_BK in zip(self.blocks, told_L3BK, weight_LBK, strict=True):
+                block.answered(ids_BK, own_BK, weight_BK)
+        else:
+            self.step.outcome.count_hits(len(self.blocks) * K)
+        self._doubt = 1
+        AHEAD["taken"] += 1
+        if sequences:
+            self._take(rows, tokens_B[at].tolist())
+        return True
+
+    def _begin_behind(
+        self,
+        at: list[int],
+        rows: Rows[ChunkRows],
+        tokens_B: Tensor,
+        budgets: RowBudgets | None,
+        stalled: Tensor | None = None,
+    ) -> None:
+        """Begin the step behind one of these rows, whose tokens are those of `tokens_B` `at` these places. What it may
+        spend is what that one might: `affordable` says afterwards whether it could."""
+        behind = rows_behind(rows, self.paged.block_size)
+        recorded = self._steps.get(1 << (len(behind) - 1).bit_length()) if behind and self.states is None else None
+        if recorded is None:
+            return
+        places, following = [*behind], [*behind.values()]
+        states = [row.owner.sampling_state for row in following if isinstance(row.owner, Sequence)]
+        ids_B = tokens_B.index_select(0, upload(torch.tensor([at[place] for place in places]), tokens_B.device))
+        settings = settings_of(states, ahead=1)
+        self._flight = recorded.begin(following, ids_B, budgets_of(budgets, places), settings, stalled)
+        AHEAD["begun"] += 1
+
+    def _take(self, rows: Rows[ChunkRows], tokens: list[int]) -> None:
+        """The host knows the tokens of these rows."""
+        AHEAD["waits"] += self._flight is None
+        self._chosen = {
+            row.owner: (row.end, token)
+            for row, token in zip(rows, tokens, strict=True)
+            if isinstance(row.owner, Sequence)
+        }
 
     def _recorded(self, T: int) -> _RecordedStep | None:
         """For T rows; made at the first such step, and again once others stand in."""
         if self.blocks[0].standins is not self._standins:
             self._steps, self._standins = {}, self.blocks[0].standins
+            self.forget()
         if T not in self._steps:
             try:
                 self._steps[T] = _RecordedStep(self, T)
@@ -130,24 +221,25 @@ class _RecordedStep:
             raise RuntimeError("no kernels know what its experts compute")
         self._complete = all(table.compute.complete for table in self._tables)
         self._layers = list[RecordedLayer]()
-        self.fill((), [])
+        self.fill((), [], None)
         self.logits, self._recording = self._record()
         log.info("decode steps of %d rows are recorded", T)
 
-    def fill(self, rows: Sequence[ChunkRows], ids: list[int]) -> None:
-        """Write what the step is about; `RowBudgets` are the step's."""
+    def fill(self, rows: Rows[ChunkRows], ids: list[int] | Tensor, budgets: RowBudgets | None) -> None:
+        """Write what the step is about."""
         B, T, size, where = len(rows), self._T, self._paged.block_size, self._head.device
         nobody, states = self._owner.sizes.nobody, self._owner.states
         head = np.zeros((7, T), np.int64)
         head[2], head[3] = nobody * size, 1
-        head[:4, :B] = (
-            ids,
+        head[1:4, :B] = (
             [row.start for row in rows],
             [row.blocks[row.start // size] * size + row.start % size for row in rows],
             [row.end for row in rows],
         )
-        if self._step.budgets is not None:
-            head[4, :B] = self._step.budgets.mode_T
+        if isinstance(ids, list):
+            head[0, :B] = ids
+        if budgets is not None:
+            head[4, :B] = budgets.mode_T
         if states is not None:
             head[5:] = states.places(rows, T)
         self._head.copy_(upload(torch.from_numpy(np.append(head, B)), where))
@@ -155,23 +247,56 @@ class _RecordedStep:
         for row, chunk in enumerate(rows):
             blocks[row, : len(chunk.blocks)] = chunk.blocks
         self._blocks_TM[:, : blocks.shape[1]].copy_(upload(torch.from_numpy(blocks), where))
-        self._begin_at(0)
+        self._begin_at(0, budgets)
+        if isinstance(ids, Tensor):
+            self._ids[:B].copy_(ids)
 
-    def replay(self, B: int) -> None:
-        """Compute the step of the first B rows, and book it."""
+    def begin(
+        self,
+        rows: Rows[ChunkRows],
+        ids_B: Tensor,
+        budgets: RowBudgets | None,
+        settings_5B: npt.NDArray[np.float64] | None,
+        behind: Tensor | None,
+    ) -> StepInFlight:
+        """Launch a step of tokens that are on the device, and the choice of the next ones. No expert runs where the
+        step stalled that it is `behind`: a number of a layer; None is known not to have."""
+        REPLAYED[self._T] += 1
+        B, L, told = len(rows), self._L, self._told
+        self.fill(rows, ids_B, budgets)
+        if behind is not None:
+            self._stalled_L[0].copy_(torch.where(behind < L, -1, L))
+        for table in self._tables:
+            table.renew()
+        self._recording.replay(0, 1 if self._complete else L + 1)
+        logits_BV, stalled = self.logits[:B].clone(), self._stalled_L[L].clone()  # the next step writes them again
+        tokens_B = choose_sorted(logits_BV, settings_5B)
+        kept = () if self._complete else (stalled, told.told_L3TK.clone(), told.weight_LTK.clone())
+        return StepInFlight(
+            rows=tuple(rows),
+            budgets=budgets,
+            logits_BV=logits_BV,
+            tokens_B=tokens_B,
+            stalled=stalled,
+            arrive=download(tokens_B, *kept),
+        )
+
+    def replay(self, B: int) -> bool:
+        """Compute the step of the first B rows, and book it; whether nothing stalled."""
         REPLAYED[self._T] += 1
         if self._complete:
             self._recording.replay(0, 1)
             self._step.outcome.count_hits(self._L * self._owner.sizes.experts_per_token)
-            return
+            return True
         told, at, L = self._told, 0, self._L
-        through = False
+        through, clean = False, True
         while at < L:
             end = min(L, at + self._reach)
             for table in self._tables[at:end]:
                 table.renew()
             through = end == L
             self._recording.replay(at, end + through)
+            AHEAD["waits"] += 1
             stalled, told_n3TK, weight_nTK = (
                 part.numpy()
                 for part in download(self._stalled_L[end], told.told_L3TK[at:end], told.weight_LTK[at:end])()
@@ -183,16 +308,16 @@ class _RecordedStep:
             self._reach = 2 * (stop - at) or 1
             if stop < end:
                 self._layers[stop].bring(told_n3TK[stop - at, 0, :B], self._step.scores)
-                through, stop = False, stop + 1
-                self._begin_at(stop)
+                through, clean, stop = False, False, stop + 1
+                self._begin_at(stop, self._step.budgets)
             at = stop
         if not through:
             self._recording.replay(L, L + 1)
+        return clean
 
-    def _begin_at(self, layer: int) -> None:
+    def _begin_at(self, layer: int, budgets: RowBudgets | None) -> None:
         """Nothing stalled before it, and rows may spend what the host's accounts leave them."""
         self._stalled_L[layer].fill_(self._L)
-        budgets = self._step.budgets
         if budgets is not None:
             for values, target_T in ((budgets.allowance_T, self._left_LT[layer]), (budgets.price_T, self._price_T)):
                 target_T[: len(values)].copy_(upload(torch.from_numpy(values), target_T.device))
