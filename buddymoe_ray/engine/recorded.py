@@ -44,16 +44,18 @@ REPLAYED = Counter[int]()
 
 log = logging.getLogger(__name__)
 
-_MOST_DOUBT = 16
+_MOST_DOUBT, _ANY = 16, 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSizes:
-    """K, of every layer; M, of the longest text; the block for rows of padding."""
+    """K, of every layer; M, of the longest text; the block for rows of padding; bytes that recordings may take in all,
+    where the device's memory is its own."""
 
     experts_per_token: int
     columns: int
     nobody: int
+    most_bytes: int | None = None
 
 
 class RecordedDecode:
@@ -75,7 +77,7 @@ class RecordedDecode:
         self.device, self.sizes, self.states = device, sizes, states
         self._standins = blocks[0].standins
         self._steps = dict[int, _RecordedStep]()
-        self._refused = self.ahead = False
+        self.ahead, self._most = False, _ANY  # rows that can be recorded
         self._flight: StepInFlight | None = None
         self._chosen: Chosen = {}
         self._clean, self._doubt = 0, 1  # steps without a stall so far, and how many are wanted to begin one ahead
@@ -97,7 +99,7 @@ class RecordedDecode:
         repeats another, and where nothing can be recorded."""
         step, states, flight, known = self.step, self.states, self._flight, self._chosen
         self.forget()
-        if self._refused or step.observer is not None or step.answer is not None or terms.overlays:
+        if not self._most or step.observer is not None or step.answer is not None or terms.overlays:
             return None
         if states is not None and not all(row.start and row.owner is not None for row in rows):
             return None
@@ -180,14 +182,20 @@ class RecordedDecode:
         if self.blocks[0].standins is not self._standins:
             self._steps, self._standins = {}, self.blocks[0].standins
             self.forget()
-        if T not in self._steps:
+        if T not in self._steps and self._most >= T:
             try:
-                self._steps[T] = _RecordedStep(self, T)
+                made = _RecordedStep(self, T)
             except RuntimeError as error:
-                self._refused = True
+                self._most = 0
                 log.warning("decode steps are not recorded, every one asks Python and the host: %s", error)
                 return None
-        return self._steps[T]
+            taken, most = made.nbytes + sum(step.nbytes for step in self._steps.values()), self.sizes.most_bytes
+            if most is None or taken <= most:
+                self._steps[T] = made
+            else:
+                self._most = T // 2
+                log.warning("decode steps of %d rows and more are not recorded: that takes %d of %d", T, taken, most)
+        return self._steps.get(T)
 
 
 class _RecordedStep:
@@ -223,7 +231,10 @@ class _RecordedStep:
         self._layers = list[RecordedLayer]()
         self.fill((), [], None)
         self.logits, self._recording = self._record()
-        log.info("decode steps of %d rows are recorded", T)
+        told = self._told
+        static = (self._head, self._left_LT, self._blocks_TM, told.told_L3TK, told.weight_LTK, *told.outputs.values())
+        self.nbytes = self._recording.nbytes + sum(part.nbytes for part in static)
+        log.info("decode steps of %d rows are recorded, in %d bytes", T, self.nbytes)
 
     def fill(self, rows: Rows[ChunkRows], ids: list[int] | Tensor, budgets: RowBudgets | None) -> None:
         """Write what the step is about."""

@@ -264,6 +264,23 @@ def test_what_cannot_be_recorded_says_why_and_is_computed_all_the_same(
         assert found == answers(engine, steps=3, modes=("exact",))["exact"][0]
 
 
+def test_recordings_take_no_more_memory_than_is_planned(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Steps of so many rows that theirs would are computed without."""
+    found, before = list[Answers](), REPLAYED.copy()
+    for device in (DEVICE, "cpu"):
+        with opened(model, device, memory="100%") as engine:
+            answers(engine, steps=2, modes=("exact",))
+            recorded: RecordedDecode | None = engine._runner.recorded
+            if recorded is not None:
+                [made] = recorded._steps.values()
+                assert made.nbytes > made._recording.nbytes > sum(part.nbytes for part in made.logits)
+                recorded.sizes = replace(recorded.sizes, most_bytes=2 * made.nbytes)
+            found.append(answers(engine, steps=3, modes=MODES))
+            assert recorded is None or [*recorded._steps] == [1]
+    assert "decode steps of 4 rows and more are not recorded" in caplog.text and (REPLAYED - before).keys() == {1}
+    assert [ids for ids, _ in found[0].values()] == [ids for ids, _ in found[1].values()]
+
+
 @pytest.mark.parametrize("family", ["jamba", "qwen3_next"])
 def test_states_that_layers_carry_are_each_rows_own(family: str, tmp_path: Path) -> None:
     """Of three rows beside one of padding."""
