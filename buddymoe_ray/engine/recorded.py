@@ -2,11 +2,10 @@
 
 Numbers of rows are powers of two. Rows of padding hold token 0 at position 0 of the block that is nobody's, their own
 token is their whole context, states that layers carry are nobody's, and no expert runs for them. Where an expert may be
-missing, the recording is cut in each MoE layer, behind its experts: the host launches pieces ahead, looks once at which
-layer stalled, has the block bring what is missing there, and goes on behind it. What ran ahead of a stall ran in vain,
-without experts, so the host looks twice as far ahead as it last came. Accounts are the host's, of layers that count,
-once each. Where steps came through without a stall and the device can choose all tokens, the next one is begun behind
-them before the host knows any: see `in_flight`.
+missing, the recording is cut in each MoE layer, behind its experts: the host launches pieces ahead, looks which layer
+stalled, has the block bring what is missing there, and goes on behind it. What ran ahead of a stall ran in vain and
+without experts: two lots of pieces at most. Accounts are the host's, of layers that count, once each. Where steps came
+through and the device can choose all tokens, the next one is begun behind them before the host knows any: `in_flight`.
 
 Legend: L MoE layers, T rows of a recording, B rows of a step, K slots, M columns of block tables, V vocabulary.
 """
@@ -14,7 +13,7 @@ Legend: L MoE layers, T rows of a recording, B rows of a step, K slots, M column
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from contextlib import nullcontext
@@ -37,14 +36,18 @@ from buddymoe_ray.kernels.sample import choose_sorted, settings_of
 from buddymoe_ray.moe import DeviceTables, MoEBlock, Phase, RecordedLayer, StepState, StepTerms, Told, affordable
 from buddymoe_ray.policy import RowBudgets
 
-__all__ = ["REPLAYED", "RecordedDecode", "StepSizes"]
+__all__ = ["PIECES", "REPLAYED", "RecordedDecode", "StepSizes"]
 
 REPLAYED = Counter[int]()
 """Decode steps that were replayed in this process, by rows of the recording."""
 
+PIECES = Counter[str]()
+"""Pieces of steps that were not begun ahead: those that `ran`, and of them behind a stall, `in vain`."""
+
 log = logging.getLogger(__name__)
 
 _MOST_DOUBT, _ANY = 16, 1 << 30
+_LOT = 4  # pieces that are launched at once: a look costs the host about as much as they take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +207,7 @@ class _RecordedStep:
     def __init__(self, owner: RecordedDecode, T: int) -> None:
         where, K = owner.device.torch, owner.sizes.experts_per_token
         self._step, self._paged, self._owner = owner.step, owner.paged, owner
-        self._T, self._L, self._reach = T, len(owner.blocks), len(owner.blocks)
+        self._T, self._L = T, len(owner.blocks)
         self._head = torch.zeros(7 * T + 1, dtype=torch.int64, device=where)
         self._ids, self._positions, slots_T, lengths_T, mode_T, *self._places = self._head[: 7 * T].view(7, T)
         self._left_LT, self._price_T = torch.zeros(self._L + 1, T, device=where), torch.zeros(T, device=where)
@@ -299,32 +302,42 @@ class _RecordedStep:
             self._recording.replay(0, 1)
             self._step.outcome.count_hits(self._L * self._owner.sizes.experts_per_token)
             return True
-        told, at, L = self._told, 0, self._L
-        through, clean = False, True
-        while at < L:
-            end = min(L, at + self._reach)
-            for table in self._tables[at:end]:
-                table.renew()
-            through = end == L
-            self._recording.replay(at, end + through)
+        at = stop = 0
+        while at < self._L:
+            stop = self._launch(at)
+            known = slice(at, min(stop + 1, self._L))
             AHEAD["waits"] += 1
-            stalled, told_n3TK, weight_nTK = (
-                part.numpy()
-                for part in download(self._stalled_L[end], told.told_L3TK[at:end], told.weight_LTK[at:end])()
+            told_n3TK, weight_nTK = (
+                part.numpy() for part in download(self._told.told_L3TK[known], self._told.weight_LTK[known])()
             )
-            stop = min(int(stalled), end)
             for n in range(stop - at):
                 ids_TK, _, own_TK = told_n3TK[n, :, :B]
                 self._layers[at + n].block.answered(ids_TK, own_TK, weight_nTK[n, :B])
-            self._reach = 2 * (stop - at) or 1
-            if stop < end:
-                self._layers[stop].bring(told_n3TK[stop - at, 0, :B], self._step.scores)
-                through, clean, stop = False, False, stop + 1
-                self._begin_at(stop, self._step.budgets)
-            at = stop
-        if not through:
-            self._recording.replay(L, L + 1)
+            clean, at = stop - at == self._L, stop + 1
+            if stop < self._L:
+                self._layers[stop].bring(told_n3TK[-1, 0, :B], self._step.scores)
+                self._begin_at(at, self._step.budgets)
+        if stop < self._L:
+            self._recording.replay(self._L, self._L + 1)
         return clean
+
+    def _launch(self, at: int) -> int:
+        """Launch the pieces from a layer on, the last one with them, and tell the first layer that stalled, L for none.
+        While the device computes a lot of them the host looks how the one before it ended: behind a stall no more than
+        two lots run."""
+        L, stalled, end, looks = self._L, self._L, at, deque[Callable[[], list[Tensor]]]()
+        while end < L and stalled == L:
+            begin, end = end, min(L, end + _LOT)
+            for table in self._tables[begin:end]:
+                table.renew()
+            self._recording.replay(begin, end + (end == L))
+            looks.append(download(self._stalled_L[end]))
+            if len(looks) == 2 and end < L:
+                stalled = int(looks.popleft()()[0])
+        stalled = min(stalled, int(looks[-1]()[0]))
+        PIECES["ran"] += end + (end == L) - at
+        PIECES["in vain"] += max(0, end + (end == L) - stalled - 1)
+        return stalled
 
     def _begin_at(self, layer: int, budgets: RowBudgets | None) -> None:
         """Nothing stalled before it, and rows may spend what the host's accounts leave them."""

@@ -20,7 +20,7 @@ from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.in_flight import AHEAD
 from buddymoe_ray.engine.llm import LLM
-from buddymoe_ray.engine.recorded import REPLAYED, RecordedDecode, _RecordedStep
+from buddymoe_ray.engine.recorded import PIECES, REPLAYED, RecordedDecode
 from buddymoe_ray.engine.runner import PackedRunner
 from buddymoe_ray.moe import DeviceTables, MoEBlock, OnDevice, RecordedLayer
 from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent, Usage
@@ -148,15 +148,30 @@ def test_resident_experts_are_one_piece(model: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_what_ran_ahead_of_a_stall_leaves_nothing_behind(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However far the host looks ahead."""
     with opened(model, DEVICE, recorded=False) as engine:
         eager = answers(engine, steps=8, modes=MODES[:2])
-    monkeypatch.setattr(_RecordedStep, "_reach", property(lambda _: 99, lambda *_: None), raising=False)
     seen = Counter[str]()
     with opened(model, DEVICE) as engine:
         counted(monkeypatch, seen)
         assert answers(engine, steps=8, modes=MODES[:2]) == eager
     assert seen["bring"] > 2 and eager["bounded"][1].standins.lowbit > 0
+
+
+def test_behind_a_stall_little_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight layers, most of which miss something, no more than the host launched before it could know."""
+    folder, found = build_checkpoint("qwen3_moe", tmp_path, **SIZES | {"num_hidden_layers": 8}), list[list[int]]()
+    monkeypatch.setattr("buddymoe_ray.engine.recorded._LOT", 1)
+    for device in ("cpu", DEVICE):
+        before, seen = PIECES.copy(), Counter[str]()
+        with LLM(str(folder), dtype="float32", device=device, memory="40%") as llm, monkeypatch.context() as patched:
+            counted(patched, seen)
+            [result] = llm.generate([[5, 17, 90]], max_tokens=3)
+            found.append(list(result.token_ids))
+        ran, vain = (PIECES - before)["ran"], (PIECES - before)["in vain"]
+        if device == DEVICE:
+            assert seen["bring"] > 4 and 0 < vain <= 2 * seen["bring"]
+            assert 2 * 8 <= ran - vain <= 2 * 9, "each piece once"
+    assert found[0] == found[1]
 
 
 def played(model: Path, modes: tuple[str, ...], memory: str, *, ahead: bool) -> tuple[list[TokenEvent], Counter[str]]:
