@@ -221,6 +221,7 @@ def _memory(patient: Patient) -> Iterator[Finding]:
         patient.plan = plan = make_plan(config, patient.folder, gpus=patient.gpus, shape=shape, speed=speed)
     first, limit = plan.devices[0], cgroup_limit_bytes(patient.root)[0]
     taken = first.dense_bytes + first.expert_budget_bytes + first.kv_cache_bytes + plan.activation_bytes
+    taken += first.recording_bytes
     there = f", of a limit of {_gb(limit)}" if limit is not None else ""
     said = f"{_gb(taken)} of {_gb(available_memory_bytes(patient.root))} that are free{there}"
     yield Finding(name="memory", state="ok", said=said)

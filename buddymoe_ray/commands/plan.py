@@ -122,6 +122,7 @@ def _print(plan: Plan, modes: list[Plan]) -> None:
             "dense": "{dense_bytes:bytes}",
             "experts": "{expert_budget_bytes:bytes}",
             "KV cache": "{kv_cache_bytes:bytes}",
+            "recorded": "{recording_bytes:bytes}",
             "slots": "{slots}",
             "resident": "{resident_percent:.0f}%",
             "link": "{link}",

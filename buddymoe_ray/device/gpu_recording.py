@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,11 +28,12 @@ class GpuRecording:
     def __init__(self, device: torch.device, compute: Callable[[Callable[[], None]], None]) -> None:
         self._graphs, self._handed = list[torch.cuda.CUDAGraph](), list[Tensor]()
         self._pool = torch.cuda.graph_pool_handle()
-        before, apart = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        before, apart = torch.cuda.current_stream(device), _recordings(device)
         apart.wait_stream(before)
         with torch.cuda.device(device), torch.cuda.stream(apart):
             compute(lambda: None)
             apart.synchronize()
+            kept = torch.cuda.memory_reserved(device)
             with _Made() as made:
                 self._begin()
                 try:
@@ -41,6 +43,7 @@ class GpuRecording:
                         self._graphs[-1].capture_end()
                     raise
                 self._graphs[-1].capture_end()
+            self.nbytes = torch.cuda.memory_reserved(device) - kept
         before.wait_stream(apart)
 
     def replay(self, first: int, end: int) -> None:
@@ -57,6 +60,12 @@ class GpuRecording:
         self._graphs[-1].capture_end()
         self._handed += made.alive()
         self._begin()
+
+
+@cache
+def _recordings(device: torch.device) -> torch.cuda.Stream:
+    """One for all: libraries keep memory to work with for every stream that they ever ran on."""
+    return torch.cuda.Stream(device)
 
 
 class _Made(TorchDispatchMode):

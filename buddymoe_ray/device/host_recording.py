@@ -52,7 +52,7 @@ class HostRecording:
         finally:
             torch.cuda.is_current_stream_capturing = asked
             del _making.recorder
-        self._pieces = recorder.pieces
+        self._pieces, self.nbytes = recorder.pieces, recorder.nbytes
 
     def replay(self, first: int, end: int) -> None:
         """See Recording."""
@@ -65,6 +65,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.pieces: list[list[Callable[[], None]]] = [[]]
+        self.nbytes = 0  # of what was allocated
         self._launching = False
 
     def cut(self) -> None:
@@ -89,6 +90,7 @@ class _Recorder(TorchDispatchMode):
         known = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
         outs = _tensors(out)
         fresh = [tensor.untyped_storage().data_ptr() not in known for tensor in outs]
+        self.nbytes += sum(out.untyped_storage().nbytes() for out, new in zip(outs, fresh, strict=True) if new)
         if func._schema.name in _ALLOCATES:
             self.pieces[-1].append(partial(_poison, outs))
         elif func._schema.is_mutable or any(fresh):  # else it is a view, which stays one

@@ -33,7 +33,9 @@ class SharedMemory:
 
 class Recording(Protocol):
     """What a device computed once, in pieces, to be computed again without the host: from what the buffers that were
-    there before hold by then, into the memory that was written then."""
+    there before hold by then, into the memory that was written then. It keeps `nbytes` of the device's."""
+
+    nbytes: int
 
     def replay(self, first: int, end: int) -> None:
         """Begin to compute the pieces `[first, end)`; nobody waits for them."""

@@ -35,7 +35,7 @@ from buddymoe_ray.models.shape import generation_defaults, meta_model
 from buddymoe_ray.models.tokenizer import load_tokenizer
 from buddymoe_ray.moe import MoEBlock, StepState
 from buddymoe_ray.observe import progress
-from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill, split_kv, state_slots
+from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill, recording_bytes, split_kv, state_slots
 from buddymoe_ray.residency.machine import available_memory_bytes, refuse_dense_dtype, torch_dtype
 from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.residency.tier import ExpertTier, open_experts
@@ -178,7 +178,8 @@ class _KVSize:
         per_block = KVPool.bytes_per_token(shapes, loaded.compute_dtype) * BLOCK_SIZE
         state, sequence = carried.nbytes, _blocks(wanted) * per_block
         most = config.max_running * sequence + state_slots(config.max_running) * state
-        budget = _kv_budget(config, most, experts.device, workers)
+        recording = _recording_bytes(loaded, experts, config.max_running, wanted)
+        budget = _kv_budget(config, most, experts.device, workers, beside=recording or 0)
         split = split_kv(budget, max_running=config.max_running, sequence=sequence, state=state)
         fitting, promised = split.tokens // per_block, split.running * _blocks(wanted)
         if not split.running or fitting < 2:
@@ -205,7 +206,8 @@ class _KVSize:
         )
         paged.open(pool, threads=config.threads, apart=experts.device.apart)
         states = StatePool(carried, paged, running=split.running, device=loaded.device) if carried.of else None
-        runner = _packed_runner(loaded, experts, paged, step, states, (_blocks(max_model_len), blocks))
+        room = (_blocks(max_model_len), blocks)
+        runner = _packed_runner(loaded, experts, paged, step, states, room, recording)
         return cls(blocks=blocks, max_running=split.running, max_model_len=max_model_len, runner=runner)
 
 
@@ -216,8 +218,10 @@ def _packed_runner(
     step: StepState,
     states: StatePool | None,
     room: tuple[int, int],
+    recording: int | None,
 ) -> PackedRunner:
-    """Over an open `paged`; `room` is the most blocks of a text, and the block that is nobody's."""
+    """Over an open `paged`; `room` is the most blocks of a text, and the block that is nobody's, `recording` how many
+    bytes recorded steps may take."""
     if states is not None:
         attach_states(loaded.model, states)
     one_call.attach(loaded, experts.blocks, paged, step)
@@ -236,7 +240,8 @@ def _packed_runner(
         )
     runner = PackedRunner(compute, paged, step, device=loaded.device, repeatable=by_rows, parts=parts, states=states)
     if experts.device.apart:
-        sizes = StepSizes(experts_per_token=loaded.experts_per_token, columns=room[0], nobody=room[1])
+        K, (columns, nobody) = loaded.experts_per_token, room
+        sizes = StepSizes(experts_per_token=K, columns=columns, nobody=nobody, most_bytes=recording)
         runner.recorded = RecordedDecode(
             compute, paged, step, experts.blocks, device=experts.device, sizes=sizes, states=states
         )
@@ -253,10 +258,25 @@ def _blocks(tokens: int) -> int:
     return -(-tokens // BLOCK_SIZE)
 
 
-def _kv_budget(config: EngineConfig, promised: int, device: Device, workers: int) -> int:
-    """Bytes; workers of a node share its memory, on a GPU each has its own."""
+def _recording_bytes(loaded: LoadedModel, experts: ExpertTier, running: int, tokens: int) -> int | None:
+    """What recordings of decode steps may take; None where the device has no memory of its own."""
+    if experts.device.free_bytes() is None:
+        return None
+    return recording_bytes(
+        running=running,
+        layers=len(experts.blocks),
+        experts_per_token=loaded.experts_per_token,
+        hidden=loaded.hidden_size,
+        vocab=loaded.vocab_size,
+        item_bytes=loaded.compute_dtype.itemsize,
+        length=tokens,
+    )
+
+
+def _kv_budget(config: EngineConfig, promised: int, device: Device, workers: int, *, beside: int) -> int:
+    """Bytes; workers of a node share its memory, on a GPU each has its own, `beside` of which others take."""
     if config.kv_memory != "auto":
         return parse_memory(config.kv_memory, total_expert_bytes=0)
     own = device.free_bytes()
-    free = available_memory_bytes() // workers if own is None else own
+    free = available_memory_bytes() // workers if own is None else max(0, own - beside)
     return kv_cache_bytes(promised=promised, explicit=config.max_model_len is not None, free=free)

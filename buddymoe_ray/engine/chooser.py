@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from buddymoe_ray.engine.recorded import RecordedDecode
 from buddymoe_ray.engine.sampler import Sampled, prepare_sampling, sample
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.engine.structured import mask_logits
@@ -29,12 +30,19 @@ class Chooser(Protocol):
 
 
 class SamplingChooser:
-    """The chooser that serves: each sequence's own SamplingParams, of what its rule allows."""
+    """The chooser that serves: each sequence's own SamplingParams, of what its rule allows. Of decode steps that are
+    `recorded` the device chooses by itself, where it can."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, recorded: RecordedDecode | None = None) -> None:
         prepare_sampling(device)
+        self._recorded = recorded
+        if recorded is not None:
+            recorded.ahead = True
 
     def choose(self, logits_BV: Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
+        chosen = None if self._recorded is None else self._recorded.chosen(sequences)
+        if chosen is not None:
+            return [Sampled(token_id=token) for token in chosen]
         ruled = {row: rule for row, seq in enumerate(sequences) if (rule := seq.rule) is not None}
         states, allowed_RV = [seq.sampling_state for seq in sequences], logits_BV[:0]
         if ruled:

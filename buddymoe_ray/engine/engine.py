@@ -67,7 +67,7 @@ class Engine:
         self.calibration.start()
         self._runner, self._scheduler, self._step = parts.runner, parts.scheduler, parts.step
         self._beside = PrefillBeside(parts.runner.parts if parts.config.prefill_chunk is None else None)
-        self._chooser = chooser or SamplingChooser(parts.loaded.device)
+        self._chooser = chooser or SamplingChooser(parts.loaded.device, parts.runner.recorded)
         self._eos, self._pending = parts.eos_token_ids, list[TokenEvent]()
         self._steps, self._closed, self._times = 0, False, RequestTimes()
         self._grammars = Grammars(parts.tokenizer, parts.vocab_size)

@@ -2,10 +2,10 @@
 
 Numbers of rows are powers of two. Rows of padding hold token 0 at position 0 of the block that is nobody's, their own
 token is their whole context, states that layers carry are nobody's, and no expert runs for them. Where an expert may be
-missing, the recording is cut in each MoE layer, behind its experts: the host launches pieces ahead, looks once at which
-layer stalled, has the block bring what is missing there, and goes on behind it. What ran ahead of a stall ran in vain,
-without experts, so the host looks twice as far ahead as it last came. Accounts are the host's, of layers that count,
-once each.
+missing, the recording is cut in each MoE layer, behind its experts: the host launches pieces ahead, looks which layer
+stalled, has the block bring what is missing there, and goes on behind it. What ran ahead of a stall ran in vain and
+without experts: two lots of pieces at most. Accounts are the host's, of layers that count, once each. Where steps came
+through and the device can choose all tokens, the next one is begun behind them before the host knows any: `in_flight`.
 
 Legend: L MoE layers, T rows of a recording, B rows of a step, K slots, M columns of block tables, V vocabulary.
 """
@@ -13,49 +13,64 @@ Legend: L MoE layers, T rows of a recording, B rows of a step, K slots, M column
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from buddymoe_ray.device import Device, Recording, download, upload
 from buddymoe_ray.engine.attention import ChunkRows, PackedPass, PagedAttention
+from buddymoe_ray.engine.in_flight import AHEAD, Chosen, StepInFlight, budgets_of, chooses_alone, rows_behind
 from buddymoe_ray.engine.plain_forward import ForwardPass
+from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.engine.states import StatePool
 from buddymoe_ray.kernels import RowTerms
-from buddymoe_ray.moe import DeviceTables, MoEBlock, Phase, RecordedLayer, StepState, StepTerms, Told
+from buddymoe_ray.kernels.sample import choose_sorted, settings_of
+from buddymoe_ray.moe import DeviceTables, MoEBlock, Phase, RecordedLayer, StepState, StepTerms, Told, affordable
+from buddymoe_ray.policy import RowBudgets
 
-__all__ = ["REPLAYED", "RecordedDecode", "StepSizes"]
+__all__ = ["PIECES", "REPLAYED", "RecordedDecode", "StepSizes"]
 
 REPLAYED = Counter[int]()
 """Decode steps that were replayed in this process, by rows of the recording."""
 
+PIECES = Counter[str]()
+"""Pieces of steps that were not begun ahead: those that `ran`, and of them behind a stall, `in vain`."""
+
 log = logging.getLogger(__name__)
+
+_MOST_DOUBT, _ANY = 16, 1 << 30
+_LOT = 4  # pieces that are launched at once: a look costs the host about as much as they take
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepSizes:
-    """K, of every layer; M, of the longest text; the block for rows of padding."""
+    """K, of every layer; M, of the longest text; the block for rows of padding; bytes that recordings may take in all,
+    where the device's memory is its own."""
 
     experts_per_token: int
     columns: int
     nobody: int
+    most_bytes: int | None = None
 
 
 class RecordedDecode:
-    """Of an engine whose experts are computed on a device apart; what it is given is as the runner has it."""
+    """Of an engine whose experts are computed on a device apart; what it is given is as the runner has it. `ahead`:
+    steps may be begun ahead, for whoever asks for the `chosen` tokens."""
 
     def __init__(
         self,
         compute: ForwardPass,
         paged: PagedAttention,
         step: StepState,
-        blocks: Sequence[MoEBlock],
+        blocks: Rows[MoEBlock],
         *,
         device: Device,
         sizes: StepSizes,
@@ -65,13 +80,29 @@ class RecordedDecode:
         self.device, self.sizes, self.states = device, sizes, states
         self._standins = blocks[0].standins
         self._steps = dict[int, _RecordedStep]()
-        self._refused = False
+        self.ahead, self._most = False, _ANY  # rows that can be recorded
+        self._flight: StepInFlight | None = None
+        self._chosen: Chosen = {}
+        self._clean, self._doubt = 0, 1  # steps without a stall so far, and how many are wanted to begin one ahead
 
-    def decode(self, rows: Sequence[ChunkRows], ids: list[int], terms: StepTerms) -> Tensor | None:
+    def forget(self) -> None:
+        """Whatever was begun ahead, and the tokens that were chosen."""
+        self._flight, self._chosen = None, {}
+
+    def chosen(self, sequences: Rows[Sequence]) -> list[int] | None:
+        """The next tokens of these, where the device chose them in the latest step; only with `ahead` it does."""
+        found = [self._chosen.get(seq, (-1, -1)) for seq in sequences]
+        known = all(
+            position == seq.sampling_state.position for (position, _), seq in zip(found, sequences, strict=True)
+        )
+        return [token for _, token in found] if known else None
+
+    def decode(self, rows: Rows[ChunkRows], ids: list[int], terms: StepTerms) -> Tensor | None:
         """Float32 logits `[B, V]`, and the step's outcome; None, with nothing done, for a pass that is watched or
         repeats another, and where nothing can be recorded."""
-        step, states = self.step, self.states
-        if self._refused or step.observer is not None or step.answer is not None or terms.overlays:
+        step, states, flight, known = self.step, self.states, self._flight, self._chosen
+        self.forget()
+        if not self._most or step.observer is not None or step.answer is not None or terms.overlays:
             return None
         if states is not None and not all(row.start and row.owner is not None for row in rows):
             return None
@@ -80,23 +111,94 @@ class RecordedDecode:
             if recorded is None:
                 return None
             step.begin(Phase.DECODE, len(rows), terms, isolate=True, tokens=ids)
+            if flight is not None and (at := flight.find(rows, ids, terms.budgets, known)):
+                if self._land(flight, at, rows, terms):
+                    return flight.logits(at)
+                self._flight, self._clean, self._doubt = None, 0, min(2 * self._doubt, _MOST_DOUBT)
+                step.begin(Phase.DECODE, len(rows), terms, isolate=True, tokens=ids)
             with nullcontext() if states is None else states.passing(rows, decode=True):
-                recorded.fill(rows, ids)
-                recorded.replay(len(rows))
-            return recorded.logits[: len(rows)].clone()  # what is kept of it outlives the next step
+                recorded.fill(rows, ids, terms.budgets)
+                self._clean = self._clean + 1 if recorded.replay(len(rows)) else 0
+            logits_BV = recorded.logits[: len(rows)].clone()  # what is kept of it outlives the next step
+            sequences = chooses_alone(rows) if self.ahead else []
+            if sequences:
+                tokens_B = choose_sorted(logits_BV, settings_of([seq.sampling_state for seq in sequences]))
+                arrive = download(tokens_B)
+                if self._clean >= self._doubt:
+                    self._begin_behind([*range(len(rows))], rows, tokens_B, terms.budgets)
+                self._take(rows, arrive()[0].tolist())
+            return logits_BV
+
+    def _land(self, flight: StepInFlight, at: list[int], rows: Rows[ChunkRows], terms: StepTerms) -> bool:
+        """Take a step that was begun as the one that is wanted, if it came through; the one behind it is begun first,
+        so the device goes on meanwhile."""
+        if sequences := chooses_alone(rows):
+            self._begin_behind(at, rows, flight.tokens_B, terms.budgets, flight.stalled)
+        tokens_B, *told = (part.numpy() for part in flight.arrive())
+        K = self.sizes.experts_per_token
+        if told:
+            stalled, told_L3BK, weight_LBK = told[0], told[1][:, :, at], told[2][:, at]
+            if int(stalled) != len(self.blocks) or not affordable(self.blocks, told_L3BK, weight_LBK, terms.budgets):
+                return False
+            for block, (ids_BK, _, own_BK), weight_BK in zip(self.blocks, told_L3BK, weight_LBK, strict=True):
+                block.answered(ids_BK, own_BK, weight_BK)
+        else:
+            self.step.outcome.count_hits(len(self.blocks) * K)
+        self._doubt = 1
+        AHEAD["taken"] += 1
+        if sequences:
+            self._take(rows, tokens_B[at].tolist())
+        return True
+
+    def _begin_behind(
+        self,
+        at: list[int],
+        rows: Rows[ChunkRows],
+        tokens_B: Tensor,
+        budgets: RowBudgets | None,
+        stalled: Tensor | None = None,
+    ) -> None:
+        """Begin the step behind one of these rows, whose tokens are those of `tokens_B` `at` these places. What it may
+        spend is what that one might: `affordable` says afterwards whether it could."""
+        behind = rows_behind(rows, self.paged.block_size)
+        recorded = self._steps.get(1 << (len(behind) - 1).bit_length()) if behind and self.states is None else None
+        if recorded is None:
+            return
+        places, following = [*behind], [*behind.values()]
+        states = [row.owner.sampling_state for row in following if isinstance(row.owner, Sequence)]
+        ids_B = tokens_B.index_select(0, upload(torch.tensor([at[place] for place in places]), tokens_B.device))
+        settings = settings_of(states, ahead=1)
+        self._flight = recorded.begin(following, ids_B, budgets_of(budgets, places), settings, stalled)
+        AHEAD["begun"] += 1
+
+    def _take(self, rows: Rows[ChunkRows], tokens: list[int]) -> None:
+        """The host knows the tokens of these rows."""
+        AHEAD["waits"] += self._flight is None
+        self._chosen = {
+            row.owner: (row.end, token)
+            for row, token in zip(rows, tokens, strict=True)
+            if isinstance(row.owner, Sequence)
+        }
 
     def _recorded(self, T: int) -> _RecordedStep | None:
         """For T rows; made at the first such step, and again once others stand in."""
         if self.blocks[0].standins is not self._standins:
             self._steps, self._standins = {}, self.blocks[0].standins
-        if T not in self._steps:
+            self.forget()
+        if T not in self._steps and self._most >= T:
             try:
-                self._steps[T] = _RecordedStep(self, T)
+                made = _RecordedStep(self, T)
             except RuntimeError as error:
-                self._refused = True
+                self._most = 0
                 log.warning("decode steps are not recorded, every one asks Python and the host: %s", error)
                 return None
-        return self._steps[T]
+            taken, most = made.nbytes + sum(step.nbytes for step in self._steps.values()), self.sizes.most_bytes
+            if most is None or taken <= most:
+                self._steps[T] = made
+            else:
+                self._most = T // 2
+                log.warning("decode steps of %d rows and more are not recorded: that takes %d of %d", T, taken, most)
+        return self._steps.get(T)
 
 
 class _RecordedStep:
@@ -105,7 +207,7 @@ class _RecordedStep:
     def __init__(self, owner: RecordedDecode, T: int) -> None:
         where, K = owner.device.torch, owner.sizes.experts_per_token
         self._step, self._paged, self._owner = owner.step, owner.paged, owner
-        self._T, self._L, self._reach = T, len(owner.blocks), len(owner.blocks)
+        self._T, self._L = T, len(owner.blocks)
         self._head = torch.zeros(7 * T + 1, dtype=torch.int64, device=where)
         self._ids, self._positions, slots_T, lengths_T, mode_T, *self._places = self._head[: 7 * T].view(7, T)
         self._left_LT, self._price_T = torch.zeros(self._L + 1, T, device=where), torch.zeros(T, device=where)
@@ -130,24 +232,28 @@ class _RecordedStep:
             raise RuntimeError("no kernels know what its experts compute")
         self._complete = all(table.compute.complete for table in self._tables)
         self._layers = list[RecordedLayer]()
-        self.fill((), [])
+        self.fill((), [], None)
         self.logits, self._recording = self._record()
-        log.info("decode steps of %d rows are recorded", T)
+        told = self._told
+        static = (self._head, self._left_LT, self._blocks_TM, told.told_L3TK, told.weight_LTK, *told.outputs.values())
+        self.nbytes = self._recording.nbytes + sum(part.nbytes for part in static)
+        log.info("decode steps of %d rows are recorded, in %d bytes", T, self.nbytes)
 
-    def fill(self, rows: Sequence[ChunkRows], ids: list[int]) -> None:
-        """Write what the step is about; `RowBudgets` are the step's."""
+    def fill(self, rows: Rows[ChunkRows], ids: list[int] | Tensor, budgets: RowBudgets | None) -> None:
+        """Write what the step is about."""
         B, T, size, where = len(rows), self._T, self._paged.block_size, self._head.device
         nobody, states = self._owner.sizes.nobody, self._owner.states
         head = np.zeros((7, T), np.int64)
         head[2], head[3] = nobody * size, 1
-        head[:4, :B] = (
-            ids,
+        head[1:4, :B] = (
             [row.start for row in rows],
             [row.blocks[row.start // size] * size + row.start % size for row in rows],
             [row.end for row in rows],
         )
-        if self._step.budgets is not None:
-            head[4, :B] = self._step.budgets.mode_T
+        if isinstance(ids, list):
+            head[0, :B] = ids
+        if budgets is not None:
+            head[4, :B] = budgets.mode_T
         if states is not None:
             head[5:] = states.places(rows, T)
         self._head.copy_(upload(torch.from_numpy(np.append(head, B)), where))
@@ -155,44 +261,87 @@ class _RecordedStep:
         for row, chunk in enumerate(rows):
             blocks[row, : len(chunk.blocks)] = chunk.blocks
         self._blocks_TM[:, : blocks.shape[1]].copy_(upload(torch.from_numpy(blocks), where))
-        self._begin_at(0)
+        self._begin_at(0, budgets)
+        if isinstance(ids, Tensor):
+            self._ids[:B].copy_(ids)
 
-    def replay(self, B: int) -> None:
-        """Compute the step of the first B rows, and book it."""
+    def begin(
+        self,
+        rows: Rows[ChunkRows],
+        ids_B: Tensor,
+        budgets: RowBudgets | None,
+        settings_5B: npt.NDArray[np.float64] | None,
+        behind: Tensor | None,
+    ) -> StepInFlight:
+        """Launch a step of tokens that are on the device, and the choice of the next ones. No expert runs where the
+        step stalled that it is `behind`: a number of a layer; None is known not to have."""
+        REPLAYED[self._T] += 1
+        B, L, told = len(rows), self._L, self._told
+        self.fill(rows, ids_B, budgets)
+        if behind is not None:
+            self._stalled_L[0].copy_(torch.where(behind < L, -1, L))
+        for table in self._tables:
+            table.renew()
+        self._recording.replay(0, 1 if self._complete else L + 1)
+        logits_BV, stalled = self.logits[:B].clone(), self._stalled_L[L].clone()  # the next step writes them again
+        tokens_B = choose_sorted(logits_BV, settings_5B)
+        kept = () if self._complete else (stalled, told.told_L3TK.clone(), told.weight_LTK.clone())
+        return StepInFlight(
+            rows=tuple(rows),
+            budgets=budgets,
+            logits_BV=logits_BV,
+            tokens_B=tokens_B,
+            stalled=stalled,
+            arrive=download(tokens_B, *kept),
+        )
+
+    def replay(self, B: int) -> bool:
+        """Compute the step of the first B rows, and book it; whether nothing stalled."""
         REPLAYED[self._T] += 1
         if self._complete:
             self._recording.replay(0, 1)
             self._step.outcome.count_hits(self._L * self._owner.sizes.experts_per_token)
-            return
-        told, at, L = self._told, 0, self._L
-        through = False
-        while at < L:
-            end = min(L, at + self._reach)
-            for table in self._tables[at:end]:
-                table.renew()
-            through = end == L
-            self._recording.replay(at, end + through)
-            stalled, told_n3TK, weight_nTK = (
-                part.numpy()
-                for part in download(self._stalled_L[end], told.told_L3TK[at:end], told.weight_LTK[at:end])()
+            return True
+        at = stop = 0
+        while at < self._L:
+            stop = self._launch(at)
+            known = slice(at, min(stop + 1, self._L))
+            AHEAD["waits"] += 1
+            told_n3TK, weight_nTK = (
+                part.numpy() for part in download(self._told.told_L3TK[known], self._told.weight_LTK[known])()
             )
-            stop = min(int(stalled), end)
             for n in range(stop - at):
                 ids_TK, _, own_TK = told_n3TK[n, :, :B]
                 self._layers[at + n].block.answered(ids_TK, own_TK, weight_nTK[n, :B])
-            self._reach = 2 * (stop - at) or 1
-            if stop < end:
-                self._layers[stop].bring(told_n3TK[stop - at, 0, :B], self._step.scores)
-                through, stop = False, stop + 1
-                self._begin_at(stop)
-            at = stop
-        if not through:
-            self._recording.replay(L, L + 1)
+            clean, at = stop - at == self._L, stop + 1
+            if stop < self._L:
+                self._layers[stop].bring(told_n3TK[-1, 0, :B], self._step.scores)
+                self._begin_at(at, self._step.budgets)
+        if stop < self._L:
+            self._recording.replay(self._L, self._L + 1)
+        return clean
 
-    def _begin_at(self, layer: int) -> None:
+    def _launch(self, at: int) -> int:
+        """Launch the pieces from a layer on, the last one with them, and tell the first layer that stalled, L for none.
+        While the device computes a lot of them the host looks how the one before it ended: behind a stall no more than
+        two lots run."""
+        L, stalled, end, looks = self._L, self._L, at, deque[Callable[[], list[Tensor]]]()
+        while end < L and stalled == L:
+            begin, end = end, min(L, end + _LOT)
+            for table in self._tables[begin:end]:
+                table.renew()
+            self._recording.replay(begin, end + (end == L))
+            looks.append(download(self._stalled_L[end]))
+            if len(looks) == 2 and end < L:
+                stalled = int(looks.popleft()()[0])
+        stalled = min(stalled, int(looks[-1]()[0]))
+        PIECES["ran"] += end + (end == L) - at
+        PIECES["in vain"] += max(0, end + (end == L) - stalled - 1)
+        return stalled
+
+    def _begin_at(self, layer: int, budgets: RowBudgets | None) -> None:
         """Nothing stalled before it, and rows may spend what the host's accounts leave them."""
         self._stalled_L[layer].fill_(self._L)
-        budgets = self._step.budgets
         if budgets is not None:
             for values, target_T in ((budgets.allowance_T, self._left_LT[layer]), (budgets.price_T, self._price_T)):
                 target_T[: len(values)].copy_(upload(torch.from_numpy(values), target_T.device))

@@ -40,7 +40,8 @@ class Runner(Protocol):
 
     `packed`: a pass may have several sequences, and one that failed may be computed again. `repeatable`: a token's KV
     has the same bits whenever it is computed, and in whatever pass. `shares`: a text may begin with the KV blocks of
-    another. `parts` are what passes that can be set aside are made of, None where none can. A row whose expert could
+    another. `parts` are what passes that can be set aside are made of, None where none can; `recorded` has decode steps
+    that are replayed, None where none are. A row whose expert could
     not be had is in the step's `failed`, by its number in the pass; the others are worth what they always are.
     """
 
@@ -48,6 +49,7 @@ class Runner(Protocol):
     repeatable: bool
     shares: bool
     parts: PassParts | None
+    recorded: RecordedDecode | None
 
     def prefill(self, chunks: Rows[PrefillChunk]) -> Tensor:
         """Compute prompt chunks; float32 logits `[chunks, V]` of each chunk's last token."""
@@ -77,7 +79,7 @@ class Runner(Protocol):
 
 class PackedRunner:
     """Ragged rows of all sequences in one pass. `repeatable` if rows do not see others, `parts` if kernels compute all
-    of it, `states` if layers carry any; `recorded` has decode steps that are replayed."""
+    of it, `states` if layers carry any."""
 
     packed = True
 
@@ -145,6 +147,8 @@ class PackedRunner:
 
     def release(self, sequence: Sequence | None) -> None:
         """States alone are kept per sequence: its blocks are the scheduler's."""
+        if self.recorded is not None and sequence is None:
+            self.recorded.forget()
         if self._states is not None and sequence is None:
             self._states.reset()
         elif self._states is not None:
@@ -189,6 +193,7 @@ class SoloRunner:
 
     packed = repeatable = shares = False
     parts: PassParts | None = None
+    recorded: RecordedDecode | None = None
 
     def __init__(self, loaded: LoadedModel, step: StepState) -> None:
         self._model, self._device, self._step = loaded.model, loaded.device, step

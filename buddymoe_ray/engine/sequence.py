@@ -175,6 +175,12 @@ class Sequence:
         """What says which tokens may come next, if not all may."""
         return self._thoughts if self._thoughts is not None and self._thoughts.spent else self.grammar
 
+    @property
+    def unruled(self) -> bool:
+        """Whether logits and its settings alone say which tokens come next, and nothing else is asked of them."""
+        ruled = self.grammar is not None or self._thoughts is not None or self.sampling_state.shifts or self.replay
+        return not ruled and self.request.sampling.logprobs is None
+
     def advance(self, count: int, *, exact: bool = True) -> None:
         """Note that `count` more tokens have their KV; `exact` if no stand-in could have answered."""
         computed = self.num_computed + count

@@ -4,7 +4,7 @@ from buddymoe_ray.moe.block import MoEBlock
 from buddymoe_ray.moe.first_layer import FirstLayer
 from buddymoe_ray.moe.outcome import STANDIN_KINDS, StepOutcome, Substitution, standin_kind
 from buddymoe_ray.moe.read_ahead import Choice, ReadAhead
-from buddymoe_ray.moe.recorded import DeviceTables, RecordedLayer, Told
+from buddymoe_ray.moe.recorded import DeviceTables, RecordedLayer, Told, affordable
 from buddymoe_ray.moe.rows import Accesses
 from buddymoe_ray.moe.standin_compute import record_computes
 from buddymoe_ray.moe.standins import Standins
@@ -37,6 +37,7 @@ __all__ = [
     "Substitution",
     "Told",
     "WaveCompute",
+    "affordable",
     "record_computes",
     "standin_kind",
 ]

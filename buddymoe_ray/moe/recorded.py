@@ -10,6 +10,7 @@ Legend: L layers, T rows of the recording, K slots, D hidden, N = T*K accesses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,10 +21,13 @@ from torch import Tensor
 from buddymoe_ray.kernels import RowTerms, resolve_on_device
 from buddymoe_ray.moe.block import MoEBlock
 from buddymoe_ray.moe.waves import OnDevice
+from buddymoe_ray.policy import RowBudgets
+from buddymoe_ray.types import BOUNDED
 
-__all__ = ["DeviceTables", "RecordedLayer", "Told"]
+__all__ = ["DeviceTables", "RecordedLayer", "Told", "affordable"]
 
 Ints = npt.NDArray[np.int64]
+_MARGIN = 1 + 1e-4  # for sums of another order than the device's
 
 
 @dataclass(kw_only=True)
@@ -103,3 +107,21 @@ class RecordedLayer:
             scores[layer] = self._scores_TE[:T]
         weight_TK = self._weight_TK[:T]
         weight_TK.copy_(self.block.bring(self._hidden_TD[:T], ids_TK, weight_TK, self._y_ND[: T * K]))
+
+
+def affordable(
+    blocks: Sequence[MoEBlock], told_L3BK: Ints, weight_LBK: npt.NDArray[np.float32], budgets: RowBudgets | None
+) -> bool:
+    """Whether a step that did not stall would not have stalled with these `budgets` either, or this is not sure: then
+    every access has the answer that it would have had. Modes are as they were."""
+    own_LBK = told_L3BK[:, 2]
+    if budgets is None or not (own_LBK[:, budgets.mode_T == BOUNDED] >= 0).any():
+        return True
+    spent_B, paid_B = np.zeros(own_LBK.shape[1]), np.ones(own_LBK.shape[1], np.bool_)
+    for n, block in enumerate(blocks):
+        if block.standins is not None and (own_LBK[n] >= 0).any():
+            loss_BK = block.standins.taken(block.layer, told_L3BK[n, 0], own_LBK[n], weight_LBK[n]).loss_TK
+            spent_B += loss_BK.sum(axis=1, dtype=np.float64)
+            paid_B &= ((own_LBK[n] < 0) | (loss_BK <= budgets.price_T[:, None])).all(axis=1)
+    paid_B &= spent_B * _MARGIN <= budgets.allowance_T
+    return bool((paid_B | (budgets.mode_T != BOUNDED)).all())

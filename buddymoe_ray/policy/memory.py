@@ -22,6 +22,7 @@ __all__ = [
     "lend_reserved",
     "plan_prefill",
     "plan_staging",
+    "recording_bytes",
     "rows_held",
     "split_kv",
     "split_slots",
@@ -34,6 +35,8 @@ _ACTIVATION_BYTES = 256 << 20
 _PREFILL_BESIDE = 512
 _WAVE_SHARE, _STAGING_SHARE = 0.04, 0.06
 _PAGE = 4096
+_WORKSPACES, _POOLED = 64 << 20, 32 << 20
+"""What libraries work with, and what an allocator keeps of a recording's memory beyond what is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,21 @@ def split_kv(nbytes: int, *, max_running: int, sequence: int, state: int) -> KVS
 def activation_bytes(*, hidden: int, experts_per_token: int, item_bytes: int) -> int:
     """Of a row: what experts answer (per access, and a copy), attention and norms."""
     return (2 * experts_per_token + 12) * hidden * item_bytes
+
+
+def recording_bytes(
+    *, running: int, layers: int, experts_per_token: int, hidden: int, vocab: int, item_bytes: int, length: int
+) -> int:
+    """Device memory for decode steps that are recorded, of every power of two of rows up to `running`: what each reads
+    and writes, what its pieces hand on in `layers` MoE layers, block tables of texts of `length` tokens (8 bytes for 8
+    or more of them); and for two steps that are begun ahead of the host, and their choice of tokens."""
+    most = 1 << (running - 1).bit_length()
+    told = layers * experts_per_token * 28
+    handed = 4 * layers * hidden * item_bytes
+    work = 2 * activation_bytes(hidden=hidden, experts_per_token=experts_per_token, item_bytes=4)
+    rows = (2 * most - 1) * (told + handed + work + (4 + item_bytes) * vocab + length)
+    ahead = 2 * most * (told + 4 * vocab) + 8 * 80 * vocab  # of 8 rows that are sorted together
+    return rows + ahead + _WORKSPACES + most.bit_length() * _POOLED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from buddymoe_ray.device import open_device
 from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.models.expert_dtype import recoded_tensors
 from buddymoe_ray.models.shape import ModelShape, describe
-from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill, split_kv, state_slots
+from buddymoe_ray.policy import Prefill, kv_cache_bytes, plan_prefill, recording_bytes, split_kv, state_slots
 from buddymoe_ray.residency.devices import GpuInfo
 from buddymoe_ray.residency.machine import (
     available_memory_bytes,
@@ -66,9 +66,11 @@ class _Place:
 
 @dataclass(frozen=True, kw_only=True)
 class DevicePlan(_Place):
-    """One device tier: what it is, what it offers, what would be resident there."""
+    """One device tier: what it is, what it offers, what would be resident there. `recording_bytes` are a GPU's, for
+    decode steps that it replays."""
 
     dense_bytes: int
+    recording_bytes: int
     expert_budget_bytes: int
     max_running: int
     kv_cache_bytes: int
@@ -308,11 +310,13 @@ def _places(config: EngineConfig, gpus: Sequence[GpuInfo]) -> list[_Place]:
 
 def _device(config: EngineConfig, shape: ModelShape, length: int, slots: SlotPlan, place: _Place) -> DevicePlan:
     experts = min(slots.budget_bytes, shape.total_expert_bytes)
-    free = place.available_bytes - shape.dense_bytes
+    recording = _recording(config, shape, length) if place.device != "cpu" else 0
+    free = place.available_bytes - shape.dense_bytes - recording
     if experts > free:
         raise BudgetError(
-            f"{place.device} needs {_gib(shape.dense_bytes + experts)} (dense {_gib(shape.dense_bytes)}, experts "
-            f"{_gib(experts)}), must be at most the {_gib(place.available_bytes)} available. "
+            f"{place.device} needs {_gib(shape.dense_bytes + experts + recording)} (dense {_gib(shape.dense_bytes)}, "
+            f"experts {_gib(experts)}, recorded steps {_gib(recording)}), must be at most the "
+            f"{_gib(place.available_bytes)} available. "
             f"hint: lower --memory to {max(0, free) / 2**30:.2f}GiB or less"
         )
     free -= experts
@@ -330,7 +334,8 @@ def _device(config: EngineConfig, shape: ModelShape, length: int, slots: SlotPla
         raise BudgetError(
             f"{wanted} is {_gib(kv)} of KV cache at {shape.kv_bytes_per_token:,} bytes a token and "
             f"{shape.state_bytes:,} a sequence's states, must be at most the {_gib(room)} that {place.device} leaves "
-            f"beside dense weights ({_gib(shape.dense_bytes)}) and experts ({_gib(experts)}). "
+            f"beside dense weights ({_gib(shape.dense_bytes)}), experts ({_gib(experts)}) and recorded steps "
+            f"({_gib(recording)}). "
             "hint: lower --max-running, --max-model-len or --memory"
         )
     split = split_kv(kv, max_running=config.max_running, sequence=sequence, state=shape.state_bytes)
@@ -343,6 +348,7 @@ def _device(config: EngineConfig, shape: ModelShape, length: int, slots: SlotPla
     return DevicePlan(
         **asdict(place),
         dense_bytes=shape.dense_bytes,
+        recording_bytes=recording,
         expert_budget_bytes=slots.budget_bytes,
         max_running=split.running,
         kv_cache_bytes=split.states + tokens * shape.kv_bytes_per_token,
@@ -352,6 +358,21 @@ def _device(config: EngineConfig, shape: ModelShape, length: int, slots: SlotPla
         layer_slots=slots.layer_slots,
         resident_experts=resident,
         resident_percent=100 * resident / sum(shape.experts_per_layer),
+    )
+
+
+def _recording(config: EngineConfig, shape: ModelShape, length: int) -> int:
+    """Of decode steps, where several sequences share one."""
+    if config.batching == "solo" or not shape.packed:
+        return 0
+    return recording_bytes(
+        running=config.max_running,
+        layers=shape.moe_layers,
+        experts_per_token=shape.experts_per_token,
+        hidden=shape.hidden_size,
+        vocab=shape.vocab_size,
+        item_bytes=getattr(torch, shape.compute_dtype).itemsize,
+        length=length,
     )
 
 

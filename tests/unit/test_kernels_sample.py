@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from buddymoe_ray.kernels.sample import SamplingState, choose_by_sort, choose_rows, exponential_64, uniform
+from buddymoe_ray.kernels.sample import (
+    SamplingState,
+    choose_by_sort,
+    choose_rows,
+    choose_sorted,
+    exponential_64,
+    settings_of,
+    uniform,
+)
 from buddymoe_ray.types import SamplingParams
 
 torch.set_num_threads(1)
@@ -79,6 +87,23 @@ def test_so_it_does_in_a_large_vocabulary(kind: str) -> None:
     x_BV = logits(kind, 12, V, 1)
     states = [state(V, rng.getrandbits(64), rng.randrange(1, 99), **any_params(rng, V)) for _ in range(12)]
     assert choose_rows(x_BV, states) == [choose_by_sort(x_V, s) for x_V, s in zip(x_BV, states, strict=True)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_sorted_side_by_side_on_a_device(kind: str) -> None:
+    """Greedy ones beside others, for the next token and for the one behind it."""
+    shifts, rng = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"), random.Random(kind)
+    for V in (1, 129, 1000):
+        x_BV = logits(kind, 20, V, 3)
+        how = [{k: v for k, v in any_params(rng, V).items() if k not in shifts} for _ in range(20)]
+        states = [state(V, seed, 7, **params) for seed, params in enumerate(how)]
+        ahead = settings_of(states, ahead=1)
+        assert choose_sorted(x_BV, settings_of(states)).tolist() == choose_rows(x_BV, states)
+        for one in states:
+            one.token_ids.append(0)
+        assert choose_sorted(x_BV, ahead).tolist() == choose_rows(x_BV, states)
+    assert choose_sorted(x_BV.to("meta"), settings_of(states)).shape == (20,), "and nobody is asked"
+    assert settings_of([state(V, temperature=0.0)]) is None and choose_sorted(x_BV.to("meta"), None).shape == (20,)
 
 
 def test_rows_may_lie_anywhere() -> None:

@@ -28,12 +28,14 @@ from buddymoe_ray.engine.plain_forward import own_forward
 from buddymoe_ray.engine.recorded import RecordedDecode, StepSizes
 from buddymoe_ray.engine.runner import PackedRunner, probe
 from buddymoe_ray.kernels import TritonExperts
+from buddymoe_ray.kernels.sample import SamplingState, settings_of
 from buddymoe_ray.kernels.triton import launching
 from buddymoe_ray.models.expert_math import expert_math
 from buddymoe_ray.models.experts_hook import attach
 from buddymoe_ray.models.families import CARRYING, FAMILIES
 from buddymoe_ray.models.load import load_model
 from buddymoe_ray.moe import MoEBlock, OnDevice, Phase, StepState, StepTerms
+from buddymoe_ray.types import SamplingParams
 
 META = torch.device("meta")
 PACKED = sorted(name for name, family in FAMILIES.items() if family.packed and name not in CARRYING)
@@ -101,8 +103,9 @@ def decode(runner: PackedRunner, count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("model_type", PACKED)
-def test_a_step_is_recorded_and_replayed(model_type: str, tmp_path: Path) -> None:
-    """Without the Python of the model; where nothing is missing in one piece."""
+def test_a_step_is_recorded_and_replayed(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the Python of the model; where nothing is missing in one piece. So are those that are begun behind it,
+    from tokens that are chosen there, greedily or not."""
     build_checkpoint(model_type, tmp_path)
     runner = runner_on_meta(tmp_path, complete=True)
     recorded = runner.recorded
@@ -113,6 +116,15 @@ def test_a_step_is_recorded_and_replayed(model_type: str, tmp_path: Path) -> Non
             logits_BV = recorded.decode(rows, list(range(count)), StepTerms())
             assert logits_BV is not None and len(logits_BV) == count
     assert sorted(recorded._steps) == [1, 4]
+    monkeypatch.setattr("buddymoe_ray.engine.recorded.download", lambda *tensors: lambda: list(tensors))
+    how = [SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_k=5), SamplingParams(top_p=0.9)]
+    states = [SamplingState(params=params, seed=1, token_ids=[4, 4], prompt_length=1) for params in how]
+    tokens_B, stalled = torch.zeros(3, dtype=torch.int64, device=META), None
+    with torch.inference_mode(), Uploads() as uploads:
+        for settings in (None, settings_of(states, ahead=1)):
+            begun = recorded._steps[4].begin(rows, tokens_B, None, settings, stalled)
+            tokens_B, stalled = begun.tokens_B, begun.stalled
+    assert tokens_B.shape == (3,) and tokens_B.device == META and uploads.waits == 0
 
 
 @pytest.fixture(autouse=True)

@@ -18,11 +18,12 @@ from buddymoe_ray.calibrate.expected_loss import LossOptions
 from buddymoe_ray.calibrate.run import CalibrationOptions, calibrate
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
+from buddymoe_ray.engine.in_flight import AHEAD
 from buddymoe_ray.engine.llm import LLM
-from buddymoe_ray.engine.recorded import REPLAYED, RecordedDecode, _RecordedStep
+from buddymoe_ray.engine.recorded import PIECES, REPLAYED, RecordedDecode
 from buddymoe_ray.engine.runner import PackedRunner
 from buddymoe_ray.moe import DeviceTables, MoEBlock, OnDevice, RecordedLayer
-from buddymoe_ray.types import GenerationRequest, SamplingParams, Usage
+from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent, Usage
 
 DEVICE = "cuda" if torch.cuda.is_available() else "interpret"
 SIZES = {
@@ -94,11 +95,11 @@ def counted(monkeypatch: pytest.MonkeyPatch, seen: Counter[str]) -> None:
 
 
 def test_steps_of_all_modes_are_the_eager_engines(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """66 tokens, with hits, fetches into other experts' slots, stand-ins and stalls between replays."""
+    """42 tokens, with hits, fetches into other experts' slots, stand-ins and stalls between replays."""
     with opened(model, "cpu") as engine:
-        expected = {mode: tokens for mode, (tokens, _) in answers(engine, steps=22).items()}
+        expected = {mode: tokens for mode, (tokens, _) in answers(engine, steps=14).items()}
     with opened(model, DEVICE, recorded=False) as engine:
-        eager = answers(engine, steps=22)
+        eager = answers(engine, steps=14)
     seen, tables = Counter[str](), set[bytes]()
     with opened(model, DEVICE) as engine:
         counted(monkeypatch, seen)
@@ -109,7 +110,7 @@ def test_steps_of_all_modes_are_the_eager_engines(model: Path, monkeypatch: pyte
             tables.add(self.at_E.cpu().numpy().tobytes())
 
         monkeypatch.setattr(DeviceTables, "renew", renewed)
-        replayed = answers(engine, steps=22)
+        replayed = answers(engine, steps=14)
     assert {mode: tokens for mode, (tokens, _) in replayed.items()} == expected
     usages, others = ([usage for _, usage in answered.values()] for answered in (replayed, eager))
     for usage, other in zip(usages, others, strict=True):  # sums are of other bits beside a row of padding
@@ -118,9 +119,9 @@ def test_steps_of_all_modes_are_the_eager_engines(model: Path, monkeypatch: pyte
         )
         assert usage.expected_rise == pytest.approx(other.expected_rise, rel=1e-4)
     assert {mode: tokens for mode, (tokens, _) in eager.items()} == expected
-    assert [usage.hits + usage.fetched + usage.standins.total for usage in usages] == 3 * [21 * 2 * 2]
+    assert [usage.hits + usage.fetched + usage.standins.total for usage in usages] == 3 * [13 * 2 * 2]
     assert all(usage.hits and usage.fetched for usage in usages) and all(u.standins.lowbit for u in usages[1:])
-    assert seen["bring"] > 5 and seen["answered"] > 5 and seen["bring"] + seen["answered"] == 21 * 2
+    assert seen["bring"] > 5 and seen["answered"] > 2 and seen["bring"] + seen["answered"] == 13 * 2
     assert len(tables) > 10, "experts moved between replays"
     assert seen["__call__"] <= 2 * 2 * 2, "the model's Python ran for the prompts, and for a recording"
 
@@ -147,15 +148,103 @@ def test_resident_experts_are_one_piece(model: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_what_ran_ahead_of_a_stall_leaves_nothing_behind(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However far the host looks ahead."""
     with opened(model, DEVICE, recorded=False) as engine:
         eager = answers(engine, steps=8, modes=MODES[:2])
-    monkeypatch.setattr(_RecordedStep, "_reach", property(lambda _: 99, lambda *_: None), raising=False)
     seen = Counter[str]()
     with opened(model, DEVICE) as engine:
         counted(monkeypatch, seen)
         assert answers(engine, steps=8, modes=MODES[:2]) == eager
     assert seen["bring"] > 2 and eager["bounded"][1].standins.lowbit > 0
+
+
+def test_behind_a_stall_little_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight layers, most of which miss something, no more than the host launched before it could know."""
+    folder, found = build_checkpoint("qwen3_moe", tmp_path, **SIZES | {"num_hidden_layers": 8}), list[list[int]]()
+    monkeypatch.setattr("buddymoe_ray.engine.recorded._LOT", 1)
+    for device in ("cpu", DEVICE):
+        before, seen = PIECES.copy(), Counter[str]()
+        with LLM(str(folder), dtype="float32", device=device, memory="40%") as llm, monkeypatch.context() as patched:
+            counted(patched, seen)
+            [result] = llm.generate([[5, 17, 90]], max_tokens=3)
+            found.append(list(result.token_ids))
+        ran, vain = (PIECES - before)["ran"], (PIECES - before)["in vain"]
+        if device == DEVICE:
+            assert seen["bring"] > 4 and 0 < vain <= 2 * seen["bring"]
+            assert 2 * 8 <= ran - vain <= 2 * 9, "each piece once"
+    assert found[0] == found[1]
+
+
+def played(model: Path, modes: tuple[str, ...], memory: str, *, ahead: bool) -> tuple[list[TokenEvent], Counter[str]]:
+    """All that is told of requests of such modes, each with settings of its own; one ends at a token, one by length,
+    one is cancelled. Of exact ones, whose answers do not depend on what is there meanwhile, one comes later, and one
+    has its blocks taken away. And what was counted."""
+    settings: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "top_p": 0.9, "seed": 6, "stop_token_ids": tuple(range(0, 128, 6))},
+        {"temperature": 0.7, "top_k": 9, "min_p": 0.05, "seed": 2, "max_tokens": 3},
+        {"temperature": 1.5, "seed": 3, "max_tokens": 40},
+        {"temperature": 0.9, "seed": 4, "max_tokens": 2},
+    ]
+    events, before, exact = list[TokenEvent](), AHEAD.copy(), modes == ("exact",)
+    with opened(model, DEVICE, memory=memory) as engine:
+        runner: Any = engine._runner
+        runner.recorded.ahead = ahead
+        for at, how in enumerate(settings[: 5 if exact else 4]):
+            sampling = SamplingParams(**{"max_tokens": 8} | how)
+            request = GenerationRequest(request_id=str(at), prompt_token_ids=(5 + at, 17, 90), sampling=sampling)
+            engine.add(replace(request, mode=modes[at % len(modes)]))
+            for _ in range(5 if at == 3 else 0):
+                events += engine.step()
+        engine.cancel("3")
+        events += engine.step()
+        scheduler = engine._scheduler
+        if exact:
+            scheduler._preempt(scheduler._admitted["0"])
+        events += engine.drain()
+        scheduler.check_integrity()
+        assert scheduler.free_blocks == scheduler.num_blocks
+    return events, AHEAD - before
+
+
+@pytest.mark.parametrize(("modes", "memory"), [(("fast",), "50%"), (("exact",), "88%")])
+def test_steps_begun_ahead_of_the_host_change_nothing(model: Path, modes: tuple[str, ...], memory: str) -> None:
+    """Neither where all come through, which never lets the device wait, nor beside stalls."""
+    expected, without = played(model, modes, memory, ahead=False)
+    found, counts = played(model, modes, memory, ahead=True)
+    assert without["begun"] == 0 and len(found) == len(expected)
+    for event, other in zip(found, expected, strict=True):
+        usages = [one.usage and replace(one.usage, expected_rise=0.0) for one in (event, other)]
+        assert usages[0] == usages[1] and replace(event, usage=None) == replace(other, usage=None)
+        if event.usage is not None and other.usage is not None:
+            assert event.usage.expected_rise == pytest.approx(other.usage.expected_rise, rel=1e-4)
+    reasons = {event.request_id: event.finish_reason for event in found if event.finish_reason}
+    assert reasons["2"] == reasons["0"] == "length" and reasons["3"] == "cancelled"
+    if modes == ("fast",):
+        assert reasons["1"] == "stop", "in the middle"
+        assert counts == {"begun": 6, "taken": 6, "waits": 2}, "for the first step's layers, and the last one's tokens"
+    else:
+        assert counts["begun"] > counts["taken"] > 0 and sum(e.usage.fetched for e in found if e.usage) > 2
+
+
+def test_what_a_row_could_not_have_paid_is_computed_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that is begun ahead knows no row's balance; who did not look would spend more than there is."""
+
+    def answered(*, ahead: bool) -> tuple[list[TokenEvent], Counter[str]]:
+        before = AHEAD.copy()
+        with opened(model, DEVICE) as engine:
+            runner: Any = engine._runner
+            runner.recorded.ahead = ahead
+            for at in range(2):
+                sampling = SamplingParams(temperature=1.0, seed=at, max_tokens=8)
+                request = GenerationRequest(request_id=str(at), prompt_token_ids=(5 + at, 17, 90), sampling=sampling)
+                engine.add(replace(request, mode="bounded", budget=0.008))
+            return engine.drain(), AHEAD - before
+
+    (expected, _), (found, counts) = answered(ahead=False), answered(ahead=True)
+    assert found == expected and counts["begun"] > counts["taken"] > 0
+    assert all(e.usage.standins.total > 10 for e in found if e.usage) and any(e.usage.fetched for e in found if e.usage)
+    monkeypatch.setattr("buddymoe_ray.engine.recorded.affordable", lambda *_: True)
+    assert any(event.finish_reason == "error" for event in answered(ahead=True)[0])
 
 
 @pytest.mark.parametrize("forgotten", ["the table", "the lengths"])
@@ -188,6 +277,23 @@ def test_what_cannot_be_recorded_says_why_and_is_computed_all_the_same(
     assert "decode steps are not recorded" in caplog.text and caplog.text.count("not recorded") == 1
     with opened(model, "cpu") as engine:
         assert found == answers(engine, steps=3, modes=("exact",))["exact"][0]
+
+
+def test_recordings_take_no_more_memory_than_is_planned(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Steps of so many rows that theirs would are computed without."""
+    found, before = list[Answers](), REPLAYED.copy()
+    for device in (DEVICE, "cpu"):
+        with opened(model, device, memory="100%") as engine:
+            answers(engine, steps=2, modes=("exact",))
+            recorded: RecordedDecode | None = engine._runner.recorded
+            if recorded is not None:
+                [made] = recorded._steps.values()
+                assert made.nbytes > made._recording.nbytes > sum(part.nbytes for part in made.logits)
+                recorded.sizes = replace(recorded.sizes, most_bytes=2 * made.nbytes)
+            found.append(answers(engine, steps=3, modes=MODES))
+            assert recorded is None or [*recorded._steps] == [1]
+    assert "decode steps of 4 rows and more are not recorded" in caplog.text and (REPLAYED - before).keys() == {1}
+    assert [ids for ids, _ in found[0].values()] == [ids for ids, _ in found[1].values()]
 
 
 @pytest.mark.parametrize("family", ["jamba", "qwen3_next"])
