@@ -15,7 +15,6 @@ import platform
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
 from typing import Self
 
 import numpy as np
@@ -33,7 +32,6 @@ from buddymoe_ray.cache.shared.tables import READY, WAVE, SlotIds
 from buddymoe_ray.cache.slot_peers import SlotPeers
 from buddymoe_ray.cache.sources import DiskSource, HostSource, Source
 from buddymoe_ray.device import Device, open_device
-from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
 __all__ = ["ExpertCache", "open_private"]
@@ -167,27 +165,34 @@ class ExpertCache:
         far as it was not begun; what was is kept. An error is met by whoever asks for the expert. Nobody sees an expert
         before its reader looks again: so `settle_ahead`.
         """
-        self._loads.ahead.land()
-        slot_of_E, last_used_C = self._tables.slot_of[layer], self._tables.last_used
-        slots = slot_of_E[list(experts)]
-        there = slots[slots >= 0]
-        self._loads.brought_C[there] = last_used_C[there]
-        kept_C = (self._loads.brought_C == last_used_C) & protect_residency
-        kept_C[there] = True
-        for key in [ExpertKey(layer, expert) for expert, slot in zip(experts, slots, strict=True) if slot < 0]:
-            slot = None
-            with suppress(Stalled), self._tables.locked_soon():
-                if slot_of_E[key.expert] >= 0:
-                    continue
-                slot = self._tables.claim_ahead(key, protect=protect_residency, kept=kept_C)
-            if slot is None:
-                return False
-            with suppress(CacheError):  # met by whoever asks for the expert
-                load = self._loads.submit(key, slot)
-                if load is None:
-                    return False
-                self._loads.ahead.add(replace(load, began=None))
-        return True
+        return self._loads.read_ahead(layer, experts, protect=protect_residency)
+
+    @contextmanager
+    def shared_reads(self, layer: int, experts: Sequence[int]) -> Iterator[None]:
+        """While a prompt wants these, the node's other GPUs read their parts of what is missing: `sharded_reads`."""
+        shards = self._source.shards
+        if shards is None:
+            yield
+            return
+        shards.deal(layer, [expert for expert in experts if self._tables.slot_of[layer, expert] < 0])
+        try:
+            yield
+        finally:
+            shards.end()
+
+    @property
+    def helps(self) -> bool:
+        """Whether another worker's prompt waits for what this one reads."""
+        return self._loads.helps
+
+    def help_peers(self, *, idle: bool) -> None:
+        """Begin and end reads for other workers' prompts; with nothing else to do, at a measured pace."""
+        self._loads.help_peers(idle=idle)
+
+    def call_when_asked(self, wake: Callable[[], None]) -> None:
+        """`wake` is called from another thread when `helps` may have become true."""
+        if self._source.shards is not None:
+            self._source.shards.peers.on_wanted = wake
 
     def settle_ahead(self) -> None:
         """Give up what was read ahead and not asked for; waits for what is under way."""
@@ -282,7 +287,7 @@ class ExpertCache:
 
     def stats(self) -> CacheStats:
         """This worker's counters; readable from any thread."""
-        counts = self._loads.counts
+        counts, shards = self._loads.counts, self._source.shards
         return CacheStats(
             hits=counts.hits,
             misses=counts.misses,
@@ -290,7 +295,9 @@ class ExpertCache:
             bytes_read_disk=self._reader.bytes_read,
             bytes_requested_disk=self._reader.bytes_requested,
             host_hits=counts.shared + (0 if self.host is None else self.host.hits),
-            peer_hits=self._source.peer_hits,
+            peer_hits=0 if shards is None else shards.peers.hits,
+            peer_helped=0 if shards is None else shards.helped,
+            peer_taken_back=0 if shards is None else shards.taken_back,
             stall_seconds=self.stall_seconds,
             evictions=int(self._tables.head[HeaderWord.EVICTIONS]),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -27,7 +28,8 @@ from buddymoe_ray.types import ExpertKey
 __all__ = ["Loads"]
 
 _ASSUMED_BYTES_PER_SECOND, _SMOOTHING = 500e6, 0.1
-_LONGEST_POLL_SECONDS = 2e-3
+_LONGEST_POLL_SECONDS, _HELPING_SECONDS = 2e-3, 2e-4
+_NEVER = np.iinfo(np.uint64).max
 
 
 class Loads:
@@ -41,7 +43,7 @@ class Loads:
         self.stall_seconds, self.counts = 0.0, Counts()
         self.kept_C = np.zeros(store.shape.slots, dtype=bool)
         self.ahead = ReadsAhead[OwnLoad](self._land)
-        self.brought_C = ~np.zeros_like(self._tables.last_used)
+        self.brought_C = np.full_like(self._tables.last_used, _NEVER)
         self._own_slot = None if store.alone else OwnSlot(store.layout, reader)
         self._stalled: dict[int, int] = {}  # slots that somebody did not fill in time, by their generation
         self._crowded = False  # no slot could be had in time, the last time
@@ -49,8 +51,9 @@ class Loads:
     def start(self, call: StreamState, protect: bool) -> None:
         """Start reads while there are experts missing and slots to be had."""
         tables = self._tables
-        while call.missing:
-            key = call.missing[0]
+        awaited = self._source.awaited(call.missing, reading=bool(call.loads))
+        call.awaits = bool(call.missing) and len(awaited) == len(call.missing)
+        for key in [key for key in call.missing if key.expert not in awaited]:
             with tables.locked_soon():
                 if tables.slot_of[key.layer, key.expert] >= 0:  # another worker was faster
                     slot = None
@@ -65,10 +68,55 @@ class Loads:
             load = None if slot is None else self.submit(key, slot)
             if slot is not None and load is None:
                 return
-            call.missing.popleft()
+            call.missing.remove(key)
             if load is not None:
                 self._crowded = False
                 call.loads.append(load)
+
+    def read_ahead(self, layer: int, experts: Sequence[int], *, protect: bool) -> bool:
+        """See ExpertCache."""
+        self.ahead.land()
+        slot_of_E, last_used_C = self._tables.slot_of[layer], self._tables.last_used
+        slots = slot_of_E[list(experts)]
+        there = slots[slots >= 0]
+        self.brought_C[there] = last_used_C[there]
+        kept_C = (self.brought_C == last_used_C) & protect
+        kept_C[there] = True
+        for key in [ExpertKey(layer, expert) for expert, slot in zip(experts, slots, strict=True) if slot < 0]:
+            slot = None
+            with suppress(Stalled), self._tables.locked_soon():
+                if slot_of_E[key.expert] >= 0:
+                    continue
+                slot = self._tables.claim_ahead(key, protect=protect, kept=kept_C)
+            if slot is None:
+                return False
+            with suppress(CacheError):  # met by whoever asks for the expert
+                load = self.submit(key, slot)
+                if load is None:
+                    return False
+                self.ahead.add(replace(load, began=None))
+        return True
+
+    @property
+    def helps(self) -> bool:
+        """See ExpertCache: something that was asked is not there, or on its way."""
+        shards = self._source.shards
+        return shards is not None and (shards.peers.owes or bool(self.ahead))
+
+    def help_peers(self, *, idle: bool) -> None:
+        """See ExpertCache. What is wanted stays until it is not any more, or this worker needs its slot."""
+        if self._source.shards is None:
+            return
+        wanted, tables = self._source.wanted(), self._tables
+        if not wanted:
+            self.ahead.settle()
+        self.brought_C.fill(_NEVER)  # of which some was taken meanwhile
+        slots = np.array([tables.slot_of[key.layer, key.expert] for key in wanted], dtype=int)
+        self.brought_C[slots[slots >= 0]] = tables.last_used[slots[slots >= 0]]
+        for layer in dict.fromkeys(key.layer for key in wanted):
+            self.read_ahead(layer, [key.expert for key in wanted if key.layer == layer], protect=True)
+        if idle and self.helps:
+            time.sleep(_HELPING_SECONDS)
 
     def submit(self, key: ExpertKey, slot: int) -> OwnLoad | None:
         """Begin to read an expert into the slot that was claimed for it; None where that must wait. Then, and where it
@@ -92,6 +140,10 @@ class Loads:
                 if call.loads:
                     call.loads[0].ticket.settle()
                     continue
+                if call.awaits:  # as those who are to help may do
+                    self.help_peers(idle=False)
+                    time.sleep(_HELPING_SECONDS)
+                    return
                 if self._store.alone and (self.ahead.make_room() or self._source.make_room()):
                     return
                 self._check_patience(call)
