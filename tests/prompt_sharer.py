@@ -50,7 +50,7 @@ class Sharer:
         """A prompt, and what others ask for in between."""
         self.prompt(rng.randrange(3), rng.sample(range(6), rng.randint(2, 6)))
         for _ in range(rng.randrange(8)):
-            self.cache.help_peers(idle=True)
+            self.cache.run_errands(idle=True)
 
 
 def share(folder: Path, tag: str, box: float, seed: int) -> None:

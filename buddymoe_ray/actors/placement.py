@@ -152,7 +152,7 @@ class Placement:
             pools=tuple(
                 Pool(
                     name=node.report.node,
-                    node=node.report.node,
+                    node=node.report.machine or node.report.node,
                     bytes=node.report.pin_slots * node.report.expert_bytes,
                 )
                 for node in nodes
@@ -174,6 +174,9 @@ class Placement:
         seconds_PP = np.full((len(nodes), len(nodes)), self._options.link_seconds, dtype=np.float32)
         at_of = {node.report.node: at for at, node in enumerate(nodes)}
         for asking, node in enumerate(nodes):
+            if node.report.machine:
+                near_P = [other.report.machine == node.report.machine for other in nodes]
+                seconds_PP[asking] = np.where(near_P, node.report.peer_seconds, np.inf)
             measured: dict[int, float] = {}
             for peer, seconds in node.report.link_seconds:
                 asked = at_of.get(peer.rpartition("/")[0])

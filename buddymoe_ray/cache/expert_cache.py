@@ -181,16 +181,22 @@ class ExpertCache:
             shards.end()
 
     @property
-    def helps(self) -> bool:
-        """Whether another worker's prompt waits for what this one reads."""
-        return self._loads.helps
+    def errands(self) -> bool:
+        """Whether another worker's prompt, or a placement, waits for what this one reads."""
+        return self._loads.errands
 
-    def help_peers(self, *, idle: bool) -> None:
-        """Begin and end reads for other workers' prompts; with nothing else to do, at a measured pace."""
-        self._loads.help_peers(idle=idle)
+    def run_errands(self, *, idle: bool) -> None:
+        """Begin and end reads for other workers' prompts and for placement; with nothing else to do, now and then."""
+        self._loads.run_errands(idle=idle)
+
+    def place(self, pins: Sequence[ExpertKey], bytes_per_second: float) -> None:
+        """From any thread: these keep their layers' slots from now on, and are brought at that pace."""
+        self._loads.place(pins, bytes_per_second)
+        if self._source.shards is not None:
+            self._source.shards.peers.on_wanted()
 
     def call_when_asked(self, wake: Callable[[], None]) -> None:
-        """`wake` is called from another thread when `helps` may have become true."""
+        """`wake` is called from another thread when there may be errands."""
         if self._source.shards is not None:
             self._source.shards.peers.on_wanted = wake
 
@@ -202,10 +208,9 @@ class ExpertCache:
 
     def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
         """Note accesses of experts, of any shape, for whoever places them; what is used least is evicted first."""
-        if self.store.alone:
-            if self.plan.fully_resident or self.plan.pinned:  # nothing of a layer's is evicted
-                return
-        else:
+        if self.store.alone and (self.plan.fully_resident or self.plan.pinned):  # nothing of a layer's is evicted
+            return
+        if not self.store.alone or self._source.shards is not None:
             accesses_E = self._tables.accesses[self._tables.row, layer]
             accesses_E += np.bincount(ids.reshape(-1), minlength=len(accesses_E)).astype(np.uint64)
         self.usage.note(layer, ids)
