@@ -100,7 +100,8 @@ class EngineSnapshot:
 
     `hits` and `misses` count (layer, expert) lookups of the cache, `bytes_read_disk` what the disk was asked for
     (alignment included), `stall_seconds` the time the model waited for experts; `peer_slot_reads` are misses that were
-    copied from the slots of another GPU of the node. `access_hits`, `access_peer`,
+    copied from the slots of another GPU of the node, `peer_helped_reads` of them read there for a prompt of this one's,
+    `peer_taken_back` were to be read there, and were read here. `access_hits`, `access_peer`,
     `access_fetched` and `standins` count (token, slot) accesses of decode steps, `expected_rise` the nats charged for
     stand-ins. `residency` is the share of the routed experts that are in device slots (the node's, where shared).
     `read_ahead_useful_bytes` and `.._wasted_bytes` are of experts whose reading was begun on a guess that turned out
@@ -119,6 +120,8 @@ class EngineSnapshot:
     bytes_read_disk: int
     stall_seconds: float
     peer_slot_reads: int = 0
+    peer_helped_reads: int = 0
+    peer_taken_back: int = 0
     access_hits: int = 0
     access_peer: int = 0
     access_fetched: int = 0

@@ -159,7 +159,7 @@ MUTATIONS = [
         "A:sleep#5 ~ A:sleep#6 B:sleep#7 ~ B:sleep#8 A:sleep#7",
     ),
     Mutation(
-        Cache,
+        Loads,
         "read_ahead",
         MINE,
         FREE,

@@ -196,7 +196,7 @@ class HostStore:
 
     def _follow(self) -> None:
         """Report a window, and take over a new map."""
-        if self._planner is None:
+        if self._planner is None or self._spec.below:
             return
         directive = self._planner.report(self._report())
         if directive is None:

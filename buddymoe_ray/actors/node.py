@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -23,9 +25,10 @@ from buddymoe_ray.actors.placement_actor import PlacementActor, end_this_actor
 from buddymoe_ray.actors.words import Directive, NodeReport, StoreStatus
 from buddymoe_ray.errors import BuddyMoEError
 from buddymoe_ray.policy import PlacementMap
+from buddymoe_ray.residency.device_pool import DevicePool
 from buddymoe_ray.residency.sharing import Sharing, StoreSpec
 
-__all__ = ["NAMESPACE", "MemoryOptions", "NodeMemory", "node_tag", "store_handles"]
+__all__ = ["NAMESPACE", "MemoryOptions", "NodeMemory", "node_tag", "pool_report", "store_handles"]
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +106,8 @@ class NodeMemory:
         self._options = options
         self._node = ray.get_runtime_context().get_node_id()
         self._store: Any = None
+        self._pool: DevicePool | None = None
+        self._epoch, self._window = 0, 0.0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._worker = ""
@@ -118,12 +123,13 @@ class NodeMemory:
             secret=options.secret,
             host=ray.util.get_node_ip_address(),
             keeper=self._keep,
+            placer=self._place if options.movable else None,
         )
 
     def join(self, worker: str, engine: Linked) -> None:
         """Register `worker`, and tell its engine whenever the other nodes' addresses change. Does nothing when the
         engine shares nothing."""
-        if self._store is None:
+        if self._store is None and self._pool is None:
             return
         self._worker = worker
         self._thread = threading.Thread(target=self._beat, args=(worker, engine), name="node-memory", daemon=True)
@@ -136,7 +142,8 @@ class NodeMemory:
             self._thread.join(timeout=_CALL_SECONDS)
             self._thread = None
             try:
-                self._store.forget.remote(self._worker)
+                if self._store is not None:
+                    self._store.forget.remote(self._worker)
             except RayError as error:
                 log.debug("the host store is gone: %s", error)
 
@@ -161,23 +168,65 @@ class NodeMemory:
         )
         ray.get(self._store.status.remote(), timeout=_START_SECONDS)
 
+    def _place(self, pool: DevicePool) -> None:
+        """Called by the engine: its device slots are one of the pools that the service places experts in."""
+        _ensure_placement(self._options)
+        self._pool = pool
+
+    def _follow(self, pool: DevicePool) -> None:
+        """Report a window of the device's, and take over a new map."""
+        keeper, planner = self._options.keeper, _RayPlanner(self._options.service)
+        self._window = time.monotonic() + keeper.window_seconds
+        report = pool_report(pool, name=f"{self._node}/{self._worker}", machine=self._node, epoch=self._epoch)
+        directive = planner.report(report)
+        if directive is not None and directive.epoch > self._epoch:
+            self._epoch = directive.epoch
+            pool.pin(directive.pins, keeper.bytes_per_second)
+
     def _beat(self, worker: str, engine: Linked) -> None:
         known: PeerAddresses | None = None
         while True:
             try:
-                if not engine.link_address and _nodes_alive() > 1:
-                    engine.link()
-                said = (worker, os.getpid(), engine.link_address, tuple(engine.link_seconds().items()))
-                peers: PeerAddresses = _got(self._store.register.remote(*said))
-                if peers != known:
-                    known = peers
-                    engine.set_peers(dict(peers))
+                if self._pool is not None and time.monotonic() >= self._window:
+                    self._follow(self._pool)
+                if self._store is not None:
+                    known = self._register(worker, engine, known)
             except (RayError, GetTimeoutError) as error:
                 log.warning("no host store now (%s): the shared file stays in use", type(error).__name__)
             except BuddyMoEError as error:
                 log.warning("other nodes cannot be linked now: %s", error)
             if self._stop.wait(_BEAT_SECONDS):
                 return
+
+    def _register(self, worker: str, engine: Linked, known: PeerAddresses | None) -> PeerAddresses:
+        """Say that the worker is there; where the other nodes' are, told to the engine if that is news."""
+        if not engine.link_address and _nodes_alive() > 1:
+            engine.link()
+        said = (worker, os.getpid(), engine.link_address, tuple(engine.link_seconds().items()))
+        peers: PeerAddresses = _got(self._store.register.remote(*said))
+        if peers != known:
+            engine.set_peers(dict(peers))
+        return peers
+
+
+def pool_report(pool: DevicePool, *, name: str, machine: str, epoch: int) -> NodeReport:
+    """A device's window."""
+    counts_LE = pool.counts()
+    return NodeReport(
+        node=name,
+        machine=machine,
+        links=(),
+        experts_per_layer=pool.layout.experts_per_layer,
+        expert_bytes=pool.layout.expert_bytes,
+        pin_slots=pool.slots,
+        counts_LE=counts_LE,
+        fetch_seconds=pool.fetch_seconds,
+        peer_seconds=pool.peer_seconds,
+        link_seconds=(),
+        standin_LE=np.ones_like(counts_LE),  # what no device holds is read from the host, and that is all it costs
+        epoch=epoch,
+        pins=pool.pins,
+    )
 
 
 def node_tag(node: str) -> str:

@@ -15,7 +15,8 @@ __all__ = ["Directive", "NodeReport", "StoreStatus"]
 
 @dataclass(frozen=True, kw_only=True)
 class NodeReport:
-    """One node's last window.
+    """The last window of one pool: a node's, or a GPU's, which has a name of its own and says on which `machine` it is:
+    of others there it reads an expert in `peer_seconds`, of no others.
 
     `counts_LE` are accesses (token, slot) since the last report, `pin_slots` how many experts the map may pin here,
     `links` where its workers answer peers, `pins` what is pinned now under map `epoch` (a restarted Placement starts
@@ -35,6 +36,8 @@ class NodeReport:
     standin_LE: npt.NDArray[np.float32] | None
     epoch: int
     pins: tuple[tuple[int, int], ...]
+    machine: str = ""
+    peer_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,10 @@ class ReadsAhead(Generic[L]):
     def __contains__(self, key: object) -> bool:
         return key in self._loads
 
+    def __bool__(self) -> bool:
+        """Whether anything is under way."""
+        return bool(self._loads or self._cancelled)
+
     def add(self, load: L) -> None:
         """One more is under way."""
         self._loads[load.key] = load
@@ -55,7 +59,7 @@ class ReadsAhead(Generic[L]):
 
     def land(self) -> None:
         """Finish what has arrived. What failed is for whoever asks for the expert: to read it again."""
-        if not self._loads and not self._cancelled:
+        if not self:
             return
         for load in [load for load in (*self._loads.values(), *self._cancelled) if load.ticket.done()]:
             with suppress(CacheError):
@@ -79,7 +83,7 @@ class ReadsAhead(Generic[L]):
 
     def settle(self) -> None:
         """Give up all, and wait for what is under way."""
-        if self._loads or self._cancelled:
+        if self:
             self.give_up()
             for load in [*self._loads.values(), *self._cancelled]:
                 load.ticket.settle()

@@ -15,7 +15,6 @@ import platform
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
 from typing import Self
 
 import numpy as np
@@ -33,7 +32,6 @@ from buddymoe_ray.cache.shared.tables import READY, WAVE, SlotIds
 from buddymoe_ray.cache.slot_peers import SlotPeers
 from buddymoe_ray.cache.sources import DiskSource, HostSource, Source
 from buddymoe_ray.device import Device, open_device
-from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
 __all__ = ["ExpertCache", "open_private"]
@@ -167,27 +165,40 @@ class ExpertCache:
         far as it was not begun; what was is kept. An error is met by whoever asks for the expert. Nobody sees an expert
         before its reader looks again: so `settle_ahead`.
         """
-        self._loads.ahead.land()
-        slot_of_E, last_used_C = self._tables.slot_of[layer], self._tables.last_used
-        slots = slot_of_E[list(experts)]
-        there = slots[slots >= 0]
-        self._loads.brought_C[there] = last_used_C[there]
-        kept_C = (self._loads.brought_C == last_used_C) & protect_residency
-        kept_C[there] = True
-        for key in [ExpertKey(layer, expert) for expert, slot in zip(experts, slots, strict=True) if slot < 0]:
-            slot = None
-            with suppress(Stalled), self._tables.locked_soon():
-                if slot_of_E[key.expert] >= 0:
-                    continue
-                slot = self._tables.claim_ahead(key, protect=protect_residency, kept=kept_C)
-            if slot is None:
-                return False
-            with suppress(CacheError):  # met by whoever asks for the expert
-                load = self._loads.submit(key, slot)
-                if load is None:
-                    return False
-                self._loads.ahead.add(replace(load, began=None))
-        return True
+        return self._loads.read_ahead(layer, experts, protect=protect_residency)
+
+    @contextmanager
+    def shared_reads(self, layer: int, experts: Sequence[int]) -> Iterator[None]:
+        """While a prompt wants these, the node's other GPUs read their parts of what is missing: `sharded_reads`."""
+        shards = self._source.shards
+        if shards is None:
+            yield
+            return
+        shards.deal(layer, [expert for expert in experts if self._tables.slot_of[layer, expert] < 0])
+        try:
+            yield
+        finally:
+            shards.end()
+
+    @property
+    def errands(self) -> bool:
+        """Whether another worker's prompt, or a placement, waits for what this one reads."""
+        return self._loads.errands
+
+    def run_errands(self, *, idle: bool) -> None:
+        """Begin and end reads for other workers' prompts and for placement; with nothing else to do, now and then."""
+        self._loads.run_errands(idle=idle)
+
+    def place(self, pins: Sequence[ExpertKey], bytes_per_second: float) -> None:
+        """From any thread: these keep their layers' slots from now on, and are brought at that pace."""
+        self._loads.place(pins, bytes_per_second)
+        if self._source.shards is not None:
+            self._source.shards.peers.on_wanted()
+
+    def call_when_asked(self, wake: Callable[[], None]) -> None:
+        """`wake` is called from another thread when there may be errands."""
+        if self._source.shards is not None:
+            self._source.shards.peers.on_wanted = wake
 
     def settle_ahead(self) -> None:
         """Give up what was read ahead and not asked for; waits for what is under way."""
@@ -197,10 +208,9 @@ class ExpertCache:
 
     def count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
         """Note accesses of experts, of any shape, for whoever places them; what is used least is evicted first."""
-        if self.store.alone:
-            if self.plan.fully_resident or self.plan.pinned:  # nothing of a layer's is evicted
-                return
-        else:
+        if self.store.alone and (self.plan.fully_resident or self.plan.pinned):  # nothing of a layer's is evicted
+            return
+        if not self.store.alone or self._source.shards is not None:
             accesses_E = self._tables.accesses[self._tables.row, layer]
             accesses_E += np.bincount(ids.reshape(-1), minlength=len(accesses_E)).astype(np.uint64)
         self.usage.note(layer, ids)
@@ -282,7 +292,7 @@ class ExpertCache:
 
     def stats(self) -> CacheStats:
         """This worker's counters; readable from any thread."""
-        counts = self._loads.counts
+        counts, shards = self._loads.counts, self._source.shards
         return CacheStats(
             hits=counts.hits,
             misses=counts.misses,
@@ -290,7 +300,9 @@ class ExpertCache:
             bytes_read_disk=self._reader.bytes_read,
             bytes_requested_disk=self._reader.bytes_requested,
             host_hits=counts.shared + (0 if self.host is None else self.host.hits),
-            peer_hits=self._source.peer_hits,
+            peer_hits=0 if shards is None else shards.peers.hits,
+            peer_helped=0 if shards is None else shards.helped,
+            peer_taken_back=0 if shards is None else shards.taken_back,
             stall_seconds=self.stall_seconds,
             evictions=int(self._tables.head[HeaderWord.EVICTIONS]),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from buddymoe_ray.cache.disk import DiskReader
 from buddymoe_ray.cache.pool import Lease
 from buddymoe_ray.cache.shared.calls import Counts, OwnLoad, OwnSlot, ReadLost, Stalled, StreamState
 from buddymoe_ray.cache.shared.interface import Store
-from buddymoe_ray.cache.shared.tables import PATIENCE_SECONDS
+from buddymoe_ray.cache.shared.tables import LOADING, PATIENCE_SECONDS, READY, WAVE
 from buddymoe_ray.cache.sources import Source
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey
@@ -27,7 +28,17 @@ from buddymoe_ray.types import ExpertKey
 __all__ = ["Loads"]
 
 _ASSUMED_BYTES_PER_SECOND, _SMOOTHING = 500e6, 0.1
-_LONGEST_POLL_SECONDS = 2e-3
+_LONGEST_POLL_SECONDS, _HELPING_SECONDS, _MOVING_SECONDS = 2e-3, 2e-4, 5e-3
+_NEVER = np.iinfo(np.uint64).max
+
+
+class Placed:
+    """Experts that are to stay in the slots of their layers: those that are `absent`, as far as is known, are brought
+    one every so many `seconds`, the most wanted first."""
+
+    def __init__(self, pins: Sequence[ExpertKey], seconds: float, *, begun: bool = False) -> None:
+        self.absent, self.seconds = deque(pins), seconds
+        self.begun, self.next = begun, 0.0
 
 
 class Loads:
@@ -41,16 +52,18 @@ class Loads:
         self.stall_seconds, self.counts = 0.0, Counts()
         self.kept_C = np.zeros(store.shape.slots, dtype=bool)
         self.ahead = ReadsAhead[OwnLoad](self._land)
-        self.brought_C = ~np.zeros_like(self._tables.last_used)
+        self.brought_C = np.full_like(self._tables.last_used, _NEVER)
         self._own_slot = None if store.alone else OwnSlot(store.layout, reader)
         self._stalled: dict[int, int] = {}  # slots that somebody did not fill in time, by their generation
         self._crowded = False  # no slot could be had in time, the last time
+        self._placed = Placed((), 0.0, begun=True)
 
     def start(self, call: StreamState, protect: bool) -> None:
         """Start reads while there are experts missing and slots to be had."""
         tables = self._tables
-        while call.missing:
-            key = call.missing[0]
+        awaited = self._source.awaited(call.missing, reading=bool(call.loads))
+        call.awaits = bool(call.missing) and len(awaited) == len(call.missing)
+        for key in [key for key in call.missing if key.expert not in awaited]:
             with tables.locked_soon():
                 if tables.slot_of[key.layer, key.expert] >= 0:  # another worker was faster
                     slot = None
@@ -65,10 +78,97 @@ class Loads:
             load = None if slot is None else self.submit(key, slot)
             if slot is not None and load is None:
                 return
-            call.missing.popleft()
+            call.missing.remove(key)
             if load is not None:
                 self._crowded = False
                 call.loads.append(load)
+
+    def read_ahead(self, layer: int, experts: Sequence[int], *, protect: bool) -> bool:
+        """See ExpertCache."""
+        self.ahead.land()
+        slot_of_E, last_used_C = self._tables.slot_of[layer], self._tables.last_used
+        slots = slot_of_E[list(experts)]
+        there = slots[slots >= 0]
+        self.brought_C[there] = last_used_C[there]
+        kept_C = (self.brought_C == last_used_C) & protect
+        kept_C[there] = True
+        for key in [ExpertKey(layer, expert) for expert, slot in zip(experts, slots, strict=True) if slot < 0]:
+            slot = None
+            with suppress(Stalled), self._tables.locked_soon():
+                if slot_of_E[key.expert] >= 0:
+                    continue
+                slot = self._tables.claim_ahead(key, protect=protect, kept=kept_C)
+            if slot is None:
+                return False
+            with suppress(CacheError):  # met by whoever asks for the expert
+                load = self.submit(key, slot)
+                if load is None:
+                    return False
+                self.ahead.add(replace(load, began=None))
+        return True
+
+    @property
+    def errands(self) -> bool:
+        """See ExpertCache."""
+        shards = self._source.shards
+        return shards is not None and (shards.peers.owes or bool(self.ahead) or bool(self._placed.absent))
+
+    def run_errands(self, *, idle: bool) -> None:
+        """See ExpertCache. What is wanted stays until it is not any more, or this worker needs its slot."""
+        if self._source.shards is None:
+            return
+        wanted, tables = self._source.wanted(), self._tables
+        self.ahead.land()
+        self.brought_C.fill(_NEVER)  # of which some was taken meanwhile
+        slots = np.array([tables.slot_of[key.layer, key.expert] for key in wanted], dtype=int)
+        self.brought_C[slots[slots >= 0]] = tables.last_used[slots[slots >= 0]]
+        for layer in dict.fromkeys(key.layer for key in wanted):
+            self.read_ahead(layer, [key.expert for key in wanted if key.layer == layer], protect=True)
+        self._follow(self._placed)
+        if idle and self.errands:
+            time.sleep(_HELPING_SECONDS if self.ahead or wanted else _MOVING_SECONDS)
+
+    def place(self, pins: Sequence[ExpertKey], bytes_per_second: float) -> None:
+        """See ExpertCache."""
+        self._placed = Placed(pins, self._store.layout.expert_bytes / bytes_per_second)
+
+    def _follow(self, placed: Placed) -> None:
+        """Bring one more of the experts that are to stay, when it is time; of a layer the least used goes for it."""
+        tables = self._tables
+        if not placed.begun:
+            placed.begun = True
+            tables.pinned[...] = 0
+            for key in placed.absent:
+                tables.pinned[key.layer, key.expert] = 1
+        while placed.absent:
+            key = placed.absent[0]
+            slot = int(tables.slot_of[key.layer, key.expert])
+            if slot >= 0 and tables.state[slot] == READY and tables.partition[slot] != WAVE:
+                placed.absent.popleft()
+                continue
+            if time.monotonic() < placed.next:
+                return
+            if slot >= 0:
+                if tables.state[slot] != READY or tables.leased(np.array([slot]))[0]:
+                    return
+                tables.vacate(slot)  # it passes through
+            placed.next = time.monotonic() + placed.seconds
+            self._spare(key.layer)
+            if not self.read_ahead(key.layer, [key.expert], protect=False):
+                placed.absent.rotate()  # what it waits for is in use
+
+    def _spare(self, layer: int) -> None:
+        """Have the layer a slot of its own that nothing placed is in: another layer's, if need be."""
+        tables = self._tables
+        slots = np.flatnonzero(tables.partition >= 0)
+        layers, experts = tables.key_layer[slots], tables.key_expert[slots]
+        slots = slots[(layers < 0) | (tables.pinned[layers, experts] == 0)]
+        others = slots[(tables.state[slots] != LOADING) & ~tables.leased(slots)]
+        if not len(others) or (tables.partition[slots] == layer).any():
+            return
+        usage = tables.usage.usage_LE[tables.key_layer[others], tables.key_expert[others]]
+        tables.vacate(int(others[usage.argmin()]))
+        tables.partition[others[usage.argmin()]] = layer
 
     def submit(self, key: ExpertKey, slot: int) -> OwnLoad | None:
         """Begin to read an expert into the slot that was claimed for it; None where that must wait. Then, and where it
@@ -92,6 +192,10 @@ class Loads:
                 if call.loads:
                     call.loads[0].ticket.settle()
                     continue
+                if call.awaits:  # as those who are to help may do
+                    self.run_errands(idle=False)
+                    time.sleep(_HELPING_SECONDS)
+                    return
                 if self._store.alone and (self.ahead.make_room() or self._source.make_room()):
                     return
                 self._check_patience(call)

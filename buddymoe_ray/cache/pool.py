@@ -95,7 +95,8 @@ class SlotPool:
 @dataclass(frozen=True, kw_only=True)
 class CacheStats:
     """Counters since start. Lookups are per (layer, expert) and call, none where nobody need look; `stall_seconds` is
-    time waiting for bytes."""
+    time waiting for bytes. Of `peer_hits`, copies out of a peer's slots, `peer_helped` had been read there for a prompt
+    of this worker's; `peer_taken_back` were to be, and were read here."""
 
     hits: int
     misses: int
@@ -104,6 +105,8 @@ class CacheStats:
     bytes_requested_disk: int
     host_hits: int
     peer_hits: int
+    peer_helped: int
+    peer_taken_back: int
     stall_seconds: float
     evictions: int
 

@@ -24,10 +24,10 @@ from buddymoe_ray.cache.slot_peers import SlotPeers
 from buddymoe_ray.device import Device, open_device
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
-__all__ = ["PrivateStore"]
+__all__ = ["PEERS_NEARER", "PrivateStore"]
 
 
-_PEERS_NEARER = 2.0
+PEERS_NEARER = 2.0
 """log2 of how much nearer a peer's slots are than what is below: NVLink carries four times what PCIe 5 does."""
 
 
@@ -71,7 +71,7 @@ class _OwnTables(SharedTables):
         usage = super()._worth(layer, experts)
         if self._peers is None:
             return usage
-        return usage - _PEERS_NEARER * np.isin(experts, self._peers.experts(layer))
+        return usage - PEERS_NEARER * np.isin(experts, self._peers.experts(layer))
 
     def reap(self) -> int:
         """See SharedTables."""

@@ -2,8 +2,10 @@
 
 Every worker shares the memory of its slots and a `SlotTable` of what they hold, gives both to whoever connects to its
 socket, by file descriptor, and looks for other sockets of the same name. A connection that ends is a peer that closed
-its slots or died, even by kill -9: its memory is unmapped once nothing copies from it. One thread does all that; who
-misses an expert waits for none of it. Only this user's processes are answered or asked.
+its slots or died, even by kill -9: its memory is unmapped once nothing copies from it. Over the same connection a
+worker says which experts it would have a peer read into its slots (`sharded_reads`): each message replaces the one
+before, and with the connection they are gone. One thread does all that; who misses an expert waits for none of it. Only
+this user's processes are answered or asked.
 """
 
 from __future__ import annotations
@@ -14,14 +16,16 @@ import selectors
 import socket
 import struct
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
 from buddymoe_ray.cache.shared.calls import ReadLost
-from buddymoe_ray.cache.slot_table import SlotTable
+from buddymoe_ray.cache.slot_table import SlotTable, pack_key, unpack_key
 from buddymoe_ray.device import Copy, Device, open_device
 from buddymoe_ray.errors import BuddyMoEError, CacheError
 from buddymoe_ray.types import ExpertKey
@@ -35,12 +39,22 @@ _MOST = 16
 _SECONDS = 1.0
 _HELLO, _MAGIC = struct.Struct("8s32sqq"), b"BuddySl1"
 _CREDENTIALS = struct.Struct("3i")
+_WANTED, _LONGEST, _WANTED_SECONDS = b"BuddyWt1", 1 << 16, 5.0
+"""How a message begins that says what is wanted, its most bytes, and for how long it counts."""
 
 
 @dataclass(frozen=True)
 class _Peer:
     table: SlotTable
     memory_C: Tensor
+
+
+@dataclass(frozen=True)
+class _Wants:
+    """What an asker said last, and when."""
+
+    keys: tuple[ExpertKey, ...]
+    since: float
 
 
 @dataclass(frozen=True)
@@ -86,9 +100,13 @@ class SlotPeers:
         self._peers: dict[int, _Peer] = {}  # made anew at every change: others look at it
         self._silent, self._greeted = set[int](), threading.Event()
         self.hits = 0
+        self.on_wanted: Callable[[], None] = lambda: None
+        self._wants = dict[socket.socket, _Wants]()  # made anew at every change, too
+        self._asking, self._said = dict[int, bytes](), dict[int, bytes]()  # to each peer, and what it was told of it
         self._wake, self._woken = socket.socketpair()
+        self._wake.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
-        self._selector.register(self._woken, selectors.EVENT_READ, lambda _: None)
+        self._selector.register(self._woken, selectors.EVENT_READ, self._say)
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="slot-peers", daemon=True)
         self._thread.start()
@@ -108,6 +126,27 @@ class SlotPeers:
     def place(self) -> int:
         """Among the node's workers, from 0."""
         return self._at
+
+    @property
+    def helpers(self) -> list[int]:
+        """Places of the peers whose slots are mapped, those behind this worker's first."""
+        return sorted(self._peers, key=lambda at: (at - self._at) % _MOST)
+
+    def ask(self, keys_of: Mapping[int, Sequence[ExpertKey]]) -> None:
+        """From now on these experts are wanted in the slots of the peers at these places, and nothing else in any."""
+        numbers = {at: [pack_key(key) for key in keys] for at, keys in keys_of.items()}
+        self._asking = {at: struct.pack(f"{len(each)}q", *each) for at, each in numbers.items()}
+        self._nudge()
+
+    def wanted(self) -> list[ExpertKey]:
+        """What peers want in this worker's slots."""
+        oldest = time.monotonic() - _WANTED_SECONDS
+        return [key for wants in self._wants.values() if wants.since > oldest for key in wants.keys]
+
+    @property
+    def owes(self) -> bool:
+        """Whether some of that is not there yet."""
+        return bool(self._wants) and self._table.lacks(self.wanted())
 
     def experts(self, layer: int) -> list[int]:
         """Those of a layer that peers hold."""
@@ -135,9 +174,9 @@ class SlotPeers:
         """Nobody reads the slots from now on. Safe to call twice."""
         if self._stopping:
             return
-        self._stopping = True
+        self._stopping, self._wants = True, {}
         self._table.retire()
-        self._wake.send(b"\0")
+        self._nudge()
         self._thread.join()
         for key in list(self._selector.get_map().values()):
             key.fileobj.close()  # type: ignore[union-attr]
@@ -146,6 +185,10 @@ class SlotPeers:
         self._peers = {}
         for memory in (self._memory, self._shared_table):
             os.close(memory.fd)
+
+    def _nudge(self) -> None:
+        with suppress(BlockingIOError):  # then it is about to look
+            self._wake.send(b"\0")
 
     def _listen(self) -> tuple[int, socket.socket]:
         """At the first place that is free."""
@@ -185,7 +228,33 @@ class SlotPeers:
         except OSError:  # it is gone again
             asker.close()
             return
-        self._selector.register(asker, selectors.EVENT_READ, self._hang_up)
+        self._selector.register(asker, selectors.EVENT_READ, self._heed)
+
+    def _heed(self, asker: socket.socket) -> None:
+        """Somebody says what is wanted of this worker, or is gone."""
+        try:
+            said = asker.recv(_LONGEST)
+        except OSError:
+            said = b""
+        others = {other: wants for other, wants in self._wants.items() if other is not asker}
+        if not said.startswith(_WANTED) or len(said) % 8:
+            self._wants = others
+            self._hang_up(asker)
+            return
+        keys = tuple(unpack_key(number) for (number,) in struct.iter_unpack("q", said[len(_WANTED) :]))
+        self._wants = {**others, asker: _Wants(keys, time.monotonic())} if keys else others
+        self.on_wanted()
+
+    def _say(self, woken: socket.socket) -> None:
+        """Tell every peer what is wanted of it now, if it was told something else."""
+        woken.recv(_LONGEST)
+        asking = self._asking
+        for at, asked in self._sockets.items():
+            wanted = asking.get(at, b"")
+            if wanted != self._said.get(at, b""):
+                with suppress(OSError):  # it is gone, or does not listen
+                    asked.send(_WANTED + wanted)
+                    self._said[at] = wanted
 
     def _hang_up(self, asker: socket.socket) -> None:
         self._selector.unregister(asker)
@@ -218,6 +287,7 @@ class SlotPeers:
         try:
             if not hello:
                 self._peers = {other: peer for other, peer in self._peers.items() if other != at}
+                self._said.pop(at, None)
                 self._hang_up(self._sockets.pop(at))
             else:
                 self._peers = {**self._peers, at: self._mapped(hello, fds)}

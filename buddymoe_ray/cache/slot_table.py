@@ -10,13 +10,14 @@ Legend: C slots.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 
 import numpy as np
 
 from buddymoe_ray.device import SharedMemory, open_device
 from buddymoe_ray.types import ExpertKey
 
-__all__ = ["SlotTable"]
+__all__ = ["SlotTable", "pack_key", "unpack_key"]
 
 _ITEM = 8
 
@@ -50,7 +51,7 @@ class SlotTable:
     def publish(self, slot: int, key: ExpertKey) -> None:
         """The slot's bytes are the expert's, on the device, until `withdraw`."""
         self.withdraw(slot)
-        self._key_C[slot] = _number(key)
+        self._key_C[slot] = pack_key(key)
         self._word_C[slot] += 1
 
     def withdraw(self, slot: int) -> None:
@@ -64,9 +65,9 @@ class SlotTable:
 
     def find(self, key: ExpertKey) -> tuple[int, int] | None:
         """A slot that holds the expert, and its word."""
-        for slot in np.flatnonzero(self._key_C == _number(key)).tolist():
+        for slot in np.flatnonzero(self._key_C == pack_key(key)).tolist():
             word = int(self._word_C[slot])
-            if word % 2 == 0 and self._key_C[slot] == _number(key) and self.is_current:
+            if word % 2 == 0 and self._key_C[slot] == pack_key(key) and self.is_current:
                 return slot, word
         return None
 
@@ -75,10 +76,21 @@ class SlotTable:
         key_C = self._key_C[(self._word_C % 2 == 0) & (self._key_C >> 32 == layer)]
         return key_C & 0xFFFFFFFF if self.is_current else key_C[:0]
 
+    def lacks(self, keys: Sequence[ExpertKey]) -> bool:
+        """Whether no slot holds some of the experts now."""
+        held = self._key_C[self._word_C % 2 == 0]
+        return not np.isin([pack_key(key) for key in keys], held).all()
+
     def holds(self, slot: int, word: int) -> bool:
         """Whether nothing was done to the slot since its word was `word`."""
         return int(self._word_C[slot]) == word and self.is_current
 
 
-def _number(key: ExpertKey) -> int:
+def pack_key(key: ExpertKey) -> int:
+    """As tables and messages have an expert."""
     return key.layer << 32 | key.expert
+
+
+def unpack_key(number: int) -> ExpertKey:
+    """The expert that a table or a message names."""
+    return ExpertKey(number >> 32, number & 0xFFFFFFFF)

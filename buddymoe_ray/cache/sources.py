@@ -7,11 +7,14 @@ slot. Used from one thread. Invariant: a host slot is given back once its copy i
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Protocol
 
 from buddymoe_ray.cache.disk import DiskReader, Ticket
 from buddymoe_ray.cache.host import HostTier
+from buddymoe_ray.cache.sharded_reads import ShardedReads
 from buddymoe_ray.cache.shared.interface import Store
 from buddymoe_ray.cache.slot_peers import PeerRead, SlotPeers
 from buddymoe_ray.device import Copy, Device
@@ -26,7 +29,13 @@ class Source(Protocol):
     @property
     def host(self) -> HostTier | None: ...
     @property
-    def peer_hits(self) -> int: ...
+    def shards(self) -> ShardedReads | None: ...
+    def awaited(self, missing: Collection[ExpertKey], *, reading: bool) -> AbstractSet[int]:
+        """Those of a layer's experts that are not to be begun yet, for peers read them; `reading`: something is."""
+
+    def wanted(self) -> Sequence[ExpertKey]:
+        """What peers ask this worker to read for them; what has been copied meanwhile they see from now on."""
+
     def begin(self, key: ExpertKey, slot: int) -> Ticket | None:
         """Begin to fill a slot with an expert; None while every host slot is in use. Raises CacheError."""
 
@@ -43,10 +52,18 @@ class Source(Protocol):
 class DiskSource:
     """Reads into the slots of `store`."""
 
-    host, peer_hits = None, 0
+    host = shards = None
 
     def __init__(self, store: Store, reader: DiskReader) -> None:
         self._pieces, self._bytes_C, self._reader = store.layout.pieces, store.bytes_C, reader
+
+    def awaited(self, missing: Collection[ExpertKey], *, reading: bool) -> AbstractSet[int]:
+        """See Source."""
+        return frozenset()
+
+    def wanted(self) -> Sequence[ExpertKey]:
+        """See Source."""
+        return ()
 
     def begin(self, key: ExpertKey, slot: int) -> Ticket:
         """See Source."""
@@ -67,21 +84,32 @@ class HostSource:
     """By way of the slots of `host`, or from a peer's, to those of `store`, which is on `device`. Closes both."""
 
     def __init__(self, store: Store, host: HostTier, device: Device, peers: SlotPeers | None = None) -> None:
-        self.host, self._store, self._device, self._peers = host, store, device, peers
+        self.host, self._store, self._device = host, store, device
         self._admitted = deque[_Passage]()
+        self.shards = None if peers is None else ShardedReads(peers, store.layout.expert_bytes)
 
-    @property
-    def peer_hits(self) -> int:
-        """Experts that came from a peer's slots."""
-        return self._peers.hits if self._peers is not None else 0
+    def awaited(self, missing: Collection[ExpertKey], *, reading: bool) -> AbstractSet[int]:
+        """See Source; what is being copied is being read."""
+        if self.shards is None:
+            return frozenset()
+        self._release()
+        return self.shards.awaited(missing, reading=reading or bool(self._admitted))
+
+    def wanted(self) -> Sequence[ExpertKey]:
+        """See Source."""
+        if self.shards is None:
+            return ()
+        self._release()
+        return [key for key in self.shards.peers.wanted() if key in self._store.layout.pieces]
 
     def begin(self, key: ExpertKey, slot: int) -> Ticket | None:
         """See Source."""
         self._release()
-        if self._peers is not None:
-            self._peers.withdraw(slot)
-            if (read := self._peers.read(key, self._store.tensor_C[slot])) is not None:
-                return _FromPeer(self._peers, key, slot, read)
+        if self.shards is not None:
+            self.shards.peers.withdraw(slot)
+            if (read := self.shards.peers.read(key, self._store.tensor_C[slot])) is not None:
+                self.shards.took(key)
+                return _FromPeer(self.shards.peers, key, slot, read)
         fetched = self.host.fetch(key)
         if fetched is None:
             return None
@@ -114,8 +142,8 @@ class HostSource:
         """See Source."""
         self.settle()
         self.host.close()
-        if self._peers is not None:
-            self._peers.close()
+        if self.shards is not None:
+            self.shards.peers.close()
 
     def _release(self, *, wait: bool = False) -> bool:
         """Give back the host slots whose copies are done, with `wait` of the oldest at least; whether one was."""
@@ -124,8 +152,8 @@ class HostSource:
             passage = self._admitted.popleft()
             assert passage.copy is not None, f"{passage.key} was admitted without a copy"
             passage.copy.wait()
-            if self._peers is not None and int(self._store.generation[passage.slot]) == passage.generation:
-                self._peers.publish(passage.slot, passage.key)
+            if self.shards is not None and int(self._store.generation[passage.slot]) == passage.generation:
+                self.shards.peers.publish(passage.slot, passage.key)
             self.host.release(passage.host_slot)
             released = True
         return released

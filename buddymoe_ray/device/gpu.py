@@ -73,13 +73,14 @@ class _Event:
 
 
 class Gpu:
-    """Copies run on a stream of their own, beside what is computed on torch's current one."""
+    """Copies run on streams of their own, beside what is computed on torch's current one: one for those out of the
+    host's memory, one for those out of another GPU's."""
 
     apart = True
 
     def __init__(self, device: torch.device) -> None:
         self.torch = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        self._copies: torch.cuda.Stream | None = None
+        self._streams = dict[str, torch.cuda.Stream]()
 
     @property
     def name(self) -> str:
@@ -115,13 +116,13 @@ class Gpu:
 
     def copy(self, target: Tensor, source: Tensor) -> Copy:
         """See Device; of pageable memory the host's share is done at once."""
-        if self._copies is None:
-            self._copies = torch.cuda.Stream(self.torch)
-        copied = torch.cuda.Event()
-        self._copies.wait_stream(torch.cuda.current_stream(self.torch))
-        with torch.cuda.stream(self._copies):
+        if source.device.type not in self._streams:
+            self._streams[source.device.type] = torch.cuda.Stream(self.torch)
+        copied, stream = torch.cuda.Event(), self._streams[source.device.type]
+        stream.wait_stream(torch.cuda.current_stream(self.torch))
+        with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
-            copied.record(self._copies)
+            copied.record(stream)
         return _Event(copied)
 
     def admit(self, copy: Copy) -> None:

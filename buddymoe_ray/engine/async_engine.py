@@ -66,7 +66,8 @@ class AsyncEngine:
         self._inbox_lock = threading.Lock()  # nothing is queued after the failure is known
         self._failure: BuddyMoEError | None = None
         self._closed = False
-        engine.calibration.wake = lambda: self._submit_quietly(lambda: None)  # an idle engine takes over, too
+        engine.calibration.wake = self._wake  # an idle engine takes over, too
+        engine.cache.call_when_asked(self._wake)
         self._thread = threading.Thread(target=self._loop, name="engine-step", daemon=True)
         self._thread.start()
 
@@ -140,6 +141,9 @@ class AsyncEngine:
         with self._inbox_lock:
             if self._failure is None:
                 self._commands.put(command)
+
+    def _wake(self) -> None:
+        self._submit_quietly(lambda: None)
 
     def _raise_if_dead(self) -> None:
         if self._failure is not None:

@@ -134,7 +134,7 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a step would do or deliver anything."""
         checks = self._guard is not None and self._guard.has_work()
-        return bool(self._pending) or self._scheduler.has_work() or checks or self.calibration.due
+        return bool(self._pending) or self._scheduler.has_work() or checks or self.calibration.due or self.cache.errands
 
     def step(self) -> list[TokenEvent]:
         """Advance every scheduled sequence and return what became of each."""
@@ -164,6 +164,7 @@ class Engine:
             self._ahead.begin(self._scheduler.next_tokens)
         if self._guard is not None:
             self._guard.advance(idle=not (plan.prefill or plan.decode or self._beside.busy))
+        self.cache.run_errands(idle=not self._scheduler.has_work())
         return self.take_events()
 
     def take_events(self) -> list[TokenEvent]:

@@ -41,6 +41,8 @@ def engine_snapshot(
         bytes_read_disk=stats.bytes_read_disk,
         stall_seconds=stats.stall_seconds,
         peer_slot_reads=stats.peer_hits,
+        peer_helped_reads=stats.peer_helped,
+        peer_taken_back=stats.peer_taken_back,
         access_hits=spent.hits,
         access_peer=spent.peer,
         access_fetched=spent.fetched,

@@ -120,7 +120,8 @@ class MoEBlock:
 
     def run(self, hidden_TD: Tensor, accesses: Accesses, experts: Sequence[int], y_ND: Tensor) -> None:
         """Fill the rows of `y_ND` that prompts have from these experts, evicting nothing that is resident."""
-        self._run_here(hidden_TD, accesses, experts, y_ND, protect=True)
+        with self._cache.shared_reads(self.layer, experts):
+            self._run_here(hidden_TD, accesses, experts, y_ND, protect=True)
 
     def exact(self, hidden_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """The layer's output for some rows by the experts themselves, evicting nothing that is resident."""

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from buddymoe_ray.cache.shared.locks import ROW_BYTE, ROWS, FileLocks
 from buddymoe_ray.device import Device
 from buddymoe_ray.errors import BudgetError, CacheError, ConfigError
 from buddymoe_ray.policy import split_slots
+from buddymoe_ray.residency.device_pool import DevicePool
 from buddymoe_ray.residency.machine import available_memory_bytes
 from buddymoe_ray.residency.standin_setup import StandinSetup
 from buddymoe_ray.types import ExpertLayout, SlotPlan
@@ -47,6 +48,7 @@ class StoreSpec:
     """All that another process needs to attach to a store and to keep it.
 
     `standin_LE`, where every expert has a stand-in, is what one access of it costs, as a share of the costliest.
+    `below` says that GPUs' slots are above it: what it is asked for says little of what is used.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class StoreSpec:
     digest: bytes
     tag: str
     standin_LE: npt.NDArray[np.float32] | None = None
+    below: bool = False
 
     def open(self, progress: Callable[..., Iterable[Any]] = lambda items, **_: items) -> SharedStore:
         """An attachment of the caller's own. Raises BudgetError, CacheError."""
@@ -82,6 +85,7 @@ class Sharing:
         secret: what linked workers prove to each other.
         host: the address on which other nodes reach this one.
         keeper: told about the store before this engine attaches; it may make and fill it, and keeps it from then on.
+        placer: told about the slots of a device apart that others read, so that it says what is to stay in them.
     """
 
     workers: int
@@ -92,6 +96,7 @@ class Sharing:
     secret: str = field(default="", repr=False)
     host: str = "127.0.0.1"
     keeper: Callable[[StoreSpec], None] | None = None
+    placer: Callable[[DevicePool], None] | None = None
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -150,7 +155,8 @@ def open_host(
         overhead_bytes=0,
         workers=sharing.workers,
     )
-    return HostTier(_attach(sharing, spec_of(sharing, layout, plan), progress), reader=reader, device=device)
+    spec = replace(spec_of(sharing, layout, plan), below=True)
+    return HostTier(_attach(sharing, spec, progress), reader=reader, device=device)
 
 
 def open_peers(sharing: Sharing, layout: ExpertLayout, plan: SlotPlan, device: Device) -> SlotPeers | None:

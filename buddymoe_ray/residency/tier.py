@@ -40,6 +40,7 @@ from buddymoe_ray.observe import progress
 from buddymoe_ray.policy import MIN_SLOTS, Staging, lend_reserved, plan_staging, split_slots
 from buddymoe_ray.residency.arithmetic import expert_computes, layer_waves, stored_dtype, stored_shapes
 from buddymoe_ray.residency.calibrations import CalibrationFolder, calibrates, reserved_bytes
+from buddymoe_ray.residency.device_pool import DevicePool
 from buddymoe_ray.residency.sharing import Sharing, in_use, open_host, open_peers, open_store
 from buddymoe_ray.residency.standin_records import load_records, open_standins
 from buddymoe_ray.residency.standin_setup import (
@@ -295,11 +296,15 @@ def _open_cache(
         None if sharing is None else open_peers(sharing, layout, plan, device),
     )
     try:
-        return open_private(layout, plan, reader=reader, device=device, host_slots=slots, host=host, peers=peers)
+        cache = open_private(layout, plan, reader=reader, device=device, host_slots=slots, host=host, peers=peers)
     except BaseException:
         if peers is not None:
             peers.close()
         raise
+    movable = peers is not None and not (plan.pinned or plan.fully_resident)
+    if movable and sharing is not None and sharing.placer is not None:
+        sharing.placer(DevicePool(cache, device))
+    return cache
 
 
 def _recoded(config: EngineConfig, loaded: LoadedModel, maths: list[ExpertMath]) -> LoadedModel:

@@ -98,6 +98,16 @@ METRICS: tuple[Metric, ...] = (
         "Experts copied from the slots of another GPU of the node.",
         lambda s: s.peer_slot_reads,
     ),
+    _counter(
+        "buddymoe_peer_helped_reads",
+        "Experts of prompts that another GPU of the node read over its own link.",
+        lambda s: s.peer_helped_reads,
+    ),
+    _counter(
+        "buddymoe_peer_taken_back",
+        "Experts of prompts that another GPU was to read and did not in time.",
+        lambda s: s.peer_taken_back,
+    ),
     _counter("buddymoe_read_bytes", "Bytes of experts asked of the disk.", lambda s: s.bytes_read_disk),
     _counter(
         "buddymoe_read_ahead_useful_bytes",

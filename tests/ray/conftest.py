@@ -1,7 +1,7 @@
 """One light Ray with Serve for all tests here; each module deploys its own applications into it.
 
-It has two GPUs that are none. Nodes may join it and be killed; its head, where Serve's own processes are, stays until
-the last of these tests: idle it takes a fifth of a core from all that follow.
+It has two GPUs that are none, or as many as `FAKE_GPUS` says. Nodes may join it and be killed; its head, where Serve's
+own processes are, stays until the last of these tests: idle it takes a fifth of a core from all that follow.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from serving import TEST_KEY, TEST_KEY_VARIABLE, Deploy
 from buddymoe_ray.serve.app import OpenEngine, application, build_app
 from buddymoe_ray.serve.args import ServeArgs
 
+FAKE_GPUS = int(os.environ.get("FAKE_GPUS", "2"))
 _running = ExitStack()  # Ray and Serve, ended when the next test is not one of these
 
 
@@ -50,7 +51,7 @@ def _is_here(item: pytest.Item) -> bool:
 def cluster() -> Cluster:
     """Ray's processes inherit the test key and find `fakes`."""
     tests = Path(__file__).parents[1]
-    head = {"num_cpus": 8, "num_gpus": 2, "include_dashboard": False, "object_store_memory": 200 << 20}
+    head = {"num_cpus": 8, "num_gpus": FAKE_GPUS, "include_dashboard": False, "object_store_memory": 200 << 20}
     head |= {"include_log_monitor": False}  # nobody reads what it collects
     ours = _running.enter_context(pytest.MonkeyPatch.context())
     ours.setenv(TEST_KEY_VARIABLE, TEST_KEY)

@@ -1,8 +1,14 @@
-"""`deployments/mixtral.yaml` on a node of two GPUs that are none: a tiny Mixtral, each worker's slots apart."""
+"""`deployments/mixtral.yaml` on a node of two GPUs that are none: a tiny Mixtral, each worker's slots apart.
+
+    FAKE_GPUS=8 pytest -n0 -s tests/ray/test_fake_gpus_service.py
+
+tries as many, says what came of it, and takes minutes: `tests/golden/eight_gpus.log`.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +16,16 @@ import httpx
 import pytest
 import yaml
 from fakes import open_engine_and_note_gpus
-from serving import Deploy
+from serving import Deploy, eventually
 from small_tokenizers import bpe
 
 from buddymoe_ray import LLM
+from buddymoe_ray.actors.node import placement_map
 from buddymoe_ray.client import Client
 from buddymoe_ray.models.synth import synth_checkpoint
 
 FILE = Path(__file__).parents[2] / "deployments" / "mixtral.yaml"
-GPUS = 2
+GPUS = int(os.environ.get("FAKE_GPUS", "2"))
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +38,10 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def overridden(model: Path) -> dict[str, Any]:
     """What the file serves, of another model and as much smaller."""
     [application] = yaml.safe_load(FILE.read_text())["applications"]
-    smaller = {"model": str(model), "memory": "75%", "host_memory": "100%", "max_model_len": 64, "max_running": 2}
+    memory = {"memory": "75%" if GPUS == 2 else "33%", "host_memory": "100%"}
+    smaller = {"model": str(model), **memory, "max_model_len": 64, "max_running": 2}
     fake = {"device": "interpret", "num_cpus": 1, "threads": 1, "drain_seconds": 1, "calibrate": "off"}
+    fake |= {"placement_window_seconds": 1.0, "migration_mb_per_second": 1e5}
     return {**application["args"], **smaller, **fake, "dtype": "float32", "default_max_tokens": 2}
 
 
@@ -46,9 +55,30 @@ def test_each_worker_owns_a_gpu_and_reads_what_the_other_holds(deploy: Deploy, m
     seen = [json.loads(path.read_text()) for path in mixtral.glob("seen-*.json")]
     assert seen == GPUS * [{"visible": None, "device": "interpret"}], "ray hides the other GPU of the node"
     workers = httpx.get(f"{url}/dashboard/data").json()["workers"]
-    assert sorted(worker["devices"] for worker in workers) == [["0"], ["1"]]
+    assert sorted(worker["devices"] for worker in workers) == [[str(gpu)] for gpu in range(GPUS)]
     client = Client("gpus")
     answers = [client.generate(prompt, max_tokens=2, temperature=0.0).token_ids for prompt in prompts]
     assert answers == expected
-    assert sum(snapshot.peer_slot_reads for snapshot in client.snapshots()) > 0, "nothing was read of a peer"
+    asked = 0
+
+    def is_placed() -> bool:
+        """All GPUs' slots are pools, and what they keep is not the same."""
+        nonlocal asked
+        asked += GPUS
+        for first in range(asked, asked + GPUS):
+            client.generate([first, 2 * first], max_tokens=4, temperature=0.0)
+        found = placement_map("gpus")
+        kept_PN = None if found is None else found.held_PN
+        return kept_PN is not None and len(kept_PN) == GPUS and kept_PN.any(1).all() and (kept_PN.sum(0) == 1).any()
+
+    eventually(is_placed, seconds=120)
+    assert [client.generate(prompt, max_tokens=2, temperature=0.0).token_ids for prompt in prompts] == expected
+    snapshots = client.snapshots()
+    assert sum(snapshot.peer_slot_reads for snapshot in snapshots) > 0, "nothing was read of a peer"
     assert "buddymoe_peer_slot_reads" in httpx.get(f"{url}/metrics").text
+    found = placement_map("gpus")
+    assert found is not None, "the placement is gone"
+    print(f"{GPUS} GPUs, 24 experts, held by (of each expert): {found.held_PN.sum(0).tolist()}, epoch {found.epoch}")
+    print(f"kept by each: {found.held_PN.sum(1).tolist()} of {found.held_PN.shape[1]}")
+    for name in ("peer_slot_reads", "bytes_loaded_device", "bytes_read_disk", "residency", "steps"):
+        print(f"{name} of each: {[getattr(snapshot, name) for snapshot in snapshots]}")

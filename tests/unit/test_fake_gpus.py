@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import uuid
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
 import numpy as np
@@ -31,10 +32,9 @@ def config_of(model: str, memory: str, device: str = "interpret") -> EngineConfi
     return EngineConfig(model=model, memory=memory, device=device, dtype="float32", max_model_len=64, max_running=2)
 
 
-def answer(engine: Engine, first: int, tokens: int = 3) -> list[int]:
+def answer(engine: Engine, prompt: Sequence[int], tokens: int = 3) -> list[int]:
     sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    prompt = (first, first + 1)
-    engine.add(GenerationRequest(request_id="r", prompt_token_ids=prompt, sampling=sampling))
+    engine.add(GenerationRequest(request_id="r", prompt_token_ids=tuple(prompt), sampling=sampling))
     return [token for event in engine.drain() for token in event.token_ids]
 
 
@@ -53,8 +53,8 @@ def held(engine: Engine) -> list[tuple[int, int]]:
 def peers_of(cache: ExpertCache) -> int:
     """How many workers' slots it reads."""
     source = cache._source
-    assert isinstance(source, HostSource) and source._peers is not None, f"{source} has no peers"
-    return source._peers.count
+    assert isinstance(source, HostSource) and source.shards is not None, f"{source} has no peers"
+    return source.shards.peers.count
 
 
 @pytest.mark.parametrize(("gpus", "memory"), [(2, "75%"), (8, "50%")])
@@ -71,8 +71,8 @@ def test_workers_hold_different_experts_and_read_each_others(mixtral: str, gpus:
         assert len(copies) == LAYERS * EXPERTS, "an expert is in nobody's slots"
         assert max(copies.values()) - min(copies.values()) <= 1, f"{copies} are not dealt evenly"
         before = [cache_of(engine).stats() for engine in engines]
-        for at, first in ((0, 5), (gpus - 1, 60)):
-            assert answer(engines[at], first) == answer(alone, first)
+        for at, prompt in ((0, (5, 6)), (gpus - 1, (60, 61))):
+            assert answer(engines[at], prompt) == answer(alone, prompt)
             assert cache_of(engines[at]).stats().peer_hits > 0, "nothing was read of a peer"
         after, nbytes = [cache_of(engine).stats() for engine in engines], alone.cache.layout.expert_bytes
         read = sum(b.bytes_requested_disk - a.bytes_requested_disk for a, b in zip(before, after, strict=True))

@@ -64,6 +64,8 @@ SNAPSHOT = EngineSnapshot(
     bytes_read_disk=9,
     stall_seconds=1.5,
     peer_slot_reads=6,
+    peer_helped_reads=25,
+    peer_taken_back=26,
     access_hits=10,
     access_peer=18,
     access_fetched=11,
@@ -123,6 +125,8 @@ def test_every_count_of_a_worker_is_written_under_its_name() -> None:
         ("buddymoe_steps_total", who): 5,
         ("buddymoe_stall_seconds_total", who): 1.5,
         ("buddymoe_peer_slot_reads_total", who): 6,
+        ("buddymoe_peer_helped_reads_total", who): 25,
+        ("buddymoe_peer_taken_back_total", who): 26,
         ("buddymoe_read_bytes_total", who): 9,
         ("buddymoe_loaded_bytes_total", who): 8,
         ("buddymoe_running", who): 1,
@@ -169,7 +173,7 @@ def test_labels_are_escaped() -> None:
 
 
 def test_series_are_few_whatever_is_served() -> None:
-    assert sum(len(metric.read(SNAPSHOT)) for metric in METRICS) <= 38
+    assert sum(len(metric.read(SNAPSHOT)) for metric in METRICS) <= 40
     bounds = [len(histogram.read(REQUESTS).bounds) for histogram in VLLM_HISTOGRAMS]
     assert sum(bounds) + sum(len(metric.read(SNAPSHOT)) for metric in VLLM_METRICS) <= 320
     kinds = next(metric for metric in METRICS if metric.label == "kind")

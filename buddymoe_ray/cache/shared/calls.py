@@ -52,7 +52,8 @@ class OwnLoad:
 
 @dataclass(slots=True)
 class StreamState:
-    """One `stream` in progress: what is still to come, and from where; `since` then nothing has come."""
+    """One `stream` in progress: what is still to come, and from where; `since` then nothing has come. What it `awaits`
+    is all that a peer reads into slots of its own."""
 
     since: float
     missing: deque[ExpertKey] = field(default_factory=deque)
@@ -60,6 +61,7 @@ class StreamState:
     waits: list[tuple[ExpertKey, int]] = field(default_factory=list)  # read by another worker, and leased
     ready: list[tuple[ExpertKey, int]] = field(default_factory=list)  # leased and not lent yet
     pause: float = FIRST_PAUSE_SECONDS
+    awaits: bool = False
 
 
 class OwnSlot:

@@ -1,0 +1,92 @@
+"""A prompt's missing experts, read by all workers of a node over their own links at once (after MoEShard, 2503.08467).
+
+Who computes a prompt deals what a layer lacks and no peer has in as many parts as there are workers, and says to each
+which is its: they read that into wave slots between steps of their own, as they would for themselves, and publish it.
+Meanwhile it reads its own part, and copies what a peer has as soon as that is there. A peer that is not done when twice
+the time of the own part is over, is gone or stands still, is waited for no more: what it lacks is read here, and it is
+asked for nothing for a while. Nobody relies on a helper: what it was asked is gone with the connection, with the next
+message or after some seconds, and what is copied counts if its slot was not used anew. Knows no sockets and no bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Sequence
+from collections.abc import Set as AbstractSet
+
+from buddymoe_ray.cache.slot_peers import SlotPeers
+from buddymoe_ray.types import ExpertKey
+
+__all__ = ["ShardedReads"]
+
+LEAST_BYTES = 16 << 20
+"""Of a part: PCIe takes .3 to .6 ms for it, asking a tenth of that."""
+BOX = 2.0
+"""Times what the own part took: then the others' is to be there."""
+_LATE_SECONDS = 1.0
+_NOBODY: AbstractSet[int] = frozenset()
+
+
+class ShardedReads:
+    """What this worker asks of `peers`. `helped` counts experts that a peer read for it, `taken_back` those that were
+    to be and that it read itself."""
+
+    def __init__(self, peers: SlotPeers, expert_bytes: int) -> None:
+        self.peers, self._expert_bytes = peers, expert_bytes
+        self.helped = self.taken_back = 0
+        self._layer, self._asked = -1, dict[int, int]()  # who reads an expert, by its place
+        self._began, self._until = 0.0, math.inf
+        self._late = dict[int, float]()  # until when, by place
+
+    def deal(self, layer: int, missing: Sequence[int]) -> None:
+        """A prompt wants these of a layer, until `end`: ask peers for their parts of what none of them has."""
+        held, now = set(self.peers.experts(layer)), time.perf_counter()
+        nowhere = [expert for expert in missing if expert not in held]
+        helpers = [at for at in self.peers.helpers if self._late.get(at, now) <= now]
+        parts = min(1 + len(helpers), len(nowhere) * self._expert_bytes // LEAST_BYTES)
+        if parts < 2:
+            return
+        self._layer, self._began, self._until = layer, now, math.inf
+        self._asked = {e: helpers[at % parts - 1] for at, e in enumerate(nowhere) if at % parts}
+        self._ask()
+
+    def end(self) -> None:
+        """Nothing of it is wanted any more."""
+        if self._asked:
+            self._forget(self._asked.keys())
+
+    def awaited(self, missing: Collection[ExpertKey], *, reading: bool) -> AbstractSet[int]:
+        """Those of a layer's missing experts that are not to be read here, not yet; `reading`: something else is."""
+        if not self._asked or all(key.layer != self._layer for key in missing):
+            return _NOBODY
+        here, helpers = set(self.peers.experts(self._layer)), self.peers.helpers
+        theirs = {key.expert for key in missing if key.expert in self._asked and key.expert not in here}
+        lost = {expert for expert in theirs if self._asked[expert] not in helpers}
+        if len(theirs) == len(missing) and not reading:  # the own part is over
+            now = time.perf_counter()
+            if self._until == math.inf:
+                self._until = self._began + BOX * (now - self._began)
+            if now >= self._until:
+                lost = theirs
+                self._late |= {self._asked[expert]: now + _LATE_SECONDS for expert in lost}
+        if lost:
+            self.taken_back += len(lost)
+            self._forget(lost)
+        return theirs - lost
+
+    def took(self, key: ExpertKey) -> None:
+        """The expert was found at a peer's: whoever was asked for it need not keep it."""
+        if key.layer == self._layer and key.expert in self._asked:
+            self.helped += 1
+            self._forget({key.expert})
+
+    def _forget(self, experts: AbstractSet[int]) -> None:
+        self._asked = {expert: at for expert, at in self._asked.items() if expert not in experts}
+        self._ask()
+
+    def _ask(self) -> None:
+        keys_of = dict[int, list[ExpertKey]]()
+        for expert, at in self._asked.items():
+            keys_of.setdefault(at, []).append(ExpertKey(self._layer, expert))
+        self.peers.ask(keys_of)
