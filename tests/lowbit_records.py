@@ -54,7 +54,8 @@ def random_records(
             if len(shape) == 1:
                 tensors[name].copy_(torch.randn(shape, generator=rng) * 0.1)
                 continue
-            packed = pack(*random_codes(*shape, fmt, rng), 0.5 / fmt.levels, fmt)
+            own = fmt.of(name)
+            packed = pack(*random_codes(*shape, own, rng), 0.5 / own.levels, own)
             for part, tensor in packed.named(name).items():
                 tensors[part].copy_(tensor)
     return records, views
@@ -64,6 +65,6 @@ def weights_of(tensors: dict[str, Tensor], shapes: Shapes, fmt: LowbitFormat) ->
     """The same expert in float32, for the reference."""
 
     return {
-        name: dequantise(packed_parts(tensors, name), fmt) if len(shape) == 2 else tensors[name].float()
+        name: dequantise(packed_parts(tensors, name), fmt.of(name)) if len(shape) == 2 else tensors[name].float()
         for name, shape in shapes.items()
     }

@@ -59,7 +59,7 @@ class Fitting:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordMaker:
-    """Makes records of one kind: `lowbit2`, `lowbit3`, `lowbit4`, `lowbit8`, `lowrank` or `mean`."""
+    """Makes records of one kind: a `lowbit`, as `LowbitFormat.of_kind` has them, `lowrank` or `mean`."""
 
     kind: str
     math: ExpertMath
@@ -94,7 +94,7 @@ class RecordMaker:
     def make(self, sample: ExpertSample) -> dict[str, Tensor]:
         """The record of one expert."""
         if self._plain:
-            return quantise_expert_plain(sample.weights, self._format, plain_math(self.math))
+            return quantise_expert_plain(sample.weights, self._format, plain_math(self.math), sample.packed)
         if self.kind.startswith("lowbit"):
             inputs = max(weight.shape[-1] for weight in sample.weights.values())
             return quantise_expert(
@@ -121,7 +121,7 @@ class RecordMaker:
 
     @property
     def _format(self) -> LowbitFormat:
-        return LowbitFormat(bits=int(self.kind.removeprefix("lowbit")))
+        return LowbitFormat.of_kind(self.kind)
 
 
 def error_of(maker: RecordMaker, sample: ExpertSample, record: Mapping[str, Tensor]) -> float:

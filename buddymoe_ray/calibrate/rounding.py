@@ -12,7 +12,8 @@ Legend: R rows routed to the expert, D hidden, F ffn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -47,6 +48,8 @@ __all__ = [
     "weighted_error",
 ]
 
+_EXACT_BITS = 8
+"""So many err so little that compensation gains nothing that can be measured."""
 FEW_ROWS = 8.0  # damping is multiplied by 1 + FEW_ROWS * inputs / rows
 
 
@@ -71,6 +74,7 @@ class ExpertRows:
         more = damping * FEW_ROWS / _effective_rows(weight_R)  # what few rows say of K inputs is mostly chance
         self.damping_D = damping + more * x_RD.shape[1]
         self.damping_F = damping + more * weights["down_proj"].shape[1]
+        self._firsts = dict[tuple[LowbitFormat, int], _First]()
 
     @cached_property
     def moment_DD(self) -> Tensor:
@@ -87,10 +91,35 @@ class ExpertRows:
         """What the exact first projection feeds the second."""
         return self.hidden(self.weights[self.math.first].float())
 
+    def first(self, fmt: LowbitFormat, passes: int) -> _First:
+        """The rounded first projection, once for all records that have it."""
+        if (fmt, passes) not in self._firsts:
+            weight = self.weights[self.math.first].float()
+            rounded = unbiased(round_in(weight, self.metric, fmt, passes=passes), weight, self.moment_DD, fmt)
+            hidden_RF = self.hidden(dequantise_rounded(rounded, fmt))
+            H_FF = moment(hidden_RF, self.weight_R)
+            self._firsts[fmt, passes] = _First(
+                packed=pack(*rounded, fmt),
+                H_FF=H_FF,
+                metric=Metric.of(H_FF, damping=self.damping_F),
+                target=_corrected(self, hidden_RF, H_FF),
+            )
+        return self._firsts[fmt, passes]
+
     def hidden(self, first: Tensor) -> Tensor:
         """What a first projection feeds the second."""
         bias = self.weights[f"{self.math.first}_bias"].float() if self.math.bias else None
         return self.math.activate(functional.linear(self.x_RD, first, bias))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _First:
+    """A rounded first projection, the moment of what it feeds the second, and what is best rounded for that."""
+
+    packed: PackedMatrix
+    H_FF: Tensor
+    metric: Metric | None
+    target: Tensor
 
 
 def quantise_expert(rows: ExpertRows, fmt: LowbitFormat, *, passes: int = 4) -> dict[str, Tensor]:
@@ -99,14 +128,13 @@ def quantise_expert(rows: ExpertRows, fmt: LowbitFormat, *, passes: int = 4) -> 
     weights, math = rows.weights, rows.math
     if rows.x_RD.shape[0] == 0:
         return quantise_expert_plain(weights, fmt, math)
-    first = weights[math.first].float()
-    rounded = unbiased(round_in(first, rows.metric, fmt, passes=passes), first, rows.moment_DD, fmt)
-    hidden_RF = rows.hidden(dequantise_rounded(rounded, fmt))
-    H_FF = moment(hidden_RF, rows.weight_R)
-    target = _corrected(rows, hidden_RF, H_FF)
-    down = round_compensated(target, H_FF, fmt, damping=rows.damping_F, passes=passes)
-    down = unbiased(down, target, H_FF, fmt)
-    return _named(weights, {math.first: pack(*rounded, fmt), "down_proj": pack(*down, fmt)})
+    first, narrow = rows.first(fmt.of(math.first), passes), fmt.of("down_proj")
+    if narrow.bits >= _EXACT_BITS:
+        down = pack_plain(first.target, narrow)
+    else:
+        rounded = round_in(first.target, first.metric, narrow, passes=passes)
+        down = pack(*unbiased(rounded, first.target, first.H_FF, narrow), narrow)
+    return _named(weights, {math.first: first.packed, "down_proj": down})
 
 
 def _effective_rows(weight_R: Tensor) -> float:
@@ -129,9 +157,14 @@ def _corrected(rows: ExpertRows, ours_RF: Tensor, H_FF: Tensor) -> Tensor:
     return W_DF if int(failed) else W_DF @ solution.T
 
 
-def quantise_expert_plain(weights: Mapping[str, Tensor], fmt: LowbitFormat, math: ExpertMath) -> dict[str, Tensor]:
+def quantise_expert_plain(
+    weights: Mapping[str, Tensor],
+    fmt: LowbitFormat,
+    math: ExpertMath,
+    packed: Callable[[Tensor, LowbitFormat], PackedMatrix] = pack_plain,
+) -> dict[str, Tensor]:
     """The record of an expert by nearest rounding: needs no inputs, fast enough for large models."""
-    return _named(weights, {name: pack_plain(weights[name], fmt) for name in (math.first, "down_proj")})
+    return _named(weights, {name: packed(weights[name], fmt.of(name)) for name in (math.first, "down_proj")})
 
 
 def _named(weights: Mapping[str, Tensor], packed: Mapping[str, PackedMatrix]) -> dict[str, Tensor]:

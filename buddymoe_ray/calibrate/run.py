@@ -34,6 +34,7 @@ from buddymoe_ray.models.profile import NAME, Profile, save_profile
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.router_hook import find_routers
 from buddymoe_ray.models.standin_files import standins_folder
+from buddymoe_ray.residency.calibrations import SELF_MADE
 
 __all__ = ["KINDS", "CalibrationOptions", "calibrate"]
 
@@ -42,7 +43,6 @@ log = logging.getLogger(__name__)
 KINDS = (*RECORD_KINDS, "buddy")
 _HELD_SHARE, _LEAST_HELD = 0.15, 4
 _LEAST_TRACED = 4
-_COPIES = ("lowbit2", "lowbit3", "lowbit4")
 
 Progress = Callable[..., Iterable[Any]]
 
@@ -118,7 +118,7 @@ def calibrate(options: CalibrationOptions, *, progress: Progress = lambda items,
                 "hint: --quick makes a profile for mode fast"
             )
         footprint = _footprint(parts)
-        options = replace(options, kinds=options.kinds or (KINDS if footprint.small else _COPIES))
+        options = replace(options, kinds=options.kinds or (KINDS if footprint.small else SELF_MADE))
         tokens = options.tokens or traced_tokens(parts)
         traced, held = _split_corpus(options, parts.limits.max_model_len, tokens)
         profile = _profile(options, parts, model_hash(folder), traced, progress)

@@ -20,7 +20,7 @@ from torch import Tensor
 from buddymoe_ray.cache import ExpertCache
 from buddymoe_ray.calibrate.rounding import ExpertRows
 from buddymoe_ray.calibrate.trace import Trace
-from buddymoe_ray.kernels import ExpertMath, expert_forward, plain_weights
+from buddymoe_ray.kernels import ExpertMath, LowbitFormat, PackedMatrix, expert_forward, pack_plain, plain_weights
 
 __all__ = ["ENOUGH", "ExpertSample", "plain_math", "walk_layer"]
 
@@ -51,6 +51,7 @@ class ExpertSample:
     weight_R: Tensor
     own: int
     _blocks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _packed: dict[tuple[int, LowbitFormat], PackedMatrix] = field(default_factory=dict)
 
     def inputs(self, rows_n: Tensor | None = None) -> Tensor:
         """Float32 `[n, D]` of some rows; None: of all."""
@@ -72,6 +73,13 @@ class ExpertSample:
         """All rows to fit on, for the roundings of all widths."""
         rows_R = self.fitted()
         return ExpertRows(self.weights, self.inputs(rows_R), self.weight_R[rows_R], plain_math(self.math))
+
+    def packed(self, weight: Tensor, fmt: LowbitFormat) -> PackedMatrix:
+        """One of the weights rounded plainly, once for all records that have it."""
+        key = weight.data_ptr(), fmt
+        if key not in self._packed:
+            self._packed[key] = pack_plain(weight, fmt)
+        return self._packed[key]
 
     def held(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Blocks `(x_nD, y_nD, weight_n)` of rows that nothing is fitted on, each spread over the whole text.

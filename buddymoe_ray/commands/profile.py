@@ -19,6 +19,7 @@ from buddymoe_ray.commands.common import (
     print_facts,
     print_table,
 )
+from buddymoe_ray.config import RECORD_KINDS
 from buddymoe_ray.errors import ConfigError, ProfileError
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.observe import progress
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kinds",
         default=None,
-        help="some of lowbit2,lowbit3,lowbit4,lowbit8,lowrank,mean,buddy; default all, of large models the first three",
+        help=f"some of {','.join(RECORD_KINDS)},buddy; default all, of large models four",
     )
     parser.add_argument(
         "--rounding",

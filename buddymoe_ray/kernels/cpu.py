@@ -285,12 +285,13 @@ def _product(tensors: Mapping[str, Tensor], name: str, fmt: LowbitFormat, dtype:
     assert bias is None or bias.dtype in (torch.bfloat16, torch.float32), f"{name}_bias is {bias.dtype}, must be bf16"
     N, K = packed.sizes.shape[:2]
     matrix = Matrix(packed.codes.data_ptr(), packed.scales.data_ptr(), packed.base.data_ptr(), N=N, K=K)
-    return product_of(matrix, fmt, dtype, (0, 0) if bias is None else (bias.data_ptr(), bias.itemsize))
+    return product_of(matrix, fmt.of(name), dtype, (0, 0) if bias is None else (bias.data_ptr(), bias.itemsize))
 
 
 def prepare(fmt: LowbitFormat, dtype: torch.dtype) -> None:
     """Make what `forward` needs, so that no step does (seconds at the first time on a machine, then .5 s)."""
-    _tiles(fmt, dtype != torch.float32)
+    for part in {fmt.of(""), fmt.of("down_proj")}:
+        _tiles(part, dtype != torch.float32)
     experts_kernel()
     linear_kernel()
 

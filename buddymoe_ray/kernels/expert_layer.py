@@ -170,7 +170,7 @@ def _product(
     if fmt is None:
         N, K = tensors[name].shape
         return stored_product(tensors[name].offset, (N, K), tensors[name].dtype, dtype, place)
-    return product_of(matrix_at(layout, name, fmt), fmt, dtype, place)
+    return product_of(matrix_at(layout, name, fmt), fmt.of(name), dtype, place)
 
 
 @cache

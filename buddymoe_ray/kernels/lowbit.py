@@ -55,7 +55,7 @@ def lowbit_forward_reference(
 ) -> Tensor:
     """The spec: dequantise, then two linears whose rows do not see each other."""
     ENTERED["lowbit_forward"] += 1
-    first, down = (dequantise(packed_parts(tensors, name), fmt) for name in (math.first, "down_proj"))
+    first, down = (dequantise(packed_parts(tensors, name), fmt.of(name)) for name in (math.first, "down_proj"))
     first_bias, down_bias = (
         tensors[f"{name}_bias"].float() if math.bias else None for name in (math.first, "down_proj")
     )

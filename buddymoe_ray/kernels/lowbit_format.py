@@ -72,12 +72,23 @@ class Matrix(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LowbitFormat:
-    """Bits of a code: 2, 3, 4 or 8."""
+    """Bits of a code: 2, 3, 4 or 8. `down` are those of an expert's second projection, where it has others."""
 
     bits: int
+    down: int = 0
 
     def __post_init__(self) -> None:
-        assert self.bits in (2, 3, 4, 8), f"bits is {self.bits}, must be 2, 3, 4 or 8"
+        assert {self.bits, self.down or self.bits} <= {2, 3, 4, 8}, f"bits are {self}, must be 2, 3, 4 or 8"
+
+    @classmethod
+    def of_kind(cls, kind: str) -> LowbitFormat:
+        """Of records named so: `lowbit3`; `lowbit24` has 2 bits, and 4 in the second projection."""
+        bits, *down = map(int, kind.removeprefix("lowbit"))
+        return cls(bits=bits, down=down[0] if down else 0)
+
+    def of(self, name: str) -> LowbitFormat:
+        """That of an expert's matrix alone."""
+        return LowbitFormat(bits=self.down) if self.down and name == "down_proj" else LowbitFormat(bits=self.bits)
 
     @property
     def levels(self) -> int:
@@ -186,7 +197,7 @@ def record_tensors(
         if len(shape) == 1:
             add(name, shape, bias_dtype)
             continue
-        for part, (sized, dtype) in packed_shapes(shape[0], shape[1], fmt).items():
+        for part, (sized, dtype) in packed_shapes(shape[0], shape[1], fmt.of(name)).items():
             add(f"{name}.{part}", sized, dtype)
     return tuple(made), at
 
@@ -198,7 +209,7 @@ def matrix_at(layout: Sequence[SlotTensor], name: str, fmt: LowbitFormat) -> Mat
     if sizes is None or len(sizes.shape) != 3 or min(sizes.shape[:2]) < 1:
         raise ValueError(f"{name}.sizes is {None if sizes is None else sizes.shape}, must be [outputs, inputs, 0]")
     N, K = sizes.shape[:2]
-    for part, (shape, dtype) in packed_shapes(N, K, fmt).items():
+    for part, (shape, dtype) in packed_shapes(N, K, fmt.of(name)).items():
         tensor = named.get(f"{name}.{part}")
         found = None if tensor is None else (tensor.dtype, tensor.shape)
         wanted = (str(dtype).removeprefix("torch."), shape)

@@ -66,7 +66,7 @@ def record_computes(
         return [_OneByOne(_SIMPLE[kind], layout)] * len(maths)
     if not kind.startswith("lowbit"):
         raise ProfileError(f"record kind is {kind!r}, must be lowbitN, lowrank or mean. hint: profile the model again")
-    fmt = LowbitFormat(bits=int(kind.removeprefix("lowbit")))
+    fmt = LowbitFormat.of_kind(kind)
     try:
         for name in (maths[0].first, "down_proj"):
             matrix_at(layout.tensors, name, fmt)

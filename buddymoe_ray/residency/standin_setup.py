@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from buddymoe_ray.cache import READ_ON_THE_SPOT
 from buddymoe_ray.config import STANDINS, EngineConfig
 from buddymoe_ray.errors import BudgetError, ProfileError
 from buddymoe_ray.models.fingerprint import model_hash
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
 
 _VERIFIED_BYTES = 256 << 20  # above this, reading every record once more would cost minutes at start
-_MIN_WAVES, _MOST_WAVES, _WAVE_SHARE = 2, 8, 0.02
+_MOST_WAVES, _WAVE_SHARE = 8, 0.02
 _SEEN = 20  # accesses that say something about an expert
 
 
@@ -252,7 +253,8 @@ def _split(
     slot, budget, overhead, workers = layout.slot_bytes, node.budget_bytes, node.overhead_bytes, node.workers
     if budget >= layout.total_bytes:
         return _Chosen(plan=_fully_resident(layout, budget), kind_of={}, loss=0.0)
-    waves = max(_MIN_WAVES * workers, min(_MOST_WAVES * workers, round(_WAVE_SHARE * budget / slot)))
+    least_waves = 1 if layout.expert_bytes <= READ_ON_THE_SPOT else 2  # one is read while the other computes
+    waves = max(least_waves * workers, min(_MOST_WAVES * workers, round(_WAVE_SHARE * budget / slot)))
     room = budget - overhead - waves * slot
     accesses_LE = profile.counts_LE * profile.weight2_LE / max(1, profile.calibration_tokens)
     names = ["full", *(list(layouts) or ["none"])]

@@ -67,6 +67,8 @@ log = logging.getLogger(__name__)
 
 STAGING_SHARE: Mapping[str, float] = {"exact": 0.06, "bounded": 0.03, "fast": 0.03}
 """Share of the budget for disk staging: with stand-ins hardly anything is read in decode, and every byte counts."""
+_ON_THE_SPOT_SHARE = 0.01
+"""The same with stand-ins where experts are read on the spot, one at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +212,9 @@ def plan_memory(
     """
     workers = 1 if node is None else node.workers
     budget = parse_memory(config.memory, total_expert_bytes=layout.total_bytes)
-    staging = plan_staging(largest_read=largest_read(layout), budget_bytes=budget, share=STAGING_SHARE[config.mode])
+    spot = config.mode != "exact" and layout.expert_bytes <= READ_ON_THE_SPOT
+    share = _ON_THE_SPOT_SHARE if spot else STAGING_SHARE[config.mode]
+    staging = plan_staging(largest_read=largest_read(layout), budget_bytes=budget, share=share)
     if node is not None:
         scratch += layout.slot_bytes  # where a worker reads what it won't wait for
     if node is not None and node.linked:

@@ -210,10 +210,34 @@ def test_some_rows_speak_for_all() -> None:
 def test_widths_share_what_is_known_of_the_rows() -> None:
     math, weights = _expert(64, 32)
     shared = ExpertRows(weights, _inputs(300, 64), torch.ones(300), math)
-    for bits in BITS:
+    for fmt in (
+        *(LowbitFormat(bits=bits) for bits in BITS),
+        LowbitFormat(bits=2, down=4),
+        LowbitFormat(bits=4, down=8),
+    ):
         alone = ExpertRows(weights, _inputs(300, 64), torch.ones(300), math)
-        ours, spec = (quantise_expert(rows, LowbitFormat(bits=bits)) for rows in (shared, alone))
+        ours, spec = (quantise_expert(rows, fmt) for rows in (shared, alone))
         assert all(torch.equal(ours[name], spec[name]) for name in spec)
+
+
+@pytest.mark.parametrize(
+    ("narrow", "between", "wide"), [("lowbit2", "lowbit24", "lowbit4"), ("lowbit4", "lowbit48", "lowbit8")]
+)
+def test_the_second_projection_may_have_more_bits(narrow: str, between: str, wide: str) -> None:
+    math, weights = _expert(64, 32)
+    x, fresh = (_inputs(1500, 64)[at::2] / 4 for at in (0, 1))
+    exact, rows = expert_forward(fresh, weights, math), ExpertRows(weights, x, torch.ones(len(x)), math)
+    fmts = [LowbitFormat.of_kind(kind) for kind in (narrow, between, wide)]
+    records = [quantise_expert(rows, fmt) for fmt in fmts]
+    errors = [
+        float((exact - lowbit_forward(fresh, record, fmt, math)).square().sum())
+        for record, fmt in zip(records, fmts, strict=True)
+    ]
+    assert errors[2] < errors[1] < 0.7 * errors[0], "most of the error is the second projection's"
+    assert torch.equal(records[1][f"{math.first}.codes"], records[0][f"{math.first}.codes"])
+    plain = [quantise_expert_plain(weights, fmt, math) for fmt in fmts]
+    for name, other in ((math.first, plain[0]), ("down_proj", plain[2])):
+        assert torch.equal(plain[1][f"{name}.codes"], other[f"{name}.codes"])
 
 
 def test_the_moment_measures_the_output_error() -> None:

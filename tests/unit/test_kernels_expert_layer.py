@@ -35,14 +35,12 @@ def layer_of(fmt: LowbitFormat, threads: int = 1, dtype: torch.dtype = torch.flo
     return ExpertLayer(layout=record_tensors(SHAPES, fmt)[0], fmt=fmt, math=SILU, dtype=dtype, threads=threads)
 
 
-def any_layer_of(fmt: LowbitFormat, math: ExpertMath, shapes: Shapes) -> RecordCompute:
-    tensors, nbytes = record_tensors(shapes, fmt)
+def any_layer_of(kind: str, math: ExpertMath, shapes: Shapes) -> RecordCompute:
+    tensors, nbytes = record_tensors(shapes, LowbitFormat.of_kind(kind))
     layout = ExpertLayout(
         tensors=tensors, slot_bytes=nbytes, expert_bytes=nbytes, layers=1, experts_per_layer=(E,), pieces={}
     )
-    (made,) = record_computes(
-        f"lowbit{fmt.bits}", layout, [math], threads=1, device=open_device("cpu"), dtype=torch.float32
-    )
+    (made,) = record_computes(kind, layout, [math], threads=1, device=open_device("cpu"), dtype=torch.float32)
     return made
 
 
@@ -60,13 +58,13 @@ def places(records: Tensor, missing: tuple[int, ...] = ()) -> Tensor:
     return at_E
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("kind", ["lowbit2", "lowbit3", "lowbit4", "lowbit8", "lowbit24", "lowbit48"])
 @pytest.mark.parametrize("T", [1, 2, 9, 80])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_layer_is_its_experts_one_by_one(bits: int, T: int, dtype: torch.dtype) -> None:
-    fmt = LowbitFormat(bits=bits)
+def test_a_layer_is_its_experts_one_by_one(kind: str, T: int, dtype: torch.dtype) -> None:
+    fmt = LowbitFormat.of_kind(kind)
     records, views = random_records(SHAPES, fmt, 1, E)
-    x_TD, expert_TK = accesses(T, bits)
+    x_TD, expert_TK = accesses(T, fmt.bits)
     x_TD = x_TD.to(dtype)
     out_ND = torch.full((T * K, D), 7.0, dtype=dtype)
     layer_of(fmt, dtype=dtype)(x_TD, records, places(records, missing=(4,)), expert_TK, out_ND)
@@ -101,13 +99,13 @@ KINDS: dict[str, tuple[ExpertMath, bool]] = {  # with whether the layer's kernel
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("bits", [3, 8])
-def test_every_family_is_computed_in_one_call_or_one_by_one(name: str, bits: int) -> None:
-    fmt, (math, known) = LowbitFormat(bits=bits), KINDS[name]
+@pytest.mark.parametrize("kind", ["lowbit3", "lowbit8", "lowbit24"])
+def test_every_family_is_computed_in_one_call_or_one_by_one(name: str, kind: str) -> None:
+    fmt, (math, known) = LowbitFormat.of_kind(kind), KINDS[name]
     shapes: Shapes = {math.first: (2 * F if math.gated else F, D), "down_proj": (D, F)}
     if math.bias:
         shapes |= {f"{math.first}_bias": (2 * F,), "down_proj_bias": (D,)}
-    made = any_layer_of(fmt, math, shapes)
+    made = any_layer_of(kind, math, shapes)
     assert isinstance(made, ExpertLayer) is known
     records, views = random_records(shapes, fmt, 2, E)
     x_TD, expert_TK = accesses(5, 3)

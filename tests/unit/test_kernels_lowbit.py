@@ -77,7 +77,7 @@ def test_dequantise_is_the_formula(bits: int, K: int) -> None:
 
 
 def test_formats_that_do_not_exist() -> None:
-    with pytest.raises(AssertionError, match="bits is 5, must be 2, 3, 4 or 8"):
+    with pytest.raises(AssertionError, match=r"bits=5, down=0\), must be 2, 3, 4 or 8"):
         LowbitFormat(bits=5)
 
 

@@ -87,10 +87,10 @@ def check(
 
 
 @pytest.mark.parametrize("outputs", [1, 256])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_packed_records(bits: int, outputs: int) -> None:
-    fmt, math = LowbitFormat(bits=bits), MATHS["silu"]
-    memory, views = random_records(shapes_of(math), fmt, bits, 3)
+@pytest.mark.parametrize("kind", ["lowbit2", "lowbit3", "lowbit4", "lowbit8", "lowbit24"])
+def test_packed_records(kind: str, outputs: int) -> None:
+    fmt, math = LowbitFormat.of_kind(kind), MATHS["silu"]
+    memory, views = random_records(shapes_of(math), fmt, fmt.bits, 3)
     layout, nbytes = record_tensors(shapes_of(math), fmt)
     layer = TritonExperts(layout=layout, fmt=fmt, math=math, outputs=outputs)
     x_TD, expert_TK = rows(2)

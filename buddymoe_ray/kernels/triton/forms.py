@@ -87,7 +87,7 @@ class Form:
             K=matrix.K,
             weights="",
             transposed=False,
-            bits=fmt.bits,
+            bits=fmt.of(name).bits,
             codes=matrix.codes,
             scales=matrix.scales,
             base=matrix.base,
