@@ -5,9 +5,10 @@ longer than three times what the slowest take alone. Several passes take turns, 
 long one's end. What takes no longer than that is not worth setting aside. Times are measured; no bit depends on them.
 
 With turns that cost nothing a prompt takes M / (M - 1) times as long as alone where tokens take M times: 1.5 at 3. They
-cost something, as caches are cold after each: a decode step of OLMoE (int4, 4 and 8 layers) takes 1.12 and 1.07 times
-as long, pieces of prompts 1.06 and 1.02 times (1.1 in 16 rows, which read the dense weights two or three times as
-often), of builtin:tiny 1.9 and 1.2.
+cost something, as caches are cold after each: of OLMoE (int4, 4 layers, by the thread's own time, neighbours at work) a
+decode step takes 1.03 to 1.08 times as long, a prompt's pieces 1.03 to 1.06 times; builtin:tiny 1.9 and 1.2. And only
+the slowest gaps count, so slices must be alike: of a hundred the fifth longest takes 1.06 times what it should, where
+forwards that were begun if half of them fitted made it 1.16.
 
 What did not help (1,024 and 512 tokens beside one stream, 4 layers of OLMoE int4): to end a slice where the next expert
 has yet to arrive, so that decode runs meanwhile: wave slots are few, the disk idles, and the prompt takes 1.9 to 2.2
@@ -29,11 +30,12 @@ from buddymoe_ray.observe import smoothed
 
 __all__ = ["PrefillBeside"]
 
-_SHARE, _ALONE_SECONDS, _LEAST_SECONDS, _SMOOTHING = 1.9, 0.1, 2e-3, 0.2
+_SHARE, _ALONE_SECONDS, _LEAST_SECONDS, _SMOOTHING = 2.0, 0.1, 2e-3, 0.2
 _RECENT, _SLOW = 32, 0.9
 """A decode is slow if it takes longer than so many of the latest."""
-_ROWS_BESIDE, _ROWS_ALONE = 16, 128
-"""Of a forward: as few as need be for half a slice to be a layer's without experts; as many where nobody decodes."""
+_ROWS_BESIDE, _ROWS_ALONE, _PART = 16, 128, 1.5
+"""Of a forward: as many as compute a layer without experts, about half of the whole, in most of a slice; more where
+nobody decodes."""
 _AT_ONCE = 128
 """So many tokens are computed at once before it is known how long they take."""
 
@@ -110,7 +112,7 @@ class PrefillBeside:
     def _rows(self, decodes: bool) -> int:
         if not decodes or self._parts is None or not self._token_seconds:
             return _ROWS_ALONE
-        rows = int(self._slice(decodes) * self._parts.layers / self._token_seconds)
+        rows = int(_PART * self._slice(decodes) * self._parts.layers / self._token_seconds)
         return min(_ROWS_ALONE, max(_ROWS_BESIDE, (rows + 8) // 16 * 16))
 
     def _slice(self, decodes: bool) -> float:

@@ -5,7 +5,7 @@ Legend: T rows, D hidden, K experts per token, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +18,7 @@ from buddymoe_ray.engine.attention import ChunkRows, PackedPass
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.moe import MoEBlock
 
-__all__ = ["Member", "Piece", "cut_pieces", "wanted_rows"]
+__all__ = ["Member", "Piece", "cut_pieces"]
 
 
 @dataclass(eq=False)
@@ -55,8 +55,9 @@ class Share:
 
 @dataclass(eq=False)
 class Piece:
-    """Rows of one forward, one member's share after the other's, and what it waits for."""
+    """Rows of one forward, one member's share after the other's, and what it waits for; `first` of the pass's rows."""
 
+    first: int
     shares: list[Share]
     packed: PackedPass
     ids: list[int]
@@ -77,6 +78,7 @@ class Piece:
 
 def cut_pieces(members: Iterable[Member], rows: int, block_size: int, device: torch.device) -> Iterator[Piece]:
     """Forwards of at most so many rows: parts of long prompts, and short ones side by side."""
+    first = 0
     for shares in _together(map(_whole, members), rows):
         spans, ids, positions, wanted = [], list[int](), list[int](), list[int]()
         for share in shares:
@@ -86,17 +88,8 @@ def cut_pieces(members: Iterable[Member], rows: int, block_size: int, device: to
             ids += share.member.chunk.seq.token_ids(share.start, share.end)
             positions += range(share.start, share.end)
         packed = PackedPass(spans, decode=False, block_size=block_size, device=device)
-        yield Piece(shares=shares, packed=packed, ids=ids, positions=positions, wanted=wanted)
-
-
-def wanted_rows(pieces: Sequence[Piece]) -> npt.NDArray[np.bool_]:
-    """Which rows of all pieces have logits that are wanted."""
-    wanted_T = np.zeros(sum(len(piece.ids) for piece in pieces), dtype=bool)
-    first = 0
-    for piece in pieces:
-        wanted_T[[first + row for row in piece.wanted]] = True
-        first += len(piece.ids)
-    return wanted_T
+        yield Piece(first=first, shares=shares, packed=packed, ids=ids, positions=positions, wanted=wanted)
+        first += len(ids)
 
 
 def _whole(member: Member) -> Share:

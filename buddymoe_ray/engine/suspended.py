@@ -2,9 +2,10 @@
 
 Some rows, of a long prompt or of several short ones, are a forward of the model in a greenlet of its own, suspended
 where a MoE layer would run its experts. Once all are there, the layer's experts run over the rows of all, each of them
-read once, some at a time; then the forwards go on to the next layer. What is set aside holds no lease and no lock, only
-its rows, so that other passes may run meanwhile: their context is put back before each piece. Rows do not see each
-other, so cutting changes no bit. Does not know the scheduler; one thread.
+read once, some at a time; then the forwards go on to the next layer. Before, resident experts fill what is left of a
+slice, where the next forward does not fit. What is set aside holds no lease and no lock, only its rows, so that other
+passes may run meanwhile: their context is put back before each piece. Rows do not see each other, so cutting changes no
+bit. Does not know the scheduler; one thread.
 
 Legend: T rows, D hidden, K experts per token, V vocabulary.
 """
@@ -15,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from buddymoe_ray.engine.attention import PagedAttention
-from buddymoe_ray.engine.pieces import Member, Piece, cut_pieces, wanted_rows
+from buddymoe_ray.engine.pieces import Member, Piece, cut_pieces
 from buddymoe_ray.engine.plain_forward import ForwardPass
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.moe import Accesses, MoEBlock, Phase, ReadAhead, StepState
@@ -35,6 +36,8 @@ from buddymoe_ray.observe import smoothed
 __all__ = ["PassParts", "SuspendedPass"]
 
 _SMOOTHING, _FEWEST, _BETWEEN_ARRIVALS = 0.3, 64, 128
+_FILLING = 16
+"""Rows that an expert must have to run before all of its rows are there: of fewer reading takes most of the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +57,39 @@ class PassParts:
 
 @dataclass(kw_only=True)
 class _Layer:
-    """A MoE layer in progress: rows of all pieces, the accesses that are left, by expert, which experts were resident
-    before any was read for it and, once that was guessed, what the next layer will want."""
+    """A MoE layer in progress, with room for the rows of all pieces: those that have come to it, the accesses that are
+    left, by expert, which experts were resident before any was read for it and, once that was guessed, what the next
+    layer will want. `ids_TK` is -1 where nothing is wanted or nothing came; rows before `sorted` are in `rest`."""
 
     block: MoEBlock
-    pieces: list[Piece]
     hidden_TD: Tensor
     ids_TK: npt.NDArray[np.int64]
     y_ND: Tensor
-    rest: dict[int, npt.NDArray[np.int64]]
     resident_E: npt.NDArray[np.bool_]
+    pieces: list[Piece] = field(default_factory=list)
+    rest: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
+    end: int = 0
+    sorted: int = 0
     coming: list[int] | None = None
+
+    def join(self, piece: Piece, *, all_rows: bool) -> None:
+        """Take in a piece that comes behind the others."""
+        assert piece.block is self.block, "pieces are at one layer"
+        assert piece.hidden_TD is not None and piece.ids_TK is not None
+        K, end = self.ids_TK.shape[1], piece.first + len(piece.ids)
+        self.hidden_TD[piece.first : end] = piece.hidden_TD
+        rows = slice(None) if all_rows else piece.wanted
+        self.ids_TK[piece.first : end][rows] = piece.ids_TK[rows]
+        piece.hidden_TD, piece.ids_TK, piece.y_ND = None, None, self.y_ND[piece.first * K : end * K]
+        self.pieces.append(piece)
+        self.end = end
+
+    def sort(self) -> None:
+        """By expert, what came since."""
+        first, self.sorted = self.sorted, self.end
+        for expert, (rows_R, _) in Accesses(self.ids_TK[first : self.end], torch.device("cpu")).rows.items():
+            rows = rows_R.numpy() + first * self.ids_TK.shape[1]
+            self.rest[expert] = np.concatenate([self.rest[expert], rows]) if expert in self.rest else rows
 
 
 class SuspendedPass:
@@ -74,11 +99,12 @@ class SuspendedPass:
         self._parts = parts
         self._members = [Member(chunk, chunk.seq.blocks) for chunk in chunks]
         self._ready = deque(cut_pieces(self._members, rows, parts.block_size, parts.device))
-        self._waiting: list[Piece] = []
+        self._rows = sum(len(piece.ids) for piece in self._ready)
+        self._y_ND: Tensor | None = None  # of all layers, one after the other
         self._layer: _Layer | None = None
         self._resident_E: npt.NDArray[np.bool_] | None = None  # of the next layer, before any was read for it
         self._current: Piece | None = None
-        self._access_seconds = self._piece_seconds = 0.0  # of an access, of a forward's piece
+        self._access_seconds = self._filled_seconds = self._row_seconds = 0.0  # of an access, of a row of a forward
         self.seconds = 0.0
         for member in self._members:
             member.chunk.seq.computing = member.chunk.end - member.chunk.start
@@ -86,7 +112,7 @@ class SuspendedPass:
     @property
     def done(self) -> bool:
         """Whether nothing is left to compute."""
-        return not (self._ready or self._waiting or self._layer)
+        return not (self._ready or self._layer)
 
     @property
     def rows(self) -> int:
@@ -98,15 +124,9 @@ class SuspendedPass:
         forward raises: the pass is to be closed then."""
         began = now = time.perf_counter()
         with torch.inference_mode():
-            while not self.done and (now == began or now + self._next_seconds / 2 < until):
-                self._one(until - now)
+            while not self.done and self._one(until - now, must=now == began):
                 now = time.perf_counter()
-        self.seconds += now - began
-
-    @property
-    def _next_seconds(self) -> float:
-        """What the next piece takes, at least."""
-        return self._piece_seconds if self._layer is None else _FEWEST * self._access_seconds
+        self.seconds += time.perf_counter() - began
 
     def leave(self) -> None:
         """Let go of prompts that ended, or whose blocks were taken from them, since."""
@@ -134,16 +154,24 @@ class SuspendedPass:
         self._layer = None
         return [member.chunk for member in left]
 
-    def _one(self, seconds: float) -> None:
-        """The next piece; of experts as many as that time allows."""
-        if self._layer is not None:
-            self._run_experts(self._layer, seconds)
-        elif self._ready:
-            began = time.perf_counter()
-            self._resume(self._ready.popleft())
-            self._piece_seconds = smoothed(self._piece_seconds, time.perf_counter() - began, _SMOOTHING)
-        else:
-            self._layer = self._gathered()
+    def _one(self, seconds: float, *, must: bool) -> bool:
+        """Compute the next forward if it takes no longer, or else experts; False where neither fits, unless it must."""
+        layer = self._layer
+        if not self._ready:
+            assert layer is not None, "the pass is done"
+            if not must and seconds < _FEWEST * self._access_seconds:
+                return False
+            self._run_experts(layer, seconds)
+            return True
+        if self._row_seconds * len(self._ready[0].ids) > seconds:
+            if layer is not None and self._fill(layer, seconds):
+                return True
+            if not must:
+                return False
+        piece, began = self._ready.popleft(), time.perf_counter()
+        self._resume(piece)
+        self._row_seconds = smoothed(self._row_seconds, (time.perf_counter() - began) / len(piece.ids), _SMOOTHING)
+        return True
 
     def _resume(self, piece: Piece) -> None:
         """Let a forward go on to its next MoE layer, or to its end."""
@@ -159,7 +187,7 @@ class SuspendedPass:
             found = piece.thread.switch(send)
         assert step.suspend is None and paged.current is None
         if not piece.thread.dead:
-            self._waiting.append(piece)
+            self._join(piece)
         elif piece.wanted:
             for share, logits_nV in zip(piece.shares, found.split([len(s.wanted) for s in piece.shares]), strict=True):
                 share.member.logits_nV.append(logits_nV)
@@ -190,33 +218,26 @@ class SuspendedPass:
             answer: Tensor = piece.thread.parent.switch()
         return answer
 
-    def _gathered(self) -> _Layer | None:
-        """The layer that all pieces wait for, without those of which nothing more is needed; None if that is all."""
-        block = self._waiting[0].block
-        assert block is not None and all(piece.block is block for piece in self._waiting), "pieces are at one layer"
-        if block is self._parts.last:
-            for piece in [piece for piece in self._waiting if not piece.wanted]:
-                self._waiting.remove(piece)
-                _end(piece)
-        if not self._waiting:
-            return None
-        pieces, self._waiting = self._waiting, []
-        before_E, self._resident_E = self._resident_E, None
-        hidden_TD = torch.cat([piece.hidden_TD for piece in pieces if piece.hidden_TD is not None])
-        ids_TK = np.concatenate([piece.ids_TK for piece in pieces if piece.ids_TK is not None])
-        outputs = hidden_TD.new_empty
-        if block is self._parts.last:
-            ids_TK, outputs = np.where(wanted_rows(pieces)[:, None], ids_TK, -1), hidden_TD.new_zeros
-        rows = Accesses(ids_TK, hidden_TD.device).rows
-        return _Layer(
-            block=block,
-            pieces=pieces,
-            hidden_TD=hidden_TD,
-            ids_TK=ids_TK,
-            y_ND=outputs(ids_TK.size, hidden_TD.shape[1]),
-            rest={expert: rows_R.numpy() for expert, (rows_R, _) in rows.items()},
-            resident_E=block.resident_mask.copy() if before_E is None else before_E,
-        )
+    def _join(self, piece: Piece) -> None:
+        """Take a piece into the layer that it waits for; not one of which nothing more is needed."""
+        block, hidden_TD, ids_TK = piece.block, piece.hidden_TD, piece.ids_TK
+        assert block is not None and hidden_TD is not None and ids_TK is not None
+        if block is self._parts.last and not piece.wanted:
+            _end(piece)
+            return
+        if self._layer is None:
+            shape = self._rows * ids_TK.shape[1], hidden_TD.shape[1]
+            if self._y_ND is None or self._y_ND.shape != shape:
+                self._y_ND = hidden_TD.new_zeros(shape)
+            before_E, self._resident_E = self._resident_E, None
+            self._layer = _Layer(
+                block=block,
+                hidden_TD=hidden_TD.new_zeros(self._rows, shape[1]),
+                ids_TK=np.full((self._rows, ids_TK.shape[1]), -1),
+                y_ND=self._y_ND,
+                resident_E=block.resident_mask.copy() if before_E is None else before_E,
+            )
+        self._layer.join(piece, all_rows=block is not self._parts.last)
 
     def _next_experts(self, layer: _Layer) -> tuple[list[int], int]:
         """Experts of the layer that are to run next, and over how many accesses at most.
@@ -247,17 +268,34 @@ class SuspendedPass:
         last = self._parts.last
         if last is None or layer.block.layer + 1 < last.layer:
             return layer.hidden_TD
-        return layer.hidden_TD[torch.from_numpy(wanted_rows(layer.pieces)).to(layer.hidden_TD.device)]
+        return layer.hidden_TD[[piece.first + row for piece in layer.pieces for row in piece.wanted]]
+
+    def _fill(self, layer: _Layer, seconds: float) -> bool:
+        """Run experts that were resident all along, over rows that are there already; False if that is not worth it."""
+        if seconds < _FEWEST * self._filled_seconds:
+            return False
+        layer.sort()
+        resident_E = layer.resident_E & layer.block.resident_mask
+        there = {e: len(rows_R) for e, rows_R in layer.rest.items() if resident_E[e] and len(rows_R) >= _FILLING}
+        if there:
+            experts, most = sorted(there, key=lambda expert: -there[expert]), sum(there.values())
+            self._filled_seconds = self._run(layer, experts, most, seconds, self._filled_seconds)
+        return bool(there)
 
     def _run_experts(self, layer: _Layer, seconds: float) -> None:
-        """Some of the layer's accesses; of an expert with many rows as many as the time allows."""
-        if not layer.rest:
+        """Some of the accesses of a layer that all pieces have come to."""
+        layer.sort()
+        if layer.rest:
+            self._access_seconds = self._run(layer, *self._next_experts(layer), seconds, self._access_seconds)
+        else:
             self._answer(layer)
-            return
+
+    def _run(self, layer: _Layer, experts: list[int], most: int, seconds: float, each: float) -> float:
+        """At most so many accesses of these experts, as many as the time allows; the seconds that each takes, before
+        and after."""
         expert_N = np.full(layer.ids_TK.size, -1)
         fewest = min(_FEWEST, max(map(len, layer.rest.values())))
-        left = max(fewest, int(seconds / self._access_seconds)) if self._access_seconds else fewest
-        experts, most = self._next_experts(layer)
+        left = max(fewest, int(seconds / each)) if each else fewest
         left = count = min(left, most)
         for expert in experts:
             rows_R = layer.rest.pop(expert)
@@ -272,41 +310,38 @@ class SuspendedPass:
         accesses = Accesses(expert_N.reshape(layer.ids_TK.shape), layer.hidden_TD.device)
         layer.block.run(layer.hidden_TD, accesses, accesses.experts, layer.y_ND)
         taken = (time.perf_counter() - began) / (count - max(0, left))
-        self._access_seconds = smoothed(self._access_seconds, taken, _SMOOTHING)
         if step.failed:
             self._lose(layer, step.failed)
+        return smoothed(each, taken, _SMOOTHING)
 
     def _lose(self, layer: _Layer, failed: dict[int, str]) -> None:
         """Rows whose expert could not be had end their prompts."""
-        owners = [share.member for piece in layer.pieces for share in piece.shares for _ in range(share.count)]
-        for row, reason in failed.items():
-            if not owners[row].gone:
-                owners[row].lost = reason
-                self._drop(owners[row])
+        for piece in layer.pieces:
+            row = piece.first
+            for share in piece.shares:
+                reasons = [failed[at] for at in range(row, row + share.count) if at in failed]
+                row += share.count
+                if reasons and not share.member.gone:
+                    share.member.lost = reasons[0]
+                    self._drop(share.member)
 
     def _answer(self, layer: _Layer) -> None:
         """Let every piece go on with its rows' outputs."""
-        self._layer, at = None, 0
-        for piece in layer.pieces:
-            assert piece.ids_TK is not None
-            piece.y_ND = layer.y_ND[at : at + piece.ids_TK.size]
-            at += piece.ids_TK.size
-            if not piece.gone:
-                self._ready.append(piece)
+        self._layer = None
+        self._ready.extend(piece for piece in layer.pieces if not piece.gone)
 
     def _drop(self, member: Member) -> None:
         """Let go of a prompt, and of those in its forward, which would write where its blocks were: they begin anew."""
         if member.gone:
             return
         member.gone = True
-        for piece in [*self._ready, *self._waiting, *(self._layer.pieces if self._layer else ())]:
+        for piece in [*self._ready, *(self._layer.pieces if self._layer else ())]:
             if piece.gone:
                 _end(piece)
                 for other in (share.member for share in piece.shares if not share.member.gone):
                     other.chunk.seq.computing, other.blocks = 0, []  # another pass may have it
                     self._drop(other)
         self._ready = deque(piece for piece in self._ready if not piece.gone)
-        self._waiting = [piece for piece in self._waiting if not piece.gone]
 
 
 @contextmanager

@@ -185,6 +185,29 @@ def test_an_expert_that_cannot_be_read_ends_who_needs_it(engine: Engine, monkeyp
     assert alone(engine, PROMPTS[2])
 
 
+def test_what_runs_before_all_rows_of_a_layer_are_there_changes_no_bit(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no forward fits into what is left of a slice, experts that are resident fill it."""
+    expected = alone(engine, PROMPTS[0])
+    one, fill, filled = SuspendedPass._one, SuspendedPass._fill, list[int]()
+
+    def late(self: SuspendedPass, seconds: float, *, must: bool) -> bool:
+        self._row_seconds = 1e9
+        return one(self, 1.0, must=True)
+
+    def noted(self: SuspendedPass, layer: Any, seconds: float) -> bool:
+        found = fill(self, layer, seconds)
+        filled.extend([len(layer.pieces)] * found)
+        return found
+
+    monkeypatch.setattr("buddymoe_ray.engine.suspended._FILLING", 2)
+    monkeypatch.setattr(SuspendedPass, "_one", late)
+    monkeypatch.setattr(SuspendedPass, "_fill", noted)
+    assert alone(engine, PROMPTS[0]) == expected
+    assert len({*filled}) > 3, "the first pieces' rows did not run while others were on their way"
+
+
 def test_a_forward_that_fails_costs_its_prompt_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     other = alone(engine, PROMPTS[2])
     forward = torch.nn.Embedding.forward
@@ -367,7 +390,7 @@ def test_short_prompts_share_a_forward_and_whoever_leaves_it_costs_the_others_ti
 ) -> None:
     expected, events = three_short(engine, monkeypatch)
     [each] = passes(engine)
-    assert len([*each._ready, *each._waiting, *(each._layer.pieces if each._layer else ())]) == 2
+    assert len([*each._ready, *(each._layer.pieces if each._layer else ())]) == 2
     for _ in range(after):
         events += engine.step()
     engine.cancel("gone")
@@ -382,13 +405,13 @@ def test_the_last_layer_runs_experts_of_rows_alone_whose_logits_are_wanted(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = dict[int, int]()
-    run = SuspendedPass._run_experts
+    run = SuspendedPass._run
 
-    def noted(self: SuspendedPass, layer: Any, seconds: float) -> None:
+    def noted(self: SuspendedPass, layer: Any, *more: Any) -> float:
         ran.setdefault(layer.block.layer, sum(map(len, layer.rest.values())))
-        run(self, layer, seconds)
+        return run(self, layer, *more)
 
-    monkeypatch.setattr(SuspendedPass, "_run_experts", noted)
+    monkeypatch.setattr(SuspendedPass, "_run", noted)
     engine.add(request("0", PROMPTS[0], 1))
     engine.drain()
     top_k = ran[0] // len(PROMPTS[0])
