@@ -23,7 +23,6 @@ __all__ = [
     "peak_rss_bytes",
     "process_read_bytes",
     "progress",
-    "shared_memory_bytes",
     "smoothed",
 ]
 
@@ -199,23 +198,6 @@ def process_read_bytes() -> int | None:
             return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
     except (OSError, StopIteration):
         return None
-
-
-def shared_memory_bytes(pid: int, name: str) -> tuple[int, int]:
-    """Of a process's shared-memory files whose name holds `name`: the bytes charged to it (PSS: a page that n processes
-    map counts 1/n) and the bytes mapped."""
-    charged = mapped = 0
-    inside = False
-    with open(f"/proc/{pid}/smaps") as lines:
-        for line in lines:
-            first = line.split(maxsplit=1)[0]
-            if "-" in first:
-                inside = "/dev/shm/" in line and name in line
-            elif inside and first in ("Pss:", "Size:"):
-                count = int(line.split()[1]) * 1024
-                charged += count if first == "Pss:" else 0
-                mapped += count if first == "Size:" else 0
-    return charged, mapped
 
 
 def _status_field(name: str) -> int:

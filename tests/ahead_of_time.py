@@ -52,7 +52,8 @@ CODED = [
     CodeFormat(codes="gptq", block=(1, 128), scale="float16", zeros=True),
     CodeFormat(codes="awq", block=(1, 128), scale="float16", zeros=True),
 ]
-EVERYWHERE = ("4 bit", "bfloat16", "fp8/128x128", "mxfp4")
+ELSEWHERE = {80: ("4 bit", "fp8/128x128"), 100: ("bfloat16", "mxfp4"), 120: ("4 bit", "mxfp4")}
+"""What is compiled for others than 90, which has all: .5 s each."""
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -141,7 +142,7 @@ def main() -> None:
     for capability in (80, 90, 100, 120):
         driver.set_active(NoGpu(capability))  # type: ignore[arg-type]
         for name, layer in layers():
-            if capability == 90 or name in EVERYWHERE:
+            if name in ELSEWHERE.get(capability, (name,)):
                 layer(x_TD, records if name.endswith("bit") else None, at_E, expert_TK, out_ND)
                 for part, kernel in zip(("first", "activate", "down"), compiled, strict=True):
                     say(name, part, capability, kernel)

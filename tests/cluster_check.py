@@ -33,13 +33,29 @@ from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.sampler import Sampled
 from buddymoe_ray.engine.sequence import Sequence
-from buddymoe_ray.observe import shared_memory_bytes
 from buddymoe_ray.residency.sharing import Sharing, StoreSpec
 from buddymoe_ray.types import GenerationRequest, SamplingParams
 
 __all__ = ["main"]
 
 _PROMPT = (1, 2, 3, 4)
+
+
+def shared_memory_bytes(pid: int, name: str) -> tuple[int, int]:
+    """Of a process's shared-memory files whose name holds `name`: the bytes charged to it (PSS: a page that n processes
+    map counts 1/n) and the bytes mapped."""
+    charged = mapped = 0
+    inside = False
+    with open(f"/proc/{pid}/smaps") as lines:
+        for line in lines:
+            first = line.split(maxsplit=1)[0]
+            if "-" in first:
+                inside = "/dev/shm/" in line and name in line
+            elif inside and first in ("Pss:", "Size:"):
+                count = int(line.split()[1]) * 1024
+                charged += count if first == "Pss:" else 0
+                mapped += count if first == "Size:" else 0
+    return charged, mapped
 
 
 class _Forced:

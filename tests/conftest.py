@@ -18,7 +18,11 @@ from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadFileScheduling
 
 OWN_RAY = "tests/ray/test_cluster_up.py"  # `ray up` starts one on fixed ports: before the others' is there
-LONGEST = ("exactness", "calibrate_run", "commands", "standin_engine")
+LONGEST = (
+    *("triton_engine", "triton_ahead_of_time", "self_calibration", "family_switches", "recorded_decode", "quantised"),
+    *("states", "exactness", "row_bits", "batch", "kernels_triton", "standin_engine", "calibrate_run", "commands"),
+    *("shared_stress", "kernels_memory", "moe_on_device", "kernels_cache"),
+)
 FIRST = ("ray", *(f"tests/unit/test_{name}.py" for name in LONGEST))
 
 gc.disable()  # until all is imported

@@ -91,7 +91,6 @@ class Placement:
         self._map: PlacementMap | None = None
         self._began: float | None = None
         self._solved = -np.inf
-        self.solve_seconds = 0.0
 
     def report(self, report: NodeReport) -> Directive:
         """Take a node's window; returns what it is to do under the newest map."""
@@ -137,7 +136,6 @@ class Placement:
         nodes = list(self._nodes.values())
         shape = nodes[0].report.experts_per_layer
         nodes = [node for node in nodes if node.report.experts_per_layer == shape]
-        began = time.perf_counter()
         problem = self._problem(nodes)
         previous = self._known(nodes, problem)
         if not problem.total_N.any() or (young and previous.epoch > 0):
@@ -147,7 +145,6 @@ class Placement:
         if found.epoch > previous.epoch:
             log.info("map %d moves %.1f MB", found.epoch, found.load_bytes / 1e6)
         self._map = found
-        self.solve_seconds = time.perf_counter() - began
 
     def _problem(self, nodes: list[_Node]) -> PlacementProblem:
         options, first = self._options, nodes[0].report

@@ -174,10 +174,9 @@ def _forms(messages: Sequence[Message]) -> Iterator[dict[str, str]]:
 def _shaped(message: Message, forms: Mapping[str, str]) -> Message:
     content, form = message.get("content"), forms.get(message["role"])
     if "tool_calls" in message and forms["arguments"] == "text":
-        calls = [
-            {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
-            for call in message["tool_calls"]
-        ]
+        functions = [call["function"] for call in message["tool_calls"]]
+        written = [{**made, "arguments": json.dumps(made["arguments"], ensure_ascii=False)} for made in functions]
+        calls = [{**call, "function": made} for call, made in zip(message["tool_calls"], written, strict=True)]
         message = {**message, "tool_calls": calls}
     if content is None and "tool_calls" in message:  # some templates join it to other text, some look for none
         return message if form is None else {**message, "content": ""}

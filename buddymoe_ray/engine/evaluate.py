@@ -28,7 +28,7 @@ from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent
 
-__all__ = ["PREFILLED", "WINDOW", "EvalResult", "Totals", "cut_windows", "evaluate", "evaluate_many"]
+__all__ = ["PREFILLED", "WINDOW", "EvalResult", "Totals", "cut_windows", "evaluate_many"]
 
 WINDOW = 256
 PREFILLED = 64
@@ -71,20 +71,6 @@ def cut_windows(ids: Sequence[int], *, tokens: int | None) -> list[tuple[int, ..
     if count < 1:
         raise ConfigError(f"corpus is {len(ids)} tokens, must be at least {WINDOW}. hint: give more text")
     return [tuple(ids[at * WINDOW : (at + 1) * WINDOW]) for at in range(count)]
-
-
-def evaluate(
-    config: EngineConfig,
-    windows: Sequence[tuple[int, ...]],
-    *,
-    batch: int = 32,
-    progress: Callable[..., Iterable[int]] = lambda items, **_: items,
-) -> EvalResult:
-    """Run `windows` through an engine of `config` and through the fully resident exact engine."""
-    result = evaluate_many([config], windows, batch=batch, progress=progress)[0]
-    if isinstance(result, BudgetError):
-        raise result
-    return result
 
 
 def evaluate_many(

@@ -9,7 +9,7 @@ from buddymoe_ray.policy.buddymoe import BuddyMoE, BuddyParams, buddy_lists, nor
 from buddymoe_ray.policy.calibration import Measured, Trust, may_replay
 from buddymoe_ray.policy.guard import Guard, GuardView
 from buddymoe_ray.policy.ladder import Ladder
-from buddymoe_ray.policy.ledger import Ledger, Pricer, price_for
+from buddymoe_ray.policy.ledger import Ledger, Pricer
 from buddymoe_ray.policy.memory import (
     MIN_SLOTS,
     Prefill,
@@ -89,7 +89,6 @@ __all__ = [
     "recording_bytes",
     "prefix_blocks",
     "previous_held",
-    "price_for",
     "publish",
     "option_accesses",
     "shard_segments",

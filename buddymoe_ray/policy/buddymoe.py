@@ -4,9 +4,10 @@ Offline: buddy lists from co-activation, q(j|i) = M(i,j) / sum_j' M(i,j'), the s
 whose sum reaches alpha (CFT), at most k_max. Online, in this order: TAE (the entropy of the renormalised top-k over
 ln k) must be above tau, the margin p1 - p2 below gamma, the share of missing experts of the step and layer below
 beta; then at most rho slots per token take the unused resident candidate of largest
-    psi = q(j|i) (1 + eta z_j(x)) (1 - kappa hop(j))
-among the first H, with z the router's score of j for this token as a share of its largest. The substitute keeps the
-slot's weight; a slot that is forbidden or finds no buddy is fetched. `resolve_reference` is the same in plain loops.
+    psi = q(j|i) (1 + eta z_j(x))
+among the first H, with z the router's score of j for this token as a share of its largest; the paper's factor for hops
+to other devices is 1: candidates are on this one. The substitute keeps the slot's weight; a slot that is forbidden or
+finds no buddy is fetched. `resolve_reference` is the same in plain loops.
 
 Pure; knows no bytes. Legend: T rows, K slots, E experts, H candidates, L layers.
 """
@@ -41,7 +42,6 @@ class BuddyParams:
     gamma: float = 2.0
     beta: float = 1.1
     eta: float = 0.5
-    kappa: float = 0.0
     rho: int = 3
     search: int = 16
 
@@ -84,7 +84,6 @@ class BuddyMoE:
         candidates_LEH, q_LEH: buddy lists and their q.
         tau_L: TAE at or below which a token of the layer is not touched.
         params: the other knobs.
-        hop_E: 0 where an expert is on this device, else the hops to it; None is all 0.
         loss_LEE: expected loss of an access per squared slot weight, when column j answers for row i. The paper knows
         none: without
             it nothing is charged, and `bounded` rows, which pay for what they take, are not touched.
@@ -97,12 +96,11 @@ class BuddyMoE:
         q_LEH: Floats,
         tau_L: Floats,
         params: BuddyParams,
-        hop_E: Ints | None = None,
         loss_LEE: Floats | None = None,
     ) -> None:
         self.params, self._loss_LEE = params, loss_LEE
         self._candidates_LEH, self._q_LEH = candidates_LEH[..., : params.search], q_LEH[..., : params.search]
-        self._tau_L, self._hop_E = tau_L, hop_E
+        self._tau_L = tau_L
 
     def resolve(self, misses: Misses) -> Resolution:
         """The paper's gates, then its buddies; a `bounded` row also keeps to its price and allowance."""
@@ -160,8 +158,6 @@ class BuddyMoE:
             share_TE = misses.score_TE / np.maximum(misses.score_TE.max(axis=1, keepdims=True), _LEAST)
             z_TKH = share_TE[np.arange(len(share_TE))[:, None, None], candidates_TKH]  # where there is none, any
             psi_TKH = psi_TKH * (1 + self.params.eta * z_TKH)
-        if self._hop_E is not None:
-            psi_TKH = psi_TKH * (1 - self.params.kappa * self._hop_E[candidates_TKH])
         return psi_TKH
 
 
@@ -218,8 +214,6 @@ def _best_reference(policy: BuddyMoE, misses: Misses, t: int, expert: int, used:
         psi = q
         if misses.score_TE is not None:
             psi *= 1 + policy.params.eta * float(misses.score_TE[t, j]) / float(misses.score_TE[t].max())
-        if policy._hop_E is not None:
-            psi *= 1 - policy.params.kappa * float(policy._hop_E[j])
         if psi > best_psi:
             best, best_psi = j, psi
     return best

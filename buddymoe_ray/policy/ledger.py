@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Ledger", "Pricer", "price_for"]
+__all__ = ["Ledger", "Pricer"]
 
 _SAFETY = 0.9
 _PATIENCE = 2.0
@@ -75,8 +75,3 @@ class Pricer:
         # equal expected losses are taken together or not at all
         first = int(np.searchsorted(self._losses, self._losses[within], side="left"))
         return float(self._losses[first - 1]) if first else 0.0
-
-
-def price_for(budget: float, loss_TN: npt.NDArray[np.floating]) -> float:
-    """`Pricer(loss_TN)(budget)`, for a single price."""
-    return Pricer(loss_TN)(budget)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 __all__ = ["Split", "choose", "split_movable"]
 
 FULL = 0
-"""The option that `least_full_L` counts."""
+"""The option that is no stand-in."""
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -46,29 +46,20 @@ def choose(
     loss_of: npt.NDArray[np.floating],
     budget_bytes: int,
     experts_per_layer: Sequence[int],
-    allowed_of: Bools | None = None,
-    least_full_L: Sequence[int] | None = None,
 ) -> Split:
     """Options of least total expected loss within the budget.
 
     Args:
         bytes_of: `[O]` bytes of each option, or `[O, L, E]` where they differ by expert.
         loss_of: `[O, L, E]` expected loss (nats per token) of each option for each expert.
-        budget_bytes: the hard limit; at least the cheapest allowed option for every expert.
+        budget_bytes: the hard limit; at least the cheapest option for every expert.
         experts_per_layer: E of each layer; entries beyond are ignored.
-        allowed_of: `[O, L, E]` which options an expert may take; None is all. One option alone is forced.
-        least_full_L: experts of each layer that must get option 0 at least; None is none.
     """
     _, L, E = loss_of.shape
     real_LE = np.arange(E) < np.asarray(experts_per_layer)[:, None]
     bytes_OLE = np.broadcast_to(bytes_of if bytes_of.ndim == 3 else bytes_of[:, None, None], loss_of.shape)
-    allowed_ON = (np.ones(loss_of.shape, bool) if allowed_of is None else allowed_of)[:, real_LE]
     options = _Options(bytes_ON=bytes_OLE[:, real_LE].astype(np.int64), loss_ON=loss_of[:, real_LE].astype(np.float64))
-    layer_N = np.nonzero(real_LE)[0]
-    kind_N = options.solve(allowed_ON, budget_bytes)
-    least_L = np.zeros(L, np.int64) if least_full_L is None else np.asarray(least_full_L)
-    if (np.bincount(layer_N[kind_N == FULL], minlength=L) < least_L).any():
-        kind_N = options.solve(options.with_full(allowed_ON, layer_N, least_L), budget_bytes)
+    kind_N = options.solve(budget_bytes)
     kind_LE = np.full((L, E), -1, dtype=np.int64)
     kind_LE[real_LE] = kind_N
     nbytes, loss = options.of(kind_N)
@@ -125,14 +116,13 @@ class _Options:
         each_N = np.arange(len(kind_N))
         return self.bytes_ON[kind_N, each_N], self.loss_ON[kind_N, each_N]
 
-    def solve(self, allowed_ON: Bools, budget: int) -> Ints:
+    def solve(self, budget: int) -> Ints:
         """The option of each expert."""
-        assert allowed_ON.any(axis=0).all(), "allowed_of leaves an expert without option"
-        kind_N = self._cheapest(allowed_ON)
+        kind_N = self._cheapest()
         least = int(self.of(kind_N)[0].sum())
         assert least <= budget, f"budget is {budget} bytes, must be at least {least}"
         left = budget - least
-        expert_S, to_S, cost_S = self._steps(allowed_ON, kind_N)
+        expert_S, to_S, cost_S = self._steps(kind_N)
         closed: set[int] = set()
         for n, option, cost in zip(expert_S.tolist(), to_S.tolist(), cost_S.tolist(), strict=True):
             if n in closed:
@@ -141,29 +131,16 @@ class _Options:
                 closed.add(n)  # the expert goes no further; a cheaper step of another may still fit
                 continue
             kind_N[n], left = option, left - cost
-        self._fill(allowed_ON, kind_N, left)
+        self._fill(kind_N, left)
         return kind_N
 
-    def with_full(self, allowed_ON: Bools, layer_N: Ints, least_L: Ints) -> Bools:
-        """Force option 0 on the experts of each layer that lose most without it."""
-        base_N = self._cheapest(allowed_ON)
-        saved_N = np.where(allowed_ON[FULL], self.of(base_N)[1] - self.loss_ON[FULL], -np.inf)
-        forced_ON = allowed_ON.copy()
-        for layer, least in enumerate(least_L.tolist()):
-            mine_N = np.flatnonzero((layer_N == layer) & allowed_ON[FULL])
-            assert len(mine_N) >= least, f"layer {layer} may have {len(mine_N)} full experts, must have {least}"
-            chosen = mine_N[np.argsort(-saved_N[mine_N], kind="stable")[:least]]
-            forced_ON[FULL + 1 :, chosen] = False
-        return forced_ON
-
-    def _cheapest(self, allowed_ON: Bools) -> Ints:
-        """The allowed option of fewest bytes; of several the one of least expected loss."""
-        bytes_ON = np.where(allowed_ON, self.bytes_ON, np.iinfo(np.int64).max)
-        first_ON = allowed_ON & (bytes_ON == bytes_ON.min(axis=0))
+    def _cheapest(self) -> Ints:
+        """The option of fewest bytes; of several the one of least expected loss."""
+        first_ON = self.bytes_ON == self.bytes_ON.min(axis=0)
         kind_N: Ints = np.where(first_ON, self.loss_ON, np.inf).argmin(axis=0)
         return kind_N
 
-    def _steps(self, allowed_ON: Bools, kind_N: Ints) -> tuple[Ints, Ints, Ints]:
+    def _steps(self, kind_N: Ints) -> tuple[Ints, Ints, Ints]:
         """Steps along every expert's lower convex hull, the most expected loss saved per byte first: expert, option,
         bytes.
 
@@ -171,10 +148,10 @@ class _Options:
         """
         now_N, steepest_N = kind_N.copy(), np.full(len(kind_N), np.inf)
         rounds = []
-        for _ in range(len(allowed_ON) - 1):
+        for _ in range(len(self.loss_ON) - 1):
             bytes_N, loss_N = self.of(now_N)
             cost_ON, saved_ON = self.bytes_ON - bytes_N, loss_N - self.loss_ON
-            open_ON = allowed_ON & (cost_ON > 0) & (saved_ON > 0)
+            open_ON = (cost_ON > 0) & (saved_ON > 0)
             slope_ON = np.where(open_ON, saved_ON / np.maximum(cost_ON, 1), -np.inf)
             to_N = slope_ON.argmax(axis=0)
             n = np.flatnonzero(open_ON.any(axis=0))
@@ -188,12 +165,12 @@ class _Options:
         order_S = np.argsort(-slope_S, kind="stable")  # of equal steps an earlier round's comes first
         return expert_S[order_S], to_S[order_S], cost_S[order_S]
 
-    def _fill(self, allowed_ON: Bools, kind_N: Ints, left: int) -> None:
+    def _fill(self, kind_N: Ints, left: int) -> None:
         """Spend what is left on single upgrades, on the hull or off it, the most expected loss saved first."""
         while True:
             bytes_N, loss_N = self.of(kind_N)
             cost_ON, saved_ON = self.bytes_ON - bytes_N, loss_N - self.loss_ON
-            saved_ON = np.where(allowed_ON & (cost_ON <= left), saved_ON, 0.0)
+            saved_ON = np.where(cost_ON <= left, saved_ON, 0.0)
             option, n = np.unravel_index(int(saved_ON.argmax()), saved_ON.shape)
             if saved_ON[option, n] <= 0:
                 return

@@ -192,7 +192,7 @@ class _Known:
 
 def _setup(config: EngineConfig, known: _Known, chosen: _Chosen) -> StandinSetup:
     profile, kind_of, layers = known.profile, chosen.kind_of, config.chosen_layers()
-    record_loss_LE = _loss_of_access(profile, known.losses, kind_of)
+    record_loss_LE = _loss_of_access(known.losses, kind_of)
     return StandinSetup(
         plan=chosen.plan,
         kind_of=kind_of,
@@ -312,7 +312,7 @@ def _fully_resident(layout: ExpertLayout, budget: int) -> SlotPlan:
     )
 
 
-def _loss_of_access(profile: Profile, losses: Mapping[str, Floats], kind_of: Mapping[ExpertKey, str]) -> Floats:
+def _loss_of_access(losses: Mapping[str, Floats], kind_of: Mapping[ExpertKey, str]) -> Floats:
     """Expected loss of one access per squared slot weight, of the record each expert has; that of dropping it
     elsewhere."""
     table_LE = losses["drop"].copy()

@@ -19,7 +19,7 @@ from buddymoe_ray.calibrate.expected_loss import LossOptions
 from buddymoe_ray.calibrate.pace import scored_tokens, traced_tokens
 from buddymoe_ray.calibrate.run import KINDS, CalibrationOptions, calibrate
 from buddymoe_ray.config import EngineConfig
-from buddymoe_ray.engine.evaluate import cut_windows, evaluate
+from buddymoe_ray.engine.evaluate import EvalResult, cut_windows, evaluate_many
 from buddymoe_ray.engine.llm import LLM
 from buddymoe_ray.errors import BuddyMoEError, ConfigError, ProfileError
 from buddymoe_ray.models.fingerprint import model_hash
@@ -106,7 +106,8 @@ def test_scales_make_the_prediction_meet_the_measurement(whole: tuple[Profile, P
     profile, out = whole
     held = tiny_ids()[20 * 128 :]
     config = EngineConfig(memory="37.5%", mode="fast", standin="mean", profile=str(out), guard_share=0.0)
-    result = evaluate(config, cut_windows(held, tokens=384), batch=2)
+    [result] = evaluate_many([config], cut_windows(held, tokens=384), batch=2)
+    assert isinstance(result, EvalResult)
     row = next(row for row in profile.comparison if row.standin == "mean")
     assert result.miss_rate <= row.miss_rate <= result.miss_rate + 3
     assert result.kl == pytest.approx(row.kl, rel=0.05) and result.ppl_exact > 1

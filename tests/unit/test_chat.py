@@ -232,7 +232,7 @@ def test_text_without_tokenizer_is_refused() -> None:
         encode_prompt(None, "hi")
 
 
-CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"city": "Ulm"}}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"city": "Köln"}}}
 CALLED = [
     {"role": "user", "content": "weather?"},
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
@@ -251,19 +251,19 @@ ENDED = "{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}"
             EACH
             + "{{ m['content'] or '' }}{% for c in m['tool_calls'] or [] %}{{ c['function']['arguments'] | tojson }}"
             "{% endfor %}" + ENDED,
-            'weather?assistant:{"city": "Ulm"}tool:sunny',
+            'weather?assistant:{"city": "Köln"}tool:sunny',
         ),
         # arguments joined to text as JSON, content that must not be there
         (
             EACH + "{% if m['content'] is not defined %}{% for c in m['tool_calls'] %}"
             "{{ '>' + c['function']['arguments'] }}{% endfor %}{% else %}{{ m['content'] }}{% endif %}" + ENDED,
-            'weather?assistant:>{"city": "Ulm"}tool:sunny',
+            'weather?assistant:>{"city": "Köln"}tool:sunny',
         ),
         # arguments written as they are, content that must be text
         (
             EACH + "{{ m['content'] + '' }}{% for c in m['tool_calls'] or [] %}{{ c['function']['arguments'] }}"
             "{% endfor %}" + ENDED,
-            'weather?assistant:{"city": "Ulm"}tool:sunny',
+            'weather?assistant:{"city": "Köln"}tool:sunny',
         ),
     ],
 )

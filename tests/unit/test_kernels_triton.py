@@ -148,7 +148,8 @@ def test_quantised_matrices_as_checkpoints_store_them(fmt: CodeFormat, biased: b
     layer = TritonExperts(layout=layout.tensors, fmt=None, math=math, coded=layout.coded)
     together = run(layer, memory, layout.slot_bytes, x_TD, expert_TK)
     check(together, x_TD, expert_TK, math, weights, error=4e-6)  # the reference's weights are rounded
-    assert torch.equal(run(layer, memory, layout.slot_bytes, x_TD[:1], expert_TK[:1]), together[:K])
+    if biased:  # nor does a row's neighbour count
+        assert torch.equal(run(layer, memory, layout.slot_bytes, x_TD[:1], expert_TK[:1]), together[:K])
 
 
 @pytest.mark.parametrize("name", MATHS)

@@ -190,14 +190,6 @@ def test_eta_lets_the_routers_score_decide() -> None:
     assert first_buddy(policy(BuddyParams(eta=1.1))) == 4, "without scores q alone"
 
 
-def test_kappa_prefers_what_is_near() -> None:
-    hop_E = np.array([0, 0, 0, 0, 2, 0, 0, 0])
-    assert first_buddy(policy(BuddyParams(kappa=0.0), hop_E=hop_E)) == 4
-    assert first_buddy(policy(BuddyParams(kappa=0.2), hop_E=hop_E)) == 4
-    assert first_buddy(policy(BuddyParams(kappa=0.3), hop_E=hop_E)) == 5
-    assert first_buddy(policy(BuddyParams(kappa=0.9), hop_E=hop_E)) == 5, "a negative priority comes last"
-
-
 def test_bounded_rows_are_not_touched_where_no_harm_is_known() -> None:
     """The paper charges nothing; a row that pays for what it takes would get it for nothing."""
     assert reasons(policy(), EVEN, [4, 5, 6, 7], mode=1) == [Reason.OVER_PRICE] * 3 + [Reason.OVER_RHO]
@@ -220,10 +212,7 @@ def test_bounded_rows_pay_where_harms_are_known() -> None:
 def drawn(dice: Dice, most: int, params: BuddyParams, tau: float) -> BuddyMoE:
     rank_LEH = dice.ranks(most, 7)
     q_LEH = -np.sort(-dice.grid(*rank_LEH.shape), axis=2)
-    hop_E = dice.rng.integers(0, 3, most) if params.kappa else None
-    return BuddyMoE(
-        candidates_LEH=rank_LEH, q_LEH=q_LEH, tau_L=np.full(LAYERS, tau, np.float32), params=params, hop_E=hop_E
-    )
+    return BuddyMoE(candidates_LEH=rank_LEH, q_LEH=q_LEH, tau_L=np.full(LAYERS, tau, np.float32), params=params)
 
 
 @given(
@@ -232,17 +221,16 @@ def drawn(dice: Dice, most: int, params: BuddyParams, tau: float) -> BuddyMoE:
     gamma=st.sampled_from([0.0617, 0.203, 2.0]),
     beta=st.sampled_from([0.3, 0.77, 1.1]),
     eta=st.sampled_from([0.0, 0.5, 2.0]),
-    kappa=st.sampled_from([0.0, 0.25, 0.75]),
     rho=st.sampled_from([0, 1, 3, 8]),
     search=st.sampled_from([1, 4, 16]),
 )
 def test_it_is_the_slow_twin(
-    size: Sizes, tau: float, gamma: float, beta: float, eta: float, kappa: float, rho: int, search: int
+    size: Sizes, tau: float, gamma: float, beta: float, eta: float, rho: int, search: int
 ) -> None:
     seed, T, K, most, share = size
     dice = Dice(seed)
     misses = dice.misses(T, K, most, modes=(0, 2), resident=share)
-    params = BuddyParams(gamma=gamma, beta=beta, eta=eta, kappa=kappa, rho=rho, search=search)
+    params = BuddyParams(gamma=gamma, beta=beta, eta=eta, rho=rho, search=search)
     paper = drawn(dice, most, params, tau)
     resolution = paper.resolve(misses)
     expected = resolve_reference(paper, misses)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policy_cases import LAYERS
 
-from buddymoe_ray.policy import Action, Ladder, Ledger, Misses, Own, Pricer, RowBudgets, price_for
+from buddymoe_ray.policy import Action, Ladder, Ledger, Misses, Own, Pricer, RowBudgets
 
 SAFETY = 0.9
 
@@ -77,13 +77,13 @@ def by_hand(budget: float, loss_TN: np.ndarray) -> float:  # type: ignore[type-a
 def test_price_is_what_a_search_by_hand_finds(seed: int, tokens: int, accesses: int, budget: float) -> None:
     """On a coarse grid, so that many expected losses are equal and sums are exact."""
     loss_TN = np.random.default_rng(seed).integers(0, 9, (tokens, accesses)) / 8
-    assert price_for(budget, loss_TN) == by_hand(budget, loss_TN)
+    assert Pricer(loss_TN)(budget) == by_hand(budget, loss_TN)
 
 
 def test_equal_harms_are_taken_together_or_not_at_all() -> None:
     loss_TN = np.array([[0.25, 0.5, 0.5, 0.5]] * 10)
-    assert price_for(1.0, loss_TN) == 0.25
-    assert price_for(1.76 / SAFETY, loss_TN) == math.inf
+    assert Pricer(loss_TN)(1.0) == 0.25
+    assert Pricer(loss_TN)(1.76 / SAFETY) == math.inf
 
 
 def test_expected_spend_at_the_price_is_within_the_budget_and_near_it() -> None:
@@ -95,21 +95,21 @@ def test_expected_spend_at_the_price_is_within_the_budget_and_near_it() -> None:
         prices.append(price)
         spend = np.where(loss_TN <= price, loss_TN, 0).sum() / len(loss_TN)
         assert 0.98 * SAFETY * budget < spend <= SAFETY * budget
-        assert price_for(budget, loss_TN) == price
+        assert Pricer(loss_TN)(budget) == price
     assert prices == sorted(prices) and len(set(prices)) == 4, "a larger budget buys dearer uses"
 
 
 def test_prices_at_the_ends() -> None:
     loss_TN = np.array([[0.5, 1.0]])
-    assert price_for(0.0, loss_TN) == 0.0 and price_for(0.1, loss_TN) == 0.0
-    assert price_for(100.0, loss_TN) == math.inf
-    assert price_for(0.1, np.zeros((4, 4))) == math.inf, "nothing was ever missing: take what comes"
-    assert price_for(0.1, np.zeros((0, 4))) == 0.0 and price_for(0.1, np.zeros((4, 0))) == 0.0, "nothing is known"
+    assert Pricer(loss_TN)(0.0) == 0.0 and Pricer(loss_TN)(0.1) == 0.0
+    assert Pricer(loss_TN)(100.0) == math.inf
+    assert Pricer(np.zeros((4, 4)))(0.1) == math.inf, "nothing was ever missing: take what comes"
+    assert Pricer(np.zeros((0, 4)))(0.1) == 0.0 and Pricer(np.zeros((4, 0)))(0.1) == 0.0, "nothing is known"
 
 
 def test_unknown_harms_are_never_bought() -> None:
     loss_TN = np.array([[0.25, math.nan], [0.25, math.inf]])
-    assert price_for(100.0, loss_TN) == 0.25
+    assert Pricer(loss_TN)(100.0) == 0.25
     with pytest.raises(AssertionError, match="must not be negative"):
         Pricer(np.array([[-0.5]]))
 
@@ -128,7 +128,7 @@ class Served:
         calibration = np.random.default_rng(8)
         ids, weights = (np.stack(part) for part in zip(*(self.route(calibration) for _ in range(512)), strict=True))
         loss_TLK = weights**2 * loss_LE[np.arange(L)[:, None], ids]
-        self.price = price_for(budget, loss_TLK.reshape(len(ids), -1))
+        self.price = Pricer(loss_TLK.reshape(len(ids), -1))(budget)
 
     @staticmethod
     def route(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]

@@ -1,4 +1,4 @@
-"""The split: held against an exact solver, never over its budget, whatever is forced or forbidden."""
+"""The split: held against an exact solver, never over its budget."""
 
 from __future__ import annotations
 
@@ -129,61 +129,6 @@ def test_the_ends_of_the_budget(seed: int, each: bool) -> None:
     assert cheapest.nbytes == case.least
     with pytest.raises(AssertionError, match=f"budget is {case.least - 1} bytes, must be at least {case.least}"):
         case.solve(budget_bytes=case.least - 1)
-
-
-@given(seed=st.integers(0, 2**31))
-def test_what_is_forbidden_is_not_chosen(seed: int) -> None:
-    case, rng = Case(seed), np.random.default_rng(seed)
-    allowed = rng.random(case.loss_of.shape) < 0.6
-    allowed[0] |= ~allowed.any(axis=0)
-    split = case.solve(budget_bytes=10**6, allowed_of=allowed)
-    for la, count in enumerate(case.counts):
-        for e in range(count):
-            kind = split.kind_LE[la, e]
-            assert allowed[kind, la, e]
-            assert case.loss_of[kind, la, e] == case.loss_of[allowed[:, la, e], la, e].min()
-
-
-def test_full_for_none_and_full_for_some() -> None:
-    case = Case(7, layers=2, experts=4)
-    allowed = np.ones(case.loss_of.shape, bool)
-    allowed[0] = False
-    none = case.solve(budget_bytes=10**6, allowed_of=allowed)
-    assert 0 not in none.kind_LE[none.kind_LE >= 0]
-    allowed[:] = True
-    allowed[1:, 0, 0] = False
-    least = case.least + 40
-    assert case.solve(budget_bytes=least, allowed_of=allowed).kind_LE[0, 0] == 0
-    allowed[0, 0, 0] = False
-    with pytest.raises(AssertionError, match="without option"):
-        case.solve(allowed_of=allowed)
-
-
-@given(seed=st.integers(0, 2**31), wanted=st.lists(st.integers(0, 2), min_size=3, max_size=3))
-def test_every_layer_gets_its_least_full_experts(seed: int, wanted: list[int]) -> None:
-    case = Case(seed)
-    least = [min(n, count) for n, count in zip(wanted, case.counts, strict=True)]
-    budget = case.least + 40 * sum(least)
-    split = case.solve(budget_bytes=budget, least_full_L=least)
-    case.kinds(split)
-    full_L = (split.kind_LE == 0).sum(axis=1)
-    assert (full_L >= least).all() and split.nbytes <= budget
-    free = case.solve(budget_bytes=budget)
-    if ((free.kind_LE == 0).sum(axis=1) >= least).all():
-        assert (split.kind_LE == free.kind_LE).all(), "a bound that holds anyway changes nothing"
-
-
-def test_the_least_full_are_those_that_lose_most() -> None:
-    """Left alone, all four would get the good record; forced, the two that matter most are full."""
-    loss_E = np.array([1.0, 4.0, 2.0, 3.0])
-    loss_of = np.stack([0 * loss_E, 0.01 * loss_E, loss_E])[:, None, :]
-    tables = {"bytes_of": np.array([20, 10, 1]), "loss_of": loss_of, "experts_per_layer": [4], "budget_bytes": 43}
-    assert choose(**tables).kind_LE.tolist() == [[1, 1, 1, 1]]  # type: ignore[arg-type]
-    assert choose(**tables, least_full_L=[2]).kind_LE.tolist() == [[2, 0, 2, 0]]  # type: ignore[arg-type]
-    with pytest.raises(AssertionError, match="budget is 43 bytes, must be at least 61"):
-        choose(**tables, least_full_L=[3])  # type: ignore[arg-type]
-    with pytest.raises(AssertionError, match="layer 0 may have 4 full experts, must have 5"):
-        choose(**tables, least_full_L=[5])  # type: ignore[arg-type]
 
 
 def test_bytes_go_where_they_save_most() -> None:

@@ -211,7 +211,7 @@ def test_workers_of_a_node_take_over_one_copy(
         while engines:
             with suppress(FileNotFoundError):  # removed in between
                 held.append(sum(path.stat().st_blocks * 512 for path in shared.iterdir()))
-            time.sleep(0.001)
+            time.sleep(0.01)
 
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -41,7 +41,6 @@ class Moved:
     moves: int = 0
     nbytes: int = 0
     skipped: int = 0
-    waited_seconds: float = 0.0
 
 
 class Mover:
@@ -59,9 +58,7 @@ class Mover:
         for move in moves:
             if stop():
                 break
-            began = time.monotonic()
             self._wait_for_demand(stop)
-            moved.waited_seconds += time.monotonic() - began
             self._one(move, moved)
         return moved
 
