@@ -1,9 +1,10 @@
 """`python -m buddymoe_ray.device_check`: is this device right, is the budget held, how fast is it? No Ray, no network.
 
 Runs on whatever device there is (`--device`), in a few minutes: the kernels of one apart against float64, its memory as
-other workers map it, greedy tokens at several budgets against transformers' own `generate`, the expert pool against its
-budget in device memory, and a first table of tokens/s for `builtin:tiny` and a synthetic checkpoint made on the spot.
-Prints JSON lines; exit status 1 when a check fails.
+other workers map it, tokens it chooses, steps begun ahead of the host, greedy tokens at several budgets against
+transformers' own `generate`, the expert pool against its budget in device memory, and a first table of tokens/s for
+`builtin:tiny` and a synthetic checkpoint made on the spot. Prints JSON lines, the first one of what will be done; in
+parts, of which a later run with `--resume` leaves out those that held. Exit status 1 when a check fails, or is left.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,7 @@ from torch.nn import functional
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.device import Device, open_device
 from buddymoe_ray.engine.engine import Engine
+from buddymoe_ray.engine.in_flight import AHEAD
 from buddymoe_ray.engine.llm import LLM
 from buddymoe_ray.engine.measure import BenchLoad, measure
 from buddymoe_ray.engine.recorded import REPLAYED
@@ -42,14 +48,17 @@ from buddymoe_ray.kernels import (
     record_tensors,
 )
 from buddymoe_ray.kernels.reference import ENTERED
+from buddymoe_ray.kernels.sample import SamplingState, choose_rows, choose_sorted, settings_of
 from buddymoe_ray.models.expert_layout import slot_tensors
 from buddymoe_ray.models.reference import reference_generate
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.synth import Popularity, synth_checkpoint
 from buddymoe_ray.residency.sharing import Sharing
-from buddymoe_ray.types import CodedMatrix, CodeFormat, SlotTensor
+from buddymoe_ray.types import CodedMatrix, CodeFormat, SamplingParams, SlotTensor
 
 __all__ = ["main"]
+
+Records = Iterator[dict[str, Any]]
 
 PROMPTS = ("def add(a, b):\n", "import os\n", "class Queue:\n    def __init__(self):\n", "The following example shows")
 BUDGETS = ("100%", "50%", "25%")
@@ -64,7 +73,7 @@ CODED = (
 )
 
 
-def check_exact(device: str, *, new_tokens: int) -> Iterator[dict[str, Any]]:
+def check_exact(device: str, *, new_tokens: int) -> Records:
     """Greedy float32 tokens of `builtin:tiny` at every budget and batch against transformers on the CPU."""
     folder = resolve_model("builtin:tiny")
     expected = reference_generate(folder, PROMPTS, new_tokens=new_tokens)
@@ -77,7 +86,7 @@ def check_exact(device: str, *, new_tokens: int) -> Iterator[dict[str, Any]]:
             yield {"check": "exact", "memory": memory, "batch": max_running, "same": same, "of": len(PROMPTS), "ok": ok}
 
 
-def check_kernels(device: Device) -> Iterator[dict[str, Any]]:
+def check_kernels(device: Device) -> Records:
     """The kernels of a device apart: random experts in every format against float64, rows alone against rows together,
     and how fast they read a GPU's memory."""
     D, F, rng = 1024, 384, torch.Generator().manual_seed(0)
@@ -155,7 +164,7 @@ def _slot(layout: Sequence[SlotTensor], stored: Mapping[str, Tensor]) -> Tensor:
     return slot
 
 
-def check_attention(device: Device) -> dict[str, Any]:
+def check_attention(device: Device) -> Records:
     """Decode attention of a device apart against float64, and how fast it reads a GPU's KV cache."""
     (B, Q, H, d), apart = (16, 32, 4, 128), device.torch
     length = 100 if apart.type == "cpu" else 16384
@@ -176,10 +185,10 @@ def check_attention(device: Device) -> dict[str, Any]:
     k_QLd, v_QLd = (t[:length].double().repeat_interleave(Q // H, dim=1).transpose(0, 1) for t in (keys, values))
     expected = functional.scaled_dot_product_attention(rows_BQd[0, :, None].double(), k_QLd, v_QLd)[:, 0]
     error = float((out[0].double() - expected).norm() / expected.norm())
-    return {"check": "attention", "error": error, "bytes_per_s": rate, "ok": error < 0.01}
+    yield {"check": "attention", "error": error, "bytes_per_s": rate, "ok": error < 0.01}
 
 
-def check_decode(device: str) -> dict[str, Any]:
+def check_decode(device: str) -> Records:
     """Decode steps of a device apart enter no reference kernel, and are replayed: `check_exact` sees their tokens."""
     entered, before = list[int](), REPLAYED.copy()
     with LLM("builtin:tiny", memory="50%", mode="fast", device=device, guard_share=0.0) as llm:
@@ -189,10 +198,47 @@ def check_decode(device: str) -> dict[str, Any]:
             entered.append(ENTERED.total() - already)
     replayed, ok = REPLAYED - before, entered[2] == entered[1]
     steps = {"replayed_steps_by_rows": dict(replayed)}
-    return {"check": "decode", "reference_kernels": entered[2] - entered[1]} | steps | {"ok": ok and bool(replayed)}
+    yield {"check": "decode", "reference_kernels": entered[2] - entered[1]} | steps | {"ok": ok and bool(replayed)}
 
 
-def check_shared(device: Device, name: str) -> Iterator[dict[str, Any]]:
+def check_sampling(device: Device) -> Records:
+    """Tokens that the device chooses against those of the CPU's machine code, and how long it takes with a GPU."""
+    rows, V = 16, 50_304
+    how = [
+        SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        for temperature in (0.0, 0.7, 1.0, 1.5)
+        for top_k, top_p, min_p in ((0, 1.0, 0.0), (50, 1.0, 0.0), (0, 0.9, 0.0), (20, 0.95, 0.05))
+    ]
+    states = [SamplingState(params=p, seed=seed, token_ids=[1, 2], prompt_length=1) for seed, p in enumerate(how)]
+    logits_BV = 3 * torch.randn(rows, V, generator=torch.Generator().manual_seed(0))
+    there_BV, settings = logits_BV.to(device.torch), settings_of(states)
+    same = choose_sorted(there_BV, settings).tolist() == choose_rows(logits_BV, states)
+    began = time.perf_counter()
+    for _ in range(20 if device.apart else 1):
+        tokens_B = choose_sorted(there_BV, settings)
+    tokens_B.tolist()
+    seconds = (time.perf_counter() - began) / (20 if device.apart else 1)
+    yield {"check": "sampling", "rows": rows, "vocabulary": V, "seconds": seconds, "ok": same}
+
+
+def check_ahead(device: str, *, new_tokens: int) -> Records:
+    """Steps that are begun before the host knows the tokens of those before: the same tokens, sooner."""
+    for mode, memory in (("exact", "100%"), ("fast", "50%")):
+        with LLM("builtin:tiny", memory=memory, mode=mode, device=device, guard_share=0.0) as llm:
+            found, seconds, counts = list[list[tuple[int, ...]]](), list[float](), Counter[str]()
+            for logprobs in (1, None, 1, None):  # who asks for them waits for each step; the first two record it
+                before, began = AHEAD.copy(), time.perf_counter()
+                how = SamplingParams(temperature=0.8, top_p=0.9, seed=7, ignore_eos=True, max_tokens=new_tokens)
+                results = llm.generate(list(PROMPTS), replace(how, logprobs=logprobs))
+                seconds.append((time.perf_counter() - began) / new_tokens)
+                found.append([result.token_ids for result in results])
+                counts = AHEAD - before
+        ok = counts["taken"] > new_tokens // 2 and (mode == "fast" or all(tokens == found[0] for tokens in found))
+        timed = {"seconds_a_step": seconds[3], "without": seconds[2]}
+        yield {"check": "ahead", "mode": mode, "memory": memory} | timed | counts | {"ok": ok}
+
+
+def check_shared(device: Device, name: str) -> Records:
     """How fast a device apart copies host memory, and its own as another worker maps it; two engines, the second of
     which fills its slots from the first one's."""
     host = torch.full((SHARED_BYTES,), 5, dtype=torch.uint8)
@@ -235,7 +281,7 @@ def _copied(device: Device, target: Tensor, source: Tensor) -> float:
     return 8 * target.numel() / (time.perf_counter() - began)
 
 
-def check_budget(device: str) -> dict[str, Any]:
+def check_budget(device: str) -> Records:
     """Device memory with 25 % of the experts against with all of them: the difference is the budget's."""
     sizes = {}
     for memory in ("100%", "25%"):
@@ -245,10 +291,10 @@ def check_budget(device: str) -> dict[str, Any]:
             sizes[memory] = cache.device_bytes
             budget, total = cache.plan.budget_bytes, cache.layout.total_bytes
     held = sizes["25%"] <= budget <= 0.26 * total
-    return {"check": "budget", "device_bytes": sizes, "budget_25": budget, "total": total, "ok": held}
+    yield {"check": "budget", "device_bytes": sizes, "budget_25": budget, "total": total, "ok": held}
 
 
-def check_standins(device: str, *, new_tokens: int) -> Iterator[dict[str, Any]]:
+def check_standins(device: str, *, new_tokens: int) -> Records:
     """Stand-ins on this device against the CPU's: same tokens, nothing fetched, charges within the budget."""
     for mode, memory in (("fast", "25%"), ("bounded", "25%"), ("fast", "50%")):
         answers = []
@@ -264,7 +310,7 @@ def check_standins(device: str, *, new_tokens: int) -> Iterator[dict[str, Any]]:
         yield {"check": "stand-ins", "mode": mode, "memory": memory, "same": same, "stood_in": stood_in, "ok": ok}
 
 
-def table(device: str, *, layers: int, new_tokens: int, folder: Path) -> Iterator[dict[str, Any]]:
+def table(device: str, *, layers: int, new_tokens: int, folder: Path) -> Records:
     """Tokens/s at each budget for `builtin:tiny` and a synthetic OLMoE cut to `layers` layers."""
     synth_checkpoint("olmoe-1b-7b", folder, layers=layers, popularity=Popularity(skew=1.0))
     for model, label in (
@@ -280,38 +326,65 @@ def table(device: str, *, layers: int, new_tokens: int, folder: Path) -> Iterato
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run all checks; exit status 0 when all hold."""
-    parser = argparse.ArgumentParser(
-        prog="python -m buddymoe_ray.device_check", description=(__doc__ or "").split("\n")[0]
-    )
+    """Run the checks that are left; exit status 0 when all hold and none is left."""
+    parser = argparse.ArgumentParser("python -m buddymoe_ray.device_check", description=str(__doc__).split("\n")[0])
     parser.add_argument("--device", default="auto", help="auto, cpu, interpret, cuda or cuda:N")
     parser.add_argument("--layers", type=int, default=2, help="layers of the synthetic checkpoint")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens per sequence")
-    parser.add_argument("--out", type=Path, default=None, help="also append the JSON lines to this file")
+    parser.add_argument("--minutes", type=float, default=9.0, help="after so many no further part is begun")
+    parser.add_argument("--out", type=Path, default=None, help="append the JSON lines to this file")
+    parser.add_argument("--resume", action="store_true", help="leave out the parts that --out says held already")
     args = parser.parse_args(argv)
-    opened = open_device(args.device)
+    if args.resume and args.out is None:
+        parser.error("--resume is set without --out, must be beside it. hint: name the file of the first run")
+    opened, began = open_device(args.device), time.perf_counter()
     device = "interpret" if args.device == "interpret" else str(opened.torch)
-    failed = 0
+    about, failed, late = {"device": device, "name": opened.name, "torch": torch.__version__}, 0, list[str]()
+    held = _held(args.out, about) if args.resume else set()
     with tempfile.TemporaryDirectory() as scratch:
-        records: Iterator[dict[str, Any]] = _all(device, args, Path(scratch) / "synthetic")
-        _say({"device": device, "name": opened.name, "torch": torch.__version__}, args.out)
-        for record in records:
-            failed += record.get("ok") is False
-            _say(record, args.out)
-    _say({"ok": failed == 0, "failed": failed}, args.out)
-    return 1 if failed else 0
+        parts = _parts(opened, device, args, Path(scratch) / "synthetic")
+        will = {name: str(run.func.__doc__).split("\n")[0] for name, run in parts.items() if name not in held}
+        _say(about | {"will": will, "held_before": sorted(held)}, args.out)
+        for name, run in ((name, parts[name]) for name in will):
+            if time.perf_counter() - began > 60 * args.minutes:
+                late.append(name)
+                continue
+            before, at = failed, time.perf_counter()
+            for record in run():
+                failed += record.get("ok") is False
+                _say(record, args.out)
+            _say(about | {"part": name, "held": failed == before, "seconds": time.perf_counter() - at}, args.out)
+    _say({"ok": not failed and not late, "failed": failed, "left": late}, args.out)
+    return 1 if failed or late else 0
 
 
-def _all(device: str, args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
-    if open_device(device).apart:
-        yield from check_kernels(open_device(device))
-        yield check_attention(open_device(device))
-        yield check_decode(device)
-        yield from check_shared(open_device(device), device)
-    yield from check_exact(device, new_tokens=args.new_tokens)
-    yield check_budget(device)
-    yield from check_standins(device, new_tokens=args.new_tokens)
-    yield from table(device, layers=args.layers, new_tokens=args.new_tokens, folder=folder)
+def _held(out: Path, about: Mapping[str, Any]) -> set[str]:
+    """Parts that held on this device before, by the lines of an earlier run, of which the last may be cut off."""
+    held = set[str]()
+    for line in out.read_text().splitlines() if out.exists() else []:
+        with suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if record.get("held") and all(record[key] == about[key] for key in ("device", "name")):
+                held.add(record["part"])
+    return held
+
+
+def _parts(opened: Device, device: str, args: argparse.Namespace, folder: Path) -> dict[str, partial[Records]]:
+    """What there is to check, the most doubtful first."""
+    apart = {
+        "kernels": partial(check_kernels, opened),
+        "attention": partial(check_attention, opened),
+        "decode": partial(check_decode, device),
+        "ahead": partial(check_ahead, device, new_tokens=args.new_tokens),
+        "shared": partial(check_shared, opened, device),
+    }
+    return (apart if opened.apart else {}) | {
+        "sampling": partial(check_sampling, opened),
+        "exact": partial(check_exact, device, new_tokens=args.new_tokens),
+        "budget": partial(check_budget, device),
+        "stand-ins": partial(check_standins, device, new_tokens=args.new_tokens),
+        "speed": partial(table, device, layers=args.layers, new_tokens=args.new_tokens, folder=folder),
+    }
 
 
 def _say(record: dict[str, Any], out: Path | None) -> None:

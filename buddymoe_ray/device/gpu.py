@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 
@@ -104,6 +104,8 @@ class Gpu:
         with current(self.torch):  # what another GPU pins is not pinned for this one
             code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
         if code != 0:
+            with suppress(RuntimeError):  # or whatever is launched next would raise it
+                torch.zeros(1, device=self.torch)
             raise BudgetError(
                 f"CUDA refused to pin {memory.numel()} bytes of host memory (error {code}), must be allowed to. "
                 "hint: lower --host-memory, or raise the locked-memory limit (ulimit -l)"

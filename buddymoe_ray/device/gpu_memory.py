@@ -9,14 +9,14 @@ Invariant: an address is unmapped with the last tensor on it, and a handle relea
 from __future__ import annotations
 
 import ctypes
-import weakref
 from ctypes import byref, c_int, c_size_t, c_uint64, c_void_p
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from buddymoe_ray.device.at_address import bytes_at
 from buddymoe_ray.device.interface import SharedMemory
 from buddymoe_ray.errors import CacheError
 
@@ -41,13 +41,6 @@ class _Access(ctypes.Structure):
     """CUmemAccessDesc."""
 
     _fields_ = (("location", _Location), ("flags", c_int))
-
-
-class _Mapped:
-    """An address range as torch takes it."""
-
-    def __init__(self, address: int, nbytes: int) -> None:
-        self.__cuda_array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
 
 
 def shared_memory(device: torch.device, nbytes: int) -> SharedMemory:
@@ -84,16 +77,11 @@ def _tensor(device: torch.device, handle: c_uint64, nbytes: int) -> Tensor:
         _library().cuMemUnmap(address, whole)  # refused where nothing was mapped
         _call("cuMemAddressFree", address, whole)
         raise
-    mapped = _Mapped(address.value, nbytes)
-    weakref.finalize(mapped, _unmap, address.value, whole.value)
-    tensor = torch.as_tensor(mapped, device=device)
-    if tensor.data_ptr() != address.value:  # a copy, which would not follow what is written
-        raise CacheError(f"torch does not take another GPU's memory on {device}. hint: run one worker a node")
-    return tensor
+    return bytes_at(address.value, nbytes, device, partial(_unmap, device, address.value, whole.value))
 
 
-def _unmap(address: int, nbytes: int) -> None:
-    torch.cuda.synchronize()
+def _unmap(device: torch.device, address: int, nbytes: int) -> None:
+    torch.cuda.synchronize(device)
     _library().cuMemUnmap(c_uint64(address), c_size_t(nbytes))
     _library().cuMemAddressFree(c_uint64(address), c_size_t(nbytes))
 

@@ -33,7 +33,7 @@ class GpuRecording:
         with torch.cuda.device(device), torch.cuda.stream(apart):
             compute(lambda: None)
             apart.synchronize()
-            kept = torch.cuda.memory_reserved(device)
+            free = torch.cuda.mem_get_info(device)[0]
             with _Made() as made:
                 self._begin()
                 try:
@@ -43,7 +43,7 @@ class GpuRecording:
                         self._graphs[-1].capture_end()
                     raise
                 self._graphs[-1].capture_end()
-            self.nbytes = torch.cuda.memory_reserved(device) - kept
+            self.nbytes = max(0, free - torch.cuda.mem_get_info(device)[0])  # what the driver keeps of graphs, too
         before.wait_stream(apart)
 
     def replay(self, first: int, end: int) -> None:

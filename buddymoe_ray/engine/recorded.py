@@ -100,6 +100,9 @@ class RecordedDecode:
     def decode(self, rows: Rows[ChunkRows], ids: list[int], terms: StepTerms) -> Tensor | None:
         """Float32 logits `[B, V]`, and the step's outcome; None, with nothing done, for a pass that is watched or
         repeats another, and where nothing can be recorded."""
+        if self.blocks[0].standins is not self._standins:  # others stand in: what was made, or begun, knows them not
+            self._steps, self._standins = {}, self.blocks[0].standins
+            self.forget()
         step, states, flight, known = self.step, self.states, self._flight, self._chosen
         self.forget()
         if not self._most or step.observer is not None or step.answer is not None or terms.overlays:
@@ -181,10 +184,7 @@ class RecordedDecode:
         }
 
     def _recorded(self, T: int) -> _RecordedStep | None:
-        """For T rows; made at the first such step, and again once others stand in."""
-        if self.blocks[0].standins is not self._standins:
-            self._steps, self._standins = {}, self.blocks[0].standins
-            self.forget()
+        """For T rows; made at the first such step."""
         if T not in self._steps and self._most >= T:
             try:
                 made = _RecordedStep(self, T)

@@ -35,8 +35,9 @@ _ACTIVATION_BYTES = 256 << 20
 _PREFILL_BESIDE = 512
 _WAVE_SHARE, _STAGING_SHARE = 0.04, 0.06
 _PAGE = 4096
-_WORKSPACES, _POOLED = 64 << 20, 32 << 20
-"""What libraries work with, and what an allocator keeps of a recording's memory beyond what is used."""
+_WORKSPACES, _POOLED, _GRAPH = 64 << 20, 32 << 20, 256 << 10
+"""What libraries work with, what an allocator keeps of a recording's memory beyond what is used, what a driver keeps of
+a piece of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ def recording_bytes(
     work = 2 * activation_bytes(hidden=hidden, experts_per_token=experts_per_token, item_bytes=4)
     rows = (2 * most - 1) * (told + handed + work + (4 + item_bytes) * vocab + length)
     ahead = 2 * most * (told + 4 * vocab) + 8 * 80 * vocab  # of 8 rows that are sorted together
-    return rows + ahead + _WORKSPACES + most.bit_length() * _POOLED
+    return rows + ahead + _WORKSPACES + most.bit_length() * (_POOLED + layers * _GRAPH)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import os
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from test_architecture import FILES, layer_of, parsed
 
 from buddymoe_ray.device import Device, host, open_device
+from buddymoe_ray.device.at_address import bytes_at
 from buddymoe_ray.errors import CacheError, ConfigError
 
 GPU = pytest.param(
@@ -87,6 +89,19 @@ def test_the_twin_copies_when_it_gets_to_it(monkeypatch: pytest.MonkeyPatch) -> 
     may_go.set()
     twin.admit(copy)
     assert copy.done() and target.sum() == 4
+
+
+def test_memory_at_an_address_is_released_once_nothing_looks_at_it() -> None:
+    memory, released = bytearray(range(16)), list[int]()
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    whole = bytes_at(address, 16, torch.device("cpu"), lambda: released.append(1))
+    part = whole[4:8].view(torch.int32)
+    assert whole.data_ptr() == address and whole.tolist() == list(range(16)) and whole.dtype == torch.uint8
+    whole[4:8] = 0
+    del whole
+    assert memory[4:9] == b"\0\0\0\0\x08" and int(part) == 0 and not released
+    del part
+    assert released == [1]
 
 
 def test_devices_that_are_not_there_are_refused() -> None:

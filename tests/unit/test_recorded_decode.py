@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +247,23 @@ def test_what_a_row_could_not_have_paid_is_computed_again(model: Path, monkeypat
     assert all(e.usage.standins.total > 10 for e in found if e.usage) and any(e.usage.fetched for e in found if e.usage)
     monkeypatch.setattr("buddymoe_ray.engine.recorded.affordable", lambda *_: True)
     assert any(event.finish_reason == "error" for event in answered(ahead=True)[0])
+
+
+def test_what_was_begun_before_others_stand_in_is_dropped(model: Path) -> None:
+    with opened(model, DEVICE) as engine:
+        sampling = SamplingParams(temperature=0.0, max_tokens=5)
+        engine.add(GenerationRequest(request_id="0", prompt_token_ids=(5, 17, 90), sampling=sampling, mode="fast"))
+        blocks, taken = engine._experts.blocks, [AHEAD["taken"]]
+        for at in range(4):
+            if at == 3:
+                others = copy(blocks[0].standins)
+                assert others is not None
+                for block in blocks:
+                    block.begin_standing_in(others)
+            engine.step()
+            taken.append(AHEAD["taken"])
+        engine.drain()
+    assert [after - before for before, after in pairwise(taken)] == [0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("forgotten", ["the table", "the lengths"])
