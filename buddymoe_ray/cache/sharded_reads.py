@@ -5,7 +5,8 @@ which is its: they read that into wave slots between steps of their own, as they
 Meanwhile it reads its own part, and copies what a peer has as soon as that is there. A peer that is not done when twice
 the time of the own part is over, is gone or stands still, is waited for no more: what it lacks is read here, and it is
 asked for nothing for a while. Nobody relies on a helper: what it was asked is gone with the connection, with the next
-message or after some seconds, and what is copied counts if its slot was not used anew. Knows no sockets and no bytes.
+message or after some seconds, and what is copied counts if its slot was not used anew. Where GPUs read each other no
+faster than the host nothing is dealt: it would all come over one's own link. Knows no sockets and no bytes.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class ShardedReads:
         nowhere = [expert for expert in missing if expert not in held]
         helpers = [at for at in self.peers.helpers if self._late.get(at, now) <= now]
         parts = min(1 + len(helpers), len(nowhere) * self._expert_bytes // LEAST_BYTES)
-        if parts < 2:
+        if parts < 2 or self.peers.nearer <= 0:
             return
         self._layer, self._began, self._until = layer, now, math.inf
         self._asked = {e: helpers[at % parts - 1] for at, e in enumerate(nowhere) if at % parts}
