@@ -78,10 +78,10 @@ def test_what_is_asked_is_asked_until_it_ends_and_only_where_peers_are_nearer() 
         shards.deal(2, [3, 5, 7, 9])
         until(lambda part=part: helper.wanted() == part)
         missing = [ExpertKey(2, expert) for expert in (3, 5, 7, 9)]
-        assert shards.awaited(missing, reading=True) == {key.expert for key in part}
+        assert shards.due(missing, reading=True) == [key for key in missing if key not in part]
         shards.end()
         until(lambda: not helper.wanted())
-        assert not shards.awaited(missing, reading=True)
+        assert shards.due(missing, reading=True) == missing
     asker.close()
     helper.close()
 
