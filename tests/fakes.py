@@ -21,6 +21,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from buddymoe_ray.cache import sharded_reads
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.errors import CacheError, CapacityError, CheckpointError, RequestError
 from buddymoe_ray.observe import EngineSnapshot, ExpertMap
@@ -304,7 +305,9 @@ def open_fake_engine(config: EngineConfig, model_id: str, sharing: Sharing | Non
 
 
 def open_engine_and_note_gpus(config: EngineConfig, model_id: str, sharing: Sharing | None = None) -> EngineSeam:
-    """The real one, beside a file in the model's folder with the GPUs that CUDA would show to its process."""
+    """The real one, which has others read small experts, too, beside a file in the model's folder with the GPUs that
+    CUDA would show to its process."""
+    sharded_reads.LEAST_BYTES = 1
     seen = {"visible": os.environ.get("CUDA_VISIBLE_DEVICES"), "device": config.device}
     (Path(config.model) / f"seen-{os.getpid()}.json").write_text(json.dumps(seen))
     return open_async_engine(config, model_id, sharing)

@@ -105,8 +105,7 @@ def work_of(shape: ModelShape, scale: float, mode: str, holding: Holding) -> tup
         expert_bytes=int(scale * work.expert_bytes),
         standin_bytes=STANDIN * work.expert_bytes,
     )
-    prompt = replace(work, at_peers=1 - (1 - work.at_peers) / holding.sharing)
-    return replace(work, at_peers=(node - hit) / (1 - hit) if hit < 1 else 0.0), prompt
+    return replace(work, at_peers=(node - hit) / (1 - hit) if hit < 1 else 0.0), work
 
 
 def rows(name: str, folder: Path) -> Iterator[dict[str, Any]]:

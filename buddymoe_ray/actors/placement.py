@@ -12,7 +12,7 @@ answered before at 25 %, and .39, .45, .45 then; but a token's reads from peers 
 The solver takes transitions for `buddymoe simulate`.
 Invariant: an epoch never stands for two maps.
 
-Legend: L layers, E experts of the widest layer, P pools (one per node), N experts of all layers end to end.
+Legend: L layers, E experts of the widest layer, P pools (one per node, or per GPU), N experts of all layers end to end.
 """
 
 from __future__ import annotations

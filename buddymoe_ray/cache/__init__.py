@@ -4,12 +4,11 @@ from buddymoe_ray.cache.disk import READ_ON_THE_SPOT, DiskReader, largest_read
 from buddymoe_ray.cache.expert_cache import ExpertCache, open_private
 from buddymoe_ray.cache.host import HostTier
 from buddymoe_ray.cache.pool import CacheStats, Glance, Lease, slot_views
-from buddymoe_ray.cache.private_store import PEERS_NEARER
-from buddymoe_ray.cache.slot_peers import SlotPeers
+from buddymoe_ray.cache.slot_peers import NVLINK_NEARER, SlotPeers
 from buddymoe_ray.cache.standin_pool import StandinPool
 
 __all__ = [
-    "PEERS_NEARER",
+    "NVLINK_NEARER",
     "READ_ON_THE_SPOT",
     "CacheStats",
     "DiskReader",

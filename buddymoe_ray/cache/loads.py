@@ -61,9 +61,9 @@ class Loads:
     def start(self, call: StreamState, protect: bool) -> None:
         """Start reads while there are experts missing and slots to be had."""
         tables = self._tables
-        awaited = self._source.awaited(call.missing, reading=bool(call.loads))
-        call.awaits = bool(call.missing) and len(awaited) == len(call.missing)
-        for key in [key for key in call.missing if key.expert not in awaited]:
+        due = self._source.due(tuple(call.missing), reading=bool(call.loads))
+        call.awaits = bool(call.missing) and not due
+        for key in due:
             with tables.locked_soon():
                 if tables.slot_of[key.layer, key.expert] >= 0:  # another worker was faster
                     slot = None

@@ -24,11 +24,7 @@ from buddymoe_ray.cache.slot_peers import SlotPeers
 from buddymoe_ray.device import Device, open_device
 from buddymoe_ray.types import ExpertKey, ExpertLayout, SlotPlan
 
-__all__ = ["PEERS_NEARER", "PrivateStore"]
-
-
-PEERS_NEARER = 2.0
-"""log2 of how much nearer a peer's slots are than what is below: NVLink carries four times what PCIe 5 does."""
+__all__ = ["PrivateStore"]
 
 
 class _OwnTables(SharedTables):
@@ -71,7 +67,7 @@ class _OwnTables(SharedTables):
         usage = super()._worth(layer, experts)
         if self._peers is None:
             return usage
-        return usage - PEERS_NEARER * np.isin(experts, self._peers.experts(layer))
+        return usage - self._peers.nearer * np.isin(experts, self._peers.experts(layer))
 
     def reap(self) -> int:
         """See SharedTables."""

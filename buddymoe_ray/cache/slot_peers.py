@@ -30,9 +30,12 @@ from buddymoe_ray.device import Copy, Device, open_device
 from buddymoe_ray.errors import BuddyMoEError, CacheError
 from buddymoe_ray.types import ExpertKey
 
-__all__ = ["PeerRead", "SlotPeers"]
+__all__ = ["NVLINK_NEARER", "PeerRead", "SlotPeers"]
 
 log = logging.getLogger(__name__)
+
+NVLINK_NEARER = 2.0
+"""log2 of how much nearer a peer's slots are than what is below: NVLink carries four times what PCIe 5 does."""
 
 _MOST = 16
 """Workers of a node that find each other."""
@@ -85,12 +88,23 @@ class PeerRead:
 
 
 class SlotPeers:
-    """Memory for `slots` on `device`, shared with workers of the same `digest` and `tag`.
+    """Memory for `slots` on `device`, shared with workers of the same `digest` and `tag`, whose slots are so much
+    `nearer` than the host, in powers of two.
 
     Raises BudgetError, or CacheError where the device cannot share memory or too many workers do.
     """
 
-    def __init__(self, device: Device, *, slots: int, slot_bytes: int, digest: bytes, tag: str = "") -> None:
+    def __init__(
+        self,
+        device: Device,
+        *,
+        slots: int,
+        slot_bytes: int,
+        digest: bytes,
+        tag: str = "",
+        nearer: float = NVLINK_NEARER,
+    ) -> None:
+        self.nearer = nearer
         self._device, self._slot_bytes, self._digest = device, slot_bytes, digest
         self._slots, self._name = slots, f"\0buddymoe-{os.geteuid()}-{digest.hex()[:20]}-{tag[:32]}-"
         self._at, listener = self._listen()
@@ -204,11 +218,14 @@ class SlotPeers:
         raise CacheError(f"{_MOST} workers share their device slots, must be fewer. hint: run fewer workers per node")
 
     def _run(self) -> None:
+        events = list[tuple[selectors.SelectorKey, int]]()
         while not self._stopping:
-            self._look_for_peers()
+            if not all(key.data in (self._heed, self._say) for key, _ in events) or not events:
+                self._look_for_peers()
             if not self._silent:
                 self._greeted.set()
-            for key, _ in self._selector.select(_SECONDS):
+            events = self._selector.select(_SECONDS)
+            for key, _ in events:
                 if not self._stopping:
                     key.data(key.fileobj)
 

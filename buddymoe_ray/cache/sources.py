@@ -7,8 +7,7 @@ slot. Used from one thread. Invariant: a host slot is given back once its copy i
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,8 +29,8 @@ class Source(Protocol):
     def host(self) -> HostTier | None: ...
     @property
     def shards(self) -> ShardedReads | None: ...
-    def awaited(self, missing: Collection[ExpertKey], *, reading: bool) -> AbstractSet[int]:
-        """Those of a layer's experts that are not to be begun yet, for peers read them; `reading`: something is."""
+    def due(self, missing: Sequence[ExpertKey], *, reading: bool) -> Sequence[ExpertKey]:
+        """Those of a layer's experts that are to be begun now, without what peers read; `reading`: something is."""
 
     def wanted(self) -> Sequence[ExpertKey]:
         """What peers ask this worker to read for them; what has been copied meanwhile they see from now on."""
@@ -57,9 +56,9 @@ class DiskSource:
     def __init__(self, store: Store, reader: DiskReader) -> None:
         self._pieces, self._bytes_C, self._reader = store.layout.pieces, store.bytes_C, reader
 
-    def awaited(self, missing: Collection[ExpertKey], *, reading: bool) -> AbstractSet[int]:
+    def due(self, missing: Sequence[ExpertKey], *, reading: bool) -> Sequence[ExpertKey]:
         """See Source."""
-        return frozenset()
+        return missing
 
     def wanted(self) -> Sequence[ExpertKey]:
         """See Source."""
@@ -88,12 +87,12 @@ class HostSource:
         self._admitted = deque[_Passage]()
         self.shards = None if peers is None else ShardedReads(peers, store.layout.expert_bytes)
 
-    def awaited(self, missing: Collection[ExpertKey], *, reading: bool) -> AbstractSet[int]:
+    def due(self, missing: Sequence[ExpertKey], *, reading: bool) -> Sequence[ExpertKey]:
         """See Source; what is being copied is being read."""
         if self.shards is None:
-            return frozenset()
+            return missing
         self._release()
-        return self.shards.awaited(missing, reading=reading or bool(self._admitted))
+        return self.shards.due(missing, reading=reading or bool(self._admitted))
 
     def wanted(self) -> Sequence[ExpertKey]:
         """See Source."""

@@ -21,29 +21,24 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from buddymoe_ray.cache import PEERS_NEARER, ExpertCache
-from buddymoe_ray.device import Device
-from buddymoe_ray.residency.devices import list_gpus
+from buddymoe_ray.cache import ExpertCache, SlotPeers
 from buddymoe_ray.types import ExpertKey
 
 __all__ = ["DevicePool"]
 
-_LINK_BYTES_S = 26e9  # of PCIe 4, where NVML does not say
+_LINK_BYTES_S = 26e9  # of PCIe 4; what is solved depends on what a peer's slots cost of it
 
 
 class DevicePool:
-    """The layers' own slots of `cache`, on `device`; `fetch_seconds` and `peer_seconds` are what a read of an expert
-    from the host and from a peer takes."""
+    """The layers' own slots of `cache`, which others read by way of `peers`; `fetch_seconds` and `peer_seconds` are
+    what a read of an expert from the host and from a peer takes."""
 
-    def __init__(self, cache: ExpertCache, device: Device) -> None:
+    def __init__(self, cache: ExpertCache, peers: SlotPeers) -> None:
         self._cache, self._tables = cache, cache.store.tables
         self.layout, self.slots = cache.layout, sum(cache.plan.layer_slots)
         self._before_LE = self._accesses()
-        gpus = list_gpus() if device.torch.type == "cuda" else ()
-        links = (gpus[0].pcie_bytes_s, gpus[0].peer_bytes_s) if gpus and gpus[0].pcie_bytes_s else None
-        host_bytes_s, peer_bytes_s = links or (_LINK_BYTES_S, _LINK_BYTES_S * 2**PEERS_NEARER)
-        self.fetch_seconds = self.layout.expert_bytes / host_bytes_s
-        self.peer_seconds = self.layout.expert_bytes / peer_bytes_s
+        self.fetch_seconds = self.layout.expert_bytes / _LINK_BYTES_S
+        self.peer_seconds = self.fetch_seconds / 2**peers.nearer
 
     def counts(self) -> npt.NDArray[np.float32]:
         """Accesses `[L, E]` since the last call."""

@@ -6,7 +6,9 @@ in a fake, everything else the real module. A node without NVIDIA's driver has n
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -16,7 +18,7 @@ import pynvml
 from buddymoe_ray.config import parse_memory
 from buddymoe_ray.errors import ConfigError
 
-__all__ = ["GpuInfo", "list_gpus", "supposed_gpus"]
+__all__ = ["GpuInfo", "list_gpus", "peers_nearer", "supposed_gpus"]
 
 # bytes/s per lane and direction, after encoding, by PCIe generation
 _PCIE_LANE = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.563e9}
@@ -52,6 +54,12 @@ def list_gpus(nvml: ModuleType | Any = pynvml) -> tuple[GpuInfo, ...]:
         return tuple(_gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount()))
     finally:
         nvml.nvmlShutdown()
+
+
+def peers_nearer(gpus: Sequence[GpuInfo], otherwise: float) -> float:
+    """log2 of how much faster GPUs read each other's memory than the host's; `otherwise` where that is not known."""
+    known = [gpu.peer_bytes_s / gpu.pcie_bytes_s for gpu in gpus if gpu.pcie_bytes_s]
+    return max(0.0, math.log2(min(known))) if known else otherwise
 
 
 def supposed_gpus(text: str) -> tuple[GpuInfo, ...]:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from buddymoe_ray.cache import DiskReader, ExpertCache, HostTier, SlotPeers, StandinPool
+from buddymoe_ray.cache import NVLINK_NEARER, DiskReader, ExpertCache, HostTier, SlotPeers, StandinPool
 from buddymoe_ray.cache.shared import (
     FOLDER,
     Room,
@@ -34,6 +34,7 @@ from buddymoe_ray.device import Device
 from buddymoe_ray.errors import BudgetError, CacheError, ConfigError
 from buddymoe_ray.policy import split_slots
 from buddymoe_ray.residency.device_pool import DevicePool
+from buddymoe_ray.residency.devices import list_gpus, peers_nearer
 from buddymoe_ray.residency.machine import available_memory_bytes
 from buddymoe_ray.residency.standin_setup import StandinSetup
 from buddymoe_ray.types import ExpertLayout, SlotPlan
@@ -164,9 +165,11 @@ def open_peers(sharing: Sharing, layout: ExpertLayout, plan: SlotPlan, device: D
     is alone, or the device shares no memory."""
     if sharing.workers < 2:
         return None
-    digest = store_digest(layout, None)
+    gpus = list_gpus() if device.torch.type == "cuda" else ()
+    digest, nearer = store_digest(layout, None), peers_nearer(gpus, NVLINK_NEARER)
+    slots, nbytes = plan.slots_total, layout.slot_bytes
     try:
-        return SlotPeers(device, slots=plan.slots_total, slot_bytes=layout.slot_bytes, digest=digest, tag=sharing.tag)
+        return SlotPeers(device, slots=slots, slot_bytes=nbytes, digest=digest, tag=sharing.tag, nearer=nearer)
     except CacheError as error:
         log.warning("device slots are not shared with this node's other workers: %s", error)
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from buddymoe_ray.cache import READ_ON_THE_SPOT
@@ -82,7 +82,8 @@ class TokenWork:
     """What a token asks for. `dense_bytes` are read every step, without what is looked up by row; `head_bytes` of them
     see only the last token of a prompt; `kv_bytes` are those of a token in the KV cache, `query_width` the numbers of
     its queries; `active` are a token's accesses in all layers, of which the shares `missed` and `stood_in` are no hits;
-    of all `experts` the share `absent` is not resident, and prompts read that into `wave_slots`."""
+    of all `experts` the share `absent` is not resident, and prompts read that into `wave_slots`; of reads the share
+    `at_peers` is out of the slots of other GPUs, of a prompt's also what each of the node's `workers` reads for it."""
 
     layers: int
     dense_dtype: str
@@ -99,6 +100,7 @@ class TokenWork:
     reads_ahead: bool = False
     absent: float = 0.0
     at_peers: float = 0.0
+    workers: int = 1
     wave_slots: int = 0
     query_width: int = 0
 
@@ -123,7 +125,7 @@ def prefill_seconds(work: TokenWork, speed: MachineSpeed, tokens: int) -> float:
     Reads overlap with experts' arithmetic, not with what comes before it in a layer: they pass through wave slots, and
     these are full with what was read ahead.
     """
-    layers = max(1, work.layers)
+    layers, work = max(1, work.layers), replace(work, at_peers=1 - (1 - work.at_peers) / work.workers)
     dense = speed.layer_seconds + tokens * speed.token_seconds
     dense += speed.weights_seconds(work.dense_dtype, (work.dense_bytes - work.head_bytes) / layers, tokens)
     dense += work.query_width / layers * tokens * tokens / 2 * speed.pair_seconds
@@ -199,6 +201,7 @@ def token_work(
         standin_bytes=sum(records) / len(records) if records else 0.0,
         reads_ahead=config.read_ahead != "off" and setup is None and shape.expert_bytes > READ_ON_THE_SPOT,
         absent=1 - resident,
+        workers=workers,
         at_peers=(min(1.0, workers * resident) - resident) / (1 - resident) if resident < 1 else 0.0,
         query_width=shape.query_width,
     )

@@ -305,9 +305,9 @@ def _open_cache(
         if peers is not None:
             peers.close()
         raise
-    movable = peers is not None and not (plan.pinned or plan.fully_resident)
-    if movable and sharing is not None and sharing.placer is not None:
-        sharing.placer(DevicePool(cache, device))
+    movable = not (plan.pinned or plan.fully_resident)
+    if movable and peers is not None and sharing is not None and sharing.placer is not None:
+        sharing.placer(DevicePool(cache, peers))
     return cache
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from buddymoe_ray import LLM, EngineConfig
 from buddymoe_ray.cli import main
 from buddymoe_ray.errors import BudgetError, ConfigError
 from buddymoe_ray.models.resolve import resolve_model
-from buddymoe_ray.residency.devices import list_gpus, supposed_gpus
+from buddymoe_ray.residency.devices import list_gpus, peers_nearer, supposed_gpus
 from buddymoe_ray.residency.machine import available_memory_bytes, cgroup_limit_bytes
 from buddymoe_ray.residency.plan import make_plan
 
@@ -80,6 +81,8 @@ def test_gpus_are_described() -> None:
     nvml = FakeNvml(2)
     first, second = list_gpus(nvml)
     assert (first.index, first.name, first.total_bytes, first.nvlinks) == (0, "Fake GPU 0", 80 * GIB, 4)
+    assert peers_nearer([first], 2.0) == pytest.approx(math.log2(4 * 25e9 / first.pcie_bytes_s))
+    assert (peers_nearer(supposed_gpus("2x24GiB"), 2.0), peers_nearer((), 2.0)) == (0.0, 2.0)
     assert first.pcie_bytes_s == pytest.approx(63e9, rel=0.01) and (first.numa_node, second.numa_node) == (0, 1)
     assert nvml.open == 0, "NVML must be shut down again"
 

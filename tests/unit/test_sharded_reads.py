@@ -15,15 +15,18 @@ from pathlib import Path
 
 import pytest
 from prompt_sharer import Sharer, share
+from slot_churn import open_peers
 from test_fake_gpus import EXPERTS, LAYERS, answer, cache_of, peers_of
 from test_slot_peers import until
 
-from buddymoe_ray.cache import sharded_reads
+from buddymoe_ray.cache import NVLINK_NEARER, sharded_reads
+from buddymoe_ray.cache.sharded_reads import ShardedReads
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.async_engine import AsyncEngine
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.models.synth import synth_checkpoint
 from buddymoe_ray.residency.sharing import Sharing
+from buddymoe_ray.types import ExpertKey
 
 
 def linked(engine: Engine) -> int:
@@ -66,6 +69,23 @@ def test_of_a_prompt_each_link_carries_its_part(tmp_path: Path, monkeypatch: pyt
             assert (stats.peer_helped, stats.peer_taken_back) == (LAYERS * EXPERTS * (gpus - 1) // gpus, 0)
 
 
+def test_what_is_asked_is_asked_until_it_ends_and_only_where_peers_are_nearer() -> None:
+    asker, helper = open_peers(tag := uuid.uuid4().hex, 1), open_peers(tag, 1)
+    until(lambda: asker.count == 1)
+    shards = ShardedReads(asker, sharded_reads.LEAST_BYTES)
+    for nearer, part in ((NVLINK_NEARER, [ExpertKey(2, 5), ExpertKey(2, 9)]), (0.0, [])):
+        asker.nearer = nearer
+        shards.deal(2, [3, 5, 7, 9])
+        until(lambda part=part: helper.wanted() == part)
+        missing = [ExpertKey(2, expert) for expert in (3, 5, 7, 9)]
+        assert shards.due(missing, reading=True) == [key for key in missing if key not in part]
+        shards.end()
+        until(lambda: not helper.wanted())
+        assert shards.due(missing, reading=True) == missing
+    asker.close()
+    helper.close()
+
+
 def test_workers_that_are_killed_or_stand_still_cost_a_prompt_nothing_but_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,8 +114,7 @@ def test_workers_that_are_killed_or_stand_still_cost_a_prompt_nothing_but_time(
         assert sent == signal.SIGKILL or mine.cache.stats().peer_taken_back > before
         worker.kill()
         worker.join()
-        until(lambda: mine.peers.count == 0 and not mine.peers.wanted())
+        until(lambda: mine.peers.count == 0 and not mine.peers.wanted() and open_ends() == ends)
         mine.cache.run_errands(idle=True)
         assert not mine.cache.errands, "a dead worker is helped"
-        assert open_ends() == ends, "what was its is still open"
     mine.cache.close()
