@@ -38,9 +38,9 @@ GUESSED_DISK, GUESSED_RAM = 1.0e9, 10.0e9
 ROWS = (1, 8, 64)
 """Rows for which the rate of weights is measured; it is interpolated between them, more are computed 64 at a time."""
 _RECORDS = "int4"  # whose rate is taken for that of all stand-ins
-_NORMAL, _LOSS_SPREAD = NormalDist(), 1.25
+_NORMAL, _LOSS_SPREAD = NormalDist(), 1.0
 """Deviation of the logarithms of accesses' expected losses: of the misses of `builtin:tiny` at 25 and 37.5 % stand-ins
-answer .41 to .96 with budgets for .05 to .72 of all expected loss, .36 to .97 by this."""
+answer .33 to .91 with budgets for .07 to .74 of all expected loss, .32 to .95 by this."""
 _WAITED, _WAITED_READ_AHEAD = 0.7, 0.2
 """Share of the shorter of arithmetic and reads that the other does not hide. Measured with 4-bit experts of an OLMoE of
 8 layers at 25 %, 63 ms of arithmetic and 46 of reads a token: 95 ms, with reads ahead 71."""

@@ -321,7 +321,7 @@ def test_what_cannot_be_calibrated_is_said(model: Path, cache: Path, tmp_path: P
         served(model, cache)
 
 
-@pytest.mark.parametrize("name", ["made.profile", "made.standins/lowbit3-01.safetensors"])
+@pytest.mark.parametrize("name", ["made.profile", "made.standins/lowbit34-01.safetensors"])
 def test_what_was_damaged_is_made_again(model: Path, cache: Path, name: str) -> None:
     path = folder_in(cache).path / name
     content = bytearray(path.read_bytes())

@@ -123,7 +123,7 @@ def test_every_stand_in_keeps_the_memory_budget(standin: str, memory: str) -> No
             EngineConfig(memory=memory, mode="fast", standin=standin, guard_share=0.0), text=False
         )
     except BudgetError as error:
-        assert standin in ("lowbit3", "lowbit4") and memory == "20%" and "hint:" in str(error)
+        assert standin in ("lowbit3", "lowbit34", "lowbit4", "lowbit48") and memory == "20%" and "hint:" in str(error)
         return
     plan = engine.cache.plan
     held = engine.cache.device_bytes + engine.standin_bytes
@@ -262,7 +262,7 @@ def test_records_that_a_profile_does_not_know_are_left_alone(tmp_path: Path) -> 
     (tmp_path / "p.standins").symlink_to(standins_folder(shipped))
     with served(profile=str(path), mode="fast", memory="50%") as llm:
         setup = llm.engine._setup
-        assert setup is not None and {*setup.kind_of.values()} == {"lowbit3", "lowbit4"}
+        assert setup is not None and {*setup.kind_of.values()} == {"lowbit24", "lowbit34", "lowbit4", "lowbit48"}
     with pytest.raises(ProfileError, match="stand-in is 'lowbit2'"):
         served(profile=str(path), mode="fast", standin="lowbit2")
 
