@@ -13,9 +13,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -61,11 +60,31 @@ class _Read(NamedTuple):
     targets: tuple[Bytes, ...]
 
 
+class _Run(NamedTuple):
+    """Bytes of a file from `offset` on, and the parts of a destination that they fill one after the other."""
+
+    path: str
+    offset: int
+    parts: tuple[slice, ...]
+
+    def into(self, destination: Bytes) -> _Read:
+        return _Read(self.path, self.offset, tuple([destination[part] for part in self.parts]))
+
+
+class _Plan(NamedTuple):
+    """How pieces are read: in these runs, `on_the_spot` or by threads."""
+
+    pieces: Sequence[ExpertPiece]
+    on_the_spot: bool
+    runs: list[_Run]
+
+
 @dataclass(frozen=True)
 class ReadTicket:
-    """Reads in flight for one destination."""
+    """Reads in flight for one destination; `error` is what reads on the spot failed with."""
 
-    parts: tuple[Future[None], ...]
+    parts: tuple[Future[None], ...] = ()
+    error: CacheError | None = None
 
     def done(self) -> bool:
         """Whether nothing is in flight any more, well or ill."""
@@ -73,7 +92,9 @@ class ReadTicket:
 
     def wait(self) -> None:
         """Block until nothing is in flight, then raise CacheError if a read failed or was cancelled."""
-        wait(self.parts)
+        self.settle()
+        if self.error is not None:
+            raise self.error
         for part in self.parts:
             if part.cancelled():
                 raise CacheError("a read was cancelled, must be begun again. hint: nobody may wait for it")
@@ -81,7 +102,8 @@ class ReadTicket:
 
     def settle(self) -> None:
         """Block until nothing is in flight, whatever came of it: only then may the destination be used again."""
-        wait(self.parts)
+        if self.parts:
+            wait(self.parts)
 
     def cancel(self) -> bool:
         """Give up what was not begun; whether there was any."""
@@ -107,6 +129,7 @@ class DiskReader:
         self._refused: set[int] = set()  # devices whose file system has no O_DIRECT
         self._lock = threading.Lock()
         self._files: dict[str, tuple[int, bool]] = {}
+        self._plans: dict[int, _Plan] = {}  # by the id of their pieces
         self._memory = mmap.mmap(-1, self.staging_bytes)  # anonymous maps are page-aligned
         self._buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         view = memoryview(self._memory)
@@ -127,25 +150,22 @@ class DiskReader:
     def submit(self, pieces: Sequence[ExpertPiece], destination: Bytes) -> ReadTicket:
         """Start reading all pieces into `destination` (a slot's bytes, uint8); few bytes are there when it returns.
 
-        Raises CacheError when the reader is closed; all else that goes wrong is told by the ticket.
+        How a tuple of them is read is remembered. Raises CacheError when the reader is closed; all else that goes wrong
+        is told by the ticket.
         """
         if self._closed:
             raise CacheError(_CLOSED)
-        if _is_small(pieces):
-            return ReadTicket((self._now(pieces, destination),))
-        # one page of slack at either end lets any offset be read in whole pages
-        most = max(_PAGE, self.buffer_bytes - 2 * _PAGE)
+        plan = self._plans.get(id(pieces))
+        if plan is None:
+            plan = _Plan(pieces, _is_small(pieces), self._cut(pieces))
+            if isinstance(pieces, tuple):
+                self._plans[id(pieces)] = plan  # and so the pieces live, and nothing else has their id
+        if plan.on_the_spot:
+            return self._now(plan.runs, destination)
         parts = list[Future[None]]()
         try:
-            for run in _runs(pieces):
-                if _is_small(run):  # scales of matrices, one behind the other
-                    parts.append(self._start(_read_of(run, destination)))
-                    continue
-                for piece in run:
-                    for start in range(0, piece.nbytes, most):
-                        at, count = piece.slot_offset + start, min(most, piece.nbytes - start)
-                        read = _Read(piece.path, piece.offset + start, (destination[at : at + count],))
-                        parts.append(self._start(read))
+            for run in plan.runs:
+                parts.append(self._start(run.into(destination)))
         except BaseException:
             wait(parts)  # nothing may land in a slot that has a new owner
             raise
@@ -160,17 +180,31 @@ class DiskReader:
         for fd, _ in files.values():
             os.close(fd)
 
-    def _now(self, pieces: Sequence[ExpertPiece], destination: Bytes) -> Future[None]:
-        """Read here, end to end what lies so."""
-        done = Future[None]()
+    def _cut(self, pieces: Sequence[ExpertPiece]) -> list[_Run]:
+        """Reads that pieces take: one of what lies end to end and is small, more of a large piece."""
+        if _is_small(pieces):
+            return [_run_of(group) for group in _end_to_end(pieces)]
+        # one page of slack at either end lets any offset be read in whole pages
+        most, runs = max(_PAGE, self.buffer_bytes - 2 * _PAGE), list[_Run]()
+        for group in _end_to_end(pieces):
+            if _is_small(group):  # scales of matrices, one behind the other
+                runs.append(_run_of(group))
+                continue
+            for piece in group:
+                for start in range(0, piece.nbytes, most):
+                    at = piece.slot_offset + start
+                    part = slice(at, at + min(most, piece.nbytes - start))
+                    runs.append(_Run(piece.path, piece.offset + start, (part,)))
+        return runs
+
+    def _now(self, runs: Sequence[_Run], destination: Bytes) -> ReadTicket:
+        """Read here."""
         try:
-            for run in _runs(pieces):
-                self._run(_read_of(run, destination))
+            for run in runs:
+                self._run(run.into(destination))
         except CacheError as error:
-            done.set_exception(error)
-        else:
-            done.set_result(None)
-        return done
+            return ReadTicket(error=error)
+        return ReadTicket()
 
     def _start(self, read: _Read) -> Future[None]:
         try:
@@ -180,25 +214,18 @@ class DiskReader:
 
     def _run(self, read: _Read) -> None:
         buffer = self._buffers.get()
+        with self._lock:
+            if not self._reading:
+                self._since = time.perf_counter()
+            self._reading += 1
         try:
-            with self._busy():
-                self._read_through(buffer, *read)
+            self._read_through(buffer, *read)
         except OSError as error:
             raise CacheError(
                 f"{read.path} at byte {read.offset}: {error.strerror or error}. hint: check the disk and the checkpoint"
             ) from error
         finally:
             self._buffers.put(buffer)
-
-    @contextmanager
-    def _busy(self) -> Iterator[None]:
-        with self._lock:
-            if not self._reading:
-                self._since = time.perf_counter()
-            self._reading += 1
-        try:
-            yield
-        finally:
             with self._lock:
                 self._reading -= 1
                 if not self._reading:
@@ -206,7 +233,7 @@ class DiskReader:
 
     def _read_through(self, buffer: memoryview, path: str, offset: int, targets: Sequence[Bytes]) -> None:
         fd, direct = self._open(path)
-        done, nbytes = 0, sum(target.nbytes for target in targets)
+        done, nbytes = 0, sum([target.nbytes for target in targets])
         while done < nbytes:
             at = offset + done
             begin = at // _PAGE * _PAGE
@@ -224,10 +251,13 @@ class DiskReader:
             os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def _open(self, path: str) -> tuple[int, bool]:
-        with self._lock:
-            if path not in self._files:
-                self._files[path] = self._open_new(path)
-            return self._files[path]
+        found = self._files.get(path)
+        if found is None:
+            with self._lock:
+                found = self._files.get(path)
+                if found is None:
+                    found = self._files[path] = self._open_new(path)
+        return found
 
     def _open_new(self, path: str) -> tuple[int, bool]:
         fd = _open_direct(path) if self._direct else None
@@ -249,7 +279,7 @@ def largest_read(layout: ExpertLayout) -> int:
     reads = (
         sum(piece.nbytes for piece in run)
         for pieces in layout.pieces.values()
-        for run in (_runs(pieces) if _is_small(pieces) else ([piece] for piece in pieces))
+        for run in (_end_to_end(pieces) if _is_small(pieces) else ([piece] for piece in pieces))
     )
     return max(reads, default=max(tensor.nbytes for tensor in layout.tensors))
 
@@ -258,7 +288,7 @@ def _is_small(pieces: Sequence[ExpertPiece]) -> bool:
     return sum(piece.nbytes for piece in pieces) <= READ_ON_THE_SPOT
 
 
-def _runs(pieces: Sequence[ExpertPiece]) -> list[list[ExpertPiece]]:
+def _end_to_end(pieces: Sequence[ExpertPiece]) -> list[list[ExpertPiece]]:
     """Pieces in the order of their files, those together that lie end to end."""
     runs = list[list[ExpertPiece]]()
     for piece in sorted(pieces, key=lambda piece: (piece.path, piece.offset)):
@@ -270,10 +300,13 @@ def _runs(pieces: Sequence[ExpertPiece]) -> list[list[ExpertPiece]]:
     return runs
 
 
-def _read_of(run: Sequence[ExpertPiece], destination: Bytes) -> _Read:
-    """Of pieces that lie end to end."""
-    targets = (destination[piece.slot_offset : piece.slot_offset + piece.nbytes] for piece in run)
-    return _Read(run[0].path, run[0].offset, tuple(targets))
+def _run_of(group: Sequence[ExpertPiece]) -> _Run:
+    """Of pieces that lie end to end; those that do so in the destination too are one part of it."""
+    parts = list[slice]()
+    for piece in group:
+        begin = parts.pop().start if parts and parts[-1].stop == piece.slot_offset else piece.slot_offset
+        parts.append(slice(begin, piece.slot_offset + piece.nbytes))
+    return _Run(group[0].path, group[0].offset, tuple(parts))
 
 
 def _scatter(source: Bytes, targets: Sequence[Bytes], done: int) -> None:

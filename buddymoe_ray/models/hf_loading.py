@@ -268,6 +268,9 @@ def _finish(model: Any, info: Any, load_config: LoadStateDictConfig) -> None:
     model._move_missing_keys_from_meta_to_device(set(), load_config.device_map, None, None)
     model._initialize_missing_keys(is_quantized=False)
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "default":  # phimoe's would compute its own on the host in every pass
+            module.rope_init_fn = lambda *_, kept=module: (kept.inv_freq, kept.attention_scaling)
     _freeze(model)
 
 

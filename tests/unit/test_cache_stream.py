@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,30 @@ def test_ten_thousand_random_operations(tmp_path: Path, slots: int, host_slots: 
         stats = cache.stats()
         assert stats.bytes_loaded_device % layout.expert_bytes == 0
         assert stats.bytes_requested_disk <= stats.bytes_read_disk
+
+
+def test_a_miss_takes_few_calls(tmp_path: Path) -> None:
+    """Decode of a small model is made of them: 163 of Python and C; 260 before a read was planned once."""
+    layout, truth = make_layout(tmp_path, experts_per_layer=(16,))
+    rng, calls = random.Random(0), 0
+
+    def count(frame: object, event: str, arg: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    with open_cache(layout, 8) as cache:
+        asked = [sorted(rng.sample(range(16), 4)) for _ in range(60)]
+        for experts in asked[:30]:
+            access(cache, truth, 0, experts, False)
+        before = cache.stats().misses
+        sys.setprofile(count)
+        for experts in asked[30:]:
+            for _leases in cache.stream(0, experts, protect_residency=False):
+                pass
+        sys.setprofile(None)
+        missed = cache.stats().misses - before
+    assert missed > 40
+    assert calls < 200 * missed, f"{calls / missed:.0f} calls a miss"
 
 
 def in_own_partition(cache: ExpertCache, layer: int, expert: int) -> bool:

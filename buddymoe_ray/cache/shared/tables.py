@@ -286,7 +286,7 @@ class SharedTables:
         self.loader[slot] = -1
         self.state[slot] = READY
         self._publish(slot)
-        self.touch(np.array([slot]))
+        self.touch(slot)
 
     def vacate(self, slot: int) -> None:
         """The slot holds nothing that anybody may find; the caller holds the lock.
@@ -305,7 +305,7 @@ class SharedTables:
 
     def leased(self, slots: SlotIds) -> npt.NDArray[np.bool_]:
         """Which of the slots anybody leases."""
-        found: npt.NDArray[np.bool_] = self.lease[:, slots].max(axis=0).astype(bool)
+        found: npt.NDArray[np.bool_] = np.logical_or.reduce(self.lease[:, slots], axis=0)
         return found
 
     def others_loading(self) -> bool:
@@ -339,11 +339,11 @@ class SharedTables:
         return int(free[0]) if len(free) else None
 
     def _own(self, layer: int, *, protect: bool, kept: npt.NDArray[np.bool_]) -> int | None:
-        mine = np.flatnonzero(self.partition == layer)
+        mine = (self.partition == layer).nonzero()[0]
         slot = self.free_of(mine)
         if slot is not None or protect:
             return slot
-        mine = mine[~kept[mine] & ~self._is_pinned(mine)]
+        mine = mine[~(kept[mine] | self._is_pinned(mine)) if self.pinned[layer].any() else ~kept[mine]]
         return self._victim(mine, self._worth(layer, self.key_expert[mine]))
 
     def _worth(self, layer: int, experts: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -359,13 +359,13 @@ class SharedTables:
         """The least used of the slots that may go."""
         unread = ~self.leased(slots)
         may_go = unread & (self.state[slots] == READY)
-        return int(slots[may_go][usage[may_go].argmin()]) if may_go.any() else None
+        return int(slots[np.where(may_go, usage, np.inf).argmin()]) if may_go.any() else None
 
     def _is_pinned(self, slots: SlotIds) -> npt.NDArray[np.bool_]:
         pinned_C: npt.NDArray[np.uint8] = self.pinned[self.key_layer[slots], self.key_expert[slots]]
         return pinned_C.astype(bool) & (self.state[slots] == READY)
 
-    def touch(self, slots: SlotIds) -> None:
+    def touch(self, slots: SlotIds | int) -> None:
         """Note an access to slots; without the lock two accesses may get one time, which is harmless."""
         self.head[HeaderWord.CLOCK] += 1
         self.last_used[slots] = self.head[HeaderWord.CLOCK]
