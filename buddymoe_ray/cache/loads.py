@@ -32,7 +32,7 @@ _LONGEST_POLL_SECONDS, _HELPING_SECONDS, _MOVING_SECONDS = 2e-3, 2e-4, 5e-3
 _NEVER = np.iinfo(np.uint64).max
 
 
-class Placed:
+class _Placed:
     """Experts that are to stay in the slots of their layers: those that are `absent`, as far as is known, are brought
     one every so many `seconds`, the most wanted first."""
 
@@ -56,7 +56,7 @@ class Loads:
         self._own_slot = None if store.alone else OwnSlot(store.layout, reader)
         self._stalled: dict[int, int] = {}  # slots that somebody did not fill in time, by their generation
         self._crowded = False  # no slot could be had in time, the last time
-        self._placed = Placed((), 0.0, begun=True)
+        self._placed = _Placed((), 0.0, begun=True)
 
     def start(self, call: StreamState, protect: bool) -> None:
         """Start reads while there are experts missing and slots to be had."""
@@ -130,9 +130,9 @@ class Loads:
 
     def place(self, pins: Sequence[ExpertKey], bytes_per_second: float) -> None:
         """See ExpertCache."""
-        self._placed = Placed(pins, self._store.layout.expert_bytes / bytes_per_second)
+        self._placed = _Placed(pins, self._store.layout.expert_bytes / bytes_per_second)
 
-    def _follow(self, placed: Placed) -> None:
+    def _follow(self, placed: _Placed) -> None:
         """Bring one more of the experts that are to stay, when it is time; of a layer the least used goes for it."""
         tables = self._tables
         if not placed.begun:
