@@ -53,6 +53,7 @@ __all__ = [
 
 _POSITION, _SEEN = SampleRow._fields.index("position"), SampleRow._fields.index("seen_ids")
 _SHARES = 2.0**53
+_MOST = 2**19
 _TOGETHER = 8  # rows that are sorted at once: of 151,936 they take .1 GB
 
 
@@ -118,12 +119,12 @@ class SamplingState:
 def choose_rows(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[int]:
     """One token per row of float32 logits: those of `choose_by_sort`, on a CPU of all rows in one call, which leaves
     to it what is no distribution."""
-    assert logits_BV.shape[1] < 2**19, f"{logits_BV.shape[1]} logits, must be fewer than {2**19}: sums are int64"
     assert len(logits_BV) == len(states), f"{len(logits_BV)} rows, must be {len(states)}"
     if logits_BV.device.type != "cpu":
         if any(state.shifts for state in states):
             logits_BV = torch.stack([_shifted(row_V, state) for row_V, state in zip(logits_BV, states, strict=True)])
         return choose_sorted(logits_BV, settings_of(states)).tolist()  # type: ignore[no-any-return]
+    assert logits_BV.shape[1] < _MOST, f"{logits_BV.shape[1]} logits, must be fewer than {_MOST}: sums are int64"
     assert logits_BV.dtype is torch.float32, f"logits are {logits_BV.dtype}, must be float32"
     logits_BV = logits_BV if logits_BV.stride(1) == 1 else logits_BV.contiguous()
     rows = np.array([state.row_at() for state in states], np.int64)
@@ -158,6 +159,7 @@ def choose_sorted(logits_BV: Tensor, settings_5B: npt.NDArray[np.float64] | None
     """
     if settings_5B is None:
         return logits_BV.argmax(dim=-1)
+    assert logits_BV.shape[1] < _MOST, f"{logits_BV.shape[1]} logits, must be fewer than {_MOST}: sums are int64"
     rows = upload(torch.from_numpy(settings_5B), logits_BV.device).split(_TOGETHER, dim=1)
     return torch.cat([_drawn(part, *row) for part, row in zip(logits_BV.split(_TOGETHER), rows, strict=True)])
 

@@ -149,16 +149,6 @@ def test_resident_experts_are_one_piece(model: Path, monkeypatch: pytest.MonkeyP
     assert found == expected and usage.hits == 5 * 2 * 2 and not seen["bring"] + seen["answered"]
 
 
-def test_what_ran_ahead_of_a_stall_leaves_nothing_behind(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with opened(model, DEVICE, recorded=False) as engine:
-        eager = answers(engine, steps=8, modes=MODES[:2])
-    seen = Counter[str]()
-    with opened(model, DEVICE) as engine:
-        counted(monkeypatch, seen)
-        assert answers(engine, steps=8, modes=MODES[:2]) == eager
-    assert seen["bring"] > 2 and eager["bounded"][1].standins.lowbit > 0
-
-
 def test_behind_a_stall_little_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of eight layers, most of which miss something, no more than the host launched before it could know."""
     folder, found = build_checkpoint("qwen3_moe", tmp_path, **SIZES | {"num_hidden_layers": 8}), list[list[int]]()
