@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from grpc.aio import AioRpcError
 from ray import serve
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
@@ -36,6 +37,7 @@ APP_NAME = "buddymoe"
 WORKER_NAME = "worker"
 HEALTH_SECONDS = 5.0
 LOOK_SECONDS = 1.0  # while a worker runs, whether one does is asked so often at most, and only while requests come
+LIGHT_CHARACTERS = 1 << 18
 LOST = (RayActorError, NodeDiedError, ObjectLostError, WorkerCrashedError)  # the replica, or its node with its replies
 
 
@@ -47,6 +49,7 @@ class ReplicaWorkers:
         self._handle, self._num_gpus = handle, num_gpus
         self._looked_at, self._absent, self._ending = -math.inf, "", False
         self._streaming = handle.options(stream=True)
+        self._light = handle.options(stream=True, _by_reference=False, response_serialization="pickle")
         self._retry_after = retry_after_seconds
 
     async def generate(self, work: Work) -> AsyncGenerator[Reply, None]:
@@ -57,7 +60,7 @@ class ReplicaWorkers:
             refusal = unavailable(absent, retry_after_seconds=self._retry_after)
             yield replace(refusal, code=STOPPED) if self._ending else refusal
             return
-        response = self._streaming.generate.remote(work)
+        response = (self._light if _is_light(work) else self._streaming).generate.remote(work)
         assert isinstance(response, DeploymentResponseGenerator), f"a streaming handle answered {response!r}"
         try:
             async for reply in response:
@@ -66,6 +69,8 @@ class ReplicaWorkers:
             yield self._refusal(error)
         except LOST as error:
             raise WorkerLost(f"the worker is gone ({type(error).__name__})") from error
+        except AioRpcError as error:
+            raise WorkerLost(f"the worker is gone ({error.code()})") from error
         finally:
             response.cancel()  # type: ignore[no-untyped-call]
 
@@ -163,6 +168,13 @@ def connect(app_name: str, *, address: str) -> ReplicaWorkers:
         raise ConfigError(
             f"app is {app_name!r}, must be a running application ({error}). hint: serve run deployments/tiny-cpu.yaml"
         ) from error
+
+
+def _is_light(work: Work) -> bool:
+    """Whether it goes by gRPC, from process to process: a batch takes a third of the time that it takes as an object of
+    ray's, but may have no more than 4 MB. So streams of nothing but tokens do."""
+    told = work.sampling.logprobs is not None or work.sampling.prompt_logprobs is not None
+    return work.flush_seconds is not None and not (told or work.spells_only) and len(repr(work)) < LIGHT_CHARACTERS
 
 
 def _one_line(error: BaseException) -> str:

@@ -42,6 +42,11 @@ def test_both_endpoints_answer(url: str) -> None:
     assert len(httpx.post(f"{url}/v1/chat/completions", json=chat).json()["choices"][0]["message"]["content"]) == 8
 
 
+def test_a_stream_whose_prompt_no_grpc_message_holds_is_answered_all_the_same(url: str) -> None:
+    refused = httpx.post(f"{url}/v1/completions", json=TEXT | {"prompt": "x" * 5_000_000, "stream": True}, timeout=60)
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slots(url: str, client: Client, stream: bool) -> None:
     body = TEXT | {"max_tokens": 4000, "stream": stream, "n": 3}

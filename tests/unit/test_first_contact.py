@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,9 +32,9 @@ from buddymoe_ray.residency import plan as plan_module
 from buddymoe_ray.residency.plan import make_plan
 from buddymoe_ray.serve import launch
 from buddymoe_ray.serve.args import ServeArgs
-from buddymoe_ray.serve.handles import ReplicaWorkers
+from buddymoe_ray.serve.handles import ReplicaWorkers, _is_light
 from buddymoe_ray.serve.refusals import STOPPED
-from buddymoe_ray.serve.work import Refusal, ResumedChoice, Work
+from buddymoe_ray.serve.work import ChatMessage, Refusal, ResumedChoice, Work
 from buddymoe_ray.types import SamplingParams
 
 ROOT = Path(__file__).parents[2]
@@ -216,6 +217,24 @@ def replicas(
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
     handle: Any = SimpleNamespace(app_name="buddymoe", deployment_name="worker", options=lambda **_: None)
     return ReplicaWorkers(handle, num_gpus=gpus)
+
+
+@pytest.mark.parametrize(
+    ("changes", "light"),
+    [
+        ({}, True),
+        ({"flush_seconds": None}, False),  # one message with everything
+        ({"prompts": ("x" * 300_000,)}, False),
+        ({"prompts": (tuple(range(50_000)),)}, False),
+        ({"messages": (ChatMessage(role="user", content="é" * 300_000),), "prompts": ()}, False),
+        ({"sampling": SamplingParams(logprobs=0)}, False),
+        ({"sampling": SamplingParams(prompt_logprobs=0)}, False),
+        ({"spells_only": True}, False),
+    ],
+)
+def test_only_what_surely_fits_a_grpc_message_goes_as_one(changes: dict[str, Any], light: bool) -> None:
+    work = Work(request_id="r", prompts=("hello",), sampling=SamplingParams(), flush_seconds=0.025)
+    assert _is_light(replace(work, **changes)) is light
 
 
 async def test_nobody_is_refused_for_what_was_a_moment_ago(monkeypatch) -> None:
