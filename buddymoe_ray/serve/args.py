@@ -50,7 +50,7 @@ class ServeArgs(BaseModel):
         num_cpus: CPU cores that ray reserves per worker.
         default_max_tokens: output limit of chat requests that name none (also bounded by the context).
         flush_ms: tokens of a stream that arrive within this time share a message; within up to 100 ms where a worker
-            has many streams, but for 0.
+            has many streams, 250 ms of one of more than 100 tokens a second, but for 0.
         max_queued_requests: requests that may wait at each worker; the next one is answered 503 with Retry-After.
         retry_after_seconds: what Retry-After says.
         request_timeout_seconds: most time for one request, queue included; then 504.

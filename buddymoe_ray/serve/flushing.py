@@ -18,31 +18,28 @@ from buddymoe_ray.types import TokenEvent
 __all__ = ["Batches", "Items"]
 
 MOST_BATCHES, LONGEST_PAUSE = 200, 0.1
-"""A second from one worker, and the seconds that a token waits for it at most."""
+FEWER_BATCHES, LONGER_PAUSE, READ_TOKENS = 64, 0.25, 100
+"""A second from one worker, and the seconds that a token waits for it at most; then the same of sequences that say more
+than so many tokens a second, ten times as many as people read."""
 
 
 class Items:
     """What the sequences of one call say, in order, from any thread, for one reader on the event loop that made it."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._news = asyncio.get_running_loop(), asyncio.Event()
         self._items = deque[TokenEvent | Refusal]()
-        self._waiter: asyncio.Future[None] | None = None
-        self._woken: asyncio.Future[None] | None = None
-        self._for_end = self._end_came = False
+        self._waits = self._for_end = self._end_came = False
 
     def put(self, item: TokenEvent | Refusal) -> None:
         """From whoever computes."""
         self._items.append(item)
-        if not _goes_on(item):
+        if ends := not _goes_on(item):
             self._end_came = True
-        elif self._for_end:
-            return
-        waiter = self._waiter  # read after the item is there: who begins to wait now finds it
-        if waiter is not None and waiter is not self._woken:
-            self._woken = waiter
+        if self._waits and (ends or not self._for_end):  # read after the item is there: who begins to wait now finds it
+            self._waits = False
             with suppress(RuntimeError):  # the loop is closed: nobody reads on
-                self._loop.call_soon_threadsafe(_wake, waiter)
+                self._loop.call_soon_threadsafe(self._news.set)
 
     def take(self) -> list[TokenEvent | Refusal]:
         """All that was said since."""
@@ -51,12 +48,13 @@ class Items:
 
     async def wait(self, seconds: float, *, for_end: bool) -> None:
         """Until there is an item, or one with which a sequence ends, but no longer than that."""
-        self._for_end, self._waiter = for_end, (waiter := self._loop.create_future())
+        self._news.clear()
+        self._for_end, self._waits = for_end, True
         if not self._end_came and (for_end or not self._items):
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
-                    await waiter
-        self._waiter = None
+                    await self._news.wait()
+        self._waits = False
 
 
 class Batches:
@@ -73,12 +71,11 @@ class Batches:
         beat_seconds: float,
         calls: Callable[[], int],
     ) -> None:
-        self._items, self.open_choices, self._calls = items, open_choices, calls
+        self._items, self.open_choices, self._calls, self._delta_of = items, open_choices, calls, delta_of
         self._now = asyncio.get_running_loop().time
         self._flush_seconds, self._beat_seconds = flush_seconds, beat_seconds
         self._flush_at = self._now() if flush_seconds is not None else float("inf")
         self._beat_at = self._now() + beat_seconds
-        self._delta_of = delta_of
         self._events: dict[str, list[TokenEvent]] = {}  # by sequence
 
     async def next(self) -> Reply:
@@ -99,20 +96,20 @@ class Batches:
             until = min(self._flush_at, self._beat_at) if self._events else self._beat_at
             await self._items.wait(until - now, for_end=bool(self._events))
         batch = Batch(deltas=tuple(self._delta_of(joined(events)) for events in self._events.values()))
+        self._flush_at, self._beat_at = self._next_flush(now), now + self._beat_seconds
         self._events = {}
-        self._flush_at, self._beat_at = now + self._pause(), now + self._beat_seconds
         return batch
 
-    def _pause(self) -> float:
+    def _next_flush(self, now: float) -> float:
+        """Calls of one pause hand on together: most of what a batch costs is to be woken for it."""
         if not self._flush_seconds:
-            return 0.0
-        return max(self._flush_seconds, min(self._calls() / MOST_BATCHES, LONGEST_PAUSE))
+            return now
+        tokens = max(sum(len(event.token_ids) for event in events) for events in self._events.values())
+        fast = tokens > 1 + READ_TOKENS * (now - self._beat_at + self._beat_seconds)
+        most, longest = (FEWER_BATCHES, LONGER_PAUSE) if fast else (MOST_BATCHES, LONGEST_PAUSE)
+        pause = max(self._flush_seconds, min(self._calls() / most, longest))
+        return (now // pause + 1) * pause
 
 
 def _goes_on(item: TokenEvent | Refusal) -> bool:
     return isinstance(item, TokenEvent) and item.finish_reason is None
-
-
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)

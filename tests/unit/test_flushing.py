@@ -14,9 +14,9 @@ from buddymoe_ray.serve.work import Batch, Delta, Refusal
 from buddymoe_ray.types import FinishReason, TokenEvent
 
 
-def event(text: str, *, end: bool = False, choice: int = 0) -> TokenEvent:
+def event(text: str, *, end: bool = False, choice: int = 0, tokens: int = 1) -> TokenEvent:
     reason: FinishReason | None = "stop" if end else None
-    return TokenEvent(request_id=str(choice), token_ids=(), text=text, finish_reason=reason)
+    return TokenEvent(request_id=str(choice), token_ids=(7,) * tokens, text=text, finish_reason=reason)
 
 
 def delta_of(event: TokenEvent) -> Delta:
@@ -34,14 +34,28 @@ async def said(batches: Batches) -> str:
 
 
 @pytest.mark.parametrize(
-    ("calls", "flush_seconds", "pause"), [(1, 0.025, 0.025), (16, 0.025, 0.08), (900, 0.025, 0.1), (900, 0.0, 0.0)]
+    ("calls", "flush_seconds", "tokens", "pause"),
+    [
+        (1, 0.025, 1, 0.025),
+        (16, 0.025, 1, 0.08),
+        (900, 0.025, 1, 0.1),
+        (1, 0.025, 400, 0.025),
+        (8, 0.025, 400, 0.125),
+        (900, 0.025, 400, 0.25),  # faster than anybody reads
+        (900, 0.5, 400, 0.5),
+        (900, 0.0, 400, 0.0),
+    ],
 )
-async def test_a_worker_of_many_calls_hands_on_less_often(calls: int, flush_seconds: float, pause: float) -> None:
-    items = Items()
-    batches = batches_of(items, calls=calls, flush_seconds=flush_seconds)
-    items.put(event("a"))
-    assert await said(batches) == "a"
-    assert batches._flush_at - batches._beat_at + 60 == pytest.approx(pause)
+async def test_a_worker_of_many_calls_hands_on_less_often_and_all_together(
+    calls: int, flush_seconds: float, tokens: int, pause: float
+) -> None:
+    for _ in range(2):
+        batches = batches_of(items := Items(), calls=calls, flush_seconds=flush_seconds)
+        items.put(event("a", tokens=tokens))
+        assert await said(batches) == "a", "the first tokens at once"
+        now, times = batches._beat_at - 60, batches._flush_at / (pause or 1)
+        assert now <= batches._flush_at <= now + pause
+        assert not pause or times == pytest.approx(round(times)), "others flush then, too"
 
 
 async def test_who_waits_for_a_flush_is_woken_by_an_end_and_not_by_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,12 +67,10 @@ async def test_who_waits_for_a_flush_is_woken_by_an_end_and_not_by_a_token(monke
     items.put(event("b"))
     reading = asyncio.create_task(said(batches))
     await asyncio.sleep(0)
-    waiter = items._waiter
     for text in "cde":
         items.put(event(text))
         await asyncio.sleep(0)
-        assert waiter is not None and items._waiter is waiter, "the reader waits"
-        assert items._woken is None, "a token that waits wakes nobody"
+        assert items._waits and not items._news.is_set(), "a token that waits wakes nobody"
     items.put(event("f", end=True))
     await asyncio.sleep(0)
     assert not reading.done(), "the other choice goes on, and its tokens wait"
