@@ -183,7 +183,7 @@ class KeyRing:
 
     def find(self, given: Iterable[bytes]) -> ApiKey | None:
         """The key that is among those given. Takes as long whichever it is, and whether there is one."""
-        self._refresh()
+        self.refresh()
         found = None
         for digest in [_digest(key) for key in given][:MOST_GIVEN]:
             for key in self.keys:
@@ -191,7 +191,7 @@ class KeyRing:
                     found = key
         return found
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Read the file anew, at most once a second; what is wrong with it is said once."""
         if self._path is None or self._clock() - self._looked < LOOK_SECONDS:
             return

@@ -245,6 +245,11 @@ class Tenants:
             return self._of(key)
         return self._known.setdefault(name, Tenant(name, KeyLimits(), self._clock)) if name else self._nobody
 
+    def revoked(self, name: str) -> bool:
+        """Whether keys have names and none has that one any more."""
+        self._ring.refresh()
+        return bool(name) and self._ring.has_names and all(key.name != name for key in self._ring.keys)
+
     def counters(self, reader: Tenant) -> Mapping[str, TenantCounters]:
         """By name, of the keys that are good now, where they have names: of all for the environment's, else its own."""
         keys = self._ring.keys if self._ring.has_names else ()

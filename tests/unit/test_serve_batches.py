@@ -22,8 +22,9 @@ import pytest
 from asgi import check_error, conforms, openai_client, serving, talking_to
 from fakes import FakeEngine, FakeLimits, LocalWorkers
 
+from buddymoe_ray.serve import keys
 from buddymoe_ray.serve.batches import file_routes, job, routes
-from buddymoe_ray.serve.batches.records import FileObject
+from buddymoe_ray.serve.batches.records import BatchObject, FileObject
 from buddymoe_ray.serve.batches.store import FileStore
 from buddymoe_ray.serve.http import HttpSettings, http_app
 from buddymoe_ray.serve.keys import add_key
@@ -290,6 +291,29 @@ async def test_what_ends_early_keeps_what_is_answered(
     assert sorted(each["custom_id"] for each in (*good, *bad)) == sorted(f"r{at}" for at in range(40))
     assert (done.request_counts.completed, done.request_counts.failed) == (len(good), len(bad))
     assert end == "expired" or good
+
+
+async def test_a_batch_ends_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "SYNC_SECONDS", 0.01)
+    monkeypatch.setattr(keys, "LOOK_SECONDS", 0.0)
+    path, kept = tmp_path / "keys.toml", FileStore(tmp_path / "files", quota=10**6)
+    add_key(path, "bob", {})
+    others = path.read_text()
+    key = add_key(path, "alice", {})
+    both, engine = path.read_text(), FakeEngine(delay=0.005, limits=FakeLimits(max_running=1))
+    async with serving(engine, api_keys=str(path), files_folder=tmp_path / "files") as http:
+        alice = openai_client(http, key)
+        batch = await begun(alice, lines(40))
+        while not (await alice.batches.retrieve(batch.id)).request_counts.completed:
+            await asyncio.sleep(0.01)
+        path.write_text(others)
+        while not kept.find(BatchObject, batch.id, "alice").finished:
+            await asyncio.sleep(0.01)
+        path.write_text(both)
+        done = await ended(alice, batch.id)
+        good, bad = await told(alice, done.output_file_id), await told(alice, done.error_file_id)
+    assert done.status == "cancelled" and good and {each["error"]["code"] for each in bad} == {"key_revoked"}
+    assert sorted(each["custom_id"] for each in (*good, *bad)) == sorted(f"r{at}" for at in range(40))
 
 
 @asynccontextmanager

@@ -42,6 +42,7 @@ MOST_PROBLEMS = 50
 ENDS: dict[str, tuple[Moment, str]] = {
     "batch_cancelled": ("cancelled", "the batch was cancelled before this line was answered"),
     "batch_expired": ("expired", "the batch's time was over before this line was answered"),
+    "key_revoked": ("cancelled", "the API key of this batch was revoked before this line was answered"),
     "files_full": ("completed", "the disk's share for files was used up before this line was answered"),
 }
 """What may end a batch before its last line: the state it is then in, and what its other lines say."""
@@ -209,8 +210,11 @@ class BatchJob:
                 group.create_task(one(at, line, call, visit))
 
     async def _sync(self, journal: Journal) -> None:
-        """Make entries durable now and then, as long as there is room to write all of them once more at the end."""
+        """Make entries durable now and then, as long as there is room to write all of them once more at the end, and
+        its key is good."""
         while True:
+            if self._service.tenants.revoked(self._owner):
+                self._end("key_revoked")
             await asyncio.sleep(SYNC_SECONDS)
             await asyncio.to_thread(journal.sync)
             if await asyncio.to_thread(self._store.room) < journal.size:
