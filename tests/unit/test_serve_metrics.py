@@ -23,6 +23,7 @@ from buddymoe_ray.observe import CalibrationSnapshot, EngineSnapshot, ExpertMap,
 from buddymoe_ray.serve import ray_metrics
 from buddymoe_ray.serve.metrics import METRICS, VLLM_HISTOGRAMS, VLLM_METRICS, exposition
 from buddymoe_ray.serve.ray_metrics import RayMetrics
+from buddymoe_ray.serve.tenants import TenantCounters
 from buddymoe_ray.serve.work import WorkerReport
 from buddymoe_ray.types import FinishReason, GenerationRequest, StandinAccesses, TokenEvent
 
@@ -296,13 +297,13 @@ async def test_the_endpoint_reports_every_worker() -> None:
 def test_the_dashboard_asks_for_what_is_written_and_for_labels_that_are_there() -> None:
     board = json.loads((Path(__file__).parents[2] / "cluster" / "grafana.json").read_text())
     labels: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(
-        written("m", [WorkerReport(replica="a", pid=1, snapshot=REQUESTS)]).decode()
-    ):
+    spread, tenants = ExpertMap(experts_per_layer=(2,), cells=b"\x01\x02"), {"alice": TenantCounters()}
+    report = WorkerReport(replica="a", pid=1, snapshot=REQUESTS, experts=spread, links={"peer": 0.001})
+    for family in text_string_to_metric_families(exposition("m", [report], tenants)[0].decode()):
         for sample in family.samples:
             labels.setdefault(sample.name, set()).update(sample.labels)
     asked = [target for panel in board["panels"] for target in panel["targets"]]
-    assert len(asked) > 24 and len({panel["title"] for panel in board["panels"]}) == len(board["panels"])
+    assert len(asked) > 34 and len({panel["title"] for panel in board["panels"]}) == len(board["panels"])
     for target in asked:
         for name, given in re.findall(r"((?:vllm:|buddymoe_)\w+)\{(\w+)=", target["expr"]):
             assert given in labels[name], target
