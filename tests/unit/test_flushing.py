@@ -108,3 +108,12 @@ async def test_nothing_that_another_thread_says_is_lost_or_late(flush_seconds: f
             told.append(await said(batches))
     await saying
     assert "".join(told) == "".join(f"{at} " for at in range(300))
+
+
+@pytest.mark.parametrize(("for_end", "item"), [(False, event("a")), (True, event("a", end=True))])
+async def test_what_was_said_before_somebody_waits_is_not_waited_for(for_end: bool, item: TokenEvent) -> None:
+    items = Items()
+    items.put(item)
+    async with asyncio.timeout(10):
+        await items.wait(3600, for_end=for_end)
+    assert items.take() == [item] and not items.take()
