@@ -105,7 +105,8 @@ class EngineSnapshot:
     stand-ins. `residency` is the share of the routed experts that are in device slots (the node's, where shared).
     `read_ahead_useful_bytes` and `.._wasted_bytes` are of experts whose reading was begun on a guess that turned out
     right, or not. Of the `prompt_tokens` of requests begun, `cached_tokens` were found, not computed; `preemptions`
-    counts how often a request's KV blocks went to an older one, for it to be computed again.
+    counts how often a request's KV blocks went to an older one, for it to be computed again. `link_bytes` went to and
+    came from workers of other nodes that computed missing experts.
     """
 
     running: int
@@ -135,6 +136,7 @@ class EngineSnapshot:
     guard: GuardSnapshot = field(default_factory=GuardSnapshot)
     calibration: CalibrationSnapshot = field(default_factory=CalibrationSnapshot)
     requests: RequestsSnapshot = field(default_factory=RequestsSnapshot)
+    link_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,7 +192,7 @@ class Engine:
 
     def snapshot(self) -> EngineSnapshot:
         """Counters, readable from any thread."""
-        return engine_snapshot(
+        found = engine_snapshot(
             self._scheduler,
             self._experts,
             self._spent,
@@ -201,6 +201,7 @@ class Engine:
             calibration=self.calibration.snapshot(),
             requests=self._times.snapshot(),
         )
+        return replace(found, link_bytes=0 if self._peering is None else self._peering.moved_bytes)
 
     def expert_map(self) -> ExpertMap:
         """Where the experts are and how much each is used, readable from any thread."""
@@ -240,8 +241,7 @@ class Engine:
 
     def _take_over(self) -> None:
         """Let stand-ins answer that were calibrated meanwhile, or experts have their memory."""
-        experts = self.calibration.take_over()
-        if experts is self._experts:
+        if (experts := self.calibration.take_over()) is self._experts:
             return
         self._experts, self._setup, self.standin_bytes = experts, experts.setup, experts.standin_bytes
         self._guard, self._ahead = self.calibration.guard, None

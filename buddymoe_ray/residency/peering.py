@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -61,17 +62,27 @@ class PeerService:
         return np.packbits(self._cache.store.tables.resident).tobytes()
 
 
+@dataclass
+class _Moved:
+    """What went over links for decode steps, both ways; counted by the thread that steps."""
+
+    nbytes: int = 0
+
+
 class _PendingAnswers:
     """Questions under way at some peers."""
 
-    def __init__(self, pending: list[tuple[_Peer, PendingAnswer]], patience: float) -> None:
-        self._pending, self._patience, self._began = pending, patience, time.perf_counter()
+    def __init__(self, pending: list[tuple[_Peer, PendingAnswer]], patience: float, moved: _Moved) -> None:
+        self._pending, self._patience, self._moved = pending, patience, moved
+        self._began = time.perf_counter()
 
     def collect(self) -> Mapping[int, Tensor]:
         found: dict[int, Tensor] = {}
         for peer, pending in self._pending:
             try:
-                found |= pending.collect(max(0.0, self._began + self._patience - time.perf_counter()))
+                answers = pending.collect(max(0.0, self._began + self._patience - time.perf_counter()))
+                self._moved.nbytes += sum(outputs.nbytes for outputs in answers.values())
+                found |= answers
                 peer.note(pending.seconds)
             except LinkError:
                 peer.note(self._patience)  # what is missing is fetched; the link's breaker has noted why
@@ -101,6 +112,7 @@ class RemoteExperts:
     def __init__(self, links: PeerLinks, shape: tuple[int, int], *, fetch_seconds: Callable[[], float]) -> None:
         self._links, self._shape, self._fetch_seconds = links, shape, fetch_seconds
         self._peers: dict[str, _Peer] = {}
+        self._moved = _Moved()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="peer-contents", daemon=True)
         self._thread.start()
@@ -122,7 +134,13 @@ class RemoteExperts:
                 pending.append((self._peers[name], self._links.get(name).submit(layer, asked)))
             except (KeyError, LinkError):
                 continue
-        return _PendingAnswers(pending, _PATIENCE * self._fetch_seconds())
+            self._moved.nbytes += sum(rows.nbytes for rows in asked.values())
+        return _PendingAnswers(pending, _PATIENCE * self._fetch_seconds(), self._moved)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Of rows that peers were asked to compute, and of what they made of them."""
+        return self._moved.nbytes
 
     def seconds(self) -> dict[str, float]:
         """How long each peer takes to answer, lately; one that does not answer takes the whole timeout."""
@@ -198,6 +216,11 @@ class Peering:
     def seconds(self) -> dict[str, float]:
         """How long each peer takes to answer, by name."""
         return self._remote.seconds()
+
+    @property
+    def moved_bytes(self) -> int:
+        """Of rows that peers were asked to compute, and of what they made of them."""
+        return self._remote.moved_bytes
 
     def close(self) -> None:
         """End both directions. Safe to call twice."""

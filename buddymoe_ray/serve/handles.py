@@ -171,8 +171,8 @@ def connect(app_name: str, *, address: str) -> ReplicaWorkers:
 
 
 def _is_light(work: Work) -> bool:
-    """Whether it goes by gRPC, from process to process: a batch takes a third of the time that it takes as an object of
-    ray's, but may have no more than 4 MB. So streams of nothing but tokens do."""
+    """Whether it goes by gRPC, from process to process: a batch takes .6 ms of CPU less than as an object of ray's, of
+    2 in worker and ingress, but may have no more than 4 MB. So streams of nothing but tokens do."""
     told = work.sampling.logprobs is not None or work.sampling.prompt_logprobs is not None
     return work.flush_seconds is not None and not (told or work.spells_only) and len(repr(work)) < LIGHT_CHARACTERS
 

@@ -120,6 +120,7 @@ METRICS: tuple[Metric, ...] = (
         lambda s: s.read_ahead_wasted_bytes,
     ),
     _counter("buddymoe_loaded_bytes", "Bytes of experts put into device slots.", lambda s: s.bytes_loaded_device),
+    _counter("buddymoe_link_bytes", "Bytes to and from other nodes' workers that computed.", lambda s: s.link_bytes),
     _gauge("buddymoe_running", "Requests being computed.", lambda s: s.running),
     _gauge("buddymoe_waiting", "Requests admitted and not yet begun.", lambda s: s.waiting),
     _gauge("buddymoe_free_kv_blocks", "KV blocks that no request holds.", lambda s: s.free_kv_blocks),

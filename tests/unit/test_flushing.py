@@ -96,8 +96,8 @@ async def test_nothing_that_another_thread_says_is_lost_or_late(flush_seconds: f
     batches, told = batches_of(items, flush_seconds=flush_seconds), list[str]()
 
     def say() -> None:
-        for at in range(600):
-            items.put(event(f"{at} ", end=at == 599))
+        for at in range(300):
+            items.put(event(f"{at} ", end=at == 299))
             if at % 3:
                 while items._items:
                     time.sleep(0)  # until it is read: what is missed now would only be found at the next beat
@@ -107,4 +107,13 @@ async def test_nothing_that_another_thread_says_is_lost_or_late(flush_seconds: f
         while batches.open_choices:
             told.append(await said(batches))
     await saying
-    assert "".join(told) == "".join(f"{at} " for at in range(600))
+    assert "".join(told) == "".join(f"{at} " for at in range(300))
+
+
+@pytest.mark.parametrize(("for_end", "item"), [(False, event("a")), (True, event("a", end=True))])
+async def test_what_was_said_before_somebody_waits_is_not_waited_for(for_end: bool, item: TokenEvent) -> None:
+    items = Items()
+    items.put(item)
+    async with asyncio.timeout(10):
+        await items.wait(3600, for_end=for_end)
+    assert items.take() == [item] and not items.take()

@@ -93,6 +93,8 @@ def test_a_peer_computes_what_is_missing_exactly(
     assert sum(usage.peer for usage in usages) > 50, usages
     assert all(usage.hits + usage.fetched + usage.peer == 23 * 4 * 4 for usage in usages)
     assert here.snapshot().access_peer == sum(usage.peer for usage in usages)
+    row_bytes = 4 * min(here.cache.layout.shapes["down_proj"])
+    assert here.snapshot().link_bytes >= 2 * row_bytes * here.snapshot().access_peer and not there.snapshot().link_bytes
     assert run(there, "b")[0] == expected  # the one that computed for it goes on
 
 

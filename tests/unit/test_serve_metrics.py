@@ -62,6 +62,7 @@ SNAPSHOT = EngineSnapshot(
     hits=6,
     misses=7,
     bytes_loaded_device=8,
+    link_bytes=27,
     bytes_read_disk=9,
     stall_seconds=1.5,
     peer_slot_reads=6,
@@ -130,6 +131,7 @@ def test_every_count_of_a_worker_is_written_under_its_name() -> None:
         ("buddymoe_peer_taken_back_total", who): 26,
         ("buddymoe_read_bytes_total", who): 9,
         ("buddymoe_loaded_bytes_total", who): 8,
+        ("buddymoe_link_bytes_total", who): 27,
         ("buddymoe_running", who): 1,
         ("buddymoe_waiting", who): 2,
         ("buddymoe_free_kv_blocks", who): 3,
@@ -174,7 +176,7 @@ def test_labels_are_escaped() -> None:
 
 
 def test_series_are_few_whatever_is_served() -> None:
-    assert sum(len(metric.read(SNAPSHOT)) for metric in METRICS) <= 40
+    assert sum(len(metric.read(SNAPSHOT)) for metric in METRICS) <= 41
     bounds = [len(histogram.read(REQUESTS).bounds) for histogram in VLLM_HISTOGRAMS]
     assert sum(bounds) + sum(len(metric.read(SNAPSHOT)) for metric in VLLM_METRICS) <= 320
     kinds = next(metric for metric in METRICS if metric.label == "kind")
