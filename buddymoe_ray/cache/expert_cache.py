@@ -28,7 +28,7 @@ from buddymoe_ray.cache.pool import CacheStats, Glance, Lease
 from buddymoe_ray.cache.private_store import PrivateStore
 from buddymoe_ray.cache.shared.calls import Stalled, StreamState
 from buddymoe_ray.cache.shared.interface import Store
-from buddymoe_ray.cache.shared.shape import HeaderWord, places_of
+from buddymoe_ray.cache.shared.shape import places_of
 from buddymoe_ray.cache.shared.tables import READY, WAVE, SlotIds
 from buddymoe_ray.cache.slot_peers import SlotPeers
 from buddymoe_ray.cache.sources import DiskSource, HostSource, Source
@@ -292,7 +292,6 @@ class ExpertCache:
             host_hits=counts.shared + (0 if self.host is None else self.host.hits),
             peer_hits=self._source.peer_hits,
             stall_seconds=self.stall_seconds,
-            evictions=int(self._tables.head[HeaderWord.EVICTIONS]),
         )
 
     def check_integrity(self) -> None:

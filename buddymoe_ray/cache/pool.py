@@ -105,7 +105,6 @@ class CacheStats:
     host_hits: int
     peer_hits: int
     stall_seconds: float
-    evictions: int
 
 
 class Lease(NamedTuple):
