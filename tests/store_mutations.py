@@ -112,7 +112,7 @@ MUTATIONS = [
         LOCKED,
         UNLOCKED,
         "moves, failed, killed",
-        "M:wait#1 M-0 M:read-state#3 !M B:settle#1 B+0 B:end#1",
+        "M:wait#1 M-0 M:write-state#1 !M B:settle#1 B+0 B:end#1",
         nth=1,
     ),
     Mutation(
@@ -446,7 +446,7 @@ MUTATIONS = [
         "tables.reserve(slot)",
         "pass",
         "lent, by two",
-        "L:write-lends#1 N:write-head#9 L:lock#1 N:fallocate#1 L:compute#2 N:end#1",
+        "L:write-lends#1 N:write-head#8 L:lock#1 N:fallocate#1 L:compute#2 N:end#1",
     ),
     Mutation(
         Lender,

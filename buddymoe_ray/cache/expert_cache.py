@@ -27,7 +27,7 @@ from buddymoe_ray.cache.pool import CacheStats, Glance, Lease
 from buddymoe_ray.cache.private_store import PrivateStore
 from buddymoe_ray.cache.shared.calls import Stalled, StreamState
 from buddymoe_ray.cache.shared.interface import Store
-from buddymoe_ray.cache.shared.shape import HeaderWord, places_of
+from buddymoe_ray.cache.shared.shape import places_of
 from buddymoe_ray.cache.shared.tables import READY, WAVE, SlotIds
 from buddymoe_ray.cache.slot_peers import SlotPeers
 from buddymoe_ray.cache.sources import DiskSource, HostSource, Source
@@ -304,7 +304,6 @@ class ExpertCache:
             peer_helped=0 if shards is None else shards.helped,
             peer_taken_back=0 if shards is None else shards.taken_back,
             stall_seconds=self.stall_seconds,
-            evictions=int(self._tables.head[HeaderWord.EVICTIONS]),
         )
 
     def check_integrity(self) -> None:

@@ -108,7 +108,6 @@ class CacheStats:
     peer_helped: int
     peer_taken_back: int
     stall_seconds: float
-    evictions: int
 
 
 class Lease(NamedTuple):

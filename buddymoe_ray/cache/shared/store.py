@@ -196,7 +196,7 @@ class SharedStore:
     def _write_head(self) -> None:
         head = self.tables.head
         head[HeaderWord.SLOTS], head[HeaderWord.SLOT_BYTES] = self.shape.slots, self.shape.slot_bytes
-        head[HeaderWord.CLOCK] = head[HeaderWord.DIRTY] = head[HeaderWord.EPOCH] = head[HeaderWord.EVICTIONS] = 0
+        head[HeaderWord.CLOCK] = head[HeaderWord.DIRTY] = head[HeaderWord.EPOCH] = 0
         head[HeaderWord.MAGIC], head[HeaderWord.VERSION] = HeaderWord.MAGIC_WORD, HeaderWord.VERSION_WORD
         head[HeaderWord.READY] = 1  # last: a file without it is made anew
 

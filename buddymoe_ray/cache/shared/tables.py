@@ -264,7 +264,6 @@ class SharedTables:
         self.state[slot] = LOADING
         self.entry[layer, expert] = 0
         self.slot_of[layer, expert] = -1
-        self.head[HeaderWord.EVICTIONS] += 1
 
     def reserve(self, slot: int) -> None:
         """Keep a FREE slot for this row, LOADING without an expert; the caller holds the lock."""
@@ -298,8 +297,6 @@ class SharedTables:
             if layer >= 0:
                 self.entry[layer, expert] = 0
                 self.slot_of[layer, expert] = -1
-            if self.state[slot] == READY:
-                self.head[HeaderWord.EVICTIONS] += 1
             self.state[slot] = FREE
         self.loader[slot] = self.key_layer[slot] = self.key_expert[slot] = -1
 
