@@ -6,9 +6,9 @@ long one's end. What takes no longer than that is not worth setting aside. Times
 
 With turns that cost nothing a prompt takes M / (M - 1) times as long as alone where tokens take M times: 1.5 at 3. They
 cost something, as caches are cold after each: of OLMoE (int4, 4 layers, by the thread's own time, neighbours at work) a
-decode step takes 1.03 to 1.08 times as long, a prompt's pieces 1.03 to 1.06 times; builtin:tiny 1.9 and 1.2. And only
-the slowest gaps count, so slices must be alike: of a hundred the fifth longest takes 1.06 times what it should, where
-forwards that were begun if half of them fitted made it 1.16.
+decode step takes 1.02 to 1.08 times as long, a prompt's pieces 1.04 to 1.08 times; builtin:tiny 1.9 and 1.2. So 2.9 and
+1.45 are both had only where the slowest tokens alone take 1.2 times the mean. Only the slowest gaps count, so slices
+must be alike: of twenty the longest takes 1.04 times what it should; 1.11 where a forward began if half of it fitted.
 
 What did not help (1,024 and 512 tokens beside one stream, 4 layers of OLMoE int4): to end a slice where the next expert
 has yet to arrive, so that decode runs meanwhile: wave slots are few, the disk idles, and the prompt takes 1.9 to 2.2
