@@ -83,7 +83,7 @@ def test_tokens_are_those_of_code_times_scale(
 ) -> None:
     coded, plain = quantised(family, scheme, tmp_path, **overrides)
     expected = reference_generate(plain, PROMPTS, new_tokens=NEW)
-    for memory in ("100%", "25%"):
+    for memory in ("100%", "50%", "25%"):
         assert generated(coded, memory) == expected, memory
 
 
