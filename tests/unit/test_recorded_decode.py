@@ -120,7 +120,7 @@ def test_steps_of_all_modes_are_the_eager_engines(model: Path, monkeypatch: pyte
     assert {mode: tokens for mode, (tokens, _) in eager.items()} == expected
     assert [usage.hits + usage.fetched + usage.standins.total for usage in usages] == 3 * [21 * 2 * 2]
     assert all(usage.hits and usage.fetched for usage in usages) and all(u.standins.lowbit for u in usages[1:])
-    assert seen["bring"] > 5 and seen["answered"] > 5 and seen["bring"] + seen["answered"] == 21 * 2
+    assert seen["bring"] > 5 and seen["answered"] > 1 and seen["bring"] + seen["answered"] == 21 * 2
     assert len(tables) > 10, "experts moved between replays"
     assert seen["__call__"] <= 2 * 2 * 2, "the model's Python ran for the prompts, and for a recording"
 
