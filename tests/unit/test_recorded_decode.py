@@ -25,6 +25,7 @@ from buddymoe_ray.engine.llm import LLM
 from buddymoe_ray.engine.recorded import PIECES, REPLAYED, RecordedDecode
 from buddymoe_ray.engine.runner import PackedRunner
 from buddymoe_ray.moe import DeviceTables, MoEBlock, OnDevice, RecordedLayer
+from buddymoe_ray.residency import standin_setup, tier
 from buddymoe_ray.types import GenerationRequest, SamplingParams, TokenEvent, Usage
 
 DEVICE = "cuda" if torch.cuda.is_available() else "interpret"
@@ -51,6 +52,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     calibrate(options, progress=silent)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def two_wave_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where experts are too large to be read on the spot, on GPUs and beside them."""
+    for module in (standin_setup, tier):
+        monkeypatch.setattr(module, "READ_ON_THE_SPOT", 0)
 
 
 @contextmanager
@@ -229,7 +237,7 @@ def test_what_a_row_could_not_have_paid_is_computed_again(model: Path, monkeypat
             for at in range(2):
                 sampling = SamplingParams(temperature=1.0, seed=at, max_tokens=8)
                 request = GenerationRequest(request_id=str(at), prompt_token_ids=(5 + at, 17, 90), sampling=sampling)
-                engine.add(replace(request, mode="bounded", budget=0.008))
+                engine.add(replace(request, mode="bounded", budget=0.01))
             return engine.drain(), AHEAD - before
 
     (expected, _), (found, counts) = answered(ahead=False), answered(ahead=True)
