@@ -71,7 +71,7 @@ def test_each_worker_owns_a_gpu_and_reads_what_the_other_holds(deploy: Deploy, m
         kept_PN = None if found is None else found.held_PN
         return kept_PN is not None and len(kept_PN) == GPUS and kept_PN.any(1).all() and (kept_PN.sum(0) == 1).any()
 
-    eventually(is_placed, seconds=120)
+    eventually(is_placed, seconds=240)
     assert [client.generate(prompt, max_tokens=2, temperature=0.0).token_ids for prompt in prompts] == expected
     snapshots = client.snapshots()
     assert sum(snapshot.peer_slot_reads for snapshot in snapshots) > 0, "nothing was read of a peer"
