@@ -1,7 +1,7 @@
 """What HTTP and the page cost: tokens per second of a running service of `builtin:tiny`, beside the bare engine's.
 
     buddymoe serve deployments/tiny-cpu.yaml --mode exact --memory 100% --max-running 16
-    python tests/http_cost.py [--streams 16] [--seconds 20] [--rounds 5] [--json]
+    python tests/http_cost.py [--streams 16] [--answer-tokens 200] [--seconds 20] [--rounds 5] [--json]
 
 By hand, on a quiet machine: the service computes with one thread; proxy, ingress and this client want the other core.
 In each round the bare engine of this process, the service, and the service while two pages watch it take turns, in an
@@ -27,8 +27,6 @@ from buddymoe_ray.commands.common import emit, print_facts
 from buddymoe_ray.types import GenerationRequest, SamplingParams
 
 MODEL = "builtin:tiny"
-TOKENS = 200
-"""Of an answer: streams begin and end as they do in life, and seldom enough."""
 WARM_SECONDS = 2.0
 PAGES = 2
 
@@ -38,10 +36,10 @@ def prompt(at: int) -> str:
     return f"{at}: def add(a, b):"
 
 
-def bare(llm: LLM, streams: int, seconds: float) -> float:
-    """Tokens per second of the engine alone, with as many requests all the time."""
+def bare(llm: LLM, streams: int, tokens: int, seconds: float) -> float:
+    """Tokens per second of the engine alone, with as many requests all the time, of so many tokens each."""
     engine, numbers, made, began = llm.engine, count(), 0, 0.0
-    sampling = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+    sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
 
     def ask() -> None:
         at = next(numbers)
@@ -65,7 +63,7 @@ def bare(llm: LLM, streams: int, seconds: float) -> float:
     return rate
 
 
-async def served(url: str, streams: int, seconds: float, *, pages: int) -> float:
+async def served(url: str, streams: int, tokens: int, seconds: float, *, pages: int) -> float:
     """The same of the service, by its workers' own counters, while so many pages watch it."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False) as client:
@@ -73,7 +71,7 @@ async def served(url: str, streams: int, seconds: float, *, pages: int) -> float
 
         async def stream() -> None:
             while True:
-                body = {"model": MODEL, "prompt": prompt(next(numbers)), "max_tokens": TOKENS, "ignore_eos": True}
+                body = {"model": MODEL, "prompt": prompt(next(numbers)), "max_tokens": tokens, "ignore_eos": True}
                 body |= {"temperature": 0, "stream": True, "buddymoe": {"mode": "exact"}}
                 async with client.stream("POST", "/v1/completions", json=body) as reply:
                     reply.raise_for_status()
@@ -111,15 +109,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for turn in range(args.rounds):
             names = list(rates)
             for name in names[turn % 3 :] + names[: turn % 3]:
+                load = args.streams, args.answer_tokens, args.seconds
                 if name == "bare":
-                    rates[name].append(bare(llm, args.streams, args.seconds))
+                    rates[name].append(bare(llm, *load))
                 else:
                     pages = PAGES if name == "page" else 0
-                    rates[name].append(asyncio.run(served(args.url, args.streams, args.seconds, pages=pages)))
+                    rates[name].append(asyncio.run(served(args.url, *load, pages=pages)))
     shares = [100 * http / alone for http, alone in zip(rates["http"], rates["bare"], strict=True)]
     costs = [100 * (1 - page / http) for page, http in zip(rates["page"], rates["http"], strict=True)]
     return {
         "streams": args.streams,
+        "answer_tokens": args.answer_tokens,
         "rounds": args.rounds,
         **{f"{name}_tok_s": round(median(found), 1) for name, found in rates.items()},
         "http_percent_of_bare": round(median(shares), 1),
@@ -135,6 +135,7 @@ def main() -> int:
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--memory", default="100%", help="of the bare engine; the service's must be the same")
     parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--answer-tokens", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
