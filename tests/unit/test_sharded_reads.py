@@ -114,7 +114,8 @@ def test_workers_that_are_killed_or_stand_still_cost_a_prompt_nothing_but_time(
         assert sent == signal.SIGKILL or mine.cache.stats().peer_taken_back > before
         worker.kill()
         worker.join()
-        until(lambda: mine.peers.count == 0 and not mine.peers.wanted() and open_ends() == ends)
+        # what earlier tests left open may go meanwhile, too
+        until(lambda: mine.peers.count == 0 and not mine.peers.wanted() and open_ends() <= ends)
         mine.cache.run_errands(idle=True)
         assert not mine.cache.errands, "a dead worker is helped"
     mine.cache.close()
