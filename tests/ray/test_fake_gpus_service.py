@@ -51,12 +51,12 @@ def test_each_worker_owns_a_gpu_and_reads_what_the_other_holds(deploy: Deploy, m
         expected = [result.token_ids for result in llm.generate(prompts, max_tokens=2, temperature=0.0)]
     args = overridden(mixtral)
     assert (args["num_gpus"], args["workers"]) == (1, "auto"), "the file asks for a worker on every GPU"
-    url = deploy("gpus", open_engine=open_engine_and_note_gpus, **args)
+    url = deploy("node-of-gpus", open_engine=open_engine_and_note_gpus, **args)
     seen = [json.loads(path.read_text()) for path in mixtral.glob("seen-*.json")]
     assert seen == GPUS * [{"visible": None, "device": "interpret"}], "ray hides the other GPU of the node"
     workers = httpx.get(f"{url}/dashboard/data").json()["workers"]
     assert sorted(worker["devices"] for worker in workers) == [[str(gpu)] for gpu in range(GPUS)]
-    client = Client("gpus")
+    client = Client("node-of-gpus")
     answers = [client.generate(prompt, max_tokens=2, temperature=0.0).token_ids for prompt in prompts]
     assert answers == expected
     asked = 0
@@ -67,7 +67,7 @@ def test_each_worker_owns_a_gpu_and_reads_what_the_other_holds(deploy: Deploy, m
         asked += GPUS
         for first in range(asked, asked + GPUS):
             client.generate([first, 2 * first], max_tokens=4, temperature=0.0)
-        found = placement_map("gpus")
+        found = placement_map("node-of-gpus")
         kept_PN = None if found is None else found.held_PN
         return kept_PN is not None and len(kept_PN) == GPUS and kept_PN.any(1).all() and (kept_PN.sum(0) == 1).any()
 
@@ -78,7 +78,7 @@ def test_each_worker_owns_a_gpu_and_reads_what_the_other_holds(deploy: Deploy, m
     shared = sum(snapshot.peer_helped_reads + snapshot.peer_taken_back for snapshot in snapshots)
     assert GPUS > 2 or shared > 0, "no prompt's reads were shared, though two GPUs have no room for all experts"
     assert "buddymoe_peer_slot_reads" in httpx.get(f"{url}/metrics").text
-    found = placement_map("gpus")
+    found = placement_map("node-of-gpus")
     assert found is not None, "the placement is gone"
     print(f"{GPUS} GPUs, 24 experts, held by (of each expert): {found.held_PN.sum(0).tolist()}, epoch {found.epoch}")
     print(f"kept by each: {found.held_PN.sum(1).tolist()} of {found.held_PN.shape[1]}")
