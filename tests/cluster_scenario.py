@@ -25,7 +25,7 @@ from ray import serve
 from ray.cluster_utils import Cluster
 from ray.util import placement_group, remove_placement_group
 
-from buddymoe_ray.actors.node import NAMESPACE, placement_map, store_handles, store_statuses
+from buddymoe_ray.actors.node import placement_handles, placement_maps, store_handles, store_statuses
 from buddymoe_ray.client import Client
 from buddymoe_ray.engine.llm import LLM
 from buddymoe_ray.serve.app import build_app
@@ -159,7 +159,7 @@ class Scenario:
         end = time.monotonic() + seconds
         while True:
             try:
-                return placement_map(APP)
+                return next(iter(placement_maps(APP)), None)
             except (ValueError, ray.exceptions.RayError):
                 if time.monotonic() > end:
                     raise
@@ -213,7 +213,7 @@ class Scenario:
         os.kill(ray.get(store_handles()[0].pid.remote()), signal.SIGKILL)
 
     def kill_placement(self) -> None:
-        handle = ray.get_actor(f"placement-{APP}", namespace=NAMESPACE)
+        [handle] = placement_handles(APP)
         os.kill(ray.get(handle.pid.remote()), signal.SIGKILL)
 
     def kill_node(self) -> None:

@@ -6,11 +6,12 @@ are, which map) is fetched by a thread of its own, and while they are away the l
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from buddymoe_ray.errors import BuddyMoEError
 from buddymoe_ray.policy import PlacementMap
 from buddymoe_ray.residency.device_pool import DevicePool
 from buddymoe_ray.residency.sharing import Sharing, StoreSpec
+from buddymoe_ray.types import ExpertLayout
 
 __all__ = ["NAMESPACE", "MemoryOptions", "NodeMemory", "node_tag", "pool_report", "store_handles"]
 
@@ -75,7 +77,8 @@ class HostStoreActor(HostStore):
 
     def __init__(self, spec: StoreSpec, *, node: str, options: KeeperOptions, service: str) -> None:
         os.nice(5)  # filling and moving must not take the cores from workers that compute
-        super().__init__(spec, node=node, options=options, planner=_RayPlanner(service), on_idle=end_this_actor)
+        planner = _RayPlanner(_placement_name(service, spec.layout))
+        super().__init__(spec, node=node, options=options, planner=planner, on_idle=end_this_actor)
 
     def pid(self) -> int:
         """This actor's process."""
@@ -85,8 +88,8 @@ class HostStoreActor(HostStore):
 class _RayPlanner:
     """The service's Placement, by name, whichever incarnation runs."""
 
-    def __init__(self, service: str) -> None:
-        self._name = _placement_name(service)
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def report(self, report: NodeReport) -> Directive | None:
         directive: Directive
@@ -150,7 +153,7 @@ class NodeMemory:
     def _keep(self, spec: StoreSpec) -> None:
         """Called by the engine before it attaches: the store is made and kept by the actor, and so charged to it."""
         options = self._options
-        _ensure_placement(options)
+        _ensure_placement(options, spec.layout)
         tag = node_tag(self._node)
         self._store = (
             ray.remote(HostStoreActor)
@@ -170,12 +173,12 @@ class NodeMemory:
 
     def _place(self, pool: DevicePool) -> None:
         """Called by the engine: its device slots are one of the pools that the service places experts in."""
-        _ensure_placement(self._options)
+        _ensure_placement(self._options, pool.layout)
         self._pool = pool
 
     def _follow(self, pool: DevicePool) -> None:
         """Report a window of the device's, and take over a new map."""
-        keeper, planner = self._options.keeper, _RayPlanner(self._options.service)
+        keeper, planner = self._options.keeper, _RayPlanner(_placement_name(self._options.service, pool.layout))
         self._window = time.monotonic() + keeper.window_seconds
         report = pool_report(pool, name=f"{self._node}/{self._worker}", machine=self._node, epoch=self._epoch)
         directive = planner.report(report)
@@ -236,19 +239,18 @@ def node_tag(node: str) -> str:
 
 def store_handles() -> list[Any]:
     """Handles of all living HostStores of the cluster."""
-    names = [
-        entry["name"]
-        for entry in ray.util.list_named_actors(all_namespaces=True)
-        if entry["namespace"] == NAMESPACE and entry["name"].startswith("host-store-")
-    ]
-    return [ray.get_actor(name, namespace=NAMESPACE) for name in names]
+    return _handles(lambda name: name.startswith("host-store-"))
 
 
-def placement_map(service: str) -> PlacementMap | None:
-    """The service's newest map."""
-    handle = ray.get_actor(_placement_name(service), namespace=NAMESPACE)
-    found: PlacementMap | None = _got(handle.map.remote())
-    return found
+def placement_handles(service: str) -> list[Any]:
+    """Handles of the service's Placements: one, and for a while that of a model which it served before."""
+    return _handles(lambda name: name.rpartition("-")[0] == f"placement-{service}")
+
+
+def placement_maps(service: str) -> list[PlacementMap]:
+    """Their newest maps, of those that have one."""
+    maps = [_got(handle.map.remote()) for handle in placement_handles(service)]
+    return [found for found in maps if found is not None]
 
 
 def store_statuses() -> list[StoreStatus]:
@@ -261,13 +263,19 @@ def _nodes_alive() -> int:
     return sum(entry["Alive"] for entry in ray.nodes())
 
 
+def _handles(is_meant: Callable[[str], bool]) -> list[Any]:
+    entries = ray.util.list_named_actors(all_namespaces=True)
+    names = [entry["name"] for entry in entries if entry["namespace"] == NAMESPACE and is_meant(entry["name"])]
+    return [ray.get_actor(name, namespace=NAMESPACE) for name in names]
+
+
 def _got(call: Any) -> Any:
     return ray.get(call, timeout=_CALL_SECONDS)
 
 
-def _ensure_placement(options: MemoryOptions) -> None:
+def _ensure_placement(options: MemoryOptions, layout: ExpertLayout) -> None:
     ray.remote(PlacementActor).options(
-        name=_placement_name(options.service),
+        name=_placement_name(options.service, layout),
         namespace=NAMESPACE,
         get_if_exists=True,
         lifetime="detached",
@@ -276,5 +284,8 @@ def _ensure_placement(options: MemoryOptions) -> None:
     ).remote(options.placement, idle_seconds=options.keeper.idle_seconds + 4 * options.placement.window_seconds)
 
 
-def _placement_name(service: str) -> str:
-    return f"placement-{service}"
+def _placement_name(service: str, layout: ExpertLayout) -> str:
+    """By what is placed, too: where a service is deployed again with another model, the store of the one before may
+    report for a minute yet, and its map is of other experts."""
+    placed = repr((layout.experts_per_layer, layout.expert_bytes)).encode()
+    return f"placement-{service}-{hashlib.blake2b(placed, digest_size=6).hexdigest()}"

@@ -134,8 +134,6 @@ class Placement:
         """What the nodes follow already stays the map while nothing is known of demand, and for the first window of a
         Placement that took over: not all nodes have reported yet, and what they hold would be placed twice."""
         nodes = list(self._nodes.values())
-        shape = nodes[0].report.experts_per_layer
-        nodes = [node for node in nodes if node.report.experts_per_layer == shape]
         problem = self._problem(nodes)
         previous = self._known(nodes, problem)
         if not problem.total_N.any() or (young and previous.epoch > 0):

@@ -167,8 +167,9 @@ class Loads:
         if not len(others) or (tables.partition[slots] == layer).any():
             return
         usage = tables.usage.usage_LE[tables.key_layer[others], tables.key_expert[others]]
-        tables.vacate(int(others[usage.argmin()]))
-        tables.partition[others[usage.argmin()]] = layer
+        slot = int(others[usage.argmin()])
+        tables.vacate(slot)
+        tables.partition[slot] = layer
 
     def submit(self, key: ExpertKey, slot: int) -> OwnLoad | None:
         """Begin to read an expert into the slot that was claimed for it; None where that must wait. Then, and where it

@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 from ray.serve.schema import ServeDeploySchema
 from serving import Deploy, eventually
 
-from buddymoe_ray.actors.node import placement_map, store_statuses
+from buddymoe_ray.actors.node import placement_maps, store_statuses
 from buddymoe_ray.models.synth import synth_checkpoint
 from buddymoe_ray.serve.handles import WORKER_NAME
 
@@ -79,14 +79,13 @@ def test_each_worker_has_its_own_device_and_shard(deploy: Deploy, http_port: int
 
     def follow_the_map() -> bool:
         """The first map may be older than both workers: it places nothing."""
-        found, stores = placement_map("gpus"), store_statuses()
-        if found is None or not found.held_PN.any():
-            return False
-        return any(len(store.workers) == 2 and store.epoch >= found.epoch for store in stores)
+        maps, stores = placement_maps("gpus"), store_statuses()
+        placing = [found for found in maps if found.held_PN.any()]
+        return any(len(store.workers) == 2 and store.epoch >= found.epoch for found in placing for store in stores)
 
     eventually(follow_the_map, seconds=90)
-    found, [store] = placement_map("gpus"), store_statuses()
-    assert found is not None and found.held_PN.shape[1] == found.held_PN.any(axis=0).sum() == 16
+    [found], [store] = placement_maps("gpus"), store_statuses()
+    assert found.held_PN.shape[1] == found.held_PN.any(axis=0).sum() == 16
     pins = [pin for shard in store.shards for pin in shard]
     assert len(store.shards) == 2 and all(store.shards)
     assert len(pins) == len(set(pins)) == 16

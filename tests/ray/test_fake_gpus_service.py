@@ -20,12 +20,12 @@ from serving import Deploy, eventually
 from small_tokenizers import bpe
 
 from buddymoe_ray import LLM
-from buddymoe_ray.actors.node import placement_map
+from buddymoe_ray.actors.node import placement_maps
 from buddymoe_ray.client import Client
 from buddymoe_ray.models.synth import synth_checkpoint
 
 FILE = Path(__file__).parents[2] / "deployments" / "mixtral.yaml"
-GPUS = int(os.environ.get("FAKE_GPUS", "2"))
+GPUS, EXPERTS = int(os.environ.get("FAKE_GPUS", "2")), 24
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +51,12 @@ def test_each_worker_owns_a_gpu_and_reads_what_the_other_holds(deploy: Deploy, m
         expected = [result.token_ids for result in llm.generate(prompts, max_tokens=2, temperature=0.0)]
     args = overridden(mixtral)
     assert (args["num_gpus"], args["workers"]) == (1, "auto"), "the file asks for a worker on every GPU"
-    url = deploy("node-of-gpus", open_engine=open_engine_and_note_gpus, **args)
+    url = deploy("gpus", open_engine=open_engine_and_note_gpus, **args)
     seen = [json.loads(path.read_text()) for path in mixtral.glob("seen-*.json")]
     assert seen == GPUS * [{"visible": None, "device": "interpret"}], "ray hides the other GPU of the node"
     workers = httpx.get(f"{url}/dashboard/data").json()["workers"]
     assert sorted(worker["devices"] for worker in workers) == [[str(gpu)] for gpu in range(GPUS)]
-    client = Client("node-of-gpus")
+    client = Client("gpus")
     answers = [client.generate(prompt, max_tokens=2, temperature=0.0).token_ids for prompt in prompts]
     assert answers == expected
     asked = 0
@@ -67,9 +67,8 @@ def test_each_worker_owns_a_gpu_and_reads_what_the_other_holds(deploy: Deploy, m
         asked += GPUS
         for first in range(asked, asked + GPUS):
             client.generate([first, 2 * first], max_tokens=4, temperature=0.0)
-        found = placement_map("node-of-gpus")
-        kept_PN = None if found is None else found.held_PN
-        return kept_PN is not None and len(kept_PN) == GPUS and kept_PN.any(1).all() and (kept_PN.sum(0) == 1).any()
+        kept = [found.held_PN for found in placement_maps("gpus") if found.held_PN.shape[1] == EXPERTS]
+        return any(len(kept_PN) == GPUS and kept_PN.any(1).all() and (kept_PN.sum(0) == 1).any() for kept_PN in kept)
 
     eventually(is_placed, seconds=240)
     assert [client.generate(prompt, max_tokens=2, temperature=0.0).token_ids for prompt in prompts] == expected
@@ -78,9 +77,9 @@ def test_each_worker_owns_a_gpu_and_reads_what_the_other_holds(deploy: Deploy, m
     shared = sum(snapshot.peer_helped_reads + snapshot.peer_taken_back for snapshot in snapshots)
     assert GPUS > 2 or shared > 0, "no prompt's reads were shared, though two GPUs have no room for all experts"
     assert "buddymoe_peer_slot_reads" in httpx.get(f"{url}/metrics").text
-    found = placement_map("node-of-gpus")
-    assert found is not None, "the placement is gone"
-    print(f"{GPUS} GPUs, 24 experts, held by (of each expert): {found.held_PN.sum(0).tolist()}, epoch {found.epoch}")
+    # a service of the same name, but of another model, may have been here before
+    [found] = [found for found in placement_maps("gpus") if found.held_PN.shape[1] == EXPERTS]
+    print(f"{GPUS} GPUs, holders of each of {EXPERTS} experts: {found.held_PN.sum(0).tolist()}, epoch {found.epoch}")
     print(f"kept by each: {found.held_PN.sum(1).tolist()} of {found.held_PN.shape[1]}")
     for name in (
         "peer_slot_reads",
