@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from whole_models import WHOLE, build_whole
 
-__all__ = ["SCHEMES", "edit", "quantised"]
+__all__ = ["SCHEMES", "edit", "quantised", "store_coded"]
 
 BLOCK = (16, 32)
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -213,19 +213,24 @@ def _is_coded(scheme: str, key: str, tensor: Tensor) -> bool:
 
 def quantised(model_type: str, scheme: str, folder: Path, **overrides: Any) -> tuple[Path, Path]:
     """A checkpoint of the family stored so, and the same in float32."""
-    encode, config = SCHEMES[scheme]
     build = build_whole if model_type in WHOLE else build_checkpoint
     plain = build(model_type, folder / "plain", **overrides)
-    coded = folder / "coded"
+    wide = store_coded(plain, scheme, folder / "coded")
+    save_file(wide, plain / "model.safetensors", {"format": "pt"})
+    return folder / "coded", plain
+
+
+def store_coded(plain: Path, scheme: str, coded: Path) -> dict[str, Tensor]:
+    """Write another folder with a checkpoint's weights stored so; what these mean in float32."""
+    encode, config = SCHEMES[scheme]
     coded.mkdir()
     wide, stored = load_file(plain / "model.safetensors"), dict[str, Tensor]()
     for key, tensor in list(wide.items()):
         if _is_coded(scheme, key, tensor):
-            made, wide[key] = encode(key, tensor)
+            made, wide[key] = encode(key, tensor.float())
             stored |= made
         else:
             stored[key] = tensor
-    save_file({key: tensor.contiguous() for key, tensor in wide.items()}, plain / "model.safetensors", {"format": "pt"})
     save_file(
         {key: tensor.contiguous() for key, tensor in stored.items()}, coded / "model.safetensors", {"format": "pt"}
     )
@@ -233,7 +238,7 @@ def quantised(model_type: str, scheme: str, folder: Path, **overrides: Any) -> t
         (coded / path.name).write_text(path.read_text())
     said = json.loads((coded / "config.json").read_text())
     (coded / "config.json").write_text(json.dumps({**said, "quantization_config": config}))
-    return coded, plain
+    return {key: tensor.contiguous() for key, tensor in wide.items()}
 
 
 def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:

@@ -268,6 +268,31 @@ def dense_table() -> str:
     return "\n".join(rows)
 
 
+def stored_table() -> str:
+    """Rows of `tests/stored_prices.py`."""
+    found = records("stored")
+    memories = list(dict.fromkeys(r["memory"] for r in found))
+    rows = [f"| stored as | perplexity, exact | {' | '.join(f'{m} rise %' for m in memories)} |"]
+    rows.append("|" + "---|" * (2 + len(memories)))
+    for model in dict.fromkeys(r["model"] for r in found):
+        mine = {r["memory"]: r for r in found if r["model"] == model}
+        exact = next(r["ppl_exact"] for r in mine.values() if "error" not in r)
+        cells = " | ".join(_rise(mine.get(memory)) for memory in memories)
+        rows.append(f"| {model.partition(', ')[2]} | {exact:.2f} | {cells} |")
+    return "\n".join(rows)
+
+
+def formats_table() -> str:
+    """Rows of `tests/format_rates.py`: shares of what a core reads, medians (least to most)."""
+    found = {(r["format"], tuple(r["shape"])): r["share"] for r in records("formats")}
+    shapes = list(dict.fromkeys(shape for _, shape in found))
+    rows = [f"| stored as | {' | '.join(f'{N} x {K}' for N, K in shapes)} |", "|---|" + "---|" * len(shapes)]
+    for name in dict.fromkeys(name for name, _ in found):
+        cells = [found[name, shape] for shape in shapes]
+        rows.append(f"| {name} | {' | '.join(f'{mid:.2f} ({low:.2f}–{high:.2f})' for mid, low, high in cells)} |")
+    return "\n".join(rows)
+
+
 def memory_table() -> str:
     """Rows of `tests/cluster_check.py --check memory`."""
     rows = ["| workers | store MB | PSS MB | copies |", "|---|---|---|---|"]
@@ -381,6 +406,8 @@ def figures_page(text: str) -> str:
         "split": split_table(),
         "dense": dense_table(),
         "rounding": rounding_table(),
+        "stored": stored_table(),
+        "formats": formats_table(),
         "workers": workers_table(),
         "memory": memory_table(),
         "shift": shift_table(),

@@ -35,6 +35,8 @@ __all__ = ["LossOptions", "measure_budgets", "measure_losses", "within"]
 _FEWER_WINDOWS, _DEEP = 4, 8
 """Sensitivities of models with more layers than this are measured on one of so many windows."""
 _WITHIN_PERCENT = 0.3
+_ROOMIER = (60.0, 70.0, 80.0, 90.0)
+"""Memories (%) that a probe is tried at where none of those compared holds it: copies of 2 bits are half of 4."""
 _PREDICTS_NOTHING = 1e-12
 BUDGETS = (0.001, 0.003, 0.01, 0.03)
 _STEPS = 200
@@ -74,12 +76,14 @@ def measure_losses(profile: Profile, bench: Bench, standins: tuple[str, ...], op
     rows = bench.run([{"standin": standin, "memory": f"{memory}%"} for standin, memory in wanted], "comparison")
     found = [(standin, memory, row) for (standin, memory), row in zip(wanted, rows, strict=True) if row is not None]
     scales, error = _scales(found)
-    profile = replace(
-        profile,
-        kind_scale=scales,
-        comparison=tuple(_comparison(standin, memory, row) for standin, memory, row in found),
-    )
-    profile = _recommend(profile)
+    profile = replace(profile, kind_scale=scales)
+    if options.standins is None and len(profile.record_bytes) > 1:
+        save_profile(profile, bench.path)  # what is mixed goes by the scales
+        rows = bench.run([{"standin": "auto", "memory": f"{memory}%"} for memory in options.memories], "the mix")
+        mixed = zip(options.memories, rows, strict=True)
+        found = [("auto", memory, row) for memory, row in mixed if row is not None] + found
+    compared = tuple(_comparison(standin, memory, row) for standin, memory, row in found)
+    profile = _recommend(replace(profile, comparison=compared))
     if found:
         profile = replace(profile, reason=f"{profile.reason}; expected losses are right to {100 * error:.0f} %")
     save_profile(profile, bench.path)
@@ -96,14 +100,15 @@ def measure_budgets(profile: Profile, bench: Bench, options: LossOptions) -> Pro
 
 
 def _sensitivity(bench: Bench, profile: Profile, probe: str, memories: Sequence[float]) -> npt.NDArray[np.float32]:
-    """Measured over predicted divergence with `probe` in one layer at a time, at the least memory that holds it.
+    """Measured over predicted divergence with `probe` in one layer at a time, at the least memory that holds it, be it
+    more than any that is asked for: what is not measured so would be compared with what is.
 
     Where there is no memory for the other layers' experts, one number for all layers, from `probe` in all of them. A
     layer that says nothing counts like the costliest. NaN when it cannot be run at all.
     """
     every = _FEWER_WINDOWS if profile.layers > _DEEP and len(bench.windows) > 2 * _FEWER_WINDOWS else 1
     changes = [{"standin_layers": str(layer)} for layer in range(profile.layers)] if bench.hosted else [{}]
-    for memory in sorted(memories):
+    for memory in (*sorted(memories), *(more for more in _ROOMIER if more > max(memories))):
         rows = bench.run(
             [{"standin": probe, "memory": f"{memory}%", **change} for change in changes], "sensitivity", every=every
         )
@@ -183,17 +188,27 @@ def within(row: ComparisonRow) -> bool:
 
 
 def _recommend(profile: Profile) -> Profile:
-    """The stand-in of least divergence at the memory nearest to half, and whether it is within the default budget."""
-    memories = sorted({row.memory_percent for row in profile.comparison}, key=lambda m: (abs(m - 50), m))
-    rows = [row for row in profile.comparison if memories and row.memory_percent == memories[0]]
-    if not rows:
+    """The stand-in of least divergence at the memory nearest to half, and whether it is within the default budget; if
+    nothing is there, at the least memory above where something is."""
+    rows_of = {m: [r for r in profile.comparison if r.memory_percent == m] for m in _memories(profile)}
+    if not rows_of:
         return replace(profile, recommended=None, reason="no stand-in fits at any memory that was measured")
-    best = min(rows, key=lambda row: (row.kl, row.standin))
+    bests = [min(rows, key=lambda row: (row.kl, row.standin)) for rows in rows_of.values()]
+    best = next((row for row in bests if within(row)), bests[0])
     said = (
         f"{best.standin} raises perplexity by {best.dppl_percent:.2f} ± {best.dppl_se:.2f} % at "
         f"{best.memory_percent:g} % memory with nothing fetched (divergence {best.kl:.2g} nats), the least of "
-        f"{len(rows)}"
+        f"{len(rows_of[best.memory_percent])}"
     )
     if not within(best):
         return replace(profile, recommended=None, reason=f"{said}; more than {_WITHIN_PERCENT} %")
+    if best is not bests[0]:
+        said += f"; at {bests[0].memory_percent:g} % all cost more than {_WITHIN_PERCENT} %"
     return replace(profile, recommended=best.standin, reason=said)
+
+
+def _memories(profile: Profile) -> list[float]:
+    """Of the comparison: the one nearest to half, then those above it."""
+    known = sorted({row.memory_percent for row in profile.comparison})
+    first = min(known, key=lambda m: (abs(m - 50), m), default=0.0)
+    return [m for m in known if m >= first]

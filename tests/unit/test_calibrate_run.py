@@ -91,10 +91,11 @@ def test_the_whole_leaves_a_profile_with_expected_losses_in_nats(whole: tuple[Pr
 
 def test_stand_ins_are_compared_at_equal_bytes(whole: tuple[Profile, Path]) -> None:
     rows = {row.standin: row for row in whole[0].comparison}
-    assert set(rows) == {"lowbit4", "mean", "drop"}
+    assert set(rows) == {"auto", "lowbit4", "mean", "drop"}
     for row in rows.values():
         assert (row.memory_percent, row.tokens) == (37.5, 384) and row.dppl_se > 0 and row.miss_rate > 0
     assert rows["lowbit4"].kl < rows["mean"].kl < rows["drop"].kl
+    assert rows["auto"].kl < 1.05 * rows["lowbit4"].kl, "the mix by expected loss; of few tokens"
     assert rows["lowbit4"].top1_agreement > rows["drop"].top1_agreement
     for small in ("mean", "drop"):  # all means together are smaller than an expert
         assert rows["lowbit4"].miss_rate > rows[small].miss_rate, "records take room of full experts"

@@ -71,6 +71,10 @@ def test_a_layer_that_predicts_nothing_costs_as_much_as_the_costliest() -> None:
 def test_the_least_memory_that_holds_the_probe_is_taken() -> None:
     bench = Scripted(lambda v: result(0.02, 2.0) if v["memory"] == "75.0%" else None)
     assert np.isfinite(expected_loss._sensitivity(bench, make_profile(layers=2), "lowbit4", (75.0, 25.0))).all()
+    assert {v["memory"] for _, v, _ in bench.asked} == {"25.0%", "75.0%"}
+    roomy = Scripted(lambda v: result(0.02, 2.0) if v["memory"] == "80.0%" else None)
+    assert np.isfinite(expected_loss._sensitivity(roomy, make_profile(layers=2), "lowbit4", (50.0, 75.0))).all()
+    assert [v["memory"] for _, v, _ in roomy.asked[::2]] == ["50.0%", "75.0%", "80.0%"]
     nothing = Scripted(lambda v: None)
     assert np.isnan(expected_loss._sensitivity(nothing, make_profile(layers=2), "lowbit4", (75.0, 25.0))).all()
 
@@ -140,6 +144,12 @@ def test_nothing_within_the_budget_is_not_recommended() -> None:
     good = expected_loss._comparison("lowbit", 50.0, result(0.001, 1, dppl=0.2))
     better = expected_loss._recommend(replace(make_profile(), comparison=(*rows.values(), good)))
     assert better.recommended == "lowbit" and "the least of 3" in better.reason
+    roomy = replace(good, memory_percent=75.0)
+    above = expected_loss._recommend(replace(make_profile(), comparison=(*rows.values(), roomy)))
+    assert above.recommended == "lowbit" and above.reason.endswith("; at 50 % all cost more than 0.3 %")
+    tight = replace(good, memory_percent=25.0)
+    below = expected_loss._recommend(replace(make_profile(), comparison=(*rows.values(), tight)))
+    assert below.recommended is None and "50 % memory" in below.reason
     nothing = expected_loss._recommend(replace(make_profile(), comparison=()))
     assert nothing.recommended is None and nothing.reason
 

@@ -44,16 +44,16 @@ def test_a_calibration_leaves_profile_records_and_report(model: Path, ids: Path,
     assert main([*arguments, "--at", "70", "--budgets", "1e-9,.5", "--loss-tokens", "384"]) == 0
     *rows, last = records(capsys)
     compared = [row for row in rows if row["table"] == "comparison"]
-    assert [row["standin"] for row in compared] == ["lowbit4", "mean", "drop"]
+    assert [row["standin"] for row in compared] == ["auto", "lowbit4", "mean", "drop"]
     assert all(row["dppl_se"] > 0 and row["memory_percent"] == 70 and row["tokens"] == 384 for row in compared)
     points = [row for row in rows if row["table"] == "budgets"]
     assert [point["budget"] for point in points] == [1e-9, 0.5]
     assert points[0]["fetched_fraction"] > points[1]["fetched_fraction"]
     assert (last["profile"], last["report"]) == (str(out), str(out.with_name("m.html")))
-    assert last["recommended"] in ("lowbit4", None) and last["reason"]
+    assert last["recommended"] in ("auto", "lowbit4", None) and last["reason"]
     assert sorted(path.name for path in out.parent.iterdir()) == ["m.html", "m.profile", "m.standins"]
     profile = load_profile(out, model_hash=model_hash(model))
-    assert profile.measured and [row.standin for row in profile.comparison] == ["lowbit4", "mean", "drop"]
+    assert profile.measured and [row.standin for row in profile.comparison] == ["auto", "lowbit4", "mean", "drop"]
     page = (out.parent / "m.html").read_text()
     assert page.startswith("<!") and str(model) in page and "lowbit4" in page
     verify_standins(out.parent / "m.standins")
