@@ -124,15 +124,43 @@ def _nvfp4(key: str, W: Tensor, divides: bool) -> Made:
     return made, E2M1[codes] * spread
 
 
-def _mxfp4(key: str, stack: Tensor) -> Made:
-    """Of a stack `[E, K, N]`, as transformers has it plain."""
-    W = stack.transpose(1, 2)
-    groups = W.reshape(*W.shape[:2], -1, 32)
+def _microscaled(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bytes of two codes `[..., groups, 16]`, biased powers `[..., groups]`, and what they mean."""
+    groups = W.reshape(*W.shape[:-1], -1, 32)
     power = torch.floor(torch.log2(groups.abs().amax(dim=-1) + 1e-9)).clamp(-127, 127) - 2
     codes = ((groups / torch.exp2(power)[..., None])[..., None] - E2M1).abs().argmin(dim=-1)
     blocks = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
-    plain = (E2M1[codes] * torch.exp2(power)[..., None]).reshape(W.shape).transpose(1, 2).contiguous()
-    return {f"{key}_blocks": blocks, f"{key}_scales": (power + 127).to(torch.uint8)}, plain
+    return blocks, (power + 127).to(torch.uint8), (E2M1[codes] * torch.exp2(power)[..., None]).reshape(W.shape)
+
+
+def _mxfp4(key: str, stack: Tensor) -> Made:
+    """Of a stack `[E, K, N]`, as transformers has it plain."""
+    blocks, powers, plain = _microscaled(stack.transpose(1, 2))
+    return {f"{key}_blocks": blocks, f"{key}_scales": powers}, plain.transpose(1, 2).contiguous()
+
+
+def _mxfp4_rows(key: str, W: Tensor) -> Made:
+    blocks, powers, plain = _microscaled(W)
+    return {f"{key}_packed": blocks.flatten(1), f"{key}_scale": powers}, plain
+
+
+def _mxfp8(key: str, W: Tensor) -> Made:
+    power = torch.ceil(torch.log2(_largest(W, 1, 32) / 448))
+    spread = _repeated(torch.exp2(power), 1, 32, W.shape)
+    codes = (W / spread).to(torch.float8_e4m3fn)
+    return {key: codes, f"{key}_scale": (power + 127).to(torch.uint8)}, codes.float() * spread
+
+
+def _deepseek_v4(key: str, W: Tensor) -> Made:
+    """Experts in pairs of codes, all else in fp8, scales powers of two called `scale`."""
+    scale = f"{key.removesuffix('weight')}scale"
+    if ".experts." in key:
+        blocks, powers, plain = _microscaled(W)
+        return {key: blocks.flatten(1).view(torch.int8), scale: powers.view(torch.float8_e8m0fnu)}, plain
+    power = torch.ceil(torch.log2(_largest(W, *BLOCK) / 448))
+    spread = _repeated(torch.exp2(power), *BLOCK, W.shape)
+    codes = (W / spread).to(torch.float8_e4m3fn)
+    return {key: codes, scale: (power + 127).to(torch.uint8).view(torch.float8_e8m0fnu)}, codes.float() * spread
 
 
 def _groups(weights: Mapping[str, Any], format: str) -> dict[str, Any]:
@@ -184,6 +212,22 @@ SCHEMES: dict[str, tuple[Encoder, dict[str, Any]]] = {
         lambda key, W: _columns(key, W, "awq"),
         {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
     ),
+    "ct-mxfp4": (
+        _mxfp4_rows,
+        _groups(
+            {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+            "mxfp4-pack-quantized",
+        ),
+    ),
+    "ct-mxfp8": (
+        _mxfp8,
+        _groups({"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32}, "mxfp8-quantized"),
+    ),
+    "modelopt-mxfp8": (_mxfp8, _modelopt("MXFP8", {"num_bits": 8, "type": "float", "group_size": 32})),
+    "fp8-experts-fp4": (
+        _deepseek_v4,
+        {"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": list(BLOCK), "expert_dtype": "fp4"},
+    ),
     "modelopt-fp8": (_fp8_tensor, _modelopt("FP8", {"num_bits": 8, "type": "float", "dynamic": False})),
     "modelopt-fp8-channel": (
         lambda key, W: _fp8_channel(key, W, torch.float32),
@@ -204,11 +248,15 @@ SCHEMES: dict[str, tuple[Encoder, dict[str, Any]]] = {
 }
 
 
+_ATTENTION = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")  # of DeepSeek-V4
+
+
 def _is_coded(scheme: str, key: str, tensor: Tensor) -> bool:
     if scheme == "mxfp4":
         return tensor.ndim == 3
     own = key.rsplit(".", 2)[-2] if key.endswith(".weight") else ""
-    return tensor.ndim == 2 and (own.endswith("_proj") or own in ("w1", "w2", "w3", "kv_a_proj_with_mqa"))
+    named = own.endswith("_proj") or own in ("w1", "w2", "w3", "kv_a_proj_with_mqa", *_ATTENTION)
+    return tensor.ndim == 2 and named and not (".compressor." in key or own == "weights_proj")
 
 
 def quantised(model_type: str, scheme: str, folder: Path, **overrides: Any) -> tuple[Path, Path]:

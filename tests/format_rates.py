@@ -29,6 +29,8 @@ BYTES = 96 << 20
 HUGE = 2 << 20
 STORED = {
     "fp8": CodeFormat(codes="fp8", block=(128, 128), scale="float32"),
+    "mxfp8": CodeFormat(codes="fp8", block=(1, 32), scale="e8m0"),
+    "fp8-e8m0": CodeFormat(codes="fp8", block=(128, 128), scale="e8m0"),
     "mxfp4": CodeFormat(codes="mxfp4", block=(1, 32), scale="e8m0"),
     "nvfp4": CodeFormat(codes="nvfp4", block=(1, 16), scale="float8_e4m3fn", global_scale="*"),
     "int8": CodeFormat(codes="int8", block=(1, 0), scale="bfloat16"),

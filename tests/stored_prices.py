@@ -35,7 +35,7 @@ def main() -> None:
             model = Path(folder) / "coded"
             store_coded(tiny, scheme, model)
             shutil.copytree(tiny / "heldout", model / "heldout")
-            told = [*COMMAND, "profile", "--model", str(model), "--corpus", calibration, "--at", "50"]
+            told = [*COMMAND, "profile", "--model", str(model), "--corpus", calibration]
             subprocess.run(told, check=True, stdout=subprocess.DEVNULL)
             asked = [*COMMAND, "eval", "--json", "--model", str(model), "--corpus", str(model / "heldout")]
             asked += ["--tokens", str(TOKENS), "--mode", "fast", "--standin", "auto", "--memory", MEMORY]

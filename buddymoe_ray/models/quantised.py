@@ -67,7 +67,10 @@ class CodedTensor:
                 )
         for part, (shape, dtype) in coded_shapes(matrix).items():
             place = self.places[part]
-            if (part == "scales" and not fmt.block[1]) or part == "global_scale":  # [N], [N, 1] and of one number []
+            if part == "codes" and self.codes == "mxfp4":  # in blocks or, elsewhere than in gpt-oss, in rows of pairs
+                place = replace(place, dtype="uint8" if place.dtype == "int8" else place.dtype)
+                fits = place.shape in ((*lead, *shape), (*lead, N, K // 2))
+            elif (part == "scales" and not fmt.block[1]) or part == "global_scale":  # [N], [N, 1] and of one number []
                 fits = math.prod(place.shape) == math.prod((*lead, *shape))
             else:
                 fits = place.shape == (*lead, *shape)
@@ -90,8 +93,9 @@ class CodedTensor:
             one = math.prod(scales.shape) == (stack or 1)
             block = (0, 0) if one and N != 1 else (1, 0)
         scale = _SCALES[scales.dtype]
-        if (self.codes in COLUMNS and scale == "e8m0") or (self.codes == "nvfp4") != (scale == "float8_e4m3fn"):
-            wanted = "float8_e4m3fn" if self.codes == "nvfp4" else "floats"
+        wanted = {"nvfp4": "float8_e4m3fn", "mxfp4": "e8m0"}.get(self.codes)
+        if (self.codes in COLUMNS and scale == "e8m0") or (scale != wanted if wanted else scale == "float8_e4m3fn"):
+            wanted = wanted or "floats"
             raise UnsupportedModel(f"key {scales.key!r} is stored as {scales.dtype}, must be {wanted}. {INSTEAD}")
         whole = ("/" if self.divides else "*") if "global_scale" in self.places else ""
         return CodeFormat(codes=self.codes, block=block, scale=scale, zeros="zeros" in self.places, global_scale=whole)
@@ -111,6 +115,7 @@ class CodedTensor:
         N, K = {
             "int4": (rows, self.inputs or 8 * columns),
             "nvfp4": (rows, 2 * columns),
+            "mxfp4": (rows, 2 * columns),
             "gptq": (columns, 8 * rows),
             "awq": (8 * columns, rows),
         }.get(self.codes, (rows, columns))

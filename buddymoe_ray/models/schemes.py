@@ -2,8 +2,8 @@
 scales and zero points are found. Everything else is refused by name.
 
 Pure: no torch, so that a download is refused before its first byte. Sources: transformers 5.23 (fp8, mxfp4),
-compressed-tensors 0.9 (float-, int-, pack-quantized, nvfp4-pack-quantized), NVIDIA's Model Optimizer (modelopt),
-AutoGPTQ and AutoAWQ (gemm).
+compressed-tensors (float-, int-, pack-, nvfp4-pack-, mxfp4-pack-, mxfp8-quantized), NVIDIA's Model Optimizer
+(modelopt), AutoGPTQ and AutoAWQ (gemm).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from buddymoe_ray.models.tensor_index import read_json
 __all__ = ["INSTEAD", "METHODS", "UNREAD", "CodedKeys", "Scheme", "check_method", "with_own_file"]
 
 METHODS: Mapping[str, str] = {
-    "fp8": "e4m3, a scale per block (DeepSeek, Qwen), output channel or tensor",
+    "fp8": "e4m3, a scale per block (DeepSeek, Qwen), output channel or tensor; experts in MXFP4 (DeepSeek-V4)",
     "compressed-tensors": "fp8 per block, channel, tensor; int8 per channel, tensor; int4 in groups, zero points too; "
-    "NVFP4",
-    "modelopt": "NVFP4; FP8 per tensor or channel",
+    "NVFP4, MXFP4, MXFP8",
+    "modelopt": "NVFP4, MXFP8; FP8 per tensor or channel",
     "mxfp4": "the experts of gpt-oss",
     "gptq": "int4 in groups, inputs in their own order",
     "awq": "int4 in groups, version gemm",
@@ -35,13 +35,13 @@ UNREAD = re.compile(
 )
 """Keys that no weight needs: static scales of activations and of the KV cache, shapes that codes have themselves."""
 _COMPRESSED = {
-    "8-bit float": ("tensor", "channel", "block"),
+    "8-bit float": ("tensor", "channel", "block", "group"),
     "8-bit int": ("tensor", "channel"),
     "4-bit int": ("group",),
-    "4-bit float": ("tensor_group",),
+    "4-bit float": ("tensor_group", "group"),
 }
 _PLAIN_CODES = {"float8_e4m3fn": "fp8", "int8": "int8"}
-_NVFP4_GROUP = 16
+_NVFP4_GROUP, _MX_GROUP = 16, 32
 _OWN_FILE = "hf_quant_config.json"
 
 
@@ -59,8 +59,12 @@ class CodedKeys:
 
 
 def with_own_file(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """What a config says, with what older releases have elsewhere of quantisation where it says nothing: those of
-    compressed-tensors under another name, modelopt's in a file. Raises CheckpointError."""
+    """What a config says, with what some releases have elsewhere of quantisation where it says nothing: older ones of
+    compressed-tensors under another name, modelopt's in a file, DeepSeek-V4 the experts' codes beside it. Raises
+    CheckpointError."""
+    said = config.get("quantization_config")
+    if isinstance(said, Mapping) and config.get("expert_dtype"):
+        return {**config, "quantization_config": {"expert_dtype": config["expert_dtype"], **said}}
     if not config.get("quantization_config") and config.get("compression_config"):
         return {**config, "quantization_config": config["compression_config"]}
     if config.get("quantization_config") or not (folder / _OWN_FILE).is_file():
@@ -77,12 +81,13 @@ def check_method(config: Mapping[str, Any], where: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """How a method stores weights; `zeros` says that there must be zero points, `nvfp4` that they are such."""
+    """How a method stores weights; `zeros` says that there must be zero points, `fp4` as what codes of four bits are
+    floats."""
 
     method: str
     block: tuple[int, int] | None
     zeros: bool = False
-    nvfp4: bool = False
+    fp4: str = ""
 
     @classmethod
     def of(cls, said: Any, where: str) -> Scheme:
@@ -91,17 +96,19 @@ class Scheme:
         if not isinstance(said, Mapping) or not isinstance(method, str) or method not in METHODS:
             raise UnsupportedModel(f"{where} is quantised ({method}), must be {', '.join(METHODS)} or plain. {INSTEAD}")
         if method == "mxfp4":
-            return cls(method=method, block=(1, 32))
+            return cls(method=method, block=(1, _MX_GROUP))
         if method == "compressed-tensors":
             return cls._of_groups(said, where)
         if method == "modelopt":
-            _check(said, "quant_algo", ("NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN"), where)
-            nvfp4 = said["quant_algo"] == "NVFP4"
-            return cls(method=method, block=(1, _NVFP4_GROUP) if nvfp4 else None, nvfp4=nvfp4)
+            _check(said, "quant_algo", ("NVFP4", "MXFP8", "FP8", "FP8_PER_CHANNEL_PER_TOKEN"), where)
+            group = {"NVFP4": _NVFP4_GROUP, "MXFP8": _MX_GROUP}.get(said["quant_algo"])
+            fp4 = "nvfp4" if group == _NVFP4_GROUP else ""
+            return cls(method=method, block=None if group is None else (1, group), fp4=fp4)
         if method == "fp8":
-            _check(said, "expert_dtype", ("fp8", None), where)
+            _check(said, "expert_dtype", ("fp8", "fp4", None), where)
             block = said.get("weight_block_size")
-            return cls(method=method, block=None if block is None else _block(block, where))
+            fp4 = "mxfp4" if said.get("expert_dtype") == "fp4" else ""
+            return cls(method=method, block=None if block is None else _block(block, where), fp4=fp4)
         _check(said, "bits", (4,), where)
         _check(said, "desc_act", (False, None), where)
         _check(said, "version", ("gemm", None), where)
@@ -125,9 +132,11 @@ class Scheme:
         _check(said, "transform_config", (None, {}), where)
         if bits == 8 and said.get("format") == "pack-quantized":
             raise UnsupportedModel(f"{where} has packed 8-bit weights (pack-quantized), must be bytes. {INSTEAD}")
-        if kind == "float" and bits == 4:
-            _check(first, "group_size", (_NVFP4_GROUP,), where)
-            return cls(method="compressed-tensors", block=(1, _NVFP4_GROUP), nvfp4=True)
+        if kind == "float" and strategy in ("tensor_group", "group"):
+            group = _NVFP4_GROUP if strategy == "tensor_group" else _MX_GROUP
+            _check(first, "group_size", (group,), where)
+            fp4 = "" if bits == 8 else "nvfp4" if group == _NVFP4_GROUP else "mxfp4"
+            return cls(method="compressed-tensors", block=(1, group), fp4=fp4)
         said_block = {"block": first.get("block_structure"), "group": [1, size]}.get(strategy)
         block = None if said_block is None else _block(said_block, where)
         return cls(method="compressed-tensors", block=block, zeros=bits == 4 and symmetric is False)
@@ -146,19 +155,23 @@ class Scheme:
         if self.method == "mxfp4":
             base = key.removesuffix("_blocks")
             return None if base == key else self._found(base, "mxfp4", {"codes": key, "scales": f"{base}_scales"}, keys)
-        if self.nvfp4:
+        if self.fp4 == "nvfp4":
             return self._nvfp4(key, dtype, keys)
         base = key.removesuffix("_packed") if key.endswith(".weight_packed") else key
         codes = _PLAIN_CODES.get(dtype) if base == key else "int4"
+        if self.fp4 and (base != key or codes == "int8"):
+            codes = self.fp4
         if codes is None or UNREAD.search(key) or key.endswith("_zero_point"):
             return None
         zeros, order = f"{base}_zero_point", f"{base}_g_idx"
         if order in keys or (zeros in keys and codes != "int4"):
             refused = order if order in keys else zeros
             raise UnsupportedModel(f"key {refused!r} is beside {codes} codes, must not be there. {INSTEAD}")
-        scales = f"{base}_scale" if f"{base}_scale" in keys or codes != "fp8" else f"{base}_scale_inv"
+        names = [f"{base}_scale", f"{base}_scale_inv", f"{base.removesuffix('weight')}scale"]
+        scales = next((name for name in names if name in keys), names[codes == "fp8"])
         parts = {"codes": key, "scales": scales} | ({"zeros": zeros} if self.zeros or zeros in keys else {})
-        return self._found(base, codes, parts, keys)
+        found = self._found(base, codes, parts, keys)
+        return replace(found, block=(1, _MX_GROUP)) if codes == "mxfp4" else found
 
     def _nvfp4(self, key: str, dtype: str, keys: Collection[str]) -> CodedKeys | None:
         divides = self.method == "compressed-tensors"

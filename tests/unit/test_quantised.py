@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from coded_checkpoints import edit, quantised
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from buddymoe_ray import LLM
@@ -33,6 +33,7 @@ PROMPTS = [torch.randint(5, 160, (3 + 7 * i,), generator=torch.Generator().manua
 NEW = 20
 UNREAD = ("weight_shape", "g_idx", "input_scale", "input_global_scale")
 WIDER = {"n_routed_experts": 16}  # so that a quarter of the experts has room for two
+MX = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen3_moe", "fp8", {}),
     ("deepseek_v3", "fp8", {}),
@@ -54,6 +55,11 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("olmoe", "ct-nvfp4", {}),
     ("olmoe", "modelopt-fp8", {}),
     ("mixtral", "modelopt-fp8-channel", {}),
+    ("qwen3_moe", "ct-mxfp4", MX),
+    ("deepseek_v3", "ct-mxfp4", MX | {"q_lora_rank": 32, "kv_lora_rank": 32, "v_head_dim": 16}),
+    ("mixtral", "ct-mxfp8", {}),
+    ("olmoe", "modelopt-mxfp8", {}),
+    ("qwen3_moe", "fp8-experts-fp4", MX),
     ("gpt_oss", "mxfp4", {"hidden_size": 64}),
     ("gpt_oss", "mxfp4", {"hidden_size": 96, "intermediate_size": 64, "num_local_experts": 8}),
 ]
@@ -66,7 +72,7 @@ CODED = [
     ("olmoe", "awq"),
     ("qwen3_moe", "modelopt-nvfp4"),
 ]
-CODED += [("mixtral", "ct-nvfp4"), ("gpt_oss", "mxfp4")]
+CODED += [("mixtral", "ct-nvfp4"), ("gpt_oss", "mxfp4"), ("mixtral", "ct-mxfp8"), ("qwen3_moe", "fp8-experts-fp4")]
 
 
 def generated(folder: Path, memory: str = "50%", **options: Any) -> list[list[int]]:
@@ -105,6 +111,22 @@ def test_tokens_of_other_kinds_of_model_are_those_too(tmp_path: Path, family: st
     assert [list(answer.token_ids)] == reference_generate(plain, [prompt], new_tokens=new)
 
 
+def test_deepseek_v4_says_beside_it_how_experts_are_stored(tmp_path: Path) -> None:
+    """As released: FP4 experts, everything else fp8, scales that are powers of two, keys without `model.`."""
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 16}
+    coded, plain = quantised("deepseek_v4", "fp8-experts-fp4", tmp_path, **sizes)
+    config = json.loads((coded / "config.json").read_text())
+    config["expert_dtype"] = config["quantization_config"].pop("expert_dtype")
+    (coded / "config.json").write_text(json.dumps(config))
+    released = {key.removeprefix("model."): tensor for key, tensor in load_file(coded / "model.safetensors").items()}
+    assert {str(t.dtype) for k, t in released.items() if k.endswith(".scale")} == {"torch.float8_e8m0fnu"}
+    save_file(released, coded / "model.safetensors", {"format": "pt"})
+    [prompt], new = PROMPTS[1:2], 8
+    with LLM(str(coded), memory="60%", dtype="float32") as llm:
+        [answer] = llm.generate([prompt], max_tokens=new)
+    assert [list(answer.token_ids)] == reference_generate(plain, [prompt], new_tokens=new)
+
+
 def test_what_older_releases_say_in_a_file_of_its_own(tmp_path: Path) -> None:
     coded, plain = quantised("qwen3_moe", "modelopt-nvfp4", tmp_path)
     config = json.loads((coded / "config.json").read_text())
@@ -130,7 +152,7 @@ def test_what_older_releases_say_under_another_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("family", "scheme"), CODED)
 def test_slots_hold_the_bytes_of_the_files(tmp_path: Path, family: str, scheme: str) -> None:
-    coded, plain = quantised(family, scheme, tmp_path, **({"hidden_size": 64} if family == "gpt_oss" else {}))
+    coded, plain = quantised(family, scheme, tmp_path, **(MX if "fp4" in scheme else {}))
     stored = {key: place for key, place in read_index(coded).items() if ".experts." in key}
     unread = sum(place.nbytes for key, place in stored.items() if key.endswith(UNREAD))
     loaded = load_model(coded, dtype=torch.float32)
@@ -199,7 +221,7 @@ def test_they_can_be_served_in_another_precision(tmp_path: Path) -> None:
 def test_without_kernels_the_same_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, scheme: str
 ) -> None:
-    coded, plain = quantised(family, scheme, tmp_path, **({"hidden_size": 64} if family == "gpt_oss" else {}))
+    coded, plain = quantised(family, scheme, tmp_path, **(MX if "fp4" in scheme else {}))
     for where in ("kernels.expert_layer", "models.shape"):
         monkeypatch.setattr(f"buddymoe_ray.{where}.decodes", lambda *_: False)
     assert not describe(coded).as_stored
@@ -339,7 +361,7 @@ GROUP = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_s
     [
         ({"quant_method": "gguf"}, r"quantised \(gguf\), must be fp8.*hint: use a release"),
         ({"quant_method": "fp8", "weight_block_size": [128, 100]}, "blocks of .*100"),
-        ({"quant_method": "fp8", "expert_dtype": "fp4"}, "expert_dtype 'fp4', must be 'fp8'"),
+        ({"quant_method": "fp8", "expert_dtype": "fp6"}, "expert_dtype 'fp6', must be 'fp8'"),
         ({"quant_method": "gptq", "bits": 8, "group_size": 128}, "bits 8, must be 4"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}, "desc_act True"),
         ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"}, "version 'gemv', must be 'gemm'"),
@@ -388,9 +410,9 @@ GROUP = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_s
         (
             {
                 "quant_method": "compressed-tensors",
-                "config_groups": {"a": {"weights": {**GROUP["weights"], "type": "float"}}},
+                "config_groups": {"a": {"weights": {**GROUP["weights"], "type": "float", "group_size": 64}}},
             },
-            "4-bit float weights with a scale per group",
+            "group_size 64, must be 32",
         ),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "quant_algo 'NVFP4_AWQ', must be 'NVFP4'"),
     ],
