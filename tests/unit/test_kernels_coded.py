@@ -42,6 +42,8 @@ FORMATS = [
     CodeFormat(codes="awq", block=(1, 128), scale="float16", zeros=True),
     CodeFormat(codes="nvfp4", block=(1, 16), scale="float8_e4m3fn", global_scale="*"),
     CodeFormat(codes="nvfp4", block=(1, 16), scale="float8_e4m3fn", global_scale="/"),
+    CodeFormat(codes="fp8", block=(1, 32), scale="e8m0"),
+    CodeFormat(codes="fp8", block=(16, 32), scale="e8m0"),
     CodeFormat(codes="mxfp4", block=(1, 32), scale="e8m0"),
 ]
 SHAPES = [(48, 96), (1, 32), (7, 64), (130, 416), (34, 608), (264, 1000), (5, 40)]
@@ -131,6 +133,10 @@ def test_what_is_decoded_is_code_times_scale(scheme: str) -> None:
     fmt = {
         "fp8": CodeFormat(codes="fp8", block=(16, 32), scale="float32"),
         "fp8-tensor": CodeFormat(codes="fp8", block=(0, 0), scale="float32"),
+        "ct-mxfp4": CodeFormat(codes="mxfp4", block=(1, 32), scale="e8m0"),
+        "ct-mxfp8": CodeFormat(codes="fp8", block=(1, 32), scale="e8m0"),
+        "modelopt-mxfp8": CodeFormat(codes="fp8", block=(1, 32), scale="e8m0"),
+        "fp8-experts-fp4": CodeFormat(codes="fp8", block=(16, 32), scale="e8m0"),
         "ct-fp8": CodeFormat(codes="fp8", block=(1, 0), scale="bfloat16"),
         "ct-int8": CodeFormat(codes="int8", block=(1, 0), scale="bfloat16"),
         "ct-int4": CodeFormat(codes="int4", block=(1, 32), scale="bfloat16"),
@@ -148,7 +154,10 @@ def test_what_is_decoded_is_code_times_scale(scheme: str) -> None:
         coded_shapes(matrix),
         {"codes": ("weight", "_packed", "_blocks"), "zeros": ("_zero_point", "qzeros")},
     )
-    endings |= {"scales": ("weight_scale", "_scale_inv", "scales"), "global_scale": ("_global_scale", "_scale_2")}
+    endings |= {
+        "scales": ("weight_scale", "_scale_inv", "scales", "w.scale"),
+        "global_scale": ("_global_scale", "_scale_2"),
+    }
     tensors = {
         f"w.{part}": next(t for name, t in made.items() if name.endswith(endings[part])).reshape(shape)
         for part, (shape, _) in shapes.items()

@@ -113,6 +113,7 @@ CODED = [
     CodeFormat(codes="fp8", block=(16, 32), scale="float32"),
     CodeFormat(codes="fp8", block=(128, 128), scale="bfloat16"),
     CodeFormat(codes="fp8", block=(0, 0), scale="float16"),
+    CodeFormat(codes="fp8", block=(1, 32), scale="e8m0"),
     CodeFormat(codes="int8", block=(1, 0), scale="float32"),
     CodeFormat(codes="int4", block=(1, 32), scale="float16"),
     CodeFormat(codes="int4", block=(1, 64), scale="bfloat16", zeros=True),
