@@ -159,8 +159,10 @@ def test_what_is_decoded_is_code_times_scale(scheme: str) -> None:
         "global_scale": ("_global_scale", "_scale_2"),
     }
     tensors = {
-        f"w.{part}": next(t for name, t in made.items() if name.endswith(endings[part])).reshape(shape)
-        for part, (shape, _) in shapes.items()
+        f"w.{part}": next(t for name, t in made.items() if name.endswith(endings[part]))
+        .view(getattr(torch, dtype))
+        .reshape(shape)
+        for part, (shape, dtype) in shapes.items()
     }
     assert torch.equal(decoded(tensors, matrix), plain)
 
