@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,16 @@ def test_usage_counts_every_expert_use_of_decode(engine: Engine) -> None:
     assert usage is not None
     # 8 tokens: the first comes from prefill, 7 decode steps of 3 layers with 3 experts each
     assert usage.hits + usage.fetched == 7 * 3 * 3 and usage.fetched > 0
+
+
+def test_threads_take_turns_and_nothing_is_generated_after_the_end(folder: Path) -> None:
+    prompts = [[[5 + at, 6, 7, 8 + at]] * 2 for at in range(4)]
+    with LLM(str(folder), memory="50%") as llm, ThreadPoolExecutor(4) as pool:
+        alone = [[result.token_ids for result in llm.generate(several, GREEDY)] for several in prompts]
+        together = list(pool.map(lambda several: llm.generate(several, GREEDY), prompts))
+    assert [[result.token_ids for result in results] for results in together] == alone
+    with pytest.raises(RequestError, match="is closed"):
+        llm.generate([5])
 
 
 def test_a_cancelled_request_frees_its_blocks_before_the_next_step(engine: Engine) -> None:

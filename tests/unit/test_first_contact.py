@@ -141,6 +141,14 @@ def test_from_python_too() -> None:
         LLM(memry="25%")
     with pytest.raises(ConfigError, match=r"memory is 25, must be like"):
         EngineConfig(memory=25)  # type: ignore[arg-type]
+    for options, said in (
+        ({"model": None}, "model is None"),
+        ({"standin_layers": 3, "mode": "fast"}, "standin_layers is 3"),
+        ({"seed": 1.5}, "seed is 1.5"),
+    ):
+        with pytest.raises(ConfigError, match=f"{said}, must be"):
+            LLM(**options)
+    assert EngineConfig.from_options(model=Path("/a/model")).model == "/a/model"
 
 
 def test_serve_starts_what_was_typed(tmp_path, monkeypatch, capsys) -> None:
