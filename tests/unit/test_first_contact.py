@@ -57,6 +57,7 @@ MISTAKES: dict[str, str] = {
     "serve --workers many": "workers is 'many', must be",
     "serve --routing afinity": "did you mean affinity?",
     "serve /nowhere.yaml": "cannot be read",
+    "serve --port 70000": "port is 70000, must be a number from 1 to 65535",
 }
 
 
@@ -100,8 +101,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def deployment(tmp_path: Path, **changes: Any) -> Path:
     content = yaml.safe_load((ROOT / "deployments" / "tiny-cpu.yaml").read_text())
     for name, value in changes.items():
-        place = content["applications"][0]["args"] if name.startswith("args_") else content
-        place[name.removeprefix("args_")] = value
+        [application] = content["applications"]
+        place = {"args": application["args"], "application": application}.get(name.partition("_")[0], content)
+        place[name.removeprefix("args_").removeprefix("application_")] = value
     path = tmp_path / "d.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
@@ -118,6 +120,9 @@ def deployment(tmp_path: Path, **changes: Any) -> Path:
         ({"args_require_api_key": True, "args_api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY is unset"),
         ({"http_option": {}}, "did you mean http_options?"),
         ({"http_options": {"prot": 1}}, "did you mean port?"),
+        ({"http_options": {"port": "8000"}}, "port is '8000', must be a number"),
+        ({"http_options": {"host": 0}}, "host is 0, must be text"),
+        ({"application_route_prefix": None}, "route_prefix is None, must be text"),
         ({"applications": []}, "must hold one"),
         ({"args_num_gpus": 1}, "num_gpus is 1, must be at most the 0 GPUs of this machine"),
     ],
