@@ -89,6 +89,8 @@ class _Chat:
         begun = time.perf_counter()
         try:
             events = list(self._answer())
+            if events[-1].error is not None:
+                raise RequestError(events[-1].error)
         except RequestError as error:
             del self._messages[-1]
             if self._json:

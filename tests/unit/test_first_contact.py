@@ -24,6 +24,7 @@ from families import build_checkpoint
 from buddymoe_ray import LLM, EngineConfig, __version__, observe
 from buddymoe_ray.cli import main
 from buddymoe_ray.commands import bench, profile
+from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.errors import BudgetError, CapacityError, ConfigError
 from buddymoe_ray.models.profile import ComparisonRow
 from buddymoe_ray.models.resolve import resolve_model
@@ -355,6 +356,21 @@ def test_chat_explains_itself_and_its_cost(monkeypatch, capsys) -> None:
     costs = re.findall(r"\[8 tokens, [\d,]+ tok/s; (\w+): (\d+) % hits, (\d+) % stand-ins, (\d+) % fetched", said)
     assert [cost[0] for cost in costs] == ["bounded", "exact"]
     assert int(costs[0][1]) > 0 and int(costs[0][2]) > 0 and costs[1][2] == "0" and int(costs[1][3]) > 0
+
+
+def test_chat_says_why_an_answer_failed_and_goes_on(monkeypatch, capsys) -> None:
+    append, failures = Sequence.append, [OSError("broken")]
+
+    def failing(seq: Sequence, sampled: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return append(seq, sampled)
+
+    monkeypatch.setattr(Sequence, "append", failing)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nHello\n"))
+    assert main(["chat", "--max-tokens", "4"]) == 0
+    said = capsys.readouterr().out
+    assert 0 < said.index("internal error (OSError)") < said.index("[4 tokens, ")
 
 
 def test_the_phases_of_a_command_share_one_bar(monkeypatch: pytest.MonkeyPatch) -> None:
