@@ -367,10 +367,11 @@ def test_chat_says_why_an_answer_failed_and_goes_on(monkeypatch, capsys) -> None
         return append(seq, sampled)
 
     monkeypatch.setattr(Sequence, "append", failing)
-    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nHello\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\udcff\nHello\nHello\n"))
     assert main(["chat", "--max-tokens", "4"]) == 0
     said = capsys.readouterr().out
-    assert 0 < said.index("internal error (OSError)") < said.index("[4 tokens, ")
+    places = [said.index(word) for word in ("must be whole characters", "internal error (OSError)", "[4 tokens, ")]
+    assert places == sorted(places)
 
 
 def test_the_phases_of_a_command_share_one_bar(monkeypatch: pytest.MonkeyPatch) -> None:
