@@ -15,7 +15,7 @@ from typing import Any, cast, get_args
 
 from buddymoe_ray.commands.common import add_engine_arguments, add_json_argument, emit, engine_config
 from buddymoe_ray.config import one_of, refuse_unknown
-from buddymoe_ray.engine.validate import plain_text
+from buddymoe_ray.engine.validate import checked_sampling, plain_text
 from buddymoe_ray.errors import ConfigError, RequestError
 from buddymoe_ray.types import GenerationRequest, Mode, SamplingParams, TokenEvent, Usage
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Answer until end of input or /quit; exit status 0."""
     config = engine_config(args)
-    sampling = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
+    sampling = checked_sampling(SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens))
     from buddymoe_ray.engine.engine import Engine  # late: it imports torch
 
     engine = Engine.from_config(config)

@@ -43,9 +43,10 @@ def check_config(config: PreTrainedConfig, written: Mapping[str, Any], where: st
     if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) is not None:
         counts["sliding_window"] = config.sliding_window
     for name, value in {**counts, experts: count, per_token: getattr(config, per_token, None)}.items():
+        least = 2 if name == "sliding_window" else 1  # in decode steps transformers forgets nothing of a window of 1
         for each in value if isinstance(value, list | tuple) and name == per_token else (value,):
-            if not isinstance(each, int) or isinstance(each, bool) or each < 1:
-                raise _refusal(where, name, value, "an integer of at least 1")
+            if not isinstance(each, int) or isinstance(each, bool) or each < least:
+                raise _refusal(where, name, value, f"an integer of at least {least}")
             if name == per_token and each > count:
                 raise _refusal(where, name, value, f"at most {experts}, {count}")
     groups = counts.get("n_group", 1)

@@ -160,6 +160,12 @@ def test_bad_options_are_refused_before_serving(folder: Path, options, error, me
         LLM(str(folder), **options)
 
 
+def test_a_cache_of_all_that_is_promised_is_enough(folder: Path) -> None:
+    with LLM(str(folder), max_running=1, max_model_len=10) as llm:
+        assert llm.engine.limits.kv_tokens == 16
+        assert len(llm.generate([[5, 6, 7]] * 2, max_tokens=7, ignore_eos=True)[1].token_ids) == 7
+
+
 def test_unknown_options_and_models_are_refused() -> None:
     with pytest.raises(ConfigError, match="memry"):
         LLM("builtin:tiny", memry="25%")
