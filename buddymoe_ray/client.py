@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from dataclasses import fields
 from itertools import count
 from typing import Any
@@ -147,8 +147,11 @@ def _work(
 def _in_a_loop(replies: AsyncGenerator[Reply, None]) -> Generator[Reply, None, None]:
     """The same for callers without an event loop: they are given one of their own, which runs while a reply is awaited.
 
-    Raises RuntimeError where a loop runs already: it would stand still.
+    Raises RequestError where a loop runs already, as in a notebook: it would stand still.
     """
+    with suppress(RuntimeError):
+        asyncio.get_running_loop()
+        raise RequestError("an event loop runs here, which must not stand still. hint: await agenerate() or achat()")
     with asyncio.Runner() as runner:
 
         async def following() -> Reply | None:

@@ -510,5 +510,7 @@ async def test_a_python_client_takes_messages_as_http_does() -> None:
         with pytest.raises(RequestError, match=r"messages\[0\]\.content is not usable") as caught:
             await client.achat([{"role": "user", "content": content}], max_tokens=4)
         assert caught.value.param == "messages"
+    with pytest.raises(RequestError, match=r"an event loop runs here.*await agenerate"):
+        client.generate("hello", max_tokens=4)
     with pytest.raises(RequestError, match=r"messages\[1\] is 'hello', must be a mapping"):
         await client.achat([{"role": "user", "content": "a"}, "hello"], max_tokens=4)
