@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from dataclasses import fields
+from itertools import count
 from typing import Any
 
 from buddymoe_ray.engine.validate import plain_tokens
@@ -20,12 +21,14 @@ from buddymoe_ray.serve.handles import APP_NAME, connect
 from buddymoe_ray.serve.prompts import usable
 from buddymoe_ray.serve.refusals import error_of, failure
 from buddymoe_ray.serve.resume import ResumeLimits, resumable
+from buddymoe_ray.serve.wire_parsing import checked
+from buddymoe_ray.serve.wire_parts import Message
 from buddymoe_ray.serve.work import Batch, ChatMessage, Delta, Refusal, Reply, Terms, Work, WorkerInfo, known_logprob
 from buddymoe_ray.types import EngineResult, SamplingParams, TokenEvent, TokenLogprob, Usage
 
 __all__ = ["Client"]
 
-MessageDict = Mapping[str, str]
+MessageDict = Mapping[str, Any]
 FLUSH_SECONDS = 0.025
 
 
@@ -73,7 +76,7 @@ class Client:
             return _result(work, replies)
 
     def chat(self, messages: Sequence[MessageDict], **sampling: Any) -> EngineResult:
-        """Answer a conversation: messages are `{"role": ..., "content": ...}`."""
+        """Answer a conversation: messages as chat completions take them, `{"role": ..., "content": ...}`."""
         work = usable(_work(_conversation(messages), sampling, flush_seconds=None))
         with closing(_in_a_loop(self._answer(work))) as replies:
             return _result(work, replies)
@@ -130,7 +133,7 @@ def _work(
     return Work(
         request_id=f"client-{uuid.uuid4().hex}",
         prompts=() if conversation else (prompt if isinstance(prompt, str) else plain_tokens("prompt", prompt),),
-        messages=tuple(_message(message) for message in prompt) if conversation else (),
+        messages=tuple(map(_message, count(), prompt)) if conversation else (),
         sampling=SamplingParams(**given),
         given=frozenset(given),
         terms=Terms(**{name: value for name, value in options.items() if name in terms}),
@@ -144,8 +147,11 @@ def _work(
 def _in_a_loop(replies: AsyncGenerator[Reply, None]) -> Generator[Reply, None, None]:
     """The same for callers without an event loop: they are given one of their own, which runs while a reply is awaited.
 
-    Raises RuntimeError where a loop runs already: it would stand still.
+    Raises RequestError where a loop runs already, as in a notebook: it would stand still.
     """
+    with suppress(RuntimeError):
+        asyncio.get_running_loop()
+        raise RequestError("an event loop runs here, which must not stand still. hint: await agenerate() or achat()")
     with asyncio.Runner() as runner:
 
         async def following() -> Reply | None:
@@ -170,13 +176,14 @@ def _conversation(messages: object) -> Sequence[MessageDict]:
     return messages
 
 
-def _message(message: object) -> ChatMessage:
-    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message) <= {"role", "content", "name"}:
-        raise RequestError(
-            f'messages hold {message!r:.80}, must hold {{"role": ..., "content": ...}}. hint: name is optional',
-            param="messages",
-        )
-    return ChatMessage(**message)
+def _message(at: int, message: Any) -> ChatMessage:
+    """As the body of a chat completion has it."""
+    if not isinstance(message, Mapping):
+        raise RequestError(f"messages[{at}] is {message!r:.80}, must be a mapping. hint: see chat()", param="messages")
+    try:
+        return checked(dict(message), Message).record()
+    except RequestError as error:
+        raise RequestError(f"messages[{at}].{error}", param="messages") from None
 
 
 def _events(work: Work, reply: Reply) -> list[TokenEvent]:

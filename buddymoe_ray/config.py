@@ -143,6 +143,12 @@ class EngineConfig:
     generation_config: str = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("model", "standin_layers", "profile", "cache_dir"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name == "model"):
+                raise ConfigError(f"{name} is {value!r}, must be text. hint: put it in quotes")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ConfigError(f"seed is {self.seed!r}, must be an integer. hint: leave it out for the default")
         one_of("mode", self.mode, get_args(Mode))
         one_of("standin", self.standin, tuple(STANDINS))
         one_of("policy", self.policy, POLICIES)
@@ -213,9 +219,9 @@ class EngineConfig:
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
-        """Build from keywords and refuse unknown names with the list of known ones."""
+        """Build from keywords and refuse unknown names with the list of known ones; a path is the text of it."""
         refuse_unknown("option", options, cls.names())
-        return cls(**options)
+        return cls(**{name: os.fspath(x) if isinstance(x, os.PathLike) else x for name, x in options.items()})
 
 
 def option_notes(cls: type) -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Any, cast, get_args
 
 from buddymoe_ray.commands.common import add_engine_arguments, add_json_argument, emit, engine_config
 from buddymoe_ray.config import one_of, refuse_unknown
+from buddymoe_ray.engine.validate import checked_sampling, plain_text
 from buddymoe_ray.errors import ConfigError, RequestError
 from buddymoe_ray.types import GenerationRequest, Mode, SamplingParams, TokenEvent, Usage
 
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Answer until end of input or /quit; exit status 0."""
     config = engine_config(args)
-    sampling = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
+    sampling = checked_sampling(SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens))
     from buddymoe_ray.engine.engine import Engine  # late: it imports torch
 
     engine = Engine.from_config(config)
@@ -49,7 +50,7 @@ class _Chat:
 
     def __init__(self, engine: Any, args: argparse.Namespace, sampling: SamplingParams) -> None:
         self._engine, self._json, self._sampling = engine, args.json, sampling
-        self._first = [{"role": "system", "content": args.system}] if args.system else []
+        self._first = [{"role": "system", "content": plain_text("system", args.system)}] if args.system else []
         self._messages = list(self._first)
         self._mode: Mode | None = None
         self._turn = 0
@@ -88,7 +89,10 @@ class _Chat:
         self._messages.append({"role": "user", "content": said})
         begun = time.perf_counter()
         try:
+            plain_text("message", said)  # a terminal may send bytes that are no text
             events = list(self._answer())
+            if events[-1].error is not None:
+                raise RequestError(events[-1].error)
         except RequestError as error:
             del self._messages[-1]
             if self._json:

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if "cors_origins" in given:
         given["cors_origins"] = given["cors_origins"].split(",")
     http, application = read_deployment(args.what)
-    http |= {name: getattr(args, name) for name in _HTTP if hasattr(args, name)}
+    http = _placed(http | {name: getattr(args, name) for name in _HTTP if hasattr(args, name)}, application)
     options = ServeArgs.from_options(application["args"] | given)
     keys = _check(options)
     url = f"http://{http['host']}:{http['port']}{application['route_prefix'].rstrip('/')}"
@@ -102,7 +102,20 @@ def read_deployment(what: str) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ConfigError(
             f"{what} holds no application of {_BUILDER}, must hold one. hint: see deployments/"
         ) from error
-    return _HTTP | http, _DEFAULTS | application | {"args": options}
+    application = _DEFAULTS | application | {"args": options}
+    return _placed(_HTTP | http, application), application
+
+
+def _placed(http: dict[str, Any], application: dict[str, Any]) -> dict[str, Any]:
+    """HTTP options that can be listened at, of an application with a name and a place. Raises ConfigError."""
+    for name, value in (("host", http["host"]), *((name, application[name]) for name in ("name", "route_prefix"))):
+        if not isinstance(value, str) or not value:
+            raise ConfigError(f"{name} is {value!r}, must be text. hint: leave it out for the default")
+    if not isinstance(http["port"], int) or not 1 <= http["port"] < 1 << 16:
+        raise ConfigError(f"port is {http['port']!r}, must be a number from 1 to 65535. hint: leave it out for 8000")
+    if not application["route_prefix"].startswith("/"):
+        raise ConfigError(f"route_prefix is {application['route_prefix']!r}, must begin with /. hint: leave it out")
+    return http
 
 
 def _check(options: ServeArgs) -> str:

@@ -90,7 +90,7 @@ def answer_form(
         own = {**own, "fields": {k: field for k, field in own["fields"].items() if k not in ("tool_calls", "around")}}
     if not own["fields"].keys() & {"tool_calls", "reasoning_content"}:
         return None
-    opening = opening_of(tokenizer, options).rstrip()
+    opening = opening_of(tokenizer, options, tools).rstrip()
     if not theirs:
         opening = opening[opening.index("<think>") :] if "<think>" in opening else ""
     return AnswerForm(

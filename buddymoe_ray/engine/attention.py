@@ -316,7 +316,8 @@ def _forward(
     paged: PagedAttention = module.buddymoe_attention  # type: ignore[assignment]
     if not isinstance(attention_mask, PackedMask):
         raise _own_way(module, "a mask")
-    more = {name for name, value in kwargs.items() if value is not None and not name.startswith("output_")} - _PLAIN
+    asked = {name for name, value in kwargs.items() if value is not None and not name.startswith("output_")}
+    more = asked - _PLAIN - ({"is_causal"} if kwargs.get("is_causal") is True else set())  # a config may say it, too
     if more:
         raise _own_way(module, min(more))
     out_TQd = paged(

@@ -182,10 +182,10 @@ class _KVSize:
         budget = _kv_budget(config, most, experts.device, workers, beside=recording or 0)
         split = split_kv(budget, max_running=config.max_running, sequence=sequence, state=state)
         fitting, promised = split.tokens // per_block, split.running * _blocks(wanted)
-        if not split.running or fitting < 2:
+        if not split.running or fitting < min(2, promised):
             raise BudgetError(
                 f"KV cache is {fitting} blocks of {per_block} bytes and states of {split.running} sequences, {state} "
-                "bytes each, must be at least 2 and of 1. hint: raise kv_memory"
+                f"bytes each, must be at least {min(2, promised)} and of 1. hint: raise kv_memory"
             )
         blocks = min(fitting, promised)
         if split.running < config.max_running:

@@ -65,7 +65,7 @@ def encode_chat(
     for message in messages:
         if message.get("role") not in _ROLES:
             raise RequestError(f"role is {message.get('role')!r}, must be one of {', '.join(_ROLES)}", param="messages")
-    _check_options(tokenizer, options or {})
+    _check_options(tokenizer, options or {}, tools)
     _check_tools(tokenizer, tools)
 
     def render(shaped: Sequence[Message]) -> str:
@@ -90,24 +90,27 @@ def _refusing() -> Iterator[None]:
         ) from error
 
 
-def opening_of(tokenizer: Any, options: Mapping[str, Any]) -> str:
+def opening_of(tokenizer: Any, options: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] = ()) -> str:
     """What the template writes of the assistant's answer itself, before the model's first token."""
     asked: list[Message] = [{"role": "user", "content": "x"}]
     try:
-        without = _rendered(tokenizer, asked, {**options, "add_generation_prompt": False}, ())
-        whole = _rendered(tokenizer, asked, options, ())
+        without = _rendered(tokenizer, asked, {**options, "add_generation_prompt": False}, tools)
+        whole = _rendered(tokenizer, asked, options, tools)
     except Exception:  # whatever the template raises; who renders the conversation says so
         return ""
     return whole[len(without) :] if whole.startswith(without) else ""
 
 
-def template_variables(tokenizer: Any) -> frozenset[str]:
-    """What the chat template reads beside messages and tools; nothing where there is none."""
+def template_variables(tokenizer: Any, tools: Sequence[Mapping[str, Any]] = ()) -> frozenset[str]:
+    """What the chat template, of several that for these tools, reads beside messages and tools; nothing where there is
+    none. Raises RequestError."""
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return frozenset()
     from transformers.utils.chat_template_utils import _get_template_variables  # describing a service needs none of it
 
-    return frozenset(_get_template_variables(tokenizer.get_chat_template()) - {"messages", "tools"})
+    with _refusing():
+        written = tokenizer.get_chat_template(tools=list(tools) or None)
+        return frozenset(_get_template_variables(written) - {"messages", "tools"})
 
 
 def _rendered(
@@ -124,7 +127,9 @@ def _rendered(
 
 def _check_tools(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> None:
     """Raises RequestError where the model's template has no place for tools."""
-    if tools and "tools" not in tokenizer.get_chat_template(tools=list(tools)):
+    with _refusing():
+        known = not tools or "tools" in tokenizer.get_chat_template(tools=list(tools))
+    if not known:
         raise RequestError(
             "tools is given, must be left out: the model's chat template has no place for tools. hint: say them in the "
             "content of a system message",
@@ -132,9 +137,8 @@ def _check_tools(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _check_options(tokenizer: Any, options: Mapping[str, Any]) -> None:
-    with _refusing():
-        known = template_variables(tokenizer) if options else frozenset()
+def _check_options(tokenizer: Any, options: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> None:
+    known = template_variables(tokenizer, tools) if options else frozenset()
     for name in options.keys() - known:
         raise RequestError(
             f"chat_template_kwargs.{name} is given, must be a variable that the model's chat template reads "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import numbers
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from types import TracebackType
@@ -50,6 +51,7 @@ class LLM:
             )
         self._engine = Engine.from_config(EngineConfig.from_options(model=model, **options))
         self._ids = itertools.count()
+        self._lock, self._closed = threading.RLock(), False
 
     @property
     def tokenizer(self) -> Any:
@@ -73,7 +75,7 @@ class LLM:
         progress: bool | None = None,
         **changes: Any,
     ) -> list[EngineResult]:
-        """Generate for all prompts; results in the order given.
+        """Generate for all prompts; results in the order given. Threads take turns, call by call.
 
         After an interrupt, or an exception in a callback, nothing of the call is left in the engine. The first Ctrl-C
         waits for the end of the step, a second one does not.
@@ -89,20 +91,23 @@ class LLM:
                 what was computed of a common beginning.
 
         Raises:
-            RequestError: an argument is of the wrong type, a prompt is empty, too long, or text without a tokenizer;
-                nothing is generated then.
+            RequestError: an argument is of the wrong type, a prompt is empty, too long, or text without a tokenizer, or
+                it is closed; nothing is generated then.
         """
         terms = {"mode": mode, "budget": budget, "record": record, "replay": replay}
         terms["cache_salt"] = changes.pop("cache_salt", "")
         chosen = _sampling(sampling, changes)
         requests = [self._request(prompt, chosen, terms) for prompt in _as_list(prompts)]
-        try:
-            for request in requests:
-                self._engine.add(request)
-            return self._run(requests, sys.stderr.isatty() if progress is None else bool(progress))
-        except BaseException:
-            self._engine.reset()
-            raise
+        with self._lock:
+            if self._closed:
+                raise RequestError("this LLM is closed, must be open. hint: make another")
+            try:
+                for request in requests:
+                    self._engine.add(request)
+                return self._run(requests, sys.stderr.isatty() if progress is None else bool(progress))
+            except BaseException:
+                self._engine.reset()
+                raise
 
     def _request(self, prompt: Prompt, sampling: SamplingParams, terms: dict[str, Any]) -> GenerationRequest:
         ids = (
@@ -126,7 +131,9 @@ class LLM:
 
     def close(self) -> None:
         """Free the model's memory and close its files."""
-        self._engine.close()
+        with self._lock:
+            self._closed = True
+            self._engine.close()
 
     def __enter__(self) -> Self:
         return self

@@ -79,7 +79,7 @@ class Sequence:
         self._exact = self._again = 0  # tokens whose KV no stand-in touched; tokens to compute again
         self._digests: list[bytes] = []
         self._ids = list(prompt)
-        self._special_stops = special_stops(params.stop, tokenizer)
+        self._special_stops = special_stops(params.stop, tokenizer, silent=params.skip_special_tokens)
         self.ends = frozenset(params.stop_token_ids) | self._special_stops.keys()
         self.ends |= frozenset() if params.ignore_eos else eos_token_ids
         self.grammar: GrammarState | None = None

@@ -16,16 +16,17 @@ from buddymoe_ray.errors import RequestError
 __all__ = ["StopChecker", "special_stops"]
 
 
-def special_stops(stops: Sequence[str], tokenizer: Any) -> dict[int, str]:
-    """The stop strings that are a special token, by its id: they give no text, so they end the output themselves.
+def special_stops(stops: Sequence[str], tokenizer: Any, *, silent: bool = True) -> dict[int, str]:
+    """The stop strings that are a special token, by its id: they end the output themselves.
 
-    Raises RequestError for a stop string that holds one beside other text: it would never be met.
+    Where special tokens are `silent`, they give no text: raises RequestError for a stop string that holds one beside
+    other text, for it would never be met.
     """
     if not stops:
         return {}
     specials, inside = _specials(tokenizer)
     mixed = next((found[0] for stop in stops if stop not in specials and (found := inside.search(stop))), None)
-    if mixed is not None:
+    if silent and mixed is not None:
         raise RequestError(
             f"stop holds {mixed!r} beside other text, must not: special tokens give no text. "
             "hint: stop at the special token alone",

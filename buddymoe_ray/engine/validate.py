@@ -23,7 +23,7 @@ MAX_STOPS, MAX_STOP_CHARACTERS, MAX_STOP_IDS = 64, 1024, 4096
 _LARGEST = 2**63
 
 # least and largest value; those of the integers that may be None are last
-_INTEGERS = {"top_k": (0, _LARGEST), "max_tokens": (1, _LARGEST)}
+_INTEGERS = {"top_k": (-1, _LARGEST), "max_tokens": (1, _LARGEST)}
 _OPTIONAL_INTEGERS = {
     "seed": (-_LARGEST, 2 * _LARGEST - 1),
     "logprobs": (0, MAX_LOGPROBS),
@@ -74,6 +74,7 @@ def checked_sampling(sampling: object, *, vocab_size: int = _LARGEST) -> Samplin
         given[name] = _number(name, given[name], low, high)
     for name, (least, most) in _INTEGERS.items():
         given[name] = whole(name, given[name], least * (name != "max_tokens" or given["prompt_logprobs"] is None), most)
+    given["top_k"] = max(0, given["top_k"])  # vLLM and some checkpoints write -1 for all
     for name, (least, most) in _OPTIONAL_INTEGERS.items():
         given[name] = None if given[name] is None else whole(name, given[name], least, most)
     for name in ("ignore_eos", "skip_special_tokens"):

@@ -7,6 +7,7 @@ refused by weights that do not fit.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -15,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from buddymoe_ray.errors import CheckpointError
 
-__all__ = ["EXPERTS_PER_TOKEN", "check_config", "rope_parameters"]
+__all__ = ["EXPERTS_PER_TOKEN", "check_config", "read_fields", "rope_parameters"]
 
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
 _EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
@@ -29,26 +30,30 @@ _ROPE_NUMBERS = ("rope_theta", "factor", "original_max_position_embeddings", "pa
 
 
 def check_config(config: PreTrainedConfig, written: Mapping[str, Any], where: str) -> None:
-    """Raises CheckpointError naming the field that no model can have; `written` is the JSON of the file `where`."""
+    """Raises CheckpointError naming the field that no model can have; `written` is the JSON of the file `where`, which
+    may hold others that the family's code does not read."""
+    known = read_fields(config)
     experts, per_token = (
-        next((name for name in names if name in written), names[0]) for names in (_EXPERTS, EXPERTS_PER_TOKEN)
+        next((name for name in names if name in written), names[0])
+        for names in ([name for name in of if name in known] for of in (_EXPERTS, EXPERTS_PER_TOKEN))
     )
-    count: Any = getattr(config, experts, None)
+    count: Any = getattr(config, experts)
     one = config.per_layer_config[0] if config.is_heterogeneous and config.num_hidden_layers else config
-    fields = {name: value for name in _COUNTS if (value := getattr(one, name, None)) is not None}
+    counts = {name: value for name in _COUNTS if name in known and (value := getattr(one, name, None)) is not None}
     if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) is not None:
-        fields["sliding_window"] = config.sliding_window
-    for name, value in {**fields, experts: count, per_token: getattr(config, per_token, None)}.items():
+        counts["sliding_window"] = config.sliding_window
+    for name, value in {**counts, experts: count, per_token: getattr(config, per_token, None)}.items():
+        least = 2 if name == "sliding_window" else 1  # in decode steps transformers forgets nothing of a window of 1
         for each in value if isinstance(value, list | tuple) and name == per_token else (value,):
-            if not isinstance(each, int) or isinstance(each, bool) or each < 1:
-                raise _refusal(where, name, value, "an integer of at least 1")
+            if not isinstance(each, int) or isinstance(each, bool) or each < least:
+                raise _refusal(where, name, value, f"an integer of at least {least}")
             if name == per_token and each > count:
                 raise _refusal(where, name, value, f"at most {experts}, {count}")
-    groups = fields.get("n_group", 1)
+    groups = counts.get("n_group", 1)
     if count % groups:
         raise _refusal(where, "n_group", groups, f"a divisor of {experts}, {count}")
-    if fields.get("topk_group", 1) > groups:
-        raise _refusal(where, "topk_group", fields["topk_group"], f"at most n_group, {groups}")
+    if counts.get("topk_group", 1) > groups:
+        raise _refusal(where, "topk_group", counts["topk_group"], f"at most n_group, {groups}")
     for kind, rope in rope_parameters(config).items():
         _check_rope(rope, where)
         if kind and rope.get("rope_type") == "dynamic":
@@ -56,9 +61,14 @@ def check_config(config: PreTrainedConfig, written: Mapping[str, Any], where: st
     types: set[Any] = {*(getattr(config, "layer_types", None) or ("full_attention",))}
     if types <= _KEYLESS:
         raise _refusal(where, "layer_types", sorted(types), "of layers of which at least one attends")
-    activation = getattr(config, "hidden_act", None)
+    activation = getattr(config, "hidden_act", None) if "hidden_act" in known else None
     if activation is not None and activation not in ACT2FN:
         raise _refusal(where, "hidden_act", activation, "an activation that transformers knows")
+
+
+def read_fields(config: PreTrainedConfig) -> set[str]:
+    """Names of the fields that the family's code may read; a release's config.json may hold more."""
+    return {*(field.name for field in fields(config)), *config.attribute_map}
 
 
 def rope_parameters(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:

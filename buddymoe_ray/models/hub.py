@@ -31,6 +31,7 @@ __all__ = ["SMALL_FILES", "download"]
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _SUBFOLDERS = ("*/*",)  # other formats of the same weights live there
+_TEMPLATES = "additional_chat_templates/*.jinja"  # which conversations with tools may have
 
 
 def download(repo: str, *, cache_dir: Path | None = None, progress: bool = False) -> Path:
@@ -52,7 +53,7 @@ def download(repo: str, *, cache_dir: Path | None = None, progress: bool = False
         check_method(with_own_file(text_part(config), folder), where)
         for names in _weight_files(folder):
             _check_space(repo, folder.name, names, cache_dir)
-            snapshot_download(repo, revision=folder.name, cache_dir=cache_dir, allow_patterns=names)
+            snapshot_download(repo, revision=folder.name, cache_dir=cache_dir, allow_patterns=[*names, _TEMPLATES])
     if not any((folder / name).exists() for name in names):
         raise CheckpointError(f"{repo} has no {names[0]}, must have safetensors weights. hint: choose another release")
     return folder

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from buddymoe_ray.errors import CheckpointError
 from buddymoe_ray.kernels import decodes
 from buddymoe_ray.models.coded_linear import BARE, CodedLinear, keep_coded
-from buddymoe_ray.models.config_check import EXPERTS_PER_TOKEN
+from buddymoe_ray.models.config_check import EXPERTS_PER_TOKEN, read_fields
 from buddymoe_ray.models.dense_dtype import pack_dense
 from buddymoe_ray.models.expert_layout import EXPERT_DTYPES, expert_layout, slot_tensors
 from buddymoe_ray.models.expert_math import expert_math, read_as_stored
@@ -229,7 +229,7 @@ def dense_bytes(model: PreTrainedModel) -> int:
 
 def experts_per_token(config: PreTrainedConfig) -> int:
     """The router's K. The largest where layers differ."""
-    value = next(value for name in EXPERTS_PER_TOKEN if (value := getattr(config, name, None)) is not None)
+    value = next(getattr(config, name) for name in EXPERTS_PER_TOKEN if name in read_fields(config))
     return max(value) if isinstance(value, list | tuple) else int(value)
 
 

@@ -28,7 +28,6 @@ from buddymoe_ray.policy.memory import (
 from buddymoe_ray.policy.misses import Action, Misses, MissPolicy, Reason, Resolution, RowBudgets
 from buddymoe_ray.policy.placement.map import PlacementMap, Step, migration_steps, previous_held, publish
 from buddymoe_ray.policy.placement.problem import OPTIONS, NodeLinks, PlacementProblem, Pool, cost_of, option_accesses
-from buddymoe_ray.policy.placement.segments import SegmentSplit, shard_segments
 from buddymoe_ray.policy.placement.solver import Effort, solve
 from buddymoe_ray.policy.prefix_affinity import PrefixAffinity, RouteCandidate, RouteChoice, RouteReason, prefix_blocks
 from buddymoe_ray.policy.read_ahead import ReadAheadGain
@@ -68,7 +67,6 @@ __all__ = [
     "RouteReason",
     "RouterBuddy",
     "RowBudgets",
-    "SegmentSplit",
     "Split",
     "Staging",
     "Standin",
@@ -91,7 +89,6 @@ __all__ = [
     "previous_held",
     "publish",
     "option_accesses",
-    "shard_segments",
     "solve",
     "split_movable",
     "rows_held",

@@ -7,7 +7,7 @@ beta; then at most rho slots per token take the unused resident candidate of lar
     psi = q(j|i) (1 + eta z_j(x))
 among the first H, with z the router's score of j for this token as a share of its largest; the paper's factor for hops
 to other devices is 1: candidates are on this one. The substitute keeps the slot's weight; a slot that is forbidden or
-finds no buddy is fetched. `resolve_reference` is the same in plain loops.
+finds no buddy is fetched. The same in plain loops is beside its tests.
 
 Pure; knows no bytes. Legend: T rows, K slots, E experts, H candidates, L layers.
 """
@@ -159,61 +159,3 @@ class BuddyMoE:
             z_TKH = share_TE[np.arange(len(share_TE))[:, None, None], candidates_TKH]  # where there is none, any
             psi_TKH = psi_TKH * (1 + self.params.eta * z_TKH)
         return psi_TKH
-
-
-def resolve_reference(policy: BuddyMoE, misses: Misses) -> list[list[tuple[Action, int, Reason]]]:
-    """`BuddyMoE.resolve` in plain loops: `(action, expert, reason)` of each access. Knows no prices: no `bounded`
-    rows."""
-    ids, resident = misses.ids_TK.tolist(), misses.resident_E.tolist()
-    wanted = {e for row in ids for e in row}
-    delta = sum(not resident[e] for e in wanted) / len(wanted)
-    decided = []
-    for t, row in enumerate(ids):
-        gate = _gate_reference(policy, misses, t, delta)
-        used, taken, decision = set(row), 0, []
-        for expert in row:
-            if resident[expert]:
-                decision.append((Action.HIT, expert, Reason.RESIDENT))
-                continue
-            best = _best_reference(policy, misses, t, expert, used)
-            if best is not None:
-                used.add(best)
-            if gate is not Reason.SUBSTITUTED:
-                decision.append((Action.FETCH, expert, gate))
-            elif best is None:
-                decision.append((Action.FETCH, expert, Reason.NO_BUDDY))
-            elif taken >= policy.params.rho:
-                decision.append((Action.FETCH, expert, Reason.OVER_RHO))
-            else:
-                taken += 1
-                decision.append((Action.BUDDY, best, Reason.SUBSTITUTED))
-        decided.append(decision)
-    return decided
-
-
-def _gate_reference(policy: BuddyMoE, misses: Misses, t: int, delta: float) -> Reason:
-    weights = misses.weight_TK[t].tolist()
-    p = sorted((w / sum(weights) for w in weights), reverse=True)
-    entropy = -sum(v * math.log(max(v, 1e-20)) for v in p) / math.log(max(2, len(p)))
-    if int(misses.rows.mode_T[t]) == EXACT:
-        return Reason.WANTED_EXACT
-    if entropy <= float(policy._tau_L[misses.layer]):
-        return Reason.GATED_TAE
-    if p[0] - p[min(1, len(p) - 1)] >= policy.params.gamma:
-        return Reason.GATED_MARGIN
-    return Reason.GATED_DELTA if delta >= policy.params.beta else Reason.SUBSTITUTED
-
-
-def _best_reference(policy: BuddyMoE, misses: Misses, t: int, expert: int, used: set[int]) -> int | None:
-    best, best_psi = None, -math.inf
-    for j, q in zip(
-        policy._candidates_LEH[misses.layer, expert].tolist(), policy._q_LEH[misses.layer, expert].tolist(), strict=True
-    ):
-        if j < 0 or not bool(misses.resident_E[j]) or j in used:
-            continue
-        psi = q
-        if misses.score_TE is not None:
-            psi *= 1 + policy.params.eta * float(misses.score_TE[t, j]) / float(misses.score_TE[t].max())
-        if psi > best_psi:
-            best, best_psi = j, psi
-    return best

@@ -1,7 +1,7 @@
 """The miss ladder: per access the cheapest option in time that the row's remaining budget allows.
 
 A resident expert runs; else a stand-in answers where its expected loss is within the row's price and allowance; else
-the expert is fetched. Pure; vectorised over all accesses of a layer, with `resolve_reference` as its twin. Invariant:
+the expert is fetched. Pure; vectorised over all accesses of a layer, its twin in plain loops is a test's. Invariant:
 an exact row is never stood in for; a bounded row is never charged beyond its allowance; a fast row never asks for a
 fetch where there is a stand-in, even one of unknown expected loss.
 
@@ -10,15 +10,13 @@ Legend: T rows, K slots, E experts.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
-from buddymoe_ray.policy.misses import Action, Bools, Floats, Ints, Misses, Reason, Resolution, RowBudgets
+from buddymoe_ray.policy.misses import Bools, Floats, Ints, Misses, Reason, Resolution, RowBudgets
 from buddymoe_ray.policy.standins import Own, Standin, StandinAnswers
 from buddymoe_ray.types import BOUNDED, EXACT, FAST
 
-__all__ = ["Ladder", "resolve_reference"]
+__all__ = ["Ladder", "all_resident", "within_budget"]
 
 _ZERO = np.float32(0)
 _SUBSTITUTED = np.int8(Reason.SUBSTITUTED)
@@ -143,40 +141,3 @@ def _fetched_anyway(ids_TK: Ints, fetch_TK: Bools, E: int) -> Bools:
     fetched_E = np.zeros(E, np.bool_)
     fetched_E[ids_TK[fetch_TK]] = True
     return fetched_E[ids_TK]
-
-
-def resolve_reference(standin: Standin, misses: Misses) -> tuple[list[list[Action]], list[list[Reason]]]:
-    """The ladder in plain loops: the spec of `Ladder.resolve`'s actions and reasons."""
-    answers: StandinAnswers = standin.answer(misses)
-    ids = misses.ids_TK.tolist()
-    actions = [[Action.HIT for _ in row] for row in ids]
-    reasons = [[Reason.RESIDENT for _ in row] for row in ids]
-    fetched: set[int] = set()
-    for t, row in enumerate(ids):
-        left = float(misses.rows.allowance_T[t])
-        order = sorted(range(len(row)), key=lambda k, t=t: (float(answers.loss_TK[t, k]), k))  # type: ignore[misc]
-        for k in order:
-            if bool(misses.resident_E[row[k]]):
-                continue
-            loss = float(answers.loss_TK[t, k])
-            if int(misses.rows.mode_T[t]) == EXACT:
-                reasons[t][k] = Reason.WANTED_EXACT
-            elif not bool(answers.found_TK[t, k]):
-                reasons[t][k] = Reason.NO_STANDIN
-            elif int(misses.rows.mode_T[t]) == FAST:
-                reasons[t][k] = Reason.SUBSTITUTED
-            elif not loss <= float(misses.rows.price_T[t]):
-                reasons[t][k] = Reason.OVER_PRICE
-            elif loss > left:
-                reasons[t][k], left = Reason.OVER_ALLOWANCE, -math.inf
-            else:
-                reasons[t][k], left = Reason.SUBSTITUTED, left - loss
-            taken = reasons[t][k] is Reason.SUBSTITUTED
-            actions[t][k] = Action(int(answers.action_TK[t, k])) if taken else Action.FETCH
-            if not taken:
-                fetched.add(row[k])
-    for t, row in enumerate(ids):
-        for k, expert in enumerate(row):
-            if actions[t][k] > Action.FETCH and expert in fetched:
-                actions[t][k], reasons[t][k] = Action.FETCH, Reason.SHARED_FETCH
-    return actions, reasons

@@ -308,16 +308,21 @@ def _places(config: EngineConfig, gpus: Sequence[GpuInfo]) -> list[_Place]:
     ]
 
 
+_LEAST_TOKENS = 32
+"""Of a KV cache: two blocks."""
+
+
 def _device(config: EngineConfig, shape: ModelShape, length: int, slots: SlotPlan, place: _Place) -> DevicePlan:
     experts = min(slots.budget_bytes, shape.total_expert_bytes)
     recording = _recording(config, shape, length) if place.device != "cpu" else 0
     free = place.available_bytes - shape.dense_bytes - recording
     if experts > free:
+        fitting = max(0, free - 4 * _LEAST_TOKENS * shape.kv_bytes_per_token)  # of what is left a quarter is for KV
         raise BudgetError(
             f"{place.device} needs {_gib(shape.dense_bytes + experts + recording)} (dense {_gib(shape.dense_bytes)}, "
             f"experts {_gib(experts)}, recorded steps {_gib(recording)}), must be at most the "
             f"{_gib(place.available_bytes)} available. "
-            f"hint: lower --memory to {max(0, free) / 2**30:.2f}GiB or less"
+            f"hint: lower --memory to {fitting / 2**30:.2f}GiB or less"
         )
     free -= experts
     sequence = length * shape.kv_bytes_per_token
@@ -345,6 +350,12 @@ def _device(config: EngineConfig, shape: ModelShape, length: int, slots: SlotPla
             f"twice {shape.state_bytes} bytes each. hint: lower --memory"
         )
     resident, tokens = sum(slots.layer_slots), min(split.tokens, split.running * sequence) // shape.kv_bytes_per_token
+    least = min(_LEAST_TOKENS, split.running * length) if shape.packed and config.batching != "solo" else 0
+    if tokens < least:
+        raise BudgetError(
+            f"{wanted} is {kv} bytes, must be at least {least * shape.kv_bytes_per_token}, {least} tokens. "
+            "hint: raise --kv-memory, or lower --memory"
+        )
     return DevicePlan(
         **asdict(place),
         dense_bytes=shape.dense_bytes,

@@ -18,6 +18,7 @@ import hashlib
 import hmac
 import logging
 import os
+import re
 import secrets
 import stat
 import time
@@ -43,7 +44,8 @@ MOST_GIVEN = 4
 """So many keys of one request are looked at: each is compared with all."""
 
 _Most = Annotated[int | None, Field(strict=True, ge=1, le=10**12)]
-_Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+_NAME = re.compile(r"^[a-z0-9][a-z0-9_-]{0,63}$")
+_Name = Annotated[str, Field(pattern=_NAME.pattern)]
 
 
 class KeyLimits(BaseModel):
@@ -83,8 +85,12 @@ def add_key(path: Path, name: str, limits: Mapping[str, float | None]) -> str:
     """A new key of that name, which is nowhere but in what is returned; its hash is in the file, made if need be, with
     those of its limits that are not None.
 
-    Raises ConfigError when the file is not usable, or has such a name.
+    Raises ConfigError when the file is not usable, has such a name, or that is none.
     """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"name is {name!r:.80}, must be small letters, digits, _ and -, at most 64. hint: it is told in logs"
+        )
     key = f"sk-{secrets.token_urlsafe(32)}"
     lines = [f"[{name}]", f'sha256 = "{hashlib.sha256(key.encode()).hexdigest()}"']
     lines += [f"{option} = {most}" for option, most in limits.items() if most is not None]

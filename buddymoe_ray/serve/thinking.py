@@ -29,7 +29,8 @@ def in_template(tokenizer: Any, work: Work) -> Work:
     asks = work.messages and (wish.enabled, wish.effort) != (None, None)
     if not asks or not getattr(tokenizer, "chat_template", None):  # without one it is refused where it is rendered
         return work
-    known, options = template_variables(tokenizer), dict[str, Any]()
+    tools = () if work.tools is None else work.tools.tools
+    known, options = template_variables(tokenizer, tools), dict[str, Any]()
     enabled, field = wish.enabled, "chat_template_kwargs.enable_thinking"
     if "reasoning_effort" in known:
         options |= {"reasoning_effort": wish.effort} if wish.effort is not None else {}

@@ -38,7 +38,10 @@ __all__ = ["ChatRequest", "CompletionRequest", "StopText", "parse_chat", "parse_
 MAX_CHOICES = 128
 
 # Sampling fields that go into SamplingParams under their own name.
-SAMPLING = ("temperature", "top_p", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty")
+SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p", "seed"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+)
 
 Item = TypeVar("Item")
 Many = Annotated[list[Item], Field(min_length=1)]
@@ -174,7 +177,6 @@ class _SamplingFields(WireBody):
     def _given(self) -> dict[str, Any]:
         """The sampling fields that the request names, as SamplingParams calls them."""
         values: dict[str, Any] = {name: getattr(self, name) for name in (*SAMPLING, "ignore_eos", "logit_bias")}
-        values["top_k"] = None if self.top_k is None else max(self.top_k, 0)  # vLLM writes -1 for "all"
         values["stop"] = None if self.stop is None else tuple(self.stop)
         values["stop_token_ids"] = None if self.stop_token_ids is None else tuple(self.stop_token_ids)
         values["structured_outputs"] = self._output()

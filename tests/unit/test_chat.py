@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from small_tokenizers import bpe
 
-from buddymoe_ray.engine.chat import encode_chat, encode_prompt, opening_of
+from buddymoe_ray.engine.chat import encode_chat, encode_prompt, opening_of, template_variables
 from buddymoe_ray.errors import RequestError
 
 CHATML = (
@@ -286,3 +286,16 @@ def test_what_a_template_begins_the_answer_with() -> None:
     tokenizer = tokenizer_with(thinks)
     assert (opening_of(tokenizer, {}), opening_of(tokenizer, {"think": True})) == ("<a>", "<a><think>")
     assert opening_of(tokenizer_with("{{ raise_exception('no') }}"), {}) == ""
+
+
+def test_of_several_templates_that_for_tools_counts_where_there_are_tools() -> None:
+    hello, tools = [{"role": "user", "content": "x"}], [{"type": "function", "function": {"name": "f"}}]
+    with_tools = "{{ tools }}" + CHATML + "{% if add_generation_prompt %}{{ how }}<think>{% endif %}"
+    tokenizer = tokenizer_with({"tool_use": with_tools, "rag": CHATML})
+    assert tokenizer.decode(encode_chat(tokenizer, hello, {"how": "well"}, tools)).endswith("well<think>")
+    assert opening_of(tokenizer, {}, tools).endswith("<think>")
+    for asked in (lambda: encode_chat(tokenizer, hello), lambda: template_variables(tokenizer)):
+        with pytest.raises(RequestError, match="no default specified"):
+            asked()
+    with pytest.raises(RequestError, match="no default specified"):
+        encode_chat(tokenizer_with({"rag": CHATML}), hello, {}, tools)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,16 @@ def test_usage_counts_every_expert_use_of_decode(engine: Engine) -> None:
     assert usage is not None
     # 8 tokens: the first comes from prefill, 7 decode steps of 3 layers with 3 experts each
     assert usage.hits + usage.fetched == 7 * 3 * 3 and usage.fetched > 0
+
+
+def test_threads_take_turns_and_nothing_is_generated_after_the_end(folder: Path) -> None:
+    prompts = [[[5 + at, 6, 7, 8 + at]] * 2 for at in range(4)]
+    with LLM(str(folder), memory="50%") as llm, ThreadPoolExecutor(4) as pool:
+        alone = [[result.token_ids for result in llm.generate(several, GREEDY)] for several in prompts]
+        together = list(pool.map(lambda several: llm.generate(several, GREEDY), prompts))
+    assert [[result.token_ids for result in results] for results in together] == alone
+    with pytest.raises(RequestError, match="is closed"):
+        llm.generate([5])
 
 
 def test_a_cancelled_request_frees_its_blocks_before_the_next_step(engine: Engine) -> None:
@@ -147,6 +158,12 @@ def test_sampling_with_a_seed_does_not_depend_on_the_batch(folder: Path) -> None
 def test_bad_options_are_refused_before_serving(folder: Path, options, error, message) -> None:
     with pytest.raises(error, match=message):
         LLM(str(folder), **options)
+
+
+def test_a_cache_of_all_that_is_promised_is_enough(folder: Path) -> None:
+    with LLM(str(folder), max_running=1, max_model_len=10) as llm:
+        assert llm.engine.limits.kv_tokens == 16
+        assert len(llm.generate([[5, 6, 7]] * 2, max_tokens=7, ignore_eos=True)[1].token_ids) == 7
 
 
 def test_unknown_options_and_models_are_refused() -> None:

@@ -115,6 +115,14 @@ def test_tokens_and_logits_are_those_of_generate(case: str, tmp_path: Path) -> N
     check(folder, memories=("25%",) if case in FAMILIES else ("100%",))
 
 
+def test_fields_that_the_family_does_not_read_change_nothing(tmp_path: Path) -> None:
+    """As the release of Hunyuan-A13B has them."""
+    fields = {"n_group": False, "topk_group": False, "moe_intermediate_size": [40] * 3, "moe_k": 0, "is_causal": True}
+    folder = build_checkpoint("hunyuan_v1_moe", tmp_path, seed=4, **fields)
+    assert describe(folder).experts_per_token == 2
+    check(folder)
+
+
 @pytest.mark.parametrize("model_type", WHOLE)
 def test_the_text_part_of_a_model_of_more_is_served(model_type: str, tmp_path: Path) -> None:
     folder = build_whole(model_type, tmp_path)

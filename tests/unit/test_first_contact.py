@@ -24,6 +24,7 @@ from families import build_checkpoint
 from buddymoe_ray import LLM, EngineConfig, __version__, observe
 from buddymoe_ray.cli import main
 from buddymoe_ray.commands import bench, profile
+from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.errors import BudgetError, CapacityError, ConfigError
 from buddymoe_ray.models.profile import ComparisonRow
 from buddymoe_ray.models.resolve import resolve_model
@@ -57,6 +58,7 @@ MISTAKES: dict[str, str] = {
     "serve --workers many": "workers is 'many', must be",
     "serve --routing afinity": "did you mean affinity?",
     "serve /nowhere.yaml": "cannot be read",
+    "serve --port 70000": "port is 70000, must be a number from 1 to 65535",
 }
 
 
@@ -100,8 +102,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def deployment(tmp_path: Path, **changes: Any) -> Path:
     content = yaml.safe_load((ROOT / "deployments" / "tiny-cpu.yaml").read_text())
     for name, value in changes.items():
-        place = content["applications"][0]["args"] if name.startswith("args_") else content
-        place[name.removeprefix("args_")] = value
+        [application] = content["applications"]
+        place = {"args": application["args"], "application": application}.get(name.partition("_")[0], content)
+        place[name.removeprefix("args_").removeprefix("application_")] = value
     path = tmp_path / "d.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
@@ -118,6 +121,9 @@ def deployment(tmp_path: Path, **changes: Any) -> Path:
         ({"args_require_api_key": True, "args_api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY is unset"),
         ({"http_option": {}}, "did you mean http_options?"),
         ({"http_options": {"prot": 1}}, "did you mean port?"),
+        ({"http_options": {"port": "8000"}}, "port is '8000', must be a number"),
+        ({"http_options": {"host": 0}}, "host is 0, must be text"),
+        ({"application_route_prefix": None}, "route_prefix is None, must be text"),
         ({"applications": []}, "must hold one"),
         ({"args_num_gpus": 1}, "num_gpus is 1, must be at most the 0 GPUs of this machine"),
     ],
@@ -141,6 +147,14 @@ def test_from_python_too() -> None:
         LLM(memry="25%")
     with pytest.raises(ConfigError, match=r"memory is 25, must be like"):
         EngineConfig(memory=25)  # type: ignore[arg-type]
+    for options, said in (
+        ({"model": None}, "model is None"),
+        ({"standin_layers": 3, "mode": "fast"}, "standin_layers is 3"),
+        ({"seed": 1.5}, "seed is 1.5"),
+    ):
+        with pytest.raises(ConfigError, match=f"{said}, must be"):
+            LLM(**options)
+    assert EngineConfig.from_options(model=Path("/a/model")).model == "/a/model"
 
 
 def test_serve_starts_what_was_typed(tmp_path, monkeypatch, capsys) -> None:
@@ -342,6 +356,22 @@ def test_chat_explains_itself_and_its_cost(monkeypatch, capsys) -> None:
     costs = re.findall(r"\[8 tokens, [\d,]+ tok/s; (\w+): (\d+) % hits, (\d+) % stand-ins, (\d+) % fetched", said)
     assert [cost[0] for cost in costs] == ["bounded", "exact"]
     assert int(costs[0][1]) > 0 and int(costs[0][2]) > 0 and costs[1][2] == "0" and int(costs[1][3]) > 0
+
+
+def test_chat_says_why_an_answer_failed_and_goes_on(monkeypatch, capsys) -> None:
+    append, failures = Sequence.append, [OSError("broken")]
+
+    def failing(seq: Sequence, sampled: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return append(seq, sampled)
+
+    monkeypatch.setattr(Sequence, "append", failing)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\udcff\nHello\nHello\n"))
+    assert main(["chat", "--max-tokens", "4"]) == 0
+    said = capsys.readouterr().out
+    places = [said.index(word) for word in ("must be whole characters", "internal error (OSError)", "[4 tokens, ")]
+    assert places == sorted(places)
 
 
 def test_the_phases_of_a_command_share_one_bar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,7 +248,7 @@ NONSENSE = {
         *(("vocab_size", value) for value in (0, -1)),
         *(("eos_token_id", value) for value in ([[2]], "2", ["2"], 2.5, {"a": 1}, True)),
         *(("num_attention_heads", 0), ("num_key_value_heads", -2), ("max_position_embeddings", 0)),
-        *(("sliding_window", value) for value in (0, "4")),
+        *(("sliding_window", value) for value in (0, 1, "4")),
         *(("hidden_act", "nope"), ("rope_parameters", {"rope_type": "nope"})),
         *(("rope_parameters", {"rope_type": "linear", "factor": "2"}), ("rope_parameters", {"rope_theta": 0})),
     ],

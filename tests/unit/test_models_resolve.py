@@ -35,6 +35,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     (repo / "consolidated.safetensors").write_bytes(b"the same weights again")
     (repo / "original").mkdir()
     (repo / "original" / "params.json").write_text("{}")
+    (repo / "additional_chat_templates").mkdir()
+    (repo / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     with hub_server(tmp_path / "hub") as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(
@@ -86,6 +88,7 @@ def test_hub_id_downloads_what_is_needed_and_runs(hub: HubServer, tmp_path: Path
     names = {p.name for p in folder.iterdir()}
     shards = {n for n in names if n.endswith(".safetensors")}
     assert len(shards) > 1 and "config.json" in names and "tokenizer_config.json" in names
+    assert (folder / "additional_chat_templates" / "tool_use.jinja").exists()
     assert not {"modeling_evil.py", "pytorch_model.bin", "consolidated.safetensors", "original"} & names
     loaded = load_model(folder)
     attach_oracle(loaded)

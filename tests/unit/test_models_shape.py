@@ -126,6 +126,7 @@ def test_sampling_defaults_are_generation_configs(tmp_path: Path) -> None:
         "max_tokens": 2048,
     }
     assert found(said, "none") == {}
+    assert found('{"top_k": -1}') == {"top_k": 0}
     with pytest.raises(CheckpointError, match=r"generation_config.json cannot be used: top_p is 2.*to none"):
         found('{"top_p": 2}')
     assert found('{"top_p": 2}', "none") == {}

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from policy_cases import INF, LAYERS, Dice, budgets, floats, miss, sizes
+from policy_references import buddymoe_reference
 
 from buddymoe_ray.policy import Action, BuddyMoE, BuddyParams, Reason, buddy_lists, normalised_entropy
-from buddymoe_ray.policy.buddymoe import resolve_reference
 from buddymoe_ray.policy.misses import Ints
 
 Sizes = tuple[int, int, int, int, float]
@@ -233,7 +233,7 @@ def test_it_is_the_slow_twin(
     params = BuddyParams(gamma=gamma, beta=beta, eta=eta, rho=rho, search=search)
     paper = drawn(dice, most, params, tau)
     resolution = paper.resolve(misses)
-    expected = resolve_reference(paper, misses)
+    expected = buddymoe_reference(paper, misses)
     assert resolution.action_TK.tolist() == [[action for action, _, _ in row] for row in expected]
     assert resolution.expert_TK.tolist() == [[expert for _, expert, _ in row] for row in expected]
     assert resolution.reason_TK.tolist() == [[reason for _, _, reason in row] for row in expected]

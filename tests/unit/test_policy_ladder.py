@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from policy_cases import INF, LAYERS, Dice, budgets, floats, miss, only_row, sizes
+from policy_references import ladder_reference
 
 from buddymoe_ray.policy import (
     Action,
@@ -24,7 +25,6 @@ from buddymoe_ray.policy import (
     RowBudgets,
     Standin,
 )
-from buddymoe_ray.policy.ladder import resolve_reference
 from buddymoe_ray.policy.misses import Bools
 
 Sizes = tuple[int, int, int, int, float]
@@ -60,7 +60,7 @@ def test_it_is_the_slow_twin(size: Sizes, name: str) -> None:
     dice = Dice(seed)
     misses, answers_by = dice.misses(T, K, E, resident=share), standin(name, dice, E)
     resolution = Ladder(answers_by).resolve(misses)
-    actions, reasons = resolve_reference(answers_by, misses)
+    actions, reasons = ladder_reference(answers_by, misses)
     assert resolution.action_TK.tolist() == actions
     assert resolution.reason_TK.tolist() == reasons
 

@@ -1,4 +1,4 @@
-"""Baselines, the order of moves, and when to cut an expert into segments."""
+"""Baselines, and the order of moves."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from placement_cases import breaches, noisy, objective, random_problem, simple
 
 from buddymoe_ray.calibrate.baselines import eplb, oracle, replicas_by_load, round_robin, static
-from buddymoe_ray.errors import ConfigError
-from buddymoe_ray.policy import migration_steps, shard_segments, solve
+from buddymoe_ray.policy import migration_steps, solve
 
 seeds = st.integers(0, 10_000)
 
@@ -107,40 +106,3 @@ def test_the_hottest_gain_moves_first_and_a_last_copy_waits() -> None:
     turned = replace(first, held_PN=held_PN[[2, 0, 1]])
     order = [(step.pool, step.evict, step.load) for step in migration_steps(first, turned, three)]
     assert order == [(2, None, 1), (1, 1, 0), (0, 0, None)]
-
-
-def split_of(problem, **times):
-    return shard_segments(problem, solve(problem), **({"access_seconds": 0.1, "gather_seconds": 0.01} | times))
-
-
-def test_an_expert_bigger_than_a_pool_is_cut() -> None:
-    problem = simple((0, 0, 0, 0), [[10, 1]])
-    problem = replace(problem, pools=tuple(replace(p, bytes=60) for p in problem.pools))
-    first, second = split_of(problem)
-    assert (first.layer, first.expert, len(first.pools)) == (0, 0, 2) and second.expert == 1
-    assert {problem.pools[p].node for p in first.pools} != {problem.pools[p].node for p in second.pools}
-    assert first.gain > second.gain > 0
-    slow = split_of(problem, gather_seconds=20.0)
-    assert slow == (), "where gathering costs more than a fetch, nothing is cut"
-
-
-def test_holders_that_cannot_keep_up_are_relieved() -> None:
-    counts = [[100.0, 1.0]]
-    pools = simple((2, 1, 1, 1), counts).pools
-    roomy = tuple(replace(p, bytes=p.bytes + 50) for p in pools)
-    problem = simple((2, 1, 1, 1), counts, pools=roomy, max_replicas=1, links=np.zeros((4, 4)))
-    (split,) = split_of(problem, access_seconds=0.02, gather_seconds=0.0)
-    assert split.expert == 0 and split.gain == pytest.approx(1.0, abs=0.01), (
-        "100 accesses of 20 ms: 1 s a second behind"
-    )
-    assert split_of(problem, access_seconds=0.005) == (), "a holder that keeps up is left alone"
-
-
-def test_free_whole_slots_are_not_cut() -> None:
-    """A plain replica in the free bytes would be as good: a placement's matter, not a cut's."""
-    problem = simple((2, 2), [[5, 5]])
-    empty = replace(solve(problem), held_PN=np.zeros((2, 2), dtype=bool))
-    assert shard_segments(problem, empty, access_seconds=0.1, gather_seconds=0.1) == ()
-    assert split_of(problem) == ()
-    with pytest.raises(ConfigError, match="access_seconds"):
-        split_of(problem, access_seconds=-1.0)

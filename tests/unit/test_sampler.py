@@ -362,7 +362,7 @@ NAN, INF = float("nan"), float("inf")
 WRONG = [
     *[("temperature", v) for v in (-0.1, 2.1, NAN, INF)],
     *[("top_p", v) for v in (0.0, -0.5, 1.01, NAN)],
-    *[("top_k", v) for v in (-1, -100)],
+    *[("top_k", v) for v in (-2, -100)],
     *[("presence_penalty", v) for v in (-2.1, 2.1, NAN)],
     *[("frequency_penalty", v) for v in (-2.1, 2.1, NAN)],
     *[("repetition_penalty", v) for v in (0.0, -1.0, 1e-45, 1e9, NAN, INF)],
@@ -370,6 +370,10 @@ WRONG = [
     *[("logprobs", v) for v in (-1, 21)],
     *[("min_p", v) for v in (-0.1, 1.1, NAN)],
 ]
+
+
+def test_all_tokens_are_top_k_0_or_as_vllm_writes_it() -> None:
+    assert validate(request(top_k=-1), vocab_size=V).sampling.top_k == 0
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG)

@@ -344,3 +344,9 @@ def test_a_stop_string_that_only_a_special_token_spells_stops() -> None:
     assert len(events) == len(encode(" jumps")) + 1
     spelt = encode(" jumps <|im_") + encode("end|> over")  # as ordinary text it stops as ever
     assert text_of(feed(make(stop=(SPECIALS[2],)), spelt)) == " jumps "
+
+
+def test_where_special_tokens_give_text_a_stop_string_may_hold_one_beside_other_text() -> None:
+    ids = [*encode(" jumps"), bpe().convert_tokens_to_ids(SPECIALS[1]), *encode(" over")]
+    events = feed(make(stop=(SPECIALS[1] + " o",), skip_special_tokens=False), ids)
+    assert (text_of(events), events[-1].finish_reason, events[-1].stop) == (" jumps", "stop", SPECIALS[1] + " o")

@@ -124,7 +124,7 @@ def test_every_sampling_field_arrives() -> None:
 
 
 def test_one_stop_string_and_vllms_top_k() -> None:
-    assert chat(stop="x", top_k=-1).sampling == SamplingParams(stop=("x",), top_k=0)
+    assert usable(chat(stop="x", top_k=-1)).sampling == SamplingParams(stop=("x",), top_k=0)
 
 
 def test_stream_and_its_usage() -> None:

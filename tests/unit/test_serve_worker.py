@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import FakeEngine, FakeLimits, byte_tokenizer, fake_token
+from fakes import FakeEngine, FakeLimits, LocalWorkers, byte_tokenizer, fake_token
 
-from buddymoe_ray.errors import CapacityError
+from buddymoe_ray.client import Client
+from buddymoe_ray.errors import CapacityError, RequestError
 from buddymoe_ray.models.token_bytes import TokenBytes
 from buddymoe_ray.serve.deltas import described, merge, total_usage
 from buddymoe_ray.serve.prompts import output_limit
@@ -497,3 +498,19 @@ async def test_what_a_request_leaves_open_is_the_checkpoints(
     [request] = engine.seen
     assert {name: getattr(request.sampling, name) for name in expected} == expected
     assert dict(worker.info().sampling_defaults) == engine.sampling_defaults
+
+
+async def test_a_python_client_takes_messages_as_http_does() -> None:
+    client: Any = object.__new__(Client)
+    client._workers = LocalWorkers(Worker(FakeEngine()))
+    parts = [{"type": "text", "text": "he"}, {"type": "text", "text": "llo"}]
+    said = [await client.achat([{"role": "user", "content": content}], max_tokens=4) for content in ("hello", parts)]
+    assert said[0].prompt_token_ids == said[1].prompt_token_ids and said[0].text == said[1].text
+    for content in (b"hello", np.array(["hello"]), None, [5]):
+        with pytest.raises(RequestError, match=r"messages\[0\]\.content is not usable") as caught:
+            await client.achat([{"role": "user", "content": content}], max_tokens=4)
+        assert caught.value.param == "messages"
+    with pytest.raises(RequestError, match=r"an event loop runs here.*await agenerate"):
+        client.generate("hello", max_tokens=4)
+    with pytest.raises(RequestError, match=r"messages\[1\] is 'hello', must be a mapping"):
+        await client.achat([{"role": "user", "content": "a"}, "hello"], max_tokens=4)

@@ -192,14 +192,6 @@ class PlacementProblem:
         rate_N: Floats = self.rate_N / len(self.pools)
         return rate_N
 
-    def demand_P(self, expert: int) -> Floats:
-        """Accesses per second of one expert (its index in N) that arise at each pool."""
-        if self.counts_PLE is None:
-            return np.full(len(self.pools), self.rate_N[expert] / len(self.pools))
-        layer = int(np.searchsorted(self.offset_L, expert, side="right")) - 1
-        accesses_P: Floats = self.counts_PLE[:, layer, expert - self.offset_L[layer]].astype(np.float64)
-        return accesses_P / self.window_seconds
-
     def link_P(self, pool: int) -> Floats:
         """Seconds of one access of this pool that each pool computes; 0 for itself."""
         if not isinstance(self.links, NodeLinks):
