@@ -19,6 +19,7 @@ __all__ = [
     "ExpertMap",
     "GuardSnapshot",
     "HistogramSnapshot",
+    "PlacementSnapshot",
     "RequestsSnapshot",
     "peak_rss_bytes",
     "process_read_bytes",
@@ -137,6 +138,15 @@ class EngineSnapshot:
     calibration: CalibrationSnapshot = field(default_factory=CalibrationSnapshot)
     requests: RequestsSnapshot = field(default_factory=RequestsSnapshot)
     link_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementSnapshot:
+    """Which map of the placement a worker's node follows, and how long ago the placement last said so: while that is
+    away the last map stands, and ages."""
+
+    epoch: int
+    age_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)

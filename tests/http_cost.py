@@ -37,17 +37,18 @@ def prompt(at: int) -> str:
 
 
 def bare(llm: LLM, streams: int, tokens: int, seconds: float) -> float:
-    """Tokens per second of the engine alone, with as many requests all the time, of so many tokens each."""
+    """Tokens per second of the engine alone, with as many requests all the time, of so many tokens each. They end one
+    after the other, as those of a service do: of equal ones that began together the prompts would be one pass."""
     engine, numbers, made, began = llm.engine, count(), 0, 0.0
-    sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
 
-    def ask() -> None:
+    def ask(tokens: int = tokens) -> None:
         at = next(numbers)
         ids = tuple(engine.encode(prompt(at)))
+        sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
         engine.add(GenerationRequest(request_id=str(at), prompt_token_ids=ids, sampling=sampling, mode="exact"))
 
-    for _ in range(streams):
-        ask()
+    for at in range(streams):
+        ask(tokens * (at + 1) // streams)
     start = time.perf_counter()
     while not began or time.perf_counter() - began < seconds:
         for event in engine.step():

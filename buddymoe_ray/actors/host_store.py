@@ -19,13 +19,13 @@ from typing import Protocol
 
 import numpy as np
 
-from buddymoe_ray.actors.words import Directive, NodeReport, StoreStatus
+from buddymoe_ray.actors.words import Directive, NodeReport, NodeView, StoreStatus
 from buddymoe_ray.cache import DiskReader, ExpertCache
 from buddymoe_ray.cache.shared import Move, Mover, watch
 from buddymoe_ray.cache.shared.shape import HeaderWord
 from buddymoe_ray.cache.shared.tables import READY, WAVE
 from buddymoe_ray.errors import BuddyMoEError
-from buddymoe_ray.observe import progress
+from buddymoe_ray.observe import PlacementSnapshot, progress
 from buddymoe_ray.residency.sharing import StoreSpec
 from buddymoe_ray.types import ExpertKey
 
@@ -88,6 +88,7 @@ class HostStore:
         self._planner, self._on_idle = planner, on_idle
         self._workers: dict[str, _Registered] = {}
         self._peers: tuple[tuple[str, str], ...] = ()
+        self._told = -np.inf  # when the placement last said something
         self._filled, self._error = threading.Event(), ""
         self._moves = self._moved_bytes = self._skipped = 0
         self._pins: tuple[tuple[int, int], ...] = ()
@@ -108,15 +109,15 @@ class HostStore:
         self._thread = threading.Thread(target=self._run, name="host-store", daemon=True)
         self._thread.start()
 
-    def register(
-        self, worker: str, pid: int, address: str = "", link_seconds: LinkSeconds = ()
-    ) -> tuple[tuple[str, str], ...]:
-        """A worker of this node says that it is there, where it answers peers and how fast they answer it; returns the
-        other nodes' workers and addresses as far as known."""
+    def register(self, worker: str, pid: int, address: str = "", link_seconds: LinkSeconds = ()) -> NodeView:
+        """A worker of this node says that it is there, where it answers peers and how fast they answer it."""
         living = set(self._tables.pid.tolist())
         self._workers = {name: known for name, known in self._workers.items() if known.pid in living}
         self._workers[worker] = _Registered(pid=pid, address=address, link_seconds=link_seconds)
-        return self._peers
+        age = time.monotonic() - self._told
+        epoch = int(self._tables.head[HeaderWord.EPOCH])
+        placement = None if age == np.inf else PlacementSnapshot(epoch=epoch, age_seconds=age)
+        return NodeView(peers=self._peers, placement=placement)
 
     def forget(self, worker: str) -> None:
         """A worker says that it leaves."""
@@ -201,7 +202,7 @@ class HostStore:
         directive = self._planner.report(self._report())
         if directive is None:
             return
-        self._peers = directive.peers
+        self._peers, self._told = directive.peers, time.monotonic()
         if directive.epoch > int(self._tables.head[HeaderWord.EPOCH]):
             self._pins = directive.pins
             self._mover.pin([ExpertKey(*pin) for pin in directive.pins])

@@ -23,8 +23,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from buddymoe_ray.actors.host_store import HostStore, KeeperOptions
 from buddymoe_ray.actors.placement import PlacementOptions
 from buddymoe_ray.actors.placement_actor import PlacementActor, end_this_actor
-from buddymoe_ray.actors.words import Directive, NodeReport, StoreStatus
+from buddymoe_ray.actors.words import Directive, NodeReport, NodeView, StoreStatus
 from buddymoe_ray.errors import BuddyMoEError
+from buddymoe_ray.observe import PlacementSnapshot
 from buddymoe_ray.policy import PlacementMap
 from buddymoe_ray.residency.device_pool import DevicePool
 from buddymoe_ray.residency.sharing import Sharing, StoreSpec
@@ -111,6 +112,7 @@ class NodeMemory:
         self._store: Any = None
         self._pool: DevicePool | None = None
         self._epoch, self._window = 0, 0.0
+        self._told = -np.inf  # when the placement last said something
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._worker = ""
@@ -137,6 +139,11 @@ class NodeMemory:
         self._worker = worker
         self._thread = threading.Thread(target=self._beat, args=(worker, engine), name="node-memory", daemon=True)
         self._thread.start()
+
+    def placement(self) -> PlacementSnapshot | None:
+        """The map that this worker's experts follow; None before the placement has said anything."""
+        age = time.monotonic() - self._told
+        return None if age == np.inf else PlacementSnapshot(epoch=self._epoch, age_seconds=age)
 
     def close(self) -> None:
         """Leave. Safe to call twice."""
@@ -182,7 +189,10 @@ class NodeMemory:
         self._window = time.monotonic() + keeper.window_seconds
         report = pool_report(pool, name=f"{self._node}/{self._worker}", machine=self._node, epoch=self._epoch)
         directive = planner.report(report)
-        if directive is not None and directive.epoch > self._epoch:
+        if directive is None:
+            return
+        self._told = time.monotonic()
+        if directive.epoch > self._epoch:
             self._epoch = directive.epoch
             pool.pin(directive.pins, keeper.bytes_per_second)
 
@@ -206,10 +216,12 @@ class NodeMemory:
         if not engine.link_address and _nodes_alive() > 1:
             engine.link()
         said = (worker, os.getpid(), engine.link_address, tuple(engine.link_seconds().items()))
-        peers: PeerAddresses = _got(self._store.register.remote(*said))
-        if peers != known:
-            engine.set_peers(dict(peers))
-        return peers
+        view: NodeView = _got(self._store.register.remote(*said))
+        if view.placement is not None:
+            self._epoch, self._told = view.placement.epoch, time.monotonic() - view.placement.age_seconds
+        if view.peers != known:
+            engine.set_peers(dict(view.peers))
+        return view.peers
 
 
 def pool_report(pool: DevicePool, *, name: str, machine: str, epoch: int) -> NodeReport:

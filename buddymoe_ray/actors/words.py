@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Directive", "NodeReport", "StoreStatus"]
+from buddymoe_ray.observe import PlacementSnapshot
+
+__all__ = ["Directive", "NodeReport", "NodeView", "StoreStatus"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,15 @@ class Directive:
     epoch: int
     pins: tuple[tuple[int, int], ...]
     peers: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeView:
+    """What a node's store tells its workers: where the other nodes' answer, and the map it follows, if it was told of
+    one."""
+
+    peers: tuple[tuple[str, str], ...] = ()
+    placement: PlacementSnapshot | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from buddymoe_ray.engine.engine import Engine
@@ -25,6 +26,8 @@ from buddymoe_ray.types import GenerationRequest, TokenEvent
 __all__ = ["AsyncEngine"]
 
 log = logging.getLogger(__name__)
+
+QUICK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,8 @@ class AsyncEngine:
             CapacityError: the engine is closed or its step thread died.
         """
         self._raise_if_dead()
-        seq = await asyncio.to_thread(
-            self._engine.prepare, request
-        )  # a long record must hold up neither loop nor steps
+        prepare = partial(self._engine.prepare, request)
+        seq = prepare() if _is_quick(request) else await asyncio.to_thread(prepare)
         loop = asyncio.get_running_loop()
         stream = _Stream(tell, loop, loop.create_future())
         self._submit(lambda: self._add(seq, stream))
@@ -201,3 +203,10 @@ class AsyncEngine:
         streams, self._streams = list(self._streams.values()), {}
         for stream in streams:
             stream.end(error)
+
+
+def _is_quick(request: GenerationRequest) -> bool:
+    """Whether it is prepared while a thread would only be woken, and have its turn beside the step's; what takes long
+    must hold up neither event loop nor steps."""
+    taken_in = len(request.prompt_token_ids) + len(request.resumed_token_ids)
+    return taken_in < QUICK_TOKENS and request.replay is None and request.sampling.structured_outputs is None

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve.schema import LoggingConfig
 
 from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.handles import WORKER_NAME
@@ -23,6 +24,7 @@ __all__ = ["application", "build_app"]
 INGRESS_NAME = "ingress"
 INGRESS_ONGOING = 10_000  # the workers' queues are the limit; the ingress must always have room to say so
 CONSTRUCTOR_TRIES = 2  # a model that cannot be served is said soon; a device that is being freed gets a second chance
+QUIET = LoggingConfig(enable_access_log=False)  # the proxy logs every request, its status and how long it took
 CONTROL_CALLS = 16  # room for health checks and snapshots beside a worker's full queue
 
 
@@ -61,6 +63,7 @@ def application(args: ServeArgs, *, open_engine: OpenEngine) -> Application:
         max_queued_requests=args.max_queued_requests,
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
         health_check_period_s=2,
+        logging_config=QUIET,
         health_check_timeout_s=60,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=args.drain_seconds,
@@ -70,6 +73,7 @@ def application(args: ServeArgs, *, open_engine: OpenEngine) -> Application:
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=INGRESS_ONGOING,
+        logging_config=QUIET,
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
         graceful_shutdown_wait_loop_s=0.2,
         # when all is replaced, the old ingress sees its streams through, which go on at the new workers

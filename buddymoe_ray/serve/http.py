@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -60,7 +61,7 @@ from buddymoe_ray.serve.refusals import (
 )
 from buddymoe_ray.serve.replies import ModelCard, ModelList
 from buddymoe_ray.serve.resume import ResumeLimits, WorkerLost, resumable
-from buddymoe_ray.serve.streaming import Answer
+from buddymoe_ray.serve.streaming import Answer, EventStream
 from buddymoe_ray.serve.tenants import RATE_HEADERS, STOPPING, Foreseen, Tenant, Tenants
 from buddymoe_ray.serve.wire_messages import parse_count
 from buddymoe_ray.serve.wire_parsing import parse_body
@@ -139,6 +140,7 @@ def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
     app = FastAPI(title="buddymoe", openapi_url=None, redirect_slashes=False, lifespan=runner.lifespan)
     app.state.tenants = tenants
     guarded = [Depends(_key_check(tenants, settings.limits.retry_after_seconds))]
+    app.include_router(_openai_routes(workers, settings), dependencies=guarded)  # first: routes are tried in turn
     app.include_router(_public_routes(workers, settings, tenants))
     for page in ("dashboard", "docs"):
         app.include_router(page_routes(page))
@@ -149,7 +151,6 @@ def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
     )
     app.include_router(watch, dependencies=guarded)
     app.include_router(_metrics_routes(workers, settings, tenants), dependencies=guarded)
-    app.include_router(_openai_routes(workers, settings), dependencies=guarded)
     app.include_router(_token_routes(workers, settings), dependencies=guarded)
     app.add_exception_handler(Refused, _on_refused)
     app.add_exception_handler(RequestError, _on_request_error)
@@ -312,7 +313,7 @@ async def _answer(endpoint: Endpoint, request: Request, workers: Workers, settin
     if isinstance(visit, Refusal):
         raise Refused(visit)
     answer = Answer(
-        replies=visit.metered(resumable(work, workers.generate, settings.limits, seconds=seconds), n=work.n),
+        replies=visit.metered(resumable(work, workers.generate, settings.limits, seconds=seconds), work),
         renderer=call.renderer,
         n=work.n,
         choices=work.choices,
@@ -322,12 +323,13 @@ async def _answer(endpoint: Endpoint, request: Request, workers: Workers, settin
         events = await answer.events()
         if isinstance(events, Refusal):
             raise Refused(in_words_of(events, endpoint.words))
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **tenant.headers()}
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        return EventStream(answer, events, tenant.headers())
     whole = await answer.whole()
     if isinstance(whole, Refusal):
         raise Refused(in_words_of(whole, endpoint.words))
-    return _json(whole, headers=tenant.headers())
+    response = _json(whole, headers=tenant.headers())
+    response.background = BackgroundTask(answer.drain)
+    return response
 
 
 def _key_check(tenants: Tenants, retry_after_seconds: int) -> Callable[[Request], Awaitable[None]]:

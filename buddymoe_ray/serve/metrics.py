@@ -218,12 +218,13 @@ def exposition(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Spread:
-    """Of many values the least, the median and the most, or the first few: a series for each of these words."""
+class _Reported:
+    """A gauge of what is not the engine's: a value, or of many the least, the median and the most, or the first few: a
+    series for each of these words."""
 
     name: str
     help: str
-    label: str
+    label: str = ""
     read: Callable[[WorkerReport], Mapping[str, float]]
 
 
@@ -249,24 +250,34 @@ def _layers(report: WorkerReport) -> Iterator[bytes]:
 
 
 HOTTEST = 8
-SPREADS = (
-    _Spread(
+REPORTED = (
+    _Reported(
         name="buddymoe_layer_residency",
         help="Share of a layer's experts in slots.",
         label="layers",
         read=_residency_by_layer,
     ),
-    _Spread(
+    _Reported(
         name="buddymoe_expert_use",
         help="Share of steps that ask for the hottest experts, by rank.",
         label="rank",
         read=_hottest,
     ),
-    _Spread(
+    _Reported(
         name="buddymoe_link_seconds",
         help="How long peers take to answer.",
         label="peers",
         read=lambda report: _ends(report.links.values()),
+    ),
+    _Reported(
+        name="buddymoe_placement_epoch",
+        help="The placement's map that the worker's node follows.",
+        read=lambda report: {} if report.placement is None else {"": report.placement.epoch},
+    ),
+    _Reported(
+        name="buddymoe_placement_age_seconds",
+        help="Since the placement last told that node of its map.",
+        read=lambda report: {} if report.placement is None else {"": report.placement.age_seconds},
     ),
 )
 
@@ -295,11 +306,11 @@ class _Families(Collector):
                 buckets = list(zip(upper, map(float, accumulate(held.counts)), strict=True))
                 found.add_metric([self.model, report.replica], buckets, sum_value=held.total)
             yield found
-        for spread in SPREADS:
-            gauge = GaugeMetricFamily(spread.name, spread.help, labels=["model", "replica", spread.label])
+        for told in REPORTED:
+            gauge = GaugeMetricFamily(told.name, told.help, labels=_labels(told, "model", "replica"))
             for report in self.reports:
-                for word, value in spread.read(report).items():
-                    gauge.add_metric([self.model, report.replica, word], value)
+                for word, value in told.read(report).items():
+                    gauge.add_metric([self.model, report.replica, *([word] if told.label else [])], value)
             yield gauge
         for name, help_ in TENANT_METRICS.items():
             counted = CounterMetricFamily(f"buddymoe_key_{name}", help_, labels=["model", "key"])
@@ -309,8 +320,12 @@ class _Families(Collector):
 
     def _family(self, metric: Metric, labels: tuple[str, str]) -> Family:
         make = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
-        found = make(metric.name, metric.help, labels=[*labels, *([metric.label] if metric.label else [])])
+        found = make(metric.name, metric.help, labels=_labels(metric, *labels))
         for report in self.reports:
             for of_label, value in metric.read(report.snapshot).items():
                 found.add_metric([self.model, report.replica, *([of_label] if metric.label else [])], value)
         return found
+
+
+def _labels(metric: Metric | _Reported, *labels: str) -> list[str]:
+    return [*labels, *([metric.label] if metric.label else [])]

@@ -182,6 +182,7 @@ class ResponseForm(_Form):
     include: list[str]
     instructions: str | None
     max_output_tokens: int | None
+    metadata: dict[str, str]
     temperature: float | None
     top_p: float | None
     parallel_tool_calls: bool

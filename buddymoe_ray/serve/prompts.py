@@ -26,6 +26,7 @@ __all__ = [
     "encode",
     "hopeless",
     "in_form",
+    "longest_text",
     "longest_token",
     "output_limit",
     "resumed_choices",
@@ -62,8 +63,8 @@ def longest_token(tokenizer: Any | None) -> int:
     return 0 if tokenizer is None else max(map(len, tokenizer.get_vocab()), default=0)
 
 
-def hopeless(work: Work, *, most_tokens: int, token_characters: int) -> Refusal | None:
-    """Why a text cannot fit, whatever its tokens are: told before anybody takes the time to find out."""
+def longest_text(work: Work) -> int:
+    """Characters of the longest text of some work; a conversation is one."""
     texts = [len(prompt) for prompt in work.prompts if isinstance(prompt, str)]
     texts.append(
         sum(
@@ -71,11 +72,16 @@ def hopeless(work: Work, *, most_tokens: int, token_characters: int) -> Refusal 
             for content in (message.content for message in work.messages)
         )
     )
-    most = most_tokens * token_characters
-    if not token_characters or max(texts) <= most:
+    return max(texts)
+
+
+def hopeless(work: Work, *, most_tokens: int, token_characters: int) -> Refusal | None:
+    """Why a text cannot fit, whatever its tokens are: told before anybody takes the time to find out."""
+    most, longest = most_tokens * token_characters, longest_text(work)
+    if not token_characters or longest <= most:
         return None
     return over_long(
-        f"{work.prompt_field} is {max(texts)} characters, must be at most {most} for {most_tokens} tokens. "
+        f"{work.prompt_field} is {longest} characters, must be at most {most} for {most_tokens} tokens. "
         "hint: shorten it",
         param=work.prompt_field,
     )

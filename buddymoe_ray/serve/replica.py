@@ -19,6 +19,7 @@ from buddymoe_ray.config import EngineConfig, visible_gpus_from_environment
 from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.ray_metrics import RayMetrics
 from buddymoe_ray.serve.resources import assigned_devices, own_device, workers_on_node
+from buddymoe_ray.serve.work import WorkerReport
 from buddymoe_ray.serve.worker import EngineSeam, Worker
 
 if TYPE_CHECKING:
@@ -68,6 +69,10 @@ class WorkerReplica(Worker):
     async def record_routing_stats(self) -> dict[str, float]:
         """Ray asks now and then, and shows it to the routers."""
         return {"residency": self.snapshot().residency}
+
+    def report(self, *, experts: bool = False) -> WorkerReport:
+        """The worker's, with the map that its node follows."""
+        return replace(super().report(experts=experts), placement=self._memory.placement())
 
     async def check_health(self) -> None:
         """Ray asks every two seconds, which is a good pace for metrics too."""

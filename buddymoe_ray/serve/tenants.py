@@ -173,15 +173,18 @@ class Visit:
         self.prompt_tokens = self.generated_tokens = 0
         self._known = self._ended = False
 
-    async def metered(self, replies: AsyncGenerator[Reply, None], *, n: int) -> AsyncGenerator[Reply, None]:
-        """The replies, counted; the visit ends with them. A prompt counts once for its `n` answers."""
+    async def metered(self, replies: AsyncGenerator[Reply, None], work: Work) -> AsyncGenerator[Reply, None]:
+        """The replies, counted; the visit ends with the last choice. A prompt counts once for its answers."""
+        open_choices = work.choices
         try:
             async with aclosing(replies):
                 async for reply in replies:
                     if self._tenant.over:
                         yield unavailable(STOPPING, retry_after_seconds=RETRY_SECONDS)
                         return
-                    self._note(reply, n)
+                    open_choices -= self._note(reply, work.n)
+                    if not open_choices:
+                        self.end()
                     yield reply
         finally:
             self.end()
@@ -193,15 +196,17 @@ class Visit:
             self.prompt_tokens = self.prompt_tokens if self._known else self.foreseen.prompt
             self._tenant.settle(self)
 
-    def _note(self, reply: Reply, n: int) -> None:
+    def _note(self, reply: Reply, n: int) -> int:
+        """Count a reply; how many choices ended with it."""
         if isinstance(reply, Refusal):
             self._known = reply.status != 504 and not self.generated_tokens  # else the prompt was worked on
-            return
+            return 0
         for delta in reply.deltas:
             self.generated_tokens += len(delta.token_ids)
             if delta.usage is not None:
                 self._known = True
                 self.prompt_tokens += 0 if delta.choice % n else delta.usage.prompt_tokens
+        return sum(delta.finish_reason is not None for delta in reply.deltas)
 
 
 class Tenants:

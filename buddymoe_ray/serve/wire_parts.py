@@ -20,6 +20,7 @@ __all__ = [
     "Effort",
     "MaxTokens",
     "Message",
+    "Metadata",
     "RefusalPart",
     "NamedTool",
     "OutputForms",
@@ -70,6 +71,10 @@ MaxTokens = Annotated[int, Field(ge=1)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+Metadata = Annotated[
+    dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+]
 
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]

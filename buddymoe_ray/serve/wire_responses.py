@@ -17,6 +17,7 @@ from buddymoe_ray.serve.wire_parts import (
     ChosenTool,
     MaxTokens,
     Message,
+    Metadata,
     Temperature,
     TopP,
     Unsupported,
@@ -65,6 +66,7 @@ class ResponseRequest(WireBody):
     max_output_tokens: MaxTokens | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
+    metadata: Metadata | None = None
     stream: bool | None = None
     buddymoe: BuddyOptions | None = None
     stream_options: ResponseStreamOptions | None = None
@@ -110,6 +112,7 @@ class ResponseRequest(WireBody):
         return {
             **{name: getattr(self, name) for name in REPEATED},
             "include": self.include or [],
+            "metadata": self.metadata or {},
             "parallel_tool_calls": self.parallel_tool_calls is not False,
             "reasoning": (self.reasoning or Reasoning()).model_dump(),
             "text": {"format": (form or TextFormat()).model_dump(exclude_none=True, by_alias=True)},

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from buddymoe_ray.engine.answers import AnswerForm
-from buddymoe_ray.observe import EngineSnapshot, ExpertMap
+from buddymoe_ray.observe import EngineSnapshot, ExpertMap, PlacementSnapshot
 from buddymoe_ray.types import FinishReason, Mode, SamplingParams, Usage
 
 __all__ = [
@@ -257,7 +257,7 @@ class WorkerInfo:
 class WorkerReport:
     """One worker's counters. `replica` is its name among all workers that ever ran, `pid` its process on its node,
     `devices` the GPUs it was given, `links` how many seconds each peer takes to answer; `experts` is there for who
-    asked for it."""
+    asked for it, `placement` where experts are placed."""
 
     replica: str
     pid: int
@@ -265,6 +265,7 @@ class WorkerReport:
     links: Mapping[str, float] = field(default_factory=dict)
     snapshot: EngineSnapshot
     experts: ExpertMap | None = None
+    placement: PlacementSnapshot | None = None
 
 
 class Workers(Protocol):

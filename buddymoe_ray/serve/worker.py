@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from buddymoe_ray.errors import BuddyMoEError, CapacityError, RequestError
@@ -23,7 +24,7 @@ from buddymoe_ray.policy.fair import may_queue
 from buddymoe_ray.policy.forecast import Forecast
 from buddymoe_ray.serve.flushing import Batches, Items
 from buddymoe_ray.serve.guests import Guests
-from buddymoe_ray.serve.prompts import tokenizer_info, usable
+from buddymoe_ray.serve.prompts import longest_text, tokenizer_info, usable
 from buddymoe_ray.serve.refusals import in_terms_of, overloaded, refusal_of, too_late, unavailable, worker_lost
 from buddymoe_ray.serve.work import Batch, Refusal, Reply, Work, WorkerInfo, WorkerReport
 from buddymoe_ray.serve.work_plan import Intake, Limits, ServingEngine, WorkPlan
@@ -32,6 +33,8 @@ from buddymoe_ray.types import GenerationRequest, TokenEvent
 __all__ = ["EngineSeam", "Limits", "Worker"]
 
 log = logging.getLogger(__name__)
+
+QUICK_CHARACTERS, QUICK_MESSAGES = 4096, 16
 
 
 class EngineSeam(ServingEngine, Protocol):
@@ -197,7 +200,8 @@ class Worker:
         refused = self._intake.hopeless(work)
         if refused is not None:
             return refused
-        planned = await asyncio.to_thread(self._intake.plan, work)  # a long one must not stop streams
+        plan = partial(self._intake.plan, work)
+        planned = plan() if _is_quick(work) else await asyncio.to_thread(plan)  # a long one must not stop streams
         if isinstance(planned, Refusal) or work.resume:
             return planned
         tokens = sum(map(_most_tokens, planned.requests.values()))
@@ -266,3 +270,9 @@ class Worker:
 
 def _most_tokens(request: GenerationRequest) -> int:
     return len(request.prompt_token_ids) + request.sampling.max_tokens
+
+
+def _is_quick(work: Work) -> bool:
+    """Whether its one text is read while a thread would only be woken."""
+    several = len(work.prompts) > 1 or len(work.messages) > QUICK_MESSAGES
+    return not several and work.tools is None and not work.echo and longest_text(work) < QUICK_CHARACTERS

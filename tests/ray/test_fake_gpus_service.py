@@ -76,7 +76,8 @@ def test_each_worker_owns_a_gpu_and_reads_what_the_other_holds(deploy: Deploy, m
     assert sum(snapshot.peer_slot_reads for snapshot in snapshots) > 0, "nothing was read of a peer"
     shared = sum(snapshot.peer_helped_reads + snapshot.peer_taken_back for snapshot in snapshots)
     assert GPUS > 2 or shared > 0, "no prompt's reads were shared, though two GPUs have no room for all experts"
-    assert "buddymoe_peer_slot_reads" in httpx.get(f"{url}/metrics").text
+    told = httpx.get(f"{url}/metrics").text
+    assert "buddymoe_peer_slot_reads" in told and "buddymoe_placement_epoch{" in told
     # a service of the same name, but of another model, may have been here before
     [found] = [found for found in placement_maps("gpus") if found.held_PN.shape[1] == EXPERTS]
     print(f"{GPUS} GPUs, holders of each of {EXPERTS} experts: {found.held_PN.sum(0).tolist()}, epoch {found.epoch}")

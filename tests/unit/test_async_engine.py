@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from families import build_checkpoint
 
 from buddymoe_ray import EngineConfig, SamplingParams
-from buddymoe_ray.engine.async_engine import AsyncEngine
+from buddymoe_ray.engine.async_engine import QUICK_TOKENS, AsyncEngine
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.errors import CapacityError, RequestError
 from buddymoe_ray.types import GenerationRequest, TokenEvent
@@ -55,6 +56,27 @@ async def test_streams_side_by_side_equal_streams_alone(running: AsyncEngine) ->
     alone = [await tokens_of(running, request(f"alone{i}", *p)) for i, p in enumerate(prompts)]
     beside = await asyncio.gather(*(tokens_of(running, request(f"beside{i}", *p)) for i, p in enumerate(prompts)))
     assert beside == alone
+
+
+async def test_a_short_request_wakes_no_thread_and_one_that_takes_long_does(
+    running: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread's turn beside the step's costs more than most requests take to prepare; a grammar may take seconds."""
+    threads = 0
+
+    async def counted(call: Callable[[], object]) -> object:
+        nonlocal threads
+        threads += 1
+        return call()
+
+    monkeypatch.setattr(asyncio, "to_thread", counted)
+    assert len(await tokens_of(running, request("short"))) == 8 and threads == 0
+    long = replace(request("long"), replay="no record")
+    with pytest.raises(RequestError, match="replay"):
+        await tokens_of(running, long)
+    with pytest.raises(RequestError):
+        await tokens_of(running, request("longer", *[5] * QUICK_TOKENS))
+    assert threads == 2
 
 
 async def test_leaving_a_stream_frees_its_slot_within_a_step(running: AsyncEngine) -> None:
@@ -141,5 +163,5 @@ async def test_a_record_is_read_off_the_step_thread(running: AsyncEngine, monkey
         return {}
 
     monkeypatch.setattr("buddymoe_ray.engine.engine.open_replay", read)
-    await tokens_of(running, request("r"))
+    await tokens_of(running, replace(request("r"), replay="a record"))
     assert seen and not {"engine-step", threading.main_thread().name} & set(seen)

@@ -14,7 +14,7 @@ import torch
 from experts_on_disk import expert_bytes_of, make_layout
 
 from buddymoe_ray.actors.host_store import HostStore, KeeperOptions
-from buddymoe_ray.actors.words import Directive, NodeReport
+from buddymoe_ray.actors.words import Directive, NodeReport, NodeView
 from buddymoe_ray.cache import DiskReader, ExpertCache
 from buddymoe_ray.cache.shared import watch
 from buddymoe_ray.cache.shared.locks import ROW_BYTE, FileLocks
@@ -72,6 +72,12 @@ def keep(spec: StoreSpec) -> Iterator[Callable[..., HostStore]]:
         store.close()
 
 
+def aged(store: HostStore, pid: int) -> float:
+    view = store.register("w0", pid)
+    assert view.placement is not None and view.placement.epoch == 3
+    return view.placement.age_seconds
+
+
 def eventually(condition: Callable[[], bool], seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -96,7 +102,8 @@ def test_it_reports_what_was_used(spec: StoreSpec, keep: Callable[..., HostStore
     store = keep(planner=planner)
     store.wait_filled(30)
     cache = worker(spec)
-    store.register("w0", cache.store.tables.pid[cache.store.tables.row], "127.0.0.1:1")
+    view = store.register("w0", cache.store.tables.pid[cache.store.tables.row], "127.0.0.1:1")
+    assert view == NodeView(), "nothing was said yet"
     cache.count(1, torch.tensor([[2, 7], [7, 7]]))
     eventually(lambda: sum(r.counts_LE for r in planner.reports)[1, 7] == 3 if planner.reports else False)
     total = sum(report.counts_LE for report in planner.reports)
@@ -139,7 +146,12 @@ def test_it_follows_the_map_while_workers_compute(spec: StoreSpec, keep: Callabl
     assert (status.moves, status.pinned, status.skipped) == (6, 8, 0)
     assert status.moved_bytes == 6 * spec.layout.expert_bytes
     pid = int(cache.store.tables.pid[cache.store.tables.row])
-    assert store.register("w0", pid) == (("n2/0", "127.0.0.1:9"),)
+    view = store.register("w0", pid)
+    assert view.peers == (("n2/0", "127.0.0.1:9"),) and view.placement is not None and view.placement.epoch == 3
+    planner.directive = None  # the placement is away: its map stands, and ages
+    eventually(lambda: aged(store, pid) > 0.5)
+    planner.directive = Directive(epoch=3, pins=pins, peers=())
+    eventually(lambda: aged(store, pid) < 0.3)
     store.register("w1", pid)
     shards = store.status().shards
     assert sorted(pin for shard in shards for pin in shard) == sorted(pins)

@@ -18,6 +18,7 @@ from buddymoe_ray.serve.ingress import Departures
 from buddymoe_ray.serve.refusals import overloaded
 from buddymoe_ray.serve.work import Batch, Delta, Refusal, Reply, Work
 from buddymoe_ray.serve.worker import Worker
+from buddymoe_ray.types import Usage
 
 
 async def test_an_error_in_the_middle_of_a_stream_ends_it_with_an_error_message() -> None:
@@ -183,3 +184,42 @@ async def test_a_client_that_leaves_under_serve_is_no_failure(
     else:
         await call
     assert not engine.running and caplog.text == ""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_last_event_ends_the_body_whatever_the_workers_stream_still_does(stream: bool) -> None:
+    """A worker's stream ends a message later than its answer: nobody waits for it, and nobody cuts it off."""
+    last = Delta(choice=0, token_ids=(2,), text="y", finish_reason="length", usage=Usage(completion_tokens=2))
+    workers = ScriptedWorkers(SOME, Batch(deltas=(last,)))
+    ending, cut = asyncio.Event(), False
+
+    async def generate(work: Work) -> AsyncGenerator[Reply, None]:
+        nonlocal cut
+        cut = True
+        for reply in workers.replies:
+            yield reply
+        await ending.wait()
+        cut = False
+
+    workers.generate = generate  # type: ignore[method-assign]
+    app = http_app(workers, HttpSettings(model="fake"))
+    messages: list[Any] = [{"type": "http.request", "body": json.dumps(TEXT | {"stream": stream}).encode()}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        if messages:
+            return messages.pop()
+        await ending.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            assert cut and not app.state.tenants.running, "the client may come again at once"
+            ending.set()
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
+    async with asyncio.timeout(10):
+        await app(scope, receive, send)
+    assert not cut and len(sent) == 2 + stream
+    assert not stream or [data[:1] for data in messages_of((sent[1]["body"] + sent[2]["body"]).decode())] == [*"{{["]

@@ -19,7 +19,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from buddymoe_ray.engine.request_times import RequestTimes
 from buddymoe_ray.engine.sequence import Sequence
-from buddymoe_ray.observe import CalibrationSnapshot, EngineSnapshot, ExpertMap, GuardSnapshot, RequestsSnapshot
+from buddymoe_ray.observe import (
+    CalibrationSnapshot,
+    EngineSnapshot,
+    ExpertMap,
+    GuardSnapshot,
+    PlacementSnapshot,
+    RequestsSnapshot,
+)
 from buddymoe_ray.serve import ray_metrics
 from buddymoe_ray.serve.metrics import METRICS, VLLM_HISTOGRAMS, VLLM_METRICS, exposition
 from buddymoe_ray.serve.ray_metrics import RayMetrics
@@ -207,6 +214,14 @@ def test_series_are_as_many_for_48_layers_of_128_experts_as_for_one_of_8() -> No
     assert own[("buddymoe_link_seconds", f'{who},peers="median"')] == pytest.approx(0.064)
 
 
+def test_the_map_that_a_node_follows_ages_where_there_is_one() -> None:
+    placed = [None, PlacementSnapshot(epoch=7, age_seconds=1.5)]
+    reports = [WorkerReport(replica=str(at), pid=1, snapshot=SNAPSHOT, placement=one) for at, one in enumerate(placed)]
+    told = {key: value for key, value in parsed(written("m", reports)).items() if "placement" in key[0]}
+    who = 'model="m",replica="1"'
+    assert told == {("buddymoe_placement_epoch", who): 7, ("buddymoe_placement_age_seconds", who): 1.5}
+
+
 def test_what_vllm_counts_too_has_its_names_for_its_dashboards() -> None:
     report = WorkerReport(replica="a", pid=1, snapshot=REQUESTS)
     for accept, kind in (
@@ -304,7 +319,10 @@ def test_the_dashboard_asks_for_what_is_written_and_for_labels_that_are_there() 
     board = json.loads((Path(__file__).parents[2] / "cluster" / "grafana.json").read_text())
     labels: dict[str, set[str]] = {}
     spread, tenants = ExpertMap(experts_per_layer=(2,), cells=b"\x01\x02"), {"alice": TenantCounters()}
-    report = WorkerReport(replica="a", pid=1, snapshot=REQUESTS, experts=spread, links={"peer": 0.001})
+    placed = PlacementSnapshot(epoch=7, age_seconds=1.5)
+    report = WorkerReport(
+        replica="a", pid=1, snapshot=REQUESTS, experts=spread, links={"peer": 0.001}, placement=placed
+    )
     for family in text_string_to_metric_families(exposition("m", [report], tenants)[0].decode()):
         for sample in family.samples:
             labels.setdefault(sample.name, set()).update(sample.labels)

@@ -132,6 +132,7 @@ async def test_what_cannot_be_is_refused_by_name() -> None:
             "input": [QUESTION, {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{"}]
         },
         "input[0]": {"input": [QUESTION | {"content": [{"type": "refusal", "refusal": "no"}]}]},
+        "metadata": {"metadata": {f"{at}": "x" for at in range(17)}},
         "max_output_tokens": {"max_output_tokens": 0},
         "temperature": {"temperature": 3},
         "include[0]": {"include": ["message.output_text.logprobs"]},
@@ -153,7 +154,9 @@ async def test_what_cannot_be_is_refused_by_name() -> None:
             await openai_client(client).responses.create(model="fake", input="x", previous_response_id="resp_1")
         neutral = {"store": False, "background": False, "include": [], "metadata": {}}
         neutral |= {"reasoning": {"effort": "medium", "summary": "auto"}}
-        assert (await client.post(PATH, json=BODY | neutral)).status_code == 200
+        assert (await client.post(PATH, json=BODY | neutral)).json()["metadata"] == {}
+        told = events_of((await client.post(PATH, json=BODY | {"metadata": {"who": "me"}, "stream": True})).text)
+        assert [told[at]["response"]["metadata"] for at in (0, -1)] == [{"who": "me"}] * 2
 
 
 async def test_a_stream_that_breaks_says_so() -> None:

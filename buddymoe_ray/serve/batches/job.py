@@ -88,9 +88,10 @@ class LineService:
 
         while True:
             work = self.tenants.named(owner).own(replace(call.work, gives_way=True, binding=self.binding))
-            replies = visit.metered(resumable(work, attempt, self.limits, seconds=self.seconds), n=work.n)
+            replies = visit.metered(resumable(work, attempt, self.limits, seconds=self.seconds), work)
             answer = Answer(replies=replies, renderer=call.renderer, n=work.n, choices=work.choices)
             whole = await answer.whole()
+            await answer.drain()
             if not isinstance(whole, Refusal) or whole.status not in (429, 503) or lost > self.limits.moves:
                 return answers.replied(at, line, whole)
             await asyncio.sleep(pause)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from buddymoe_ray.serve.calls import ENDPOINTS
-from buddymoe_ray.serve.wire_parts import Unsupported, WireBody
+from buddymoe_ray.serve.wire_parts import Metadata, Unsupported, WireBody
 
 __all__ = [
     "FINISHED",
@@ -30,9 +30,6 @@ WINDOW_SECONDS = 24 * 3600
 LONGEST_LIST = 10_000
 Moment = Literal["in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"]
 FINISHED: tuple[Moment, ...] = ("completed", "failed", "expired", "cancelled")
-
-Key = Annotated[str, Field(min_length=1, max_length=64)]
-Value = Annotated[str, Field(max_length=512)]
 
 
 class _Record(BaseModel):
@@ -84,7 +81,7 @@ class BatchRequest(WireBody):
     input_file_id: str
     endpoint: str = Field(json_schema_extra={"enum": list(ENDPOINTS)})
     completion_window: Literal["24h"]
-    metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = None
+    metadata: Metadata | None = None
     output_expires_after: Unsupported = None
 
 
