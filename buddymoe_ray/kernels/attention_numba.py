@@ -197,7 +197,7 @@ def _attend(call: Any, plan: Any, blocks: Any, block: Any, scratch: Any) -> None
         _write(call, plan, block, scratch, r, sums[r])
 
 
-@njit
+@njit(error_model="numpy")
 def _write(call: Any, plan: Any, block: Any, scratch: Any, r: Any, total: Any) -> None:
     """Normalise a row's outputs of one query head and put them in order."""
     G, dv, width = plan.Q // plan.H, plan.dv, _groups(plan.dv)

@@ -33,8 +33,8 @@ OK, NO_SUCH_EXPERT, NO_SUCH_RECORD = 1, 2, 3
 """What a call answers: when it is not OK, nothing was computed. 0 is no answer, see numba_calls.py."""
 ANYWHERE = 1 << 62
 """Bytes of the records of a call that gives addresses."""
-LINE, PANEL = 64, 6
-"""Bytes of a row that lie together in a panel, and its rows: one stream from the second-level cache instead of six."""
+LINE, PANEL = 64, 4
+"""Bytes of a row that lie together in a panel, and its rows: one stream from the second-level cache instead of four."""
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Dtypes of weights that can be read as stored, by torch's names."""
 

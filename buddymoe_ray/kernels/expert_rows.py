@@ -1,8 +1,9 @@
 """What an expert's machine code does to one row at a time: reads and writes it, adds a bias, activates.
 
 Elementwise throughout, with operations that are rounded once each in a written order, so that the bits do not depend on
-how LLVM vectorises. Knows addresses and types of items, neither records nor experts. Imports numba at the top: only
-`expert_numba` may import this module.
+how LLVM vectorises. It does so only where a division looks for no zero, as numpy's (an activation took 17 times as
+long). Knows addresses and types of items, neither records nor experts. Imports numba at the top: only `expert_numba`
+may import this module.
 
 Legend: n items of a row, F ffn.
 """
@@ -157,7 +158,7 @@ def exponential(x: Any) -> Any:
     return (p * r * r + r + float32(1.0)) * power
 
 
-@njit
+@njit(error_model="numpy")
 def _sigmoid(z: Any) -> Any:
     return float32(1.0) / (float32(1.0) + exponential(-z))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lowbit_records import Shapes, gelu_gate, gpt_oss_gate, random_records, relu2, silu_gate
+from numba import types
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,6 +20,7 @@ from buddymoe_ray.kernels import (
     lowbit_forward,
     record_tensors,
 )
+from buddymoe_ray.kernels.expert_rows import activate
 from buddymoe_ray.kernels.lowbit import lowbit_forward_reference
 from buddymoe_ray.moe import record_computes
 from buddymoe_ray.moe.standin_compute import RecordCompute
@@ -235,3 +237,10 @@ def test_large_gates_saturate_as_silu_does() -> None:
         torch.testing.assert_close(got[row], expected[row], rtol=1e-5, atol=1e-5 * expected[row].abs().max().item())
     x_RD[2, 5] = float("nan")
     assert lowbit_forward(x_RD, views, fmt, SILU).isnan().all(dim=1).tolist() == [False, False, True, False]
+
+
+def test_activations_are_computed_in_vectors() -> None:
+    """A division that looks for a zero divisor keeps a loop from it."""
+    row = types.float32[::1]
+    activate.compile((types.int64, row, types.int64, row))
+    assert all("fdiv <" in code for code in activate.inspect_llvm().values())

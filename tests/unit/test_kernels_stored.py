@@ -74,7 +74,7 @@ def test_infinite_and_missing_numbers_stay_what_they_are() -> None:
 
 @pytest.mark.skipif(not has_dots(), reason="no bfloat16 products")
 @pytest.mark.parametrize("shape", [*WIDTHS, (6, 4100)])  # of the last one four rows are more than is near
-@pytest.mark.parametrize("R", [1, 2, 3, 4, 5, 8, 11, 23])
+@pytest.mark.parametrize("R", [1, 2, 3, 4, 5, 7, 8, 11, 16, 23])
 def test_bfloat16_products_have_the_bits_of_fused_additions(
     shape: tuple[int, int], R: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
