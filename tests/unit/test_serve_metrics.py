@@ -70,6 +70,7 @@ SNAPSHOT = EngineSnapshot(
     peer_taken_back=26,
     access_hits=10,
     access_peer=18,
+    access_host=28,
     access_fetched=11,
     standins=StandinAccesses(lowbit=12, lowrank=13, buddy=14, mean=15, drop=16),
     expected_rise=0.25,
@@ -120,6 +121,7 @@ def test_every_count_of_a_worker_is_written_under_its_name() -> None:
     assert values == {
         ("buddymoe_hits_total", who): 10,
         ("buddymoe_peer_total", who): 18,
+        ("buddymoe_host_total", who): 28,
         ("buddymoe_fetched_total", who): 11,
         **{("buddymoe_standin_uses_total", f'{who},kind="{kind}"'): count for kind, count in kinds.items()},
         ("buddymoe_expected_rise_nats_total", who): 0.25,
