@@ -35,15 +35,15 @@ __all__ = [
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BATCHING = ("auto", "packed", "solo")
 READ_AHEADS = ("auto", "off")
-PREFIX_CACHES = ("auto", "on", "off")
+PREFIX_CACHES = HOST_COMPUTES = ("auto", "on", "off")
 GENERATION_CONFIGS = ("auto", "none")
 CALIBRATES = ("auto", "off")
 INEXACT = (  # without effect in `exact`
     *("budget", "standin", "standin_layers", "policy", "profile", "guard_share"),
-    *("calibrate", "cache_dir"),
+    *("calibrate", "cache_dir", "host_compute"),
 )
 ANSWERS = (  # with another of these a request may be answered differently
-    *("mode", "budget", "standin", "standin_layers", "policy", "profile", "calibrate", "guard_share"),
+    *("mode", "budget", "standin", "standin_layers", "policy", "profile", "calibrate", "guard_share", "host_compute"),
     *("expert_dtype", "dense_dtype", "dtype", "device", "batching", "prefix_cache"),
     *("max_model_len", "seed", "generation_config"),
 )
@@ -108,6 +108,9 @@ class EngineConfig:
             and no layer carries a state, `off`. What a stand-in had a part in is never shared.
         read_ahead: whether experts are read before a layer asks for them (CPU): `auto` for prompts, and in decode steps
             where guesses are measured to pay, `off`.
+        host_compute: whether a GPU's host computes missing experts that lie in its memory (`host_memory`), for rows of
+            `bounded` and `fast` alone, as a CPU's last bits are others: `auto` where that is measured to be sooner than
+            their fetch, `on` whatever it takes, `off`.
         batching: `packed` (ragged rows over a paged KV cache), `solo` (transformers' own cache, a forward per sequence;
             for families whose attention chooses keys by an indexer), `auto` picks by family.
         seed: seeds the requests that bring none.
@@ -138,6 +141,7 @@ class EngineConfig:
     prefill_chunk: int | None = None
     prefix_cache: str = "auto"
     read_ahead: str = "auto"
+    host_compute: str = "auto"
     batching: str = "auto"
     seed: int = 0
     generation_config: str = "auto"
@@ -167,6 +171,7 @@ class EngineConfig:
         one_of("batching", self.batching, BATCHING)
         one_of("prefix_cache", self.prefix_cache, PREFIX_CACHES)
         one_of("read_ahead", self.read_ahead, READ_AHEADS)
+        one_of("host_compute", self.host_compute, HOST_COMPUTES)
         one_of("generation_config", self.generation_config, GENERATION_CONFIGS)
         for name in ("threads", "max_running"):
             _at_least(name, getattr(self, name), 1)

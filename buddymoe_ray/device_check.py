@@ -171,11 +171,8 @@ def check_attention(device: Device) -> Records:
     M = -(-length // KV_BLOCK)
     keys, values = (torch.randn(B * M * KV_BLOCK, H, d, device=apart).bfloat16() for _ in range(2))
     blocks_BM, lengths_B = torch.arange(B * M, device=apart).view(B, M), torch.full((B,), length, device=apart)
-    rows_BQd, pools, context = (
-        torch.randn(B, Q, d, device=apart).bfloat16(),
-        (keys, values, KV_BLOCK),
-        (blocks_BM, lengths_B),
-    )
+    rows_BQd = torch.randn(B, Q, d, device=apart).bfloat16()
+    pools, context = (keys, values, KV_BLOCK), (blocks_BM, lengths_B)
     for passes in (1, 3, 30) if apart.type != "cpu" else (1,):
         began = time.perf_counter()
         for _ in range(passes):
@@ -294,29 +291,32 @@ def check_budget(device: str) -> Records:
     yield {"check": "budget", "device_bytes": sizes, "budget_25": budget, "total": total, "ok": held}
 
 
-def check_standins(device: str, *, new_tokens: int) -> Records:
-    """Stand-ins on this device against the CPU's: same tokens, nothing fetched, charges within the budget."""
-    for mode, memory in (("fast", "25%"), ("bounded", "25%"), ("fast", "50%")):
-        answers = []
-        for where in ("cpu", device):
-            options = {"memory": memory, "mode": mode, "dtype": "float32", "device": where, "guard_share": 0.0}
+def check_standins(device: str, *, new_tokens: int, apart: bool) -> Records:
+    """Stand-ins on this device against the CPU's: same tokens, nothing fetched, charges within the budget; where it is
+    apart once more with the host computing what they may not answer."""
+    computing = {"host_memory": "100%", "host_compute": "on"}
+    cases = [("fast", "25%", {}), ("bounded", "25%", {}), ("fast", "50%", {}), ("bounded", "25%", computing)]
+    for mode, memory, host in cases if apart else cases[:3]:
+        answers, options = [], {"memory": memory, "mode": mode, "dtype": "float32", "guard_share": 0.0}
+        for where, more in (("cpu", {}), (device, host)):
+            options |= {"device": where} | more
             with LLM("builtin:tiny", **options) as llm:
                 answers.append(llm.generate(list(PROMPTS), max_tokens=new_tokens))
         same = sum(a.token_ids == b.token_ids for a, b in zip(*answers, strict=True))
         usages = [result.usage for result in answers[1]]
         kept = all(u.fetched == 0 if mode == "fast" else u.expected_rise <= 0.003 * u.completion_tokens for u in usages)
         stood_in = sum(u.standins.total for u in usages)
-        ok = same == len(PROMPTS) and kept and stood_in > 0
-        yield {"check": "stand-ins", "mode": mode, "memory": memory, "same": same, "stood_in": stood_in, "ok": ok}
+        computed = sum(u.host for u in usages)
+        ok = same == len(PROMPTS) and kept and stood_in > 0 and bool(computed) == bool(host)
+        found = {"check": "stand-ins", "mode": mode, "memory": memory, "same": same, "stood_in": stood_in}
+        yield found | {"by_host": computed, "ok": ok}
 
 
 def table(device: str, *, layers: int, new_tokens: int, folder: Path) -> Records:
     """Tokens/s at each budget for `builtin:tiny` and a synthetic OLMoE cut to `layers` layers."""
     synth_checkpoint("olmoe-1b-7b", folder, layers=layers, popularity=Popularity(skew=1.0))
-    for model, label in (
-        ("builtin:tiny", "builtin:tiny"),
-        (str(folder), f"synthetic olmoe-1b-7b, {layers} layers, skew 1"),
-    ):
+    models = {"builtin:tiny": "builtin:tiny", str(folder): f"synthetic olmoe-1b-7b, {layers} layers, skew 1"}
+    for model, label in models.items():
         for memory in BUDGETS:
             for batch in (1, 8):
                 config = EngineConfig(model=model, memory=memory, device=device, max_running=batch, kv_memory="256MiB")
@@ -382,7 +382,7 @@ def _parts(opened: Device, device: str, args: argparse.Namespace, folder: Path) 
         "sampling": partial(check_sampling, opened),
         "exact": partial(check_exact, device, new_tokens=args.new_tokens),
         "budget": partial(check_budget, device),
-        "stand-ins": partial(check_standins, device, new_tokens=args.new_tokens),
+        "stand-ins": partial(check_standins, device, new_tokens=args.new_tokens, apart=opened.apart),
         "speed": partial(table, device, layers=args.layers, new_tokens=args.new_tokens, folder=folder),
     }
 

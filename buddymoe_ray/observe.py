@@ -101,7 +101,7 @@ class EngineSnapshot:
     `hits` and `misses` count (layer, expert) lookups of the cache, `bytes_read_disk` what the disk was asked for
     (alignment included), `stall_seconds` the time the model waited for experts; `peer_slot_reads` are misses that were
     copied from the slots of another GPU of the node, `peer_helped_reads` of them read there for a prompt of this one's,
-    `peer_taken_back` were to be read there, and were read here. `access_hits`, `access_peer`,
+    `peer_taken_back` were to be read there, and were read here. `access_hits`, `access_peer`, `access_host`,
     `access_fetched` and `standins` count (token, slot) accesses of decode steps, `expected_rise` the nats charged for
     stand-ins. `residency` is the share of the routed experts that are in device slots (the node's, where shared).
     `read_ahead_useful_bytes` and `.._wasted_bytes` are of experts whose reading was begun on a guess that turned out
@@ -125,6 +125,7 @@ class EngineSnapshot:
     peer_taken_back: int = 0
     access_hits: int = 0
     access_peer: int = 0
+    access_host: int = 0
     access_fetched: int = 0
     standins: StandinAccesses = field(default_factory=StandinAccesses)
     expected_rise: float = 0.0

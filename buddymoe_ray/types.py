@@ -170,13 +170,14 @@ class Usage:
     """What one request cost.
 
     Expert accesses are (token, slot) pairs of its decode steps: `hits` found their expert resident when the step began,
-    `peer` were computed exactly by another worker, `fetched` waited for the expert, `standins` were answered by
-    something else at an `expected_rise` of loss (nats, summed over the completion). `completion_tokens` counts all
-    tokens; `resumed` of them were made before the last move to another worker, and what those used and were charged is
-    not counted here (of a `bounded` request at most `budget` each). `mode` is what the request got, `requested_mode`
-    what it asked for: they differ when `guard` is `tripped`, or before the engine's own `calibration` is ready.
-    `budget` is the allowance per generated token of a `bounded` request. `record` is there for a request that asked for
-    it. `cached_tokens` of the prompt were not computed: another request had the same beginning.
+    `peer` were computed exactly by another worker, `host` by a GPU's host (a CPU's last bits), `fetched` waited for the
+    expert, `standins` were answered by something else at an `expected_rise` of loss (nats, summed over the completion).
+    `completion_tokens` counts all tokens; `resumed` of them were made before the last move to another worker, and what
+    those used and were charged is not counted here (of a `bounded` request at most `budget` each). `mode` is what the
+    request got, `requested_mode` what it asked for: they differ when `guard` is `tripped`, or before the engine's own
+    `calibration` is ready. `budget` is the allowance per generated token of a `bounded` request. `record` is there for
+    a request that asked for it. `cached_tokens` of the prompt were not computed: another request had the same
+    beginning.
     """
 
     prompt_tokens: int = 0
@@ -184,6 +185,7 @@ class Usage:
     resumed: int = 0
     hits: int = 0
     peer: int = 0
+    host: int = 0
     fetched: int = 0
     mode: Mode = "exact"
     requested_mode: Mode = "exact"

@@ -174,7 +174,8 @@ def resolving(at_E: torch.Tensor, records: tuple[torch.Tensor, torch.Tensor] | N
     T, L, one = 64, 48, torch.zeros(1, dtype=torch.int64)
     mode_T, ids_TK = torch.zeros(T, dtype=torch.int64), torch.zeros(T, K, dtype=torch.int64)
     stalled_L, left_LT = torch.zeros(L + 1, dtype=torch.int64), torch.zeros(L + 1, T)
-    rows = RowTerms(stalled_L=stalled_L, count=one, mode_T=mode_T, price_T=torch.zeros(T), left_LT=left_LT)
+    terms = {"mode_T": mode_T, "price_T": torch.zeros(T), "left_LT": left_LT, "lengths_LT": left_LT.long()}
+    rows = RowTerms(stalled_L=stalled_L, count=one, **terms)
     resolve_on_device(2, ids_TK, torch.zeros(T, K), at_E, records, rows, torch.zeros(3, T, K, dtype=torch.int64))
 
 

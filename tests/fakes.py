@@ -326,6 +326,7 @@ def exact_usage(*, hits: int, fetched: int) -> dict[str, Any]:
         "budget": None,
         "hits": hits,
         "peer": 0,
+        "host": 0,
         "fetched": fetched,
         "standins": {"lowbit": 0, "lowrank": 0, "buddy": 0, "mean": 0, "drop": 0},
         "expected_rise": 0.0,

@@ -57,11 +57,14 @@ class ReadsAhead(Generic[L]):
         else:
             self._cancelled.remove(load)
 
-    def land(self) -> None:
-        """Finish what has arrived. What failed is for whoever asks for the expert: to read it again."""
+    def land(self, *, waits: bool = False) -> None:
+        """Finish what has arrived where it goes; one that `waits` does so for what is on its way to the device. What
+        failed is for whoever asks for the expert: to read it again."""
         if not self:
             return
-        for load in [load for load in (*self._loads.values(), *self._cancelled) if load.ticket.done()]:
+        for load in [*self._loads.values(), *self._cancelled]:
+            if not (load.ticket.done() if waits else load.ticket.landed()):
+                continue
             with suppress(CacheError):
                 self._finish(load)
 
@@ -78,7 +81,7 @@ class ReadsAhead(Generic[L]):
         if load is None:
             return False
         load.ticket.settle()
-        self.land()
+        self.land(waits=True)
         return True
 
     def settle(self) -> None:
@@ -87,4 +90,4 @@ class ReadsAhead(Generic[L]):
             self.give_up()
             for load in [*self._loads.values(), *self._cancelled]:
                 load.ticket.settle()
-            self.land()
+            self.land(waits=True)

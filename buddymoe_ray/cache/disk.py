@@ -42,6 +42,9 @@ class Ticket(Protocol):
     def done(self) -> bool:
         """Whether nothing is in flight any more, well or ill."""
 
+    def landed(self) -> bool:
+        """Whether nobody would wait for them: neither who calls `wait`, nor what a device computes behind it."""
+
     def wait(self) -> None:
         """Block until nothing is in flight, then raise CacheError if it failed."""
 
@@ -89,6 +92,8 @@ class ReadTicket:
     def done(self) -> bool:
         """Whether nothing is in flight any more, well or ill."""
         return all(part.done() for part in self.parts)
+
+    landed = done
 
     def wait(self) -> None:
         """Block until nothing is in flight, then raise CacheError if a read failed or was cancelled."""

@@ -24,11 +24,12 @@ from buddymoe_ray.types import ExpertKey
 
 __all__ = ["HostTier"]
 
-_POLL_SECONDS = 200e-6
+_POLL_SECONDS, _SMOOTHING = 200e-6, 0.1
 
 
 class HostTier:
-    """`store` belongs to this object; reads go through `reader`, which is its owner's."""
+    """`store` belongs to this object; reads go through `reader`, which is its owner's. `copy_seconds` is what an
+    expert's copy to the device takes, lately; 0 before the first."""
 
     def __init__(self, store: Store, *, reader: DiskReader, device: Device) -> None:
         self.store, self._reader, self._tables = store, reader, store.tables
@@ -36,6 +37,7 @@ class HostTier:
         self._reading: list[_Read] = []
         self._nothing_kept = np.zeros(store.shape.slots, dtype=bool)
         self.hits = self.misses = 0
+        self.copy_seconds = 0.0
         self._device: Device | None = device
         device.pin(self.tensor_C)
 
@@ -74,8 +76,14 @@ class HostTier:
         self._reading.append(_Read(self.store, slot, ticket))
         return slot, self._reading[-1]
 
+    def copied(self, slot: int, seconds: float) -> None:
+        """`release` behind a copy that took so long."""
+        share = _SMOOTHING if self.copy_seconds else 1.0
+        self.copy_seconds += share * (seconds - self.copy_seconds)
+        self.release(slot)
+
     def release(self, slot: int) -> None:
-        """The copy out of the slot is done, or was given up; a failed read freed the slot itself."""
+        """The slot is not read any more; a failed read freed it itself."""
         self._poll()
         self._tables.release([slot])
 
@@ -111,6 +119,8 @@ class _Read:
 
     def done(self) -> bool:
         return self.ticket.done()
+
+    landed = done
 
     def wait(self) -> None:
         self.conclude()
@@ -158,6 +168,8 @@ class _Awaited:
 
     def done(self) -> bool:
         return self._arrived() is not None
+
+    landed = done
 
     def wait(self) -> None:
         while (arrived := self._arrived()) is None:

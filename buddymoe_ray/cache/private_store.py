@@ -86,7 +86,7 @@ class PrivateStore:
         self, layout: ExpertLayout, plan: SlotPlan, *, device: Device | None = None, peers: SlotPeers | None = None
     ) -> None:
         assert plan.slot_bytes == layout.slot_bytes, f"plan {plan.slot_bytes}, layout {layout.slot_bytes} bytes a slot"
-        self.layout, self.plan = layout, plan
+        self.layout, self.plan, self.peers = layout, plan, peers
         self.shape = StoreShape.of(layout, plan, rows=1)
         where = (device or open_device("cpu")).torch
         memory = None if peers is None else peers.memory

@@ -8,6 +8,14 @@ asked for nothing for a while. Nobody relies on a helper: what it was asked is g
 message or after some seconds, and what is copied counts if its slot was not used anew. Where GPUs read each other no
 faster than the host nothing is dealt: it would all come over one's own link. Knows no sockets and no bytes.
 
+MoEShard has each GPU compute with its part and exchanges rows and partial sums instead. Of a layer that lacks M bytes
+they are 6 T D bytes for each helper (rows in 2 bytes, sums in 4; T tokens), copies M / N: fewer below M / (6 N D)
+tokens, that is for any prompt (4 GPUs: 14,000 of Mixtral at 50 %, 18,000 of Qwen3-30B at 25 %). With NVLink that gains
+nothing while copies hide behind reads, up to N - 1 = NVLink / PCIe, about 5 GPUs; of 8 up to 1.8 times. Beside PCIe
+alone it would: 2,048 tokens of Mixtral on 4 GPUs .5 GB a layer over the own link for 1.4. Not done, for a segment's sum
+has other bits than a whole expert's, and differs with who helped; helpers would compute a prompt between their own
+steps, which reads do not delay.
+
 On a CPU's links of 49 ms an expert (3 layers of 8, 2 wave slots) a prompt waited 1.22 s with one, .76 with two, .31
 with four, nothing taken back. What peers have read is had before the own part: else they wait for room. What did not
 help: peers that begin with the next layer's parts (.73, .31), as the own part takes as long as before.

@@ -72,6 +72,8 @@ class PeerRead:
         """See Ticket."""
         return self.copy.done()
 
+    landed = done
+
     def wait(self) -> None:
         """See Ticket. Raises ReadLost where the peer used its slot for something else meanwhile."""
         self.copy.wait()

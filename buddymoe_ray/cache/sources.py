@@ -153,7 +153,7 @@ class HostSource:
             passage.copy.wait()
             if self.shards is not None and int(self._store.generation[passage.slot]) == passage.generation:
                 self.shards.peers.publish(passage.slot, passage.key)
-            self.host.release(passage.host_slot)
+            self.host.copied(passage.host_slot, passage.copy.seconds())
             released = True
         return released
 
@@ -179,6 +179,12 @@ class _Passage:
     def done(self) -> bool:
         """See Ticket."""
         return self.read.done()
+
+    def landed(self) -> bool:
+        """See Ticket; begins the copy once it can."""
+        if self.copy is None and self.read.done():
+            self.copy = self.source.copy(self)
+        return self.copied
 
     def wait(self) -> None:
         """See Ticket; once."""
@@ -213,6 +219,8 @@ class _FromPeer:
     def done(self) -> bool:
         """See Ticket."""
         return self.read.done()
+
+    landed = done
 
     def wait(self) -> None:
         """See Ticket."""

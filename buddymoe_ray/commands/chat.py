@@ -126,13 +126,13 @@ class _Chat:
 
 def _cost(usage: Usage, seconds: float) -> str:
     """What the answer's accesses were, and what that costs."""
-    accesses = max(1, usage.hits + usage.peer + usage.fetched + usage.standins.total)
+    accesses = max(1, usage.hits + usage.peer + usage.host + usage.fetched + usage.standins.total)
     tokens = max(1, usage.completion_tokens)
     parts = [
         f"{usage.completion_tokens} tokens, {usage.completion_tokens / seconds:,.0f} tok/s",
         f"{usage.mode}: {100 * usage.hits / accesses:.0f} % hits, "
         f"{100 * usage.standins.total / accesses:.0f} % stand-ins, "
-        f"{100 * (usage.fetched + usage.peer) / accesses:.0f} % fetched",
+        f"{100 * (usage.fetched + usage.peer + usage.host) / accesses:.0f} % fetched",
         f"expected rise {100 * usage.expected_rise / tokens:.2f} %",
     ]
     return f"[{'; '.join(parts)}]"

@@ -63,6 +63,7 @@ def _downloads(device: torch.device) -> torch.cuda.Stream:
 
 @dataclass(frozen=True)
 class _Event:
+    begun: torch.cuda.Event
     event: torch.cuda.Event
 
     def done(self) -> bool:
@@ -70,6 +71,9 @@ class _Event:
 
     def wait(self) -> None:
         self.event.synchronize()
+
+    def seconds(self) -> float:
+        return self.begun.elapsed_time(self.event) / 1e3
 
 
 class Gpu:
@@ -120,12 +124,14 @@ class Gpu:
         """See Device; of pageable memory the host's share is done at once."""
         if source.device.type not in self._streams:
             self._streams[source.device.type] = torch.cuda.Stream(self.torch)
-        copied, stream = torch.cuda.Event(), self._streams[source.device.type]
+        begun, copied = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = self._streams[source.device.type]
         stream.wait_stream(torch.cuda.current_stream(self.torch))
         with torch.cuda.stream(stream):
+            begun.record(stream)
             target.copy_(source, non_blocking=True)
             copied.record(stream)
-        return _Event(copied)
+        return _Event(begun, copied)
 
     def admit(self, copy: Copy) -> None:
         """See Device."""

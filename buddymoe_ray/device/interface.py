@@ -21,6 +21,9 @@ class Copy(Protocol):
     def wait(self) -> None:
         """Until then. Raises what went wrong."""
 
+    def seconds(self) -> float:
+        """What it took once it was its turn; for one that is done."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SharedMemory:

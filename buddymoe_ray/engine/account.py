@@ -49,7 +49,7 @@ class Account:
         self.requested_mode: Mode = mode
         self.guard: GuardState = "off"
         self.recorder, self.calibration, self._factor = recorder, calibration, factor
-        self.hits = self.peer = self.fetched = self.steps = 0
+        self.hits = self.peer = self.host = self.fetched = self.steps = 0
         self.stood_in = 0  # accesses of the latest decode step that stand-ins answered, until its token is taken
         self.expected_rise = 0.0
         self._price = price
@@ -99,6 +99,7 @@ class Account:
         that (nats)."""
         self.hits += int(outcome.hits_T[row])
         self.peer += int(outcome.peer_T[row])
+        self.host += int(outcome.host_T[row])
         self.fetched += int(outcome.fetched_T[row])
         standins = outcome.standins_TS[row].tolist()
         self._standins = [a + b for a, b in zip(self._standins, standins, strict=True)]
@@ -118,7 +119,7 @@ class StepTotals:
     """Expert accesses of all requests since start; `expected_rise` is what they were charged (nats)."""
 
     def __init__(self) -> None:
-        self.hits = self.peer = self.fetched = 0
+        self.hits = self.peer = self.host = self.fetched = 0
         self.expected_rise = 0.0
         self._standins = [0] * len(STANDIN_KINDS)
 
@@ -131,6 +132,7 @@ class StepTotals:
         """Add one decode step."""
         self.hits += int(outcome.hits_T.sum())
         self.peer += int(outcome.peer_T.sum())
+        self.host += int(outcome.host_T.sum())
         self.fetched += int(outcome.fetched_T.sum())
         self._standins = [a + b for a, b in zip(self._standins, outcome.standins_TS.sum(axis=0).tolist(), strict=True)]
 

@@ -97,7 +97,7 @@ class _Marks:
         return cls(
             right=[task.is_right(result.text) for task, result in zip(tasks, results, strict=True)],
             hits=sum(usage.hits for usage in used),
-            fetched=sum(usage.fetched for usage in used),
+            fetched=sum(usage.fetched + usage.host for usage in used),
             stood_in=sum(usage.standins.total for usage in used),
         )
 

@@ -182,7 +182,7 @@ class Totals:
             assert event.error is None, f"{event.request_id} failed: {event.error}"
             if event.usage is not None:
                 self.hits += event.usage.hits
-                self.fetched += event.usage.fetched
+                self.fetched += event.usage.fetched + event.usage.host
                 self.stood_in += event.usage.standins.total
                 self.expected_rise += event.usage.expected_rise
 

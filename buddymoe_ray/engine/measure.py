@@ -218,7 +218,7 @@ def _summarise(
     gaps = [gap for rep in reps for gap in rep.gaps]
     decoded = max(1, sum(rep.decoded for rep in reps))
     usages = [usage for rep in reps for usage in rep.usages]
-    hits, fetched = sum(u.hits for u in usages), sum(u.fetched + u.peer for u in usages)
+    hits, fetched = sum(u.hits for u in usages), sum(u.fetched + u.peer + u.host for u in usages)
     stood_in = sum(u.standins.total for u in usages)
     accesses = hits + fetched + stood_in
     median = statistics.median(speeds) if speeds else 0.0

@@ -260,6 +260,7 @@ class Sequence:
             resumed=self.num_resumed,
             hits=self.account.hits,
             peer=self.account.peer,
+            host=self.account.host,
             fetched=self.account.fetched,
             mode=self.account.mode,
             requested_mode=self.account.requested_mode,

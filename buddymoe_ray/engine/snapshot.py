@@ -45,6 +45,7 @@ def engine_snapshot(
         peer_taken_back=stats.peer_taken_back,
         access_hits=spent.hits,
         access_peer=spent.peer,
+        access_host=spent.host,
         access_fetched=spent.fetched,
         standins=spent.standins,
         expected_rise=spent.expected_rise,

@@ -47,7 +47,7 @@ class ExpertLayer:
         threads: share the records of a call; the bits do not depend on it.
 
     Machine code is made here (seconds at the first time on a machine, then .5 s), not in the first step. `plan_at` is
-    what it reads, for as long as the layer lives.
+    what it reads, for as long as the layer lives; rows are of `hidden` numbers.
     Raises ValueError for records that are not packed as this version packs.
     """
 
@@ -68,8 +68,8 @@ class ExpertLayer:
         assert activation is not None, "experts compute what the kernel does not, must be as `covers` says"
         self._nbytes = max(tensor.offset + tensor.nbytes for tensor in layout)
         self._plan, self._kernel = plan_of(Expert(activation, self._nbytes), first, down), experts_kernel()
-        self.plan_at, self._hidden = self._plan.ctypes.data, first.K
-        self._threads, self._dtype = threads, dtype
+        self.plan_at, self.hidden = self._plan.ctypes.data, first.K
+        self._threads, self.dtype = threads, dtype
         self._begin = layout[0].name, layout[0].offset
         self._weights = first.N * first.K + down.N * down.K
 
@@ -79,7 +79,7 @@ class ExpertLayer:
         Where they lie is not asked one by one: they must be views of one record, as `cache.slot_views` makes them.
         """
         R, x = len(x_RD), as_read(x_RD).contiguous()
-        assert x_RD.dtype == self._dtype, f"x is {x_RD.dtype}, must be {self._dtype}"
+        assert x_RD.dtype == self.dtype, f"x is {x_RD.dtype}, must be {self.dtype}"
         name, offset = self._begin
         out, zeros = torch.empty_like(x), _zeros(max(6, R.bit_length())).data_ptr()
         record = tensors[name].data_ptr() - offset
@@ -115,10 +115,10 @@ class ExpertLayer:
         `expert_TK` int64 is negative for accesses that others answer. Rows of `out_ND` (dtype of `x_TD`) that have no
         record are left alone.
         """
-        (T, K), D, N = expert_TK.shape, self._hidden, expert_TK.numel()
+        (T, K), D, N = expert_TK.shape, self.hidden, expert_TK.numel()
         assert out_ND.shape == (N, D), f"out is {tuple(out_ND.shape)}, must be {(N, D)}"
         assert x_TD.shape == (T, D), f"x is {tuple(x_TD.shape)}, must be {(T, D)}"
-        assert x_TD.dtype == out_ND.dtype == self._dtype, f"x is {x_TD.dtype}, out {out_ND.dtype}, not {self._dtype}"
+        assert x_TD.dtype == out_ND.dtype == self.dtype, f"x is {x_TD.dtype}, out {out_ND.dtype}, not {self.dtype}"
         assert expert_TK.dtype == at_E.dtype == torch.int64, (
             f"experts are {expert_TK.dtype}, {at_E.dtype}, must be int64"
         )

@@ -33,6 +33,7 @@ from buddymoe_ray.moe.standins import Standins
 from buddymoe_ray.moe.step import Phase, StepState
 from buddymoe_ray.moe.waves import OnDevice, WaveCompute
 from buddymoe_ray.policy import Action, Resolution
+from buddymoe_ray.types import EXACT
 
 __all__ = ["MoEBlock"]
 
@@ -325,21 +326,33 @@ class MoEBlock:
     def _run_full(self, hidden_TD: Tensor, accesses: Accesses, y_ND: Tensor, fetched: set[int]) -> None:
         """Run the experts themselves: of those whose accesses were counted as fetched some at a peer, while the others
         run here. What is resident is not looked at again: others change it meanwhile."""
-        able = self.peers.able(self.layer, sorted(fetched)) if self.peers is not None and fetched else ()
-        if self.peers is None or not able:
+        peers, able = self.peers, self._able(accesses, fetched)
+        if peers is None or not able:
             self._run_here(hidden_TD, accesses, accesses.experts, y_ND, protect=False)
             return
         asked = {expert: accesses.rows[expert] for expert in able}
-        answers = self.peers.ask(self.layer, {e: hidden_TD.index_select(0, asked[e][1]) for e in asked})
-        self._run_here(hidden_TD, accesses, [e for e in accesses.experts if e not in asked], y_ND, protect=False)
-        answered = answers.collect()
-        accesses_T = np.zeros(len(hidden_TD), np.int64)
+        answers = peers.ask(self.layer, {e: hidden_TD.index_select(0, asked[e][1]) for e in asked})
+        try:
+            self._run_here(hidden_TD, accesses, [e for e in accesses.experts if e not in asked], y_ND, protect=False)
+        finally:
+            answered = answers.collect()
         for expert, y_RD in answered.items():
-            rows_R, tokens_R = asked[expert]
-            y_ND.index_copy_(0, rows_R, y_RD.to(y_ND))
-            accesses_T += np.bincount(tokens_R.cpu().numpy(), minlength=len(accesses_T))
-        self._step.outcome.count_peer(accesses_T)
+            y_ND.index_copy_(0, asked[expert][0], y_RD.to(y_ND))
+        accesses_T = np.isin(accesses.expert_TK, [*answered]).sum(axis=1)
+        self._step.outcome.count_elsewhere(accesses_T, exact=peers.exact)
         self._run_here(hidden_TD, accesses, [e for e in asked if e not in answered], y_ND, protect=False)
+
+    def _able(self, accesses: Accesses, fetched: set[int]) -> Sequence[int]:
+        """Which of the fetched experts a peer would answer sooner; where its bits may be others, none that a row wants
+        which is exact, or recorded, for its replay is."""
+        if self.peers is None or not fetched:
+            return ()
+        expert_TK, step = accesses.expert_TK, self._step
+        if not self.peers.exact:
+            exact_T = np.ones(len(expert_TK), np.bool_) if step.budgets is None else step.budgets.mode_T == EXACT
+            exact_T[[*step.outcome.record]] = True
+            fetched = fetched.difference(expert_TK[exact_T].ravel().tolist())
+        return self.peers.able(self.layer, {e: int((expert_TK == e).sum()) for e in sorted(fetched)})
 
     def _run_here(
         self, hidden_TD: Tensor, accesses: Accesses, experts: Sequence[int], y_ND: Tensor, *, protect: bool

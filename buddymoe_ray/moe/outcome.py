@@ -1,9 +1,9 @@
-"""What became of the expert accesses of one decode pass, per row: hits, peers, fetches, stand-ins and their charge.
+"""What became of the expert accesses of one decode pass, per row: hits, fetches, others' answers, stand-ins.
 
 Counts only. Knows neither requests nor the model.
 
 Legend: T rows of the pass, K slots of a token, E experts, S kinds of stand-in, A kinds of answer: hit, fetch, peer,
-then those of stand-ins.
+host, then those of stand-ins.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["ANSWER_STANDINS", "STANDIN_KINDS", "StepOutcome", "Substitution", "s
 STANDIN_KINDS = ("lowbit", "lowrank", "buddy", "mean", "drop")
 """Columns of `StepOutcome.standins_TS`, and the fields of `types.StandinUses`."""
 
-_HIT, _FETCH, _PEER, ANSWER_STANDINS = 0, 1, 2, 3
+_HIT, _FETCH, _PEER, _HOST, ANSWER_STANDINS = 0, 1, 2, 3, 4
 _ANSWERS = ANSWER_STANDINS + len(STANDIN_KINDS)
 
 Ints = npt.NDArray[np.int64]
@@ -65,7 +65,7 @@ class StepOutcome:
 
     @property
     def hits_T(self) -> Ints:
-        """Accesses that the resident expert answered; a view, like the next three."""
+        """Accesses that the resident expert answered; a view, like the next four."""
         return self.accesses_TA[:, _HIT]
 
     @property
@@ -77,6 +77,11 @@ class StepOutcome:
     def peer_T(self) -> Ints:
         """Accesses that another worker computed."""
         return self.accesses_TA[:, _PEER]
+
+    @property
+    def host_T(self) -> Ints:
+        """Accesses that the host's CPU computed for a GPU."""
+        return self.accesses_TA[:, _HOST]
 
     @property
     def standins_TS(self) -> Ints:
@@ -93,11 +98,12 @@ class StepOutcome:
         """Add a layer whose every access was resident."""
         self.accesses_TA[:, _HIT] += per_row
 
-    def count_peer(self, accesses_T: Ints) -> None:
-        """Say that `accesses_T` of each row's fetched accesses were computed exactly by another worker instead."""
+    def count_elsewhere(self, accesses_T: Ints, *, exact: bool) -> None:
+        """Say that `accesses_T` of each row's fetched accesses were computed by another worker instead, or, where not
+        `exact`, by the host."""
         fits = ((accesses_T >= 0) & (accesses_T <= self.fetched_T)).all()
-        assert fits, f"peer accesses are {accesses_T.tolist()}, must be at most the fetched {self.fetched_T.tolist()}"
-        self.accesses_TA[:, _PEER] += accesses_T
+        assert fits, f"accesses are {accesses_T.tolist()}, must be at most the fetched {self.fetched_T.tolist()}"
+        self.accesses_TA[:, _PEER if exact else _HOST] += accesses_T
         self.accesses_TA[:, _FETCH] -= accesses_T
 
     def count(self, layer: int, resolution: Resolution, own_column_E: Ints, kind_of_E: Sequence[str]) -> Floats:

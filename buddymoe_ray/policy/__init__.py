@@ -8,6 +8,7 @@ from __future__ import annotations
 from buddymoe_ray.policy.buddymoe import BuddyMoE, BuddyParams, buddy_lists, normalised_entropy
 from buddymoe_ray.policy.calibration import Measured, Trust, may_replay
 from buddymoe_ray.policy.guard import Guard, GuardView
+from buddymoe_ray.policy.host_compute import HostCost
 from buddymoe_ray.policy.ladder import Ladder
 from buddymoe_ray.policy.ledger import Ledger, Pricer
 from buddymoe_ray.policy.memory import (
@@ -46,6 +47,7 @@ __all__ = [
     "Effort",
     "Guard",
     "GuardView",
+    "HostCost",
     "Ladder",
     "Ledger",
     "Measured",

@@ -29,7 +29,7 @@ from buddymoe_ray.models.load import LoadedModel
 from buddymoe_ray.moe import ExpertCompute, OnDevice, OneByOne, OneCall, WaveCompute
 from buddymoe_ray.types import ExpertLayout
 
-__all__ = ["expert_computes", "layer_waves", "stored_dtype", "stored_shapes"]
+__all__ = ["cpu_layers", "expert_computes", "layer_waves", "stored_dtype", "stored_shapes"]
 
 
 def layer_waves(
@@ -46,7 +46,8 @@ def layer_waves(
     not know what experts compute. `complete`: no expert is ever missing. Raises ConfigError."""
     if loaded.device.type == "cpu":
         combine_kernel()  # now, and not in the first step
-    counts, layers = loaded.layout.experts_per_layer, None if device.apart else _layers(loaded, maths, packed, threads)
+    counts = loaded.layout.experts_per_layer
+    layers = None if device.apart else cpu_layers(loaded, maths, packed, threads)
     if layers is not None:
         waves = [OneCall(layer, experts) for layer, experts in zip(layers, counts, strict=True)]
         return [(wave, wave) for wave in waves]
@@ -77,17 +78,17 @@ def _check_triton(device: Device) -> None:
 
 def expert_computes(loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None) -> list[ExpertCompute]:
     """The arithmetic of every layer's experts, for one thread: all layers share one scratch."""
-    layers = _layers(loaded, maths, packed, 1)
+    layers = cpu_layers(loaded, maths, packed, 1)
     return _by_expert(loaded, maths, packed) if layers is None else [layer.expert for layer in layers]
 
 
-def _layers(
+def cpu_layers(
     loaded: LoadedModel, maths: list[ExpertMath], packed: LowbitFormat | None, threads: int
 ) -> list[ExpertLayer] | None:
-    """Every layer's experts in machine code, made here and not in the first step; None where that does not know what
-    they compute."""
+    """Every layer's experts in the CPU's machine code, made here and not in the first step; None where that does not
+    know what they compute."""
     stored, coded = loaded.layout.tensors, loaded.layout.coded
-    if loaded.device.type != "cpu" or not all(ExpertLayer.covers(stored, packed, math, coded) for math in maths):
+    if not all(ExpertLayer.covers(stored, packed, math, coded) for math in maths):
         return None
     made = partial(ExpertLayer, layout=stored, fmt=packed, dtype=loaded.compute_dtype, threads=threads, coded=coded)
     return [made(math=math) for math in maths]

@@ -101,7 +101,7 @@ class _Peer:
 
 
 class RemoteExperts:
-    """`moe.Peers` over links.
+    """`moe.PeerExperts` over links.
 
     Args:
         links: to the peers; closed by its owner.
@@ -117,9 +117,11 @@ class RemoteExperts:
         self._thread = threading.Thread(target=self._follow, name="peer-contents", daemon=True)
         self._thread.start()
 
-    def able(self, layer: int, experts: Sequence[int]) -> Sequence[int]:
+    exact = True
+
+    def able(self, layer: int, accesses_of: Mapping[int, int]) -> Sequence[int]:
         """Which of the experts some peer has and would answer before the disk does."""
-        return [expert for expert in experts if self._best(layer, expert) is not None]
+        return [expert for expert in accesses_of if self._best(layer, expert) is not None]
 
     def ask(self, layer: int, rows_of: Mapping[int, Tensor]) -> _PendingAnswers:
         """One question per peer; a peer that cannot be reached any more is left out."""

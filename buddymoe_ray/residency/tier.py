@@ -41,6 +41,7 @@ from buddymoe_ray.policy import MIN_SLOTS, Staging, lend_reserved, plan_staging,
 from buddymoe_ray.residency.arithmetic import expert_computes, layer_waves, stored_dtype, stored_shapes
 from buddymoe_ray.residency.calibrations import CalibrationFolder, calibrates, reserved_bytes
 from buddymoe_ray.residency.device_pool import DevicePool
+from buddymoe_ray.residency.host_compute import open_host_experts
 from buddymoe_ray.residency.sharing import Sharing, in_use, open_host, open_peers, open_store
 from buddymoe_ray.residency.standin_records import load_records, open_standins
 from buddymoe_ray.residency.standin_setup import (
@@ -123,6 +124,9 @@ def open_experts(
         waves = layer_waves(loaded, maths, packed, config.threads, device, complete=plan.fully_resident)
         block = partial(MoEBlock, cache=cache, step=step, standins=standins, ahead=ahead)
         blocks = tuple(block(layer=layer, compute=compute, prompts=p) for layer, (compute, p) in enumerate(waves))
+        host = open_host_experts(config, loaded, maths, packed, cache, device)
+        for each in blocks:
+            each.peers = host
         attach(loaded.experts, lambda layer, _module: blocks[layer])
     except BaseException:
         cache.close()

@@ -98,6 +98,7 @@ class ServeArgs(BaseModel):
     prefill_chunk: int | None = EngineConfig.prefill_chunk
     prefix_cache: str = EngineConfig.prefix_cache
     read_ahead: str = EngineConfig.read_ahead
+    host_compute: str = EngineConfig.host_compute
     batching: str = EngineConfig.batching
     seed: int = EngineConfig.seed
     generation_config: str = EngineConfig.generation_config

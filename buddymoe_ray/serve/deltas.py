@@ -130,6 +130,7 @@ def _added(one: Usage, other: Usage) -> Usage:
         resumed=one.resumed + other.resumed,
         hits=one.hits + other.hits,
         peer=one.peer + other.peer,
+        host=one.host + other.host,
         fetched=one.fetched + other.fetched,
         standins=StandinAccesses(**{k: getattr(one.standins, k) + getattr(other.standins, k) for k in kinds}),
         expected_rise=one.expected_rise + other.expected_rise,

@@ -77,6 +77,7 @@ METRICS: tuple[Metric, ...] = (
         "Expert accesses of decode steps that another worker answered exactly.",
         lambda s: s.access_peer,
     ),
+    _counter("buddymoe_host", "Expert accesses of decode steps that a GPU's host computed.", lambda s: s.access_host),
     _counter(
         "buddymoe_fetched", "Expert accesses of decode steps that waited for their expert.", lambda s: s.access_fetched
     ),

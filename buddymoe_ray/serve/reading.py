@@ -93,6 +93,7 @@ def usage_body(usage: Usage) -> UsageBody:
         budget=usage.budget,
         hits=usage.hits,
         peer=usage.peer,
+        host=usage.host,
         fetched=usage.fetched,
         standins=StandinsBody(**asdict(usage.standins)),
         expected_rise=usage.expected_rise,

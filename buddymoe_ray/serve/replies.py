@@ -82,11 +82,11 @@ class BuddyUsage(_JsonBody):
 
     `mode` is what the request got: not `requested_mode` once `guard` is `tripped`, before `calibration` is ready, or
     where no stand-in is within any budget. `budget` (nats per generated token) is null but for a `bounded` request.
-    `hits` found their expert resident, `peer` were computed exactly by another worker, `fetched` waited for the
-    expert, `standins` were answered by something else. `expected_rise` is what they were charged: nats of loss, summed
-    over the completion, in mode `bounded` at most `budget` times its tokens. `resumed` tokens were made before the
-    answer last moved to another worker; their uses and charges are not counted. `record` is there for a request that
-    asked for it; it goes into `buddymoe.replay`.
+    `hits` found their expert resident, `peer` were computed exactly by another worker, `host` by a GPU's host (a CPU's
+    last bits), `fetched` waited for the expert, `standins` were answered by something else. `expected_rise` is what
+    they were charged: nats of loss, summed over the completion, in mode `bounded` at most `budget` times its tokens.
+    `resumed` tokens were made before the answer last moved to another worker; their uses and charges are not counted.
+    `record` is there for a request that asked for it; it goes into `buddymoe.replay`.
     """
 
     mode: Mode
@@ -94,6 +94,7 @@ class BuddyUsage(_JsonBody):
     budget: float | None
     hits: int
     peer: int
+    host: int
     fetched: int
     standins: StandinsBody
     expected_rise: float

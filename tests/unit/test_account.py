@@ -14,7 +14,7 @@ from buddymoe_ray.types import Mode, StandinAccesses
 
 
 def outcome(hits: int, fetched: int, standins: list[int], loss: float) -> StepOutcome:
-    return StepOutcome(accesses_TA=np.array([[hits, fetched, 0, *standins]]), loss_T=np.array([loss]))
+    return StepOutcome(accesses_TA=np.array([[hits, fetched, 0, 0, *standins]]), loss_T=np.array([loss]))
 
 
 def account(mode: Mode, **changes: object) -> Account:

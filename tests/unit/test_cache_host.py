@@ -153,7 +153,7 @@ def test_a_host_slot_is_given_back_once_its_copy_is_done(tmp_path: Path, monkeyp
             """As on a GPU: only what is computed waits."""
 
     may_go, moved = threading.Event(), twin._move
-    monkeypatch.setattr(twin, "_move", lambda *args: (may_go.wait(10), moved(*args)))
+    monkeypatch.setattr(twin, "_move", lambda *args: may_go.wait(10) and moved(*args))
     layout, _ = make_layout(tmp_path, experts_per_layer=(2,))
     reader = DiskReader(buffer_bytes=8192)
     host = HostTier(PrivateStore.of_waves(layout, 1), reader=reader, device=open_device("cpu"))

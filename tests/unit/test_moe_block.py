@@ -129,12 +129,14 @@ def test_hits_are_counted_as_the_step_found_them(tmp_path: Path) -> None:
 class Everything:
     """Peers that have all experts; they note which are asked for, and answer nothing."""
 
+    exact = True
+
     def __init__(self) -> None:
         self.asked: list[list[int]] = []
 
-    def able(self, layer: int, experts: Sequence[int]) -> Sequence[int]:
-        self.asked.append(list(experts))
-        return experts
+    def able(self, layer: int, accesses_of: Mapping[int, int]) -> Sequence[int]:
+        self.asked.append(list(accesses_of))
+        return list(accesses_of)
 
     def ask(self, layer: int, rows_of: Mapping[int, torch.Tensor]) -> Everything:
         self.answers = {expert: torch.zeros_like(rows) for expert, rows in rows_of.items()}

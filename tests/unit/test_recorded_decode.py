@@ -16,6 +16,7 @@ import torch
 from calibration_rig import random_ids, silent
 from families import build_checkpoint
 
+from buddymoe_ray.cache import HostTier
 from buddymoe_ray.calibrate.expected_loss import LossOptions
 from buddymoe_ray.calibrate.run import CalibrationOptions, calibrate
 from buddymoe_ray.config import EngineConfig
@@ -62,8 +63,8 @@ def two_wave_slots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def opened(model: Path, device: str, *, recorded: bool = True, memory: str = "50%") -> Iterator[Engine]:
-    options: dict[str, Any] = {"mode": "bounded", "budget": 0.05, "profile": str(model / "p.profile")}
+def opened(model: Path, device: str, *, recorded: bool = True, memory: str = "50%", **more: Any) -> Iterator[Engine]:
+    options: dict[str, Any] = {"mode": "bounded", "budget": 0.05, "profile": str(model / "p.profile")} | more
     with LLM(
         str(model), dtype="float32", device=device, memory=memory, max_running=4, guard_share=0.0, **options
     ) as llm:
@@ -323,3 +324,27 @@ def test_states_that_layers_carry_are_each_rows_own(family: str, tmp_path: Path)
             results = llm.generate([[5, 17, 90], [44, 7, 31, 8], [9, 9]], max_tokens=4)
             found.append([result.token_ids for result in results])
     assert found[0] == found[1] and (REPLAYED - before)[4] > 1
+
+
+def test_misses_beside_a_slow_link_are_computed_by_the_host(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows of `bounded` that no stand-in may answer, where the layer stalled; those of `exact` wait, as ever."""
+
+    def slow(self: HostTier, slot: int, _seconds: float) -> None:
+        self.copy_seconds = 1e3
+        self.release(slot)
+
+    monkeypatch.setattr(HostTier, "copied", slow)
+    terms: dict[str, Any] = {"budget": 1e-9, "host_memory": "100%"}
+    with opened(model, "cpu", **terms) as engine:
+        expected, other = answers(engine, steps=14, modes=("bounded",))["bounded"]
+    seen = Counter[str]()
+    with opened(model, DEVICE, **terms) as engine:
+        answers(engine, steps=14, modes=("exact",))  # its experts come by the host's memory, and stay there
+        counted(monkeypatch, seen)
+        found = answers(engine, steps=14, modes=("bounded",)) | answers(engine, steps=14, modes=("exact",))
+        spent = engine.snapshot()
+    assert [tokens for tokens, _ in found.values()] == [expected, expected]
+    usage, exact = found["bounded"][1], found["exact"][1]
+    assert usage.host > 5 > usage.fetched and usage.host + usage.hits + usage.fetched == 13 * 2 * 2
+    assert exact.fetched > 5 and not exact.host and spent.access_host == usage.host
+    assert seen["bring"] > 5 and not other.host, "a CPU's own memory has nothing to compute beside"

@@ -288,7 +288,7 @@ def test_seeds_are_hashes_of_engine_seed_and_name() -> None:
 def test_uses_that_a_peer_answered_were_fetched_before() -> None:
     outcome = StepOutcome.empty(2)
     outcome.count_exact(np.array([[True, False, False], [False, False, False]]))
-    outcome.count_peer(np.array([1, 3]))
+    outcome.count_elsewhere(np.array([1, 3]), exact=True)
     assert (outcome.hits_T.tolist(), outcome.peer_T.tolist(), outcome.fetched_T.tolist()) == ([1, 0], [1, 3], [1, 0])
-    with pytest.raises(AssertionError, match=r"peer accesses are \[2, 0\], must be at most the fetched \[1, 0\]"):
-        outcome.count_peer(np.array([2, 0]))
+    with pytest.raises(AssertionError, match=r"accesses are \[2, 0\], must be at most the fetched \[1, 0\]"):
+        outcome.count_elsewhere(np.array([2, 0]), exact=True)

@@ -212,7 +212,9 @@ def test_usage_comes_once_with_the_last_event() -> None:
     seq = make("The fox", max_tokens=3)
     events = []
     for token in encode(" a b c d"):
-        seq.account.settle(StepOutcome(accesses_TA=np.array([[3, 1, 0, *[0] * 5]]), loss_T=np.zeros(1, np.float32)), 0)
+        seq.account.settle(
+            StepOutcome(accesses_TA=np.array([[3, 1, 0, 0, *[0] * 5]]), loss_T=np.zeros(1, np.float32)), 0
+        )
         events += feed(seq, [token])
         if seq.finished:
             break

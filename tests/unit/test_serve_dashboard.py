@@ -68,7 +68,7 @@ def test_what_the_script_names_is_there() -> None:
     assert set(re.findall(r"<option>(\w+)", markup)) == set(get_args(Mode))
     [kinds] = re.findall(r"const KINDS = \{(.*?)\}", script, re.DOTALL)
     colors = set(re.findall(r"--(\w+):", markup))
-    assert set(re.findall(r"(\w+):", kinds)) == {"hits", "peer", "fetched", *vars(StandinAccesses())} <= colors
+    assert set(re.findall(r"(\w+):", kinds)) == {"hits", "peer", "host", "fetched", *vars(StandinAccesses())} <= colors
 
 
 async def test_data_is_what_the_workers_count() -> None:

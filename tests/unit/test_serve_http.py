@@ -112,6 +112,7 @@ async def test_usage_says_what_a_mode_cost(path: str) -> None:
         "budget": 0.01,
         "hits": 18,
         "peer": 0,
+        "host": 0,
         "fetched": 6,
         "standins": {"lowbit": 12, "lowrank": 0, "buddy": 0, "mean": 0, "drop": 1},
         "expected_rise": 0.006,

@@ -77,6 +77,7 @@ SNAPSHOT = EngineSnapshot(
     peer_taken_back=26,
     access_hits=10,
     access_peer=18,
+    access_host=28,
     access_fetched=11,
     standins=StandinAccesses(lowbit=12, lowrank=13, buddy=14, mean=15, drop=16),
     expected_rise=0.25,
@@ -127,6 +128,7 @@ def test_every_count_of_a_worker_is_written_under_its_name() -> None:
     assert values == {
         ("buddymoe_hits_total", who): 10,
         ("buddymoe_peer_total", who): 18,
+        ("buddymoe_host_total", who): 28,
         ("buddymoe_fetched_total", who): 11,
         **{("buddymoe_standin_uses_total", f'{who},kind="{kind}"'): count for kind, count in kinds.items()},
         ("buddymoe_expected_rise_nats_total", who): 0.25,
@@ -183,7 +185,7 @@ def test_labels_are_escaped() -> None:
 
 
 def test_series_are_few_whatever_is_served() -> None:
-    assert sum(len(metric.read(SNAPSHOT)) for metric in METRICS) <= 41
+    assert sum(len(metric.read(SNAPSHOT)) for metric in METRICS) <= 42
     bounds = [len(histogram.read(REQUESTS).bounds) for histogram in VLLM_HISTOGRAMS]
     assert sum(bounds) + sum(len(metric.read(SNAPSHOT)) for metric in VLLM_METRICS) <= 320
     kinds = next(metric for metric in METRICS if metric.label == "kind")

@@ -47,6 +47,7 @@ def answered(misses: Misses, own: Own | None, *, stalled: int = 1) -> tuple[torc
         mode_T=put(np.concatenate([rows.mode_T, none]), torch.int32),
         price_T=put(np.concatenate([rows.price_T, none]), torch.float32),
         left_LT=put(np.stack([np.concatenate([rows.allowance_T, none]), np.full(T + PADDING, np.nan)]), torch.float32),
+        lengths_LT=put(np.stack([np.arange(7, 7 + T + PADDING), np.full(T + PADDING, 99)]), torch.int64),
     )
     told = torch.full((3, T + PADDING, K), 99, device=DEVICE)
     ids = put(np.concatenate([misses.ids_TK, np.zeros((PADDING, K), np.int64)]), torch.int64)
@@ -55,6 +56,8 @@ def answered(misses: Misses, own: Own | None, *, stalled: int = 1) -> tuple[torc
     records = own and (put(own.has_LE[0], torch.uint8), put(own.loss_LE[0], torch.float32))
     resolve_on_device(0, ids, weight, at_E, records, terms, told)
     assert bool((told[1:, T:] == -1).all()), "padding is nobody's"
+    behind = terms.lengths_LT[1].tolist()
+    assert behind == ([0] * (T + PADDING) if terms.stalled_L[1] < 1 else terms.lengths_LT[0].tolist()), "tokens seen"
     left_T = terms.left_LT[0 if own is None else 1, :T]
     return told[:, :T].cpu(), int(terms.stalled_L[1]), left_T.cpu().numpy()
 

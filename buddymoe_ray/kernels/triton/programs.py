@@ -151,7 +151,7 @@ def combine(y, weight, out, D: tl.constexpr, K: tl.constexpr, BD: tl.constexpr):
 @triton.jit
 def resolve(ids, weight, tables, rows, told, layer, SIZES: tl.constexpr):
     """Who answers a layer's accesses: see `resolve.resolve_on_device`; grid (1,)."""
-    stalled, count, mode, price, left = rows
+    stalled, count, mode, price, left, lengths = rows
     at_E, can_E, loss_E = tables
     N: tl.constexpr = SIZES.T * SIZES.K
     t, k = tl.arange(0, SIZES.PT), tl.arange(0, SIZES.PK)
@@ -161,9 +161,8 @@ def resolve(ids, weight, tables, rows, told, layer, SIZES: tl.constexpr):
     asked = inside & (t[:, None] < tl.load(count)) & (e >= 0) & (e < SIZES.E)
     there = tl.load(at_E + e, mask=asked, other=-1) >= 0
     missing = asked & (there == 0)
-    first = tl.load(stalled + layer)
+    first, row = tl.load(stalled + layer), t < SIZES.T
     if can_E is not None:
-        row = t < SIZES.T
         modes, prices = tl.load(mode + t, mask=row, other=0), tl.load(price + t, mask=row, other=0.0)
         allowances = tl.load(left + layer * SIZES.T + t, mask=row, other=0.0)
         w = tl.load(weight + place, mask=missing, other=0.0)
@@ -179,6 +178,8 @@ def resolve(ids, weight, tables, rows, told, layer, SIZES: tl.constexpr):
     runs = first > layer
     tl.store(stalled + layer + 1, tl.where(runs & stops, layer, first))  # elsewhere: other warps read what was
     answers = runs & (stops == 0)
+    length = tl.load(lengths + layer * SIZES.T + t, mask=row, other=0)
+    tl.store(lengths + (layer + 1) * SIZES.T + t, tl.where(answers, length, 0), mask=row)
     tl.store(told + place, e, mask=inside)
     tl.store(told + N + place, tl.where(there & runs, e, -1), mask=inside)
     tl.store(told + 2 * N + place, tl.where(missing & answers, e, -1), mask=inside)

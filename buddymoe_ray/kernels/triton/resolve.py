@@ -25,14 +25,16 @@ _MARGIN = 1 + 1e-5
 @dataclass(frozen=True, kw_only=True)
 class RowTerms:
     """Of the rows of a step, on the device, before its first layer and behind each of the L: `stalled_L` int64 [L + 1]
-    the first layer that stalled, L for none; `left_LT` float32 [L + 1, T] what rows may spend. `count` int64 [1] rows
-    that are no padding; `mode_T` int64 and `price_T` float32 as `policy.RowBudgets`."""
+    the first layer that stalled, L for none; `left_LT` float32 [L + 1, T] what rows may spend; `lengths_LT` int64
+    [L + 1, T] how many tokens they attend to, none behind a stall: what is not wanted reads no keys and values. `count`
+    int64 [1] rows that are no padding; `mode_T` int64 and `price_T` float32 as `policy.RowBudgets`."""
 
     stalled_L: Tensor
     count: Tensor
     mode_T: Tensor
     price_T: Tensor
     left_LT: Tensor
+    lengths_LT: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ def resolve_on_device(
     (T, K), E = ids_TK.shape, len(at_E)
     assert told_3TK.shape == (3, T, K) and told_3TK.is_contiguous(), f"told is {tuple(told_3TK.shape)}"
     sizes = _Sizes(T=T, K=K, E=E, PT=power_of_two(T), PK=power_of_two(K), margin=_MARGIN)
-    terms = (rows.stalled_L, rows.count, rows.mode_T, rows.price_T, rows.left_LT)
+    terms = (rows.stalled_L, rows.count, rows.mode_T, rows.price_T, rows.left_LT, rows.lengths_LT)
     ids, weight = ids_TK.contiguous(), weight_TK.contiguous()
     tables = (at_E, *(records or (None, None)))
     launching.launch(programs.resolve, (1,), ids, weight, tables, terms, told_3TK, layer, sizes)
