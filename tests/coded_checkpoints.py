@@ -89,7 +89,7 @@ def _int4(key: str, W: Tensor, zeros: bool) -> Made:
 
 
 def _columns(key: str, W: Tensor, method: str) -> Made:
-    """GPTQ or AWQ in groups of 32 inputs: everything lies `[in, out]`."""
+    """GPTQ, with or without an order of inputs, or AWQ in groups of 32 inputs: everything lies `[in, out]`."""
     N, K = W.shape
     scale = (_largest(W, 1, 32) / 7).half()  # [N, groups]
     zero = torch.randint(6, 11, scale.shape, generator=torch.Generator().manual_seed(N + K))
@@ -97,10 +97,10 @@ def _columns(key: str, W: Tensor, method: str) -> Made:
     codes = (W / spread + shift).round().clamp(0, 15)
     stem, order = key.removesuffix("weight"), torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
     made = {f"{stem}scales": scale.T.contiguous()}
-    if method == "gptq":
+    if method != "awq":
         made[f"{stem}qweight"] = _pack(codes).T.contiguous()
         made[f"{stem}qzeros"] = _pack((zero - 1).T)
-        made[f"{stem}g_idx"] = (torch.arange(K) // 32).int()
+        made |= {f"{stem}g_idx": (torch.arange(K) // 32).int()} if method == "gptq" else {}
     else:
         made[f"{stem}qweight"] = _pack(codes.T.reshape(K, -1, 8)[:, :, order].flatten(1))
         made[f"{stem}qzeros"] = _pack(zero.T.reshape(-1, N // 8, 8)[:, :, order].flatten(1))
@@ -227,6 +227,17 @@ SCHEMES: dict[str, tuple[Encoder, dict[str, Any]]] = {
     "fp8-experts-fp4": (
         _deepseek_v4,
         {"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": list(BLOCK), "expert_dtype": "fp4"},
+    ),
+    "auto-round": (
+        lambda key, W: _columns(key, W, "auto-round"),
+        {
+            "quant_method": "auto-round",
+            "packing_format": "auto_round:auto_gptq",
+            "bits": 4,
+            "group_size": 32,
+            "sym": True,
+        }
+        | {"data_type": "int", "extra_config": {"lm_head": {"bits": 16, "data_type": "float"}}},
     ),
     "modelopt-fp8": (_fp8_tensor, _modelopt("FP8", {"num_bits": 8, "type": "float", "dynamic": False})),
     "modelopt-fp8-channel": (

@@ -14,6 +14,7 @@ from cards_table import cards_table
 from families_table import families_table
 
 from buddymoe_ray.config import EngineConfig, option_notes
+from buddymoe_ray.models.schemes import METHODS
 from buddymoe_ray.serve.args import ServeArgs
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +39,12 @@ COLUMNS = {
 def config_table() -> str:
     """Every EngineConfig field, its default, and what its documentation says."""
     return _options(EngineConfig, {field.name: field.default for field in dataclasses.fields(EngineConfig)})
+
+
+def methods_table() -> str:
+    """What of each `quant_method` is served."""
+    rows = (f"| `{method}` | {what} |" for method, what in METHODS.items())
+    return "\n".join(["| `quant_method` | weights |", "|---|---|", *rows])
 
 
 def service_table() -> str:
@@ -423,7 +430,7 @@ def figures_page(text: str) -> str:
 def options_page(text: str) -> str:
     """`deployments/README.md` with its tables made anew."""
     tables = {"config": config_table(), "service": service_table(), "cards": cards_table()}
-    return _filled(text, tables | {"families": families_table()})
+    return _filled(text, tables | {"families": families_table(), "methods": methods_table()})
 
 
 def _filled(text: str, tables: dict[str, str]) -> str:

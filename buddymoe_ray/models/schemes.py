@@ -3,7 +3,7 @@ scales and zero points are found. Everything else is refused by name.
 
 Pure: no torch, so that a download is refused before its first byte. Sources: transformers 5.23 (fp8, mxfp4),
 compressed-tensors (float-, int-, pack-, nvfp4-pack-, mxfp4-pack-, mxfp8-quantized), NVIDIA's Model Optimizer
-(modelopt), AutoGPTQ and AutoAWQ (gemm).
+(modelopt), AutoGPTQ, AutoAWQ (gemm) and Intel's AutoRound, which packs as these two.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ METHODS: Mapping[str, str] = {
     "mxfp4": "the experts of gpt-oss",
     "gptq": "int4 in groups, inputs in their own order",
     "awq": "int4 in groups, version gemm",
+    "auto-round": "int4 in groups, packed as gptq or awq",
 }
 """`quant_method`s that are served, with what of them."""
 INSTEAD = f"hint: use a release of the model in {', '.join(METHODS)}, or the unquantised one"
@@ -109,6 +110,10 @@ class Scheme:
             block = said.get("weight_block_size")
             fp4 = "mxfp4" if said.get("expert_dtype") == "fp4" else ""
             return cls(method=method, block=None if block is None else _block(block, where), fp4=fp4)
+        if method == "auto-round":
+            _check(said, "packing_format", ("auto_round:auto_gptq", "auto_round:auto_awq"), where)
+            _check(said, "data_type", ("int", None), where)
+            method = said["packing_format"].removeprefix("auto_round:auto_")
         _check(said, "bits", (4,), where)
         _check(said, "desc_act", (False, None), where)
         _check(said, "version", ("gemm", None), where)

@@ -143,6 +143,7 @@ def test_what_is_decoded_is_code_times_scale(scheme: str) -> None:
         "ct-int4-zeros": CodeFormat(codes="int4", block=(1, 32), scale="bfloat16", zeros=True),
         "gptq": CodeFormat(codes="gptq", block=(1, 32), scale="float16", zeros=True),
         "awq": CodeFormat(codes="awq", block=(1, 32), scale="float16", zeros=True),
+        "auto-round": CodeFormat(codes="gptq", block=(1, 32), scale="float16", zeros=True),
         "modelopt-fp8": CodeFormat(codes="fp8", block=(0, 0), scale="float32"),
         "modelopt-fp8-channel": CodeFormat(codes="fp8", block=(1, 0), scale="float32"),
         "modelopt-nvfp4": CodeFormat(codes="nvfp4", block=(1, 16), scale="float8_e4m3fn", global_scale="*"),

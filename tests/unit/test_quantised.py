@@ -47,6 +47,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("deepseek_v3", "ct-int4-zeros", WIDER),
     ("mixtral", "gptq", {}),
     ("qwen3_moe", "gptq", {}),
+    ("qwen2_moe", "auto-round", {}),
     ("olmoe", "awq", {}),
     ("deepseek_v3", "awq", WIDER | {"v_head_dim": 16}),
     ("qwen3_moe", "modelopt-nvfp4", {}),
@@ -368,6 +369,8 @@ GROUP = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_s
         ({"quant_method": "gptq", "bits": 4, "group_size": -1}, r"blocks of \[1, -1\]"),
         ({"quant_method": "compressed-tensors", "config_groups": {}}, "0 schemes"),
         ({"quant_method": "awq", "w_bit": 4, "group_size": 128}, "bits None, must be 4"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor"}, "packing_format"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "bits": 8}, "bits 8, must be 4"),
         ("gptq", r"quantised \(gptq\), must be"),
         ({"quant_method": ["fp8"]}, r"quantised \(\['fp8'\]\), must be"),
         (
