@@ -119,13 +119,18 @@ def _placed(http: dict[str, Any], application: dict[str, Any]) -> dict[str, Any]
 
 
 def _check(options: ServeArgs) -> str:
-    """What this machine can say before ray starts; who will be served. Raises ConfigError, CheckpointError."""
+    """What this machine can say before ray starts; who will be served. Raises ConfigError, CheckpointError,
+    UnsupportedModel."""
     from buddymoe_ray.models.resolve import resolve_model
+    from buddymoe_ray.models.schemes import served_family
+    from buddymoe_ray.models.tensor_index import read_index
     from buddymoe_ray.residency.devices import list_gpus
 
     keys = options.key_ring()
     if options.served_name != options.model or options.model.startswith("builtin:"):  # a hub id is the workers' to load
-        resolve_model(options.model)
+        folder = resolve_model(options.model)
+        served_family(folder)
+        read_index(folder)
     gpus = len(list_gpus())
     if options.num_gpus > gpus and not ray_address_from_environment():
         raise ConfigError(

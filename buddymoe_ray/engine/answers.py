@@ -72,10 +72,14 @@ def answer_form(
         tokenizer: with the model's chat template.
         options: further variables of the template.
         tools: OpenAI's, which the model may call.
+
+    Raises RequestError where the checkpoint's own `response_template` is none.
     """
     written = _chat_template(tokenizer, tools)
     own: Any = getattr(tokenizer, "response_template", None)
     theirs = isinstance(own, dict)
+    if theirs:
+        _check_form(own)
     name = next((name for name, form in CALLS.items() if all(mark in written for mark in form.marks)), None)
     if not theirs:
         fields: dict[str, Any] = {"content": {"repeats": True, "join": ""}}
@@ -243,6 +247,19 @@ def _beside_tags(field: Any, body: str) -> str:
     """Text of a call that no tag holds."""
     tag = field.content_args.get("tag_pattern")
     return "" if tag is None else re.sub(tag, "", body, flags=re.DOTALL).strip()
+
+
+def _check_form(template: Template) -> None:
+    from transformers.utils.chat_parsing.response_templates import load_response_template
+
+    try:
+        load_response_template(template)
+    except Exception as error:  # whatever a broken one makes it raise
+        raise RequestError(
+            f"messages are for a model whose response_template cannot be used ({error}), must be one that transformers "
+            "reads. hint: mend the checkpoint's tokenizer_config.json",
+            param="messages",
+        ) from error
 
 
 def _begins_mark(template: Template, special: str) -> bool:

@@ -23,9 +23,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from buddymoe_ray.errors import CheckpointError
-from buddymoe_ray.models.families import family_of, text_part
-from buddymoe_ray.models.schemes import check_method, with_own_file
-from buddymoe_ray.models.tensor_index import SINGLE_NAME, named_weights, read_json, shard_names, weights_name
+from buddymoe_ray.models.schemes import served_family
+from buddymoe_ray.models.tensor_index import SINGLE_NAME, named_weights, shard_names, weights_name
 
 __all__ = ["SMALL_FILES", "download"]
 
@@ -48,9 +47,7 @@ def download(repo: str, *, cache_dir: Path | None = None, progress: bool = False
             raise CheckpointError(
                 f"{repo} has no config.json, must have one. hint: is it a model repository, of more than GGUF?"
             )
-        config, where = read_json(folder / "config.json"), f"{repo}'s config.json"
-        family_of(config, where)
-        check_method(with_own_file(text_part(config), folder), where)
+        served_family(folder, f"{repo}'s config.json")
         for names in _weight_files(folder):
             _check_space(repo, folder.name, names, cache_dir)
             snapshot_download(repo, revision=folder.name, cache_dir=cache_dir, allow_patterns=[*names, _TEMPLATES])

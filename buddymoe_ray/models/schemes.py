@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from buddymoe_ray.errors import CheckpointError, UnsupportedModel
+from buddymoe_ray.models.families import Family, family_of, text_part
 from buddymoe_ray.models.tensor_index import read_json
 
-__all__ = ["INSTEAD", "METHODS", "UNREAD", "CodedKeys", "Scheme", "check_method", "with_own_file"]
+__all__ = ["INSTEAD", "METHODS", "UNREAD", "CodedKeys", "Scheme", "check_method", "served_family", "with_own_file"]
 
 METHODS: Mapping[str, str] = {
     "fp8": "e4m3, a scale per block (DeepSeek, Qwen), output channel or tensor; experts in MXFP4 (DeepSeek-V4)",
@@ -72,6 +73,16 @@ def with_own_file(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
         return config
     said = read_json(folder / _OWN_FILE).get("quantization")
     return {**config, "quantization_config": {**said, "quant_method": "modelopt"} if isinstance(said, dict) else said}
+
+
+def served_family(folder: Path, where: str = "") -> Family:
+    """The family of the checkpoint in `folder`, which is stored in a way that is served; `where` is what errors call
+    its config.json. Raises CheckpointError, UnsupportedModel."""
+    path = folder / "config.json"
+    config, where = read_json(path), where or str(path)
+    family = family_of(config, where)
+    check_method(with_own_file(text_part(config), folder), where)
+    return family
 
 
 def check_method(config: Mapping[str, Any], where: str) -> None:

@@ -26,7 +26,7 @@ from buddymoe_ray.models.dense_dtype import pack_dense
 from buddymoe_ray.models.expert_layout import EXPERT_DTYPES, expert_layout, slot_tensors
 from buddymoe_ray.models.expert_math import expert_math, read_as_stored
 from buddymoe_ray.models.experts_hook import attach
-from buddymoe_ray.models.families import Family, family_of, text_part
+from buddymoe_ray.models.families import Family, text_part
 from buddymoe_ray.models.hf_loading import (
     build_meta,
     experts_modules,
@@ -39,7 +39,7 @@ from buddymoe_ray.models.hf_loading import (
 from buddymoe_ray.models.quantised import CodedTensor, Stored, find_coded
 from buddymoe_ray.models.recurrent import StateShapes, attach_states
 from buddymoe_ray.models.resolve import is_builtin
-from buddymoe_ray.models.schemes import check_method, with_own_file
+from buddymoe_ray.models.schemes import served_family, with_own_file
 from buddymoe_ray.models.tensor_index import DTYPE_BYTES, TensorLocation, has_weights, read_index, read_json
 from buddymoe_ray.types import CodedMatrix, ExpertLayout, SlotTensor
 
@@ -137,7 +137,7 @@ def meta_model(
         CheckpointError: the checkpoint is incomplete or does not fit its config.
         UnsupportedModel: family or storage has no path here.
     """
-    family, stored = _family(folder), _stored(folder)
+    family, stored = served_family(folder), _stored(folder)
     config = read_config(folder)
     dtype = dtype or auto_dtype(folder)
     model = build_meta(config, dtype=dtype, attn=attn)
@@ -168,14 +168,6 @@ def meta_model(
     )
 
 
-def _family(folder: Path) -> Family:
-    """Raises UnsupportedModel."""
-    path = folder / "config.json"
-    family = family_of(read_json(path), str(path))
-    check_method(_written(folder), str(path))
-    return family
-
-
 def _stored(folder: Path) -> dict[str, Stored]:
     return find_coded(_written(folder), read_index(folder), str(folder / "config.json"))
 
@@ -194,7 +186,7 @@ def describe(
         keep_coded(meta.model, meta.linears, on_meta=True)
         pack_dense(meta.model, dense_dtype)
         return _shape(meta.model, meta.family, meta.layout, weights=True)
-    family = _family(folder)
+    family = served_family(folder)
     if _written(folder).get("quantization_config"):
         raise CheckpointError(
             f"{folder} is a quantised model's and has no weights, must have their headers. hint: download it whole"

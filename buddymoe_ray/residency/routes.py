@@ -34,7 +34,7 @@ def expected_hits(config: EngineConfig, folder: Path, slots: SlotPlan) -> float 
     if path is None or not has_weights(folder):
         return None
     try:
-        profile = load_profile(Path(path), model_hash=model_hash(folder))
+        profile = load_profile(Path(path).expanduser(), model_hash=model_hash(folder))
     except ProfileError:
         return None  # whoever serves with it says why
     counts_LE: npt.NDArray[Any] = profile.counts_LE.astype(np.int64)

@@ -85,7 +85,7 @@ def find_profile(config: EngineConfig, folder: Path) -> Path | None:
     Raises ProfileError.
     """
     if config.profile is not None:
-        return Path(config.profile)
+        return Path(config.profile).expanduser()
     found = default_profile_path(folder)
     if found is not None:
         return found

@@ -160,6 +160,14 @@ def test_a_checkpoints_own_template_comes_first() -> None:
     assert read(form, f"a CALL {CALL}; b") == AnswerPiece(text="a  b", name="get-weather", arguments=JSON)
 
 
+@pytest.mark.parametrize("fields", [{}, [], {"content": {"bad": 1}}, {"reasoning_content": {"open_pattern": "("}}])
+def test_a_checkpoints_own_template_that_is_none_is_said(fields: Any) -> None:
+    tokenizer: Any = tokenizer_with("")
+    tokenizer.response_template = {"start_anchor_pattern": "", "fields": fields}
+    with pytest.raises(RequestError, match="response_template cannot be used"):
+        answer_form(tokenizer, {})
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_special_tokens_among_the_marks_are_text(name: str) -> None:
     tokenizer: Any = tokenizer_with(FORMS[name][0])

@@ -181,6 +181,22 @@ def test_serve_starts_what_was_typed(tmp_path, monkeypatch, capsys) -> None:
     assert main(["serve", "--api-keys", str(keys)]) == 2 and "chmod 600" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("", "config.json is missing"),
+        ('{"model_type": "llama"}', "'llama', must be"),
+        ('{"model_type": "olmoe"}', "no weights"),
+    ],
+)
+def test_a_folder_that_cannot_be_served_is_told_before_ray_starts(config, said, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(launch, "start", lambda *_, **__: pytest.fail("ray was started"))
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    assert main(["serve", str(tmp_path)]) == 1
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("joined", ["", "10.0.0.1:6379"])
 def test_only_a_named_cluster_is_joined_and_left_as_it_was(joined: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ray that happens to run here is not touched; of a joined one the application alone ends."""

@@ -14,6 +14,7 @@ from buddymoe_ray.config import STANDINS, EngineConfig
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.errors import BudgetError, ConfigError, ProfileError, RequestError
 from buddymoe_ray.models.resolve import resolve_model
+from buddymoe_ray.residency.standin_setup import find_profile
 from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.types import EngineResult, GenerationRequest, SamplingParams
 
@@ -284,3 +285,9 @@ def test_where_nothing_is_within_the_budget_bounded_is_exact(
         results = llm.generate(PROMPTS, max_tokens=24)
     assert [r.token_ids for r in results] == exact_tokens
     assert {(r.usage.mode, r.usage.requested_mode) for r in results} == {("exact", "bounded")}
+
+
+def test_a_profile_in_ones_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = EngineConfig(mode="fast", profile="~/own.profile")
+    assert find_profile(config, tmp_path) == tmp_path / "own.profile"
