@@ -9,8 +9,10 @@ is being copied.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +36,7 @@ class HostTier:
     def __init__(self, store: Store, *, reader: DiskReader, device: Device) -> None:
         self.store, self._reader, self._tables = store, reader, store.tables
         self.tensor_C = store.tensor_C
-        self._reading: list[_Read] = []
+        self._reading, self._lent = list[_Read](), dict[Future[Any], list[int]]()
         self._nothing_kept = np.zeros(store.shape.slots, dtype=bool)
         self.hits = self.misses = 0
         self.copy_seconds = 0.0
@@ -49,6 +51,7 @@ class HostTier:
         """A slot that holds the expert once the ticket is done, leased until `release`; None when all are in use."""
         tables = self._tables
         tables.reap_now_and_then()
+        self.take_back()
         for read in self._reading:
             if read.cancelled:  # some of it may still be on its way, and never will all of it be there
                 read.conclude()
@@ -81,6 +84,15 @@ class HostTier:
         share = _SMOOTHING if self.copy_seconds else 1.0
         self.copy_seconds += share * (seconds - self.copy_seconds)
         self.release(slot)
+
+    def lend(self, slots: Sequence[int], reader: Future[Any]) -> None:
+        """`release` them once the reader is done: this worker may wait for a slot meanwhile."""
+        self._lent[reader] = list(slots)
+
+    def take_back(self) -> None:
+        """What was lent and is not read any more."""
+        for reader in [reader for reader in self._lent if reader.done()]:
+            self._tables.release(self._lent.pop(reader))
 
     def release(self, slot: int) -> None:
         """The slot is not read any more; a failed read freed it itself."""

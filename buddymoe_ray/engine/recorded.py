@@ -6,9 +6,10 @@ missing, the recording is cut in each MoE layer, behind its experts: the host la
 stalled, has the block bring what is missing there, and goes on behind it. What ran ahead of a stall ran in vain: two
 lots of pieces at most, which read neither experts nor keys and values, but dense weights, as their products are
 torch's: 84 MB a layer of Mixtral, 38 of Qwen3-30B, .04 and .02 ms of an H100 beside 6.8 and .18 for an expert over PCIe
-5. So the more layers stalled lately, the fewer pieces a lot has. Accounts are the host's, of layers that count, once
-each. Where steps came through and the device can choose all tokens, the next one is begun behind them before the host
-knows any: `in_flight`.
+5, and the last piece's head, 262 and 622 MB. So the more layers stalled lately, the fewer pieces a lot has: with 21
+stalls in 5 steps of 8 layers 57 were in vain, not 105. Accounts are the host's, of layers that count, once each. Where
+steps came through and the device can choose all tokens, the next one is begun behind them before the host knows any:
+`in_flight`.
 
 Legend: L MoE layers, T rows of a recording, B rows of a step, K slots, M columns of block tables, V vocabulary.
 """

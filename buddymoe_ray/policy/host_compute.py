@@ -2,7 +2,9 @@
 
 As in Fiddler (2402.07033, eq. 1), by times that were measured here: of a layer's missing experts the link brings one
 after the other, the CPU computes one access after the other, and both go on beside each other. Pure: whoever computes
-says what it took, with all that ran beside it.
+says what it took, with all that ran beside it. A core computes 9 (Cascade Lake) to 33 (Zen 5) GB of weights a second
+for one row: to beat the 26 GB that PCIe 4 copies takes three cores or one, PCIe 5's 52 six or two; of several misses
+fewer cores are worth some.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class HostExperts:
         row_TD, begin_E = torch.zeros(1, layers[0].hidden, dtype=layers[0].dtype), [self._host.store.address(0)]
         seconds = [self._compute(0, lambda: [row_TD], begin_E, [1])[1] for _ in "12"]  # the first one is cold
         self.cost, self._always = HostCost(seconds[-1]), always
-        log.info("an access takes the host %.3g s, an expert's copy %.3g s", seconds[-1], self._host.copy_seconds)
+        log.info("an access takes the host %.3g s, while nothing else runs", seconds[-1])
 
     def able(self, layer: int, accesses_of: Mapping[int, int]) -> Sequence[int]:
         """See moe.PeerExperts: those used least, as far as that pays; none that is on its way, or at a nearer GPU."""
@@ -77,15 +77,17 @@ class HostExperts:
             begin_E = [self._host.store.address(slots[expert]) if expert in slots else -1 for expert in rows_of]
             future = self._thread.submit(self._compute, layer, download(torch.cat([*rows_of.values()])), begin_E, sizes)
         except BaseException:
-            self._release(slots)
+            for slot in slots.values():
+                self._host.release(slot)
             raise
+        self._host.lend([*slots.values()], future)
 
         def collect() -> Mapping[int, Tensor]:
             try:
                 y_TD, seconds = future.result()
             finally:
                 wait([future])  # an interrupt leaves it running
-                self._release(slots)
+                self._host.take_back()
             parts = upload(y_TD, self._device.torch).split(sizes)
             found = {expert: y_RD for expert, y_RD in zip(rows_of, parts, strict=True) if expert in slots}
             if found:
@@ -121,10 +123,6 @@ class HostExperts:
                 raise
             return slot
         return None
-
-    def _release(self, slots: Mapping[int, int]) -> None:
-        for slot in slots.values():
-            self._host.release(slot)
 
     def _promote(self, layer: int, answered: Iterable[int]) -> None:
         """Begin to bring the most used, where it will be used more than what goes for it, and nothing is on its way."""

@@ -35,8 +35,8 @@ SLOW, FAST_LINK = 1.0, 1e-12
 class Rig:
     """A block whose slots are apart, above a host that holds all experts; `link` is what a copy takes, in seconds."""
 
-    def __init__(self, folder: Path, link: float) -> None:
-        layout, self.truth = make_layout(folder)
+    def __init__(self, folder: Path, link: float, *, experts: int = E, host_slots: int = 3 * E) -> None:
+        layout, self.truth = make_layout(folder, experts_per_layer=(E, experts, E))
         layout = replace(layout, tensors=(replace(layout.tensors[0], name="up_proj"), layout.tensors[1]))
         plan = split_slots(
             budget_bytes=8 * layout.slot_bytes,
@@ -46,9 +46,9 @@ class Rig:
             overhead_bytes=0,
         )
         device, reader = open_device("interpret"), DiskReader(buffer_bytes=8192)
-        self.cache = open_private(layout, plan, reader=reader, device=device, host_slots=3 * E)
+        self.cache = open_private(layout, plan, reader=reader, device=device, host_slots=host_slots)
         for layer in range(3):
-            for _ in self.cache.stream(layer, range(E), protect_residency=True):
+            for _ in self.cache.stream(layer, range(layout.experts_per_layer[layer]), protect_residency=True):
                 pass
         self.cache.settle_ahead()
         kernels = [ExpertLayer(layout=layout.tensors, fmt=None, math=MATH) for _ in range(3)]
@@ -179,6 +179,25 @@ def test_bytes_that_cannot_be_read_are_met_as_by_a_fetch(
     got, outcome = rig.run([[a], [b]], [BOUNDED, BOUNDED])
     assert outcome.host_T.tolist() == [1, 1] and not rig.step.failed
     torch.testing.assert_close(got, rig.reference([[a], [b]]), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_fetched_beside_never_waits_for_a_slot_that_is_lent(
+    rigs: dict[str, Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four slots of the host have four experts that are computed there, a fifth comes by one of them."""
+    rig = Rig(tmp_path, SLOW, experts=9, host_slots=4)
+    rig.block.peers, device = rig.host, rig.cache.store.tables
+    for _ in rig.cache.stream(LAYER, [5, 6, 7, 8], protect_residency=True):
+        pass
+    rig.cache.settle_ahead()
+    for slot in device.slot_of[LAYER, 5:].tolist():
+        if slot >= 0:
+            device.vacate(slot)
+    ids = [[5, 6], [7, 8], [rig.absent[0], 5]]
+    got, outcome = rig.run(ids, [BOUNDED] * 3)
+    assert outcome.host_T.tolist() == [2, 2, 1] and outcome.fetched_T.tolist() == [0, 0, 1]
+    torch.testing.assert_close(got, rig.reference(ids), rtol=1e-4, atol=1e-4)
+    rig.cache.close()
 
 
 def test_an_interrupt_gives_host_slots_back(rigs: dict[str, Rig], monkeypatch: pytest.MonkeyPatch) -> None:
