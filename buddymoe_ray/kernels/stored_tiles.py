@@ -122,11 +122,14 @@ class StoredTiles:
 
     def _call(self, b: Any, args: list[Any], at_row: Any, sizes: tuple[int, int, int]) -> None:
         """A tile of the block of rows that begins at a row of R, on whose way some of the next outputs' weights come:
-        `first` behind the first block, `each` behind each other one, until all have come. Behind five and more blocks
-        one each takes .93 of the time of a third behind each of three, which four blocks begin at their second."""
+        `first` behind the first block, `each` behind each other one, until all have come: behind five blocks and more
+        one output each takes .93 of the time of a third each, behind four those of the second and on .87. Of four
+        outputs half behind each of two is as good."""
         (row, R), (outputs, size, most), [place, stride, *_] = at_row, sizes, args
         half, third, last = -(-outputs // 2), -(-outputs // 3), most // 4  # nearly a block counts as one
-        shares = {2: (half, half), 3: (third, third), 4: (0, third), 5: (max(1, outputs - 4), 1)}
+        shares = {2: (half, half)}
+        if outputs > 4:
+            shares |= {3: (third, third), 4: (0, third), 5: (outputs - 4, 1)}
         count, turn = b.sdiv(b.add(R, I64(last)), I64(most)), b.sdiv(row, I64(most))
         first, each = I64(outputs), I64(0)
         for blocks_of_rows, share in shares.items():
