@@ -28,7 +28,7 @@ __all__ = ["compile_attention"]
 
 PAIRS = 12
 """Rows of a block times the query heads of a key-value head, at most where that is more than one row."""
-LANES = 16
+LANES, NEAR_TOKENS = 16, 1024
 
 _native: Any = call_native
 CALL, PLAN = (0,) * len(AttentionCall._fields), (0,) * len(AttentionPlan._fields)
@@ -71,6 +71,13 @@ def _seen(plan: Any, block: Any, t: Any) -> Any:
 def _slot(plan: Any, blocks: Any, block: Any, at: Any) -> Any:
     size = plan.block_size
     return blocks[block.table + at // size] * size + at % size
+
+
+@njit
+def _following(block: Any, used: Any, nbytes: Any) -> Any:
+    """Bytes from a head's keys or values to the next head's, if these may come by now: 0 for long contexts, whose would
+    not stay in the cache, and where a head has more rows to come."""
+    return nbytes if block.count == 1 and used <= NEAR_TOKENS else 0
 
 
 @njit
@@ -122,12 +129,13 @@ def _score(plan: Any, blocks: Any, block: Any, scratch: Any, span: Any) -> None:
     stride = plan.item_bytes * plan.H * plan.d
     queries, scores, pairs = scratch.queries.ctypes.data, scratch.scores.ctypes.data, scratch.pairs
     long, at = scratch.scores.shape[1], first
+    following = _following(block, last - first, plan.item_bytes * plan.d)
     while at < last:
         end = _run_end(plan, blocks, block, at, last)
         for r in range(R):
             pairs[r, 0], pairs[r, 1] = queries + 4 * r * width, scores + 4 * (r * long + at - begin)
         keys = plan.keys + plan.item_bytes * (_slot(plan, blocks, block, at) * plan.H + block.head) * plan.d
-        _native(plan.project_strided, (keys, stride, plan.d, end - at, pairs.ctypes.data, R))
+        _native(plan.project_strided, (keys, stride, plan.d, end - at, pairs.ctypes.data, R, following))
         at = end
 
 
@@ -158,12 +166,13 @@ def _blend(plan: Any, blocks: Any, block: Any, scratch: Any, span: Any) -> None:
     width, long = _groups(plan.dv), scratch.scores.shape[1]
     stride = plan.item_bytes * plan.H * plan.dv
     scores, outputs, pairs, at = scratch.scores.ctypes.data, scratch.outputs.ctypes.data, scratch.pairs, first
+    following = _following(block, last - first, plan.item_bytes * plan.dv)
     while at < last:
         end = _run_end(plan, blocks, block, at, last)
         for r in range(r0, r1):
             pairs[r - r0, 0], pairs[r - r0, 1] = scores + 4 * (r * long + at - begin), outputs + 4 * r * width
         values = plan.values + plan.item_bytes * (_slot(plan, blocks, block, at) * plan.H + block.head) * plan.dv
-        _native(plan.blend, (values, stride, plan.dv, end - at, pairs.ctypes.data, r1 - r0))
+        _native(plan.blend, (values, stride, plan.dv, end - at, pairs.ctypes.data, r1 - r0, following))
         at = end
 
 

@@ -85,15 +85,12 @@ def _rows_bytes(R: Any, product: Any) -> Any:
 
 
 @njit
-def _multiply(product: Any, record: Any, rows_of: Any, scratch: Any, out: Any) -> None:
-    """`out[r] = W @ x[r] + bias` of rows at addresses `scratch.x_at`; rows of `out` are padded to whole blocks.
-
-    `rows_of` are how many there are and the bytes of their items.
-    """
+def _lay(product: Any, rows_of: Any, scratch: Any) -> None:
+    """Rows at addresses `scratch.x_at` as they are multiplied; `rows_of` are how many there are and the bytes of their
+    items."""
     R, item_bytes = rows_of
-    K, G = product.K, _groups(product.K)
-    width, stride = _whole(product.N), _stride(K)
-    row, row_at, out_at = scratch.row, scratch.row.ctypes.data, out.ctypes.data
+    K, G, stride = product.K, _groups(product.K), _stride(product.K)
+    row, row_at = scratch.row, scratch.row.ctypes.data
     rows = (scratch.rows.ctypes.data + LINE - 1) // LINE * LINE
     row[K:] = float32(0.0)
     for r in range(R):
@@ -105,18 +102,34 @@ def _multiply(product: Any, record: Any, rows_of: Any, scratch: Any, out: Any) -
             copy = carray(floats_at(place), (G * GROUP,))
             read_row(scratch.x_at[r], item_bytes, copy[:K])
             copy[K:] = float32(0.0)
-        scratch.pairs[r, 0], scratch.pairs[r, 1] = place, out_at + 4 * r * width
-    N = product.N // product.parts
-    for part in range(product.parts):
-        codes, scales = record + product.codes + part * product.code_step, record + product.scales
-        base = record + product.base + part * product.base_step
-        places = (codes, scales + part * product.scale_step, base)
-        _native(product.project, (*places, K, N, scratch.pairs.ctypes.data, R))
-        for r in range(R):
-            scratch.pairs[r, 1] += 4 * N
+        scratch.pairs[r, 0] = place
+
+
+@njit
+def _multiply_part(product: Any, record: Any, part: Any, scratch: Any, places: Any) -> None:
+    """`W_part @ x[r] + bias` of R rows that were laid out, to rows of an array, from a column on."""
+    R, out, width, column = places
+    N, pairs, out_at = product.N // product.parts, scratch.pairs, out.ctypes.data
+    for r in range(R):
+        pairs[r, 1] = out_at + 4 * (r * width + column)
+    codes, scales = record + product.codes + part * product.code_step, record + product.scales
+    base = record + product.base + part * product.base_step
+    stored = (codes, scales + part * product.scale_step, base)
+    _native(product.project, (*stored, product.K, N, pairs.ctypes.data, R))
     if product.bias_bytes:
+        bias = record + product.bias + product.bias_bytes * part * N
         for r in range(R):
-            add_bias(out[r * width : r * width + product.N], record + product.bias, product.bias_bytes)
+            begin = r * width + column
+            add_bias(out[begin : begin + N], bias, product.bias_bytes)
+
+
+@njit
+def _multiply(product: Any, record: Any, rows_of: Any, scratch: Any, out: Any) -> None:
+    """`out[r] = W @ x[r] + bias` of rows as `_lay` takes them; rows of `out` are padded to whole blocks."""
+    _lay(product, rows_of, scratch)
+    for part in range(product.parts):
+        places = (rows_of[0], out, _whole(product.N), part * (product.N // product.parts))
+        _multiply_part(product, record, part, scratch, places)
 
 
 @njit
@@ -213,7 +226,7 @@ def _expert(call: Any, record: Any, order: Any, expert: Any, scratch: Any) -> No
 def linear(call_at: Any, product_at: Any) -> Any:
     """`out[call.N, N] = x[call.N, K] @ W.T + bias`, both contiguous, with the product at an address within a plan."""
     call, product = Call(*items(call_at, CALL)), Product(*items(product_at, PRODUCT))
-    K, row = product.K, _whole(product.N)
+    K, row = product.K, _whole(product.N // product.parts)
     most, none = min(CHUNK, call.N), np.empty(0, np.float32)
     scratch = _Scratch(
         np.empty(_groups(K) * GROUP, np.float32),
@@ -231,13 +244,17 @@ def linear(call_at: Any, product_at: Any) -> Any:
 
 @njit
 def _linear_rows(call: Any, product: Any, start: Any, R: Any, scratch: Any) -> None:
-    K, N, row = product.K, product.N, _whole(product.N)
+    """A part of the outputs after the other: a head's for all rows would be new pages in every call."""
+    K, N = product.K, product.N // product.parts
+    row = _whole(N)
     for r in range(R):
         scratch.x_at[r] = call.x + call.item_bytes * (start + r) * K
-    _multiply(product, call.records, (R, call.item_bytes), scratch, scratch.both)
-    for r in range(R):
-        place = call.out + call.item_bytes * (start + r) * N
-        write_row(scratch.both[r * row : r * row + N], place, call.item_bytes)
+    _lay(product, (R, call.item_bytes), scratch)
+    for part in range(product.parts):
+        _multiply_part(product, call.records, part, scratch, (R, scratch.both, row, 0))
+        for r in range(R):
+            place = call.out + call.item_bytes * ((start + r) * product.N + part * N)
+            write_row(scratch.both[r * row : r * row + N], place, call.item_bytes)
 
 
 @njit

@@ -3,10 +3,11 @@
 `stored_module_text` writes one module for a dtype of weights:
 
     project(weights, 0, 0, K, N, rows, R)            rows are R pairs (address of a row, address of its outputs)
-    project_strided(weights, stride, K, N, rows, R)  the same where the inputs of an output are `stride` bytes behind
-                                                     those of the one before
-    blend(weights, stride, K, N, rows, R)            the transposed product, added: a row of N numbers times the matrix,
-                                                     in rising order of n, to an output of whole groups
+    project_strided(weights, stride, K, N, rows, R, next)  the same where the inputs of an output are `stride` bytes
+                           behind those of the one before; those come meanwhile that lie `next` bytes behind (0: the
+                           next outputs')
+    blend(weights, stride, K, N, rows, R, next)  the transposed product, added: a row of N numbers times the matrix, in
+                           rising order of n, to an output of whole groups
     spread(x, G, row)    bfloat16 only: float32 x [32 G] with the odd inputs of a group before the even ones, for one
                          mask or shift widens every other weight of a vector; `blend` leaves its outputs so
     spread_rounded(...)  the same of the nearest bfloat16s
@@ -56,7 +57,8 @@ __all__ = ["StoredTiles", "lane_sum", "lane_sums", "stored_module_text"]
 
 LANES = 16
 FLOATS, INTS = vec(F32, LANES), vec(I32, LANES)
-AHEAD_BYTES = 8192
+AHEAD_BYTES = 8192, 4096
+"""For two outputs twice: a CPU leaves out what is too much at once (5 to 7 rows take .95 of the time)."""
 NEAR, BLEND_ROWS = 16, (2, 1)
 """Rows of the matrix that `blend` goes over at once, for so many rows at once."""
 NEAR_BYTES = 32768
@@ -94,8 +96,8 @@ class StoredTiles:
 
     def project(self) -> None:
         """Every block of outputs times every block of rows."""
-        kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 6), "project_strided")
-        weights, stride, K, N, rows, R = kernel.args
+        kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 7), "project_strided")
+        weights, stride, K, N, rows, R, following = kernel.args
         b = ir.IRBuilder(kernel.append_basic_block())
         few = b.icmp_signed("<=", R, I64(max(1, self.in_turn)))
         if self.in_turn:
@@ -111,21 +113,27 @@ class StoredTiles:
                             if in_turn:
                                 b.call(self._made(outputs, size, 0, in_turn=True), [*args, I64(0)])
                             else:
+                                behind = b.mul(stride, I64(outputs))
+                                behind = b.select(b.icmp_signed("==", following, I64(0)), behind, following)
+                                args.append(b.add(place, behind))
                                 self._call(b, args, (row, R), (outputs, size, shape[outputs][0]))
         b.ret_void()
         plain = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 7), "project")
         weights, _, _, K, N, rows, R = plain.args
         b = ir.IRBuilder(plain.append_basic_block())
-        b.call(kernel, [weights, b.mul(K, I64(self._bytes)), K, N, rows, R])
+        b.call(kernel, [weights, b.mul(K, I64(self._bytes)), K, N, rows, R, I64(0)])
         b.ret_void()
 
     def _call(self, b: Any, args: list[Any], at_row: Any, sizes: tuple[int, int, int]) -> None:
         """A tile of the block of rows that begins at a row of R, on whose way some of the next outputs' weights come:
-        `first` behind the first block, `each` behind each other one, until all have come. Behind five and more blocks
-        one each takes .93 of the time of a third behind each of three, which four blocks begin at their second."""
-        (row, R), (outputs, size, most), [place, stride, *_] = at_row, sizes, args
+        `first` behind the first block, `each` behind each other one, until all have come: behind five blocks and more
+        one output each takes .93 of the time of a third each, behind four those of the second and on .87. Of four
+        outputs half behind each of two is as good."""
+        (row, R), (outputs, size, most), [*args, there] = at_row, sizes, args
         half, third, last = -(-outputs // 2), -(-outputs // 3), most // 4  # nearly a block counts as one
-        shares = {2: (half, half), 3: (third, third), 4: (0, third), 5: (max(1, outputs - 4), 1)}
+        shares = {2: (half, half)}
+        if outputs > 4:
+            shares |= {3: (third, third), 4: (0, third), 5: (outputs - 4, 1)}
         count, turn = b.sdiv(b.add(R, I64(last)), I64(most)), b.sdiv(row, I64(most))
         first, each = I64(outputs), I64(0)
         for blocks_of_rows, share in shares.items():
@@ -134,7 +142,7 @@ class StoredTiles:
         begins = b.icmp_signed("==", turn, I64(0))
         done = b.select(begins, I64(0), b.add(first, b.mul(b.sub(turn, I64(1)), each)))
         ahead = b.select(b.icmp_signed("<", done, I64(outputs)), b.select(begins, first, each), I64(0))
-        args = [*args, b.add(place, b.mul(stride, b.add(done, I64(outputs))))]
+        args = [*args, b.add(there, b.mul(args[1], done))]
         spread = {n for share in shares.values() for n in share} if size > 1 and size >= most - last else set[int]()
         for n in sorted({0, outputs, *spread}):
             with b.if_then(b.icmp_signed("==", ahead, I64(n))):
@@ -176,7 +184,8 @@ class StoredTiles:
                 if in_turn:
                     behind = b.add(w[turn[0]], b.mul(offset, I64(len(turn))))  # lines in the order in which they lie
                     for line in range(0, len(turn) * self._group_bytes, LINE):
-                        prefetch(b, behind, AHEAD_BYTES + line)
+                        for bytes_ahead in AHEAD_BYTES[: len(turn)]:
+                            prefetch(b, behind, bytes_ahead + line)
                 self._add_group(b, here, [b.add(place, b.mul(g, step)) for place in x], mine)
             with b.if_then(b.icmp_signed(">", rest, I64(0))):
                 offset = b.mul(whole, I64(self._group_bytes))
@@ -223,8 +232,8 @@ class StoredTiles:
     def blend(self) -> None:
         """Some rows of the matrix after the other, each group of their inputs for all rows at once."""
         tiles = {rows: self._blend_tile(rows) for rows in BLEND_ROWS}
-        kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 6), "blend")
-        weights, stride, K, N, rows, R = kernel.args
+        kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 7), "blend")
+        weights, stride, K, N, rows, R, following = kernel.args
         b = ir.IRBuilder(kernel.append_basic_block())
         groups = b.sdiv(b.add(K, I64(GROUP - 1)), I64(GROUP))
         with loop(b, b.sdiv(b.add(N, I64(NEAR - 1)), I64(NEAR))) as block:
@@ -236,13 +245,13 @@ class StoredTiles:
                 inputs = b.sub(K, b.mul(g, I64(GROUP)))
                 for size, row in blocks(b, R, tiles):
                     places = [b.add(rows, b.mul(row, I64(16))), b.mul(first, I64(4)), b.mul(g, I64(4 * GROUP))]
-                    b.call(tiles[size], [place, stride, inputs, count, *places])
+                    b.call(tiles[size], [place, stride, inputs, count, *places, following])
         b.ret_void()
 
     def _blend_tile(self, rows: int) -> Any:
         """One group of outputs of some rows, over `count` rows of the matrix; `inputs` of the group are there."""
-        tile = internal(self.module, f"blend{rows}", 7)
-        weights, stride, inputs, count, pairs, skipped, column = tile.args
+        tile = internal(self.module, f"blend{rows}", 8)
+        weights, stride, inputs, count, pairs, skipped, column, following = tile.args
         b = ir.IRBuilder(tile.append_basic_block())
         shares = [b.add(load(b, pairs, I64, 16 * r), skipped) for r in range(rows)]
         outs = [b.add(load(b, pairs, I64, 16 * r + 8), column) for r in range(rows)]
@@ -255,6 +264,8 @@ class StoredTiles:
             for branch, copied in zip(branches, (False, True), strict=True):
                 with branch, loop(b, count) as n:
                     place = b.add(weights, b.mul(n, stride))
+                    for line in range(0, self._group_bytes, LINE):
+                        prefetch(b, b.add(place, following), line)
                     if copied:
                         self._copy(b, place, part, b.mul(inputs, I64(self._bytes)))
                         place = part

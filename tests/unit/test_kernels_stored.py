@@ -55,6 +55,18 @@ def test_a_row_alone_gives_the_bits_that_it_gives_among_others(weights: torch.dt
         assert torch.equal(linear_of(weight, dtype, threads=threads)(x_RK), together)
 
 
+@pytest.mark.parametrize("weights", DTYPES)
+def test_a_head_in_parts_gives_the_bits_of_its_outputs_alone(weights: torch.dtype) -> None:
+    """As many outputs as are not multiplied at once, with a bias; threads cut them elsewhere."""
+    rng = torch.Generator().manual_seed(2)
+    weight, bias = torch.randn(9000, 33, generator=rng).to(weights), torch.randn(9000, generator=rng)
+    x_RK = torch.randn(5, 33, generator=rng).to(weights)
+    head = linear_of(weight, weights, bias)(x_RK)
+    pieces = [linear_of(w, weights, b)(x_RK) for w, b in zip(weight.split(1000), bias.split(1000), strict=True)]
+    assert torch.equal(head, torch.cat(pieces, dim=1))
+    assert torch.equal(linear_of(weight, weights, bias, threads=2)(x_RK), head)
+
+
 @pytest.mark.parametrize("bias", DTYPES)
 def test_a_linear_layer_is_replaced_with_its_weights_where_they_are(bias: torch.dtype) -> None:
     linear = nn.Linear(40, 24, dtype=bias)
