@@ -40,6 +40,7 @@ def start(options: ServeArgs, *, name: str, route_prefix: str, http: dict[str, A
         bind(address).close()  # to know at once
     if not ray.is_initialized():
         ray.init(address=joined or "local", namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the ready line is our own
     serve.start(proxy_location="HeadOnly" if joined else "Disabled", http_options=http)
     try:
         app = application(options, open_engine=open_async_engine, address=address)
