@@ -128,7 +128,9 @@ async def run(client: httpx.AsyncClient, seeds: range, tokens: int) -> tuple[Cou
 
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All of it, in numbers."""
-    engine = AsyncEngine(Engine.from_config(EngineConfig(memory="50%", threads=1, max_running=AT_ONCE)), model_id=MODEL)
+    engine = AsyncEngine(
+        Engine.from_config(EngineConfig(memory="50%", mode="bounded", threads=1, max_running=AT_ONCE)), model_id=MODEL
+    )
     try:
         async with talking_to(LocalWorkers(Worker(engine)), model=MODEL) as client:
             tally, faults = await run(client, range(args.seed, args.seed + args.schemas), args.tokens)

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     facts = {
         "serving": f"{options.served_name} at {url}/v1",
         "mode": options.mode + (f", at most {options.budget:g} nats per token" if options.mode == "bounded" else ""),
-        "memory": f"{options.memory} of the experts, {options.workers} workers",
+        "memory": f"{options.memory} of the experts, {options.workers} worker{'s' if options.workers != 1 else ''}",
         "keys": keys,
         "pages": f"{url}/dashboard, {url}/docs, {url}/health, {url}/metrics",
     }

@@ -15,6 +15,7 @@ from ray.serve.schema import LoggingConfig
 from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.handles import WORKER_NAME
 from buddymoe_ray.serve.ingress import Ingress
+from buddymoe_ray.serve.listening import Address
 from buddymoe_ray.serve.replica import OpenEngine, WorkerReplica, open_async_engine
 from buddymoe_ray.serve.resources import SEES_ALL_GPUS, resolve_workers
 from buddymoe_ray.serve.router import affinity_routing
@@ -22,6 +23,7 @@ from buddymoe_ray.serve.router import affinity_routing
 __all__ = ["application", "build_app"]
 
 INGRESS_NAME = "ingress"
+HEAD = "node:__internal_head__"  # what ray calls the head node among its resources
 INGRESS_ONGOING = 10_000  # the workers' queues are the limit; the ingress must always have room to say so
 CONSTRUCTOR_TRIES = 2  # a model that cannot be served is said soon; a device that is being freed gets a second chance
 QUIET = LoggingConfig(enable_access_log=False)  # the proxy logs every request, its status and how long it took
@@ -40,8 +42,9 @@ def build_app(args: ServeArgs) -> Application:
     return application(args, open_engine=open_async_engine)
 
 
-def application(args: ServeArgs, *, open_engine: OpenEngine) -> Application:
-    """The same with another way to open engines; tests pass a fake."""
+def application(args: ServeArgs, *, open_engine: OpenEngine, address: Address | None = None) -> Application:
+    """The same with another way to open engines (tests pass a fake), whose ingress listens at `address` itself, on the
+    head node."""
     workers = resolve_workers(args.workers, args.num_gpus, _cluster_resources() if args.workers == "auto" else {})
     most = max(workers, args.max_workers or workers)
     options: dict[str, Any] = {"num_replicas": workers}
@@ -71,7 +74,7 @@ def application(args: ServeArgs, *, open_engine: OpenEngine) -> Application:
     ingress = serve.deployment(
         name=INGRESS_NAME,
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD: 0.001} if address else {}},
         max_ongoing_requests=INGRESS_ONGOING,
         logging_config=QUIET,
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
@@ -79,5 +82,5 @@ def application(args: ServeArgs, *, open_engine: OpenEngine) -> Application:
         # when all is replaced, the old ingress sees its streams through, which go on at the new workers
         graceful_shutdown_timeout_s=args.drain_seconds + args.request_timeout_seconds,
     )(serve.ingress()(Ingress))
-    app: Application = ingress.bind(args, worker.bind(args, open_engine, secrets.token_hex(32), most))
+    app: Application = ingress.bind(args, worker.bind(args, open_engine, secrets.token_hex(32), most), address)
     return app

@@ -47,7 +47,7 @@ from buddymoe_ray.serve.dashboard import READ, dashboard_routes, page_routes
 from buddymoe_ray.serve.keys import KeyRing
 from buddymoe_ray.serve.metrics import exposition
 from buddymoe_ray.serve.openapi import allowed_methods, schema_routes
-from buddymoe_ray.serve.reading_bodies import apart, whole_body
+from buddymoe_ray.serve.reading_bodies import apart, awaited, whole_body
 from buddymoe_ray.serve.recent import Recent
 from buddymoe_ray.serve.refusals import (
     Refused,
@@ -324,7 +324,7 @@ async def _answer(endpoint: Endpoint, request: Request, workers: Workers, settin
         if isinstance(events, Refusal):
             raise Refused(in_words_of(events, endpoint.words))
         return EventStream(answer, events, tenant.headers())
-    whole = await answer.whole()
+    whole = await awaited(request, answer.whole())
     if isinstance(whole, Refusal):
         raise Refused(in_words_of(whole, endpoint.words))
     response = _json(whole, headers=tenant.headers())

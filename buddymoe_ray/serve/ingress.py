@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.handles import ReplicaWorkers
 from buddymoe_ray.serve.http import HttpSettings, http_app
+from buddymoe_ray.serve.listening import Address, bind, listening
 from buddymoe_ray.serve.resume import ResumeLimits
 from buddymoe_ray.serve.tenants import Tenants
 
@@ -44,9 +47,9 @@ class Departures:
 
 
 class Ingress:
-    """HTTP in front of `workers`."""
+    """HTTP in front of `workers`, behind Serve's proxy or listening at an address of its own."""
 
-    def __init__(self, args: ServeArgs, workers: DeploymentHandle[Any]) -> None:
+    def __init__(self, args: ServeArgs, workers: DeploymentHandle[Any], address: Address | None = None) -> None:
         limits = ResumeLimits(
             moves=args.max_moves,
             wait_seconds=args.request_timeout_seconds,
@@ -74,9 +77,21 @@ class Ingress:
         logging.getLogger("buddymoe_ray").parent = logging.getLogger("ray.serve")  # what Serve keeps of a replica
         self._app = http_app(reached, settings)
         self._app.add_middleware(Departures)
+        if address is not None:
+            self._listen(address)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
+
+    def _listen(self, address: Address) -> None:
+        bound, app, whole = bind(address), self._app, self._app.router.lifespan_context
+
+        @asynccontextmanager
+        async def lifespan(_: object) -> AsyncGenerator[None, None]:
+            async with whole(app), listening(bound, app, prefix=address.prefix):
+                yield
+
+        app.router.lifespan_context = lifespan
 
     async def drain(self, seconds: float) -> int:
         """Refuse what is new from now on, until all requests have ended or the time is over: how many it ended."""

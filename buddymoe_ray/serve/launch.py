@@ -1,7 +1,8 @@
 """Starts a ray of its own with Serve and one application, and says why when that cannot start.
 
 Only a cluster that `RAY_ADDRESS` names is joined: one that happens to run here is somebody else's, with its own port,
-and applications. Knows neither files nor command lines: `commands/serve` checks those before.
+and applications. There Serve's proxy answers HTTP, on the head node; on a ray of its own the ingress does itself.
+Knows neither files nor command lines: `commands/serve` checks those before.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from ray.serve.exceptions import RayServeException
 
 from buddymoe_ray.config import ray_address_from_environment
 from buddymoe_ray.errors import BuddyMoEError
-from buddymoe_ray.serve.app import build_app
+from buddymoe_ray.serve.app import application
 from buddymoe_ray.serve.args import ServeArgs
+from buddymoe_ray.serve.listening import Address, bind
+from buddymoe_ray.serve.replica import open_async_engine
 
 __all__ = ["start", "wait"]
 
@@ -31,12 +34,17 @@ REPLY_SECONDS = 5.0
 
 def start(options: ServeArgs, *, name: str, route_prefix: str, http: dict[str, Any]) -> None:
     """Start Serve and wait for the workers. Raises BuddyMoEError, with the reason, when they cannot start."""
+    joined = ray_address_from_environment()
+    address = None if joined else Address(**http, prefix=route_prefix)
+    if address is not None:
+        bind(address).close()  # to know at once
     if not ray.is_initialized():
-        address = ray_address_from_environment()
-        ray.init(address=address or "local", namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
-    serve.start(proxy_location="HeadOnly", http_options=http)
+        ray.init(address=joined or "local", namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the ready line is our own
+    serve.start(proxy_location="HeadOnly" if joined else "Disabled", http_options=http)
     try:
-        serve.run(build_app(options), name=name, route_prefix=route_prefix)
+        app = application(options, open_engine=open_async_engine, address=address)
+        serve.run(app, name=name, route_prefix=route_prefix)
     except RuntimeError as error:
         found = serve.status().applications.get(name)
         said = [] if found is None else [found.message, *(each.message for each in found.deployments.values())]

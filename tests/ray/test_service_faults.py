@@ -21,6 +21,9 @@ from serving import TEST_KEY, TEST_KEY_VARIABLE, Deploy, eventually, running
 
 from buddymoe_ray.client import Client
 from buddymoe_ray.errors import BuddyMoEError, CapacityError, ConfigError, RequestError
+from buddymoe_ray.serve.app import application
+from buddymoe_ray.serve.args import ServeArgs
+from buddymoe_ray.serve.listening import Address, bind
 
 TEXT = {"model": "fake", "prompt": "hello", "max_tokens": 8, "temperature": 0}
 
@@ -183,14 +186,30 @@ def test_a_model_that_cannot_be_served_fails_the_deployment_with_its_reason(depl
     assert "builtin:tiny is truncated, must be whole. hint: download it again" in worker.message
 
 
-def test_a_stopping_service_lets_running_requests_end(url: str) -> None:
+def stopped_while_it_answers(url: str, name: str) -> None:
     body = TEXT | {"max_tokens": 150, "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
         lines: Iterator[str] = (line.removeprefix("data: ") for line in response.iter_lines() if line)
         first = next(lines)
-        deleting = threading.Thread(target=serve.delete, args=("fake",))
+        deleting = threading.Thread(target=serve.delete, args=(name,))
         deleting.start()
         *rest, done = list(lines)
     deleting.join()
     text = "".join(json.loads(line)["choices"][0]["text"] for line in [first, *rest])
     assert (len(text), done) == (150, "[DONE]")
+
+
+def test_a_stopping_service_lets_running_requests_end(url: str) -> None:
+    stopped_while_it_answers(url, "fake")
+
+
+def test_so_does_an_ingress_that_listens_itself(http_port: int) -> None:
+    with bind(Address(host="127.0.0.1", port=0)) as free:
+        address = Address(host="127.0.0.1", port=free.getsockname()[1], prefix="/own")
+    app = application(ServeArgs(model_name="fake", num_cpus=0), open_engine=open_fake_engine, address=address)
+    serve.run(app, name="own", route_prefix="/own")
+    url = f"http://127.0.0.1:{address.port}/own"
+    assert httpx.get(f"{url}/health").json()["status"] == "ok"
+    stopped_while_it_answers(url, "own")
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")

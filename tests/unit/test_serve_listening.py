@@ -1,0 +1,68 @@
+"""The ingress's own HTTP server, over sockets: what Serve's proxy does for an app, without it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+from asgi import TEXT, messages_of
+from fakes import FakeEngine, LocalWorkers
+
+from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.serve.http import HttpSettings, http_app
+from buddymoe_ray.serve.listening import Address, bind, listening
+from buddymoe_ray.serve.worker import Worker
+
+LONG = TEXT | {"max_tokens": 100}
+
+
+@asynccontextmanager
+async def answering(engine: FakeEngine, prefix: str = "/") -> AsyncGenerator[httpx.AsyncClient, None]:
+    app = http_app(LocalWorkers(Worker(engine)), HttpSettings(model="fake", flush_seconds=0.0))
+    bound = bind(Address(host="127.0.0.1", port=0))
+    url = f"http://127.0.0.1:{bound.getsockname()[1]}{prefix.rstrip('/')}"
+    async with httpx.AsyncClient(base_url=url, trust_env=False) as client, listening(bound, app, prefix=prefix):
+        yield client
+
+
+@pytest.mark.parametrize("prefix", ["/", "/tiny"])
+async def test_requests_are_answered_under_the_prefix_with_their_ids(prefix: str) -> None:
+    async with answering(FakeEngine(), prefix) as client:
+        whole = await client.post("/v1/completions", json=TEXT, headers={"X-Request-ID": "mine"})
+        stream = await client.post("/v1/completions", json=TEXT | {"stream": True})
+        other = await client.get(client.base_url.join("/elsewhere"))
+    assert whole.status_code == 200 and whole.headers["x-request-id"] == "mine"
+    assert messages_of(stream.text)[-1] == "[DONE]" and len(stream.headers["x-request-id"]) > 20
+    assert other.status_code == 404
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_who_leaves_is_not_answered_to_the_end(stream: bool) -> None:
+    engine = FakeEngine(delay=0.05)
+    async with answering(engine) as client:
+        asking = asyncio.create_task(client.post("/v1/completions", json=LONG | {"stream": stream}))
+        async with asyncio.timeout(20):
+            while not engine.running:
+                await asyncio.sleep(0.01)
+            asking.cancel()
+            while engine.running:
+                await asyncio.sleep(0.01)
+    assert engine.cancelled == 1
+
+
+async def test_what_runs_at_the_end_comes_to_its_own() -> None:
+    engine = FakeEngine(delay=0.005)
+    async with answering(engine) as client:
+        asking = asyncio.create_task(client.post("/v1/completions", json=LONG | {"stream": True}))
+        async with asyncio.timeout(20):
+            while not engine.running:
+                await asyncio.sleep(0.001)
+    assert messages_of((await asking).text)[-1] == "[DONE]" and not engine.cancelled
+
+
+def test_a_port_that_is_taken_is_said() -> None:
+    with bind(Address(host="127.0.0.1", port=0)) as bound, pytest.raises(ConfigError, match=r"in use.*hint: another"):
+        bind(Address(host="127.0.0.1", port=bound.getsockname()[1]))
