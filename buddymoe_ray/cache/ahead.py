@@ -6,11 +6,9 @@ Knows loads by their key and ticket; what it means that one has ended is its cac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Generic, Protocol, TypeVar
 
 from buddymoe_ray.cache.disk import Ticket
-from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey
 
 __all__ = ["ReadsAhead"]
@@ -27,10 +25,10 @@ L = TypeVar("L", bound=_Load)
 
 
 class ReadsAhead(Generic[L]):
-    """`finish` makes an expert that has arrived resident, or frees its slot and raises CacheError; it calls `remove`
-    once nothing is in flight."""
+    """`finish` makes experts that have arrived resident, or frees the slots of those that failed: for whoever asks for
+    them, to read them again. It calls `remove` once nothing is in flight."""
 
-    def __init__(self, finish: Callable[[L], None]) -> None:
+    def __init__(self, finish: Callable[[Sequence[L]], None]) -> None:
         self._finish = finish
         self._loads: dict[ExpertKey, L] = {}
         self._cancelled: list[L] = []  # of which something is under way
@@ -58,12 +56,9 @@ class ReadsAhead(Generic[L]):
             self._cancelled.remove(load)
 
     def land(self) -> None:
-        """Finish what has arrived. What failed is for whoever asks for the expert: to read it again."""
-        if not self:
-            return
-        for load in [load for load in (*self._loads.values(), *self._cancelled) if load.ticket.done()]:
-            with suppress(CacheError):
-                self._finish(load)
+        """Finish what has arrived."""
+        if self:
+            self._finish([load for load in (*self._loads.values(), *self._cancelled) if load.ticket.done()])
 
     def give_up(self, layer: int = -1, experts: Sequence[int] = ()) -> None:
         """Cancel what was not begun, but of these experts; one that is wholly under way arrives all the same."""

@@ -253,21 +253,22 @@ class ExpertCache:
         self._loads.ahead.land()
         if not protect_residency:
             self._loads.ahead.give_up(layer, experts)
+        protect, call = protect_residency or bool(self.plan.pinned), StreamState(time.monotonic())
         with self._tables.locked_soon():
             slots = self._tables.look_up(layer, experts)
             # of these the lease keeps the bytes from now on
             ready = (slots >= 0) & (self._tables.state[slots] == READY)
+            if not ready.all():
+                self._sort([ExpertKey(layer, e) for e in experts], slots.tolist(), ready.tolist(), call)
+                self._loads.claim(call, protect)
         if ready.all():
             try:
                 yield self._hits(layer, experts, slots)
             finally:
                 self._tables.release(slots)
             return
-        protect = protect_residency or bool(self.plan.pinned)
-        call = StreamState(time.monotonic())
         try:
-            self._sort([ExpertKey(layer, e) for e in experts], slots.tolist(), ready.tolist(), call)
-            self._loads.start(call, protect)
+            self._loads.submit_claimed(call)
             yield from self._lend(call)
             while call.missing or call.loads or call.waits:
                 self._loads.start(call, protect)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,12 +35,6 @@ class _OwnTables(SharedTables):
         self._peers = peers
         self.initialise(plan)
         self.row, self.pid[0], self.lends[0], self._dirty = 0, os.getpid(), shape.lent, False
-
-    def locked(self) -> Self:  # type: ignore[override]  # a context manager all the same
-        """See SharedTables."""
-        return self
-
-    locked_soon = locked  # type: ignore[assignment]
 
     def __enter__(self) -> None:
         if self._dirty:
