@@ -51,7 +51,7 @@ class Loads:
         self.fetch_seconds = store.layout.expert_bytes / _ASSUMED_BYTES_PER_SECOND
         self.stall_seconds, self.counts = 0.0, Counts()
         self.kept_C = np.zeros(store.shape.slots, dtype=bool)
-        self.ahead = ReadsAhead[OwnLoad](self._land)
+        self.ahead = ReadsAhead(self._land)
         self.brought_C = np.full_like(self._tables.last_used, _NEVER)
         self._own_slot = None if store.alone else OwnSlot(store.layout, reader)
         self._stalled: dict[int, int] = {}  # slots that somebody did not fill in time, by their generation
@@ -81,6 +81,7 @@ class Loads:
             call.waits.append((key, slot))
             self.counts.shared += 1
         call.claimed.extend(tables.claim(keys, protect=protect, kept=self.kept_C))
+        self._crowded = self._crowded and not call.claimed
 
     def submit_claimed(self, call: StreamState) -> None:
         """Begin to read into slots that were claimed. Raises CacheError."""
@@ -89,7 +90,6 @@ class Loads:
             if load is None:
                 self._abandon(call.claimed)
                 return
-            self._crowded = False
             call.missing.remove(load.key)
             call.loads.append(load)
 
@@ -103,22 +103,20 @@ class Loads:
         kept_C = (self.brought_C == last_used_C) & protect
         kept_C[there] = True
         absent = [ExpertKey(layer, expert) for expert, slot in zip(experts, slots.tolist(), strict=True) if slot < 0]
-        claimed, all_had = deque[tuple[ExpertKey, int]](), not absent
-        if absent:
-            with suppress(Stalled), self._tables.locked_soon():
-                absent = [key for key in absent if slot_of_E[key.expert] < 0]
-                claimed.extend(self._tables.claim(absent, protect=protect, kept=kept_C, ahead=True))
-                all_had = len(claimed) == len(absent)
-        try:
-            while claimed:
-                with suppress(CacheError):  # met by whoever asks for the expert
-                    load = self.submit(*claimed.popleft())
-                    if load is None:
-                        return False
+        if not absent:
+            return True
+        call = StreamState(0.0, deque(absent))
+        with suppress(CacheError):  # met by whoever asks for the expert
+            try:
+                with self._tables.locked_soon():
+                    absent = [key for key in absent if slot_of_E[key.expert] < 0]
+                    call.claimed.extend(self._tables.claim(absent, protect=protect, kept=kept_C, ahead=True))
+                self.submit_claimed(call)
+            finally:
+                for load in call.loads:
                     self.ahead.add(replace(load, began=None))
-        finally:
-            self._abandon(claimed)
-        return all_had
+                self._abandon(call.claimed)
+        return all(key in self.ahead for key in absent)
 
     @property
     def errands(self) -> bool:
@@ -187,16 +185,16 @@ class Loads:
     def submit(self, key: ExpertKey, slot: int) -> OwnLoad | None:
         """Begin to read an expert into the slot that was claimed for it; None where that must wait. Then, and where it
         raises CacheError, the slot is free."""
+        ticket = None
         try:
             ticket = self._source.begin(key, slot)
         except BaseException as error:
-            self._abandon([(key, slot)])
             _blame(error, key)
             raise
-        if ticket is None:
-            self._abandon([(key, slot)])
-            return None
-        return OwnLoad(key, slot, ticket, time.perf_counter())
+        finally:
+            if ticket is None:
+                self._abandon([(key, slot)])
+        return None if ticket is None else OwnLoad(key, slot, ticket, time.perf_counter())
 
     def wait(self, call: StreamState) -> None:
         """Wait until something is ready, or may be had that could not before."""
@@ -234,7 +232,7 @@ class Loads:
                 with suppress(CacheError):  # met by whoever needs the expert
                     load = call.loads[0]
                     self._read(load, call.loads)
-                    self._tables.release(self._conclude([load], call.loads))
+                    self._tables.release(self._finish([load], call.loads))
         finally:
             if call.loads and tries:  # interrupted: the others must be settled all the same
                 self.settle(call, tries - 1)
@@ -291,7 +289,7 @@ class Loads:
                 except ReadLost:
                     call.missing.append(load.key)
         finally:
-            slots = self._conclude(came, call.loads)
+            slots = self._finish(came, call.loads)
             call.ready.extend((load.key, load.slot) for load in came)
             self.kept_C[slots] = True
         return self._others(call) or bool(came)
@@ -316,7 +314,7 @@ class Loads:
                 call.missing.append(key)
         return bool(ended)
 
-    def _read(self, load: OwnLoad, loads: deque[OwnLoad] | ReadsAhead[OwnLoad]) -> None:
+    def _read(self, load: OwnLoad, loads: deque[OwnLoad] | ReadsAhead) -> None:
         """Wait for its bytes; where there will be none it is none of the `loads` any more. Raises CacheError."""
         try:
             load.ticket.wait()
@@ -329,24 +327,20 @@ class Loads:
         if load.began is not None:
             self.fetch_seconds += _SMOOTHING * (time.perf_counter() - load.began - self.fetch_seconds)
 
-    def _conclude(self, came: Sequence[OwnLoad], loads: deque[OwnLoad]) -> list[int]:
-        """`_finish`, but what may not be made READY now will be before long."""
+    def _finish(self, came: Sequence[OwnLoad], loads: deque[OwnLoad] | ReadsAhead) -> list[int]:
+        """These were read: make them READY, and they are none of the `loads` any more. Their leases, on these slots,
+        stay. What may not be made READY now will be before long: raises Stalled then."""
+        slots = [load.slot for load in came]
+        if not slots:
+            return slots
         try:
-            return self._finish(came, loads)
+            with self._tables.locked_soon():
+                self._tables.commit(slots)
         except Stalled:
             for load in came:
                 loads.remove(load)
                 self.ahead.add(replace(load, began=None))  # how long it took is known
             raise
-
-    def _finish(self, came: Sequence[OwnLoad], loads: deque[OwnLoad] | ReadsAhead[OwnLoad]) -> list[int]:
-        """These were read: make them READY, and they are none of the `loads` any more. Their leases, on these slots,
-        stay."""
-        slots = [load.slot for load in came]
-        if not slots:
-            return slots
-        with self._tables.locked_soon():
-            self._tables.commit(slots)
         for load in came:
             loads.remove(load)
         self.counts.nbytes += len(slots) * self._store.layout.expert_bytes

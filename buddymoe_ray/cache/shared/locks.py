@@ -40,14 +40,13 @@ class FileLocks:
         if seconds is None:
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW, _flock(fcntl.F_WRLCK, at))
             return True
-        if self.try_lock(at):
-            return True
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        end = 0.0
+        while not self.try_lock(at):
+            end = end or time.monotonic() + seconds
+            if time.monotonic() >= end:
+                return False
             time.sleep(_POLL_SECONDS)
-            if self.try_lock(at):
-                return True
-        return False
+        return True
 
     def try_lock(self, at: int) -> bool:
         """Take the byte unless somebody else has it."""

@@ -87,8 +87,7 @@ class SharedTables:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None:
-                self.head[HeaderWord.DIRTY] = 0
+            self.head[HeaderWord.DIRTY] = kind is not None
         finally:
             self._locks.unlock(TABLES_BYTE)
 
