@@ -5,8 +5,8 @@ a write to the tables (a read too, where no lock is held), a read from disk, a s
 of the operations happens: an actor goes on to its next point (`A`), is killed as by SIGKILL (`!A`: no `finally` has an
 effect, its locks go, its reads stop), is stopped as by SIGSTOP (`=A`: what it has stays its own; when the others are
 done it is killed), a read of its lands or fails (`A+0`, `A-0`), or, where nothing else can happen, time passes (`~`).
-All orders are tried, those with the fewest switches first; a state (tables, bytes, every actor's frames) that was seen
-before is not gone on from, so runs are bounded by states and not by their depth.
+`interleaving_search` tries all orders: of what an actor alone knows (its frames) and of what all see (tables, bytes,
+locks, files) this file makes the keys by which it tells states apart.
 What must hold is looked at all the time: the bytes of a lease are its expert's own, nobody waits for ever, a file that
 is attached is not unlinked, tables mirror each other, and in the end no slot, lease or role of a slot is lost.
 A violation is kept as a trace of segments, `A:lock#2` is "A goes on until it is about to lock for the second time", so
@@ -15,11 +15,12 @@ that it can be played on code that has changed since.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import dis
 import fcntl
 import functools
-import heapq
-import itertools
+import math
 import os
 import sys
 import time
@@ -40,14 +41,40 @@ from buddymoe_ray.errors import CacheError
 from buddymoe_ray.kernels import slot_words
 from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotPlan, SlotTensor
 
-__all__ = ["Actor", "Found", "Reader", "Violation", "World", "explore", "instrumented", "point", "replay", "truth"]
+__all__ = [
+    "FREE_LABELS",
+    "Actor",
+    "Reader",
+    "Until",
+    "Violation",
+    "World",
+    "instrumented",
+    "made",
+    "point",
+    "replay",
+    "trace_of",
+    "truth",
+]
 
 SLOT, HALF = 64, 32
 DIGEST = b"d" * 32
 _TICK, _MOST_STEPS = 1.0, 2000
-_FREE = ("read", "write", "compute", "open", "unlink")  # from these an actor looks at tables, bytes or files
+FREE_LABELS = ("read", "write", "compute", "open", "unlink")  # from these an actor looks at tables, bytes or files
 _LOOSE = {"accesses", "last_used"}  # tables that decide nothing, or only by their order
-_IGNORED = {"fd", "reaped", "began", "pause", "end", "patience", "store", "stop", "progress", "pool"}
+_IGNORED = {
+    "fd",
+    "pause",
+    "store",
+    "stop",
+    "progress",
+    "pool",
+    "destination",
+    "plain",
+    "word",
+    "at_E",
+    "words_2E",
+    "last_used_C",
+}
 
 Program = Callable[["Actor"], None]
 _world: World | None = None
@@ -70,17 +97,15 @@ class Actor:
     stores: list[SharedStore] = field(default_factory=list)
     fds: set[int] = field(default_factory=set)
     label: str = "start"
-    enabled: Callable[[], bool] | None = None
+    until: Until | None = None
     in_lock: bool = False
     state: str = "live"  # live, stopped, done or dead
     seen: int = 0
+    listed: tuple[Any, ...] = ()  # looked at for a list that is being made, which no frame shows
     lends: int | None = None  # how many of the lent slots it leaves to experts: the others have no memory
     passed: Counter[str] = field(default_factory=Counter)
     reads: list[_Read] = field(default_factory=list)
     thread: greenlet | None = None
-
-    def able(self) -> bool:
-        return self.state == "live" and (self.enabled is None or self.enabled())
 
     def access(self, leases: Sequence[Lease]) -> None:
         """Compute with leases: the bytes must be the experts' own as long as it takes."""
@@ -115,21 +140,23 @@ class _Read:
     landed: bool = False
     failed: bool = False
     cancelled: bool = False  # of its parts some, others are under way
+    found: bool = False  # over, by who asked last: a list that is being made of such does not show
 
     def over(self) -> bool:
         return self.failed or self.landed
 
     def done(self) -> bool:
         point("done?")
-        return self.over()
+        self.found = self.over()
+        return self.found
 
     def wait(self) -> None:
-        point("wait", self.over)
+        point("wait", Until(read=self))
         if self.failed or self.cancelled:
             raise CacheError(f"{self.key} cannot be read. hint: a test")
 
     def settle(self) -> None:
-        point("settle", self.over)
+        point("settle", Until(read=self))
 
     def cancel(self) -> bool:
         point("cancel")
@@ -159,19 +186,30 @@ def truth(key: ExpertKey) -> int:
     return 1 + 16 * key.layer + key.expert
 
 
-def point(label: str, enabled: Callable[[], bool] | None = None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Until:
+    """What whoever waits is waiting for, one of these: a time, that nobody has a byte of a file, that others wrote
+    something, the end of a read."""
+
+    now: float = math.inf
+    byte: tuple[int, int] | None = None
+    written: bool = False
+    read: _Read | None = None
+
+
+def point(label: str, until: Until | None = None) -> None:
     """Before an effect that others see: whoever is chosen goes on."""
     me = _world.current if _world else None
     if me is None:
         return
     if me.state == "dead":
         raise Killed
-    me.label, me.enabled = label, enabled
+    me.label, me.until = label, until
     assert me.thread is not None and me.thread.parent is not None
     me.thread.parent.switch()
     if me.state == "dead":
         raise Killed
-    me.enabled = None
+    me.until = None
     me.passed[label] += 1
 
 
@@ -188,6 +226,9 @@ class _Watched(np.ndarray[Any, Any]):
         found = np.asarray(self)[at]
         if isinstance(found, np.ndarray) and found.base is not None and np.may_share_memory(found, self):
             return _watched(found, self.label)
+        if _world is not None and _world.current is not None and not _world.current.in_lock:
+            listed = sys._getframe(1).f_code.co_name == "<listcomp>"
+            _world.current.listed = (*_world.current.listed, _frozen(found)) if listed else ()
         return found
 
     def __setitem__(self, at: Any, value: Any) -> None:
@@ -195,12 +236,11 @@ class _Watched(np.ndarray[Any, Any]):
             np.asarray(self)[at] = value
             return
         plain = np.asarray(self)
-        before = plain[at]
-        before = before.copy() if isinstance(before, np.ndarray) else before
-        if np.array_equal(before, value) and _world.current.in_lock:
+        if np.array_equal(plain[at], value) and _world.current.in_lock:
             return
+        word, value = value, None if self.label == "head" else value  # how late it is by the clock says nothing
         point(f"write-{self.label}")
-        plain[at] = value
+        plain[at] = word
         if self.label != "head":
             _world.wrote(_world.current)
 
@@ -261,6 +301,8 @@ class World:
             lent_slots=(lent,) * layers if lent else (),
         )
         self.holes = set[int]()  # slots without memory
+        self.files: list[int] = []  # inodes of all that were made at `path`
+        self.held: dict[tuple[int, int], int] = {}  # locks, by file and byte: whose descriptor has them
         self.actors: dict[str, Actor] = {}
         self.current: Actor | None = None
         self.owner: Actor | None = None  # whose files and reads are made now
@@ -296,37 +338,34 @@ class World:
         store = next(iter(self.actors.values())).stores[0]
         for key in keys:
             with store.tables.locked():
-                slot = store.tables.claim(key, protect=True, kept=np.zeros(store.shape.slots, dtype=bool))
-                assert slot is not None, f"no slot for {key}"
-                store.tables.commit(slot)
+                [(_, slot)] = store.tables.claim([key], protect=True, kept=np.zeros(store.shape.slots, dtype=bool))
+                store.tables.commit([slot])
             store.tables.release([slot])
             store.bytes_C[slot] = truth(key)
 
     # ---- what may happen
 
-    def options(self, kills: int, failures: int) -> list[str]:
-        """All that may happen now and differs from what may happen later; who went on last comes first."""
-        last = self.owner if self.owner is not None and self.owner.state == "live" else None
-        able = [name for name, actor in self.actors.items() if actor.able()]
-        if last is not None and last.name in able:
-            able.remove(last.name)
-            able.insert(0, last.name)
-        ends = ["!"] * (self.kills < kills) + ["="] * (self.may_stop and not self.stops)
-        killed = [end + last.name for end in ends if last is not None and last.name in self.victims]
-        if last is not None and last.in_lock:  # only who looks without the lock can tell when it goes on
-            return [n for n in able if n == last.name or self.actors[n].label.startswith(_FREE)] + killed
-        flying = [
-            (name, at)
-            for name, actor in self.actors.items()
-            for at, read in enumerate(actor.reads)
-            if not read.over() and actor.state != "dead"
-        ]
-        found = able + [f"{name}+{at}" for name, at in flying]
-        if not found and any(actor.state == "live" for actor in self.actors.values()):
-            return ["~"]
-        if self.failures < failures:
-            found += [f"{name}-{at}" for name, at in flying]
-        return found + killed
+    def options(self) -> list[str]:
+        """All that may happen while nobody is killed and no read fails; who went on last comes first."""
+        able = sorted((a for a in self.actors.values() if self.able(a)), key=lambda actor: actor is not self.owner)
+        found = [actor.name for actor in able] + [f"{name}+{at}" for name, at in self.flying()]
+        return found or ["~"] * any(actor.state == "live" for actor in self.actors.values())
+
+    def flying(self) -> list[tuple[str, int]]:
+        """Reads on their way: whose, and which of them."""
+        live = [actor for actor in self.actors.values() if actor.state != "dead"]
+        return [(actor.name, at) for actor in live for at, read in enumerate(actor.reads) if not read.over()]
+
+    def able(self, actor: Actor) -> bool:
+        """Whether it can go on to its next point."""
+        until = actor.until
+        return actor.state == "live" and (
+            until is None
+            or self.now >= until.now
+            or (until.byte is not None and until.byte not in self.held)
+            or (until.written and self.written(actor) != actor.seen)
+            or (until.read is not None and until.read.over())
+        )
 
     def apply(self, op: str) -> None:
         """Let it happen. Raises Violation."""
@@ -356,9 +395,25 @@ class World:
         self._writes[by.name if by else ""] += 1
         self.ticks = 0
 
+    @property
+    def writes(self) -> int:
+        """How often anybody wrote, or time went on."""
+        return sum(self._writes.values())
+
     def written(self, actor: Actor) -> int:
         """How often others wrote, or time went on: a sleeper looks again when it is more."""
-        return sum(self._writes.values()) - self._writes[actor.name]
+        return self.writes - self._writes[actor.name]
+
+    def let_go(self, fd: int) -> None:
+        """A descriptor has no locks any more."""
+        self.held = {byte: holder for byte, holder in self.held.items() if holder != fd}
+
+    def file_of(self, fd: int) -> int:
+        """The number of an open file, of all that were made at `path`."""
+        inode = os.fstat(fd).st_ino
+        if inode not in self.files:
+            self.files.append(inode)
+        return self.files.index(inode)
 
     def finish(self) -> None:
         """At the end: a fresh process finds everything in order. Raises Violation."""
@@ -386,18 +441,6 @@ class World:
             raise Violation(f"in the end {error}") from error
         finally:
             store.close()
-
-    def key(self) -> int:
-        """Tells this state from others."""
-        actors = tuple(
-            (
-                (a.state, a.label, a.in_lock, a.able(), self.written(a) != a.seen, a.lends),
-                _frames(a),
-                tuple((r.key, r.landed, r.failed, r.cancelled) for r in a.reads),
-            )
-            for a in self.actors.values()
-        )
-        return hash((actors, self._memory(), frozenset(self.holes), self.kills, self.stops, self.failures, self.ticks))
 
     def dispose(self) -> None:
         """End all actors without effect."""
@@ -480,7 +523,7 @@ class World:
         self.wrote(None)
 
     def _end(self, actor: Actor) -> None:
-        actor.state = "dead"
+        actor.state, actor.lends = "dead", None
         self.current = actor
         assert actor.thread is not None
         actor.thread.throw(Killed)
@@ -490,6 +533,7 @@ class World:
         for fd in actor.fds:
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, locks._flock(fcntl.F_UNLCK, 0, 0))
             _close(fd)
+            self.let_go(fd)
         actor.fds.clear()
 
     def _check_files(self) -> None:
@@ -512,37 +556,83 @@ class World:
                 if (np.asarray(store.tables.partition)[sorted(self.holes)] != tables.UNUSED).any():
                     raise Violation(f"a slot of {self.holes} may be used, and its memory was given back")
 
-    def _memory(self) -> tuple[Any, ...]:
-        found: list[Any] = []
-        known: set[int] = set()
-        for actor in self.actors.values():
-            for store in actor.stores if actor.state != "dead" else ():
-                if store._fd < 0 or (inode := os.fstat(store._fd).st_ino) in known:
-                    continue
-                known.add(inode)
-                views = vars(store).get("_views_of_test") or _views(store.shape, store._array)
-                vars(store)["_views_of_test"] = views
-                found += [views[name].tobytes() for name in views.keys() - _LOOSE]
-                found += [views["last_used"].argsort(kind="stable").tobytes(), store.bytes_C.tobytes()]
-                found.append(int(np.asarray(store.tables.head)[shape.HeaderWord.DIRTY]))
+    def shared(self) -> tuple[Any, ...]:
+        """All that more than one of the actors can see: with what an actor `own`s it says what its next step does."""
+        live = [actor for actor in self.actors.values() if actor.state != "dead"]
+        files = {self.file_of(s._fd): _content(s._array, s.shape) for a in live for s in a.stores if s._fd >= 0}
+        at_path, paths = -1, [f"/proc/self/fd/{fd}" for a in live for fd in a.fds if self.file_of(fd) not in files]
         with contextlib.suppress(FileNotFoundError):
-            found.append(os.stat(self.path).st_size)
-        return tuple(found)
+            at_path = self.files.index(os.stat(self.path).st_ino)
+            paths += [str(self.path)] * (at_path not in files)
+        for path in paths:
+            memory, form = np.fromfile(path, np.uint8), shape.StoreShape.of(self.layout, self.plan)
+            whole = len(memory) == form.total_bytes
+            files[self.files.index(os.stat(path).st_ino)] = _content(memory, form) if whole else (memory.tobytes(),)
+        users = tuple((a.lends, tuple(sorted(self.file_of(fd) for fd in a.fds))) for a in self.actors.values())
+        held, holes = frozenset(self.held), frozenset(self.holes)
+        return held, holes, self.now, users, at_path, tuple(sorted(files.items()))
+
+    def own(self, actor: Actor) -> tuple[Any, ...]:
+        """What nobody but this actor can see."""
+        if actor.state == "dead":
+            return ("dead",)
+        until = actor.until
+        return (
+            (actor.state, actor.label, actor.in_lock, actor.listed),
+            until and (until.now, until.byte, until.written, until.read is not None and until.read.over()),
+            tuple((s._fd >= 0, s.tables.row, s.tables._patience, s.tables._reaped) for s in actor.stores),
+            tuple((_frozen(read), self._slot_of(actor, read)) for read in actor.reads),
+            _frames(actor),
+        )
+
+    def _slot_of(self, actor: Actor, read: _Read) -> int:
+        """Where in a store it reads to; -1 is elsewhere."""
+        for store in actor.stores:
+            at = read.into.ctypes.data - store.bytes_C.ctypes.data
+            if store._fd >= 0 and 0 <= at < store.bytes_C.nbytes:
+                return int(at) // SLOT
+        return -1
 
 
 # ---- states
 
 
+def _content(memory: np.ndarray[Any, Any], form: shape.StoreShape) -> tuple[Any, ...]:
+    """What decides anything of a store's bytes."""
+    views, head = _views(form, memory), _head(form, memory)
+    found = [views["last_used"].argsort(kind="stable").tobytes(), form.slot_bytes_of(memory).tobytes()]
+    found += [views[name].tobytes() for name in views if name not in _LOOSE]
+    return int(head[shape.HeaderWord.DIRTY]), int(head[shape.HeaderWord.READY]), *found
+
+
 def _frames(actor: Actor) -> tuple[Any, ...]:
     frame, found = actor.thread.gr_frame if actor.thread else None, []
     while frame is not None:
-        found.append((id(frame.f_code), frame.f_lasti, _locals(frame.f_locals)))
+        found.append((id(frame.f_code), _place(frame), _locals(frame.f_locals)))
         frame = frame.f_back
     return tuple(found)
 
 
+def _place(frame: types.FrameType) -> int:
+    """Where the instruction begins that a frame is at."""
+    begins = _begins(frame.f_code)
+    return begins[bisect.bisect_right(begins, frame.f_lasti) - 1]
+
+
+@functools.cache
+def _begins(code: types.CodeType) -> list[int]:
+    """Offsets of instructions; a call and what prepares it are one, as they are where the interpreter has made them
+    so."""
+    found, before = [0], ""
+    for instruction in dis.get_instructions(code):
+        if before != "PRECALL":
+            found.append(instruction.offset)
+        before = instruction.opname
+    return found
+
+
 def _locals(values: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple([_frozen(value) for name, value in values.items() if name not in _IGNORED])
+    return tuple([(name, _frozen(values[name])) for name in sorted(values) if name not in _IGNORED])
 
 
 def _frozen(value: Any) -> Any:
@@ -562,12 +652,21 @@ def _freezer(kind: type) -> Callable[[Any], Any]:
     return lambda _: None
 
 
+def _private(mine: tables.SharedTables) -> list[np.ndarray[Any, Any]]:
+    return [mine.generation, mine.key_expert, mine.state, mine.partition, mine.lease]
+
+
 def _each(values: Any) -> tuple[Any, ...]:
     return tuple([_frozen(value) for value in values])
 
 
 def _generator(value: Any) -> Any:
-    return None if value.gi_frame is None else (value.gi_frame.f_lasti, _locals(value.gi_frame.f_locals))
+    frame = value.gi_frame
+    return (
+        None
+        if frame is None
+        else (_place(frame), _locals(frame.f_locals), None if value.gi_running else _frozen(value.gi_yieldfrom))
+    )
 
 
 def _itself(value: Any) -> Any:
@@ -575,24 +674,24 @@ def _itself(value: Any) -> Any:
 
 
 _FREEZERS: dict[type, Callable[[Any], Any]] = {
-    **dict.fromkeys((int, bool, str, bytes, type(None), ExpertKey), _itself),
+    **dict.fromkeys((int, bool, str, bytes, float, type(None), ExpertKey), _itself),
     **dict.fromkeys((list, tuple, deque), _each),
     set: frozenset,
     dict: lambda value: _each(value.items()),
     np.ndarray: lambda value: value.tobytes() if value.size <= SLOT else None,
     types.GeneratorType: _generator,
-    _Read: lambda value: (value.key, value.landed, value.failed, value.cancelled),
+    _Read: lambda value: (value.key, value.landed, value.failed, value.cancelled, value.found),
     ExpertCache: lambda value: (
         _frozen(value._held),
         _frozen(value._loads),
-        value._tables.key_expert.tobytes() + value._tables.state.tobytes() if value.store.alone else None,
+        tuple(table.tobytes() for table in _private(value._tables)) if value.store.alone else None,
     ),
     loads.Loads: lambda value: (
         value.kept_C.tobytes(),
         _frozen(value.ahead),
         _frozen(value._stalled),
         value._crowded,
-        value._tables._patience > 0,
+        round(value.fetch_seconds, 6),
     ),
     Glance: lambda value: (value.at_E >= 0).tobytes() + value.words_2E[1].tobytes(),
     ahead.ReadsAhead: lambda value: (_frozen(value._loads), _frozen(value._cancelled)),
@@ -621,23 +720,31 @@ class _Locks(locks.FileLocks):
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
+        self._file = -1 if _world is None or fd < 0 else _world.file_of(fd)
         if _world is not None and _world.owner is not None and fd >= 0:
             _world.owner.fds.add(fd)
 
     def lock(self, at: int, seconds: float | None = None) -> bool:
         if _world is None or _world.current is None:
-            return super().lock(at, seconds)
-        world, until = _world, _world.now + (1e9 if seconds is None else seconds)
-        point("lock", lambda: not self.held_elsewhere(at) or world.now >= until)
-        if not super().try_lock(at):
-            assert world.now >= until, "a lock that was free is not"
+            return self._had(at, super().lock(at, seconds))
+        until = math.inf if seconds is None else _world.now + seconds
+        point("lock", Until(now=until, byte=(self._file, at)))
+        if not self._had(at, super().try_lock(at)):
+            assert _world.now >= until, "a lock that was free is not"
             return False
         _world.current.in_lock |= at == 0
         return True
 
+    def _had(self, at: int, had: bool) -> bool:
+        if had and _world is not None:
+            _world.held[self._file, at] = self._fd
+        return had
+
     def unlock(self, at: int) -> None:
         point("unlock")
         super().unlock(at)
+        if _world is not None:
+            del _world.held[self._file, at]
         if _world is not None and _world.current is not None:
             if at == 0:
                 _world.current.in_lock = False
@@ -646,13 +753,15 @@ class _Locks(locks.FileLocks):
 
     def try_lock(self, at: int) -> bool:
         point("try_lock")
-        return super().try_lock(at)
+        return self._had(at, super().try_lock(at))
 
     def close(self) -> None:
         point("close")
         if _world is not None and _world.current is not None:
             _world.current.in_lock = False
             _world.wrote(_world.current)
+        if _world is not None:
+            _world.let_go(self._fd)
         super().close()
 
 
@@ -660,6 +769,7 @@ def _closed(fd: int) -> None:
     if _world is not None:
         for actor in _world.actors.values():
             actor.fds.discard(fd)
+        _world.let_go(fd)
     _close(fd)
 
 
@@ -734,74 +844,25 @@ def instrumented() -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _sleep(_: float) -> None:
+def _sleep(pause: float) -> None:
     world, me = _world, _world.current if _world else None
     if world is None or me is None:
         return
-    point("sleep", lambda: world.written(me) != me.seen)
+    point("sleep", Until(written=True))
     me.seen = world.written(me)
 
 
-# ---- exploring
-
-
-@dataclass(kw_only=True)
-class Found:
-    """What exploring came to. `trace` is the first violation's, empty where there is none."""
-
-    states: int = 0
-    runs: int = 0
-    steps: int = 0
-    complete: bool = False
-    violation: str = ""
-    trace: tuple[str, ...] = ()
-
-
-def explore(
-    make: Callable[[], World], *, kills: int = 0, failures: int = 0, most_states: int = 10**9, seconds: float = 1e9
-) -> Found:
-    """Try all orders of what `make`'s world can do, with at most so many kills and failed reads, until a violation."""
-    found, seen, number = Found(), set[int](), itertools.count()
-    waiting: list[tuple[int, int, tuple[str, ...]]] = [(0, 0, ())]
-    end = time.process_time() + seconds
-    while waiting and len(seen) < most_states and time.process_time() < end:
-        cost, _, prefix = heapq.heappop(waiting)
-        found.runs += 1
-        with _made(make) as world:
-            path: list[str] = []
-            try:
-                for op in prefix:
-                    path.append(op)
-                    world.apply(op)
-                while (key := world.key()) not in seen:
-                    seen.add(key)
-                    options = world.options(kills, failures)
-                    if not options:
-                        world.finish()
-                        break
-                    owner = world.owner.name if world.owner else ""
-                    for op in options[1:]:
-                        more = op[0] in "!=" or "-" in op or options[0] == owner
-                        heapq.heappush(waiting, (cost + more, next(number), (*path, op)))
-                    path.append(options[0])
-                    world.apply(options[0])
-            except Violation as error:
-                found.violation, found.trace = str(error), _trace(make, path)
-                break
-            finally:
-                found.steps += len(path)
-    found.states, found.complete = len(seen), not waiting and not found.violation
-    return found
+# ---- playing
 
 
 def replay(make: Callable[[], World], trace: Sequence[str]) -> str:
     """Play a trace and let everybody end in turn; returns the violation, or nothing."""
-    with _made(make) as world:
+    with made(make) as world:
         try:
             for segment in trace:
                 for op in _ops_of(world, segment):
                     world.apply(op)
-            while options := world.options(0, 0):
+            while options := world.options():
                 world.apply(options[0])
             world.finish()
         except Violation as error:
@@ -812,19 +873,21 @@ def replay(make: Callable[[], World], trace: Sequence[str]) -> str:
 def _ops_of(world: World, segment: str) -> Iterator[str]:
     name, _, until = segment.partition(":")
     if not until:
-        known = world.options(9, 9)
+        live = [name for name in world.victims if world.actors[name].state == "live"]
+        ends = [end + name for name in live for end in "!="[: 1 + world.may_stop]]
+        known = {*world.options(), *ends, *(f"{name}-{at}" for name, at in world.flying())}
         yield from [segment] if segment in known else []
         return
     label, _, count = until.partition("#")
     actor = world.actors[name]
-    while actor.able() and not (actor.label == label and actor.passed[label] + 1 >= int(count)):
+    while world.able(actor) and not (actor.label == label and actor.passed[label] + 1 >= int(count)):
         yield name
 
 
-def _trace(make: Callable[[], World], path: Sequence[str]) -> tuple[str, ...]:
+def trace_of(make: Callable[[], World], path: Sequence[str]) -> tuple[str, ...]:
     """A path as segments."""
     trace: list[str] = []
-    with _made(make) as world, contextlib.suppress(Violation):
+    with made(make) as world, contextlib.suppress(Violation):
         for at, op in enumerate(path):
             actor = world.actors.get(op)
             if actor is not None and at + 1 == len(path):
@@ -838,7 +901,7 @@ def _trace(make: Callable[[], World], path: Sequence[str]) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _made(make: Callable[[], World]) -> Iterator[World]:
+def made(make: Callable[[], World]) -> Iterator[World]:
     global _world
     try:
         _world = world = make()

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interleavings import explore, instrumented
+from interleaving_search import explore
+from interleavings import instrumented
 from store_scenarios import scenarios
 
 from buddymoe_ray.cache import ExpertCache, HostTier, ahead, host, loads
@@ -75,16 +76,16 @@ MUTATIONS = [
     Mutation(
         Loads,
         "start",
-        SOON,
+        MINE,
         FREE,
-        "same",
-        "A:read-partition#1 B:settle#1 A:settle#1 A+0 A:write-lease#3 B+0 B:end#1",
+        "waves",
+        "A:settle#1 A+1 A+0 A:read-partition#4 B:settle#1 B+0 B:write-lease#5 A:settle#2 A+2 A:end#1",
     ),
     Mutation(Loads, "_others", SOON, FREE, "same", "A:settle#1 B:lock#1 A-0 B:read-state#4 A:write-lease#3 B:end#1"),
     Mutation(
         Loads,
         "_finish",
-        SOON,
+        MINE,
         FREE,
         "same, killed",
         "A:settle#1 B:sleep#2 A+0 B:sleep#3 A:write-state#2 !A B:sleep#4",
@@ -164,7 +165,7 @@ MUTATIONS = [
         MINE,
         FREE,
         "ahead",
-        "A:write-loader#1 B:settle#1 A:settle#1 A+0 A:write-lease#5 B+0 B:end#1",
+        "A:read-pinned#1 B:settle#1 A:settle#1 B+0 A+0 A+1 A:write-lease#7 B:end#1",
     ),
     Mutation(
         Cache,
@@ -205,17 +206,17 @@ MUTATIONS = [
     Mutation(locks, "remove_unused", " and same_file(path, fd)", "", "start", "A:lock#3 B:close#3 A:end#1"),
     Mutation(
         Tables,
-        "free_of",
-        "~self.leased(free)",
-        "self.state[free] == FREE",
+        "_idle",
+        "[~self.leased(slots)]",
+        "",
         "movers",
         "A:compute#1 M:read-lease#1 !M N:wait#1 N+0 N:end#1 A:end#1",
     ),
     Mutation(
         Tables,
-        "_victim",
-        "~self.leased(slots)",
-        "self.state[slots] == READY",
+        "_idle",
+        "[~self.leased(slots)]",
+        "",
         "evict",
         "A:read-generation#2 B:settle#1 A:end#1",
     ),
@@ -253,7 +254,7 @@ MUTATIONS = [
     ),
     Mutation(
         Tables,
-        "_changing",
+        "_begin",
         "if self.head[HeaderWord.DIRTY]:",
         "if False:",
         "same, killed",
@@ -263,11 +264,11 @@ MUTATIONS = [
     Mutation(Tables, "alive", "row == self.row or ", "", "same, killed", "A:unlock#2 !A B:sleep#2"),
     Mutation(
         Loads,
-        "start",
-        "if tables.slot_of[key.layer, key.expert] >= 0:",
-        "if False:",
-        "same",
-        "A:lock#2 B:settle#1 A:settle#1 A+0 A:write-lease#3 B+0 B:end#1",
+        "claim",
+        "if slot < 0:",
+        "if True:",
+        "waves",
+        "A:settle#1 A+1 A+0 A:lock#4 B:settle#1 B+0 B:write-lease#5 A:settle#2 A+2 A:end#1",
     ),
     Mutation(
         Mover,
@@ -275,7 +276,7 @@ MUTATIONS = [
         "if (now := int(tables.slot_of[key.layer, key.expert])) >= 0:",
         "if False:",
         "move, failed",
-        "A:lock#2 M:sleep#2 A:settle#1 M:wait#1 A+0 A:write-lease#5 M+0 M:end#1",
+        "M:lock#3 A:done?#1 A+0 A:done?#2 A+1 A:write-lease#5 M:wait#1 M+0 M:end#1",
     ),
     Mutation(
         Mover,
@@ -349,14 +350,14 @@ MUTATIONS = [
     Mutation(Tables, "_void", "self.lease[row] = 0", "pass", "evict", "A:write-head#2 !A B:sleep#2"),
     Mutation(Tables, "reap_now_and_then", "self.reap()", "pass", "same, killed", "A:unlock#2 !A B:sleep#2"),
     Mutation(Loads, "wait", "self._check_patience(call)", "pass", "stopped", "A:submit#1 =A"),
-    Mutation(Tables, "locked_soon", "TABLES_BYTE, self._patience", "TABLES_BYTE, None", "stopped", "A:write-head#1 =A"),
+    Mutation(Tables, "locked_soon", "self._patience", "None", "stopped", "A:write-head#1 =A"),
     Mutation(
         Tables,
         "reap_now_and_then",
         "suppress(Stalled), self.locked_soon()",
         "self.locked()",
         "stopped",
-        "A:settle#1 A+1 B:sleep#2 A+0 B:sleep#3 A:write-head#8 =A",
+        "A:settle#1 B:sleep#1 A+0 A+1 B:sleep#2 A:write-head#4 =A ~ B:lock#4 ~ ~",
     ),
     Mutation(
         Tables,
@@ -382,6 +383,7 @@ MUTATIONS = [
         "devices, killed",
         "A:unlock#1 !A B:sleep#2 B+0 B:sleep#3",
     ),
+    Mutation(Loads, "submit_claimed", "self._abandon(call.claimed)", "pass", "devices, full", "B:wait#1 A:end#1"),
     Mutation(Lender, "_emptied", LOCKED, UNLOCKED, "lent", "A:read-looks#4 L:write-slot_of#1 !L"),
     Mutation(
         Lender,

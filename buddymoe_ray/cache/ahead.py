@@ -6,34 +6,21 @@ Knows loads by their key and ticket; what it means that one has ended is its cac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import Generic, Protocol, TypeVar
 
-from buddymoe_ray.cache.disk import Ticket
-from buddymoe_ray.errors import CacheError
+from buddymoe_ray.cache.shared.calls import OwnLoad
 from buddymoe_ray.types import ExpertKey
 
 __all__ = ["ReadsAhead"]
 
 
-class _Load(Protocol):
-    @property
-    def key(self) -> ExpertKey: ...
-    @property
-    def ticket(self) -> Ticket: ...
+class ReadsAhead:
+    """`finish` makes experts that have arrived resident, or frees the slots of those that failed: for whoever asks for
+    them, to read them again. It calls `remove` once nothing is in flight."""
 
-
-L = TypeVar("L", bound=_Load)
-
-
-class ReadsAhead(Generic[L]):
-    """`finish` makes an expert that has arrived resident, or frees its slot and raises CacheError; it calls `remove`
-    once nothing is in flight."""
-
-    def __init__(self, finish: Callable[[L], None]) -> None:
+    def __init__(self, finish: Callable[[Sequence[OwnLoad]], None]) -> None:
         self._finish = finish
-        self._loads: dict[ExpertKey, L] = {}
-        self._cancelled: list[L] = []  # of which something is under way
+        self._loads: dict[ExpertKey, OwnLoad] = {}
+        self._cancelled: list[OwnLoad] = []  # of which something is under way
 
     def __contains__(self, key: object) -> bool:
         return key in self._loads
@@ -42,15 +29,15 @@ class ReadsAhead(Generic[L]):
         """Whether anything is under way."""
         return bool(self._loads or self._cancelled)
 
-    def add(self, load: L) -> None:
+    def add(self, load: OwnLoad) -> None:
         """One more is under way."""
         self._loads[load.key] = load
 
-    def take(self, key: ExpertKey) -> L:
+    def take(self, key: ExpertKey) -> OwnLoad:
         """Somebody asked for the expert, and finishes the load."""
         return self._loads.pop(key)
 
-    def remove(self, load: L) -> None:
+    def remove(self, load: OwnLoad) -> None:
         """It has ended, one way or the other."""
         if self._loads.get(load.key) is load:
             del self._loads[load.key]
@@ -58,15 +45,10 @@ class ReadsAhead(Generic[L]):
             self._cancelled.remove(load)
 
     def land(self, *, waits: bool = False) -> None:
-        """Finish what has arrived where it goes; one that `waits` does so for what is on its way to the device. What
-        failed is for whoever asks for the expert: to read it again."""
-        if not self:
-            return
-        for load in [*self._loads.values(), *self._cancelled]:
-            if not (load.ticket.done() if waits else load.ticket.landed()):
-                continue
-            with suppress(CacheError):
-                self._finish(load)
+        """Finish what has arrived where it goes; one that `waits` does so for what is on its way to the device."""
+        if self:
+            loads = [*self._loads.values(), *self._cancelled]
+            self._finish([load for load in loads if (load.ticket.done() if waits else load.ticket.landed())])
 
     def give_up(self, layer: int = -1, experts: Sequence[int] = ()) -> None:
         """Cancel what was not begun, but of these experts; one that is wholly under way arrives all the same."""

@@ -28,7 +28,7 @@ from buddymoe_ray.cache.private_store import PrivateStore
 from buddymoe_ray.cache.shared.calls import Stalled, StreamState
 from buddymoe_ray.cache.shared.interface import Store
 from buddymoe_ray.cache.shared.shape import places_of
-from buddymoe_ray.cache.shared.tables import READY, WAVE, SlotIds
+from buddymoe_ray.cache.shared.tables import READY, WAVE
 from buddymoe_ray.cache.slot_peers import SlotPeers
 from buddymoe_ray.cache.sources import DiskSource, HostSource, Source
 from buddymoe_ray.device import Device, open_device
@@ -66,11 +66,6 @@ class ExpertCache:
     def device_bytes(self) -> int:
         """Bytes of the slots in use, of a node's store by all of its workers."""
         return self._tables.nbytes
-
-    @property
-    def read_mode(self) -> str:
-        """How the disk is read: `direct` or `buffered`."""
-        return self._reader.mode
 
     @property
     def read_seconds(self) -> float:
@@ -231,9 +226,10 @@ class ExpertCache:
             return
         assert len(set(experts)) == len(experts), f"experts are {list(experts)}, must each be named once"
         if self._held is not None and self._held[0] == layer and self._held[1].keys() >= set(experts):
-            slots = np.array([self._held[1][expert] for expert in experts])  # leased, so there is nobody to ask
-            self._tables.touch(slots)
-            yield self._hits(layer, experts, slots)
+            held = [(ExpertKey(layer, e), self._held[1][e]) for e in experts]  # leased, so there is nobody to ask
+            self._tables.touch([slot for _, slot in held])
+            self._loads.counts.hits += len(held)
+            yield self._leases(held)
             return
         rest = dict.fromkeys(experts)
         try:
@@ -253,21 +249,16 @@ class ExpertCache:
         self._loads.ahead.land()
         if not protect_residency:
             self._loads.ahead.give_up(layer, experts)
-        with self._tables.locked_soon():
-            slots = self._tables.look_up(layer, experts)
-            # of these the lease keeps the bytes from now on
-            ready = (slots >= 0) & (self._tables.state[slots] == READY)
-        if ready.all():
-            try:
-                yield self._hits(layer, experts, slots)
-            finally:
-                self._tables.release(slots)
-            return
-        protect = protect_residency or bool(self.plan.pinned)
-        call = StreamState(time.monotonic())
+        protect, call = protect_residency or bool(self.plan.pinned), StreamState(time.monotonic())
         try:
-            self._sort([ExpertKey(layer, e) for e in experts], slots.tolist(), ready.tolist(), call)
-            self._loads.start(call, protect)
+            with self._tables.locked_soon():
+                slots = self._tables.look_up(layer, experts)
+                # of these the lease keeps the bytes from now on
+                ready = (slots >= 0) & (self._tables.state[slots] == READY)
+                self._sort([ExpertKey(layer, e) for e in experts], slots.tolist(), ready.tolist(), call)
+                if call.missing:
+                    self._loads.claim(call, protect)
+            self._loads.submit_claimed(call)
             yield from self._lend(call)
             while call.missing or call.loads or call.waits:
                 self._loads.start(call, protect)
@@ -331,13 +322,10 @@ class ExpertCache:
         wanted = pinned or [e % count for e in range(first, first + min(count, slots))]
         return [e for e in wanted if not tables.entry[layer, e]]
 
-    def _hits(self, layer: int, experts: Sequence[int], slots: SlotIds) -> tuple[Lease, ...]:
-        """The leases of a call that misses nothing: the usual one, so it has a short way."""
-        self._loads.counts.hits += len(slots)
-        generations = self._tables.generation[slots].tolist()
+    def _leases(self, ready: Sequence[tuple[ExpertKey, int]]) -> tuple[Lease, ...]:
+        generations = self._tables.generation[[slot for _, slot in ready]].tolist()
         return tuple(
-            Lease(ExpertKey(layer, expert), slot, generation, self.store)
-            for expert, slot, generation in zip(experts, slots.tolist(), generations, strict=True)
+            [Lease(*where, generation, self.store) for where, generation in zip(ready, generations, strict=True)]
         )
 
     def _sort(
@@ -365,11 +353,10 @@ class ExpertCache:
         if not call.ready:
             return
         ready, call.ready = call.ready, []
-        tables = self._tables
         try:
-            yield tuple(Lease(key, slot, int(tables.generation[slot]), self.store) for key, slot in ready)
+            yield self._leases(ready)
         finally:
-            tables.release([slot for _, slot in ready])
+            self._tables.release([slot for _, slot in ready])
 
 
 def open_private(

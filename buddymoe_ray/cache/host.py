@@ -59,10 +59,10 @@ class HostTier:
             slot = int(tables.look_up(key.layer, [key.expert])[0])
             found = slot >= 0
             if not found:
-                claimed = tables.claim(key, protect=False, kept=self._nothing_kept)
-                if claimed is None:
+                claimed = tables.claim([key], protect=False, kept=self._nothing_kept)
+                if not claimed:
                     return None
-                slot = claimed
+                slot = claimed[0][1]
             ready = bool(tables.state[slot] == READY)
         if found:
             self.hits += 1
@@ -160,7 +160,7 @@ class _Read:
             self.error = error
         with tables.locked():
             if self.error is None:
-                tables.commit(self.slot)
+                tables.commit([self.slot])
             else:
                 tables.vacate(self.slot)
         self.concluded = True

@@ -51,7 +51,7 @@ class Loads:
         self.fetch_seconds = store.layout.expert_bytes / _ASSUMED_BYTES_PER_SECOND
         self.stall_seconds, self.counts = 0.0, Counts()
         self.kept_C = np.zeros(store.shape.slots, dtype=bool)
-        self.ahead = ReadsAhead[OwnLoad](self._land)
+        self.ahead = ReadsAhead(self._land)
         self.brought_C = np.full_like(self._tables.last_used, _NEVER)
         self._own_slot = None if store.alone else OwnSlot(store.layout, reader)
         self._stalled: dict[int, int] = {}  # slots that somebody did not fill in time, by their generation
@@ -60,28 +60,38 @@ class Loads:
 
     def start(self, call: StreamState, protect: bool) -> None:
         """Start reads while there are experts missing and slots to be had."""
+        if call.missing:
+            with self._tables.locked_soon():
+                self.claim(call, protect)
+            self.submit_claimed(call)
+
+    def claim(self, call: StreamState, protect: bool) -> None:
+        """Slots for what is missing, as far as there are some; the caller holds the lock."""
         tables = self._tables
         due = self._source.due(tuple(call.missing), reading=bool(call.loads))
         call.awaits = bool(call.missing) and not due
+        keys = list[ExpertKey]()
         for key in due:
-            with tables.locked_soon():
-                if tables.slot_of[key.layer, key.expert] >= 0:  # another worker was faster
-                    slot = None
-                    found = int(tables.slot_of[key.layer, key.expert])
-                    tables.lease[tables.row, found] += 1
-                    call.waits.append((key, found))
-                    self.counts.shared += 1
-                else:
-                    slot = tables.claim(key, protect=protect or not tables.admits(key), kept=self.kept_C)
-                    if slot is None:
-                        return
-            load = None if slot is None else self.submit(key, slot)
-            if slot is not None and load is None:
-                return
+            slot = int(tables.slot_of[key.layer, key.expert])
+            if slot < 0:
+                keys.append(key)
+                continue
+            tables.lease[tables.row, slot] += 1  # another worker was faster
             call.missing.remove(key)
-            if load is not None:
-                self._crowded = False
-                call.loads.append(load)
+            call.waits.append((key, slot))
+            self.counts.shared += 1
+        call.claimed.extend(tables.claim(keys, protect=protect, kept=self.kept_C))
+        self._crowded = self._crowded and not call.claimed
+
+    def submit_claimed(self, call: StreamState) -> None:
+        """Begin to read into slots that were claimed. Raises CacheError."""
+        while call.claimed:
+            load = self.submit(*call.claimed.popleft())
+            if load is None:
+                self._abandon(call.claimed)
+                return
+            call.missing.remove(load.key)
+            call.loads.append(load)
 
     def read_ahead(self, layer: int, experts: Sequence[int], *, protect: bool) -> bool:
         """See ExpertCache."""
@@ -92,20 +102,21 @@ class Loads:
         self.brought_C[there] = last_used_C[there]
         kept_C = (self.brought_C == last_used_C) & protect
         kept_C[there] = True
-        for key in [ExpertKey(layer, expert) for expert, slot in zip(experts, slots, strict=True) if slot < 0]:
-            slot = None
-            with suppress(Stalled), self._tables.locked_soon():
-                if slot_of_E[key.expert] >= 0:
-                    continue
-                slot = self._tables.claim_ahead(key, protect=protect, kept=kept_C)
-            if slot is None:
-                return False
-            with suppress(CacheError):  # met by whoever asks for the expert
-                load = self.submit(key, slot)
-                if load is None:
-                    return False
-                self.ahead.add(replace(load, began=None))
-        return True
+        absent = [ExpertKey(layer, expert) for expert, slot in zip(experts, slots.tolist(), strict=True) if slot < 0]
+        if not absent:
+            return True
+        call = StreamState(0.0, deque(absent))
+        with suppress(CacheError):  # met by whoever asks for the expert
+            try:
+                with self._tables.locked_soon():
+                    absent = [key for key in absent if slot_of_E[key.expert] < 0]
+                    call.claimed.extend(self._tables.claim(absent, protect=protect, kept=kept_C, ahead=True))
+                self.submit_claimed(call)
+            finally:
+                for load in call.loads:
+                    self.ahead.add(replace(load, began=None))
+                self._abandon(call.claimed)
+        return all(key in self.ahead for key in absent)
 
     @property
     def errands(self) -> bool:
@@ -174,16 +185,16 @@ class Loads:
     def submit(self, key: ExpertKey, slot: int) -> OwnLoad | None:
         """Begin to read an expert into the slot that was claimed for it; None where that must wait. Then, and where it
         raises CacheError, the slot is free."""
+        ticket = None
         try:
             ticket = self._source.begin(key, slot)
         except BaseException as error:
-            self._abandon(slot)
             _blame(error, key)
             raise
-        if ticket is None:
-            self._abandon(slot)
-            return None
-        return OwnLoad(key, slot, ticket, time.perf_counter())
+        finally:
+            if ticket is None:
+                self._abandon([(key, slot)])
+        return None if ticket is None else OwnLoad(key, slot, ticket, time.perf_counter())
 
     def wait(self, call: StreamState) -> None:
         """Wait until something is ready, or may be had that could not before."""
@@ -215,9 +226,13 @@ class Loads:
         call.ready.clear()
         call.waits.clear()
         try:
+            with suppress(Stalled):
+                self._abandon(call.claimed)
             while call.loads:
                 with suppress(CacheError):  # met by whoever needs the expert
-                    self._tables.release([self._conclude(call.loads[0], call.loads)])
+                    load = call.loads[0]
+                    self._read(load, call.loads)
+                    self._tables.release(self._finish([load], call.loads))
         finally:
             if call.loads and tries:  # interrupted: the others must be settled all the same
                 self.settle(call, tries - 1)
@@ -236,10 +251,18 @@ class Loads:
         self.counts.nbytes += self._store.layout.expert_bytes
         return lease
 
-    def _land(self, load: OwnLoad) -> None:
-        with suppress(Stalled):  # it is tried again
-            self._tables.release([self._finish(load, self.ahead)])
-            self.brought_C[load.slot] = self._tables.last_used[load.slot]
+    def _land(self, done: Sequence[OwnLoad]) -> None:
+        came = list[OwnLoad]()
+        try:
+            for load in done:
+                with suppress(CacheError):
+                    self._read(load, self.ahead)
+                    came.append(load)
+        finally:
+            with suppress(Stalled):  # it is tried again
+                slots = self._finish(came, self.ahead)
+                self._tables.release(slots)
+                self.brought_C[slots] = self._tables.last_used[slots]
 
     def _check_patience(self, call: StreamState) -> None:
         """Raises Stalled where nothing has come for long; whoever was not in time before is not waited for again."""
@@ -257,67 +280,82 @@ class Loads:
     def _gather(self, call: StreamState) -> bool:
         """Move what has arrived to `ready`; whether anything changed."""
         self.ahead.land()  # another worker may wait for it, and we for what that one has read ahead
-        before = len(call.ready)
-        for load in [load for load in call.loads if load.ticket.done()]:
-            try:
-                call.ready.append((load.key, self._conclude(load, call.loads)))
-                self.kept_C[load.slot] = True
-            except ReadLost:
-                call.missing.append(load.key)
-        return self._others(call) or len(call.ready) > before
+        came = list[OwnLoad]()
+        try:
+            for load in [load for load in call.loads if load.ticket.done()]:
+                try:
+                    self._read(load, call.loads)
+                    came.append(load)
+                except ReadLost:
+                    call.missing.append(load.key)
+        finally:
+            slots = self._finish(came, call.loads)
+            call.ready.extend((load.key, load.slot) for load in came)
+            self.kept_C[slots] = True
+        return self._others(call) or bool(came)
 
     def _others(self, call: StreamState) -> bool:
         """Note what other workers filled for us, and what they failed at, which is missing again."""
-        tables, changed = self._tables, False
-        for wait in list(call.waits):
+        if not call.waits:
+            return False
+        tables = self._tables
+        with tables.locked_soon():
+            arrived = [(wait, tables.arrived(wait[1])) for wait in call.waits]
+        ended = [(wait, there) for wait, there in arrived if there is not None]
+        for wait, there in ended:
             key, slot = wait
-            with tables.locked_soon():
-                arrived = tables.arrived(slot)
-            if arrived is None:
-                continue
             call.waits.remove(wait)
-            changed = True
             self._stalled.pop(slot, None)
-            if arrived:
+            if there:
                 call.ready.append((key, slot))
                 self.kept_C[slot] = True
             else:
                 tables.release([slot])
                 call.missing.append(key)
-        return changed
+        return bool(ended)
 
-    def _conclude(self, load: OwnLoad, loads: deque[OwnLoad]) -> int:
-        """`_finish`, but what may not be made READY now will be before long."""
-        try:
-            return self._finish(load, loads)
-        except Stalled:
-            loads.remove(load)
-            self.ahead.add(replace(load, began=None))  # how long it took is known
-            raise
-
-    def _finish(self, load: OwnLoad, loads: deque[OwnLoad] | ReadsAhead[OwnLoad]) -> int:
-        """The expert is read: make it READY, and it is none of the `loads` any more. Its lease stays."""
+    def _read(self, load: OwnLoad, loads: deque[OwnLoad] | ReadsAhead) -> None:
+        """Wait for its bytes; where there will be none it is none of the `loads` any more. Raises CacheError."""
         try:
             load.ticket.wait()
         except BaseException as error:
             _blame(error, load.key)
             load.ticket.settle()
-            self._abandon(load.slot)
+            self._abandon([(load.key, load.slot)])
             loads.remove(load)
             raise
-        tables = self._tables
         if load.began is not None:
             self.fetch_seconds += _SMOOTHING * (time.perf_counter() - load.began - self.fetch_seconds)
-        with tables.locked_soon():
-            tables.commit(load.slot)
-        loads.remove(load)
-        self.counts.nbytes += self._store.layout.expert_bytes
-        return load.slot
 
-    def _abandon(self, slot: int) -> None:
+    def _finish(self, came: Sequence[OwnLoad], loads: deque[OwnLoad] | ReadsAhead) -> list[int]:
+        """These were read: make them READY, and they are none of the `loads` any more. Their leases, on these slots,
+        stay. What may not be made READY now will be before long: raises Stalled then."""
+        slots = [load.slot for load in came]
+        if not slots:
+            return slots
+        try:
+            with self._tables.locked_soon():
+                self._tables.commit(slots)
+        except Stalled:
+            for load in came:
+                loads.remove(load)
+                self.ahead.add(replace(load, began=None))  # how long it took is known
+            raise
+        for load in came:
+            loads.remove(load)
+        self.counts.nbytes += len(slots) * self._store.layout.expert_bytes
+        return slots
+
+    def _abandon(self, claimed: list[tuple[ExpertKey, int]] | deque[tuple[ExpertKey, int]]) -> None:
+        """Free slots that nothing is read into any more."""
+        if not claimed:
+            return
+        slots = [slot for _, slot in claimed]
         with self._tables.locked_soon():
-            self._tables.vacate(slot)
-        self._tables.release([slot])
+            for slot in slots:
+                self._tables.vacate(slot)
+        self._tables.release(slots)
+        claimed.clear()
 
 
 def _blame(error: BaseException, key: ExpertKey) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from buddymoe_ray.cache.pool import SlotPool
 from buddymoe_ray.cache.shared.locks import FileLocks
-from buddymoe_ray.cache.shared.shape import StoreShape
+from buddymoe_ray.cache.shared.shape import HeaderWord, StoreShape
 from buddymoe_ray.cache.shared.tables import SharedTables
 from buddymoe_ray.cache.slot_peers import SlotPeers
 from buddymoe_ray.device import Device, open_device
@@ -34,21 +34,13 @@ class _OwnTables(SharedTables):
         super().__init__(np.zeros(shape.data_offset, np.uint8), shape, FileLocks(-1))
         self._peers = peers
         self.initialise(plan)
-        self.row, self.pid[0], self.lends[0], self._dirty = 0, os.getpid(), shape.lent, False
-
-    def locked(self) -> Self:  # type: ignore[override]  # a context manager all the same
-        """See SharedTables."""
-        return self
-
-    locked_soon = locked  # type: ignore[assignment]
+        self.row, self.pid[0], self.lends[0] = 0, os.getpid(), shape.lent
 
     def __enter__(self) -> None:
-        if self._dirty:
-            self._repair()
-        self._dirty = True
+        self._begin()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._dirty = kind is not None
+        self.head[HeaderWord.DIRTY] = kind is not None
 
     def admits(self, key: ExpertKey) -> bool:
         """See SharedTables; one that a peer has, and that is worth less than all that is here, passes through a wave
@@ -93,6 +85,7 @@ class PrivateStore:
         self._pool = SlotPool(layout, plan.slots_total, where, lent=any(plan.lent_slots), memory=memory)
         self.tensor_C = self._pool.bytes_C
         self.tables: SharedTables = _OwnTables(plan, self.shape, peers)
+        self.generation = self.tables.generation
 
     @classmethod
     def of_waves(cls, layout: ExpertLayout, slots: int) -> PrivateStore:
@@ -112,11 +105,6 @@ class PrivateStore:
         """`[C, slot_bytes]` of slots on the CPU."""
         found: np.ndarray[Any, np.dtype[np.uint8]] = self.tensor_C.numpy()
         return found
-
-    @property
-    def generation(self) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-        """`[C]` how often each slot's content changed; a lease remembers it."""
-        return self.tables.generation
 
     def tensors(self, slot: int) -> Mapping[str, Tensor]:
         """The slot's parameters by name, as views in their stored dtype."""

@@ -170,6 +170,6 @@ def test_refused_direct_reads_fall_back_once_and_leak_nothing(
     with open_cache(layout, 4, reader=DiskReader(buffer_bytes=8192)) as cache:
         for layer in range(3):
             lend_all(cache, truth, layer, list(range(6)))
-        assert cache.read_mode == "buffered"
+        assert cache._reader.mode == "buffered"
     assert caplog.text.count("O_DIRECT") == 1, "one file system, one warning"
     assert sorted(closed) == sorted(opened), f"opened {opened}, closed {closed}"

@@ -38,9 +38,8 @@ def filled(folder: Path) -> SharedTables:
     layout, _ = make_layout(folder)
     tables = PrivateStore.of_waves(layout, 4).tables
     for expert in range(3):
-        slot = tables.claim(ExpertKey(0, expert), protect=False, kept=np.zeros(4, bool))
-        assert slot is not None
-        tables.commit(slot)
+        [(_, slot)] = tables.claim([ExpertKey(0, expert)], protect=False, kept=np.zeros(4, bool))
+        tables.commit([slot])
         tables.release([slot])
     return tables
 

@@ -57,6 +57,7 @@ class StreamState:
 
     since: float
     missing: deque[ExpertKey] = field(default_factory=deque)
+    claimed: deque[tuple[ExpertKey, int]] = field(default_factory=deque)  # slots that nothing is read into yet
     loads: deque[OwnLoad] = field(default_factory=deque)
     waits: list[tuple[ExpertKey, int]] = field(default_factory=list)  # read by another worker, and leased
     ready: list[tuple[ExpertKey, int]] = field(default_factory=list)  # leased and not lent yet

@@ -9,6 +9,7 @@ Invariant: a file is unlinked only under the lock on its tables, while no row an
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import struct
 import time
@@ -39,8 +40,9 @@ class FileLocks:
         if seconds is None:
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW, _flock(fcntl.F_WRLCK, at))
             return True
-        end = time.monotonic() + seconds
+        end = 0.0
         while not self.try_lock(at):
+            end = end or time.monotonic() + seconds
             if time.monotonic() >= end:
                 return False
             time.sleep(_POLL_SECONDS)
@@ -113,5 +115,6 @@ def same_file(path: Path, fd: int) -> bool:
         return False
 
 
+@functools.cache
 def _flock(kind: int, at: int, count: int = 1) -> bytes:
     return _FLOCK.pack(kind, 0, at, count, 0)

@@ -97,7 +97,7 @@ class Mover:
             tables.release([slot])
             raise
         with tables.locked():
-            tables.commit(slot)
+            tables.commit([slot])
         tables.release([slot])
         moved.moves += 1
         moved.nbytes += self._store.layout.expert_bytes

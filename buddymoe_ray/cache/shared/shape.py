@@ -27,7 +27,7 @@ _SLOT_AT = 40  # the bit of an entry from which on it is a slot's number
 class HeaderWord:
     """Positions in the header's 64-bit words."""
 
-    MAGIC, VERSION, READY, CLOCK, DIRTY, EPOCH, SLOTS, SLOT_BYTES = range(8)
+    MAGIC, VERSION, READY, CLOCK, DIRTY, EPOCH = range(6)
     MAGIC_WORD = 0x425544_44594D4F
     VERSION_WORD = 6
 

@@ -112,15 +112,10 @@ class SharedStore:
             remove_unused([path])
             raise
         self._locks.unlock(TABLES_BYTE)
-        self.bytes_C = self.shape.slot_bytes_of(self._array)
+        self.bytes_C, self.generation = self.shape.slot_bytes_of(self._array), self.tables.generation
         self.tensor_C = torch.from_numpy(self.bytes_C)
         self._begin = self.tensor_C.data_ptr()
         self._views: list[Mapping[str, Tensor] | None] = [None] * self.shape.slots
-
-    @property
-    def generation(self) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-        """`[C]` how often each slot's content changed; a lease remembers it."""
-        return self.tables.generation
 
     @property
     def attached(self) -> int:
@@ -195,7 +190,6 @@ class SharedStore:
 
     def _write_head(self) -> None:
         head = self.tables.head
-        head[HeaderWord.SLOTS], head[HeaderWord.SLOT_BYTES] = self.shape.slots, self.shape.slot_bytes
         head[HeaderWord.CLOCK] = head[HeaderWord.DIRTY] = head[HeaderWord.EPOCH] = 0
         head[HeaderWord.MAGIC], head[HeaderWord.VERSION] = HeaderWord.MAGIC_WORD, HeaderWord.VERSION_WORD
         head[HeaderWord.READY] = 1  # last: a file without it is made anew

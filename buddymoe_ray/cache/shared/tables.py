@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -61,34 +61,40 @@ class SharedTables:
         self.slot_of, self.entry, self.pinned = views["slot_of"], views["entry"], views["pinned"]
         self.lease, self.lends, self.looks = views["lease"], views["lends"], views["looks"]
         self.row, self._reaped, self._patience = -1, time.monotonic(), PATIENCE_SECONDS
+        self._within: float | None = None
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the tables. An exception in between leaves them dirty, and the next holder repairs them."""
-        with self._locks.locked(TABLES_BYTE), self._changing():
-            yield
+    def locked(self) -> Self:
+        """Hold the tables for a block. An exception in it leaves them dirty, and the next holder repairs them."""
+        self._within = None
+        return self
 
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        if self.head[HeaderWord.DIRTY]:
-            self._repair()
-        self.head[HeaderWord.DIRTY] = 1
-        yield
-        self.head[HeaderWord.DIRTY] = 0
-
-    @contextmanager
-    def locked_soon(self) -> Iterator[None]:
+    def locked_soon(self) -> Self:
         """The same for whoever can go on without: raises Stalled where nobody lets go of the tables for a while, and
         soon as long as that is so."""
-        if not self._locks.lock(TABLES_BYTE, self._patience):
+        self._within = self._patience
+        return self
+
+    def __enter__(self) -> None:
+        if not self._locks.lock(TABLES_BYTE, self._within):
             self._patience = SHORT_PATIENCE_SECONDS
             raise Stalled("the store's tables are held by a process that stands still. hint: continue it, or end it")
         self._patience = PATIENCE_SECONDS
         try:
-            with self._changing():
-                yield
+            self._begin()
+        except BaseException:
+            self._locks.unlock(TABLES_BYTE)
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.head[HeaderWord.DIRTY] = kind is not None
         finally:
             self._locks.unlock(TABLES_BYTE)
+
+    def _begin(self) -> None:
+        if self.head[HeaderWord.DIRTY]:
+            self._repair()
+        self.head[HeaderWord.DIRTY] = 1
 
     def initialise(self, plan: SlotPlan) -> None:
         """Tables of a file that is all 0 as yet; the caller holds the lock and nobody is attached."""
@@ -101,16 +107,17 @@ class SharedTables:
     def join(self) -> None:
         """Take a row; the caller holds the lock, so that no sweeper comes between. Raises CacheError when all are
         taken."""
-        with self._changing():
-            self.reap()
-            for row in np.flatnonzero(self.pid == 0).tolist():
-                if self._locks.try_lock(ROW_BYTE + row):
-                    self.lease[row] = 0
-                    self.looks[row] = 0
-                    self.lends[row] = self.shape.lent
-                    self.pid[row] = os.getpid()
-                    self.row = row
-                    return
+        self._begin()
+        self.reap()
+        for row in np.flatnonzero(self.pid == 0).tolist():
+            if self._locks.try_lock(ROW_BYTE + row):
+                self.lease[row] = 0
+                self.looks[row] = 0
+                self.lends[row] = self.shape.lent
+                self.pid[row] = os.getpid()
+                self.row = row
+                self.head[HeaderWord.DIRTY] = 0
+                return
         raise CacheError(f"store has {ROWS} users, must have fewer to join. hint: run fewer workers per node")
 
     def leave(self) -> None:
@@ -201,28 +208,27 @@ class SharedTables:
         if len(slots):
             self.lease[self.row, slots] -= 1
 
-    def claim(self, key: ExpertKey, *, protect: bool, kept: npt.NDArray[np.bool_]) -> int | None:
-        """A slot to load `key` into, LOADING and leased; None when none may be had. The caller holds the lock.
+    def claim(
+        self, keys: Sequence[ExpertKey], *, protect: bool, kept: npt.NDArray[np.bool_], ahead: bool = False
+    ) -> list[tuple[ExpertKey, int]]:
+        """Slots to load `keys`, all of one layer, into, LOADING and leased, for the first of them, as many as may be
+        had. The caller holds the lock.
 
         The layer's free slots come first; then, unless residency is protected, its least used expert that nobody
         leases, that is not pinned and not `kept` by the call in progress; then wave slots, free or used longest ago.
+        For what was not asked for yet wave slots are taken where residency is protected alone, and none that is `kept`.
         """
-        slot = self._own(key.layer, protect=protect, kept=kept)
-        if slot is None:
-            slot = self._wave(self.partition == WAVE)
-        if slot is not None:
-            self.take(slot, key)
-        return slot
-
-    def claim_ahead(self, key: ExpertKey, *, protect: bool, kept: npt.NDArray[np.bool_]) -> int | None:
-        """The same for an expert that was not asked for yet: of the layer's own slots alone or, where residency is
-        protected, of the wave slots without those `kept`."""
-        slot = self._own(key.layer, protect=protect, kept=kept)
-        if slot is None and protect:
-            slot = self._wave((self.partition == WAVE) & ~kept)
-        if slot is not None:
-            self.take(slot, key)
-        return slot
+        claimed, waves = list[tuple[ExpertKey, int]](), None
+        free, used = self._own(keys[0].layer, kept) if keys else ([], [])
+        for key in keys:
+            own = free or (used if not protect and (ahead or self.admits(key)) else [])
+            if not own and (protect or not ahead):
+                own = waves = self._waves((self.partition == WAVE) & ~(kept & ahead)) if waves is None else waves
+            if not own:
+                break
+            claimed.append((key, own.pop(0)))
+            self.take(claimed[-1][1], key)
+        return claimed
 
     def admits(self, key: ExpertKey) -> bool:
         """Whether the expert may go where another of its layer was."""
@@ -276,16 +282,17 @@ class SharedTables:
         if self.slot_of[key.layer, key.expert] < 0:
             self.key_layer[slot], self.key_expert[slot] = key.layer, key.expert
             self.slot_of[key.layer, key.expert] = slot
-            self.commit(slot)
+            self.commit([slot])
         else:
             self.vacate(slot)
 
-    def commit(self, slot: int) -> None:
+    def commit(self, slots: Sequence[int]) -> None:
         """The bytes are there; the caller holds the lock."""
-        self.loader[slot] = -1
-        self.state[slot] = READY
-        self._publish(slot)
-        self.touch(slot)
+        for slot in slots:
+            self.loader[slot] = -1
+            self.state[slot] = READY
+            self._publish(slot)
+        self.touch(slots)
 
     def vacate(self, slot: int) -> None:
         """The slot holds nothing that anybody may find; the caller holds the lock.
@@ -329,40 +336,33 @@ class SharedTables:
 
     def free_of(self, slots: SlotIds) -> int | None:
         """A FREE one of the slots that nobody leases; the caller holds the lock."""
-        free = slots[self.state[slots] == FREE]
-        if not len(free):
-            return None
-        free = free[~self.leased(free)]  # a retired slot whose mover was killed may still be in a computation
-        return int(free[0]) if len(free) else None
+        free, _ = self._idle(slots)
+        return free[0] if free else None
 
-    def _own(self, layer: int, *, protect: bool, kept: npt.NDArray[np.bool_]) -> int | None:
-        mine = (self.partition == layer).nonzero()[0]
-        slot = self.free_of(mine)
-        if slot is not None or protect:
-            return slot
-        mine = mine[~(kept[mine] | self._is_pinned(mine)) if self.pinned[layer].any() else ~kept[mine]]
-        return self._victim(mine, self._worth(layer, self.key_expert[mine]))
+    def _idle(self, slots: SlotIds) -> tuple[list[int], SlotIds]:
+        """Of the slots that nobody leases those that are FREE, and those that are READY."""
+        slots = slots[~self.leased(slots)]  # a retired slot whose mover was killed may still be in a computation
+        state = self.state[slots]
+        return slots[state == FREE].tolist(), slots[state == READY]
+
+    def _own(self, layer: int, kept: npt.NDArray[np.bool_]) -> tuple[list[int], list[int]]:
+        """A layer's own slots that may be had: free ones, and those whose expert may go, least used first."""
+        free, used = self._idle((self.partition == layer).nonzero()[0])
+        used = used[~kept[used]]
+        if self.pinned[layer].any():
+            used = used[self.pinned[self.key_layer[used], self.key_expert[used]] == 0]
+        return free, used[self._worth(layer, self.key_expert[used]).argsort(kind="stable")].tolist()
 
     def _worth(self, layer: int, experts: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         """log2 of the accesses that each of a layer's experts gets."""
         return self.usage.usage_LE[layer, experts]
 
-    def _wave(self, among_C: npt.NDArray[np.bool_]) -> int | None:
-        waves = np.flatnonzero(among_C)
-        slot = self.free_of(waves)
-        return self._victim(waves, self.last_used[waves]) if slot is None else slot
+    def _waves(self, among_C: npt.NDArray[np.bool_]) -> list[int]:
+        """Those that may be had: free ones, then what was used longest ago."""
+        free, used = self._idle(among_C.nonzero()[0])
+        return free + used[self.last_used[used].argsort(kind="stable")].tolist()
 
-    def _victim(self, slots: SlotIds, usage: npt.NDArray[Any]) -> int | None:
-        """The least used of the slots that may go."""
-        unread = ~self.leased(slots)
-        may_go = unread & (self.state[slots] == READY)
-        return int(slots[np.where(may_go, usage, np.inf).argmin()]) if may_go.any() else None
-
-    def _is_pinned(self, slots: SlotIds) -> npt.NDArray[np.bool_]:
-        pinned_C: npt.NDArray[np.uint8] = self.pinned[self.key_layer[slots], self.key_expert[slots]]
-        return pinned_C.astype(bool) & (self.state[slots] == READY)
-
-    def touch(self, slots: SlotIds | int) -> None:
+    def touch(self, slots: Sequence[int] | SlotIds) -> None:
         """Note an access to slots; without the lock two accesses may get one time, which is harmless."""
         self.head[HeaderWord.CLOCK] += 1
         self.last_used[slots] = self.head[HeaderWord.CLOCK]
