@@ -26,7 +26,7 @@ INGRESS_NAME = "ingress"
 HEAD = "node:__internal_head__"  # what ray calls the head node among its resources
 INGRESS_ONGOING = 10_000  # the workers' queues are the limit; the ingress must always have room to say so
 CONSTRUCTOR_TRIES = 2  # a model that cannot be served is said soon; a device that is being freed gets a second chance
-QUIET = LoggingConfig(enable_access_log=False)  # the proxy logs every request, its status and how long it took
+QUIET = LoggingConfig(enable_access_log=False)  # whoever speaks HTTP logs every request and its status
 CONTROL_CALLS = 16  # room for health checks and snapshots beside a worker's full queue
 
 
