@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 
 import numpy as np
 
@@ -114,9 +113,9 @@ class Loads:
                 self.submit_claimed(call)
             finally:
                 for load in call.loads:
-                    self.ahead.add(replace(load, began=None))
+                    self.ahead.add(load.untimed())
                 self._abandon(call.claimed)
-        return all(key in self.ahead for key in absent)
+        return len(call.loads) == len(absent)
 
     @property
     def errands(self) -> bool:
@@ -339,7 +338,7 @@ class Loads:
         except Stalled:
             for load in came:
                 loads.remove(load)
-                self.ahead.add(replace(load, began=None))  # how long it took is known
+                self.ahead.add(load.untimed())  # how long it took is known
             raise
         for load in came:
             loads.remove(load)
