@@ -137,18 +137,20 @@ class _Read:
 
     key: ExpertKey
     into: np.ndarray[Any, Any]
-    landed: bool = False
+    came: bool = False
     failed: bool = False
     cancelled: bool = False  # of its parts some, others are under way
     found: bool = False  # over, by who asked last: a list that is being made of such does not show
 
     def over(self) -> bool:
-        return self.failed or self.landed
+        return self.failed or self.came
 
     def done(self) -> bool:
         point("done?")
         self.found = self.over()
         return self.found
+
+    landed = done  # into a slot of this process: nothing is copied behind it
 
     def wait(self) -> None:
         point("wait", Until(read=self))
@@ -507,7 +509,7 @@ class World:
         read.into[:HALF] = truth(read.key)
         if lands == "+":
             read.into[HALF:] = truth(read.key)
-            read.landed = True
+            read.came = True
         else:
             read.failed = True
             self.failures += 1
@@ -680,7 +682,7 @@ _FREEZERS: dict[type, Callable[[Any], Any]] = {
     dict: lambda value: _each(value.items()),
     np.ndarray: lambda value: value.tobytes() if value.size <= SLOT else None,
     types.GeneratorType: _generator,
-    _Read: lambda value: (value.key, value.landed, value.failed, value.cancelled, value.found),
+    _Read: lambda value: (value.key, value.came, value.failed, value.cancelled, value.found),
     ExpertCache: lambda value: (
         _frozen(value._held),
         _frozen(value._loads),

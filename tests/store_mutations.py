@@ -179,7 +179,7 @@ MUTATIONS = [
     Mutation(
         Ahead,
         "settle",
-        "self.land()",
+        "self.land(waits=True)",
         "pass",
         "ahead",
         "A:settle#1 B:sleep#2 A+0 B:sleep#3 A:settle#2 B:sleep#4 A+1 B:sleep#5 A:end#1",
