@@ -4,7 +4,8 @@
 
 By hand, on a quiet machine. Of each format more matrices than any cache holds are multiplied one after the other, in
 turns with a plain sum over as many bytes, both in huge pages; shares are of turns next to each other, by the thread's
-own clock. A call from Python is in it (3 to 4 us).
+own clock. `whole` counts the call from Python too; `share` does without what a call of next to nothing takes, as the
+engine's kernels call these themselves.
 """
 
 from __future__ import annotations
@@ -85,10 +86,10 @@ def coded(format: CodeFormat, N: int, K: int, room: Room) -> CodedWeight:
     return CodedWeight(matrix=matrix, **parts)
 
 
-def linears(name: str, N: int, K: int) -> tuple[list[CpuLinear], int]:
-    """Some `BYTES` of them, and what one holds."""
+def linears(name: str, N: int, K: int, *, some: int | None = None) -> tuple[list[CpuLinear], int]:
+    """`BYTES` of them or `some`, and what one holds."""
     room, found, held, each = Room(BYTES + 4 * N * K), list[CpuLinear](), 0, 0
-    while held + each <= BYTES:
+    while held + each <= BYTES if some is None else len(found) < some:
         if name in OWN:
             packed = pack_plain(torch.randn(N, K).bfloat16(), OWN[name])
             parts = {key: room(part) if isinstance(part, Tensor) else part for key, part in vars(packed).items()}
@@ -109,16 +110,22 @@ def seconds(work: Callable[[], object]) -> float:
     return time.thread_time() - began
 
 
-def rates(name: str, N: int, K: int, rounds: int) -> Iterator[tuple[float, float]]:
-    """GB/s of the kernel and of the plain sum, of each round after a first."""
-    found, each = linears(name, N, K)
+def call_seconds(name: str) -> float:
+    """Of a call that has next to nothing to compute."""
+    linear, row = linears(name, 8, 128, some=1)[0][0], torch.randn(1, 128).bfloat16()
+    return min(seconds(lambda: [linear(row) for _ in range(100)]) for _ in range(20)) / 100
+
+
+def rates(name: str, N: int, K: int, rounds: int) -> Iterator[tuple[float, float, float]]:
+    """GB/s of the kernel, with its call, and of the plain sum, of each round after a first."""
+    (found, each), call = linears(name, N, K), call_seconds(name)
     plain = Room(BYTES)(torch.ones(BYTES // 8, dtype=torch.int64)).numpy()
     row = torch.randn(1, K).bfloat16()
     for turn in range(rounds + 1):
         read = plain.nbytes / seconds(lambda: _total(plain)) / 1e9
-        rate = each * len(found) / seconds(lambda: [linear(row) for linear in found]) / 1e9
+        taken = seconds(lambda: [linear(row) for linear in found]) / len(found)
         if turn:
-            yield rate, read
+            yield each / (taken - call) / 1e9, each / taken / 1e9, read
 
 
 def main() -> None:
@@ -133,14 +140,15 @@ def main() -> None:
         N, K = map(int, shape.split("x"))
         for name in options.formats.split(","):
             turns = list(rates(name, N, K, options.rounds))
-            shares = sorted(rate / read for rate, read in turns)
-            kernel, read = (median(column) for column in zip(*turns, strict=True))
+            shares = sorted(rate / read for rate, _, read in turns)
+            kernel, whole, read = (median(column) for column in zip(*turns, strict=True))
             emit(
                 {
                     "format": name,
                     "shape": [N, K],
                     "gbps": round(kernel, 2),
                     "read_gbps": round(read, 2),
+                    "whole": round(whole / read, 3),
                     "share": [round(share, 3) for share in (median(shares), shares[0], shares[-1])],
                 }
             )

@@ -43,7 +43,7 @@ CHECKS: dict[str, Mutation] = {
     "unchanged": Mutation(slot_words, "unchanged", " == OK", " != 0", "", ""),
     "generation": Mutation(SharedTables, "take", "self.generation[slot] += 1", "pass", "", ""),
     "looked": Mutation(lending.Lender, "_looked", "words[row] % 2 and ", "False and ", "", ""),
-    "leased": Mutation(SharedTables, "_idle", "~self.leased(slots)", "self.state[slots] >= 0", "", ""),
+    "leased": Mutation(SharedTables, "_idle", "[~self.leased(slots)]", "", "", ""),
 }
 Actor = Callable[["Node", random.Random, Any], None]
 
