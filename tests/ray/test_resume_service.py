@@ -227,6 +227,9 @@ def test_streams_leave_an_engine_that_died_and_it_is_replaced(mortals: str) -> N
     """Its process lives: only its step thread is gone."""
     client = Client("mortals")
     eventually(lambda: len(client.snapshots()) == 2)
+    eventually(
+        lambda: 'buddymoe_workers{model="fake"} 2' in httpx.get(f"{mortals}/metrics").text
+    )  # who says what is ill
     stream = client.stream("\x03", max_tokens=60, seed=1)
     text = "".join(next(stream).text for _ in range(6))  # the fourth token cost the engine its life
     # whoever answers may not know a new replica yet; Serve replaces an ill one at its third check, two seconds apart
