@@ -61,7 +61,7 @@ class SamplingParams:
         stop_token_ids: ids that end the output beside the model's own end tokens.
         ignore_eos: go on past the model's end tokens.
         max_tokens: most tokens generated; 0 where `prompt_logprobs` are all that is asked for. Where the model's
-            context ends before, so does the text (`length`), as in vLLM's `LLM`; over HTTP that is refused, as there.
+            context ends before, so does the text (`length`); over HTTP that is refused.
         logprobs: number of alternatives reported per token (0: the chosen token alone; None: nothing), at most 20. The
             chosen token is among them: where it is none of the likeliest, there is one more.
         prompt_logprobs: the same of the prompt's own tokens, but for the first, which follows nothing. Exact in every

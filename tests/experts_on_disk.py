@@ -6,9 +6,21 @@ from pathlib import Path
 
 import numpy as np
 
-from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotTensor
+from buddymoe_ray.policy import split_slots
+from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotPlan, SlotTensor
 
-__all__ = ["expert_bytes_of", "make_layout"]
+__all__ = ["expert_bytes_of", "make_layout", "plan_of"]
+
+
+def plan_of(layout: ExpertLayout, slots: int) -> SlotPlan:
+    """A budget of so many slots, and nothing else in it."""
+    return split_slots(
+        budget_bytes=slots * layout.slot_bytes,
+        slot_bytes=layout.slot_bytes,
+        expert_bytes=layout.expert_bytes,
+        experts_per_layer=layout.experts_per_layer,
+        overhead_bytes=0,
+    )
 
 
 def make_layout(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from experts_on_disk import expert_bytes_of, make_layout
+from experts_on_disk import expert_bytes_of, make_layout, plan_of
 
 from buddymoe_ray.cache import DiskReader, ExpertCache, SlotPeers, open_private, sharded_reads
 from buddymoe_ray.device import open_device
-from buddymoe_ray.policy import split_slots
 from buddymoe_ray.types import ExpertKey
 
 __all__ = ["Sharer", "share"]
@@ -20,13 +19,7 @@ class Sharer:
 
     def __init__(self, folder: Path, tag: str) -> None:
         layout, self.truth = make_layout(folder)
-        plan = split_slots(
-            budget_bytes=2 * layout.slot_bytes,
-            slot_bytes=layout.slot_bytes,
-            expert_bytes=layout.expert_bytes,
-            experts_per_layer=layout.experts_per_layer,
-            overhead_bytes=0,
-        )
+        plan = plan_of(layout, 2)
         sharded_reads.LEAST_BYTES, device = 1, open_device("interpret")
         self.peers = SlotPeers(device, slots=2, slot_bytes=layout.slot_bytes, digest=bytes(32), tag=tag)
         reader = DiskReader(depth=2, buffer_bytes=8192)

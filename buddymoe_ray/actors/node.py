@@ -111,8 +111,8 @@ class NodeMemory:
         self._node = ray.get_runtime_context().get_node_id()
         self._store: Any = None
         self._pool: DevicePool | None = None
-        self._epoch, self._window = 0, 0.0
-        self._told = -np.inf  # when the placement last said something
+        self._epoch, self._window = 0, 0.0  # of the device's pool
+        self._followed: tuple[int, float] | None = None  # epoch and when the placement last said so
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._worker = ""
@@ -142,8 +142,10 @@ class NodeMemory:
 
     def placement(self) -> PlacementSnapshot | None:
         """The map that this worker's experts follow; None before the placement has said anything."""
-        age = time.monotonic() - self._told
-        return None if age == np.inf else PlacementSnapshot(epoch=self._epoch, age_seconds=age)
+        if self._followed is None:
+            return None
+        epoch, told = self._followed
+        return PlacementSnapshot(epoch=epoch, age_seconds=time.monotonic() - told)
 
     def close(self) -> None:
         """Leave. Safe to call twice."""
@@ -191,10 +193,10 @@ class NodeMemory:
         directive = planner.report(report)
         if directive is None:
             return
-        self._told = time.monotonic()
         if directive.epoch > self._epoch:
             self._epoch = directive.epoch
             pool.pin(directive.pins, keeper.bytes_per_second)
+        self._followed = self._epoch, time.monotonic()
 
     def _beat(self, worker: str, engine: Linked) -> None:
         known: PeerAddresses | None = None
@@ -218,7 +220,7 @@ class NodeMemory:
         said = (worker, os.getpid(), engine.link_address, tuple(engine.link_seconds().items()))
         view: NodeView = _got(self._store.register.remote(*said))
         if view.placement is not None:
-            self._epoch, self._told = view.placement.epoch, time.monotonic() - view.placement.age_seconds
+            self._followed = view.placement.epoch, time.monotonic() - view.placement.age_seconds
         if view.peers != known:
             engine.set_peers(dict(view.peers))
         return view.peers

@@ -238,12 +238,12 @@ def _memory(patient: Patient) -> Iterator[Finding]:
 
 
 def _standins(patient: Patient) -> Iterator[Finding]:
-    from buddymoe_ray.models.profile import default_profile_path
+    from buddymoe_ray.models.profile import profile_path
 
     if patient.plan is None or patient.folder is None:
         return
     config, plan = patient.config, patient.plan
-    has_profile = config.profile or default_profile_path(patient.folder)
+    has_profile = profile_path(config.profile, patient.folder)
     if config.mode == "exact":
         hint = "" if has_profile else "buddymoe profile, then --mode bounded, does not wait for the disk"
         state: State = "ok" if has_profile or plan.devices[0].resident_percent >= 100 else "note"

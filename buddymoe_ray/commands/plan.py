@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; exit status 0, or 1 with a hint when it cannot fit."""
-    from buddymoe_ray.models.profile import default_profile_path
+    from buddymoe_ray.models.profile import profile_path
     from buddymoe_ray.models.resolve import resolve_model
 
     config = engine_config(args)
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         emit(plan.as_record())
     else:
-        has_profile = config.profile or default_profile_path(folder)
+        has_profile = profile_path(config.profile, folder)
         _print(plan, [planned(replace(config, mode=mode)) for mode in get_args(Mode)] if has_profile else [plan])
     return 0
 

@@ -35,7 +35,16 @@ from buddymoe_ray.models.profile_fields import (
     wrong,
 )
 
-__all__ = ["NAME", "BudgetPoint", "ComparisonRow", "Profile", "default_profile_path", "load_profile", "save_profile"]
+__all__ = [
+    "NAME",
+    "BudgetPoint",
+    "ComparisonRow",
+    "Profile",
+    "default_profile_path",
+    "load_profile",
+    "profile_path",
+    "save_profile",
+]
 
 NAME = "buddymoe.profile"
 _MAGIC, _VERSION = "buddymoe-profile", 1
@@ -208,6 +217,11 @@ def default_profile_path(folder: Path) -> Path | None:
     """The profile beside a checkpoint, if there is one."""
     path = folder / NAME
     return path if path.is_file() else None
+
+
+def profile_path(named: str | None, folder: Path) -> Path | None:
+    """The profile that is named, which may not be there, else the one beside the checkpoint."""
+    return default_profile_path(folder) if named is None else Path(named).expanduser()
 
 
 def save_profile(profile: Profile, path: Path) -> None:

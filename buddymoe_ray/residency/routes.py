@@ -15,7 +15,7 @@ from buddymoe_ray.cache.usage import Usage
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.errors import ProfileError
 from buddymoe_ray.models.fingerprint import model_hash
-from buddymoe_ray.models.profile import default_profile_path, load_profile
+from buddymoe_ray.models.profile import load_profile, profile_path
 from buddymoe_ray.models.tensor_index import has_weights
 from buddymoe_ray.types import SlotPlan
 
@@ -30,11 +30,11 @@ _MOST_STEPS = 16_384  # of layers: more change the third digit
 def expected_hits(config: EngineConfig, folder: Path, slots: SlotPlan) -> float | None:
     """The share of decode's accesses that hit under a plan: of the pinned experts, or as the cache evicts; None where
     no profile says how the checkpoint in `folder` routes."""
-    path = config.profile or default_profile_path(folder)
+    path = profile_path(config.profile, folder)
     if path is None or not has_weights(folder):
         return None
     try:
-        profile = load_profile(Path(path).expanduser(), model_hash=model_hash(folder))
+        profile = load_profile(path, model_hash=model_hash(folder))
     except ProfileError:
         return None  # whoever serves with it says why
     counts_LE: npt.NDArray[Any] = profile.counts_LE.astype(np.int64)

@@ -20,7 +20,7 @@ from buddymoe_ray.cache import READ_ON_THE_SPOT
 from buddymoe_ray.config import STANDINS, EngineConfig
 from buddymoe_ray.errors import BudgetError, ProfileError
 from buddymoe_ray.models.fingerprint import model_hash
-from buddymoe_ray.models.profile import Profile, default_profile_path, load_profile
+from buddymoe_ray.models.profile import Profile, default_profile_path, load_profile, profile_path
 from buddymoe_ray.models.standin_files import standin_layouts, standins_folder, verify_standins
 from buddymoe_ray.policy import Measured, MissPolicy, Pricer, choose, split_movable
 from buddymoe_ray.residency.calibrations import CalibrationFolder, calibrates
@@ -84,9 +84,7 @@ def find_profile(config: EngineConfig, folder: Path) -> Path | None:
     Without any, `bounded` keeps every budget by being exact (None), and so does `fast` where it is being calibrated.
     Raises ProfileError.
     """
-    if config.profile is not None:
-        return Path(config.profile).expanduser()
-    found = default_profile_path(folder)
+    found = profile_path(config.profile, folder)
     if found is not None:
         return found
     if calibrates(config):

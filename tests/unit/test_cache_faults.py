@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from experts_on_disk import expert_bytes_of, make_layout
+from experts_on_disk import expert_bytes_of, make_layout, plan_of
 
 from buddymoe_ray.cache import DiskReader, ExpertCache, open_private
 from buddymoe_ray.cache.disk import Bytes, ReadTicket
 from buddymoe_ray.device import open_device
 from buddymoe_ray.errors import CacheError
-from buddymoe_ray.policy import split_slots
 from buddymoe_ray.types import ExpertLayout, ExpertPiece
 
 
@@ -48,13 +47,7 @@ class GatedReader(DiskReader):
 
 
 def open_cache(layout: ExpertLayout, slots: int, *, reader: DiskReader, host_slots: int = 0) -> ExpertCache:
-    plan = split_slots(
-        budget_bytes=slots * layout.slot_bytes,
-        slot_bytes=layout.slot_bytes,
-        expert_bytes=layout.expert_bytes,
-        experts_per_layer=layout.experts_per_layer,
-        overhead_bytes=0,
-    )
+    plan = plan_of(layout, slots)
     device = open_device("interpret" if host_slots >= 4 else "cpu")  # with the copies of a GPU
     return open_private(layout, plan, reader=reader, device=device, host_slots=host_slots)
 

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from experts_on_disk import expert_bytes_of, make_layout
+from experts_on_disk import expert_bytes_of, make_layout, plan_of
 
 from buddymoe_ray.cache import DiskReader, HostTier, open_private
 from buddymoe_ray.cache.private_store import PrivateStore
@@ -16,7 +16,6 @@ from buddymoe_ray.cache.sources import HostSource
 from buddymoe_ray.device import Copy, open_device
 from buddymoe_ray.device import host as twin
 from buddymoe_ray.errors import CacheError
-from buddymoe_ray.policy import split_slots
 from buddymoe_ray.types import ExpertKey
 
 A, B, C = (ExpertKey(0, expert) for expert in range(3))
@@ -134,13 +133,7 @@ def test_random_fetches_and_releases_keep_every_byte(opened) -> None:
 def test_no_more_host_slots_than_experts_are_allocated(tmp_path: Path) -> None:
     """`--host-memory` may be larger than the model; pinning the rest would only take memory from others."""
     layout, _ = make_layout(tmp_path)
-    plan = split_slots(
-        budget_bytes=4 * layout.slot_bytes,
-        slot_bytes=layout.slot_bytes,
-        expert_bytes=layout.expert_bytes,
-        experts_per_layer=layout.experts_per_layer,
-        overhead_bytes=0,
-    )
+    plan = plan_of(layout, 4)
     with open_private(layout, plan, reader=DiskReader(buffer_bytes=8192), host_slots=10**4) as cache:
         assert cache.host is not None and cache.host.store.shape.slots == 18
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from experts_on_disk import make_layout
+from experts_on_disk import make_layout, plan_of
 
 from buddymoe_ray.cache import DiskReader, HostTier, open_private, slot_views
 from buddymoe_ray.config import EngineConfig
@@ -22,7 +22,7 @@ from buddymoe_ray.engine.llm import LLM
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.kernels import ExpertLayer, ExpertMath, UpcastScratch, combine, expert_forward
 from buddymoe_ray.moe import MoEBlock, OneByOne, Phase, StepOutcome, StepState, StepTerms
-from buddymoe_ray.policy import HostCost, RowBudgets, split_slots
+from buddymoe_ray.policy import HostCost, RowBudgets
 from buddymoe_ray.policy.host_compute import host_count
 from buddymoe_ray.residency.host_compute import HostExperts
 from buddymoe_ray.types import BOUNDED, EXACT, FAST, ExpertKey
@@ -38,13 +38,7 @@ class Rig:
     def __init__(self, folder: Path, link: float, *, experts: int = E, host_slots: int = 3 * E) -> None:
         layout, self.truth = make_layout(folder, experts_per_layer=(E, experts, E))
         layout = replace(layout, tensors=(replace(layout.tensors[0], name="up_proj"), layout.tensors[1]))
-        plan = split_slots(
-            budget_bytes=8 * layout.slot_bytes,
-            slot_bytes=layout.slot_bytes,
-            expert_bytes=layout.expert_bytes,
-            experts_per_layer=layout.experts_per_layer,
-            overhead_bytes=0,
-        )
+        plan = plan_of(layout, 8)
         device, reader = open_device("interpret"), DiskReader(buffer_bytes=8192)
         self.cache = open_private(layout, plan, reader=reader, device=device, host_slots=host_slots)
         for layer in range(3):

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from experts_on_disk import make_layout
+from experts_on_disk import make_layout, plan_of
 
 from buddymoe_ray.cache import DiskReader, Glance, open_private
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.kernels import ExpertMath, UpcastScratch, combine, expert_forward
 from buddymoe_ray.moe import MoEBlock, OneByOne, Phase, StepState
 from buddymoe_ray.moe.outcome import StepOutcome
-from buddymoe_ray.policy import split_slots
 from buddymoe_ray.types import ExpertLayout
 
 D, E, K = 20, 6, 3
@@ -26,13 +25,7 @@ class Opened:
     """A block over a cache of `slots` slots, with its step state."""
 
     def __init__(self, layout: ExpertLayout, slots: int) -> None:
-        plan = split_slots(
-            budget_bytes=slots * layout.slot_bytes,
-            slot_bytes=layout.slot_bytes,
-            expert_bytes=layout.expert_bytes,
-            experts_per_layer=layout.experts_per_layer,
-            overhead_bytes=0,
-        )
+        plan = plan_of(layout, slots)
         self.cache = open_private(layout, plan, reader=DiskReader(buffer_bytes=8192))
         self.step = StepState()
         shapes = {t.name: t.shape for t in layout.tensors}

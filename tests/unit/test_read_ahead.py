@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from experts_on_disk import expert_bytes_of, make_layout
+from experts_on_disk import expert_bytes_of, make_layout, plan_of
 from families import build_checkpoint
 
 import buddymoe_ray.residency.tier as tier
@@ -21,7 +21,7 @@ from buddymoe_ray.cache import DiskReader, ExpertCache, open_private
 from buddymoe_ray.cache.disk import Bytes, ReadTicket, _Read
 from buddymoe_ray.errors import CacheError, ConfigError
 from buddymoe_ray.moe import FirstLayer, MoEBlock, ReadAhead
-from buddymoe_ray.policy import ReadAheadGain, split_slots
+from buddymoe_ray.policy import ReadAheadGain
 from buddymoe_ray.types import ExpertKey, ExpertPiece, GenerationRequest, SamplingParams
 
 PROMPTS = [[5 + (7 * i + 3 * j) % 90 for j in range(n)] for i, n in enumerate((23, 3, 17))]
@@ -94,13 +94,7 @@ class Slow(DiskReader):
 @pytest.fixture
 def opened(tmp_path: Path) -> Any:
     layout, truth = make_layout(tmp_path, experts_per_layer=(6, 6, 6))
-    plan = split_slots(
-        budget_bytes=11 * layout.slot_bytes,
-        slot_bytes=layout.slot_bytes,
-        expert_bytes=layout.expert_bytes,
-        experts_per_layer=layout.experts_per_layer,
-        overhead_bytes=0,
-    )
+    plan = plan_of(layout, 11)
     reader = Slow()
     with open_private(layout, plan, reader=reader) as cache:
         cache.warm()

@@ -28,6 +28,18 @@ async def answering(engine: FakeEngine, prefix: str = "/") -> AsyncGenerator[htt
         yield client
 
 
+@asynccontextmanager
+async def asked(
+    engine: FakeEngine, client: httpx.AsyncClient, *, stream: bool
+) -> AsyncGenerator[asyncio.Task[httpx.Response], None]:
+    """A request that runs, and a limit to how long that may take."""
+    async with asyncio.timeout(20):
+        asking = asyncio.create_task(client.post("/v1/completions", json=LONG | {"stream": stream}))
+        while not engine.running:
+            await asyncio.sleep(0.001)
+        yield asking
+
+
 @pytest.mark.parametrize("prefix", ["/", "/tiny"])
 async def test_requests_are_answered_under_the_prefix_with_their_ids(prefix: str) -> None:
     async with answering(FakeEngine(), prefix) as client:
@@ -42,24 +54,17 @@ async def test_requests_are_answered_under_the_prefix_with_their_ids(prefix: str
 @pytest.mark.parametrize("stream", [False, True])
 async def test_who_leaves_is_not_answered_to_the_end(stream: bool) -> None:
     engine = FakeEngine(delay=0.05)
-    async with answering(engine) as client:
-        asking = asyncio.create_task(client.post("/v1/completions", json=LONG | {"stream": stream}))
-        async with asyncio.timeout(20):
-            while not engine.running:
-                await asyncio.sleep(0.01)
-            asking.cancel()
-            while engine.running:
-                await asyncio.sleep(0.01)
+    async with answering(engine) as client, asked(engine, client, stream=stream) as asking:
+        asking.cancel()
+        while engine.running:
+            await asyncio.sleep(0.01)
     assert engine.cancelled == 1
 
 
 async def test_what_runs_at_the_end_comes_to_its_own() -> None:
     engine = FakeEngine(delay=0.005)
-    async with answering(engine) as client:
-        asking = asyncio.create_task(client.post("/v1/completions", json=LONG | {"stream": True}))
-        async with asyncio.timeout(20):
-            while not engine.running:
-                await asyncio.sleep(0.001)
+    async with answering(engine) as client, asked(engine, client, stream=True) as asking:
+        pass
     assert messages_of((await asking).text)[-1] == "[DONE]" and not engine.cancelled
 
 

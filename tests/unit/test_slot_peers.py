@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from experts_on_disk import make_layout
+from experts_on_disk import make_layout, plan_of
 from slot_churn import DIGEST, SLOT, churn, open_peers
 from test_cache_stream import access
 
@@ -22,7 +22,6 @@ from buddymoe_ray.cache.shared.calls import ReadLost
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.device import open_device
 from buddymoe_ray.engine.engine import Engine
-from buddymoe_ray.policy import split_slots
 from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.types import ExpertKey, GenerationRequest, SamplingParams
 
@@ -95,13 +94,7 @@ def test_memory_of_a_generation_is_unmapped_when_there_is_another() -> None:
 def test_caches_read_what_the_other_has_and_every_byte_is_right(tmp_path: Path) -> None:
     layout, truth = make_layout(tmp_path)
     rng, tag = random.Random(2), uuid.uuid4().hex
-    plan = split_slots(
-        budget_bytes=8 * layout.slot_bytes,
-        slot_bytes=layout.slot_bytes,
-        expert_bytes=layout.expert_bytes,
-        experts_per_layer=layout.experts_per_layer,
-        overhead_bytes=0,
-    )
+    plan = plan_of(layout, 8)
     device, caches = open_device("interpret"), list[ExpertCache]()
     for _ in range(2):
         shared = SlotPeers(device, slots=plan.slots_total, slot_bytes=layout.slot_bytes, digest=DIGEST, tag=tag)
