@@ -95,7 +95,7 @@ class Answer:
                 reply = await anext(self.replies, None)
                 yield self._chunks(reply or failure())
         finally:
-            if not self.over:
+            if len(self._ended) < self.choices:  # nobody wants the others any more
                 await self.replies.aclose()
 
     async def _whole(self) -> bytes | Refusal:

@@ -112,6 +112,14 @@ async def test_a_stream_refused_later_ends_with_the_refusal() -> None:
     assert json.loads(messages_of(response.text)[-1])["error"]["message"] == "gone"
 
 
+async def test_one_choice_that_fails_ends_the_work_on_the_others() -> None:
+    workers = ScriptedWorkers(SOME, Batch(deltas=(Delta(choice=1, finish_reason="error"),)), hang=True)
+    async with asyncio.timeout(20), talking_to(workers) as client:
+        response = await client.post("/v1/completions", json=TEXT | {"stream": True, "n": 2})
+    assert json.loads(messages_of(response.text)[-1])["error"]["code"] == "internal_error"
+    assert workers.closed == 1
+
+
 async def test_leaving_a_stream_cancels_its_work() -> None:
     engine = FakeEngine(delay=0.001)
     workers = LocalWorkers(Worker(engine))
