@@ -216,9 +216,12 @@ class CodedTiles(StoredTiles):
                 self._add_codes(b, b.add(here, I64(g)))
         done = b.mul(runs, I64(together))
         with loop(b, b.sub(whole, done)) as turn:
-            self._add_codes(b, b.add(first, b.add(done, turn)))
+            here = b.add(first, b.add(done, turn))
+            self._fetch(b, here, 1)
+            self._add_codes(b, here)
         with b.if_then(b.icmp_signed(">", rest, I64(0))):
             group = b.add(first, whole)
+            self._fetch(b, group, 1)
             count = b.mul(_ceil(b, rest, 8), I64(4)) if self.two_to_a_byte else rest
             for copy, place in zip(self._part, self._w, strict=True):
                 self._copy(b, b.add(place, b.mul(group, I64(self._group_bytes))), copy, count)

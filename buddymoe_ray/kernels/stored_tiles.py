@@ -205,10 +205,13 @@ class StoredTiles:
 
     def _copy(self, b: Any, source: Any, target: Any, count: Any) -> None:
         """`count` bytes and zeros behind them, to a whole group."""
-        with loop(b, I64(self._group_bytes)) as i:
-            b.store(I8(0), at(b, target, I8, i))
-        with loop(b, count) as i:
-            b.store(load(b, source, I8, i), at(b, target, I8, i))
+        group = vec(I8, self._group_bytes)
+        b.store(const(group, 0), at(b, target, group), align=1)
+        words, rest = b.sdiv(count, I64(8)), b.srem(count, I64(8))
+        for times, kind, begin in ((words, I64, I64(0)), (rest, I8, b.mul(words, I64(8)))):
+            with loop(b, times) as i:
+                here = b.add(begin, b.mul(i, I64(kind.width // 8)))
+                b.store(load(b, source, kind, here), at(b, target, kind, here), align=1)
 
     def _add_group(self, b: Any, weights: Sequence[Any], rows: Sequence[Any], sums: list[list[Any]]) -> None:
         """`sums[r][n] += weights[n] * rows[r]`, 16 products at a time."""

@@ -24,7 +24,10 @@ from buddymoe_ray.kernels import (
     expert_forward,
     plain_weights,
 )
+from buddymoe_ray.kernels.coded_format import FP4
 from buddymoe_ray.kernels.coded_tiles import coded_module_text
+from buddymoe_ray.kernels.coded_wide import has_wide, wide_module_text
+from buddymoe_ray.kernels.lowbit_tiles import host_level
 from buddymoe_ray.kernels.machine_code import native_functions
 from buddymoe_ray.models.expert_layout import slot_tensors
 from buddymoe_ray.types import CodedMatrix, CodeFormat, ExpertLayout
@@ -47,6 +50,10 @@ FORMATS = [
     CodeFormat(codes="mxfp4", block=(1, 32), scale="e8m0"),
 ]
 SHAPES = [(48, 96), (1, 32), (7, 64), (130, 416), (34, 608), (264, 1000), (5, 40)]
+
+
+def call_native(address: int, *arguments: int) -> None:
+    ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(arguments))(address)(*arguments)
 
 
 def fits(fmt: CodeFormat, N: int, K: int) -> bool:
@@ -115,12 +122,23 @@ def test_codes_looked_up_and_codes_computed_give_the_same_bits(fmt: CodeFormat) 
     pair = torch.tensor([row.data_ptr(), out.data_ptr()])
     places = weight.places(0)
 
-    def call(name: str, *arguments: int) -> None:
-        ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(arguments))(native[name])(*arguments)
-
-    call("spread", x_K.data_ptr(), K // 32, row.data_ptr())
-    call("project", *(*places.values(), 0)[:3], K, N, pair.data_ptr(), 1)
+    call_native(native["spread"], x_K.data_ptr(), K // 32, row.data_ptr())
+    call_native(native["project"], *(*places.values(), 0)[:3], K, N, pair.data_ptr(), 1)
     assert torch.equal(out, CpuLinear(weight, None, torch.float32, None)(x_K[None])[0])
+
+
+@pytest.mark.skipif(host_level() != "avx512vnni", reason="no such instructions")
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt.codes in FP4 and has_wide(fmt)], ids=str)
+def test_codes_looked_up_by_four_bits_and_by_six_give_the_same_bits(fmt: CodeFormat) -> None:
+    N, K = 34, 608
+    weight, x_RK = weight_of(fmt, N, K), torch.randn(4, K, generator=torch.Generator().manual_seed(2)).bfloat16()
+    native = native_functions(wide_module_text(fmt, by_six_bits=False), ("project", "quantise"))
+    rows, out = torch.zeros(4, 2048, dtype=torch.uint8), torch.zeros(4, N)
+    for x, row in zip(x_RK.float(), rows, strict=True):
+        call_native(native["quantise"], x.data_ptr(), K // 32, row.data_ptr())
+    pairs = torch.tensor([[row.data_ptr(), y.data_ptr()] for row, y in zip(rows, out, strict=True)])
+    call_native(native["project"], *(*weight.places(0).values(), 0)[:3], K, N, pairs.data_ptr(), 4)
+    assert torch.equal(out.bfloat16(), CpuLinear(weight, None, torch.bfloat16, None)(x_RK))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
