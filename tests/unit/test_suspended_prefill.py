@@ -323,12 +323,15 @@ def test_a_decode_that_was_held_up_makes_no_long_slices() -> None:
     for seconds in (0.01, 0.01, 1.0):
         turns.decoded(seconds)
     assert turns._slice(True) < 0.025
-    for _ in range(40):
+    for _ in range(70):
         turns.decoded(0.1)
     assert turns._slice(True) > 0.15, "but it gets used to what lasts"
-    for at in range(40):
+    for at in range(70):
         turns.decoded(0.03 if at % 5 == 0 else 0.01)
     assert turns._slice(True) > 0.05, "and to what happens often"
+    for at in range(70):
+        turns.decoded(0.013 if at % 20 == 0 else 0.01)
+    assert turns._slice(True) > 0.025, "or is no chance"
 
 
 def test_there_is_room_beside_the_longest_prompt() -> None:
