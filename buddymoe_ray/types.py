@@ -20,14 +20,10 @@ CalibrationState = Literal["none", "collecting", "ready", "refused"]
 
 
 class ExpertKey(NamedTuple):
-    """The unit of residency: one segment of one expert of one MoE layer.
-
-    `layer` counts MoE layers in model order from 0 (dense layers have none); `segment` is 0 while an expert is whole.
-    """
+    """The unit of residency: one expert of one MoE layer; `layer` counts those in model order from 0."""
 
     layer: int
     expert: int
-    segment: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,20 +96,19 @@ def layers() -> Iterator[tuple[str, TritonExperts]]:
         yield str(fmt), TritonExperts(layout=layout, fmt=None, math=MATH, coded=coded)
 
 
+@cache
 def figures(compiled: Any) -> dict[str, Any]:
     """Registers, bytes of stack, widths of the loads of weights, copies of 16 bytes to shared memory and the bytes of
     that, instructions for which the smallest numbers are zeros, barriers inside loops of the PTX and in all."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        used, code = (
-            subprocess.run([CUOBJDUMP, what, cubin.name], capture_output=True, text=True, check=True).stdout
-            for what in ("-res-usage", "-sass")
-        )
+        command = [CUOBJDUMP, "-res-usage", "-sass", cubin.name]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     weights = [line for line in code.splitlines() if "LDG" in line and ".EF" in line]  # evict_first marks them
     return {
-        "registers": int(re.findall(r"REG:(\d+)", used)[0]),
-        "stack": int(re.findall(r"STACK:(\d+)", used)[0]) + len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "registers": int(re.findall(r"REG:(\d+)", code)[0]),
+        "stack": int(re.findall(r"STACK:(\d+)", code)[0]) + len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "narrow": sum(".128" not in line for line in weights),
         "wide": sum(".128" in line for line in weights),
         "barriers_in_loops": barriers_in_loops(compiled.asm["ptx"]),

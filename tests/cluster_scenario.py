@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from named_actors import placement_handles, placement_maps, store_handles, store_statuses
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray.util import placement_group, remove_placement_group
 
-from buddymoe_ray.actors.node import placement_handles, placement_maps, store_handles, store_statuses
 from buddymoe_ray.client import Client
 from buddymoe_ray.engine.llm import LLM
 from buddymoe_ray.serve.app import build_app

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from interpreter import quicken_interpreter
 from xdist.scheduler import LoadFileScheduling
 
 OWN_RAY = "tests/ray/test_cluster_up.py"  # `ray up` starts one on fixed ports: before the others' is there
@@ -60,6 +62,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "torch" in sys.modules:
+        quicken_interpreter()
     if group(item.nodeid) != "ray" and "PYTEST_XDIST_WORKER" in os.environ and not os.nice(0):
         os.nice(5)
 

@@ -1,4 +1,4 @@
-"""The best placement there is, by mixed-integer programming (scipy's HiGHS): the yardstick of the greedy solver.
+"""The best placement there is, by mixed-integer programming (HiGHS): the yardstick of the greedy solver.
 
 For small problems: it has P^2 N variables. Knows no hysteresis. Same objective and rules as `policy.solve`;
 affinity is not linear and is refused.
@@ -9,8 +9,8 @@ of n answered by pool q, or by the fallback (q = P).
 
 from __future__ import annotations
 
+import highspy
 import numpy as np
-import numpy.typing as npt
 
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.policy import PlacementMap, PlacementProblem, cost_of, previous_held, publish
@@ -44,24 +44,24 @@ def solve_exact(
 
 
 def _solved(problem: PlacementProblem, now_PN: Bools, seconds: float) -> Bools:
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
     P, N = now_PN.shape
     cost, fits = _costs(problem, now_PN)
     scale = max(float(cost.max(initial=0.0)), 1e-30)  # HiGHS' tolerances are absolute
-    matrix, low, high = _rules(problem)
-    found = milp(
-        cost / scale,
-        constraints=LinearConstraint(matrix, low, high),
-        integrality=np.arange(len(cost)) < P * N,
-        bounds=Bounds(0, fits),
-        options={"time_limit": seconds, "mip_rel_gap": 1e-6},
-    )
-    if found.status != 0:
+    model, kinds = _rules(problem), highspy.HighsVarType
+    model.num_col_ = model.a_matrix_.num_col_ = len(cost)
+    model.col_cost_, model.col_lower_, model.col_upper_ = cost / scale, np.zeros(len(cost)), fits
+    model.integrality_ = [kinds.kInteger] * (P * N) + [kinds.kContinuous] * (len(cost) - P * N)
+    search = highspy.Highs()
+    for name, value in {"output_flag": False, "time_limit": seconds, "mip_rel_gap": 1e-6}.items():
+        search.setOptionValue(name, value)
+    search.passModel(model)
+    search.run()
+    if search.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+        how = search.modelStatusToString(search.getModelStatus())
         raise ConfigError(
-            f"placement: exact search is unfinished ({found.message}), must end within {seconds:g} s. hint: use solve"
+            f"placement: exact search is unfinished ({how}), must end within {seconds:g} s. hint: use solve"
         )
-    held_PN: Bools = found.x[: P * N].reshape(P, N) > 0.5
+    held_PN: Bools = np.array(search.getSolution().col_value[: P * N]).reshape(P, N) > 0.5
     return held_PN
 
 
@@ -79,23 +79,24 @@ def _costs(problem: PlacementProblem, now_PN: Bools) -> tuple[Floats, Floats]:
     return np.concatenate([x_PN.ravel(), y_PNQ.ravel()]), np.concatenate([np.ones(P * N), fits_PNQ.ravel()])
 
 
-def _rules(problem: PlacementProblem) -> tuple[object, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Sparse rows, their lower and upper bounds: slots, copies, each access answered once, by those who hold it."""
-    from scipy.sparse import block_diag, coo_array, eye_array, hstack, kron, vstack
-
+def _rules(problem: PlacementProblem) -> highspy.HighsLp:
+    """Rows with their bounds: slots, copies, each access answered once, by those who hold it."""
     P, N = len(problem.pools), problem.experts
-    ones = np.ones
-    slots = kron(eye_array(P), ones((1, N)))
-    copies = kron(ones((1, P)), eye_array(N))
+    x_PN = np.arange(P * N).reshape(P, N)
+    y_PNQ = P * N + np.arange(P * N * (P + 1)).reshape(P, N, P + 1)
+    holds = np.stack([y_PNQ[:, :, :P], np.broadcast_to(x_PN.T, (P, N, P))], axis=-1).reshape(-1, 2)  # y <= x
+    parts = [x_PN, x_PN.T, y_PNQ.reshape(P * N, P + 1), holds]
     least_N = np.where(problem.required_N, 1.0, 0.0) if problem.covers else np.zeros(N)
-    holding = vstack([slots, copies])
-    y_count = P * N * (P + 1)
-    answered = kron(eye_array(P * N), ones((1, P + 1)))
-    p, n, q = (index.ravel() for index in np.indices((P, N, P)))
-    row = np.arange(P * N * P)
-    accesses = coo_array((ones(len(row)), (row, (p * N + n) * (P + 1) + q)), shape=(len(row), y_count))
-    holds = coo_array((-ones(len(row)), (row, q * N + n)), shape=(len(row), P * N))
-    matrix = vstack([block_diag([holding, answered]), hstack([holds, accesses])])
-    low = np.concatenate([np.zeros(P), least_N, ones(P * N), np.full(len(row), -np.inf)])
-    high = np.concatenate([problem.slots_P, np.full(N, float(problem.replicas)), ones(P * N), np.zeros(len(row))])
-    return matrix, low, high
+    low = [np.zeros(P), least_N, np.ones(P * N), np.full(len(holds), -np.inf)]
+    high = [problem.slots_P, np.full(N, float(problem.replicas)), np.ones(P * N), np.zeros(len(holds))]
+    model = highspy.HighsLp()
+    model.row_lower_, model.row_upper_ = np.concatenate(low), np.concatenate(high)
+    widths, matrix = [np.full(len(part), part.shape[1]) for part in parts], model.a_matrix_
+    model.num_row_ = matrix.num_row_ = sum(len(part) for part in parts)
+    matrix.format_ = highspy.MatrixFormat.kRowwise
+    matrix.start_ = np.concatenate([[0], np.cumsum(np.concatenate(widths))])
+    matrix.index_ = np.concatenate([part.ravel() for part in parts])
+    values = np.ones(len(matrix.index_))
+    values[-holds.size + 1 :: 2] = -1.0
+    matrix.value_ = values
+    return model

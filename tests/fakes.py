@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from interpreter import quicken_interpreter
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -308,6 +309,7 @@ def open_engine_and_note_gpus(config: EngineConfig, model_id: str, sharing: Shar
     """The real one, which has others read small experts, too, beside a file in the model's folder with the GPUs that
     CUDA would show to its process."""
     sharded_reads.LEAST_BYTES = 1
+    quicken_interpreter()
     seen = {"visible": os.environ.get("CUDA_VISIBLE_DEVICES"), "device": config.device}
     (Path(config.model) / f"seen-{os.getpid()}.json").write_text(json.dumps(seen))
     return open_async_engine(config, model_id, sharing)

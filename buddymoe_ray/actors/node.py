@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,15 +23,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from buddymoe_ray.actors.host_store import HostStore, KeeperOptions
 from buddymoe_ray.actors.placement import PlacementOptions
 from buddymoe_ray.actors.placement_actor import PlacementActor, end_this_actor
-from buddymoe_ray.actors.words import Directive, NodeReport, NodeView, StoreStatus
+from buddymoe_ray.actors.words import Directive, NodeReport, NodeView
 from buddymoe_ray.errors import BuddyMoEError
 from buddymoe_ray.observe import PlacementSnapshot
-from buddymoe_ray.policy import PlacementMap
 from buddymoe_ray.residency.device_pool import DevicePool
 from buddymoe_ray.residency.sharing import Sharing, StoreSpec
 from buddymoe_ray.types import ExpertLayout
 
-__all__ = ["NAMESPACE", "MemoryOptions", "NodeMemory", "node_tag", "pool_report", "store_handles"]
+__all__ = ["NAMESPACE", "MemoryOptions", "NodeMemory", "node_tag", "pool_report"]
 
 log = logging.getLogger(__name__)
 
@@ -251,36 +250,9 @@ def node_tag(node: str) -> str:
     return node[:12]
 
 
-def store_handles() -> list[Any]:
-    """Handles of all living HostStores of the cluster."""
-    return _handles(lambda name: name.startswith("host-store-"))
-
-
-def placement_handles(service: str) -> list[Any]:
-    """Handles of the service's Placements: one, and for a while that of a model which it served before."""
-    return _handles(lambda name: name.rpartition("-")[0] == f"placement-{service}")
-
-
-def placement_maps(service: str) -> list[PlacementMap]:
-    """Their newest maps, of those that have one."""
-    maps = [_got(handle.map.remote()) for handle in placement_handles(service)]
-    return [found for found in maps if found is not None]
-
-
-def store_statuses() -> list[StoreStatus]:
-    """Every node's store that answers."""
-    return list(ray.get([handle.status.remote() for handle in store_handles()], timeout=_CALL_SECONDS))
-
-
 def _nodes_alive() -> int:
     """Nodes of the cluster: a worker does not listen on the network while its own is the only one."""
     return sum(entry["Alive"] for entry in ray.nodes())
-
-
-def _handles(is_meant: Callable[[str], bool]) -> list[Any]:
-    entries = ray.util.list_named_actors(all_namespaces=True)
-    names = [entry["name"] for entry in entries if entry["namespace"] == NAMESPACE and is_meant(entry["name"])]
-    return [ray.get_actor(name, namespace=NAMESPACE) for name in names]
 
 
 def _got(call: Any) -> Any:

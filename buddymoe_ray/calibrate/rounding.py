@@ -23,14 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from buddymoe_ray.calibrate.rounding_compensated import (
-    Metric,
-    moment,
-    round_compensated,
-    round_in,
-    unbiased,
-    weighted_error,
-)
+from buddymoe_ray.calibrate.rounding_compensated import Metric, moment, round_in, unbiased
 from buddymoe_ray.kernels.lowbit import LowbitFormat, PackedMatrix, pack
 from buddymoe_ray.kernels.reference import ExpertMath
 from buddymoe_ray.kernels.rounding import Rounded, dequantise_rounded, round_plain
@@ -44,11 +37,9 @@ __all__ = [
     "moment",
     "quantise_expert",
     "quantise_expert_plain",
-    "round_compensated",
     "round_in",
     "round_plain",
     "unbiased",
-    "weighted_error",
 ]
 
 _EXACT_BITS = 8

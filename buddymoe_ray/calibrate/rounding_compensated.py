@@ -30,7 +30,7 @@ from buddymoe_ray.kernels.rounding import (
     search_scale,
 )
 
-__all__ = ["Metric", "moment", "round_compensated", "round_in", "unbiased", "weighted_error"]
+__all__ = ["Metric", "moment", "round_in", "unbiased"]
 
 _NEAR = 4 * GROUP
 _TRIED_ROWS = 128
@@ -42,12 +42,6 @@ def moment(x_RK: Tensor, weight_R: Tensor | None = None) -> Tensor:
     x = x_RK.float() if weight_R is None else x_RK.float() * weight_R.float().unsqueeze(1)
     total = x.shape[0] if weight_R is None else float((weight_R.double() ** 2).sum())
     return x.T @ x / max(total, 1e-30)
-
-
-def weighted_error(W_NK: Tensor, rounded: Rounded, H_KK: Tensor, fmt: LowbitFormat) -> float:
-    """tr(E H E^T): the mean squared norm of the output error on inputs whose second moment is H."""
-    E = W_NK.float() - dequantise_rounded(rounded, fmt)
-    return float(((E @ H_KK.float()) * E).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +56,9 @@ class Metric:
     inputs: int
 
     @classmethod
-    def of(cls, H_KK: Tensor, *, damping: float = 0.01, by_activity: bool = True) -> Metric | None:
-        """Of a second moment of any scale; `damping` is the share of the mean diagonal added to the diagonal,
-        `by_activity` rounds the most active group first. None where it says nothing."""
+    def of(cls, H_KK: Tensor, *, damping: float) -> Metric | None:
+        """Of a second moment of any scale; `damping` is the share of the mean diagonal added to the diagonal. None
+        where it says nothing."""
         H = H_KK.float()
         inputs, mean = len(H), float(H.diagonal().mean())
         if not (bool(torch.isfinite(H).all()) and mean > 0):
@@ -73,15 +67,8 @@ class Metric:
         if inputs % GROUP:  # filled up with inputs that are hardly ever there
             H = pad(H, (0, -inputs % GROUP, 0, -inputs % GROUP))
             H.diagonal()[inputs:] = 1e-6 * mean
-        order = _order(H, by_activity)
+        order = _order(H)
         return cls(H_KK=H, order=order, factor=_inverse_factor(H[order][:, order]), inputs=inputs)
-
-
-def round_compensated(
-    W_NK: Tensor, H_KK: Tensor, fmt: LowbitFormat, *, passes: int = 4, damping: float = 0.01, by_activity: bool = True
-) -> Rounded:
-    """`round_in` the metric of a second moment [K, K], see `Metric.of`."""
-    return round_in(W_NK, Metric.of(H_KK, damping=damping, by_activity=by_activity), fmt, passes=passes)
 
 
 def round_in(W_NK: Tensor, metric: Metric | None, fmt: LowbitFormat, *, passes: int = 4) -> Rounded:
@@ -138,11 +125,9 @@ def unbiased(rounded: Rounded, W_NK: Tensor, H_KK: Tensor, fmt: LowbitFormat) ->
     return rounded._replace(base=rounded.base * wanted / found) if 0 < wanted < 2 * found else rounded
 
 
-def _order(H: Tensor, by_activity: bool) -> Tensor:
+def _order(H: Tensor) -> Tensor:
     """Inputs group by group, the most active group first and the most active input of a group first: int64 [K]."""
     inputs_GS = torch.arange(len(H), device=H.device).view(-1, GROUP)
-    if not by_activity:
-        return inputs_GS.flatten()
     active_GS = H.diagonal().view(-1, GROUP)
     inputs_GS = inputs_GS.gather(1, active_GS.argsort(dim=1, descending=True, stable=True))
     return inputs_GS[active_GS.sum(dim=1).argsort(descending=True, stable=True)].flatten()

@@ -31,7 +31,7 @@ from buddymoe_ray.errors import BudgetError, CheckpointError, ConfigError, Reque
 from buddymoe_ray.models.load import LoadedModel, load_model, on_kernels
 from buddymoe_ray.models.recurrent import StateShapes, attach_states
 from buddymoe_ray.models.resolve import resolve_model
-from buddymoe_ray.models.shape import generation_defaults, meta_model
+from buddymoe_ray.models.shape import generation_defaults, narrowed_family
 from buddymoe_ray.models.tokenizer import load_tokenizer
 from buddymoe_ray.moe import MoEBlock, StepState
 from buddymoe_ray.observe import progress
@@ -134,7 +134,7 @@ def _reuses(config: EngineConfig, runner: Runner) -> bool:
 
 
 def _packed(config: EngineConfig, folder: Path) -> bool:
-    family = meta_model(folder).family
+    family = narrowed_family(folder)
     if config.batching == "packed" and not family.packed:
         raise ConfigError(f"batching is 'packed', must be 'solo' for {family.model_type}. hint: leave it at auto")
     return family.packed and config.batching != "solo"

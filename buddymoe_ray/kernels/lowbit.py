@@ -31,7 +31,6 @@ __all__ = [
     "dequantise",
     "lowbit_forward",
     "lowbit_forward_reference",
-    "lowbit_linear_reference",
     "pack",
     "packed_parts",
     "record_tensors",
@@ -62,10 +61,3 @@ def lowbit_forward_reference(
     hidden_RF = rowwise(math.activate, rowwise_linear(x_RD.float(), first, first_bias))
     y_RD = rowwise_linear(hidden_RF, down, down_bias).to(x_RD.dtype)
     return y_RD if math.post_norm is None else rowwise(math.post_norm, y_RD)
-
-
-def lowbit_linear_reference(
-    x_RK: Tensor, packed: PackedMatrix, fmt: LowbitFormat, bias_N: Tensor | None = None
-) -> Tensor:
-    """The spec: dequantise, then a linear whose rows do not see each other."""
-    return rowwise_linear(x_RK.float(), dequantise(packed, fmt), bias_N).to(x_RK.dtype)

@@ -54,7 +54,7 @@ from buddymoe_ray.kernels.vector_ir import (
     vec,
 )
 
-__all__ = ["LEVELS", "TOP", "Level", "host_level", "module_text", "to_16_bits", "wide_row_bytes"]
+__all__ = ["LEVELS", "TOP", "Level", "host_level", "module_text", "to_16_bits"]
 
 QUADS = GROUP // 4
 ROW_BLOCKS = (8, 4, 2, 1)
@@ -92,11 +92,6 @@ def host_level() -> str:
     if not (has.get("avx2") and has.get("fma")):
         return "plain"
     return "avxvnni" if has.get("avxvnni") else "avx2"
-
-
-def wide_row_bytes(groups: int) -> int:
-    """Bytes of a row of 16-bit activations."""
-    return groups * (2 * GROUP + 8)
 
 
 def module_text(fmt: LowbitFormat, *, wide: bool, level: str) -> str:

@@ -54,6 +54,7 @@ __all__ = [
     "experts_per_token",
     "max_positions",
     "meta_model",
+    "narrowed_family",
 ]
 
 
@@ -337,6 +338,12 @@ def _width(query: Tensor) -> int:
 _SIZING = "buddymoe_sizing"
 _SOFTMAX = 32
 """A number of a head of 128 took half as long as one of a head of 32."""
+
+
+def narrowed_family(folder: Path) -> Family:
+    """The family as this checkpoint of it is served, of its config alone. Raises CheckpointError, UnsupportedModel."""
+    family = served_family(folder)
+    return _narrowed(family, build_meta(read_config(folder), dtype=torch.float32, attn=None))
 
 
 def _narrowed(family: Family, model: PreTrainedModel) -> Family:

@@ -281,20 +281,18 @@ def _layout(layers: Mapping[int, _Header]) -> ExpertLayout:
     for header in layers.values():
         if (header.tensors, header.nbytes) != (first.tensors, first.nbytes):
             raise _damaged(header.path, "of another record layout than layer 0", "of the same")
+    pieces = dict[ExpertKey, tuple[ExpertPiece, ...]]()
+    for layer, header in layers.items():
+        path = str(header.path.resolve())
+        for expert in range(header.experts):
+            offset = header.start + expert * header.nbytes
+            piece = ExpertPiece(path=path, offset=offset, nbytes=header.nbytes, slot_offset=0)
+            pieces[ExpertKey(layer, expert)] = (piece,)
     return ExpertLayout(
         tensors=first.tensors,
         slot_bytes=first.nbytes,
         expert_bytes=first.nbytes,
         layers=len(layers),
         experts_per_layer=tuple(layers[layer].experts for layer in range(len(layers))),
-        pieces={
-            ExpertKey(layer, expert): (_piece(header, expert),)
-            for layer, header in layers.items()
-            for expert in range(header.experts)
-        },
+        pieces=pieces,
     )
-
-
-def _piece(header: _Header, expert: int) -> ExpertPiece:
-    offset = header.start + expert * header.nbytes
-    return ExpertPiece(path=str(header.path.resolve()), offset=offset, nbytes=header.nbytes, slot_offset=0)

@@ -10,12 +10,12 @@ import cluster_scenario
 import httpx
 import pytest
 import yaml
+from named_actors import placement_maps, store_statuses
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray.serve.schema import ServeDeploySchema
 from serving import Deploy, eventually
 
-from buddymoe_ray.actors.node import placement_maps, store_statuses
 from buddymoe_ray.models.synth import synth_checkpoint
 from buddymoe_ray.serve.handles import WORKER_NAME
 

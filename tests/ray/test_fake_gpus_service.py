@@ -16,11 +16,11 @@ import httpx
 import pytest
 import yaml
 from fakes import open_engine_and_note_gpus
+from named_actors import placement_maps
 from serving import Deploy, eventually
 from small_tokenizers import bpe
 
 from buddymoe_ray import LLM
-from buddymoe_ray.actors.node import placement_maps
 from buddymoe_ray.client import Client
 from buddymoe_ray.models.synth import synth_checkpoint
 

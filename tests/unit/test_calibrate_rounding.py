@@ -15,15 +15,15 @@ from torch.nn.functional import pad
 
 from buddymoe_ray.calibrate.rounding import (
     ExpertRows,
+    Metric,
     Rounded,
     dequantise_rounded,
     moment,
     quantise_expert,
     quantise_expert_plain,
-    round_compensated,
+    round_in,
     round_plain,
     unbiased,
-    weighted_error,
 )
 from buddymoe_ray.kernels.lowbit import (
     LowbitFormat,
@@ -54,6 +54,16 @@ def _inputs(rows: int, width: int, seed: int = 0) -> Tensor:
     x = torch.randn(rows, width, generator=generator) @ mix
     x[:, :: width // 4] *= 10
     return x
+
+
+def round_compensated(W: Tensor, H: Tensor, fmt: LowbitFormat, *, passes: int = 4, damping: float = 0.01) -> Rounded:
+    return round_in(W, Metric.of(H, damping=damping), fmt, passes=passes)
+
+
+def weighted_error(W: Tensor, rounded: Rounded, H: Tensor, fmt: LowbitFormat) -> float:
+    """tr(E H E^T): the mean squared norm of the output error on inputs whose second moment is H."""
+    E = W - dequantise_rounded(rounded, fmt)
+    return float(((E @ H) * E).sum())
 
 
 def _matrix(N: int, K: int, seed: int = 1) -> Tensor:
@@ -187,10 +197,9 @@ def test_bfloat16_weights_are_rounded_as_their_float32_values() -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("by_activity", [True, False])
-def test_compensation_lowers_the_output_error(bits: int, by_activity: bool) -> None:
+def test_compensation_lowers_the_output_error(bits: int) -> None:
     fmt, W, H = LowbitFormat(bits=bits), _matrix(48, 96), moment(_inputs(2000, 96))
-    plain, ours = round_plain(W, fmt), round_compensated(W, H, fmt, by_activity=by_activity)
+    plain, ours = round_plain(W, fmt), round_compensated(W, H, fmt)
     _check(ours, W, fmt)
     # 8 bits: steps of a scale code (3 %) are coarser than those of a weight, and little is left to gain
     assert weighted_error(W, ours, H, fmt) < (0.5 if bits < 8 else 1.0) * weighted_error(W, plain, H, fmt)

@@ -12,7 +12,8 @@ from buddymoe_ray import LLM
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.kernels import CpuLinear, LowbitFormat, pack_plain
-from buddymoe_ray.kernels.lowbit import lowbit_linear_reference
+from buddymoe_ray.kernels.lowbit import dequantise
+from buddymoe_ray.kernels.rowwise import rowwise_linear
 from buddymoe_ray.models.dense_dtype import PackedLinear
 from buddymoe_ray.models.hf_loading import experts_modules
 from buddymoe_ray.models.load import load_model, on_kernels
@@ -47,7 +48,7 @@ def test_a_packed_matrix_is_the_spec_and_rows_do_not_see_each_other(
     x = torch.randn(9, K, generator=rng).to(dtype)
     linear = CpuLinear(packed, fmt, dtype, bias)
     found = linear(x)
-    expected = lowbit_linear_reference(x.float(), packed, fmt, bias)
+    expected = rowwise_linear(x.float(), dequantise(packed, fmt), bias)
     error = (found.float() - expected).norm() / expected.norm()
     assert found.dtype == dtype and error < (1e-6 if dtype == torch.float32 else 4e-3)  # bfloat16 rounds the answer
     for count in (1, 2, 5):

@@ -16,7 +16,7 @@ from lowbit_records import random_codes
 from torch import Tensor
 
 from buddymoe_ray.kernels import LowbitFormat, PackedMatrix, dequantise, pack
-from buddymoe_ray.kernels.lowbit_tiles import LEVELS, host_level, module_text, wide_row_bytes
+from buddymoe_ray.kernels.lowbit_tiles import LEVELS, host_level, module_text
 from buddymoe_ray.kernels.machine_code import code_folder, native_functions
 
 BITS = [2, 3, 4, 8]
@@ -87,7 +87,7 @@ def native(address: int, *arguments: int) -> None:
 def product(packed: PackedMatrix, x_RK: Tensor, bits: int, wide: bool, level: str) -> Tensor:
     """`x @ W.T` for whole tiles, all rows in one call."""
     (A, G, _), made = packed.codes.shape, functions(bits, wide, level)
-    rows = torch.zeros(len(x_RK), wide_row_bytes(G) if wide else 128 * G, dtype=torch.uint8)
+    rows = torch.zeros(len(x_RK), (72 if wide else 128) * G, dtype=torch.uint8)
     out = torch.full((len(x_RK), 16 * A), float("nan"))
     for row, x in zip(rows, x_RK, strict=True):
         if wide:

@@ -97,10 +97,9 @@ class TritonExperts:
             x, rows = rows, torch.empty(N, first.N, dtype=torch.float32, device=x_TD.device)
             launching.launch(programs.project, (first.programs, N), x, records_B, expert_N, at_E, rows, first)
         if self._formula is not None:
-            both, rows = rows, torch.empty(N, down.K, dtype=torch.float32, device=x_TD.device)
-            block = min(power_of_two(down.K), _BLOCK)
-            grid = (-(-down.K // block), N)
-            launching.launch(programs.activate, grid, both, expert_N, at_E, rows, down, self._formula, block)
+            both, E, F = rows, len(at_E), down.K
+            rows, grid = torch.empty(N, F, dtype=torch.float32, device=x_TD.device), (-(-F // programs.WIDTH.value), N)
+            launching.launch(programs.activate, grid, both, expert_N, at_E, rows, E, F, self._formula)
         launching.launch(programs.project, (down.programs, N), rows, records_B, expert_N, at_E, out_ND, down)
 
     def _forms_of(self, shares: int, experts: int) -> tuple[Form | None, Form]:

@@ -21,12 +21,12 @@ GELU: tl.constexpr = tl.constexpr(1)
 CLAMPED: tl.constexpr = tl.constexpr(2)
 BOUNDED: tl.constexpr = tl.constexpr(1)  # modes as `types` has them
 FAST: tl.constexpr = tl.constexpr(2)
+WIDTH: tl.constexpr = tl.constexpr(256)  # items that a program activates
 
 
 @triton.jit
-def _place(expert_N, at_E, n, FORM: tl.constexpr):
+def _place(expert_N, at_E, n, E: tl.constexpr):
     """Where the record of access n begins, negative where it has none."""
-    E: tl.constexpr = FORM.E
     e = tl.load(expert_N + n)
     return tl.load(at_E + e, mask=(e >= 0) & (e < E), other=-1)
 
@@ -58,7 +58,7 @@ def project(x, records, expert_N, at_E, out, FORM: tl.constexpr):
     """`out[n] = W x[n // shares] + bias`, [N] rows; grid (programs of a row, N). Records are at addresses, or in
     `records`, at bytes of it."""
     n = tl.program_id(1)
-    begin = _place(expert_N, at_E, n, FORM)
+    begin = _place(expert_N, at_E, n, FORM.E)
     if begin >= 0:
         if records is not None:
             begin += records.to(tl.int64)
@@ -110,12 +110,11 @@ def _some(record, x, FORM: tl.constexpr):
 
 
 @triton.jit
-def activate(both, expert_N, at_E, hidden, DOWN: tl.constexpr, FORMULA: tl.constexpr, BF: tl.constexpr):
-    """`hidden [N, F]` of the first product's outputs, as `cpu.FORMULAS` says; grid (F / BF, N)."""
+def activate(both, expert_N, at_E, hidden, E: tl.constexpr, F: tl.constexpr, FORMULA: tl.constexpr):
+    """`hidden [N, F]` of the first product's outputs, as `cpu.FORMULAS` says; grid (F / WIDTH, N)."""
     n = tl.program_id(1)
-    if _place(expert_N, at_E, n, DOWN) >= 0:
-        F: tl.constexpr = DOWN.K
-        f = tl.program_id(0) * BF + tl.arange(0, BF)
+    if _place(expert_N, at_E, n, E) >= 0:
+        f = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
         inside = f < F
         wide = n.to(tl.int64) * F
         if FORMULA > CLAMPED:
