@@ -211,7 +211,7 @@ def test_a_stopping_service_lets_running_requests_end(url: str) -> None:
     stopped_while_it_answers(url, "fake")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def own(http_port: int) -> Iterator[str]:
     """A service whose ingress listens itself, at a socket that is kept here."""
     with keeping(Address(host="127.0.0.1", port=0, prefix="/own")) as address:
