@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     url = f"http://{http['host']}:{http['port']}{application['route_prefix'].rstrip('/')}"
     from buddymoe_ray.serve.launch import start, wait  # late: ray
 
-    start(options, name=application["name"], route_prefix=application["route_prefix"], http=http)
+    kept = start(options, name=application["name"], route_prefix=application["route_prefix"], http=http)
     facts = {
         "serving": f"{options.served_name} at {url}/v1",
         "mode": options.mode + (f", at most {options.budget:g} nats per token" if options.mode == "bounded" else ""),
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         print_facts(facts)
         print("Ctrl-C ends the service", flush=True)
-    wait(application["name"], drain_seconds=options.drain_seconds)
+    wait(application["name"], drain_seconds=options.drain_seconds, kept=kept)
     return 0
 
 

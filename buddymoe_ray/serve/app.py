@@ -78,9 +78,11 @@ def application(args: ServeArgs, *, open_engine: OpenEngine, address: Address | 
         max_ongoing_requests=INGRESS_ONGOING,
         logging_config=QUIET,
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
+        health_check_period_s=1,  # a dead one is replaced so much later at most
         graceful_shutdown_wait_loop_s=0.2,
         # when all is replaced, the old ingress sees its streams through, which go on at the new workers
         graceful_shutdown_timeout_s=args.drain_seconds + args.request_timeout_seconds,
     )(serve.ingress()(Ingress))
-    app: Application = ingress.bind(args, worker.bind(args, open_engine, secrets.token_hex(32), most), address)
+    replicas = worker.bind(args, open_engine, secrets.token_hex(32), most)
+    app: Application = ingress.bind(args, replicas, address, most == 1)
     return app

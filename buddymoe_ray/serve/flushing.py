@@ -93,8 +93,9 @@ class Batches:
             if now >= self._beat_at:
                 self._beat_at = now + self._beat_seconds
                 return Batch(deltas=())
-            until = min(self._flush_at, self._beat_at) if self._events else self._beat_at
-            await self._items.wait(until - now, for_end=bool(self._events))
+            pauses = bool(self._events) or now < self._flush_at
+            until = min(self._flush_at, self._beat_at) if pauses else self._beat_at
+            await self._items.wait(until - now, for_end=pauses)
         batch = Batch(deltas=tuple(self._delta_of(joined(events)) for events in self._events.values()))
         self._flush_at, self._beat_at = self._next_flush(now), now + self._beat_seconds
         self._events = {}

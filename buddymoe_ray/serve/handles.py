@@ -12,19 +12,21 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import ray
 from grpc.aio import AioRpcError
 from ray import serve
-from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import ApplicationStatus
 
 from buddymoe_ray.errors import CapacityError, ConfigError
 from buddymoe_ray.observe import EngineSnapshot
+from buddymoe_ray.serve.channel import Channel
 from buddymoe_ray.serve.refusals import STOPPED, failure, overloaded, unavailable
 from buddymoe_ray.serve.resume import WorkerLost
 from buddymoe_ray.serve.work import Refusal, Reply, Work, WorkerInfo, WorkerReport
@@ -43,18 +45,46 @@ LOST = (RayActorError, NodeDiedError, ObjectLostError, WorkerCrashedError)  # th
 
 class ReplicaWorkers:
     """All replicas of the worker deployment behind `handle`. Clients that are refused are told to come back after
-    `retry_after_seconds`."""
+    `retry_after_seconds`. A `lone` one, of this node, is asked on a channel once it was reached."""
 
-    def __init__(self, handle: DeploymentHandle[Any], *, retry_after_seconds: int = 2, num_gpus: float = 0) -> None:
+    def __init__(
+        self, handle: DeploymentHandle[Any], *, retry_after_seconds: int = 2, num_gpus: float = 0, lone: bool = False
+    ) -> None:
         self._handle, self._num_gpus = handle, num_gpus
         self._looked_at, self._absent, self._ending = -math.inf, "", False
         self._streaming = handle.options(stream=True)
         self._light = handle.options(stream=True, _by_reference=False, response_serialization="pickle")
         self._retry_after = retry_after_seconds
+        self._lone = lone
+        self._reaching: asyncio.Task[Channel | None] | None = None
 
-    async def generate(self, work: Work) -> AsyncGenerator[Reply, None]:
+    def generate(self, work: Work) -> AsyncGenerator[Reply, None]:
         """Answer `work` on one replica: an attempt of `resume.resumable`. What moves waits for a replica while the
         application is to stay, new work is refused while none runs. Raises WorkerLost."""
+        if (channel := self.channel()) is not None:
+            with suppress(TypeError, ValueError):  # what a message of it cannot hold goes through Serve
+                return channel.generate(work)
+        return self._generate(work)
+
+    def channel(self) -> Channel | None:
+        """That of a lone worker, from a moment after it was asked for first, or is there again."""
+        if self._lone and self._reaching is None:
+            self._reaching = asyncio.create_task(self._reach())
+        if self._reaching is None or not self._reaching.done():
+            return None
+        channel = self._reaching.result()
+        if channel is None or not channel.is_open:
+            self._reaching = channel = None
+        return channel
+
+    async def _reach(self) -> Channel | None:
+        try:
+            return await Channel.open(await self._handle.channel.remote())
+        except (OSError, RayError, RayServeException) as error:
+            log.info("the worker is asked through Serve: %s", error)
+            return None
+
+    async def _generate(self, work: Work) -> AsyncGenerator[Reply, None]:
         absent = await self._why_absent()
         if absent and (self._ending or not work.resume):
             refusal = unavailable(absent, retry_after_seconds=self._retry_after)

@@ -47,15 +47,23 @@ class Departures:
 
 
 class Ingress:
-    """HTTP in front of `workers`, behind Serve's proxy or listening at an address of its own."""
+    """HTTP in front of `workers`, behind Serve's proxy or listening at an address of its own; there a `lone` worker is
+    asked on a channel."""
 
-    def __init__(self, args: ServeArgs, workers: DeploymentHandle[Any], address: Address | None = None) -> None:
+    def __init__(
+        self, args: ServeArgs, workers: DeploymentHandle[Any], address: Address | None = None, lone: bool = False
+    ) -> None:
         limits = ResumeLimits(
             moves=args.max_moves,
             wait_seconds=args.request_timeout_seconds,
             retry_after_seconds=args.retry_after_seconds,
         )
-        reached = ReplicaWorkers(workers, retry_after_seconds=args.retry_after_seconds, num_gpus=args.num_gpus)
+        reached = ReplicaWorkers(
+            workers,
+            retry_after_seconds=args.retry_after_seconds,
+            num_gpus=args.num_gpus,
+            lone=lone and address is not None,
+        )
         settings = HttpSettings(
             model=args.served_name,
             path=args.model,

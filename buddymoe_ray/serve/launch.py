@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import ray
@@ -21,7 +22,7 @@ from buddymoe_ray.config import ray_address_from_environment
 from buddymoe_ray.errors import BuddyMoEError
 from buddymoe_ray.serve.app import application
 from buddymoe_ray.serve.args import ServeArgs
-from buddymoe_ray.serve.listening import Address, bind
+from buddymoe_ray.serve.listening import Address, keeping
 from buddymoe_ray.serve.replica import open_async_engine
 
 __all__ = ["start", "wait"]
@@ -32,29 +33,30 @@ REPLY_SECONDS = 5.0
 """For an ingress to say that it is done."""
 
 
-def start(options: ServeArgs, *, name: str, route_prefix: str, http: dict[str, Any]) -> None:
-    """Start Serve and wait for the workers. Raises BuddyMoEError, with the reason, when they cannot start."""
+def start(options: ServeArgs, *, name: str, route_prefix: str, http: dict[str, Any]) -> ExitStack:
+    """Start Serve and wait for the workers. Returns what is kept open meanwhile, for `wait` to close. Raises
+    BuddyMoEError, with the reason, when they cannot start."""
     joined = ray_address_from_environment()
-    address = None if joined else Address(**http, prefix=route_prefix)
-    if address is not None:
-        bind(address).close()  # to know at once
-    if not ray.is_initialized():
-        ray.init(address=joined or "local", namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the ready line is our own
-    serve.start(proxy_location="HeadOnly" if joined else "Disabled", http_options=http)
-    try:
-        app = application(options, open_engine=open_async_engine, address=address)
-        serve.run(app, name=name, route_prefix=route_prefix)
-    except RuntimeError as error:
-        found = serve.status().applications.get(name)
-        said = [] if found is None else [found.message, *(each.message for each in found.deployments.values())]
-        lines = [line.strip() for line in "\n".join([str(error), *said]).splitlines() if line.strip()]
-        reasons = [line.rpartition("Error: ")[2] for line in lines if "Error: " in line]
-        _stop(name)
-        raise BuddyMoEError((reasons or lines)[-1]) from error
+    with ExitStack() as kept:
+        address = None if joined else kept.enter_context(keeping(Address(**http, prefix=route_prefix)))
+        if not ray.is_initialized():
+            ray.init(address=joined or "local", namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the ready line is our own
+        serve.start(proxy_location="HeadOnly" if joined else "Disabled", http_options=http)
+        try:
+            app = application(options, open_engine=open_async_engine, address=address)
+            serve.run(app, name=name, route_prefix=route_prefix)
+        except RuntimeError as error:
+            found = serve.status().applications.get(name)
+            said = [] if found is None else [found.message, *(each.message for each in found.deployments.values())]
+            lines = [line.strip() for line in "\n".join([str(error), *said]).splitlines() if line.strip()]
+            reasons = [line.rpartition("Error: ")[2] for line in lines if "Error: " in line]
+            _stop(name)
+            raise BuddyMoEError((reasons or lines)[-1]) from error
+        return kept.pop_all()
 
 
-def wait(name: str, *, drain_seconds: float) -> None:
+def wait(name: str, *, drain_seconds: float, kept: ExitStack) -> None:
     """Until Ctrl-C or SIGTERM; then new requests are refused, running ones end, and the application stops."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
@@ -62,6 +64,7 @@ def wait(name: str, *, drain_seconds: float) -> None:
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
+        kept.close()
         _drain(name, drain_seconds)
         _stop(name)
 

@@ -10,9 +10,12 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Thread
 
 from ray.serve._private.http_util import RequestIdMiddleware
 from starlette.applications import Starlette
@@ -22,7 +25,7 @@ from uvicorn import Config, Server
 
 from buddymoe_ray.errors import ConfigError
 
-__all__ = ["Address", "bind", "listening"]
+__all__ = ["Address", "bind", "keeping", "listening"]
 
 BACKLOG, KEEP_ALIVE_SECONDS = 2048, 90  # as many seconds as Serve's proxies keep a connection
 GRACE_SECONDS = 5
@@ -30,15 +33,20 @@ GRACE_SECONDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    """Where HTTP is answered, under `prefix`."""
+    """Where HTTP is answered, under `prefix`. `kept` is a path at which its socket is given away, see `keeping`."""
 
     host: str
     port: int
     prefix: str = "/"
+    kept: str = ""
 
 
 def bind(address: Address) -> socket.socket:
-    """A socket there, at which others do not listen. Raises ConfigError."""
+    """A socket there, at which others do not listen, or the one that is kept. Raises ConfigError."""
+    if address.kept:
+        with socket.socket(socket.AF_UNIX) as keeper:
+            keeper.connect(address.kept)
+            return socket.socket(fileno=socket.recv_fds(keeper, 1, 1)[1][0])
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     try:
         return socket.create_server((address.host, address.port), family=family, backlog=BACKLOG)
@@ -47,6 +55,35 @@ def bind(address: Address) -> socket.socket:
         raise ConfigError(
             f"{address.host}:{address.port} cannot be listened at ({reason}). hint: another --port or --host"
         ) from error
+
+
+@contextmanager
+def keeping(address: Address) -> Iterator[Address]:
+    """The address with its socket kept here meanwhile: when the ingress dies, who comes waits for the next one, and is
+    not refused. Raises ConfigError."""
+    with bind(address) as bound, TemporaryDirectory(prefix="buddymoe-") as folder:  # this user's alone
+        path = str(Path(folder, "socket"))
+        with socket.socket(socket.AF_UNIX) as keeper:
+            keeper.bind(path)
+            keeper.listen()
+            giving = Thread(target=_give, args=(keeper, bound), name="http-socket", daemon=True)
+            giving.start()
+            try:
+                yield replace(address, kept=path)
+            finally:
+                keeper.shutdown(socket.SHUT_RDWR)
+                giving.join()
+
+
+def _give(keeper: socket.socket, bound: socket.socket) -> None:
+    """`bound` to all who connect, until `keeper` is shut down."""
+    while True:
+        try:
+            asking, _ = keeper.accept()
+        except OSError:
+            return
+        with asking, suppress(OSError):  # who asked has died
+            socket.send_fds(asking, [b"\0"], [bound.fileno()])
 
 
 @asynccontextmanager

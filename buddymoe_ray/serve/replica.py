@@ -79,8 +79,9 @@ class WorkerReplica(Worker):
         self._metrics.publish(self.snapshot())
         await super().check_health()
 
-    def __del__(self) -> None:  # ray calls it once running requests are done, before the process ends
+    async def __del__(self) -> None:  # Serve awaits it once what came through it is done, before the process ends
         if hasattr(self, "_engine"):  # absent when it could not be opened
+            await self.settle()
             self._memory.close()
             self.close()
 

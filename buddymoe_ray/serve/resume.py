@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from buddymoe_ray.serve.refusals import STOPPED, WORKER_LOST, failure, timed_out, unavailable
 from buddymoe_ray.serve.work import Batch, Refusal, Reply, ResumedChoice, Work
 
-__all__ = ["ResumeLimits", "Transcript", "WorkerLost", "resumable"]
+__all__ = ["Attempt", "ResumeLimits", "Transcript", "WorkerLost", "resumable"]
 
 log = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from buddymoe_ray.models.token_bytes import TokenBytes
 from buddymoe_ray.observe import EngineSnapshot, ExpertMap
 from buddymoe_ray.policy.fair import may_queue
 from buddymoe_ray.policy.forecast import Forecast
+from buddymoe_ray.serve.channel import offer
 from buddymoe_ray.serve.flushing import Batches, Items
 from buddymoe_ray.serve.guests import Guests
 from buddymoe_ray.serve.prompts import longest_text, tokenizer_info, usable
@@ -35,6 +36,7 @@ __all__ = ["EngineSeam", "Limits", "Worker"]
 log = logging.getLogger(__name__)
 
 QUICK_CHARACTERS, QUICK_MESSAGES = 4096, 16
+SETTLE_SECONDS = 0.1
 
 
 class EngineSeam(ServingEngine, Protocol):
@@ -190,6 +192,15 @@ class Worker:
     async def check_health(self) -> None:
         """Raises when the engine's step thread died; ray then replaces this worker."""
         await self._engine.check_health()
+
+    async def channel(self) -> str:
+        """Where a process of this user on this node may ask, see `serve.channel`."""
+        return await offer(self.generate)
+
+    async def settle(self) -> None:
+        """Until nothing is asked any more."""
+        while self._answers.total() or self._guests.answers:
+            await asyncio.sleep(SETTLE_SECONDS)
 
     def close(self) -> None:
         """Stop the engine."""

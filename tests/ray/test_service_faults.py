@@ -8,8 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,7 +27,11 @@ from buddymoe_ray.client import Client
 from buddymoe_ray.errors import BuddyMoEError, CapacityError, ConfigError, RequestError
 from buddymoe_ray.serve.app import application
 from buddymoe_ray.serve.args import ServeArgs
-from buddymoe_ray.serve.listening import Address, bind
+from buddymoe_ray.serve.handles import ReplicaWorkers
+from buddymoe_ray.serve.listening import Address, bind, keeping
+from buddymoe_ray.serve.resume import ResumeLimits, resumable
+from buddymoe_ray.serve.work import Refusal, Reply, Work
+from buddymoe_ray.types import SamplingParams
 
 TEXT = {"model": "fake", "prompt": "hello", "max_tokens": 8, "temperature": 0}
 
@@ -203,13 +211,54 @@ def test_a_stopping_service_lets_running_requests_end(url: str) -> None:
     stopped_while_it_answers(url, "fake")
 
 
-def test_so_does_an_ingress_that_listens_itself(http_port: int) -> None:
-    with bind(Address(host="127.0.0.1", port=0)) as free:
-        address = Address(host="127.0.0.1", port=free.getsockname()[1], prefix="/own")
-    app = application(ServeArgs(model_name="fake", num_cpus=0), open_engine=open_fake_engine, address=address)
-    serve.run(app, name="own", route_prefix="/own")
-    url = f"http://127.0.0.1:{address.port}/own"
-    assert httpx.get(f"{url}/health").json()["status"] == "ok"
-    stopped_while_it_answers(url, "own")
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{url}/health")
+@pytest.fixture(scope="module")
+def own(http_port: int) -> Iterator[str]:
+    """A service whose ingress listens itself, at a socket that is kept here."""
+    with keeping(Address(host="127.0.0.1", port=0, prefix="/own")) as address:
+        with bind(address) as bound:
+            port = bound.getsockname()[1]
+        app = application(ServeArgs(model_name="fake", num_cpus=0), open_engine=open_fake_engine, address=address)
+        serve.run(app, name="own", route_prefix="/own")
+        yield f"http://127.0.0.1:{port}/own"
+
+
+def replica_of_own(deployment: str) -> int:
+    """The process of its only replica."""
+    title = f"ray::ServeReplica:own:{deployment}".encode()
+    [found] = [path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if path.read_bytes().startswith(title)]
+    return int(found.name)
+
+
+async def test_an_ingress_that_listens_itself_asks_its_worker_on_a_channel_and_does_not_need_it(own: str) -> None:
+    workers = ReplicaWorkers(serve.get_deployment_handle("worker", "own"), lone=True)
+    sampling = SamplingParams(temperature=0.0)
+    work = Work(request_id="same", prompts=("hello",), sampling=sampling, max_tokens=8)
+
+    async def told(work: Work) -> list[Reply]:
+        return [reply async for reply in resumable(work, workers.generate, ResumeLimits()) if reply.deltas]  # type: ignore[union-attr]
+
+    through_serve = await told(work)
+    while (channel := workers.channel()) is None:
+        await asyncio.sleep(0.01)
+    assert await told(work) == through_serve
+    with pytest.raises(TypeError):
+        channel.generate(replace(work, prompts=((1 << 64,),)))
+    [refused] = [reply async for reply in workers.generate(replace(work, prompts=((1 << 64,),)))]
+    assert isinstance(refused, Refusal) and refused.status == 400
+    moving = asyncio.create_task(told(replace(work, max_tokens=150, flush_seconds=0.0)))
+    await asyncio.sleep(0.3)
+    os.kill(replica_of_own("worker"), signal.SIGKILL)
+    deltas = [delta for reply in await moving for delta in reply.deltas]  # type: ignore[union-attr]
+    assert sum(len(delta.token_ids) for delta in deltas) == 150 and deltas[-1].finish_reason == "length"
+    assert not channel.is_open
+    while workers.channel() is None:
+        await asyncio.sleep(0.01)
+    assert await told(work) == through_serve
+
+
+def test_who_comes_while_it_is_dead_is_answered_and_a_stopping_one_lets_requests_end(own: str) -> None:
+    assert httpx.get(f"{own}/health").json()["status"] == "ok"
+    os.kill(replica_of_own("ingress"), signal.SIGKILL)
+    answer = httpx.post(f"{own}/v1/completions", json=TEXT, timeout=60).json()
+    assert len(answer["choices"][0]["text"]) == 8
+    stopped_while_it_answers(own, "own")

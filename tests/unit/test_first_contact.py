@@ -213,10 +213,10 @@ def test_only_a_named_cluster_is_joined_and_left_as_it_was(joined: str, monkeypa
     drain = SimpleNamespace(remote=lambda seconds: done.append(f"{seconds:g} s to drain") or ended)
     monkeypatch.setattr("ray.serve.get_app_handle", lambda name: SimpleNamespace(drain=drain))
     monkeypatch.setattr(launch.time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
-    launch.start(ServeArgs(), name="mine", route_prefix="/", http={"host": "127.0.0.1", "port": 0})
+    kept = launch.start(ServeArgs(), name="mine", route_prefix="/", http={"host": "127.0.0.1", "port": 0})
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
-        launch.wait("mine", drain_seconds=7.0)
+        launch.wait("mine", drain_seconds=7.0, kept=kept)
     finally:
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
             signal.signal(number, handler)

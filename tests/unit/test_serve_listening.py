@@ -13,7 +13,7 @@ from fakes import FakeEngine, LocalWorkers
 
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.serve.http import HttpSettings, http_app
-from buddymoe_ray.serve.listening import Address, bind, listening
+from buddymoe_ray.serve.listening import Address, bind, keeping, listening
 from buddymoe_ray.serve.worker import Worker
 
 LONG = TEXT | {"max_tokens": 100}
@@ -71,3 +71,17 @@ async def test_what_runs_at_the_end_comes_to_its_own() -> None:
 def test_a_port_that_is_taken_is_said() -> None:
     with bind(Address(host="127.0.0.1", port=0)) as bound, pytest.raises(ConfigError, match=r"in use.*hint: another"):
         bind(Address(host="127.0.0.1", port=bound.getsockname()[1]))
+
+
+async def test_who_comes_when_an_ingress_has_died_waits_for_the_next_one() -> None:
+    app = http_app(LocalWorkers(Worker(FakeEngine())), HttpSettings(model="fake"))
+    with keeping(Address(host="127.0.0.1", port=0)) as address:
+        async with listening(first := bind(address), app, prefix="/"):
+            port = first.getsockname()[1]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /health HTTP/1.1\r\nHost: here\r\n\r\n")
+        async with listening(bind(address), app, prefix="/"):
+            assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+            writer.close()
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", port)

@@ -1,0 +1,117 @@
+"""The connection beside Serve on which an ingress asks a worker of its node, over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+
+import pytest
+from fakes import FakeEngine
+
+from buddymoe_ray.serve.channel import Channel, offer
+from buddymoe_ray.serve.resume import ResumeLimits, WorkerLost, resumable
+from buddymoe_ray.serve.work import Refusal, Reply, Terms, Thinking, ToolUse, Work
+from buddymoe_ray.serve.worker import Worker
+from buddymoe_ray.types import SamplingParams, StructuredOutput
+
+TEXT = Work(request_id="r", prompts=("hello",), sampling=SamplingParams(seed=5), max_tokens=8, flush_seconds=0.0)
+LONG = replace(TEXT, max_tokens=100)
+
+
+@asynccontextmanager
+async def reached(worker: Worker) -> AsyncGenerator[Channel, None]:
+    async with asyncio.timeout(20):
+        channel = await Channel.open(await offer(worker.generate))
+        try:
+            yield channel
+        finally:
+            await channel.close()
+
+
+async def all_of(replies: AsyncGenerator[Reply, None]) -> list[Reply]:
+    async with aclosing(replies):
+        return [reply async for reply in replies if isinstance(reply, Refusal) or reply.deltas or reply.spelled]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"n": 3, "report_prompts": True, "flush_seconds": None, "prompts": ("hello", (1 << 8) * (104,))},
+        {"sampling": SamplingParams(logprobs=2, stop=("z",), logit_bias={104: 1}), "given": frozenset({"stop"})},
+        {"echo": True, "sampling": SamplingParams(prompt_logprobs=1)},
+        {"spells_only": True, "prompts": ("\N{SNOWMAN}hello",)},
+        {"terms": Terms(mode="fast", record=True), "timeout": 7, "weight": 2},
+        {"max_tokens": 1 << 40},
+        {"prompts": ("\x01",)},
+        {"prompts": ("\x02",)},
+    ],
+)
+async def test_replies_are_those_of_the_worker(change: dict[str, object]) -> None:
+    work = replace(TEXT, **change)
+    async with reached(Worker(FakeEngine())) as channel:
+        found, same = [await all_of(ask(work)) for ask in (channel.generate, Worker(FakeEngine()).generate)]
+    assert found == same and found
+
+
+async def test_work_arrives_as_it_was_sent() -> None:
+    seen: list[Work] = []
+
+    async def answer(work: Work) -> AsyncGenerator[Reply, None]:
+        seen.append(work)
+        yield Refusal(status=400, message="\udc80 seen", retry_after_seconds=3)
+
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"enum": [None, 1.5, {"a": [True]}]}}}
+    schema = StructuredOutput(kind="json", source='{"type": "object"}')
+    sent = [
+        TEXT,
+        replace(TEXT, prompts=("\udc80",), sampling=SamplingParams(structured_outputs=schema), cache_salt="\udc80"),
+        replace(TEXT, tools=ToolUse(tools=(tool,), only="f"), thinking=Thinking(enabled=True, budget=4)),
+    ]
+    channel = await Channel.open(await offer(answer))
+    told = [await all_of(channel.generate(work)) for work in sent]
+    await channel.close()
+    assert seen == sent and told == 3 * [[Refusal(status=400, message="\udc80 seen", retry_after_seconds=3)]]
+
+
+async def test_who_leaves_frees_its_sequences_and_no_others() -> None:
+    engine = FakeEngine(delay=0.01)
+    async with reached(Worker(engine)) as channel:
+        left, stays = channel.generate(replace(LONG, n=3)), channel.generate(replace(TEXT, request_id="s"))
+        await anext(left)
+        staying = asyncio.create_task(all_of(stays))
+        await left.aclose()
+        while len(engine.running) > 1:
+            await asyncio.sleep(0.01)
+        assert engine.cancelled == 3 and [delta.finish_reason for delta in (await staying)[-1].deltas] == ["length"]  # type: ignore[union-attr]
+
+
+async def test_a_connection_that_ends_frees_the_worker_and_moves_its_streams() -> None:
+    first, second = FakeEngine(delay=0.01), Worker(FakeEngine())
+    worker, expected = Worker(first), await all_of(second.generate(TEXT))
+    async with reached(worker) as channel:
+        moving = resumable(TEXT, lambda work: (second if work.resume else channel).generate(work), ResumeLimits())
+        begun = await anext(moving)
+        await channel.close()
+        assert not channel.is_open
+        rest = await all_of(moving)
+        await worker.settle()
+        with pytest.raises(WorkerLost, match="connection ended"):
+            await anext(channel.generate(TEXT))
+    assert first.cancelled == 1
+    texts = ["".join(delta.text for reply in some for delta in reply.deltas) for some in ([begun, *rest], expected)]  # type: ignore[union-attr]
+    assert texts[0] == texts[1]
+
+
+async def test_what_no_frame_holds_is_said_at_once() -> None:
+    deep: list[object] = []
+    for _ in range(1100):
+        deep = [deep]
+    async with reached(Worker(FakeEngine())) as channel:
+        with pytest.raises(TypeError):
+            channel.generate(replace(TEXT, prompts=((1 << 64,),)))
+        with pytest.raises(ValueError, match="recursion limit"):
+            channel.generate(replace(TEXT, template_options={"deep": deep}))
+        assert await all_of(channel.generate(TEXT))
