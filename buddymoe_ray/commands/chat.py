@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, cast, get_args
 
 from buddymoe_ray.commands.common import add_engine_arguments, add_json_argument, emit, engine_config
 from buddymoe_ray.config import one_of, refuse_unknown
+from buddymoe_ray.engine.interrupts import interrupts_wait
 from buddymoe_ray.engine.validate import checked_sampling, plain_text
 from buddymoe_ray.errors import ConfigError, RequestError
 from buddymoe_ray.types import GenerationRequest, Mode, SamplingParams, TokenEvent, Usage
@@ -113,15 +115,18 @@ class _Chat:
         self._engine.add(
             GenerationRequest(request_id=name, prompt_token_ids=ids, sampling=self._sampling, mode=self._mode)
         )
+        made = deque[TokenEvent]()
         try:
             while self._engine.has_work():
-                for event in self._engine.step():
+                with interrupts_wait():
+                    made.extend(self._engine.step())
+                while made:
                     if not self._json:
-                        print(event.text, end="", flush=True)
-                    yield event
+                        print(made[0].text, end="", flush=True)
+                    yield made.popleft()
         except KeyboardInterrupt:  # ends the answer, not the conversation
             self._engine.cancel(name)
-            yield from self._engine.drain()
+            yield from (*made, *self._engine.drain())
 
 
 def _cost(usage: Usage, seconds: float) -> str:

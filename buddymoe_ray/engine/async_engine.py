@@ -91,7 +91,7 @@ class AsyncEngine:
         try:
             await stream.ended
         except asyncio.CancelledError:
-            self._submit_quietly(lambda: self._cancel(request.request_id))
+            self._submit_quietly(lambda: self._cancel(request.request_id, stream))
             raise
 
     def snapshot(self) -> EngineSnapshot:
@@ -160,8 +160,11 @@ class AsyncEngine:
         else:
             self._streams[seq.request_id] = stream
 
-    def _cancel(self, request_id: str) -> None:
-        if self._streams.pop(request_id, None) is not None and self._failure is None:
+    def _cancel(self, request_id: str, stream: _Stream) -> None:
+        if self._streams.get(request_id) is not stream:  # it ended, or never began as the name was another's
+            return
+        del self._streams[request_id]
+        if self._failure is None:
             self._engine.cancel(request_id)
             self._deliver(self._engine.take_events())  # now: the name may be another's before the next step
 

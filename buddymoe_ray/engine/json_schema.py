@@ -91,6 +91,8 @@ def _checked(kind: StructuredKind, source: Any, field: str) -> StructuredOutput:
         source = "true"
     elif not isinstance(source, str) or not source:
         raise _refused(f"{field}.{kind}", f"is {source!r:.80}", "a text")
+    elif kind == "regex":
+        source = _regex(source, field)
     text = source if isinstance(source, str) else json.dumps(source)
     if len(text) > MAX_CHARACTERS:
         raise _refused(field, f"is {len(text)} characters", f"at most {MAX_CHARACTERS}")
@@ -172,10 +174,23 @@ def _check_values(part: dict[str, Any], types: list[str], place: str, field: str
             raise _refused(field, f"has the value {value!r:.80} of another type at {place:.200}", "of type")
 
 
-def _trap(pattern: str) -> str | None:
-    """What of a regular expression xgrammar would read past, or write into JSON as it is: assertions within, and
-    quotes, backslashes and control characters outside of classes."""
-    words = re.findall(r"\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}|\\.|\[(?:\\.|[^\]\\])*\]|\(\?:|\(\?|.", pattern, re.DOTALL)
+def _regex(pattern: str, field: str) -> str:
+    """A regular expression as xgrammar is to read it, to which `.` is a new line too. Raises RequestError."""
+    trap = _trap(pattern, in_json=False)
+    if trap is not None:
+        raise _refused(f"{field}.regex", f"is {pattern!r:.80}", f"without {trap!r:.20} there")
+    return "".join("[^\\n]" if word == "." else word for word in _words(pattern))
+
+
+def _words(pattern: str) -> list[str]:
+    return re.findall(r"\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}|\\.|\[(?:\\.|[^\]\\])*\]|\(\?:|\(\?|.", pattern, re.DOTALL)
+
+
+def _trap(pattern: str, *, in_json: bool = True) -> str | None:
+    """What of a regular expression xgrammar would read past, or otherwise than its author: assertions within, letters
+    behind a backslash that mean nothing to it, classes that begin with their end. And what it would write into JSON as
+    it is: quotes, backslashes and control characters outside of classes."""
+    words = _words(pattern)
     depth = 0
     for at, word in enumerate(words):
         depth += (word in ("(", "(?:")) - (word == ")")
@@ -183,9 +198,10 @@ def _trap(pattern: str) -> str | None:
         bare = word[0] != "\\" or len(word) > 2
         before, after = words[at - 1] if at else "|", words[at + 1] if at + 1 < len(words) else "|"
         if (
-            (bare and (code < 32 or code in b'"\\'))
-            or (word[0] == "\\" and word[1] in "\\bBcfnrtvpPk0123456789")
-            or word == "(?"
+            (in_json and bare and (code < 32 or code in b'"\\'))
+            or (word[0] == "\\" and (word[1] in "bBpPk123456789" or (in_json and word[1] in "\\cfnrtv0")))
+            or (word[0] == "\\" and word[1].isalpha() and word[1] not in "dDwWsScfnrtvux")
+            or word in ("(?", "[]", "[^]")
             or (word == "^" and (before != "|" or depth))
             or (word == "$" and (after != "|" or depth))
         ):

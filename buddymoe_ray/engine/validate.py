@@ -20,7 +20,7 @@ __all__ = ["checked_sampling", "checked_terms", "plain_text", "plain_tokens", "v
 
 MAX_LOGPROBS = 20
 MAX_STOPS, MAX_STOP_CHARACTERS, MAX_STOP_IDS = 64, 1024, 4096
-_LARGEST = 2**63
+_LARGEST, _MOST_IDS = 2**63, 2**32  # no tokenizer reads a larger id
 
 # least and largest value; those of the integers that may be None are last
 _INTEGERS = {"top_k": (-1, _LARGEST), "max_tokens": (1, _LARGEST)}
@@ -65,7 +65,7 @@ def validate(request: GenerationRequest, *, vocab_size: int) -> GenerationReques
     )
 
 
-def checked_sampling(sampling: object, *, vocab_size: int = _LARGEST) -> SamplingParams:
+def checked_sampling(sampling: object, *, vocab_size: int = _MOST_IDS) -> SamplingParams:
     """Sampling parameters in plain types. Raises RequestError naming the parameter."""
     if not isinstance(sampling, SamplingParams):
         raise _refused("sampling", sampling, "SamplingParams", "give keywords such as max_tokens=64")
@@ -104,7 +104,7 @@ def checked_terms(
     )
 
 
-def plain_tokens(name: str, ids: object, vocab_size: int = _LARGEST, *, least: int = 1) -> tuple[int, ...]:
+def plain_tokens(name: str, ids: object, vocab_size: int = _MOST_IDS, *, least: int = 1) -> tuple[int, ...]:
     """Token ids below `vocab_size`, at least so many. Raises RequestError."""
     listed = _plain(ids)
     if not isinstance(listed, list | tuple):

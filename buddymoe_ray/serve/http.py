@@ -320,7 +320,7 @@ async def _answer(endpoint: Endpoint, request: Request, workers: Workers, settin
         usage_so_far=call.body.usage_so_far,
     )
     if call.body.stream:
-        events = await answer.events()
+        events = await awaited(request, answer.events())
         if isinstance(events, Refusal):
             raise Refused(in_words_of(events, endpoint.words))
         return EventStream(answer, events, tenant.headers())

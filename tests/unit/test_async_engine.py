@@ -155,6 +155,17 @@ async def test_a_cancelled_task_leaves_nothing(running: AsyncEngine) -> None:
     assert len(await tokens_of(running, request("after"))) == 8
 
 
+async def test_leaving_under_a_name_that_is_taken_ends_nobody_else(running: AsyncEngine) -> None:
+    first = await begun(running, request("name", max_tokens=200))
+    second = asyncio.create_task(tokens_of(running, request("name")))
+    await asyncio.sleep(0)  # it has asked to be added
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    async with asyncio.timeout(60):
+        await first
+
+
 async def test_a_record_is_read_off_the_step_thread(running: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 

@@ -24,6 +24,7 @@ from families import build_checkpoint
 from buddymoe_ray import LLM, EngineConfig, __version__, observe
 from buddymoe_ray.cli import main
 from buddymoe_ray.commands import bench, profile
+from buddymoe_ray.engine.blocks import BlockAllocator
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.errors import BudgetError, CapacityError, ConfigError
 from buddymoe_ray.models.profile import ComparisonRow
@@ -388,6 +389,24 @@ def test_chat_says_why_an_answer_failed_and_goes_on(monkeypatch, capsys) -> None
     said = capsys.readouterr().out
     places = [said.index(word) for word in ("must be whole characters", "internal error (OSError)", "[4 tokens, ")]
     assert places == sorted(places)
+
+
+def test_ctrl_c_in_a_chat_ends_the_answer_wherever_it_strikes(monkeypatch, capsys) -> None:
+    share, presses = BlockAllocator.share, [signal.SIGINT]
+
+    def interrupted(blocks: BlockAllocator, found: Any) -> None:
+        if presses:  # the request waits no more, and is not admitted yet
+            signal.raise_signal(presses.pop())
+        share(blocks, found)
+
+    monkeypatch.setattr(BlockAllocator, "share", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nHello\n"))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins with it ignored
+    try:
+        assert main(["chat", "--max-tokens", "4"]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert re.findall(r"\[(\d) tokens, ", capsys.readouterr().out) == ["1", "4"]
 
 
 def test_the_phases_of_a_command_share_one_bar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from asgi import check_error, conforms, openai_client, serving, talking_to
 from fakes import FakeEngine, FakeLimits, LocalWorkers
 
 from buddymoe_ray.serve import keys
-from buddymoe_ray.serve.batches import file_routes, job, routes
+from buddymoe_ray.serve.batches import file_routes, job, routes, runner
 from buddymoe_ray.serve.batches.records import BatchObject, FileObject
 from buddymoe_ray.serve.batches.store import FileStore
 from buddymoe_ray.serve.http import HttpSettings, http_app
@@ -324,6 +324,27 @@ async def service(folder: Path, delay: float) -> AsyncGenerator[openai.AsyncOpen
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
             yield openai_client(http)
+
+
+async def test_a_disk_that_fails_for_a_while_leaves_no_batch_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(runner, "LOOK_SECONDS", 0.01)
+    folder, away = tmp_path / "files", tmp_path / "away"
+    async with service(folder, 0.0) as client:
+        file = await client.files.create(file=("in.jsonl", lines(3)), purpose="batch")
+    batch = BatchObject(
+        id=f"batch_{'0' * 32}", endpoint=URL, model="fake", input_file_id=file.id, created_at=1, expires_at=1 << 40
+    )
+    FileStore(folder, quota=10**6).begin(batch, "")
+    app = http_app(LocalWorkers(Worker(FakeEngine())), HttpSettings(model="fake", files_folder=folder))
+    folder.rename(away)
+    async with asyncio.timeout(10), app.router.lifespan_context(app):
+        while "not looked for" not in caplog.text:
+            await asyncio.sleep(0.01)
+        away.rename(folder)
+        while not FileStore(folder, quota=10**6).find(BatchObject, batch.id, None).finished:
+            await asyncio.sleep(0.01)
 
 
 def in_a_process_that_is_killed(act: Callable[[], Awaitable[None]], when: Callable[[], bool]) -> None:

@@ -51,9 +51,9 @@ async def test_requests_are_answered_under_the_prefix_with_their_ids(prefix: str
     assert other.status_code == 404
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_who_leaves_is_not_answered_to_the_end(stream: bool) -> None:
-    engine = FakeEngine(delay=0.05)
+@pytest.mark.parametrize(("stream", "delay"), [(False, 0.05), (True, 0.05), (True, 60.0)])
+async def test_who_leaves_is_not_answered_to_the_end(stream: bool, delay: float) -> None:
+    engine = FakeEngine(delay=delay)
     async with answering(engine) as client, asked(engine, client, stream=stream) as asking:
         asking.cancel()
         while engine.running:

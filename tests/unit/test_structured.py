@@ -180,6 +180,9 @@ def test_whose_blocks_are_taken_follows_on() -> None:
         ({"json": '{"type"'}, "is no JSON"),
         ({"json": ["a"]}, "must be a JSON schema"),
         ({"regex": "(a"}, "no grammar (Regex parsing error"),
+        ({"regex": "a$b"}, "without '$' there"),
+        ({"regex": r"\Aa\Z"}, r"without '\\A' there"),
+        ({"regex": "[^]a]"}, "without '[^]' there"),
         ({"grammar": "root ::= b"}, "no grammar (EBNF"),
         ({"grammar": "root ::= root"}, "allows no token at all"),
         ({"choice": []}, "a list of texts"),
@@ -207,6 +210,16 @@ def test_patterns_are_kept_to(llm: LLM, pattern: str) -> None:
         params = SamplingParams(temperature=2.0, seed=seed, max_tokens=40, structured_outputs={"json": schema})
         answer = llm.generate("x", params, mode="fast")[0]
         assert answer.finish_reason == "length" or valid(answer.text, schema)
+
+
+def test_a_point_is_no_new_line_in_a_regular_expression() -> None:
+    state = Grammars(byte_tokenizer(), 259).open(checked_output({"regex": "a.[.]"}), frozenset({257}))
+    state.accept(ord("a"))
+    with pytest.raises(BuddyMoEError, match="has no place"):
+        state.accept(ord("\n"))
+    state.accept(ord("b"))
+    state.accept(ord("."))
+    assert state.ended
 
 
 def test_a_schema_nested_too_deeply_is_refused() -> None:

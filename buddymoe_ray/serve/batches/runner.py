@@ -75,10 +75,13 @@ class BatchRunner:
 
     async def _looking(self) -> None:
         while True:
-            with suppress(BuddyMoEError, OSError):
-                info, health = await self._service.workers.info(), await self._service.workers.health()
-                self._service.places.resize(max(1, info.max_running * sum(problem is None for problem in health)))
-            for batch in await asyncio.to_thread(self.store.records, BatchObject, None):
-                if not batch.finished:
-                    self.job(batch, await asyncio.to_thread(self.store.owner, batch.id))
+            try:
+                with suppress(BuddyMoEError):
+                    info, health = await self._service.workers.info(), await self._service.workers.health()
+                    self._service.places.resize(max(1, info.max_running * sum(problem is None for problem in health)))
+                for batch in await asyncio.to_thread(self.store.records, BatchObject, None):
+                    if not batch.finished:
+                        self.job(batch, await asyncio.to_thread(self.store.owner, batch.id))
+            except Exception:  # the disk's or ray's, which may have gone by the next time
+                log.exception("batches were not looked for")
             await asyncio.sleep(LOOK_SECONDS)
