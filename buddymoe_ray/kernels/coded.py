@@ -116,5 +116,5 @@ def _values(codes: Tensor, kind: str) -> Tensor:
 
 def _nibbles(words: Tensor) -> Tensor:
     """uint8 [N, twice as many as bytes], the low ones first."""
-    held = words.contiguous().view(len(words), -1).view(torch.uint8)
+    held = words.contiguous().flatten().view(torch.uint8).view(len(words), -1)  # flat: a single column has any stride
     return torch.stack((held & 15, held >> 4), dim=2).flatten(1)

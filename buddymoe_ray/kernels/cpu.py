@@ -93,7 +93,8 @@ def activation_of(math: ExpertMath, F: int) -> int | None:
     """
     if math not in _known:
         rng = torch.Generator().manual_seed(0)
-        probe = torch.randn(8, 2 * F if math.gated else F, generator=rng) * torch.tensor([[1.0], [20.0]]).repeat(4, 1)
+        sizes = torch.tensor([1.0, 20.0, 1e4]).repeat(4)[:, None]  # the last for limits that few rows reach
+        probe = torch.randn(12, 2 * F if math.gated else F, generator=rng) * sizes
         answer = None if math.post_norm is not None else math.activate(probe)
         _known[math] = next(
             (

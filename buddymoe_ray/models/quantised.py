@@ -135,11 +135,16 @@ def find_coded(config: Mapping[str, Any], locations: Mapping[str, TensorLocation
 
     `config` is that of the file `where`. Raises CheckpointError for codes without scales, UnsupportedModel.
     """
-    said, found, used = config.get("quantization_config"), dict[str, Stored](), set[str]()
+    said, found, used = config.get("quantization_config"), dict[str, CodedTensor](), set[str]()
     scheme = Scheme.of(said, where) if said else None
     for key, place in locations.items():
         made = None if scheme is None else scheme.coded(key, place.dtype, locations.keys())
         if made is not None:
+            rival = found[made.base].places["codes"].key if made.base in found else made.base
+            if rival in locations and rival not in made.keys.values():
+                raise CheckpointError(
+                    f"keys {rival!r} and {key!r} are both {made.base}, must be one. hint: remove the stale one"
+                )
             places = {part: locations[name] for part, name in made.keys.items()}
             found[made.base] = CodedTensor(
                 key=made.base, codes=made.codes, block=made.block, places=places, divides=made.divides

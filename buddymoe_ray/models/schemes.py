@@ -127,14 +127,17 @@ class Scheme:
             method = said["packing_format"].removeprefix("auto_round:auto_")
         _check(said, "bits", (4,), where)
         _check(said, "desc_act", (False, None), where)
-        _check(said, "version", ("gemm", None), where)
-        _check(said, "checkpoint_format", ("gptq", None), where)
+        _check(said, "version", ("gemm", "GEMM", None), where)
+        for name in ("checkpoint_format", "format"):  # of gptq_v2 zero points are stored as they are
+            _check(said, name, ("gptq" if method == "gptq" else "gemm", None), where)
         return cls(method=method, block=_block([1, said.get("group_size")], where), zeros=True)
 
     @classmethod
     def _of_groups(cls, said: Mapping[str, Any], where: str) -> Scheme:
         """compressed-tensors: all groups must store weights alike."""
-        schemes = [group.get("weights") or {} for group in (said.get("config_groups") or {}).values()]
+        groups = (said.get("config_groups") or {}).values()
+        found = [group.get("weights") if isinstance(group, Mapping) else {} for group in groups]
+        schemes = [weights for weights in found if weights is not None]  # the others are of activations alone
         names = ("num_bits", "type", "strategy", "group_size", "symmetric")
         kinds = {tuple(scheme.get(name) for name in names) for scheme in schemes}
         if len(kinds) != 1:
@@ -204,6 +207,9 @@ class Scheme:
                 raise CheckpointError(
                     f"key {name!r} is missing beside {parts['codes']!r}, must be there. hint: finish the download"
                 )
+        beside = f"{base.removesuffix('weight')}pre_quant_scale"  # of inputs, by modelopt's AWQ
+        if beside in keys:
+            raise UnsupportedModel(f"key {beside!r} is beside {parts['codes']!r}, must not be there. {INSTEAD}")
         return CodedKeys(base=base, codes=codes, block=self.block, keys=parts)
 
 

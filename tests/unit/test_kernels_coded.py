@@ -49,7 +49,7 @@ FORMATS = [
     CodeFormat(codes="fp8", block=(16, 32), scale="e8m0"),
     CodeFormat(codes="mxfp4", block=(1, 32), scale="e8m0"),
 ]
-SHAPES = [(48, 96), (1, 32), (7, 64), (130, 416), (34, 608), (264, 1000), (5, 40)]
+SHAPES = [(48, 96), (1, 32), (7, 64), (130, 416), (34, 608), (264, 1000), (5, 72)]
 
 
 def call_native(address: int, *arguments: int) -> None:

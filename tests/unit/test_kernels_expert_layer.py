@@ -210,6 +210,7 @@ def test_what_would_read_or_write_past_an_end_is_refused() -> None:
         (lambda x: functional.silu(x[..., F:]) * x[..., :F], None),
         (lambda x: functional.silu(x[..., ::2]) * x[..., 1::2], None),
         (lambda x: functional.silu(x[..., :F].clamp(max=7.0)) * x[..., F:], None),
+        (lambda x: functional.silu(x[..., :F]) * x[..., F:].clamp(-200.0, 200.0), None),
         (gelu_gate, 1),
         (lambda x: functional.gelu(x[..., :F]) * x[..., F:], None),
         (gpt_oss_gate, 2),

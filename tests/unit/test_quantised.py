@@ -287,6 +287,13 @@ def _moved(tensors: dict[str, Tensor], key: str, tensor: Tensor) -> None:
             "g_idx' orders inputs",
         ),
         ("gptq", lambda t: t.pop(f"{STEM}qzeros"), CheckpointError, f"{STEM}qzeros' is missing"),
+        ("gptq", lambda t: _moved(t, KEY, torch.zeros(24, 48)), CheckpointError, f"{KEY}' and .*qweight' are both"),
+        (
+            "modelopt-nvfp4",
+            lambda t: _moved(t, f"{STEM}pre_quant_scale", torch.ones(48)),
+            UnsupportedModel,
+            f"{STEM}pre_quant_scale' is beside",
+        ),
         ("awq", lambda t: t[f"{STEM}scales"].fill_(float("nan")), CheckpointError, f"{STEM}scales.*NaN"),
         ("ct-int4", lambda t: t[f"{KEY}_scale"].fill_(float("inf")), CheckpointError, f"{KEY}_scale.*infinite"),
         (
@@ -367,6 +374,9 @@ GROUP = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_s
         ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}, "desc_act True"),
         ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"}, "version 'gemv', must be 'gemm'"),
         ({"quant_method": "gptq", "bits": 4, "group_size": -1}, r"blocks of \[1, -1\]"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "format": "gptq_v2"}, "format 'gptq_v2', must be"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "format": "llm-awq"}, "format 'llm-awq', must be"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"FP8": ["Linear"]}}, "None-bit None"),
         ({"quant_method": "compressed-tensors", "config_groups": {}}, "0 schemes"),
         ({"quant_method": "awq", "w_bit": 4, "group_size": 128}, "bits None, must be 4"),
         ({"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor"}, "packing_format"),
@@ -423,3 +433,9 @@ GROUP = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_s
 def test_other_schemes_are_refused_by_name(said: Any, match: str) -> None:
     with pytest.raises(UnsupportedModel, match=match):
         check_method({"quantization_config": said}, "config.json")
+
+
+def test_groups_of_activations_alone_change_nothing() -> None:
+    groups = {"a": GROUP, "kv": {"targets": ["re:.*self_attn$"], "weights": None, "input_activations": {"num_bits": 8}}}
+    said = {"quant_method": "compressed-tensors", "config_groups": groups}
+    check_method({"quantization_config": said}, "config.json")
