@@ -50,7 +50,7 @@ from buddymoe_ray.kernels import (
 from buddymoe_ray.kernels.reference import ENTERED
 from buddymoe_ray.kernels.sample import SamplingState, choose_rows, choose_sorted, settings_of
 from buddymoe_ray.models.expert_layout import slot_tensors
-from buddymoe_ray.models.reference import reference_generate
+from buddymoe_ray.models.reference import greedy_difference, reference_generate
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.synth import Popularity, synth_checkpoint
 from buddymoe_ray.residency.sharing import Sharing
@@ -62,7 +62,7 @@ Records = Iterator[dict[str, Any]]
 
 PROMPTS = ("def add(a, b):\n", "import os\n", "class Queue:\n    def __init__(self):\n", "The following example shows")
 BUDGETS = ("100%", "50%", "25%")
-SHARED_BYTES, MANY, KV_BLOCK = 64 << 20, 1024, 16
+SHARED_BYTES, MANY, KV_BLOCK, NATS = 64 << 20, 1024, 16, 0.01
 CODED = (
     CodeFormat(codes="fp8", block=(128, 128), scale="float32"),
     CodeFormat(codes="int8", block=(1, 0), scale="bfloat16"),
@@ -292,8 +292,8 @@ def check_budget(device: str) -> Records:
 
 
 def check_standins(device: str, *, new_tokens: int, apart: bool) -> Records:
-    """Stand-ins on this device against the CPU's: same tokens, nothing fetched, charges within the budget; where it is
-    apart once more with the host computing what they may not answer."""
+    """Stand-ins on this device against the CPU's: same tokens but at near ties, nothing fetched, charges within the
+    budget; where it is apart once more with the host computing what they may not answer."""
     computing = {"host_memory": "100%", "host_compute": "on"}
     cases = [("fast", "25%", {}), ("bounded", "25%", {}), ("fast", "50%", {}), ("bounded", "25%", computing)]
     for mode, memory, host in cases if apart else cases[:3]:
@@ -301,15 +301,16 @@ def check_standins(device: str, *, new_tokens: int, apart: bool) -> Records:
         for where, more in (("cpu", {}), (device, host)):
             options |= {"device": where} | more
             with LLM("builtin:tiny", **options) as llm:
-                answers.append(llm.generate(list(PROMPTS), max_tokens=new_tokens))
+                answers.append(llm.generate(list(PROMPTS), max_tokens=new_tokens, logprobs=2))
         same = sum(a.token_ids == b.token_ids for a, b in zip(*answers, strict=True))
+        nats = max(greedy_difference(a, b, tolerance=NATS) for a, b in zip(*answers, strict=True))
         usages = [result.usage for result in answers[1]]
         kept = all(u.fetched == 0 if mode == "fast" else u.expected_rise <= 0.003 * u.completion_tokens for u in usages)
         stood_in = sum(u.standins.total for u in usages)
         computed = sum(u.host for u in usages)
-        ok = same == len(PROMPTS) and kept and stood_in > 0 and bool(computed) == bool(host)
+        ok = nats <= NATS and kept and stood_in > 0 and bool(computed) == bool(host)
         found = {"check": "stand-ins", "mode": mode, "memory": memory, "same": same, "stood_in": stood_in}
-        yield found | {"by_host": computed, "ok": ok}
+        yield found | {"by_host": computed, "nats_apart": min(nats, 1e9), "ok": ok}
 
 
 def table(device: str, *, layers: int, new_tokens: int, folder: Path) -> Records:

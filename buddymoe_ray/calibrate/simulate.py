@@ -9,6 +9,7 @@ Legend: W windows, L MoE layers, E experts, P pools (GPUs), N experts of all lay
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,10 +25,12 @@ from buddymoe_ray.calibrate.workloads import Workload
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.policy import (
     OPTIONS,
+    ExpectedMisses,
     NodeLinks,
     PlacementMap,
     PlacementProblem,
     Pool,
+    expected_misses,
     migration_steps,
     option_accesses,
     publish,
@@ -54,6 +57,7 @@ class Cluster:
         weights
             are fetched.
         standin: seconds that a stand-in's answer is worth; inf for none.
+        host: seconds of one that the CPU of a GPU's host computes, beside what is fetched; inf for none.
         token_seconds: one token's compute on its GPU when every access is local.
         migrate_bytes_per_second: of each GPU's mover.
         window_seconds, horizon_seconds: see PlacementProblem.
@@ -76,6 +80,7 @@ class Cluster:
     horizon_seconds: float
     max_replicas: int | None = None
     affinity_seconds: float = 0.0
+    host: float = math.inf
 
     def problem(self, workload: Workload, counts_LE: Floats) -> PlacementProblem:
         """The placement problem of one window's counts; requests arrive evenly at all GPUs."""
@@ -120,6 +125,7 @@ class Outcome:
         """Fractions in per cent, bytes and milliseconds; bytes are of all measured windows."""
         accesses_R = np.sum(self.accesses_WR, axis=0)
         share_R = 100 * accesses_R / max(float(accesses_R.sum()), 1e-300)
+        hosted = self.hosted(cluster, workload)
         count_R = dict(zip(OPTIONS, accesses_R * cluster.window_seconds, strict=True))
         return {
             "placement": self.placement,
@@ -131,6 +137,8 @@ class Outcome:
             "late_loads": self.late,
             "stall_ms_per_token": round(1e3 * self.stall_per_token(cluster, workload), 4),
             "tokens_per_second": round(self.tokens_per_second(cluster, workload), 1),
+            "host_percent": round(100 * hosted.by_host / workload.top_k, 3),
+            "host_tokens_per_second": round(self.tokens_per_second(cluster, workload, hosted), 1),
             "first_solve_ms": round(1e3 * self.first_solve, 2),
             "solver_ms": round(1e3 * float(np.median(self.solver_W)), 2),
             "solver_ms_max": round(1e3 * max(self.solver_W), 2),
@@ -140,9 +148,18 @@ class Outcome:
         """Mean seconds that a token waits for links."""
         return float(np.mean(self.stall_W)) * cluster.window_seconds / workload.tokens
 
-    def tokens_per_second(self, cluster: Cluster, workload: Workload) -> float:
-        """Of all GPUs with one sequence each, accesses one after another."""
-        return cluster.gpus / (cluster.token_seconds + self.stall_per_token(cluster, workload))
+    def hosted(self, cluster: Cluster, workload: Workload) -> ExpectedMisses:
+        """Of a token's accesses to a layer that nothing but a fetch answers, were the host to compute some."""
+        accesses_R = np.sum(self.accesses_WR, axis=0)
+        missed = float(accesses_R[OPTIONS.index("fetch")]) / max(float(accesses_R.sum()), 1e-300)
+        return expected_misses(workload.top_k, missed, cluster.host, cluster.fetch)
+
+    def tokens_per_second(self, cluster: Cluster, workload: Workload, hosted: ExpectedMisses | None = None) -> float:
+        """Of all GPUs with one sequence each, accesses one after another, but where some are `hosted`."""
+        stall = self.stall_per_token(cluster, workload)
+        if hosted is not None:
+            stall += len(workload.experts_per_layer) * (hosted.seconds - hosted.missed * cluster.fetch)
+        return cluster.gpus / (cluster.token_seconds + stall)
 
 
 def simulate(

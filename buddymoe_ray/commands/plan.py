@@ -58,8 +58,12 @@ def run(args: argparse.Namespace) -> int:
         emit(plan.as_record())
     else:
         has_profile = profile_path(config.profile, folder)
-        _print(plan, [planned(replace(config, mode=mode)) for mode in get_args(Mode)] if has_profile else [plan])
+        _print(plan, [planned(each) for each in _in_all_modes(config)] if has_profile else [plan])
     return 0
+
+
+def _in_all_modes(config: EngineConfig) -> list[EngineConfig]:
+    return [config.exactly() if mode == "exact" else replace(config, mode=mode) for mode in get_args(Mode)]
 
 
 def _on_gpus(config: EngineConfig) -> EngineConfig:
@@ -137,6 +141,8 @@ def _print_predicted(speed: MachineSpeed, modes: list[Plan]) -> None:
 
     from buddymoe_ray.residency.plan import PROMPT
 
+    apart = bool(speed.host_bytes_s)
+    host = {"by host": "{predicted_host_percent:.0f}%", "all fetched tok/s": "{predicted_fetching_tok_s:.1f}"}
     print_table(
         [{**each.__dict__, "rise": _rise(each)} for each in modes],
         {
@@ -145,6 +151,7 @@ def _print_predicted(speed: MachineSpeed, modes: list[Plan]) -> None:
             "stand-ins": "{predicted_standin_percent:.0f}%",
             "read a token": "{predicted_miss_bytes_per_token:bytes}",
             "tok/s": "{predicted_decode_tok_s:.1f}",
+            **(host if apart else {}),
             f"first token of {PROMPT}": "{predicted_ttft_seconds:.2f} s",
             "perplexity": "{rise}",
         },
@@ -153,7 +160,9 @@ def _print_predicted(speed: MachineSpeed, modes: list[Plan]) -> None:
     known = modes[0].predicted_routing == "profile"
     print(f"for one sequence that routes {'as the profile found' if known else 'uniformly'}, with")
     rates = {f"{name} weights": found[1] for name, found in speed.weights_bytes_s.items()}
-    rates["disk"] = speed.disk_bytes_s
+    rates["link" if apart else "disk"] = speed.disk_bytes_s
+    if apart:
+        rates["weights on the host"] = speed.host_bytes_s
     origin = "measured here" if speed.measured else "a guess"
     print_facts({name: f"{decimal(round(rate))}/s, {origin}" for name, rate in rates.items()})
 

@@ -22,7 +22,8 @@ __all__ = ["add_arguments", "run"]
 
 _MADE_UP = {"layers": 16, "experts": 256, "top_k": 8, "skew": 1.0, "seed": 0}
 _TOKENS, _RECORDED_TOKENS = 500, 16_384
-_WHOLE = ("gpus", "gpus_per_node", "layers", "experts", "top_k", "tokens", "hidden", "max_replicas")
+_MOST_GPUS = 4096  # of more no placement is found within a window
+_WHOLE = ("gpus", "gpus_per_node", "layers", "experts", "top_k", "tokens", "hidden", "max_replicas", "host_cores")
 _TIMES = (
     "same_node_us",
     "other_node_us",
@@ -31,6 +32,7 @@ _TIMES = (
     "token_ms",
     "window_seconds",
     "horizon_seconds",
+    "host_gbps",
 )
 
 
@@ -56,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--same-node-us", type=float, default=25.0, help="an access that a peer of the same node computes")
     add("--other-node-us", type=float, default=80.0, help="an access that a peer of another node computes")
     add("--fetch-gbps", type=float, default=25.0, help="GB/s from host memory to a GPU: a fetched use waits for it")
+    add("--host-gbps", type=float, default=None, help="GB/s of weights that a core of the host multiplies beside a GPU")
+    add("--host-cores", type=int, default=1, help="cores of a GPU's host that compute misses, with --host-gbps")
     add("--standin-us", type=float, default=None, help="what a stand-in's answer is worth; default no stand-ins")
     add("--token-ms", type=float, default=10.0, help="a token's compute when every access is local")
     add("--migrate-gbps", type=float, default=2.0, help="GB/s that each GPU's mover may use")
@@ -106,8 +110,10 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}, must be at least 1. hint: drop it")
+    if args.gpus > _MOST_GPUS:
+        raise ConfigError(f"--gpus is {args.gpus}, must be at most {_MOST_GPUS}. hint: simulate a part of the cluster")
     for name in _TIMES:
-        if not 0 < getattr(args, name) < math.inf:
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be above 0. hint: drop it")
     if args.same_node_us > args.other_node_us:
         raise ConfigError(
@@ -162,6 +168,7 @@ def _cluster(args: argparse.Namespace, workload: Workload) -> Cluster:
         same_node=args.same_node_us / 1e6,
         other_node=args.other_node_us / 1e6,
         fetch=expert_bytes / (args.fetch_gbps * 1e9),
+        host=math.inf if args.host_gbps is None else expert_bytes / (args.host_gbps * args.host_cores * 1e9),
         standin=math.inf if args.standin_us is None else args.standin_us / 1e6,
         token_seconds=args.token_ms / 1e3,
         migrate_bytes_per_second=args.migrate_gbps * 1e9,
@@ -182,6 +189,7 @@ def _conditions(args: argparse.Namespace, cluster: Cluster, workload: Workload) 
         "windows": len(workload.counts_WLE),
         "tokens_per_window": workload.tokens,
         "memory": args.memory,
+        "host_compute": math.isfinite(cluster.host),
         "slots_per_gpu": min(cluster.pool_bytes // cluster.expert_bytes, sum(workload.experts_per_layer)),
     }
 
@@ -215,6 +223,13 @@ def _print(rows: list[dict[str, Any]]) -> None:
         },
         title="Traffic",
     )
+    if rows[0]["host_compute"]:
+        columns = {
+            "placement": "{placement}",
+            "by host %": "{host_percent:.1f}",
+            "tok/s": "{host_tokens_per_second:,.0f}",
+        }
+        print_table(rows, columns, title="With misses that the host computes")
     print("tok/s: a sequence per GPU, one access after another, costs as given, no queues")
 
 

@@ -12,7 +12,9 @@ Invariant: blocks held by sequences and free blocks make up the pool (`check_int
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from buddymoe_ray.engine.blocks import BlockAllocator
 from buddymoe_ray.engine.sequence import Sequence
@@ -108,7 +110,7 @@ class Scheduler:
                 "hint: lower max_tokens",
                 param="max_tokens",
             )
-        self._turns.join(_tenant(seq), map(_tenant, (*self._admitted.values(), *self._waiting.values())))
+        self._turns.join(_tenant(seq), map(_tenant, chain(self._admitted.values(), self._waiting.values())))
         self._waiting[seq.request_id] = seq
 
     def cancel(self, request_id: str) -> Sequence | None:
@@ -203,9 +205,9 @@ class Scheduler:
             return 0, 0
         return self._prefill.beside, self._prefill.beside if many else short
 
-    def _prompts(self) -> list[Sequence]:
+    def _prompts(self) -> Iterator[Sequence]:
         """Those that are being computed."""
-        return [seq for seq in self._admitted.values() if not seq.prompt_computed]
+        return (seq for seq in self._admitted.values() if not seq.prompt_computed)
 
     def _admit(self) -> None:
         while self._waiting:

@@ -1,10 +1,12 @@
 """transformers' own answers, from the checkpoint as shipped: the oracle of the exactness checks.
 
-Loads everything, knows nothing of this package's cache, kernels or batching.
+Loads everything, knows nothing of this package's cache, kernels or batching. Where arithmetic differs in the last bits
+answers may part at a near tie: `greedy_difference` tells that from an error.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +20,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-__all__ = ["reference_generate", "reference_model"]
+from buddymoe_ray.types import EngineResult
+
+__all__ = ["greedy_difference", "reference_generate", "reference_model"]
 
 
 def reference_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -49,3 +53,15 @@ def reference_generate(
             )
         answers.append(out[0, len(ids) :].tolist())
     return answers
+
+
+def greedy_difference(one: EngineResult, other: EngineResult, *, tolerance: float) -> float:
+    """By how many nats log probabilities differ at most, up to the first token that is another one; inf where that one
+    was not within twice the `tolerance` of the best, or answers end elsewhere. Both have `logprobs` of 2."""
+    most = 0.0
+    for ours, theirs in zip(one.logprobs, other.logprobs, strict=False):
+        known, best = dict(theirs.top), dict(ours.top)
+        most = max([most, *(abs(best[token] - known[token]) for token in best.keys() & known.keys())])
+        if ours.token_id != theirs.token_id:
+            return most if ours.logprob - best.get(theirs.token_id, -math.inf) <= 2 * tolerance else math.inf
+    return most if len(one.token_ids) == len(other.token_ids) else math.inf

@@ -8,7 +8,7 @@ from __future__ import annotations
 from buddymoe_ray.policy.buddymoe import BuddyMoE, BuddyParams, buddy_lists, normalised_entropy
 from buddymoe_ray.policy.calibration import Measured, Trust, may_replay
 from buddymoe_ray.policy.guard import Guard, GuardView
-from buddymoe_ray.policy.host_compute import HostCost
+from buddymoe_ray.policy.host_compute import ExpectedMisses, HostCost, expected_misses
 from buddymoe_ray.policy.ladder import Ladder
 from buddymoe_ray.policy.ledger import Ledger, Pricer
 from buddymoe_ray.policy.memory import (
@@ -45,6 +45,7 @@ __all__ = [
     "BuddyParams",
     "Drop",
     "Effort",
+    "ExpectedMisses",
     "Guard",
     "GuardView",
     "HostCost",
@@ -78,6 +79,7 @@ __all__ = [
     "buddy_lists",
     "choose",
     "cost_of",
+    "expected_misses",
     "kv_cache_bytes",
     "lend_reserved",
     "may_replay",

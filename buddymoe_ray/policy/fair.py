@@ -26,6 +26,10 @@ class FairShare:
     def join(self, tenant: str, present: Iterable[str]) -> None:
         """A request of `tenant` comes while those `present` wait or run. Who was away has no credit for it: it begins
         where the least of them stands."""
+        if self._spent.keys() == {
+            tenant
+        }:  # nothing to compare with: 128 that begin together need not look at each other
+            return
         there = set(present)
         if not there:
             self._spent = {tenant: 0.0}
@@ -47,7 +51,7 @@ class FairShare:
 
     def next(self, waiting: Iterable[str]) -> str:
         """Whose turn it is; of equals the first."""
-        return min(waiting, key=self.spent)
+        return next(iter(waiting)) if self.alone else min(waiting, key=self.spent)
 
 
 def may_queue(wanted: int, *, own: int, total: int, most: int) -> bool:

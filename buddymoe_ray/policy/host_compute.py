@@ -10,8 +10,10 @@ fewer cores are worth some.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb
 
-__all__ = ["HostCost", "host_count"]
+__all__ = ["ExpectedMisses", "HostCost", "expected_misses", "host_count"]
 
 _SMOOTHING = 0.1
 _TRIALS = 0.01
@@ -27,6 +29,30 @@ def host_count(accesses: Sequence[int], access_seconds: float, fetch_seconds: fl
         if seconds < least:
             best, least = count, seconds
     return best
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpectedMisses:
+    """Of a token's misses in a layer, on average: how many, seconds until all are answered, how many the host
+    computes."""
+
+    missed: float
+    seconds: float
+    by_host: float
+
+
+def expected_misses(
+    accesses: int, missed: float, access_seconds: float, fetch_seconds: float, *, always: bool = False
+) -> ExpectedMisses:
+    """Where each of a token's accesses to a layer misses with the probability `missed`, and `host_count`, or all where
+    it is `always`, are computed."""
+    seconds = by_host = 0.0
+    for count in range(1, accesses + 1):
+        chance = comb(accesses, count) * missed**count * (1 - missed) ** (accesses - count)
+        host = count if always else host_count([1] * count, access_seconds, fetch_seconds)
+        seconds += chance * max(host and host * access_seconds, (count - host) * fetch_seconds)
+        by_host += chance * host
+    return ExpectedMisses(missed=accesses * missed, seconds=seconds, by_host=by_host)
 
 
 class HostCost:

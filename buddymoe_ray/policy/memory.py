@@ -162,6 +162,7 @@ def split_slots(
     experts_per_layer: Sequence[int],
     overhead_bytes: int,
     workers: int = 1,
+    waves: int = 0,
 ) -> SlotPlan:
     """Cut a budget into slots: wave slots first (about 4 %, at least 2 per worker), the rest evenly over the layers.
 
@@ -171,6 +172,7 @@ def split_slots(
         experts_per_layer: E of every MoE layer; a layer gets no more slots than experts.
         overhead_bytes: staging and scratch that live in the same budget.
         workers: engines that access the slots together.
+        waves: no fewer wave slots than that, where these are less than a quarter of all.
 
     Raises:
         BudgetError: fewer than 2 slots per worker fit; names the minimum.
@@ -194,7 +196,7 @@ def split_slots(
             f"memory is {budget_bytes} bytes, must be at least {least} bytes ({percent:.2g} %) for {fewest} expert "
             f"slots and staging. hint: use --memory {percent / workers * 1.05 + 0.1:.1f}%"
         )
-    waves = min(count, max(fewest, round(_WAVE_SHARE * count)))
+    waves = min(count, max(fewest, round(_WAVE_SHARE * count), min(waves, count // 4)))
     layer_slots = _spread(count - waves, experts_per_layer)
     return SlotPlan(
         budget_bytes=budget_bytes,

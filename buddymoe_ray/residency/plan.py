@@ -32,6 +32,7 @@ from buddymoe_ray.residency.speed import (
     GUESSED_DISK,
     GUESSED_RAM,
     MachineSpeed,
+    answered_misses,
     decode_seconds,
     guessed_speed,
     prefill_seconds,
@@ -85,7 +86,8 @@ class DevicePlan(_Place):
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The whole plan. Bytes are exact from headers; `predicted_*` assume uniform routing, one sequence, a prompt of
-    `PROMPT` tokens, and `speed`, which says whether it was measured.
+    `PROMPT` tokens, and `speed`, which says whether it was measured; of `predicted_fetching_tok_s` the host computes no
+    miss.
 
     `standins` counts the experts answered by each kind of record, of `standin_bytes` in all (part of `overhead_bytes`);
     `expected_rise_fast` is the calibrated loss (nats per token) if nothing is ever fetched. `kv_tokens` of a device are
@@ -129,7 +131,9 @@ class Plan:
     predicted_hit_percent: float
     predicted_standin_percent: float
     predicted_miss_bytes_per_token: float
+    predicted_host_percent: float
     predicted_decode_tok_s: float
+    predicted_fetching_tok_s: float
     predicted_ttft_seconds: float
     speed: MachineSpeed
 
@@ -161,15 +165,15 @@ def make_plan(
             f"max_model_len is {config.max_model_len}, must be at most {shape.max_positions} for this model. "
             "hint: leave it out"
         )
-    places = _places(config, gpus)
-    layout, apart = _layout(shape), config.device == "interpret" or places[0].device != "cpu"
+    first, *_ = places = _places(config, gpus)
+    layout, apart = _layout(shape), config.device == "interpret" or first.device != "cpu"
     scratch = scratch_bytes(layout, getattr(torch, shape.compute_dtype), as_stored=not apart and shape.as_stored)
     planned = config if shape.has_weights else config.exactly()  # no weights, nothing to bind a profile to
     slots, setup, _ = plan_memory(planned, layout, folder=folder, apart=apart, scratch=scratch)
     length = min(config.max_model_len or shape.max_positions, shape.max_positions)
     devices, prefill = tuple(_device(config, shape, length, slots, p) for p in places), _prefill(config, shape, slots)
     host = parse_memory(config.host_memory, total_expert_bytes=shape.total_expert_bytes)
-    speed = speed or guessed_speed(config, shape, devices[0].link_bytes_s, devices[0].peer_bytes_s)
+    speed = speed or guessed_speed(config, shape, first.link_bytes_s, first.peer_bytes_s, apart=first.device != "cpu")
     return Plan(
         path=str(folder.resolve()),
         model_type=shape.model_type,
@@ -228,7 +232,9 @@ def _predicted(
         "predicted_hit_percent": 100 * hit,
         "predicted_standin_percent": 100 * stood_in,
         "predicted_miss_bytes_per_token": work.missed * work.active * work.expert_bytes,
+        "predicted_host_percent": 100 * answered_misses(work, speed).by_host / work.active,
         "predicted_decode_tok_s": 1 / decode_seconds(work, speed, prompt),
+        "predicted_fetching_tok_s": 1 / decode_seconds(replace(work, host_compute="off"), speed, prompt),
         "predicted_ttft_seconds": prefill_seconds(work, speed, prompt),
     }
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from buddymoe_ray.cache import READ_ON_THE_SPOT
-from buddymoe_ray.config import EngineConfig
+from buddymoe_ray.config import EngineConfig, parse_memory
 from buddymoe_ray.models.shape import ModelShape
+from buddymoe_ray.policy import ExpectedMisses, expected_misses
 from buddymoe_ray.residency.standin_setup import StandinSetup
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ROWS",
     "MachineSpeed",
     "TokenWork",
+    "answered_misses",
     "decode_seconds",
     "guessed_speed",
     "prefill_seconds",
@@ -32,8 +34,8 @@ __all__ = [
     "weight_dtypes",
 ]
 
-GUESSED_DISK, GUESSED_RAM = 1.0e9, 10.0e9
-"""Bytes a second where nothing better is known; PCIe comes from NVML."""
+GUESSED_DISK, GUESSED_RAM, GUESSED_HBM = 1.0e9, 10.0e9, 1.0e12
+"""Bytes a second where nothing better is known, of RAM by a core; PCIe comes from NVML."""
 
 ROWS = (1, 8, 64)
 """Rows for which the rate of weights is measured; it is interpolated between them, more are computed 64 at a time."""
@@ -52,13 +54,15 @@ class MachineSpeed:
     `layer_seconds` and `token_seconds`: what a step, each of its layers, and each token of a prompt in each of them
     take besides; `pair_seconds`: what each number of a prompt's queries takes for each token that it looks at;
     `brought_seconds`: what each expert that a prompt brings costs the thread that computes; `disk_bytes_s`: of reads as
-    large as experts, on a GPU of its link to the host; `peer_bytes_s`: of reads from another GPU's slots.
+    large as experts, on a GPU of its link to the host; `peer_bytes_s`: of reads from another GPU's slots;
+    `host_bytes_s`: of weights that a GPU's host multiplies beside it.
 
     `measured` is False where the figures are guesses."""
 
     weights_bytes_s: Mapping[str, Mapping[int, float]]
     disk_bytes_s: float
     peer_bytes_s: float = math.inf
+    host_bytes_s: float = 0.0
     step_seconds: float = 0.0
     layer_seconds: float = 0.0
     token_seconds: float = 0.0
@@ -83,7 +87,8 @@ class TokenWork:
     see only the last token of a prompt; `kv_bytes` are those of a token in the KV cache, `query_width` the numbers of
     its queries; `active` are a token's accesses in all layers, of which the shares `missed` and `stood_in` are no hits;
     of all `experts` the share `absent` is not resident, and prompts read that into `wave_slots`; of reads the share
-    `at_peers` is out of the slots of other GPUs, of a prompt's also what each of the node's `workers` reads for it."""
+    `at_peers` is out of the slots of other GPUs, of a prompt's also what each of the node's `workers` reads for it;
+    misses among a token's `per_layer` accesses to a layer the host computes as EngineConfig's `host_compute` says."""
 
     layers: int
     dense_dtype: str
@@ -93,6 +98,7 @@ class TokenWork:
     expert_dtype: str
     expert_bytes: int
     active: int
+    per_layer: int
     experts: int
     missed: float
     stood_in: float = 0.0
@@ -103,6 +109,7 @@ class TokenWork:
     workers: int = 1
     wave_slots: int = 0
     query_width: int = 0
+    host_compute: str = "off"
 
 
 def decode_seconds(work: TokenWork, speed: MachineSpeed, context: int) -> float:
@@ -113,9 +120,17 @@ def decode_seconds(work: TokenWork, speed: MachineSpeed, context: int) -> float:
     arithmetic += speed.weights_seconds(work.expert_dtype, own * work.expert_bytes)
     if work.stood_in:
         arithmetic += speed.weights_seconds(_RECORDS, work.active * work.stood_in * work.standin_bytes)
-    reads = _read_seconds(work, speed, work.active * work.missed * work.expert_bytes)
     waited = _WAITED_READ_AHEAD if work.reads_ahead else _WAITED
-    return _together(work, arithmetic, reads, waited)
+    return _together(work, arithmetic, answered_misses(work, speed).seconds, waited)
+
+
+def answered_misses(work: TokenWork, speed: MachineSpeed) -> ExpectedMisses:
+    """Of a token of decode, in all layers."""
+    fetch = _read_seconds(work, speed, work.expert_bytes)
+    hosts, layers = work.host_compute != "off" and speed.host_bytes_s > 0, work.active / max(1, work.per_layer)
+    each, always = work.expert_bytes / speed.host_bytes_s if hosts else math.inf, hosts and work.host_compute == "on"
+    found = expected_misses(work.per_layer, work.missed, each, fetch, always=always)
+    return ExpectedMisses(**{name: layers * value for name, value in vars(found).items()})
 
 
 def prefill_seconds(work: TokenWork, speed: MachineSpeed, tokens: int) -> float:
@@ -163,12 +178,20 @@ def weight_dtypes(config: EngineConfig, shape: ModelShape) -> tuple[str, str]:
     return dense, {"bf16": "bfloat16"}.get(experts, experts)
 
 
-def guessed_speed(config: EngineConfig, shape: ModelShape, link_bytes_s: float, peer_bytes_s: float) -> MachineSpeed:
-    """Where nothing was measured."""
-    rates = dict.fromkeys(ROWS, GUESSED_RAM)
+def guessed_speed(
+    config: EngineConfig, shape: ModelShape, link_bytes_s: float, peer_bytes_s: float, *, apart: bool
+) -> MachineSpeed:
+    """Where nothing was measured; `apart` is a GPU's, beside a host with the threads of `config`."""
+    rates = dict.fromkeys(ROWS, GUESSED_HBM if apart else GUESSED_RAM)
     dtypes = {*weight_dtypes(config, shape), "int4"}
     weights = dict.fromkeys(dtypes, rates)
-    return MachineSpeed(weights_bytes_s=weights, disk_bytes_s=link_bytes_s, peer_bytes_s=peer_bytes_s, measured=False)
+    return MachineSpeed(
+        weights_bytes_s=weights,
+        disk_bytes_s=link_bytes_s,
+        peer_bytes_s=peer_bytes_s,
+        host_bytes_s=GUESSED_RAM * config.threads if apart else 0.0,
+        measured=False,
+    )
 
 
 def token_work(
@@ -185,6 +208,7 @@ def token_work(
     `hit` and are `stood_in` for; slots of a node's `workers` that read each other's hold different experts as far as
     there are."""
     dense, experts = weight_dtypes(config, shape)
+    hosts = config.mode != "exact" and parse_memory(config.host_memory, total_expert_bytes=shape.total_expert_bytes) > 0
     records = [] if setup is None else [setup.layouts[kind].slot_bytes for kind in setup.kind_of.values()]
     return TokenWork(
         layers=shape.num_layers,
@@ -195,6 +219,7 @@ def token_work(
         expert_dtype=experts,
         expert_bytes=shape.expert_bytes,
         active=shape.experts_per_token * shape.moe_layers,
+        per_layer=shape.experts_per_token,
         experts=sum(shape.experts_per_layer),
         missed=1 - hit - stood_in,
         stood_in=stood_in,
@@ -204,6 +229,7 @@ def token_work(
         workers=workers,
         at_peers=(min(1.0, workers * resident) - resident) / (1 - resident) if resident < 1 else 0.0,
         query_width=shape.query_width,
+        host_compute=config.host_compute if hosts else "off",
     )
 
 

@@ -70,6 +70,9 @@ STAGING_SHARE: Mapping[str, float] = {"exact": 0.06, "bounded": 0.03, "fast": 0.
 """Share of the budget for disk staging: with stand-ins hardly anything is read in decode, and every byte counts."""
 _ON_THE_SPOT_SHARE = 0.01
 """The same with stand-ins where experts are read on the spot, one at a time."""
+_MANY_ROWS, _WAVES_OF_MANY = 64, 6
+"""Steps of so many rows use nearly every expert. Small ones take less to compute than a call: each is for six of them
+then. 128 prompts of 16 tokens through `builtin:tiny` at 25 %: 16 steps take .37 s of a core, in waves of two .41."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +243,9 @@ def plan_memory(
         CalibrationFolder(path.parent).discard()
         setup = None
     if setup is None or (node is not None and path is not None and self_made(config, folder, path)):
-        plan = _exact_plan(layout, budgets, _reserved(config, layout, budgets, apart=apart))
+        many = layout.expert_bytes <= READ_ON_THE_SPOT and config.max_running >= _MANY_ROWS
+        reserved = _reserved(config, layout, budgets, apart=apart)
+        plan = _exact_plan(layout, budgets, reserved, waves=_WAVES_OF_MANY if many else 0)
         if not apart:  # there the memory of slots cannot be given back
             plan = lend_reserved(plan, plan.reserved_bytes, layout.experts_per_layer)
         # who was there before stand-ins were goes on under this plan, and with a node's memory there is one
@@ -259,7 +264,7 @@ def scratch_bytes(layout: ExpertLayout, compute: torch.dtype, *, as_stored: bool
     return UpcastScratch.nbytes_for(stored_shapes(layout), stored=stored_dtype(layout), compute=compute)
 
 
-def _exact_plan(layout: ExpertLayout, node: NodeBudget, reserved: int = 0) -> SlotPlan:
+def _exact_plan(layout: ExpertLayout, node: NodeBudget, reserved: int = 0, *, waves: int = 0) -> SlotPlan:
     plan = split_slots(
         budget_bytes=node.budget_bytes,
         slot_bytes=layout.slot_bytes,
@@ -267,6 +272,7 @@ def _exact_plan(layout: ExpertLayout, node: NodeBudget, reserved: int = 0) -> Sl
         experts_per_layer=layout.experts_per_layer,
         overhead_bytes=node.overhead_bytes + reserved,
         workers=node.workers,
+        waves=waves,
     )
     return plan if plan.fully_resident else replace(plan, reserved_bytes=reserved)
 

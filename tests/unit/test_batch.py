@@ -27,6 +27,8 @@ from buddymoe_ray.engine.async_engine import AsyncEngine
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.errors import BuddyMoEError, CacheError, ConfigError, RequestError
+from buddymoe_ray.models.resolve import resolve_model
+from buddymoe_ray.residency.plan import make_plan
 from buddymoe_ray.serve.batches.journal import Journal, JournalEntry
 from buddymoe_ray.serve.batches.lines import BatchInput, LineError
 from buddymoe_ray.serve.calls import MAX_BODY_BYTES
@@ -532,6 +534,16 @@ def test_rows_are_as_many_as_there_are_requests_and_memory() -> None:
     assert sized(EngineConfig(batching="solo"), choices=99, max_running=None).max_running == EngineConfig.max_running
     assert sized(EngineConfig(prefill_chunk=64), choices=9, max_running=None).prefill_chunk == 64
     assert most_rows(choices=10**6, hidden=16384, experts_per_token=16, item_bytes=2, vocab=256_000) == 76
+
+
+def test_steps_of_many_rows_bring_small_experts_in_larger_waves() -> None:
+    few, many = (
+        make_plan(EngineConfig(memory="25%", max_running=rows, max_model_len=64), resolve_model(TINY), gpus=()).devices[
+            0
+        ]
+        for rows in (32, 128)
+    )
+    assert (few.wave_slots, many.wave_slots) == (2, 6) and few.slots == many.slots
 
 
 def test_places_are_refilled_in_groups_only_where_that_saves_passes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 
 from buddymoe_ray.device import open_device
 from buddymoe_ray.device_check import main
+from buddymoe_ray.models.reference import greedy_difference
+from buddymoe_ray.types import EngineResult, TokenLogprob, Usage
 
 NAME = open_device("cpu").name
 APART = ["kernels", "attention", "decode", "ahead", "shared"]
@@ -27,6 +30,25 @@ def test_what_will_be_done_is_said_first_and_what_is_late_is_left(capsys: pytest
         first, last = said(capsys)
         assert [*first["will"]] == parts and all(len(about) > 20 for about in first["will"].values())
         assert last == {"ok": False, "failed": 0, "left": parts}
+
+
+def answered(*tops: tuple[tuple[int, float], tuple[int, float]]) -> EngineResult:
+    """A greedy answer of tokens with these alternatives."""
+    entries = tuple(TokenLogprob(token_id=top[0][0], logprob=top[0][1], top=top) for top in tops)
+    ids = tuple(entry.token_id for entry in entries)
+    more: dict[str, Any] = {"request_id": "", "prompt_token_ids": (), "text": "", "finish_reason": "length"}
+    return EngineResult(token_ids=ids, usage=Usage(), logprobs=entries, **more)
+
+
+def test_answers_may_part_at_a_near_tie_and_nowhere_else() -> None:
+    first = ((5, -0.5), (6, -1.5))
+    tied, parted, wide = ((7, -0.7), (8, -0.7025)), ((8, -0.7), (7, -0.702)), ((8, -0.2), (7, -1.9))
+    found = partial(greedy_difference, answered(first, tied, first), tolerance=0.01)
+    assert found(answered(first, tied, first)) == 0
+    assert found(answered(first, parted, wide)) == pytest.approx(0.0025), "what comes behind says nothing"
+    assert found(answered(((5, -0.52), (6, -1.5)), tied, first)) == pytest.approx(0.02)
+    assert found(answered(first, wide, first)) > 1
+    assert found(answered(first, ((9, -0.6), (7, -0.7)), first)) == found(answered(first, tied)) == float("inf")
 
 
 def test_what_held_on_this_device_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from buddymoe_ray.engine.llm import LLM
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.kernels import ExpertLayer, ExpertMath, UpcastScratch, combine, expert_forward
 from buddymoe_ray.moe import MoEBlock, OneByOne, Phase, StepOutcome, StepState, StepTerms
-from buddymoe_ray.policy import HostCost, RowBudgets
+from buddymoe_ray.policy import HostCost, RowBudgets, expected_misses
 from buddymoe_ray.policy.host_compute import host_count
 from buddymoe_ray.residency.host_compute import HostExperts
 from buddymoe_ray.types import BOUNDED, EXACT, FAST, ExpertKey
@@ -225,6 +225,27 @@ def test_what_does_not_pay_is_tried_for_a_hundredth_of_the_time() -> None:
     for _ in range(60):
         cost.note(0.5, 2)  # it was a bad moment
     assert cost.access_seconds == pytest.approx(0.25, rel=0.05) and cost.count([1, 1], 1.0) == 2
+
+
+@pytest.mark.parametrize("link", [0.5, 1.0, 3.0])
+def test_what_a_plan_expects_is_what_the_twin_comes_to(
+    rigs: dict[str, Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: float
+) -> None:
+    """Seconds charged for what was computed and fetched in 200 steps of a row, against those expected of its misses."""
+    experts, K, rng = 24, 4, np.random.default_rng(0)
+    rig = Rig(tmp_path, link, experts=experts, host_slots=2 * E + experts)
+    rig.block.peers, rig.host.cost.access_seconds = rig.host, 1.0
+    monkeypatch.setattr(HostCost, "count", lambda cost, uses, fetch: host_count(uses, cost.access_seconds, fetch))
+    seconds = computed = missed = 0.0
+    for _ in range(200):
+        _, outcome = rig.run([rng.permutation(experts)[:K].tolist()], [BOUNDED])
+        host, fetched = int(outcome.host_T[0]), int(outcome.fetched_T[0])
+        seconds, computed, missed = seconds + max(host * 1.0, fetched * link), computed + host, missed + host + fetched
+    expected = expected_misses(K, missed / 200 / K, 1.0, link)
+    assert expected.missed == pytest.approx(missed / 200) and missed > 200
+    assert seconds / 200 == pytest.approx(expected.seconds, rel=0.05)
+    assert computed / 200 == pytest.approx(expected.by_host, rel=0.05, abs=0.02)
+    rig.cache.close()
 
 
 def test_exact_engines_refuse_to_be_told_of_it() -> None:

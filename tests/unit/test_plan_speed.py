@@ -20,7 +20,7 @@ from buddymoe_ray.models.profile import default_profile_path, load_profile
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.residency.plan import make_plan
 from buddymoe_ray.residency.routes import served_hits
-from buddymoe_ray.residency.speed import ROWS, MachineSpeed, TokenWork, decode_seconds, prefill_seconds
+from buddymoe_ray.residency.speed import ROWS, MachineSpeed, TokenWork, answered_misses, decode_seconds, prefill_seconds
 
 SPEED = MachineSpeed(
     weights_bytes_s={"int8": {1: 1e9, 8: 0.5e9, 64: 0.1e9}, "int4": {1: 2e9, 8: 1e9, 64: 0.1e9}},
@@ -37,6 +37,7 @@ WORK = TokenWork(
     expert_dtype="int4",
     expert_bytes=1_000_000,
     active=40,
+    per_layer=4,
     experts=160,
     missed=0.0,
 )
@@ -70,6 +71,19 @@ def test_a_step_is_its_weights_its_overhead_and_what_it_waits_for() -> None:
     assert decode_seconds(replace(half, reads_ahead=True), SPEED, 512) == pytest.approx(0.2 + 0.2 * resident)
     stood_in = replace(WORK, stood_in=0.5, standin_bytes=500_000.0)
     assert decode_seconds(stood_in, SPEED, 512) == pytest.approx(resident - 20 * 0.0005 + 20 * 0.00025)
+
+
+def test_of_misses_the_host_computes_what_it_answers_sooner() -> None:
+    """Two misses of 10 ms each in every layer, 8 ms where the host computes them: one each way."""
+    half, hosts = replace(WORK, per_layer=2, active=20, missed=1.0, dense_bytes=0), replace(SPEED, host_bytes_s=1.25e8)
+    arithmetic = 0.001 + 10 * 0.0001 + 20 * 0.0005
+    assert decode_seconds(half, hosts, 1) == pytest.approx(0.2 + 0.7 * arithmetic)
+    shared = replace(half, host_compute="auto")
+    assert decode_seconds(shared, hosts, 1) == pytest.approx(0.1 + 0.7 * arithmetic)
+    assert answered_misses(shared, hosts).by_host == pytest.approx(10)
+    assert decode_seconds(replace(half, host_compute="on"), hosts, 1) == pytest.approx(0.16 + 0.7 * arithmetic)
+    some = answered_misses(replace(shared, missed=0.5), hosts)  # none, one or both, at 1, 2 and 1 in 4
+    assert some.seconds == pytest.approx(10 * (0.5 * 0.008 + 0.25 * 0.01)) and some.by_host == pytest.approx(7.5)
 
 
 def test_a_prompt_reads_each_absent_expert_once_and_the_last_layer_only_the_last_token_s() -> None:
@@ -141,6 +155,21 @@ def test_the_command_measures(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", "builtin:tiny", "--memory", "50%"]) == 0
     told = capsys.readouterr().out
     assert all(mode in told for mode in ("exact", "bounded", "fast")) and "measured here" in told
+
+
+def test_a_plan_says_what_the_host_s_cores_are_good_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """In every mode, with what has no effect in `exact` as well."""
+    few = ["--mode", "bounded", "--budget", "0.0001", "--gpus", "1GiB", "--memory", "50%", "--host-memory", "100%"]
+    alone = planned(capsys, *few, "--host-compute", "off")
+    assert alone["predicted_host_percent"] == 0
+    assert alone["predicted_decode_tok_s"] == alone["predicted_fetching_tok_s"] > 0
+    one, four = (planned(capsys, *few, "--threads", threads) for threads in ("1", "4"))
+    assert 0 < one["predicted_host_percent"] < four["predicted_host_percent"]
+    speeds = [plan["predicted_decode_tok_s"] for plan in (alone, one, four)]
+    assert speeds == sorted(speeds) and len({*speeds}) == 3
+    assert main(["plan", *few]) == 0
+    told = capsys.readouterr().out
+    assert "by host" in told and "weights on the host  10.0 GB/s, a guess" in told
 
 
 def test_what_cannot_be_is_told_before_anything_is_measured(

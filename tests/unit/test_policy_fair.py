@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,24 @@ from hypothesis import strategies as st
 from buddymoe_ray.policy.fair import FairShare, may_queue
 from buddymoe_ray.policy.forecast import Forecast
 from buddymoe_ray.policy.rates import TokenBucket
+
+
+def test_who_is_alone_looks_at_nobody() -> None:
+    fair, looks = FairShare(), 0
+
+    def present() -> Iterator[str]:
+        nonlocal looks
+        for _ in range(1000):
+            looks += 1
+            yield "a"
+
+    fair.join("a", ())
+    for _ in range(1000):
+        fair.join("a", present())
+        fair.charge(fair.next(present()), 5)
+    assert looks == 1000
+    fair.join("b", ["a"])
+    assert fair.spent("b") == fair.spent("a") == 5000
 
 
 @given(costs=st.lists(st.lists(st.integers(1, 50), min_size=40, max_size=40), min_size=2, max_size=5))

@@ -40,8 +40,11 @@ def test_parse_memory_refuses(text: str) -> None:
     experts=st.lists(st.integers(1, 40), min_size=1, max_size=8),
     overhead=st.integers(0, 5000),
     pad=st.integers(0, 3),
+    waves=st.integers(0, 8),
 )
-def test_split_slots_never_exceeds_the_budget(slots: int, experts: list[int], overhead: int, pad: int) -> None:
+def test_split_slots_never_exceeds_the_budget(
+    slots: int, experts: list[int], overhead: int, pad: int, waves: int
+) -> None:
     slot, budget = 1024, slots * 1024 + 500
     expert = slot - 64 * pad
     try:
@@ -51,6 +54,7 @@ def test_split_slots_never_exceeds_the_budget(slots: int, experts: list[int], ov
             expert_bytes=expert,
             experts_per_layer=experts,
             overhead_bytes=overhead,
+            waves=waves,
         )
     except BudgetError as error:
         assert budget < 2 * slot + overhead
@@ -61,7 +65,7 @@ def test_split_slots_never_exceeds_the_budget(slots: int, experts: list[int], ov
         assert plan.layer_slots == tuple(experts) and budget >= sum(experts) * expert
         return
     assert plan.slots_total * slot + plan.overhead_bytes <= budget
-    assert plan.wave_slots >= min(2, sum(experts))
+    assert plan.wave_slots >= min(max(2, min(waves, plan.slots_total // 4)), sum(experts))
     uncapped = [have for have, most in zip(plan.layer_slots, experts, strict=True) if have < most]
     assert not uncapped or max(uncapped) - min(uncapped) <= 1
 

@@ -104,6 +104,22 @@ def test_standins_answer_what_fits_nowhere() -> None:
     assert row["standin_percent"] > 1 and row["fetch_percent"] == 0 and row["fetch_bytes"] == 0
 
 
+def test_misses_that_the_host_computes_are_answered_beside_those_that_are_fetched() -> None:
+    work, small = made_up("zipf", windows=4), cluster(pool_bytes=300, other_node=9.0, same_node=9.0, host=2e-3)
+    (outcome,) = simulate(small, work, ["static"])
+    row, hosted = outcome.as_record(small, work), outcome.hosted(small, work)
+    missed = row["fetch_percent"] / 100
+    assert hosted.missed == pytest.approx(4 * missed, rel=1e-3) and 0.5 < missed < 1
+    assert row["host_percent"] == pytest.approx(25 * hosted.by_host, abs=1e-3)
+    assert row["host_percent"] < row["fetch_percent"]
+    assert row["stall_ms_per_token"] == pytest.approx(3 * 4 * missed * 2, rel=5e-3)
+    assert row["host_tokens_per_second"] == pytest.approx(8 / (1e-3 + 3 * hosted.seconds), rel=5e-3)
+    assert row["host_tokens_per_second"] > 1.3 * row["tokens_per_second"]
+    alone = cluster(pool_bytes=300, other_node=9.0, same_node=9.0)
+    record = outcome.as_record(alone, work)
+    assert record["host_percent"] == 0 and record["host_tokens_per_second"] == record["tokens_per_second"]
+
+
 def routes() -> Routes:
     rng = np.random.default_rng(0)
     ids = np.stack([[rng.permutation(6)[:2], rng.permutation(4)[:2]] for _ in range(50)]).astype(np.int16)
@@ -178,6 +194,8 @@ def test_a_models_routes_are_recorded_and_replayed(tmp_path: Path, capsys: pytes
     ("arguments", "message"),
     [
         (["--gpus", "0"], "--gpus is 0"),
+        (["--gpus", "4097"], "must be at most 4096. hint: simulate a part"),
+        (["--host-gbps", "0"], "--host-gbps is 0.0, must be above 0"),
         (["--windows", "1"], "must be at least 2"),
         (["--top-k", "999"], "at most --experts"),
         (["--memory", "x"], "must be like 25%"),
