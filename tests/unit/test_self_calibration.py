@@ -366,7 +366,7 @@ def test_a_damaged_file_is_as_none(cache: Path, name: str, content: str) -> None
 
 
 def test_killed_in_the_middle_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build_checkpoint("qwen3_moe", tmp_path / "model", max_position_embeddings=520)
+    model = build_checkpoint("qwen3_moe", tmp_path / "model", max_position_embeddings=520, num_hidden_layers=2)
     folder = CalibrationFolder.of(EngineConfig(mode="bounded", cache_dir=str(tmp_path / "c")), model_hash(model))
     changed = "; ".join(f"b.{name} = {value}" for name, value in FEWER.items())
     command = [sys.executable, "-c", f"import buddymoe_ray.calibrate.background as b; {changed}; b.main()"]
