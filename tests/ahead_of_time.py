@@ -55,6 +55,7 @@ CODED = [
 ]
 ELSEWHERE = {80: ("4 bit", "fp8/128x128"), 100: ("bfloat16", "mxfp4"), 120: ("4 bit", "mxfp4")}
 """What is compiled for others than 90, which has all: .5 s each."""
+READ = ("first", "down", "attend", "misplaced")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -97,13 +98,14 @@ def layers() -> Iterator[tuple[str, TritonExperts]]:
 
 
 @cache
-def figures(compiled: Any) -> dict[str, Any]:
+def figures(compiled: Any, *, read: bool) -> dict[str, Any]:
     """Registers, bytes of stack, widths of the loads of weights, copies of 16 bytes to shared memory and the bytes of
-    that, instructions for which the smallest numbers are zeros, barriers inside loops of the PTX and in all."""
+    that, instructions for which the smallest numbers are zeros, barriers inside loops of the PTX and in all. Machine
+    code is `read` where a figure is asked that only it has: .2 s each."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        command = [CUOBJDUMP, "-res-usage", "-sass", cubin.name]
+        command = [CUOBJDUMP, "-res-usage", *["-sass"] * read, cubin.name]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     weights = [line for line in code.splitlines() if "LDG" in line and ".EF" in line]  # evict_first marks them
     return {
@@ -180,7 +182,8 @@ def resolving(at_E: torch.Tensor, records: tuple[torch.Tensor, torch.Tensor] | N
 
 
 def say(name: str, part: str, capability: int, kernel: Any) -> None:
-    print(json.dumps({"kernel": part, "of": name, "capability": capability, **figures(kernel)}), flush=True)
+    found = figures(kernel, read=part in READ)
+    print(json.dumps({"kernel": part, "of": name, "capability": capability, **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ settings.register_profile(
 )  # cores are shared: no test is timed
 settings.load_profile("untimed")
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes share the cores: a second thread of one spins, waiting
+
 if not Path("/dev/nvidiactl").exists():  # read when triton is imported, which torch does: kernels run without a GPU
     os.environ["TRITON_INTERPRET"] = "1"
 

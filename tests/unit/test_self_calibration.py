@@ -60,6 +60,14 @@ reached("again")
 sys.exit("nothing came of it")
 """
 """What asks for memory as a calibration does, and goes on when told to."""
+WAITING = """
+import sys, time
+from pathlib import Path
+
+while not (Path(sys.argv[3]) / "measured.json").exists():
+    time.sleep(0.02)
+"""
+"""What waits for another's calibration, as the real one does once it has been imported, which takes seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +107,13 @@ def folder_in(cache: Path) -> CalibrationFolder:
 def served(model: Path, cache: Path, **options: object) -> LLM:
     chosen = {"memory": "50%", "mode": "bounded", "cache_dir": str(cache), "max_running": 4} | options
     return LLM(str(model), **chosen)  # type: ignore[arg-type]
+
+
+def calibrated_by(program: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on engines run it beside themselves."""
+    (folder / "beside.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setattr(calibration, "_MODULE", "beside")
 
 
 class Unfinished:
@@ -168,9 +183,7 @@ def test_experts_have_the_memory_of_records_while_nobody_else_has(
     model: Path, tmp_path: Path, exact_tokens: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until it is asked for, and again once nothing came of the calibration."""
-    (tmp_path / "in_steps.py").write_text(IN_STEPS)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(calibration, "_MODULE", "in_steps")
+    calibrated_by(IN_STEPS, tmp_path, monkeypatch)
     with served(model, tmp_path / "cache", memory="25%") as llm:
         engine, folder = llm.engine, folder_in(tmp_path / "cache").path
 
@@ -200,8 +213,13 @@ def test_experts_have_the_memory_of_records_while_nobody_else_has(
 
 
 def test_workers_of_a_node_take_over_one_copy(
-    model: Path, cache: Path, tmp_path: Path, exact_tokens: list[tuple[int, ...]]
+    model: Path,
+    cache: Path,
+    tmp_path: Path,
+    exact_tokens: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    calibrated_by(WAITING, tmp_path, monkeypatch)
     unfinished, shared = Unfinished(cache), tmp_path / "shm"
     shared.mkdir()
     config = EngineConfig(model=str(model), memory="25%", mode="bounded", cache_dir=str(cache), max_running=4)
@@ -348,7 +366,7 @@ def test_a_damaged_file_is_as_none(cache: Path, name: str, content: str) -> None
 
 
 def test_killed_in_the_middle_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build_checkpoint("qwen3_moe", tmp_path / "model", max_position_embeddings=520)
+    model = build_checkpoint("qwen3_moe", tmp_path / "model", max_position_embeddings=520, num_hidden_layers=2)
     folder = CalibrationFolder.of(EngineConfig(mode="bounded", cache_dir=str(tmp_path / "c")), model_hash(model))
     changed = "; ".join(f"b.{name} = {value}" for name, value in FEWER.items())
     command = [sys.executable, "-c", f"import buddymoe_ray.calibrate.background as b; {changed}; b.main()"]
