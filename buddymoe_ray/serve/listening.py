@@ -16,7 +16,6 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from threading import Thread
 
 from ray.serve._private.http_util import RequestIdMiddleware
@@ -26,6 +25,7 @@ from starlette.types import ASGIApp
 from uvicorn import Config, Server
 
 from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.serve.channel import socket_folder
 
 __all__ = ["Address", "bind", "keeping", "listening"]
 
@@ -63,7 +63,7 @@ def bind(address: Address) -> socket.socket:
 def keeping(address: Address) -> Iterator[Address]:
     """The address with its socket kept here meanwhile: when the ingress dies, who comes waits for the next one, and is
     not refused. Raises ConfigError."""
-    with bind(address) as bound, TemporaryDirectory(prefix="buddymoe-") as folder:  # this user's alone
+    with bind(address) as bound, socket_folder() as folder:
         path = str(Path(folder, "socket"))
         with socket.socket(socket.AF_UNIX) as keeper:
             keeper.bind(path)
