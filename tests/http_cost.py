@@ -6,7 +6,8 @@
 By hand, on a quiet machine: the service computes with one thread; proxy, ingress and this client want the other core.
 In each round the bare engine of this process, the service, and the service while two pages watch it take turns, in an
 order that changes; each is measured once its streams are under way, by what the engine itself counts. Says the medians
-of rates, of what HTTP has of the bare engine, and of what the page costs.
+of rates, of what HTTP has of the bare engine, and of what the page costs. Streams are asked for and read as bytes: with
+httpx this client took 2.6 to 3.2 ms of CPU a request of 200 tokens, more than the ingress, and takes .5 so.
 """
 
 from __future__ import annotations
@@ -71,13 +72,20 @@ async def served(url: str, streams: int, tokens: int, seconds: float, *, pages: 
         numbers = count()
 
         async def stream() -> None:
-            while True:
-                body = {"model": MODEL, "prompt": prompt(next(numbers)), "max_tokens": tokens, "ignore_eos": True}
-                body |= {"temperature": 0, "stream": True, "buddymoe": {"mode": "exact"}}
-                async with client.stream("POST", "/v1/completions", json=body) as reply:
-                    reply.raise_for_status()
-                    async for _ in reply.aiter_raw():
-                        pass
+            at = client.base_url
+            reader, writer = await asyncio.open_connection(at.host, at.port, limit=1 << 20)
+            head = f"POST {at.path}v1/completions HTTP/1.1\r\nHost: {at.host}\r\nContent-Type: application/json\r\n"
+            try:
+                while True:
+                    body = {"model": MODEL, "prompt": prompt(next(numbers)), "max_tokens": tokens, "ignore_eos": True}
+                    body |= {"temperature": 0, "stream": True, "buddymoe": {"mode": "exact"}}
+                    data = json.dumps(body)
+                    writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n{data}".encode())
+                    status = await reader.readline()
+                    assert b" 200 " in status, status
+                    await reader.readuntil(b"\r\n0\r\n\r\n")
+            finally:
+                writer.close()
 
         async def page() -> None:
             while True:

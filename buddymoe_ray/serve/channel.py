@@ -26,7 +26,7 @@ from buddymoe_ray.serve.refusals import failure
 from buddymoe_ray.serve.resume import Attempt, WorkerLost
 from buddymoe_ray.serve.work import Batch, Refusal, Reply, Work
 
-__all__ = ["Channel", "offer"]
+__all__ = ["Channel", "offer", "socket_folder"]
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,14 @@ _GONE = "the worker is gone (its connection ended)"
 _READ_BYTES, _MOST_BYTES = 1 << 16, 1 << 30
 
 
+def socket_folder() -> TemporaryDirectory[str]:
+    """A folder of this user's alone, for a socket; TMPDIR may be longer than the 107 bytes of a socket's path."""
+    return TemporaryDirectory(prefix="buddymoe-", dir="/tmp")
+
+
 async def offer(answer: Attempt) -> str:
     """A path at which who connects first, of this user, has work answered."""
-    folder = TemporaryDirectory(prefix="buddymoe-")
+    folder = socket_folder()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server.close()

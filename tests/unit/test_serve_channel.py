@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from fakes import FakeEngine
@@ -74,6 +75,15 @@ async def test_work_arrives_as_it_was_sent() -> None:
     told = [await all_of(channel.generate(work)) for work in sent]
     await channel.close()
     assert seen == sent and told == 3 * [[Refusal(status=400, message="\udc80 seen", retry_after_seconds=3)]]
+
+
+async def test_a_socket_is_at_a_path_of_any_tmpdir_for_this_user_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/tmp/" + 100 * "x")
+    path = Path(await offer(Worker(FakeEngine()).generate))
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    channel = await Channel.open(str(path))
+    assert await all_of(channel.generate(TEXT)) and not path.parent.exists()
+    await channel.close()
 
 
 async def test_who_leaves_frees_its_sequences_and_no_others() -> None:
