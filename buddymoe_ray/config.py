@@ -175,6 +175,7 @@ class EngineConfig:
         one_of("generation_config", self.generation_config, GENERATION_CONFIGS)
         for name in ("threads", "max_running"):
             _at_least(name, getattr(self, name), 1)
+        _between("threads", self.threads, 1, 1024)
         if self.prefill_chunk is not None:
             _at_least("prefill_chunk", self.prefill_chunk, 1)
         if self.max_model_len is not None:

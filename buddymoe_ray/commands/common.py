@@ -72,8 +72,9 @@ def measured_config(args: argparse.Namespace, **changes: Any) -> EngineConfig:
 
 
 def emit(record: Record) -> None:
-    """Print one record as compact JSON."""
-    print(json.dumps(record, separators=(",", ":")), flush=True)
+    """Print one record as compact JSON, numbers that are none as null."""
+    known = json.loads(json.dumps(record), parse_constant=lambda _: None)
+    print(json.dumps(known, separators=(",", ":")), flush=True)
 
 
 def print_facts(facts: Mapping[str, str], *, title: str = "") -> None:

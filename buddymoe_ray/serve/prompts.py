@@ -44,12 +44,12 @@ def usable(work: Work) -> Work:
     """
     for message in work.messages:
         plain_text("messages", json.dumps(asdict(message), ensure_ascii=False, default=str))
-    terms = work.terms
+    terms, named = work.terms, "tokens" if work.spells_only else "prompt"
     mode, budget, record, replay = checked_terms(terms.mode, terms.budget, terms.record, terms.replay)
     return replace(
         work,
         prompts=tuple(
-            plain_text("prompt", prompt) if isinstance(prompt, str) else plain_tokens("prompt", prompt)
+            plain_text("prompt", prompt) if isinstance(prompt, str) else plain_tokens(named, prompt)
             for prompt in work.prompts
         ),
         sampling=checked_sampling(replace(work.sampling, max_tokens=SamplingParams.max_tokens)),

@@ -21,7 +21,7 @@ from buddymoe_ray.models.tokenizer import load_tokenizer
 def records(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     out = capsys.readouterr().out
     assert ": " not in out.split('"', 1)[0], "JSON must be compact"
-    return [json.loads(line) for line in out.splitlines()]
+    return [json.loads(line, parse_constant=pytest.fail) for line in out.splitlines()]  # JSON has no infinity
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,7 @@ def test_synth_writes_what_it_says(tmp_path: Path, capsys) -> None:
         (["plan", "--memory", "0.1%"], 1, "hint: use --memory"),
         (["plan", "--model", "/nowhere"], 1, "nowhere"),
         (["plan", "--kv-memory", "1"], 1, "kv_memory is 1 bytes, must be at least"),
+        (["plan", "--threads", "5000"], 2, "threads is 5000, must be a number from 1 to 1024"),
         (["chat", "--temperature", "5"], 2, "temperature is 5.0, must be"),
         (["key", "a b", "--file", "/tmp/never"], 2, "name is 'a b', must be small letters"),
         (["eval", "--corpus", __file__, "--tokens", "0"], 2, "tokens are 0, must be at least 1"),

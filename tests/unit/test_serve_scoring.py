@@ -224,4 +224,5 @@ async def test_what_others_serve_is_refused_by_name() -> None:
         assert "without echo" in check_error(bad, 400, "max_tokens")
         bad = await client.post(PATH, json={"model": "fake", "prompt": [2**32], "echo": True})
         assert "token id 4294967296" in check_error(bad, 400, "prompt"), "more than a tokenizer can read"
+        check_error(await client.post("/detokenize", json={"tokens": [2**32]}), 400, "tokens")
         check_error(await client.post("/v1/chat/completions", json=chat | {"echo": True}), 400, "echo")
