@@ -135,8 +135,9 @@ class Scheme:
     @classmethod
     def _of_groups(cls, said: Mapping[str, Any], where: str) -> Scheme:
         """compressed-tensors: all groups must store weights alike."""
-        groups = (said.get("config_groups") or {}).values()
-        found = [group.get("weights") if isinstance(group, Mapping) else {} for group in groups]
+        groups = said.get("config_groups")
+        every = groups.values() if isinstance(groups, Mapping) else ()
+        found: list[Any] = [group.get("weights") if isinstance(group, Mapping) else {} for group in every]
         schemes = [weights for weights in found if weights is not None]  # the others are of activations alone
         names = ("num_bits", "type", "strategy", "group_size", "symmetric")
         kinds = {tuple(scheme.get(name) for name in names) for scheme in schemes}

@@ -378,6 +378,7 @@ GROUP = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_s
         ({"quant_method": "awq", "bits": 4, "group_size": 128, "format": "llm-awq"}, "format 'llm-awq', must be"),
         ({"quant_method": "compressed-tensors", "config_groups": {"FP8": ["Linear"]}}, "None-bit None"),
         ({"quant_method": "compressed-tensors", "config_groups": {}}, "0 schemes"),
+        ({"quant_method": "compressed-tensors", "config_groups": ["W8A8"]}, "0 schemes"),
         ({"quant_method": "awq", "w_bit": 4, "group_size": 128}, "bits None, must be 4"),
         ({"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor"}, "packing_format"),
         ({"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "bits": 8}, "bits 8, must be 4"),
