@@ -51,7 +51,7 @@ RESIDENT = ("memory", "host_memory")  # so it may with these, where stand-ins an
 EXPERT_DTYPES = ("native", "bf16", "int8", "int4")
 DENSE_DTYPES = ("native", "int8", "int4")
 POLICIES = ("ladder", "buddymoe")
-LOWBIT = ("lowbit2", "lowbit24", "lowbit3", "lowbit34", "lowbit4", "lowbit48", "lowbit8")
+LOWBIT = ("lowbit12", "lowbit2", "lowbit23", "lowbit24", "lowbit3", "lowbit34", "lowbit4", "lowbit48", "lowbit8")
 RECORD_KINDS = (*LOWBIT, "lowrank", "mean")
 BUDDIES = ("buddy:router", "buddy:output", "buddy:coactivation", "random")
 STANDINS = {
@@ -75,9 +75,10 @@ class EngineConfig:
         mode: `exact` answers every miss with the expert itself; `bounded` lets stand-ins answer within `budget`; `fast`
             never waits in decode. A request may ask for another where stand-ins are loaded.
         budget: mean extra loss (nats) per generated token that `bounded` may spend; .003 is about .3 % of perplexity.
-        standin: what answers for a missing expert: `auto` (the best mix by the profile), `lowbit`, `lowbit2`,
-            `lowbit24` (4 bits in the second projection), `lowbit3`, `lowbit34`, `lowbit4`, `lowbit48`, `lowbit8`,
-            `lowrank`, `buddy:coactivation`, `buddy:router`, `buddy:output`, `mean`, `drop`, `random`.
+        standin: what answers for a missing expert: `auto` (the best mix by the profile), `lowbit`, `lowbit12` (1 bit,
+            2 in the second projection), `lowbit2`, `lowbit23`, `lowbit24`, `lowbit3`, `lowbit34`, `lowbit4`,
+            `lowbit48`, `lowbit8`, `lowrank`, `buddy:coactivation`, `buddy:router`, `buddy:output`, `mean`, `drop`,
+            `random`.
         standin_layers: MoE layers where stand-ins may answer, as `0,2,3`; None is all. Elsewhere misses are fetched.
         policy: `ladder` (cheapest option within the budget) or `buddymoe` (the paper whole, its gates fetch).
         profile: calibration file; None is the one beside the checkpoint.

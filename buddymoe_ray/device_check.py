@@ -130,7 +130,7 @@ def _experts(
     """In every format: its name, the kernels, an expert's slot, and the weights that it means."""
     layout = slot_tensors(shapes, dict.fromkeys(shapes, "bfloat16"))
     yield "bfloat16", TritonExperts(layout=layout, fmt=None, math=math), _slot(layout, plain), plain
-    for fmt in (LowbitFormat(bits=bits) for bits in (8, 4, 3, 2)):
+    for fmt in (LowbitFormat(bits=bits) for bits in (8, 4, 3, 2, 1)):
         layout, packed = record_tensors(shapes, fmt)[0], {n: pack_plain(w, fmt) for n, w in plain.items()}
         stored = {name: part for n, matrix in packed.items() for name, part in matrix.named(n).items()}
         weights = {name: dequantise(matrix, fmt) for name, matrix in packed.items()}

@@ -10,6 +10,7 @@ The 64 * bits bytes of a tile are `bits` vectors of 64:
     4 bit  vector j = quad j | quad j+4 << 4
     2 bit  vector j = quads j, j+2, j+4, j+6 at bits 0, 2, 4, 6
     3 bit  the low two bits as in 2 bit, then one vector whose bit j is the high bit of quad j
+    1 bit  one vector whose bit j is quad j
 Matrices are padded to whole tiles with code 0: the inputs there are zeros, the outputs are nobody's.
 
 Does not know how codes are chosen (calibrate) nor who reads records. Invariant: `unpack` inverts `pack`.
@@ -72,13 +73,13 @@ class Matrix(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LowbitFormat:
-    """Bits of a code: 2, 3, 4 or 8. `down` are those of an expert's second projection, where it has others."""
+    """Bits of a code: 1, 2, 3, 4 or 8. `down` are those of an expert's second projection, where it has others."""
 
     bits: int
     down: int = 0
 
     def __post_init__(self) -> None:
-        assert {self.bits, self.down or self.bits} <= {2, 3, 4, 8}, f"bits are {self}, must be 2, 3, 4 or 8"
+        assert {self.bits, self.down or self.bits} <= {1, 2, 3, 4, 8}, f"bits are {self}, must be 1, 2, 3, 4 or 8"
 
     @classmethod
     def of_kind(cls, kind: str) -> LowbitFormat:

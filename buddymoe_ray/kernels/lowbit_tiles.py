@@ -196,27 +196,31 @@ class _Tiles:
         vector."""
         bits = self._fmt.bits
         width = 2 if bits == 3 else bits
+        fields = range(0, QUADS, width)
+        if width < parts:  # a vector has quads of every part
+            fields = fields[part * QUADS // parts : (part + 1) * QUADS // parts]
+            part, parts = 0, 1
         begin, count = part * width // parts, width // parts
         if self._unrolled:
             for first in range(begin, begin + count):
-                yield from self._vectors(b, tiles, I64(first), width)
+                yield from self._vectors(b, tiles, I64(first), fields)
         else:
             with loop(b, I64(count)) as turn:
-                yield from self._vectors(b, tiles, b.add(turn, I64(begin)), width)
+                yield from self._vectors(b, tiles, b.add(turn, I64(begin)), fields)
 
-    def _vectors(self, b: Any, tiles: list[Any], first: Any, width: int) -> Iterator[tuple[Any, list[Any]]]:
-        for same in zip(*(self._vector(b, tile, first, width) for tile in tiles), strict=True):
+    def _vectors(self, b: Any, tiles: list[Any], first: Any, fields: range) -> Iterator[tuple[Any, list[Any]]]:
+        for same in zip(*(self._vector(b, tile, first, fields) for tile in tiles), strict=True):
             yield same[0][0], [quad for _, quad in same]
 
-    def _vector(self, b: Any, tile: Any, first: Any, width: int) -> Iterator[tuple[Any, Any]]:
-        """The quads of a vector: `first`, `first + width`, …"""
+    def _vector(self, b: Any, tile: Any, first: Any, fields: range) -> Iterator[tuple[Any, Any]]:
+        """The quads of a vector, `first + i` for each of its `fields` i."""
         vector = load(b, tile, self._bytes, b.mul(first, I64(64)))
         high = None
         if self._fmt.bits == 3:
             high = load(b, tile, self._bytes, 128)
             high = b.lshr(high, splat(b, b.trunc(first, I8), 4 * self._level.lanes))
-        for i in range(0, QUADS, width):
-            quad = _field(b, vector, i, width)
+        for i in fields:
+            quad = _field(b, vector, i, fields.step)
             if high is not None:
                 quad = b.or_(quad, b.shl(_field(b, high, i, 1), const(self._bytes, 2)))
             yield b.add(first, I64(i)), quad

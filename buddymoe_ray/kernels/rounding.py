@@ -34,7 +34,7 @@ STEPS_PER_OCTAVE = 24
 LARGEST_CODE = 255
 CHUNK = 1 << 16  # weights handled at once by the plain path: the temporaries stay in the second-level cache
 # Shares of a group's largest |w| that the outermost level is tried at; every try is refitted by least squares.
-PLAIN_SHARES = {2: (0.85, 1.05), 3: (0.95, 1.1), 4: (1.0, 1.07), 8: (1.004,)}
+PLAIN_SHARES = {1: (1.0,), 2: (0.85, 1.05), 3: (0.95, 1.1), 4: (1.0, 1.07), 8: (1.004,)}
 FINE_SHARES = tuple(0.55 + 0.1 * i for i in range(8))
 
 

@@ -58,6 +58,7 @@ def _search(w: Any, empty: Any, half: Any, shares: Any) -> Any:
     gain, scale = float32(-1.0), float32(0.0)
     for share in range(len(shares)):
         dot, norm = _sums(w, half / shares[share] / max(largest, tiny), top, empty)
+        norm = max(norm, tiny)  # 0 of one bit, where none of the inputs is there
         if dot * dot / norm > gain:
             gain, scale = dot * dot / norm, dot / norm
     dot, norm = _sums(w, float32(1.0) / max(scale, tiny), top, empty)

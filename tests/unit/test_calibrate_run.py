@@ -265,7 +265,7 @@ def test_a_context_too_short_to_measure_losses_is_said(olmoe: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"kinds": ("lowbit5",)}, r"kinds are \['lowbit5'\], must be of lowbit2"),
+        ({"kinds": ("lowbit5",)}, r"kinds are \['lowbit5'\], must be of lowbit12"),
         ({"kinds": ()}, r"kinds are \[\], must be of"),
         ({"tokens": 0}, "must be at least 1"),
         ({"window": 1}, "window is 1, must be at least 2"),

@@ -24,7 +24,7 @@ from buddymoe_ray.kernels import (
 )
 from buddymoe_ray.kernels.lowbit import lowbit_forward_reference
 
-BITS = [2, 3, 4, 8]
+BITS = [1, 2, 3, 4, 8]
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -54,6 +54,8 @@ def test_bytes_lie_as_the_header_says(bits: int) -> None:
             vectors = [quad(j) for j in range(8)]
         elif bits == 4:
             vectors = [[x | y << 4 for x, y in zip(quad(j), quad(j + 4), strict=True)] for j in range(4)]
+        elif bits == 1:
+            vectors = [[sum(quad(j)[b] << j for j in range(8)) for b in range(64)]]
         else:
             rows = [[quad(j + 2 * i) for i in range(4)] for j in (0, 1)]
             vectors = [[sum((row[b] & 3) << 2 * i for i, row in enumerate(four)) for b in range(64)] for four in rows]
@@ -77,7 +79,7 @@ def test_dequantise_is_the_formula(bits: int, K: int) -> None:
 
 
 def test_formats_that_do_not_exist() -> None:
-    with pytest.raises(AssertionError, match=r"bits=5, down=0\), must be 2, 3, 4 or 8"):
+    with pytest.raises(AssertionError, match=r"bits=5, down=0\), must be 1, 2, 3, 4 or 8"):
         LowbitFormat(bits=5)
 
 

@@ -19,7 +19,7 @@ from buddymoe_ray.kernels import LowbitFormat, PackedMatrix, dequantise, pack
 from buddymoe_ray.kernels.lowbit_tiles import LEVELS, host_level, module_text
 from buddymoe_ray.kernels.machine_code import code_folder, native_functions
 
-BITS = [2, 3, 4, 8]
+BITS = [1, 2, 3, 4, 8]
 PREFIX = "llvm.x86.avx512."
 DPBUSD = """
 define internal <{n} x i32> @emulated.vpdpbusd.{width}(<{n} x i32> %sum, <{n} x i32> %u, <{n} x i32> %s) noinline {{
