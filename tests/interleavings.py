@@ -427,6 +427,9 @@ class World:
                 store.close()
         if not self.path.exists():
             return
+        stores = [store for actor in self.actors.values() for store in actor.stores]
+        if stores and not self.kills and all(store._fd < 0 for store in stores):
+            raise Violation("the file is there, and nobody uses it")
         store = SharedStore(self.path, self.layout, self.plan, DIGEST)
         try:
             mine = store.tables
@@ -435,10 +438,19 @@ class World:
             mine.check_integrity()
             state, lease = np.asarray(mine.state), np.asarray(mine.lease)
             waves = int((np.asarray(mine.partition) == tables.WAVE).sum())
+            free = (np.asarray(mine.pid) == 0) | (np.arange(len(mine.pid)) == mine.row)
+            left = np.asarray(mine.looks)[free].any() or (np.asarray(mine.lends)[free] != mine.shape.lent).any()
+            if left:
+                raise Violation("a row looks, or lends, that nobody had or has just taken")
             if (state == tables.LOADING).any() or lease.any():
                 raise Violation(f"states are {state.tolist()} and {int(lease.sum())} leases are left, must be none")
             if waves < self.plan.wave_slots:
                 raise Violation(f"wave slots are {waves}, must be {self.plan.wave_slots}")
+            lends = [actor.lends for actor in self.actors.values() if actor.lends is not None]
+            first = self.plan.slots_total - sum(self.plan.lent_slots)
+            unused = np.asarray(mine.partition)[first : first + min(lends, default=0)] == tables.UNUSED
+            if unused.any() and not self.kills:
+                raise Violation(f"of slots that everybody lends {unused.tolist()} are unused")
         except AssertionError as error:
             raise Violation(f"in the end {error}") from error
         finally:
@@ -909,6 +921,8 @@ def made(make: Callable[[], World]) -> Iterator[World]:
         _world = world = make()
         yield world
     finally:
-        if _world is not None:
-            _world.dispose()
-        _world = None
+        try:
+            if _world is not None:
+                _world.dispose()
+        finally:
+            _world = None

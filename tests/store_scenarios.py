@@ -30,6 +30,7 @@ __all__ = ["Scenario", "scenarios"]
 
 Prepare = Callable[[Actor], Callable[[Actor], None]]
 X, Y, Z = (ExpertKey(0, expert) for expert in range(3))
+V = ExpertKey(1, 0)
 
 
 def worker(
@@ -231,10 +232,11 @@ def _scenario(
     patience: int = 3,
     slots: int = 1,
     lent: int = 0,
+    layers: int = 1,
     stops: bool = False,
 ) -> Scenario:
     def make() -> World:
-        world = World(folder, slots=slots, lent=lent)
+        world = World(folder, slots=slots, lent=lent, layers=layers)
         world.victims, world.patience, world.may_stop = frozenset(victims or actors), patience, stops
         for name, prepare in actors.items():
             world.actor(name, prepare(world))
@@ -280,6 +282,15 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
             folder, {"A": _worker(0), "M": _keeper(swap), "N": _keeper(Move(load=Z))}, X, kills=1, victims="M"
         ),
         "repair": _scenario(folder, {"M": _keeper(swap), "A": _worker(2), "K": reaper}, X, kills=1, victims="K"),
+        "killed, and who sees to it": _scenario(folder, {"A": _worker(0), "K": reaper}, X, kills=2),
+        "killed in a look": _scenario(folder, {"A": _glancer(0), "K": reaper}, X, kills=2, lent=1),
+        "killed, having lent": _scenario(folder, {"L": _lender(0), "K": reaper}, X, kills=2, lent=1),
+        "move, to a free slot": _scenario(
+            folder, {"M": _keeper(Move(load=Y)), "A": _worker(1)}, kills=1, failures=1, victims="M"
+        ),
+        "move, of another layer": _scenario(
+            folder, {"M": _keeper(Move(load=Y, evict=V)), "A": _worker(1)}, V, kills=1, layers=2
+        ),
         "long": _scenario(folder, {"A": _worker(0, seconds=7.0), "M": _keeper(swap), "B": _worker(0)}, X, patience=12),
         "roles": _scenario(folder, {"A": _worker(0, 2, held=(0,)), "M": _keeper(swap)}, X, Y, kills=1),
         "wait, move": _scenario(folder, {"A": _worker(0), "B": _worker(0), "M": _keeper(swap)}),

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from store_mutations import Mutation
+from store_mutations import Change, weakened
 
 from buddymoe_ray.cache import DiskReader, ExpertCache
 from buddymoe_ray.cache.shared import Lender, Move, Mover, SharedStore, lending, store_digest, store_path
@@ -39,11 +39,11 @@ from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotPlan, S
 LAYERS, EXPERTS, SLOTS, WAVES, LENT = 2, 6, 3, 3, 1
 WORDS = 1 << 15  # of 8 bytes in an expert: to look at one takes as long as to read one
 RIGHT, CONFLICTS, WRONG, MOVES, ATTACHED, END = range(6)  # columns of the tallies
-CHECKS: dict[str, Mutation] = {
-    "unchanged": Mutation(slot_words, "unchanged", " == OK", " != 0", "", ""),
-    "generation": Mutation(SharedTables, "take", "self.generation[slot] += 1", "pass", "", ""),
-    "looked": Mutation(lending.Lender, "_looked", "words[row] % 2 and ", "False and ", "", ""),
-    "leased": Mutation(SharedTables, "_idle", "[~self.leased(slots)]", "", "", ""),
+CHECKS: dict[str, Change] = {
+    "unchanged": weakened(slot_words, "unchanged", " == OK", " != 0"),
+    "generation": weakened(SharedTables, "take", "self.generation[slot] += 1", "pass"),
+    "looked": weakened(lending.Lender, "_looked", "words[row] % 2 and ", "False and "),
+    "leased": weakened(SharedTables, "_idle", "[~self.leased(slots)]", ""),
 }
 Actor = Callable[["Node", random.Random, Any], None]
 

@@ -34,7 +34,7 @@ class _OwnTables(SharedTables):
         super().__init__(np.zeros(shape.data_offset, np.uint8), shape, FileLocks(-1))
         self._peers = peers
         self.initialise(plan)
-        self.row, self.pid[0], self.lends[0] = 0, os.getpid(), shape.lent
+        self.row, self.pid[0] = 0, os.getpid()
 
     def __enter__(self) -> None:
         self._begin()

@@ -54,10 +54,9 @@ class Cluster:
         gpus, gpus_per_node, pool_bytes: each GPU has `pool_bytes` for full experts.
         expert_bytes, activation_bytes: one expert; what one access by a peer sends and gets back.
         same_node, other_node, fetch: seconds of one access that a peer of this node or another computes, or whose
-        weights
-            are fetched.
+            weights are fetched.
         standin: seconds that a stand-in's answer is worth; inf for none.
-        host: seconds of one that the CPU of a GPU's host computes, beside what is fetched; inf for none.
+        host: seconds of one that a GPU's host computes, beside what is fetched; inf for none.
         token_seconds: one token's compute on its GPU when every access is local.
         migrate_bytes_per_second: of each GPU's mover.
         window_seconds, horizon_seconds: see PlacementProblem.

@@ -519,8 +519,9 @@ def test_nobody_waits_for_one_who_stands_still_with_the_tables(node: Node) -> No
 
 def test_nobody_waits_for_one_who_stands_still_with_slots(node: Node) -> None:
     """It reads into one, and computes with all that a prompt could have."""
-    mine, still = node.cache(), node.store().tables
+    mine, other = node.cache(), node.store()
     mine.warm()
+    still = other.tables
     with still.locked():
         still.take(0, ExpertKey(0, 4))
     still.lease[still.row, still.partition == WAVE] = 1
@@ -528,7 +529,9 @@ def test_nobody_waits_for_one_who_stands_still_with_slots(node: Node) -> None:
         access(node, mine, 0, [1, 4, 2])
         access(node, mine, 2, list(range(EXPERTS)), protect=True)
     assert mine.store.tables.state[0] == LOADING and still.lease.sum() == 1 + 3, "all that is the other's"
-    still.leave()
+    other.close()
+    with mine.store.tables.locked():
+        assert mine.store.tables.reap() == 1
     access(node, mine, 0, [4])
     assert mine.store.tables.state[0] != LOADING
     mine.check_integrity()

@@ -157,12 +157,12 @@ class SharedStore:
         return self._locks.try_lock(OWNER_BYTE)
 
     def close(self) -> None:
-        """Give the row back; the last one out removes the file. Safe to call twice."""
+        """Give the row back: whoever looks next finds that nobody holds it. The last one out removes the file. Safe to
+        call twice."""
         if self._fd < 0:
             return
-        self.tables.leave()
         self._locks.close()
-        self._fd = -1
+        self._fd = self.tables.row = -1
         remove_unused([self.path])
 
     def _fits(self) -> bool:

@@ -101,6 +101,7 @@ class SharedTables:
         self.usage.usage_LE[...] = -np.inf
         self.key_layer[...] = self.key_expert[...] = self.slot_of[...] = self.loader[...] = -1
         self.partition[...] = roles_of(plan, WAVE)
+        self.lends[...] = self.shape.lent
         for layer, named in enumerate(plan.pinned):
             self.pinned[layer, list(named)] = 1
 
@@ -111,22 +112,11 @@ class SharedTables:
         self.reap()
         for row in np.flatnonzero(self.pid == 0).tolist():
             if self._locks.try_lock(ROW_BYTE + row):
-                self.lease[row] = 0
-                self.looks[row] = 0
-                self.lends[row] = self.shape.lent
                 self.pid[row] = os.getpid()
                 self.row = row
                 self.head[HeaderWord.DIRTY] = 0
                 return
         raise CacheError(f"store has {ROWS} users, must have fewer to join. hint: run fewer workers per node")
-
-    def leave(self) -> None:
-        """Give the row back, with everything it holds."""
-        if self.row >= 0:
-            with suppress(Stalled), self.locked_soon():  # else the next one finds that nobody holds the row
-                self._void(self.row)
-            self._locks.unlock(ROW_BYTE + self.row)
-            self.row = -1
 
     def reap(self) -> int:
         """Void the rows whose process died; the caller holds the lock. Returns how many."""
@@ -160,7 +150,7 @@ class SharedTables:
     @property
     def lent(self) -> int:
         """How many of the lent slots may be used, as far as everybody is concerned; the caller holds the lock."""
-        return int(np.where(self.pid != 0, self.lends, self.shape.lent).min())
+        return int(self.lends.min())
 
     def look(self, *, over: bool = False) -> None:
         """From now on this row may be reading slots without a lease, until it is `over`; needs no lock.
@@ -375,8 +365,9 @@ class SharedTables:
         """A row's leases end and what it was loading is free again."""
         for slot in np.flatnonzero((self.state == LOADING) & (self.loader == row)).tolist():
             self.vacate(slot)
-        self.lease[row] = 0
-        self.pid[row] = 0
+        self.lease[row] = self.looks[row] = 0
+        self.lends[row] = self.shape.lent
+        self.pid[row] = 0  # last: until then whoever comes finds it dead, and does this again
 
     def _repair(self) -> None:
         """Derive the tables by expert from the slots, after a holder of the lock was killed."""
