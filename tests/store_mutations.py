@@ -29,7 +29,7 @@ from interleavings import instrumented, replay
 from store_drops import dropped
 from store_scenarios import Scenario, scenarios
 
-from buddymoe_ray.cache import ahead, loads
+from buddymoe_ray.cache import ExpertCache, ahead, host, loads
 from buddymoe_ray.cache.shared import lending, locks, mover, store, tables
 from buddymoe_ray.kernels import slot_words
 
@@ -89,7 +89,8 @@ _STEPS: tuple[tuple[Any, tuple[str, ...]], ...] = (
 """Whose functions are the protocol, and which; all where none is named. What opens and closes files is not dropped step
 by step: it would close those of whoever looks for that."""
 
-_TABLES, _LOADS, _LENDER = tables.SharedTables, loads.Loads, lending.Lender
+_TABLES, _LOADS, _LENDER, _CACHE = tables.SharedTables, loads.Loads, lending.Lender, ExpertCache
+_LOOKS = "with tables.locked():\n        slot = int("
 _WEAKER: tuple[tuple[Any, str, str, str], ...] = (
     (ahead.ReadsAhead, "give_up", "self._cancelled.append(self._loads.pop(key))", "self._loads.pop(key)"),
     (locks, "remove_unused", "not locks.lock(TABLES_BYTE, _LONGEST_WAIT_SECONDS)", "False"),
@@ -109,6 +110,23 @@ _WEAKER: tuple[tuple[Any, str, str, str], ...] = (
     (_TABLES, "reap_now_and_then", "suppress(Stalled), self.locked_soon()", "self.locked()"),
     (_TABLES, "lent", "self.lends.min()", "self.lends[self.row]"),
     (_LOADS, "_gather", "call.missing.append(load.key)", "raise"),
+    (_CACHE, "_stream", "self._tables.locked_soon()", "nullcontext()"),
+    (_CACHE, "holding", "self._tables.locked_soon()", "nullcontext()"),
+    (_CACHE, "_sort", "tables.release([slot])", "pass"),
+    (_CACHE, "glance", "self._tables.look()", "pass"),
+    (_LOADS, "start", "self._tables.locked_soon()", "nullcontext()"),
+    (_LOADS, "_others", "tables.locked_soon()", "nullcontext()"),
+    (_LOADS, "_finish", "self._tables.locked_soon()", "nullcontext()"),
+    (_LOADS, "_abandon", "self._tables.locked_soon()", "nullcontext()"),
+    (_LOADS, "_gather", "self.ahead.land()", "pass"),
+    (_LOADS, "read_ahead", "self._tables.locked_soon()", "nullcontext()"),
+    (_LOADS, "claim", "if slot < 0:", "if True:"),
+    (_LOADS, "wait", "self._check_patience(call)", "pass"),
+    (_LOADS, "submit_claimed", "self._abandon(call.claimed)", "pass"),
+    (ahead.ReadsAhead, "settle", "load.ticket.settle()", "pass"),
+    (ahead.ReadsAhead, "settle", "self.land(waits=True)", "pass"),
+    (host._Read, "conclude", "with tables.locked():", "with nullcontext():"),
+    (host.HostTier, "fetch", _LOOKS, _LOOKS.replace("tables.locked()", "nullcontext()")),
     (_LENDER, "_looked", "words[row] % 2 and ", "False and "),
     (_LENDER, "_use", "slot >= self._first + tables.lent", "False"),
 )
