@@ -8,9 +8,9 @@ With turns that cost nothing a prompt takes M / (M - 1) times as long as alone w
 cost something, as caches are cold after each: of OLMoE (int4, 8 layers, all in memory) a decode step takes 1.11 times
 as long, a prompt's pieces 1.03 times; builtin:tiny 1.9 and 1.2. So both are had where the slowest tokens alone take
 some more than the mean, as they do where anything else runs: slices go by those, not by the slowest tenth, which gave
-prompts 1.61 and 1.56 times at 100 and 25 % and the slowest tokens 2.7 and 2.3 times. Only the slowest gaps count, so
-slices must be alike: of twenty the longest takes 1.04 times what it should; 1.11 where a forward began if half of it
-fitted.
+prompts 1.61 and 1.56 times at 100 and 25 % and the slowest tokens 2.7 and 2.3 times; now 1.54 and 1.47, 3.05 and 2.9.
+Only the slowest gaps count, so slices must be alike: of twenty the longest takes 1.04 times what it should; 1.11 where
+a forward began if half of it fitted.
 
 What did not help (1,024 and 512 tokens beside one stream, 4 layers of OLMoE int4): to end a slice where the next expert
 has yet to arrive, so that decode runs meanwhile: wave slots are few, the disk idles, and the prompt takes 1.9 to 2.2

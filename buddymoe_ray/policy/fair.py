@@ -26,9 +26,7 @@ class FairShare:
     def join(self, tenant: str, present: Iterable[str]) -> None:
         """A request of `tenant` comes while those `present` wait or run. Who was away has no credit for it: it begins
         where the least of them stands."""
-        if self._spent.keys() == {
-            tenant
-        }:  # nothing to compare with: 128 that begin together need not look at each other
+        if self.alone and tenant in self._spent:  # 128 that begin together need not look at each other
             return
         there = set(present)
         if not there:

@@ -5,7 +5,7 @@ of 200 tokens 5.5 and 4. Here it is .7 and .45, 2.2 and 1.8.
 
 A call is a number, its `Work`, and replies until its end, each a msgpack of both on a socket of this user's: nothing is
 unpickled. Knows `Work` and who answers it, neither HTTP nor ray. Invariant: a call ends at both ends of the connection,
-whether it is over, left, or the connection is lost.
+whether it is over, left, or the connection is lost; what of one cannot be read ends that one alone.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _WORK = TypeAdapter(Work)
 _REPLY: TypeAdapter[Reply] = TypeAdapter(Batch | Refusal)
 _GONE = "the worker is gone (its connection ended)"
 _READ_BYTES, _MOST_BYTES = 1 << 16, 1 << 30
+OFFERED_SECONDS = 30.0
 
 
 def socket_folder() -> TemporaryDirectory[str]:
@@ -42,16 +43,21 @@ def socket_folder() -> TemporaryDirectory[str]:
 
 
 async def offer(answer: Attempt) -> str:
-    """A path at which who connects first, of this user, has work answered."""
+    """A path at which who connects first, of this user and soon, has work answered."""
     folder = socket_folder()
 
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def withdraw() -> None:
         server.close()
         folder.cleanup()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        waiting.cancel()
+        withdraw()
         await _answer_all(answer, reader, writer)
 
     path = str(Path(folder.name, "worker"))
     server = await asyncio.start_unix_server(connected, path)
+    waiting = asyncio.get_running_loop().call_later(OFFERED_SECONDS, withdraw)
     return path
 
 
@@ -60,7 +66,7 @@ class Channel:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writer, self._numbers = writer, count()
-        self._calls: dict[int, asyncio.Queue[Reply | WorkerLost | None]] = {}
+        self._calls: dict[int, asyncio.Queue[bytes | WorkerLost | None]] = {}
         self._reading = asyncio.create_task(self._read(reader))
 
     @classmethod
@@ -92,17 +98,17 @@ class Channel:
             while (reply := await replies.get()) is not None:
                 if isinstance(reply, WorkerLost):
                     raise reply
-                yield reply
+                yield _REPLY.validate_python(_fields(reply))
         finally:
             if self._calls.pop(call, None) is not None and self.is_open:
                 self._writer.write(_packed(call, None))
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         try:
-            async for call, fields in _frames(reader):
+            async for call, reply in _frames(reader):
                 if call in self._calls:  # else it was left
-                    replies = self._calls[call] if fields is not None else self._calls.pop(call)
-                    replies.put_nowait(None if fields is None else _REPLY.validate_python(fields))
+                    replies = self._calls[call] if reply is not None else self._calls.pop(call)
+                    replies.put_nowait(reply)
         finally:
             self._writer.close()
             calls, self._calls = self._calls, {}
@@ -113,19 +119,19 @@ class Channel:
 async def _answer_all(answer: Attempt, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     calls: dict[int, asyncio.Task[None]] = {}
 
-    async def run(call: int, work: Work) -> None:
+    async def run(call: int, work: bytes) -> None:
         try:
-            async with aclosing(answer(work)) as replies:
+            async with aclosing(answer(_WORK.validate_python(_fields(work)))) as replies:
                 async for reply in replies:
                     writer.write(_packed(call, _REPLY.dump_python(reply)))
                     await writer.drain()
         except ConnectionError:
-            log.warning("%s is left: its ingress is gone", work.request_id)
+            log.warning("call %d is left: its ingress is gone", call)
         except Exception:  # whoever waits gets an answer; the log says what it was
-            log.exception("%s failed", work.request_id)
+            log.exception("call %d failed", call)
             writer.write(_packed(call, _REPLY.dump_python(failure())))
 
-    def begin(call: int, work: Work) -> None:
+    def begin(call: int, work: bytes) -> None:
         def end(_: object) -> None:
             del calls[call]
             writer.write(_packed(call, None))
@@ -134,9 +140,9 @@ async def _answer_all(answer: Attempt, reader: asyncio.StreamReader, writer: asy
         calls[call].add_done_callback(end)
 
     try:
-        async for call, fields in _frames(reader):
-            if fields is not None:
-                begin(call, _WORK.validate_python(fields))
+        async for call, work in _frames(reader):
+            if work is not None:
+                begin(call, work)
             elif call in calls:
                 calls[call].cancel()
     finally:
@@ -148,15 +154,21 @@ async def _answer_all(answer: Attempt, reader: asyncio.StreamReader, writer: asy
 
 
 def _packed(call: int, fields: Any) -> bytes:
-    packed: bytes = msgpack.packb((call, fields), default=list, unicode_errors="surrogatepass")
+    """A frame: the call, and its fields apart, or None at its end."""
+    inner = None if fields is None else msgpack.packb(fields, default=list, unicode_errors="surrogatepass")
+    packed: bytes = msgpack.packb((call, inner))
     return packed
 
 
-async def _frames(reader: asyncio.StreamReader) -> AsyncGenerator[tuple[int, Any], None]:
+def _fields(packed: bytes) -> Any:
+    return msgpack.unpackb(packed, strict_map_key=False, unicode_errors="surrogatepass")
+
+
+async def _frames(reader: asyncio.StreamReader) -> AsyncGenerator[tuple[int, bytes | None], None]:
     """What comes, until the connection ends."""
-    unpacker = msgpack.Unpacker(strict_map_key=False, unicode_errors="surrogatepass", max_buffer_size=_MOST_BYTES)
+    unpacker = msgpack.Unpacker(max_buffer_size=_MOST_BYTES)
     with suppress(ConnectionError):
         while data := await reader.read(_READ_BYTES):
             unpacker.feed(data)
-            for call, fields in unpacker:
-                yield call, fields
+            for call, packed in unpacker:
+                yield call, packed

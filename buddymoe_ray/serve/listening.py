@@ -2,8 +2,8 @@
 
 Through a proxy a request is a call of one actor, two calls back for its body, and an object of ray's for each message:
 one of a token takes 19 ms of CPU, and took 7.7 here before there was a `channel` (2.7 the engine; a busy machine).
-A killed ingress answers again after 3 to 4.5 s, most of it imports; before Serve asked for its health each second after
-8 to 10, the port refusing all. Knows sockets, not routes.
+A killed ingress answers again after 2.6 to 4.6 s, most of it imports; before Serve asked for its health each second,
+after 8 to 10, the port refusing all. Knows sockets, not routes.
 """
 
 from __future__ import annotations

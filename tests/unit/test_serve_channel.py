@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,3 +125,28 @@ async def test_what_no_frame_holds_is_said_at_once() -> None:
         with pytest.raises(ValueError, match="recursion limit"):
             channel.generate(replace(TEXT, template_options={"deep": deep}))
         assert await all_of(channel.generate(TEXT))
+
+
+async def test_what_cannot_be_read_ends_its_call_alone() -> None:
+    deep: list[object] = []
+    statuses = list[int]()
+    async with reached(Worker(FakeEngine(delay=0.01))) as channel:
+        other = asyncio.create_task(all_of(channel.generate(LONG)))
+        for level in range(1, 1030):
+            deep = [deep]
+            if level > 1015:  # of some levels msgpack writes one more than it reads
+                with suppress(ValueError):
+                    [first, *_] = await all_of(channel.generate(replace(TEXT, template_options={"deep": deep})))
+                    statuses += [first.status] if isinstance(first, Refusal) else []
+        assert [delta.finish_reason for delta in (await other)[-1].deltas] == ["length"]  # type: ignore[union-attr]
+    assert statuses == [500]
+
+
+async def test_an_offer_that_nobody_takes_is_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("buddymoe_ray.serve.channel.OFFERED_SECONDS", 0.05)
+    path = Path(await offer(Worker(FakeEngine()).generate))
+    assert path.exists()
+    while path.parent.exists():
+        await asyncio.sleep(0.01)
+    with pytest.raises(OSError):
+        await Channel.open(str(path))
