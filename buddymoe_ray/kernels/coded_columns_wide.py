@@ -44,6 +44,7 @@ from buddymoe_ray.kernels.vector_ir import (
     blocks,
     call,
     const,
+    first_bytes,
     internal,
     load,
     loop,
@@ -334,9 +335,7 @@ class _Rows(_WideColumns):
         """A line of a row, or the words of it that are there and zeros."""
         if words is None:
             return load(b, place, BYTES)
-        there = b.icmp_unsigned("<", const(BYTES, range(LINE)), splat(b, b.trunc(b.mul(words, I64(4)), I8), LINE))
-        operands = [at(b, place, BYTES), I32(1), there, const(BYTES, 0)]
-        return call(b, f"llvm.masked.load.v{LINE}i8.p0", BYTES, operands)
+        return first_bytes(b, place, b.mul(words, I64(4)), LINE)
 
     def _half(self, b: Any, words: Any, half: int) -> Any:
         """Of each byte."""

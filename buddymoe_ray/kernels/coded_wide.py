@@ -44,6 +44,7 @@ from buddymoe_ray.kernels.vector_ir import (
     at,
     call,
     const,
+    first_bytes,
     internal,
     load,
     loop,
@@ -150,7 +151,7 @@ class _WideTiles(CodedTiles):
 
     def _codes(self, b: Any, place: Any) -> Any:
         """Of four groups, or of what is left of them and zeros."""
-        return load(b, place, BYTES) if self._left is None else _first_bytes(b, place, self._left[0], CODES)
+        return load(b, place, BYTES) if self._left is None else first_bytes(b, place, self._left[0], CODES)
 
     def _counts(self, b: Any, held: Any) -> tuple[Any, Any]:
         """The codes in the low and in the high halves of bytes as numbers from 0 up."""
@@ -172,7 +173,7 @@ class _WideTiles(CodedTiles):
         """What a block has one of, `size` bytes from one to the next, for four groups: each in four lanes."""
         count = FOUR // self._fmt.block[1]
         if self._left is not None:  # those that are not there count for codes that are not
-            there = _first_bytes(b, place, b.mul(self._left[1], I64(size)), count * size)
+            there = first_bytes(b, place, b.mul(self._left[1], I64(size)), count * size)
             b.store(there, at(b, self._scales_left, there.type), align=1)
             place = self._scales_left
         found = read(place, count)
@@ -219,10 +220,3 @@ class _WideTiles(CodedTiles):
                 step = splat(b, b.fmul(top, F32(self._unit / TOP)), 4)
                 b.store(step, at(b, place, vec(F32, 4), 5 * CODES + 16 * i), align=1)
         b.ret_void()
-
-
-def _first_bytes(b: Any, place: Any, count: Any, size: int) -> Any:
-    """`<size x i8>` with the first `count` bytes of a place, and zeros; reads no further."""
-    kind = vec(I8, size)
-    there = b.icmp_unsigned("<", const(kind, range(size)), splat(b, b.trunc(count, I8), size))
-    return call(b, f"llvm.masked.load.v{size}i8.p0", kind, [at(b, place, kind), I32(1), there, const(kind, 0)])

@@ -26,6 +26,7 @@ __all__ = [
     "blocks",
     "call",
     "const",
+    "first_bytes",
     "internal",
     "load",
     "loop",
@@ -54,6 +55,13 @@ def at(b: Any, address: Any, kind: Any, offset: Any = 0) -> Any:
 def load(b: Any, address: Any, kind: Any, offset: Any = 0) -> Any:
     """Load from any address, aligned or not."""
     return b.load(at(b, address, kind, offset), align=1)
+
+
+def first_bytes(b: Any, place: Any, count: Any, size: int) -> Any:
+    """`<size x i8>` with the first `count` bytes of a place, and zeros; reads no further."""
+    kind = vec(I8, size)
+    there = b.icmp_unsigned("<", const(kind, range(size)), splat(b, b.trunc(count, I8), size))
+    return call(b, f"llvm.masked.load.v{size}i8.p0", kind, [at(b, place, kind), I32(1), there, const(kind, 0)])
 
 
 def const(kind: Any, value: float | Sequence[float]) -> Any:
