@@ -7,8 +7,11 @@ Invariant: what the constructor opened is closed when ray ends the replica, and 
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,10 +19,11 @@ import ray
 from ray import serve
 
 from buddymoe_ray.config import EngineConfig, visible_gpus_from_environment
+from buddymoe_ray.errors import CapacityError
 from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.ray_metrics import RayMetrics
 from buddymoe_ray.serve.resources import assigned_devices, own_device, workers_on_node
-from buddymoe_ray.serve.work import WorkerReport
+from buddymoe_ray.serve.work import Refusal, WorkerReport
 from buddymoe_ray.serve.worker import EngineSeam, Worker
 
 if TYPE_CHECKING:
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 __all__ = ["OpenEngine", "WorkerReplica", "open_async_engine"]
+
+LEAVE_SECONDS = 1.0  # at most until a worker without an engine has told those whom it answered
 
 OpenEngine = Callable[[EngineConfig, str, "Sharing"], EngineSeam]
 """`open_engine(config, model name, with whom it shares its experts)`."""
@@ -65,6 +71,7 @@ class WorkerReplica(Worker):
             log.warning("ray assigned GPU %s and torch sees no CUDA device: the CPU computes", assigned_devices())
         self._metrics = RayMetrics(model=args.served_name, replica=replica)
         self._memory.join(replica, self._engine)
+        self._leaving: asyncio.Task[None] | None = None
 
     async def record_routing_stats(self) -> dict[str, float]:
         """Ray asks now and then, and shows it to the routers."""
@@ -77,7 +84,28 @@ class WorkerReplica(Worker):
     async def check_health(self) -> None:
         """Ray asks every two seconds, which is a good pace for metrics too."""
         self._metrics.publish(self.snapshot())
-        await super().check_health()
+        try:
+            await super().check_health()
+        except CapacityError as error:
+            self._lost(error)
+            raise
+
+    def _lost(self, error: CapacityError) -> Refusal:
+        if self._leaving is None or self._leaving.done():
+            self._leaving = asyncio.create_task(self._leave_if_dead())
+        return super()._lost(error)
+
+    async def _leave_if_dead(self) -> None:
+        """End the process when its engine has died. Serve replaces what fails three checks; for those six seconds its
+        routers would send all that comes to this worker, which has the shortest queue."""
+        with suppress(CapacityError):
+            return await self._engine.check_health()
+        log.critical("the engine has died, so this worker ends")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_SECONDS):
+                await self.settle()
+        await asyncio.sleep(LEAVE_SECONDS / 10)  # what was said last is on its way
+        os._exit(1)
 
     async def __del__(self) -> None:  # Serve awaits it once what came through it is done, before the process ends
         if hasattr(self, "_engine"):  # absent when it could not be opened

@@ -4,7 +4,7 @@ Kept where the call is made (the ingress, or a Python client's process): the tok
 When the worker dies, the others are asked for the rest; they compute prompt and tokens anew and go on. A worker that is
 cut off dies for nobody, but falls silent: it says an empty batch when it has no tokens to tell. Invariant: the caller
 sees every token once, in order, and one end per choice. Knows neither ray nor engines; `handles` makes attempts.
-A worker whose engine died says so, and its streams move like those of a killed one; Serve's health check replaces it.
+A worker whose engine died says so and ends, and its streams move like those of a killed one.
 Not resumable: what runs through the ingress, the HTTP proxy or the head node when those die, and a request that records
 or replays its stand-ins, once it has begun to answer.
 """

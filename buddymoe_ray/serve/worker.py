@@ -154,7 +154,7 @@ class Worker:
                     reply, prompts, answer = replace(reply, prompt_token_ids=prompts, answer=answer), (), None
                 yield reply
         except CapacityError as error:
-            yield worker_lost(str(error), retry_after_seconds=self._retry_after)
+            yield self._lost(error)
         finally:
             self._answers -= Counter({work.tenant: 0 if work.gives_way else answers})
             self._guests.leave(items)
@@ -222,6 +222,9 @@ class Worker:
             return too_late(seconds, within=work.begin_within, retry_after_seconds=self._retry_after)
         return planned
 
+    def _lost(self, error: CapacityError) -> Refusal:
+        return worker_lost(str(error), retry_after_seconds=self._retry_after)
+
     def _has_room(self, tenant: str, answers: int) -> bool:
         """Whether so many more may run or wait. Of one of several tenants fewer may than of all."""
         own, total, most = self._answers[tenant], self._answers.total(), self._most_answers
@@ -265,7 +268,7 @@ class Worker:
         except RequestError as error:
             items.put(refusal_of(error))
         except CapacityError as error:
-            items.put(worker_lost(str(error), retry_after_seconds=self._retry_after))
+            items.put(self._lost(error))
         except asyncio.CancelledError:  # displaced, or nobody reads on
             items.put(unavailable("the request goes on elsewhere", retry_after_seconds=self._retry_after))
             raise

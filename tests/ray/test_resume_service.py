@@ -223,23 +223,28 @@ def test_leaving_a_moved_stream_frees_its_slot(mortals: str) -> None:
     eventually(lambda: running(client) == 0, seconds=20)  # the request alone would run for 80 s
 
 
-def test_streams_leave_an_engine_that_died_and_it_is_replaced(mortals: str) -> None:
-    """Its process lives: only its step thread is gone."""
-    client = Client("mortals")
-    eventually(lambda: len(client.snapshots()) == 2)
-    eventually(
-        lambda: 'buddymoe_workers{model="fake"} 2' in httpx.get(f"{mortals}/metrics").text
-    )  # who says what is ill
-    stream = client.stream("\x03", max_tokens=60, seed=1)
-    text = "".join(next(stream).text for _ in range(6))  # the fourth token cost the engine its life
-    # whoever answers may not know a new replica yet; Serve replaces an ill one at its third check, two seconds apart
-    eventually(lambda: (ill := httpx.get(f"{mortals}/health")).status_code == 503 and len(ill.json()["problems"]) == 1)
-    for event in stream:
-        text += event.text
-    assert text == expected("\x03", 1, 60)
-    assert event.usage is not None and 0 < event.usage.resumed <= 3  # what was under way at its death is lost
-    eventually(lambda: httpx.get(f"{mortals}/health").status_code == 200 and len(client.snapshots()) == 2)
-    assert client.generate("hello", max_tokens=8).usage.completion_tokens == 8
+async def test_streams_leave_an_engine_that_died_and_it_is_replaced(mortals: str) -> None:
+    """Only its step thread is gone. It ends itself: idle as it is, routers would prefer it to one that works."""
+    client = await asyncio.to_thread(Client, "mortals")
+    await asyncio.to_thread(eventually, lambda: len(client.snapshots()) == 2)
+    before = {report.pid for report in await asyncio.to_thread(workers_of, "mortals")}
+    watched = [Watched() for _ in range(5)]
+    async with asyncio.TaskGroup() as group:
+        for seed, other in enumerate(watched[1:]):
+            group.create_task(by_handle(client, other, f"stream {seed}", max_tokens=TOKENS, seed=seed))
+        await begun(watched[1:], 2)
+        group.create_task(by_handle(client, watched[0], "\x03", max_tokens=60, seed=1))  # its fourth token is fatal
+    assert watched[0].text == expected("\x03", 1, 60)
+    assert [other.text for other in watched[1:]] == [expected(f"stream {seed}", seed) for seed in range(4)]
+    assert 0 < watched[0].resumed <= 3  # what was under way at its death is lost
+    print(f"waited {watched[0].longest_wait:.3f} s for another worker")
+
+    def replaced() -> bool:
+        return len(before & (now := {report.pid for report in workers_of("mortals")})) == 1 and len(now) == 2
+
+    await asyncio.to_thread(eventually, replaced)
+    await asyncio.to_thread(eventually, lambda: httpx.get(f"{mortals}/health").status_code == 200)
+    assert (await client.agenerate("hello", max_tokens=8)).usage.completion_tokens == 8
 
 
 def test_with_one_worker_a_stream_waits_for_its_replacement(deploy: Deploy, record_property: Recorded) -> None:
