@@ -361,6 +361,7 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
             kills=1,
         ),
         "stopped": _scenario(folder, {"A": _worker(0, 1), "B": _worker(0, ahead=(1,))}, victims="A", stops=True),
+        "stopped, failed": _scenario(folder, {"A": _worker(0), "B": _worker(1)}, failures=1, victims="A", stops=True),
         "stopped, computing": _scenario(
             folder, {"A": _worker(0, 1), "B": _worker(2, 1)}, X, Y, victims="A", stops=True
         ),

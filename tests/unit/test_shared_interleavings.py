@@ -48,6 +48,10 @@ TRACES = {
         "move, to a free slot",
         "M:wait#1 A:sleep#1 M-0 A:sleep#2 M:write-key_expert#2 !M A:end#1",
     ),
+    "a read that fails while one stands still with the tables": (
+        "stopped, failed",
+        "B:settle#1 A:write-generation#1 =A B-0 B:lock#2 ~ B:lock#3 ~ B:lock#4 ~ B:lock#5",
+    ),
     "whoever reads for us is killed": ("devices, killed", "B:unlock#1 !B A:sleep#2 ~ A:end#1"),
 }
 
