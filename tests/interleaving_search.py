@@ -121,7 +121,9 @@ class _Node:
         found = sorted((name for name, _ in able), key=lambda name: name != last)
         found += [f"{name}+{at}" for name, at in flying]
         if not found and live:
-            return ["~"]
+            stopped = [name for name, own in zip(self.names, owns, strict=True) if own.state == "stopped"]
+            over = ["!" + name for name in stopped if state[n + 1] < self.kills]  # which does not last for ever
+            return over if over and state[n + 4] >= self.patience else ["~", *over]
         if state[n + 3] < self.failures and not locked:
             found += [f"{name}-{at}" for name, at in flying]
         if state[n + 1] < self.kills:

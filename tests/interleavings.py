@@ -3,8 +3,9 @@
 An actor is a greenlet that runs production code. It stops at a *point* before every effect that others can see: a lock,
 a write to the tables (a read too, where no lock is held), a read from disk, a sleep, an unlink. Between two points one
 of the operations happens: an actor goes on to its next point (`A`), is killed as by SIGKILL (`!A`: no `finally` has an
-effect, its locks go, its reads stop), is stopped as by SIGSTOP (`=A`: what it has stays its own; when the others are
-done it is killed), a read of its lands or fails (`A+0`, `A-0`), or, where nothing else can happen, time passes (`~`).
+effect, its locks go, its reads stop), is stopped as by SIGSTOP (`=A`: what it has stays its own, until it is killed
+when the others are done, or have waited long), a read of its lands or fails (`A+0`, `A-0`), or, where nothing else can
+happen, time passes (`~`).
 `interleaving_search` tries all orders: of what an actor alone knows (its frames) and of what all see (tables, bytes,
 locks, files) this file makes the keys by which it tells states apart.
 What must hold is looked at all the time: the bytes of a lease are its expert's own, nobody waits for ever, a file that
@@ -18,6 +19,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dis
+import errno
 import fcntl
 import functools
 import math
@@ -315,6 +317,7 @@ class World:
         _world = self
         self.victims: frozenset[str] = frozenset()
         self.may_stop = False  # one of the victims
+        self.full = False  # so that no memory that was given back comes again
         self.patience = 3  # most ticks in which nothing happens: somebody waits for ever then
         self.violation, self.unlinked, self.steps = "", False, 0
 
@@ -444,12 +447,12 @@ class World:
                 raise Violation("a row looks, or lends, that nobody had or has just taken")
             if (state == tables.LOADING).any() or lease.any():
                 raise Violation(f"states are {state.tolist()} and {int(lease.sum())} leases are left, must be none")
-            if waves < self.plan.wave_slots:
+            if waves < self.plan.wave_slots or (waves > self.plan.wave_slots and not self.kills):
                 raise Violation(f"wave slots are {waves}, must be {self.plan.wave_slots}")
             lends = [actor.lends for actor in self.actors.values() if actor.lends is not None]
             first = self.plan.slots_total - sum(self.plan.lent_slots)
             unused = np.asarray(mine.partition)[first : first + min(lends, default=0)] == tables.UNUSED
-            if unused.any() and not self.kills:
+            if unused.any() and not self.kills and not self.full:
                 raise Violation(f"of slots that everybody lends {unused.tolist()} are unused")
         except AssertionError as error:
             raise Violation(f"in the end {error}") from error
@@ -815,6 +818,8 @@ def _given_back(store: SharedStore, first: int) -> None:
 
 def _taken_back(store: SharedStore, slot: int) -> None:
     point("fallocate")
+    if _world is not None and _world.full:
+        raise OSError(errno.ENOSPC, "no memory is left")
     if _world is not None:
         _world.holes.discard(slot)
         _world.wrote(_world.current)
@@ -887,8 +892,9 @@ def replay(make: Callable[[], World], trace: Sequence[str]) -> str:
 def _ops_of(world: World, segment: str) -> Iterator[str]:
     name, _, until = segment.partition(":")
     if not until:
-        live = [name for name in world.victims if world.actors[name].state == "live"]
-        ends = [end + name for name in live for end in "!="[: 1 + world.may_stop]]
+        state_of = {name: world.actors[name].state for name in world.victims}
+        ends = ["!" + name for name, state in state_of.items() if state in ("live", "stopped")]
+        ends += ["=" + name for name, state in state_of.items() if state == "live" and world.may_stop]
         known = {*world.options(), *ends, *(f"{name}-{at}" for name, at in world.flying())}
         yield from [segment] if segment in known else []
         return

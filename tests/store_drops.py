@@ -12,12 +12,12 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["dropped"]
+__all__ = ["dropped", "taken_apart"]
 
 
 def dropped(source: str) -> Iterator[tuple[str, str]]:
     """What a function lacks and its source without that, for each step in it. What is there twice has a number."""
-    whole, seen = ast.fix_missing_locations(_Apart().visit(ast.parse(source))), dict[str, int]()
+    whole, seen = ast.parse(taken_apart(source)), dict[str, int]()
     for at, node in enumerate(ast.walk(whole)):
         for name, value in list(ast.iter_fields(node)):
             for index, new, what in _changes(node, name, value):
@@ -29,6 +29,11 @@ def dropped(source: str) -> Iterator[tuple[str, str]]:
                     getattr(parent, name)[index] = new
                 count = seen[what] = seen.get(what, 0) + 1
                 yield (what if count == 1 else f"{what} #{count}"), ast.unparse(ast.fix_missing_locations(tree))
+
+
+def taken_apart(source: str) -> str:
+    """A function's source as `dropped` has it, and lacking nothing."""
+    return ast.unparse(ast.fix_missing_locations(_Apart().visit(ast.parse(source))))
 
 
 def _changes(node: ast.AST, name: str, value: Any) -> Iterator[tuple[int | slice | None, Any, str]]:
@@ -64,7 +69,7 @@ def _step(part: Any) -> bool:
 
 
 class _Apart(ast.NodeTransformer):
-    """Assignments of several things come one by one, and nothing has a type."""
+    """Assignments of several things come one by one (not of what is made once), and nothing has a type."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
         node.returns = None
@@ -74,6 +79,8 @@ class _Apart(ast.NodeTransformer):
         return ast.arg(node.arg)
 
     def visit_Assign(self, node: ast.Assign) -> Any:
+        if len(node.targets) > 1 and not isinstance(node.value, ast.Constant | ast.UnaryOp):
+            return node
         pairs = [
             pair
             for target in node.targets

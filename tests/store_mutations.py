@@ -26,14 +26,14 @@ from typing import Any
 
 from interleaving_search import explore
 from interleavings import instrumented, replay
-from store_drops import dropped
+from store_drops import dropped, taken_apart
 from store_scenarios import Scenario, scenarios
 
 from buddymoe_ray.cache import ExpertCache, ahead, host, loads
 from buddymoe_ray.cache.shared import lending, locks, mover, store, tables
 from buddymoe_ray.kernels import slot_words
 
-__all__ = ["GOLDEN", "Change", "Shown", "changes", "goes_wrong", "known", "weakened"]
+__all__ = ["GOLDEN", "Change", "Shown", "as_they_are", "changes", "goes_wrong", "known", "weakened"]
 
 GOLDEN = Path(__file__).with_name("golden") / "store_drops.tsv"
 _NO_STEPS = {"__init__", "initialise", "check_integrity", "nbytes", "resident", "run", "pin"}
@@ -106,6 +106,7 @@ _WEAKER: tuple[tuple[Any, str, str, str], ...] = (
         "(lambda e: e >> 40 << 40 | self.generation[np.maximum(e >> 40, 1) - 1])(1 * self.entry[layer]).tobytes()",
     ),
     (_TABLES, "take", "expert] = slot", "expert] = slot; self._publish(slot)"),
+    (_TABLES, "vacate", "self.key_layer[slot] =", "self.state[slot] = FREE; self.key_layer[slot] ="),
     (_TABLES, "locked_soon", "self._patience", "None"),
     (_TABLES, "reap_now_and_then", "suppress(Stalled), self.locked_soon()", "self.locked()"),
     (_TABLES, "lent", "self.lends.min()", "self.lends[self.row]"),
@@ -135,12 +136,26 @@ _WEAKER: tuple[tuple[Any, str, str, str], ...] = (
 
 def changes() -> Iterator[Change]:
     """All of them."""
+    for owner, function, text in _sources():
+        yield from (Change(owner, function, lacks, without) for lacks, without in dropped(text))
+    for weaker in _WEAKER:
+        yield weakened(*weaker)
+
+
+@contextlib.contextmanager
+def as_they_are() -> Iterator[None]:
+    """Inside the block every function is as `changes` have it, and lacks nothing."""
+    with contextlib.ExitStack() as made:
+        for owner, function, text in [*_sources()]:
+            made.enter_context(Change(owner, function, "", taken_apart(text)).made())
+        yield
+
+
+def _sources() -> Iterator[tuple[Any, str, str]]:
     for owner, named in _STEPS:
         for function in [f for f in vars(owner) if f not in _NO_STEPS and f in (named or vars(owner))]:
             if text := _source(owner, function):
-                yield from (Change(owner, function, lacks, without) for lacks, without in dropped(text))
-    for weaker in _WEAKER:
-        yield weakened(*weaker)
+                yield owner, function, text
 
 
 def weakened(owner: Any, function: str, old: str, new: str) -> Change:

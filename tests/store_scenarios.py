@@ -1,7 +1,7 @@
 """Small nodes whose every interleaving is tried: who is there, and what each does with production calls.
 
-Whole, with a kill of anybody at any step: two readers, a writer, a repairer and a sweeper are 495,135 states, of which
-each of 4,058 ways from the start ran what was not known yet (21 CPU seconds, `golden/store_nodes.log`; before each step
+Whole, with a kill of anybody at any step: two readers, a writer, a repairer and a sweeper are 514,819 states, of which
+each of 3,992 ways from the start ran what was not known yet (17 CPU seconds, `golden/store_nodes.log`; before each step
 was run once for what it sees, 228,700 states took 120 s, and they were not all).
 """
 
@@ -234,10 +234,12 @@ def _scenario(
     lent: int = 0,
     layers: int = 1,
     stops: bool = False,
+    full: bool = False,
 ) -> Scenario:
     def make() -> World:
         world = World(folder, slots=slots, lent=lent, layers=layers)
         world.victims, world.patience, world.may_stop = frozenset(victims or actors), patience, stops
+        world.full = full
         for name, prepare in actors.items():
             world.actor(name, prepare(world))
         if resident:
@@ -282,6 +284,23 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
             folder, {"A": _worker(0), "M": _keeper(swap), "N": _keeper(Move(load=Z))}, X, kills=1, victims="M"
         ),
         "repair": _scenario(folder, {"M": _keeper(swap), "A": _worker(2), "K": reaper}, X, kills=1, victims="K"),
+        "repair, kept": _scenario(
+            folder, {"M": _keeper(Move(load=Y)), "A": _worker(2), "K": reaper}, kills=1, victims="K"
+        ),
+        "repair, and again": _scenario(
+            folder,
+            {"A": _worker(2), "M": _keeper(Move(load=Y)), "K": reaper, "B": _worker(0)},
+            X,
+            kills=2,
+            victims="AK",
+        ),
+        "killed, and two wait": _scenario(
+            folder, {"A": _worker(0), "B": _worker(0), "C": _worker(0)}, kills=1, victims="A"
+        ),
+        "killed, beside the last": _scenario(folder, {"A": _worker(1), "M": _keeper(swap)}, X, Z, kills=1),
+        "killed, beside the last, late": _scenario(
+            folder, {"A": _worker(0, seconds=7.0), "M": _keeper(swap)}, X, Z, kills=1, victims="M", patience=12
+        ),
         "killed, and who sees to it": _scenario(folder, {"A": _worker(0), "K": reaper}, X, kills=2),
         "killed in a look": _scenario(folder, {"A": _glancer(0), "K": reaper}, X, kills=2, lent=1),
         "killed, having lent": _scenario(folder, {"L": _lender(0), "K": reaper}, X, kills=2, lent=1),
@@ -291,12 +310,20 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
         "move, of another layer": _scenario(
             folder, {"M": _keeper(Move(load=Y, evict=V)), "A": _worker(1)}, V, kills=1, layers=2
         ),
+        "move, out of a wave": _scenario(folder, {"M": _keeper(Move(load=Z, evict=Y)), "A": _worker(0)}, X, Y),
+        "move, of what is there": _scenario(
+            folder, {"M": _keeper(Move(load=Y, evict=X)), "A": _worker(1)}, X, Y, slots=2
+        ),
+        "move, for one that is gone": _scenario(
+            folder, {"M": _keeper(Move(load=Z, evict=Y)), "A": _worker(1, held=(1,))}, X, slots=0, lent=1
+        ),
         "long": _scenario(folder, {"A": _worker(0, seconds=7.0), "M": _keeper(swap), "B": _worker(0)}, X, patience=12),
         "roles": _scenario(folder, {"A": _worker(0, 2, held=(0,)), "M": _keeper(swap)}, X, Y, kills=1),
         "wait, move": _scenario(folder, {"A": _worker(0), "B": _worker(0), "M": _keeper(swap)}),
         "hold a wave": _scenario(folder, {"A": _worker(1, 2, held=(1,))}, X, Y),
         "one, another": _scenario(folder, {"A": _worker(0), "B": _worker(1)}, X, kills=1),
         "hold": _scenario(folder, {"A": _worker(0, held=(0,)), "M": _keeper(swap)}, X),
+        "hold, arrive": _scenario(folder, {"A": _worker(0, held=(0,)), "B": _worker(0)}),
         "failed, killed": _scenario(folder, {"A": _worker(0), "B": _worker(0)}, kills=1, failures=1, victims="A"),
         "moves, failed, killed": _scenario(
             folder, {"M": _keeper(swap), "B": _worker(1)}, X, kills=1, failures=1, victims="M"
@@ -312,6 +339,9 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
         "glance": _scenario(folder, {"A": _glancer(0), "B": _worker(1)}, X, kills=1, failures=1),
         "glance, move": _scenario(folder, {"A": _glancer(0), "M": _keeper(swap)}, X, kills=1),
         "glance, arrive": _scenario(folder, {"A": _glancer(0), "B": _worker(0)}, kills=1),
+        "glance, arrive, repaired": _scenario(
+            folder, {"A": _glancer(0), "B": _worker(0), "K": reaper, "C": reaper}, kills=1, victims="K"
+        ),
         "glance, with all": _scenario(
             folder, {"A": _glancer(0), "B": _glancer(0), "W": _worker(1), "K": reaper, "S": sweeper}, X, kills=1
         ),
@@ -331,6 +361,7 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
             kills=1,
         ),
         "stopped": _scenario(folder, {"A": _worker(0, 1), "B": _worker(0, ahead=(1,))}, victims="A", stops=True),
+        "stopped, failed": _scenario(folder, {"A": _worker(0), "B": _worker(1)}, failures=1, victims="A", stops=True),
         "stopped, computing": _scenario(
             folder, {"A": _worker(0, 1), "B": _worker(2, 1)}, X, Y, victims="A", stops=True
         ),
@@ -341,19 +372,31 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
             folder, {"A": _worker(1, 2, prompt=True), "B": _worker(2, prompt=True)}, X, victims="A", stops=True
         ),
         "stopped, moving": _scenario(folder, {"M": _keeper(swap), "B": _worker(1, 0)}, X, victims="M", stops=True),
+        "stopped, and moved": _scenario(
+            folder,
+            {"A": _worker(0, 1, held=(0,)), "M": _keeper(swap)},
+            X,
+            kills=1,
+            victims="A",
+            stops=True,
+            patience=12,
+        ),
         "stopped, ending": _scenario(folder, {"A": _worker(0), "B": leaver}, victims="A", stops=True, patience=6),
         "lent": _scenario(folder, {"A": _worker(1), "L": _lender(0)}, X, Y, kills=1, lent=1),
         "lent, and read": _scenario(folder, {"A": _worker(1), "L": _lender(0)}, X, kills=1, failures=1, lent=1),
         "lent, and looked at": _scenario(folder, {"A": _glancer(1), "L": _lender(0)}, X, Y, kills=1, lent=1),
         "lent, by two": _scenario(folder, {"L": _lender(0), "N": _lender(0, 1)}, X, Y, kills=1, lent=1),
-        "lent, by two, and again": _scenario(folder, {"L": _lender(0, 1), "N": _lender(0, 1)}, X, lent=1),
+        "lent, by two, and again": _scenario(folder, {"L": _lender(0, 1), "N": _lender(0, 1)}, X, kills=1, lent=1),
+        "lent, and none comes back": _scenario(
+            folder, {"L": _lender(0, 1), "N": _lender(0, 1)}, X, kills=1, lent=1, full=True
+        ),
         "lent, and moved": _scenario(
             folder, {"M": _keeper(Move(load=Z, evict=Y)), "L": _lender(0)}, X, Y, kills=1, failures=1, lent=1
         ),
         "lent, for a wave": _scenario(
             folder, {"M": _keeper(Move(load=Z, evict=Y)), "L": _lender(0)}, X, Y, Z, kills=1, lent=1
         ),
-        "lent, and again": _scenario(folder, {"L": _lender(0, 1), "A": _worker(1, 2)}, X, Y, kills=1, lent=1),
+        "lent, and again": _scenario(folder, {"L": _lender(0, 1), "A": _worker(0, 1, 2)}, X, Y, kills=1, lent=1),
         "start": _scenario(folder, {"A": starter, "B": starter}, kills=1),
         "sweep": _scenario(folder, {"A": starter, "S": sweeper}, kills=1),
         "devices": _scenario(folder, {"A": _device(0), "B": _device(1, 2)}, failures=1),

@@ -320,7 +320,11 @@ class Loads:
         except BaseException as error:
             _blame(error, load.key)
             load.ticket.settle()
-            self._abandon([(load.key, load.slot)])
+            try:
+                self._abandon([(load.key, load.slot)])
+            except Stalled:
+                self._put_off([load], loads)
+                raise
             loads.remove(load)
             raise
         if load.began is not None:
@@ -336,14 +340,18 @@ class Loads:
             with self._tables.locked_soon():
                 self._tables.commit(slots)
         except Stalled:
-            for load in came:
-                loads.remove(load)
-                self.ahead.add(load.untimed())  # how long it took is known
+            self._put_off(came, loads)
             raise
         for load in came:
             loads.remove(load)
         self.counts.nbytes += len(slots) * self._store.layout.expert_bytes
         return slots
+
+    def _put_off(self, over: Sequence[OwnLoad], loads: deque[OwnLoad] | ReadsAhead) -> None:
+        """These have ended, and the tables are held: they are concluded with what is read ahead."""
+        for load in over:
+            loads.remove(load)
+            self.ahead.add(load.untimed())  # how long it took is known
 
     def _abandon(self, claimed: list[tuple[ExpertKey, int]] | deque[tuple[ExpertKey, int]]) -> None:
         """Free slots that nothing is read into any more."""

@@ -12,7 +12,7 @@ from experts_on_disk import make_layout
 from test_cache_stream import access, open_cache
 
 from buddymoe_ray.cache.private_store import PrivateStore
-from buddymoe_ray.cache.shared.tables import FREE, READY, SharedTables
+from buddymoe_ray.cache.shared.tables import READY, SharedTables
 from buddymoe_ray.types import ExpertKey
 
 
@@ -47,7 +47,7 @@ def filled(folder: Path) -> SharedTables:
 def test_a_change_that_was_interrupted_is_mended_by_the_next(tmp_path: Path) -> None:
     tables = filled(tmp_path)
     with pytest.raises(KeyboardInterrupt), tables.locked():
-        tables.state[0] = FREE
+        tables.key_layer[0] = -1  # as `vacate` begins
         raise KeyboardInterrupt
     tables.check_integrity()
     assert tables.slot_of[0].tolist()[:3] == [-1, 1, 2] and not tables.entry[0, 0]

@@ -111,7 +111,7 @@ class Mover:
                 return None
             if now >= 0:
                 # no byte moves; but one who holds the slot may wait for a wave slot
-                if tables.state[now] == READY and not tables.leased(np.array([slot]))[0]:
+                if not tables.leased(np.array([slot]))[0]:
                     self._exchange(now, slot)
                 return None
             if tables.state[slot] == FREE:

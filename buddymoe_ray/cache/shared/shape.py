@@ -29,7 +29,7 @@ class HeaderWord:
 
     MAGIC, VERSION, READY, CLOCK, DIRTY, EPOCH = range(6)
     MAGIC_WORD = 0x425544_44594D4F
-    VERSION_WORD = 7
+    VERSION_WORD = 8
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ generation (`glance`), and what was computed counts where the slot still has tha
 stopped or killed, and it computes again where a slot was taken meanwhile.
 Invariants: a slot that anyone leases, or that is LOADING, is never claimed; bytes of a slot are used only if they were
 read between a lease and its release, under an unchanged generation, or before READY by the loader itself; a dead row's
-leases and loads are void.
+leases and loads are void. Writes are in such an order that, wherever a holder of the lock is killed, a FREE slot has no
+expert, a READY one no loader, and one that has a layer has its expert.
 
 Legend: C slots, L layers, E experts, P rows.
 """
@@ -242,9 +243,9 @@ class SharedTables:
         """Make `slot` LOADING for `key`, whatever it held; the caller holds the lock and saw that nobody leases it."""
         self.vacate(slot)
         self.generation[slot] += 1
-        self.key_layer[slot], self.key_expert[slot] = key.layer, key.expert
         self.loader[slot] = self.row
         self.state[slot] = LOADING
+        self.key_expert[slot], self.key_layer[slot] = key.expert, key.layer
         self.slot_of[key.layer, key.expert] = slot
         self.lease[self.row, slot] += 1
 
@@ -256,8 +257,8 @@ class SharedTables:
         assert self.state[slot] == READY, f"slot {slot} is in state {self.state[slot]}, must be READY"
         layer, expert = self.key_layer[slot], self.key_expert[slot]
         self.key_layer[slot] = self.key_expert[slot] = -1
-        self.loader[slot] = self.row
         self.state[slot] = LOADING
+        self.loader[slot] = self.row
         self.entry[layer, expert] = 0
         self.slot_of[layer, expert] = -1
 
@@ -270,7 +271,7 @@ class SharedTables:
     def restore(self, slot: int, key: ExpertKey) -> None:
         """Take back `retire`; where the expert came elsewhere meanwhile, free the slot. The caller holds the lock."""
         if self.slot_of[key.layer, key.expert] < 0:
-            self.key_layer[slot], self.key_expert[slot] = key.layer, key.expert
+            self.key_expert[slot], self.key_layer[slot] = key.expert, key.layer
             self.slot_of[key.layer, key.expert] = slot
             self.commit([slot])
         else:
@@ -289,13 +290,14 @@ class SharedTables:
 
         Its generation stays, as its bytes do, until it is taken: which nobody may while it is leased.
         """
+        self.loader[slot] = -1  # first: whoever waits takes a load without an expert for one that came
         if self.state[slot] != FREE:
             layer, expert = self.key_layer[slot], self.key_expert[slot]
+            self.key_layer[slot] = self.key_expert[slot] = -1
             if layer >= 0:
                 self.entry[layer, expert] = 0
                 self.slot_of[layer, expert] = -1
             self.state[slot] = FREE
-        self.loader[slot] = self.key_layer[slot] = self.key_expert[slot] = -1
 
     def leased(self, slots: SlotIds) -> npt.NDArray[np.bool_]:
         """Which of the slots anybody leases."""
@@ -304,12 +306,13 @@ class SharedTables:
 
     def others_loading(self) -> bool:
         """Whether another row is reading an expert now."""
-        return bool(((self.state == LOADING) & (self.loader != self.row)).any())
+        loading = self.state == LOADING
+        return bool((loading & (self.loader != self.row)).any())
 
     def check_integrity(self) -> None:
         """Assert that tables and slots mirror each other; takes the lock."""
         with self.locked():
-            held = np.flatnonzero((self.state != FREE) & (self.key_layer >= 0))  # without retired ones
+            held = np.flatnonzero((self.key_layer >= 0) | (self.state == READY))  # a retired slot is neither
             layers, experts, homes = self.key_layer[held], self.key_expert[held], self.partition[held]
             slot_of, entry = np.full(self.slot_of.shape, -1), np.zeros(self.entry.shape, np.uint64)
             slot_of[layers, experts] = held
@@ -363,7 +366,7 @@ class SharedTables:
 
     def _void(self, row: int) -> None:
         """A row's leases end and what it was loading is free again."""
-        for slot in np.flatnonzero((self.state == LOADING) & (self.loader == row)).tolist():
+        for slot in np.flatnonzero(self.loader == row).tolist():
             self.vacate(slot)
         self.lease[row] = self.looks[row] = 0
         self.lends[row] = self.shape.lent
@@ -374,15 +377,11 @@ class SharedTables:
         self.slot_of[...] = -1
         self.entry[...] = 0
         for slot in np.flatnonzero(self.state != FREE).tolist():
-            layer, expert, row = int(self.key_layer[slot]), int(self.key_expert[slot]), int(self.loader[slot])
-            held = self.state[slot] == LOADING and row >= 0 and self.alive(row)
-            if layer < 0 and held:  # a mover keeps it
-                continue
-            orphan = self.state[slot] == LOADING and not held
-            if orphan or layer < 0 or expert < 0 or self.slot_of[layer, expert] >= 0:
-                self.state[slot], self.loader[slot] = FREE, -1
+            layer, ready = int(self.key_layer[slot]), self.state[slot] == READY
+            if layer < 0 if ready else self.loader[slot] < 0:
                 self.key_layer[slot] = self.key_expert[slot] = -1
-                continue
-            self.slot_of[layer, expert] = slot
-            if self.state[slot] == READY:
-                self._publish(slot)
+                self.state[slot] = FREE
+            elif layer >= 0:  # else a mover keeps it
+                self.slot_of[layer, self.key_expert[slot]] = slot
+                if ready:
+                    self._publish(slot)
