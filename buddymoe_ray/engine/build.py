@@ -76,6 +76,7 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
             suspends=kv.runner.parts is not None and config.prefill_chunk is None,
             reuses=_reuses(config, kv.runner),
         )
+        tokenizer = load_tokenizer(folder) if text else None
         return EngineParts(
             config=config,
             experts=experts,
@@ -89,13 +90,19 @@ def build_parts(config: EngineConfig, *, text: bool = True, sharing: Sharing | N
             ),
             vocab_size=loaded.vocab_size,
             loaded=loaded,
-            eos_token_ids=loaded.eos_token_ids,
+            eos_token_ids=loaded.eos_token_ids or _own_end(tokenizer),
             sampling_defaults=_sampling_defaults(config, folder),
-            tokenizer=load_tokenizer(folder) if text else None,
+            tokenizer=tokenizer,
         )
     except BaseException:
         experts.close()
         raise
+
+
+def _own_end(tokenizer: Any) -> frozenset[int]:
+    """The tokenizer's end token, where a checkpoint names none: as in vLLM, not in transformers' `generate`."""
+    end = getattr(tokenizer, "eos_token_id", None)
+    return frozenset() if end is None else frozenset({end})
 
 
 def _sampling_defaults(config: EngineConfig, folder: Path) -> dict[str, Any]:

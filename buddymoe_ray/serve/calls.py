@@ -35,7 +35,6 @@ __all__ = [
 ]
 
 MAX_BODY_BYTES = 16 << 20
-
 Body = ChatRequest | CompletionRequest
 
 

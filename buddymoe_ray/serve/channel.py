@@ -61,11 +61,34 @@ async def offer(answer: Attempt) -> str:
     return path
 
 
+class _Together:
+    """Writes a connection: what is written in one turn of the event loop wakes the other end once."""
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self._writer, self._loop = writer, asyncio.get_running_loop()
+        self._held: list[bytes] = []
+        self.drain = writer.drain
+
+    def write(self, frame: bytes) -> None:
+        if not self._held:
+            self._loop.call_soon(self._send)
+        self._held.append(frame)
+
+    def close(self) -> None:
+        self._send()
+        self._writer.close()
+
+    def _send(self) -> None:
+        held, self._held = self._held, []
+        if held:
+            self._writer.write(b"".join(held))
+
+
 class Channel:
     """The asking end; `open` it."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writer, self._numbers = writer, count()
+        self._writer, self._numbers = _Together(writer), count()
         self._calls: dict[int, asyncio.Queue[bytes | WorkerLost | None]] = {}
         self._reading = asyncio.create_task(self._read(reader))
 
@@ -116,8 +139,9 @@ class Channel:
                 replies.put_nowait(WorkerLost(_GONE))
 
 
-async def _answer_all(answer: Attempt, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _answer_all(answer: Attempt, reader: asyncio.StreamReader, connection: asyncio.StreamWriter) -> None:
     calls: dict[int, asyncio.Task[None]] = {}
+    writer = _Together(connection)
 
     async def run(call: int, work: bytes) -> None:
         try:

@@ -51,9 +51,11 @@ class Items:
         self._news.clear()
         self._for_end, self._waits = for_end, True
         if not self._end_came and (for_end or not self._items):
-            with suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await self._news.wait()
+            over = self._loop.call_later(seconds, self._news.set)
+            try:
+                await self._news.wait()
+            finally:
+                over.cancel()
         self._waits = False
 
 
@@ -77,18 +79,23 @@ class Batches:
         self._flush_at = self._now() if flush_seconds is not None else float("inf")
         self._beat_at = self._now() + beat_seconds
         self._events: dict[str, list[TokenEvent]] = {}  # by sequence
+        self._refusal: Refusal | None = None
 
     async def next(self) -> Reply:
-        """The next batch, an empty one after `beat_seconds` without, or a refusal, which is the end."""
+        """The next batch, an empty one after `beat_seconds` without, or a refusal, which is the end; who reads a stream
+        has what was said before it."""
         while True:
             for item in self._items.take():
                 if isinstance(item, Refusal):
-                    self.open_choices = 0
-                    return item
+                    self._refusal = item
+                    break
                 self._events.setdefault(item.request_id, []).append(item)
                 self.open_choices -= not _goes_on(item)
             now = self._now()
-            if not self.open_choices or (self._events and now >= self._flush_at):
+            if self._refusal and (not self._events or self._flush_seconds is None):
+                self.open_choices = 0
+                return self._refusal
+            if self._refusal or not self.open_choices or (self._events and now >= self._flush_at):
                 break
             if now >= self._beat_at:
                 self._beat_at = now + self._beat_seconds

@@ -94,6 +94,7 @@ async def listening(bound: socket.socket, app: ASGIApp, *, prefix: str) -> Async
     has a moment to come to its own."""
     placed = app if prefix == "/" else Starlette(routes=[Mount(prefix, app=app)])
     logging.getLogger("uvicorn").parent = logging.getLogger("ray.serve")  # what Serve keeps of a replica
+    logging.getLogger("uvicorn.access").propagate = True  # Serve, which runs no server for a replica, turns it off
     config = Config(
         RequestIdMiddleware(placed),
         lifespan="off",

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from buddymoe_ray.serve.calls import MAX_BODY_BYTES, too_long
 from buddymoe_ray.serve.refusals import Refused
 
-__all__ = ["apart", "awaited", "whole_body"]
+__all__ = ["Departure", "apart", "whole_body"]
 
 LONG_BYTES = 1 << 16
 """Of 7 MiB in 60,000 messages all streams waited for 4.5 s, and .6 with a thread beside them."""
@@ -38,20 +38,51 @@ async def apart(read: Callable[[], T], body: bytes) -> T:
     return await asyncio.to_thread(read) if len(body) > LONG_BYTES else read()
 
 
-async def awaited(request: Request, made: Coroutine[Any, Any, T]) -> T:
-    """What is made for a client that waits for it. Raises ClientDisconnect when it leaves, and nothing more is made."""
-    making, leaving = asyncio.ensure_future(made), asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait((making, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not making.done():
-            raise ClientDisconnect
-        return making.result()
-    finally:
-        for each in (making, leaving):
-            each.cancel()
-        await asyncio.gather(making, leaving, return_exceptions=True)
+class Departure:
+    """Ends what is done for a client that leaves, from when its body was read to the last of its answer.
+
+    One task waits for that: two before a stream's first piece and a group around the others took a tenth of its CPU.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._ending: asyncio.Task[Any] | None = None
+        self._left = False
+        self._waiting = asyncio.ensure_future(_leaves(request))
+        self._waiting.add_done_callback(self._end)
+
+    async def awaited(self, made: Coroutine[Any, Any, T]) -> T:
+        """What is made for the client. Raises ClientDisconnect when it leaves, and nothing more is made. Whatever it
+        raises, that was the last wait."""
+        self._ending = task = asyncio.current_task()
+        assert task is not None, "a client is answered in a task"
+        if self._waiting.done():
+            self._end(self._waiting)
+        try:
+            return await made
+        except asyncio.CancelledError:
+            self.over()
+            if self._left and not task.uncancel():
+                raise ClientDisconnect from None
+            raise
+        except BaseException:
+            self.over()
+            raise
+        finally:
+            self._ending = None
+
+    def over(self) -> None:
+        """All is made: who leaves now ends nothing."""
+        self._ending = None
+        self._waiting.cancel()
+
+    def _end(self, waiting: asyncio.Future[None]) -> None:
+        if not waiting.cancelled():
+            waiting.exception()  # one of the server's: nobody is there, too
+            if self._ending is not None and not self._left:
+                self._left = True
+                self._ending.cancel()
 
 
-async def _left(request: Request) -> None:
+async def _leaves(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

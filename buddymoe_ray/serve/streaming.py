@@ -8,14 +8,15 @@ a message: nobody waits for it.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 
-from starlette.background import BackgroundTask
+from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
 from buddymoe_ray.serve.deltas import merge, total_usage
+from buddymoe_ray.serve.reading_bodies import Departure
 from buddymoe_ray.serve.refusals import failure
 from buddymoe_ray.serve.render import Renderer
 from buddymoe_ray.serve.work import Batch, Delta, Refusal, Reply
@@ -50,7 +51,8 @@ class Answer:
     usage_so_far: bool = False
     over: bool = False
     _ended: list[Delta] = field(default_factory=list)
-    _used: Usage = field(default_factory=Usage)
+    _prompt_tokens: int = 0
+    _made: int = 0
 
     async def whole(self) -> bytes | Refusal:
         """The body of a reply that does not stream."""
@@ -114,19 +116,26 @@ class Answer:
         messages: list[bytes] = []
         self.renderer.read_as(reply.answer)
         if reply.prompt_token_ids:
-            self._used = replace(self._used, prompt_tokens=sum(map(len, reply.prompt_token_ids)))
+            self._prompt_tokens = sum(map(len, reply.prompt_token_ids))
+        failed = [delta for delta in reply.deltas if _failed(delta)]
         for delta in reply.deltas:
-            if _failed(delta):
-                return b"".join([*messages, self._broken(failure(delta))])
-            made = self._used.completion_tokens + len(delta.token_ids)
-            self._used = replace(self._used, completion_tokens=made)
-            messages += self.renderer.chunks(delta, self._used if self.usage_so_far else None)
+            if delta in failed:
+                if not delta.token_ids:
+                    continue
+                delta = replace(delta, finish_reason=None, usage=None, error=None)  # what it said before it failed
+            self._made += len(delta.token_ids)
+            messages += self.renderer.chunks(delta, self._used() if self.usage_so_far else None)
             if delta.finish_reason is not None:
                 self._ended.append(delta)
-        if len(self._ended) == self.choices:
+        if failed:
+            messages.append(self._broken(failure(failed[0])))
+        elif len(self._ended) == self.choices:
             self.over = True
             messages.append(self.renderer.closing(total_usage(self._ended, n=self.n)))
         return b"".join(messages)
+
+    def _used(self) -> Usage:
+        return Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._made)
 
     def _broken(self, refusal: Refusal) -> bytes:
         self.over = True
@@ -134,19 +143,33 @@ class Answer:
 
 
 class EventStream(StreamingResponse):
-    """The events of an answer, whose last one ends the body."""
+    """The events of an answer, whose last one ends the body, for a client until its `departure`."""
 
-    def __init__(self, answer: Answer, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        events: AsyncGenerator[bytes, None],
+        headers: Mapping[str, str],
+        departure: Departure,
+    ) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
-        super().__init__(
-            events, media_type="text/event-stream", headers=headers, background=BackgroundTask(answer.drain)
-        )
-        self._answer = answer
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._answer, self._events, self._departure = answer, events, departure
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them, then see the worker's stream to its end."""
+        async with aclosing(self._events):
+            with suppress(ClientDisconnect):
+                await self._departure.awaited(self.stream_response(send))
+        self._departure.over()
+        await self._answer.drain()
 
     async def stream_response(self, send: Send) -> None:
         """A message of ASGI for each piece: each is one of Serve's, too, and costs 2 ms of CPU on its way."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for piece in self.body_iterator:
+        async for piece in self._events:
+            if self._answer.over:  # the server says of an answer that is sent, too, that its client left
+                self._departure.over()
             await send({"type": "http.response.body", "body": piece, "more_body": not self._answer.over})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from families import build_checkpoint
 from buddymoe_ray import LLM, EngineConfig, SamplingParams
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.errors import BudgetError, CheckpointError, ConfigError, RequestError
+from buddymoe_ray.models.tiny import path
 from buddymoe_ray.types import GenerationRequest
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -204,3 +206,18 @@ def test_a_long_prompt_reads_each_missing_expert_once() -> None:
         before = cache.stats().bytes_read_disk
         llm.generate([[5 + at % 900 for at in range(1000)]], max_tokens=1)
         assert cache.stats().bytes_read_disk - before <= 1.1 * missing
+
+
+def test_an_end_token_that_only_the_tokenizer_knows_ends_answers(tmp_path: Path) -> None:
+    for file in path().iterdir():
+        if file.name not in ("config.json", "generation_config.json"):
+            (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").write_text(
+        json.dumps(json.loads((path() / "config.json").read_text()) | {"eos_token_id": None})
+    )
+    engine = Engine.from_config(EngineConfig.from_options(model=str(tmp_path), memory="100%"))
+    ids = engine.encode_chat([{"role": "user", "content": "What is 347 + 85?"}])
+    engine.add(request("r", *ids, sampling=SamplingParams(temperature=0.0, max_tokens=64)))
+    last = engine.drain()[-1]
+    engine.close()
+    assert (last.finish_reason, last.token_ids) == ("stop", (engine.tokenizer.eos_token_id,))

@@ -88,6 +88,15 @@ async def test_a_refusal_is_told_at_once() -> None:
     assert isinstance(found, Refusal) and found == refusal and not batches.open_choices
 
 
+async def test_a_stream_has_what_was_said_before_a_refusal() -> None:
+    items, refusal = Items(), unavailable("gone", retry_after_seconds=1)
+    batches = batches_of(items, choices=2)
+    for item in (event("a"), event("b"), refusal, event("c", choice=1)):
+        items.put(item)
+    assert await said(batches) == "ab" and batches.open_choices
+    assert await batches.next() == refusal and not batches.open_choices
+
+
 @pytest.mark.parametrize("flush_seconds", [0.0, 1e-4])
 async def test_nothing_that_another_thread_says_is_lost_or_late(flush_seconds: float) -> None:
     """The reader begins to wait just when something is said, often."""

@@ -142,6 +142,26 @@ async def test_what_cannot_be_read_ends_its_call_alone() -> None:
     assert statuses == [500]
 
 
+async def test_what_is_said_at_once_is_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that flush together wake the other end once."""
+    said, written = asyncio.Event(), list[bytes]()
+    write = asyncio.StreamWriter.write
+    monkeypatch.setattr(asyncio.StreamWriter, "write", lambda self, data: (written.append(data), write(self, data)))
+
+    async def answer(work: Work) -> AsyncGenerator[Reply, None]:
+        await said.wait()
+        yield Refusal(status=400, message=work.request_id)
+
+    channel = await Channel.open(await offer(answer))
+    asking = [asyncio.create_task(all_of(channel.generate(replace(TEXT, request_id=name)))) for name in "abcd"]
+    await asyncio.sleep(0.1)
+    assert len(written) == 1, "the questions"
+    said.set()
+    assert [reply.message for [reply] in await asyncio.gather(*asking) if isinstance(reply, Refusal)] == [*"abcd"]
+    assert [data.count(b"message") for data in written[1:]] in ([4], [4, 0])
+    await channel.close()
+
+
 async def test_an_offer_that_nobody_takes_is_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("buddymoe_ray.serve.channel.OFFERED_SECONDS", 0.05)
     path = Path(await offer(Worker(FakeEngine()).generate))

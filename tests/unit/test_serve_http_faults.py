@@ -112,6 +112,16 @@ async def test_a_stream_refused_later_ends_with_the_refusal() -> None:
     assert json.loads(messages_of(response.text)[-1])["error"]["message"] == "gone"
 
 
+async def test_what_came_in_one_batch_with_an_error_is_told_before_it() -> None:
+    failed = Delta(choice=0, token_ids=(2,), text="b", finish_reason="error", error="lost")
+    workers = ScriptedWorkers(SOME, Batch(deltas=(failed, Delta(choice=1, token_ids=(3,), text="c"))))
+    async with talking_to(workers) as client:
+        response = await client.post("/v1/completions", json=TEXT | {"stream": True, "n": 2})
+    *chunks, last = [json.loads(message) for message in messages_of(response.text)]
+    told = [(choice["index"], choice["text"], choice["finish_reason"]) for [choice] in (c["choices"] for c in chunks)]
+    assert told[-2:] == [(0, "b", None), (1, "c", None)] and "lost" in last["error"]["message"]
+
+
 async def test_one_choice_that_fails_ends_the_work_on_the_others() -> None:
     workers = ScriptedWorkers(SOME, Batch(deltas=(Delta(choice=1, finish_reason="error"),)), hang=True)
     async with asyncio.timeout(20), talking_to(workers) as client:

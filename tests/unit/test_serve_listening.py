@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
@@ -59,6 +60,24 @@ async def test_who_leaves_is_not_answered_to_the_end(stream: bool, delay: float)
         while engine.running:
             await asyncio.sleep(0.01)
     assert engine.cancelled == 1
+
+
+async def test_a_stream_that_fails_is_ended_once(caplog: pytest.LogCaptureFixture) -> None:
+    """The server says of an answer whose last byte is sent that its client left: nothing is to be cut off by that."""
+    async with answering(FakeEngine(delay=0.002)) as client:
+        for _ in range(3):
+            stream = await client.post("/v1/completions", json=LONG | {"prompt": "\x02", "stream": True, "n": 4})
+            assert "error" in messages_of(stream.text)[-1]
+    assert not [record for record in caplog.records if "generator" in record.getMessage() + str(record.exc_info)]
+
+
+async def test_requests_are_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(logging.getLogger("uvicorn.access"), "propagate", False)  # as Serve leaves it
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
+    caplog.set_level(logging.INFO, "ray.serve")
+    async with answering(FakeEngine()) as client:
+        await client.post("/v1/completions", json=TEXT)
+    assert '"POST /v1/completions HTTP/1.1" 200' in caplog.text
 
 
 async def test_what_runs_at_the_end_comes_to_its_own() -> None:
