@@ -8,6 +8,7 @@ Legend: L layers, E experts.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -153,7 +154,8 @@ def prepare_within(
 
 @dataclass(frozen=True, kw_only=True)
 class _Known:
-    """What a profile says: records and, by kind, expected losses `[L, E]` of an access. `own` as in `StandinSetup`."""
+    """What a profile says: records and, by kind, expected losses `[L, E]` of an access. `fingerprint` is of the model
+    and of the profile. `own` as in `StandinSetup`."""
 
     fingerprint: str
     profile: Profile
@@ -185,7 +187,9 @@ class _Known:
         _same_shape(path, profile, layout)
         losses = {kind: profile.loss_LE(kind) for kind in (*layouts, "drop")}
         own = CalibrationFolder(path.parent).measured() if self_made(config, folder, path) else None
-        return cls(fingerprint=fingerprint, profile=profile, layouts=layouts, losses=losses, own=own)
+        # records change with their profile, which knows their errors and buddies
+        made = f"{fingerprint}|{hashlib.sha256(path.read_bytes()).hexdigest()}"
+        return cls(fingerprint=made, profile=profile, layouts=layouts, losses=losses, own=own)
 
 
 def _setup(config: EngineConfig, known: _Known, chosen: _Chosen) -> StandinSetup:
@@ -339,8 +343,6 @@ def _pricer(profile: Profile, loss_LE: Floats, plan: SlotPlan) -> Callable[[floa
 
 
 def _binding(fingerprint: str, config: EngineConfig, kind_of: Mapping[ExpertKey, str]) -> str:
-    import hashlib
-
     text = "|".join(f"{k.layer}.{k.expert}={kind}" for k, kind in sorted(kind_of.items()))
     return hashlib.sha256(f"{fingerprint}|{config.expert_dtype}|{config.dense_dtype}|{text}".encode()).hexdigest()
 
