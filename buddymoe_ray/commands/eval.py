@@ -104,7 +104,8 @@ def _on_tasks(args: argparse.Namespace, configs: list[EngineConfig]) -> list[Tas
         raise ConfigError("--tokens or --placement is given with --tasks, must go with --corpus. hint: leave it out")
     from buddymoe_ray.engine.accuracy import evaluate_tasks  # late: it imports torch
 
-    return evaluate_tasks(configs, held_out(args.tasks))
+    tasks = list(progress(held_out(args.tasks), total=args.tasks, desc="tasks"))
+    return evaluate_tasks(configs, tasks)
 
 
 def _print_tasks(records: list[dict[str, Any]]) -> None:

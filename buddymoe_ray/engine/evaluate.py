@@ -195,7 +195,8 @@ class Totals:
             nll_B = -ours_BV.gather(1, target_B[:, None])[:, 0].double()
             self.nll_exact += float(nll_exact_B.sum())
             self.nll += float(nll_B.sum())
-            self.kl += float((exact_BV.exp() * (exact_BV - ours_BV)).double().sum())
+            p_BV = exact_BV.exp()
+            self.kl += float((p_BV * (exact_BV - ours_BV)).masked_fill(p_BV == 0.0, 0.0).double().sum())
             self.agreed += int((exact_BV.argmax(dim=1) == ours_BV.argmax(dim=1)).sum())
             self.tokens += len(names)
             for name, rise in zip(names, (nll_B - nll_exact_B).tolist(), strict=True):
