@@ -58,8 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a record per memory and stand-in; exit status 0."""
-    if args.batch < 1:
-        raise ConfigError(f"--batch is {args.batch}, must be at least 1. hint: leave it at 32")
+    for name in ("batch", "tokens", "tasks"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise ConfigError(f"--{name} is {number}, must be at least 1. hint: leave the number out")
     configs = [
         measured_config(args, memory=memory, standin=standin, max_running=args.batch, guard_share=0.0)
         for memory in args.memory.split(",")
@@ -98,8 +99,6 @@ def _on_corpus(
 
 
 def _on_tasks(args: argparse.Namespace, configs: list[EngineConfig]) -> list[TaskResult | BudgetError]:
-    if args.tasks < 1:
-        raise ConfigError(f"--tasks is {args.tasks}, must be at least 1. hint: leave the number out for {TASKS}")
     if args.tokens is not None or args.placement != "static":
         raise ConfigError("--tokens or --placement is given with --tasks, must go with --corpus. hint: leave it out")
     from buddymoe_ray.engine.accuracy import evaluate_tasks  # late: it imports torch

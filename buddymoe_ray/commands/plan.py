@@ -38,16 +38,16 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; exit status 0, or 1 with a hint when it cannot fit."""
     from buddymoe_ray.models.profile import profile_path
     from buddymoe_ray.models.resolve import resolve_model
+    from buddymoe_ray.residency.devices import list_gpus, supposed_gpus
 
     config = engine_config(args)
-    folder = resolve_model(args.model, progress=not args.json)
-    from buddymoe_ray.residency.devices import list_gpus, supposed_gpus  # late: what comes now imports torch
-    from buddymoe_ray.residency.plan import make_plan, planned_shape
-
     if args.gpus is not None:
         config, gpus = _on_gpus(config), supposed_gpus(args.gpus)
     else:
         gpus = list_gpus()
+    folder = resolve_model(args.model, progress=not args.json)
+    from buddymoe_ray.residency.plan import make_plan, planned_shape  # late: it imports torch
+
     shape = planned_shape(config, folder)
     planned = partial(make_plan, folder=folder, gpus=gpus, shape=shape)
     plan = planned(config)  # what cannot be is told before anything is measured

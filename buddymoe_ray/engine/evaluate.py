@@ -66,8 +66,6 @@ class EvalResult:
 
 def cut_windows(ids: Sequence[int], *, tokens: int | None) -> list[tuple[int, ...]]:
     """Windows of 256 tokens, enough for `tokens` scored ones (192 each). Raises ConfigError when too short."""
-    if tokens is not None and tokens < 1:
-        raise ConfigError(f"tokens are {tokens}, must be at least 1. hint: leave --tokens out for all of the corpus")
     wanted = math.inf if tokens is None else math.ceil(tokens / (WINDOW - PREFILLED))
     count = int(min(wanted, len(ids) // WINDOW))
     if count < 1:

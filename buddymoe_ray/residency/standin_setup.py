@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from buddymoe_ray.cache import READ_ON_THE_SPOT
 from buddymoe_ray.config import STANDINS, EngineConfig
-from buddymoe_ray.errors import BudgetError, ProfileError
+from buddymoe_ray.errors import BudgetError, ConfigError, ProfileError
 from buddymoe_ray.models.fingerprint import model_hash
 from buddymoe_ray.models.profile import Profile, default_profile_path, load_profile, profile_path
 from buddymoe_ray.models.standin_files import standin_layouts, standins_folder, verify_standins
@@ -194,6 +194,10 @@ class _Known:
 
 def _setup(config: EngineConfig, known: _Known, chosen: _Chosen) -> StandinSetup:
     profile, kind_of, layers = known.profile, chosen.kind_of, config.chosen_layers()
+    if layers is not None and max(layers) >= profile.layers:
+        raise ConfigError(
+            f"standin_layers is {config.standin_layers!r}, must be below {profile.layers}. hint: they count MoE layers"
+        )
     record_loss_LE = _loss_of_access(known.losses, kind_of)
     return StandinSetup(
         plan=chosen.plan,

@@ -199,6 +199,8 @@ def test_bad_modes_and_budgets_are_refused() -> None:
         EngineConfig(budget=-1)
     with pytest.raises(ConfigError, match="standin_layers is 'a'"):
         EngineConfig(standin_layers="a")
+    with pytest.raises(ConfigError, match="standin_layers is '1,4', must be below 4"):
+        served(standin_layers="1,4")
 
 
 @pytest.mark.parametrize(
