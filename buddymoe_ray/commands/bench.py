@@ -118,17 +118,8 @@ def run(args: argparse.Namespace) -> int:
             emit(row)
     else:
         told = (
-            "model",
-            "memory",
-            "mode",
-            "batch",
-            "workers",
-            "threads",
-            "expert_dtype",
-            "expert_format",
-            "dense_dtype",
-            "prompt_tokens",
-            "new_tokens",
+            *("model", "memory", "mode", "batch", "workers", "threads"),
+            *("expert_dtype", "expert_format", "dense_dtype", "prompt_tokens", "new_tokens"),
         )
         shown = _SHOWN | (_SECOND if args.turns > 1 else {}) | (_BESIDE if args.beside else {})
         print_table(measured, shown, conditions={name.replace("_", " "): f"{{{name}}}" for name in told})
@@ -227,16 +218,8 @@ def _corpus_ids(args: argparse.Namespace) -> tuple[int, ...]:
 
 def _conditions(config: EngineConfig) -> dict[str, Any]:
     names = (
-        "model",
-        "memory",
-        "host_memory",
-        "mode",
-        "standin",
-        "expert_dtype",
-        "dense_dtype",
-        "dtype",
-        "device",
-        "threads",
+        *("model", "memory", "host_memory", "mode", "standin"),
+        *("expert_dtype", "dense_dtype", "dtype", "device", "threads"),
     )
     return {name: getattr(config, name) for name in names} | {"machine": platform.machine(), "cores": os.cpu_count()}
 

@@ -37,6 +37,9 @@ TASKS = 2040
 _TOLD = ("model", "mode", "memory", "budget", "standin", "policy", "expert_dtype", "dense_dtype")
 
 
+_TEXT = (".txt", ".py", ".rst", ".md")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `eval`."""
     add_engine_arguments(parser, without=NOT_MEASURED)
@@ -178,10 +181,7 @@ def read_corpus(names: list[str]) -> str:
         path = Path(name)
         if not path.exists():
             raise ConfigError(f"--corpus is {name}, must be a file or folder that exists. hint: check the path")
-        files = [path] if path.is_file() else _text_files(path)
+        found = [path] if path.is_file() else sorted(path.rglob("*"))
+        files = [file for file in found if file == path or (file.is_file() and file.suffix in _TEXT)]
         texts += [file.read_text(encoding="utf-8", errors="replace") for file in files]
     return "\n".join(texts)
-
-
-def _text_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in {".txt", ".py", ".rst", ".md"})

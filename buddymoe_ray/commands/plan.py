@@ -57,13 +57,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         emit(plan.as_record())
     else:
-        has_profile = profile_path(config.profile, folder)
-        _print(plan, [planned(each) for each in _in_all_modes(config)] if has_profile else [plan])
+        modes = get_args(Mode) if profile_path(config.profile, folder) else ()
+        each = [config.exactly() if mode == "exact" else replace(config, mode=mode) for mode in modes]
+        _print(plan, [planned(one) for one in each] or [plan])
     return 0
-
-
-def _in_all_modes(config: EngineConfig) -> list[EngineConfig]:
-    return [config.exactly() if mode == "exact" else replace(config, mode=mode) for mode in get_args(Mode)]
 
 
 def _on_gpus(config: EngineConfig) -> EngineConfig:

@@ -125,13 +125,7 @@ class Scheme:
             _check(said, "packing_format", ("auto_round:auto_gptq", "auto_round:auto_awq"), where)
             _check(said, "data_type", ("int", None), where)
             method = said["packing_format"].removeprefix("auto_round:auto_")
-        for module, own in _exceptions(said):
-            for name in ("bits", "group_size"):
-                if own.get("bits") != 16 and (own.get(name) or said.get(name)) != said.get(name):  # of 16 bits: plain
-                    raise UnsupportedModel(
-                        f"{where} has {module!r:.80} in {name} {own[name]!r:.40}, must be {said.get(name)} as "
-                        f"elsewhere. {INSTEAD}"
-                    )
+        _check_modules(said, where)
         _check(said, "bits", (4,), where)
         _check(said, "desc_act", (False, None), where)
         _check(said, "version", ("gemm", "GEMM", None), where)
@@ -226,16 +220,14 @@ def _check(said: Mapping[str, Any], name: str, served: tuple[object, ...], where
         raise UnsupportedModel(f"{where} is quantised with {name} {said.get(name)!r}, must be {served[0]!r}. {INSTEAD}")
 
 
-def _exceptions(said: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """What AutoRound and GPTQModel say of single modules."""
-    named = [said.get(name) for name in ("extra_config", "dynamic")]
-    return [
-        (str(module), own)
-        for of in named
-        if isinstance(of, Mapping)
-        for module, own in of.items()
-        if isinstance(own, Mapping)
-    ]
+def _check_modules(said: Mapping[str, Any], where: str) -> None:
+    """Raises UnsupportedModel where AutoRound or GPTQModel say that a module is stored in another way; plain it may."""
+    named = [of for of in (said.get("extra_config"), said.get("dynamic")) if isinstance(of, Mapping)]
+    for module, own in [item for of in named for item in of.items() if isinstance(item[1], Mapping)]:
+        for name in ("bits", "group_size") if own.get("bits") != 16 else ():
+            if own.get(name) not in (None, wanted := said.get(name)):
+                told = f"{module!r:.80} in {name} {own[name]!r:.40}"
+                raise UnsupportedModel(f"{where} has {told}, must be {wanted} as elsewhere. {INSTEAD}")
 
 
 def _block(said: Any, where: str) -> tuple[int, int]:
