@@ -47,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None:
             try:
-                one_of((*action.option_strings, action.dest)[0], value, action.choices)
+                one_of((*action.option_strings, action.dest)[0], str(value), map(str, action.choices))
             except ConfigError as error:
                 self.error(str(error))
 

@@ -130,3 +130,9 @@ def test_ci_runs_exactly_readmes_test_command() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     command = re.search(r"^python3 -m venv .*pytest$", TEXT, re.M)
     assert command is not None and "README.md" in script and "pytest" in script
+
+
+def test_hints_send_to_pages_that_are_there() -> None:
+    for path in (ROOT / "buddymoe_ray").rglob("*.py"):
+        for page in re.findall(r"hint: see ([\w/]*README[\w.]*)", path.read_text(encoding="utf-8")):
+            assert (ROOT / page.rstrip(".")).is_file(), f"{path} sends to {page}"

@@ -123,10 +123,6 @@ class HostStore:
         """A worker says that it leaves."""
         self._workers.pop(worker, None)
 
-    def wait_filled(self, seconds: float) -> bool:
-        """Whether every slot was filled within that time."""
-        return self._filled.wait(seconds)
-
     def status(self) -> StoreStatus:
         """The store, now."""
         tables, workers = self._tables, tuple(sorted(self._workers))

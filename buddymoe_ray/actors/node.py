@@ -214,7 +214,7 @@ class NodeMemory:
 
     def _register(self, worker: str, engine: Linked, known: PeerAddresses | None) -> PeerAddresses:
         """Say that the worker is there; where the other nodes' are, told to the engine if that is news."""
-        if not engine.link_address and _nodes_alive() > 1:
+        if not engine.link_address and sum(entry["Alive"] for entry in ray.nodes()) > 1:  # alone it does not listen
             engine.link()
         said = (worker, os.getpid(), engine.link_address, tuple(engine.link_seconds().items()))
         view: NodeView = _got(self._store.register.remote(*said))
@@ -248,11 +248,6 @@ def pool_report(pool: DevicePool, *, name: str, machine: str, epoch: int) -> Nod
 def node_tag(node: str) -> str:
     """A node's id, short enough for file and actor names."""
     return node[:12]
-
-
-def _nodes_alive() -> int:
-    """Nodes of the cluster: a worker does not listen on the network while its own is the only one."""
-    return sum(entry["Alive"] for entry in ray.nodes())
 
 
 def _got(call: Any) -> Any:

@@ -138,7 +138,11 @@ def _budget_curve(bench: Bench, standin: str, options: LossOptions) -> tuple[Bud
         for memory in options.memories
         for budget in options.budgets or BUDGETS
     ]
-    return tuple(_point(memory, budget, row) for memory, budget, row in curve if row is not None)
+    return tuple(
+        BudgetPoint(memory_percent=memory, budget=budget, **_measured(BudgetPoint, row))
+        for memory, budget, row in curve
+        if row is not None
+    )
 
 
 def _scales(found: Sequence[tuple[str, float, EvalResult]]) -> tuple[dict[str, float], float]:
@@ -171,10 +175,6 @@ def _by_kind(standin: str, row: EvalResult) -> dict[str, float]:
 
 def _comparison(standin: str, memory: float, row: EvalResult) -> ComparisonRow:
     return ComparisonRow(standin=standin, memory_percent=memory, **_measured(ComparisonRow, row))
-
-
-def _point(memory: float, budget: float, row: EvalResult) -> BudgetPoint:
-    return BudgetPoint(memory_percent=memory, budget=budget, **_measured(BudgetPoint, row))
 
 
 def _measured(kind: type[ComparisonRow] | type[BudgetPoint], row: EvalResult) -> dict[str, Any]:

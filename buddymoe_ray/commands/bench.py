@@ -7,12 +7,13 @@ round. A child process per row makes `peak_rss_bytes` that row's own.
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import platform
 import statistics
 import threading
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
@@ -30,6 +31,7 @@ from buddymoe_ray.observe import progress
 
 __all__ = ["add_arguments", "run"]
 
+_MOST_WORKERS = 64  # that a node's store has rows for
 _ADDED = ("decode_tok_s", "prefill_tok_s", "total_bytes_read", "process_read_bytes")
 _SHOWN = {
     "decode tok/s": "{decode_tok_s:,.1f}",
@@ -99,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         for memory in args.memory.split(",")
         for mode in args.mode.split(",")
         for batch in _integers("--batch", args.batch)
-        for workers in _integers("--workers", args.workers)
+        for workers in _integers("--workers", args.workers, most=_MOST_WORKERS)
     ]
     ids = _corpus_ids(args)
     rounds: list[list[dict[str, Any]]] = [[] for _ in rows]
@@ -116,17 +118,8 @@ def run(args: argparse.Namespace) -> int:
             emit(row)
     else:
         told = (
-            "model",
-            "memory",
-            "mode",
-            "batch",
-            "workers",
-            "threads",
-            "expert_dtype",
-            "expert_format",
-            "dense_dtype",
-            "prompt_tokens",
-            "new_tokens",
+            *("model", "memory", "mode", "batch", "workers", "threads"),
+            *("expert_dtype", "expert_format", "dense_dtype", "prompt_tokens", "new_tokens"),
         )
         shown = _SHOWN | (_SECOND if args.turns > 1 else {}) | (_BESIDE if args.beside else {})
         print_table(measured, shown, conditions={name.replace("_", " "): f"{{{name}}}" for name in told})
@@ -156,12 +149,17 @@ def _in_children(
         target.start()
         sender.close()
         children.append((target, receiver))
-    records = []
-    for _, receiver in children:
-        try:
-            records.append(receiver.recv())
-        except EOFError:
-            records.append(CapacityError("a worker died, must live to be measured. hint: see its message above"))
+    records: list[Any] = []
+    pending = [receiver for _, receiver in children]
+    while pending:
+        ready = wait(pending)
+        for receiver in [each for each in pending if each in ready]:
+            pending.remove(receiver)
+            try:
+                records.append(receiver.recv())
+            except EOFError:
+                gate.abort()  # the others would wait for it there
+                records.append(CapacityError("a worker died, must live to be measured. hint: see its message above"))
     for target, _ in children:
         target.join()
     failed = next((record for record in records if isinstance(record, BaseException)), None)
@@ -220,16 +218,8 @@ def _corpus_ids(args: argparse.Namespace) -> tuple[int, ...]:
 
 def _conditions(config: EngineConfig) -> dict[str, Any]:
     names = (
-        "model",
-        "memory",
-        "host_memory",
-        "mode",
-        "standin",
-        "expert_dtype",
-        "dense_dtype",
-        "dtype",
-        "device",
-        "threads",
+        *("model", "memory", "host_memory", "mode", "standin"),
+        *("expert_dtype", "dense_dtype", "dtype", "device", "threads"),
     )
     return {name: getattr(config, name) for name in names} | {"machine": platform.machine(), "cores": os.cpu_count()}
 
@@ -246,11 +236,12 @@ def _median(records: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def _integers(name: str, text: str) -> list[int]:
+def _integers(name: str, text: str, *, most: float = math.inf) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = [0]
-    if min(numbers) < 1:
-        raise ConfigError(f"{name} is {text!r}, must be whole numbers of at least 1. hint: write {name} 1,8")
+    if min(numbers) < 1 or max(numbers) > most:
+        limit = f"from 1 to {most}" if math.isfinite(most) else "of at least 1"
+        raise ConfigError(f"{name} is {text!r}, must be whole numbers {limit}. hint: write {name} 1,8")
     return numbers

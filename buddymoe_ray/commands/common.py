@@ -77,12 +77,12 @@ def emit(record: Record) -> None:
     print(json.dumps(known, separators=(",", ":")), flush=True)
 
 
-def print_facts(facts: Mapping[str, str], *, title: str = "") -> None:
+def print_facts(facts: Mapping[str, str]) -> None:
     """One fact a line, what it is beside what it says."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", box=None, show_header=False, pad_edge=False)
+    table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, fact in facts.items():

@@ -37,6 +37,9 @@ TASKS = 2040
 _TOLD = ("model", "mode", "memory", "budget", "standin", "policy", "expert_dtype", "dense_dtype")
 
 
+_TEXT = (".txt", ".py", ".rst", ".md")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `eval`."""
     add_engine_arguments(parser, without=NOT_MEASURED)
@@ -58,8 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a record per memory and stand-in; exit status 0."""
-    if args.batch < 1:
-        raise ConfigError(f"--batch is {args.batch}, must be at least 1. hint: leave it at 32")
+    for name in ("batch", "tokens", "tasks"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise ConfigError(f"--{name} is {number}, must be at least 1. hint: leave the number out")
     configs = [
         measured_config(args, memory=memory, standin=standin, max_running=args.batch, guard_share=0.0)
         for memory in args.memory.split(",")
@@ -98,13 +102,12 @@ def _on_corpus(
 
 
 def _on_tasks(args: argparse.Namespace, configs: list[EngineConfig]) -> list[TaskResult | BudgetError]:
-    if args.tasks < 1:
-        raise ConfigError(f"--tasks is {args.tasks}, must be at least 1. hint: leave the number out for {TASKS}")
     if args.tokens is not None or args.placement != "static":
         raise ConfigError("--tokens or --placement is given with --tasks, must go with --corpus. hint: leave it out")
     from buddymoe_ray.engine.accuracy import evaluate_tasks  # late: it imports torch
 
-    return evaluate_tasks(configs, held_out(args.tasks))
+    tasks = list(progress(held_out(args.tasks), total=args.tasks, desc="tasks"))
+    return evaluate_tasks(configs, tasks)
 
 
 def _print_tasks(records: list[dict[str, Any]]) -> None:
@@ -178,10 +181,7 @@ def read_corpus(names: list[str]) -> str:
         path = Path(name)
         if not path.exists():
             raise ConfigError(f"--corpus is {name}, must be a file or folder that exists. hint: check the path")
-        files = [path] if path.is_file() else _text_files(path)
+        found = [path] if path.is_file() else sorted(path.rglob("*"))
+        files = [file for file in found if file == path or (file.is_file() and file.suffix in _TEXT)]
         texts += [file.read_text(encoding="utf-8", errors="replace") for file in files]
     return "\n".join(texts)
-
-
-def _text_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in {".txt", ".py", ".rst", ".md"})

@@ -38,16 +38,16 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; exit status 0, or 1 with a hint when it cannot fit."""
     from buddymoe_ray.models.profile import profile_path
     from buddymoe_ray.models.resolve import resolve_model
+    from buddymoe_ray.residency.devices import list_gpus, supposed_gpus
 
     config = engine_config(args)
-    folder = resolve_model(args.model, progress=not args.json)
-    from buddymoe_ray.residency.devices import list_gpus, supposed_gpus  # late: what comes now imports torch
-    from buddymoe_ray.residency.plan import make_plan, planned_shape
-
     if args.gpus is not None:
         config, gpus = _on_gpus(config), supposed_gpus(args.gpus)
     else:
         gpus = list_gpus()
+    folder = resolve_model(args.model, progress=not args.json)
+    from buddymoe_ray.residency.plan import make_plan, planned_shape  # late: it imports torch
+
     shape = planned_shape(config, folder)
     planned = partial(make_plan, folder=folder, gpus=gpus, shape=shape)
     plan = planned(config)  # what cannot be is told before anything is measured
@@ -57,13 +57,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         emit(plan.as_record())
     else:
-        has_profile = profile_path(config.profile, folder)
-        _print(plan, [planned(each) for each in _in_all_modes(config)] if has_profile else [plan])
+        modes = get_args(Mode) if profile_path(config.profile, folder) else ()
+        each = [config.exactly() if mode == "exact" else replace(config, mode=mode) for mode in modes]
+        _print(plan, [planned(one) for one in each] or [plan])
     return 0
-
-
-def _in_all_modes(config: EngineConfig) -> list[EngineConfig]:
-    return [config.exactly() if mode == "exact" else replace(config, mode=mode) for mode in get_args(Mode)]
 
 
 def _on_gpus(config: EngineConfig) -> EngineConfig:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from buddymoe_ray.device.gpu import Gpu, current, download, gpu_count, upload
+from buddymoe_ray.device.gpu import Gpu, current, download, upload
 from buddymoe_ray.device.host import Host
 from buddymoe_ray.device.host_recording import noted
 from buddymoe_ray.device.interface import Copy, Device, Recording, SharedMemory
@@ -28,7 +28,7 @@ def launch_on(where: torch.device, run: Callable[[], None]) -> None:
 def open_device(name: str) -> Device:
     """By its name in `EngineConfig.device`: `auto` is cuda when there is one, else cpu. Raises ConfigError for a device
     that is not there."""
-    count = gpu_count()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name in ("cpu", "interpret") or (name == "auto" and not count):
         return Host(apart=name == "interpret")
     wanted = torch.device("cuda" if name == "auto" else name)

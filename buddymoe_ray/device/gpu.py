@@ -15,12 +15,7 @@ from buddymoe_ray.device.gpu_recording import GpuRecording
 from buddymoe_ray.device.interface import Copy, Recording, SharedMemory
 from buddymoe_ray.errors import BudgetError
 
-__all__ = ["Gpu", "current", "download", "gpu_count", "upload"]
-
-
-def gpu_count() -> int:
-    """GPUs that torch can use."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+__all__ = ["Gpu", "current", "download", "upload"]
 
 
 def current(where: torch.device) -> AbstractContextManager[object]:

@@ -66,8 +66,6 @@ class EvalResult:
 
 def cut_windows(ids: Sequence[int], *, tokens: int | None) -> list[tuple[int, ...]]:
     """Windows of 256 tokens, enough for `tokens` scored ones (192 each). Raises ConfigError when too short."""
-    if tokens is not None and tokens < 1:
-        raise ConfigError(f"tokens are {tokens}, must be at least 1. hint: leave --tokens out for all of the corpus")
     wanted = math.inf if tokens is None else math.ceil(tokens / (WINDOW - PREFILLED))
     count = int(min(wanted, len(ids) // WINDOW))
     if count < 1:
@@ -195,7 +193,8 @@ class Totals:
             nll_B = -ours_BV.gather(1, target_B[:, None])[:, 0].double()
             self.nll_exact += float(nll_exact_B.sum())
             self.nll += float(nll_B.sum())
-            self.kl += float((exact_BV.exp() * (exact_BV - ours_BV)).double().sum())
+            p_BV = exact_BV.exp()
+            self.kl += float((p_BV * (exact_BV - ours_BV)).masked_fill(p_BV == 0.0, 0.0).double().sum())
             self.agreed += int((exact_BV.argmax(dim=1) == ours_BV.argmax(dim=1)).sum())
             self.tokens += len(names)
             for name, rise in zip(names, (nll_B - nll_exact_B).tolist(), strict=True):

@@ -29,6 +29,7 @@ _OF_TYPE: dict[str, tuple[str, ...]] = {
     "boolean": (),
     "null": (),
 }
+_SIZES = ("minItems", "maxItems", "minLength", "maxLength")
 _WHOLE = ("$ref", "anyOf", "enum", "const")  # each says all there is to say of a value
 _NOTES = {
     *("$schema", "$comment", "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"),
@@ -126,7 +127,8 @@ def _parts(schema: object, place: str, depth: int) -> Iterator[tuple[str, object
 
 def _check_part(part: dict[str, Any], place: str, field: str) -> None:
     types = [part["type"]] if isinstance(part.get("type"), str) else part.get("type", [])
-    if not isinstance(types, list) or not all(isinstance(name, str) and name in _OF_TYPE for name in types):
+    known = isinstance(types, list) and all(isinstance(name, str) and name in _OF_TYPE for name in types)
+    if not known or part.get("type") == []:
         raise _refused(field, f"has type {part['type']!r:.80} at {place:.200}", f"one of {', '.join(_OF_TYPE)}")
     whole = [name for name in _WHOLE if name in part]
     allowed = {"type", *(name for kind in types for name in _OF_TYPE[kind])}
@@ -153,6 +155,9 @@ def _check_values(part: dict[str, Any], types: list[str], place: str, field: str
     absent = [name for name in part.get("required", ()) if name not in named]
     if absent:
         raise _refused(field, f"has required {absent[0]!r:.80} at {place:.200}", "names of properties alone")
+    for keyword in _SIZES:  # of some of them -1 means no limit to xgrammar
+        if keyword in part and (type(part[keyword]) is not int or part[keyword] < 0):
+            raise _refused(field, f"has {keyword} {part[keyword]!r:.80} at {place:.200}", "a whole number from 0")
     trap = _trap(str(part.get("pattern", "")))
     if trap is not None:
         raise _refused(field, f"has pattern {part['pattern']!r:.80} at {place:.200}", f"without {trap!r:.20} there")

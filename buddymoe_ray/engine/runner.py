@@ -295,7 +295,7 @@ def probe(loaded: LoadedModel, step: StepState, *, use_cache: bool) -> None:
     """
     step.begin(Phase.PROBE, 1)
     zero = torch.zeros(1, 1, dtype=torch.int64, device=loaded.device)
-    with refusing(loaded.config), torch.inference_mode():
+    with refusing(loaded.config, dtype=loaded.compute_dtype), torch.inference_mode():
         if use_cache:
             loaded.model(input_ids=zero, position_ids=zero, use_cache=True, logits_to_keep=1)
         else:

@@ -63,7 +63,7 @@ def expert_layout(
     pieces: dict[ExpertKey, tuple[ExpertPiece, ...]] = {}
     counts = []
     for layer, (module_name, module) in enumerate(modules.items()):
-        counts.append(_expert_count(module))
+        counts.append(next(module.parameters()).shape[0])
         per_expert: list[list[ExpertPiece]] = [[] for _ in range(counts[-1])]
         for tensor in tensors:
             found = by_param[f"{module_name}.{tensor.name.partition('.')[0]}"]
@@ -98,10 +98,6 @@ def _place_of(stored: Stored, source: StoredExperts, tensor: SlotTensor, part: s
         place,
         shape=(place.nbytes // tensor.nbytes, *tensor.shape) if source.expert is None else (rows, *tensor.shape[1:]),
     )
-
-
-def _expert_count(module: nn.Module) -> int:
-    return next(module.parameters()).shape[0]
 
 
 def _common_shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:

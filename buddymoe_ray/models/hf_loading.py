@@ -321,7 +321,7 @@ def _raise_on_problems(model: PreTrainedModel, info: Any, dense: Mapping[str, St
 
 
 @contextmanager
-def refusing(config: PreTrainedConfig, attn: str | None = None) -> Iterator[None]:
+def refusing(config: PreTrainedConfig, attn: str | None = None, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Turns whatever a modeling file stumbles over into a CheckpointError, or a ConfigError about `attn`."""
     try:
         yield
@@ -333,9 +333,11 @@ def refusing(config: PreTrainedConfig, attn: str | None = None) -> Iterator[None
                 f"attention is {attn!r}, must be one that {config.model_type} supports ({error}). "
                 "hint: leave it to the default"
             ) from error
+        half = dtype is torch.float16  # some families keep a few weights in float32 and do not widen rows for them
         raise CheckpointError(
-            f"config.json of {config.model_type} describes no model ({type(error).__name__}: {error}). "
-            "hint: compare it with the release's own"
+            f"config.json of {config.model_type} describes no model{' that runs in float16' if half else ''} "
+            f"({type(error).__name__}: {error}). "
+            f"hint: {'serve with --dtype bfloat16, or ' if half else ''}compare it with the release's own"
         ) from error
 
 

@@ -125,6 +125,7 @@ class Scheme:
             _check(said, "packing_format", ("auto_round:auto_gptq", "auto_round:auto_awq"), where)
             _check(said, "data_type", ("int", None), where)
             method = said["packing_format"].removeprefix("auto_round:auto_")
+        _check_modules(said, where)
         _check(said, "bits", (4,), where)
         _check(said, "desc_act", (False, None), where)
         _check(said, "version", ("gemm", "GEMM", None), where)
@@ -217,6 +218,16 @@ class Scheme:
 def _check(said: Mapping[str, Any], name: str, served: tuple[object, ...], where: str) -> None:
     if said.get(name) not in served:
         raise UnsupportedModel(f"{where} is quantised with {name} {said.get(name)!r}, must be {served[0]!r}. {INSTEAD}")
+
+
+def _check_modules(said: Mapping[str, Any], where: str) -> None:
+    """Raises UnsupportedModel where AutoRound or GPTQModel say that a module is stored in another way; plain it may."""
+    named = [of for of in (said.get("extra_config"), said.get("dynamic")) if isinstance(of, Mapping)]
+    for module, own in [item for of in named for item in of.items() if isinstance(item[1], Mapping)]:
+        for name in ("bits", "group_size") if own.get("bits") != 16 else ():
+            if own.get(name) not in (None, wanted := said.get(name)):
+                told = f"{module!r:.80} in {name} {own[name]!r:.40}"
+                raise UnsupportedModel(f"{where} has {told}, must be {wanted} as elsewhere. {INSTEAD}")
 
 
 def _block(said: Any, where: str) -> tuple[int, int]:

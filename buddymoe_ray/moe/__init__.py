@@ -2,7 +2,7 @@
 
 from buddymoe_ray.moe.block import MoEBlock
 from buddymoe_ray.moe.first_layer import FirstLayer
-from buddymoe_ray.moe.outcome import STANDIN_KINDS, StepOutcome, Substitution, standin_kind
+from buddymoe_ray.moe.outcome import STANDIN_KINDS, StepOutcome, Substitution
 from buddymoe_ray.moe.read_ahead import Choice, ReadAhead
 from buddymoe_ray.moe.recorded import DeviceTables, RecordedLayer, Told, affordable
 from buddymoe_ray.moe.rows import Accesses
@@ -39,5 +39,4 @@ __all__ = [
     "WaveCompute",
     "affordable",
     "record_computes",
-    "standin_kind",
 ]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from buddymoe_ray.policy import Action, Resolution
 
-__all__ = ["ANSWER_STANDINS", "STANDIN_KINDS", "StepOutcome", "Substitution", "standin_kind"]
+__all__ = ["ANSWER_STANDINS", "STANDIN_KINDS", "StepOutcome", "Substitution"]
 
 STANDIN_KINDS = ("lowbit", "lowrank", "buddy", "mean", "drop")
 """Columns of `StepOutcome.standins_TS`, and the fields of `types.StandinUses`."""
@@ -30,11 +30,6 @@ Floats = npt.NDArray[np.float32]
 # what an action counts as, by `Action`; OWN is looked up by the expert's record
 _BUDDY, _DROP = (ANSWER_STANDINS + STANDIN_KINDS.index(kind) for kind in ("buddy", "drop"))
 _ANSWER_OF = np.array([_HIT, _FETCH, -1, _BUDDY, _DROP])
-
-
-def standin_kind(name: str) -> str:
-    """The kind that a record's full name counts as: `lowbit3` is a `lowbit`."""
-    return name.rstrip("0123456789")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from buddymoe_ray.cache import StandinPool
 from buddymoe_ray.device import upload
 from buddymoe_ray.kernels import ExpertLayer, StandinRecords, TritonExperts
-from buddymoe_ray.moe.outcome import ANSWER_STANDINS, STANDIN_KINDS, standin_kind
+from buddymoe_ray.moe.outcome import ANSWER_STANDINS, STANDIN_KINDS
 from buddymoe_ray.moe.standin_compute import RecordCompute
 from buddymoe_ray.moe.step import Overlay, StepState
 from buddymoe_ray.policy import Action, Ladder, Misses, MissPolicy, Reason, Resolution
@@ -56,7 +56,7 @@ class Standins:
             for layer, count in enumerate(experts_per_layer)
         ]
         self._columns = [
-            np.array([STANDIN_KINDS.index(standin_kind(k)) if k else 0 for k in row]) for row in self._kinds
+            np.array([STANDIN_KINDS.index(k.rstrip("0123456789")) if k else 0 for k in row]) for row in self._kinds
         ]
         self._at = {
             kind: [

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from buddymoe_ray.policy.ladder import all_resident, within_budget
-from buddymoe_ray.policy.misses import Action, Bools, Floats, Ints, Misses, Reason, Resolution, Tiny
+from buddymoe_ray.policy.misses import Action, Floats, Ints, Misses, Reason, Resolution, Tiny
 from buddymoe_ray.policy.pick import pick_unique
 from buddymoe_ray.types import EXACT
 
@@ -108,7 +108,7 @@ class BuddyMoE:
         resident_TK = misses.resident_E[ids_TK]
         if resident_TK.all():
             return all_resident(misses)
-        gate_T = self._gate(misses, resident_TK)
+        gate_T = self._gate(misses)
         candidates_TKH = self._candidates_LEH[misses.layer][ids_TK]
         expert_TK, found_TK = pick_unique(misses, candidates_TKH, self._psi(misses, candidates_TKH))
         allowed_TK = ~resident_TK & (gate_T == Reason.SUBSTITUTED)[:, None]
@@ -138,7 +138,7 @@ class BuddyMoE:
         loss_TK: Floats = np.square(misses.weight_TK) * self._loss_LEE[misses.layer][misses.ids_TK, expert_TK]
         return loss_TK
 
-    def _gate(self, misses: Misses, resident_TK: Bools) -> Tiny:
+    def _gate(self, misses: Misses) -> Tiny:
         """Per row why it may not be touched, or SUBSTITUTED when it may."""
         params, T = self.params, len(misses.ids_TK)
         top_TK = np.sort(_shares(misses.weight_TK), axis=1)[:, ::-1]

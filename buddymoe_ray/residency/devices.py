@@ -64,8 +64,8 @@ def peers_nearer(gpus: Sequence[GpuInfo], otherwise: float) -> float:
 
 def supposed_gpus(text: str) -> tuple[GpuInfo, ...]:
     """`24GiB`, or `2x24GiB`: GPUs of that memory, on PCIe 4, less half a GiB for the driver. Raises ConfigError."""
-    found = re.fullmatch(r"(?:(\d+)x)?(.+)", text)
-    count, size = (int(found[1] or 1), found[2]) if found else (0, text)
+    found = re.fullmatch(r"(?:(\d+)x)?(\d.*)", text)
+    count, size = (int(found[1] or 1), found[2]) if found else (0, "0")
     nbytes = parse_memory(size, total_expert_bytes=0, name="gpus")
     if not 0 < count <= _MOST_GPUS or nbytes <= _DRIVERS_BYTES:
         raise ConfigError(f"gpus is {text!r}, must be like 24GiB or 2x24GiB. hint: say what a GPU's memory is")

@@ -8,6 +8,7 @@ Legend: L layers, E experts.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from buddymoe_ray.cache import READ_ON_THE_SPOT
 from buddymoe_ray.config import STANDINS, EngineConfig
-from buddymoe_ray.errors import BudgetError, ProfileError
+from buddymoe_ray.errors import BudgetError, ConfigError, ProfileError
 from buddymoe_ray.models.fingerprint import model_hash
 from buddymoe_ray.models.profile import Profile, default_profile_path, load_profile, profile_path
 from buddymoe_ray.models.standin_files import standin_layouts, standins_folder, verify_standins
@@ -153,7 +154,8 @@ def prepare_within(
 
 @dataclass(frozen=True, kw_only=True)
 class _Known:
-    """What a profile says: records and, by kind, expected losses `[L, E]` of an access. `own` as in `StandinSetup`."""
+    """What a profile says: records and, by kind, expected losses `[L, E]` of an access. `fingerprint` is of the model
+    and of the profile. `own` as in `StandinSetup`."""
 
     fingerprint: str
     profile: Profile
@@ -185,11 +187,17 @@ class _Known:
         _same_shape(path, profile, layout)
         losses = {kind: profile.loss_LE(kind) for kind in (*layouts, "drop")}
         own = CalibrationFolder(path.parent).measured() if self_made(config, folder, path) else None
-        return cls(fingerprint=fingerprint, profile=profile, layouts=layouts, losses=losses, own=own)
+        # records change with their profile, which knows their errors and buddies
+        made = f"{fingerprint}|{hashlib.sha256(path.read_bytes()).hexdigest()}"
+        return cls(fingerprint=made, profile=profile, layouts=layouts, losses=losses, own=own)
 
 
 def _setup(config: EngineConfig, known: _Known, chosen: _Chosen) -> StandinSetup:
     profile, kind_of, layers = known.profile, chosen.kind_of, config.chosen_layers()
+    if layers is not None and max(layers) >= profile.layers:
+        raise ConfigError(
+            f"standin_layers is {config.standin_layers!r}, must be below {profile.layers}. hint: they count MoE layers"
+        )
     record_loss_LE = _loss_of_access(known.losses, kind_of)
     return StandinSetup(
         plan=chosen.plan,
@@ -339,8 +347,6 @@ def _pricer(profile: Profile, loss_LE: Floats, plan: SlotPlan) -> Callable[[floa
 
 
 def _binding(fingerprint: str, config: EngineConfig, kind_of: Mapping[ExpertKey, str]) -> str:
-    import hashlib
-
     text = "|".join(f"{k.layer}.{k.expert}={kind}" for k, kind in sorted(kind_of.items()))
     return hashlib.sha256(f"{fingerprint}|{config.expert_dtype}|{config.dense_dtype}|{text}".encode()).hexdigest()
 

@@ -17,7 +17,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
 from buddymoe_ray.policy.prefix_affinity import PrefixAffinity, RouteCandidate, prefix_blocks
-from buddymoe_ray.serve.work import ChatMessage, Prompt, Work
+from buddymoe_ray.serve.work import Work
 
 __all__ = ["AffinityRouter", "affinity_routing", "prompt_pieces"]
 
@@ -34,16 +34,10 @@ def affinity_routing(max_running: int) -> RequestRouterConfig:
 def prompt_pieces(work: Work) -> list[bytes]:
     """What tells a prompt's prefix: every message is a piece; of several prompts the first, as text or as ids."""
     if work.messages:
-        return [_message_bytes(message) for message in work.messages]
-    return [_prompt_bytes(prompt) for prompt in work.prompts[:1]]
-
-
-def _message_bytes(message: ChatMessage) -> bytes:
-    return f"{message.role}\0{message.name or ''}\0{message.content}".encode(errors="surrogatepass")
-
-
-def _prompt_bytes(prompt: Prompt) -> bytes:
-    return prompt.encode(errors="surrogatepass") if isinstance(prompt, str) else " ".join(map(str, prompt)).encode()
+        pieces = [f"{message.role}\0{message.name or ''}\0{message.content}" for message in work.messages]
+    else:
+        pieces = [prompt if isinstance(prompt, str) else " ".join(map(str, prompt)) for prompt in work.prompts[:1]]
+    return [piece.encode(errors="surrogatepass") for piece in pieces]
 
 
 class AffinityRouter(PowerOfTwoChoicesRequestRouter):

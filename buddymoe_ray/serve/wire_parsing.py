@@ -107,7 +107,7 @@ def _request_error(error: ValidationError) -> RequestError:
     if first["type"] == "missing":
         return RequestError(f"{path} is missing, must be given. hint: add it", param=path)
     if not path:  # two fields that disagree: the message begins with the first one's name
-        return RequestError(f"{message}. hint: see README, API", param=message.split(" ", 1)[0])
+        return RequestError(f"{message}. hint: see deployments/README.md", param=message.split(" ", 1)[0])
     return RequestError(f"{path} is not usable: {message}. hint: see the API's reference", param=path)
 
 

@@ -7,6 +7,7 @@ come again, as often as chance has it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from random import Random
 
 from buddymoe_ray.tasks.code import functions
@@ -46,17 +47,18 @@ def draw(rng: Random, family: str, split: Split) -> Task:
     return task
 
 
-def held_out(number: int, *, seed: int = 0) -> list[Task]:
+def held_out(number: int, *, seed: int = 0) -> Iterator[Task]:
     """`number` different held-out tasks, the families in turn; a family that has no more of them is passed over."""
-    left = [_different(family, seed) for family in FAMILIES]
-    tasks: list[Task] = []
-    while left and len(tasks) < number:
+    return islice(_in_turn([_different(family, seed) for family in FAMILIES]), number)
+
+
+def _in_turn(left: list[Iterator[Task]]) -> Iterator[Task]:
+    while left:
         for source in tuple(left):
             if (task := next(source, None)) is None:
                 left.remove(source)
             else:
-                tasks.append(task)
-    return tasks[:number]
+                yield task
 
 
 def _different(family: str, seed: int) -> Iterator[Task]:

@@ -134,7 +134,7 @@ def make_record(
 
 def judge_tasks(target: Path) -> dict[str, Accuracy]:
     """Right answers of the fully resident model, in all and by family."""
-    (result,) = evaluate_tasks([EngineConfig(model=str(target), memory="100%", dtype="float32")], held_out(TASKS))
+    (result,) = evaluate_tasks([EngineConfig(model=str(target), memory="100%", dtype="float32")], list(held_out(TASKS)))
     assert isinstance(result, TaskResult), "an exact engine keeps no stand-ins"
     return {"all": result.total, **result.families}
 

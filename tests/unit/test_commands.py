@@ -113,7 +113,7 @@ def test_synth_writes_what_it_says(tmp_path: Path, capsys) -> None:
         (["plan", "--threads", "5000"], 2, "threads is 5000, must be a number from 1 to 1024"),
         (["chat", "--temperature", "5"], 2, "temperature is 5.0, must be"),
         (["key", "a b", "--file", "/tmp/never"], 2, "name is 'a b', must be small letters"),
-        (["eval", "--corpus", __file__, "--tokens", "0"], 2, "tokens are 0, must be at least 1"),
+        (["eval", "--corpus", __file__, "--tokens", "0"], 2, "--tokens is 0, must be at least 1"),
         (["eval", "--corpus", "/nowhere"], 2, "file or folder that exists"),
         (["bench", "--batch", "two"], 2, "whole numbers"),
         (["bench", "--reps", "0"], 2, "--reps is 0"),

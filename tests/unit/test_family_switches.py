@@ -150,3 +150,10 @@ def test_a_switch_that_cannot_be_honoured_is_refused_by_name(
     folder = build_checkpoint(family, tmp_path, **fields)
     with pytest.raises(CheckpointError, match=named):
         build_parts(EngineConfig(model=str(folder), memory="100%"), text=False)
+
+
+def test_a_precision_that_a_family_does_not_run_in_is_named(tmp_path: Path) -> None:
+    """deepseek_v4 keeps its compressor in float32, to which rows in float16 are not widened."""
+    folder = build_checkpoint("deepseek_v4", tmp_path)
+    with pytest.raises(CheckpointError, match=r"runs in float16.*--dtype bfloat16"):
+        build_parts(EngineConfig(model=str(folder), memory="100%", dtype="float16"), text=False)

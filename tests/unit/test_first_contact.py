@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +51,10 @@ MISTAKES: dict[str, str] = {
     "chat --mode bouned": "did you mean bounded?",
     "eval --corpus x --standin lowbit5": "did you mean lowbit",
     "eval --corpus /nowhere": "must be a file or folder that exists",
+    "plan --gpus many": "must be like 24GiB or 2x24GiB",
+    "eval --corpus x --tokens 0": "--tokens is 0, must be at least 1",
+    "bench --turns 0": "--turns is '0', must be 1 or 2",
+    "bench --workers 99999": "whole numbers from 1 to 64",
     "bench --threads two": "--threads is 'two', must be a whole number",
     "bench --expert-dtype int5": "did you mean int",
     "profile --corpuss x": "did you mean --corpus?",
@@ -338,6 +344,24 @@ def test_bench_is_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     said = capsys.readouterr().out
     fits(said)
     assert "1.0 GB" in said and said.count("bounded") == 4 and said.count("builtin:tiny") == 1
+
+
+def _dies(config: Any, workload: dict[str, Any], ids: Any, shared: int, gate: Any, sender: Any) -> None:
+    """In the place of a worker: the second is killed, the first waits for it."""
+    if workload["seed"] == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        gate.wait()
+    except threading.BrokenBarrierError:
+        sender.send(CapacityError("another worker failed"))
+
+
+def test_bench_ends_when_a_worker_is_killed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "_measure", _dies)
+    assert main(["bench", "--workers", "2"]) == 1
+    assert "a worker died, must live to be measured" in capsys.readouterr().err
 
 
 def test_eval_is_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

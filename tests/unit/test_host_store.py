@@ -87,7 +87,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 def test_it_fills_the_store_before_workers_come(spec: StoreSpec, keep: Callable[..., HostStore]) -> None:
     store = keep()
-    assert store.wait_filled(30)
+    eventually(lambda: store.status().filled)
     status = store.status()
     assert (status.resident, status.attached, status.made, status.error) == (8, 0, True, "")
     cache = worker(spec)
@@ -100,7 +100,7 @@ def test_it_fills_the_store_before_workers_come(spec: StoreSpec, keep: Callable[
 def test_it_reports_what_was_used(spec: StoreSpec, keep: Callable[..., HostStore]) -> None:
     planner = Planned()
     store = keep(planner=planner)
-    store.wait_filled(30)
+    eventually(lambda: store.status().filled)
     cache = worker(spec)
     view = store.register("w0", cache.store.tables.pid[cache.store.tables.row], "127.0.0.1:1")
     assert view == NodeView(), "nothing was said yet"
@@ -117,7 +117,7 @@ def test_it_follows_the_map_while_workers_compute(spec: StoreSpec, keep: Callabl
     planner = Planned()
     store = keep(planner=planner)
     cache = worker(spec)
-    store.wait_filled(30)
+    eventually(lambda: store.status().filled)
     truth: dict[ExpertKey, bytes] = spec.truth  # type: ignore[attr-defined]
     stop, errors = threading.Event(), list[BaseException]()
 
@@ -168,11 +168,11 @@ def test_it_follows_the_map_while_workers_compute(spec: StoreSpec, keep: Callabl
 
 def test_a_restarted_keeper_finds_its_file(spec: StoreSpec, keep: Callable[..., HostStore]) -> None:
     first = keep()
-    first.wait_filled(30)
+    eventually(lambda: first.status().filled)
     cache = worker(spec)
     first.close()
     again = keep()
-    again.wait_filled(30)
+    eventually(lambda: again.status().filled)
     status = again.status()
     assert not status.made and status.resident == 8
     cache.close()
@@ -197,7 +197,7 @@ def test_a_disk_that_fails_is_said_and_workers_get_their_own_error(
 def test_counts_survive_a_worker_that_leaves(spec: StoreSpec, keep: Callable[..., HostStore]) -> None:
     planner = Planned()
     store = keep(planner=planner)
-    store.wait_filled(30)
+    eventually(lambda: store.status().filled)
     for _ in range(3):
         cache = worker(spec)
         cache.count(0, torch.tensor([1]))

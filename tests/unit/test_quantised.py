@@ -364,6 +364,9 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 GROUP = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}
 
 
+AUTO_ROUND = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 128}
+
+
 @pytest.mark.parametrize(
     ("said", "match"),
     [
@@ -382,6 +385,8 @@ GROUP = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_s
         ({"quant_method": "awq", "w_bit": 4, "group_size": 128}, "bits None, must be 4"),
         ({"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor"}, "packing_format"),
         ({"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "bits": 8}, "bits 8, must be 4"),
+        (AUTO_ROUND | {"extra_config": {"a.b": {"bits": 8}}}, "'a.b' in bits 8, must be 4 as elsewhere"),
+        (AUTO_ROUND | {"dynamic": {"-:gate": {}, "+:up": {"group_size": 32}}}, "up' in group_size 32, must be 128"),
         ("gptq", r"quantised \(gptq\), must be"),
         ({"quant_method": ["fp8"]}, r"quantised \(\['fp8'\]\), must be"),
         (
@@ -434,6 +439,11 @@ GROUP = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_s
 def test_other_schemes_are_refused_by_name(said: Any, match: str) -> None:
     with pytest.raises(UnsupportedModel, match=match):
         check_method({"quantization_config": said}, "config.json")
+
+
+def test_modules_left_in_their_own_precision_are_served() -> None:
+    said = AUTO_ROUND | {"extra_config": {"gate": {"bits": 16, "group_size": 0}, "up": {"bits": 4, "sym": True}}}
+    check_method({"quantization_config": said}, "config.json")
 
 
 def test_groups_of_activations_alone_change_nothing() -> None:

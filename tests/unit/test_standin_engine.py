@@ -13,7 +13,10 @@ from buddymoe_ray.cli import main
 from buddymoe_ray.config import STANDINS, EngineConfig
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.errors import BudgetError, ConfigError, ProfileError, RequestError
+from buddymoe_ray.models.fingerprint import model_hash
+from buddymoe_ray.models.profile import default_profile_path, load_profile, save_profile
 from buddymoe_ray.models.resolve import resolve_model
+from buddymoe_ray.models.standin_files import standins_folder
 from buddymoe_ray.residency.standin_setup import find_profile
 from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.types import EngineResult, GenerationRequest, SamplingParams
@@ -105,7 +108,7 @@ def test_a_record_gives_the_same_tokens_again(mode: str) -> None:
         assert llm.generate(PROMPTS[0], max_tokens=4)[0].usage.record is None
 
 
-def test_a_record_belongs_to_its_prompt_model_and_stand_ins() -> None:
+def test_a_record_belongs_to_its_prompt_model_and_stand_ins(tmp_path: Path) -> None:
     with served() as llm:
         first = llm.generate(PROMPTS[0], record=True, max_tokens=8)[0]
         with pytest.raises(RequestError, match="replay is made with another prompt"):
@@ -113,6 +116,12 @@ def test_a_record_belongs_to_its_prompt_model_and_stand_ins() -> None:
     with served(memory="60%") as llm, pytest.raises(RequestError, match="replay is made with another binding"):
         replayed(llm, PROMPTS[0], first)
     with LLM(memory="25%") as llm, pytest.raises(RequestError, match="no stand-ins are loaded"):
+        replayed(llm, PROMPTS[0], first)
+    own, folder = tmp_path / "my.profile", resolve_model("builtin:tiny")
+    made = load_profile(default_profile_path(folder), model_hash=model_hash(folder))
+    save_profile(replace(made, corpus_sha="d" * 64), own)
+    standins_folder(own).symlink_to(standins_folder(default_profile_path(folder)))
+    with served(profile=str(own)) as llm, pytest.raises(RequestError, match="replay is made with another binding"):
         replayed(llm, PROMPTS[0], first)
 
 
@@ -190,6 +199,8 @@ def test_bad_modes_and_budgets_are_refused() -> None:
         EngineConfig(budget=-1)
     with pytest.raises(ConfigError, match="standin_layers is 'a'"):
         EngineConfig(standin_layers="a")
+    with pytest.raises(ConfigError, match="standin_layers is '1,4', must be below 4"):
+        served(standin_layers="1,4")
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine import sweep
 from buddymoe_ray.engine.build import build_parts
-from buddymoe_ray.engine.evaluate import WINDOW, EvalResult, cut_windows
+from buddymoe_ray.engine.evaluate import WINDOW, EvalResult, Totals, cut_windows
 from buddymoe_ray.models.resolve import resolve_model
 from buddymoe_ray.models.tokenizer import load_tokenizer
 
@@ -47,3 +48,11 @@ def test_windows_and_variants_side_by_side_cost_less_and_say_the_same(monkeypatc
     assert len(windows) == 4
     assert read_together < 0.5 * read_alone, "one exact pass over all windows serves all variants"
     parts.experts.close()
+
+
+def test_a_token_that_neither_engine_would_say_adds_nothing_to_the_divergence() -> None:
+    totals, target = Totals(), torch.tensor([0])
+    exact, ours = (torch.tensor([[one, 0.0, -torch.inf]]).log_softmax(dim=1) for one in (1.0, 0.5))
+    totals.compare([(["w"], exact, target)], [(["w"], ours, target)])
+    both = torch.nn.functional.kl_div(ours[:, :2], exact[:, :2], reduction="sum", log_target=True)
+    assert totals.result().kl == pytest.approx(float(both), rel=1e-6)

@@ -46,8 +46,9 @@ def test_splits_do_not_meet_and_no_phrasing_moves_a_task(family: str) -> None:
 
 
 def test_held_out_tasks_are_different_balanced_and_always_the_same() -> None:
-    tasks = held_out(510)
-    assert tasks == held_out(510) and tasks[:100] == held_out(100) and tasks != held_out(510, seed=1)
+    tasks = list(held_out(510))
+    assert tasks == list(held_out(510)) and tasks[:100] == list(held_out(100))
+    assert tasks != list(held_out(510, seed=1))
     assert len({(task.family, task.operands) for task in tasks}) == len(tasks) == 510
     assert {task.split for task in tasks} == {"heldout"}
     assert {task.family for task in tasks} == set(FAMILIES)
@@ -133,7 +134,7 @@ def test_the_difference_is_paired() -> None:
 
 
 def test_exact_answers_at_a_quarter_are_those_of_the_resident_model() -> None:
-    tasks = held_out(2 * len(FAMILIES))
+    tasks = list(held_out(2 * len(FAMILIES)))
     config = EngineConfig(memory="25%", guard_share=0.0, max_running=17)
     (result,) = evaluate_tasks([config], tasks)
     assert isinstance(result, TaskResult) and result.total.tasks == len(tasks)

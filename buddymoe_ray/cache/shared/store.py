@@ -117,11 +117,6 @@ class SharedStore:
         self._begin = self.tensor_C.data_ptr()
         self._views: list[Mapping[str, Tensor] | None] = [None] * self.shape.slots
 
-    @property
-    def attached(self) -> int:
-        """Rows whose process lives."""
-        return sum(self.tables.alive(row) for row in np.flatnonzero(self.tables.pid).tolist())
-
     def tensors(self, slot: int) -> Mapping[str, Tensor]:
         """The slot's parameters by name, as views in their stored dtype."""
         views = self._views[slot]
