@@ -44,7 +44,7 @@ from buddymoe_ray.kernels.vector_ir import (
     blocks,
     call,
     const,
-    first_bytes,
+    first_items,
     internal,
     load,
     loop,
@@ -335,7 +335,7 @@ class _Rows(_WideColumns):
         """A line of a row, or the words of it that are there and zeros."""
         if words is None:
             return load(b, place, BYTES)
-        return first_bytes(b, place, b.mul(words, I64(4)), LINE)
+        return first_items(b, place, b.mul(words, I64(4)), BYTES)
 
     def _half(self, b: Any, words: Any, half: int) -> Any:
         """Of each byte."""

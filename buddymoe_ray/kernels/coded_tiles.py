@@ -43,6 +43,7 @@ from buddymoe_ray.kernels.vector_ir import (
     blocks,
     call,
     const,
+    first_items,
     internal,
     load,
     loop,
@@ -339,19 +340,24 @@ class CodedTiles(StoredTiles):
                 b.store(call(b, f"llvm.fma.v{LANES}f32", FLOATS, operands), totals[i])
                 b.store(const(FLOATS, 0.0), sums[i])
 
-    def _scale(self, b: Any, place: Any, count: int) -> Any:
-        """So many scales, one after the other, as float32."""
+    def _scale(self, b: Any, place: Any, count: int, there: Any = None) -> Any:
+        """So many scales, one after the other, as float32, or those that are `there` and others that are finite."""
         kind, floats, words = self._fmt.scale, vec(F32, count), vec(I32, count)
+
+        def read(item: Any, rest: int = 0) -> Any:
+            some = vec(item, count)
+            return load(b, place, some) if there is None else first_items(b, place, there, some, rest)
+
         if kind == "float32":
-            scale = load(b, place, floats)
+            scale = read(F32)
         elif kind == "bfloat16":
-            scale = b.bitcast(b.shl(b.zext(load(b, place, vec(I16, count)), words), const(words, 16)), floats)
+            scale = b.bitcast(b.shl(b.zext(read(I16), words), const(words, 16)), floats)
         elif kind == "float16":
-            scale = b.fpext(load(b, place, vec(ir.HalfType(), count)), floats)
+            scale = b.fpext(read(ir.HalfType()), floats)
         elif kind == "float8_e4m3fn":
-            scale = _from_e4m3(b, load(b, place, vec(I8, count)))
+            scale = _from_e4m3(b, read(I8))
         else:
-            bits = b.shl(b.zext(load(b, place, vec(I8, count)), words), const(words, 23))
+            bits = b.shl(b.zext(read(I8, 1), words), const(words, 23))  # not 0: its subnormal takes 100 cycles
             scale = b.bitcast(
                 call(b, f"llvm.umax.v{count}i32", words, [bits, const(words, 1 << 22)]), floats
             )  # 2**-127

@@ -26,7 +26,7 @@ __all__ = [
     "blocks",
     "call",
     "const",
-    "first_bytes",
+    "first_items",
     "internal",
     "load",
     "loop",
@@ -57,11 +57,12 @@ def load(b: Any, address: Any, kind: Any, offset: Any = 0) -> Any:
     return b.load(at(b, address, kind, offset), align=1)
 
 
-def first_bytes(b: Any, place: Any, count: Any, size: int) -> Any:
-    """`<size x i8>` with the first `count` bytes of a place, and zeros; reads no further."""
-    kind = vec(I8, size)
-    there = b.icmp_unsigned("<", const(kind, range(size)), splat(b, b.trunc(count, I8), size))
-    return call(b, f"llvm.masked.load.v{size}i8.p0", kind, [at(b, place, kind), I32(1), there, const(kind, 0)])
+def first_items(b: Any, place: Any, count: Any, kind: Any, rest: int = 0) -> Any:
+    """A vector of the first `count` items of a place, fewer than 256, and of `rest`; reads no further."""
+    lanes, places = kind.count, vec(I8, kind.count)
+    there = b.icmp_unsigned("<", const(places, range(lanes)), splat(b, b.trunc(count, I8), lanes))
+    item = {"half": "f16", "float": "f32"}.get(str(kind.element), str(kind.element))
+    return call(b, f"llvm.masked.load.v{lanes}{item}.p0", kind, [at(b, place, kind), I32(1), there, const(kind, rest)])
 
 
 def const(kind: Any, value: float | Sequence[float]) -> Any:
