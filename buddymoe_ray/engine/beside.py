@@ -11,7 +11,7 @@ some more than the mean, as they do where anything else runs: slices go by those
 prompts 1.61 and 1.56 times at 100 and 25 % and the slowest tokens 2.7 and 2.3 times; now 1.54 and 1.47, 3.05 and 2.9.
 Only the slowest gaps count, so slices must be alike: of twenty the longest takes 1.04 times what it should; 1.11 where
 a forward began if half of it fitted. Since those figures forwards are half as large and begin by what each took in the
-layer before, and a pass computes in the memory of the one before: zeroing 33 MB of new pages had held up the first
+layer before, and a pass computes in the memory of the one before: zeroing 17 MB of new pages had held up the first
 slice of each 512 tokens by 22 to 33 ms, one of 70. By the thread's own clock, on a busy machine, slices are filled .97
 (one run; before .93, .94, .95 and .93) and 99 of 100 take at most 3 ms too long, so they may be 1.05 times as long.
 Forwards of 32 rows fill .98, but a prompt's pieces took 1.045 and 1.055 times as long as alone, of 48 rows 1.03.
