@@ -55,7 +55,8 @@ class Share:
 
 @dataclass(eq=False)
 class Piece:
-    """Rows of one forward, one member's share after the other's, and what it waits for; `first` of the pass's rows."""
+    """Rows of one forward, one member's share after the other's, and what it waits for; `first` of the pass's rows. Its
+    latest part took so many `seconds`; 0: it has not begun."""
 
     first: int
     shares: list[Share]
@@ -69,6 +70,7 @@ class Piece:
     ids_TK: npt.NDArray[np.int64] | None = None
     weight_TK: Tensor | None = None
     y_ND: Tensor | None = None
+    seconds: float = 0.0
 
     @property
     def gone(self) -> bool:
