@@ -92,8 +92,7 @@ class MessagesRequest(CountRequest):
         if self.stop_sequences is not None:
             fields["stop"] = self.stop_sequences
         if self.stream:
-            fields["stream"] = True
-            fields["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+            fields |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
         return fields
 
 
