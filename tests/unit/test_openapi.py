@@ -15,6 +15,7 @@ from jsonschema import Draft202012Validator
 from openai.types import batch_create_params, completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
+from starlette.routing import Route
 
 from buddymoe_ray.errors import RequestError
 from buddymoe_ray.serve import dashboard
@@ -52,6 +53,8 @@ async def test_it_names_the_routes_and_methods_that_there_are() -> None:
     app = http_app(LocalWorkers(), HttpSettings(model="fake"))
     with warnings.catch_warnings(action="ignore"):  # it wants two names for GET and HEAD
         served = {path: set(methods) for path, methods in app.openapi()["paths"].items()}
+    plain = [route for route in app.routes if type(route) is Route]  # which FastAPI does not tell of
+    served |= {route.path: {name.lower() for name in route.methods or ()} for route in plain}
     assert served == {path: set(methods) for path, methods in DOCUMENT["paths"].items()}
     async with serving() as client:
         for path, methods in DOCUMENT["paths"].items():
