@@ -1,8 +1,8 @@
 """Prompts that are computed beside decode steps: which pass goes on, and for how long.
 
-A step gives prompts somewhat over twice the time that a slow one of the latest decodes took: nobody's next token waits
-much longer than three times what the slowest take alone. Several passes take turns, so a short prompt does not wait for
-a long one's end. What takes no longer than that is not worth setting aside. Times are measured; no bit depends on them.
+A step gives prompts about twice the time that a slow one of the latest decodes took: nobody's next token waits much
+longer than three times what the slowest take alone. Several passes take turns, so a short prompt does not wait for a
+long one's end. What takes no longer than that is not worth setting aside. Times are measured; no bit depends on them.
 
 With turns that cost nothing a prompt takes M / (M - 1) times as long as alone where tokens take M times: 1.5 at 3. They
 cost something, as caches are cold after each: of OLMoE (int4, 8 layers, all in memory) a decode step takes 1.11 times
@@ -10,11 +10,11 @@ as long, a prompt's pieces 1.03 times; builtin:tiny 1.9 and 1.2. So both are had
 some more than the mean, as they do where anything else runs: slices go by those, not by the slowest tenth, which gave
 prompts 1.61 and 1.56 times at 100 and 25 % and the slowest tokens 2.7 and 2.3 times; now 1.54 and 1.47, 3.05 and 2.9.
 Only the slowest gaps count, so slices must be alike: of twenty the longest takes 1.04 times what it should; 1.11 where
-a forward began if half of it fitted. Since those figures forwards are half as large and begin by what each took in the
-layer before, and a pass computes in the memory of the one before: zeroing 17 MB of new pages had held up the first
-slice of each 512 tokens by 22 to 33 ms, one of 70. By the thread's own clock, on a busy machine, slices are filled .97
-(one run; before .93, .94, .95 and .93) and 99 of 100 take at most 3 ms too long, so they may be 1.05 times as long.
-Forwards of 32 rows fill .98, but a prompt's pieces took 1.045 and 1.055 times as long as alone, of 48 rows 1.03.
+a forward began if half of it fitted.
+
+Forwards half as large, begun by what each took in the layer before, a pass in the memory of the one before, and slices
+2.1 times: filled .97 instead of .93 (thread's clock), but at 100 % 1.58 times and the slowest tokens 4.0 times (25 %:
+1.45 and 2.9; one quiet run), so that was dropped; what makes those few gaps is not known.
 
 What did not help (1,024 and 512 tokens beside one stream, 4 layers of OLMoE int4): to end a slice where the next expert
 has yet to arrive, so that decode runs meanwhile: wave slots are few, the disk idles, and the prompt takes 1.9 to 2.2
@@ -36,13 +36,13 @@ from buddymoe_ray.observe import smoothed
 
 __all__ = ["PrefillBeside"]
 
-_SHARE, _ALONE_SECONDS, _LEAST_SECONDS, _SMOOTHING = 2.1, 0.1, 2e-3, 0.2
+_SHARE, _ALONE_SECONDS, _LEAST_SECONDS, _SMOOTHING = 2.0, 0.1, 2e-3, 0.2
 _RECENT, _SELDOM, _OFTEN, _MOST = 64, 0.97, 0.9, 1.4
 """A slow decode takes longer than so many of the latest; if it is one of few that take more than so many times the
 median, that is chance."""
-_ROWS_BESIDE, _ROWS_ALONE, _PART = 16, 128, 0.75
-"""Of a forward: as many as compute a layer without experts, about half of the whole, in a third of a slice, so that
-little is left of it where the next does not fit; more where nobody decodes."""
+_ROWS_BESIDE, _ROWS_ALONE, _PART = 16, 128, 1.5
+"""Of a forward: as many as compute a layer without experts, about half of the whole, in most of a slice; more where
+nobody decodes."""
 _AT_ONCE = 128
 """So many tokens are computed at once before it is known how long they take."""
 
@@ -55,7 +55,6 @@ class PrefillBeside:
         self._passes = deque[SuspendedPass]()
         self._decodes = deque[float](maxlen=_RECENT)
         self._token_seconds = 0.0
-        self._room: Tensor | None = None  # of the pass that ended in the latest step
 
     @property
     def busy(self) -> bool:
@@ -82,9 +81,7 @@ class PrefillBeside:
         apart = [chunk for chunk, size in zip(chunks, sizes, strict=True) if SHORT * size <= max(sizes)]
         together = [chunk for chunk in chunks if chunk not in apart]
         rows = self._rows(decodes)
-        for group in filter(None, (apart, together)):
-            self._passes.append(SuspendedPass(self._parts, group, rows=rows, room=self._room))
-            self._room = None
+        self._passes.extend(SuspendedPass(self._parts, group, rows=rows) for group in (apart, together) if group)
         return True
 
     def advance(self, *, decodes: bool) -> list[tuple[PrefillChunk, Tensor, str]]:
@@ -92,7 +89,6 @@ class PrefillBeside:
 
         Raises what a forward raises; `give_up` then says which prompts were in it.
         """
-        self._room = None
         if not self._passes:
             return []
         first = self._passes[0]
@@ -102,7 +98,6 @@ class PrefillBeside:
             self._passes.rotate(-1)
             return []
         self._passes.popleft()
-        self._room = first.room
         if first.rows:
             self.computed(first.rows, first.seconds)
         return first.take()
@@ -113,13 +108,11 @@ class PrefillBeside:
 
     def leave(self) -> None:
         """Let go of prompts that ended since: their blocks are another's."""
-        self._room = None
         for each in self._passes:
             each.leave()
 
     def reset(self) -> None:
         """Close all."""
-        self._room = None
         while self._passes:
             self._passes.popleft().close()
 

@@ -55,8 +55,7 @@ class Share:
 
 @dataclass(eq=False)
 class Piece:
-    """Rows of one forward, one member's share after the other's, and what it waits for; `first` of the pass's rows. Its
-    latest part took so many `seconds`; 0: it has not begun."""
+    """Rows of one forward, one member's share after the other's, and what it waits for; `first` of the pass's rows."""
 
     first: int
     shares: list[Share]
@@ -70,7 +69,6 @@ class Piece:
     ids_TK: npt.NDArray[np.int64] | None = None
     weight_TK: Tensor | None = None
     y_ND: Tensor | None = None
-    seconds: float = 0.0
 
     @property
     def gone(self) -> bool:

@@ -93,23 +93,18 @@ class _Layer:
 
 
 class SuspendedPass:
-    """`chunks` of prompts, cut into forwards of `rows` rows. Call `advance` until it is `done`, then `take`.
+    """`chunks` of prompts, cut into forwards of `rows` rows. Call `advance` until it is `done`, then `take`."""
 
-    `room` is the `room` of a pass that ended, for this one's outputs: the pages of new memory take a slice to come."""
-
-    def __init__(
-        self, parts: PassParts, chunks: Sequence[PrefillChunk], *, rows: int, room: Tensor | None = None
-    ) -> None:
+    def __init__(self, parts: PassParts, chunks: Sequence[PrefillChunk], *, rows: int) -> None:
         self._parts = parts
         self._members = [Member(chunk, chunk.seq.blocks) for chunk in chunks]
         self._ready = deque(cut_pieces(self._members, rows, parts.block_size, parts.device))
         self._rows = sum(len(piece.ids) for piece in self._ready)
-        self.room = room  # outputs of all layers, one after the other; what nobody wants is never written
+        self._y_ND: Tensor | None = None  # of all layers, one after the other
         self._layer: _Layer | None = None
         self._resident_E: npt.NDArray[np.bool_] | None = None  # of the next layer, before any was read for it
         self._current: Piece | None = None
-        self._access_seconds = self._filled_seconds = 0.0  # of an access
-        self._row_seconds = 0.0  # of the latest forward
+        self._access_seconds = self._filled_seconds = self._row_seconds = 0.0  # of an access, of a row of a forward
         self.seconds = 0.0
         for member in self._members:
             member.chunk.seq.computing = member.chunk.end - member.chunk.start
@@ -168,15 +163,14 @@ class SuspendedPass:
                 return False
             self._run_experts(layer, seconds)
             return True
-        if (self._ready[0].seconds or self._row_seconds * len(self._ready[0].ids)) > seconds:
+        if self._row_seconds * len(self._ready[0].ids) > seconds:
             if layer is not None and self._fill(layer, seconds):
                 return True
             if not must:
                 return False
         piece, began = self._ready.popleft(), time.perf_counter()
         self._resume(piece)
-        piece.seconds = time.perf_counter() - began
-        self._row_seconds = piece.seconds / len(piece.ids)
+        self._row_seconds = smoothed(self._row_seconds, (time.perf_counter() - began) / len(piece.ids), _SMOOTHING)
         return True
 
     def _resume(self, piece: Piece) -> None:
@@ -233,14 +227,14 @@ class SuspendedPass:
             return
         if self._layer is None:
             shape = self._rows * ids_TK.shape[1], hidden_TD.shape[1]
-            if self.room is None or len(self.room) < shape[0] or self.room.shape[1] != shape[1]:
-                self.room = hidden_TD.new_empty(shape)
+            if self._y_ND is None or self._y_ND.shape != shape:
+                self._y_ND = hidden_TD.new_zeros(shape)
             before_E, self._resident_E = self._resident_E, None
             self._layer = _Layer(
                 block=block,
                 hidden_TD=hidden_TD.new_zeros(self._rows, shape[1]),
                 ids_TK=np.full((self._rows, ids_TK.shape[1]), -1),
-                y_ND=self.room[: shape[0]],
+                y_ND=self._y_ND,
                 resident_E=block.resident_mask.copy() if before_E is None else before_E,
             )
         self._layer.join(piece, all_rows=block is not self._parts.last)

@@ -194,8 +194,6 @@ def test_what_runs_before_all_rows_of_a_layer_are_there_changes_no_bit(
 
     def late(self: SuspendedPass, seconds: float, *, must: bool) -> bool:
         self._row_seconds = 1e9
-        for piece in self._ready:
-            piece.seconds = 1e9
         return one(self, 1.0, must=True)
 
     def noted(self: SuspendedPass, layer: Any, seconds: float) -> bool:
@@ -334,37 +332,6 @@ def test_a_decode_that_was_held_up_makes_no_long_slices() -> None:
     for at in range(70):
         turns.decoded(0.013 if at % 20 == 0 else 0.01)
     assert turns._slice(True) > 0.025, "or is no chance"
-
-
-def test_a_forward_begins_where_what_it_took_before_fits(engine: Engine) -> None:
-    engine.add(request("0", PROMPTS[0], 1))
-    while not (passes(engine) and passes(engine)[0]._ready and passes(engine)[0]._ready[0].seconds):
-        engine.step()
-    [each] = passes(engine)
-    piece, each._row_seconds = each._ready[0], 1e-9
-    piece.seconds = 2.0
-    assert not each._one(1.0, must=False) and each._ready[0] is piece
-    piece.seconds = 0.5
-    with torch.inference_mode():
-        assert each._one(1.0, must=False) and piece not in each._ready
-    assert piece.seconds < 0.5
-    engine.drain()
-
-
-def test_a_pass_computes_in_the_memory_of_the_one_before(engine: Engine) -> None:
-    """New pages are zeroed where they are first written, which takes longer than a slice."""
-    expected = [alone(engine, PROMPTS[0]), alone(engine, PROMPTS[2], 1)]
-    engine.add(request("0", PROMPTS[0]))
-    events = list[TokenEvent]()
-    while not events:
-        events = engine.step()
-    room = engine._beside._room
-    engine.add(request("1", PROMPTS[2], 1))
-    events += engine.step()
-    assert room is not None and passes(engine)[0].room is room and engine._beside._room is None
-    found = bits([*events, *engine.drain()])
-    assert [found["0"], found["1"]] == expected
-    assert engine._beside._room is None, "nobody holds memory that nobody computes in"
 
 
 def test_there_is_room_beside_the_longest_prompt() -> None:
