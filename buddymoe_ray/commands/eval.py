@@ -35,8 +35,6 @@ __all__ = ["add_arguments", "run"]
 
 TASKS = 2040
 _TOLD = ("model", "mode", "memory", "budget", "standin", "policy", "expert_dtype", "dense_dtype")
-
-
 _TEXT = (".txt", ".py", ".rst", ".md")
 
 

@@ -117,9 +117,10 @@ class Answer:
         self.renderer.read_as(reply.answer)
         if reply.prompt_token_ids:
             self._prompt_tokens = sum(map(len, reply.prompt_token_ids))
-        failed = [delta for delta in reply.deltas if _failed(delta)]
+        failed: list[Delta] = []
         for delta in reply.deltas:
-            if delta in failed:
+            if _failed(delta):
+                failed.append(delta)
                 if not delta.token_ids:
                     continue
                 delta = replace(delta, finish_reason=None, usage=None, error=None)  # what it said before it failed
