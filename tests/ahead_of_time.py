@@ -112,6 +112,7 @@ def figures(compiled: Any, *, read: bool) -> dict[str, Any]:
         "registers": int(re.findall(r"REG:(\d+)", code)[0]),
         "stack": int(re.findall(r"STACK:(\d+)", code)[0]) + len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "narrow": sum(".128" not in line for line in weights),
+        "narrow_8": sum(".64" in line for line in weights),
         "wide": sum(".128" in line for line in weights),
         "barriers_in_loops": barriers_in_loops(compiled.asm["ptx"]),
         "copied": len(re.findall(r"LDGSTS\S*\.128", code)),

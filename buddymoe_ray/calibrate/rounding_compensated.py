@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from buddymoe_ray.kernels.lowbit_format import GROUP, LowbitFormat
+from buddymoe_ray.kernels.lowbit_format import BLOCK, GROUP, LowbitFormat, values_of
 from buddymoe_ray.kernels.rounding import (
     FINE_SHARES,
     STEPS_PER_OCTAVE,
@@ -28,7 +29,10 @@ from buddymoe_ray.kernels.rounding import (
     round_plain,
     scale_of,
     search_scale,
+    spread_scale,
 )
+from buddymoe_ray.kernels.trellis import best_codes, values_of_quads
+from buddymoe_ray.kernels.trellis_tables import QUAD, RINGS
 
 __all__ = ["Metric", "moment", "round_in", "unbiased"]
 
@@ -83,36 +87,34 @@ def round_in(W_NK: Tensor, metric: Metric | None, fmt: LowbitFormat, *, passes: 
     if metric is None:
         return round_plain(W, fmt)
     if metric.factor is None:
-        return _start(W, metric, fmt, by_importance=True)
-    H, some_W = metric.H_KK, _some(W)
-    starts = [_start(some_W, metric, fmt, by_importance=important) for important in (True, False)]
+        return round_nearest(W, fmt, importance_K=metric.H_KK.diagonal()[: metric.inputs])
+    H, some_W, activity_K = metric.H_KK, _some(W), metric.H_KK.diagonal()[: metric.inputs]
+    ways = (partial(round_nearest, importance_K=activity_K), round_nearest, round_plain)
+    starts = [way(some_W, fmt) for way in ways]
     larger = float(torch.log2(W.abs().amax() / some_W.abs().amax().clamp_min(1e-30)).clamp(0, 8))  # what others have
     steps = STEPS_PER_OCTAVE // 4 + math.ceil(STEPS_PER_OCTAVE * larger)
     W, some_W = (pad(part, (0, -metric.inputs % GROUP)) for part in (W, some_W))
-    best = _feedback(W, metric.factor, metric.order, fmt, starts[0].base * 2 ** (steps / STEPS_PER_OCTAVE))
+    best = _feedback(W, metric, fmt, starts[0].base * 2 ** (steps / STEPS_PER_OCTAVE))
     starts = [best._replace(q=_some(best.q), code=_some(best.code)), *(_filled_up(start, fmt) for start in starts)]
-    first = min(range(3), key=lambda at: float(_row_errors(some_W, starts[at], H, fmt).sum()))
+    first = min(range(len(starts)), key=lambda at: float(_row_errors(some_W, starts[at], H, fmt).sum()))
     if first:
-        best = _filled_up(_start(W[:, : metric.inputs], metric, fmt, by_importance=first == 1), fmt)
-    for _ in range(passes):
-        best = _descend(W, _refit(W, best, H, fmt), H, fmt)
+        best = _filled_up(ways[first - 1](W[:, : metric.inputs], fmt), fmt)
+    for turn in range(passes):
+        best = _descend(W, _refit(W, best, H, fmt), metric, fmt, turn)
     return best._replace(q=best.q[:, : metric.inputs].contiguous())
 
 
-def _start(W: Tensor, metric: Metric, fmt: LowbitFormat, *, by_importance: bool) -> Rounded:
-    """Nearest codes, with scales for the inputs' activity or for none."""
-    activity_K = metric.H_KK.diagonal()[: metric.inputs]
-    return round_nearest(W, fmt, importance_K=activity_K if by_importance else None)
-
-
 def _filled_up(rounded: Rounded, fmt: LowbitFormat) -> Rounded:
-    """With codes of inputs that are hardly ever there, up to whole groups."""
-    return rounded._replace(q=pad(rounded.q, (0, -rounded.q.shape[1] % GROUP), value=fmt.levels // 2))
+    """With codes of inputs that are hardly ever there, up to whole groups; those of a trellis are 0 there."""
+    value = 0 if fmt.trellis else fmt.levels // 2
+    return rounded._replace(q=pad(rounded.q, (0, -rounded.q.shape[1] % GROUP), value=value))
 
 
 def _some(rows: Tensor) -> Tensor:
-    """At most 255 of them, spread evenly; all where they are no more than that."""
-    return rows[:: max(1, len(rows) // _TRIED_ROWS)]
+    """At most 255 of them, in whole tiles (the codes of a tile's outputs may be one string), spread evenly; all where
+    they are no more than that."""
+    tiles = rows.split(BLOCK)
+    return torch.cat(tiles[:: max(1, BLOCK * len(tiles) // _TRIED_ROWS)])
 
 
 def unbiased(rounded: Rounded, W_NK: Tensor, H_KK: Tensor, fmt: LowbitFormat) -> Rounded:
@@ -126,11 +128,12 @@ def unbiased(rounded: Rounded, W_NK: Tensor, H_KK: Tensor, fmt: LowbitFormat) ->
 
 
 def _order(H: Tensor) -> Tensor:
-    """Inputs group by group, the most active group first and the most active input of a group first: int64 [K]."""
-    inputs_GS = torch.arange(len(H), device=H.device).view(-1, GROUP)
-    active_GS = H.diagonal().view(-1, GROUP)
-    inputs_GS = inputs_GS.gather(1, active_GS.argsort(dim=1, descending=True, stable=True))
-    return inputs_GS[active_GS.sum(dim=1).argsort(descending=True, stable=True)].flatten()
+    """Inputs group by group, the most active group first and the most active quad of a group first: int64 [K]."""
+    inputs_GqI = torch.arange(len(H), device=H.device).view(-1, GROUP // QUAD, QUAD)
+    active_Gq = H.diagonal().view(inputs_GqI.shape).sum(dim=2)
+    within_Gq = active_Gq.argsort(dim=1, descending=True, stable=True)
+    inputs_GqI = inputs_GqI.gather(1, within_Gq.unsqueeze(2).expand_as(inputs_GqI))
+    return inputs_GqI[active_Gq.sum(dim=1).argsort(descending=True, stable=True)].flatten()
 
 
 def _inverse_factor(H: Tensor) -> Tensor | None:
@@ -145,39 +148,63 @@ def _inverse_factor(H: Tensor) -> Tensor | None:
     return None
 
 
-def _feedback(W: Tensor, U_KK: Tensor, order: Tensor, fmt: LowbitFormat, base: float) -> Rounded:
-    """GPTQ in blocks of one group: round an input, spread its error over the inputs still to come; to those far away
-    the errors of a few groups at once, which reads them less often."""
-    (N, K), size = W.shape, GROUP
+def _feedback(W: Tensor, metric: Metric, fmt: LowbitFormat, base: float) -> Rounded:
+    """GPTQ in blocks of one group: round an input, or a quad of a trellis, spread its error over the inputs still to
+    come; to those far away the errors of a few groups at once, which reads them less often."""
+    (N, K), size, order, U_KK = W.shape, GROUP, metric.order, metric.factor
+    assert U_KK is not None, "H must be positive"
     left_KN = W.T[order].contiguous()  # inputs first: the loop runs over contiguous rows
-    codes_KN, errors_KN = torch.empty_like(left_KN), torch.empty_like(left_KN)
-    code_NG = torch.empty(N, K // size, dtype=torch.uint8, device=W.device)
-    centre = (fmt.levels - 1) / 2
+    codes_KN = torch.empty(K, N, dtype=torch.uint8, device=W.device)
+    errors_KN, code_NG = torch.empty_like(left_KN), codes_KN.new_empty(N, K // size)
     for at in range(0, K, size):
         span, near = slice(at, at + size), -(-(at + size) // _NEAR) * _NEAR
-        block, codes, errors = left_KN[span], codes_KN[span], errors_KN[span]
-        local = U_KK[span, span]
-        weight = local.diagonal().pow(-2).view(1, 1, -1)
-        code = nearest_code(search_scale(block.T.unsqueeze(1), fmt, FINE_SHARES, weight), base)
-        code_NG[:, int(order[at]) // size] = code[:, 0]
-        scale = scale_of(code[:, 0], base)
-        inverse = 1 / scale
-        steps = local.diagonal().tolist()
-        for i in range(size):
-            _round_into(codes[i], block[i], inverse, fmt)
-            torch.sub(block[i], (codes[i] - centre).mul_(scale), out=errors[i]).div_(steps[i])
-            block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
+        block, errors, local = left_KN[span], errors_KN[span], U_KK[span, span]
+        counts = local.diagonal().pow(-2)
+        code = nearest_code(_scale(block, counts, fmt), base)
+        code_NG[:, int(order[at]) // size] = code
+        scale, there = scale_of(code, base), order[span] < metric.inputs
+        for some in _steps(fmt):
+            chosen, values = _choose(block[some], scale, torch.where(there, counts, -1.0)[some], fmt)
+            codes_KN[span][some] = chosen
+            errors[some] = torch.linalg.solve_triangular(local[some, some].T, block[some] - values, upper=False)
+            block[some.stop :].addmm_(local[some, some.stop :].T, errors[some], alpha=-1)
         if at + size < near:
             left_KN[at + size : near].addmm_(U_KK[span, at + size : near].T, errors, alpha=-1)
         else:
             left_KN[near:].addmm_(U_KK[near - _NEAR : near, near:].T, errors_KN[near - _NEAR : near], alpha=-1)
-    q = codes_KN.to(torch.uint8)[order.argsort()].T.contiguous()
-    return Rounded(q, code_NG, base)
+    return Rounded(codes_KN[order.argsort()].T.contiguous(), code_NG, base)
 
 
-def _round_into(out: Tensor, value: Tensor, inverse: Tensor, fmt: LowbitFormat) -> None:
-    """The nearest codes, as floats, into `out`."""
-    torch.mul(value, inverse, out=out).add_(fmt.levels / 2).floor_().clamp_(0, fmt.levels - 1)
+def _steps(fmt: LowbitFormat) -> list[slice]:
+    """The inputs of a group that are rounded at once."""
+    size = QUAD if fmt.trellis else 1
+    return [slice(at, at + size) for at in range(0, GROUP, size)]
+
+
+def _scale(block_SN: Tensor, counts_S: Tensor, fmt: LowbitFormat) -> Tensor:
+    """The first scales `[N]` of a group."""
+    if fmt.trellis:
+        return spread_scale(block_SN.T.square() * counts_S, counts_S)
+    return search_scale(block_SN.T.unsqueeze(1), fmt, FINE_SHARES, counts_S.view(1, 1, -1))[:, 0]
+
+
+def _choose(
+    target_sN: Tensor,
+    scale_N: Tensor,
+    counts_s: Tensor,
+    fmt: LowbitFormat,
+    old_sN: Tensor | None = None,
+    turn: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Codes (uint8) and what they come to, `[s, N]`, of the least squared error by itself; an input's errors count as
+    `counts_s` says, none where it is negative. With `old` trellis codes a ring keeps a state that it has."""
+    x_sN = target_sN / scale_N
+    if not fmt.trellis:
+        codes = x_sN.add_(fmt.levels / 2).floor_().clamp_(0, fmt.levels - 1)
+        return codes.to(torch.uint8), (codes - fmt.midpoint).mul_(scale_N)
+    weight_sN = counts_s[:, None] * scale_N.square().clamp_min(1e-30)
+    codes = best_codes(x_sN, weight_sN, fmt.bits, old_sN, half=turn % 2 == 0)
+    return codes, values_of_quads(codes, fmt.bits) * scale_N
 
 
 def _row_errors(W: Tensor, rounded: Rounded, H: Tensor, fmt: LowbitFormat) -> Tensor:
@@ -192,7 +219,7 @@ def _refit(W: Tensor, rounded: Rounded, H: Tensor, fmt: LowbitFormat) -> Rounded
     """
     N, K = W.shape
     groups = rounded.code.shape[1]
-    z = rounded.q.float() - (fmt.levels - 1) / 2
+    z = values_of(rounded.q, fmt)
     system = torch.empty(N, groups, groups, device=W.device)
     wanted = torch.empty(N, groups, device=W.device)
     for g, span in enumerate(torch.arange(K, device=W.device).view(groups, -1)):
@@ -211,24 +238,36 @@ def _refit(W: Tensor, rounded: Rounded, H: Tensor, fmt: LowbitFormat) -> Rounded
     return tried._replace(code=torch.where(better[:, None], code, rounded.code))
 
 
-def _descend(W: Tensor, rounded: Rounded, H: Tensor, fmt: LowbitFormat) -> Rounded:
-    """Each code in turn to its best value with all others held: the error never rises. Blocked like `_feedback`."""
-    K, size = W.shape[1], GROUP
+def _descend(W: Tensor, rounded: Rounded, metric: Metric, fmt: LowbitFormat, turn: int) -> Rounded:
+    """Each code, or the codes of each quad of a trellis, in turn to better values with all others held: the error never
+    rises. Blocked like `_feedback`."""
+    K, size, H = W.shape[1], GROUP, metric.H_KK
     value_KN = dequantise_rounded(rounded, fmt).T.contiguous()
     scale_GN = scale_of(rounded.code, rounded.base).T.contiguous()
-    codes_KN = torch.empty_like(value_KN)
+    codes_KN = rounded.q.T.contiguous()
     gradient_KN = H @ (W.T - value_KN)
-    centre = (fmt.levels - 1) / 2
+    there_K = torch.arange(K, device=W.device) < metric.inputs
     for at in range(0, K, size):
         span = slice(at, at + size)
         scale, local, pull, value = scale_GN[at // size], H[span, span], gradient_KN[span].clone(), value_KN[span]
-        inverse = 1 / scale
-        before = value.clone()
-        steps = local.diagonal().tolist()
-        for i, codes in enumerate(codes_KN[span]):
-            _round_into(codes, value[i].add(pull[i], alpha=1 / steps[i]), inverse, fmt)
-            new = (codes - centre).mul_(scale)
-            pull[i:].addr_(local[i, i:], new - value[i], alpha=-1)
-            value[i] = new
+        before, counts = value.clone(), torch.where(there_K[span], local.diagonal(), -1.0)
+        for some in _steps(fmt):
+            target = value[some] + torch.linalg.solve(local[some, some], pull[some])
+            codes, new = _choose(target, scale, counts[some], fmt, codes_KN[span][some], turn)
+            change = new - value[some]
+            if fmt.trellis:  # what was chosen knows nothing of how the quad's inputs go together
+                better = _better(change, local[some, some], pull[some], fmt)
+                codes, change = torch.where(better, codes, codes_KN[span][some]), change.mul_(better)
+            codes_KN[span][some] = codes
+            value[some] += change
+            pull[some.stop :].addmm_(local[some.stop :, some], change, alpha=-1)
         gradient_KN.addmm_(H[:, span], value - before, alpha=-1)
-    return rounded._replace(q=codes_KN.to(torch.uint8).T.contiguous())
+    return rounded._replace(q=codes_KN.T.contiguous())
+
+
+def _better(change_sN: Tensor, H_ss: Tensor, pull_sN: Tensor, fmt: LowbitFormat) -> Tensor:
+    """Of which outputs `[N]` the rings lower the error."""
+    rise_N = (change_sN * (H_ss @ change_sN - 2 * pull_sN)).sum(dim=0)
+    outputs = RINGS[fmt.bits] // QUAD
+    rise_R = pad(rise_N, (0, -len(rise_N) % outputs)).view(-1, outputs).sum(dim=1)
+    return (rise_R < 0).repeat_interleave(outputs)[: len(rise_N)]

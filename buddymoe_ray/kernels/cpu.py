@@ -313,7 +313,7 @@ def _coded_functions(fmt: CodeFormat, wide: bool) -> Mapping[str, int]:
         (has_wide_columns, wide_columns_module_text),
         (has_wide, wide_module_text),
     )
-    if wide and host_level() == "avx512vnni":
+    if wide and host_level().startswith("avx512"):
         for covers, text in faster:
             if covers(fmt):
                 made = native_functions(text(fmt), ("project", "quantise"))

@@ -1,16 +1,17 @@
 """The packed low-bit format of a matrix, and how an expert's packed matrices lie in one record.
 
-    value[n, k] = scale[n, k // 32] * (q[n, k] - (2**bits - 1) / 2)     q in 0 .. 2**bits - 1 (mid-rise, symmetric)
+    value[n, k] = scale[n, k // 32] * (level[n, k] - midpoint)
     scale[n, g] = base * 2 ** (-code[n, g] / 24)                        code uint8, base one float32 per matrix
 
+The level of a code of 4 or 8 bits is the code q, the midpoint (2**bits - 1) / 2 (mid-rise, symmetric). Codes of 1 to 3
+bits are a trellis: a byte looked up by 7 bits, this code and those before it in its ring (trellis.py).
+
 A matrix lies as the kernels read it: in tiles of 16 outputs and 32 inputs (one group), those of 16 outputs one behind
-the other. Quad j of a tile is its inputs 4j .. 4j + 3, a byte to a code: byte 4n + i is that of output n, input 4j + i.
-The 64 * bits bytes of a tile are `bits` vectors of 64:
-    8 bit  vector j = quad j
+the other. Quad j of a tile is its inputs 4j .. 4j + 3; its codes are ordered so that 4n + i is that of output n, input
+4j + i. The 64 * bits bytes of a tile are
+    8 bit  vectors of 64: vector j = quad j, a byte to a code
     4 bit  vector j = quad j | quad j+4 << 4
-    2 bit  vector j = quads j, j+2, j+4, j+6 at bits 0, 2, 4, 6
-    3 bit  the low two bits as in 2 bit, then one vector whose bit j is the high bit of quad j
-    1 bit  one vector whose bit j is quad j
+    else   one string of bits, quad by quad, the lowest bit of a byte first; a ring is 16, 8 or 4 outputs of a quad
 Matrices are padded to whole tiles with code 0: the inputs there are zeros, the outputs are nobody's.
 
 Does not know how codes are chosen (calibrate) nor who reads records. Invariant: `unpack` inverts `pack`.
@@ -30,6 +31,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from buddymoe_ray.kernels.trellis import values
+from buddymoe_ray.kernels.trellis_tables import MIDPOINT, RINGS, WINDOW
 from buddymoe_ray.types import SlotTensor
 
 __all__ = [
@@ -48,6 +51,7 @@ __all__ = [
     "record_tensors",
     "scale_table",
     "unpack",
+    "values_of",
 ]
 
 ALIGN = 64
@@ -56,6 +60,7 @@ GROUP = 32
 """Inputs that share a scale."""
 BLOCK = 16
 """Outputs of a tile."""
+_PLACES = torch.arange(8, dtype=torch.uint8)
 PARTS = ("codes", "scales", "base", "sizes")
 """What a matrix `m` is in a record: `m.codes`, `m.scales`, …"""
 
@@ -93,8 +98,22 @@ class LowbitFormat:
 
     @property
     def levels(self) -> int:
-        """Number of values a code can take."""
+        """Number of values that a code can take."""
         return 1 << self.bits
+
+    @property
+    def trellis(self) -> bool:
+        """Whether a weight's level is looked up by more than its own code."""
+        return self.bits in RINGS
+
+    @property
+    def midpoint(self) -> float:
+        """Of the levels: what is 0 lies there."""
+        return MIDPOINT if self.trellis else (self.levels - 1) / 2
+
+    def sizes(self, N: int, K: int) -> tuple[int, ...]:
+        """The shape that says a matrix's size, and how it is packed."""
+        return (N, K, 0, WINDOW) if self.trellis else (N, K, 0)
 
     @property
     def tile_bytes(self) -> int:
@@ -111,7 +130,8 @@ def groups_of(K: int) -> int:
 class PackedMatrix:
     """`codes` uint8 [A, G, tile bytes], `scales` uint8 [A, G, 16], `base` float32 [1].
 
-    `sizes` uint8 [N, K, 0] is empty and takes no bytes: its shape is the matrix's, which padding hides.
+    `sizes` uint8 [N, K, 0] is empty and takes no bytes: its shape is the matrix's, which padding hides. Of a trellis it
+    is [N, K, 0, WINDOW]: what was packed otherwise is not taken for it.
     """
 
     codes: Tensor
@@ -138,24 +158,20 @@ def pack(q_NK: Tensor, code_NG: Tensor, base: float, fmt: LowbitFormat) -> Packe
     assert int(q_NK.max()) < fmt.levels, f"largest code is {int(q_NK.max())}, must be below {fmt.levels}"
     q = pad(q_NK, (0, -K % GROUP, 0, -N % BLOCK))
     quads = q.view(-1, BLOCK, G, 8, 4).permute(0, 2, 3, 1, 4).reshape(-1, G, 8, 64)
-    codes = torch.cat([_fold(part, width) for part, width in _planes(quads, fmt.bits)], dim=2)
+    codes = _string_of(quads, fmt.bits) if fmt.trellis else _fold(quads, fmt.bits)
     scales = pad(code_NG, (0, 0, 0, -N % BLOCK)).view(-1, BLOCK, G).transpose(1, 2).contiguous()
     return PackedMatrix(
         codes=codes.flatten(2),
         scales=scales,
         base=torch.tensor([base], dtype=torch.float32, device=q.device),
-        sizes=q.new_empty(N, K, 0),
+        sizes=q.new_empty(fmt.sizes(N, K)),
     )
 
 
 def unpack(packed: PackedMatrix, fmt: LowbitFormat) -> tuple[Tensor, Tensor]:
     """`(q uint8 [N, K], code uint8 [N, G])` of a packed matrix."""
-    (A, G, _), (N, K, _) = packed.codes.shape, packed.sizes.shape
-    vectors = packed.codes.view(A, G, fmt.bits, 64)
-    if fmt.bits == 3:
-        quads = _unfold(vectors[:, :, :2], 2) | _unfold(vectors[:, :, 2:], 1) << 2
-    else:
-        quads = _unfold(vectors, fmt.bits)
+    (A, G, _), (N, K, *_) = packed.codes.shape, packed.sizes.shape
+    quads = (_codes_of if fmt.trellis else _unfold)(packed.codes.view(A, G, fmt.bits, 64), fmt.bits)
     q = quads.view(A, G, 8, BLOCK, 4).permute(0, 3, 1, 2, 4).reshape(A * BLOCK, G * GROUP)
     code = packed.scales.transpose(1, 2).reshape(A * BLOCK, G)
     return q[:N, :K].contiguous(), code[:N].contiguous()
@@ -165,7 +181,12 @@ def dequantise(packed: PackedMatrix, fmt: LowbitFormat) -> Tensor:
     """The matrix as float32 [N, K]: the spec that every kernel is tested against."""
     q_NK, code_NG = unpack(packed, fmt)
     scale_NG = packed.base * scale_table(packed.base.device)[code_NG.long()]
-    return (q_NK.float() - (fmt.levels - 1) / 2) * scale_NG.repeat_interleave(GROUP, dim=1)[:, : q_NK.shape[1]]
+    return values_of(q_NK, fmt) * scale_NG.repeat_interleave(GROUP, dim=1)[:, : q_NK.shape[1]]
+
+
+def values_of(q_NK: Tensor, fmt: LowbitFormat) -> Tensor:
+    """float32 `[N, K]`: the levels of a matrix's codes, less the midpoint."""
+    return values(q_NK, fmt.bits) if fmt.trellis else q_NK.float() - fmt.midpoint
 
 
 @cache
@@ -207,15 +228,17 @@ def matrix_at(layout: Sequence[SlotTensor], name: str, fmt: LowbitFormat) -> Mat
     """Where matrix `name` lies in records of this layout. Raises ValueError when it is not packed as `pack` does."""
     named = {tensor.name: tensor for tensor in layout}
     sizes = named.get(f"{name}.sizes")
-    if sizes is None or len(sizes.shape) != 3 or min(sizes.shape[:2]) < 1:
-        raise ValueError(f"{name}.sizes is {None if sizes is None else sizes.shape}, must be [outputs, inputs, 0]")
-    N, K = sizes.shape[:2]
+    found = () if sizes is None else sizes.shape
+    if len(found) < 3 or min(found[:2]) < 1 or found != fmt.of(name).sizes(*found[:2]):
+        like = ", ".join(map(str, fmt.of(name).sizes(0, 0)[2:]))
+        raise ValueError(f"{name}.sizes is {found or None}, must be [outputs, inputs, {like}]")
+    N, K = found[:2]
     for part, (shape, dtype) in packed_shapes(N, K, fmt.of(name)).items():
         tensor = named.get(f"{name}.{part}")
-        found = None if tensor is None else (tensor.dtype, tensor.shape)
+        is_so = None if tensor is None else (tensor.dtype, tensor.shape)
         wanted = (str(dtype).removeprefix("torch."), shape)
-        if found != wanted:
-            raise ValueError(f"{name}.{part} is {found}, must be {wanted}")
+        if is_so != wanted:
+            raise ValueError(f"{name}.{part} is {is_so}, must be {wanted}")
     codes, scales, base = (named[f"{name}.{part}"].offset for part in PARTS[:3])
     return Matrix(codes, scales, base, N, K)
 
@@ -227,13 +250,8 @@ def packed_shapes(N: int, K: int, fmt: LowbitFormat) -> dict[str, tuple[tuple[in
         "codes": ((A, G, fmt.tile_bytes), torch.uint8),
         "scales": ((A, G, BLOCK), torch.uint8),
         "base": ((1,), torch.float32),
-        "sizes": ((N, K, 0), torch.uint8),
+        "sizes": (fmt.sizes(N, K), torch.uint8),
     }
-
-
-def _planes(quads: Tensor, bits: int) -> list[tuple[Tensor, int]]:
-    """Codes as parts whose width divides 8, with the widths."""
-    return [(quads & 3, 2), (quads >> 2, 1)] if bits == 3 else [(quads, bits)]
 
 
 def _fold(quads: Tensor, width: int) -> Tensor:
@@ -249,3 +267,16 @@ def _fold(quads: Tensor, width: int) -> Tensor:
 def _unfold(vectors: Tensor, width: int) -> Tensor:
     mask = (1 << width) - 1
     return torch.cat([vectors >> i * width & mask for i in range(8 // width)], dim=2)
+
+
+def _string_of(quads: Tensor, bits: int) -> Tensor:
+    """`[A, G, 8, 64]` codes, one behind the other, as bytes."""
+    each = (quads.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8, device=quads.device)) & 1
+    return (each.view(*quads.shape[:2], 8 * bits, 8, 8) << _PLACES.to(quads.device)).sum(dim=4, dtype=torch.uint8)
+
+
+def _codes_of(string: Tensor, bits: int) -> Tensor:
+    """Back to `[A, G, 8, 64]`."""
+    each = (string.unsqueeze(-1) >> _PLACES.to(string.device)) & 1
+    places = torch.arange(bits, dtype=torch.uint8, device=string.device)
+    return (each.view(*string.shape[:2], 8, 64, bits) << places).sum(dim=4, dtype=torch.uint8)

@@ -35,6 +35,7 @@ import torch
 from llvmlite import ir
 
 from buddymoe_ray.kernels.lowbit_format import BLOCK, GROUP, STEPS_PER_OCTAVE, LowbitFormat, scale_table
+from buddymoe_ray.kernels.trellis_tiles import levels_of_quad
 from buddymoe_ray.kernels.vector_ir import (
     F32,
     I8,
@@ -69,18 +70,20 @@ MAGIC, MAGIC_BITS = 12582912.0, 0x4B400000  # 1.5 * 2**23: adding it rounds to a
 
 class Level(NamedTuple):
     """An instruction set: lanes of a vector of float32 (tiles are computed in parts of as many outputs), whether dot
-    products are taken by vpdpbusd (`vnni`), else by AVX2's vpmaddwd, or in plain IR."""
+    products are taken by vpdpbusd (`vnni`), else by AVX2's vpmaddwd, or in plain IR, and how trellis codes are read."""
 
     lanes: int
     vnni: bool
     avx2: bool
+    windows: str
 
 
 LEVELS = {
-    "avx512vnni": Level(lanes=16, vnni=True, avx2=True),
-    "avxvnni": Level(lanes=8, vnni=True, avx2=True),
-    "avx2": Level(lanes=8, vnni=False, avx2=True),
-    "plain": Level(lanes=8, vnni=False, avx2=False),
+    "avx512vbmi": Level(lanes=16, vnni=True, avx2=True, windows="vbmi"),
+    "avx512vnni": Level(lanes=16, vnni=True, avx2=True, windows="shuffles"),
+    "avxvnni": Level(lanes=8, vnni=True, avx2=True, windows="shuffles"),
+    "avx2": Level(lanes=8, vnni=False, avx2=True, windows="shuffles"),
+    "plain": Level(lanes=8, vnni=False, avx2=False, windows="plain"),
 }
 
 
@@ -88,7 +91,7 @@ def host_level() -> str:
     """The best level of this CPU."""
     has = llvm.get_host_cpu_features()
     if has.get("avx512vnni") and has.get("avx512vl") and has.get("avx512bw"):
-        return "avx512vnni"
+        return "avx512vbmi" if has.get("avx512vbmi") else "avx512vnni"
     if not (has.get("avx2") and has.get("fma")):
         return "plain"
     return "avxvnni" if has.get("avxvnni") else "avx2"
@@ -110,6 +113,13 @@ class _Row(NamedTuple):
     x: Any
     sums: list[Any]
     totals: list[Any]
+
+
+class _Part(NamedTuple):
+    """A tile and those of its outputs that are computed."""
+
+    tile: Any
+    outputs: range
 
 
 class _Tiles:
@@ -158,7 +168,7 @@ class _Tiles:
             for line in range(self._fmt.bits):
                 prefetch(b, place, AHEAD + 64 * line)
             for some in together:
-                codes_at = [b.add(place, I64(4 * first)) for first in some]
+                codes_at = [_Part(place, range(first, first + lanes)) for first in some]
                 scales_at = [b.add(scales, b.add(b.mul(g, I64(BLOCK)), I64(first))) for first in some]
                 theirs = [[row[first // lanes] for first in some] for row in totals]
                 rows_at = [_Row(*row) for row in zip(x, sums, theirs, strict=True)]
@@ -191,11 +201,13 @@ class _Tiles:
                 value = b.sitofp(b.add(b.add(dot, dot), centre), self._floats)  # twice: the midpoint is a half
                 b.store(self._fma(b, value, b.fmul(scale, step), b.load(total)), total)
 
-    def _quads(self, b: Any, tiles: list[Any], part: int = 0, parts: int = 1) -> Iterator[tuple[Any, list[Any]]]:
-        """The codes of tiles, or of one part of their inputs, a byte each: `(j, every tile's quad j)`, vector by
+    def _quads(self, b: Any, tiles: list[_Part], part: int = 0, parts: int = 1) -> Iterator[tuple[Any, list[Any]]]:
+        """The levels of tiles, or of one part of their inputs, a byte each: `(j, every tile's quad j)`, vector by
         vector."""
-        bits = self._fmt.bits
-        width = 2 if bits == 3 else bits
+        if self._fmt.trellis:
+            yield from self._trellis_quads(b, tiles, I64(part * QUADS // parts), QUADS // parts)
+            return
+        width = self._fmt.bits
         fields = range(0, QUADS, width)
         if width < parts:  # a vector has quads of every part
             fields = fields[part * QUADS // parts : (part + 1) * QUADS // parts]
@@ -208,22 +220,27 @@ class _Tiles:
             with loop(b, I64(count)) as turn:
                 yield from self._vectors(b, tiles, b.add(turn, I64(begin)), fields)
 
-    def _vectors(self, b: Any, tiles: list[Any], first: Any, fields: range) -> Iterator[tuple[Any, list[Any]]]:
+    def _trellis_quads(self, b: Any, tiles: list[_Part], first: Any, count: int) -> Iterator[tuple[Any, list[Any]]]:
+        def quad(turn: Any) -> tuple[Any, list[Any]]:
+            j, bits, kind = b.add(first, turn), self._fmt.bits, self._level.windows
+            at_j = b.mul(j, I64(self._fmt.tile_bytes // QUADS))
+            return j, [levels_of_quad(b, b.add(tile, at_j), bits, outputs, kind) for tile, outputs in tiles]
+
+        if self._unrolled:
+            yield from map(quad, map(I64, range(count)))
+        else:
+            with loop(b, I64(count)) as turn:
+                yield quad(turn)
+
+    def _vectors(self, b: Any, tiles: list[_Part], first: Any, fields: range) -> Iterator[tuple[Any, list[Any]]]:
         for same in zip(*(self._vector(b, tile, first, fields) for tile in tiles), strict=True):
             yield same[0][0], [quad for _, quad in same]
 
-    def _vector(self, b: Any, tile: Any, first: Any, fields: range) -> Iterator[tuple[Any, Any]]:
+    def _vector(self, b: Any, tile: _Part, first: Any, fields: range) -> Iterator[tuple[Any, Any]]:
         """The quads of a vector, `first + i` for each of its `fields` i."""
-        vector = load(b, tile, self._bytes, b.mul(first, I64(64)))
-        high = None
-        if self._fmt.bits == 3:
-            high = load(b, tile, self._bytes, 128)
-            high = b.lshr(high, splat(b, b.trunc(first, I8), 4 * self._level.lanes))
+        vector = load(b, tile.tile, self._bytes, b.add(b.mul(first, I64(64)), I64(4 * tile.outputs.start)))
         for i in fields:
-            quad = _field(b, vector, i, fields.step)
-            if high is not None:
-                quad = b.or_(quad, b.shl(_field(b, high, i, 1), const(self._bytes, 2)))
-            yield b.add(first, I64(i)), quad
+            yield b.add(first, I64(i)), _field(b, vector, i, fields.step)
 
     def _scales(self, b: Any, place: Any, base: Any) -> Any:
         """`base * 2 ** (-code / 24)`: the octave's part is taken off the exponent, the rest looked up."""
@@ -299,7 +316,7 @@ class _Tiles:
 
     def _add_floats(self, b: Any, codes: Any, scale: Any, rows: list[_Row]) -> None:
         """In two sums of 16 inputs, so that neither is a long chain."""
-        middle, lanes = const(self._floats, (self._fmt.levels - 1) / 2), self._level.lanes
+        middle, lanes = const(self._floats, self._fmt.midpoint), self._level.lanes
         for part in (0, 1):
             for row in rows:
                 b.store(const(self._floats, 0.0), row.sums[0])
@@ -330,7 +347,7 @@ class _Tiles:
             total = call(b, "llvm.vector.reduce.add.v32i32", I32, [q])
             pair = b.mul(g, I64(8))
             b.store(b.fmul(top, F32(_float32(0.5 / TOP))), at(b, tail, F32, pair))
-            b.store(b.mul(total, I32(1 - self._fmt.levels)), at(b, tail, I32, b.add(pair, I64(4))))
+            b.store(b.mul(total, I32(-int(2 * self._fmt.midpoint))), at(b, tail, I32, b.add(pair, I64(4))))
         b.ret_void()
 
     def _store_row(self, b: Any, q: Any, place: Any) -> None:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from buddymoe_ray.kernels.lowbit_format import GROUP, LowbitFormat
+from buddymoe_ray.kernels.lowbit_format import GROUP, LowbitFormat, values_of
+from buddymoe_ray.kernels.trellis import best_codes
+from buddymoe_ray.kernels.trellis_tables import QUAD, SPREAD
 
 __all__ = [
     "FINE_SHARES",
@@ -28,13 +30,14 @@ __all__ = [
     "round_plain",
     "scale_of",
     "search_scale",
+    "spread_scale",
 ]
 
 STEPS_PER_OCTAVE = 24
 LARGEST_CODE = 255
 CHUNK = 1 << 16  # weights handled at once by the plain path: the temporaries stay in the second-level cache
 # Shares of a group's largest |w| that the outermost level is tried at; every try is refitted by least squares.
-PLAIN_SHARES = {1: (1.0,), 2: (0.85, 1.05), 3: (0.95, 1.1), 4: (1.0, 1.07), 8: (1.004,)}
+PLAIN_SHARES = {4: (1.0, 1.07), 8: (1.004,)}
 FINE_SHARES = tuple(0.55 + 0.1 * i for i in range(8))
 
 
@@ -49,7 +52,7 @@ class Rounded(NamedTuple):
 def dequantise_rounded(rounded: Rounded, fmt: LowbitFormat) -> Tensor:
     """float32 [N, K] of unpacked codes."""
     scale_NK = scale_of(rounded.code, rounded.base).repeat_interleave(GROUP, dim=1)[:, : rounded.q.shape[1]]
-    return (rounded.q.float() - (fmt.levels - 1) / 2) * scale_NK
+    return values_of(rounded.q, fmt) * scale_NK
 
 
 def round_plain(W_NK: Tensor, fmt: LowbitFormat) -> Rounded:
@@ -60,6 +63,11 @@ def round_plain(W_NK: Tensor, fmt: LowbitFormat) -> Rounded:
     4 bits.
     """
     scale_NG = _searched(W_NK, fmt, None)
+    if fmt.trellis:
+        q_NK = _in_rings(W_NK, scale_NG, None, fmt)
+        groups, levels = (_grouped(part) for part in (W_NK.float(), values_of(q_NK, fmt)))
+        kept_NG = torch.linalg.vecdot(groups, groups) / torch.linalg.vecdot(groups, levels).clamp_min(1e-30)
+        return Rounded(q_NK, *_encode(kept_NG.minimum(2 * scale_NG)))  # groups of few inputs may have little of it
     _, kept_NG = _coded(W_NK, 1 / scale_NG.clamp_min(1e-30), fmt, kept=True)
     code_NG, base = _encode(kept_NG)
     q_NK, _ = _coded(W_NK, 1 / least_squares(code_NG, base, scale_NG, kept_NG), fmt)
@@ -76,6 +84,8 @@ def round_nearest(W_NK: Tensor, fmt: LowbitFormat, *, importance_K: Tensor | Non
     """The scale per group of least squared error, and the nearest codes under it as it is stored; `importance_K`
     weights the errors of the inputs."""
     code_NG, base = _encode(_searched(W_NK, fmt, importance_K))
+    if fmt.trellis:
+        return Rounded(_in_rings(W_NK, scale_of(code_NG, base), importance_K, fmt), code_NG, base)
     q_NK, _ = _coded(W_NK, 1 / scale_of(code_NG, base), fmt)
     return Rounded(q_NK, code_NG, base)
 
@@ -84,6 +94,10 @@ def _searched(W_NK: Tensor, fmt: LowbitFormat, importance_K: Tensor | None) -> T
     """Least-squares scales `[N, G]`, tried at a few shares of a group's largest value. One chunk of rows at a time, so
     memory is bounded by that beside the answer."""
     K = W_NK.shape[1]
+    if fmt.trellis:
+        square = W_NK.float().square() if importance_K is None else W_NK.float().square() * importance_K
+        counts = torch.ones_like(square[:1]) if importance_K is None else importance_K.float().expand(1, -1)
+        return spread_scale(_grouped(square), _grouped(counts))
     whole = torch.ones(K, device=W_NK.device) if importance_K is None and K % GROUP else importance_K
     shares = PLAIN_SHARES[fmt.bits] if importance_K is None else FINE_SHARES
     weight = None if whole is None else pad(whole.float(), (0, -K % GROUP)).view(1, -1, GROUP)
@@ -106,11 +120,37 @@ def _coded(W_NK: Tensor, inverse_NG: Tensor, fmt: LowbitFormat, *, kept: bool = 
     return torch.cat(codes).contiguous(), torch.cat(scales) if kept else inverse_NG
 
 
+def spread_scale(square: Tensor, weight: Tensor) -> Tensor:
+    """`[..., S] -> [...]`: scales under which weights of these (weighted) squares spread as trellis tables expect."""
+    return (square.sum(dim=-1) / weight.sum(dim=-1).clamp_min(1e-30)).sqrt_().div_(SPREAD)
+
+
+def _in_rings(W_NK: Tensor, scale_NG: Tensor, importance_K: Tensor | None, fmt: LowbitFormat) -> Tensor:
+    """The trellis codes `[N, K]` of least (weighted) squared error under these scales, a few groups at a time."""
+    K, parts = W_NK.shape[1], list[Tensor]()
+    size = max(1, CHUNK // (GROUP * len(W_NK)))
+    for at, scale_Ng in zip(range(0, K, size * GROUP), scale_NG.split(size, dim=1), strict=True):
+        span = slice(at, at + size * GROUP)
+        counts_k = torch.ones(K, device=W_NK.device)[span] if importance_K is None else importance_K.float()[span]
+        scale_kN = scale_Ng.clamp_min(1e-30).T.repeat_interleave(GROUP, dim=0)[: len(counts_k)]
+        whole = (0, 0, 0, -len(counts_k) % QUAD)
+        x_kN = pad(W_NK[:, span].float().T / scale_kN, whole)
+        weight_kN = pad(scale_kN.square() * counts_k[:, None], whole, value=-1.0)
+        x_4N, weight_4N = (part.view(-1, QUAD, len(W_NK)) for part in (x_kN, weight_kN))
+        parts.append(best_codes(x_4N, weight_4N, fmt.bits).reshape(-1, len(W_NK))[: len(counts_k)])
+    return torch.cat(parts).T.contiguous()
+
+
+def _grouped(W_NK: Tensor) -> Tensor:
+    """`[N, K] -> [N, G, S]`, the last group filled up with zeros."""
+    return pad(W_NK, (0, -W_NK.shape[1] % GROUP)).view(len(W_NK), -1, GROUP)
+
+
 def _chunks(W_NK: Tensor) -> Iterator[Tensor]:
     """Some rows at a time as float32 `[n, G, S]`; a last group that is short is filled up with zeros."""
     K = W_NK.shape[1]
     for part in W_NK.split(max(1, CHUNK // K)):
-        yield pad(part.float(), (0, -K % GROUP)).view(len(part), -1, GROUP)
+        yield _grouped(part.float())
 
 
 def search_scale(group: Tensor, fmt: LowbitFormat, shares: tuple[float, ...], weight: Tensor | None) -> Tensor:

@@ -58,7 +58,7 @@ def _search(w: Any, empty: Any, half: Any, shares: Any) -> Any:
     gain, scale = float32(-1.0), float32(0.0)
     for share in range(len(shares)):
         dot, norm = _sums(w, half / shares[share] / max(largest, tiny), top, empty)
-        norm = max(norm, tiny)  # 0 of one bit, where none of the inputs is there
+        norm = max(norm, tiny)  # 0 where none of the inputs is there
         if dot * dot / norm > gain:
             gain, scale = dot * dot / norm, dot / norm
     dot, norm = _sums(w, float32(1.0) / max(scale, tiny), top, empty)
@@ -69,25 +69,19 @@ def _search(w: Any, empty: Any, half: Any, shares: Any) -> Any:
 def _code(w: Any, count: Any, inverse: Any, half: Any, q: Any) -> None:
     """Nearest codes of a group's inputs."""
     for i in range(GROUP):
-        q[i] = uint8(int32(min(max(w[i] * inverse + half, float32(0.0)), half + half - float32(0.5))))
-    for i in range(count, GROUP):
-        q[i] = uint8(0)
+        nearest = int32(min(max(w[i] * inverse + half, float32(0.0)), half + half - float32(0.5)))
+        q[i] = uint8(nearest if i < count else 0)
 
 
 @njit
 def _write(q: Any, g: Any, bits: Any, codes: Any) -> None:
     """Group g of a tile as `lowbit_format.pack` lays it: `q` has the codes of its outputs, four inputs to a word."""
-    done = 0
-    while done < bits:  # planes whose width divides 8: of 3 bits first the low two
-        width = 2 if bits == 3 and done == 0 else bits - done
-        mask = uint32(((1 << width) - 1) * 0x01010101)
-        for j in range(width):
-            for n in range(BLOCK):
-                word = uint32(0)
-                for part in range(8 // width):
-                    word |= ((q[n, 8 * g + j + part * width] >> uint32(done)) & mask) << uint32(part * width)
-                codes[(done + j) * BLOCK + n] = word
-        done += width
+    for j in range(bits):
+        for n in range(BLOCK):
+            word = uint32(0)
+            for part in range(8 // bits):
+                word |= q[n, 8 * g + j + part * bits] << uint32(part * bits)
+            codes[j * BLOCK + n] = word
 
 
 @njit
@@ -111,8 +105,8 @@ def rounding(call_at: Any, plan_at: Any) -> Any:
                 _code(w[at : at + GROUP], count, inverse, half, q[n % BLOCK, at : at + GROUP])
         if call.codes != 0 and n % BLOCK == BLOCK - 1:
             for g in range(G):
-                to = call.codes + 4 * words * ((n // BLOCK) * G + g)
-                _write(q.view(np.uint32), g, plan.bits, carray(words_at(to), (words,)))
+                to = words_at(call.codes + 4 * words * ((n // BLOCK) * G + g))
+                _write(q.view(np.uint32), g, plan.bits, carray(to, (words,)))
     return OK
 
 

@@ -63,7 +63,7 @@ def _stored_functions(name: str) -> Mapping[str, int]:
     from buddymoe_ray.kernels.stored_tiles import stored_module_text
 
     names = ("project", "project_strided", "blend") + (("spread", "spread_rounded") if name == "bfloat16" else ())
-    return native_functions(stored_module_text(name, registers=32 if host_level() == "avx512vnni" else 16), names)
+    return native_functions(stored_module_text(name, registers=32 if host_level().startswith("avx512") else 16), names)
 
 
 @cache

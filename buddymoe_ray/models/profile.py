@@ -37,6 +37,7 @@ from buddymoe_ray.models.profile_fields import (
 
 __all__ = [
     "NAME",
+    "VERSION",
     "BudgetPoint",
     "ComparisonRow",
     "Profile",
@@ -47,7 +48,9 @@ __all__ = [
 ]
 
 NAME = "buddymoe.profile"
-_MAGIC, _VERSION = "buddymoe-profile", 1
+VERSION = 2
+"""Of a profile, and of the records beside it: 2 since copies of 1 to 3 bits are trellis codes."""
+_MAGIC = "buddymoe-profile"
 _MOST_BYTES = 1 << 30
 
 Array = npt.NDArray[Any]
@@ -227,7 +230,7 @@ def profile_path(named: str | None, folder: Path) -> Path | None:
 def save_profile(profile: Profile, path: Path) -> None:
     """Write atomically: a reader sees the old file or the new one. Raises ProfileError."""
     body = zlib.compress(msgpack.packb({f.name: _encode(getattr(profile, f.name)) for f in fields(profile)}), 9)
-    whole = {"magic": _MAGIC, "version": _VERSION, "sha256": hashlib.sha256(body).hexdigest(), "body": body}
+    whole = {"magic": _MAGIC, "version": VERSION, "sha256": hashlib.sha256(body).hexdigest(), "body": body}
     temporary = path.with_name(path.name + ".part")
     try:
         with temporary.open("wb") as file:
@@ -276,8 +279,8 @@ def _read_body(path: Path) -> dict[str, Any]:
     whole = _unpacked(path, raw, "truncated or no profile")
     if whole.get("magic") != _MAGIC:
         raise _damaged(path, "another kind of file")
-    if whole.get("version") != _VERSION:
-        raise _damaged(path, f"of version {whole.get('version')!r}", f"of version {_VERSION}")
+    if whole.get("version") != VERSION:
+        raise _damaged(path, f"of version {whole.get('version')!r}", f"of version {VERSION}")
     body, digest = whole.get("body"), whole.get("sha256")
     if not isinstance(body, bytes) or hashlib.sha256(body).hexdigest() != digest:
         raise _damaged(path, "corrupt (its checksum differs)")
@@ -322,7 +325,7 @@ def _decode_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     for name in sorted(names ^ set(body)):
         if name in names:
             raise wrong(name, "missing", "there")
-        raise wrong("a field", repr(name), f"one that version {_VERSION} has")
+        raise wrong("a field", repr(name), f"one that version {VERSION} has")
     experts = canonical_number("experts", body["experts"], int, least=1)
     decoded = dict(body)
     for name, spec in ARRAYS.items():

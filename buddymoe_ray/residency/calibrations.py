@@ -22,6 +22,7 @@ import torch
 from buddymoe_ray.config import STANDINS, EngineConfig, cache_folder, private_folder
 from buddymoe_ray.errors import ProfileError
 from buddymoe_ray.kernels import LowbitFormat
+from buddymoe_ray.models.profile import VERSION
 from buddymoe_ray.policy import Measured, split_movable
 from buddymoe_ray.types import ExpertLayout
 
@@ -67,11 +68,12 @@ class CalibrationFolder:
     def of(cls, config: EngineConfig, fingerprint: str) -> CalibrationFolder:
         """Where that of a checkpoint is. Raises ProfileError where others may write."""
         root = cache_folder() / "calibrations" if config.cache_dir is None else Path(config.cache_dir).expanduser()
-        for folder in (root, root / fingerprint[:24]):
+        own = root / f"{fingerprint[:24]}-{VERSION}"
+        for folder in (root, own):
             fault = private_folder(folder)
             if fault:
                 raise ProfileError(f"{fault}, or give another --cache-dir")
-        return cls(root / fingerprint[:24])
+        return cls(own)
 
     @property
     def profile(self) -> Path:

@@ -23,6 +23,7 @@ from buddymoe_ray.kernels import (
     unpack,
 )
 from buddymoe_ray.kernels.lowbit import lowbit_forward_reference
+from buddymoe_ray.kernels.trellis_tables import TABLES
 
 BITS = [1, 2, 3, 4, 8]
 
@@ -36,7 +37,7 @@ def test_unpack_inverts_pack(bits: int, N: int, K: int, seed: int) -> None:
     packed = pack(q_NK, code_NG, 0.25, fmt)
     A, G = -(-N // 16), -(-K // 32)
     assert packed.codes.shape == (A, G, 64 * bits) and packed.codes.dtype is torch.uint8
-    assert packed.scales.shape == (A, G, 16) and packed.sizes.shape == (N, K, 0)
+    assert packed.scales.shape == (A, G, 16) and packed.sizes.shape == fmt.sizes(N, K)
     q, code = unpack(packed, fmt)
     assert torch.equal(q, q_NK) and torch.equal(code, code_NG)
 
@@ -54,13 +55,9 @@ def test_bytes_lie_as_the_header_says(bits: int) -> None:
             vectors = [quad(j) for j in range(8)]
         elif bits == 4:
             vectors = [[x | y << 4 for x, y in zip(quad(j), quad(j + 4), strict=True)] for j in range(4)]
-        elif bits == 1:
-            vectors = [[sum(quad(j)[b] << j for j in range(8)) for b in range(64)]]
         else:
-            rows = [[quad(j + 2 * i) for i in range(4)] for j in (0, 1)]
-            vectors = [[sum((row[b] & 3) << 2 * i for i, row in enumerate(four)) for b in range(64)] for four in rows]
-            if bits == 3:
-                vectors.append([sum((quad(j)[b] >> 2) << j for j in range(8)) for b in range(64)])
+            string = [x >> bit & 1 for j in range(8) for x in quad(j) for bit in range(bits)]
+            vectors = [[sum(bit << i for i, bit in enumerate(string[at : at + 8])) for at in range(0, len(string), 8)]]
         assert packed.codes[a, g].tolist() == [byte for vector in vectors for byte in vector]
         assert packed.scales[a, g].tolist() == [code[16 * a + n][g] for n in range(16)]
 
@@ -70,11 +67,20 @@ def test_bytes_lie_as_the_header_says(bits: int) -> None:
 def test_dequantise_is_the_formula(bits: int, K: int) -> None:
     fmt = LowbitFormat(bits=bits)
     q_NK, code_NG = random_codes(4, K, fmt, torch.Generator().manual_seed(7))
-    got = dequantise(pack(q_NK, code_NG, 0.75, fmt), fmt)
+    packed = pack(q_NK, code_NG, 0.75, fmt)
+    got = dequantise(packed, fmt)
     for n in range(4):
         for k in range(K):
             scale = 0.75 * 2 ** (-int(code_NG[n, k // 32]) / 24)
-            assert got[n, k].item() == pytest.approx(scale * (int(q_NK[n, k]) - (2**bits - 1) / 2), rel=1e-6)
+            if bits > 3:
+                level = int(q_NK[n, k]) - (2**bits - 1) / 2
+            else:
+                quad, ring_bits = packed.codes[0, k // 32].tolist(), {1: 64, 2: 64, 3: 48}[bits]
+                begin = 64 * bits * (k % 32 // 4) + bits * (4 * n + k % 4)
+                first = begin // ring_bits * ring_bits
+                places = [first + (begin - first + bits - 7 + i) % ring_bits for i in range(7)]
+                level = TABLES[bits][sum((quad[at // 8] >> at % 8 & 1) << i for i, at in enumerate(places))] - 127.5
+            assert got[n, k].item() == pytest.approx(scale * level, rel=1e-6)
     assert got.dtype is torch.float32 and not bool((got == 0).any()), "mid-rise codes have no zero"
 
 
@@ -107,7 +113,7 @@ def test_records_are_aligned_disjoint_and_small(bits: int) -> None:
     by_name = {tensor.name: tensor for tensor in layout}
     assert by_name["gate_up_proj.codes"].shape == (8, 5, 64 * bits)
     assert by_name["gate_up_proj.scales"].shape == (8, 5, 16) and by_name["down_proj.scales"].shape == (10, 2, 16)
-    assert by_name["down_proj.sizes"].shape == (160, 64, 0) and by_name["down_proj.sizes"].nbytes == 0
+    assert by_name["down_proj.sizes"].shape == fmt.sizes(160, 64) and by_name["down_proj.sizes"].nbytes == 0
     assert by_name["down_proj.base"].dtype == "float32" and by_name["down_proj_bias"].dtype == "float32"
     weights = 128 * 160 + 160 * 64
     plain = record_tensors({name: shape for name, shape in shapes.items() if len(shape) == 2}, fmt)[1]
@@ -145,11 +151,13 @@ def test_layouts_of_others_are_told() -> None:
     fmt = LowbitFormat(bits=3)
     layout, _ = record_tensors({"down_proj": (40, 72)}, fmt)
     assert matrix_at(layout, "down_proj", fmt) == (0, layout[1].offset, layout[2].offset, 40, 72)
-    with pytest.raises(ValueError, match=r"down_proj.sizes is None, must be \[outputs, inputs, 0\]"):
+    with pytest.raises(ValueError, match=r"down_proj.sizes is None, must be \[outputs, inputs, 0, 7\]"):
         matrix_at(layout[:3], "down_proj", fmt)
-    with pytest.raises(ValueError, match=r"down_proj.codes is .*, must be \('uint8', \(3, 3, 256\)\)"):
+    with pytest.raises(ValueError, match=r"down_proj.sizes is \(40, 72, 0, 7\), must be \[outputs, inputs, 0\]"):
         matrix_at(layout, "down_proj", LowbitFormat(bits=4))
-    lying = (*layout[:3], replace(layout[3], shape=(400, 72, 0)))
+    with pytest.raises(ValueError, match=r"down_proj.codes is .*, must be \('uint8', \(3, 3, 128\)\)"):
+        matrix_at(layout, "down_proj", LowbitFormat(bits=2))
+    lying = (*layout[:3], replace(layout[3], shape=(400, 72, 0, 7)))
     with pytest.raises(ValueError, match=r"down_proj.codes is .*, must be \('uint8', \(25, 3, 192\)\)"):
         matrix_at(lying, "down_proj", fmt)
 

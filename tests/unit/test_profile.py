@@ -46,7 +46,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
 def seal(path: Path, plain: bytes, **outer: Any) -> Path:
     body = zlib.compress(plain)
     sha = hashlib.sha256(body).hexdigest()
-    path.write_bytes(msgpack.packb({"magic": "buddymoe-profile", "version": 1, "sha256": sha, "body": body} | outer))
+    path.write_bytes(msgpack.packb({"magic": "buddymoe-profile", "version": 2, "sha256": sha, "body": body} | outer))
     return path
 
 
@@ -264,9 +264,9 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         (b"\x91" * 5000, "truncated or no profile"),
         (b"\xdf\xff\xff\xff\xff", "truncated or no profile"),
         (b"\x80\x04}\x94.", "truncated or no profile"),  # a pickle of {}
-        (msgpack.packb({"magic": "buddymoe-profile"}), "of version None, must be of version 1"),
-        (msgpack.packb({"magic": "buddymoe-profile", "version": 1}), "corrupt"),
-        (msgpack.packb({"magic": "buddymoe-profile", "version": 1, "body": 3, "sha256": 3}), "corrupt"),
+        (msgpack.packb({"magic": "buddymoe-profile"}), "of version None, must be of version 2"),
+        (msgpack.packb({"magic": "buddymoe-profile", "version": 2}), "corrupt"),
+        (msgpack.packb({"magic": "buddymoe-profile", "version": 2, "body": 3, "sha256": 3}), "corrupt"),
     ],
 )
 def test_other_files_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_other_files_are_refused(content: bytes, message: str, tmp_path: Path) -
 
 
 def test_other_versions_are_refused(saved: Path) -> None:
-    assert "of version 2, must be of version 1" in refused(seal(saved, b"", version=2))
+    assert "of version 1, must be of version 2" in refused(seal(saved, b"", version=1))
 
 
 def test_every_truncation_is_refused(saved: Path) -> None:

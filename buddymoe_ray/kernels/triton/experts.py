@@ -18,6 +18,8 @@ from torch import Tensor
 from buddymoe_ray.kernels.cpu import activation_of
 from buddymoe_ray.kernels.lowbit_format import LowbitFormat, matrix_at
 from buddymoe_ray.kernels.reference import ExpertMath
+from buddymoe_ray.kernels.trellis import levels_above
+from buddymoe_ray.kernels.trellis_tables import RINGS
 from buddymoe_ray.kernels.triton import launching
 from buddymoe_ray.kernels.triton.coded_forms import CodedForm, knows_codes
 from buddymoe_ray.kernels.triton.forms import WEIGHTS, Form, Use, power_of_two
@@ -95,12 +97,19 @@ class TritonExperts:
         programs, expert_N, rows = _programs(), expert_TK.contiguous(), x_TD.contiguous()
         if first is not None:
             x, rows = rows, torch.empty(N, first.N, dtype=torch.float32, device=x_TD.device)
-            launching.launch(programs.project, (first.programs, N), x, records_B, expert_N, at_E, rows, first)
+            self._project(first, x, records_B, expert_N, at_E, rows)
         if self._formula is not None:
             both, E, F = rows, len(at_E), down.K
             rows, grid = torch.empty(N, F, dtype=torch.float32, device=x_TD.device), (-(-F // programs.WIDTH.value), N)
             launching.launch(programs.activate, grid, both, expert_N, at_E, rows, E, F, self._formula)
-        launching.launch(programs.project, (down.programs, N), rows, records_B, expert_N, at_E, out_ND, down)
+        self._project(down, rows, records_B, expert_N, at_E, out_ND)
+
+    def _project(
+        self, form: Form, x: Tensor, records_B: Tensor | None, expert_N: Tensor, at_E: Tensor, out: Tensor
+    ) -> None:
+        levels = levels_above(form.bits, x.device) if form.bits in RINGS else None
+        grid = (form.programs, expert_N.numel())
+        launching.launch(_programs().project, grid, x, records_B, levels, expert_N, at_E, out, form)
 
     def _forms_of(self, shares: int, experts: int) -> tuple[Form | None, Form]:
         """Of the first product, where there is one, and the second."""

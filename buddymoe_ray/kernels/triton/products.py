@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["packed", "plain", "pointer", "transposed"]
+__all__ = ["packed", "plain", "pointer", "transposed", "trellis"]
 
 GROUP: tl.constexpr = tl.constexpr(32)
 BLOCK: tl.constexpr = tl.constexpr(16)
@@ -79,7 +79,8 @@ def transposed(base, n, x, FORM: tl.constexpr):
 
 @triton.jit
 def packed(codes, scales, tile, x, FORM: tl.constexpr):
-    """float32 [A, 16] of tiles [A] of 16 outputs, before `base`; codes and scales lie as lowbit_format.py says.
+    """float32 [A, 16] of tiles [A] of 16 outputs, before `base`, of 4 or 8 bits; codes and scales lie as
+    lowbit_format.py says.
 
     A lane has 16 bytes of a tile: of four outputs four inputs, and as many again in the bytes' higher bits.
     """
@@ -87,34 +88,96 @@ def packed(codes, scales, tile, x, FORM: tl.constexpr):
     C: tl.constexpr = FORM.lanes
     BITS: tl.constexpr = FORM.bits
     A: tl.constexpr = FORM.outputs // BLOCK
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS  # of the codes, or of their low part: as many vectors has a tile
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
     MIDDLE: tl.constexpr = 1048576.0 + ((1 << BITS) - 1) * 0.5
     c, v, four = tl.arange(0, C), tl.arange(0, 16), tl.arange(0, 4)
     total = tl.full([A, C, 4], 0.0, tl.float32)
     first = (tile.to(tl.int64) * GROUPS)[:, None, None]
     every = (tile * 0)[:, None, None]
-    for begin in tl.range(0, GROUPS * WIDTH * 4, C, loop_unroll_factor=1):
+    for begin in tl.range(0, GROUPS * BITS * 4, C, loop_unroll_factor=1):
         at = begin + c
-        g, vector, quarter = at // (WIDTH * 4), at // 4 % WIDTH, at % 4
+        g, vector, quarter = at // (BITS * 4), at // 4 % BITS, at % 4
         inside = (g < GROUPS)[None, :, None]
         byte = codes + ((first + g[None, :, None]) * (BITS * 64) + (quarter * 16)[None, :, None] + v[None, None, :])
         low = tl.load(
             byte + (vector * 64)[None, :, None], mask=inside & (every == 0), other=0, eviction_policy="evict_first"
         )
-        if BITS == 3:
-            high = tl.load(byte + WIDTH * 64, mask=inside & (every == 0), other=0, eviction_policy="evict_first")
         part = tl.full([A, C, 4], 0.0, tl.float32)
-        for p in tl.static_range(8 // WIDTH):
-            code = (low >> (p * WIDTH)) & ((1 << WIDTH) - 1)
-            if BITS == 3:
-                code = code | (((high >> (vector + p * WIDTH).to(tl.uint8)[None, :, None]) & 1) << 2)
+        for p in tl.static_range(8 // BITS):
+            code = (low >> (p * BITS)) & ((1 << BITS) - 1)
             # 2**20 + code by its bits (an eighth is the last one there): exact, and no slow conversion
             value = (code.to(tl.int32) * 8 + 0x49800000).to(tl.float32, bitcast=True) - MIDDLE
-            k = (g * GROUP + 4 * (vector + p * WIDTH))[None, :, None] + four[None, None, :] + every
+            k = (g * GROUP + 4 * (vector + p * BITS))[None, :, None] + four[None, None, :] + every
             inputs = tl.load(x + k, mask=(k < K) & inside, other=0.0).to(tl.float32)
             part += tl.sum(tl.reshape(value, [A, C, 4, 4]) * inputs[:, :, None, :], axis=3)
         scale = scales + ((first + g[None, :, None]) * BLOCK + (quarter * 4)[None, :, None] + four[None, None, :])
         step = tl.load(scale, mask=inside & (every == 0), other=0).to(tl.float32) * (-1.0 / STEPS_PER_OCTAVE)
         total += part * tl.exp2(step)
     return tl.reshape(tl.sum(tl.reshape(total, [A, C // 4, 4, 4]), axis=1), [A, 16])
+
+
+@triton.jit
+def trellis(codes, scales, levels, tile, x, FORM: tl.constexpr):
+    """float32 [A, 16] of tiles [A] of 16 outputs, before `base`, of 1 to 3 bits; `levels` float32 [128], above the
+    midpoint.
+
+    A lane has four inputs of four outputs, whose windows lie in one ring, which it reads whole: 8 bytes, or 6 out of
+    16. Windows come one after the other, so that the look-up of a level has the layout of the ring.
+    """
+    C: tl.constexpr = FORM.lanes
+    BITS: tl.constexpr = FORM.bits
+    A: tl.constexpr = FORM.outputs // BLOCK
+    GROUPS: tl.constexpr = (FORM.K + GROUP - 1) // GROUP
+    c = tl.arange(0, C)
+    y0 = tl.full([A, C], 0.0, tl.float32)
+    y1, y2, y3 = y0, y0, y0
+    first, every = (tile.to(tl.int64) * GROUPS)[:, None], (tile * 0)[:, None]
+    for begin in tl.range(0, GROUPS * GROUP, C, loop_unroll_factor=1):
+        g, quad, quarter = (begin + c) // GROUP, (begin + c) // 4 % 8, (begin + c) % 4
+        there = (g < GROUPS)[None, :] & (every == 0)
+        place = (first + g[None, :]) * (BITS * 64) + (quad * (BITS * 8))[None, :]
+        ring = _ring(codes, place, quarter[None, :], there, BITS)
+        k = (g * GROUP + 4 * quad)[None, :]
+        inputs = (x + (k + every), FORM.K - k)
+        step = scales + ((first + g[None, :]) * BLOCK + (quarter * 4)[None, :])
+        y0 += _output(ring, 0, levels, inputs, step, there, BITS)
+        y1 += _output(ring, 1, levels, inputs, step, there, BITS)
+        y2 += _output(ring, 2, levels, inputs, step, there, BITS)
+        y3 += _output(ring, 3, levels, inputs, step, there, BITS)
+    y = tl.join(tl.join(y0, y2), tl.join(y1, y3))
+    return tl.reshape(tl.sum(tl.reshape(y, [A, C // 4, 4, 2, 2]), axis=1), [A, 16])
+
+
+@triton.jit
+def _ring(codes, place, quarter, there, BITS: tl.constexpr):
+    """uint64: the ring of a quarter of a quad's outputs, turned so that their first window is its lowest bits."""
+    if BITS == 3:  # in one or two of the quad's qwords
+        qword, right = quarter * 6 // 8 * 8, (quarter * 6 % 8 * 8).to(tl.uint64)
+        ring = _qword(codes, place + qword, there) >> right
+        rest = _qword(codes, place + tl.minimum(qword + 8, 16), there)
+        ring = (ring | tl.where(right > 0, rest << ((64 - right) & 63), 0)) & 0xFFFFFFFFFFFF
+        ring = (ring >> 44) | (ring << 4)  # goes round once, and bits beyond 52 are of no window
+    else:
+        ring = _qword(codes, place + quarter * BITS // 4 * 8, there)
+        right = ((BITS * (quarter * 16 + 1) + 57) % 64).to(tl.uint64)
+        ring = (ring >> right) | (ring << ((64 - right) & 63))
+    return ring
+
+
+@triton.jit
+def _qword(codes, place, there):
+    at = (codes + place).to(tl.pointer_type(tl.uint64))
+    return tl.load(at, mask=there, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _output(ring, n: tl.constexpr, levels, inputs, step, there, BITS: tl.constexpr):
+    """float32: output n of the quarter; `inputs` are where they begin and how many there are."""
+    x, left = inputs
+    dot = tl.full(ring.shape, 0.0, tl.float32)
+    for i in tl.static_range(4):
+        window = (ring >> (BITS * (4 * n + i))) & 127
+        value = tl.load(x + i, mask=(i < left) & there, other=0.0).to(tl.float32)
+        dot += tl.load(levels + window.to(tl.int32)) * value
+    scale = tl.load(step + n, mask=there, other=0).to(tl.float32) * (-1.0 / STEPS_PER_OCTAVE)
+    return dot * tl.exp2(scale)

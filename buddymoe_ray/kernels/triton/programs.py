@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from buddymoe_ray.kernels.triton.coded_products import outputs_along, rows, words_along, words_down
-from buddymoe_ray.kernels.triton.products import packed, plain, pointer, transposed
+from buddymoe_ray.kernels.triton.products import packed, plain, pointer, transposed, trellis
 
 __all__ = ["activate", "combine", "project", "put", "resolve"]
 
@@ -54,9 +54,9 @@ def _finish(y, n, record, out, FORM: tl.constexpr):
 
 
 @triton.jit
-def project(x, records, expert_N, at_E, out, FORM: tl.constexpr):
+def project(x, records, levels, expert_N, at_E, out, FORM: tl.constexpr):
     """`out[n] = W x[n // shares] + bias`, [N] rows; grid (programs of a row, N). Records are at addresses, or in
-    `records`, at bytes of it."""
+    `records`, at bytes of it; `levels` are a trellis's, where it is one."""
     n = tl.program_id(1)
     begin = _place(expert_N, at_E, n, FORM.E)
     if begin >= 0:
@@ -64,12 +64,12 @@ def project(x, records, expert_N, at_E, out, FORM: tl.constexpr):
             begin += records.to(tl.int64)
         record = tl.multiple_of(begin.to(tl.pointer_type(tl.uint8)), 16)
         row = x + (n // FORM.shares).to(tl.int64) * FORM.K
-        some, y = _some(record, row, FORM)
+        some, y = _some(record, row, levels, FORM)
         _finish(y, some, record, out + n.to(tl.int64) * FORM.N, FORM)
 
 
 @triton.jit
-def _some(record, x, FORM: tl.constexpr):
+def _some(record, x, levels, FORM: tl.constexpr):
     """A program's outputs, before the bias: which of a row they are, and what they come to, of one shape."""
     B: tl.constexpr = FORM.outputs
     at = tl.program_id(0)
@@ -79,7 +79,11 @@ def _some(record, x, FORM: tl.constexpr):
         TILES: tl.constexpr = (FORM.N + 15) // 16
         tile = at * A + tl.arange(0, A)
         n = tile[:, None] * 16 + tl.arange(0, 16)[None, :]
-        y = packed(record + FORM.codes, record + FORM.scales, tl.minimum(tile, TILES - 1), x, FORM)
+        inside = tl.minimum(tile, TILES - 1)
+        if levels is None:
+            y = packed(record + FORM.codes, record + FORM.scales, inside, x, FORM)
+        else:
+            y = trellis(record + FORM.codes, record + FORM.scales, levels, inside, x, FORM)
         y = y * tl.load(pointer(record + FORM.base, "float32"))
     elif KIND == "rows":
         first, two = at * B + tl.arange(0, B // 4), tl.arange(0, 2)
