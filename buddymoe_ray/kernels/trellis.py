@@ -27,24 +27,25 @@ from torch.nn.functional import pad
 
 from buddymoe_ray.kernels.trellis_tables import MIDPOINT, QUAD, RINGS, TABLES, WINDOW
 
-__all__ = ["best_codes", "levels", "levels_above", "values", "values_of_quads"]
+__all__ = ["best_codes", "levels_above", "values", "values_of_quads", "windows_of"]
 
 _TILE, _DEAR = 16, 1e30
 
 
-def levels(codes_RP: Tensor, bits: int) -> Tensor:
-    """uint8 `[..., P]`: the level that every position of rings of codes comes to."""
-    window = torch.zeros_like(codes_RP, dtype=torch.int64)
+def windows_of(codes_RP: Tensor, bits: int) -> Tensor:
+    """uint8 `[..., P]`: the windows of rings of codes, which index a table."""
+    found = torch.zeros_like(codes_RP)
     for back in range(-(-WINDOW // bits)):
-        shift, code = WINDOW - bits * (back + 1), codes_RP.roll(back, -1).long()
-        window |= code << shift if shift >= 0 else code >> -shift
-    return _table(bits, codes_RP.device)[window]
+        shift, code = WINDOW - bits * (back + 1), codes_RP.roll(back, -1)
+        found |= code << shift if shift >= 0 else code >> -shift
+    return found
 
 
 def values_of_quads(codes_4N: Tensor, bits: int) -> Tensor:
     """float32 `[..., 4, N]` of codes uint8 `[..., 4, N]` of quads of inputs: levels above the midpoint."""
-    rings = _rings(codes_4N, bits)
-    return _quads(levels(rings, bits), codes_4N.shape).float() - MIDPOINT
+    windows = windows_of(_rings(codes_4N, bits), bits)
+    found = levels_above(bits, windows.device).index_select(0, windows.view(-1).int())
+    return _quads(found.view(windows.shape), codes_4N.shape)
 
 
 def values(q_NK: Tensor, bits: int) -> Tensor:
@@ -68,12 +69,7 @@ def _quads(rings: Tensor, shape: torch.Size) -> Tensor:
 @cache
 def levels_above(bits: int, device: torch.device) -> Tensor:
     """float32 `[128]`: the values of the windows, before scales."""
-    return _table(bits, device).float() - MIDPOINT
-
-
-@cache
-def _table(bits: int, device: torch.device) -> Tensor:
-    return torch.tensor(list(TABLES[bits]), dtype=torch.uint8, device=device)
+    return torch.tensor(list(TABLES[bits]), dtype=torch.float32, device=device) - MIDPOINT
 
 
 def best_codes(
@@ -86,18 +82,15 @@ def best_codes(
     than before. Else the state is that of a search that began half a ring away, and a second one closes the ring.
     """
     x_RP, weight_RP = _rings(x_4N, bits).flatten(0, -2), _rings(weight_4N, bits, -1.0).flatten(0, -2)
-    search, middle = (_search if x_RP.device.type == "cpu" else _search_in_torch), RINGS[bits] // 2
-    if codes_4N is None:
-        begun = search(x_RP, weight_RP, bits, torch.zeros_like(x_RP, dtype=torch.uint8), middle, free=True)
-        found = search(x_RP, weight_RP, bits, begun, 0, free=False)
-    else:
-        codes_RP = _rings(codes_4N, bits).flatten(0, -2)
-        found = search(x_RP, weight_RP, bits, codes_RP, middle if half else 0, free=False)
-    return _quads(found, x_4N.shape)
+    codes_RP = torch.zeros_like(x_RP, dtype=torch.uint8) if codes_4N is None else _rings(codes_4N, bits).flatten(0, -2)
+    middle = RINGS[bits] // 2
+    turns = [(middle, True), (0, False)] if codes_4N is None else [(middle if half else 0, False)]
+    search = _search if x_RP.device.type == "cpu" else _search_in_torch
+    return _quads(search(x_RP, weight_RP, bits, codes_RP, turns), x_4N.shape)
 
 
-def _search(x_RP: Tensor, weight_RP: Tensor, bits: int, codes_RP: Tensor, first: int, *, free: bool) -> Tensor:
-    """By machine code."""
+def _search(x_RP: Tensor, weight_RP: Tensor, bits: int, codes_RP: Tensor, turns: list[tuple[int, bool]]) -> Tensor:
+    """By machine code: for each turn where it begins, and whether in any state."""
     from buddymoe_ray.kernels.trellis_rings import LANES, SCRATCH_BYTES
 
     R, P = x_RP.shape
@@ -108,7 +101,8 @@ def _search(x_RP: Tensor, weight_RP: Tensor, bits: int, codes_RP: Tensor, first:
     scratch = torch.empty(SCRATCH_BYTES + 64, dtype=torch.uint8)
     room, table = -(-scratch.data_ptr() // 64) * 64, levels_above(bits, x.device)
     places = [part.data_ptr() for part in (x, weight, codes, table)]
-    _machine_code(bits)(*places, first, int(free), room, len(x))
+    for first, free in turns:
+        _machine_code(bits)(*places, first, int(free), room, len(x))
     return codes.transpose(1, 2).reshape(-1, P)[:R]
 
 
@@ -121,32 +115,30 @@ def _machine_code(bits: int) -> Callable[..., None]:
     return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 8)(address)
 
 
-def _search_in_torch(x_RP: Tensor, weight_RP: Tensor, bits: int, codes_RP: Tensor, first: int, *, free: bool) -> Tensor:
+def _search_in_torch(
+    x_RP: Tensor, weight_RP: Tensor, bits: int, codes_RP: Tensor, turns: list[tuple[int, bool]]
+) -> Tensor:
     """The spec, and what other devices run."""
+    for first, free in turns:
+        codes_RP = _turn(x_RP, weight_RP, bits, codes_RP, first, free=free)
+    return codes_RP
+
+
+def _turn(x_RP: Tensor, weight_RP: Tensor, bits: int, codes_RP: Tensor, first: int, *, free: bool) -> Tensor:
     (R, P), S, B = x_RP.shape, 1 << (WINDOW - bits), 1 << bits
-    table, start = levels_above(bits, x_RP.device), _state(codes_RP, bits, first)
-    order = torch.arange(first, first + P, device=x_RP.device) % P
+    table, start = levels_above(bits, x_RP.device), windows_of(codes_RP, bits)[:, first - 1].long() >> bits
+    order = [(first + k) % P for k in range(P)]
     cost, chosen = x_RP.new_zeros(R, S), list[Tensor]()
     if not free:
         cost = torch.full_like(cost, torch.inf).scatter_(1, start[:, None], 0.0)
-    for p in order.tolist():
+    for p in order:
         rise = weight_RP[:, p, None].clamp_min(0) * (table - x_RP[:, p, None]) ** 2
         rise[:, 1 << (WINDOW - bits) :] += torch.where(weight_RP[:, p, None] < 0, _DEAR, 0.0)
         cost, best = (cost.repeat(1, B) + rise).view(R, S, B).min(dim=2)
         chosen.append(best)
     state, codes = cost.argmin(dim=1) if free else start, torch.empty_like(codes_RP)
-    for p, best in zip(reversed(order.tolist()), reversed(chosen), strict=True):
+    for p, best in zip(reversed(order), reversed(chosen), strict=True):
         window = B * state + best.gather(1, state[:, None]).squeeze(1)
         codes[:, p] = window >> (WINDOW - bits)
         state = window & (S - 1)
     return codes
-
-
-def _state(codes_RP: Tensor, bits: int, first: int) -> Tensor:
-    """int64 `[R]`: what the codes before a position come to."""
-    before = codes_RP.roll(-first, 1).long()
-    state = torch.zeros_like(before[:, 0])
-    for back in range(1, -(-WINDOW // bits)):
-        shift = WINDOW - bits * (back + 1)
-        state |= before[:, -back] << shift if shift >= 0 else before[:, -back] >> -shift
-    return state

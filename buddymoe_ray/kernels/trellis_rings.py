@@ -19,7 +19,6 @@ Legend: P positions of a ring, S states, B codes, b an `ir.IRBuilder`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -35,6 +34,7 @@ _FLOATS, _INTS, _BYTES = (vec(kind, LANES) for kind in (F32, I32, I8))
 _COSTS = 4 * LANES << (WINDOW - 1)  # of as many states as there can be
 SCRATCH_BYTES = 2 * _COSTS + (LANES * max(RINGS.values()) << (WINDOW - 1))
 _DEAR = 1e30
+_MINIMUM = f"llvm.minnum.v{LANES}f32"
 
 
 def module_text(bits: int) -> str:
@@ -112,7 +112,7 @@ class _Rings:
                 cost = _fma(b, value, rise, b.load(self._cost(b, odd, b.add(before, I64(h)))))
                 marked = b.and_(b.bitcast(cost, _INTS), const(_INTS, -self._B))
                 ways.append(b.bitcast(b.or_(marked, const(_INTS, h)), _FLOATS))
-            best = _tree(ways, lambda one, other: b.select(b.fcmp_ordered("<", one, other), one, other))
+            best = _least(b, ways)
             zero = b.icmp_signed("<", q, I64(1 << (WINDOW - 2 * self._bits)))  # the code of all ways into the state
             price = b.select(splat(b, zero, LANES), const(_FLOATS, 0.0), dear)
             b.store(b.fadd(best, price), self._cost(b, 1 - odd, q))
@@ -161,8 +161,10 @@ def _fma(b: Any, x: Any, y: Any, z: Any) -> Any:
     return call(b, f"llvm.fma.v{LANES}f32", _FLOATS, [x, y, z])
 
 
-def _tree(items: list[Any], join: Callable[[Any, Any], Any]) -> Any:
-    """Neighbours first, so that no chain is long."""
+def _least(b: Any, items: list[Any]) -> Any:
+    """Of numbers, neighbours first, so that no chain is long. A comparison and a choice would stay two instructions:
+    LLVM chooses among the integers that the numbers were."""
+    least = b.module.globals.get(_MINIMUM) or ir.Function(b.module, ir.FunctionType(_FLOATS, [_FLOATS] * 2), _MINIMUM)
     while len(items) > 1:
-        items = [join(one, other) for one, other in list(pairwise(items))[::2]]
+        items = [b.call(least, pair, fastmath=("nnan", "nsz")) for pair in list(pairwise(items))[::2]]
     return items[0]

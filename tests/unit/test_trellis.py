@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from buddymoe_ray.kernels import trellis
-from buddymoe_ray.kernels.trellis import best_codes, levels, values, values_of_quads
+from buddymoe_ray.kernels.trellis import best_codes, levels_above, values, values_of_quads, windows_of
 from buddymoe_ray.kernels.trellis_tables import RINGS, SPREAD, TABLES
 
 BITS = [1, 2, 3]
@@ -57,7 +57,8 @@ def test_no_other_codes_between_the_same_ends_are_better(bits: int) -> None:
     number, begin = torch.arange(len(tried)), RINGS[bits] // 4
     for i in range(free):
         tried[:, begin + i] = (number >> (bits * i) & ((1 << bits) - 1)).to(torch.uint8)
-    errors = ((levels(tried, bits).float() - 127.5 - target).square() * counts).sum(dim=1)
+    found = levels_above(bits, x.device)[windows_of(tried, bits).long()]
+    errors = ((found - target).square() * counts).sum(dim=1)
     assert error(codes, x, weight, bits) <= float(errors.min()) * (1 + 1e-5) < float(errors.median()) / 1.1
 
 
