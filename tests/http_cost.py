@@ -133,7 +133,7 @@ def service(memory: str, streams: int) -> Iterator[str]:
             yield json.loads(told)["url"].removesuffix("/v1")
         finally:
             serving.send_signal(signal.SIGTERM)
-            serving.communicate()  # what it says in the end
+            serving.wait()  # not for the end of its output, which lasts as long as the last process of ray
 
 
 def measure(args: argparse.Namespace, url: str) -> dict[str, Any]:
