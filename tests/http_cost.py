@@ -1,13 +1,14 @@
 """What HTTP and the page cost: tokens per second of a running service of `builtin:tiny`, beside the bare engine's.
 
-    buddymoe serve deployments/tiny-cpu.yaml --mode exact --memory 100% --max-running 16
     python tests/http_cost.py [--streams 16] [--answer-tokens 200] [--seconds 20] [--rounds 5] [--json]
+    python tests/http_cost.py --only bare http --seconds 10 --rounds 10 --json   # HTTP alone, in 4.5 minutes
 
-By hand, on a quiet machine: the service computes with one thread; proxy, ingress and this client want the other core.
-In each round the bare engine of this process, the service, and the service while two pages watch it take turns, in an
-order that changes; each is measured once its streams are under way, by what the engine itself counts. Says the medians
-of rates, of what HTTP has of the bare engine, and of what the page costs. Streams are asked for and read as bytes: with
-httpx this client took 2.6 to 3.2 ms of CPU a request of 200 tokens, more than the ingress, and takes .5 so.
+By hand, on a quiet machine: a `buddymoe serve` of its own (or the one at --url) computes with one thread; ingress and
+this client want the other core. In each round the bare engine of this process, the service, and the service while two
+pages watch it take turns, in an order that changes; each is measured once its streams are under way, by what the engine
+itself counts. Says the medians of rates, of what HTTP has of the bare engine, and of what the page costs. Streams
+are asked for and read as bytes: with httpx this client took 2.6 to 3.2 ms of CPU a request of 200 tokens, more than the
+ingress, and takes .5 so.
 """
 
 from __future__ import annotations
@@ -15,8 +16,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
+import socket
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from statistics import median
 from typing import Any
@@ -30,6 +36,7 @@ from buddymoe_ray.types import GenerationRequest, SamplingParams
 MODEL = "builtin:tiny"
 WARM_SECONDS = 2.0
 PAGES = 2
+TURNS = ["bare", "http", "page"]
 
 
 def prompt(at: int) -> str:
@@ -111,44 +118,66 @@ async def served(url: str, streams: int, tokens: int, seconds: float, *, pages: 
     return rate
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of all three, and what they come to."""
-    rates: dict[str, list[float]] = {"bare": [], "http": [], "page": []}
+@contextmanager
+def service(memory: str, streams: int) -> Iterator[str]:
+    """A service of this environment's code, at a free port: its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = f"serve {MODEL} --mode exact --memory {memory} --max-running {streams} --threads 1 --port {port} --json"
+    start = [sys.executable, "-c", "from buddymoe_ray.cli import main; raise SystemExit(main())", *command.split()]
+    with subprocess.Popen(start, stdout=subprocess.PIPE) as serving:
+        assert serving.stdout is not None, "it is a pipe"
+        try:
+            told = next((line for line in serving.stdout if line.startswith(b"{")), None)
+            assert told is not None, "the service did not start"
+            yield json.loads(told)["url"].removesuffix("/v1")
+        finally:
+            serving.send_signal(signal.SIGTERM)
+            serving.wait()  # not for the end of its output, which lasts as long as the last process of ray
+
+
+def measure(args: argparse.Namespace, url: str) -> dict[str, Any]:
+    """Rounds of those that are asked for, and what they come to."""
+    rates: dict[str, list[float]] = {name: [] for name in args.only}
     with LLM(MODEL, memory=args.memory, mode="exact", threads=1, max_running=args.streams) as llm:
         for turn in range(args.rounds):
-            names = list(rates)
-            for name in names[turn % 3 :] + names[: turn % 3]:
+            names, first = args.only, turn % len(args.only)
+            for name in names[first:] + names[:first]:
                 load = args.streams, args.answer_tokens, args.seconds
                 if name == "bare":
                     rates[name].append(bare(llm, *load))
                 else:
                     pages = PAGES if name == "page" else 0
-                    rates[name].append(asyncio.run(served(args.url, *load, pages=pages)))
-    shares = [100 * http / alone for http, alone in zip(rates["http"], rates["bare"], strict=True)]
-    costs = [100 * (1 - page / http) for page, http in zip(rates["page"], rates["http"], strict=True)]
-    return {
-        "streams": args.streams,
-        "answer_tokens": args.answer_tokens,
-        "rounds": args.rounds,
-        **{f"{name}_tok_s": round(median(found), 1) for name, found in rates.items()},
-        "http_percent_of_bare": round(median(shares), 1),
-        "http_percent_by_round": [round(share, 1) for share in shares],
-        "page_cost_percent": round(median(costs), 1),
-        "page_cost_percent_by_round": [round(cost, 1) for cost in costs],
-    }
+                    rates[name].append(asyncio.run(served(url, *load, pages=pages)))
+    found: dict[str, Any] = {"streams": args.streams, "answer_tokens": args.answer_tokens, "rounds": args.rounds}
+    found |= {f"{name}_tok_s": round(median(each), 1) for name, each in rates.items()}
+    if {"bare", "http"} <= rates.keys():
+        shares = [100 * http / alone for http, alone in zip(rates["http"], rates["bare"], strict=True)]
+        found |= _by_round("http_percent", "_of_bare", shares)
+    if {"http", "page"} <= rates.keys():
+        costs = [100 * (1 - page / http) for page, http in zip(rates["page"], rates["http"], strict=True)]
+        found |= _by_round("page_cost_percent", "", costs)
+    return found
+
+
+def _by_round(name: str, of: str, found: list[float]) -> dict[str, Any]:
+    return {f"{name}{of}": round(median(found), 1), f"{name}_by_round": [round(each, 1) for each in found]}
 
 
 def main() -> int:
     """Print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--url", help="of a service that runs; without it one is started")
+    parser.add_argument("--only", nargs="+", choices=TURNS, default=TURNS)
     parser.add_argument("--memory", default="100%", help="of the bare engine; the service's must be the same")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--answer-tokens", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
-    found = measure(args := parser.parse_args())
+    args = parser.parse_args()
+    with nullcontext(args.url) if args.url else service(args.memory, args.streams) as url:
+        found = measure(args, url)
     if args.json:
         emit(found)
     else:

@@ -7,13 +7,12 @@ Knows neither ray nor engines, so tests drive it in process. On the token path: 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,6 @@ from starlette.routing import Route
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.answers import prepare_reading
 from buddymoe_ray.errors import CapacityError, RequestError
-from buddymoe_ray.observe import CalibrationSnapshot
 from buddymoe_ray.serve.access import admit
 from buddymoe_ray.serve.batches.job import LineService
 from buddymoe_ray.serve.batches.routes import batch_routes
@@ -46,11 +44,11 @@ from buddymoe_ray.serve.calls import (
     open_call,
 )
 from buddymoe_ray.serve.dashboard import READ, dashboard_routes, page_routes
+from buddymoe_ray.serve.health import health_routes
 from buddymoe_ray.serve.keys import KeyRing
 from buddymoe_ray.serve.metrics import exposition
 from buddymoe_ray.serve.openapi import allowed_methods, schema_routes
 from buddymoe_ray.serve.reading_bodies import Departure, apart, whole_body
-from buddymoe_ray.serve.recent import Recent
 from buddymoe_ray.serve.refusals import (
     Refused,
     envelope,
@@ -64,7 +62,7 @@ from buddymoe_ray.serve.refusals import (
 from buddymoe_ray.serve.replies import ModelCard, ModelList
 from buddymoe_ray.serve.resume import ResumeLimits, WorkerLost, resumable
 from buddymoe_ray.serve.streaming import Answer, EventStream
-from buddymoe_ray.serve.tenants import RATE_HEADERS, STOPPING, Foreseen, Tenant, Tenants
+from buddymoe_ray.serve.tenants import RATE_HEADERS, Foreseen, Tenant, Tenants
 from buddymoe_ray.serve.wire_messages import parse_count
 from buddymoe_ray.serve.wire_parsing import parse_body
 from buddymoe_ray.serve.wire_tokens import DetokenizeRequest, TokenizeRequest, tokenize_reply
@@ -141,10 +139,11 @@ def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
     runner = BatchRunner(FileStore(settings.files_folder, quota=settings.files_bytes), lines)
     app = FastAPI(title="buddymoe", openapi_url=None, redirect_slashes=False, lifespan=runner.lifespan)
     app.state.tenants = tenants
-    guarded = [Depends(_key_check(tenants, settings.limits.retry_after_seconds))]
+    check = _key_check(tenants, settings.limits.retry_after_seconds)
+    guarded = [Depends(check)]
     app.router.routes += _call_routes(workers, settings, tenants)  # first: routes are tried in turn
     app.include_router(_model_routes(workers, settings), dependencies=guarded)
-    app.include_router(_public_routes(workers, settings, tenants))
+    app.include_router(health_routes(workers, tenants, check, seconds=settings.health_seconds))
     for page in ("dashboard", "docs"):
         app.include_router(page_routes(page))
     app.include_router(schema_routes(keyed=not ring.open))
@@ -170,37 +169,6 @@ def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
             expose_headers=["Retry-After", *RATE_HEADERS],
         )
     return app
-
-
-def _public_routes(workers: Workers, settings: HttpSettings, tenants: Tenants) -> APIRouter:
-    router = APIRouter()
-    check = _key_check(tenants, settings.limits.retry_after_seconds)
-    last = Recent(partial(_health_of, workers), settings.health_seconds)  # nobody needs a key for it
-
-    @router.api_route("/health", methods=[*READ])
-    async def health(request: Request) -> Response:
-        """200 when every worker is well, else 503; what is not is named to those who may use the service."""
-        problems, calibration = await last.get()
-        problems = [*problems, STOPPING] if tenants.closed else problems
-        body: dict[str, object] = {"status": "unhealthy" if problems else "ok"}
-        with suppress(Refused):
-            await check(request)
-            body["problems"] = problems
-            if calibration.state != "none":
-                names = ("state", "tokens", "percent", "record_bytes", "reason")
-                body["calibration"] = {name: getattr(calibration, name) for name in names}
-        return _json(json.dumps(body).encode(), status=503 if problems else 200)
-
-    return router
-
-
-async def _health_of(workers: Workers) -> tuple[list[str], CalibrationSnapshot]:
-    """What is wrong with any worker, and the calibration of the one that is least far with it."""
-    problems = [problem for problem in await workers.health() if problem is not None]
-    if problems:
-        return problems, CalibrationSnapshot()  # who does not answer is not asked again
-    found = [report.snapshot.calibration for report in await workers.reports()]
-    return [], min(found, key=lambda one: (one.state != "collecting", one.percent), default=CalibrationSnapshot())
 
 
 def _metrics_routes(workers: Workers, settings: HttpSettings, tenants: Tenants) -> APIRouter:
@@ -353,6 +321,8 @@ def _refused(request: Request, refusal: Refusal) -> Response:
     response = _json(write(refusal), status=refusal.status, headers=tenant.headers() if tenant else None)
     if refusal.retry_after_seconds is not None:
         response.headers["Retry-After"] = str(refusal.retry_after_seconds)
+    if refusal.status in (408, 413):  # what still comes of the body is for nobody
+        response.headers["Connection"] = "close"
     if refusal.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     return response

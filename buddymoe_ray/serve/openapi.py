@@ -28,6 +28,7 @@ from buddymoe_ray.serve.batches.records import (
 )
 from buddymoe_ray.serve.calls import CHAT, COMPLETIONS, MESSAGES, RESPONSES
 from buddymoe_ray.serve.dashboard import READ, Dashboard
+from buddymoe_ray.serve.health import HEALTH
 from buddymoe_ray.serve.openapi_replies import (
     CountForm,
     DetokenizeForm,
@@ -38,6 +39,7 @@ from buddymoe_ray.serve.openapi_replies import (
     ResponseEvent,
     ResponseForm,
     TokenizeForm,
+    VersionForm,
 )
 from buddymoe_ray.serve.replies import ChatChunk, ChatCompletion, Completion, ErrorEnvelope, ModelCard, ModelList
 from buddymoe_ray.serve.wire import ChatRequest, CompletionRequest
@@ -51,7 +53,7 @@ __all__ = ["OPERATIONS", "Operation", "allowed_methods", "openapi_document", "sc
 
 JSON, SSE, HTML, LINES = "application/json", "text/event-stream", "text/html; charset=utf-8", "application/octet-stream"
 TEXT = ("text/plain; version=0.0.4; charset=utf-8", "application/openmetrics-text; version=1.0.0; charset=utf-8")
-ASKING = (400, 404, 413, 429, 500, 503, 504)
+ASKING = (400, 404, 429, 500, 503, 504)
 LOOKING = (500, 503)
 BATCHES = (400, 404, 500)
 MEANINGS = {
@@ -59,8 +61,10 @@ MEANINGS = {
     400: "the request is not usable; `param` names the field",
     401: "the API key is missing or wrong",
     404: "there is no such model, or thing",
+    408: "the body took too long to come",
     409: "what it is asked for is not so any more",
     413: "the body is too long, or the disk's share for files is used up",
+    415: "the body is compressed",
     429: "too many at once; come back after `Retry-After` seconds",
     500: "a failure that nobody foresaw",
     503: "the service is full, or no worker runs; come back after `Retry-After` seconds",
@@ -158,7 +162,7 @@ OPERATIONS = (
         summary="Keep a file of requests, for a batch",
         upload=True,
         reply=FileObject,
-        errors=(*BATCHES, 413),
+        errors=BATCHES,
     ),
     Operation(
         path="/v1/files",
@@ -187,7 +191,7 @@ OPERATIONS = (
         summary="Answer a file's requests, while nobody else waits",
         body=BatchRequest,
         reply=BatchObject,
-        errors=(*BATCHES, 413, 429),
+        errors=(*BATCHES, 429),
         example={"input_file_id": "file-…", "endpoint": CHAT.path, "completion_window": "24h"},
     ),
     Operation(path="/v1/batches", summary="The batches, latest first", reply=BatchList, errors=BATCHES, query=PAGES),
@@ -199,14 +203,18 @@ OPERATIONS = (
         reply=BatchObject,
         errors=(*BATCHES, 409),
     ),
-    Operation(
-        path="/health",
-        summary="Whether every worker is well",
-        reply=HealthForm,
-        statuses=(200, 503),
-        errors=(500,),
-        open=True,
+    *(
+        Operation(
+            path=path,
+            summary="Whether every worker is well",
+            reply=HealthForm,
+            statuses=(200, 503),
+            errors=(500,),
+            open=True,
+        )
+        for path in HEALTH
     ),
+    Operation(path="/version", summary="Which version this is", reply=VersionForm, errors=(500,), open=True),
     Operation(path="/metrics", summary="Every worker's counters, for Prometheus", replies=TEXT, errors=LOOKING),
     _page("/dashboard", "A page to look at", HTML),
     Operation(path="/dashboard/data", summary="What the page shows", reply=Dashboard, errors=LOOKING),
@@ -283,6 +291,7 @@ def _operation(each: Operation, refs: dict[Any, Any], *, keyed: bool, head: bool
     good = {str(status): {"description": MEANINGS[status], "content": content} for status in each.statuses}
     errors = {401, *each.errors} if keyed and not each.open else {*each.errors}
     errors |= {429, 503} if each.method == "POST" else set()  # a key's limits; a service that stops
+    errors |= {408, 413, 415} if each.body is not None or each.upload else set()
     failed = {str(status): _failure(status, refs[each.error]) for status in sorted(errors)}
     places = [("path", name, {"type": "string", "minLength": 1}, "") for name in re.findall(r"\{(\w+)\}", each.path)]
     places += [("query", *each) for each in each.query]

@@ -18,6 +18,7 @@ __all__ = [
     "ResponseEvent",
     "ResponseForm",
     "TokenizeForm",
+    "VersionForm",
 ]
 
 
@@ -231,3 +232,9 @@ class HealthForm(_Form):
     status: Literal["ok", "unhealthy"]
     problems: list[str] = []
     calibration: CalibrationForm | None = None
+
+
+class VersionForm(_Form):
+    """Reply of /version."""
+
+    version: str

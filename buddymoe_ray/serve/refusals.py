@@ -21,6 +21,7 @@ __all__ = [
     "WORKER_LOST",
     "Refused",
     "absent",
+    "coded",
     "envelope",
     "error_of",
     "failure",
@@ -33,6 +34,7 @@ __all__ = [
     "refusal_of",
     "timed_out",
     "too_late",
+    "too_slow",
     "unavailable",
     "worker_lost",
 ]
@@ -144,6 +146,17 @@ def timed_out(seconds: float) -> Refusal:
     return Refusal(status=504, kind="server_error", code="timeout", message=message)
 
 
+def coded(coding: str) -> Refusal:
+    """A body that is compressed."""
+    message = f"Content-Encoding is {coding!r:.80}, must be left out. hint: send the body as it is"
+    return Refusal(status=415, message=message)
+
+
+def too_slow(seconds: float) -> Refusal:
+    """A body that is not whole in time."""
+    return Refusal(status=408, message=f"the body took more than {seconds:g} s to come. hint: send it again")
+
+
 def failure(delta: Delta | None = None) -> Refusal:
     """A choice that ended with an error or was cancelled by the service, or (None) an error nobody foresaw."""
     if delta is None:
@@ -162,7 +175,7 @@ def envelope(refusal: Refusal) -> bytes:
 def message_error(refusal: Refusal) -> bytes:
     """Anthropic's error body."""
     kinds = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
-    kinds |= {500: "api_error", 503: "overloaded_error", 504: "timeout_error"}
+    kinds |= {408: "timeout_error", 500: "api_error", 503: "overloaded_error", 504: "timeout_error"}
     error = {"type": kinds.get(refusal.status, "invalid_request_error"), "message": refusal.message}
     return json.dumps({"type": "error", "error": error}).encode()
 

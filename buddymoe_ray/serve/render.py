@@ -82,7 +82,8 @@ class ChatRenderer(ChatReading):
 
     def chunks(self, delta: Delta, so_far: Usage | None = None) -> list[bytes]:
         """A chat.completion.chunk; a choice's first one carries the role. A call is told once it is whole, and the end
-        after it: clients take a call for whole when something else comes."""
+        after it: clients take a call for whole when something else comes. While one is written nothing is told, unless
+        tokens are: clients take every chunk for tokens."""
         content, reasoning, calls = self.read(delta)
         added: dict[str, Any] = {} if delta.choice in self._opened else {"role": "assistant"}
         self._opened.add(delta.choice)
@@ -93,6 +94,8 @@ class ChatRenderer(ChatReading):
         if calls:
             added["tool_calls"] = calls
         reason, usage = self.reason(delta), None if so_far is None else token_counts(so_far)
+        if not added and reason is None and usage is None and not self.head.logprobs:
+            return []
         choice = ChatChunkChoice(
             index=delta.choice,
             delta=ChatDelta(**added),

@@ -95,7 +95,8 @@ class Answer:
             yield self._chunks(first)
             while not self.over:
                 reply = await anext(self.replies, None)
-                yield self._chunks(reply or failure())
+                if told := self._chunks(reply or failure()):
+                    yield told
         finally:
             if len(self._ended) < self.choices:  # nobody wants the others any more
                 await self.replies.aclose()

@@ -94,7 +94,7 @@ class Tenant:
         """It is understood, and will take about so many tokens; what is returned must be ended."""
         most = self.limits.concurrent_requests
         if most is not None and self.running >= most:
-            return self._refuse("concurrent_requests", f"{most} requests run", 1.0)
+            return self._refuse("concurrent_requests", f"{self.running} of {most} run", 1.0)
         refusal = self._take("tokens", tokens.total)
         if refusal is not None:
             return refusal
@@ -148,19 +148,20 @@ class Tenant:
             return None
         wait = bucket.wait(amount, now)
         if wait > 0:
-            return self._refuse(RATES[kind], f"{bucket.per_minute:g} {kind} were used this minute", wait)
+            left = f"{max(0, math.floor(bucket.level(now)))} of {bucket.per_minute:g} are left, this takes {amount}"
+            return self._refuse(RATES[kind], left, wait)
         bucket.take(amount, now)
         return None
 
     def _refuse(self, limit: str, reason: str, seconds: float) -> Refusal:
         self.counters.refused += 1
-        log.info("key %s: refused, %s", self.name, reason)
+        log.info("key %s: refused, %s: %s", self.name, limit, reason)
         seconds = math.ceil(seconds)
         return Refusal(
             status=429,
             kind="rate_limit_error",
             code="rate_limit_exceeded",
-            message=f"{reason} with this key, its {limit}. hint: retry after {seconds} s",
+            message=f"{limit} of this key: {reason}. hint: retry after {seconds} s",
             retry_after_seconds=seconds,
         )
 

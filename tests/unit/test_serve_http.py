@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,7 +15,9 @@ import pytest
 from asgi import CHAT, TEXT, check_error, messages_of, openai_client, serving, talking_to
 from fakes import FakeEngine, FakeLimits, LocalWorkers, exact_usage
 
-from buddymoe_ray.serve import http
+import buddymoe_ray
+from buddymoe_ray.serve import http, reading_bodies
+from buddymoe_ray.serve.batches import file_routes
 from buddymoe_ray.serve.calls import MAX_BODY_BYTES, Call, Endpoint
 from buddymoe_ray.serve.http import HttpSettings
 from buddymoe_ray.serve.worker import Worker
@@ -242,6 +245,31 @@ async def test_malformed_bodies_and_paths() -> None:
         assert wrong_method.headers["allow"] == "POST"
         too_long = await client.post("/v1/completions", content=b" " * (MAX_BODY_BYTES + 1))
         check_error(too_long, 413)
+        for path in ("/v1/completions", "/tokenize"):  # this one could be read, and is not what it says it is
+            packed = await client.post(path, json=TEXT, headers={"Content-Encoding": "gzip"})
+            assert "Content-Encoding is 'gzip'" in check_error(packed, 415)
+        assert (await client.post("/v1/completions", json=TEXT, headers={"Content-Encoding": "Identity"})).is_success
+
+
+async def test_a_body_that_never_comes_whole_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(reading_bodies, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(file_routes, "UPLOAD_SECONDS", 0.05)
+
+    async def drops() -> AsyncIterator[bytes]:
+        yield b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\n'
+        while True:
+            yield b" "
+            await asyncio.sleep(0.02)
+
+    async with asyncio.timeout(10), serving(files_folder=tmp_path) as client:
+        slow = await client.post("/v1/messages", content=drops())
+        form = {"Content-Type": "multipart/form-data; boundary=x"}
+        uploads = [client.post("/v1/files", content=drops(), headers=form) for _ in range(file_routes.MOST_UPLOADS + 1)]
+        for upload in await asyncio.gather(*uploads):
+            check_error(upload, 408)
+        check_error(await client.post("/v1/files", headers=form | {"Content-Encoding": "br"}), 415)
+    assert (slow.status_code, slow.json()["error"]["type"]) == (408, "timeout_error")
+    assert slow.headers["connection"] == "close"
 
 
 async def test_health_fails_when_an_engine_died() -> None:
@@ -249,8 +277,10 @@ async def test_health_fails_when_an_engine_died() -> None:
     async with serving(*engines, health_seconds=0.0) as client:
         well = await client.get("/health")
         assert (well.status_code, well.json()) == (200, {"status": "ok", "problems": []})
+        assert (await client.get("/version")).json() == {"version": buddymoe_ray.__version__}
         engines[1].die()
-        ill = await client.get("/health")
+        ill, ping = await client.get("/health"), await client.get("/ping")
+    assert (ping.status_code, ping.json()) == (503, ill.json())
     assert (ill.status_code, ill.json()["status"]) == (503, "unhealthy")
     assert "engine is stopped" in ill.json()["problems"][0]
 

@@ -231,7 +231,10 @@ async def test_requests_beyond_a_limit_are_told_when_to_come_back(tmp_path: Path
         assert (await limited(client, key, stream=True)).status_code == 200
         refused = await limited(client, key)
         message = check_error(refused, 429, None, "rate_limit_exceeded")
-        assert "requests_per_minute" in message and 1 <= int(refused.headers["retry-after"]) <= 30
+        assert (
+            "requests_per_minute of this key: 0 of 2 are left, this takes 1." in message
+            and 1 <= int(refused.headers["retry-after"]) <= 30
+        )
         assert refused.headers["x-ratelimit-remaining-requests"] == "0"
         counted = await client.post("/tokenize", json={"prompt": "x"}, headers=with_key(key))
         assert counted.status_code == 429, "there is no way around"
@@ -255,7 +258,7 @@ async def test_tokens_are_foreseen_and_settled(tmp_path: Path) -> None:
             reply = await limited(client, key, max_tokens=100)
         used = 1000 - int(reply.headers["x-ratelimit-remaining-tokens"])
         message = check_error(reply, 429, None, "rate_limit_exceeded")
-        assert "tokens_per_minute" in message and 880 <= used <= 1000
+        assert "tokens_per_minute" in message and f"{1000 - used} of 1000 are left" in message and 880 <= used <= 1000
     scored = Work(request_id="s", prompts=("x", "y"), sampling=SamplingParams(), max_tokens=0, echo=True)
     asked = replace(scored, max_tokens=None)
     assert [Foreseen.of(work, b"x" * 40, default_max_tokens=7).total for work in (scored, asked)] == [10, 10 + 2 * 7]

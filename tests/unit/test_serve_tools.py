@@ -101,6 +101,7 @@ async def test_a_stream_that_moves_tells_the_same(engine: AsyncEngine, fields: d
     assert [(call["index"], call["function"]) for call in deltas] == [
         (at, call["function"]) for at, call in enumerate(whole["message"]["tool_calls"])
     ]
+    assert all(chunk["delta"] or chunk["finish_reason"] for chunk in chunks), "a chunk says something"
     assert chunks[0]["delta"]["role"] == "assistant" and all(call["id"] for call in deltas)
 
 

@@ -19,14 +19,15 @@ from buddymoe_ray.serve.batches.lines import BatchInput, LineError
 from buddymoe_ray.serve.batches.records import BatchObject, FileDeleted, FileList, FileObject
 from buddymoe_ray.serve.batches.store import FileStore, no_room
 from buddymoe_ray.serve.dashboard import READ
-from buddymoe_ray.serve.refusals import Refused
+from buddymoe_ray.serve.reading_bodies import check_coding
+from buddymoe_ray.serve.refusals import Refused, too_slow
 from buddymoe_ray.serve.work import Refusal
 
 __all__ = ["MAX_UPLOAD_BYTES", "MOST_LINES", "file_routes"]
 
 MAX_UPLOAD_BYTES = 200 << 20
 MOST_LINES = 50_000
-MOST_UPLOADS = 4
+MOST_UPLOADS, UPLOAD_SECONDS = 4, 600.0
 
 
 def file_routes(store: FileStore) -> APIRouter:
@@ -37,6 +38,7 @@ def file_routes(store: FileStore) -> APIRouter:
     @router.post("")
     async def upload(request: Request) -> Response:
         store.check()
+        check_coding(request)
         try:
             async with uploads, Request(request.scope, _bounded(request)).form(max_files=1, max_fields=8) as form:
                 file = _checked_form(form)
@@ -90,11 +92,16 @@ def _pieces(path: Path) -> Iterator[bytes]:
 
 
 def _bounded(request: Request) -> Callable[[], Awaitable[Message]]:
-    size = 0
+    """What comes of an upload. Raises Refused when it is too long or too slow: others wait for its end."""
+    size, end = 0, asyncio.get_running_loop().time() + UPLOAD_SECONDS
 
     async def receive() -> Message:
         nonlocal size
-        message = await request.receive()
+        try:
+            async with asyncio.timeout_at(end):
+                message = await request.receive()
+        except TimeoutError:
+            raise Refused(too_slow(UPLOAD_SECONDS)) from None
         size += len(message.get("body", b""))
         if size > MAX_UPLOAD_BYTES:
             reason = f"the upload is too long, must be at most {MAX_UPLOAD_BYTES} bytes. hint: make two files of it"
