@@ -118,7 +118,7 @@ _WEAKER: tuple[tuple[Any, str, str, str], ...] = (
     (_LOADS, "start", "self._tables.locked_soon()", "nullcontext()"),
     (_LOADS, "_others", "tables.locked_soon()", "nullcontext()"),
     (_LOADS, "_finish", "self._tables.locked_soon()", "nullcontext()"),
-    (_LOADS, "_abandon", "self._tables.locked_soon()", "nullcontext()"),
+    (_LOADS, "_free", "self._tables.locked_soon()", "nullcontext()"),
     (_LOADS, "_gather", "self.ahead.land()", "pass"),
     (_LOADS, "read_ahead", "self._tables.locked_soon()", "nullcontext()"),
     (_LOADS, "claim", "if slot < 0:", "if True:"),

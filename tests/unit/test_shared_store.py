@@ -484,12 +484,16 @@ class Interrupted(DiskReader):
     """After its first read a neighbour takes the tables."""
 
     neighbour: SharedStore | None = None
+    refuses = False
 
     def submit(self, *args: Any) -> ReadTicket:
         ticket = super().submit(*args)
         if self.neighbour is not None:
             self.neighbour.tables._locks.lock(TABLES_BYTE)
             self.neighbour = None
+            if self.refuses:
+                ticket.settle()
+                raise CacheError("too many open files")
         return ticket
 
 
@@ -513,6 +517,28 @@ def test_nobody_waits_for_one_who_stands_still_with_the_tables(node: Node) -> No
     assert mine.glance(1) is not None
     assert 4 in mine.resident(1) and LOADING not in mine.store.tables.state, "what was read is READY now"
     assert not mine.store.tables.lease.any()
+    mine.check_integrity()
+    still.close()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_could_not_be_begun_while_one_stands_still_is_freed(node: Node, ahead: bool) -> None:
+    """Neither the slot whose read failed to begin nor those claimed for the next may stay LOADING."""
+    still, reader = node.store(), Interrupted(depth=2, buffer_bytes=16384)
+    mine = ExpertCache(node.store(), reader=reader)
+    node.opened.append(mine)
+    reader.neighbour, reader.refuses = still, True
+    if ahead:
+        assert not mine.read_ahead(1, [0, 1, 2])
+    else:
+        access(node, mine, 1, [0, 1, 2])
+    tables = mine.store.tables
+    assert (tables.state == LOADING).sum() == 3
+    access(node, mine, 1, [0, 3])
+    still.tables._locks.unlock(TABLES_BYTE)
+    assert mine.glance(1) is not None
+    assert LOADING not in tables.state and not tables.lease.any()
+    access(node, node.cache(), 1, [0, 1, 2])
     mine.check_integrity()
     still.close()
 
