@@ -269,7 +269,7 @@ class Loads:
 
     def _check_patience(self, call: StreamState) -> None:
         """Raises Stalled where nothing has come for long; whoever was not in time before is not waited for again."""
-        if self._store.alone:  # nobody stands still but those who have a node's host slots, and they are waited for
+        if self._store.alone:  # whoever stands still with a node's host slots is not waited for below
             return
         slots, generation = [slot for _, slot in call.waits], self._tables.generation
         known = self._crowded if call.missing else True
@@ -285,7 +285,8 @@ class Loads:
         self.ahead.land()  # another worker may wait for it, and we for what that one has read ahead
         came = list[OwnLoad]()
         try:
-            for load in [load for load in call.loads if load.ticket.done()]:
+            ended = [load for load in call.loads if load.ticket.done()]
+            for load in ended:
                 try:
                     self._read(load, call.loads)
                     came.append(load)
