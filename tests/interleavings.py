@@ -181,6 +181,10 @@ class Reader:
         _world.owner.reads.append(read)
         return read
 
+    def seconds(self, nbytes: int) -> float:
+        """As before the first read."""
+        return 0.0
+
     def close(self) -> None:
         """Nothing is in flight any more."""
 
@@ -663,6 +667,8 @@ def _frozen(value: Any) -> Any:
 def _freezer(kind: type) -> Callable[[Any], Any]:
     if issubclass(kind, np.generic):
         return lambda value: value.item()
+    if issubclass(kind, BaseException):
+        return lambda _: kind.__name__  # of which some are caught where others are not
     if is_dataclass(kind) and kind.__module__.startswith("buddymoe_ray.cache."):
         names = [f.name for f in fields(kind) if f.name not in _IGNORED]
         return lambda value: tuple([_frozen(getattr(value, name)) for name in names])
@@ -712,7 +718,7 @@ _FREEZERS: dict[type, Callable[[Any], Any]] = {
     ),
     Glance: lambda value: (value.at_E >= 0).tobytes() + value.words_2E[1].tobytes(),
     ahead.ReadsAhead: lambda value: (_frozen(value._loads), _frozen(value._cancelled)),
-    HostTier: lambda value: _frozen(value._reading),
+    HostTier: lambda value: (_frozen(value._reading), _frozen(value._stalled), value._full_since),
     mover.Moved: lambda value: (value.moves, value.skipped),
 }
 

@@ -90,7 +90,7 @@ _STEPS: tuple[tuple[Any, tuple[str, ...]], ...] = (
 by step: it would close those of whoever looks for that."""
 
 _TABLES, _LOADS, _LENDER, _CACHE = tables.SharedTables, loads.Loads, lending.Lender, ExpertCache
-_LOOKS = "with tables.locked():\n        slot = int("
+_LOOKS = "with tables.locked_soon():\n        slot = int("
 _WEAKER: tuple[tuple[Any, str, str, str], ...] = (
     (ahead.ReadsAhead, "give_up", "self._cancelled.append(self._loads.pop(key))", "self._loads.pop(key)"),
     (locks, "remove_unused", "not locks.lock(TABLES_BYTE, _LONGEST_WAIT_SECONDS)", "False"),
@@ -118,7 +118,7 @@ _WEAKER: tuple[tuple[Any, str, str, str], ...] = (
     (_LOADS, "start", "self._tables.locked_soon()", "nullcontext()"),
     (_LOADS, "_others", "tables.locked_soon()", "nullcontext()"),
     (_LOADS, "_finish", "self._tables.locked_soon()", "nullcontext()"),
-    (_LOADS, "_abandon", "self._tables.locked_soon()", "nullcontext()"),
+    (_LOADS, "_free", "self._tables.locked_soon()", "nullcontext()"),
     (_LOADS, "_gather", "self.ahead.land()", "pass"),
     (_LOADS, "read_ahead", "self._tables.locked_soon()", "nullcontext()"),
     (_LOADS, "claim", "if slot < 0:", "if True:"),
@@ -126,8 +126,8 @@ _WEAKER: tuple[tuple[Any, str, str, str], ...] = (
     (_LOADS, "submit_claimed", "self._abandon(call.claimed)", "pass"),
     (ahead.ReadsAhead, "settle", "load.ticket.settle()", "pass"),
     (ahead.ReadsAhead, "settle", "self.land(waits=True)", "pass"),
-    (host._Read, "conclude", "with tables.locked():", "with nullcontext():"),
-    (host.HostTier, "fetch", _LOOKS, _LOOKS.replace("tables.locked()", "nullcontext()")),
+    (host._Read, "conclude", "with tables.locked_soon():", "with nullcontext():"),
+    (host.HostTier, "fetch", _LOOKS, _LOOKS.replace("tables.locked_soon()", "nullcontext()")),
     (_LENDER, "_looked", "words[row] % 2 and ", "False and "),
     (_LENDER, "_use", "slot >= self._first + tables.lent", "False"),
 )

@@ -17,7 +17,7 @@ import numpy as np
 from buddymoe_ray.cache.ahead import ReadsAhead
 from buddymoe_ray.cache.disk import DiskReader
 from buddymoe_ray.cache.pool import Lease
-from buddymoe_ray.cache.shared.calls import Counts, OwnLoad, OwnSlot, ReadLost, Stalled, StreamState
+from buddymoe_ray.cache.shared.calls import Counts, NotBegun, OwnLoad, OwnSlot, ReadLost, Stalled, StreamState
 from buddymoe_ray.cache.shared.interface import Store
 from buddymoe_ray.cache.shared.tables import LOADING, PATIENCE_SECONDS, READY, WAVE
 from buddymoe_ray.cache.sources import Source
@@ -254,9 +254,13 @@ class Loads:
         came = list[OwnLoad]()
         try:
             for load in done:
-                with suppress(CacheError):
+                try:
                     self._read(load, self.ahead)
                     came.append(load)
+                except Stalled:
+                    break  # nor could the next one be freed
+                except CacheError:
+                    continue  # met by whoever asks for the expert
         finally:
             with suppress(Stalled):  # it is tried again
                 slots = self._finish(came, self.ahead)
@@ -265,7 +269,7 @@ class Loads:
 
     def _check_patience(self, call: StreamState) -> None:
         """Raises Stalled where nothing has come for long; whoever was not in time before is not waited for again."""
-        if self._store.alone:  # nobody stands still but those who have a node's host slots, and they are waited for
+        if self._store.alone:  # whoever stands still with a node's host slots is not waited for below
             return
         slots, generation = [slot for _, slot in call.waits], self._tables.generation
         known = self._crowded if call.missing else True
@@ -281,7 +285,8 @@ class Loads:
         self.ahead.land()  # another worker may wait for it, and we for what that one has read ahead
         came = list[OwnLoad]()
         try:
-            for load in [load for load in call.loads if load.ticket.done()]:
+            ended = [load for load in call.loads if load.ticket.done()]
+            for load in ended:
                 try:
                     self._read(load, call.loads)
                     came.append(load)
@@ -321,7 +326,7 @@ class Loads:
             _blame(error, load.key)
             load.ticket.settle()
             try:
-                self._abandon([(load.key, load.slot)])
+                self._free([load.slot])
             except Stalled:
                 self._put_off([load], loads)
                 raise
@@ -354,15 +359,24 @@ class Loads:
             self.ahead.add(load.untimed())  # how long it took is known
 
     def _abandon(self, claimed: list[tuple[ExpertKey, int]] | deque[tuple[ExpertKey, int]]) -> None:
-        """Free slots that nothing is read into any more."""
-        if not claimed:
+        """Free slots that nothing is read into any more. Where that may not be now it will be before long: raises
+        Stalled then."""
+        try:
+            self._free([slot for _, slot in claimed])
+        except Stalled:
+            for key, slot in claimed:
+                self.ahead.add(OwnLoad(key, slot, NotBegun(), None))
+            raise
+        finally:
+            claimed.clear()
+
+    def _free(self, slots: Sequence[int]) -> None:
+        if not slots:
             return
-        slots = [slot for _, slot in claimed]
         with self._tables.locked_soon():
             for slot in slots:
                 self._tables.vacate(slot)
         self._tables.release(slots)
-        claimed.clear()
 
 
 def _blame(error: BaseException, key: ExpertKey) -> None:

@@ -14,6 +14,7 @@ from typing import Protocol
 from buddymoe_ray.cache.disk import DiskReader, Ticket
 from buddymoe_ray.cache.host import HostTier
 from buddymoe_ray.cache.sharded_reads import ShardedReads
+from buddymoe_ray.cache.shared.calls import Stalled
 from buddymoe_ray.cache.shared.interface import Store
 from buddymoe_ray.cache.slot_peers import PeerRead, SlotPeers
 from buddymoe_ray.device import Copy, Device
@@ -109,17 +110,22 @@ class HostSource:
             if (read := self.shards.peers.read(key, self._store.tensor_C[slot])) is not None:
                 self.shards.took(key)
                 return _FromPeer(self.shards.peers, key, slot, read)
-        fetched = self.host.fetch(key)
+        tier = self.host
+        try:
+            fetched = tier.fetch(key)
+        except Stalled:
+            tier = tier.own_slots
+            fetched = tier.fetch(key)
         if fetched is None:
             return None
-        passage = _Passage(self, key, slot, *fetched)
+        passage = _Passage(self, key, slot, tier, *fetched)
         if passage.done():
             passage.copy = self.copy(passage)  # beside what is computed meanwhile
         return passage
 
     def copy(self, passage: _Passage) -> Copy:
         """Copy a host slot that has its bytes, once what was computed so far has read the device slot."""
-        return self._device.copy(self._store.tensor_C[passage.slot], self.host.tensor_C[passage.host_slot])
+        return self._device.copy(self._store.tensor_C[passage.slot], passage.tier.tensor_C[passage.host_slot])
 
     def admit(self, passage: _Passage, copy: Copy) -> None:
         """What is computed from now on may read the expert in its slot."""
@@ -153,19 +159,20 @@ class HostSource:
             passage.copy.wait()
             if self.shards is not None and int(self._store.generation[passage.slot]) == passage.generation:
                 self.shards.peers.publish(passage.slot, passage.key)
-            self.host.copied(passage.host_slot, passage.copy.seconds())
+            passage.tier.copied(passage.host_slot, passage.copy.seconds())
             released = True
         return released
 
 
 @dataclass(eq=False, slots=True)
 class _Passage:
-    """An expert on its way through a host slot, as a Ticket: `copy` is what has begun behind it, into the slot's
-    `generation` once that is admitted."""
+    """An expert on its way through a host slot of `tier`, as a Ticket: `copy` is what has begun behind it, into the
+    slot's `generation` once that is admitted."""
 
     source: HostSource
     key: ExpertKey
     slot: int
+    tier: HostTier
     host_slot: int
     read: Ticket
     copy: Copy | None = None
@@ -194,7 +201,7 @@ class _Passage:
             self.read.settle()  # an interrupt leaves reads in flight
             if self.copy is not None:
                 self.copy.wait()
-            self.source.host.release(self.host_slot)
+            self.tier.release(self.host_slot)
             raise
         self.source.admit(self, self.copy or self.source.copy(self))
 

@@ -484,12 +484,16 @@ class Interrupted(DiskReader):
     """After its first read a neighbour takes the tables."""
 
     neighbour: SharedStore | None = None
+    refuses = False
 
     def submit(self, *args: Any) -> ReadTicket:
         ticket = super().submit(*args)
         if self.neighbour is not None:
             self.neighbour.tables._locks.lock(TABLES_BYTE)
             self.neighbour = None
+            if self.refuses:
+                ticket.settle()
+                raise CacheError("too many open files")
         return ticket
 
 
@@ -513,6 +517,28 @@ def test_nobody_waits_for_one_who_stands_still_with_the_tables(node: Node) -> No
     assert mine.glance(1) is not None
     assert 4 in mine.resident(1) and LOADING not in mine.store.tables.state, "what was read is READY now"
     assert not mine.store.tables.lease.any()
+    mine.check_integrity()
+    still.close()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_could_not_be_begun_while_one_stands_still_is_freed(node: Node, ahead: bool) -> None:
+    """Neither the slot whose read failed to begin nor those claimed for the next may stay LOADING."""
+    still, reader = node.store(), Interrupted(depth=2, buffer_bytes=16384)
+    mine = ExpertCache(node.store(), reader=reader)
+    node.opened.append(mine)
+    reader.neighbour, reader.refuses = still, True
+    if ahead:
+        assert not mine.read_ahead(1, [0, 1, 2])
+    else:
+        access(node, mine, 1, [0, 1, 2])
+    tables = mine.store.tables
+    assert (tables.state == LOADING).sum() == 3
+    access(node, mine, 1, [0, 3])
+    still.tables._locks.unlock(TABLES_BYTE)
+    assert mine.glance(1) is not None
+    assert LOADING not in tables.state and not tables.lease.any()
+    access(node, node.cache(), 1, [0, 1, 2])
     mine.check_integrity()
     still.close()
 
@@ -628,6 +654,46 @@ def test_devices_that_wait_for_each_others_reads_go_on(node: Node) -> None:
     for cache in caches:
         cache.check_integrity()
         cache.close()
+
+
+def _stand_still(folder: Path, layout: ExpertLayout, plan: SlotPlan, ready: Any, held: str) -> None:
+    digest = store_digest(layout, plan)
+    tables = SharedStore(store_path(digest, folder=folder), layout, plan, digest).tables
+    with tables.locked():
+        if held == "expert":
+            tables.take(0, ExpertKey(0, 4))
+        if held == "slots":
+            tables.lease[tables.row] = 1
+    if held == "tables":
+        tables._locks.lock(TABLES_BYTE)
+    ready.set()
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("held", ["tables", "expert", "slots"])
+def test_a_device_waits_for_no_process_that_is_stopped(node: Node, held: str) -> None:
+    """With what it holds of the node's host tier: what is asked for is read all the same, by way of a slot of one's
+    own; and once the process is gone the tier is whole."""
+    cache, context = host_cache(node), multiprocessing.get_context("spawn")
+    assert cache.host is not None
+    access(node, cache, 1, [0, 1])
+    ready = context.Event()
+    child = context.Process(target=_stand_still, args=(node.folder, node.layout, node.plan, ready, held), daemon=True)
+    child.start()
+    assert ready.wait(60) and child.pid is not None
+    began = time.monotonic()
+    for _ in range(2):
+        access(node, cache, 0, [4, 1, 2, 3])
+        access(node, cache, 2, [0, 5], protect=True)
+    assert time.monotonic() - began < 20
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    time.sleep(0.3)  # it is reaped now and then
+    access(node, cache, 0, [0, 1, 4])
+    cache.check_integrity()
+    tables = cache.host.store.tables
+    assert LOADING not in tables.state and not tables.lease.any() and (tables.pid != 0).sum() == 1
+    cache.close()
 
 
 def test_a_failed_read_of_the_host_tier_frees_its_slot(node: Node) -> None:

@@ -17,7 +17,7 @@ from buddymoe_ray.cache.pool import Lease, SlotPool
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout
 
-__all__ = ["Counts", "FIRST_PAUSE_SECONDS", "OwnLoad", "OwnSlot", "ReadLost", "Stalled", "StreamState"]
+__all__ = ["Counts", "FIRST_PAUSE_SECONDS", "NotBegun", "OwnLoad", "OwnSlot", "ReadLost", "Stalled", "StreamState"]
 
 FIRST_PAUSE_SECONDS = 50e-6
 
@@ -38,6 +38,28 @@ class Stalled(CacheError):
 
 class ReadLost(CacheError):
     """Whoever was reading the expert failed or was killed: it is to be fetched again."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotBegun:
+    """The ticket of a read that never began, into a slot that could not be freed at once: over, and failed."""
+
+    def done(self) -> bool:
+        """See Ticket."""
+        return True
+
+    landed = done
+
+    def wait(self) -> None:
+        """See Ticket."""
+        raise ReadLost("a read was not begun, must be for its expert to be there. hint: read it again")
+
+    def settle(self) -> None:
+        """See Ticket."""
+
+    def cancel(self) -> bool:
+        """See Ticket."""
+        return False
 
 
 @dataclass(frozen=True, slots=True)
