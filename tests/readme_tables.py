@@ -149,24 +149,26 @@ def workers_table() -> str:
 
 
 def peers_table() -> str:
-    """Rounds of llama.cpp and `buddymoe bench`, taking turns."""
-    rounds = records("peers")
+    """Rounds of llama.cpp and `buddymoe bench`, taking turns; of prompts longer than 32 tokens the prefill alone."""
+    rounds, keys = records("peers"), ("engine", "model", "memory", "prompt_tokens")
     rows = [
         "| skew | experts in memory | | llama.cpp tok/s | ours tok/s | ratio | MB read a token, theirs / ours |",
         "|---|---|---|---|---|---|---|",
     ]
-    for model, memory in dict.fromkeys((r["model"], r["memory"]) for r in rounds):
+    for model, memory, tokens in dict.fromkeys((r["model"], r["memory"], r["prompt_tokens"]) for r in rounds):
         theirs, ours = (
-            [r for r in rounds if (r["engine"], r["model"], r["memory"]) == (name, model, memory)]
+            [r for r in rounds if tuple(r[key] for key in keys) == (name, model, memory, tokens)]
             for name in ("llama.cpp", "buddymoe_ray")
         )
         read = (median(r.get("bytes_read_per_token", 0.0) for r in side) / 1e6 for side in (theirs, ours))
-        shares = {"decode": " / ".join(f"{share:.3g}" for share in read), "prefill": ""}
+        shares = {"decode": " / ".join(f"{share:.3g}" for share in read)} if tokens == 32 else {}
+        shares["prefill"] = ""
         for what, share in shares.items():
             pairs = [(r[f"{what}_tok_s"], o[f"{what}_tok_s"]) for r, o in zip(theirs, ours, strict=True)]
             cells = [[pair[0] for pair in pairs], [pair[1] for pair in pairs], [own / other for other, own in pairs]]
             shown = " | ".join(f"{median(c):.3g} ({min(c):.3g}–{max(c):.3g})" for c in cells)
-            rows.append(f"| {model.rpartition(' ')[2]} | {memory} | {what} | {shown} | {share} |")
+            name = what if tokens == 32 else f"{what} of {tokens:,} tokens"
+            rows.append(f"| {model.rpartition(' ')[2]} | {memory} | {name} | {shown} | {share} |")
     return "\n".join(rows)
 
 

@@ -9,12 +9,18 @@ cost something, as caches are cold after each: of OLMoE (int4, 8 layers, all in 
 as long, a prompt's pieces 1.03 times; builtin:tiny 1.9 and 1.2. So both are had where the slowest tokens alone take
 some more than the mean, as they do where anything else runs: slices go by those, not by the slowest tenth, which gave
 prompts 1.61 and 1.56 times at 100 and 25 % and the slowest tokens 2.7 and 2.3 times; now 1.54 and 1.47, 3.05 and 2.9.
-Only the slowest gaps count, so slices must be alike: of twenty the longest takes 1.04 times what it should; 1.11 where
-a forward began if half of it fitted.
+Only the slowest gaps count, so slices must be alike. At 100 % the slowest were single forwards behind 1,500 tokens and
+more, longer than a slice by themselves: with as many rows everywhere one takes up to 3.4 times as long as the first. So
+they are cut, and begun, by what they take where they are. Of .45, .6 and .9 of a slice (thread's clock, one to three
+rounds each, a loaded machine): of fifty slices the longest takes 1.04 to 1.09 times what it should instead of 1.10 to
+1.20, of twenty 1.03 to 1.04 instead of 1.07 to 1.13; filled .94 to .97 instead of .93 to .94; forwards of .45 take 1.06
+times as long in all as those of .9.
 
-Forwards half as large, begun by what each took in the layer before, a pass in the memory of the one before, and slices
-2.1 times: filled .97 instead of .93 (thread's clock), but at 100 % 1.58 times and the slowest tokens 4.0 times (25 %:
-1.45 and 2.9; one quiet run), so that was dropped; what makes those few gaps is not known.
+Forwards of half as many rows everywhere, begun by what each took in the layer before, a pass in the memory of the one
+before, and slices 2.1 times: filled .97, but at 100 % 1.58 times and the slowest tokens 4.0 times (25 %: 1.45 and 2.9;
+one quiet run), so that was dropped. At 100 % new memory is none of it: passes of 512 tokens get theirs back from the
+allocator and fault 0 to 2 pages a forward. One pass of 2,048 there: filled .96, but the prompt 1.57 instead of 1.58
+times (thread's clock, 3 and 4 rounds), and experts into new memory take 1.4 to 1.7 times a slice in the first layer.
 
 What did not help (1,024 and 512 tokens beside one stream, 4 layers of OLMoE int4): to end a slice where the next expert
 has yet to arrive, so that decode runs meanwhile: wave slots are few, the disk idles, and the prompt takes 1.9 to 2.2
@@ -30,6 +36,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from buddymoe_ray.engine.pieces import RowsAt
 from buddymoe_ray.engine.scheduler import SHORT, PrefillChunk
 from buddymoe_ray.engine.suspended import PassParts, SuspendedPass
 from buddymoe_ray.observe import smoothed
@@ -40,9 +47,8 @@ _SHARE, _ALONE_SECONDS, _LEAST_SECONDS, _SMOOTHING = 2.0, 0.1, 2e-3, 0.2
 _RECENT, _SELDOM, _OFTEN, _MOST = 64, 0.97, 0.9, 1.4
 """A slow decode takes longer than so many of the latest; if it is one of few that take more than so many times the
 median, that is chance."""
-_ROWS_BESIDE, _ROWS_ALONE, _PART = 16, 128, 1.5
-"""Of a forward: as many as compute a layer without experts, about half of the whole, in most of a slice; more where
-nobody decodes."""
+_ROWS_BESIDE, _ROWS_ALONE, _PART = 16, 128, 0.75
+"""Of a forward: at least, at most and where nobody decodes, and as many as take such a part of a slice."""
 _AT_ONCE = 128
 """So many tokens are computed at once before it is known how long they take."""
 
@@ -116,11 +122,12 @@ class PrefillBeside:
         while self._passes:
             self._passes.popleft().close()
 
-    def _rows(self, decodes: bool) -> int:
-        if not decodes or self._parts is None or not self._token_seconds:
-            return _ROWS_ALONE
-        rows = int(_PART * self._slice(decodes) * self._parts.layers / self._token_seconds)
-        return min(_ROWS_ALONE, max(_ROWS_BESIDE, (rows + 8) // 16 * 16))
+    def _rows(self, decodes: bool) -> RowsAt:
+        """How many a forward has that begins behind so many tokens."""
+        if not decodes or self._parts is None or not self._parts.forwards.known:
+            return lambda start: _ROWS_ALONE
+        forwards, seconds = self._parts.forwards, _PART * self._slice(decodes)
+        return lambda start: min(_ROWS_ALONE, max(_ROWS_BESIDE, forwards.rows(start, seconds) // 16 * 16))
 
     def _slice(self, decodes: bool) -> float:
         if not decodes:

@@ -241,7 +241,6 @@ def _packed_runner(
             step=step,
             block_size=BLOCK_SIZE,
             device=loaded.device,
-            layers=len(experts.blocks),
             last=_last_block(loaded, experts),
             ahead=experts.ahead,
         )

@@ -210,7 +210,7 @@ class GuardWork:
             seq = Sequence(request, max_model_len=len(job.ids) + 1)
             seq.blocks = job.blocks
             chunks.append(PrefillChunk(seq=seq, start=0, end=len(job.ids), also=tuple(job.sample.logprobs)))
-        running = SuspendedPass(parts, chunks, rows=_ROWS)
+        running = SuspendedPass(parts, chunks, rows=lambda _: _ROWS)
         try:
             while not running.done:
                 running.advance(self._until)

@@ -5,7 +5,7 @@ Legend: T rows, D hidden, K experts per token, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +18,8 @@ from buddymoe_ray.engine.attention import ChunkRows, PackedPass
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.moe import MoEBlock
 
-__all__ = ["Member", "Piece", "cut_pieces"]
+__all__ = ["Member", "Piece", "RowsAt", "cut_pieces"]
+RowsAt = Callable[[int], int]
 
 
 @dataclass(eq=False)
@@ -76,14 +77,13 @@ class Piece:
         return any(share.member.gone for share in self.shares)
 
 
-def cut_pieces(members: Iterable[Member], rows: int, block_size: int, device: torch.device) -> Iterator[Piece]:
-    """Forwards of at most so many rows: parts of long prompts, and short ones side by side."""
+def cut_pieces(members: Iterable[Member], rows: RowsAt, block_size: int, device: torch.device) -> Iterator[Piece]:
+    """Forwards of at most so many `rows` behind so many tokens: parts of long prompts, and short ones side by side."""
     first = 0
     for shares in _together(map(_whole, members), rows):
         spans, ids, positions, wanted = [], list[int](), list[int](), list[int]()
         for share in shares:
-            blocks = tuple(share.member.blocks)
-            spans.append(ChunkRows(row=len(ids), count=share.count, start=share.start, blocks=blocks))
+            spans.append(ChunkRows(row=len(ids), count=share.count, start=share.start, blocks=(*share.member.blocks,)))
             wanted += (len(ids) + position - share.start for position in share.wanted)
             ids += share.member.chunk.seq.token_ids(share.start, share.end)
             positions += range(share.start, share.end)
@@ -101,17 +101,19 @@ def _whole(member: Member) -> Share:
     return Share(member=member, start=chunk.start, end=chunk.end, wanted=tuple(sorted(wanted)))
 
 
-def _together(wholes: Iterable[Share], rows: int) -> Iterator[list[Share]]:
+def _together(wholes: Iterable[Share], rows: RowsAt) -> Iterator[list[Share]]:
     some: list[Share] = []
     for whole in wholes:
-        if some and sum(share.count for share in some) + whole.count > rows:
+        most = rows(whole.start)
+        if some and sum(share.count for share in some) + whole.count > most:
             yield some
             some = []
-        if whole.count < rows:
+        if whole.count < most:
             some.append(whole)
             continue
-        for start in range(whole.start, whole.end, rows):
-            end = min(start + rows, whole.end)
+        end = whole.start
+        while end < whole.end:
+            start, end = end, min(end + rows(end), whole.end)
             wanted = tuple(position for position in whole.wanted if start <= position < end)
             yield [Share(member=whole.member, start=start, end=end, wanted=wanted)]
     if some:

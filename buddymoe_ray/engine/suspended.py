@@ -27,7 +27,8 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from buddymoe_ray.engine.attention import PagedAttention
-from buddymoe_ray.engine.pieces import Member, Piece, cut_pieces
+from buddymoe_ray.engine.forward_seconds import ForwardSeconds
+from buddymoe_ray.engine.pieces import Member, Piece, RowsAt, cut_pieces
 from buddymoe_ray.engine.plain_forward import ForwardPass
 from buddymoe_ray.engine.scheduler import PrefillChunk
 from buddymoe_ray.moe import Accesses, MoEBlock, Phase, ReadAhead, StepState
@@ -42,17 +43,18 @@ _FILLING = 16
 
 @dataclass(frozen=True, kw_only=True)
 class PassParts:
-    """What computes passes; `layers` counts MoE layers. `last` is the block behind which only rows are needed whose
-    logits are wanted, None where other layers follow. `ahead` begins to read what layers will want, if it can be."""
+    """What computes passes. `last` is the block behind which only rows are needed whose logits are wanted, None where
+    other layers follow. `ahead` begins to read what layers will want, if it can be. `forwards` knows how long they
+    take."""
 
     compute: ForwardPass
     paged: PagedAttention
     step: StepState
     block_size: int
     device: torch.device
-    layers: int
     last: MoEBlock | None
     ahead: ReadAhead | None
+    forwards: ForwardSeconds = field(default_factory=ForwardSeconds)
 
 
 @dataclass(kw_only=True)
@@ -93,9 +95,10 @@ class _Layer:
 
 
 class SuspendedPass:
-    """`chunks` of prompts, cut into forwards of `rows` rows. Call `advance` until it is `done`, then `take`."""
+    """`chunks` of prompts, cut into forwards of at most so many `rows` behind so many tokens. Call `advance` until it
+    is `done`, then `take`."""
 
-    def __init__(self, parts: PassParts, chunks: Sequence[PrefillChunk], *, rows: int) -> None:
+    def __init__(self, parts: PassParts, chunks: Sequence[PrefillChunk], *, rows: RowsAt) -> None:
         self._parts = parts
         self._members = [Member(chunk, chunk.seq.blocks) for chunk in chunks]
         self._ready = deque(cut_pieces(self._members, rows, parts.block_size, parts.device))
@@ -104,7 +107,7 @@ class SuspendedPass:
         self._layer: _Layer | None = None
         self._resident_E: npt.NDArray[np.bool_] | None = None  # of the next layer, before any was read for it
         self._current: Piece | None = None
-        self._access_seconds = self._filled_seconds = self._row_seconds = 0.0  # of an access, of a row of a forward
+        self._access_seconds = self._filled_seconds = 0.0  # of an access
         self.seconds = 0.0
         for member in self._members:
             member.chunk.seq.computing = member.chunk.end - member.chunk.start
@@ -163,14 +166,15 @@ class SuspendedPass:
                 return False
             self._run_experts(layer, seconds)
             return True
-        if self._row_seconds * len(self._ready[0].ids) > seconds:
+        if self._parts.forwards.of(self._ready[0]) > seconds:
             if layer is not None and self._fill(layer, seconds):
                 return True
             if not must:
                 return False
         piece, began = self._ready.popleft(), time.perf_counter()
         self._resume(piece)
-        self._row_seconds = smoothed(self._row_seconds, (time.perf_counter() - began) / len(piece.ids), _SMOOTHING)
+        if piece.thread is not None and not piece.thread.dead:  # behind the last MoE layer little is left
+            self._parts.forwards.measured(piece, time.perf_counter() - began)
         return True
 
     def _resume(self, piece: Piece) -> None:
