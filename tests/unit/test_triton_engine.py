@@ -92,10 +92,11 @@ class Watched:
         self._kernel, self._computed = kernel, computed
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def run(x: Tensor, records: Tensor | None, ids: Tensor, at_E: Tensor, *args: Any, **options: Any) -> None:
+        def run(x: Tensor, records: Tensor | None, levels: Tensor | None, *args: Any, **options: Any) -> None:
+            ids, at_E, *_ = args
             there = (ids >= 0) & (at_E[ids.clamp(min=0)] >= 0)
             self._computed["records" if records is not None else "experts"] += int(there.sum())
-            self._kernel[grid](x, records, ids, at_E, *args, **options)
+            self._kernel[grid](x, records, levels, *args, **options)
 
         return run
 
