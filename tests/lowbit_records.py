@@ -34,7 +34,14 @@ def gpt_oss_gate(x: Tensor) -> Tensor:
 
 def random_codes(N: int, K: int, fmt: LowbitFormat, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     q_NK = torch.randint(0, fmt.levels, (N, K), generator=rng).to(torch.uint8)
-    return q_NK, torch.randint(0, 90, (N, groups_of(K)), generator=rng).to(torch.uint8)
+    return q_NK, torch.randint(0, min(90, 1 << fmt.scale_bits), (N, groups_of(K)), generator=rng).to(torch.uint8)
+
+
+def base_of(largest: float, fmt: LowbitFormat) -> Tensor:
+    """The base of a matrix with scales up to `largest`; of 16 scales each step is of another length."""
+    if fmt.scale_bits == 8:
+        return torch.tensor([largest])
+    return largest * 0.9 ** torch.arange(16.0).pow(1.25)
 
 
 def views_of(record: Tensor, layout: tuple[SlotTensor, ...]) -> dict[str, Tensor]:
@@ -55,7 +62,7 @@ def random_records(
                 tensors[name].copy_(torch.randn(shape, generator=rng) * 0.1)
                 continue
             own = fmt.of(name)
-            packed = pack(*random_codes(*shape, own, rng), 0.5 / own.levels, own)
+            packed = pack(*random_codes(*shape, own, rng), base_of(0.5 / own.levels, own), own)
             for part, tensor in packed.named(name).items():
                 tensors[part].copy_(tensor)
     return records, views

@@ -10,7 +10,6 @@ Legend: N outputs, n some of them, K inputs, G groups of a row, S inputs in a gr
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,8 +20,8 @@ from torch.nn.functional import pad
 from buddymoe_ray.kernels.lowbit_format import BLOCK, GROUP, LowbitFormat, values_of
 from buddymoe_ray.kernels.rounding import (
     FINE_SHARES,
-    STEPS_PER_OCTAVE,
     Rounded,
+    base_for,
     dequantise_rounded,
     nearest_code,
     round_nearest,
@@ -92,9 +91,9 @@ def round_in(W_NK: Tensor, metric: Metric | None, fmt: LowbitFormat, *, passes: 
     ways = (partial(round_nearest, importance_K=activity_K), round_nearest, round_plain)
     starts = [way(some_W, fmt) for way in ways]
     larger = float(torch.log2(W.abs().amax() / some_W.abs().amax().clamp_min(1e-30)).clamp(0, 8))  # what others have
-    steps = STEPS_PER_OCTAVE // 4 + math.ceil(STEPS_PER_OCTAVE * larger)
+    base = base_for(scale_of(starts[0].code, starts[0].base), fmt, above=0.25 + larger)
     W, some_W = (pad(part, (0, -metric.inputs % GROUP)) for part in (W, some_W))
-    best = _feedback(W, metric, fmt, starts[0].base * 2 ** (steps / STEPS_PER_OCTAVE))
+    best = _feedback(W, metric, fmt, base)
     starts = [best._replace(q=_some(best.q), code=_some(best.code)), *(_filled_up(start, fmt) for start in starts)]
     first = min(range(len(starts)), key=lambda at: float(_row_errors(some_W, starts[at], H, fmt).sum()))
     if first:
@@ -148,7 +147,7 @@ def _inverse_factor(H: Tensor) -> Tensor | None:
     return None
 
 
-def _feedback(W: Tensor, metric: Metric, fmt: LowbitFormat, base: float) -> Rounded:
+def _feedback(W: Tensor, metric: Metric, fmt: LowbitFormat, base: Tensor) -> Rounded:
     """GPTQ in blocks of one group: round an input, or a quad of a trellis, spread its error over the inputs still to
     come; to those far away the errors of a few groups at once, which reads them less often."""
     (N, K), size, order, U_KK = W.shape, GROUP, metric.order, metric.factor

@@ -2,6 +2,7 @@
 
     value[n, k] = scale[n, k // 32] * (level[n, k] - midpoint)
     scale[n, g] = base * 2 ** (-code[n, g] / 24)                        code uint8, base one float32 per matrix
+    scale[n, g] = base[code[n, g]]   of 1 to 3 bits                     code 4 bits, base 16 float32 per matrix
 
 The level of a code of 4 or 8 bits is the code q, the midpoint (2**bits - 1) / 2 (mid-rise, symmetric). Codes of 1 to 3
 bits are a trellis: a byte looked up by 7 bits, this code and those before it in its ring (trellis.py).
@@ -12,6 +13,7 @@ the other. Quad j of a tile is its inputs 4j .. 4j + 3; its codes are ordered so
     8 bit  vectors of 64: vector j = quad j, a byte to a code
     4 bit  vector j = quad j | quad j+4 << 4
     else   one string of bits, quad by quad, the lowest bit of a byte first; a ring is 16, 8 or 4 outputs of a quad
+Scale codes of a tile lie together: a byte to an output, or of 4 bits byte n is that of output n | output n+8 << 4.
 Matrices are padded to whole tiles with code 0: the inputs there are zeros, the outputs are nobody's.
 
 Does not know how codes are chosen (calibrate) nor who reads records. Invariant: `unpack` inverts `pack`.
@@ -46,10 +48,12 @@ __all__ = [
     "groups_of",
     "matrix_at",
     "pack",
+    "pack_scales",
     "packed_parts",
     "packed_shapes",
     "record_tensors",
     "scale_table",
+    "scales_of",
     "unpack",
     "values_of",
 ]
@@ -107,6 +111,16 @@ class LowbitFormat:
         return self.bits in RINGS
 
     @property
+    def scale_bits(self) -> int:
+        """Bits of a scale code. Beside codes of 1 to 3 bits a byte would be a twelfth of the matrix and more."""
+        return 4 if self.trellis else 8
+
+    @property
+    def weight_bits(self) -> float:
+        """Bits of a weight of a matrix, its share of a scale included."""
+        return self.bits + self.scale_bits / GROUP
+
+    @property
     def midpoint(self) -> float:
         """Of the levels: what is 0 lies there."""
         return MIDPOINT if self.trellis else (self.levels - 1) / 2
@@ -128,7 +142,8 @@ def groups_of(K: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedMatrix:
-    """`codes` uint8 [A, G, tile bytes], `scales` uint8 [A, G, 16], `base` float32 [1].
+    """`codes` uint8 [A, G, tile bytes], `scales` uint8 [A, G, 16], `base` float32 [1]; with scale codes of 4 bits
+    `scales` uint8 [A, G, 8], `base` float32 [16].
 
     `sizes` uint8 [N, K, 0] is empty and takes no bytes: its shape is the matrix's, which padding hides. Of a trellis it
     is [N, K, 0, WINDOW]: what was packed otherwise is not taken for it.
@@ -149,23 +164,33 @@ def packed_parts(tensors: Mapping[str, Tensor], name: str) -> PackedMatrix:
     return PackedMatrix(**{part: tensors[f"{name}.{part}"] for part in PARTS})
 
 
-def pack(q_NK: Tensor, code_NG: Tensor, base: float, fmt: LowbitFormat) -> PackedMatrix:
-    """Pack codes (uint8, each below `fmt.levels`) and scale codes (uint8) of one matrix."""
+def pack(q_NK: Tensor, code_NG: Tensor, base: Tensor, fmt: LowbitFormat) -> PackedMatrix:
+    """Pack codes (uint8, each below `fmt.levels`) and scale codes (uint8) of one matrix; `base` as it is stored."""
     N, K = q_NK.shape
     G = groups_of(K)
     assert q_NK.dtype == code_NG.dtype == torch.uint8, f"codes are {q_NK.dtype}, {code_NG.dtype}, must be uint8"
     assert code_NG.shape == (N, G), f"scale codes are {tuple(code_NG.shape)}, must be {(N, G)}"
     assert int(q_NK.max()) < fmt.levels, f"largest code is {int(q_NK.max())}, must be below {fmt.levels}"
+    (bases,), _ = packed_shapes(N, K, fmt)["base"]
+    assert base.shape == (bases,), f"base has shape {tuple(base.shape)}, must be {(bases,)}"
     q = pad(q_NK, (0, -K % GROUP, 0, -N % BLOCK))
     quads = q.view(-1, BLOCK, G, 8, 4).permute(0, 2, 3, 1, 4).reshape(-1, G, 8, 64)
     codes = _string_of(quads, fmt.bits) if fmt.trellis else _fold(quads, fmt.bits)
-    scales = pad(code_NG, (0, 0, 0, -N % BLOCK)).view(-1, BLOCK, G).transpose(1, 2).contiguous()
     return PackedMatrix(
         codes=codes.flatten(2),
-        scales=scales,
-        base=torch.tensor([base], dtype=torch.float32, device=q.device),
+        scales=pack_scales(pad(code_NG, (0, 0, 0, -N % BLOCK)), fmt),
+        base=base.float(),
         sizes=q.new_empty(fmt.sizes(N, K)),
     )
+
+
+def pack_scales(code_NG: Tensor, fmt: LowbitFormat) -> Tensor:
+    """Scale codes of whole tiles as they lie."""
+    scales = code_NG.view(-1, BLOCK, code_NG.shape[1]).transpose(1, 2).contiguous()
+    if fmt.scale_bits == 8:
+        return scales
+    assert int(code_NG.max()) < 16, f"largest scale code is {int(code_NG.max())}, must be below 16"
+    return scales[:, :, : BLOCK // 2] | scales[:, :, BLOCK // 2 :] << 4
 
 
 def unpack(packed: PackedMatrix, fmt: LowbitFormat) -> tuple[Tensor, Tensor]:
@@ -173,20 +198,26 @@ def unpack(packed: PackedMatrix, fmt: LowbitFormat) -> tuple[Tensor, Tensor]:
     (A, G, _), (N, K, *_) = packed.codes.shape, packed.sizes.shape
     quads = (_codes_of if fmt.trellis else _unfold)(packed.codes.view(A, G, fmt.bits, 64), fmt.bits)
     q = quads.view(A, G, 8, BLOCK, 4).permute(0, 3, 1, 2, 4).reshape(A * BLOCK, G * GROUP)
-    code = packed.scales.transpose(1, 2).reshape(A * BLOCK, G)
+    scales = packed.scales if fmt.scale_bits == 8 else torch.cat([packed.scales & 15, packed.scales >> 4], dim=2)
+    code = scales.transpose(1, 2).reshape(A * BLOCK, G)
     return q[:N, :K].contiguous(), code[:N].contiguous()
 
 
 def dequantise(packed: PackedMatrix, fmt: LowbitFormat) -> Tensor:
     """The matrix as float32 [N, K]: the spec that every kernel is tested against."""
     q_NK, code_NG = unpack(packed, fmt)
-    scale_NG = packed.base * scale_table(packed.base.device)[code_NG.long()]
+    scale_NG = scales_of(packed.base)[code_NG.long()]
     return values_of(q_NK, fmt) * scale_NG.repeat_interleave(GROUP, dim=1)[:, : q_NK.shape[1]]
 
 
 def values_of(q_NK: Tensor, fmt: LowbitFormat) -> Tensor:
     """float32 `[N, K]`: the levels of a matrix's codes, less the midpoint."""
     return values(q_NK, fmt.bits) if fmt.trellis else q_NK.float() - fmt.midpoint
+
+
+def scales_of(base: Tensor) -> Tensor:
+    """The scale of every scale code, float32 [16 or 256]."""
+    return base if len(base) > 1 else base * scale_table(base.device)
 
 
 @cache
@@ -248,8 +279,8 @@ def packed_shapes(N: int, K: int, fmt: LowbitFormat) -> dict[str, tuple[tuple[in
     A, G = -(-N // BLOCK), groups_of(K)
     return {
         "codes": ((A, G, fmt.tile_bytes), torch.uint8),
-        "scales": ((A, G, BLOCK), torch.uint8),
-        "base": ((1,), torch.float32),
+        "scales": ((A, G, BLOCK * fmt.scale_bits // 8), torch.uint8),
+        "base": ((16 if fmt.scale_bits == 4 else 1,), torch.float32),
         "sizes": (fmt.sizes(N, K), torch.uint8),
     }
 

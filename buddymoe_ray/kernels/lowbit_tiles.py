@@ -34,7 +34,8 @@ import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
 
-from buddymoe_ray.kernels.lowbit_format import BLOCK, GROUP, STEPS_PER_OCTAVE, LowbitFormat, scale_table
+from buddymoe_ray.kernels.lowbit_format import BLOCK, GROUP, LowbitFormat
+from buddymoe_ray.kernels.lowbit_scales import scales_of_16, scales_of_octaves
 from buddymoe_ray.kernels.trellis_tiles import levels_of_quad
 from buddymoe_ray.kernels.vector_ir import (
     F32,
@@ -128,6 +129,7 @@ class _Tiles:
     def __init__(self, fmt: LowbitFormat, level: Level, wide: bool) -> None:
         self.module = ir.Module(name="lowbit")
         self._fmt, self._level, self._wide, self._unrolled = fmt, level, wide, False
+        self._scale_bytes = BLOCK * fmt.scale_bits // 8
         self._bytes, self._words, self._ints, self._floats = (
             vec(kind, level.lanes * count) for kind, count in ((I8, 4), (I16, 2), (I32, 1), (F32, 1))
         )
@@ -139,7 +141,7 @@ class _Tiles:
         codes, scales, base, K, N, rows, R = kernel.args
         b = ir.IRBuilder(kernel.append_basic_block())
         G, A = (b.sdiv(b.add(size, I64(whole - 1)), I64(whole)) for size, whole in ((K, GROUP), (N, BLOCK)))
-        code_stride, scale_stride = b.mul(G, I64(self._fmt.tile_bytes)), b.mul(G, I64(BLOCK))
+        code_stride, scale_stride = (b.mul(G, I64(size)) for size in (self._fmt.tile_bytes, self._scale_bytes))
         with loop(b, A) as block:
             places = [b.add(codes, b.mul(block, code_stride)), b.add(scales, b.mul(block, scale_stride)), base, G]
             column = b.mul(block, I64(4 * BLOCK))
@@ -150,13 +152,13 @@ class _Tiles:
     def _tile(self, rows: int) -> Any:
         """16 outputs of `rows` rows, over all groups."""
         tile = internal(self.module, f"tile{rows}", 6)
-        codes, scales, base_at, G, pairs, column = tile.args
+        codes, scales, base, G, pairs, column = tile.args
         # with few registers and many rows the vectors are a loop, for LLVM's scheduler would hold all of them at once
         self._unrolled = self._level.lanes == 16 or rows == 1
         b = ir.IRBuilder(tile.append_basic_block())
         x = [load(b, pairs, I64, 16 * r) for r in range(rows)]
         y = [b.add(load(b, pairs, I64, 16 * r + 8), column) for r in range(rows)]
-        base, lanes = splat(b, load(b, base_at, F32), self._level.lanes), self._level.lanes
+        lanes = self._level.lanes
         firsts = range(0, BLOCK, lanes)
         totals = [[b.alloca(self._floats) for _ in firsts] for _ in x]
         together = [list(firsts)] if self._wide and rows <= TOGETHER else [[first] for first in firsts]
@@ -169,7 +171,7 @@ class _Tiles:
                 prefetch(b, place, AHEAD + 64 * line)
             for some in together:
                 codes_at = [_Part(place, range(first, first + lanes)) for first in some]
-                scales_at = [b.add(scales, b.add(b.mul(g, I64(BLOCK)), I64(first))) for first in some]
+                scales_at = [_Part(b.add(scales, b.mul(g, I64(self._scale_bytes))), part.outputs) for part in codes_at]
                 theirs = [[row[first // lanes] for first in some] for row in totals]
                 rows_at = [_Row(*row) for row in zip(x, sums, theirs, strict=True)]
                 self._add_group(b, (codes_at, scales_at, base), rows_at, (g, G))
@@ -242,39 +244,9 @@ class _Tiles:
         for i in fields:
             yield b.add(first, I64(i)), _field(b, vector, i, fields.step)
 
-    def _scales(self, b: Any, place: Any, base: Any) -> Any:
-        """`base * 2 ** (-code / 24)`: the octave's part is taken off the exponent, the rest looked up."""
-        code = b.zext(load(b, place, vec(I8, self._level.lanes)), self._ints)
-        octave = b.lshr(b.mul(code, const(self._ints, 2731)), const(self._ints, 16))  # code // 24 for every byte
-        rest = b.sub(code, b.mul(octave, const(self._ints, STEPS_PER_OCTAVE)))
-        steps = scale_table(torch.device("cpu"))[:STEPS_PER_OCTAVE].tolist()
-        if self._level.lanes == 16:
-            lower, upper = const(self._floats, steps[:16]), const(self._floats, steps[16:] + [0.0] * 8)
-            found = call(b, "llvm.x86.avx512.vpermi2var.ps.512", self._floats, [lower, rest, upper])
-        else:
-            found = (self._look_up_8 if self._level.avx2 else self._look_up)(b, rest, steps)
-        scale = b.bitcast(b.sub(b.bitcast(found, self._ints), b.shl(octave, const(self._ints, 23))), self._floats)
-        return b.fmul(scale, base)
-
-    def _look_up_8(self, b: Any, index: Any, steps: list[float]) -> Any:
-        """From a table of 24, by three permutes of 8."""
-        tables = [const(self._floats, steps[i : i + 8]) for i in (0, 8, 16)]
-        parts = [call(b, "llvm.x86.avx2.permps", self._floats, [table, index]) for table in tables]
-        upper = b.select(b.icmp_signed(">", index, const(self._ints, 15)), parts[2], parts[1])
-        return b.select(b.icmp_signed(">", index, const(self._ints, 7)), upper, parts[0])
-
-    def _look_up(self, b: Any, index: Any, steps: list[float]) -> Any:
-        """Lane by lane from memory."""
-        kind = ir.ArrayType(F32, len(steps))
-        table = self.module.globals.get("steps")
-        if table is None:
-            table = ir.GlobalVariable(self.module, kind, "steps")
-            table.global_constant, table.linkage, table.initializer = True, "internal", ir.Constant(kind, steps)
-        found = const(self._floats, 0.0)
-        for lane in range(self._level.lanes):
-            place = b.gep(table, [I32(0), b.extract_element(index, I32(lane))])
-            found = b.insert_element(found, b.load(place), I32(lane))
-        return found
+    def _scales(self, b: Any, part: _Part, base_at: Any) -> Any:
+        read = scales_of_16 if self._fmt.scale_bits == 4 else scales_of_octaves
+        return read(b, part.tile, base_at, part.outputs, avx2=self._level.avx2)
 
     def _dots_of_bytes(self, b: Any, codes: list[Any], rows: list[_Row]) -> None:
         """By vpdpbusd: the upper bytes of the activations first, then the lower 7 bits."""

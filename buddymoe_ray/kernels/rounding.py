@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from buddymoe_ray.kernels.lowbit_format import GROUP, LowbitFormat, values_of
+from buddymoe_ray.kernels.lowbit_format import GROUP, STEPS_PER_OCTAVE, LowbitFormat, scales_of, values_of
 from buddymoe_ray.kernels.trellis import best_codes
 from buddymoe_ray.kernels.trellis_tables import QUAD, SPREAD
 
@@ -23,6 +23,7 @@ __all__ = [
     "FINE_SHARES",
     "PLAIN_SHARES",
     "Rounded",
+    "base_for",
     "dequantise_rounded",
     "least_squares",
     "nearest_code",
@@ -33,8 +34,8 @@ __all__ = [
     "spread_scale",
 ]
 
-STEPS_PER_OCTAVE = 24
-LARGEST_CODE = 255
+MOST_OCTAVES = 6.0
+"""Between the largest and the smallest of 16 scales: groups that are smaller still hardly count."""
 CHUNK = 1 << 16  # weights handled at once by the plain path: the temporaries stay in the second-level cache
 # Shares of a group's largest |w| that the outermost level is tried at; every try is refitted by least squares.
 PLAIN_SHARES = {4: (1.0, 1.07), 8: (1.004,)}
@@ -42,11 +43,11 @@ FINE_SHARES = tuple(0.55 + 0.1 * i for i in range(8))
 
 
 class Rounded(NamedTuple):
-    """Codes of one matrix: `q` uint8 [N, K], `code` uint8 [N, G], `base` (see kernels.lowbit_format)."""
+    """Codes of one matrix: `q` uint8 [N, K], `code` uint8 [N, G], `base` float32 [1 or 16] (kernels.lowbit_format)."""
 
     q: Tensor
     code: Tensor
-    base: float
+    base: Tensor
 
 
 def dequantise_rounded(rounded: Rounded, fmt: LowbitFormat) -> Tensor:
@@ -67,14 +68,15 @@ def round_plain(W_NK: Tensor, fmt: LowbitFormat) -> Rounded:
         q_NK = _in_rings(W_NK, scale_NG, None, fmt)
         groups, levels = (_grouped(part) for part in (W_NK.float(), values_of(q_NK, fmt)))
         kept_NG = torch.linalg.vecdot(groups, groups) / torch.linalg.vecdot(groups, levels).clamp_min(1e-30)
-        return Rounded(q_NK, *_encode(kept_NG.minimum(2 * scale_NG)))  # groups of few inputs may have little of it
+        kept_NG = kept_NG.minimum(2 * scale_NG)  # groups of few inputs may have little of it
+        return Rounded(q_NK, nearest_code(kept_NG, base := base_for(kept_NG, fmt)), base)
     _, kept_NG = _coded(W_NK, 1 / scale_NG.clamp_min(1e-30), fmt, kept=True)
-    code_NG, base = _encode(kept_NG)
+    code_NG = nearest_code(kept_NG, base := base_for(kept_NG, fmt))
     q_NK, _ = _coded(W_NK, 1 / least_squares(code_NG, base, scale_NG, kept_NG), fmt)
     return Rounded(q_NK, code_NG, base)
 
 
-def least_squares(code_NG: Tensor, base: float, scale_NG: Tensor, kept_NG: Tensor) -> Tensor:
+def least_squares(code_NG: Tensor, base: Tensor, scale_NG: Tensor, kept_NG: Tensor) -> Tensor:
     """The scales that codes are taken under: as much smaller than those stored as least squares has them. A step of
     the stored ones is 3 %, which codes of 8 bits must know of."""
     return (scale_of(code_NG, base) * (scale_NG / kept_NG.clamp_min(1e-30))).clamp_min(1e-30)
@@ -83,7 +85,8 @@ def least_squares(code_NG: Tensor, base: float, scale_NG: Tensor, kept_NG: Tenso
 def round_nearest(W_NK: Tensor, fmt: LowbitFormat, *, importance_K: Tensor | None = None) -> Rounded:
     """The scale per group of least squared error, and the nearest codes under it as it is stored; `importance_K`
     weights the errors of the inputs."""
-    code_NG, base = _encode(_searched(W_NK, fmt, importance_K))
+    scale_NG = _searched(W_NK, fmt, importance_K)
+    code_NG = nearest_code(scale_NG, base := base_for(scale_NG, fmt))
     if fmt.trellis:
         return Rounded(_in_rings(W_NK, scale_of(code_NG, base), importance_K, fmt), code_NG, base)
     q_NK, _ = _coded(W_NK, 1 / scale_of(code_NG, base), fmt)
@@ -174,17 +177,28 @@ def search_scale(group: Tensor, fmt: LowbitFormat, shares: tuple[float, ...], we
     return scale
 
 
-def _encode(scale_NG: Tensor) -> tuple[Tensor, float]:
-    base = float(scale_NG.amax().clamp_min(1e-30))
-    return nearest_code(scale_NG, base), base
+def base_for(scale_NG: Tensor, fmt: LowbitFormat, *, above: float = 0.0) -> Tensor:
+    """The base for scales like these, and some that are up to `above` octaves larger.
+
+    16 scales are a geometric series: no finer than those of 256, and no further than MOST_OCTAVES. 15 such steps of one
+    length for all matrices would either be coarse or end before their smallest groups.
+    """
+    largest = scale_NG.amax().clamp_min(1e-30).float() * 2.0**above
+    if fmt.scale_bits == 8:
+        return largest.view(1)
+    octaves = torch.log2(largest / scale_NG.amin().clamp_min(1e-30)).clamp(15 / STEPS_PER_OCTAVE, MOST_OCTAVES)
+    return largest * torch.exp2(torch.arange(16, device=scale_NG.device) / -15 * octaves)
 
 
-def nearest_code(scale: Tensor, base: float) -> Tensor:
+def nearest_code(scale: Tensor, base: Tensor) -> Tensor:
     """The nearest scale code in the log domain."""
-    steps = torch.log2(base / scale.clamp_min(1e-30)) * STEPS_PER_OCTAVE
-    return steps.round_().clamp_(0, LARGEST_CODE).to(torch.uint8)
+    per_octave: Tensor | float = STEPS_PER_OCTAVE
+    if len(base) > 1:
+        per_octave = 15 / torch.log2(base[0] / base[-1])
+    steps = torch.log2(base[0] / scale.clamp_min(1e-30)) * per_octave
+    return steps.round_().clamp_(0, 255 if len(base) == 1 else 15).to(torch.uint8)
 
 
-def scale_of(code: Tensor, base: float) -> Tensor:
+def scale_of(code: Tensor, base: Tensor) -> Tensor:
     """Scales of scale codes."""
-    return base * torch.exp2(code.float() / -STEPS_PER_OCTAVE)
+    return scales_of(base)[code.long()]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from buddymoe_ray.kernels.cpu import Kernel
-from buddymoe_ray.kernels.lowbit_format import BLOCK, LowbitFormat, PackedMatrix, groups_of, pack
-from buddymoe_ray.kernels.rounding import PLAIN_SHARES, least_squares, nearest_code, round_plain
+from buddymoe_ray.kernels.lowbit_format import BLOCK, LowbitFormat, PackedMatrix, groups_of, pack, pack_scales
+from buddymoe_ray.kernels.rounding import PLAIN_SHARES, base_for, least_squares, nearest_code, round_plain
 from buddymoe_ray.kernels.rounding_calls import RoundingCall, RoundingPlan
 
 __all__ = ["pack_plain"]
@@ -35,15 +35,15 @@ def pack_plain(W_NK: Tensor, fmt: LowbitFormat) -> PackedMatrix:
     plan = np.array(RoundingPlan(fmt.bits, shares.ctypes.data, len(shares)), np.int64)
     call = RoundingCall(W.data_ptr(), W.itemsize, N, K, scale.data_ptr(), kept.data_ptr(), codes=0)
     rounding_kernel()(tuple(call), plan.ctypes.data)
-    base = float(kept[:N].amax().clamp_min(1e-30))
+    base = base_for(kept[:N], fmt)
     code = nearest_code(kept, base)
     scale.copy_(least_squares(code, base, scale, kept))
     code[N:] = 0
     rounding_kernel()(tuple(call._replace(codes=codes.data_ptr())), plan.ctypes.data)
     return PackedMatrix(
         codes=codes,
-        scales=code.view(A, BLOCK, G).transpose(1, 2).contiguous(),
-        base=torch.tensor([base]),
+        scales=pack_scales(code, fmt),
+        base=base,
         sizes=codes.new_empty(N, K, 0),
     )
 

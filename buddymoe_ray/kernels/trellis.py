@@ -44,7 +44,7 @@ def windows_of(codes_RP: Tensor, bits: int) -> Tensor:
 def values_of_quads(codes_4N: Tensor, bits: int) -> Tensor:
     """float32 `[..., 4, N]` of codes uint8 `[..., 4, N]` of quads of inputs: levels above the midpoint."""
     windows = windows_of(_rings(codes_4N, bits), bits)
-    found = levels_above(bits, windows.device).index_select(0, windows.view(-1).int())
+    found = levels_above(bits, windows.device).index_select(0, windows.flatten().int())
     return _quads(found.view(windows.shape), codes_4N.shape)
 
 

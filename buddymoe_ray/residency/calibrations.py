@@ -45,7 +45,6 @@ _MAKER_SLOTS = 4
 _PRIOR_LOSS = {"lowbit2": 7.8, "lowbit24": 3.0, "lowbit34": 1.4, "lowbit48": 0.46}
 """Of an access, before anything is measured, beside four bits in both projections: as on builtin:tiny. Decides sizes
 only."""
-_SCALE_BITS = 0.25
 _MOST_BYTES = 1 << 26
 
 
@@ -182,8 +181,8 @@ def _kinds(config: EngineConfig) -> list[str]:
 
 def _record_bytes(config: EngineConfig, layout: ExpertLayout, kind: str) -> int:
     """About those of a record: of its bits, by those that an expert has."""
-    packed = {"int4": 4 + _SCALE_BITS, "int8": 8 + _SCALE_BITS}
+    packed = {f"int{bits}": LowbitFormat(bits=bits).weight_bits for bits in (4, 8)}
     stored = packed.get(config.expert_dtype) or 8.0 * getattr(torch, layout.tensors[0].dtype).itemsize
     fmt = LowbitFormat.of_kind(kind)
-    bits = (2 * fmt.bits + fmt.of("down_proj").bits) / 3
-    return math.ceil(layout.slot_bytes * (bits + _SCALE_BITS) / stored)
+    bits = (2 * fmt.of("up_proj").weight_bits + fmt.of("down_proj").weight_bits) / 3
+    return math.ceil(layout.slot_bytes * bits / stored)

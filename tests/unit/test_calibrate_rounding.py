@@ -34,9 +34,9 @@ from buddymoe_ray.kernels.lowbit import (
     record_tensors,
     unpack,
 )
-from buddymoe_ray.kernels.lowbit_format import PARTS, groups_of
+from buddymoe_ray.kernels.lowbit_format import PARTS, groups_of, scales_of
 from buddymoe_ray.kernels.reference import ExpertMath, expert_forward
-from buddymoe_ray.kernels.rounding import round_nearest
+from buddymoe_ray.kernels.rounding import base_for, nearest_code, round_nearest, scale_of
 from buddymoe_ray.kernels.rounding_cpu import pack_plain
 
 BITS = (1, 2, 3, 4, 8)
@@ -75,7 +75,8 @@ def _check(rounded: Rounded, W: Tensor, fmt: LowbitFormat) -> None:
     N, K = W.shape
     assert rounded.q.shape == (N, K) and rounded.q.dtype == torch.uint8 and int(rounded.q.max()) < fmt.levels
     assert rounded.code.shape == (N, groups_of(K)) and rounded.code.dtype == torch.uint8
-    assert rounded.base > 0
+    assert rounded.base.shape == (16 if fmt.scale_bits == 4 else 1,) and bool((rounded.base > 0).all())
+    assert int(rounded.code.max()) < 1 << fmt.scale_bits
 
 
 # --- plain
@@ -86,7 +87,7 @@ def test_nearest_codes_are_the_nearest_under_their_scale(bits: int) -> None:
     fmt, W = LowbitFormat(bits=bits), _matrix(12, 96)
     rounded = round_nearest(W, fmt)
     _check(rounded, W, fmt)
-    scale = rounded.base * 2 ** (-rounded.code.float() / 24)
+    scale = scales_of(rounded.base)[rounded.code.long()]
     levels = torch.arange(fmt.levels) - (fmt.levels - 1) / 2
     every = scale.repeat_interleave(32, dim=1).unsqueeze(-1) * levels
     nearest = (every - W.unsqueeze(-1)).abs().amin(dim=-1)
@@ -99,12 +100,13 @@ def test_plain_copies_are_as_large_as_their_matrix(bits: int) -> None:
     stored, so that the error is that of least squares and what the larger scale adds."""
     fmt, W = LowbitFormat(bits=bits), _matrix(12, 72)
     if bits == 1:  # a ring is of 16 outputs, and those that are larger choose for all
-        W = _inputs(16, 96).contiguous()
+        W = torch.randn(16, 96, generator=torch.Generator().manual_seed(1))
     rounded, least = round_plain(W, fmt), round_nearest(W, fmt)
     ends = (0, 64)
     copy, size = dequantise_rounded(rounded, fmt), lambda other: [(W * other)[:, at : at + 32].sum(1) for at in ends]
+    step = 0.03 if fmt.scale_bits == 8 else float(rounded.base[0] / rounded.base[1]) - 1
     for kept, wanted in zip(size(copy), size(W), strict=True):
-        torch.testing.assert_close(kept, wanted, rtol=0.03, atol=0)
+        torch.testing.assert_close(kept, wanted, rtol=step, atol=0)
     error = lambda copied: float((W - dequantise_rounded(copied, fmt)).square().sum())  # noqa: E731
     assert error(rounded) < {1: 1.6, 2: 1.2, 3: 1.2}.get(bits, 1.05) * error(least)
     if bits < 4:
@@ -169,7 +171,17 @@ def test_plain_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = round_plain(W, fmt)
     monkeypatch.setattr("buddymoe_ray.kernels.rounding.CHUNK", 64 * 7)
     cut = round_plain(W, fmt)
-    assert torch.equal(whole.q, cut.q) and torch.equal(whole.code, cut.code) and whole.base == cut.base
+    assert torch.equal(whole.q, cut.q) and torch.equal(whole.code, cut.code) and torch.equal(whole.base, cut.base)
+
+
+@pytest.mark.parametrize(("octaves", "step"), [(0.0, 1 / 24), (3.0, 0.2), (20.0, 0.4)])
+def test_sixteen_scales_go_as_far_apart_as_a_matrix_needs(octaves: float, step: float) -> None:
+    """By even steps, not finer than those of a byte; groups that are less than a 64th of the largest have its 64th."""
+    fmt, scale = LowbitFormat(bits=2), 3 * 2 ** -torch.linspace(0, octaves, 40).view(8, 5)
+    base = base_for(scale, fmt)
+    torch.testing.assert_close(-base.log2().diff(), torch.full((15,), step))
+    found = scale_of(nearest_code(scale, base), base)
+    assert float(base[0]) == 3 and float((found / scale.clamp_min(3 / 64)).log2().abs().max()) <= step / 2 + 1e-5
 
 
 def test_importance_favours_the_inputs_that_matter() -> None:
@@ -289,7 +301,7 @@ def test_close_to_the_best_of_all_codes() -> None:
     fmt, W, H = LowbitFormat(bits=4), _matrix(6, 4), moment(_inputs(200, 4))
     ours = round_compensated(W, H, fmt, damping=1e-4, passes=6)
     codes = torch.tensor(list(product(range(16), repeat=4))).float() - 7.5
-    scale = ours.base * 2 ** (-ours.code.float() / 24)
+    scale = scales_of(ours.base)[ours.code.long()]
     best = total = 0.0
     for row in range(6):
         E = W[row] - scale[row] * codes

@@ -8,7 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowbit_records import Shapes, gelu_gate, gpt_oss_gate, random_codes, random_records, relu2, silu_gate, weights_of
+from lowbit_records import (
+    Shapes,
+    base_of,
+    gelu_gate,
+    gpt_oss_gate,
+    random_codes,
+    random_records,
+    relu2,
+    silu_gate,
+    weights_of,
+)
 from torch.nn import functional
 
 from buddymoe_ray.kernels import (
@@ -34,10 +44,10 @@ BITS = [1, 2, 3, 4, 8]
 def test_unpack_inverts_pack(bits: int, N: int, K: int, seed: int) -> None:
     fmt = LowbitFormat(bits=bits)
     q_NK, code_NG = random_codes(N, K, fmt, torch.Generator().manual_seed(seed))
-    packed = pack(q_NK, code_NG, 0.25, fmt)
+    packed = pack(q_NK, code_NG, base_of(0.25, fmt), fmt)
     A, G = -(-N // 16), -(-K // 32)
     assert packed.codes.shape == (A, G, 64 * bits) and packed.codes.dtype is torch.uint8
-    assert packed.scales.shape == (A, G, 16) and packed.sizes.shape == fmt.sizes(N, K)
+    assert packed.scales.shape == (A, G, 8 if bits <= 3 else 16) and packed.sizes.shape == fmt.sizes(N, K)
     q, code = unpack(packed, fmt)
     assert torch.equal(q, q_NK) and torch.equal(code, code_NG)
 
@@ -47,7 +57,7 @@ def test_bytes_lie_as_the_header_says(bits: int) -> None:
     """Brute force over single codes: the format is on disk, so its bytes may never move."""
     fmt, N, K = LowbitFormat(bits=bits), 40, 72
     q_NK, code_NG = random_codes(N, K, fmt, torch.Generator().manual_seed(bits))
-    packed = pack(q_NK, code_NG, 1.0, fmt)
+    packed = pack(q_NK, code_NG, base_of(1.0, fmt), fmt)
     q, code = functional.pad(q_NK, (0, 24, 0, 8)).tolist(), functional.pad(code_NG, (0, 0, 0, 8)).tolist()
     for a, g in ((0, 0), (1, 1), (2, 2), (2, 0)):
         quad = lambda j: [q[16 * a + n][32 * g + 4 * j + i] for n in range(16) for i in range(4)]  # noqa: B023, E731
@@ -59,7 +69,10 @@ def test_bytes_lie_as_the_header_says(bits: int) -> None:
             string = [x >> bit & 1 for j in range(8) for x in quad(j) for bit in range(bits)]
             vectors = [[sum(bit << i for i, bit in enumerate(string[at : at + 8])) for at in range(0, len(string), 8)]]
         assert packed.codes[a, g].tolist() == [byte for vector in vectors for byte in vector]
-        assert packed.scales[a, g].tolist() == [code[16 * a + n][g] for n in range(16)]
+        scales = [code[16 * a + n][g] for n in range(16)]
+        if bits <= 3:
+            scales = [scales[n] | scales[n + 8] << 4 for n in range(8)]
+        assert packed.scales[a, g].tolist() == scales
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -67,11 +80,12 @@ def test_bytes_lie_as_the_header_says(bits: int) -> None:
 def test_dequantise_is_the_formula(bits: int, K: int) -> None:
     fmt = LowbitFormat(bits=bits)
     q_NK, code_NG = random_codes(4, K, fmt, torch.Generator().manual_seed(7))
-    packed = pack(q_NK, code_NG, 0.75, fmt)
+    packed = pack(q_NK, code_NG, base := base_of(0.75, fmt), fmt)
     got = dequantise(packed, fmt)
     for n in range(4):
         for k in range(K):
-            scale = 0.75 * 2 ** (-int(code_NG[n, k // 32]) / 24)
+            code = int(code_NG[n, k // 32])
+            scale = float(base[code]) if bits <= 3 else 0.75 * 2 ** (-code / 24)
             if bits > 3:
                 level = int(q_NK[n, k]) - (2**bits - 1) / 2
             else:
@@ -92,12 +106,17 @@ def test_formats_that_do_not_exist() -> None:
 def test_pack_refuses_what_it_cannot_hold() -> None:
     fmt = LowbitFormat(bits=2)
     q, code = torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.uint8)
+    base = base_of(1.0, fmt)
     with pytest.raises(AssertionError, match="largest code is 4, must be below 4"):
-        pack(q + 4, code, 1.0, fmt)
+        pack(q + 4, code, base, fmt)
     with pytest.raises(AssertionError, match=r"scale codes are \(2, 2\), must be \(2, 1\)"):
-        pack(q, torch.zeros(2, 2, dtype=torch.uint8), 1.0, fmt)
+        pack(q, torch.zeros(2, 2, dtype=torch.uint8), base, fmt)
     with pytest.raises(AssertionError, match="must be uint8"):
-        pack(q.int(), code, 1.0, fmt)
+        pack(q.int(), code, base, fmt)
+    with pytest.raises(AssertionError, match="largest scale code is 16, must be below 16"):
+        pack(q, code + 16, base, fmt)
+    with pytest.raises(AssertionError, match=r"base has shape \(1,\), must be \(16,\)"):
+        pack(q, code, base[:1], fmt)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -112,12 +131,13 @@ def test_records_are_aligned_disjoint_and_small(bits: int) -> None:
     assert nbytes % 64 == 0 and at <= nbytes < at + 64
     by_name = {tensor.name: tensor for tensor in layout}
     assert by_name["gate_up_proj.codes"].shape == (8, 5, 64 * bits)
-    assert by_name["gate_up_proj.scales"].shape == (8, 5, 16) and by_name["down_proj.scales"].shape == (10, 2, 16)
+    scales = 8 if bits <= 3 else 16
+    assert by_name["gate_up_proj.scales"].shape == (8, 5, scales) and by_name["down_proj.scales"].shape[2] == scales
     assert by_name["down_proj.sizes"].shape == fmt.sizes(160, 64) and by_name["down_proj.sizes"].nbytes == 0
     assert by_name["down_proj.base"].dtype == "float32" and by_name["down_proj_bias"].dtype == "float32"
     weights = 128 * 160 + 160 * 64
     plain = record_tensors({name: shape for name, shape in shapes.items() if len(shape) == 2}, fmt)[1]
-    assert plain <= weights * (fmt.bits + 8 / 32) / 8 + 6 * 64
+    assert plain <= weights * fmt.weight_bits / 8 + 6 * 64
 
 
 @pytest.mark.parametrize("forward", [lowbit_forward, lowbit_forward_reference])

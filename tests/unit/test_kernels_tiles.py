@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowbit_records import random_codes
+from lowbit_records import base_of, random_codes
 from torch import Tensor
 
 from buddymoe_ray.kernels import LowbitFormat, PackedMatrix, dequantise, pack
@@ -149,8 +149,9 @@ def case(bits: int, R: int, N: int = 48, K: int = 160) -> tuple[PackedMatrix, Te
     """A matrix with scales of every code, rows of very different sizes, and the exact product."""
     rng = torch.Generator().manual_seed(bits)
     q_NK, code_NG = random_codes(N, K, LowbitFormat(bits=bits), rng)
-    code_NG = torch.randint(0, 256, code_NG.shape, generator=rng).to(torch.uint8)
-    packed = pack(q_NK, code_NG, 0.3, LowbitFormat(bits=bits))
+    fmt = LowbitFormat(bits=bits)
+    code_NG = torch.randint(0, 1 << fmt.scale_bits, code_NG.shape, generator=rng).to(torch.uint8)
+    packed = pack(q_NK, code_NG, base_of(0.3, fmt), fmt)
     x_RK = torch.randn(R, K, generator=rng) * torch.logspace(-6, 6, R).unsqueeze(1)
     x_RK[0, 32:64] = 0.0
     return packed, x_RK, x_RK.double() @ dequantise(packed, LowbitFormat(bits=bits)).double().T
@@ -201,7 +202,7 @@ def test_the_largest_sums_do_not_overflow() -> None:
     fmt = LowbitFormat(bits=8)
     for code, sign in ((255, 1.0), (255, -1.0), (0, 1.0), (0, -1.0)):
         q_NK, code_NG = torch.full((16, 64), code, dtype=torch.uint8), torch.zeros(16, 2, dtype=torch.uint8)
-        packed, x_RK = pack(q_NK, code_NG, 1.0, fmt), torch.full((1, 64), 3.0 * sign)
+        packed, x_RK = pack(q_NK, code_NG, base_of(1.0, fmt), fmt), torch.full((1, 64), 3.0 * sign)
         for level in LEVELS:
             if level == "plain" or host_level() != "plain":
                 got = product(packed, x_RK, 8, True, level)

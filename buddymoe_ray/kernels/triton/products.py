@@ -117,9 +117,9 @@ def packed(codes, scales, tile, x, FORM: tl.constexpr):
 
 
 @triton.jit
-def trellis(codes, scales, levels, tile, x, FORM: tl.constexpr):
-    """float32 [A, 16] of tiles [A] of 16 outputs, before `base`, of 1 to 3 bits; `levels` float32 [128], above the
-    midpoint.
+def trellis(codes, scales, base, levels, tile, x, FORM: tl.constexpr):
+    """float32 [A, 16] of tiles [A] of 16 outputs, of 1 to 3 bits; `base` are their scales, `levels` float32 [128],
+    above the midpoint.
 
     A lane has four inputs of four outputs, whose windows lie in one ring, which it reads whole: 8 bytes, or 6 out of
     16. Windows come one after the other, so that the look-up of a level has the layout of the ring.
@@ -139,11 +139,13 @@ def trellis(codes, scales, levels, tile, x, FORM: tl.constexpr):
         ring = _ring(codes, place, quarter[None, :], there, BITS)
         k = (g * GROUP + 4 * quad)[None, :]
         inputs = (x + (k + every), FORM.K - k)
-        step = scales + ((first + g[None, :]) * BLOCK + (quarter * 4)[None, :])
-        y0 += _output(ring, 0, levels, inputs, step, there, BITS)
-        y1 += _output(ring, 1, levels, inputs, step, there, BITS)
-        y2 += _output(ring, 2, levels, inputs, step, there, BITS)
-        y3 += _output(ring, 3, levels, inputs, step, there, BITS)
+        four = (scales + ((first + g[None, :]) * 8 + (quarter % 2 * 4)[None, :])).to(tl.pointer_type(tl.uint32))
+        codes_4 = tl.load(four, mask=there, other=0) >> (quarter // 2 * 4).to(tl.uint32)[None, :]  # of n and n + 8
+        scale = (base, codes_4)
+        y0 += _output(ring, 0, levels, inputs, scale, there, BITS)
+        y1 += _output(ring, 1, levels, inputs, scale, there, BITS)
+        y2 += _output(ring, 2, levels, inputs, scale, there, BITS)
+        y3 += _output(ring, 3, levels, inputs, scale, there, BITS)
     y = tl.join(tl.join(y0, y2), tl.join(y1, y3))
     return tl.reshape(tl.sum(tl.reshape(y, [A, C // 4, 4, 2, 2]), axis=1), [A, 16])
 
@@ -171,13 +173,13 @@ def _qword(codes, place, there):
 
 
 @triton.jit
-def _output(ring, n: tl.constexpr, levels, inputs, step, there, BITS: tl.constexpr):
-    """float32: output n of the quarter; `inputs` are where they begin and how many there are."""
-    x, left = inputs
+def _output(ring, n: tl.constexpr, levels, inputs, scale, there, BITS: tl.constexpr):
+    """float32: output n of the quarter; `inputs` are where they begin and how many there are, `scale` a table of them
+    and codes of four outputs, a byte to each."""
+    (x, left), (base, codes) = inputs, scale
     dot = tl.full(ring.shape, 0.0, tl.float32)
     for i in tl.static_range(4):
         window = (ring >> (BITS * (4 * n + i))) & 127
         value = tl.load(x + i, mask=(i < left) & there, other=0.0).to(tl.float32)
         dot += tl.load(levels + window.to(tl.int32)) * value
-    scale = tl.load(step + n, mask=there, other=0).to(tl.float32) * (-1.0 / STEPS_PER_OCTAVE)
-    return dot * tl.exp2(scale)
+    return dot * tl.load(base + ((codes >> (8 * n)) & 15).to(tl.int32))

@@ -80,11 +80,11 @@ def _some(record, x, levels, FORM: tl.constexpr):
         tile = at * A + tl.arange(0, A)
         n = tile[:, None] * 16 + tl.arange(0, 16)[None, :]
         inside = tl.minimum(tile, TILES - 1)
+        base = pointer(record + FORM.base, "float32")
         if levels is None:
-            y = packed(record + FORM.codes, record + FORM.scales, inside, x, FORM)
+            y = packed(record + FORM.codes, record + FORM.scales, inside, x, FORM) * tl.load(base)
         else:
-            y = trellis(record + FORM.codes, record + FORM.scales, levels, inside, x, FORM)
-        y = y * tl.load(pointer(record + FORM.base, "float32"))
+            y = trellis(record + FORM.codes, record + FORM.scales, base, levels, inside, x, FORM)
     elif KIND == "rows":
         first, two = at * B + tl.arange(0, B // 4), tl.arange(0, 2)
         n = first[:, None, None] + (two[None, :, None] + 2 * two[None, None, :]) * (B // 4)
