@@ -79,7 +79,9 @@ def coded_module_text(fmt: CodeFormat, *, permutes: bool) -> str:
 
 
 class CodedTiles(StoredTiles):
-    """Emits one module."""
+    """Emits one module. For one row codes come so many tiles ahead."""
+
+    _tiles_ahead = 2
 
     def __init__(self, fmt: CodeFormat, permutes: bool) -> None:
         self.module = ir.Module(name=f"coded-{fmt}")
@@ -124,7 +126,7 @@ class CodedTiles(StoredTiles):
         tile = internal(self.module, f"tile{outputs}x{rows}", 8)
         codes, stride, scales, zeros, n, K, pairs, column = tile.args
         b = ir.IRBuilder(tile.append_basic_block())
-        self._ahead = b.mul(stride, I64(2 * outputs))
+        self._ahead = b.mul(stride, I64(outputs * (self._tiles_ahead if rows == 1 else 2)))
         self._w = [b.add(codes, b.mul(stride, I64(i))) for i in range(outputs)]
         self._x = [load(b, pairs, I64, 16 * r) for r in range(rows)]
         y = [b.add(load(b, pairs, I64, 16 * r + 8), column) for r in range(rows)]

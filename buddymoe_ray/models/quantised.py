@@ -152,7 +152,7 @@ def find_coded(config: Mapping[str, Any], locations: Mapping[str, TensorLocation
             used |= {*made.keys.values()}
     plain = {key: place for key, place in locations.items() if key not in used and not (said and UNREAD.search(key))}
     for key, place in plain.items():
-        whole = place.dtype in ("int8", "uint8") and key.endswith("weight")
+        whole = place.dtype in ("int8", "uint8", "int32") and key.endswith(("weight", ".weight_packed", "_blocks"))
         if whole or place.dtype.startswith("float8"):  # codes without what would give them a meaning
             raise UnsupportedModel(
                 f"key {key!r} in {place.path} is stored as {place.dtype}, must be one of bfloat16, float16, float32 or "
@@ -162,8 +162,9 @@ def find_coded(config: Mapping[str, Any], locations: Mapping[str, TensorLocation
 
 
 def check_values(weights: Iterable[CodedTensor]) -> None:
-    """Read all scales, and the order of inputs where there is one. Raises CheckpointError for a scale that is no finite
-    number or makes weights that are none, UnsupportedModel for inputs that are not in their own order."""
+    """Read all scales, GPTQ's zero points, and the order of inputs where there is one. Raises CheckpointError for a
+    scale that is no finite number or makes weights that are none, UnsupportedModel for inputs that are not in their own
+    order and for zero points that are not the same to all who read them."""
     for weight in sorted(weights, key=lambda weight: (weight.path, weight.places["scales"].offset)):
         scales = weight.places["scales"]
         read_tensor(scales if scales.dtype != "uint8" else replace(scales, dtype="float8_e8m0fnu"))
@@ -176,9 +177,22 @@ def check_values(weights: Iterable[CodedTensor]) -> None:
                     f"key {whole.key!r} in {whole.path} is {value.tolist()}, must leave weights finite. "
                     "hint: download it again"
                 )
+        if weight.codes == "gptq":
+            _check_zeros(weight.places["zeros"])
         order = weight.places.get("order")
         if order is None or weight.block is None:
             continue
         own = torch.arange(math.prod(order.shape)) // weight.block[1]
         if not torch.equal(read_tensor(order).long().flatten(), own):
             raise UnsupportedModel(f"key {order.key!r} orders inputs anew, must leave them as they are. {INSTEAD}")
+
+
+def _check_zeros(zeros: TensorLocation) -> None:
+    """Stored less 1, a zero point of 15 is 16 to vLLM, 0 to AutoGPTQ, and to GPTQModel, which adds to whole words, 0
+    and one more to its neighbour. Raises UnsupportedModel."""
+    held = read_tensor(zeros).flatten().view(torch.uint8)
+    if bool(((held & 15 == 15) | (held >> 4 == 15)).any()):
+        raise UnsupportedModel(
+            f"key {zeros.key!r} in {zeros.path} has zero points stored as 15, to some 16, to some 0, must be below. "
+            f"{INSTEAD}"
+        )

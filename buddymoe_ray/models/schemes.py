@@ -44,7 +44,8 @@ _COMPRESSED = {
 }
 _PLAIN_CODES = {"float8_e4m3fn": "fp8", "int8": "int8"}
 _NVFP4_GROUP, _MX_GROUP = 16, 32
-_OWN_FILE = "hf_quant_config.json"
+_OWN_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq"}
+"""Files that say it, with the method where they do not name one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +63,20 @@ class CodedKeys:
 
 def with_own_file(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     """What a config says, with what some releases have elsewhere of quantisation where it says nothing: older ones of
-    compressed-tensors under another name, modelopt's in a file, DeepSeek-V4 the experts' codes beside it. Raises
-    CheckpointError."""
+    compressed-tensors under another name, modelopt's and AutoGPTQ's in a file, DeepSeek-V4 the experts' codes beside
+    it. Raises CheckpointError."""
     said = config.get("quantization_config")
     if isinstance(said, Mapping) and config.get("expert_dtype"):
         return {**config, "quantization_config": {"expert_dtype": config["expert_dtype"], **said}}
     if not config.get("quantization_config") and config.get("compression_config"):
         return {**config, "quantization_config": config["compression_config"]}
-    if config.get("quantization_config") or not (folder / _OWN_FILE).is_file():
-        return config
-    said = read_json(folder / _OWN_FILE).get("quantization")
-    return {**config, "quantization_config": {**said, "quant_method": "modelopt"} if isinstance(said, dict) else said}
+    for name, method in _OWN_FILES.items():
+        if not config.get("quantization_config") and (folder / name).is_file():
+            said = read_json(folder / name)
+            said = said.get("quantization") if method == "modelopt" else said
+            named = {"quant_method": method, **said} if isinstance(said, dict) else said
+            return {**config, "quantization_config": named}
+    return config
 
 
 def served_family(folder: Path, where: str = "") -> Family:

@@ -139,6 +139,20 @@ def test_what_older_releases_say_in_a_file_of_its_own(tmp_path: Path) -> None:
     assert generated(coded) == reference_generate(plain, PROMPTS, new_tokens=NEW)
 
 
+@pytest.mark.parametrize("scheme", ["gptq", "ct-int4", "mxfp4"])
+def test_codes_without_a_word_of_how_they_are_stored_are_refused(tmp_path: Path, scheme: str) -> None:
+    family, sizes = ("gpt_oss", {"hidden_size": 64}) if scheme == "mxfp4" else ("olmoe", {})
+    coded, plain = quantised(family, scheme, tmp_path, **sizes)
+    config = json.loads((coded / "config.json").read_text())
+    said = config.pop("quantization_config")
+    (coded / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match=r"stored as (uint8|int32), must be .* what quantization_config names"):
+        load_model(coded)
+    if scheme == "gptq":  # AutoGPTQ's own file
+        (coded / "quantize_config.json").write_text(json.dumps({k: v for k, v in said.items() if k != "quant_method"}))
+        assert generated(coded) == reference_generate(plain, PROMPTS, new_tokens=NEW)
+
+
 def test_what_older_releases_say_under_another_name(tmp_path: Path) -> None:
     coded, plain = quantised("qwen3_moe", "ct-int8", tmp_path)
     config = json.loads((coded / "config.json").read_text())
@@ -287,6 +301,12 @@ def _moved(tensors: dict[str, Tensor], key: str, tensor: Tensor) -> None:
             "g_idx' orders inputs",
         ),
         ("gptq", lambda t: t.pop(f"{STEM}qzeros"), CheckpointError, f"{STEM}qzeros' is missing"),
+        (
+            "gptq",
+            lambda t: t[f"{STEM}qzeros"][1, 2].fill_(0x77F77777),
+            UnsupportedModel,
+            f"{STEM}qzeros.* stored as 15",
+        ),
         ("gptq", lambda t: _moved(t, KEY, torch.zeros(24, 48)), CheckpointError, f"{KEY}' and .*qweight' are both"),
         (
             "modelopt-nvfp4",
