@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = [
     "ray_address_from_environment",
     "visible_gpus_from_environment",
     "refuse_unknown",
+    "why_unwritable",
 ]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -286,6 +288,18 @@ def private_folder(folder: Path) -> str:
             f"{os.getuid()} that nobody else can write to. hint: delete it"
         )
     return ""
+
+
+def why_unwritable(path: Path) -> str:
+    """Why no file can take this place by a rename, or nothing: to be asked before the work, not after it."""
+    if path.exists() and not path.is_file():  # a rename would put a file where a device or a pipe was
+        kind = "a folder" if path.is_dir() else "a device or pipe"
+        return f"is {path}, {kind}, must be a file"
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            return ""
+    except OSError as error:
+        return f"is {path}, must be in a folder that can be written ({error.strerror})"
 
 
 def ray_address_from_environment() -> str | None:

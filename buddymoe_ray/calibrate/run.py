@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from buddymoe_ray.calibrate.layers import LayerTables, make_layers
 from buddymoe_ray.calibrate.pace import scored_tokens, traced_tokens
 from buddymoe_ray.calibrate.tables import make_tables
 from buddymoe_ray.calibrate.trace import record_trace
-from buddymoe_ray.config import BUDDIES, LOWBIT, RECORD_KINDS, EngineConfig
+from buddymoe_ray.config import BUDDIES, LOWBIT, RECORD_KINDS, EngineConfig, why_unwritable
 from buddymoe_ray.engine.build import build_parts
 from buddymoe_ray.engine.evaluate import WINDOW, cut_windows
 from buddymoe_ray.engine.parts import EngineParts
@@ -206,14 +205,11 @@ def _check_writable(out: Path) -> None:
     """Raise ProfileError before the work, not after it."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
+        why = why_unwritable(out)
     except OSError as error:
-        raise ProfileError(
-            f"--out is {out}, must be in a folder that can be written ({error.strerror}). hint: choose another --out"
-        ) from error
-    if out.is_dir():
-        raise ProfileError(f"--out is {out}, a folder, must be a file. hint: --out {out / NAME}")
+        why = f"is {out}, must be in a folder that can be written ({error.strerror})"
+    if why:
+        raise ProfileError(f"--out {why}. hint: choose another, --out FOLDER/{NAME}")
 
 
 def _check_ids(ids: Sequence[int], vocabulary: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from buddymoe_ray.commands.common import add_json_argument, emit, print_facts, print_table
+from buddymoe_ray.config import why_unwritable
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.observe import progress
 
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name} is given without --record, must go with it. hint: add --record MODEL")
     _check(args)
+    _check_output("--plot", args.plot)
     from buddymoe_ray.calibrate.simulate import PLACEMENTS, simulate
 
     names = tuple(args.placements.split(",")) if args.placements is not None else PLACEMENTS
@@ -102,6 +104,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print([conditions | row for row in rows])
     return 0
+
+
+def _check_output(option: str, path: Path | None) -> None:
+    if path is not None and (why := why_unwritable(path)):
+        raise ConfigError(f"{option} {why}. hint: choose another file")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -238,6 +245,7 @@ def _record(args: argparse.Namespace) -> int:
         raise ConfigError("--record is given alone, must go with --corpus and --out. hint: --corpus F --out T")
     if args.tokens is not None and args.tokens < 1:
         raise ConfigError(f"--tokens is {args.tokens}, must be at least 1. hint: drop it")
+    _check_output("--out", args.out)
     from buddymoe_ray.commands.eval import encode_corpus, tokenizer_of
     from buddymoe_ray.config import EngineConfig
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,7 @@ def test_a_models_routes_are_recorded_and_replayed(tmp_path: Path, capsys: pytes
         (["--affinity-us", "1"], "given without --trace"),
         (["--out", "x"], "without --record"),
         (["--record", "builtin:tiny"], "must go with --corpus"),
-        (["--plot", "/nowhere/o.html", "--gpus", "2", "--layers", "1", "--windows", "2"], "cannot be written"),
+        (["--plot", "/nowhere/o.html"], "must be in a folder that can be written"),
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(
@@ -218,3 +219,18 @@ def test_bad_usage_is_one_line_and_status_2(
     assert main(["simulate", *arguments]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.startswith("buddymoe simulate: ") and not captured.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "simulate --plot",
+        "simulate --record builtin:tiny --corpus {text} --out",
+        "profile --model builtin:tiny --corpus {text} --out",
+    ],
+)
+def test_a_pipe_or_device_is_never_replaced_by_a_file(arguments: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("def add(a, b): return a + b\n" * 99)
+    os.mkfifo(pipe := tmp_path / "pipe")
+    assert main([*arguments.format(text=tmp_path / "text").split(), str(pipe)]) in (1, 2)
+    assert pipe.is_fifo()
