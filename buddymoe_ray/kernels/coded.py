@@ -11,7 +11,7 @@
 `decoded` is the spec of the products: coded_tiles.py and coded_columns.py for float32 rows; for rows of bfloat16, where
 the CPU has what they need, coded_pairs.py (fp8), coded_wide.py (FP4, int4), coded_columns_wide.py (gptq, awq). GB/s by
 the time of its own thread on a core of Zen 5 that reads 44, one row of bfloat16, weights in huge pages, 2,048 x 2,048
-and experts of 2,048 x 768: fp8 41 40, int8 33, mxfp4 36 33, nvfp4 36 35, int4 33 31, with zero points 36 30, gptq 30
+and experts of 2,048 x 768: fp8 44 37, int8 33, mxfp4 36 33, nvfp4 36 35, int4 33 31, with zero points 36 30, gptq 30
 29, awq 29 28, our own int8 38 and int4 36.
 
 Knows no files. Scales that are not finite are the caller's to refuse; codes that are no number are so for `decoded`.
