@@ -282,6 +282,14 @@ class Router(torch.nn.Module):
         return (logits_TE, *self.choose(logits_TE).topk(2))
 
 
+def all_but_one_group(logits_TE: torch.Tensor, groups: int) -> torch.Tensor:
+    """Shares, none in the group whose two best are worth least together (Mistral 4, DeepSeek)."""
+    shares_TGe = logits_TE.softmax(dim=-1).unflatten(1, (groups, -1))
+    worth_TG = shares_TGe.topk(min(2, shares_TGe.shape[2])).values.sum(dim=-1)
+    last_T = worth_TG.argmin(dim=1)
+    return (shares_TGe * (torch.arange(groups) != last_T[:, None]).unsqueeze(-1)).flatten(1)
+
+
 def test_only_a_softmaxs_top_k_is_taken_for_one() -> None:
     cases = {
         "softmax": (lambda logits_TE: logits_TE.softmax(dim=-1), True),
@@ -289,6 +297,8 @@ def test_only_a_softmaxs_top_k_is_taken_for_one() -> None:
         "tempered": (lambda logits_TE: (logits_TE / 2).softmax(dim=-1), False),
         "a half per cent more": (lambda logits_TE: logits_TE.softmax(dim=-1) * 1.005, False),
         "the last expert never": (lambda logits_TE: logits_TE.softmax(dim=-1) * (torch.arange(8) < 7), False),
+        "two of all but the last": (lambda logits_TE: all_but_one_group(logits_TE, 8), True),
+        "two of the three best of four groups": (lambda logits_TE: all_but_one_group(logits_TE, 4), False),
     }
     for (name, (choose, taken)), dtype in product(cases.items(), (torch.float32, torch.bfloat16)):
         model = torch.nn.Module()
