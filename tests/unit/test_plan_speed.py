@@ -51,7 +51,7 @@ def test_rates_between_measured_rows_are_interpolated_and_beyond_them_proportion
 
 
 @pytest.mark.parametrize(
-    ("memory", "budget", "found"), [("25%", 0.0003, 0.334), ("25%", 0.003, 0.912), ("37.5%", 0.001, 0.901)]
+    ("memory", "budget", "found"), [("25%", 0.0003, 0.363), ("25%", 0.003, 0.957), ("37.5%", 0.001, 0.921)]
 )
 def test_a_budget_pays_for_most_misses_as_most_are_cheap(memory: str, budget: float, found: float) -> None:
     """What stand-ins answered of the misses of `builtin:tiny` on held-out code."""
