@@ -165,7 +165,7 @@ def _feedback(W: Tensor, metric: Metric, fmt: LowbitFormat, base: Tensor) -> Rou
         for some in _steps(fmt):
             chosen, values = _choose(block[some], scale, torch.where(there, counts, -1.0)[some], fmt)
             codes_KN[span][some] = chosen
-            errors[some] = torch.linalg.solve_triangular(local[some, some].T, block[some] - values, upper=False)
+            errors[some] = _solved(local[some, some].T, block[some] - values)
             block[some.stop :].addmm_(local[some, some.stop :].T, errors[some], alpha=-1)
         if at + size < near:
             left_KN[at + size : near].addmm_(U_KK[span, at + size : near].T, errors, alpha=-1)
@@ -178,6 +178,11 @@ def _steps(fmt: LowbitFormat) -> list[slice]:
     """The inputs of a group that are rounded at once."""
     size = QUAD if fmt.trellis else 1
     return [slice(at, at + size) for at in range(0, GROUP, size)]
+
+
+def _solved(matrix_ss: Tensor, right_sN: Tensor) -> Tensor:
+    """Of one input a division: a solver takes longer to call."""
+    return right_sN / matrix_ss if len(matrix_ss) == 1 else torch.linalg.solve(matrix_ss, right_sN)
 
 
 def _scale(block_SN: Tensor, counts_S: Tensor, fmt: LowbitFormat) -> Tensor:
@@ -251,7 +256,7 @@ def _descend(W: Tensor, rounded: Rounded, metric: Metric, fmt: LowbitFormat, tur
         scale, local, pull, value = scale_GN[at // size], H[span, span], gradient_KN[span].clone(), value_KN[span]
         before, counts = value.clone(), torch.where(there_K[span], local.diagonal(), -1.0)
         for some in _steps(fmt):
-            target = value[some] + torch.linalg.solve(local[some, some], pull[some])
+            target = value[some] + _solved(local[some, some], pull[some])
             codes, new = _choose(target, scale, counts[some], fmt, codes_KN[span][some], turn)
             change = new - value[some]
             if fmt.trellis:  # what was chosen knows nothing of how the quad's inputs go together

@@ -1,7 +1,9 @@
-"""Rounds one matrix to the packed low-bit format with searched scales, every weight to its nearest level.
+"""Rounds one matrix to the packed low-bit format with searched scales: every weight to its nearest level, or rings of
+weights to the nearest values of a trellis.
 
 Does not know inputs beyond an optional importance of each. Invariant: memory beyond the answer is bounded by one chunk
-of rows. Neighbours: rounding_compensated.py improves on it with second moments, kernels.lowbit packs the codes.
+of rows, with a trellis by a few float32 copies of the matrix. Neighbours: rounding_compensated.py improves on it with
+second moments, kernels.lowbit packs the codes.
 
 Legend: N outputs, K inputs, G groups of a row, S inputs in a group, n rows of a chunk, R rows (tokens).
 """
