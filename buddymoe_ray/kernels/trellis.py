@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from buddymoe_ray.kernels.trellis_tables import MIDPOINT, QUAD, RINGS, TABLES, WINDOW
+from buddymoe_ray.kernels.trellis_tables import DEAR, MIDPOINT, QUAD, RINGS, TABLES, WINDOW
 
 __all__ = ["best_codes", "levels_above", "values", "values_of_quads", "windows_of"]
 
-_TILE, _DEAR = 16, 1e30
+_TILE = 16
 
 
 def windows_of(codes_RP: Tensor, bits: int) -> Tensor:
@@ -133,7 +133,7 @@ def _turn(x_RP: Tensor, weight_RP: Tensor, bits: int, codes_RP: Tensor, first: i
         cost = torch.full_like(cost, torch.inf).scatter_(1, start[:, None], 0.0)
     for p in order:
         rise = weight_RP[:, p, None].clamp_min(0) * (table - x_RP[:, p, None]) ** 2
-        rise[:, 1 << (WINDOW - bits) :] += torch.where(weight_RP[:, p, None] < 0, _DEAR, 0.0)
+        rise[:, 1 << (WINDOW - bits) :] += torch.where(weight_RP[:, p, None] < 0, DEAR, 0.0)
         cost, best = (cost.repeat(1, B) + rise).view(R, S, B).min(dim=2)
         chosen.append(best)
     state, codes = cost.argmin(dim=1) if free else start, torch.empty_like(codes_RP)

@@ -4,7 +4,7 @@
 
     search(x, weight, codes, table, first, free, scratch, count)    all int64 addresses or counts
 
-`x` and `weight` are float32 [count, P, 16], `codes` uint8 [count, P, 16], read where rings are not free and written,
+`x` and `weight` are float32 [count, P, 16], `codes` uint8 [count, P, 16], read (those before `first`) and written,
 `table` the float32 values of the 128 windows. `scratch` is SCRATCH_BYTES of room, aligned to 64. A ring that is `free`
 is begun in any state at position `first`, and may end in another one; else it keeps the state that its codes have
 there. Where a weight is negative the code is 0.
@@ -24,7 +24,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from buddymoe_ray.kernels.trellis_tables import RINGS, WINDOW
+from buddymoe_ray.kernels.trellis_tables import DEAR, RINGS, WINDOW
 from buddymoe_ray.kernels.vector_ir import F32, I8, I32, I64, VOID, at, call, const, internal, load, loop, splat, vec
 
 __all__ = ["LANES", "SCRATCH_BYTES", "module_text"]
@@ -33,7 +33,6 @@ LANES = 16
 _FLOATS, _INTS, _BYTES = (vec(kind, LANES) for kind in (F32, I32, I8))
 _COSTS = 4 * LANES << (WINDOW - 1)  # of as many states as there can be
 SCRATCH_BYTES = 2 * _COSTS + (LANES * max(RINGS.values()) << (WINDOW - 1))
-_DEAR = 1e30
 _MINIMUM = f"llvm.minnum.v{LANES}f32"
 
 
@@ -91,7 +90,7 @@ class _Rings:
         all_free = splat(b, b.icmp_signed("!=", free, I64(0)), LANES)
         with loop(b, I64(self._S)) as s:
             here = b.icmp_signed("==", state, splat(b, b.trunc(s, I32), LANES))
-            cost = b.select(b.or_(here, all_free), const(_FLOATS, 0.0), const(_FLOATS, _DEAR))
+            cost = b.select(b.or_(here, all_free), const(_FLOATS, 0.0), const(_FLOATS, DEAR))
             b.store(cost, self._cost(b, 0, s))
 
     def step(self, b: Any, turn: Any, first: Any, odd: int) -> None:
@@ -100,7 +99,7 @@ class _Rings:
         stored = load(b, b.add(self._weight, place), _FLOATS)
         fixed = b.fcmp_ordered("<", stored, const(_FLOATS, 0.0))
         weight = b.select(fixed, const(_FLOATS, 0.0), stored)
-        dear = b.select(fixed, const(_FLOATS, _DEAR), const(_FLOATS, 0.0))
+        dear = b.select(fixed, const(_FLOATS, DEAR), const(_FLOATS, 0.0))
         slope = b.fmul(b.fmul(weight, load(b, b.add(self._x, place), _FLOATS)), const(_FLOATS, -2.0))
         chosen = b.add(self._scratch, b.add(I64(2 * _COSTS), b.mul(turn, I64(self._S * LANES))))
         with loop(b, I64(self._S)) as q:
@@ -123,7 +122,7 @@ class _Rings:
         """The state behind the last step: the cheapest one, or that of the beginning."""
         best, cost = b.alloca(_INTS), b.alloca(_FLOATS)
         b.store(const(_INTS, 0), best)
-        b.store(const(_FLOATS, _DEAR), cost)
+        b.store(const(_FLOATS, DEAR), cost)
         with loop(b, I64(self._S)) as s:
             theirs = b.load(self._cost(b, 0, s))
             less = b.fcmp_ordered("<", theirs, b.load(cost))
@@ -138,8 +137,7 @@ class _Rings:
         with loop(b, I64(self._P)) as turn:
             k = b.sub(I64(self._P - 1), turn)
             row = b.add(self._scratch, b.add(I64(2 * _COSTS), b.mul(k, I64(self._S * LANES))))
-            state, code = b.load(place), const(_INTS, 0)
-            which = code
+            state, which = b.load(place), const(_INTS, 0)
             for lane in range(LANES):
                 s = b.zext(b.extract_element(state, I32(lane)), I64)
                 byte = load(b, b.add(row, b.mul(s, I64(LANES))), I8, lane)

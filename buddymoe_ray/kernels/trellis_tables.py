@@ -6,7 +6,7 @@ for; the best of six beginnings of 30 turns each.
 
 from __future__ import annotations
 
-__all__ = ["MIDPOINT", "QUAD", "RINGS", "SPREAD", "TABLES", "WINDOW"]
+__all__ = ["DEAR", "MIDPOINT", "QUAD", "RINGS", "SPREAD", "TABLES", "WINDOW"]
 
 WINDOW = 7
 RINGS = {1: 64, 2: 32, 3: 16}
@@ -42,3 +42,5 @@ TABLES = {
 """Levels of the windows, trained on normal weights."""
 SPREAD = 40.0
 """What the tables take for one standard deviation."""
+DEAR = 1e30
+"""What a way costs in a search that may not be taken."""

@@ -199,8 +199,11 @@ def test_zero_and_constant_matrices(bits: int) -> None:
         W = torch.full((16, 32), value)
         for rounded in (round_plain(W, fmt), round_compensated(W, torch.eye(32), fmt)):
             _check(rounded, W, fmt)
-            error = (dequantise_rounded(rounded, fmt) - W).square().mean()
-            assert float(error) <= {1: 0.06, 2: 0.02, 3: 0.005}.get(bits, 1e-4), "tables are of normal weights"
+            error = dequantise_rounded(rounded, fmt) - W
+            if value and fmt.trellis:  # tables are of normal weights
+                assert float(error.square().mean()) <= {1: 0.06, 2: 0.02, 3: 0.005}[bits]
+            else:
+                assert float(error.abs().max()) <= 0.01
 
 
 def test_bfloat16_weights_are_rounded_as_their_float32_values() -> None:

@@ -66,33 +66,41 @@ define internal <64 x i8> @emulated.pmultishift.qb.512(<64 x i8> %which, <64 x i
 """
 
 
+def by_lane(*steps: str) -> str:
+    """A vector of 64 bytes `%v63`, lane by lane: the steps end with the lane's `%f`."""
+    text, last = "", "zeroinitializer"
+    for i in range(64):
+        for step in (*steps, "%v{i} = insertelement <64 x i8> {last}, i8 %f{i}, i32 {i}"):
+            text += f"  {step.format(i=i, last=last, qword=i // 8, begin=16 * (i // 16))}\n"
+        last = f"%v{i}"
+    return text
+
+
 def look_up_of_bytes() -> str:
     """`pshufb` within 16 bytes each and `vpermi2b` in 128, and what takes bytes out of qwords."""
-    text, shifted = "", ""
-    for name, second, size in (("pshuf.b.512", "", 64), ("vpermi2var.qi.512", ", <64 x i8> %c", 128)):
-        lanes, last = "", "zeroinitializer"
-        if second:
-            lanes = "  %half = getelementptr [128 x i8], [128 x i8]* %table, i32 0, i32 64\n"
-            lanes += "  store <64 x i8> %c, i8* %half, align 1\n"
-        for i in range(64):
-            lanes += f"  %i{i} = extractelement <64 x i8> %b, i32 {i}\n"
-            lanes += f"  %m{i} = and i8 %i{i}, {127 if second else 15}\n"
-            lanes += f"  %z{i} = zext i8 %m{i} to i32\n"
-            lanes += f"  %j{i} = add i32 %z{i}, {0 if second else 16 * (i // 16)}\n"
-            lanes += f"  %p{i} = getelementptr [{size} x i8], [{size} x i8]* %table, i32 0, i32 %j{i}\n"
-            lanes += f"  %f{i} = load i8, i8* %p{i}\n"
-            lanes += f"  %v{i} = insertelement <64 x i8> {last}, i8 %f{i}, i32 {i}\n"
-            last = f"%v{i}"
-        text += LOOKED_UP.format(name=name, more=second, size=size, lanes=lanes)
-    last = "zeroinitializer"
-    for i in range(64):
-        shifted += f"  %q{i} = extractelement <8 x i64> %q, i32 {i // 8}\n"
-        shifted += f"  %i{i} = extractelement <64 x i8> %which, i32 {i}\n"
-        shifted += f"  %w{i} = zext i8 %i{i} to i64\n"
-        shifted += f"  %r{i} = call i64 @llvm.fshr.i64(i64 %q{i}, i64 %q{i}, i64 %w{i})\n"
-        shifted += f"  %t{i} = trunc i64 %r{i} to i8\n"
-        shifted += f"  %v{i} = insertelement <64 x i8> {last}, i8 %t{i}, i32 {i}\n"
-        last = f"%v{i}"
+    upper = "  %half = getelementptr [128 x i8], [128 x i8]* %table, i32 0, i32 64\n"
+    upper += "  store <64 x i8> %c, i8* %half, align 1\n"
+    text = ""
+    for name, more, size, mask, begin in (
+        ("pshuf.b.512", "", 64, 15, "{begin}"),
+        ("vpermi2var.qi.512", ", <64 x i8> %c", 128, 127, "0"),
+    ):
+        lanes = by_lane(
+            "%i{i} = extractelement <64 x i8> %b, i32 {i}",
+            f"%m{{i}} = and i8 %i{{i}}, {mask}",
+            "%z{i} = zext i8 %m{i} to i32",
+            f"%j{{i}} = add i32 %z{{i}}, {begin}",
+            f"%p{{i}} = getelementptr [{size} x i8], [{size} x i8]* %table, i32 0, i32 %j{{i}}",
+            "%f{i} = load i8, i8* %p{i}",
+        )
+        text += LOOKED_UP.format(name=name, more=more, size=size, lanes=(upper if more else "") + lanes)
+    shifted = by_lane(
+        "%q{i} = extractelement <8 x i64> %q, i32 {qword}",
+        "%i{i} = extractelement <64 x i8> %which, i32 {i}",
+        "%w{i} = zext i8 %i{i} to i64",
+        "%r{i} = call i64 @llvm.fshr.i64(i64 %q{i}, i64 %q{i}, i64 %w{i})",
+        "%f{i} = trunc i64 %r{i} to i8",
+    )
     return text + MULTISHIFT.format(lanes=shifted) + "declare i64 @llvm.fshr.i64(i64, i64, i64)\n"
 
 
@@ -120,7 +128,7 @@ def functions(bits: int, wide: bool, level: str) -> dict[str, int]:
         text, baseline = module_text(LowbitFormat(bits=bits), wide=wide, level="plain"), True
     else:
         text, baseline = module_text(LowbitFormat(bits=bits), wide=wide, level=level), False
-        if level != host_level():  # also of one that this CPU has: its instructions and those in their place agree
+        if level != host_level():
             text = emulated(text)
     return dict(native_functions(text, ("project", "quantise") if wide else ("project",), baseline=baseline))
 
@@ -177,7 +185,9 @@ def test_a_row_has_its_bits_alone_and_among_others(bits: int, wide: bool) -> Non
             assert torch.equal(product(packed, x_RK[at : at + R], bits, wide, host_level()), whole[at : at + R])
 
 
-@pytest.mark.parametrize(("bits", "wide"), [(1, True), (2, False), (2, True), (3, True), (4, True), (8, True)])
+@pytest.mark.parametrize(
+    ("bits", "wide"), [(1, True), (2, False), (2, True), (3, False), (3, True), (4, True), (8, True)]
+)
 @pytest.mark.parametrize("level", [*LEVELS, "baseline"])
 def test_every_instruction_set_gives_the_same_bits(bits: int, wide: bool, level: str) -> None:
     if level in ("avx2", "avxvnni") and host_level() == "plain":
