@@ -20,7 +20,8 @@ Reads weights to their last byte and no further: a last group that is not whole 
 
 Tried and dropped: no prefetch of the next outputs' weights (1.1 times as long at one row of bfloat16); 6 outputs at
 once for one row, 4 rows at once (do not fit into 16 registers); where there are 32, 8 outputs of 3 rows, 6 of 4, 2 and
-3 of 8 (.6, .95, .6 and .9 times as fast as 4 of 5 at 16 rows).
+3 of 8 (.6, .95, .6 and .9 times as fast as 4 of 5 at 16 rows). Rows of `blend` at once, of 24: 8 take .6 of the time
+of 2, 6 and 10 as long as 8, 12 .85 (registers).
 
 Legend: N outputs and K inputs of the matrix, G groups of 32 inputs, R rows, b an `ir.IRBuilder`.
 """
@@ -59,8 +60,10 @@ LANES = 16
 FLOATS, INTS = vec(F32, LANES), vec(I32, LANES)
 AHEAD_BYTES = 8192, 4096
 """For two outputs twice: a CPU leaves out what is too much at once (5 to 7 rows take .95 of the time)."""
-NEAR, BLEND_ROWS = 16, (2, 1)
-"""Rows of the matrix that `blend` goes over at once, for so many rows at once."""
+NEAR = 16
+"""Rows of the matrix that `blend` goes over at once."""
+BLEND_ROWS, BLEND_ROWS_WIDE = (2, 1), (8, 4, 2, 1)
+"""For so many rows at once, in 16 and 32 registers."""
 NEAR_BYTES = 32768
 Shape = dict[int, tuple[int, ...]]
 ONE_ROW: Shape = {4: (1,), 1: (1,)}
@@ -71,9 +74,10 @@ MANY_ROWS_WIDE: Shape = {4: (5, 4, 3, 2, 1), 1: (4, 1)}
 
 def stored_module_text(dtype: str, *, registers: int = 16) -> str:
     """The module's IR for weights of `dtype`, on a CPU with so many vector registers."""
-    made = StoredTiles(dtype, many_rows=MANY_ROWS if registers < 32 else MANY_ROWS_WIDE)
+    wide = registers >= 32
+    made = StoredTiles(dtype, many_rows=MANY_ROWS_WIDE if wide else MANY_ROWS)
     made.project()
-    made.blend()
+    made.blend(BLEND_ROWS_WIDE if wide else BLEND_ROWS)
     if dtype == "bfloat16":
         made.spread_row("spread", rounded=False)
         made.spread_row("spread_rounded", rounded=True)
@@ -232,9 +236,9 @@ class StoredTiles:
         bits = b.shl(pairs, const(INTS, 16)) if half else b.and_(pairs, const(INTS, -0x10000))
         return b.bitcast(bits, FLOATS)
 
-    def blend(self) -> None:
-        """Some rows of the matrix after the other, each group of their inputs for all rows at once."""
-        tiles = {rows: self._blend_tile(rows) for rows in BLEND_ROWS}
+    def blend(self, sizes: Sequence[int]) -> None:
+        """Some rows of the matrix after the other, each group of their inputs for so many rows at once."""
+        tiles = {rows: self._blend_tile(rows) for rows in sizes}
         kernel = ir.Function(self.module, ir.FunctionType(VOID, [I64] * 7), "blend")
         weights, stride, K, N, rows, R, following = kernel.args
         b = ir.IRBuilder(kernel.append_basic_block())

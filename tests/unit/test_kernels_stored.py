@@ -3,6 +3,8 @@ linear layers built on them."""
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from lowbit_records import gelu_gate, gpt_oss_gate, relu2, silu_gate
@@ -102,6 +104,24 @@ def test_bfloat16_products_have_the_bits_of_fused_additions(
         monkeypatch.setattr(stored, "_dot_functions", lambda: {})
         monkeypatch.setattr(stored, "_stored_functions", lambda _, made=made: made)
         assert torch.equal(linear_of(weight, torch.bfloat16)(x_RK).view(torch.int16), dots.view(torch.int16))
+
+
+@pytest.mark.parametrize("inputs", [64, 72, 5])
+def test_a_row_of_values_is_added_up_to_the_same_bits_beside_any_others(inputs: int) -> None:
+    """With few registers and many, in the order of the matrix's rows: of float32, as fused additions give it."""
+    rng, groups, R, N = torch.Generator().manual_seed(7), (inputs + 31) // 32 * 32, 23, 37
+    values, shares = torch.randn(N, inputs, generator=rng), torch.rand(R, N, generator=rng)
+    expected = torch.zeros(R, inputs, dtype=torch.float64)
+    for n in range(N):
+        expected = (expected + shares[:, n : n + 1].double() * values[n].double()).float().double()
+    for registers in (16, 32):
+        made = native_functions(stored_module_text("float32", registers=registers), ("blend",))
+        blend = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 7)(made["blend"])
+        for rows in (1, 2, 3, 7, 12, R):
+            out = torch.zeros(rows, groups)
+            pairs = torch.tensor([[share.data_ptr(), row.data_ptr()] for share, row in zip(shares, out, strict=False)])
+            blend(values.data_ptr(), 4 * inputs, inputs, N, pairs.data_ptr(), rows, 0)
+            assert torch.equal(out[:, :inputs].double(), expected[:rows])
 
 
 def test_what_an_expert_computes_between_its_products_is_rounded_as_its_rows_are() -> None:
