@@ -35,11 +35,11 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from buddymoe_ray.calibrate.rounding_compensated import Metric, moment, round_in, unbiased
 from buddymoe_ray.kernels.lowbit import LowbitFormat, PackedMatrix, pack
 from buddymoe_ray.kernels.reference import ExpertMath
+from buddymoe_ray.kernels.rough_product import rough_product
 from buddymoe_ray.kernels.rounding import Rounded, dequantise_rounded, round_plain
 from buddymoe_ray.kernels.rounding_cpu import pack_plain
 
@@ -117,7 +117,8 @@ class ExpertRows:
     def hidden(self, first: Tensor) -> Tensor:
         """What a first projection feeds the second."""
         bias = self.weights[f"{self.math.first}_bias"].float() if self.math.bias else None
-        return self.math.activate(functional.linear(self.x_RD, first, bias))
+        first_RN = rough_product(self.x_RD, first.T)
+        return self.math.activate(first_RN if bias is None else first_RN + bias)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +163,7 @@ def _corrected(rows: ExpertRows, ours_RF: Tensor, H_FF: Tensor) -> Tensor:
     counted = rows.weight_R.float().square().unsqueeze(1)
     cross = (rows.exact_RF * counted).T @ ours_RF / counted.sum().clamp_min(1e-30)
     solution, failed = torch.linalg.solve_ex(H_FF + ridge, cross.T + ridge)  # [F, F]: (C (H + d)^-1)^T
-    return W_DF if int(failed) else W_DF @ solution.T
+    return W_DF if int(failed) else rough_product(W_DF, solution.T)
 
 
 def quantise_expert_plain(

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from buddymoe_ray.kernels.feedback import round_group
 from buddymoe_ray.kernels.lowbit_format import BLOCK, GROUP, LowbitFormat, values_of
+from buddymoe_ray.kernels.rough_product import rough_product
 from buddymoe_ray.kernels.rounding import (
     FINE_SHARES,
     Rounded,
@@ -139,12 +141,24 @@ def _inverse_factor(H: Tensor) -> Tensor | None:
     """Upper Cholesky factor of H^-1, with more damping while H is not numerically positive; None if it never is."""
     mean = H.diagonal().mean()
     for extra in (0.0, 0.01, 0.1, 1.0):
-        lower, failed = torch.linalg.cholesky_ex(H + extra * mean * torch.eye(len(H), device=H.device))
+        # H = R R^T with R upper, the factor of H turned around: then R^-1 is the factor of H^-1
+        damped = H + extra * mean * torch.eye(len(H), device=H.device)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(-1, -2))
         if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed):
-                return upper
+            return _inverse_upper(lower.flip(-1, -2))
     return None
+
+
+def _inverse_upper(R: Tensor) -> Tensor:
+    """Of an upper triangular matrix, in halves: products take most of the time."""
+    n = R.shape[-1]
+    if n <= 2 * _NEAR:
+        return torch.linalg.solve_triangular(R, torch.eye(n, device=R.device).expand_as(R), upper=True)
+    half, inverse = n // 2, torch.zeros_like(R)
+    first, last = _inverse_upper(R[..., :half, :half]), _inverse_upper(R[..., half:, half:])
+    inverse[..., :half, :half], inverse[..., half:, half:] = first, last
+    inverse[..., :half, half:] = -(first @ R[..., :half, half:] @ last)
+    return inverse
 
 
 def _feedback(W: Tensor, metric: Metric, fmt: LowbitFormat, base: Tensor) -> Rounded:
@@ -162,16 +176,25 @@ def _feedback(W: Tensor, metric: Metric, fmt: LowbitFormat, base: Tensor) -> Rou
         code = nearest_code(_scale(block, counts, fmt), base)
         code_NG[:, int(order[at]) // size] = code
         scale, there = scale_of(code, base), order[span] < metric.inputs
-        for some in _steps(fmt):
-            chosen, values = _choose(block[some], scale, torch.where(there, counts, -1.0)[some], fmt)
-            codes_KN[span][some] = chosen
-            errors[some] = _solved(local[some, some].T, block[some] - values)
-            block[some.stop :].addmm_(local[some, some.stop :].T, errors[some], alpha=-1)
+        round_ = round_group if W.device.type == "cpu" else _round_group
+        codes_KN[span] = round_(block, scale, torch.where(there, counts, -1.0), local, fmt, errors)
         if at + size < near:
             left_KN[at + size : near].addmm_(U_KK[span, at + size : near].T, errors, alpha=-1)
         else:
-            left_KN[near:].addmm_(U_KK[near - _NEAR : near, near:].T, errors_KN[near - _NEAR : near], alpha=-1)
+            left_KN[near:].sub_(rough_product(U_KK[near - _NEAR : near, near:].T, errors_KN[near - _NEAR : near]))
     return Rounded(codes_KN[order.argsort()].T.contiguous(), code_NG, base)
+
+
+def _round_group(
+    W_SN: Tensor, scale_N: Tensor, counts_S: Tensor, factor_SS: Tensor, fmt: LowbitFormat, errors_SN: Tensor
+) -> Tensor:
+    """As `kernels.feedback.round_group`: the spec, and what other devices run."""
+    codes_SN = torch.empty_like(W_SN, dtype=torch.uint8)
+    for some in _steps(fmt):
+        codes_SN[some], values = _choose(W_SN[some], scale_N, counts_S[some], fmt)
+        errors_SN[some] = _solved(factor_SS[some, some].T, W_SN[some] - values)
+        W_SN[some.stop :].addmm_(factor_SS[some, some.stop :].T, errors_SN[some], alpha=-1)
+    return codes_SN
 
 
 def _steps(fmt: LowbitFormat) -> list[slice]:
@@ -213,7 +236,7 @@ def _choose(
 
 def _row_errors(W: Tensor, rounded: Rounded, H: Tensor, fmt: LowbitFormat) -> Tensor:
     E = W - dequantise_rounded(rounded, fmt)
-    return ((E @ H) * E).sum(dim=1)
+    return (rough_product(E, H) * E).sum(dim=1)
 
 
 def _refit(W: Tensor, rounded: Rounded, H: Tensor, fmt: LowbitFormat) -> Rounded:

@@ -18,16 +18,16 @@ Legend: R rings, P positions of a ring, b bits of a code, N outputs, K inputs.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from buddymoe_ray.kernels.expert_calls import LINE
 from buddymoe_ray.kernels.trellis_tables import DEAR, MIDPOINT, QUAD, RINGS, TABLES, WINDOW
 
-__all__ = ["best_codes", "levels_above", "values", "values_of_quads", "windows_of"]
+__all__ = ["best_codes", "levels_above", "search_address", "search_room", "values", "values_of_quads", "windows_of"]
 
 _TILE = 16
 
@@ -91,28 +91,36 @@ def best_codes(
 
 def _search(x_RP: Tensor, weight_RP: Tensor, bits: int, codes_RP: Tensor, turns: list[tuple[int, bool]]) -> Tensor:
     """By machine code: for each turn where it begins, and whether in any state."""
-    from buddymoe_ray.kernels.trellis_rings import LANES, SCRATCH_BYTES
+    from buddymoe_ray.kernels.trellis_rings import LANES
 
     R, P = x_RP.shape
     x, weight, codes = (
         pad(part, (0, 0, 0, -R % LANES)).view(-1, LANES, P).transpose(1, 2).contiguous()
         for part in (x_RP, weight_RP, codes_RP)
     )
-    scratch = torch.empty(SCRATCH_BYTES + 64, dtype=torch.uint8)
-    room, table = -(-scratch.data_ptr() // 64) * 64, levels_above(bits, x.device)
+    room, table = search_room(), levels_above(bits, x.device)
+    search = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 8)(search_address(bits))
     places = [part.data_ptr() for part in (x, weight, codes, table)]
     for first, free in turns:
-        _machine_code(bits)(*places, first, int(free), room, len(x))
+        search(*places, first, int(free), room.data_ptr(), len(x))
     return codes.transpose(1, 2).reshape(-1, P)[:R]
 
 
 @cache
-def _machine_code(bits: int) -> Callable[..., None]:
+def search_address(bits: int) -> int:
+    """The machine code of trellis_rings.py."""
     from buddymoe_ray.kernels.machine_code import native_functions
     from buddymoe_ray.kernels.trellis_rings import module_text
 
-    address = native_functions(module_text(bits), ("search",))["search"]
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 8)(address)
+    return native_functions(module_text(bits), ("search",))["search"]
+
+
+def search_room() -> Tensor:
+    """Its scratch, where a line begins."""
+    from buddymoe_ray.kernels.trellis_rings import SCRATCH_BYTES
+
+    room = torch.empty(SCRATCH_BYTES + LINE, dtype=torch.uint8)
+    return room[-room.data_ptr() % LINE :]
 
 
 def _search_in_torch(
