@@ -68,6 +68,7 @@ CODED = (
     CodeFormat(codes="int8", block=(1, 0), scale="bfloat16"),
     CodeFormat(codes="int4", block=(1, 32), scale="bfloat16"),
     CodeFormat(codes="mxfp4", block=(1, 32), scale="e8m0"),
+    CodeFormat(codes="nvfp4", block=(1, 16), scale="float8_e4m3fn", global_scale="*"),
     CodeFormat(codes="gptq", block=(1, 128), scale="float16", zeros=True),
     CodeFormat(codes="awq", block=(1, 128), scale="float16", zeros=True),
 )
@@ -147,13 +148,12 @@ def _experts(
 
 def _codes(tensor: SlotTensor, rng: torch.Generator) -> Tensor:
     """Random scales, all of which are about as large, or codes, none of which is no number."""
-    if tensor.name.endswith(".scales"):
+    if tensor.name.endswith(("scales", "scale")):
         if tensor.dtype == "uint8":
             return torch.randint(118, 122, tensor.shape, generator=rng, dtype=torch.uint8)
         return torch.rand(tensor.shape, generator=rng).add(0.5).div(200).to(getattr(torch, tensor.dtype))
     made = torch.randint(0, 256, (tensor.nbytes,), generator=rng, dtype=torch.uint8)
-    if tensor.dtype == "float8_e4m3fn":
-        made &= 0xBF
+    made &= 0xBF if tensor.dtype == "float8_e4m3fn" else 0xFF
     return made.view(getattr(torch, tensor.dtype)).view(tensor.shape)
 
 

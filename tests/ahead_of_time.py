@@ -1,4 +1,5 @@
 """What Triton's compiler makes of the kernels, without a GPU: `python ahead_of_time.py` prints a line of JSON a kernel.
+With `all` of every kernel for every target, else for most of them of a few.
 
 What is compiled is what `TritonExperts` launches, up to the launch. A process of its own, because one that has imported
 triton under TRITON_INTERPRET compiles nothing. Registers, stack and machine code are ptxas' own, of triton's wheel.
@@ -50,11 +51,13 @@ CODED = [
     CodeFormat(codes="int8", block=(1, 0), scale="bfloat16"),
     CodeFormat(codes="int4", block=(1, 128), scale="bfloat16", zeros=True),
     CodeFormat(codes="mxfp4", block=(1, 32), scale="e8m0"),
+    CodeFormat(codes="nvfp4", block=(1, 16), scale="float8_e4m3fn", global_scale="*"),
     CodeFormat(codes="gptq", block=(1, 128), scale="float16", zeros=True),
     CodeFormat(codes="awq", block=(1, 128), scale="float16", zeros=True),
 ]
-ELSEWHERE = {80: ("4 bit", "fp8/128x128"), 100: ("bfloat16", "mxfp4"), 120: ("4 bit", "mxfp4")}
+ELSEWHERE = {80: ("4 bit", "2 bit", "fp8/128x128"), 100: ("bfloat16", "mxfp4"), 120: ("4 bit", "mxfp4", "nvfp4")}
 """What is compiled for others than 90, which has all: .5 s each."""
+EVERYTHING = sys.argv[1:] == ["all"]
 READ = ("first", "down", "attend", "misplaced")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -78,7 +81,7 @@ def misplaced(x, records, out, FORM: tl.constexpr):
 
 
 def layers() -> Iterator[tuple[str, TritonExperts]]:
-    for bits in (8, 4, 3, 2):
+    for bits in (8, 4, 3, 2, 1):
         fmt = LowbitFormat(bits=bits)
         yield f"{bits} bit", TritonExperts(layout=record_tensors(SHAPES, fmt)[0], fmt=fmt, math=MATH)
     for dtype in PLAIN:
@@ -112,7 +115,6 @@ def figures(compiled: Any, *, read: bool) -> dict[str, Any]:
         "registers": int(re.findall(r"REG:(\d+)", code)[0]),
         "stack": int(re.findall(r"STACK:(\d+)", code)[0]) + len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "narrow": sum(".128" not in line for line in weights),
-        "narrow_8": sum(".64" in line for line in weights),
         "wide": sum(".128" in line for line in weights),
         "barriers_in_loops": barriers_in_loops(compiled.asm["ptx"]),
         "copied": len(re.findall(r"LDGSTS\S*\.128", code)),
@@ -145,7 +147,7 @@ def main() -> None:
     for capability in (80, 90, 100, 120):
         driver.set_active(NoGpu(capability))  # type: ignore[arg-type]
         for name, layer in layers():
-            if name in ELSEWHERE.get(capability, (name,)):
+            if EVERYTHING or name in ELSEWHERE.get(capability, (name,)):
                 layer(x_TD, records if name.endswith("bit") else None, at_E, expert_TK, out_ND)
                 for part, kernel in zip(("first", "activate", "down"), compiled, strict=True):
                     say(name, part, capability, kernel)
@@ -155,7 +157,7 @@ def main() -> None:
         for known in (None, (torch.ones(E, dtype=torch.uint8), torch.ones(E))):
             resolving(at_E, known)
             say("hits" if known is None else "records", "resolve", capability, compiled.pop())
-        for dtype in (torch.bfloat16, torch.float32) if capability == 90 else (torch.bfloat16,):
+        for dtype in (torch.bfloat16, torch.float32) if EVERYTHING or capability == 90 else (torch.bfloat16,):
             attention(dtype)
             for part, kernel in zip(("attend", "join"), compiled, strict=True):
                 say(str(dtype).removeprefix("torch."), part, capability, kernel)

@@ -98,6 +98,35 @@ def test_packed_records(kind: str, outputs: int) -> None:
     check(out_ND, x_TD, expert_TK, math, [weights_of(tensors, shapes_of(math), fmt) for tensors in views])
 
 
+@pytest.mark.parametrize("kind", ["lowbit2", "lowbit3"])
+def test_sums_go_on_where_lanes_end(kind: str) -> None:
+    """Of more inputs than all lanes have at once, the last ones no whole group."""
+    fmt, math, D, F = LowbitFormat.of_kind(kind), MATHS["silu"], 1100, 8
+    shapes: Shapes = {"gate_up_proj": (2 * F, D), "down_proj": (D, F)}
+    memory, views = random_records(shapes, fmt, 8, 3)
+    layout, nbytes = record_tensors(shapes, fmt)
+    layer = TritonExperts(layout=layout, fmt=fmt, math=math, outputs=256)
+    x_TD = torch.randn(1, D, generator=torch.Generator().manual_seed(3))
+    expert_TK = torch.tensor([[2, 0]])
+    out_ND = run(layer, memory, nbytes, x_TD, expert_TK)
+    check(out_ND, x_TD, expert_TK, math, [weights_of(tensors, shapes, fmt) for tensors in views])
+
+
+def test_records_may_lie_further_apart_than_32_bits_tell() -> None:
+    """Of which nobody touches what is between them."""
+    fmt, math = LowbitFormat(bits=4), MATHS["silu"]
+    near, _ = random_records(shapes_of(math), fmt, 9, 3)
+    layout, nbytes = record_tensors(shapes_of(math), fmt)
+    apart, places = torch.empty(5 << 30, dtype=torch.uint8, device=DEVICE), (0, (1 << 31) + 64, (1 << 32) + 128)
+    for place, record in zip(places, near.split(nbytes), strict=True):
+        apart[place : place + nbytes] = record.to(DEVICE)
+    layer, (x_TD, expert_TK) = TritonExperts(layout=layout, fmt=fmt, math=math), rows(2)
+    out_ND = torch.full((expert_TK.numel(), D), 7.0, device=DEVICE)
+    at_E = torch.tensor([places[at] if at >= 0 else -1 for at in AT], device=DEVICE)
+    layer(x_TD.to(DEVICE), apart, at_E, expert_TK.to(DEVICE), out_ND)
+    assert torch.equal(out_ND.cpu(), run(layer, near, nbytes, x_TD, expert_TK))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_plain_weights(dtype: str, transposed: bool) -> None:
@@ -121,6 +150,9 @@ CODED = [
     CodeFormat(codes="awq", block=(1, 32), scale="float16", zeros=True),
     CodeFormat(codes="awq", block=(1, 128), scale="float16", zeros=True),
     CodeFormat(codes="mxfp4", block=(1, 32), scale="e8m0"),
+    CodeFormat(codes="nvfp4", block=(1, 16), scale="float8_e4m3fn", global_scale="*"),
+    CodeFormat(codes="nvfp4", block=(1, 16), scale="float8_e4m3fn", global_scale="/"),
+    CodeFormat(codes="int4", block=(1, 16), scale="float16"),
 ]
 
 
@@ -205,8 +237,8 @@ def test_what_no_kernel_knows_is_not_covered() -> None:
     assert not TritonExperts.covers(plain, None, normed)
     coded = slot_tensors(shapes, dict.fromkeys(shapes, "int8"))
     assert not TritonExperts.covers(coded, None, MATHS["silu"])
-    layout = layout_of(CodeFormat(codes="int4", block=(1, 16), scale="float16"), MATHS["silu"], F)
-    assert not TritonExperts.covers(layout.tensors, None, MATHS["silu"], layout.coded), "two scales to a load"
+    layout = layout_of(CodeFormat(codes="int4", block=(1, 24), scale="float16"), MATHS["silu"], F)
+    assert not TritonExperts.covers(layout.tensors, None, MATHS["silu"], layout.coded), "loads of parts of blocks"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

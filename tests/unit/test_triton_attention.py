@@ -75,6 +75,19 @@ def test_a_row_is_the_exact_one_rounded_and_sees_no_other(Q, H, d, dv, window, w
     assert shown[[0, 2, 3]].all() and bool(shown[1].any()) is (window is not None and window < LENGTHS[1])
 
 
+def test_blocks_may_lie_further_apart_than_32_bits_tell() -> None:
+    """Of which nobody touches what is between them."""
+    Q, H, d = 4, 2, 64
+    q, keys, values, blocks_BM = random_rows(Q, H, d, d, torch.bfloat16)
+    first = (1 << 31) // (BLOCK * H * d) + 1  # the first block whose items 31 bits do not number
+    apart = [torch.empty((first + blocks_BM.numel()) * BLOCK, H, d, dtype=q.dtype) for _ in "kv"]
+    for pool, held in zip(apart, (keys, values), strict=True):
+        pool[first * BLOCK :] = held
+    how = {"window": None, "sinks": None, "splits": 2}
+    far = run((q, *apart, blocks_BM + first), slice(None), **how)
+    assert torch.equal(far, run((q, keys, values, blocks_BM), slice(None), **how))
+
+
 def test_a_device_aparts_decode_rows_are_triton_and_the_others_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the cache in between: prompts in chunks, then a token of each."""
     shapes, device = {0: KVShape(heads=2, key_dim=16, value_dim=16)}, torch.device(DEVICE)

@@ -16,7 +16,7 @@ from buddymoe_ray.types import CodedMatrix, CodeFormat, SlotTensor
 
 __all__ = ["CodedForm", "knows_codes"]
 
-_CODES: Mapping[str, int] = {"fp8": 4, "int8": 4, "int4": 8, "mxfp4": 8, "gptq": 8, "awq": 8}
+_CODES: Mapping[str, int] = {"fp8": 4, "int8": 4, "int4": 8, "mxfp4": 8, "nvfp4": 8, "gptq": 8, "awq": 8}
 """Of 32 bits."""
 _WORDS = 4  # of 32 bits that a lane reads at once: 16 bytes
 _TOGETHER = 4  # outputs that share a load of inputs, as coded_products.py has them
@@ -28,10 +28,13 @@ _ROWS_ACROSS = {"gptq": 16, "awq": 32}
 class CodedForm(Form):
     """A quantised matrix of `parts` within a record, `weights` being its `CodeFormat.codes`. A scale, of the dtype
     `scale`, is that of `block_outputs` by `block_inputs` weights, never 0; zero points begin at byte `zeros` of the
-    record, negative without any. `items` are words of 32 bits."""
+    record, and float32s by which all scales of a part are multiplied, or with `divides` divided, at byte `whole`,
+    negative without any. `items` are words of 32 bits."""
 
     scale: str
     zeros: int
+    whole: int
+    divides: bool
     parts: int
     block_outputs: int
     block_inputs: int
@@ -45,6 +48,11 @@ class CodedForm(Form):
     def per_word(self) -> int:
         """Codes in 32 bits."""
         return _CODES[self.weights]
+
+    @property
+    def scales_of_lane(self) -> int:
+        """For the inputs that a lane of `rows` reads at once."""
+        return max(1, self.per_word * self.items // self.block_inputs)
 
     @property
     def words(self) -> int:
@@ -85,6 +93,8 @@ class CodedForm(Form):
             items=_WORDS,
             scale=fmt.scale,
             zeros=places.get("zeros", -1),
+            whole=places.get("global_scale", -1),
+            divides=fmt.global_scale == "/",
             parts=matrix.parts,
             block_outputs=fmt.block[0] or matrix.N // matrix.parts,
             block_inputs=fmt.block[1] or matrix.K,
@@ -92,12 +102,16 @@ class CodedForm(Form):
 
 
 def knows_codes(coded: Sequence[CodedMatrix]) -> bool:
-    """Whether there are products for all of these: those in rows whose lanes see one scale each."""
+    """Whether there are products for all of these: those in rows whose lanes see whole blocks, or parts of one."""
     return all(_knows(matrix.format, matrix.K) for matrix in coded)
 
 
 def _knows(fmt: CodeFormat, K: int) -> bool:
-    if fmt.codes not in _CODES or fmt.scale not in (*WEIGHTS, "e8m0"):
+    if fmt.codes not in _CODES or fmt.scale not in (*WEIGHTS, "e8m0", "float8_e4m3fn"):
         return False
-    inputs = _ROWS_ACROSS["awq"] if fmt.codes in COLUMNS else _CODES[fmt.codes] * _WORDS
-    return K % _CODES[fmt.codes] == 0 and (fmt.block[1] % inputs == 0 or fmt.block[1] >= K)
+    at_once, inputs = _CODES[fmt.codes] * _WORDS, fmt.block[1] or K
+    if fmt.codes in COLUMNS:
+        fits = inputs % _ROWS_ACROSS["awq"] == 0 or inputs >= K
+    else:
+        fits = inputs % at_once == 0 or inputs >= K or (at_once % inputs == 0 and inputs % _TOGETHER == 0)
+    return K % _CODES[fmt.codes] == 0 and fits

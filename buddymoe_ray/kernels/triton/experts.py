@@ -107,7 +107,7 @@ class TritonExperts:
     def _project(
         self, form: Form, x: Tensor, records_B: Tensor | None, expert_N: Tensor, at_E: Tensor, out: Tensor
     ) -> None:
-        levels = levels_above(form.bits, x.device) if form.bits in RINGS else None
+        levels = _levels(form.bits, x.device) if form.bits in RINGS else None
         grid = (form.programs, expert_N.numel())
         launching.launch(_programs().project, grid, x, records_B, levels, expert_N, at_E, out, form)
 
@@ -139,6 +139,12 @@ def combine_on_device(y_TKD: Tensor, weight_TK: Tensor) -> Tensor:
         y, weight = y_TKD.contiguous(), weight_TK.contiguous()
         launching.launch(_programs().combine, (-(-D // block), T), y, weight, out_TD, D, K, block)
     return out_TD
+
+
+@cache
+def _levels(bits: int, device: torch.device) -> Tensor:
+    """As products look them up: halves of odd numbers below 256, which bfloat16 has."""
+    return levels_above(bits, device).bfloat16()
 
 
 def _programs() -> Any:

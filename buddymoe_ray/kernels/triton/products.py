@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["packed", "plain", "pointer", "transposed", "trellis"]
+__all__ = ["packed", "plain", "pointer", "transposed"]
 
 GROUP: tl.constexpr = tl.constexpr(32)
 BLOCK: tl.constexpr = tl.constexpr(16)
@@ -114,72 +114,3 @@ def packed(codes, scales, tile, x, FORM: tl.constexpr):
         step = tl.load(scale, mask=inside & (every == 0), other=0).to(tl.float32) * (-1.0 / STEPS_PER_OCTAVE)
         total += part * tl.exp2(step)
     return tl.reshape(tl.sum(tl.reshape(total, [A, C // 4, 4, 4]), axis=1), [A, 16])
-
-
-@triton.jit
-def trellis(codes, scales, base, levels, tile, x, FORM: tl.constexpr):
-    """float32 [A, 16] of tiles [A] of 16 outputs, of 1 to 3 bits; `base` are their scales, `levels` float32 [128],
-    above the midpoint.
-
-    A lane has four inputs of four outputs, whose windows lie in one ring, which it reads whole: 8 bytes, or 6 out of
-    16. Windows come one after the other, so that the look-up of a level has the layout of the ring.
-    """
-    C: tl.constexpr = FORM.lanes
-    BITS: tl.constexpr = FORM.bits
-    A: tl.constexpr = FORM.outputs // BLOCK
-    GROUPS: tl.constexpr = (FORM.K + GROUP - 1) // GROUP
-    c = tl.arange(0, C)
-    y0 = tl.full([A, C], 0.0, tl.float32)
-    y1, y2, y3 = y0, y0, y0
-    first, every = (tile.to(tl.int64) * GROUPS)[:, None], (tile * 0)[:, None]
-    for begin in tl.range(0, GROUPS * GROUP, C, loop_unroll_factor=1):
-        g, quad, quarter = (begin + c) // GROUP, (begin + c) // 4 % 8, (begin + c) % 4
-        there = (g < GROUPS)[None, :] & (every == 0)
-        place = (first + g[None, :]) * (BITS * 64) + (quad * (BITS * 8))[None, :]
-        ring = _ring(codes, place, quarter[None, :], there, BITS)
-        k = (g * GROUP + 4 * quad)[None, :]
-        inputs = (x + (k + every), FORM.K - k)
-        four = (scales + ((first + g[None, :]) * 8 + (quarter % 2 * 4)[None, :])).to(tl.pointer_type(tl.uint32))
-        codes_4 = tl.load(four, mask=there, other=0) >> (quarter // 2 * 4).to(tl.uint32)[None, :]  # of n and n + 8
-        scale = (base, codes_4)
-        y0 += _output(ring, 0, levels, inputs, scale, there, BITS)
-        y1 += _output(ring, 1, levels, inputs, scale, there, BITS)
-        y2 += _output(ring, 2, levels, inputs, scale, there, BITS)
-        y3 += _output(ring, 3, levels, inputs, scale, there, BITS)
-    y = tl.join(tl.join(y0, y2), tl.join(y1, y3))
-    return tl.reshape(tl.sum(tl.reshape(y, [A, C // 4, 4, 2, 2]), axis=1), [A, 16])
-
-
-@triton.jit
-def _ring(codes, place, quarter, there, BITS: tl.constexpr):
-    """uint64: the ring of a quarter of a quad's outputs, turned so that their first window is its lowest bits."""
-    if BITS == 3:  # in one or two of the quad's qwords
-        qword, right = quarter * 6 // 8 * 8, (quarter * 6 % 8 * 8).to(tl.uint64)
-        ring = _qword(codes, place + qword, there) >> right
-        rest = _qword(codes, place + tl.minimum(qword + 8, 16), there)
-        ring = (ring | tl.where(right > 0, rest << ((64 - right) & 63), 0)) & 0xFFFFFFFFFFFF
-        ring = (ring >> 44) | (ring << 4)  # goes round once, and bits beyond 52 are of no window
-    else:
-        ring = _qword(codes, place + quarter * BITS // 4 * 8, there)
-        right = ((BITS * (quarter * 16 + 1) + 57) % 64).to(tl.uint64)
-        ring = (ring >> right) | (ring << ((64 - right) & 63))
-    return ring
-
-
-@triton.jit
-def _qword(codes, place, there):
-    at = (codes + place).to(tl.pointer_type(tl.uint64))
-    return tl.load(at, mask=there, other=0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _output(ring, n: tl.constexpr, levels, inputs, scale, there, BITS: tl.constexpr):
-    """float32: output n of the quarter; `inputs` are where they begin and how many there are, `scale` a table of them
-    and codes of four outputs, a byte to each."""
-    (x, left), (base, codes) = inputs, scale
-    dot = tl.full(ring.shape, 0.0, tl.float32)
-    for i in tl.static_range(4):
-        window = (ring >> (BITS * (4 * n + i))) & 127
-        value = tl.load(x + i, mask=(i < left) & there, other=0.0).to(tl.float32)
-        dot += tl.load(levels + window.to(tl.int32)) * value
-    return dot * tl.load(base + ((codes >> (8 * n)) & 15).to(tl.int32))

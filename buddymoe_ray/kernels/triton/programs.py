@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from buddymoe_ray.kernels.triton.coded_products import outputs_along, rows, words_along, words_down
-from buddymoe_ray.kernels.triton.products import packed, plain, pointer, transposed, trellis
+from buddymoe_ray.kernels.triton.products import packed, plain, pointer, transposed
+from buddymoe_ray.kernels.triton.trellis_products import trellis
 
 __all__ = ["activate", "combine", "project", "put", "resolve"]
 
@@ -103,7 +104,8 @@ def _some(record, x, levels, FORM: tl.constexpr):
         n = tl.where(n < PART, part * PART + n, FORM.N)
     else:
         n = at * B + tl.arange(0, B)
-        base = pointer(record + FORM.codes, FORM.weights)
+        WEIGHTS: tl.constexpr = FORM.weights
+        base = pointer(record + FORM.codes, WEIGHTS)
         if KIND == "plain":
             y = plain(base, n, x, FORM)
         elif KIND == "transposed":
