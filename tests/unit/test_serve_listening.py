@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ from asgi import TEXT, messages_of
 from fakes import FakeEngine, LocalWorkers
 
 from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.serve import listening as listening_module
 from buddymoe_ray.serve.http import HttpSettings, http_app
 from buddymoe_ray.serve.listening import Address, bind, keeping, listening
 from buddymoe_ray.serve.worker import Worker
@@ -85,6 +87,51 @@ async def test_what_runs_at_the_end_comes_to_its_own() -> None:
     async with answering(engine) as client, asked(engine, client, stream=True) as asking:
         pass
     assert messages_of((await asking).text)[-1] == "[DONE]" and not engine.cancelled
+
+
+@pytest.mark.parametrize(
+    ("sent", "answer"),
+    [
+        (b"", b""),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nA: ", b"HTTP/1.1 408 "),
+        (b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\nGET /ping HTTP/1.1\r\nA: ", b"HTTP/1.1 200 "),
+        (b"GET /ping HTTP/1.1\r\nA: ".ljust(1 << 16, b"a"), b"HTTP/1.1 431 "),
+    ],
+    ids=["nothing", "a head", "a second head", "a long head"],
+)
+async def test_a_head_that_does_not_come_whole_is_not_waited_for(
+    sent: bytes, answer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listening_module, "HEAD_SECONDS", 20.0 if b"431" in answer else 0.3)
+    async with answering(FakeEngine()) as client, asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+        writer.write(sent)
+
+        async def trickle() -> None:
+            while sent:  # a byte now and then gives no more time
+                await asyncio.sleep(0.05)
+                writer.write(b"a")
+
+        trickling = asyncio.create_task(trickle())
+        got = await reader.read()
+        trickling.cancel()
+        writer.close()
+    assert got.startswith(answer) and (b" 408 " in got) == (b"A: " in sent and b"431" not in answer)
+
+
+async def test_bodies_and_answers_may_take_longer_than_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening_module, "HEAD_SECONDS", 0.1)
+    body = json.dumps(LONG | {"stream": True}).encode()
+
+    async def slowly() -> AsyncGenerator[bytes, None]:
+        for at in range(0, len(body), 8):
+            await asyncio.sleep(0.02)
+            yield body[at : at + 8]
+
+    async with answering(FakeEngine(delay=0.005)) as client:
+        for _ in range(2):
+            asked = await client.post("/v1/completions", content=slowly())
+            assert messages_of(asked.text)[-1] == "[DONE]"
 
 
 def test_a_port_that_is_taken_is_said() -> None:
