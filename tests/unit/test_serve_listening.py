@@ -14,7 +14,9 @@ from asgi import TEXT, messages_of
 from fakes import FakeEngine, LocalWorkers
 
 from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.serve import launch
 from buddymoe_ray.serve import listening as listening_module
+from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.http import HttpSettings, http_app
 from buddymoe_ray.serve.listening import Address, bind, keeping, listening
 from buddymoe_ray.serve.worker import Worker
@@ -137,6 +139,25 @@ async def test_bodies_and_answers_may_take_longer_than_heads(monkeypatch: pytest
 def test_a_port_that_is_taken_is_said() -> None:
     with bind(Address(host="127.0.0.1", port=0)) as bound, pytest.raises(ConfigError, match=r"in use.*hint: another"):
         bind(Address(host="127.0.0.1", port=bound.getsockname()[1]))
+
+
+@pytest.mark.parametrize("joined", [None, "192.0.2.1:6379"])
+def test_memory_that_others_use_up_ends_no_service_on_a_ray_of_its_own(
+    joined: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, object] = {}
+
+    def init(**options: object) -> None:
+        given.update(options)
+        raise ConnectionError
+
+    monkeypatch.setattr(launch.ray, "init", init)
+    monkeypatch.setattr(launch.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(launch, "ray_address_from_environment", lambda: joined)
+    with pytest.raises(ConnectionError):
+        launch.start(ServeArgs(), name="x", route_prefix="/", http={"host": "127.0.0.1", "port": 0})
+    # ray refuses it where a cluster is joined, whose monitor is its owner's
+    assert given["_system_config"] == (None if joined else {"memory_monitor_refresh_ms": 0})
 
 
 async def test_who_comes_when_an_ingress_has_died_waits_for_the_next_one() -> None:
