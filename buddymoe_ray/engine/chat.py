@@ -1,8 +1,9 @@
 """Prompts to token ids: plain text, and conversations through the model's own chat template.
 
-Uses the tokenizer alone, so an ingress without weights can call it. Does not know requests. Invariant: every text,
-name and call of a conversation is in the prompt. A template reads content as a text, or as typed parts, or either, by
-role, and does not say which; so it is tried on a twin of the conversation whose texts are marks that can be looked for.
+Uses the tokenizer alone, so an ingress without weights can call it. Does not know requests. Invariant: every text and
+call of a conversation is in the prompt; names of speakers are where the template writes them (few do: elsewhere they
+say nothing, as in vLLM). A template reads content as a text, or as typed parts, or either, by role, and does not say
+which; so it is tried on a twin of the conversation whose texts are marks that can be looked for.
 """
 
 from __future__ import annotations
@@ -202,14 +203,12 @@ def _check_twin(messages: Sequence[Message], forms: Mapping[str, str], render: R
 
     twin: list[Message] = []
     for at, message in enumerate(messages):
-        content, name = message.get("content"), message.get("name")
+        content = message.get("content")
         if isinstance(content, str):
             content = mark(f"messages[{at}].content")
         elif isinstance(content, tuple):
             content = tuple(mark(f"messages[{at}].content[{part}]") for part in range(len(content)))
         marked = {**message, "content": content} if "content" in message else {**message}
-        if name is not None and message["role"] != "tool":  # of a tool its call's id says the same
-            marked = {**marked, "name": mark(f"messages[{at}].name")}
         if "tool_calls" in message:
             calls = [(call, mark(f"messages[{at}].tool_calls[{of}]")) for of, call in enumerate(message["tool_calls"])]
             marked["tool_calls"] = [

@@ -20,6 +20,7 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic_core import to_json
 
 from buddymoe_ray.serve.recent import Recent
+from buddymoe_ray.serve.tenants import Tenants
 from buddymoe_ray.serve.work import WorkerReport, Workers
 from buddymoe_ray.types import Mode
 
@@ -70,8 +71,11 @@ def page_routes(name: str) -> APIRouter:
     return router
 
 
-def dashboard_routes(workers: Workers, *, model: str, mode: Mode, budget: float, seconds: float) -> APIRouter:
-    """What the page shows. It tells what all tenants do, so the caller guards it with the key."""
+def dashboard_routes(
+    workers: Workers, tenants: Tenants, *, model: str, mode: Mode, budget: float, seconds: float
+) -> APIRouter:
+    """What the page shows. It tells what all tenants do, so the caller guards it with the key. Who watches keeps no
+    service from its end."""
     router = APIRouter()
 
     async def ask() -> bytes:
@@ -91,6 +95,8 @@ def dashboard_routes(workers: Workers, *, model: str, mode: Mode, budget: float,
             for _ in range(count):
                 yield b"data: %b\n\n" % await last.get()
                 await asyncio.sleep(seconds)
+                if tenants.closed and not tenants.running:
+                    return
 
         body = told(0 if request.method == "HEAD" else EVENTS)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}

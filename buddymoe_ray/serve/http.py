@@ -149,7 +149,12 @@ def http_app(workers: Workers, settings: HttpSettings) -> FastAPI:
     app.include_router(schema_routes(keyed=not ring.open))
     app.include_router(batch_routes(runner, model=settings.model), dependencies=guarded)
     watch = dashboard_routes(
-        workers, model=settings.model, mode=settings.mode, budget=settings.budget, seconds=settings.dashboard_seconds
+        workers,
+        tenants,
+        model=settings.model,
+        mode=settings.mode,
+        budget=settings.budget,
+        seconds=settings.dashboard_seconds,
     )
     app.include_router(watch, dependencies=guarded)
     app.include_router(_metrics_routes(workers, settings, tenants), dependencies=guarded)

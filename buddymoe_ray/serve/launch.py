@@ -2,6 +2,9 @@
 
 Only a cluster that `RAY_ADDRESS` names is joined: one that happens to run here is somebody else's, with its own port,
 and applications. There Serve's proxy answers HTTP, on the head node; on a ray of its own the ingress does itself.
+Ray's memory monitor is off there: where another process fills the machine's memory it ends all of a service's actors,
+store, placement and ingress too, .2 GB each (64 of 64 streams were lost so). Memory is bounded by the plan; where it
+runs out all the same the kernel ends who has most.
 Knows neither files nor command lines: `commands/serve` checks those before.
 """
 
@@ -40,7 +43,13 @@ def start(options: ServeArgs, *, name: str, route_prefix: str, http: dict[str, A
     with ExitStack() as kept:
         address = None if joined else kept.enter_context(keeping(Address(**http, prefix=route_prefix)))
         if not ray.is_initialized():
-            ray.init(address=joined or "local", namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(
+                address=joined or "local",
+                namespace="serve",
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                _system_config=None if joined else {"memory_monitor_refresh_ms": 0},
+            )
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the ready line is our own
         serve.start(proxy_location="HeadOnly" if joined else "Disabled", http_options=http)
         try:

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import os
 import socket
+from asyncio import TimerHandle, Transport
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.types import ASGIApp
 from uvicorn import Config, Server
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.serve.channel import socket_folder
@@ -31,6 +33,8 @@ __all__ = ["Address", "bind", "keeping", "listening"]
 
 BACKLOG, KEEP_ALIVE_SECONDS = 2048, 90  # as many seconds as Serve's proxies keep a connection
 GRACE_SECONDS = 5
+HEAD_SECONDS, HEAD_BYTES = 20.0, 1 << 16
+"""For the first line and the headers of a request. Nothing else ends one that comes a byte a minute, or without end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +92,56 @@ def _give(keeper: socket.socket, bound: socket.socket) -> None:
             socket.send_fds(asking, [b"\0"], [bound.fileno()])
 
 
+class _Connection(HttpToolsProtocol):
+    """uvicorn's, which waits for the head of a request as long as it is, with limits to both."""
+
+    _head: TimerHandle | None = None
+    _head_bytes = 0
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_came()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_BYTES:
+                self._refuse(b"431 Request Header Fields Too Large")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._head is None:
+            self._await_head()
+
+    def on_headers_complete(self) -> None:
+        self._head_came()
+        super().on_headers_complete()
+
+    def _await_head(self) -> None:
+        self._head, self._head_bytes = self.loop.call_later(HEAD_SECONDS, self._refuse, b"408 Request Timeout"), 0
+
+    def _head_came(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+            self._head = None
+
+    def _refuse(self, status: bytes) -> None:
+        """End the connection, once what was asked before on it is answered."""
+        self._head_came()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.keep_alive = False
+            self.flow.pause_reading()
+        elif not self.transport.is_closing():
+            if self.headers is not None:  # browsers open connections that they ask nothing on, and read no answer there
+                self.transport.write(b"HTTP/1.1 %b\r\nconnection: close\r\ncontent-length: 0\r\n\r\n" % status)
+            self.transport.close()
+
+
 @asynccontextmanager
 async def listening(bound: socket.socket, app: ASGIApp, *, prefix: str) -> AsyncGenerator[None, None]:
     """`app` is served at a socket meanwhile, with the ids of requests that Serve's proxies write; in the end what runs
@@ -97,6 +151,7 @@ async def listening(bound: socket.socket, app: ASGIApp, *, prefix: str) -> Async
     logging.getLogger("uvicorn.access").propagate = True  # Serve, which runs no server for a replica, turns it off
     config = Config(
         RequestIdMiddleware(placed),
+        http=_Connection,
         lifespan="off",
         log_config=None,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,

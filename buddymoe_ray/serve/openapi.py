@@ -52,6 +52,7 @@ from buddymoe_ray.serve.wire_tokens import DetokenizeRequest, TokenizeRequest
 __all__ = ["OPERATIONS", "Operation", "allowed_methods", "openapi_document", "schema_routes"]
 
 JSON, SSE, HTML, LINES = "application/json", "text/event-stream", "text/html; charset=utf-8", "application/octet-stream"
+UPLOAD = {"encoding": {"expires_after": {"style": "deepObject", "explode": True}}}
 TEXT = ("text/plain; version=0.0.4; charset=utf-8", "application/openmetrics-text; version=1.0.0; charset=utf-8")
 ASKING = (400, 404, 429, 500, 503, 504)
 LOOKING = (500, 503)
@@ -315,7 +316,10 @@ def _operation(each: Operation, refs: dict[Any, Any], *, keyed: bool, head: bool
         example = {} if each.example is None else {"example": each.example}
         written["requestBody"] = {"required": True, "content": {JSON: {"schema": refs[each.body], **example}}}
     if each.upload:
-        written["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": refs[UploadForm]}}}
+        written["requestBody"] = {
+            "required": True,
+            "content": {"multipart/form-data": UPLOAD | {"schema": refs[UploadForm]}},
+        }
     return written
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -23,7 +24,7 @@ from asgi import check_error, conforms, openai_client, serving, talking_to
 from fakes import FakeEngine, FakeLimits, LocalWorkers
 
 from buddymoe_ray.serve import keys
-from buddymoe_ray.serve.batches import file_routes, job, routes, runner
+from buddymoe_ray.serve.batches import file_routes, job, routes, runner, store
 from buddymoe_ray.serve.batches.records import BatchObject, FileObject
 from buddymoe_ray.serve.batches.store import FileStore
 from buddymoe_ray.serve.http import HttpSettings, http_app
@@ -126,16 +127,46 @@ async def test_what_cannot_be_kept_is_refused_by_name(tmp_path: Path, monkeypatc
 
 
 def test_nobody_sees_what_another_keeps(tmp_path: Path) -> None:
-    store = FileStore(tmp_path, quota=10**6)
+    kept = FileStore(tmp_path, quota=10**6)
     (tmp_path / "in").write_bytes(lines(1))
     with open(tmp_path / "in", "rb") as source:
-        mine = store.add(source, filename="a", owner="alice")
-    assert store.records(FileObject, "alice") == [mine] == store.records(FileObject, None)
-    assert store.records(FileObject, "bob") == []
+        mine = kept.add(source, filename="a", owner="alice")
+    assert kept.records(FileObject, "alice") == [mine] == kept.records(FileObject, None)
+    assert kept.records(FileObject, "bob") == []
     for name, owner in ((mine.id, "bob"), (mine.id, ""), ("file-" + "0" * 32, "alice"), ("../in", "alice")):
         with pytest.raises(Refused) as refused:
-            store.find(FileObject, name, owner)
+            kept.find(FileObject, name, owner)
         assert refused.value.refusal.status == 404
+
+
+async def test_files_are_kept_as_long_as_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "LOOK_SECONDS", 0.02)
+    hour: Any = {"anchor": "created_at", "seconds": 3600}
+    engine = FakeEngine(delay=0.002, limits=FakeLimits(max_running=1))
+    async with serving(engine, files_folder=tmp_path) as http:
+        client = openai_client(http)
+        for wrong, param in (
+            ({"seconds": 60}, "seconds"),
+            ({"seconds": 10**12}, "seconds"),
+            ({"anchor": "x"}, "anchor"),
+        ):
+            with pytest.raises(openai.BadRequestError) as refused:
+                await client.files.create(file=("a", lines(1)), purpose="batch", expires_after=hour | wrong)
+            assert refused.value.param == f"expires_after.{param}"
+        for_ever = await client.files.create(file=("a", lines(1)), purpose="batch")
+        file = await client.files.create(file=("a", lines(60)), purpose="batch", expires_after=hour)
+        assert (for_ever.expires_at, file.expires_at) == (None, file.created_at + 3600)
+        batch = await client.batches.create(input_file_id=file.id, output_expires_after=hour, **CREATED)
+        monkeypatch.setattr(store, "time", SimpleNamespace(time=lambda: file.created_at + 3600))
+        with pytest.raises(openai.NotFoundError):
+            await client.files.retrieve(file.id)
+        done = await ended(client, batch.id)  # its lines are there as long as they are read
+        assert done.request_counts.completed == 60 and done.output_file_id is not None
+        output = await client.files.retrieve(done.output_file_id)
+        assert output.expires_at == output.created_at + 3600
+        while (tmp_path / f"{file.id}.data").exists():
+            await asyncio.sleep(0.01)
+        assert [each.id async for each in client.files.list()] == [output.id, for_ever.id]
 
 
 async def test_a_key_sees_what_was_made_with_keys_of_its_name(tmp_path: Path) -> None:

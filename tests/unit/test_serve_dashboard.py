@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, MutableMapping
 from pathlib import Path
 from typing import Any, get_args
 
+import httpx
 import numpy as np
 import pytest
 from asgi import CHAT, TEXT, check_error, messages_of, serving
@@ -109,6 +110,16 @@ def test_many_experts_are_few_bytes_and_infinity_is_null() -> None:
     whole = Dashboard(seconds=0.0, model="m", mode="fast", budget=0.0, workers=(report,)).to_json()
     assert json.loads(whole)["workers"][0]["snapshot"]["calibration"]["factor"] is None
     assert len(whole) < 12_000 and b"Infinity" not in whole
+
+
+async def test_who_watches_does_not_keep_a_service_from_its_end() -> None:
+    app = http_app(LocalWorkers(Worker(FakeEngine())), HttpSettings(model="fake", dashboard_seconds=0.2))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        watching = asyncio.create_task(client.get("/dashboard/events"))
+        await asyncio.sleep(0.1)
+        assert await app.state.tenants.close(30) == 0
+        async with asyncio.timeout(2):
+            assert 1 <= len(messages_of((await watching).text)) < EVENTS
 
 
 async def test_events_come_one_by_one_and_end() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -13,6 +14,9 @@ from asgi import TEXT, messages_of
 from fakes import FakeEngine, LocalWorkers
 
 from buddymoe_ray.errors import ConfigError
+from buddymoe_ray.serve import launch
+from buddymoe_ray.serve import listening as listening_module
+from buddymoe_ray.serve.args import ServeArgs
 from buddymoe_ray.serve.http import HttpSettings, http_app
 from buddymoe_ray.serve.listening import Address, bind, keeping, listening
 from buddymoe_ray.serve.worker import Worker
@@ -87,9 +91,73 @@ async def test_what_runs_at_the_end_comes_to_its_own() -> None:
     assert messages_of((await asking).text)[-1] == "[DONE]" and not engine.cancelled
 
 
+@pytest.mark.parametrize(
+    ("sent", "answer"),
+    [
+        (b"", b""),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nA: ", b"HTTP/1.1 408 "),
+        (b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\nGET /ping HTTP/1.1\r\nA: ", b"HTTP/1.1 200 "),
+        (b"GET /ping HTTP/1.1\r\nA: ".ljust(1 << 16, b"a"), b"HTTP/1.1 431 "),
+    ],
+    ids=["nothing", "a head", "a second head", "a long head"],
+)
+async def test_a_head_that_does_not_come_whole_is_not_waited_for(
+    sent: bytes, answer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listening_module, "HEAD_SECONDS", 20.0 if b"431" in answer else 0.3)
+    async with answering(FakeEngine()) as client, asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+        writer.write(sent)
+
+        async def trickle() -> None:
+            while sent:  # a byte now and then gives no more time
+                await asyncio.sleep(0.05)
+                writer.write(b"a")
+
+        trickling = asyncio.create_task(trickle())
+        got = await reader.read()
+        trickling.cancel()
+        writer.close()
+    assert got.startswith(answer) and (b" 408 " in got) == (b"A: " in sent and b"431" not in answer)
+
+
+async def test_bodies_and_answers_may_take_longer_than_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening_module, "HEAD_SECONDS", 0.1)
+    body = json.dumps(LONG | {"stream": True}).encode()
+
+    async def slowly() -> AsyncGenerator[bytes, None]:
+        for at in range(0, len(body), 8):
+            await asyncio.sleep(0.02)
+            yield body[at : at + 8]
+
+    async with answering(FakeEngine(delay=0.005)) as client:
+        for _ in range(2):
+            asked = await client.post("/v1/completions", content=slowly())
+            assert messages_of(asked.text)[-1] == "[DONE]"
+
+
 def test_a_port_that_is_taken_is_said() -> None:
     with bind(Address(host="127.0.0.1", port=0)) as bound, pytest.raises(ConfigError, match=r"in use.*hint: another"):
         bind(Address(host="127.0.0.1", port=bound.getsockname()[1]))
+
+
+@pytest.mark.parametrize("joined", [None, "192.0.2.1:6379"])
+def test_memory_that_others_use_up_ends_no_service_on_a_ray_of_its_own(
+    joined: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, object] = {}
+
+    def init(**options: object) -> None:
+        given.update(options)
+        raise ConnectionError
+
+    monkeypatch.setattr(launch.ray, "init", init)
+    monkeypatch.setattr(launch.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(launch, "ray_address_from_environment", lambda: joined)
+    with pytest.raises(ConnectionError):
+        launch.start(ServeArgs(), name="x", route_prefix="/", http={"host": "127.0.0.1", "port": 0})
+    # ray refuses it where a cluster is joined, whose monitor is its owner's
+    assert given["_system_config"] == (None if joined else {"memory_monitor_refresh_ms": 0})
 
 
 async def test_who_comes_when_an_ingress_has_died_waits_for_the_next_one() -> None:

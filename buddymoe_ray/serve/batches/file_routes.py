@@ -16,11 +16,19 @@ from starlette.types import Message
 from buddymoe_ray.errors import ConfigError, RequestError
 from buddymoe_ray.serve.batches.asking import conflict, every, owner_of, page, said, the
 from buddymoe_ray.serve.batches.lines import BatchInput, LineError
-from buddymoe_ray.serve.batches.records import BatchObject, FileDeleted, FileList, FileObject
+from buddymoe_ray.serve.batches.records import (
+    BatchObject,
+    ExpiresAfter,
+    FileDeleted,
+    FileList,
+    FileObject,
+    UploadForm,
+)
 from buddymoe_ray.serve.batches.store import FileStore, no_room
 from buddymoe_ray.serve.dashboard import READ
 from buddymoe_ray.serve.reading_bodies import check_coding
 from buddymoe_ray.serve.refusals import Refused, too_slow
+from buddymoe_ray.serve.wire_parsing import checked
 from buddymoe_ray.serve.work import Refusal
 
 __all__ = ["MAX_UPLOAD_BYTES", "MOST_LINES", "file_routes"]
@@ -28,6 +36,7 @@ __all__ = ["MAX_UPLOAD_BYTES", "MOST_LINES", "file_routes"]
 MAX_UPLOAD_BYTES = 200 << 20
 MOST_LINES = 50_000
 MOST_UPLOADS, UPLOAD_SECONDS = 4, 600.0
+EXPIRY = {f"expires_after[{name}]": name for name in ExpiresAfter.model_fields}
 
 
 def file_routes(store: FileStore) -> APIRouter:
@@ -41,9 +50,9 @@ def file_routes(store: FileStore) -> APIRouter:
         check_coding(request)
         try:
             async with uploads, Request(request.scope, _bounded(request)).form(max_files=1, max_fields=8) as form:
-                file = _checked_form(form)
+                file, owner, expiry = _checked_form(form), owner_of(request), _expiry(form)
                 name = (file.filename or "")[-200:]
-                made = await asyncio.to_thread(partial(store.add, file.file, filename=name, owner=owner_of(request)))
+                made = await asyncio.to_thread(partial(store.add, file.file, filename=name, owner=owner, expiry=expiry))
         except OSError as error:  # of the temporary file
             raise Refused(no_room(str(error.strerror))) from error
         try:
@@ -114,8 +123,11 @@ def _bounded(request: Request) -> Callable[[], Awaitable[Message]]:
 def _checked_form(form: Any) -> UploadFile:
     """The file of an upload. Raises RequestError naming the field."""
     for name in form:
-        if name not in ("file", "purpose") or len(form.getlist(name)) > 1:
-            raise RequestError(f"{name:.80} is no field of an upload, or twice, must be file or purpose", param=name)
+        if name not in ("file", "purpose", *EXPIRY) or len(form.getlist(name)) > 1:
+            raise RequestError(
+                f"{name:.80} is no field of an upload, or twice, must be file, purpose or {' or '.join(EXPIRY)}",
+                param=name,
+            )
     if form.get("purpose") != "batch":
         given = form.get("purpose")
         raise RequestError(
@@ -127,6 +139,17 @@ def _checked_form(form: Any) -> UploadFile:
         )
     file: UploadFile = form["file"]
     return file
+
+
+def _expiry(form: Any) -> ExpiresAfter | None:
+    """Until when the file is to be kept. Raises RequestError naming the field."""
+    given = {field: form[name] for name, field in EXPIRY.items() if name in form}
+    if not given:
+        return None
+    seconds = given.get("seconds")
+    if isinstance(seconds, str) and seconds.isascii() and seconds.isdigit():
+        given["seconds"] = int(seconds[:10])
+    return checked({"purpose": "batch", "file": None, "expires_after": given}, UploadForm).expires_after
 
 
 def _check_lines(store: FileStore, file: FileObject) -> None:

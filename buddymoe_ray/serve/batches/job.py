@@ -226,11 +226,12 @@ class BatchJob:
         await asyncio.to_thread(journal.sync)
         if moment == "completed":
             await self._come("finalizing")
-        ids: dict[str, str | None] = {}
+        kept, ids = self._batch.output_expires_after, dict[str, str | None]()
         for name, good in (("output_file_id", True), ("error_file_id", False)):
             file = f"file-{hashlib.sha256(f'{self._batch.id}/{name}'.encode()).hexdigest()[:32]}"
             lines = (entry.data for entry in journal.entries() if (entry.status == 200) == good)
-            made = await asyncio.to_thread(partial(self._store.add_output, file, lines, owner=self._owner))
+            add = partial(self._store.add_output, file, lines, owner=self._owner, expiry=kept)
+            made = await asyncio.to_thread(add)
             ids[name] = None if made is None else made.id
         self._batch = self.batch
         await self._come(moment, **ids)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from buddymoe_ray.serve.calls import ENDPOINTS
-from buddymoe_ray.serve.wire_parts import Metadata, Unsupported, WireBody
+from buddymoe_ray.serve.wire_parts import Metadata, WireBody
 
 __all__ = [
     "FINISHED",
@@ -18,6 +18,7 @@ __all__ = [
     "BatchObject",
     "BatchProblem",
     "BatchRequest",
+    "ExpiresAfter",
     "FileDeleted",
     "FileList",
     "FileObject",
@@ -36,20 +37,30 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+class ExpiresAfter(WireBody):
+    """Until when a file is kept: for so many seconds from when it was made."""
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=3600, le=30 * 24 * 3600)]
+
+
 class UploadForm(WireBody):
-    """Fields of POST /v1/files: `file` holds JSON lines, as OpenAI's Batch API reads them."""
+    """Fields of POST /v1/files: `file` holds JSON lines, as OpenAI's Batch API reads them. `expires_after` is written
+    as `expires_after[anchor]` and `expires_after[seconds]`; without it a file is kept until it is deleted."""
 
     purpose: Literal["batch"]
     file: Annotated[Any, Field(json_schema_extra={"type": "string", "format": "binary"})]
+    expires_after: ExpiresAfter | None = None
 
 
 class FileObject(_Record):
-    """A file that is kept; `created_at` is in seconds since 1970."""
+    """A file that is kept, until `expires_at` if there is one; moments are in seconds since 1970."""
 
     id: str
     object: Literal["file"] = "file"
     bytes: int
     created_at: int
+    expires_at: int | None = None
     filename: str
     purpose: Literal["batch", "batch_output"]
     status: Literal["processed"] = "processed"
@@ -82,7 +93,7 @@ class BatchRequest(WireBody):
     endpoint: str = Field(json_schema_extra={"enum": list(ENDPOINTS)})
     completion_window: Literal["24h"]
     metadata: Metadata | None = None
-    output_expires_after: Unsupported = None
+    output_expires_after: ExpiresAfter | None = None
 
 
 class BatchProblem(_Record):
@@ -110,7 +121,8 @@ class RequestCounts(_Record):
 
 
 class BatchObject(_Record):
-    """A batch; moments are in seconds since 1970, null until they came."""
+    """A batch; moments are in seconds since 1970, null until they came. Its output and its error file are kept as
+    `output_expires_after` says, each from when it was made."""
 
     id: str
     object: Literal["batch"] = "batch"
@@ -133,6 +145,7 @@ class BatchObject(_Record):
     cancelled_at: int | None = None
     request_counts: RequestCounts = RequestCounts()
     metadata: dict[str, str] | None = None
+    output_expires_after: ExpiresAfter | None = None
 
     @property
     def finished(self) -> bool:

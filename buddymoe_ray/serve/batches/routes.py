@@ -59,6 +59,7 @@ def batch_routes(runner: BatchRunner, *, model: str) -> APIRouter:
             created_at=now,
             expires_at=now + WINDOW_SECONDS,
             metadata=asked.metadata,
+            output_expires_after=asked.output_expires_after,
         )
         await asyncio.to_thread(store.begin, batch, owner_of(request))
         runner.job(batch, owner_of(request))

@@ -82,6 +82,7 @@ class BatchRunner:
                 for batch in await asyncio.to_thread(self.store.records, BatchObject, None):
                     if not batch.finished:
                         self.job(batch, await asyncio.to_thread(self.store.owner, batch.id))
+                await asyncio.to_thread(self.store.expire)
             except Exception:  # the disk's or ray's, which may have gone by the next time
                 log.exception("batches were not looked for")
             await asyncio.sleep(LOOK_SECONDS)

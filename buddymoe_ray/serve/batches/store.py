@@ -21,7 +21,7 @@ from buddymoe_ray.config import private_folder
 from buddymoe_ray.errors import BuddyMoEError
 from buddymoe_ray.serve.batches.journal import folder_synced
 from buddymoe_ray.serve.batches.output import write_output
-from buddymoe_ray.serve.batches.records import BatchObject, FileObject
+from buddymoe_ray.serve.batches.records import BatchObject, ExpiresAfter, FileObject
 from buddymoe_ray.serve.refusals import Refused, absent
 from buddymoe_ray.serve.work import Refusal
 
@@ -43,6 +43,12 @@ class Kept(BaseModel):
 
     owner: str
     record: FileObject | BatchObject
+
+    @property
+    def over(self) -> bool:
+        """Whether it is a file that is to be kept no more."""
+        until = self.record.expires_at if isinstance(self.record, FileObject) else None
+        return until is not None and until <= time.time()
 
 
 class FileStore:
@@ -69,7 +75,7 @@ class FileStore:
         """Where the bytes of a file are, or the journal of a batch."""
         return self._folder / f"{name}.data"
 
-    def add(self, source: BinaryIO, *, filename: str, owner: str) -> FileObject:
+    def add(self, source: BinaryIO, *, filename: str, owner: str, expiry: ExpiresAfter | None = None) -> FileObject:
         """Keep what `source` holds, durably. Raises Refused when there is no room."""
         if sum(1 for _ in self._records("file")) >= MOST_FILES:
             raise Refused(no_room(f"{MOST_FILES} files are kept"))
@@ -89,15 +95,17 @@ class FileStore:
             if isinstance(error, OSError):
                 raise Refused(no_room(str(error.strerror))) from error
             raise
-        return self._register(name, filename, "batch", owner)
+        return self._register(name, filename, "batch", owner, expiry)
 
-    def add_output(self, name: str, lines: Iterable[bytes], *, owner: str) -> FileObject | None:
+    def add_output(
+        self, name: str, lines: Iterable[bytes], *, owner: str, expiry: ExpiresAfter | None
+    ) -> FileObject | None:
         """Keep lines under a name, which may be there: then they are the same. None, and no file, if there are none."""
         write_output(self.data(name), lines)
         if self.data(name).stat().st_size == 0:
             self.data(name).unlink()
             return None
-        return self._register(name, f"{name}.jsonl", "batch_output", owner)
+        return self._register(name, f"{name}.jsonl", "batch_output", owner, expiry)
 
     def save(self, name: str, kept: Kept) -> None:
         """Put a record in place, durably. Raises BuddyMoEError."""
@@ -107,7 +115,7 @@ class FileStore:
         """A file or batch of `owner`, or (None) of anybody. Raises Refused when there is none."""
         what = "file" if kind is FileObject else "batch"
         kept = self._read(self._folder / f"{name}.json") if _NAMES[what].fullmatch(name) else None
-        if kept is None or owner not in (None, kept.owner) or not isinstance(kept.record, kind):
+        if kept is None or owner not in (None, kept.owner) or not isinstance(kept.record, kind) or kept.over:
             raise Refused(absent(what, name))
         return kept.record
 
@@ -119,7 +127,8 @@ class FileStore:
     def records(self, kind: type[Record], owner: str | None) -> list[Record]:
         """Those of `owner`, or of everybody, the latest first."""
         found = self._records("file" if kind is FileObject else "batch")
-        own = [kept.record for kept in found if owner in (None, kept.owner) and isinstance(kept.record, kind)]
+        mine = [kept for kept in found if owner in (None, kept.owner) and not kept.over]
+        own = [kept.record for kept in mine if isinstance(kept.record, kind)]
         return sorted(own, key=lambda record: (record.created_at, record.id), reverse=True)
 
     def delete(self, name: str) -> None:
@@ -128,6 +137,13 @@ class FileStore:
         self.data(name).unlink(missing_ok=True)
         folder_synced(self._folder)
 
+    def expire(self) -> None:
+        """Delete the files whose time is over, but for those that a batch still reads."""
+        read = {batch.input_file_id for batch in self.records(BatchObject, None) if not batch.finished}
+        for name in [kept.record.id for kept in self._records("file") if kept.over]:
+            if name not in read:
+                self.delete(name)
+
     def begin(self, batch: BatchObject, owner: str) -> None:
         """Keep a new batch; of those that are finished the oldest makes room."""
         finished = [each for each in self.records(BatchObject, None) if each.finished]
@@ -135,10 +151,10 @@ class FileStore:
             self.delete(old.id)
         self.save(batch.id, Kept(owner=owner, record=batch))
 
-    def _register(self, name: str, filename: str, purpose: str, owner: str) -> FileObject:
-        size = self.data(name).stat().st_size
-        made = {"id": name, "bytes": size, "created_at": int(time.time()), "filename": filename, "purpose": purpose}
-        record = FileObject.model_validate(made)
+    def _register(self, name: str, filename: str, purpose: str, owner: str, expiry: ExpiresAfter | None) -> FileObject:
+        size, now = self.data(name).stat().st_size, int(time.time())
+        made = {"id": name, "bytes": size, "created_at": now, "filename": filename, "purpose": purpose}
+        record = FileObject.model_validate(made | {"expires_at": None if expiry is None else now + expiry.seconds})
         try:
             self.save(name, Kept(owner=owner, record=record))
         except BuddyMoEError:
