@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 from greenlet import getcurrent, greenlet
 
-from buddymoe_ray.cache import ExpertCache, HostTier, ahead, loads
+from buddymoe_ray.cache import ExpertCache, HostTier, ahead, host, loads
 from buddymoe_ray.cache.pool import Glance, Lease
 from buddymoe_ray.cache.shared import SharedStore, calls, lending, locks, mover, shape, tables
 from buddymoe_ray.errors import CacheError
@@ -667,6 +667,8 @@ def _frozen(value: Any) -> Any:
 def _freezer(kind: type) -> Callable[[Any], Any]:
     if issubclass(kind, np.generic):
         return lambda value: value.item()
+    if kind.__module__.startswith("buddymoe_ray.device."):
+        return lambda _: kind.__name__  # of a copy that has begun, or has not
     if issubclass(kind, BaseException):
         return lambda _: kind.__name__  # of which some are caught where others are not
     if is_dataclass(kind) and kind.__module__.startswith("buddymoe_ray.cache."):
@@ -716,9 +718,15 @@ _FREEZERS: dict[type, Callable[[Any], Any]] = {
         value._crowded,
         round(value.fetch_seconds, 6),
     ),
+    host._Awaited: lambda value: (value.slot, value.key, value.end, vars(value).get("found")),
     Glance: lambda value: (value.at_E >= 0).tobytes() + value.words_2E[1].tobytes(),
     ahead.ReadsAhead: lambda value: (_frozen(value._loads), _frozen(value._cancelled)),
-    HostTier: lambda value: (_frozen(value._reading), _frozen(value._stalled), value._full_since),
+    HostTier: lambda value: (
+        _frozen(value._reading),
+        _frozen(value._stalled),
+        value._full_since,
+        _frozen(value._own_slots),
+    ),
     mover.Moved: lambda value: (value.moves, value.skipped),
 }
 
@@ -728,7 +736,7 @@ _FREEZERS: dict[type, Callable[[Any], Any]] = {
 
 _views, _head = shape.StoreShape.views, shape.StoreShape.head
 _close, _unlink, _open = os.close, os.unlink, os.open
-_alone = calls.OwnSlot.read
+_alone, _awaited = calls.OwnSlot.read, host._Awaited.done
 
 
 def locks_same_file(path: Path, fd: int) -> bool:
@@ -814,6 +822,13 @@ def _read_alone(slot: calls.OwnSlot, key: ExpertKey) -> Lease:
     return _alone(slot, key)
 
 
+def _looked_for(read: host._Awaited) -> bool:
+    """As `_Read.done`: a list that is being made of those that have ended does not show."""
+    found = _awaited(read)
+    vars(read)["found"] = found
+    return found
+
+
 def _given_back(store: SharedStore, first: int) -> None:
     point("punch")
     if _world is not None:
@@ -846,6 +861,7 @@ def instrumented() -> Iterator[None]:
         (os, "unlink", _unlinked),
         (os, "open", _opened),
         (calls.OwnSlot, "read", _read_alone),
+        (host._Awaited, "done", _looked_for),
         (SharedStore, "give_back", _given_back),
         (SharedStore, "take_back", _taken_back),
         (lending, "_pause", lambda: point("pause")),

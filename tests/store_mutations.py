@@ -96,7 +96,7 @@ _WEAKER: tuple[tuple[Any, str, str, str], ...] = (
     (locks, "remove_unused", "not locks.lock(TABLES_BYTE, _LONGEST_WAIT_SECONDS)", "False"),
     (locks, "remove_unused", "locks.lock(TABLES_BYTE, _LONGEST_WAIT_SECONDS)", "locks.lock(TABLES_BYTE)"),
     (slot_words, "unchanged", " == OK", " != 0"),
-    (store, "open_locked", "locks.lock(TABLES_BYTE)", "pass"),
+    (store, "open_locked", "_lock_tables(path, locks)", "pass"),
     (store, "open_locked", "if same_file(path, fd):", "if True:"),
     (_TABLES, "reap", "if not self.alive(row)", "if row != self.row"),
     (

@@ -8,6 +8,7 @@ was run once for what it sees, 228,700 states took 120 s, and they were not all)
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import tempfile
 import time
@@ -123,16 +124,22 @@ def keeper(world: World, *moves: Move) -> Prepare:
     return prepare
 
 
-def lender(world: World, *counts: int) -> Prepare:
-    """Leaves so many of the lent slots to experts and has the memory of the others, then as many as come next."""
+def lender(world: World, *counts: int, until: float = math.inf) -> Prepare:
+    """Leaves so many of the lent slots to experts and has the memory of the others, then as many as come next; gives up
+    at that time."""
 
     def prepare(me: Actor) -> Callable[[Actor], None]:
         own = Lender(world.attach(me))
 
+        def ended() -> bool:
+            return world.now >= until
+
         def program(me: Actor) -> None:
             for count in counts:
                 me.lends = None if me.lends is None else max(me.lends, count)
-                assert own.lend(count, lambda: False), "nobody stops it"
+                if not own.lend(count, ended):
+                    assert ended(), "nobody stopped it"
+                    return
                 me.lends = count
                 point("compute")
 
@@ -266,8 +273,8 @@ def _device(*experts: int) -> Callable[[World], Prepare]:
     return lambda world: device(world, *experts)
 
 
-def _lender(*counts: int) -> Callable[[World], Prepare]:
-    return lambda world: lender(world, *counts)
+def _lender(*counts: int, **options: Any) -> Callable[[World], Prepare]:
+    return lambda world: lender(world, *counts, **options)
 
 
 def scenarios(folder: Path) -> dict[str, Scenario]:
@@ -382,6 +389,9 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
             patience=12,
         ),
         "stopped, ending": _scenario(folder, {"A": _worker(0), "B": leaver}, victims="A", stops=True, patience=6),
+        "stopped, lending": _scenario(
+            folder, {"A": _worker(1), "L": _lender(0, until=2.0)}, X, Y, victims="A", stops=True, lent=1
+        ),
         "lent": _scenario(folder, {"A": _worker(1), "L": _lender(0)}, X, Y, kills=1, lent=1),
         "lent, and read": _scenario(folder, {"A": _worker(1), "L": _lender(0)}, X, kills=1, failures=1, lent=1),
         "lent, and looked at": _scenario(folder, {"A": _glancer(1), "L": _lender(0)}, X, Y, kills=1, lent=1),

@@ -98,12 +98,9 @@ class HostStore:
         self._store.own()
         watch(spec.path.parent, spec.tag)
         self._tables = self._store.tables
-        self._cache = ExpertCache(self._store, reader=DiskReader(depth=_DEPTH, buffer_bytes=_BUFFER_BYTES))
-        self._mover = Mover(
-            self._store,
-            DiskReader(depth=1, buffer_bytes=_BUFFER_BYTES),
-            bytes_per_second=self._options.bytes_per_second,
-        )
+        reader, own = (DiskReader(depth=n, buffer_bytes=_BUFFER_BYTES, files=spec.layout.files) for n in (_DEPTH, 1))
+        self._cache = ExpertCache(self._store, reader=reader)
+        self._mover = Mover(self._store, own, bytes_per_second=self._options.bytes_per_second)
         self._accesses_LE = self._tables.accesses.sum(axis=0)
         self._fetch_seconds = self._spec.layout.expert_bytes / _ASSUMED_BYTES_PER_SECOND
         self._thread = threading.Thread(target=self._run, name="host-store", daemon=True)

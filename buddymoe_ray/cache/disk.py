@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -24,7 +24,7 @@ import numpy.typing as npt
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertLayout, ExpertPiece
 
-__all__ = ["READ_ON_THE_SPOT", "DiskReader", "ReadTicket", "Ticket", "largest_read"]
+__all__ = ["READ_ON_THE_SPOT", "DiskReader", "ReadTicket", "Ticket", "largest_read", "stamp_of"]
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,14 @@ class _Read(NamedTuple):
     path: str
     offset: int
     targets: tuple[Bytes, ...]
+
+
+class _File(NamedTuple):
+    """An open file, and what it was like then."""
+
+    fd: int
+    direct: bool
+    stamp: tuple[int, int]
 
 
 class _Run(NamedTuple):
@@ -116,13 +124,21 @@ class ReadTicket:
 
 
 class DiskReader:
-    """`depth` reads at a time, each at most `buffer_bytes` (a multiple of the page).
+    """`depth` reads at a time, each at most `buffer_bytes` (a multiple of the page). A file that is written or replaced
+    is not read any more: it must stay as it is since it was opened, those of `files` since that was noted (`stamp_of`).
 
     `bytes_requested` counts useful bytes, `bytes_read` what was asked of the disk, alignment included; in
     `busy_seconds` at least one read was under way.
     """
 
-    def __init__(self, *, depth: int = 4, buffer_bytes: int = 2 << 20, direct: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        depth: int = 4,
+        buffer_bytes: int = 2 << 20,
+        direct: bool = True,
+        files: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
         assert depth > 0, f"depth is {depth}, must be positive"
         whole = buffer_bytes >= _PAGE and buffer_bytes % _PAGE == 0
         assert whole, f"buffer_bytes is {buffer_bytes}, must be whole pages"
@@ -133,7 +149,7 @@ class DiskReader:
         self._direct = direct and hasattr(os, "O_DIRECT")
         self._refused: set[int] = set()  # devices whose file system has no O_DIRECT
         self._lock = threading.Lock()
-        self._files: dict[str, tuple[int, bool]] = {}
+        self._known, self._files = files or {}, dict[str, _File]()
         self._plans: dict[int, _Plan] = {}  # by the id of their pieces
         self._memory = mmap.mmap(-1, self.staging_bytes)  # anonymous maps are page-aligned
         self._buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
@@ -182,8 +198,8 @@ class DiskReader:
         self._pool.shutdown(wait=True)
         with self._lock:
             files, self._files = self._files, {}
-        for fd, _ in files.values():
-            os.close(fd)
+        for file in files.values():
+            os.close(file.fd)
 
     def _cut(self, pieces: Sequence[ExpertPiece]) -> list[_Run]:
         """Reads that pieces take: one of what lies end to end and is small, more of a large piece."""
@@ -237,13 +253,13 @@ class DiskReader:
                     self.busy_seconds += time.perf_counter() - self._since
 
     def _read_through(self, buffer: memoryview, path: str, offset: int, targets: Sequence[Bytes]) -> None:
-        fd, direct = self._open(path)
+        file = self._open(path)
         done, nbytes = 0, sum([target.nbytes for target in targets])
         while done < nbytes:
             at = offset + done
             begin = at // _PAGE * _PAGE
             span = min(len(buffer), -(-(at - begin + nbytes - done) // _PAGE) * _PAGE)
-            got = os.preadv(fd, [buffer[:span]], begin)
+            got = os.preadv(file.fd, [buffer[:span]], begin)
             useful = min(got - (at - begin), nbytes - done)
             if useful <= 0:
                 raise CacheError(f"{path} ends before byte {at + 1}, must hold {offset + nbytes}. hint: copy it again")
@@ -252,16 +268,18 @@ class DiskReader:
             with self._lock:
                 self.bytes_requested += useful
                 self.bytes_read += got
-        if not direct:
-            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        _check_stamp(path, file.fd, file.stamp)  # behind the bytes: who writes notes the time before
+        if not file.direct:
+            os.posix_fadvise(file.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
-    def _open(self, path: str) -> tuple[int, bool]:
+    def _open(self, path: str) -> _File:
         found = self._files.get(path)
         if found is None:
             with self._lock:
                 found = self._files.get(path)
                 if found is None:
-                    found = self._files[path] = self._open_new(path)
+                    fd, direct = self._open_new(path)
+                    found = self._files[path] = _File(fd, direct, self._known.get(path) or stamp_of(fd))
         return found
 
     def _open_new(self, path: str) -> tuple[int, bool]:
@@ -276,6 +294,19 @@ class DiskReader:
             log.warning("%s cannot be read with O_DIRECT: reading buffered, dropping pages after use", path)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         return fd, False
+
+
+def stamp_of(file: str | int) -> tuple[int, int]:
+    """Size in bytes and time (ns) of the last write of a file."""
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns
+
+
+def _check_stamp(path: str, fd: int, stamp: tuple[int, int]) -> None:
+    if stamp_of(fd) != stamp:
+        raise CacheError(
+            f"{path} was written or replaced, must stay as it was when the model was loaded. hint: load it again"
+        )
 
 
 def largest_read(layout: ExpertLayout) -> int:

@@ -127,7 +127,7 @@ class _Reader:
     """Reads one expert at a time into one buffer."""
 
     def __init__(self, layout: ExpertLayout) -> None:
-        self._layout, self._disk = layout, DiskReader(depth=4)
+        self._layout, self._disk = layout, DiskReader(depth=4, files=layout.files)
         self._slot = torch.empty(layout.slot_bytes, dtype=torch.uint8)
 
     def __enter__(self) -> Callable[[ExpertKey], Mapping[str, Tensor]]:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from torch import nn
 from transformers import PreTrainedModel
 
+from buddymoe_ray.cache import stamp_of
 from buddymoe_ray.errors import CheckpointError, UnsupportedModel
 from buddymoe_ray.kernels import coded_shapes
 from buddymoe_ray.models.hf_loading import StoredExperts, experts_modules
@@ -22,7 +23,7 @@ from buddymoe_ray.models.quantised import CodedTensor, Stored
 from buddymoe_ray.models.tensor_index import DTYPE_BYTES, TensorLocation
 from buddymoe_ray.types import CodedMatrix, ExpertKey, ExpertLayout, ExpertPiece, SlotTensor
 
-__all__ = ["ALIGNMENT", "EXPERT_DTYPES", "expert_layout", "slot_tensors"]
+__all__ = ["ALIGNMENT", "EXPERT_DTYPES", "check_unchanged", "expert_layout", "slot_tensors"]
 
 ALIGNMENT = 64
 EXPERT_DTYPES = ("bfloat16", "float16", "float32")
@@ -85,7 +86,15 @@ def expert_layout(
         experts_per_layer=tuple(counts),
         pieces=pieces,
         coded=tuple(coded.values()),
+        files={path: stamp_of(path) for path in {run.path for runs in pieces.values() for run in runs}},
     )
+
+
+def check_unchanged(layout: ExpertLayout) -> None:
+    """That the experts' files are as they were. Raises CheckpointError."""
+    for path, stamp in layout.files.items():
+        if stamp_of(path) != stamp:
+            raise CheckpointError(f"{path} was written while it was loaded, must stay as it is. hint: load it again")
 
 
 def _place_of(stored: Stored, source: StoredExperts, tensor: SlotTensor, part: str) -> TensorLocation:

@@ -1,8 +1,7 @@
 """A checkpoint folder -> `LoadedModel`: dense weights on the device, experts on meta with the map to their bytes.
 
 Does not know how experts are served: attach blocks with `experts_hook.attach(loaded.experts, factory)` first.
-Neighbours: `shape.meta_model` finds the weights, `hf_loading` loads them, `dense_dtype` has them computed by our
-kernels, the engine runs the model.
+Neighbours: `shape.meta_model` finds the weights, `hf_loading` loads them, `dense_dtype` has our kernels compute them.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from buddymoe_ray.models.coded_linear import keep_coded
 from buddymoe_ray.models.dense_dtype import keep_dense, pack_dense
+from buddymoe_ray.models.expert_layout import check_unchanged
 from buddymoe_ray.models.families import Family
 from buddymoe_ray.models.hf_loading import experts_modules, load_dense
 from buddymoe_ray.models.quantised import check_values
@@ -71,12 +71,11 @@ def load_model(
     """Load the dense weights of the checkpoint in `folder`.
 
     Args:
-        dtype: compute dtype; None is `auto_dtype(folder)`.
-        device: where dense weights go; None is the CPU.
+        dtype, device: of compute, None is `auto_dtype(folder)`; where dense weights go, None is the CPU.
         attn: name in transformers' AttentionInterface; None is transformers' default.
 
     Raises:
-        CheckpointError: the checkpoint is incomplete, damaged or does not fit its config.
+        CheckpointError: the checkpoint is incomplete, damaged, written just now or does not fit its config.
         UnsupportedModel: family or storage has no path here.
     """
     device = device or torch.device("cpu")
@@ -85,6 +84,7 @@ def load_model(
     check_values(meta.coded)
     load_dense(meta.model, meta.dense, device=device, elsewhere={f"{name}.weight" for name in meta.linears})
     keep_coded(meta.model, meta.linears)
+    check_unchanged(meta.layout)
     return LoadedModel(
         model=meta.model,
         config=meta.config,

@@ -193,7 +193,8 @@ class Peering:
             (layout.tensors, layout.coded, layout.slot_bytes, layout.experts_per_layer)
         )  # workers of another model stay out
         secret = derive_secret(sharing.secret.encode(), purpose)
-        self._own = ExpertCache(cache.store.again(), reader=DiskReader(depth=1, buffer_bytes=4096))
+        reader = DiskReader(depth=1, buffer_bytes=4096, files=layout.files)
+        self._own = ExpertCache(cache.store.again(), reader=reader)
         try:
             service = PeerService(self._own, tier.new_compute())
             self._server = LinkServer(service, secret=secret, address=f"{sharing.host}:0")

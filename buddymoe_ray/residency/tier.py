@@ -298,7 +298,7 @@ def _open_cache(
     sharing: Sharing | None,
     setup: StandinSetup | None,
 ) -> ExpertCache:
-    reader = DiskReader(depth=staging.depth, buffer_bytes=staging.buffer_bytes)
+    reader = DiskReader(depth=staging.depth, buffer_bytes=staging.buffer_bytes, files=layout.files)
     if sharing is not None and not device.apart:
         return open_store(sharing, layout, setup, plan, reader, progress)
     host_bytes = parse_memory(config.host_memory, total_expert_bytes=layout.total_bytes)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from buddymoe_ray.cache import DiskReader, largest_read
+from buddymoe_ray.cache import DiskReader, largest_read, stamp_of
 from buddymoe_ray.errors import CacheError
 from buddymoe_ray.types import ExpertKey, ExpertLayout, ExpertPiece, SlotTensor
 
@@ -133,6 +133,31 @@ def test_a_read_past_the_end_names_file_and_byte(blob) -> None:
     ticket = reader.submit([piece(path, 299_990, 100)], np.zeros(100, np.uint8))
     with pytest.raises(CacheError, match="ends before byte"):
         ticket.wait()
+    reader.close()
+
+
+@pytest.mark.parametrize("change", ["written", "replaced", "replaced before it was opened"])
+def test_another_checkpoint_at_the_same_place_is_not_read(blob, change: str) -> None:
+    """Its experts beside this one's dense weights would be wrong tokens."""
+    path, data = blob
+    files, out = {str(path): stamp_of(path)}, np.zeros(200_000, np.uint8)
+    reader = DiskReader(files=files)
+    if "before" not in change:
+        reader.submit([piece(path, 0, 10)], out).wait()
+    if "replaced" in change:
+        (path.parent / "new").write_bytes(data[::-1])
+        (path.parent / "new").replace(path)
+    else:
+        path.write_bytes(data[::-1])
+    reads = [reader.submit([piece(path, 0, nbytes)], out) for nbytes in (10, 200_000)]
+    if change == "replaced":  # the file that was opened is there as it was
+        for read in reads:
+            read.wait()
+        assert out.tobytes() == data[:200_000]
+    else:
+        for read in reads:
+            with pytest.raises(CacheError, match="was written or replaced, must stay"):
+                read.wait()
     reader.close()
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file, save_model
 from slot_oracle import attach_oracle
 
 from buddymoe_ray.errors import CheckpointError, UnsupportedModel
+from buddymoe_ray.models import load as load_module
 from buddymoe_ray.models.experts_hook import attach
 from buddymoe_ray.models.load import auto_dtype, load_model
 from buddymoe_ray.models.shape import describe
@@ -355,6 +356,18 @@ def test_truncated_file_is_refused_before_anything_loads(olmoe: Path) -> None:
     path = olmoe / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="it is truncated"):
+        load_model(olmoe)
+
+
+def test_a_checkpoint_that_is_written_while_it_loads_is_refused(olmoe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dense(*args: object, **options: object) -> None:
+        load(*args, **options)
+        path = olmoe / "model.safetensors"
+        path.write_bytes(path.read_bytes())
+
+    load = load_module.load_dense
+    monkeypatch.setattr(load_module, "load_dense", load_dense)
+    with pytest.raises(CheckpointError, match="was written while it was loaded"):
         load_model(olmoe)
 
 

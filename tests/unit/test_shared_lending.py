@@ -137,5 +137,9 @@ def test_a_lender_that_is_to_stop_does(node: Node) -> None:
     assert cache.glance(0) is not None
     assert not lender.lend(0, lambda: True)
     cache.settle_ahead()
+    stopped = threading.Event()
+    threading.Timer(0.1, stopped.set).start()
+    with cache.store.tables.locked():
+        assert not lender.lend(0, stopped.is_set), "one stands still with the tables"
     assert lender.lend(0, lambda: True)
     node.check(0)

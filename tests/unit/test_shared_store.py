@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from experts_on_disk import expert_bytes_of, make_layout
 
 from buddymoe_ray.cache import DiskReader, ExpertCache, HostTier, open_private, slot_views
 from buddymoe_ray.cache.disk import ReadTicket
-from buddymoe_ray.cache.shared import Move, Mover, SharedStore, open_room, store_digest, sweep
+from buddymoe_ray.cache.shared import Move, Mover, SharedStore, open_room, store, store_digest, sweep
 from buddymoe_ray.cache.shared.locks import TABLES_BYTE
 from buddymoe_ray.cache.shared.shape import entry_of
 from buddymoe_ray.cache.shared.store import store_path
@@ -198,8 +199,15 @@ def _die_in_the_lock(folder: Path, layout: ExpertLayout, plan: SlotPlan, ready: 
         time.sleep(600)
 
 
+def forking() -> ForkServerContext:
+    """Children are forked off one process that has imported everything, and has no store."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["buddymoe_ray.engine.measure"])  # as `bench` has it: there is one
+    return context
+
+
 def _killed_child(node: Node, target: Callable[..., None]) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = forking()
     ready = context.Event()
     child = context.Process(target=target, args=(node.folder, node.layout, node.plan, ready), daemon=True)
     child.start()
@@ -276,6 +284,31 @@ def test_a_sweeper_that_waits_for_a_starting_worker_leaves_its_file(node: Node) 
     assert not node.path.exists()
 
 
+def test_who_starts_waits_for_whoever_makes_the_file_and_not_for_one_who_stands_still(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_START_SECONDS", 0.05)
+    started: list[SharedStore] = []
+
+    def start() -> None:
+        started.append(node.store())
+
+    other = threading.Thread(target=start)
+
+    def make_long() -> None:
+        other.start()
+        time.sleep(0.3)
+
+    still = SharedStore(node.path, node.layout, node.plan, node.digest, before_making=make_long)
+    other.join(30)
+    assert not started[0].made
+    with still.tables.locked(), pytest.raises(CacheError, match="stands still"):
+        node.store()
+    for each in (still, *started):
+        each.close()
+    assert not node.path.exists()
+
+
 def test_a_failed_attachment_leaves_neither_file_nor_lock(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: SharedTables) -> None:
         raise CacheError("every row is taken")
@@ -309,6 +342,10 @@ def test_another_checkpoint_does_not_find_the_old_bytes(node: Node) -> None:
     path = Path(next(iter(node.layout.pieces.values()))[0].path)
     os.utime(path, ns=(1, 1))
     assert node.digest != before
+    before, content = node.digest, path.read_bytes()
+    path.write_bytes(content[::-1])
+    os.utime(path, ns=(1, 1))
+    assert node.digest != before, "an image of a container may give all files one time"
 
 
 def test_a_full_shared_memory_is_a_clear_error(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -674,7 +711,7 @@ def _stand_still(folder: Path, layout: ExpertLayout, plan: SlotPlan, ready: Any,
 def test_a_device_waits_for_no_process_that_is_stopped(node: Node, held: str) -> None:
     """With what it holds of the node's host tier: what is asked for is read all the same, by way of a slot of one's
     own; and once the process is gone the tier is whole."""
-    cache, context = host_cache(node), multiprocessing.get_context("spawn")
+    cache, context = host_cache(node), forking()
     assert cache.host is not None
     access(node, cache, 1, [0, 1])
     ready = context.Event()

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 
+from buddymoe_ray.cache.shared.calls import Stalled
 from buddymoe_ray.cache.shared.interface import Store
 from buddymoe_ray.cache.shared.shape import roles_of
 from buddymoe_ray.cache.shared.tables import FREE, READY, UNUSED, WAVE
@@ -34,26 +36,28 @@ class Lender:
 
     def lend(self, count: int, stop: Callable[[], bool]) -> bool:
         """Let slots have the memory of so many, as far as others let them too, and take it back of all others; False
-        where it came to a `stop()` before. Whoever stands still with a lease or a look is waited for."""
+        where it came to a `stop()` before. Whoever stands still with a lease, a look or the tables is waited for."""
         self._tables.lends[self._tables.row] = count
-        while not self._emptied(count):
-            if stop():
+        with suppress(Stalled):
+            while not self._emptied(count, stop):
+                if stop():
+                    return False
+                time.sleep(_POLL_SECONDS)
+            if not self._looked(stop):
                 return False
-            time.sleep(_POLL_SECONDS)
-        if not self._looked(stop):
-            return False
-        self._store.give_back(self._first + count)
-        self._use(stop)
-        return True
+            self._store.give_back(self._first + count)
+            self._use(stop)
+            return True
+        return False
 
     def close(self) -> None:
         """Let go of the store: others decide from now on. Safe to call twice."""
         self._store.close()
 
-    def _emptied(self, count: int) -> bool:
+    def _emptied(self, count: int, stop: Callable[[], bool]) -> bool:
         """Take experts out of the lent slots beyond `count`; whether nobody has any of them any more."""
         tables, slots = self._tables, np.arange(self._first + count, self._store.shape.slots)
-        with tables.locked():
+        with tables.locked_until(stop):
             tables.reap()
             for slot in slots[(tables.state[slots] == READY) | (tables.partition[slots] != UNUSED)].tolist():
                 if tables.state[slot] in (FREE, READY):  # else somebody reads into it
@@ -82,7 +86,7 @@ class Lender:
         if not (tables.partition[self._first :] == UNUSED).any():
             return
         for slot in range(self._first, self._store.shape.slots):
-            with tables.locked():
+            with tables.locked_until(stop):
                 if stop() or slot >= self._first + tables.lent:
                     return
                 if tables.free_of(np.array([slot])) is None:  # in use, or another row is about to
@@ -91,10 +95,10 @@ class Lender:
             try:
                 self._store.take_back(slot)
             except OSError:
-                with tables.locked():
+                with tables.locked_until(stop):
                     tables.vacate(slot)
                 return
-            with tables.locked():
+            with tables.locked_until(stop):
                 tables.vacate(slot)
                 tables.partition[slot] = roles[slot]  # whoever has come to want it waits for this, and takes it out
 

@@ -17,15 +17,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["OWNER_BYTE", "ROWS", "ROW_BYTE", "TABLES_BYTE", "FileLocks", "remove_unused", "same_file"]
+__all__ = ["MAKER_BYTE", "OWNER_BYTE", "ROWS", "ROW_BYTE", "TABLES_BYTE", "FileLocks", "remove_unused", "same_file"]
 
 ROWS = 64
 """Most processes and threads that may be attached to one file."""
 
-TABLES_BYTE, OWNER_BYTE, ROW_BYTE = 0, 1, 64
-"""Which byte of the file each lock is on: the tables, the file's owner, and one per row from ROW_BYTE on."""
+TABLES_BYTE, OWNER_BYTE, MAKER_BYTE, ROW_BYTE = 0, 1, 2, 64
+"""Which byte of the file each lock is on: the tables, the file's owner, whoever makes the file and holds its tables for
+long, and one per row from ROW_BYTE on."""
 
-_POLL_SECONDS, _LONGEST_WAIT_SECONDS = 50e-6, 2.0
+_POLL_SECONDS, _POLL_SHARE, _LONGEST_WAIT_SECONDS = 50e-6, 1 / 64, 2.0
 _FLOCK = struct.Struct("hhxxxxqqixxxx")  # struct flock of 64-bit Linux: type, whence, start, length, pid (0)
 
 
@@ -40,12 +41,13 @@ class FileLocks:
         if seconds is None:
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW, _flock(fcntl.F_WRLCK, at))
             return True
-        end = 0.0
+        began = 0.0
         while not self.try_lock(at):
-            end = end or time.monotonic() + seconds
-            if time.monotonic() >= end:
+            now = time.monotonic()
+            began = began or now
+            if now >= began + seconds:
                 return False
-            time.sleep(_POLL_SECONDS)
+            time.sleep(max(_POLL_SECONDS, _POLL_SHARE * (now - began)))
         return True
 
     def try_lock(self, at: int) -> bool:

@@ -2,7 +2,9 @@
 
 An expert that has to go is first lent to nobody any more; its bytes stay until the last lease ends, then the new one is
 read into the slot. Reads keep to a bandwidth and wait for a worker that waits for an expert. Does not decide what
-should move: `policy.placement` does. Used by whoever owns the store, on an attachment of its own.
+should move: `policy.placement` does. Used by whoever owns the store, on an attachment of its own. Where a stopped
+process holds the tables it waits: nobody waits for it, workers free what the dead held themselves, and what it is
+reading another worker reads for itself.
 Invariant: interrupted anywhere, the store is whole and the moves made so far hold.
 """
 

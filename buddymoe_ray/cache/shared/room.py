@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from buddymoe_ray.cache.shared.locks import ROW_BYTE, ROWS, TABLES_BYTE, FileLocks, remove_unused
+from buddymoe_ray.cache.shared.locks import MAKER_BYTE, ROW_BYTE, ROWS, TABLES_BYTE, FileLocks, remove_unused
 from buddymoe_ray.cache.shared.pages import map_file
 from buddymoe_ray.cache.shared.store import allocate, open_locked
 from buddymoe_ray.errors import CacheError
@@ -49,7 +49,8 @@ def open_room(path: Path, nbytes: int, digest: bytes, fill: Callable[[Tensor], N
         fill: writes all of a uint8 tensor `[nbytes]`.
 
     Raises:
-        BudgetError: the file does not fit. CacheError: another content is in use there. And what `fill` raises.
+        BudgetError: the file does not fit. CacheError: another content is in use there, or somebody stands still with
+        it. And what `fill` raises.
     """
     fd, locks = open_locked(path)
     try:
@@ -59,6 +60,7 @@ def open_room(path: Path, nbytes: int, digest: bytes, fill: Callable[[Tensor], N
         if made:
             if locks.held_elsewhere(ROW_BYTE, ROWS):
                 raise CacheError(f"{path} is in use for another content, must be free. hint: stop the other service")
+            locks.lock(MAKER_BYTE)
             allocate(path, fd, total)
         memory = map_file(fd, total, huge=total if made else 0)
         if made:
@@ -66,6 +68,8 @@ def open_room(path: Path, nbytes: int, digest: bytes, fill: Callable[[Tensor], N
             os.pwrite(fd, head, 0)  # last: a file without it is filled anew
         if not any(locks.try_lock(ROW_BYTE + row) for row in range(ROWS)):
             raise CacheError(f"{path} has {ROWS} users, must have fewer. hint: run fewer workers per node")
+        if made:
+            locks.unlock(MAKER_BYTE)
         locks.unlock(TABLES_BYTE)
         return Room(path, locks, memory)
     except BaseException:

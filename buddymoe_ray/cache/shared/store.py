@@ -15,6 +15,7 @@ import mmap
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -22,8 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from buddymoe_ray.cache.disk import stamp_of
 from buddymoe_ray.cache.pool import slot_views
 from buddymoe_ray.cache.shared.locks import (
+    MAKER_BYTE,
     OWNER_BYTE,
     ROW_BYTE,
     ROWS,
@@ -51,15 +54,24 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 FOLDER = Path("/dev/shm")
-_ALLOCATED_AT_ONCE = 64 << 20
+_ALLOCATED_AT_ONCE, _SAMPLES = 64 << 20, 8
+_START_SECONDS, _MAKING_SECONDS = 10.0, 1800.0
+"""Nobody has the tables for so long who is not stopped; nor, who makes the file."""
 
 
 def store_digest(layout: ExpertLayout, plan: SlotPlan | None) -> bytes:
-    """32 bytes that differ when slots, the plan (None is any) or the checkpoint's files (by size and time) do."""
+    """32 bytes that differ when slots, the plan (None is any) or the checkpoint's files (by size, time and some of
+    their bytes: images of containers give all files one time) do."""
     files = sorted({piece.path for pieces in layout.pieces.values() for piece in pieces})
-    stamps = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
+    stamps = [(path, stamp_of(path), _sample(path)) for path in files]
     text = repr((layout.tensors, layout.slot_bytes, layout.experts_per_layer, plan, stamps))
     return hashlib.blake2b(text.encode(), digest_size=32).digest()
+
+
+def _sample(path: str) -> list[bytes]:
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        return [os.pread(file.fileno(), 64, size * at // _SAMPLES) for at in range(1, _SAMPLES)]
 
 
 def store_path(digest: bytes, *, tag: str = "", folder: Path = FOLDER) -> Path:
@@ -97,6 +109,7 @@ class SharedStore:
         try:
             self.made = not self._fits()
             if self.made:
+                self._locks.lock(MAKER_BYTE)
                 before_making()
                 allocate(path, self._fd, self.shape.total_bytes, progress)
             self._memory = map_file(self._fd, self.shape.total_bytes, huge=self._huge if self.made else 0)
@@ -111,6 +124,8 @@ class SharedStore:
             self._locks.close()
             remove_unused([path])
             raise
+        if self.made:
+            self._locks.unlock(MAKER_BYTE)
         self._locks.unlock(TABLES_BYTE)
         self.bytes_C, self.generation = self.shape.slot_bytes_of(self._array), self.tables.generation
         self.tensor_C = torch.from_numpy(self.bytes_C)
@@ -221,7 +236,8 @@ def sweep(folder: Path = FOLDER) -> list[Path]:
 
 
 def open_locked(path: Path) -> tuple[int, FileLocks]:
-    """The file, made if need be, with its tables' lock held; retries when it is removed in between."""
+    """The file, made if need be, with its tables' lock held; retries when it is removed in between. Who makes what is
+    in it takes MAKER_BYTE too, and may take long; raises CacheError where somebody else does."""
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
@@ -229,10 +245,20 @@ def open_locked(path: Path) -> tuple[int, FileLocks]:
             if found.st_uid != os.geteuid() or not stat.S_ISREG(found.st_mode):
                 raise CacheError(f"{path} is of user {found.st_uid}, must be this user's own file. hint: remove it")
             locks = FileLocks(fd)
-            locks.lock(TABLES_BYTE)
+            _lock_tables(path, locks)
             if same_file(path, fd):
                 return fd, locks
         except BaseException:
             os.close(fd)
             raise
         os.close(fd)
+
+
+def _lock_tables(path: Path, locks: FileLocks) -> None:
+    end = time.monotonic() + _MAKING_SECONDS
+    while not locks.lock(TABLES_BYTE, _START_SECONDS):
+        if not locks.held_elsewhere(MAKER_BYTE) or time.monotonic() > end:
+            raise CacheError(
+                f"{path} is held by a process that stands still, must be let go of. hint: continue it, or end it: "
+                f"`fuser {path}` names who has the file"
+            )

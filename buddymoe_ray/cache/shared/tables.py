@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
@@ -63,22 +63,30 @@ class SharedTables:
         self.lease, self.lends, self.looks = views["lease"], views["lends"], views["looks"]
         self.row, self._reaped, self._patience = -1, time.monotonic(), PATIENCE_SECONDS
         self._within: float | None = None
+        self._stop: Callable[[], bool] = lambda: True
 
     def locked(self) -> Self:
         """Hold the tables for a block. An exception in it leaves them dirty, and the next holder repairs them."""
         self._within = None
         return self
 
+    def locked_until(self, stop: Callable[[], bool]) -> Self:
+        """The same for whoever has the time: raises Stalled once nobody lets go of the tables and it comes to a
+        `stop()`."""
+        self._within, self._stop = PATIENCE_SECONDS, stop
+        return self
+
     def locked_soon(self) -> Self:
         """The same for whoever can go on without: raises Stalled where nobody lets go of the tables for a while, and
         soon as long as that is so."""
-        self._within = self._patience
+        self._within, self._stop = self._patience, lambda: True
         return self
 
     def __enter__(self) -> None:
-        if not self._locks.lock(TABLES_BYTE, self._within):
-            self._patience = SHORT_PATIENCE_SECONDS
-            raise Stalled("the store's tables are held by a process that stands still. hint: continue it, or end it")
+        while not self._locks.lock(TABLES_BYTE, self._within):
+            if self._stop():
+                self._patience = SHORT_PATIENCE_SECONDS
+                raise Stalled("the store's tables are held by a process that stands still. hint: continue it or end it")
         self._patience = PATIENCE_SECONDS
         try:
             self._begin()
