@@ -25,6 +25,7 @@ from buddymoe_ray.kernels.triton.coded_forms import CodedForm
 SCRIPT = Path(__file__).parents[1] / "ahead_of_time.py"
 EVERYTHING, SAID = "EVERYTHING" in os.environ, ("capability", "of", "kernel", "registers", "wide", "barriers_in_loops")
 KERNELS = Path(experts.__file__).parent
+pytestmark = pytest.mark.timeout(2000 if EVERYTHING else 300)
 REGISTERS = {"8 bit": 48, "4 bit": 64, "3 bit": 80, "2 bit": 80, "1 bit": 80, "transposed": 64}
 REGISTERS |= {"fp8/128x128": 80, "int8/channel": 72, "int4/g128+zeros": 96, "mxfp4": 96, "nvfp4": 96}
 REGISTERS |= {"gptq/g128+zeros": 56, "awq/g128+zeros": 168}
