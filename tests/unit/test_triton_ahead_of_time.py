@@ -53,7 +53,8 @@ def test_nothing_spills_and_weights_come_16_bytes_at_a_time(figures: list[dict[s
     for found in projections:
         if EVERYTHING:
             print({name: found[name] for name in SAID})
-        assert found["stack"] == 0 and found["registers"] <= REGISTERS.get(found["of"], 48), found
+        most = REGISTERS.get(found["of"], 48) + 8 * (found["capability"] == 100)  # ptxas takes more there
+        assert found["stack"] == 0 and found["registers"] <= most, found
         assert found["wide"] > 0 and found["narrow"] == 0, found
         most = 2 if found["of"] == "transposed" else 0  # Triton 3.6 has two there
         assert found["barriers_in_loops"] <= most, found
