@@ -16,12 +16,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -95,6 +96,9 @@ def check_kernels(device: Device) -> Records:
     plain = {name: torch.randn(shape, generator=rng).mul(0.05).bfloat16() for name, shape in shapes.items()}
     math = ExpertMath(activate=lambda x: functional.silu(x[..., :F]) * x[..., F:])
     x_TD, expert_TK = torch.randn(4, D, generator=rng), torch.zeros(4, 1, dtype=torch.int64)
+    if timed := device.torch.type != "cpu":
+        source, copied = torch.empty(2, SHARED_BYTES << 4, dtype=torch.uint8, device=device.torch)
+        most = 2 * copied.numel() / _seconds(lambda: copied.copy_(source), copied)  # read and written
     for name, made, slot, weights in _experts(shapes, plain, math, rng):
         expected = expert_forward(x_TD.double(), {key: weight.double() for key, weight in weights.items()}, math)
         held, table, rows, experts = (
@@ -106,23 +110,27 @@ def check_kernels(device: Device) -> Records:
             made(rows[at : at + 1], held, table, experts[:1], alone[at : at + 1])
         error = float((together.cpu().double() - expected).norm() / expected.norm())
         same = torch.equal(together, alone)
-        found = {"error": error, "same_bits": same, "bytes_per_s": _rate(made, held, rows[:1])}
-        yield {"check": "kernels", "format": name, **found, "ok": error < 1e-5 and same}
+        found = {"error": error, "same_bits": same, "ok": error < 2e-6 and same}
+        if timed:
+            found |= {"bytes_per_s": (rate := _rate(made, held, rows[:1])), "of_a_copy": rate / most}
+        yield {"check": "kernels", "format": name, **found}
 
 
-def _rate(experts: TritonExperts, slot: Tensor, row: Tensor) -> float | None:
-    """Of weights that kernels read in one call, of more experts than a GPU's caches hold; None in the
-    interpreter."""
-    if row.device.type == "cpu":
-        return None
+def _rate(experts: TritonExperts, slot: Tensor, row: Tensor) -> float:
+    """Of weights that kernels read in one call, of more experts than a GPU's caches hold."""
     slots, table = slot.repeat(MANY), torch.arange(MANY, device=row.device) * slot.numel()
     named, out = torch.arange(MANY, device=row.device)[None], row.new_empty(MANY, row.shape[1])
-    for passes in (3, 30):  # the first ones compile
+    return slots.numel() / _seconds(lambda: experts(row, slots, table, named, out), out)
+
+
+def _seconds(run: Callable[[], object], there: Tensor) -> float:
+    """Of a call, on the GPU that the tensor is on; the first ones compile."""
+    for passes in (3, 30):
         began = time.perf_counter()
         for _ in range(passes):
-            experts(row, slots, table, named, out)
-        out.cpu()
-    return 30 * slots.numel() / (time.perf_counter() - began)
+            run()
+        there[:1].cpu()
+    return (time.perf_counter() - began) / 30
 
 
 def _experts(
@@ -173,16 +181,13 @@ def check_attention(device: Device) -> Records:
     blocks_BM, lengths_B = torch.arange(B * M, device=apart).view(B, M), torch.full((B,), length, device=apart)
     rows_BQd = torch.randn(B, Q, d, device=apart).bfloat16()
     pools, context = (keys, values, KV_BLOCK), (blocks_BM, lengths_B)
-    for passes in (1, 3, 30) if apart.type != "cpu" else (1,):
-        began = time.perf_counter()
-        for _ in range(passes):
-            out = decode_attention(rows_BQd, pools, context, scale=d**-0.5, window=None, sinks_Q=None)
-        out.cpu()
-    rate = None if apart.type == "cpu" else 30 * 2 * B * length * H * d * 2 / (time.perf_counter() - began)
+    attend = partial(decode_attention, rows_BQd, pools, context, scale=d**-0.5, window=None, sinks_Q=None)
+    out = attend()
     k_QLd, v_QLd = (t[:length].double().repeat_interleave(Q // H, dim=1).transpose(0, 1) for t in (keys, values))
     expected = functional.scaled_dot_product_attention(rows_BQd[0, :, None].double(), k_QLd, v_QLd)[:, 0]
     error = float((out[0].double() - expected).norm() / expected.norm())
-    yield {"check": "attention", "error": error, "bytes_per_s": rate, "ok": error < 0.01}
+    rate = 2 * B * length * H * d * 2 / _seconds(attend, out) if apart.type != "cpu" else None
+    yield {"check": "attention", "error": error, "bytes_per_s": rate, "ok": error < 0.005}
 
 
 def check_decode(device: str) -> Records:
@@ -210,11 +215,7 @@ def check_sampling(device: Device) -> Records:
     logits_BV = 3 * torch.randn(rows, V, generator=torch.Generator().manual_seed(0))
     there_BV, settings = logits_BV.to(device.torch), settings_of(states)
     same = choose_sorted(there_BV, settings).tolist() == choose_rows(logits_BV, states)
-    began = time.perf_counter()
-    for _ in range(20 if device.apart else 1):
-        tokens_B = choose_sorted(there_BV, settings)
-    tokens_B.tolist()
-    seconds = (time.perf_counter() - began) / (20 if device.apart else 1)
+    seconds = _seconds(partial(choose_sorted, there_BV, settings), there_BV) if device.torch.type != "cpu" else None
     yield {"check": "sampling", "rows": rows, "vocabulary": V, "seconds": seconds, "ok": same}
 
 
@@ -292,23 +293,22 @@ def check_budget(device: str) -> Records:
 
 
 def check_standins(device: str, *, new_tokens: int, apart: bool) -> Records:
-    """Stand-ins on this device against the CPU's: same tokens but at near ties, nothing fetched, charges within the
-    budget; where it is apart once more with the host computing what they may not answer."""
+    """Stand-ins by this device's kernels against torch's, of one plan: same tokens but at near ties, nothing fetched,
+    charges within the budget; where it is apart once more with the host computing what they may not answer."""
     computing = {"host_memory": "100%", "host_compute": "on"}
     cases = [("fast", "25%", {}), ("bounded", "25%", {}), ("fast", "50%", {}), ("bounded", "25%", computing)]
     for mode, memory, host in cases if apart else cases[:3]:
-        answers, options = [], {"memory": memory, "mode": mode, "dtype": "float32", "guard_share": 0.0}
-        for where, more in (("cpu", {}), (device, host)):
-            options |= {"device": where} | more
-            with LLM("builtin:tiny", **options) as llm:
+        options = {"memory": memory, "mode": mode, "dtype": "float32", "guard_share": 0.0, "device": device}
+        answers, most = [], NATS if host else NATS / 100  # the host's answers take no slot: other experts stay
+        for more, covers in (({}, lambda *_: False), (host, TritonExperts.covers)):
+            with patch.object(TritonExperts, "covers", covers), LLM("builtin:tiny", **options, **more) as llm:
                 answers.append(llm.generate(list(PROMPTS), max_tokens=new_tokens, logprobs=2))
         same = sum(a.token_ids == b.token_ids for a, b in zip(*answers, strict=True))
-        nats = max(greedy_difference(a, b, tolerance=NATS) for a, b in zip(*answers, strict=True))
+        nats = max(greedy_difference(a, b, tolerance=most) for a, b in zip(*answers, strict=True))
         usages = [result.usage for result in answers[1]]
         kept = all(u.fetched == 0 if mode == "fast" else u.expected_rise <= 0.003 * u.completion_tokens for u in usages)
-        stood_in = sum(u.standins.total for u in usages)
-        computed = sum(u.host for u in usages)
-        ok = nats <= NATS and kept and stood_in > 0 and bool(computed) == bool(host)
+        stood_in, computed = sum(u.standins.total for u in usages), sum(u.host for u in usages)
+        ok = nats <= most and kept and stood_in > 0 and bool(computed) == bool(host)
         found = {"check": "stand-ins", "mode": mode, "memory": memory, "same": same, "stood_in": stood_in}
         yield found | {"by_host": computed, "nats_apart": min(nats, 1e9), "ok": ok}
 

@@ -101,12 +101,12 @@ class Gpu:
     def pin(self, memory: Tensor) -> None:
         """See Device."""
         with current(self.torch):  # what another GPU pins is not pinned for this one
-            code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+            code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
         if code != 0:
             with suppress(RuntimeError):  # or whatever is launched next would raise it
                 torch.zeros(1, device=self.torch)
             raise BudgetError(
-                f"CUDA refused to pin {memory.numel()} bytes of host memory (error {code}), must be allowed to. "
+                f"CUDA refused to pin {memory.nbytes} bytes of host memory (error {code}), must be allowed to. "
                 "hint: lower --host-memory, or raise the locked-memory limit (ulimit -l)"
             )
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from buddymoe_ray import device_check
 from buddymoe_ray.device import open_device
 from buddymoe_ray.device_check import main
 from buddymoe_ray.models.reference import greedy_difference
@@ -30,6 +31,14 @@ def test_what_will_be_done_is_said_first_and_what_is_late_is_left(capsys: pytest
         first, last = said(capsys)
         assert [*first["will"]] == parts and all(len(about) > 20 for about in first["will"].values())
         assert last == {"ok": False, "failed": 0, "left": parts}
+
+
+def test_stand_ins_are_compared_under_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU's would have other records for the same memory: .12 nats between right answers."""
+    monkeypatch.setattr(device_check, "PROMPTS", device_check.PROMPTS[:1])
+    device = "cuda" if torch.cuda.is_available() else "interpret"
+    found = next(iter(device_check.check_standins(device, new_tokens=2, apart=True)))
+    assert found["ok"] and found["stood_in"] > 10 and found["nats_apart"] < 1e-5
 
 
 def answered(*tops: tuple[tuple[int, float], tuple[int, float]]) -> EngineResult:

@@ -25,6 +25,7 @@ from buddymoe_ray.kernels.triton.coded_forms import CodedForm
 SCRIPT = Path(__file__).parents[1] / "ahead_of_time.py"
 EVERYTHING, SAID = "EVERYTHING" in os.environ, ("capability", "of", "kernel", "registers", "wide", "barriers_in_loops")
 KERNELS = Path(experts.__file__).parent
+pytestmark = pytest.mark.timeout(2000 if EVERYTHING else 300)
 REGISTERS = {"8 bit": 48, "4 bit": 64, "3 bit": 80, "2 bit": 80, "1 bit": 80, "transposed": 64}
 REGISTERS |= {"fp8/128x128": 80, "int8/channel": 72, "int4/g128+zeros": 96, "mxfp4": 96, "nvfp4": 96}
 REGISTERS |= {"gptq/g128+zeros": 56, "awq/g128+zeros": 168}
@@ -52,7 +53,8 @@ def test_nothing_spills_and_weights_come_16_bytes_at_a_time(figures: list[dict[s
     for found in projections:
         if EVERYTHING:
             print({name: found[name] for name in SAID})
-        assert found["stack"] == 0 and found["registers"] <= REGISTERS.get(found["of"], 48), found
+        most = REGISTERS.get(found["of"], 48) + 8 * (found["capability"] == 100)  # ptxas takes more there
+        assert found["stack"] == 0 and found["registers"] <= most, found
         assert found["wide"] > 0 and found["narrow"] == 0, found
         most = 2 if found["of"] == "transposed" else 0  # Triton 3.6 has two there
         assert found["barriers_in_loops"] <= most, found
