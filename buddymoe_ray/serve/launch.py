@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._private import worker
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
@@ -98,5 +99,6 @@ def _stop(name: str) -> None:
     if ray_address_from_environment():
         serve.delete(name)
     else:
-        serve.shutdown()
-        ray.shutdown()
+        if (node := worker._global_node) is not None:
+            node.kill_monitor(check_alive=False)  # ray asks it to end, and waits a second until it makes it
+        ray.shutdown()  # Serve's own comes to no more, and ray shows its controller's end as an error
