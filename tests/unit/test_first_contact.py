@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -116,6 +117,19 @@ def test_an_output_without_room_is_one_line(
         assert main(["plan"]) == 1
     said = "buddymoe plan: the output has no room, must have. hint: free some\n"
     assert capsys.readouterr().err == said
+
+
+def test_a_worker_that_is_interrupted_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parent ends with status 130; a traceback of each worker hid that."""
+
+    def measure(*_: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("buddymoe_ray.engine.measure.measure", measure)
+    gate, (receiver, sender) = threading.Barrier(2), multiprocessing.Pipe(duplex=False)
+    workload = {"batch": 1, "prompt_tokens": 8, "new_tokens": 8, "reps": 1}
+    bench._measure(EngineConfig(), workload, (), 0, gate, sender)  # type: ignore[arg-type]
+    assert gate.broken and not receiver.poll(), "who waits for it goes on"
 
 
 def test_a_measurement_that_no_model_has_room_for_is_refused() -> None:
