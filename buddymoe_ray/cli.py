@@ -7,6 +7,7 @@ quick and needs no torch.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -96,15 +97,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser(only=named).parse_args(words)
     try:
         status = importlib.import_module(f"buddymoe_ray.commands.{args.command}").run(args)
+        sys.stdout.flush()
     except ConfigError as error:
         print(f"buddymoe {args.command}: {error}", file=sys.stderr)
         return 2
     except BuddyMoEError as error:
         print(f"buddymoe {args.command}: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left, as `| head`, or there is none
+        if full := error.errno == errno.ENOSPC:
+            print(f"buddymoe {args.command}: the output has no room, must have. hint: free some", file=sys.stderr)
+        return int(full)
     except KeyboardInterrupt:
         return 130
     return int(status)

@@ -242,6 +242,7 @@ def option_notes(cls: type) -> dict[str, str]:
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_MOST, _MOST_BYTES = (1 << 31) - 1, 1e18
 _MEMORY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]*)\s*")
 
 
@@ -252,7 +253,10 @@ def parse_memory(text: str, *, total_expert_bytes: int, name: str = "memory") ->
     if match is None or (unit != "%" and unit not in _UNITS):
         raise ConfigError(f"{name} is {text!r}, must be like 25% or 6GiB. hint: units are %, KiB, MiB, GiB, KB, MB, GB")
     number = float(match.group(1))
-    return int(number * total_expert_bytes / 100) if unit == "%" else int(number * _UNITS[unit])
+    nbytes = number * total_expert_bytes / 100 if unit == "%" else number * _UNITS[unit]
+    if nbytes > _MOST_BYTES:
+        raise ConfigError(f"{name} is {nbytes:.3g} bytes, must be at most {_MOST_BYTES:.3g}. hint: 100% is all experts")
+    return int(nbytes)
 
 
 def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -333,7 +337,8 @@ def _between(name: str, value: object, low: float, high: float) -> None:
 
 
 def _at_least(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
+        most = "" if not isinstance(value, int) or value < least else f" and at most {_MOST}"
         raise ConfigError(
-            f"{name} is {value!r}, must be an integer of at least {least}. hint: leave it out for the default"
+            f"{name} is {value!r}, must be an integer of at least {least}{most}. hint: leave it out for the default"
         )

@@ -323,8 +323,8 @@ class ExpertLayout:
 
     `slot_bytes` is the size of a slot (a multiple of 64); `expert_bytes` the bytes of one expert as stored (slot_bytes
     less the padding). `pieces[key]` lists disjoint runs that together fill every SlotTensor. `coded` are the matrices
-    that are stored quantised: all of an expert's, or none. `files` are size and time (ns) of the files when their
-    headers were read, where they must stay so.
+    that are stored quantised: all of an expert's, or none. `files` are size, time (ns) and some bytes of the files
+    when their headers were read, where they must stay so.
     """
 
     tensors: tuple[SlotTensor, ...]
@@ -334,7 +334,7 @@ class ExpertLayout:
     experts_per_layer: tuple[int, ...]
     pieces: dict[ExpertKey, tuple[ExpertPiece, ...]]
     coded: tuple[CodedMatrix, ...] = ()
-    files: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    files: Mapping[str, tuple[int, int, bytes]] = field(default_factory=dict)
 
     @property
     def stored_as(self) -> str:

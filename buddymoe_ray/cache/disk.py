@@ -29,7 +29,7 @@ __all__ = ["READ_ON_THE_SPOT", "DiskReader", "ReadTicket", "Ticket", "largest_re
 log = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
-_PAGE = 4096
+_PAGE, _SAMPLES = 4096, 16
 _CLOSED = "disk reader is closed, must be open. hint: the engine was closed"
 READ_ON_THE_SPOT = 128 << 10
 """Up to so many bytes of an expert are read on the spot, end to end what lies so in a file: to hand a read to a thread
@@ -61,14 +61,6 @@ class _Read(NamedTuple):
     path: str
     offset: int
     targets: tuple[Bytes, ...]
-
-
-class _File(NamedTuple):
-    """An open file, and what it was like then."""
-
-    fd: int
-    direct: bool
-    stamp: tuple[int, int]
 
 
 class _Run(NamedTuple):
@@ -124,8 +116,8 @@ class ReadTicket:
 
 
 class DiskReader:
-    """`depth` reads at a time, each at most `buffer_bytes` (a multiple of the page). A file that is written or replaced
-    is not read any more: it must stay as it is since it was opened, those of `files` since that was noted (`stamp_of`).
+    """`depth` reads at a time, each at most `buffer_bytes` (a multiple of the page). One of `files` that holds
+    other bytes since that was noted (`stamp_of`) is not read any more.
 
     `bytes_requested` counts useful bytes, `bytes_read` what was asked of the disk, alignment included; in
     `busy_seconds` at least one read was under way.
@@ -137,7 +129,7 @@ class DiskReader:
         depth: int = 4,
         buffer_bytes: int = 2 << 20,
         direct: bool = True,
-        files: Mapping[str, tuple[int, int]] | None = None,
+        files: Mapping[str, tuple[int, int, bytes]] | None = None,
     ) -> None:
         assert depth > 0, f"depth is {depth}, must be positive"
         whole = buffer_bytes >= _PAGE and buffer_bytes % _PAGE == 0
@@ -149,7 +141,7 @@ class DiskReader:
         self._direct = direct and hasattr(os, "O_DIRECT")
         self._refused: set[int] = set()  # devices whose file system has no O_DIRECT
         self._lock = threading.Lock()
-        self._known, self._files = files or {}, dict[str, _File]()
+        self._known, self._files = files or {}, dict[str, tuple[int, bool]]()
         self._plans: dict[int, _Plan] = {}  # by the id of their pieces
         self._memory = mmap.mmap(-1, self.staging_bytes)  # anonymous maps are page-aligned
         self._buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
@@ -198,8 +190,8 @@ class DiskReader:
         self._pool.shutdown(wait=True)
         with self._lock:
             files, self._files = self._files, {}
-        for file in files.values():
-            os.close(file.fd)
+        for fd, _ in files.values():
+            os.close(fd)
 
     def _cut(self, pieces: Sequence[ExpertPiece]) -> list[_Run]:
         """Reads that pieces take: one of what lies end to end and is small, more of a large piece."""
@@ -253,13 +245,14 @@ class DiskReader:
                     self.busy_seconds += time.perf_counter() - self._since
 
     def _read_through(self, buffer: memoryview, path: str, offset: int, targets: Sequence[Bytes]) -> None:
-        file = self._open(path)
+        fd, direct = self._open(path)
+        before = os.fstat(fd)
         done, nbytes = 0, sum([target.nbytes for target in targets])
         while done < nbytes:
             at = offset + done
             begin = at // _PAGE * _PAGE
             span = min(len(buffer), -(-(at - begin + nbytes - done) // _PAGE) * _PAGE)
-            got = os.preadv(file.fd, [buffer[:span]], begin)
+            got = os.preadv(fd, [buffer[:span]], begin)
             useful = min(got - (at - begin), nbytes - done)
             if useful <= 0:
                 raise CacheError(f"{path} ends before byte {at + 1}, must hold {offset + nbytes}. hint: copy it again")
@@ -268,18 +261,18 @@ class DiskReader:
             with self._lock:
                 self.bytes_requested += useful
                 self.bytes_read += got
-        _check_stamp(path, file.fd, file.stamp)  # behind the bytes: who writes notes the time before
-        if not file.direct:
-            os.posix_fadvise(file.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        if path in self._known:
+            _check_stamp(path, fd, before, self._known[path])
+        if not direct:
+            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
-    def _open(self, path: str) -> _File:
+    def _open(self, path: str) -> tuple[int, bool]:
         found = self._files.get(path)
         if found is None:
             with self._lock:
                 found = self._files.get(path)
                 if found is None:
-                    fd, direct = self._open_new(path)
-                    found = self._files[path] = _File(fd, direct, self._known.get(path) or stamp_of(fd))
+                    found = self._files[path] = self._open_new(path)
         return found
 
     def _open_new(self, path: str) -> tuple[int, bool]:
@@ -296,14 +289,22 @@ class DiskReader:
         return fd, False
 
 
-def stamp_of(file: str | int) -> tuple[int, int]:
-    """Size in bytes and time (ns) of the last write of a file."""
-    found = os.stat(file)
-    return found.st_size, found.st_mtime_ns
+def stamp_of(path: str) -> tuple[int, int, bytes]:
+    """Size in bytes, time (ns) of the last write, and some bytes of a file: an image of a container gives all files one
+    time."""
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        some = b"".join([os.pread(file.fileno(), 64, size * at // _SAMPLES) for at in range(1, _SAMPLES)])
+        return size, os.fstat(file.fileno()).st_mtime_ns, some
 
 
-def _check_stamp(path: str, fd: int, stamp: tuple[int, int]) -> None:
-    if stamp_of(fd) != stamp:
+def _check_stamp(path: str, fd: int, before: os.stat_result, known: tuple[int, int, bytes]) -> None:
+    """That what was read since `before` is of a file as it is known; one that was repaired is so again."""
+    now = os.fstat(fd)
+    if (now.st_size, now.st_mtime_ns) == known[:2]:
+        return
+    size, time_ns, some = stamp_of(f"/proc/self/fd/{fd}")
+    if (size, some) != (known[0], known[2]) or time_ns != before.st_mtime_ns:
         raise CacheError(
             f"{path} was written or replaced, must stay as it was when the model was loaded. hint: load it again"
         )

@@ -183,6 +183,8 @@ def _measure(
         sender.send(error)
     except threading.BrokenBarrierError:
         sender.send(CapacityError("another worker failed. hint: see its message"))
+    except KeyboardInterrupt:  # as its parent was, who says so by its status
+        gate.abort()
 
 
 def _together(records: list[dict[str, Any]]) -> dict[str, Any]:

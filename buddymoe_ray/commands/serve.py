@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from buddymoe_ray.commands.common import add_json_argument, add_option, emit, print_facts
-from buddymoe_ray.config import EngineConfig, option_notes, ray_address_from_environment, refuse_unknown
+from buddymoe_ray.config import EngineConfig, one_of, option_notes, ray_address_from_environment, refuse_unknown
 from buddymoe_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def read_deployment(what: str) -> tuple[dict[str, Any], dict[str, Any]]:
         [application] = content["applications"]
         http, options = content.get("http_options") or {}, application.get("args") or {}
         refuse_unknown("field", content, ("proxy_location", "http_options", "applications"))
+        one_of("proxy_location", content.get("proxy_location", "HeadOnly"), ("Disabled", "HeadOnly", "EveryNode"))
         refuse_unknown("field of http_options", http, _HTTP)
         refuse_unknown("field of the application", application, _DEFAULTS)
         if application["import_path"] != _BUILDER or not isinstance(options, dict):
@@ -100,7 +101,8 @@ def read_deployment(what: str) -> tuple[dict[str, Any], dict[str, Any]]:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"{what} holds no application of {_BUILDER}, must hold one. hint: see deployments/"
+            f"{what} holds no application of {_BUILDER}, must hold one. "
+            f"hint: write `applications: [{{import_path: {_BUILDER}, args: {{model: MODEL}}}}]`"
         ) from error
     application = _DEFAULTS | application | {"args": options}
     return _placed(_HTTP | http, application), application
@@ -111,7 +113,7 @@ def _placed(http: dict[str, Any], application: dict[str, Any]) -> dict[str, Any]
     for name, value in (("host", http["host"]), *((name, application[name]) for name in ("name", "route_prefix"))):
         if not isinstance(value, str) or not value:
             raise ConfigError(f"{name} is {value!r}, must be text. hint: leave it out for the default")
-    if not isinstance(http["port"], int) or not 1 <= http["port"] < 1 << 16:
+    if type(http["port"]) is not int or not 1 <= http["port"] < 1 << 16:
         raise ConfigError(f"port is {http['port']!r}, must be a number from 1 to 65535. hint: leave it out for 8000")
     if not application["route_prefix"].startswith("/"):
         raise ConfigError(f"route_prefix is {application['route_prefix']!r}, must begin with /. hint: leave it out")

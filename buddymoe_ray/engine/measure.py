@@ -16,6 +16,7 @@ from typing import Any
 from buddymoe_ray.config import EngineConfig
 from buddymoe_ray.engine.engine import Engine
 from buddymoe_ray.engine.measure_beside import Beside, run_beside
+from buddymoe_ray.errors import ConfigError
 from buddymoe_ray.observe import EngineSnapshot, peak_rss_bytes, process_read_bytes
 from buddymoe_ray.residency.sharing import Sharing
 from buddymoe_ray.types import GenerationRequest, SamplingParams, Usage
@@ -38,6 +39,16 @@ class BenchLoad:
     turns: int = 1
     beside: int = 0
     temperature: float = 0.0
+
+    def check(self, limit: int) -> None:
+        """That a model of so many tokens can do it. Raises ConfigError."""
+        turns = self.prompt_tokens + (self.turns > 1) * self.new_tokens
+        for name, tokens in (("prompt_tokens", turns), ("beside", self.beside)):
+            if tokens >= limit:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}, must be below the model's {limit} tokens"
+                    f"{' with the answer' * (tokens > getattr(self, name))}. hint: lower it, or raise max_model_len"
+                )
 
     def sampling(self, new_tokens: int) -> SamplingParams:
         """The same for every engine."""
@@ -135,6 +146,7 @@ def measure(
     engine = Engine.from_config(config, sharing=sharing)
     load_seconds = time.perf_counter() - started
     try:
+        workload.check(engine.limits.max_model_len)
         few, many, one = (workload.sampling(count) for count in (2, workload.new_tokens, 1))
         _run(engine, workload.prompts(-1, engine.vocab_size), few, tag="warm")
         reps, seconds, besides = list[_Rep](), list[_Rep](), list[Beside]()

@@ -19,7 +19,7 @@ from buddymoe_ray.models.tiny import path as tiny_path
 __all__ = ["BUILTIN_TINY", "is_builtin", "resolve_model"]
 
 BUILTIN_TINY = "builtin:tiny"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def is_builtin(folder: Path) -> bool:

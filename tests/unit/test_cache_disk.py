@@ -158,6 +158,10 @@ def test_another_checkpoint_at_the_same_place_is_not_read(blob, change: str) -> 
         for read in reads:
             with pytest.raises(CacheError, match="was written or replaced, must stay"):
                 read.wait()
+        path.write_bytes(data)
+        if change == "written":  # and repaired
+            reader.submit([piece(path, 0, 200_000)], out).wait()
+            assert out.tobytes() == data[:200_000]
     reader.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -27,6 +28,7 @@ from buddymoe_ray import LLM, EngineConfig, __version__, observe
 from buddymoe_ray.cli import main
 from buddymoe_ray.commands import bench, profile
 from buddymoe_ray.engine.blocks import BlockAllocator
+from buddymoe_ray.engine.measure import BenchLoad
 from buddymoe_ray.engine.sequence import Sequence
 from buddymoe_ray.errors import BudgetError, CapacityError, ConfigError
 from buddymoe_ray.models.profile import ComparisonRow
@@ -65,6 +67,8 @@ MISTAKES: dict[str, str] = {
     "serve --workers many": "workers is 'many', must be",
     "serve --routing afinity": "did you mean affinity?",
     "serve /nowhere.yaml": "cannot be read",
+    "plan --max-model-len 99999999999999": "must be an integer of at least 2 and at most 2147483647",
+    "serve --max-running 99999999999999": "must be an integer of at least 1 and at most 2147483647",
     "serve --port 70000": "port is 70000, must be a number from 1 to 65535",
 }
 
@@ -100,6 +104,46 @@ def test_mistakes_version_and_help_import_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_an_output_without_room_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: object) -> int:
+        print("a table")
+        return 0
+
+    monkeypatch.setattr("buddymoe_ray.commands.plan.run", run)
+    with open("/dev/full", "w") as full, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", full)
+        assert main(["plan"]) == 1
+    said = "buddymoe plan: the output has no room, must have. hint: free some\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_worker_that_is_interrupted_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parent ends with status 130; a traceback of each worker hid that."""
+
+    def measure(*_: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("buddymoe_ray.engine.measure.measure", measure)
+    gate, (receiver, sender) = threading.Barrier(2), multiprocessing.Pipe(duplex=False)
+    workload = {"batch": 1, "prompt_tokens": 8, "new_tokens": 8, "reps": 1}
+    bench._measure(EngineConfig(), workload, (), 0, gate, sender)  # type: ignore[arg-type]
+    assert gate.broken and not receiver.poll(), "who waits for it goes on"
+
+
+def test_a_measurement_that_no_model_has_room_for_is_refused() -> None:
+    load = {"batch": 1, "new_tokens": 8, "reps": 1}
+    BenchLoad(prompt_tokens=99, **load).check(100)
+    for more, said in (
+        ({"prompt_tokens": 100}, "prompt_tokens is 100, must be below the model's 100 tokens. hint"),
+        ({"prompt_tokens": 95, "turns": 2}, "prompt_tokens is 95, .* with the answer"),
+        ({"prompt_tokens": 9, "beside": 1000}, "beside is 1000, must be below"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            BenchLoad(**load, **more).check(100)
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(["--version"])
@@ -129,9 +173,11 @@ def deployment(tmp_path: Path, **changes: Any) -> Path:
         ({"http_option": {}}, "did you mean http_options?"),
         ({"http_options": {"prot": 1}}, "did you mean port?"),
         ({"http_options": {"port": "8000"}}, "port is '8000', must be a number"),
+        ({"http_options": {"port": True}}, "port is True, must be a number"),
+        ({"proxy_location": "Headonly"}, "did you mean HeadOnly?"),
         ({"http_options": {"host": 0}}, "host is 0, must be text"),
         ({"application_route_prefix": None}, "route_prefix is None, must be text"),
-        ({"applications": []}, "must hold one"),
+        ({"applications": []}, "must hold one. hint: write `applications: [{import_path: buddymoe_ray.serve"),
         ({"args_num_gpus": 1}, "num_gpus is 1, must be at most the 0 GPUs of this machine"),
     ],
 )
@@ -154,6 +200,8 @@ def test_from_python_too() -> None:
         LLM(memry="25%")
     with pytest.raises(ConfigError, match=r"memory is 25, must be like"):
         EngineConfig(memory=25)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"memory is 1e\+99 bytes, must be at most 1e\+18"):
+        EngineConfig(memory="1" + 99 * "0")
     for options, said in (
         ({"model": None}, "model is None"),
         ({"standin_layers": 3, "mode": "fast"}, "standin_layers is 3"),

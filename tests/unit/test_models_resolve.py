@@ -208,3 +208,9 @@ def test_single_file_is_downloaded_rather_than_the_shards_of_an_index_beside_it(
     folder = resolve_model("someone/small-moe", cache_dir=tmp_path / "cache")
     assert {path.name for path in folder.glob("*.safetensors")} == {SINGLE_NAME}
     assert set(read_index(folder)) == {"new"}
+
+
+@pytest.mark.parametrize("name", ["./nope", "../nope", "nope/", "a/b/c"])
+def test_a_path_that_is_not_there_is_no_hub_id(name: str) -> None:
+    with pytest.raises(CheckpointError, match="a folder that exists, or a hub id"):
+        resolve_model(name)

@@ -54,24 +54,17 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 FOLDER = Path("/dev/shm")
-_ALLOCATED_AT_ONCE, _SAMPLES = 64 << 20, 8
+_ALLOCATED_AT_ONCE = 64 << 20
 _START_SECONDS, _MAKING_SECONDS = 10.0, 1800.0
 """Nobody has the tables for so long who is not stopped; nor, who makes the file."""
 
 
 def store_digest(layout: ExpertLayout, plan: SlotPlan | None) -> bytes:
-    """32 bytes that differ when slots, the plan (None is any) or the checkpoint's files (by size, time and some of
-    their bytes: images of containers give all files one time) do."""
+    """32 bytes that differ when slots, the plan (None is any) or the checkpoint's files (by `stamp_of`) do."""
     files = sorted({piece.path for pieces in layout.pieces.values() for piece in pieces})
-    stamps = [(path, stamp_of(path), _sample(path)) for path in files]
+    stamps = [(path, stamp_of(path)) for path in files]
     text = repr((layout.tensors, layout.slot_bytes, layout.experts_per_layer, plan, stamps))
     return hashlib.blake2b(text.encode(), digest_size=32).digest()
-
-
-def _sample(path: str) -> list[bytes]:
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        return [os.pread(file.fileno(), 64, size * at // _SAMPLES) for at in range(1, _SAMPLES)]
 
 
 def store_path(digest: bytes, *, tag: str = "", folder: Path = FOLDER) -> Path:
