@@ -6,6 +6,8 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -108,6 +110,14 @@ def test_importing_the_package_needs_no_torch() -> None:
 def test_version_is_written_once() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == buddymoe_ray.__version__
+
+
+def test_the_package_is_found_beside_a_clone_called_like_it(tmp_path: Path) -> None:
+    """From the folder that `git clone` was typed in: it is on the path of ray's processes."""
+    (tmp_path / "buddymoe_ray").mkdir()
+    asked = "import buddymoe_ray; print(buddymoe_ray.__version__)"
+    done = subprocess.run([sys.executable, "-c", asked], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == buddymoe_ray.__version__, done.stderr
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "deployments").glob("*.yaml")), ids=lambda p: p.name)

@@ -8,9 +8,11 @@ With turns that cost nothing a prompt takes M / (M - 1) times as long as alone w
 cost something, as caches are cold after each: of OLMoE (int4, 8 layers, all in memory) a decode step takes 1.11 times
 as long, a prompt's pieces 1.03 times; builtin:tiny 1.9 and 1.2. So both are had where the slowest tokens alone take
 some more than the mean, as they do where anything else runs: slices go by those, not by the slowest tenth, which gave
-prompts 1.61 and 1.56 times at 100 and 25 % and the slowest tokens 2.7 and 2.3 times; now 1.54 and 1.47, 3.05 and 2.9.
+prompts 1.61 and 1.56 times at 100 and 25 % and the slowest tokens 2.7 and 2.3 times; now 1.52 to 1.57 and 1.37, 3.0 to
+4.1 and 2.8, the prompt alone 6.3 and 6.6 s (7.7 before rows far behind took less). At 100 % neither has any slack left:
+gaps are 40 to 44 ms, of which a decode is 14 (12.3 alone), and a layer's last slice is half empty (.945 filled in all).
 Only the slowest gaps count, so slices must be alike. At 100 % the slowest were single forwards behind 1,500 tokens and
-more, longer than a slice by themselves: with as many rows everywhere one takes up to 3.4 times as long as the first. So
+more, longer than a slice by themselves: with as many rows everywhere one took up to 3.4 times as long as the first. So
 they are cut, and begun, by what they take where they are. Of .45, .6 and .9 of a slice (thread's clock, one to three
 rounds each, a loaded machine): of fifty slices the longest takes 1.04 to 1.09 times what it should instead of 1.10 to
 1.20, of twenty 1.03 to 1.04 instead of 1.07 to 1.13; filled .94 to .97 instead of .93 to .94; forwards of .45 take 1.06
@@ -21,6 +23,8 @@ before, and slices 2.1 times: filled .97, but at 100 % 1.58 times and the slowes
 one quiet run), so that was dropped. At 100 % new memory is none of it: passes of 512 tokens get theirs back from the
 allocator and fault 0 to 2 pages a forward. One pass of 2,048 there: filled .96, but the prompt 1.57 instead of 1.58
 times (thread's clock, 3 and 4 rounds), and experts into new memory take 1.4 to 1.7 times a slice in the first layer.
+A pass's first forward of a third of the rows, to fill what a layer's end leaves: filled .95 to .96, the prompt 1.57
+instead of 1.53 times.
 
 What did not help (1,024 and 512 tokens beside one stream, 4 layers of OLMoE int4): to end a slice where the next expert
 has yet to arrive, so that decode runs meanwhile: wave slots are few, the disk idles, and the prompt takes 1.9 to 2.2
