@@ -18,7 +18,6 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray._private import worker
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
@@ -99,6 +98,5 @@ def _stop(name: str) -> None:
     if ray_address_from_environment():
         serve.delete(name)
     else:
-        if (node := worker._global_node) is not None:
-            node.kill_monitor(check_alive=False)  # ray asks it to end, and waits a second until it makes it
-        ray.shutdown()  # Serve's own comes to no more, and ray shows its controller's end as an error
+        serve.shutdown()
+        ray.shutdown()
