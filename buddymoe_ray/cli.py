@@ -109,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left, as `| head`, or there is none
         if full := error.errno == errno.ENOSPC:
-            print(f"buddymoe {args.command}: the output has no room, must have. hint: free some", file=sys.stderr)
+            where = error.filename or "the output"
+            print(f"buddymoe {args.command}: {where} has no room, must have. hint: free some", file=sys.stderr)
         return int(full)
     except KeyboardInterrupt:
         return 130

@@ -246,7 +246,8 @@ class DiskReader:
 
     def _read_through(self, buffer: memoryview, path: str, offset: int, targets: Sequence[Bytes]) -> None:
         fd, direct = self._open(path)
-        before = os.fstat(fd)
+        known = self._known.get(path)
+        before = os.fstat(fd).st_mtime_ns if known else 0
         done, nbytes = 0, sum([target.nbytes for target in targets])
         while done < nbytes:
             at = offset + done
@@ -261,8 +262,8 @@ class DiskReader:
             with self._lock:
                 self.bytes_requested += useful
                 self.bytes_read += got
-        if path in self._known:
-            _check_stamp(path, fd, before, self._known[path])
+        if known:
+            _check_stamp(path, fd, before, known)
         if not direct:
             os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
@@ -298,13 +299,13 @@ def stamp_of(path: str) -> tuple[int, int, bytes]:
         return size, os.fstat(file.fileno()).st_mtime_ns, some
 
 
-def _check_stamp(path: str, fd: int, before: os.stat_result, known: tuple[int, int, bytes]) -> None:
-    """That what was read since `before` is of a file as it is known; one that was repaired is so again."""
+def _check_stamp(path: str, fd: int, before: int, known: tuple[int, int, bytes]) -> None:
+    """That what was read is of a file as it is known, last written at `before`; one that was repaired is so again."""
     now = os.fstat(fd)
     if (now.st_size, now.st_mtime_ns) == known[:2]:
         return
     size, time_ns, some = stamp_of(f"/proc/self/fd/{fd}")
-    if (size, some) != (known[0], known[2]) or time_ns != before.st_mtime_ns:
+    if (size, some) != (known[0], known[2]) or time_ns != before:
         raise CacheError(
             f"{path} was written or replaced, must stay as it was when the model was loaded. hint: load it again"
         )

@@ -10,6 +10,7 @@ Legend: N outputs, n some of them, K inputs, G groups of a row, S inputs in a gr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -97,7 +98,7 @@ def round_in(W_NK: Tensor, metric: Metric | None, fmt: LowbitFormat, *, passes: 
     W, some_W = (pad(part, (0, -metric.inputs % GROUP)) for part in (W, some_W))
     best = _feedback(W, metric, fmt, base)
     starts = [best._replace(q=_some(best.q), code=_some(best.code)), *(_filled_up(start, fmt) for start in starts)]
-    first = min(range(len(starts)), key=lambda at: float(_row_errors(some_W, starts[at], H, fmt).sum()))
+    first = min(range(len(starts)), key=lambda at: float(_row_errors(some_W, starts[at], H, fmt, rough_product).sum()))
     if first:
         best = _filled_up(ways[first - 1](W[:, : metric.inputs], fmt), fmt)
     for turn in range(passes):
@@ -143,21 +144,20 @@ def _inverse_factor(H: Tensor) -> Tensor | None:
     for extra in (0.0, 0.01, 0.1, 1.0):
         # H = R R^T with R upper, the factor of H turned around: then R^-1 is the factor of H^-1
         damped = H + extra * mean * torch.eye(len(H), device=H.device)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(-1, -2))
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not int(failed):
-            return _inverse_upper(lower.flip(-1, -2))
+            return _inverse_upper(lower.flip(0, 1))
     return None
 
 
 def _inverse_upper(R: Tensor) -> Tensor:
     """Of an upper triangular matrix, in halves: products take most of the time."""
-    n = R.shape[-1]
-    if n <= 2 * _NEAR:
-        return torch.linalg.solve_triangular(R, torch.eye(n, device=R.device).expand_as(R), upper=True)
-    half, inverse = n // 2, torch.zeros_like(R)
-    first, last = _inverse_upper(R[..., :half, :half]), _inverse_upper(R[..., half:, half:])
-    inverse[..., :half, :half], inverse[..., half:, half:] = first, last
-    inverse[..., :half, half:] = -(first @ R[..., :half, half:] @ last)
+    half = len(R) // 2
+    if half <= _NEAR:
+        return torch.linalg.solve_triangular(R, torch.eye(len(R), device=R.device), upper=True)
+    first, last, inverse = _inverse_upper(R[:half, :half]), _inverse_upper(R[half:, half:]), torch.zeros_like(R)
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    inverse[:half, half:] = -(first @ R[:half, half:] @ last)
     return inverse
 
 
@@ -169,6 +169,7 @@ def _feedback(W: Tensor, metric: Metric, fmt: LowbitFormat, base: Tensor) -> Rou
     left_KN = W.T[order].contiguous()  # inputs first: the loop runs over contiguous rows
     codes_KN = torch.empty(K, N, dtype=torch.uint8, device=W.device)
     errors_KN, code_NG = torch.empty_like(left_KN), codes_KN.new_empty(N, K // size)
+    round_one = round_group if W.device.type == "cpu" else _round_group
     for at in range(0, K, size):
         span, near = slice(at, at + size), -(-(at + size) // _NEAR) * _NEAR
         block, errors, local = left_KN[span], errors_KN[span], U_KK[span, span]
@@ -176,8 +177,7 @@ def _feedback(W: Tensor, metric: Metric, fmt: LowbitFormat, base: Tensor) -> Rou
         code = nearest_code(_scale(block, counts, fmt), base)
         code_NG[:, int(order[at]) // size] = code
         scale, there = scale_of(code, base), order[span] < metric.inputs
-        round_ = round_group if W.device.type == "cpu" else _round_group
-        codes_KN[span] = round_(block, scale, torch.where(there, counts, -1.0), local, fmt, errors)
+        codes_KN[span] = round_one(block, scale, torch.where(there, counts, -1.0), local, fmt, errors)
         if at + size < near:
             left_KN[at + size : near].addmm_(U_KK[span, at + size : near].T, errors, alpha=-1)
         else:
@@ -234,9 +234,15 @@ def _choose(
     return codes, values_of_quads(codes, fmt.bits) * scale_N
 
 
-def _row_errors(W: Tensor, rounded: Rounded, H: Tensor, fmt: LowbitFormat) -> Tensor:
+def _row_errors(
+    W: Tensor,
+    rounded: Rounded,
+    H: Tensor,
+    fmt: LowbitFormat,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+) -> Tensor:
     E = W - dequantise_rounded(rounded, fmt)
-    return (rough_product(E, H) * E).sum(dim=1)
+    return (product(E, H) * E).sum(dim=1)
 
 
 def _refit(W: Tensor, rounded: Rounded, H: Tensor, fmt: LowbitFormat) -> Rounded:

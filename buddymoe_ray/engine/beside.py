@@ -8,7 +8,7 @@ With turns that cost nothing a prompt takes M / (M - 1) times as long as alone w
 cost something, as caches are cold after each: of OLMoE (int4, 8 layers, all in memory) a decode step takes 1.11 times
 as long, a prompt's pieces 1.03 times; builtin:tiny 1.9 and 1.2. So both are had where the slowest tokens alone take
 some more than the mean, as they do where anything else runs: slices go by those, not by the slowest tenth, which gave
-prompts 1.61 and 1.56 times at 100 and 25 % and the slowest tokens 2.7 and 2.3 times; now 1.52 to 1.57 and 1.37, 3.0 to
+prompts 1.61 and 1.56 times at 100 and 25 % and the slowest tokens 2.7 and 2.3 times; now 1.52 to 1.57 and 1.34, 3.0 to
 4.1 and 2.8, the prompt alone 6.3 and 6.6 s (7.7 before rows far behind took less). At 100 % neither has any slack left:
 gaps are 40 to 44 ms, of which a decode is 14 (12.3 alone), and a layer's last slice is half empty (.945 filled in all).
 Only the slowest gaps count, so slices must be alike. At 100 % the slowest were single forwards behind 1,500 tokens and

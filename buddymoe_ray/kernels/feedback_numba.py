@@ -5,7 +5,7 @@ A weight of a group takes 7 to 21 ns with its trellis' search (4, 2 and 3 bits),
 or a quad at a time. What errors far away cost, a product of the matrix's size, is as much again.
 Imports numba at the top: only `feedback` may import this module, and late.
 
-Legend: S inputs of a group, s a quad of them, n outputs at a time, P positions of a ring, L rings side by side.
+Legend: S inputs of a group, s a quad of them, N outputs, n some of them, P positions of a ring.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["compile_feedback"]
 
 OUTPUTS = 256
 """At a time: a group of them stays in the first-level cache, and they are whole rings in all lanes."""
-TINY = 1e-30
+_TINY = 1e-30
 CALL, PLAN = (0,) * len(FeedbackCall._fields), (0,) * len(FeedbackPlan._fields)
 _native: Any = call_native
 _RINGS = np.array([RINGS.get(bits, 0) for bits in range(4)], np.int64)
@@ -46,7 +46,7 @@ def _nearest(w_n: Any, scale_n: Any, bits: Any, code_n: Any, error_n: Any) -> No
 
 @njit
 def _in_rings(w_sn: Any, scale_n: Any, count_s: Any, plan: Any, code_sn: Any, error_sn: Any) -> None:
-    """Trellis codes of a quad, and what they miss it by. Rings beyond the outputs are of weight 0, and left out."""
+    """Trellis codes of a quad, and what they miss it by. What is beyond the outputs has code 0, and is left out."""
     P = _RINGS[plan.bits]
     outputs, N = P // QUAD, w_sn.shape[1]
     turns = (N + outputs * LANES - 1) // (outputs * LANES)
@@ -60,7 +60,7 @@ def _in_rings(w_sn: Any, scale_n: Any, count_s: Any, plan: Any, code_sn: Any, er
                 weight[turn, p, lane] = -1.0
                 if n < N:
                     x[turn, p, lane] = w_sn[s, n] / scale_n[n]
-                    weight[turn, p, lane] = count_s[s] * max(scale_n[n] * scale_n[n], float32(TINY))
+                    weight[turn, p, lane] = count_s[s] * max(scale_n[n] * scale_n[n], float32(_TINY))
     at = (x.ctypes.data, weight.ctypes.data, codes.ctypes.data, plan.table)
     _native(plan.search, (*at, P // 2, 1, plan.scratch, turns))
     _native(plan.search, (*at, 0, 0, plan.scratch, turns))
